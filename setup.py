@@ -1,0 +1,129 @@
+"""Packaging of django-proxysql.
+
+What is known about the distribution stands here; pyproject.toml holds the
+build backend and the tools' settings only.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """Read ``__version__`` as text: importing the package would need its dependencies."""
+    source = (HERE / "django_proxysql" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r"^__version__(?:\s*:[^=]+)?\s*=\s*[\"']([^\"']+)[\"']", source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("django_proxysql/__init__.py does not say __version__ = '...'")
+    return found.group(1)
+
+
+MYSQL = ["mysqlclient>=2.2.1"]
+POSTGRESQL = ["psycopg[binary]>=3.1"]
+REDIS = ["redis>=4.2"]
+PROMETHEUS = ["prometheus_client>=0.12"]
+DOCS = ["Sphinx>=7", "furo"]
+
+# What the tests import, and nothing that ties them to a version of Django:
+# tox installs this extra beside every Django from 2.2 on.
+TEST = [
+    *MYSQL,
+    *POSTGRESQL,
+    *REDIS,
+    *PROMETHEUS,
+    "PyMySQL[rsa]>=1.0.2",
+    "SQLAlchemy>=1.4",
+    "hypothesis>=6",
+    "psycopg2-binary>=2.8",
+    "pytest>=7",
+    "pytest-django>=4.5",
+]
+
+# What .ci/run needs on top.
+DEV = [
+    *TEST,
+    *DOCS,
+    "build",
+    "django-stubs",
+    "mypy>=1.8",
+    "ruff>=0.6",
+    "types-PyMySQL",
+]
+
+setup(
+    name="django-proxysql",
+    version=version(),
+    description="A Django database engine that spreads connections over equivalent peers, "
+    "with a circuit breaker for each",
+    long_description=(HERE / "README.rst").read_text(encoding="utf-8"),
+    long_description_content_type="text/x-rst",
+    author="django-proxysql contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=[
+        "django",
+        "database",
+        "load balancer",
+        "failover",
+        "circuit breaker",
+        "mysql",
+        "mariadb",
+        "galera",
+        "proxysql",
+        "maxscale",
+        "postgresql",
+    ],
+    packages=find_packages(include=["django_proxysql", "django_proxysql.*"]),
+    package_data={
+        "django_proxysql": [
+            "py.typed",
+            "**/templates/**/*",
+            "templates/**/*",
+        ],
+    },
+    zip_safe=False,
+    python_requires=">=3.9",
+    install_requires=[
+        "Django>=2.2",
+        "pybreaker>=1.4",
+        "sqlparse>=0.2.2",
+        "tenacity>=8",
+    ],
+    extras_require={
+        "mysql": MYSQL,
+        "postgresql": POSTGRESQL,
+        "redis": REDIS,
+        "prometheus": PROMETHEUS,
+        "test": TEST,
+        "docs": DOCS,
+        "dev": DEV,
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Web Environment",
+        "Framework :: Django",
+        "Framework :: Django :: 2.2",
+        "Framework :: Django :: 3.2",
+        "Framework :: Django :: 4.2",
+        "Framework :: Django :: 5.2",
+        "Framework :: Django :: 6.0",
+        "Intended Audience :: Developers",
+        "Intended Audience :: System Administrators",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.9",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
+        "Topic :: Database",
+        "Topic :: System :: Clustering",
+        "Topic :: System :: Networking",
+        "Typing :: Typed",
+    ],
+)
