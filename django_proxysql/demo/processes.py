@@ -1,0 +1,561 @@
+"""Server processes that never outlive the Python process that started them.
+
+Everything here is for throwaway servers: data in a temporary directory, free ports on loopback,
+all of it gone at the end. What ends a run decides what cleans up after it:
+
+=====================================  ===================================================
+the run ends by                        the servers are ended by
+=====================================  ===================================================
+the end of a ``with`` block            ``ServerProcess.close()``
+an exception, Ctrl-C, ``sys.exit()``   ``atexit``
+SIGTERM                                ``atexit``, where ``exit_on_sigterm()`` was called,
+                                       otherwise as below
+SIGKILL, a crash of the interpreter    the kernel (Linux), which kills them when we die
+=====================================  ===================================================
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pwd
+import queue
+import random
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Callable, ClassVar, TypeVar
+
+Self = TypeVar("Self", bound="ServerProcess")
+Job = Callable[[], None]
+
+HOST = "127.0.0.1"
+
+
+class ServerError(RuntimeError):
+    """A server could not be started, or did not do what it was told."""
+
+
+class MissingProgram(ServerError):
+    """A program is not installed; the message names the Debian package that has it."""
+
+
+def find_program(*names: str, package: str, folders: Sequence[str] = ()) -> str:
+    """Return the path of the first of these programs that is installed.
+
+    Debian keeps servers in /usr/sbin, which is not on the PATH of an ordinary user.
+    """
+    path = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), "/usr/local/sbin:/usr/sbin:/sbin", *folders]
+    )
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found:
+            return found
+    raise MissingProgram(
+        f"{' or '.join(names)} is not installed. On Debian and Ubuntu: apt-get install {package}"
+    )
+
+
+# --- ports ----------------------------------------------------------------------------------------
+
+
+class PortPool:
+    """Hands out TCP ports on loopback that stay ours while their server is down.
+
+    A port from the kernel's ephemeral range will not do. While its server is stopped the kernel
+    may give it to some outgoing connection, so that the server cannot start again; and a client
+    that connects to a dead port in that range can be given that very port, and connect to itself.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._notes: dict[int, list[socket.socket]] = {}
+
+    def reserve(self, count: int = 1) -> int:
+        """Return the first of ``count`` consecutive free ports."""
+        low, high = 10_000, _first_ephemeral_port() - count
+        chooser = random.SystemRandom()
+        with self._lock:
+            for _ in range(2_000):
+                first = chooser.randint(low, high)
+                notes = self._try(range(first, first + count))
+                if notes:
+                    self._notes[first] = notes
+                    return first
+        raise ServerError(f"found no {count} free consecutive ports between {low} and {high}")
+
+    def release(self, first: int) -> None:
+        """Give the ports of one ``reserve()`` back."""
+        with self._lock:
+            for note in self._notes.pop(first, ()):
+                note.close()
+
+    @staticmethod
+    def _try(ports: Sequence[int]) -> list[socket.socket]:
+        """Reserve these ports, or none.
+
+        The UDP socket of the same number is a note for other processes that use this class, saying
+        that the TCP port is taken. It goes away with our process.
+        """
+        with contextlib.ExitStack() as stack:
+            notes = []
+            for port in ports:
+                try:
+                    note = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                    note.bind((HOST, port))
+                    with socket.socket() as probe:
+                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                        probe.bind((HOST, port))
+                except OSError:
+                    return []
+                notes.append(note)
+            stack.pop_all()
+            return notes
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32_768
+
+
+ports = PortPool()
+
+
+# --- the directory of this process ----------------------------------------------------------------
+
+
+class Workspace:
+    """The temporary directory of one Python process; each server has a folder in it."""
+
+    # Waits for the end of our process, which closes the pipe, and removes the directory. It stands
+    # in for atexit when we are killed; the servers, which the kernel then kills, need a moment.
+    _JANITOR = (
+        'read -r word; [ "$word" = done ] || { sleep 1; rm -rf -- "$1"; sleep 1; rm -rf -- "$1"; }'
+    )
+
+    def __init__(self) -> None:
+        self.path = Path(
+            tempfile.mkdtemp(prefix="django-proxysql-", dir=_reachable_temporary_directory())
+        )
+        # mkdtemp makes it 0700, but servers that we start as another user must get in.
+        self.path.chmod(0o755)
+        self._janitor = subprocess.Popen(
+            ["/bin/sh", "-c", self._JANITOR, "sh", str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal must not reach it
+            cwd="/",
+        )
+
+    def folder(self, name: str) -> Path:
+        """Make a new folder whose name begins with ``name``."""
+        # Short, because a unix socket's path may have 107 characters at most.
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.path))
+        folder.chmod(0o755)
+        return folder
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            self._janitor.communicate(b"done\n" if not self.path.exists() else b"", timeout=10)
+
+
+def _reachable_temporary_directory() -> str:
+    """A temporary directory; as root one that others can enter, for servers run as other users."""
+    for candidate in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108 (for mkdtemp)
+        path = Path(candidate).resolve()
+        if os.geteuid() != 0:
+            return str(path)
+        if path.is_dir() and all(
+            folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents)
+        ):
+            return str(path)
+    raise ServerError(
+        "there is no temporary directory that a server running as another user can enter"
+    )
+
+
+# --- what this process has started ----------------------------------------------------------------
+
+
+class _Run:
+    """What this process has started. A forked child has a run of its own, and leaves ours alone."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.workspace = Workspace()
+        self.servers: list[ServerProcess] = []
+        self._jobs: queue.SimpleQueue[tuple[Job, Future[None]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="server-spawner", daemon=True).start()
+        atexit.register(self.end)
+
+    def spawn(self, job: Job) -> None:
+        """Run ``job``, which starts a process, in a thread that lives as long as we do.
+
+        The kernel takes the end of the *thread* that started a process for the death of its parent:
+        a server restarted by a short-lived thread would be killed together with that thread.
+        """
+        future: Future[None] = Future()
+        self._jobs.put((job, future))
+        future.result()
+
+    def _work(self) -> None:
+        while True:
+            job, future = self._jobs.get()
+            try:
+                job()
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+    def end(self) -> None:
+        if os.getpid() != self.owner:
+            return
+        for server in reversed(self.servers[:]):
+            server.close()
+        self.workspace.remove()
+
+
+_run: _Run | None = None
+_run_lock = threading.Lock()
+
+
+def current_run() -> _Run:
+    """The run of this process, made at the first use: importing this module starts nothing."""
+    global _run
+    with _run_lock:
+        if _run is None or _run.owner != os.getpid():
+            _run = _Run()
+        return _run
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process by SystemExit(143), so that ``with`` blocks and atexit run.
+
+    For a program's main thread. A handler that somebody else has set is left in place.
+    """
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, handler)
+
+
+# Runs before the server does, in the server's own process: gives up root's rights, asks the kernel
+# for a SIGKILL when we die, and becomes the server. In that order, since a process that changes its
+# user loses the request (and so would a server that drops its rights itself, as mariadbd --user
+# does). A program of its own and not Popen's preexec_fn, which is not safe where threads run.
+_LAUNCHER = """
+import os, sys
+user, parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    import ctypes  # now: the other user may not be able to read our Python
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+if user:
+    import pwd
+    entry = pwd.getpwnam(user)
+    os.setgroups([]); os.setgid(entry.pw_gid); os.setuid(entry.pw_uid)
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG, SIGKILL = 1, 9
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):
+        sys.exit("the parent died before the server was started")
+os.execv(command[0], command)
+"""
+
+
+class ServerProcess:
+    """One server: a folder, a port on loopback, a process to start, stop, kill, freeze and thaw.
+
+    A subclass says how its server is started (``command``), what is made before the first start
+    (``prepare``), and how to see that it answers (``ready``). Start it by ``start()`` or ``with``;
+    it can be used from any thread, one call at a time.
+    """
+
+    kind: ClassVar[str] = "server"  # begins the folder's name
+    account: ClassVar[str] = ""  # the user it runs as when we are root; "": as root
+    port_count: ClassVar[int] = 1
+    environment: ClassVar[dict[str, str]] = {}
+    start_timeout: float = 60.0  # seconds
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name or self.kind
+        self.host = HOST
+        self.run_as = self.account if os.geteuid() == 0 else ""
+        if self.run_as:
+            self._check_account()
+        self.port = ports.reserve(self.port_count)
+        run = current_run()
+        self.directory = run.workspace.folder(self.kind)
+        self.log_path = self.directory / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.frozen = False
+        self.closed = False
+        self._prepared = False
+        self._owner = os.getpid()
+        self.give(self.directory)
+        run.servers.append(self)
+
+    # what a subclass says
+
+    def command(self) -> list[str]:
+        """The server's command line, with the absolute path of the program."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make what the server needs before its first start."""
+
+    def ready(self) -> bool:
+        """Whether the server answers. Asked every 50 ms after the start."""
+        try:
+            with socket.create_connection((self.host, self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    # what its user does
+
+    @property
+    def pid(self) -> int:
+        if self.process is None:
+            raise ServerError(f"{self.name} has not been started")
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process exists (a frozen one does)."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self: Self, wait: bool = True) -> Self:
+        """Start the server; with ``wait`` return when it answers. A running one is left alone."""
+        if self.closed:
+            raise ServerError(f"{self.name} is closed")
+        if not self.running:
+            if not self._prepared:
+                self.prepare()
+                self._prepared = True
+            command = self.command()
+            current_run().spawn(lambda: self._open(command))
+            self.frozen = False
+        if wait:
+            self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Return when it answers; after ``timeout`` seconds kill it and raise ServerError."""
+        seconds = self.start_timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        while True:
+            if not self.running:
+                code = self.process.returncode if self.process else None
+                raise ServerError(
+                    f"{self.name} ended by itself (exit code {code})\n{self.log_tail()}"
+                )
+            if self.ready():
+                return
+            if time.monotonic() > deadline:
+                self.kill()
+                raise ServerError(f"{self.name} gave no answer in {seconds} s\n{self.log_tail()}")
+            time.sleep(0.05)
+
+    def stop(self, timeout: float = 20.0) -> None:
+        """An orderly shutdown (SIGTERM); after ``timeout`` seconds a SIGKILL."""
+        if self.process is None or not self.running:
+            return
+        if self.frozen:
+            self.thaw()
+        self.process.send_signal(self.stop_signal)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
+
+    def kill(self) -> None:
+        """A crash (SIGKILL) of the server and its child processes. Works on a frozen one, too."""
+        if self.process is not None and self.running:
+            self._signal_all(signal.SIGKILL)
+            self.process.wait(20)
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """Stop the server where it stands (SIGSTOP): it accepts connections, and stays silent."""
+        self._signal_all(signal.SIGSTOP)
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Let a frozen server go on (SIGCONT)."""
+        self._signal_all(signal.SIGCONT)
+        self.frozen = False
+
+    def restart(self: Self) -> Self:
+        """Stop the server, if it runs, and start it again: same port, same data."""
+        self.stop()
+        return self.start()
+
+    def restore(self) -> None:
+        """Make the server usable again: thaw a frozen one, start a dead one."""
+        if self.running and self.frozen:
+            self.thaw()
+        if not self.running:
+            self.start()
+
+    def close(self) -> None:
+        """Kill the server and remove its data and its ports. It cannot be started again."""
+        if self.closed or os.getpid() != self._owner:  # a forked child leaves it alone
+            return
+        self.kill()
+        self.closed = True
+        shutil.rmtree(self.directory, ignore_errors=True)
+        ports.release(self.port)
+        with contextlib.suppress(ValueError):
+            current_run().servers.remove(self)
+
+    def __enter__(self: Self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "frozen" if self.frozen else "running" if self.running else "down"
+        return f"<{type(self).__name__} {self.name} {self.host}:{self.port} {state}>"
+
+    # what helps a subclass
+
+    def give(self, path: Path) -> None:
+        """Make the user that the server runs as the owner of ``path`` (with all in it)."""
+        if not self.run_as:
+            return
+        entry = pwd.getpwnam(self.run_as)
+        for folder, _, files in os.walk(path):
+            for name in (".", *files):
+                os.chown(os.path.join(folder, name), entry.pw_uid, entry.pw_gid)
+        os.chown(path, entry.pw_uid, entry.pw_gid)
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        timeout: float = 60.0,
+        **options: Any,
+    ) -> str:
+        """Run a client or a tool to its end (at most ``timeout`` seconds) and return its output."""
+        try:
+            result: subprocess.CompletedProcess[bytes] = subprocess.run(
+                command,
+                input=stdin,
+                stdin=subprocess.DEVNULL if stdin is None else None,
+                capture_output=True,
+                timeout=timeout,
+                env=self._clean_environment(),
+                **options,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ServerError(
+                f"{self.name}: {command[0]} did not end within {timeout} s"
+            ) from error
+        if result.returncode:
+            message = (
+                result.stderr.decode(errors="replace").strip() or f"exit code {result.returncode}"
+            )
+            raise ServerError(f"{self.name}: {os.path.basename(command[0])}: {message}")
+        return result.stdout.decode(errors="replace")
+
+    def log_tail(self, lines: int = 25) -> str:
+        """The end of the server's log."""
+        try:
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return "(no log)"
+
+    def _clean_environment(self) -> dict[str, str]:
+        """Ours without the variables by which clients would find other servers and passwords."""
+        unwanted = ("MYSQL", "MARIADB", "PG")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+        return {**kept, "LC_ALL": "C", **self.environment}
+
+    def _open(self, command: list[str]) -> None:
+        # Sets self.process itself: were it returned, a Ctrl-C in between would lose it.
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCHER, self.run_as, str(os.getpid())]
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                launch + command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=self._clean_environment(),
+                start_new_session=True,  # Ctrl-C in a terminal ends us, and we end the servers
+            )
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        """Signal the server, then its children: so it takes no action about what befalls them."""
+        if not self.running:
+            raise ServerError(f"{self.name} is not running")
+        for pid in [self.pid, *descendants(self.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _check_account(self) -> None:
+        try:
+            pwd.getpwnam(self.run_as)
+        except KeyError:
+            raise ServerError(
+                f"{self.name} must not run as root, and the user {self.run_as!r} does not exist"
+            ) from None
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes started by ``pid``, and by these, and so on (Linux; elsewhere none).
+
+    Neither the process group nor the session will do: PostgreSQL's processes each have their own.
+    """
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # "pid (name) state ppid …", where the name may contain blanks and parentheses
+            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+
+    def below(parent: int) -> Iterator[int]:
+        for child in children.get(parent, ()):
+            yield child
+            yield from below(child)
+
+    return list(below(pid))
+
+
+def start_together(*servers: ServerProcess) -> None:
+    """Start servers at the same time and return when all of them answer."""
+    for server in servers:
+        server.start(wait=False)
+    for server in servers:
+        server.wait_until_ready()

@@ -1,0 +1,1 @@
+"""The tests. They start the servers they need: see tests/servers."""
