@@ -1,0 +1,633 @@
+"""The load balancer: owns equivalent peers and hands out connections to those that work.
+
+``LoadBalancer.connect`` reads as the whole story: the first attempt is made
+directly; after a failure tenacity carries on over the peers that are left;
+when none is left and somebody else's trial is under way, its result is waited
+for; then :class:`NoPeerAvailable` says what every peer last said.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import tenacity
+
+from . import drivers
+from .breaker import CLOSED, HALF_OPEN, OPEN, PeerBreaker, Permit, Transition
+from .config import BalancerConfig, BreakerConfig, PeerConfig
+from .events import (
+    CircuitClosed,
+    CircuitOpened,
+    Connected,
+    ConnectFailed,
+    Event,
+    Listener,
+    PeersExhausted,
+)
+from .exceptions import ConfigError, NoPeerAvailable
+from .faults import Fault
+from .logs import log_event, logger
+from .peer import Hold, Peer
+from .ready import ready_check_from
+from .strategies import strategy_from
+
+__all__ = ["Attempt", "LoadBalancer", "PeerState"]
+
+_T = TypeVar("_T")
+
+
+class Attempt(NamedTuple):
+    """What the function that opens a connection is told."""
+
+    peer: Peer
+    #: Seconds that this attempt may take.
+    timeout: float
+    #: Whether it is the one attempt that an open or suspect circuit allows.
+    is_trial: bool
+
+
+@dataclass(frozen=True)
+class PeerState:
+    """What is known of one peer, at one moment, in this process."""
+
+    name: str
+    address: str
+    #: ``closed``, ``open`` or ``half-open``.
+    state: str
+    suspect: bool
+    #: Seconds until the next trial; None while the circuit is closed.
+    trial_in: float | None
+    #: Seconds for which the peer has been out; None while the circuit is closed.
+    out_for: float | None
+    failures: int
+    error: str
+    fault: Fault | None
+    connections: int
+    weight: float
+    priority: int
+
+
+class LoadBalancer:
+    """Spreads connections over equivalent peers and leaves those alone that fail.
+
+    :param peers: names and what ``connect`` is called with for each, or a
+        finished :class:`BalancerConfig`. The keys ``weight``, ``priority``,
+        ``breaker`` and ``check_interval`` are the peer's own settings; a
+        callable ``password`` or ``passwd`` is called at each attempt.
+    :param connect: the driver's ``connect``; called with a peer's arguments.
+    :param name: for logs and errors.
+    :param check_interval: seconds for which a circuit stays open before a trial.
+    :param breaker: thresholds, as ``{"fail_max": 3, "success_threshold": 2}``.
+    :param strategy: ``"random"``, ``"round_robin"``, ``"least_connections"``,
+        a dotted path, a class or an object (:mod:`django_proxysql.strategies`).
+    :param connect_timeout: seconds for one attempt, handed to drivers that we know.
+    :param trial_timeout: seconds for one attempt that is a trial.
+    :param connect_deadline: seconds for a whole :meth:`connect`.
+    :param last_resort_interval: seconds between trials of a peer while no
+        circuit is closed; None: the check interval.
+    :param ready_check: ``"galera"``, ``"writable"``, a dotted path or a callable.
+    :param clock: a monotonic clock, in seconds.
+    :param jitter: draws from [0, 1).
+    :raises ConfigError: a wrong argument; the message names it.
+    """
+
+    #: What connect() raises when it finds no peer. Django's floor sets its own.
+    no_peer_error: type[NoPeerAvailable] = NoPeerAvailable
+
+    def __init__(
+        self,
+        peers: Mapping[str, Mapping[str, Any]] | BalancerConfig,
+        connect: Callable[..., Any] | None = None,
+        *,
+        name: str = "default",
+        check_interval: float = 30,
+        breaker: Mapping[str, Any] | None = None,
+        strategy: Any = "random",
+        connect_timeout: float = 5,
+        trial_timeout: float | None = None,
+        connect_deadline: float = 15,
+        last_resort_interval: float | None = 1,
+        ready_check: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] | None = None,
+    ) -> None:
+        if isinstance(peers, BalancerConfig):
+            config = peers
+        else:
+            thresholds = BreakerConfig.of(breaker, over=BreakerConfig())
+            config = BalancerConfig(
+                name=name,
+                peers=tuple(
+                    _peer_config(peer, params, check_interval, thresholds)
+                    for peer, params in peers.items()
+                ),
+                strategy=strategy,
+                connect_timeout=connect_timeout,
+                trial_timeout=trial_timeout,
+                connect_deadline=connect_deadline,
+                last_resort_interval=last_resort_interval,
+                ready_check=ready_check,
+            )
+        self.config = config
+        self.name = config.name
+        self._connect = connect
+        self._clock = clock
+        self._strategy = strategy_from(config.strategy)
+        self._ready_check = ready_check_from(config.ready_check)
+        self._listeners: tuple[Listener, ...] = (log_event,)
+        self._view: _View | None = None
+        self._version = object()
+        draws = {} if jitter is None else {"jitter": jitter}
+        #: The peers by name.
+        self.peers: Mapping[str, Peer] = {
+            peer.name: Peer(
+                peer,
+                PeerBreaker(
+                    fail_max=peer.breaker.fail_max,
+                    success_threshold=peer.breaker.success_threshold,
+                    reset_timeout=peer.check_interval,
+                    name=f"{config.name}/{peer.name}",
+                    release_interval=(
+                        peer.check_interval
+                        if config.last_resort_interval is None
+                        else config.last_resort_interval
+                    ),
+                    # A trial is one attempt and at most one throw-away
+                    # connection before it, each within the deadline.
+                    lease=2 * config.connect_deadline + 1,
+                    clock=clock,
+                    on_transition=_Transitions(self, peer.name),
+                    **draws,  # type: ignore[arg-type]
+                ),
+            )
+            for peer in config.peers
+        }
+        _forkable.add(self)
+
+    def __repr__(self) -> str:
+        peers = ", ".join(
+            f"{peer.name} {peer.breaker.current_state}" for peer in self.peers.values()
+        )
+        return f"<LoadBalancer {self.name!r}: {peers}>"
+
+    # Connecting
+
+    def connect(
+        self,
+        open_one: Callable[[Attempt], Any] | None = None,
+        *,
+        refusal_is_callers: bool = False,
+    ) -> Any:
+        """Return a connection to a peer that works.
+
+        :param open_one: opens a connection as the :class:`Attempt` says and
+            closes what it opened if it fails. Default: the ``connect`` that
+            the balancer was made with.
+        :param refusal_is_callers: a peer that refuses us does so because of
+            what the caller asks for (another database): raise, count nothing.
+        :raises NoPeerAvailable: no peer could be had within the deadline.
+        :raises Exception: the driver's own error, where it is not the peer's
+            fault, or where every peer was attempted and refused us.
+        """
+        search = _Search(self, open_one or self._open_one, refusal_is_callers)
+        try:
+            return search.attempt()
+        except Exception as exc:
+            if not search.goes_on(exc):
+                raise
+        # Carrying on over the peers that are left is tenacity's work. It costs
+        # 35 µs a run, which a connect that succeeds at once need not pay.
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(search.goes_on),
+            # Candidates run out, the deadline passes: attempt() itself says so.
+            stop=tenacity.stop_never,
+            wait=tenacity.wait_none(),
+            sleep=lambda seconds: None,
+            reraise=True,
+        )(search.attempt)
+
+    def _open_one(self, attempt: Attempt) -> Any:
+        if self._connect is None:
+            raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
+        driver = drivers.driver_of(self._connect)
+        params = dict(attempt.peer.params)
+        for key in ("password", "passwd"):
+            if callable(params.get(key)):
+                params[key] = params[key]()
+        if attempt.is_trial:
+            bounds = driver.trial_options(params, attempt.timeout)
+            if bounds:
+                self._connect(**{**params, **bounds}).close()
+        params.update(driver.connect_options(params, attempt.timeout))
+        connection = self._connect(**params)
+        try:
+            self.check_ready(connection)
+            _count_while_alive(connection, attempt.peer)
+        except BaseException:
+            # The traceback would keep the socket open for as long as it lives.
+            connection.close()
+            raise
+        return connection
+
+    def check_ready(self, connection: Any) -> None:
+        """Run READY_CHECK on a driver's connection.
+
+        :raises NotReady: the peer must not be used.
+        """
+        if self._ready_check is not None:
+            self._ready_check(connection)
+
+    # Knowing
+
+    def snapshot(self) -> list[PeerState]:
+        """Return what this process knows of each peer, without asking any."""
+        now = self._clock()
+        view = self.view()
+        hurried = self.config.last_resort_interval
+        if view.tiers or view.suspects:
+            hurried = None
+        states = []
+        for peer in self.peers.values():
+            circuit = peer.breaker.circuit
+            out = circuit.state != CLOSED
+            due = circuit.due if hurried is None else min(circuit.due, circuit.tried + hurried)
+            states.append(
+                PeerState(
+                    name=peer.name,
+                    address=peer.address,
+                    state=circuit.state,
+                    suspect=circuit.suspect,
+                    trial_in=max(0.0, due - now) if out else None,
+                    out_for=now - circuit.out_since
+                    if out and circuit.out_since is not None
+                    else None,
+                    failures=circuit.failures,
+                    error=circuit.error,
+                    fault=circuit.fault,
+                    connections=peer.connections,
+                    weight=peer.weight,
+                    priority=peer.priority,
+                )
+            )
+        return states
+
+    def add_listener(self, listener: Listener) -> None:
+        """Call ``listener`` with every event from now on, outside all locks."""
+        self._listeners = (*self._listeners, listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Call ``listener`` no longer."""
+        self._listeners = tuple(known for known in self._listeners if known != listener)
+
+    def emit(self, event: Event) -> None:
+        """Tell the listeners. One that raises harms nobody."""
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("A listener of %r raised", self.name)
+
+    # What the search asks
+
+    def view(self) -> _View:
+        """Return the peers sorted by what their circuits say; cached until one changes."""
+        view = self._view
+        if view is None or view.version is not self._version:
+            # Read the version first: a circuit that changes while we look
+            # leaves a new one behind, and this view is then built again.
+            version = self._version
+            view = self._view = _View.of(version, tuple(self.peers.values()))
+        return view
+
+    def look_anew(self) -> None:
+        """Have the next :meth:`view` built from the circuits as they are then."""
+        # A fresh object rather than a counter: assigning it is atomic.
+        self._version = object()
+
+    def _circuit_changed(self, name: str, transition: Transition) -> None:
+        self.look_anew()
+        peer = self.peers[name]
+        if transition.after == OPEN and transition.before == CLOSED:
+            self.emit(
+                CircuitOpened(
+                    self.name,
+                    name,
+                    peer.address,
+                    transition.fault,
+                    transition.error,
+                    transition.seconds,
+                )
+            )
+        elif transition.after == CLOSED and transition.before in (OPEN, HALF_OPEN):
+            self.emit(CircuitClosed(self.name, name, peer.address, transition.seconds))
+
+    def _after_fork(self) -> None:
+        for peer in self.peers.values():
+            peer.breaker.after_fork()
+            peer.forget_connections()
+        self.look_anew()
+
+
+class _View(NamedTuple):
+    """The peers by what can be done with them; immutable."""
+
+    version: object
+    #: Closed circuits, tier by tier, best tier first.
+    tiers: tuple[tuple[Peer, ...], ...]
+    suspects: tuple[Peer, ...]
+    out: tuple[Peer, ...]
+
+    @classmethod
+    def of(cls, version: object, peers: Sequence[Peer]) -> _View:
+        tiers: dict[int, list[Peer]] = {}
+        suspects = []
+        out = []
+        for peer in peers:
+            circuit = peer.breaker.circuit
+            if circuit.state != CLOSED:
+                out.append(peer)
+            elif circuit.suspect:
+                suspects.append(peer)
+            else:
+                tiers.setdefault(peer.priority, []).append(peer)
+        return cls(
+            version,
+            tuple(tuple(tiers[priority]) for priority in sorted(tiers)),
+            tuple(suspects),
+            tuple(sorted(out, key=lambda peer: peer.priority)),
+        )
+
+
+class _Search:
+    """One connect(): which peers were attempted, and what is left."""
+
+    def __init__(
+        self,
+        balancer: LoadBalancer,
+        open_one: Callable[[Attempt], Any],
+        refusal_is_callers: bool,
+    ) -> None:
+        self._balancer = balancer
+        self._open_one = open_one
+        self._refusal_is_callers = refusal_is_callers
+        self._clock = balancer._clock
+        self._deadline = self._clock() + balancer.config.connect_deadline
+        self._faults: dict[str, Fault] = {}
+        self._errors: dict[str, str] = {}
+        self._last_error: BaseException | None = None
+        self._candidates = self._in_order()
+        self._fault_of_last = Fault.OTHER
+        self._over = False
+
+    def attempt(self) -> Any:
+        """Connect to the next candidate.
+
+        :raises NoPeerAvailable: there is none, or no time.
+        """
+        now = self._clock()
+        chosen = next(self._candidates, None) if now < self._deadline else None
+        if chosen is None:
+            raise self._exhausted()
+        peer, permit = chosen
+        balancer = self._balancer
+        config = balancer.config
+        started = self._clock()
+        timeout = config.connect_timeout
+        if permit.is_trial and config.trial_timeout is not None:
+            timeout = config.trial_timeout
+        attempt = Attempt(peer, min(timeout, self._deadline - started), permit.is_trial)
+        try:
+            connection = self._open_one(attempt)
+        except BaseException as exc:
+            self._failed(peer, permit, exc, self._clock() - started)
+            raise
+        permit.succeeded()
+        balancer.emit(
+            Connected(
+                balancer.name, peer.name, peer.address, self._clock() - started, permit.is_trial
+            )
+        )
+        return connection
+
+    def goes_on(self, exc: BaseException) -> bool:
+        """Return whether the next candidate may do what this one could not."""
+        if self._over or not self._fault_of_last.tries_next:
+            return False
+        return not (self._fault_of_last is Fault.REFUSED and self._refusal_is_callers)
+
+    def _failed(self, peer: Peer, permit: Permit, exc: BaseException, seconds: float) -> None:
+        fault = self._fault_of_last = drivers.judge(exc, connecting=True)
+        error = drivers.describe(exc)
+        count = 0
+        if fault.counts and not (fault is Fault.REFUSED and self._refusal_is_callers):
+            count = permit.failed(exc, fault)
+        else:
+            permit.released()
+        self._faults[peer.name] = fault
+        self._errors[peer.name] = error
+        self._last_error = exc
+        balancer = self._balancer
+        balancer.emit(
+            ConnectFailed(
+                balancer.name,
+                peer.name,
+                peer.address,
+                seconds,
+                permit.is_trial,
+                fault,
+                error,
+                count,
+                opened=count > 0 and peer.breaker.circuit.state != CLOSED,
+            )
+        )
+
+    # Whom to try
+
+    def _in_order(self) -> Iterator[tuple[Peer, Permit]]:
+        """Yield each peer that can be had, once, with the permit to try it."""
+        disappointed: set[str] = set()
+        while True:
+            yield from self._once_over()
+            if not self._await_a_trial(disappointed) or self._clock() >= self._deadline:
+                return
+
+    def _once_over(self) -> Iterator[tuple[Peer, Permit]]:
+        balancer = self._balancer
+        view = balancer.view()
+        if view.out:
+            # Peers of a worse tier than those in use are left alone: a trial
+            # that succeeds would send them a connection they are not to have.
+            best = view.tiers[0][0].priority if view.tiers else None
+            for peer in view.out:
+                if best is None or peer.priority <= best:
+                    yield from self._permitted(peer, out=True)
+        for tier in view.tiers:
+            for peer in self._ordered(tier):
+                yield from self._permitted(peer)
+        for peer in view.suspects:
+            yield from self._permitted(peer, out=True)
+        # Everything that was in use has now been tried. Look anew: with no
+        # circuit closed, peers may be tried before their interval is over.
+        view = balancer.view()
+        nobody = not view.tiers and not view.suspects
+        interval = balancer.config.last_resort_interval if nobody else None
+        for peer in view.out:
+            yield from self._permitted(peer, out=True, last_resort=interval)
+        for tier in view.tiers:
+            for peer in tier:
+                yield from self._permitted(peer)
+        for peer in view.suspects:
+            yield from self._permitted(peer, out=True)
+
+    def _ordered(self, tier: tuple[Peer, ...]) -> Iterator[Peer]:
+        balancer = self._balancer
+        if len(tier) > 1:
+            for peer in balancer._strategy.order(tier):
+                if balancer.peers.get(peer.name) is not peer:
+                    raise ConfigError(
+                        "STRATEGY",
+                        f"named {peer!r}, which is no peer of {balancer.name!r}",
+                        "Yield the peers that order() was given.",
+                    )
+                yield peer
+        # What a strategy leaves out is still a peer; each is tried once.
+        yield from tier
+
+    def _permitted(
+        self, peer: Peer, *, out: bool = False, last_resort: float | None = None
+    ) -> Iterator[tuple[Peer, Permit]]:
+        if peer.name in self._faults:
+            return
+        permit = peer.breaker.acquire(last_resort=last_resort)
+        if out is not (permit is None or permit.is_trial):
+            # The view is older than the circuit. It is renewed by whoever
+            # changes a circuit, unless that thread was killed on the way.
+            self._balancer.look_anew()
+        if permit is not None:
+            yield peer, permit
+
+    def _await_a_trial(self, disappointed: set[str]) -> bool:
+        """Wait for the result of somebody else's trial, within the deadline.
+
+        :returns: whether there was one, so that another look is worth it. A
+            peer whose trial failed is not waited for a second time.
+        """
+        for peer in self._balancer.peers.values():
+            if peer.name in self._faults or peer.name in disappointed:
+                continue
+            lease = peer.breaker.trial
+            if lease is not None:
+                remaining = min(self._deadline, lease.expires) - self._clock()
+                lease.ended.wait(max(0.0, remaining))
+            elif not peer.breaker.is_available:
+                continue
+            # Either we have waited for the trial's end, or it ended between
+            # our look at the peers and now.
+            if lease is None or peer.breaker.circuit.state == OPEN:
+                disappointed.add(peer.name)
+            return True
+        return False
+
+    # Nobody left
+
+    def _exhausted(self) -> BaseException:
+        self._over = True
+        balancer = self._balancer
+        refused = [fault for fault in self._faults.values() if fault is Fault.REFUSED]
+        if self._last_error is not None and len(refused) == len(balancer.peers):
+            return self._last_error
+        error = balancer.no_peer_error(
+            balancer.name, [self._said(state) for state in balancer.snapshot()]
+        )
+        error.__cause__ = self._last_error
+        balancer.emit(PeersExhausted(balancer.name, str(error)))
+        return error
+
+    def _said(self, state: PeerState) -> str:
+        where = f"{state.name} ({state.address})" if state.address else state.name
+        if state.name in self._errors:
+            return f"{where}: {self._errors[state.name]}, tried just now"
+        if state.state == CLOSED and not state.suspect:
+            return f"{where}: no time was left to try it"
+        text = "being tried by another caller" if state.state == HALF_OPEN else "circuit open"
+        if state.suspect:
+            text = "suspect"
+        if state.error:
+            text += f", last error {state.error}"
+        if state.trial_in is not None and state.state == OPEN:
+            text += f", next trial in {state.trial_in:.0f} s"
+        return f"{where}: {text}"
+
+
+class _Transitions:
+    """Hands a breaker's transitions to its balancer, without keeping that alive."""
+
+    def __init__(self, balancer: LoadBalancer, peer: str) -> None:
+        self._balancer = weakref.ref(balancer)
+        self._peer = peer
+
+    def __call__(self, transition: Transition) -> None:
+        balancer = self._balancer()
+        if balancer is not None:
+            balancer._circuit_changed(self._peer, transition)
+
+
+def _peer_config(
+    name: str, params: Mapping[str, Any], check_interval: float, thresholds: BreakerConfig
+) -> PeerConfig:
+    rest = dict(params)
+    weight = rest.pop("weight", 1)
+    priority = rest.pop("priority", 0)
+    interval = rest.pop("check_interval", check_interval)
+    breaker = BreakerConfig.of(rest.pop("breaker", None), over=thresholds)
+    return PeerConfig(
+        name=name,
+        address=address_of(rest),
+        weight=weight,
+        priority=priority,
+        check_interval=interval,
+        breaker=breaker,
+        params=rest,
+    )
+
+
+def address_of(params: Mapping[str, Any]) -> str:
+    """Return where connect() arguments lead, as people write it; never a password."""
+    socket = params.get("unix_socket")
+    if socket:
+        return str(socket)
+    host = params.get("host") or ""
+    port = params.get("port")
+    if host:
+        return f"{host}:{port}" if port else str(host)
+    return str(params.get("database") or "") if not port else f"localhost:{port}"
+
+
+def _count_while_alive(connection: Any, peer: Peer) -> None:
+    """Count ``connection`` as held until it is collected or its thread ends."""
+    hold = peer.hold()
+    try:
+        weakref.finalize(connection, Hold.let_go, hold).atexit = False
+    except TypeError:
+        # sqlite3's connections take no weak references; such a connection
+        # cannot be followed, so it is not counted.
+        hold.let_go()
+
+
+# After a fork the child needs locks that nobody holds: the parent's other
+# threads, which may hold them, are not there to release them.
+_forkable: weakref.WeakSet[LoadBalancer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for balancer in list(_forkable):
+        balancer._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

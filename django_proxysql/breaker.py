@@ -1,0 +1,593 @@
+"""A circuit breaker for one peer, safe for every thread that uses it.
+
+:class:`PeerBreaker` is a ``pybreaker.CircuitBreaker``: its thresholds,
+listeners, ``call``, ``calling``, decorator and states are pybreaker's. What it
+mends (seen in pybreaker 1.4.1):
+
+* ``call()`` holds the breaker's lock while the guarded function runs, so that
+  32 threads connecting to a slow server queue up behind each other;
+* ``calling()`` lets every caller into a half-open circuit;
+* an excluded exception counts as a success, KeyboardInterrupt as a failure;
+* the call that trips the breaker raises ``CircuitBreakerError`` and hides the
+  driver's error.
+
+How it holds
+------------
+
+The whole state is one immutable record, :class:`Circuit`. It is read without
+the lock and replaced, under the lock, by one assignment. So no reader ever
+sees half a transition, a thread killed between two lines leaves either the old
+record or the new one, and a child forked in between inherits one of the two
+and needs nothing but a fresh lock. Nothing that waits, calls out or notifies
+happens under the lock.
+
+Each use of the peer takes a :class:`Permit` first and ends it with exactly one
+of *succeeded*, *failed* or *released* (the error was not the peer's). A permit
+remembers the circuit's generation; opening and closing start a new one, and a
+result from an older generation changes nothing. A trial's permit holds a
+lease: until it is ended or the lease runs out, nobody else is admitted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import threading
+import time
+import types
+from collections.abc import Callable, Generator, Iterable, Iterator
+from datetime import datetime, timezone
+from typing import Any, NamedTuple, TypeVar
+
+import pybreaker
+
+from . import drivers
+from .faults import Fault
+from .logs import logger
+
+__all__ = ["Circuit", "CircuitBreakerError", "Lease", "PeerBreaker", "Permit", "Transition"]
+
+CircuitBreakerError = pybreaker.CircuitBreakerError
+
+_T = TypeVar("_T")
+
+CLOSED = pybreaker.STATE_CLOSED
+OPEN = pybreaker.STATE_OPEN
+HALF_OPEN = pybreaker.STATE_HALF_OPEN
+
+#: A fleet that saw a peer fail at one moment must not try it again at one moment.
+JITTER = 0.1
+
+_STATES = {
+    CLOSED: pybreaker.CircuitClosedState,
+    OPEN: pybreaker.CircuitOpenState,
+    HALF_OPEN: pybreaker.CircuitHalfOpenState,
+}
+
+
+class Lease:
+    """A trial under way."""
+
+    __slots__ = ("ended", "expires")
+
+    def __init__(self, expires: float) -> None:
+        #: The moment, on the breaker's clock, from which it counts as abandoned.
+        self.expires = expires
+        #: Set when the trial has ended, for those who wait for its result.
+        self.ended = threading.Event()
+
+
+class Circuit(NamedTuple):
+    """All that is known of a circuit, at one moment. Times are the breaker's clock's."""
+
+    state: str = CLOSED
+    #: Grows by one whenever the circuit opens or closes.
+    generation: int = 0
+    failures: int = 0
+    successes: int = 0
+    #: Closed, but the next use is a trial.
+    suspect: bool = False
+    #: Since when the peer has been out; None while closed.
+    out_since: float | None = None
+    #: When the last failure or trial ended.
+    tried: float = float("-inf")
+    #: When the next trial may begin.
+    due: float = float("-inf")
+    lease: Lease | None = None
+    #: What the peer said last, as text: an exception would keep its
+    #: traceback alive, and with that the failed attempt's socket.
+    error: str = ""
+    fault: Fault | None = None
+    #: Wall-clock time, for pybreaker's ``opened_at``.
+    opened_at: datetime | None = None
+
+
+class Transition(NamedTuple):
+    """A change of a circuit, told to ``on_transition`` outside the lock."""
+
+    before: str
+    after: str
+    fault: Fault | None = None
+    error: str = ""
+    #: Opened: seconds until the first trial. Closed: seconds it was out.
+    seconds: float = 0.0
+
+
+class _CircuitView(pybreaker.CircuitBreakerStorage):
+    """pybreaker's storage interface onto the record, so that there is one truth."""
+
+    def __init__(self, breaker: PeerBreaker) -> None:
+        super().__init__("django_proxysql")
+        self._breaker = breaker
+
+    @property
+    def state(self) -> str:
+        return self._breaker._circuit.state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._breaker.state = state
+
+    @property
+    def counter(self) -> int:
+        return self._breaker._circuit.failures
+
+    @property
+    def success_counter(self) -> int:
+        return self._breaker._circuit.successes
+
+    @property
+    def opened_at(self) -> datetime | None:
+        return self._breaker._circuit.opened_at
+
+    @opened_at.setter
+    def opened_at(self, moment: datetime) -> None:
+        """Ignored: the circuit notes the moment itself."""
+
+
+class Permit:
+    """The right to use a peer once. End it by exactly one of its methods.
+
+    What is called after the first end is ignored.
+    """
+
+    __slots__ = ("_breaker", "_ended", "_generation", "_lease")
+
+    def __init__(self, breaker: PeerBreaker, generation: int, lease: Lease | None) -> None:
+        self._breaker = breaker
+        self._generation = generation
+        self._lease = lease
+        self._ended = False
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is the one attempt that a half-open or suspect circuit allows."""
+        return self._lease is not None
+
+    def succeeded(self) -> None:
+        """The peer did what it was asked to do."""
+        if not self._end():
+            return
+        breaker = self._breaker
+        # The healthy peer's way, hundreds of times a second: nothing to
+        # write, so no lock to take.
+        if self._lease is None and not breaker._circuit.failures:
+            if breaker._listeners:
+                breaker._tell("success")
+            return
+        breaker._record_success(self._generation, self._lease)
+
+    def failed(self, exc: BaseException, fault: Fault | None = None) -> int:
+        """The peer failed, by ``exc``.
+
+        :returns: which failure in a row this was; 0 when it came too late to count.
+        """
+        if not self._end():
+            return 0
+        return self._breaker._record_failure(self._generation, self._lease, exc, fault)
+
+    def released(self) -> None:
+        """What happened says nothing about the peer. A trial becomes due again soon."""
+        if self._end() and self._lease is not None:
+            self._breaker._record_release(self._generation, self._lease)
+
+    def judge(self, exc: BaseException) -> None:
+        """End the permit as ``exc``, raised by the guarded call, demands."""
+        breaker = self._breaker
+        if not isinstance(exc, Exception) or not breaker.is_system_error(exc):
+            self.released()
+        elif drivers.is_driver_error(exc):
+            # A guarded call may be a connect or anything else.
+            fault = drivers.judge(exc, connecting=True)
+            if fault.counts:
+                self.failed(exc, fault)
+            else:
+                self.released()
+        else:
+            self.failed(exc)
+
+    def _end(self) -> bool:
+        if self._ended:
+            return False
+        self._ended = True
+        return True
+
+
+class PeerBreaker(pybreaker.CircuitBreaker):
+    """A ``pybreaker.CircuitBreaker`` that holds under threads, forks and kills.
+
+    :param fail_max: failures in a row after which the circuit opens.
+    :param reset_timeout: seconds for which it stays open before a trial, ±10 %.
+    :param success_threshold: good trials in a row after which it closes.
+    :param exclude: exception classes, or predicates, that count for nothing.
+    :param listeners: ``pybreaker.CircuitBreakerListener`` objects; called outside the lock.
+    :param name: for logs and ``repr``.
+    :param release_interval: seconds after which a trial that ended in neither
+        success nor failure may be made again.
+    :param lease: seconds after which a trial that never reported back is given
+        up; must be longer than any trial takes.
+    :param clock: a monotonic clock, in seconds.
+    :param jitter: draws from [0, 1).
+    :param on_transition: called with each :class:`Transition`, outside the lock.
+    """
+
+    def __init__(
+        self,
+        fail_max: int = 1,
+        reset_timeout: float = 30,
+        success_threshold: int = 1,
+        exclude: Iterable[Any] | None = None,
+        listeners: Iterable[pybreaker.CircuitBreakerListener] = (),
+        name: str | None = None,
+        *,
+        release_interval: float = 1,
+        lease: float = 60,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        on_transition: Callable[[Transition], object] | None = None,
+    ) -> None:
+        self._circuit = Circuit()
+        self._release_interval = release_interval
+        self._lease_seconds = lease
+        self._clock = clock
+        self._jitter = jitter
+        self._on_transition = on_transition
+        super().__init__(
+            fail_max=fail_max,
+            reset_timeout=reset_timeout,
+            success_threshold=success_threshold,
+            exclude=exclude,
+            listeners=list(listeners),
+            state_storage=_CircuitView(self),
+            name=name,
+            throw_new_error_on_trip=False,
+        )
+
+    def __repr__(self) -> str:
+        circuit = self._circuit
+        return (
+            f"<PeerBreaker {self._name!r} {circuit.state}"
+            f"{', suspect' if circuit.suspect else ''}"
+            f"{', trial under way' if circuit.lease else ''}>"
+        )
+
+    # Admission
+
+    def acquire(self, *, last_resort: float | None = None) -> Permit | None:
+        """Ask for the right to use the peer, without ever waiting.
+
+        :param last_resort: if given, an open circuit's trial is due already
+            this many seconds after the peer was last tried.
+        :returns: a permit, or None while the circuit is open or another
+            caller holds the trial.
+        """
+        circuit = self._circuit
+        if circuit.state == CLOSED and not circuit.suspect:
+            return Permit(self, circuit.generation, None)
+        now = self._clock()
+        with self._lock:
+            circuit = self._circuit
+            if circuit.state == CLOSED and not circuit.suspect:
+                return Permit(self, circuit.generation, None)
+            if not _trial_due(circuit, now, last_resort):
+                return None
+            lease = Lease(now + self._lease_seconds)
+            after = circuit.state if circuit.suspect else HALF_OPEN
+            self._circuit = circuit._replace(lease=lease, state=after)
+        self._tell_transition(Transition(circuit.state, after))
+        return Permit(self, circuit.generation, lease)
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit's present record."""
+        return self._circuit
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the circuit is closed and not suspect: anyone may use the peer."""
+        circuit = self._circuit
+        return circuit.state == CLOSED and not circuit.suspect
+
+    @property
+    def trial(self) -> Lease | None:
+        """The trial under way, if there is one."""
+        lease = self._circuit.lease
+        return lease if lease is not None and self._clock() < lease.expires else None
+
+    # pybreaker's own interface, with the guarantees of this class
+
+    def call(self, func: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Call ``func`` if the circuit allows it; no lock is held meanwhile.
+
+        A generator that ``func`` returns is guarded while it is run through,
+        as pybreaker does it.
+
+        :raises pybreaker.CircuitBreakerError: the circuit is open.
+        """
+        permit = self._enter(func, *args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException as exc:
+            permit.judge(exc)
+            raise
+        if isinstance(result, types.GeneratorType):
+            return self._run_through(result, permit)  # type: ignore[return-value]
+        permit.succeeded()
+        return result
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Guard a ``with`` block.
+
+        :raises pybreaker.CircuitBreakerError: the circuit is open.
+        """
+        permit = self._enter(self.calling)
+        try:
+            yield
+        except BaseException as exc:
+            permit.judge(exc)
+            raise
+        permit.succeeded()
+
+    async def call_async(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Await ``func``'s result if the circuit allows the call.
+
+        :raises pybreaker.CircuitBreakerError: the circuit is open.
+        """
+        permit = self._enter(func, *args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+            if inspect.isawaitable(result):
+                result = await result
+        except BaseException as exc:
+            permit.judge(exc)
+            raise
+        permit.succeeded()
+        return result
+
+    def open(self) -> bool:
+        """Open the circuit by hand; the first trial is due after ``reset_timeout``."""
+        self._change(lambda now: _opened(self, self._circuit, now, "opened by hand", None))
+        return False
+
+    def half_open(self) -> None:
+        """Make a trial due now."""
+        self._change(
+            lambda now: self._circuit._replace(
+                state=HALF_OPEN,
+                suspect=False,
+                successes=0,
+                due=now,
+                out_since=now if self._circuit.out_since is None else self._circuit.out_since,
+            )
+        )
+
+    def close(self) -> None:
+        """Close the circuit by hand."""
+        self._change(lambda now: _closed(self._circuit, now))
+
+    def suspect(self, error: str = "", fault: Fault | None = None) -> None:
+        """Make the next use of a closed circuit a trial. Open ones stay as they are."""
+        with self._lock:
+            circuit = self._circuit
+            if circuit.state != CLOSED or circuit.suspect:
+                return
+            self._circuit = circuit._replace(
+                suspect=True, due=float("-inf"), lease=None, error=error, fault=fault
+            )
+        self._tell_transition(Transition(CLOSED, CLOSED, fault, error))
+
+    @property
+    def state(self) -> Any:
+        """pybreaker's state object of the current state."""
+        return _STATES[self._circuit.state](self, None, notify=False)
+
+    @state.setter
+    def state(self, state: str) -> None:
+        {CLOSED: self.close, OPEN: self.open, HALF_OPEN: self.half_open}[state]()
+
+    # What permits report
+
+    def _record_success(self, generation: int, lease: Lease | None) -> None:
+        now = self._clock()
+        transition = None
+        with self._lock:
+            circuit = self._circuit
+            if _is_late(circuit, generation, lease):
+                pass
+            elif lease is None:
+                self._circuit = circuit._replace(failures=0)
+            elif circuit.suspect:
+                # Nothing has happened: no log line, no new generation.
+                self._circuit = circuit._replace(
+                    suspect=False, lease=None, failures=0, error="", fault=None
+                )
+                transition = Transition(CLOSED, CLOSED)
+            elif circuit.successes + 1 >= self._success_threshold:
+                self._circuit = _closed(circuit, now)
+                transition = Transition(
+                    circuit.state, CLOSED, seconds=now - (circuit.out_since or now)
+                )
+            else:
+                self._circuit = circuit._replace(
+                    successes=circuit.successes + 1, lease=None, due=now, tried=now
+                )
+        _wake(lease)
+        if self._listeners:
+            self._tell("success")
+        self._tell_transition(transition)
+
+    def _record_failure(
+        self,
+        generation: int,
+        lease: Lease | None,
+        exc: BaseException,
+        fault: Fault | None,
+    ) -> int:
+        now = self._clock()
+        transition = None
+        failures = 0
+        error = drivers.describe(exc)
+        with self._lock:
+            circuit = self._circuit
+            if not _is_late(circuit, generation, lease):
+                failures = circuit.failures + 1
+                counted = circuit._replace(failures=failures)
+                if lease is not None or failures >= self._fail_max:
+                    self._circuit = _opened(self, counted, now, error, fault)
+                    transition = Transition(
+                        circuit.state, OPEN, fault, error, self._circuit.due - now
+                    )
+                else:
+                    self._circuit = counted._replace(tried=now, error=error, fault=fault)
+        _wake(lease)
+        if self._listeners:
+            self._tell("failure", exc)
+        self._tell_transition(transition)
+        return failures
+
+    def _record_release(self, generation: int, lease: Lease) -> None:
+        now = self._clock()
+        transition = None
+        with self._lock:
+            circuit = self._circuit
+            if not _is_late(circuit, generation, lease):
+                if circuit.suspect:
+                    # A suspect peer is never excluded: the next caller may try at once.
+                    self._circuit = circuit._replace(lease=None)
+                else:
+                    self._circuit = circuit._replace(
+                        state=OPEN, lease=None, tried=now, due=now + self._release_interval
+                    )
+                transition = Transition(circuit.state, self._circuit.state)
+        _wake(lease)
+        self._tell_transition(transition)
+
+    def _change(self, change: Callable[[float], Circuit]) -> None:
+        now = self._clock()
+        with self._lock:
+            before = self._circuit
+            after = self._circuit = change(now)
+        _wake(before.lease)
+        if before.state == after.state == CLOSED and before.suspect == after.suspect:
+            return
+        seconds = 0.0
+        if after.state == OPEN:
+            seconds = after.due - now
+        elif after.state == CLOSED and before.out_since is not None:
+            seconds = now - before.out_since
+        self._tell_transition(
+            Transition(before.state, after.state, after.fault, after.error, seconds)
+        )
+
+    # Telling
+
+    def _enter(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Permit:
+        permit = self.acquire()
+        if permit is None:
+            circuit = self._circuit
+            raise CircuitBreakerError(
+                f"The circuit of {self._name or 'this breaker'} is {circuit.state}"
+                + (f": {circuit.error}" if circuit.error else "")
+            )
+        if self._listeners:
+            self._tell("before_call", func, *args, **kwargs)
+        return permit
+
+    def _run_through(
+        self, generator: Generator[Any, Any, Any], permit: Permit
+    ) -> Generator[Any, Any, Any]:
+        try:
+            result = yield from generator
+        except BaseException as exc:
+            permit.judge(exc)
+            raise
+        permit.succeeded()
+        return result
+
+    def _tell_transition(self, transition: Transition | None) -> None:
+        if transition is None:
+            return
+        if self._on_transition is not None:
+            self._on_transition(transition)
+        if self._listeners and transition.before != transition.after:
+            before = _STATES[transition.before](self, None, notify=False)
+            self._tell("state_change", before, self.state)
+
+    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+        for listener in self.listeners:
+            try:
+                getattr(listener, method)(self, *args, **kwargs)
+            except Exception:
+                logger.exception("A listener of the circuit of %s raised", self._name)
+
+    def after_fork(self) -> None:
+        """In the child: a lock that nobody holds, and no trial of the parent's."""
+        self._lock = threading.RLock()
+        circuit = self._circuit
+        if circuit.lease is not None:
+            state = OPEN if circuit.state == HALF_OPEN else circuit.state
+            self._circuit = circuit._replace(state=state, lease=None)
+
+
+def _trial_due(circuit: Circuit, now: float, last_resort: float | None) -> bool:
+    if circuit.lease is not None and now < circuit.lease.expires:
+        return False
+    if now >= circuit.due:
+        return True
+    return last_resort is not None and now >= circuit.tried + last_resort
+
+
+def _is_late(circuit: Circuit, generation: int, lease: Lease | None) -> bool:
+    """Whether a result is of another time: the circuit has opened or closed since,
+    or the trial's lease ran out and passed to someone else."""
+    return circuit.generation != generation or (lease is not None and circuit.lease is not lease)
+
+
+def _opened(
+    breaker: PeerBreaker, circuit: Circuit, now: float, error: str, fault: Fault | None
+) -> Circuit:
+    spread = 1 + JITTER * (2 * breaker._jitter() - 1)
+    return circuit._replace(
+        state=OPEN,
+        generation=circuit.generation + 1,
+        successes=0,
+        suspect=False,
+        out_since=now if circuit.out_since is None else circuit.out_since,
+        tried=now,
+        due=now + breaker.reset_timeout * spread,
+        lease=None,
+        error=error,
+        fault=fault,
+        opened_at=datetime.now(timezone.utc),
+    )
+
+
+def _closed(circuit: Circuit, now: float) -> Circuit:
+    return Circuit(generation=circuit.generation + 1, tried=now)
+
+
+def _wake(lease: Lease | None) -> None:
+    if lease is not None:
+        lease.ended.set()

@@ -1,0 +1,136 @@
+"""What one peer and one load balancer are told: frozen, checked once, secrets hidden.
+
+Every duration is in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .exceptions import ConfigError
+
+__all__ = ["BalancerConfig", "BreakerConfig", "PeerConfig", "number"]
+
+
+def number(
+    setting: str,
+    value: object,
+    *,
+    minimum: float = 0,
+    exclusive: bool = False,
+    whole: bool = False,
+    optional: bool = False,
+) -> Any:
+    """Return ``value`` if it is a number that ``setting`` can have.
+
+    :raises ConfigError: it is not; the message names the setting and its range.
+    """
+    if value is None and optional:
+        return None
+    kind = "a whole number" if whole else "a number"
+    bound = f"greater than {minimum:g}" if exclusive else f"of at least {minimum:g}"
+    hint = f"Give {kind} {bound}" + (", or None." if optional else ".")
+    # bool is an int to Python, and never what a person means by a duration.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(setting, f"is {value!r}, which is not {kind}", hint)
+    if whole and not isinstance(value, int):
+        raise ConfigError(setting, f"is {value!r}, which is not {kind}", hint)
+    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        raise ConfigError(setting, f"is {value!r}", hint)
+    return value
+
+
+@dataclass(frozen=True)
+class BreakerConfig:
+    """Thresholds of a circuit, in pybreaker's words."""
+
+    #: Failed connects in a row after which the circuit opens.
+    fail_max: int = 1
+    #: Good trials in a row after which it closes again.
+    success_threshold: int = 1
+
+    def __post_init__(self) -> None:
+        number("BREAKER['fail_max']", self.fail_max, minimum=1, whole=True)
+        number("BREAKER['success_threshold']", self.success_threshold, minimum=1, whole=True)
+
+    @classmethod
+    def of(
+        cls, value: BreakerConfig | Mapping[str, Any] | None, over: BreakerConfig
+    ) -> BreakerConfig:
+        """Read the BREAKER setting; what it leaves out is taken from ``over``.
+
+        :raises ConfigError: an unknown key, or a number out of range.
+        """
+        if value is None:
+            return over
+        if isinstance(value, BreakerConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError("BREAKER", f"is {value!r}", "Give a dict such as {'fail_max': 3}.")
+        known = [f.name for f in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError(
+                    "BREAKER", f"has the unknown key {key!r}", f"Known are: {', '.join(known)}."
+                )
+        return cls(**{name: value.get(name, getattr(over, name)) for name in known})
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """One database endpoint."""
+
+    name: str
+    #: Where it is, as people write it: ``10.0.0.1:3306`` or a socket's path.
+    address: str = ""
+    #: Its share of the connections, relative to its tier's other peers.
+    weight: float = 1
+    #: Its tier; lower numbers are used first.
+    priority: int = 0
+    #: Seconds for which its circuit stays open before a trial.
+    check_interval: float = 30
+    breaker: BreakerConfig = BreakerConfig()
+    #: What a connection to it is made with. May hold a password: never shown.
+    params: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        number("WEIGHT", self.weight, exclusive=True)
+        number("PRIORITY", self.priority, whole=True)
+        number("CHECK_INTERVAL", self.check_interval, exclusive=True)
+
+
+@dataclass(frozen=True)
+class BalancerConfig:
+    """The peers of one alias and how connections are spread over them."""
+
+    name: str
+    peers: tuple[PeerConfig, ...]
+    #: A strategy's name, a dotted path to a class, or an instance.
+    strategy: Any = "random"
+    #: Seconds for one attempt.
+    connect_timeout: float = 5
+    #: Seconds for one attempt that is a trial (None: as any other).
+    trial_timeout: float | None = None
+    #: Seconds for a whole connect() over all peers.
+    connect_deadline: float = 15
+    #: Seconds between trials of a peer while no circuit is closed
+    #: (None: the peer's full check interval).
+    last_resort_interval: float | None = 1
+    #: A check's name, a dotted path, or a callable.
+    ready_check: Any = None
+
+    def __post_init__(self) -> None:
+        if not self.peers:
+            raise ConfigError("PEERS", "is empty", "Name at least one peer.")
+        seen: set[str] = set()
+        for peer in self.peers:
+            if peer.name in seen:
+                raise ConfigError("PEERS", f"names {peer.name!r} twice", "Name each peer once.")
+            seen.add(peer.name)
+        number("CONNECT_TIMEOUT", self.connect_timeout, exclusive=True)
+        number("TRIAL_TIMEOUT", self.trial_timeout, exclusive=True, optional=True)
+        number("CONNECT_DEADLINE", self.connect_deadline, exclusive=True)
+        number("LAST_RESORT_INTERVAL", self.last_resort_interval, optional=True)

@@ -1,0 +1,114 @@
+"""What each database driver's errors mean.
+
+One file a driver, each a plain table. :func:`judge` finds the right one by
+the exception's own module, so that no driver needs to be installed to be
+known, and none is imported here.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any, Protocol
+
+from ..exceptions import NotReady
+from ..faults import Fault
+from . import generic, mysql, oracle, postgresql, sqlite
+
+__all__ = ["Driver", "describe", "driver_of", "is_driver_error", "judge", "root_error"]
+
+
+class Driver(Protocol):
+    """What a driver's file offers."""
+
+    def fault(self, exc: BaseException, connecting: bool) -> Fault:
+        """Return what ``exc`` says about the peer."""
+
+    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return connect() arguments that bound one attempt to ``seconds``."""
+
+    def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return connect() arguments that bound a throw-away connection too."""
+
+
+_BY_MODULE: dict[str, Driver] = {
+    module: driver for driver in (mysql, postgresql, sqlite, oracle) for module in driver.MODULES
+}
+
+#: Exceptions of frameworks that say: the settings or the caller are wrong.
+_LOCAL_CLASSES = frozenset({"ImproperlyConfigured", "ConfigError"})
+_LOCAL_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+
+def driver_of(thing: object) -> Driver:
+    """Return the driver that ``thing`` (a module's name, a class, a function) comes from."""
+    name = thing if isinstance(thing, str) else getattr(thing, "__module__", None) or ""
+    return _BY_MODULE.get(name.partition(".")[0], generic)
+
+
+def root_error(exc: BaseException) -> BaseException:
+    """Return the driver's error inside Django's or SQLAlchemy's, or ``exc`` itself."""
+    module = type(exc).__module__
+    if module == "django.db.utils" and exc.__cause__ is not None:
+        return exc.__cause__
+    if module.startswith("sqlalchemy"):
+        original: BaseException | None = getattr(exc, "orig", None)
+        return exc if original is None else original
+    return exc
+
+
+def describe(exc: BaseException) -> str:
+    """Return what ``exc`` says, on one line. Drivers put no password into it."""
+    exc = root_error(exc)
+    text = " ".join(str(exc).split())
+    return (text[:300] + "…" if len(text) > 300 else text) or type(exc).__name__
+
+
+def is_driver_error(exc: BaseException) -> bool:
+    """Return whether ``exc`` is an error of a driver that has a table here."""
+    return _table_of(root_error(exc)) is not None
+
+
+def judge(exc: BaseException, connecting: bool) -> Fault:
+    """Return what ``exc`` says about the peer it was met on.
+
+    :param connecting: whether it was raised before the connection was handed out.
+    """
+    exc = root_error(exc)
+    if not isinstance(exc, Exception):
+        # KeyboardInterrupt, SystemExit, gevent's Timeout: nobody's fault.
+        return Fault.OTHER
+    if isinstance(exc, NotReady):
+        return Fault.NOT_READY
+    if any(cls.__name__ in _LOCAL_CLASSES for cls in type(exc).__mro__):
+        return Fault.LOCAL
+    table = _table_of(exc)
+    if table is not None:
+        return table.fault(exc, connecting)
+    if isinstance(exc, OSError):
+        return _fault_of_oserror(exc, connecting)
+    return generic.fault(exc, connecting)
+
+
+def _table_of(exc: BaseException) -> Driver | None:
+    # A driver's error may be subclassed by an application: look at the bases.
+    for cls in type(exc).__mro__:
+        driver = _BY_MODULE.get(cls.__module__.partition(".")[0])
+        if driver is not None:
+            return driver
+    return None
+
+
+def _fault_of_oserror(exc: OSError, connecting: bool) -> Fault:
+    if exc.errno in _LOCAL_ERRNOS:
+        return Fault.LOCAL
+    if not connecting:
+        return Fault.LOST if isinstance(exc, ConnectionError) else Fault.OTHER
+    # A bare TimeoutError() may be an alarm of the application's own; the
+    # socket module's says "timed out" or carries its errno.
+    timed_out = isinstance(exc, (TimeoutError, socket.timeout)) and bool(exc.args)
+    if isinstance(exc, (ConnectionError, socket.gaierror)) or timed_out:
+        return Fault.UNREACHABLE
+    if exc.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN):
+        return Fault.UNREACHABLE
+    return Fault.OTHER

@@ -1,0 +1,96 @@
+"""psycopg 3 and psycopg2, by SQLSTATE.
+
+The classes are those of PostgreSQL's Appendix A; libpq's own errors carry none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from ..faults import Fault
+
+MODULES = ("psycopg", "psycopg2", "psycopg_pool")
+
+BY_SQLSTATE = {
+    **dict.fromkeys(("08001", "08004"), Fault.UNREACHABLE),
+    **dict.fromkeys(("28000", "28P01", "3D000"), Fault.REFUSED),
+    "57P03": Fault.NOT_READY,
+    "25006": Fault.NOT_READY,
+    "53300": Fault.OVERLOADED,
+    **dict.fromkeys(("08003", "08006", "57P01", "57P02"), Fault.LOST),
+    **dict.fromkeys(("57014", "57P05", "25P03", "25P04"), Fault.KILLED),
+    **dict.fromkeys(("40001", "40P01"), Fault.CONFLICT),
+}
+
+#: libpq gives a failed connect no SQLSTATE, whoever said no: it quotes the
+#: server's line. (psycopg 3 fills ``sqlstate`` in, psycopg2 does not.)
+#: The server speaks its own language here, so the quoted names decide first.
+_QUOTED = (
+    (re.compile(r"password authentication failed|no pg_hba\.conf entry"), Fault.REFUSED),
+    (re.compile(r'(?:database|role) ".*" does not exist'), Fault.REFUSED),
+    (
+        re.compile(
+            r"the database system is (?:starting up|shutting down|in recovery)|"
+            r"not (?:yet )?accepting connections"
+        ),
+        Fault.NOT_READY,
+    ),
+    (re.compile(r"too many (?:clients|connections)|remaining connection slots"), Fault.OVERLOADED),
+    (re.compile("Too many open files"), Fault.LOCAL),
+)
+_LOST_TEXT = re.compile(
+    r"server closed the connection|connection already closed|the connection is (?:closed|lost)|"
+    r"consuming input failed|sending (?:query|prepared query) failed|"
+    r"could not (?:receive|send) data|terminating connection|SSL connection has been closed|SSL SYSCALL error"
+)
+
+
+def sqlstate_of(exc: BaseException) -> str | None:
+    """Return the error's SQLSTATE, if it has one."""
+    # psycopg 3 says sqlstate, psycopg2 pgcode.
+    state = getattr(exc, "sqlstate", None) or getattr(exc, "pgcode", None)
+    return state if isinstance(state, str) else None
+
+
+def fault(exc: BaseException, connecting: bool) -> Fault:
+    """Return what ``exc``, an error of this driver, says about the peer."""
+    name = type(exc).__name__
+    if name in ("PoolTimeout", "TooManyRequests", "PoolClosed"):
+        # Our pool had nothing to give; the peer was not asked.
+        return Fault.OVERLOADED
+    state = sqlstate_of(exc)
+    if state == "08006" and connecting:
+        return Fault.UNREACHABLE
+    if state in BY_SQLSTATE:
+        return BY_SQLSTATE[state]
+    if state is not None or name not in ("OperationalError", "InterfaceError", "ConnectionTimeout"):
+        return Fault.OTHER
+    text = str(exc)
+    if connecting:
+        if name == "InterfaceError":
+            return Fault.OTHER
+        for pattern, meaning in _QUOTED:
+            if pattern.search(text):
+                return meaning
+        # A wrong OPTIONS key: libpq parsed the string and went nowhere.
+        if "invalid connection option" in text or "invalid dsn" in text:
+            return Fault.LOCAL
+        return Fault.UNREACHABLE
+    return Fault.LOST if _LOST_TEXT.search(text) else Fault.OTHER
+
+
+def connect_options(params: Any, seconds: float) -> dict[str, Any]:
+    """Return what limits one attempt to ``seconds``, where ``params`` does not.
+
+    Whole seconds, and libpq makes two of one.
+    """
+    if "connect_timeout" in params:
+        return {}
+    return {"connect_timeout": max(2, math.ceil(seconds))}
+
+
+def trial_options(params: Any, seconds: float) -> dict[str, Any]:
+    """Return nothing: ``connect_timeout`` covers the whole of a libpq connect."""
+    return {}

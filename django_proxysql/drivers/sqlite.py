@@ -1,0 +1,36 @@
+"""sqlite3: no server, but files can be missing, foreign or read-only all the same."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..faults import Fault
+
+MODULES = ("sqlite3", "pysqlite3")
+
+_BY_TEXT = (
+    (re.compile("unable to open database file|disk I/O error"), Fault.UNREACHABLE),
+    (re.compile("file is not a database|file is encrypted"), Fault.REFUSED),
+    (re.compile("readonly"), Fault.NOT_READY),
+    (re.compile("(?:database|table).* is locked"), Fault.CONFLICT),
+)
+
+
+def fault(exc: BaseException, connecting: bool) -> Fault:
+    """Return what ``exc``, an error of this driver, says about the peer."""
+    text = str(exc)
+    for pattern, meaning in _BY_TEXT:
+        if pattern.search(text):
+            return meaning
+    return Fault.OTHER
+
+
+def connect_options(params: Any, seconds: float) -> dict[str, Any]:
+    """Return nothing: sqlite3's ``timeout`` is the wait for locks, another matter."""
+    return {}
+
+
+def trial_options(params: Any, seconds: float) -> dict[str, Any]:
+    """Return nothing."""
+    return {}

@@ -1,0 +1,96 @@
+"""What happens to peers, as frozen records for whoever listens.
+
+The core only emits. Logging (:mod:`django_proxysql.logs`) is one listener;
+:meth:`LoadBalancer.add_listener` adds others. A listener is called outside
+every lock, in the thread to which the thing happened; what it raises is
+logged and otherwise ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Union
+
+from .faults import Fault
+
+__all__ = [
+    "CircuitClosed",
+    "CircuitOpened",
+    "ConnectFailed",
+    "Connected",
+    "Event",
+    "Listener",
+    "PeersExhausted",
+]
+
+
+@dataclass(frozen=True)
+class Connected:
+    """A connection was made."""
+
+    balancer: str
+    peer: str
+    address: str
+    #: How long the attempt took, in seconds.
+    seconds: float
+    trial: bool
+
+
+@dataclass(frozen=True)
+class ConnectFailed:
+    """An attempt to connect failed."""
+
+    balancer: str
+    peer: str
+    address: str
+    #: How long the attempt took, in seconds.
+    seconds: float
+    trial: bool
+    fault: Fault
+    #: The error's text. Drivers put no password there.
+    error: str
+    #: Which failure in a row this was; 0 when it did not count.
+    count: int
+    #: Whether the circuit opened over it.
+    opened: bool
+
+
+@dataclass(frozen=True)
+class CircuitOpened:
+    """A closed circuit opened. A trial that fails opens no circuit anew."""
+
+    balancer: str
+    peer: str
+    address: str
+    fault: Fault | None
+    error: str
+    #: Seconds until the first trial.
+    trial_in: float
+
+
+@dataclass(frozen=True)
+class CircuitClosed:
+    """A circuit that was open closed: the peer is in use again."""
+
+    balancer: str
+    peer: str
+    address: str
+    #: For how many seconds the peer was out.
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PeersExhausted:
+    """A connect() found no peer."""
+
+    balancer: str
+    error: str
+
+
+Event = Union[Connected, ConnectFailed, CircuitOpened, CircuitClosed, PeersExhausted]
+
+
+class Listener(Protocol):
+    """Anything that can be called with an event."""
+
+    def __call__(self, event: Event, /) -> object: ...

@@ -1,0 +1,67 @@
+"""The exceptions that django-proxysql raises itself.
+
+::
+
+    Exception
+    ├── ValueError
+    │   └── ConfigError            a wrong setting, with its name and a remedy
+    ├── NotReady                   a READY_CHECK's verdict: connected, but not usable
+    └── NoPeerAvailable            no peer could be had; names each peer and why
+
+Under Django, :class:`NoPeerAvailable` is at the same time a
+``django.db.utils.OperationalError``: the Django floor derives its own class
+from both, so that ``except OperationalError`` catches it and code that knows
+no Django catches it by the name above.
+
+A driver's own errors are never wrapped, and no exception of pybreaker or
+tenacity leaves :meth:`LoadBalancer.connect`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["ConfigError", "NoPeerAvailable", "NotReady"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work.
+
+    :param setting: the setting's name, as the user writes it.
+    :param problem: what is wrong with it, as a sentence without its subject.
+    :param hint: what to write instead.
+    """
+
+    def __init__(self, setting: str, problem: str, hint: str = "") -> None:
+        super().__init__(setting, problem, hint)
+        self.setting = setting
+        self.problem = problem
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.setting} {self.problem}."
+        return f"{text} {self.hint}" if self.hint else text
+
+
+class NotReady(Exception):
+    """Raised by a READY_CHECK: the peer accepts connections but cannot do its work."""
+
+
+class NoPeerAvailable(Exception):
+    """No peer of a load balancer could be connected to.
+
+    :param balancer: the load balancer's name (under Django: the alias).
+    :param peers: one line a peer, saying its address, what it last said, and
+        when it is tried next.
+    """
+
+    def __init__(self, balancer: str, peers: Sequence[str] = ()) -> None:
+        super().__init__(balancer, tuple(peers))
+        self.balancer = balancer
+        self.peers = tuple(peers)
+
+    def __str__(self) -> str:
+        return f"No peer of {self.balancer!r} can be reached. " + "; ".join(self.peers) + "."

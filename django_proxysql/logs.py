@@ -1,0 +1,92 @@
+"""Events as log lines of the logger ``django_proxysql``.
+
+One line for what an operator must know, however many threads saw it: the
+event of a circuit that opens is emitted once, by the thread that opened it.
+Every record carries ``alias``, ``peer``, ``fault`` and ``duration`` (seconds)
+as attributes where they apply, for structured logging.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .events import (
+    CircuitClosed,
+    CircuitOpened,
+    Connected,
+    ConnectFailed,
+    Event,
+    PeersExhausted,
+)
+from .faults import Fault
+
+__all__ = ["log_event", "logger"]
+
+logger = logging.getLogger("django_proxysql")
+
+
+def log_event(event: Event) -> None:
+    """Write ``event`` to the logger ``django_proxysql``; a :class:`Listener`."""
+    if isinstance(event, Connected):
+        # Each connect comes by here: ask before building anything.
+        if logger.isEnabledFor(logging.DEBUG):
+            _log(
+                logging.DEBUG,
+                event,
+                "%s: connected to %s (%s) in %.1f ms%s",
+                event.balancer,
+                event.peer,
+                event.address,
+                event.seconds * 1000,
+                " (trial)" if event.trial else "",
+                duration=event.seconds,
+            )
+    elif isinstance(event, CircuitOpened):
+        refused = event.fault is Fault.REFUSED
+        _log(
+            logging.ERROR if refused else logging.WARNING,
+            event,
+            "%s: circuit of %s (%s) opened, first trial in %.0f s: %s%s",
+            event.balancer,
+            event.peer,
+            event.address,
+            event.trial_in,
+            "the peer refuses us, " if refused else "",
+            event.error,
+            fault=event.fault.value if event.fault else None,
+        )
+    elif isinstance(event, CircuitClosed):
+        _log(
+            logging.INFO,
+            event,
+            "%s: circuit of %s (%s) closed, the peer was out for %.1f s",
+            event.balancer,
+            event.peer,
+            event.address,
+            event.seconds,
+            duration=event.seconds,
+        )
+    elif isinstance(event, ConnectFailed):
+        # Below fail_max no circuit opens to speak of it, and a password that
+        # is wrong does not get better by being tried again.
+        first_refusal = event.fault is Fault.REFUSED and event.count == 1 and not event.opened
+        _log(
+            logging.ERROR if first_refusal else logging.DEBUG,
+            event,
+            "%s: connecting to %s (%s) failed (%s%s): %s",
+            event.balancer,
+            event.peer,
+            event.address,
+            event.fault.value,
+            ", trial" if event.trial else "",
+            event.error,
+            fault=event.fault.value,
+            duration=event.seconds,
+        )
+    elif isinstance(event, PeersExhausted):
+        logger.debug("%s", event.error, extra={"alias": event.balancer})
+
+
+def _log(level: int, event: Any, message: str, *args: object, **extra: object) -> None:
+    logger.log(level, message, *args, extra={"alias": event.balancer, "peer": event.peer, **extra})

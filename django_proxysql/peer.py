@@ -1,0 +1,106 @@
+"""One database endpoint: its address, its circuit, its connections."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .breaker import PeerBreaker
+    from .config import PeerConfig
+
+__all__ = ["Hold", "Peer"]
+
+
+class Peer:
+    """One of a load balancer's equivalent endpoints."""
+
+    def __init__(self, config: PeerConfig, breaker: PeerBreaker) -> None:
+        self.config = config
+        self.name = config.name
+        self.address = config.address
+        self.weight = config.weight
+        self.priority = config.priority
+        #: The peer's circuit; guard any other call to the same host with it.
+        self.breaker = breaker
+        # Adding to and discarding from a set is atomic: no lock is needed,
+        # and a finalizer that runs in the middle of anything may discard.
+        self._holds: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.name!r} {self.address} {self.breaker.current_state}>"
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """What a connection to the peer is made with. May hold a password."""
+        return self.config.params
+
+    @property
+    def connections(self) -> int:
+        """How many connections to the peer this process holds."""
+        return len(self._holds)
+
+    def forget_connections(self) -> None:
+        """Start counting anew: in a forked child, whose parent holds the others."""
+        self._holds = set()
+
+    def hold(self) -> Hold:
+        """Count one connection as held by the calling thread, until it is let go."""
+        return Hold(self)
+
+
+class Hold:
+    """One connection's place in its peer's count.
+
+    It ends with :meth:`let_go`, with its own destruction, or with the thread
+    that made it: a thread that dies without closing is not counted on.
+    """
+
+    __slots__ = ("_of_thread", "_serial", "peer")
+
+    def __init__(self, peer: Peer) -> None:
+        #: The peer that the connection leads to.
+        self.peer = peer
+        self._serial = next(_serials)
+        self._of_thread = _holds_of_this_thread()
+        self._of_thread[self._serial] = peer
+        peer._holds.add(self._serial)
+
+    def let_go(self) -> None:
+        """Count the connection no longer. May be called again, and by any thread."""
+        self.peer._holds.discard(self._serial)
+        self._of_thread.pop(self._serial, None)
+
+    def __del__(self) -> None:
+        self.let_go()
+
+
+class _ThreadEnd:
+    """Dies with its thread, whose thread-local dictionary has the only reference."""
+
+    def __init__(self) -> None:
+        self.holds: dict[int, Peer] = {}
+
+    def __del__(self) -> None:
+        while self.holds:
+            # Other threads may let go of these at the same time: popitem is
+            # atomic where iteration is not.
+            try:
+                serial, peer = self.holds.popitem()
+            except KeyError:
+                return
+            peer._holds.discard(serial)
+
+
+# Serial numbers rather than id(): an id is used again after its object's end.
+_serials = itertools.count()
+_local = threading.local()
+
+
+def _holds_of_this_thread() -> dict[int, Peer]:
+    end: _ThreadEnd | None = getattr(_local, "end", None)
+    if end is None:
+        end = _local.end = _ThreadEnd()
+    return end.holds

@@ -1,0 +1,166 @@
+"""How the next peer is chosen.
+
+A strategy orders the peers of one tier. It is asked once a connect and runs
+outside every lock; what it yields is taken lazily, so that the first choice
+costs no more than itself. Anything with this shape will do:
+
+.. code-block:: python
+
+    class Nearest:
+        def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
+            return sorted(peers, key=lambda peer: latency[peer.name])
+
+``peers`` is one tier's usable peers, and the same tuple as long as nothing has
+changed. Peers that a strategy leaves out come after those it names: a strategy
+expresses a preference, it does not take peers out of use.
+"""
+
+from __future__ import annotations
+
+import bisect
+import importlib
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .exceptions import ConfigError
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+__all__ = ["LeastConnections", "Random", "RoundRobin", "Strategy", "strategy_from"]
+
+
+class Strategy(Protocol):
+    """What the load balancer asks of a strategy."""
+
+    def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
+        """Return or yield ``peers`` in the order in which to try them."""
+
+
+class Random:
+    """Each connection goes to a peer drawn by weight.
+
+    :param draw: returns a float in [0, 1). The default is the :mod:`random`
+        module's own, which Python seeds anew in a forked child: a private
+        generator would let all children of one parent draw alike.
+    """
+
+    def __init__(self, draw: Callable[[], float] | None = None) -> None:
+        self._draw = draw or random.random
+        # Peers and their running sum of weights (None: all weights equal).
+        # One attribute, replaced whole, so that threads see a matching pair.
+        self._sums: tuple[Sequence[Peer], list[float] | None] = ((), None)
+
+    def order(self, peers: Sequence[Peer]) -> Iterator[Peer]:
+        known, sums = self._sums
+        if known is not peers:
+            sums = _running_sums(peers)
+            self._sums = (peers, sums)
+        yield peers[self._pick(len(peers), sums)]
+        # Only after a failure does anyone come back for more.
+        rest = list(peers)
+        while rest:
+            yield rest.pop(self._pick(len(rest), _running_sums(rest)))
+
+    def _pick(self, count: int, sums: list[float] | None) -> int:
+        if sums is None:
+            return int(self._draw() * count)
+        return min(bisect.bisect(sums, self._draw() * sums[-1]), count - 1)
+
+
+class RoundRobin:
+    """Connections go to the peers in turn, weights by smooth interleaving."""
+
+    def __init__(self) -> None:
+        # itertools.count is atomic; a random start keeps the processes of a
+        # site from walking over the peers in step.
+        self._turn = itertools.count(random.randrange(1 << 16))
+        self._schedule: tuple[Sequence[Peer], Sequence[Peer]] = ((), ())
+
+    def order(self, peers: Sequence[Peer]) -> Iterator[Peer]:
+        known, schedule = self._schedule
+        if known is not peers:
+            schedule = _interleaved(peers)
+            self._schedule = (peers, schedule)
+        first = schedule[next(self._turn) % len(schedule)]
+        yield first
+        at = peers.index(first)
+        yield from peers[at + 1 :]
+        yield from peers[:at]
+
+
+class LeastConnections:
+    """A connection goes to the peer that holds fewest of this process's, by weight."""
+
+    def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
+        # Counts move while others connect: read each once, break ties by
+        # chance, or a fresh process would send everything to the first.
+        keyed = [(peer.connections / peer.weight, random.random(), peer) for peer in peers]
+        yield min(keyed)[2]
+        for _load, _chance, peer in sorted(keyed):
+            yield peer
+
+
+_BY_NAME: dict[str, Callable[[], Strategy]] = {
+    "random": Random,
+    "round_robin": RoundRobin,
+    "least_connections": LeastConnections,
+}
+
+
+def strategy_from(setting: Any) -> Strategy:
+    """Return the strategy that the STRATEGY setting names.
+
+    :param setting: a name, a dotted path to a class without arguments, such a
+        class, or an object with an ``order`` method.
+    :raises ConfigError: it is none of these, or cannot be imported.
+    """
+    if isinstance(setting, str):
+        setting = _BY_NAME.get(setting) or imported("STRATEGY", setting, known=_BY_NAME)
+    strategy = setting() if isinstance(setting, type) else setting
+    if not callable(getattr(strategy, "order", None)):
+        raise ConfigError(
+            "STRATEGY",
+            f"is {setting!r}, which has no order() method",
+            "Give a class with a method order(self, peers) that yields peers.",
+        )
+    return strategy  # type: ignore[no-any-return]
+
+
+def imported(setting: str, path: str, known: Iterable[str]) -> Any:
+    """Return what the dotted ``path`` names.
+
+    :raises ConfigError: nothing does; the message lists the ``known`` names too.
+    """
+    hint = f"Give one of {', '.join(known)}, or a dotted path."
+    module, dot, name = path.rpartition(".")
+    if not dot:
+        raise ConfigError(setting, f"is {path!r}, which is not known", hint)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(setting, f"is {path!r}, which cannot be imported ({exc})", hint) from exc
+
+
+def _running_sums(peers: Sequence[Peer]) -> list[float] | None:
+    if len({peer.weight for peer in peers}) == 1:
+        return None
+    return list(itertools.accumulate(peer.weight for peer in peers))
+
+
+def _interleaved(peers: Sequence[Peer]) -> Sequence[Peer]:
+    """Return a cycle in which each peer stands by its weight, spread evenly."""
+    if len({peer.weight for peer in peers}) == 1:
+        return peers
+    least = min(peer.weight for peer in peers)
+    # Fractions are honoured to a tenth of the smallest weight; a bound keeps
+    # weights such as 1 and 1,000,000 from making a cycle of a million.
+    places = [max(1, min(10_000, round(10 * peer.weight / least))) for peer in peers]
+    slots = [
+        ((turn + 0.5) / count, number)
+        for number, count in enumerate(places)
+        for turn in range(count)
+    ]
+    return [peers[number] for _when, number in sorted(slots)]
