@@ -51,9 +51,7 @@ def wheel_problems(path: Path, expected: set[str]) -> list[str]:
 
 def sdist_problems(path: Path, expected: set[str]) -> list[str]:
     with tarfile.open(path) as sdist:
-        names = {
-            member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()
-        }
+        names = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
     made = {"PKG-INFO", "setup.cfg"}
     extra = {n for n in names - expected - made if not n.startswith("django_proxysql.egg-info/")}
     problems = [f"sdist lacks {name}" for name in sorted((expected | MUST_SHIP) - names)]
