@@ -1,0 +1,21 @@
+"""The app to put into INSTALLED_APPS, for system checks. The engine works without it."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+from django.core import checks
+
+from .checks import check_settings
+
+__all__ = ["DjangoProxySQLConfig"]
+
+
+class DjangoProxySQLConfig(AppConfig):
+    """django-proxysql as a Django app."""
+
+    name = "django_proxysql"
+    verbose_name = "Database load balancer"
+
+    def ready(self) -> None:
+        """Register the system checks."""
+        checks.register(check_settings)

@@ -1,0 +1,185 @@
+"""The engine's behaviour, laid over a peer engine's own DatabaseWrapper.
+
+Only what touches peers is here. Everything else (cursors, transactions,
+features, SQL) is the peer engine's, untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from django.db import DEFAULT_DB_ALIAS
+
+from .. import drivers
+from ..balancer import Attempt
+from ..conf import ALIAS_KEY
+from ..peer import Hold, Peer
+from ..registry import Registered, balancers, register
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper as _Base
+else:
+    _Base = object
+
+__all__ = ["LoadBalancedMixin"]
+
+
+class LoadBalancedMixin(_Base):
+    """Connects to whichever peer of its load balancer can be had."""
+
+    #: The peer engine's driver module.
+    Database: Any
+
+    #: The attempt under way, while connect() runs.
+    _attempt: Attempt | None = None
+    #: What a connection to that attempt's peer is made with.
+    _peer_settings: dict[str, Any] | None = None
+    #: The present connection's place in its peer's count.
+    _hold: Hold | None = None
+
+    def __init__(
+        self, settings_dict: dict[str, Any], alias: str = DEFAULT_DB_ALIAS, *args: Any, **kw: Any
+    ) -> None:
+        register(settings_dict, alias)
+        super().__init__(settings_dict, alias, *args, **kw)
+
+    # What a user may ask
+
+    @property
+    def peer(self) -> Peer | None:
+        """The peer that the present connection leads to, if there is one."""
+        if self._attempt is not None:
+            return self._attempt.peer
+        if self.connection is None or self._hold is None:
+            return None
+        return self._hold.peer
+
+    # Connecting
+
+    def connect(self) -> None:
+        """Connect to a peer that works; see :meth:`LoadBalancer.connect`."""
+        registered = self._registered()
+        if registered is None:
+            # Made from a bare dict, as Django's own tests do: no peers, no balancer.
+            super().connect()
+            return
+        registered.balancer.connect(
+            self._open_one, refusal_is_callers=registered.is_changed(self.settings_dict)
+        )
+
+    def _open_one(self, attempt: Attempt) -> Any:
+        """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
+        registered = self._registered()
+        assert registered is not None
+        self._let_go()
+        try:
+            self._attempt = attempt
+            self._peer_settings = registered.settings_for(
+                attempt.peer, self.settings_dict, self.alias
+            )
+            super().connect()
+            registered.balancer.check_ready(self.connection)
+            self._hold = attempt.peer.hold()
+        except BaseException as exc:
+            self._discard(exc)
+            raise
+        finally:
+            self._attempt = None
+            self._peer_settings = None
+        return self.connection
+
+    def get_connection_params(self) -> dict[str, Any]:
+        """Return what the driver's connect() is called with, for the peer at hand."""
+        params: dict[str, Any] = self._as_peer(super().get_connection_params)
+        if self._attempt is not None:
+            params.update(self._driver.connect_options(params, self._attempt.timeout))
+        return params
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """Open the driver's connection; a trial sends a throw-away one ahead."""
+        attempt = self._attempt
+        if attempt is not None and attempt.is_trial:
+            # A peer that freezes after the handshake would hold the real
+            # connection for ever: it must have no read timeout, for its
+            # statements may take their time.
+            bounds = self._driver.trial_options(conn_params, attempt.timeout)
+            if bounds:
+                self.Database.connect(**{**conn_params, **bounds}).close()
+        return self._as_peer(super().get_new_connection, conn_params)
+
+    def init_connection_state(self) -> None:
+        """Set the session up, by the peer's OPTIONS."""
+        self._as_peer(super().init_connection_state)
+
+    def _close(self) -> Any:
+        try:
+            return super()._close()  # type: ignore[misc]
+        finally:
+            self._let_go()
+
+    # Helpers
+
+    @property
+    def _driver(self) -> drivers.Driver:
+        return drivers.driver_of(self.Database.__name__)
+
+    def _registered(self) -> Registered | None:
+        alias = self.settings_dict.get(ALIAS_KEY)
+        return None if alias is None else balancers.registered(alias)
+
+    def _as_peer(self, method: Any, *args: Any) -> Any:
+        """Call one of the peer engine's own methods on the peer's settings.
+
+        Three methods read ``self.settings_dict`` to connect. While one of them
+        runs, and at no other time, this wrapper's attribute is the peer's
+        merged copy; the dict in ``connections`` is never touched, and
+        ``connection_created`` receivers see it as it is.
+        """
+        settings = self._peer_settings
+        if settings is None:
+            settings = self.peer_settings()
+        own = self.settings_dict
+        try:
+            self.settings_dict = settings
+            return method(*args)
+        finally:
+            self.settings_dict = own
+
+    def peer_settings(self) -> dict[str, Any]:
+        """Return a copy of the settings as for the present peer, else the first.
+
+        For whoever needs an address outside connect(): dbshell, mysqldump.
+        """
+        registered = self._registered()
+        if registered is None:
+            return self.settings_dict
+        peer = self.peer or next(iter(registered.balancer.peers.values()))
+        return registered.settings_for(peer, self.settings_dict, self.alias)
+
+    def on_a_live_peer(self) -> Any:
+        """Return a copy of this wrapper, without a connection, whose settings are a live peer's.
+
+        :raises NoPeerAvailable: there is none.
+        """
+        self.ensure_connection()
+        stand_in = copy.copy(self)
+        stand_in.connection = None
+        stand_in._hold = None
+        stand_in.settings_dict = self.peer_settings()
+        return stand_in
+
+    def _discard(self, exc: BaseException) -> None:
+        """Leave nothing of a failed attempt behind."""
+        if self.connection is not None:
+            try:
+                self._close()
+            except Exception:  # noqa: S110 - it is broken, and thrown away
+                pass
+            self.connection = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.let_go()

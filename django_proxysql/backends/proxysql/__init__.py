@@ -1,0 +1,1 @@
+"""The backend to name as ENGINE: ``django_proxysql.backends.proxysql``."""

@@ -1,0 +1,144 @@
+"""``balancers["default"]``: one load balancer an alias and process.
+
+Wrappers come and go, one a thread; what they know of the peers is here, under
+the balancer's alias, which stands as a string in every copy of the settings.
+A forked child goes on with what its parent knew, on locks of its own
+(:mod:`django_proxysql.balancer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from django.db import connections
+from django.db.utils import OperationalError
+
+from . import exceptions
+from .balancer import LoadBalancer
+from .conf import (
+    ALIAS_KEY,
+    balancer_config,
+    changed_keys,
+    first_reading,
+    is_balancer,
+    merged_settings,
+)
+from .peer import Peer
+
+__all__ = ["NoPeerAvailable", "Registered", "balancers", "register"]
+
+#: Django's alias of connections to no database in particular.
+NO_DB_ALIAS = "__no_db__"
+
+
+class NoPeerAvailable(exceptions.NoPeerAvailable, OperationalError):
+    """No peer could be connected to; Django's OperationalError as well as the core's own."""
+
+
+class Registered(NamedTuple):
+    """A balancer and the settings that this process first read for it."""
+
+    balancer: LoadBalancer
+    first_read: Mapping[str, Any]
+
+    def is_changed(self, own: Mapping[str, Any]) -> bool:
+        """Return whether ``own`` asks for another database, user or server than at first."""
+        return bool(changed_keys(own, self.first_read))
+
+    def settings_for(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
+        """Return what to connect to ``peer`` with; a copy, with a callable PASSWORD called."""
+        merged = merged_settings(peer.params, own, self.first_read)
+        if alias == NO_DB_ALIAS:
+            merged["NAME"] = own.get("NAME")
+        if callable(merged.get("PASSWORD")):
+            merged["PASSWORD"] = merged["PASSWORD"]()
+        return merged
+
+
+class Balancers(Mapping[str, LoadBalancer]):
+    """The load balancers of this process by alias; made when first asked for."""
+
+    def __init__(self) -> None:
+        self._first_read: dict[str, Mapping[str, Any]] = {}
+        self._entries: dict[str, Mapping[str, Any]] = {}
+        self._registered: dict[str, Registered] = {}
+
+    def __getitem__(self, alias: str) -> LoadBalancer:
+        """Return the load balancer of ``alias``.
+
+        :raises KeyError: ``alias`` is no load balancer's.
+        :raises ImproperlyConfigured: its settings are wrong.
+        """
+        entry = connections.databases.get(alias)
+        if alias not in self._entries and (entry is None or not is_balancer(entry)):
+            raise KeyError(alias)
+        if entry is not None:
+            register(entry, alias)
+        return self.registered(alias).balancer
+
+    def __iter__(self) -> Iterator[str]:
+        return (alias for alias, entry in connections.databases.items() if is_balancer(entry))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def registered(self, alias: str) -> Registered:
+        """Return the balancer of ``alias`` and what was first read for it.
+
+        :raises ImproperlyConfigured: its settings are wrong.
+        """
+        known = self._registered.get(alias)
+        if known is None:
+            # Made outside any lock, for a strategy's module may be imported on
+            # the way. Of two threads that come here at once, one's is kept.
+            config = balancer_config(alias, self._entries[alias], connections.databases)
+            balancer = LoadBalancer(config)
+            balancer.no_peer_error = NoPeerAvailable
+            known = self._registered.setdefault(
+                alias, Registered(balancer, self._first_read[alias])
+            )
+        return known
+
+    def forget(self) -> None:
+        """Drop everything, so that it is read anew. For tests that change DATABASES."""
+        self._first_read.clear()
+        self._entries.clear()
+        self._registered.clear()
+
+
+balancers = Balancers()
+
+
+def register(settings: dict[str, Any], alias: str) -> None:
+    """Note a balancer's settings as this process first sees them, under its alias.
+
+    ``settings`` gets the alias written into it, so that whatever is made from
+    a copy of it shares the circuits, and an empty NAME filled in from the first
+    peer, for Django derives the test database's name from it.
+    """
+    if not is_balancer(settings):
+        return
+    alias = settings.setdefault(ALIAS_KEY, alias)
+    if alias in balancers._first_read:
+        return
+    databases = connections.databases
+    # The entry in DATABASES rather than a copy that somebody has changed.
+    entry = databases.get(alias, settings)
+    if not is_balancer(entry):
+        entry = settings
+    if entry.get("NAME") == "":
+        entry["NAME"] = _name_of_first_peer(entry, databases)
+    if settings.get("NAME") == "":
+        settings["NAME"] = entry["NAME"]
+    # A copy: with the dict itself a rewritten NAME would be its own first reading.
+    balancers._entries.setdefault(alias, dict(entry))
+    balancers._first_read.setdefault(alias, first_reading(entry))
+
+
+def _name_of_first_peer(entry: Mapping[str, Any], databases: Mapping[str, Any]) -> Any:
+    peers = entry.get("PEERS")
+    first = peers[0] if isinstance(peers, (list, tuple)) and peers else {}
+    if isinstance(first, str):
+        first = databases.get(first, {})
+    return first.get("NAME") or "" if isinstance(first, Mapping) else ""
