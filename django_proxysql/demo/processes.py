@@ -290,24 +290,23 @@ class ServerProcess:
 
     kind: ClassVar[str] = "server"  # begins the folder's name
     account: ClassVar[str] = ""  # the user it runs as when we are root; "": as root
-    port_count: ClassVar[int] = 1
     environment: ClassVar[dict[str, str]] = {}
     start_timeout: float = 60.0  # seconds
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", port_count: int = 1) -> None:
         self.name = name or self.kind
         self.host = HOST
         self.run_as = self.account if os.geteuid() == 0 else ""
         if self.run_as:
             self._check_account()
-        self.port = ports.reserve(self.port_count)
+        self.port = ports.reserve(port_count)  # the first of them
         run = current_run()
         self.directory = run.workspace.folder(self.kind)
         self.log_path = self.directory / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.frozen = False
         self.closed = False
-        self._prepared = False
+        self.prepared = False
         self._owner = os.getpid()
         self.give(self.directory)
         run.servers.append(self)
@@ -347,9 +346,9 @@ class ServerProcess:
         if self.closed:
             raise ServerError(f"{self.name} is closed")
         if not self.running:
-            if not self._prepared:
+            if not self.prepared:
                 self.prepare()
-                self._prepared = True
+                self.prepared = True
             command = self.command()
             current_run().spawn(lambda: self._open(command))
             self.frozen = False
@@ -391,8 +390,12 @@ class ServerProcess:
     def kill(self) -> None:
         """A crash (SIGKILL) of the server and its child processes. Works on a frozen one, too."""
         if self.process is not None and self.running:
-            self._signal_all(signal.SIGKILL)
+            gone = self._signal_all(signal.SIGKILL)
             self.process.wait(20)
+            # A server that finds processes of its former self alive may refuse to start.
+            deadline = time.monotonic() + 5
+            while any(map(_alive, gone)) and time.monotonic() < deadline:
+                time.sleep(0.01)
         self.frozen = False
 
     def freeze(self) -> None:
@@ -516,13 +519,15 @@ class ServerProcess:
                 start_new_session=True,  # Ctrl-C in a terminal ends us, and we end the servers
             )
 
-    def _signal_all(self, number: signal.Signals) -> None:
+    def _signal_all(self, number: signal.Signals) -> list[int]:
         """Signal the server, then its children: so it takes no action about what befalls them."""
         if not self.running:
             raise ServerError(f"{self.name} is not running")
-        for pid in [self.pid, *descendants(self.pid)]:
+        pids = [self.pid, *descendants(self.pid)]
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+        return pids
 
     def _check_account(self) -> None:
         try:
@@ -551,6 +556,15 @@ def descendants(pid: int) -> list[int]:
             yield from below(child)
 
     return list(below(pid))
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs. A dead one that nobody has waited for does not (Linux)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
 
 
 def start_together(*servers: ServerProcess) -> None:

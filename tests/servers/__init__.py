@@ -6,8 +6,17 @@ Debian package: a skipped test would let a fault pass unseen.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 DATABASE = "app"
 USER = "app"
 PASSWORD = "app-secret"
 ADMIN = "admin"
 ADMIN_PASSWORD = "admin-secret"
+
+
+class Address(Protocol):
+    """Something to connect to: any server here, and the proxies."""
+
+    host: str
+    port: int

@@ -8,14 +8,31 @@ from collections.abc import Sequence
 from django_proxysql.demo.servers import MariaDBNode, ServerError, quote_text
 
 from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
+from .certificates import certificates_for
+
+# Variables that change by the server's own work, or that only the start can set.
+UNSETTABLE = ("gtid_", "wsrep_provider_options", "wsrep_cluster_address", "wsrep_start_position")
 
 
 class Node(MariaDBNode):
-    """A MariaDB node with DATABASE, the user USER and the all-powerful user ADMIN."""
+    """A MariaDB node with DATABASE, the user USER and the all-powerful user ADMIN.
 
-    def __init__(self, name: str = "", options: Sequence[str] = ()) -> None:
+    With ``tls`` it has a certificate, and takes connections with and without TLS; ``ca`` is the
+    path of the authority's certificate, for clients.
+    """
+
+    def __init__(self, name: str = "", options: Sequence[str] = (), tls: bool = False) -> None:
         super().__init__(name, options)
-        self._first_options = list(options)
+        self.ca = ""
+        if tls:
+            files = certificates_for(self)
+            self.ca = str(files.ca)
+            self.options += [
+                f"--ssl-ca={files.ca}",
+                f"--ssl-cert={files.certificate}",
+                f"--ssl-key={files.key}",
+            ]
+        self._first_options = list(self.options)
         self._first_globals: dict[str, str] = {}
 
     def set_up(self) -> Node:
@@ -23,15 +40,19 @@ class Node(MariaDBNode):
         self.create_database(DATABASE)
         self.create_user(USER, PASSWORD)
         self.create_user(ADMIN, ADMIN_PASSWORD, grants="ALL PRIVILEGES ON *.*")
-        self._first_globals = self.globals()
+        self.remember_globals()
         return self
+
+    def remember_globals(self) -> None:
+        """Take the settings as they are for what restore() shall set back."""
+        self._first_globals = self.globals()
 
     def globals(self) -> dict[str, str]:
         """The server's global variables, without those that follow from its work."""
         rows = (
             line.partition("\t")[::2] for line in self.sql("SHOW GLOBAL VARIABLES").splitlines()
         )
-        return {name: value for name, value in rows if not name.startswith("gtid_")}
+        return {name: value for name, value in rows if not name.startswith(UNSETTABLE)}
 
     def set_global(self, name: str, value: str | int) -> None:
         """SET GLOBAL, until the test's end."""
@@ -40,7 +61,7 @@ class Node(MariaDBNode):
         self.sql(f"SET GLOBAL {name} = {literal}")
 
     def restore(self) -> None:
-        """Thaw, restart and set back what a test has changed, so that the next one can use the node."""
+        """Thaw, restart and set back what a test has changed."""
         if self.options != self._first_options:
             self.options[:] = self._first_options
             self.kill()
