@@ -63,6 +63,8 @@ class Balancers(Mapping[str, LoadBalancer]):
         self._first_read: dict[str, Mapping[str, Any]] = {}
         self._entries: dict[str, Mapping[str, Any]] = {}
         self._registered: dict[str, Registered] = {}
+        #: For tests: further arguments of LoadBalancer by alias, such as a clock.
+        self._options: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, alias: str) -> LoadBalancer:
         """Return the load balancer of ``alias``.
@@ -93,7 +95,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             # Made outside any lock, for a strategy's module may be imported on
             # the way. Of two threads that come here at once, one's is kept.
             config = balancer_config(alias, self._entries[alias], connections.databases)
-            balancer = LoadBalancer(config)
+            balancer = LoadBalancer(config, **self._options.get(alias, {}))
             balancer.no_peer_error = NoPeerAvailable
             known = self._registered.setdefault(
                 alias, Registered(balancer, self._first_read[alias])

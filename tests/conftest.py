@@ -2,16 +2,25 @@
 
 Each server is started once, by the first test that wants it (the ``…_session`` fixtures), and a
 test gets it through a fixture that afterwards thaws, restarts and sets back what the test has hurt.
+What is in the tables is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Callable
 
 import pytest
 
 from django_proxysql.demo.servers import exit_on_sigterm, start_together
+from tests.servers import Address
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.galera import GaleraCluster
+from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+from tests.servers.redis import RedisServer
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,22 +28,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def mariadb_pair_session() -> Iterator[tuple[Node, Node]]:
-    """Two MariaDB servers that know nothing of each other, with the same database and users."""
-    first, second = Node("mariadb-1"), Node("mariadb-2")
-    try:
-        start_together(first, second)
-        for node in (first, second):
-            node.set_up().load_time_zones()
-        yield first, second
-    finally:
-        first.close()
-        second.close()
+def servers_session() -> Iterator[ExitStack]:
+    """Closes at the end what is entered into it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def mariadb_pair_session(servers_session: ExitStack) -> tuple[Node, Node]:
+    pair = Node("mariadb-1"), Node("mariadb-2")
+    for node in pair:
+        servers_session.callback(node.close)
+    start_together(*pair)
+    for node in pair:
+        node.set_up().load_time_zones()
+    return pair
 
 
 @pytest.fixture
 def mariadb_pair(mariadb_pair_session: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
-    """Two MariaDB servers, restored after the test."""
+    """Two MariaDB servers that know nothing of each other, with the same database and users."""
     yield mariadb_pair_session
     for node in mariadb_pair_session:
         node.restore()
@@ -47,13 +60,109 @@ def mariadb(mariadb_pair: tuple[Node, Node]) -> Node:
 
 
 @pytest.fixture(scope="session")
-def mariadb_third_session() -> Iterator[Node]:
-    with Node("mariadb-3") as node:
-        yield node.set_up()
+def mariadb_third_session(servers_session: ExitStack) -> Node:
+    return servers_session.enter_context(Node("mariadb-3")).set_up()
 
 
 @pytest.fixture
 def mariadb_third(mariadb_third_session: Node) -> Iterator[Node]:
-    """A third MariaDB server, beside the pair; restored after the test."""
+    """A third MariaDB server, beside the pair."""
     yield mariadb_third_session
     mariadb_third_session.restore()
+
+
+@pytest.fixture(scope="session")
+def mariadb_tls_session(servers_session: ExitStack) -> Node:
+    return servers_session.enter_context(Node("mariadb-tls", tls=True)).set_up()
+
+
+@pytest.fixture
+def mariadb_tls(mariadb_tls_session: Node) -> Iterator[Node]:
+    """A MariaDB server with a certificate; ``ca`` is the authority's."""
+    yield mariadb_tls_session
+    mariadb_tls_session.restore()
+
+
+@pytest.fixture(scope="session")
+def galera_session(servers_session: ExitStack) -> GaleraCluster:
+    return servers_session.enter_context(GaleraCluster())
+
+
+@pytest.fixture
+def galera(galera_session: GaleraCluster) -> Iterator[GaleraCluster]:
+    """A Galera cluster of three nodes."""
+    yield galera_session
+    galera_session.restore()
+
+
+@pytest.fixture(scope="session")
+def postgres_pair_session(servers_session: ExitStack) -> tuple[PostgreSQLNode, PostgreSQLNode]:
+    pair = PostgreSQLNode("postgres-1"), PostgreSQLNode("postgres-2")
+    for node in pair:
+        servers_session.callback(node.close)
+    start_together(*pair)
+    for node in pair:
+        node.set_up()
+    return pair
+
+
+@pytest.fixture
+def postgres_pair(
+    postgres_pair_session: tuple[PostgreSQLNode, PostgreSQLNode],
+) -> Iterator[tuple[PostgreSQLNode, PostgreSQLNode]]:
+    """Two PostgreSQL servers that know nothing of each other."""
+    yield postgres_pair_session
+    for node in postgres_pair_session:
+        node.restore()
+
+
+@pytest.fixture
+def postgres(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> PostgreSQLNode:
+    """One PostgreSQL server: the first of the pair."""
+    return postgres_pair[0]
+
+
+@pytest.fixture(scope="session")
+def postgres_tls_session(servers_session: ExitStack) -> PostgreSQLNode:
+    return servers_session.enter_context(PostgreSQLNode("postgres-tls", tls=True)).set_up()
+
+
+@pytest.fixture
+def postgres_tls(postgres_tls_session: PostgreSQLNode) -> Iterator[PostgreSQLNode]:
+    """A PostgreSQL server with a certificate; ``ca`` is the authority's."""
+    yield postgres_tls_session
+    postgres_tls_session.restore()
+
+
+@pytest.fixture(scope="session")
+def redis_session(servers_session: ExitStack) -> RedisServer:
+    return servers_session.enter_context(RedisServer())
+
+
+@pytest.fixture
+def redis_server(redis_session: RedisServer) -> Iterator[RedisServer]:
+    """A Redis server; empty again after the test."""
+    yield redis_session
+    redis_session.restore()
+
+
+@pytest.fixture
+def haproxy() -> Iterator[Callable[..., HAProxy]]:
+    """``haproxy(db1=node, db2=[node, other])`` starts an HAProxy with these frontends."""
+    with ExitStack() as stack:
+
+        def start(**targets: Address | Sequence[Address]) -> HAProxy:
+            return stack.enter_context(HAProxy(targets))
+
+        yield start
+
+
+@pytest.fixture
+def fault_proxy() -> Iterator[Callable[..., FaultProxy]]:
+    """``fault_proxy(node)`` starts a proxy in front of a server; ``reset=True``: with RSTs."""
+    with ExitStack() as stack:
+
+        def start(target: Address, reset: bool = False) -> FaultProxy:
+            return stack.enter_context(FaultProxy(target, reset))
+
+        yield start

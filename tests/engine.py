@@ -1,0 +1,145 @@
+"""Load balancers that exist for one test, in ``django.db.connections``.
+
+::
+
+    with engine([mysql_peer(node) for node in mariadb_pair], CHECK_INTERVAL=5) as connection:
+        connection.cursor().execute("SELECT 1")
+
+``connection`` is this thread's wrapper; other threads get theirs by
+``connections[connection.alias]``, and models by ``.using(connection.alias)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+from django.db import connections
+
+from django_proxysql.backends.mixin import LoadBalancedMixin
+from django_proxysql.conf import ENGINE
+from django_proxysql.registry import balancers
+from tests.servers import DATABASE, PASSWORD, USER, Address
+
+MYSQL = "django.db.backends.mysql"
+POSTGRESQL = "django.db.backends.postgresql"
+SQLITE = "django.db.backends.sqlite3"
+
+
+class Clock:
+    """A clock that goes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@contextlib.contextmanager
+def engine(
+    peers: Sequence[Any],
+    *,
+    alias: str = "balanced",
+    databases: Mapping[str, dict[str, Any]] | None = None,
+    clock: Callable[[], float] | None = None,
+    **settings: Any,
+) -> Iterator[Any]:
+    """Add a load balancer over ``peers`` to DATABASES; yield this thread's connection to it.
+
+    :param peers: the setting PEERS: dicts, or names of entries in ``databases``.
+    :param databases: further entries of DATABASES that exist meanwhile.
+    :param clock: the balancer's clock, in place of the real one; without jitter.
+    :param settings: the rest of the balancer's entry.
+    """
+    entry = {"ENGINE": ENGINE, "PEERS": list(peers), **settings}
+    with added({**(databases or {}), alias: entry}):
+        options: dict[str, Any] = {} if clock is None else {"clock": clock, "jitter": lambda: 0.5}
+        with mock.patch.dict(balancers._options, {alias: options}):
+            yield connections[alias]
+
+
+@contextlib.contextmanager
+def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Add entries to DATABASES; afterwards close what was connected, and forget them."""
+    hidden = {alias: connections[alias] for alias in databases if alias in connections.databases}
+    entries = {alias: connections.databases[alias] for alias in hidden}
+    for alias in hidden:
+        del connections[alias]
+    connections.databases.update(configured(databases))
+    balancers.forget()
+    try:
+        with _all_closed():
+            yield
+    finally:
+        for alias in databases:
+            with contextlib.suppress(AttributeError):
+                connections[alias].close()
+                del connections[alias]
+            del connections.databases[alias]
+        connections.databases.update(entries)
+        for alias, connection in hidden.items():
+            connections[alias] = connection
+        balancers.forget()
+
+
+def configured(databases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the entries as they stand in ``connections.databases``: Django fills in defaults."""
+    entries = dict(databases)
+    if hasattr(connections, "configure_settings"):
+        connections.configure_settings({"default": {}, **entries})
+    else:
+        # Django before 4.1 does so when a connection is made; NAME among the
+        # defaults is what we read before that.
+        for entry in entries.values():
+            for key in ("NAME", "USER", "PASSWORD", "HOST", "PORT"):
+                entry.setdefault(key, "")
+    return entries
+
+
+@contextlib.contextmanager
+def _all_closed() -> Iterator[None]:
+    """Close the connections of all wrappers made meanwhile, whichever thread made them."""
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+    init = LoadBalancedMixin.__init__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.add(self)
+        init(self, *args, **kwargs)
+
+    with mock.patch.object(LoadBalancedMixin, "__init__", noted):
+        try:
+            yield
+        finally:
+            for wrapper in list(made):
+                if getattr(wrapper, "connection", None) is not None:
+                    wrapper.inc_thread_sharing()
+                    wrapper.close()
+
+
+def mysql_peer(server: Address, **settings: Any) -> dict[str, Any]:
+    """Return a peer's dict for a MariaDB node or a proxy in front of one."""
+    return {
+        "HOST": server.host,
+        "PORT": server.port,
+        "USER": USER,
+        "PASSWORD": PASSWORD,
+        "NAME": DATABASE,
+        **settings,
+    }
+
+
+#: PostgreSQL's peers have the same keys; the balancer needs ``PEER_ENGINE=POSTGRESQL``.
+postgres_peer = mysql_peer
+
+
+def sqlite_peer(path: str | os.PathLike[str], **settings: Any) -> dict[str, Any]:
+    """Return a peer's dict for a file; the balancer needs ``PEER_ENGINE=SQLITE``."""
+    return {"NAME": os.fspath(path), **settings}

@@ -1,0 +1,48 @@
+"""The helper that gives other tests their load balancers."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from django.db import connections
+
+from django_proxysql import balancers
+from tests.app.models import Token
+from tests.engine import SQLITE, Clock, engine, sqlite_peer
+
+
+def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
+    """An engine works with models, and afterwards its alias, circuits and connections are gone."""
+    clock = Clock()
+    of_thread = []
+
+    def connect() -> None:
+        connections["balanced"].ensure_connection()
+        of_thread.append(connections["balanced"])
+
+    with engine([sqlite_peer(tmp_path / "db")], PEER_ENGINE=SQLITE, clock=clock) as connection:
+        with connection.schema_editor() as editor:
+            editor.create_model(Token)
+        Token.objects.using("balanced").create(value="one")
+        assert Token.objects.using("balanced").get().value == "one"
+        assert balancers["balanced"]._clock is clock
+        thread = threading.Thread(target=connect)
+        thread.start()
+        thread.join()
+    assert connection.connection is None
+    assert of_thread[0].connection is None
+    assert "balanced" not in connections.databases
+    with pytest.raises(KeyError):
+        balancers["balanced"]
+
+
+def test_engine_stands_in_for_default(tmp_path: Path) -> None:
+    """An engine may have the alias of another database, which is back afterwards."""
+    before = connections["default"]
+    peers = [sqlite_peer(tmp_path / "db")]
+    with engine(peers, alias="default", PEER_ENGINE=SQLITE) as connection:
+        assert connections["default"] is connection is not before
+    assert connections["default"] is before
+    assert connections.databases["default"] is before.settings_dict
