@@ -36,6 +36,8 @@ TEST = [
     *PROMETHEUS,
     "PyMySQL[rsa]>=1.0.2",
     "SQLAlchemy>=1.4",
+    # Knows Django 4.2 to 6.0 only: installed where no other Django is tested.
+    'django-prometheus>=2.4; python_version == "3.11"',
     "hypothesis>=6",
     "psycopg2-binary>=2.8",
     "pytest>=7",
