@@ -7,13 +7,15 @@ What is in the tables is left as it is.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Callable
 
 import pytest
 
-from django_proxysql.demo.servers import exit_on_sigterm, start_together
+from django_proxysql.demo.servers import start_together
 from tests.servers import Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
@@ -24,7 +26,16 @@ from tests.servers.redis import RedisServer
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    exit_on_sigterm()
+    """Let SIGTERM end the run as Ctrl-C does. (SystemExit would end but the test under way.)"""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a server, for ``-m "not server"``."""
+    for item in items:
+        if {"servers_session", "haproxy"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
 
 
 @pytest.fixture(scope="session")

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import select
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable
 
 import MySQLdb
+import psycopg
 import pytest
 
-from tests.servers import DATABASE, PASSWORD, USER
+from django_proxysql.demo.processes import PortPool, descendants
+from django_proxysql.demo.servers import (
+    MariaDBNode,
+    MissingProgram,
+    ServerError,
+    current_run,
+    find_program,
+)
+from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
+from tests.servers.galera import GaleraCluster
+from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+from tests.servers.redis import RedisServer
 
 
-def connect(node: Node, timeout: int = 5) -> MySQLdb.Connection:
-    return MySQLdb.connect(
-        host=node.host,
-        port=node.port,
-        user=USER,
-        password=PASSWORD,
-        database=DATABASE,
-        connect_timeout=timeout,
-    )
+def connect(node: Node, **options: Any) -> Any:
+    settings = {
+        "host": node.host,
+        "port": node.port,
+        "user": USER,
+        "password": PASSWORD,
+        "database": DATABASE,
+        "connect_timeout": 5,
+    }
+    return MySQLdb.connect(**{**settings, **options})
 
 
 def test_mariadb_pair(mariadb_pair: tuple[Node, Node]) -> None:
@@ -77,3 +102,303 @@ def test_hurt_node_is_restored(mariadb_pair: tuple[Node, Node]) -> None:
     second.kill()
     second.restore()
     connect(second).close()
+
+
+def test_ordinary_user_is_no_administrator(mariadb: Node) -> None:
+    """The application's user does not get the administrator's extra connection."""
+    mariadb.set_global("max_connections", 10)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(contextlib.closing(connect(mariadb)))
+        with pytest.raises(MySQLdb.OperationalError) as error:
+            connect(mariadb)
+        assert error.value.args[0] == 1040
+        assert mariadb.sql("SELECT 1") == "1\n"
+
+
+def test_kill_connections(mariadb: Node) -> None:
+    """An operator's KILL ends the user's connections and no others."""
+    connection = connect(mariadb)
+    other = connect(mariadb, user=ADMIN, password=ADMIN_PASSWORD)
+    assert mariadb.kill_connections(USER) == 1
+    with pytest.raises(MySQLdb.OperationalError):
+        connection.query("SELECT 1")
+    other.ping()
+    connection.close()
+    other.close()
+
+
+def test_mariadb_tls(mariadb_tls: Node) -> None:
+    """The node's certificate stands up to a client that checks it; TLS is not forced."""
+    options: dict[str, Any] = {"ssl_mode": "VERIFY_IDENTITY", "ssl": {"ca": mariadb_tls.ca}}
+    for given, encrypted in ((options, True), ({"ssl_mode": "DISABLED"}, False)):
+        connection = connect(mariadb_tls, **given)
+        connection.query("SHOW STATUS LIKE 'Ssl_cipher'")
+        ((_, cipher),) = connection.store_result().fetch_row()
+        assert bool(cipher) is encrypted
+        connection.close()
+
+
+def test_galera_isolated_node(galera: GaleraCluster) -> None:
+    """A node cut off answers SELECT 1 and fails table accesses by 1047; rejoined it catches up."""
+    first, second, third = galera
+    first.sql("CREATE OR REPLACE TABLE isolated (n INT PRIMARY KEY)", DATABASE)
+    second.sql("SET wsrep_sync_wait = 1; SELECT * FROM isolated", DATABASE)
+    galera.isolate(second)
+    assert second.sql("SELECT 1") == "1\n"
+    with pytest.raises(ServerError, match=r"1047.*WSREP"):
+        second.sql("SELECT * FROM isolated", DATABASE)
+    first.sql("INSERT INTO isolated VALUES (1)", DATABASE)
+    galera.rejoin(second)
+    for node in galera:
+        statement = "SET wsrep_sync_wait = 1; SELECT * FROM isolated"
+        assert node.sql(statement, DATABASE) == "1\n"
+    assert third.status()["cluster_size"] == "3"
+
+
+@pytest.mark.slow
+def test_galera_restored_after_majority_died(galera: GaleraCluster) -> None:
+    """With two of three nodes killed the last is of no use; restore() makes a cluster of them."""
+    first, second, _ = galera
+    first.sql("CREATE OR REPLACE TABLE majority (n INT PRIMARY KEY)", DATABASE)
+    first.kill()
+    second.kill()
+    galera.restore()
+    for node in galera:
+        assert node.synced()
+        assert node.sql("SELECT COUNT(*) FROM majority", DATABASE) == "0\n"
+
+
+def test_haproxy_frontend(mariadb: Node, haproxy: Callable[..., HAProxy]) -> None:
+    """A disabled frontend refuses and leaves connections alone; shutdown sessions cuts them."""
+    proxy = haproxy(one=mariadb, two=mariadb)
+    port = proxy.ports["one"]
+    connection = connect(mariadb, port=port)
+    other = connect(mariadb, port=proxy.ports["two"])
+    assert proxy.sessions("one") == 1
+    proxy.disable("one")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((proxy.host, port), timeout=5)
+    connection.ping()
+    proxy.shutdown_sessions("one")
+    with pytest.raises(MySQLdb.OperationalError):
+        connection.ping()
+    other.ping()
+    proxy.enable("one")
+    connect(mariadb, port=port).close()
+    connection.close()
+    other.close()
+
+
+def test_haproxy_spreads(mariadb_pair: tuple[Node, Node], haproxy: Callable[..., HAProxy]) -> None:
+    """A frontend with two servers behind it deals out in turn, and leaves a dead one alone."""
+    proxy = haproxy(db=mariadb_pair)
+
+    def ports_seen() -> set[int]:
+        seen = set()
+        for _ in range(4):
+            connection = connect(mariadb_pair[0], port=proxy.ports["db"])
+            connection.query("SELECT @@port")
+            seen.add(connection.store_result().fetch_row()[0][0])
+            connection.close()
+        return seen
+
+    assert ports_seen() == {node.port for node in mariadb_pair}
+    mariadb_pair[0].kill()
+    deadline = time.monotonic() + 10
+    while "DOWN" not in proxy.ask("show stat") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ports_seen() == {mariadb_pair[1].port}
+
+
+def connect_postgres(node: PostgreSQLNode, **options: Any) -> psycopg.Connection[Any]:
+    return psycopg.connect(
+        host=node.host,
+        port=node.port,
+        user=USER,
+        password=PASSWORD,
+        dbname=DATABASE,
+        **options,
+    )
+
+
+def test_postgres_keeps_its_data(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """Killed, with all its processes, and restarted: no acknowledged write is lost."""
+    node = postgres_pair[0]
+    with contextlib.closing(connect_postgres(node, autocommit=True)) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS kept (n INT)")
+        connection.execute("TRUNCATE kept")
+        for n in range(100):
+            connection.execute("INSERT INTO kept VALUES (%s)", [n])
+        children = descendants(node.pid)
+        node.kill()
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT 1")
+    assert len(children) >= 4
+    assert not [pid for pid in children if runs(pid)]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((node.host, node.port), timeout=5)
+    node.start()
+    with contextlib.closing(connect_postgres(node)) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM kept").fetchone() == (100,)
+
+
+def test_postgres_frozen(postgres: PostgreSQLNode) -> None:
+    """Frozen, its established connections are silent, too."""
+    with contextlib.closing(connect_postgres(postgres)) as connection:
+        postgres.freeze()
+        connection.pgconn.send_query(b"SELECT 1")
+        ready, _, _ = select.select([connection.fileno()], [], [], 0.2)
+        assert not ready
+        postgres.thaw()
+        ready, _, _ = select.select([connection.fileno()], [], [], 5)
+        assert ready
+
+
+def test_postgres_options_and_settings(postgres: PostgreSQLNode) -> None:
+    """Options and settings are as given, and the test's changes are undone."""
+    assert postgres.sql("SHOW max_prepared_transactions") == "10\n"
+    postgres.set_global("work_mem = '5MB'")
+    postgres.options.append("max_prepared_transactions=0")
+    postgres.restart()
+    assert postgres.sql("SHOW max_prepared_transactions; SHOW work_mem") == "0\n5MB\n"
+    postgres.restore()
+    assert postgres.sql("SHOW max_prepared_transactions; SHOW work_mem") == "10\n4MB\n"
+
+
+def test_postgres_tls(postgres_tls: PostgreSQLNode) -> None:
+    """The server's certificate stands up to a client that checks it; TLS is not forced."""
+    options = {"sslmode": "verify-full", "sslrootcert": postgres_tls.ca}
+    with contextlib.closing(connect_postgres(postgres_tls, **options)) as connection:
+        assert connection.pgconn.ssl_in_use
+        assert postgres_tls.terminate_connections(USER) == 1
+    with contextlib.closing(connect_postgres(postgres_tls, sslmode="disable")) as connection:
+        assert not connection.pgconn.ssl_in_use
+
+
+def test_redis(redis_server: RedisServer) -> None:
+    """It keeps values as long as it lives."""
+    redis_server.ask("SET", "key", "value")
+    assert redis_server.ask("GET", "key") == "value\n"
+    redis_server.restart()
+    assert redis_server.ask("GET", "key") == "\n"
+
+
+def test_missing_program_names_the_package() -> None:
+    """What is not installed is named together with the Debian package that has it."""
+    with pytest.raises(MissingProgram, match=r"no-such-server is not.*install no-such-pk"):
+        find_program("no-such-server", package="no-such-pk")
+
+
+@pytest.mark.server
+def test_server_that_cannot_start_says_why() -> None:
+    """A server that ends by itself is reported at once, with the end of its log."""
+    node = MariaDBNode(options=["--no-such-option"])
+    try:
+        with pytest.raises(ServerError, match=r"(?s)ended by itself.*no-such-option"):
+            node.start()
+    finally:
+        node.close()
+
+
+def test_started_by_a_thread_that_ends(mariadb: Node) -> None:
+    """A server outlives the thread that started it."""
+    mariadb.kill()
+    thread = threading.Thread(target=mariadb.start)
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    assert mariadb.running
+
+
+def test_forked_child_leaves_the_servers_alone(mariadb: Node) -> None:
+    """What a child does at its end, by atexit and `with`, does not end its parent's servers."""
+    run = current_run()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            run.end()
+            mariadb.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert mariadb.running
+    assert mariadb.sql("SELECT 1") == "1\n"
+
+
+def test_ports_are_kept_and_outside_the_ephemeral_range() -> None:
+    """A reserved port is given to nobody else, and never to an outgoing connection."""
+    pool, other_process = PortPool(), PortPool()
+    first = pool.reserve(3)
+    for port in range(first, first + 3):
+        assert not other_process._try([port])
+        assert port < 32768
+    pool.release(first)
+    notes = other_process._try([first])
+    assert len(notes) == 1
+    notes[0].close()
+
+
+PROGRAM = ["-m", "tests.servers.interrupted_run"]
+TEST_RUN = [
+    "-m",
+    "pytest",
+    "-q",
+    "-s",
+    "-p",
+    "no:cacheprovider",
+    "tests/servers/interrupted_run.py",
+]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("command", "number", "exit_code"),
+    [
+        (PROGRAM, signal.SIGINT, -signal.SIGINT),
+        (PROGRAM, signal.SIGTERM, 143),
+        (PROGRAM, signal.SIGKILL, -signal.SIGKILL),
+        (TEST_RUN, signal.SIGINT, pytest.ExitCode.INTERRUPTED),
+        (TEST_RUN, signal.SIGTERM, 143),
+    ],
+)
+def test_interrupted_run_leaves_nothing(
+    command: list[str], number: signal.Signals, exit_code: int
+) -> None:
+    """However a run ends: no process (not even a frozen one) and no file is left behind."""
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=root,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        output = []
+        for line in run.stdout:
+            output.append(line)
+            if line.startswith("STARTED"):
+                break
+        else:
+            pytest.fail("".join(output))
+        pids, workspace = json.loads(line.partition(" ")[2])
+        assert len(pids) >= 6
+        run.send_signal(number)
+        run.communicate(timeout=30)
+    assert run.returncode == exit_code
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        left = [pid for pid in pids if runs(pid)]
+        if not left and not Path(workspace).exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left: processes {left}, {workspace}: {Path(workspace).exists()}")
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"

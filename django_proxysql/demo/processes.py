@@ -247,13 +247,15 @@ def current_run() -> _Run:
 def exit_on_sigterm() -> None:
     """Let SIGTERM end this process by SystemExit(143), so that ``with`` blocks and atexit run.
 
-    For a program's main thread. A handler that somebody else has set is left in place.
+    For a program's main thread; in others it does nothing. A handler that somebody else has set
+    is left in place.
     """
 
     def handler(signum: int, frame: FrameType | None) -> None:
         sys.exit(128 + signum)
 
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, handler)
 
 

@@ -142,7 +142,9 @@ class PostgreSQLNode(ServerProcess):
                 ]
                 # initdb refuses to run as root.
                 who: dict[str, Any] = (
-                    {"user": self.run_as, "group": self.run_as} if self.run_as else {}
+                    {"user": self.run_as, "group": self.run_as, "extra_groups": []}
+                    if self.run_as
+                    else {}
                 )
                 self.run(command, cwd=unfinished, **who)
                 (unfinished / "data").rename(template)

@@ -1,0 +1,295 @@
+"""The fault proxy fails at the very byte it was told to."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Callable
+
+import MySQLdb
+import pytest
+
+from tests.servers import DATABASE, PASSWORD, USER, Address
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.mariadb import Node
+
+Proxies = Callable[..., FaultProxy]
+
+
+class Upper:
+    """A server that greets with HELLO and gives back what it gets in upper case."""
+
+    def __init__(self) -> None:
+        self.got: list[bytes] = []
+        self.ends: list[str] = []  # how connections ended
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host, self.port = self._listener.getsockname()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            try:
+                client.sendall(b"HELLO")
+                while data := client.recv(65536):
+                    self.got.append(data)
+                    client.sendall(data.upper())
+                self.ends.append("FIN")
+            except ConnectionResetError:
+                self.ends.append("RST")
+            except BrokenPipeError:
+                self.ends.append("broken pipe")
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def upper() -> Iterator[Upper]:
+    server = Upper()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def open_client() -> Iterator[Callable[..., socket.socket]]:
+    """Opens connections that wait 5 seconds at most, and closes them in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(to: Address, greeting: bytes = b"HELLO") -> socket.socket:
+            client = stack.enter_context(socket.create_connection((to.host, to.port), timeout=5))
+            if greeting:
+                assert client.recv(65536) == greeting
+            return client
+
+        yield connect
+
+
+Open = Callable[..., socket.socket]
+
+
+def ask(client: socket.socket, question: bytes) -> bytes:
+    client.sendall(question)
+    return client.recv(65536)
+
+
+def is_silent(client: socket.socket, seconds: float = 0.1) -> bool:
+    client.settimeout(seconds)
+    try:
+        client.recv(1)
+    except socket.timeout:
+        return True
+    finally:
+        client.settimeout(5)
+    return False
+
+
+def test_forward(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """Bytes pass both ways, the proxy counts, and the server sees the client's end."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    assert ask(client, b"one") == b"ONE"
+    assert ask(client, b"two") == b"TWO"
+    assert (proxy.accepted, proxy.established, proxy.client_packets) == (1, 1, 2)
+    assert list(proxy.packets) == [b"one", b"two"]
+    client.close()
+    proxy.wait_until_idle()
+    assert upper.ends == ["FIN"]
+
+
+def test_forward_much(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """A reader that is slower than the writer loses nothing."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    data = bytes(range(97, 123)) * 400_000
+    sender = threading.Thread(target=client.sendall, args=[data])
+    sender.start()
+    time.sleep(0.3)
+    received = bytearray()
+    while len(received) < len(data):
+        received += client.recv(65536)
+    sender.join()
+    assert received == data.upper()
+
+
+def test_refuse(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """New connections are refused, established ones go on; then the same port is open again."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    proxy.refuse()
+    with pytest.raises(ConnectionRefusedError):
+        open_client(proxy)
+    assert ask(client, b"still") == b"STILL"
+    proxy.forward()
+    assert ask(open_client(proxy), b"new") == b"NEW"
+
+
+def test_accept_and_close(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """A new connection ends before the first byte."""
+    proxy = fault_proxy(upper)
+    proxy.accept_and_close()
+    assert open_client(proxy, greeting=b"").recv(1) == b""
+    assert (proxy.accepted, proxy.established) == (1, 0)
+
+
+def test_accept_and_hang(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """A new connection hears nothing, whatever it says, even when later ones are served."""
+    proxy = fault_proxy(upper)
+    proxy.accept_and_hang()
+    client = open_client(proxy, greeting=b"")
+    client.sendall(b"anybody?")
+    proxy.forward()
+    assert is_silent(client)
+    open_client(proxy)
+    client.close()
+
+
+def test_delay(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """The greeting comes late, several wait at the same time, and what the client said is kept."""
+    proxy = fault_proxy(upper)
+    proxy.delay(0.3)
+    start = time.monotonic()
+    clients = [open_client(proxy, greeting=b"") for _ in range(5)]
+    for client in clients:
+        client.sendall(b"early")
+    for client in clients:
+        assert client.recv(5) == b"HELLO"
+        assert client.recv(5) == b"EARLY"
+    assert 0.3 <= time.monotonic() - start < 1.2
+
+
+def test_dead_server(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """Behind it is nothing: accepted and closed, as a proxy does."""
+    proxy = fault_proxy(upper)
+    upper.close()
+    assert open_client(proxy, greeting=b"").recv(1) == b""
+    upper.close = lambda: None  # type: ignore[method-assign]
+
+
+def test_freeze_and_thaw(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """Frozen nothing moves on old and new connections; thawed nothing is missing."""
+    proxy = fault_proxy(upper)
+    old = open_client(proxy)
+    proxy.freeze()
+    new = open_client(proxy, greeting=b"")
+    old.sendall(b"wait")
+    assert is_silent(old)
+    assert is_silent(new)
+    assert upper.got == []
+    proxy.thaw()
+    assert old.recv(10) == b"WAIT"
+    assert new.recv(10) == b"HELLO"
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_drop_connections(
+    upper: Upper, fault_proxy: Proxies, open_client: Open, reset: bool
+) -> None:
+    """All established connections end, by FIN or by RST, and new ones are served."""
+    proxy = fault_proxy(upper, reset=reset)
+    clients = [open_client(proxy) for _ in range(3)]
+    assert proxy.drop_connections() == 3
+    for client in clients:
+        if reset:
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        else:
+            assert client.recv(1) == b""
+    assert ask(open_client(proxy), b"new") == b"NEW"
+
+
+def test_cut_before(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """The matching packet is swallowed; others pass, and it strikes only once."""
+    proxy = fault_proxy(upper)
+    proxy.cut_before(b"commit")
+    client = open_client(proxy)
+    assert ask(client, b"insert") == b"INSERT"
+    assert ask(client, b"commit") == b""
+    proxy.wait_until_idle()
+    assert upper.got == [b"insert"]
+    assert ask(open_client(proxy), b"commit") == b"COMMIT"
+    assert proxy.cuts == 1
+
+
+def test_cut_after(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """The server gets the matching packet, the client no answer; the server is not disturbed."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    proxy.cut_after(b"commit")
+    assert ask(client, b"insert") == b"INSERT"
+    assert ask(client, b"commit") == b""
+    proxy.wait_until_idle()
+    assert upper.got == [b"insert", b"commit"]
+    assert upper.ends == ["FIN"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_cut_reply(upper: Upper, fault_proxy: Proxies, open_client: Open, after: int) -> None:
+    """Just so many bytes of the reply to the matching packet arrive."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    proxy.cut_reply(after, b"select")
+    assert ask(client, b"insert") == b"INSERT"
+    client.sendall(b"select")
+    with client.makefile("rb") as reply:
+        assert reply.read() == b"SELECT"[:after]
+    assert upper.got == [b"insert", b"select"]
+    assert proxy.cuts == 1
+
+
+def test_cut_nth_packet(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """Without a text to look for, the n-th packet from now is struck."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    ask(client, b"zero")
+    proxy.cut_before(nth=3)
+    assert ask(client, b"one") == b"ONE"
+    assert ask(client, b"two") == b"TWO"
+    assert ask(client, b"three") == b""
+
+
+def test_cut_handshake(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """The greeting of the next new connection is cut short, and of that one only."""
+    proxy = fault_proxy(upper)
+    proxy.cut_handshake(2)
+    with open_client(proxy, greeting=b"").makefile("rb") as greeting:
+        assert greeting.read() == b"HE"
+    open_client(proxy)
+
+
+def test_disarm(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+    """A cut that has not struck can be called off."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    proxy.cut_before(b"x")
+    proxy.cut_handshake(0)
+    proxy.disarm()
+    assert ask(client, b"x") == b"X"
+    open_client(proxy)
+
+
+def test_commit_sent_and_answer_lost(mariadb: Node, fault_proxy: Proxies) -> None:
+    """On a real server: with cut_after the COMMIT is done, with cut_before it is not."""
+    mariadb.sql("CREATE OR REPLACE TABLE cut (n INT)", DATABASE)
+    proxy = fault_proxy(mariadb)
+    for n, cut in enumerate((proxy.cut_before, proxy.cut_after)):
+        connection = MySQLdb.connect(
+            host=proxy.host, port=proxy.port, user=USER, password=PASSWORD, database=DATABASE
+        )
+        connection.cursor().execute("INSERT INTO cut VALUES (%s)", [n])
+        cut(b"COMMIT")
+        with pytest.raises(MySQLdb.OperationalError) as error:
+            connection.query("COMMIT")
+        assert error.value.args[0] == 2013
+        proxy.wait_until_idle()
+        connection.close()
+    assert mariadb.sql("SELECT n FROM cut", DATABASE) == "1\n"
