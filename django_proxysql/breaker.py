@@ -32,11 +32,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import random
 import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,13 +71,30 @@ _STATES = {
 class Lease:
     """A trial under way."""
 
-    __slots__ = ("ended", "expires")
+    __slots__ = ("_bells", "ended", "expires")
 
     def __init__(self, expires: float) -> None:
         #: The moment, on the breaker's clock, from which it counts as abandoned.
         self.expires = expires
         #: Set when the trial has ended, for those who wait for its result.
         self.ended = threading.Event()
+        self._bells: list[threading.Event] = []
+
+    def end(self) -> None:
+        """Wake those who wait for the trial's result."""
+        self.ended.set()
+        for bell in tuple(self._bells):
+            bell.set()
+
+    @staticmethod
+    def wait_for_any(leases: Sequence[Lease], seconds: float) -> None:
+        """Wait until one of the trials has ended, at most ``seconds``."""
+        bell = threading.Event()
+        for lease in leases:
+            lease._bells.append(bell)
+        # A trial that ended before its bell was hung up does not ring it.
+        if not any(lease.ended.is_set() for lease in leases):
+            bell.wait(max(0.0, seconds))
 
 
 class Circuit(NamedTuple):
@@ -152,23 +171,21 @@ class Permit:
     What is called after the first end is ignored.
     """
 
-    __slots__ = ("_breaker", "_ended", "_generation", "_lease")
+    __slots__ = ("_breaker", "_ended", "_generation", "_lease", "is_trial")
 
     def __init__(self, breaker: PeerBreaker, generation: int, lease: Lease | None) -> None:
         self._breaker = breaker
         self._generation = generation
         self._lease = lease
         self._ended = False
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether this is the one attempt that a half-open or suspect circuit allows."""
-        return self._lease is not None
+        #: Whether this is the one attempt that a half-open or suspect circuit allows.
+        self.is_trial = lease is not None
 
     def succeeded(self) -> None:
         """The peer did what it was asked to do."""
-        if not self._end():
+        if self._ended:
             return
+        self._ended = True
         breaker = self._breaker
         # The healthy peer's way, hundreds of times a second: nothing to
         # write, so no lock to take.
@@ -195,7 +212,7 @@ class Permit:
     def judge(self, exc: BaseException) -> None:
         """End the permit as ``exc``, raised by the guarded call, demands."""
         breaker = self._breaker
-        if not isinstance(exc, Exception) or not breaker.is_system_error(exc):
+        if not isinstance(exc, Exception) or breaker._is_excluded(exc):
             self.released()
         elif drivers.is_driver_error(exc):
             # A guarded call may be a connect or anything else.
@@ -263,6 +280,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             name=name,
             throw_new_error_on_trip=False,
         )
+        _forkable.add(self)
 
     def __repr__(self) -> str:
         circuit = self._circuit
@@ -295,8 +313,14 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             lease = Lease(now + self._lease_seconds)
             after = circuit.state if circuit.suspect else HALF_OPEN
             self._circuit = circuit._replace(lease=lease, state=after)
-        self._tell_transition(Transition(circuit.state, after))
-        return Permit(self, circuit.generation, lease)
+        permit = Permit(self, circuit.generation, lease)
+        try:
+            self._tell_transition(Transition(circuit.state, after))
+        except BaseException:
+            # Interrupted before the caller had it: nobody else would end it.
+            permit.released()
+            raise
+        return permit
 
     @property
     def circuit(self) -> Circuit:
@@ -399,13 +423,30 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._tell_transition(Transition(CLOSED, CLOSED, fault, error))
 
     @property
+    def reset_timeout(self) -> float:
+        """Seconds for which the circuit stays open before a trial, ±10 %."""
+        return self._reset_timeout
+
+    @reset_timeout.setter
+    def reset_timeout(self, timeout: float) -> None:
+        with self._lock:
+            self._reset_timeout = timeout
+            circuit = self._circuit
+            if circuit.state == OPEN:
+                # As with pybreaker, the new time-out holds for the present opening.
+                self._circuit = circuit._replace(due=circuit.tried + self._spread_timeout())
+
+    @property
     def state(self) -> Any:
         """pybreaker's state object of the current state."""
         return _STATES[self._circuit.state](self, None, notify=False)
 
     @state.setter
     def state(self, state: str) -> None:
-        {CLOSED: self.close, OPEN: self.open, HALF_OPEN: self.half_open}[state]()
+        changes = {CLOSED: self.close, OPEN: self.open, HALF_OPEN: self.half_open}
+        if state not in changes:
+            raise ValueError(f"Unknown state {state!r}, valid states: {', '.join(changes)}")
+        changes[state]()
 
     # What permits report
 
@@ -426,9 +467,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
                 transition = Transition(CLOSED, CLOSED)
             elif circuit.successes + 1 >= self._success_threshold:
                 self._circuit = _closed(circuit, now)
-                transition = Transition(
-                    circuit.state, CLOSED, seconds=now - (circuit.out_since or now)
-                )
+                out_since = now if circuit.out_since is None else circuit.out_since
+                transition = Transition(circuit.state, CLOSED, seconds=now - out_since)
             else:
                 self._circuit = circuit._replace(
                     successes=circuit.successes + 1, lease=None, due=now, tried=now
@@ -448,6 +488,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         now = self._clock()
         transition = None
         failures = 0
+        displaced = None
         error = drivers.describe(exc)
         with self._lock:
             circuit = self._circuit
@@ -456,12 +497,14 @@ class PeerBreaker(pybreaker.CircuitBreaker):
                 counted = circuit._replace(failures=failures)
                 if lease is not None or failures >= self._fail_max:
                     self._circuit = _opened(self, counted, now, error, fault)
+                    displaced = circuit.lease
                     transition = Transition(
                         circuit.state, OPEN, fault, error, self._circuit.due - now
                     )
                 else:
                     self._circuit = counted._replace(tried=now, error=error, fault=fault)
         _wake(lease)
+        _wake(displaced)
         if self._listeners:
             self._tell("failure", exc)
         self._tell_transition(transition)
@@ -489,7 +532,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         with self._lock:
             before = self._circuit
             after = self._circuit = change(now)
-        _wake(before.lease)
+        if after.lease is not before.lease:
+            _wake(before.lease)
         if before.state == after.state == CLOSED and before.suspect == after.suspect:
             return
         seconds = 0.0
@@ -500,6 +544,17 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._tell_transition(
             Transition(before.state, after.state, after.fault, after.error, seconds)
         )
+
+    def _spread_timeout(self) -> float:
+        return self._reset_timeout * (1 + JITTER * (2 * self._jitter() - 1))
+
+    def _is_excluded(self, exc: Exception) -> bool:
+        try:
+            return not self.is_system_error(exc)
+        except Exception:
+            # The caller is to see ``exc``, not a predicate's mistake.
+            logger.exception("An exclude predicate of the circuit of %s raised", self._name)
+            return False
 
     # Telling
 
@@ -530,10 +585,14 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         if transition is None:
             return
         if self._on_transition is not None:
-            self._on_transition(transition)
+            try:
+                self._on_transition(transition)
+            except Exception:
+                logger.exception("What was to be told of the circuit of %s raised", self._name)
         if self._listeners and transition.before != transition.after:
             before = _STATES[transition.before](self, None, notify=False)
-            self._tell("state_change", before, self.state)
+            after = _STATES[transition.after](self, None, notify=False)
+            self._tell("state_change", before, after)
 
     def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
         for listener in self.listeners:
@@ -568,7 +627,6 @@ def _is_late(circuit: Circuit, generation: int, lease: Lease | None) -> bool:
 def _opened(
     breaker: PeerBreaker, circuit: Circuit, now: float, error: str, fault: Fault | None
 ) -> Circuit:
-    spread = 1 + JITTER * (2 * breaker._jitter() - 1)
     return circuit._replace(
         state=OPEN,
         generation=circuit.generation + 1,
@@ -576,7 +634,7 @@ def _opened(
         suspect=False,
         out_since=now if circuit.out_since is None else circuit.out_since,
         tried=now,
-        due=now + breaker.reset_timeout * spread,
+        due=now + breaker._spread_timeout(),
         lease=None,
         error=error,
         fault=fault,
@@ -590,4 +648,18 @@ def _closed(circuit: Circuit, now: float) -> Circuit:
 
 def _wake(lease: Lease | None) -> None:
     if lease is not None:
-        lease.ended.set()
+        lease.end()
+
+
+# After a fork the child needs locks that nobody holds: the parent's other
+# threads, which may hold them, are not there to release them.
+_forkable: weakref.WeakSet[PeerBreaker] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for breaker in list(_forkable):
+        breaker.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

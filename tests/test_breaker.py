@@ -1,0 +1,852 @@
+"""What PeerBreaker promises one caller; tests/test_breaker_threads.py has the crowds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pybreaker
+import pytest
+
+from django_proxysql import Fault, NotReady, PeerBreaker
+from django_proxysql.breaker import CircuitBreakerError, Transition
+from tests.fakes import (
+    Clock,
+    OperationalError,
+    ProgrammingError,
+    Recorder,
+    bad_password,
+    even,
+    in_thread,
+    lock_is_free,
+    raised_by,
+    refused_by_host,
+    too_many,
+)
+
+
+class Boom(Exception):
+    """An exception of no driver's."""
+
+
+class GreenletTimeout(BaseException):
+    """As gevent.Timeout: no Exception."""
+
+
+def fail(exc: BaseException | None = None) -> None:
+    raise exc or Boom("no")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> PeerBreaker:
+    return PeerBreaker(fail_max=3, reset_timeout=30, clock=clock, jitter=even, name="db1")
+
+
+def opened(breaker: PeerBreaker) -> PeerBreaker:
+    while breaker.current_state != "open":
+        breaker.acquire().failed(refused_by_host(), Fault.UNREACHABLE)
+    return breaker
+
+
+class TestOpening:
+    def test_opens_after_fail_max_failures_in_a_row(self, breaker: PeerBreaker) -> None:
+        """A circuit opens with its fail_max-th failure in a row and not before."""
+        assert [breaker.acquire().failed(Boom()) for _ in range(2)] == [1, 2]
+        assert breaker.current_state == "closed"
+        assert breaker.acquire().failed(Boom()) == 3
+        assert breaker.current_state == "open"
+
+    def test_success_ends_the_row(self, breaker: PeerBreaker) -> None:
+        """A success in between makes failures count from one again."""
+        for _ in range(10):
+            assert breaker.acquire().failed(Boom()) == 1
+            assert breaker.acquire().failed(Boom()) == 2
+            breaker.acquire().succeeded()
+            assert breaker.fail_counter == 0
+        assert breaker.current_state == "closed"
+
+    def test_open_circuit_admits_nobody(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """While the circuit is open nobody is admitted, and asking does not wait."""
+        opened(breaker)
+        clock.advance(29.9)
+        assert [breaker.acquire() for _ in range(5)] == [None] * 5
+
+    def test_keeps_text_of_last_error_and_no_exception(self, breaker: PeerBreaker) -> None:
+        """The circuit remembers what the peer said as text, not the exception with its frames."""
+        opened(breaker)
+        assert breaker.circuit.error == str(refused_by_host())
+        assert breaker.circuit.fault is Fault.UNREACHABLE
+        assert not [field for field in breaker.circuit if isinstance(field, BaseException)]
+
+    @pytest.mark.parametrize(
+        ("draw", "due"),
+        [(0.0, 27.0), (0.5, 30.0), (1 - 1e-12, 33.0)],
+        ids=["early", "even", "late"],
+    )
+    def test_trial_is_due_after_reset_timeout_give_or_take_a_tenth(
+        self, clock: Clock, draw: float, due: float
+    ) -> None:
+        """The first trial is due after reset_timeout ±10 %, as the jitter draws."""
+        breaker = opened(PeerBreaker(reset_timeout=30, clock=clock, jitter=lambda: draw))
+        clock.now = due - 1e-6
+        assert breaker.acquire() is None
+        clock.now = due + 1e-6
+        permit = breaker.acquire()
+        assert permit is not None
+        assert permit.is_trial
+
+    def test_default_jitter_spreads_a_fleet(self, clock: Clock) -> None:
+        """Breakers that opened at one moment do not all try at one moment."""
+        dues = [opened(PeerBreaker(reset_timeout=30, clock=clock)).circuit.due for _ in range(50)]
+        assert len(set(dues)) > 40
+        assert 27 <= min(dues) < 29 < 31 < max(dues) <= 33
+
+    def test_last_resort_makes_the_trial_due_earlier(
+        self, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """With last_resort a trial is due that long after the peer was last tried."""
+        opened(breaker)
+        clock.advance(0.9)
+        assert breaker.acquire(last_resort=1) is None
+        clock.advance(0.1)
+        breaker.acquire(last_resort=1).failed(Boom())
+        assert breaker.acquire(last_resort=1) is None
+        clock.advance(1)
+        assert breaker.acquire() is None
+        assert breaker.acquire(last_resort=1).is_trial
+
+
+class TestTrial:
+    def test_exactly_one(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """While a trial is under way nobody else is admitted."""
+        opened(breaker)
+        clock.advance(30)
+        trial = breaker.acquire()
+        assert trial.is_trial
+        assert breaker.current_state == "half-open"
+        assert breaker.trial is not None
+        assert [breaker.acquire(last_resort=0) for _ in range(5)] == [None] * 5
+        trial.succeeded()
+        assert breaker.trial is None
+
+    def test_good_one_closes(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A good trial closes the circuit and its count begins anew."""
+        opened(breaker)
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        assert breaker.current_state == "closed"
+        assert breaker.fail_counter == 0
+        assert not breaker.acquire().is_trial
+
+    def test_bad_one_reopens_for_the_whole_interval(
+        self, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """A bad trial opens the circuit again at once, whatever fail_max says."""
+        opened(breaker)
+        clock.advance(30)
+        assert breaker.acquire().failed(bad_password(), Fault.REFUSED) == 4
+        assert breaker.current_state == "open"
+        assert breaker.circuit.error == str(bad_password())
+        clock.advance(29.9)
+        assert breaker.acquire() is None
+        clock.advance(0.1)
+        assert breaker.acquire().is_trial
+
+    def test_success_threshold(self, clock: Clock) -> None:
+        """success_threshold good trials close the circuit, one at a time and each at once."""
+        breaker = opened(PeerBreaker(success_threshold=3, clock=clock, jitter=even))
+        clock.advance(30)
+        for successes in (1, 2):
+            trial = breaker.acquire()
+            assert breaker.acquire() is None
+            trial.succeeded()
+            assert (breaker.current_state, breaker.success_counter) == ("half-open", successes)
+        breaker.acquire().succeeded()
+        assert breaker.current_state == "closed"
+
+    def test_bad_one_starts_the_threshold_anew(self, clock: Clock) -> None:
+        """A bad trial forgets the good ones before it."""
+        breaker = opened(PeerBreaker(success_threshold=2, clock=clock, jitter=even))
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        breaker.acquire().failed(Boom())
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        assert breaker.current_state == "half-open"
+
+    def test_out_since_is_of_the_first_opening(self, clock: Clock) -> None:
+        """How long a peer was out is counted from its first failure, bad trials included."""
+        told: list[Transition] = []
+        breaker = opened(PeerBreaker(clock=clock, jitter=even, on_transition=told.append))
+        clock.advance(30)
+        breaker.acquire().failed(Boom())
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        assert [(t.before, t.after) for t in told] == [
+            ("closed", "open"),
+            ("open", "half-open"),
+            ("half-open", "open"),
+            ("open", "half-open"),
+            ("half-open", "closed"),
+        ]
+        # The clock began at 0: a moment like any other.
+        assert told[-1].seconds == 60
+        assert told[0].seconds == 30
+
+    def test_released_is_due_again_soon(self, clock: Clock) -> None:
+        """A trial that says nothing about the peer opens nothing and is due again soon."""
+        breaker = opened(PeerBreaker(clock=clock, jitter=even, release_interval=1))
+        clock.advance(30)
+        error = breaker.circuit.error
+        breaker.acquire().released()
+        assert breaker.current_state == "open"
+        assert (breaker.fail_counter, breaker.circuit.error) == (1, error)
+        assert breaker.acquire() is None
+        clock.advance(1)
+        assert breaker.acquire().is_trial
+
+    def test_abandoned_one_runs_out(self, clock: Clock) -> None:
+        """A trial whose thread died is given up when its lease runs out."""
+        breaker = opened(PeerBreaker(clock=clock, jitter=even, lease=31))
+        clock.advance(30)
+        lost = breaker.acquire()
+        clock.advance(30.9)
+        assert breaker.acquire() is None
+        clock.advance(0.1)
+        assert breaker.trial is None
+        following = breaker.acquire()
+        assert following.is_trial
+        lost.succeeded()
+        assert breaker.current_state == "half-open"
+        lost.failed(Boom())
+        assert breaker.acquire() is None
+        following.succeeded()
+        assert breaker.current_state == "closed"
+
+    def test_overdue_result_counts_while_nobody_took_over(self, clock: Clock) -> None:
+        """A trial that took longer than its lease still counts if none has followed it."""
+        breaker = opened(PeerBreaker(clock=clock, jitter=even, lease=10))
+        clock.advance(30)
+        trial = breaker.acquire()
+        clock.advance(100)
+        trial.succeeded()
+        assert breaker.current_state == "closed"
+
+
+class TestLateResults:
+    def test_failure_from_before_the_opening(self, clock: Clock) -> None:
+        """A failure of a call begun before the circuit opened and closed counts for nothing."""
+        breaker = PeerBreaker(clock=clock, jitter=even)
+        slow = breaker.acquire()
+        opened(breaker)
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        assert slow.failed(Boom()) == 0
+        assert (breaker.current_state, breaker.fail_counter) == ("closed", 0)
+
+    def test_success_from_before_the_opening(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A success of a call begun before the circuit opened does not close it."""
+        slow = [breaker.acquire() for _ in range(3)]
+        opened(breaker)
+        slow.pop().succeeded()
+        assert breaker.current_state == "open"
+        clock.advance(30)
+        trial = breaker.acquire()
+        slow.pop().succeeded()
+        assert breaker.current_state == "half-open"
+        assert slow.pop().failed(Boom()) == 0
+        assert breaker.acquire() is None
+        trial.succeeded()
+        assert breaker.current_state == "closed"
+
+    def test_success_does_not_reset_a_later_count(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A success from before the last opening leaves the present count alone."""
+        slow = breaker.acquire()
+        opened(breaker)
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        breaker.acquire().failed(Boom())
+        slow.succeeded()
+        assert breaker.fail_counter == 1
+
+    def test_burst_opens_once(self, clock: Clock) -> None:
+        """Calls under way when the circuit opens do not open it again as they fail."""
+        told: list[Transition] = []
+        breaker = PeerBreaker(clock=clock, jitter=even, on_transition=told.append)
+        burst = [breaker.acquire() for _ in range(10)]
+        assert [permit.failed(Boom()) for permit in burst] == [1] + [0] * 9
+        assert len(told) == 1
+
+    def test_permit_ends_once(self, breaker: PeerBreaker) -> None:
+        """What a permit is told after its first end is ignored."""
+        permit = breaker.acquire()
+        assert permit.failed(Boom()) == 1
+        assert permit.failed(Boom()) == 0
+        permit.succeeded()
+        permit.released()
+        assert breaker.fail_counter == 1
+
+
+class TestSuspect:
+    def test_next_use_is_a_trial(self, breaker: PeerBreaker) -> None:
+        """A suspect circuit stays closed and lets one caller through, as a trial."""
+        breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
+        assert breaker.current_state == "closed"
+        assert not breaker.is_available
+        trial = breaker.acquire()
+        assert trial.is_trial
+        assert breaker.current_state == "closed"
+        assert breaker.acquire() is None
+
+    def test_good_trial_leaves_no_trace(
+        self, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """After its good trial a suspect is as if nothing had happened."""
+        recorder = Recorder()
+        breaker = PeerBreaker(clock=clock, listeners=[recorder])
+        under_way = breaker.acquire()
+        breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
+        breaker.acquire().succeeded()
+        assert breaker.is_available
+        assert breaker.circuit.error == ""
+        assert not caplog.records
+        assert recorder.told == ["success"]
+        assert under_way.failed(Boom()) == 1  # no new generation either
+
+    def test_bad_trial_opens_whatever_fail_max_says(self, breaker: PeerBreaker) -> None:
+        """A suspect whose trial fails is open at once."""
+        breaker.suspect()
+        assert breaker.acquire().failed(refused_by_host(), Fault.UNREACHABLE) == 1
+        assert breaker.current_state == "open"
+
+    def test_released_trial_may_be_made_at_once(self, breaker: PeerBreaker) -> None:
+        """A suspect's trial that says nothing about the peer leaves it suspect and to be had."""
+        breaker.suspect()
+        breaker.acquire().released()
+        assert breaker.current_state == "closed"
+        assert breaker.acquire().is_trial
+
+    def test_open_circuit_cannot_be_suspect(self, breaker: PeerBreaker) -> None:
+        """An open circuit, and one under trial, stay as they are."""
+        opened(breaker)
+        before = breaker.circuit
+        breaker.suspect("later")
+        assert breaker.circuit == before
+
+    def test_failures_of_calls_under_way_still_count(self, breaker: PeerBreaker) -> None:
+        """A suspect opens by ordinary failures too, and wakes who waits for its trial."""
+        under_way = [breaker.acquire() for _ in range(3)]
+        breaker.suspect()
+        trial = breaker.acquire()
+        lease = breaker.trial
+        for permit in under_way:
+            permit.failed(Boom())
+        assert breaker.current_state == "open"
+        assert lease.ended.is_set()
+        trial.succeeded()
+        assert breaker.current_state == "open"
+
+
+class TestCalls:
+    """call, calling, the decorator and call_async: pybreaker's interface."""
+
+    def guards(self, breaker: PeerBreaker) -> dict[str, Any]:
+        def by_calling(func: Any) -> Any:
+            with breaker.calling():
+                return func()
+
+        def by_call_async(func: Any) -> Any:
+            async def work() -> Any:
+                return func()
+
+            return asyncio.run(breaker.call_async(work))
+
+        return {
+            "call": breaker.call,
+            "calling": by_calling,
+            "decorator": lambda func: breaker(func)(),
+            "decorator with brackets": lambda func: breaker()(func)(),
+            "call_async": by_call_async,
+            "call_async, plain function": lambda func: asyncio.run(breaker.call_async(func)),
+        }
+
+    WAYS = (
+        "call",
+        "calling",
+        "decorator",
+        "decorator with brackets",
+        "call_async",
+        "call_async, plain function",
+    )
+
+    @pytest.fixture(params=WAYS)
+    def guard(self, request: pytest.FixtureRequest, breaker: PeerBreaker) -> Any:
+        return self.guards(breaker)[request.param]
+
+    def test_returns_what_the_function_returns(self, guard: Any, breaker: PeerBreaker) -> None:
+        """A guarded call returns its result and is a success."""
+        breaker.acquire().failed(Boom())
+        assert guard(lambda: 42) == 42
+        assert breaker.fail_counter == 0
+
+    def test_raises_the_original_even_when_it_trips(self, guard: Any, breaker: PeerBreaker) -> None:
+        """The call that opens the circuit raises its own exception, the very object."""
+        for _ in range(3):
+            error = Boom("mine")
+            assert raised_by(lambda error=error: guard(lambda: fail(error))) is error
+        assert breaker.current_state == "open"
+
+    def test_refuses_while_open(self, guard: Any, breaker: PeerBreaker) -> None:
+        """An open circuit refuses with pybreaker's error, which says why it is open."""
+        opened(breaker)
+        called: list[int] = []
+        with pytest.raises(pybreaker.CircuitBreakerError, match=r"db1 is open: \(2002, ") as caught:
+            guard(lambda: called.append(1))
+        assert caught.type is CircuitBreakerError
+        assert not called
+
+    def test_one_trial(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
+        """While a guarded trial runs, every other way in is closed."""
+        opened(breaker)
+        clock.advance(30)
+        refused: list[Any] = []
+
+        def during() -> None:
+            for other in self.guards(breaker).values():
+                refused.append(in_thread(lambda other=other: raised_by(lambda: other(int))))
+
+        guard(during)
+        assert [type(error) for error in refused] == [CircuitBreakerError] * len(self.WAYS)
+        assert breaker.current_state == "closed"
+
+    def test_bad_trial(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
+        """A guarded trial that raises opens the circuit again and raises its own exception."""
+        opened(breaker)
+        clock.advance(30)
+        with pytest.raises(Boom):
+            guard(fail)
+        assert breaker.current_state == "open"
+        assert breaker.acquire() is None
+
+    def test_no_lock_is_held(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
+        """No lock is held while the guarded function runs, be it a trial or not."""
+        assert guard(lambda: lock_is_free(breaker))
+        opened(breaker)
+        clock.advance(30)
+        assert guard(lambda: lock_is_free(breaker))
+
+    @pytest.mark.parametrize(
+        "error", [KeyboardInterrupt(), SystemExit(), GreenletTimeout(), asyncio.CancelledError()]
+    )
+    def test_no_base_exception_counts(
+        self, breaker: PeerBreaker, clock: Clock, error: BaseException
+    ) -> None:
+        """KeyboardInterrupt and its like count neither as failure nor as success."""
+        breaker.acquire().failed(Boom())
+        for _ in range(5):
+            assert raised_by(lambda: breaker.call(fail, error)) is error
+        assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
+        opened(breaker)
+        clock.advance(30)
+        assert raised_by(lambda: breaker.call(fail, error)) is error
+        assert breaker.current_state == "open"
+        clock.advance(1)  # released: due again soon
+        assert breaker.call(int) == 0
+        assert breaker.current_state == "closed"
+
+    def test_cancelled_task_counts_for_nothing(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A trial in a task that is cancelled gives the trial back."""
+        opened(breaker)
+        clock.advance(30)
+
+        async def main() -> None:
+            started = asyncio.Event()
+
+            async def work() -> None:
+                started.set()
+                await asyncio.Event().wait()
+
+            task = asyncio.ensure_future(breaker.call_async(work))
+            await started.wait()
+            assert breaker.acquire() is None
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(main())
+        clock.advance(1)
+        assert breaker.acquire().is_trial
+
+    @pytest.mark.parametrize(
+        ("exclude", "error"),
+        [
+            ([KeyError], KeyError()),
+            ([LookupError], KeyError()),
+            ([lambda exc: "fine" in str(exc)], ValueError("fine")),
+            ([KeyError, lambda exc: isinstance(exc, ValueError)], ValueError()),
+        ],
+        ids=["class", "its base", "predicate", "both"],
+    )
+    def test_excluded_exceptions_count_for_nothing(
+        self, clock: Clock, exclude: list[Any], error: Exception
+    ) -> None:
+        """What is excluded is neither a failure nor, as with pybreaker, a success."""
+        breaker = PeerBreaker(fail_max=2, exclude=exclude, clock=clock, jitter=even)
+        breaker.acquire().failed(Boom())
+        for _ in range(5):
+            assert raised_by(lambda: breaker.call(fail, error)) is error
+        assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
+        breaker.acquire().failed(Boom())
+        clock.advance(30)
+        assert raised_by(lambda: breaker.call(fail, error)) is error
+        assert breaker.current_state == "open"
+
+    def test_predicate_that_raises_hides_nothing(
+        self, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A predicate's own mistake is logged; the call's error counts and is raised."""
+        breaker = PeerBreaker(exclude=[lambda exc: exc.code == 1], clock=clock, jitter=even)
+        with pytest.raises(Boom):
+            breaker.call(fail)
+        assert breaker.current_state == "open"
+        assert "exclude predicate" in caplog.text
+        clock.advance(30)
+        with pytest.raises(Boom):
+            breaker.call(fail)
+        assert breaker.trial is None
+
+    @pytest.mark.parametrize(
+        ("error", "counts"),
+        [
+            (refused_by_host(), True),
+            (bad_password(), True),
+            (OperationalError(2013, "Lost connection"), True),
+            (OperationalError(1047, "WSREP has not yet prepared node"), True),
+            (NotReady("read-only"), True),
+            (Boom(), True),
+            (ConnectionRefusedError(111, "refused"), True),
+            (too_many(), False),
+            (OperationalError(1213, "Deadlock found"), False),
+            (OperationalError(1317, "Query execution was interrupted"), False),
+            (OperationalError(2004, "Can't create TCP/IP socket (24)"), False),
+            (ProgrammingError(1146, "Table 'x' doesn't exist"), False),
+        ],
+        ids=str,
+    )
+    def test_driver_errors_are_judged_by_fault(
+        self, clock: Clock, error: Exception, counts: bool
+    ) -> None:
+        """A driver's error counts if its fault is the peer's; any other Exception counts."""
+        breaker = PeerBreaker(fail_max=1, clock=clock)
+        with pytest.raises(type(error)):
+            breaker.call(fail, error)
+        assert breaker.current_state == ("open" if counts else "closed")
+
+    def test_calling_without_end(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A with block that is thrown away half-way (a generator's) gives its trial back."""
+        opened(breaker)
+        clock.advance(30)
+
+        def work() -> Any:
+            with breaker.calling():
+                yield 1
+
+        running = work()
+        next(running)
+        assert breaker.acquire() is None
+        running.close()
+        clock.advance(1)
+        assert breaker.acquire().is_trial
+
+
+class TestGeneratorsAsWithPybreaker:
+    """Side by side with a plain pybreaker.CircuitBreaker of the same thresholds."""
+
+    @pytest.fixture(params=["pybreaker", "ours"])
+    def either(self, request: pytest.FixtureRequest) -> Any:
+        if request.param == "pybreaker":
+            return pybreaker.CircuitBreaker(
+                fail_max=2, reset_timeout=30, throw_new_error_on_trip=False
+            )
+        return PeerBreaker(fail_max=2, reset_timeout=30)
+
+    @staticmethod
+    def echo() -> Any:
+        got = yield "first"
+        while got is not None:
+            got = yield got * 2
+
+    @staticmethod
+    def broken() -> Any:
+        yield 1
+        raise Boom("half-way")
+
+    def test_items_and_sent_values_pass(self, either: Any) -> None:
+        """The caller's generator yields and takes what the function's does."""
+        run = either.call(self.echo)
+        assert next(run) == "first"
+        assert run.send(4) == 8
+        assert run.send("ab") == "abab"
+        assert raised_by(lambda: run.send(None)).__class__ is StopIteration
+
+    def test_success_is_counted_at_the_end(self, either: Any) -> None:
+        """A generator is a success once it has run out, not when it is made."""
+        assert raised_by(lambda: either.call(fail)).__class__ is Boom
+        run = either.call(lambda: (item for item in "ab"))
+        assert next(run) == "a"
+        assert either.fail_counter == 1
+        assert list(run) == ["b"]
+        assert either.fail_counter == 0
+
+    def test_failure_half_way_counts_and_is_raised(self, either: Any) -> None:
+        """An exception half-way is a failure, and the caller gets it as it is."""
+        for count in (1, 2):
+            run = either.call(self.broken)
+            assert next(run) == 1
+            assert raised_by(lambda: next(run)).__class__ is Boom  # noqa: B023
+            assert either.fail_counter == count
+        assert either.current_state == "open"
+
+    def test_open_circuit_refuses_when_called(self, either: Any) -> None:
+        """An open circuit refuses at the call, not at the first item."""
+        for _ in range(2):
+            raised_by(lambda: either.call(fail))
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            either.call(self.echo)
+
+    def test_decorated(self, either: Any) -> None:
+        """A decorated generator function is one still."""
+        guarded = either(self.broken)
+        assert guarded.__name__ == "broken"
+        assert raised_by(lambda: list(guarded())).__class__ is Boom
+        assert either.fail_counter == 1
+
+    def test_listeners_are_told_alike(self) -> None:
+        """Listeners hear of a generator's run what pybreaker tells them."""
+        told = []
+        for make in (pybreaker.CircuitBreaker, PeerBreaker):
+            recorder = Recorder()
+            either = make(fail_max=2, listeners=[recorder])
+            list(either.call(lambda: (item for item in "ab")))
+            raised_by(lambda either=either: list(either.call(self.broken)))
+            told.append(recorder.told)
+        assert told[0] == told[1]
+        assert told[0] == ["before_call", "success", "before_call", ("failure", "Boom")]
+
+
+class TestListeners:
+    def test_are_told_what_pybreaker_tells(self, clock: Clock) -> None:
+        """A pybreaker listener hears of calls, results and changes of state."""
+        recorder = Recorder()
+        breaker = PeerBreaker(clock=clock, jitter=even, listeners=[recorder])
+        breaker.call(int)
+        raised_by(lambda: breaker.call(fail))
+        clock.advance(30)
+        breaker.call(int)
+        assert recorder.told == [
+            "before_call",
+            "success",
+            "before_call",
+            ("failure", "Boom"),
+            ("closed", "open"),
+            ("open", "half-open"),
+            "before_call",
+            "success",
+            ("half-open", "closed"),
+        ]
+
+    def test_run_outside_the_lock(self, clock: Clock) -> None:
+        """A listener may wait for another thread that uses the breaker: nobody deadlocks."""
+        free: list[bool] = []
+
+        class Nosy(pybreaker.CircuitBreakerListener):
+            def look(self, cb: Any, *args: Any, **kwargs: Any) -> None:
+                free.append(lock_is_free(cb))
+
+            before_call = success = failure = state_change = look
+
+        breaker = PeerBreaker(
+            clock=clock,
+            jitter=even,
+            listeners=[Nosy()],
+            on_transition=lambda _: free.append(lock_is_free(breaker)),
+        )
+        breaker.call(int)
+        raised_by(lambda: breaker.call(fail))
+        clock.advance(30)
+        raised_by(lambda: breaker.call(fail, KeyboardInterrupt()))
+        clock.advance(1)
+        breaker.call(int)
+        breaker.suspect()
+        breaker.call(int)
+        breaker.open()
+        breaker.half_open()
+        breaker.close()
+        assert len(free) >= 25
+        assert all(free)
+
+    def test_that_raise_do_no_harm(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+        """Whatever a listener raises is logged; the call, the circuit and the others go on."""
+
+        class Bad(pybreaker.CircuitBreakerListener):
+            def spoil(self, cb: Any, *args: Any, **kwargs: Any) -> None:
+                raise RuntimeError("listener")
+
+            before_call = success = failure = state_change = spoil
+
+        def bad_transition(transition: Transition) -> None:
+            raise RuntimeError("on_transition")
+
+        recorder = Recorder()
+        breaker = PeerBreaker(
+            clock=clock, jitter=even, listeners=[Bad(), recorder], on_transition=bad_transition
+        )
+        assert breaker.call(int) == 0
+        with pytest.raises(Boom):
+            breaker.call(fail)
+        assert breaker.current_state == "open"
+        clock.advance(30)
+        assert breaker.call(int) == 0
+        assert breaker.current_state == "closed"
+        assert ("half-open", "closed") in recorder.told
+        assert {record.levelno for record in caplog.records} == {logging.ERROR}
+
+    def test_interrupted_while_telling_of_a_trial(self, clock: Clock) -> None:
+        """Ctrl-C while listeners hear of a trial gives the trial back."""
+
+        def interrupted(transition: Transition) -> None:
+            if transition.after == "half-open":
+                raise KeyboardInterrupt
+
+        breaker = opened(PeerBreaker(clock=clock, jitter=even, on_transition=interrupted))
+        clock.advance(30)
+        with pytest.raises(KeyboardInterrupt):
+            breaker.acquire()
+        assert breaker.trial is None
+        assert breaker.current_state == "open"
+
+    def test_can_be_added_and_removed(self, breaker: PeerBreaker) -> None:
+        """Listeners come and go as with pybreaker."""
+        first, second = Recorder(), Recorder()
+        breaker.add_listeners(first, second)
+        breaker.call(int)
+        breaker.remove_listener(first)
+        breaker.call(int)
+        assert breaker.listeners == (second,)
+        assert (len(first.told), len(second.told)) == (2, 4)
+
+
+class TestPybreakersOwnInterface:
+    def test_is_a_circuit_breaker(self, breaker: PeerBreaker) -> None:
+        """PeerBreaker is a pybreaker.CircuitBreaker."""
+        assert isinstance(breaker, pybreaker.CircuitBreaker)
+
+    def test_properties(self, breaker: PeerBreaker) -> None:
+        """pybreaker's properties say what they say there."""
+        assert (breaker.name, breaker.fail_max, breaker.reset_timeout) == ("db1", 3, 30)
+        assert breaker.success_threshold == 1
+        assert (breaker.fail_counter, breaker.success_counter) == (0, 0)
+        assert breaker.current_state == breaker.state.name == "closed"
+        assert isinstance(breaker.state, pybreaker.CircuitClosedState)
+        breaker.name = "elsewhere"
+        assert "'elsewhere'" in repr(breaker)
+
+    def test_fail_max_and_success_threshold_can_be_set(self, clock: Clock) -> None:
+        """Thresholds that are set hold from the next result on."""
+        breaker = PeerBreaker(fail_max=5, clock=clock, jitter=even)
+        breaker.acquire().failed(Boom())
+        breaker.fail_max = 2
+        breaker.success_threshold = 2
+        breaker.acquire().failed(Boom())
+        assert breaker.current_state == "open"
+        clock.advance(30)
+        breaker.acquire().succeeded()
+        assert breaker.current_state == "half-open"
+
+    def test_reset_timeout_can_be_set(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A new reset_timeout holds for the present opening, as with pybreaker."""
+        opened(breaker)
+        clock.advance(5)
+        breaker.reset_timeout = 5
+        assert breaker.reset_timeout == 5
+        assert breaker.acquire().is_trial
+
+    def test_by_hand(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """open(), half_open() and close() do what they say, and open() keeps its interval."""
+        recorder = Recorder()
+        breaker.add_listener(recorder)
+        breaker.open()
+        assert isinstance(breaker.state, pybreaker.CircuitOpenState)
+        assert breaker._state_storage.opened_at is not None
+        assert breaker.acquire() is None
+        breaker.half_open()
+        assert isinstance(breaker.state, pybreaker.CircuitHalfOpenState)
+        trial = breaker.acquire()
+        assert trial.is_trial
+        assert breaker.acquire() is None
+        breaker.close()
+        assert breaker.current_state == "closed"
+        assert trial.failed(Boom()) == 0
+        assert recorder.told == [
+            ("closed", "open"),
+            ("open", "half-open"),
+            ("half-open", "closed"),
+            ("failure", "Boom"),
+        ]
+
+    def test_half_open_by_hand_leaves_a_trial_alone(
+        self, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """half_open() while a trial is under way makes no second one and wakes nobody."""
+        opened(breaker)
+        clock.advance(30)
+        trial = breaker.acquire()
+        lease = breaker.trial
+        breaker.half_open()
+        assert breaker.acquire() is None
+        assert breaker.trial is lease
+        assert not lease.ended.is_set()
+        trial.succeeded()
+        assert lease.ended.is_set()
+        assert breaker.current_state == "closed"
+
+    @pytest.mark.parametrize("state", ["open", "half-open", "closed"])
+    def test_state_can_be_set(self, breaker: PeerBreaker, state: str) -> None:
+        """Setting the state by pybreaker's names is as calling its method."""
+        breaker.state = state
+        assert breaker.current_state == state
+
+    def test_unknown_state(self, breaker: PeerBreaker) -> None:
+        """A state that does not exist is a ValueError, as with pybreaker."""
+        with pytest.raises(ValueError, match="Unknown state 'ajar'"):
+            breaker.state = "ajar"
+
+    def test_exclusions(self, breaker: PeerBreaker) -> None:
+        """Exclusions come and go as with pybreaker."""
+        breaker.add_excluded_exceptions(Boom, KeyError)
+        breaker.remove_excluded_exception(KeyError)
+        assert breaker.excluded_exceptions == (Boom,)
+        assert not breaker.is_system_error(Boom())
+        raised_by(lambda: breaker.call(fail))
+        assert breaker.fail_counter == 0
+
+    @pytest.mark.parametrize("state", ["closed", "open", "suspect", "half-open"])
+    def test_repr(self, breaker: PeerBreaker, clock: Clock, state: str) -> None:
+        """repr says name and state."""
+        if state == "suspect":
+            breaker.suspect()
+        elif state == "open":
+            breaker.open()
+        elif state == "half-open":
+            breaker.open()
+            clock.advance(30)
+            assert breaker.acquire()
+            assert "trial under way" in repr(breaker)
+        assert repr(breaker).startswith("<PeerBreaker 'db1' ")
+        assert state in repr(breaker)
