@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from . import drivers
-from .breaker import CLOSED, HALF_OPEN, OPEN, PeerBreaker, Permit, Transition
+from .breaker import CLOSED, HALF_OPEN, OPEN, Lease, PeerBreaker, Permit, Transition
 from .config import BalancerConfig, BreakerConfig, PeerConfig
 from .events import (
     CircuitClosed,
@@ -31,7 +31,7 @@ from .events import (
 )
 from .exceptions import ConfigError, NoPeerAvailable
 from .faults import Fault
-from .logs import log_event, logger
+from .logs import complain, log_event
 from .peer import Hold, Peer
 from .ready import ready_check_from
 from .strategies import strategy_from
@@ -290,7 +290,7 @@ class LoadBalancer:
             try:
                 listener(event)
             except Exception:
-                logger.exception("A listener of %r raised", self.name)
+                complain("A listener of %r raised", self.name)
 
     # What the search asks
 
@@ -327,8 +327,8 @@ class LoadBalancer:
             self.emit(CircuitClosed(self.name, name, peer.address, transition.seconds))
 
     def _after_fork(self) -> None:
+        # The circuits see to themselves.
         for peer in self.peers.values():
-            peer.breaker.after_fork()
             peer.forget_connections()
         self.look_anew()
 
@@ -406,6 +406,8 @@ class _Search:
         except BaseException as exc:
             self._failed(peer, permit, exc, self._clock() - started)
             raise
+        # It and its traceback's frames, this search among them, hold each other.
+        self._last_error = None
         permit.succeeded()
         balancer.emit(
             Connected(
@@ -416,7 +418,9 @@ class _Search:
 
     def goes_on(self, exc: BaseException) -> bool:
         """Return whether the next candidate may do what this one could not."""
-        if self._over or not self._fault_of_last.tries_next:
+        # Anything but the last attempt's own error is no peer's: Ctrl-C while
+        # waiting for a trial, a strategy that raises.
+        if exc is not self._last_error or self._over or not self._fault_of_last.tries_next:
             return False
         return not (self._fault_of_last is Fault.REFUSED and self._refusal_is_callers)
 
@@ -442,7 +446,7 @@ class _Search:
                 fault,
                 error,
                 count,
-                opened=count > 0 and peer.breaker.circuit.state != CLOSED,
+                opened=count > 0 and (permit.is_trial or count >= peer.breaker.fail_max),
             )
         )
 
@@ -488,7 +492,7 @@ class _Search:
         balancer = self._balancer
         if len(tier) > 1:
             for peer in balancer._strategy.order(tier):
-                if balancer.peers.get(peer.name) is not peer:
+                if balancer.peers.get(getattr(peer, "name", "")) is not peer:
                     raise ConfigError(
                         "STRATEGY",
                         f"named {peer!r}, which is no peer of {balancer.name!r}",
@@ -517,21 +521,27 @@ class _Search:
         :returns: whether there was one, so that another look is worth it. A
             peer whose trial failed is not waited for a second time.
         """
+        leases: dict[str, Lease] = {}
         for peer in self._balancer.peers.values():
             if peer.name in self._faults or peer.name in disappointed:
                 continue
-            lease = peer.breaker.trial
+            breaker = peer.breaker
+            lease = breaker.trial
             if lease is not None:
-                remaining = min(self._deadline, lease.expires) - self._clock()
-                lease.ended.wait(max(0.0, remaining))
-            elif not peer.breaker.is_available:
-                continue
-            # Either we have waited for the trial's end, or it ended between
-            # our look at the peers and now.
-            if lease is None or peer.breaker.circuit.state == OPEN:
-                disappointed.add(peer.name)
-            return True
-        return False
+                leases[peer.name] = lease
+            elif breaker.circuit.state != OPEN:
+                # The trial ended between our look at the peers and now.
+                return True
+        if not leases:
+            return False
+        until = min(self._deadline, *(lease.expires for lease in leases.values()))
+        # Whichever ends first: one peer's trial may hang while another's is over.
+        Lease.wait_for_any(list(leases.values()), until - self._clock())
+        for name, lease in leases.items():
+            circuit = self._balancer.peers[name].breaker.circuit
+            if lease.ended.is_set() and circuit.state == OPEN:
+                disappointed.add(name)
+        return True
 
     # Nobody left
 
@@ -619,8 +629,7 @@ def _count_while_alive(connection: Any, peer: Peer) -> None:
         hold.let_go()
 
 
-# After a fork the child needs locks that nobody holds: the parent's other
-# threads, which may hold them, are not there to release them.
+# The child of a fork holds none of its parent's connections.
 _forkable: weakref.WeakSet[LoadBalancer] = weakref.WeakSet()
 
 

@@ -46,7 +46,7 @@ import pybreaker
 
 from . import drivers
 from .faults import Fault
-from .logs import logger
+from .logs import complain
 
 __all__ = ["Circuit", "CircuitBreakerError", "Lease", "PeerBreaker", "Permit", "Transition"]
 
@@ -553,7 +553,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             return not self.is_system_error(exc)
         except Exception:
             # The caller is to see ``exc``, not a predicate's mistake.
-            logger.exception("An exclude predicate of the circuit of %s raised", self._name)
+            complain("An exclude predicate of the circuit of %s raised", self._name)
             return False
 
     # Telling
@@ -588,7 +588,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             try:
                 self._on_transition(transition)
             except Exception:
-                logger.exception("What was to be told of the circuit of %s raised", self._name)
+                complain("What was to be told of the circuit of %s raised", self._name)
         if self._listeners and transition.before != transition.after:
             before = _STATES[transition.before](self, None, notify=False)
             after = _STATES[transition.after](self, None, notify=False)
@@ -599,7 +599,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             try:
                 getattr(listener, method)(self, *args, **kwargs)
             except Exception:
-                logger.exception("A listener of the circuit of %s raised", self._name)
+                complain("A listener of the circuit of %s raised", self._name)
 
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds, and no trial of the parent's."""

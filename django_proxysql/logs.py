@@ -21,7 +21,7 @@ from .events import (
 )
 from .faults import Fault
 
-__all__ = ["log_event", "logger"]
+__all__ = ["complain", "log_event", "logger"]
 
 logger = logging.getLogger("django_proxysql")
 
@@ -86,6 +86,18 @@ def log_event(event: Event) -> None:
         )
     elif isinstance(event, PeersExhausted):
         logger.debug("%s", event.error, extra={"alias": event.balancer})
+
+
+def complain(message: str, *args: object) -> None:
+    """Log the exception that is being handled, and raise nothing.
+
+    For what a listener raises. The log handler itself may be what is broken,
+    and it must not cost anybody a connection.
+    """
+    try:
+        logger.exception(message, *args)
+    except Exception:  # noqa: S110
+        pass
 
 
 def _log(level: int, event: Any, message: str, *args: object, **extra: object) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import bisect
 import importlib
 import itertools
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -58,7 +59,10 @@ class Random:
         if known is not peers:
             sums = _running_sums(peers)
             self._sums = (peers, sums)
-        yield peers[self._pick(len(peers), sums)]
+        if sums is None:
+            yield peers[int(self._draw() * len(peers))]
+        else:
+            yield peers[self._pick(len(peers), sums)]
         # Only after a failure does anyone come back for more.
         rest = list(peers)
         while rest:
@@ -98,9 +102,13 @@ class LeastConnections:
         # Counts move while others connect: read each once, break ties by
         # chance, or a fresh process would send everything to the first.
         keyed = [(peer.connections / peer.weight, random.random(), peer) for peer in peers]
-        yield min(keyed)[2]
-        for _load, _chance, peer in sorted(keyed):
+        yield min(keyed, key=_load_and_chance)[2]
+        for _load, _chance, peer in sorted(keyed, key=_load_and_chance):
             yield peer
+
+
+#: Peers themselves cannot be compared.
+_load_and_chance = operator.itemgetter(0, 1)
 
 
 _BY_NAME: dict[str, Callable[[], Strategy]] = {

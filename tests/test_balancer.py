@@ -1,0 +1,1126 @@
+"""What LoadBalancer promises, with a driver that fails as told and a clock that stands."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import threading
+import weakref
+from typing import Any
+
+import pybreaker
+import pytest
+import tenacity
+
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady
+from django_proxysql.balancer import Attempt
+from django_proxysql.events import (
+    CircuitClosed,
+    CircuitOpened,
+    Connected,
+    ConnectFailed,
+    PeersExhausted,
+)
+from django_proxysql.exceptions import ConfigError
+from tests.fakes import (
+    Clock,
+    Connection,
+    Driver,
+    OperationalError,
+    bad_password,
+    even,
+    in_thread,
+    lock_is_free,
+    peers,
+    raised_by,
+    refused_by_host,
+    running,
+    too_many,
+)
+
+SECRET = "s3cr3t-of-the-peer"
+
+
+class InOrder:
+    """A strategy that takes the peers as they are written."""
+
+    def order(self, peers: Any) -> Any:
+        return peers
+
+
+class World:
+    """A balancer, its driver, its clock and what it told."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        self.clock = Clock()
+        self.driver = Driver()
+        options.setdefault("strategy", InOrder)
+        endpoints = options.pop("peers", None) or peers(*names)
+        self.db = LoadBalancer(
+            endpoints, self.driver.connect, clock=self.clock, jitter=even, **options
+        )
+        self.events: list[Any] = []
+        self.db.add_listener(self.events.append)
+
+    def connect(self) -> str:
+        """Return the host that a new connection leads to."""
+        return str(self.db.connect().host)
+
+    def hosts(self) -> list[str]:
+        """The hosts that one more connect() tries, in turn."""
+        self.driver.calls.clear()
+        raised_by(self.db.connect)
+        return self.driver.hosts
+
+    def states(self) -> str:
+        return " ".join(peer.breaker.current_state for peer in self.db.peers.values())
+
+    def open(self, *names: str) -> None:
+        for name in names:
+            self.db.peers[name].breaker.acquire().failed(refused_by_host(), Fault.UNREACHABLE)
+
+    def told(self, kind: type) -> list[Any]:
+        return [event for event in self.events if type(event) is kind]
+
+
+class TestOrder:
+    def test_connects_to_a_peer(self) -> None:
+        """connect() returns the driver's own connection, made with the peer's arguments."""
+        world = World("db1")
+        connection = world.db.connect()
+        assert connection is world.driver.made[0]
+        assert world.driver.calls == [{"host": "db1", "port": 3306}]
+
+    def test_next_peer_when_one_fails(self) -> None:
+        """A peer that cannot be reached costs an attempt; the same connect() goes on."""
+        world = World("db1", "db2", "db3")
+        world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
+        assert world.connect() == "db3"
+        assert world.driver.hosts == ["db1", "db2", "db3"]
+        assert world.states() == "open open closed"
+
+    def test_open_circuits_are_passed_by(self) -> None:
+        """A peer whose circuit is open is not attempted."""
+        world = World("db1", "db2")
+        world.open("db1")
+        assert [world.connect() for _ in range(5)] == ["db2"] * 5
+        assert world.driver.hosts == ["db2"] * 5
+
+    def test_each_is_attempted_once(self) -> None:
+        """One connect() attempts no peer twice, however often a strategy names it."""
+
+        class Stubborn:
+            def order(self, peers: Any) -> Any:
+                yield from [peers[0]] * 5
+
+        world = World("db1", "db2", strategy=Stubborn, breaker={"fail_max": 10})
+        world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
+        assert world.hosts() == ["db1", "db2"]
+
+    def test_trial_goes_first(self) -> None:
+        """A peer whose trial is due is tried before those in use, and is then in use again."""
+        world = World("db1", "db2")
+        world.open("db2")
+        world.clock.advance(30)
+        assert world.hosts() == ["db2"]
+        assert world.states() == "closed closed"
+
+    def test_one_caller_gets_the_trial(self) -> None:
+        """While one caller makes the trial, the others pass the peer by without waiting."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.clock.advance(30)
+        others: list[str] = []
+
+        def during() -> None:
+            world.driver.down.clear()
+            others.extend(in_thread(world.connect) for _ in range(3))
+
+        world.driver.down["db1"] = during
+        assert world.connect() == "db1"
+        assert others == ["db2"] * 3
+        assert world.states() == "closed closed"
+
+    def test_bad_trial_costs_its_caller_an_attempt(self) -> None:
+        """A trial that fails opens the circuit again and its caller gets another peer."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = refused_by_host
+        world.open("db1")
+        world.clock.advance(30)
+        assert world.hosts() == ["db1", "db2"]
+        assert world.hosts() == ["db2"]
+
+    def test_tiers(self) -> None:
+        """A worse tier is used only when no peer of the better ones can be had."""
+        world = World(
+            peers={
+                "spare": {"host": "spare", "priority": 1},
+                "db1": {"host": "db1"},
+                "db2": {"host": "db2"},
+                "last": {"host": "last", "priority": 7},
+            }
+        )
+        assert world.hosts() == ["db1"]
+        world.driver.down.update(dict.fromkeys(["db1", "db2", "spare"], refused_by_host))
+        assert world.hosts() == ["db1", "db2", "spare", "last"]
+        assert world.hosts() == ["last"]
+
+    def test_trial_of_a_worse_tier_waits(self) -> None:
+        """While a better tier is in use, no connection goes to a worse tier's peer as a trial."""
+        world = World(peers={"db1": {"host": "db1"}, "spare": {"host": "spare", "priority": 1}})
+        world.open("spare")
+        world.clock.advance(1000)
+        assert world.hosts() == ["db1"]
+        world.driver.down["db1"] = refused_by_host
+        assert world.hosts() == ["db1", "spare"]
+
+    def test_better_tier_comes_back(self) -> None:
+        """A better tier's peer is tried again while a worse tier is in use."""
+        world = World(peers={"db1": {"host": "db1"}, "spare": {"host": "spare", "priority": 1}})
+        world.open("db1")
+        assert world.hosts() == ["spare"]
+        world.clock.advance(30)
+        assert world.hosts() == ["db1"]
+        assert world.hosts() == ["db1"]
+
+    def test_suspects_come_last(self) -> None:
+        """A suspect peer is attempted after all others of every tier."""
+        world = World(
+            peers={
+                "db1": {"host": "db1"},
+                "db2": {"host": "db2"},
+                "spare": {"host": "spare", "priority": 1},
+            }
+        )
+        world.db.peers["db1"].breaker.suspect()
+        assert world.hosts() == ["db2"]
+        world.driver.down.update(db2=refused_by_host, spare=refused_by_host)
+        assert world.hosts() == ["db2", "spare", "db1"]
+        assert world.states() == "closed open open"
+        assert world.db.peers["db1"].breaker.is_available
+
+    def test_suspects_are_never_excluded(self) -> None:
+        """Where all peers are suspect, connect() works as if none were."""
+        world = World("db1", "db2")
+        for peer in world.db.peers.values():
+            peer.breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
+        assert world.connect() == "db1"
+        assert not world.told(CircuitOpened)
+        assert not world.told(CircuitClosed)
+
+    def test_suspect_whose_trial_fails_is_out(self) -> None:
+        """A suspect that cannot be reached opens at once, whatever fail_max says."""
+        world = World("db1", breaker={"fail_max": 5})
+        world.db.peers["db1"].breaker.suspect()
+        world.driver.down["db1"] = refused_by_host
+        assert isinstance(raised_by(world.connect), NoPeerAvailable)
+        assert world.states() == "open"
+        assert len(world.told(CircuitOpened)) == 1
+
+    def test_fail_max(self) -> None:
+        """Below fail_max a failing peer stays in use; with it, it is out."""
+        world = World("db1", "db2", breaker={"fail_max": 3})
+        world.driver.down["db1"] = refused_by_host
+        assert [world.hosts() for _ in range(3)] == [["db1", "db2"]] * 3
+        assert world.hosts() == ["db2"]
+
+    def test_per_peer_settings(self) -> None:
+        """A peer's own breaker and check_interval stand before the balancer's."""
+        world = World(
+            peers={
+                "db1": {"host": "db1", "breaker": {"fail_max": 2}, "check_interval": 5},
+                "db2": {"host": "db2"},
+            },
+            breaker={"success_threshold": 2},
+        )
+        first, second = (peer.breaker for peer in world.db.peers.values())
+        assert (first.fail_max, first.success_threshold, first.reset_timeout) == (2, 2, 5)
+        assert (second.fail_max, second.success_threshold, second.reset_timeout) == (1, 2, 30)
+        world.db.connect()
+        assert "breaker" not in world.driver.calls[0]
+
+    def test_balancers_share_nothing(self) -> None:
+        """Two balancers over the same hosts have circuits of their own."""
+        one, other = World("db1", "db2"), World("db1", "db2")
+        one.open("db1")
+        assert other.states() == "closed closed"
+
+    def test_success_threshold(self) -> None:
+        """With success_threshold 2 the peer is closed by the second good trial."""
+        world = World("db1", breaker={"success_threshold": 2})
+        world.open("db1")
+        world.clock.advance(30)
+        world.connect()
+        assert world.states() == "half-open"
+        world.connect()
+        assert world.states() == "closed"
+
+
+class TestFaults:
+    def test_overloaded_counts_nothing(self) -> None:
+        """A full peer is passed by and stays in use: its load must not go to the others."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = too_many
+        assert [world.hosts() for _ in range(3)] == [["db1", "db2"]] * 3
+        assert world.states() == "closed closed"
+        assert [event.count for event in world.told(ConnectFailed)] == [0] * 3
+
+    def test_overloaded_trial_is_due_again_soon(self) -> None:
+        """A trial that meets a full peer neither closes the circuit nor opens it anew."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.driver.down["db1"] = too_many
+        world.clock.advance(30)
+        assert world.hosts() == ["db1", "db2"]
+        assert world.hosts() == ["db2"]
+        world.clock.advance(1)
+        world.driver.down.clear()
+        assert world.hosts() == ["db1"]
+        assert len(world.told(CircuitOpened)) == 1
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OperationalError(2004, "Can't create TCP/IP socket (24)"),
+            OSError(24, "Too many open files"),
+            ConfigError("OPTIONS", "is wrong"),
+            TypeError("connect() got an unexpected keyword argument 'hots'"),
+            ValueError("anything else"),
+            KeyboardInterrupt(),
+            SystemExit(1),
+            type("Timeout", (BaseException,), {})("gevent's"),
+            OperationalError(1213, "Deadlock found"),
+        ],
+        ids=lambda error: type(error).__name__ + str(error)[:10],
+    )
+    @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
+    def test_ours_and_others_are_raised_at_once(self, error: BaseException, trial: bool) -> None:
+        """What is not the peer's fault is raised as it is, and no circuit hears of it."""
+        world = World("db1", "db2", "db3")
+        world.driver.down["db1"] = error
+        if trial:
+            world.open("db1")
+            world.clock.advance(30)
+        assert raised_by(world.connect) is error
+        assert world.driver.hosts == ["db1"]
+        assert world.states() == ("open closed closed" if trial else "closed closed closed")
+        assert world.db.peers["db1"].breaker.fail_counter == trial
+
+    @pytest.mark.parametrize(
+        "error", [KeyboardInterrupt(), ValueError("other"), OSError(24, "Too many open files")]
+    )
+    def test_raised_at_once_from_a_later_attempt_too(self, error: BaseException) -> None:
+        """The second attempt's Ctrl-C ends connect() as the first one's does."""
+        world = World("db1", "db2", "db3")
+        world.driver.down.update(db1=refused_by_host, db2=error)
+        assert raised_by(world.connect) is error
+        assert world.driver.hosts == ["db1", "db2"]
+        assert world.states() == "open closed closed"
+
+    def test_failing_strategy_is_not_taken_for_a_peers_fault(self) -> None:
+        """What a strategy raises between two attempts reaches the caller."""
+
+        class Broken:
+            def order(self, peers: Any) -> Any:
+                yield peers[0]
+                raise RuntimeError("strategy")
+
+        world = World("db1", "db2", strategy=Broken, breaker={"fail_max": 2})
+        world.driver.down["db1"] = refused_by_host
+        with pytest.raises(RuntimeError, match="strategy"):
+            world.connect()
+
+    def test_interrupt_while_waiting_for_a_trial(self) -> None:
+        """Ctrl-C while connect() waits for somebody's trial reaches the caller."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = refused_by_host
+        world.open("db2")
+        world.clock.advance(30)
+        assert world.db.peers["db2"].breaker.acquire().is_trial
+
+        def interrupt(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr("django_proxysql.balancer.Lease.wait_for_any", interrupt)
+        with patch.context(), pytest.raises(KeyboardInterrupt):
+            world.connect()
+        patch.undo()
+        assert world.driver.hosts == ["db1"]
+
+    def test_every_peer_refuses(self) -> None:
+        """Where every peer was attempted and refused us, the driver's own error is raised."""
+        world = World("db1", "db2")
+        errors = {"db1": bad_password(), "db2": OperationalError(1049, "Unknown database 'x'")}
+        world.driver.down.update(errors)
+        assert raised_by(world.connect) is errors["db2"]
+        assert world.states() == "open open"
+        assert not world.told(PeersExhausted)
+
+    def test_between_trials_the_refusal_is_quoted(self) -> None:
+        """Between trials NoPeerAvailable quotes the refusal; after the interval it is raised."""
+        world = World("db1", "db2")
+        world.driver.down.update(db1=bad_password, db2=bad_password)
+        raised_by(world.connect)
+        error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert str(error).count("last error (1045, ") == 2
+        world.clock.advance(1)
+        assert isinstance(raised_by(world.connect), OperationalError)
+
+    def test_some_refuse(self) -> None:
+        """Where not every peer refused us, the error names them all."""
+        world = World("db1", "db2")
+        world.driver.down.update(db1=refused_by_host, db2=bad_password)
+        error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert isinstance(error.__cause__, OperationalError)
+
+    @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
+    def test_refusal_that_is_the_callers(self, trial: bool) -> None:
+        """A refusal of what this caller alone asks for is raised and counts nothing."""
+        world = World("db1", "db2")
+        if trial:
+            world.open("db1")
+            world.clock.advance(30)
+        error = OperationalError(1049, "Unknown database 'test_shop'")
+        world.driver.down["db1"] = error
+        with pytest.raises(OperationalError) as caught:
+            world.db.connect(refusal_is_callers=True)
+        assert caught.value is error
+        assert world.states() == ("open closed" if trial else "closed closed")
+        assert world.driver.hosts == ["db1"]
+
+    def test_unreachable_counts_for_such_a_caller_too(self) -> None:
+        """refusal_is_callers changes nothing for other faults."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = refused_by_host
+        assert world.db.connect(refusal_is_callers=True).host == "db2"
+        assert world.states() == "open closed"
+
+    def test_no_exception_of_our_tools(self) -> None:
+        """Whatever peers do, neither pybreaker's nor tenacity's exceptions reach the caller."""
+        draw = random.Random(7)
+        world = World("db1", "db2", "db3", breaker={"fail_max": 2})
+        kinds = [None, refused_by_host, too_many, ValueError, KeyboardInterrupt]
+        kinds += [bad_password] * 5
+        seen: set[str] = set()
+        for _ in range(2000):
+            world.driver.down[draw.choice(["db1", "db2", "db3"])] = draw.choice(kinds)
+            world.clock.advance(draw.choice([0, 0.5, 10]))
+            error = raised_by(world.connect)
+            seen.add(type(error).__name__)
+            assert not isinstance(error, (pybreaker.CircuitBreakerError, tenacity.RetryError))
+        assert seen == {
+            "NoneType",
+            "OperationalError",
+            "NoPeerAvailable",
+            "ValueError",
+            "KeyboardInterrupt",
+        }
+
+
+class TestLastResort:
+    def test_hurries_while_nobody_is_left(self) -> None:
+        """With no circuit closed, peers are tried again after last_resort_interval."""
+        world = World("db1", "db2", last_resort_interval=2)
+        world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
+        assert world.hosts() == ["db1", "db2"]
+        assert world.hosts() == []
+        world.clock.advance(1.9)
+        assert world.hosts() == []
+        world.clock.advance(0.1)
+        assert world.hosts() == ["db1", "db2"]
+        world.clock.advance(2)
+        del world.driver.down["db2"]
+        assert world.connect() == "db2"
+
+    def test_none_waits_for_the_whole_interval(self) -> None:
+        """last_resort_interval None leaves an open circuit alone for its check_interval."""
+        world = World("db1", last_resort_interval=None)
+        world.driver.down["db1"] = refused_by_host
+        assert world.hosts() == ["db1"]
+        world.clock.advance(29)
+        assert world.hosts() == []
+        world.clock.advance(1)
+        assert world.hosts() == ["db1"]
+
+    def test_zero_tries_each_time(self) -> None:
+        """last_resort_interval 0 tries at each connect()."""
+        world = World("db1", last_resort_interval=0)
+        world.driver.down["db1"] = refused_by_host
+        assert [world.hosts() for _ in range(3)] == [["db1"]] * 3
+
+    def test_not_while_a_circuit_is_closed(self) -> None:
+        """One closed circuit, a full peer's even, and nobody hurries."""
+        world = World("db1", "db2")
+        world.driver.down["db2"] = too_many
+        world.open("db1")
+        world.clock.advance(10)
+        assert world.hosts() == ["db2"]
+
+    def test_the_last_peer_fails_in_this_very_connect(self) -> None:
+        """The peer that fails now was the last in use: those out are tried in the same connect."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.clock.advance(1)
+        world.driver.down["db2"] = refused_by_host
+        assert world.connect() == "db1"
+        assert world.driver.hosts == ["db2", "db1"]
+
+
+class TestWaitingForATrial:
+    """No candidate is left but a trial is under way: wait for it, look once more."""
+
+    @staticmethod
+    def on_wait(world: World, monkeypatch: pytest.MonkeyPatch, *steps: Any) -> list[Any]:
+        """Make each wait for a trial do the next of ``steps``; note what was waited for."""
+        waits: list[Any] = []
+        left = list(steps)
+
+        def wait(leases: Any, seconds: float) -> None:
+            waits.append((len(leases), seconds))
+            left.pop(0)()
+
+        monkeypatch.setattr("django_proxysql.balancer.Lease.wait_for_any", wait)
+        return waits
+
+    @pytest.mark.parametrize("how", ["open", "suspect"])
+    def test_good_trial(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody's trial ends well: those who waited connect, and nobody sees an error."""
+        world = World("db1")
+        if how == "open":
+            world.open("db1")
+            world.clock.advance(30)
+        else:
+            world.db.peers["db1"].breaker.suspect()
+        trial = world.db.peers["db1"].breaker.acquire()
+        waits = self.on_wait(world, monkeypatch, trial.succeeded)
+        assert world.connect() == "db1"
+        assert waits == [(1, 15)]
+
+    def test_bad_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody's trial ends badly: those who waited hear what it met, and do not wait again."""
+        world = World("db1")
+        world.open("db1")
+        world.clock.advance(30)
+        trial = world.db.peers["db1"].breaker.acquire()
+        waits = self.on_wait(
+            world, monkeypatch, lambda: trial.failed(bad_password(), Fault.REFUSED)
+        )
+        error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert "(1045, " in str(error)
+        assert len(waits) == 1
+        assert world.driver.hosts == []
+
+    def test_suspects_trial_released(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The one with the trial pressed Ctrl-C: who waited makes the trial, nobody loses."""
+        world = World("db1")
+        world.db.peers["db1"].breaker.suspect()
+        trial = world.db.peers["db1"].breaker.acquire()
+        self.on_wait(world, monkeypatch, trial.released)
+        assert world.connect() == "db1"
+
+    def test_suspects_trial_released_just_before_we_look(self) -> None:
+        """A suspect's trial that is given back between two looks is taken over."""
+        world = World("db1")
+        breaker = world.db.peers["db1"].breaker
+        breaker.suspect()
+        trial = breaker.acquire()
+        real = breaker.acquire
+
+        def acquire(**options: Any) -> Any:
+            permit = real(**options)
+            trial.released()
+            return permit
+
+        breaker.acquire = acquire  # the moment between our look and our wait
+        assert world.connect() == "db1"
+
+    def test_overtaken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With success_threshold 2 another caller may get the second trial: wait for it too."""
+        world = World("db1", breaker={"success_threshold": 2})
+        breaker = world.db.peers["db1"].breaker
+        world.open("db1")
+        world.clock.advance(30)
+        trials = [breaker.acquire()]
+
+        def first() -> None:
+            trials[0].succeeded()
+            trials.append(breaker.acquire())
+
+        waits = self.on_wait(world, monkeypatch, first, lambda: trials[1].succeeded())
+        assert world.connect() == "db1"
+        assert len(waits) == 2
+
+    def test_whichever_ends_first(self) -> None:
+        """Of two trials under way the one that ends first frees those who wait."""
+        world = World("db1", "db2")
+        world.open("db1", "db2")
+        world.clock.advance(30)
+        hanging, good = (peer.breaker.acquire() for peer in world.db.peers.values())
+        lease = world.db.peers["db2"].breaker.trial
+        waiting = Bell(lease)
+        got: list[str] = []
+        with running(lambda: got.append(world.connect()), seconds=5):
+            assert waiting.wait(5)
+            good.succeeded()
+        assert got == ["db2"]
+        hanging.released()
+
+    def test_one_fails_the_other_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After one trial's failure the other is still waited for."""
+        world = World("db1", "db2")
+        world.open("db1", "db2")
+        world.clock.advance(30)
+        bad, good = (peer.breaker.acquire() for peer in world.db.peers.values())
+        waits = self.on_wait(
+            world, monkeypatch, lambda: bad.failed(refused_by_host()), good.succeeded
+        )
+        assert world.connect() == "db2"
+        assert [count for count, _ in waits] == [2, 1]
+
+    def test_up_to_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A trial is waited for up to connect_deadline, and the error says who has it."""
+        world = World("db1", connect_deadline=3)
+        world.open("db1")
+        world.clock.advance(30)
+        assert world.db.peers["db1"].breaker.acquire().is_trial
+        waits = self.on_wait(world, monkeypatch, lambda: world.clock.advance(3))
+        error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert "db1 (db1:3306): being tried by another caller, last error (2002, " in str(error)
+        assert waits == [(1, 3)]
+
+    def test_abandoned_trial_is_taken_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A trial whose lease runs out while others wait passes to one of them."""
+        world = World("db1", connect_deadline=10)
+        world.open("db1")
+        world.clock.advance(30)
+        assert world.db.peers["db1"].breaker.acquire().is_trial
+        world.clock.advance(20)
+        waits = self.on_wait(world, monkeypatch, lambda: world.clock.advance(1))
+        assert world.connect() == "db1"
+        assert waits == [(1, 1)]
+
+    def test_with_threads(self) -> None:
+        """One peer, one lost connection, 16 callers: one trial, 16 connections, no error."""
+        world = World("db1")
+        breaker = world.db.peers["db1"].breaker
+        breaker.suspect()
+        go = threading.Event()
+
+        def first() -> None:
+            world.driver.down.clear()
+            assert go.wait(10)
+
+        world.driver.down["db1"] = first
+        got: list[str] = []
+        with running(*[lambda: got.append(world.connect())] * 16):
+            while breaker.trial is None or len(breaker.trial._bells) < 15:
+                pass
+            go.set()
+        assert got == ["db1"] * 16
+
+    def test_nobody_waits_while_another_peer_can_be_had(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A trial under way is nobody's concern while a closed circuit is left."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.clock.advance(30)
+        assert world.db.peers["db1"].breaker.acquire().is_trial
+        assert not self.on_wait(world, monkeypatch)
+        assert world.connect() == "db2"
+
+
+class Bell(threading.Event):
+    """Set once somebody waits for the lease's trial."""
+
+    def __init__(self, lease: Any) -> None:
+        super().__init__()
+        bells = lease._bells
+        told = self.set
+
+        class Told(list):  # type: ignore[type-arg]
+            def append(self, bell: Any) -> None:
+                super().append(bell)
+                told()
+
+        lease._bells = Told(bells)
+
+
+class TestTime:
+    def attempts(self, world: World) -> list[Attempt]:
+        seen: list[Attempt] = []
+
+        def open_one(attempt: Attempt) -> Connection:
+            seen.append(attempt)
+            world.clock.advance(attempt.timeout)
+            raise refused_by_host()
+
+        error = raised_by(lambda: world.db.connect(open_one))
+        assert isinstance(error, NoPeerAvailable)
+        return seen
+
+    def test_attempts_are_cut_to_the_deadline(self) -> None:
+        """An attempt gets connect_timeout or what is left of the deadline, then no more follow."""
+        world = World("db1", "db2", "db3", "db4", connect_timeout=5, connect_deadline=12)
+        assert [attempt.timeout for attempt in self.attempts(world)] == [5, 5, 2]
+        assert world.states() == "open open open closed"
+
+    def test_peers_not_reached_in_time_are_named(self) -> None:
+        """A peer for which no time was left is named as such."""
+        world = World("db1", "db2", connect_timeout=5, connect_deadline=5)
+        error = raised_by(lambda: self.attempts(world) and world.db.connect(lambda _: 1 / 0))
+        assert isinstance(error, ZeroDivisionError)
+        assert "db2 (db2:3306): no time was left to try it" in world.told(PeersExhausted)[0].error
+
+    def test_trial_timeout(self) -> None:
+        """A trial gets trial_timeout, an ordinary attempt connect_timeout."""
+        world = World("db1", "db2", trial_timeout=1)
+        world.open("db1")
+        world.clock.advance(30)
+        seen = self.attempts(world)
+        assert [(a.peer.name, a.timeout, a.is_trial) for a in seen] == [
+            ("db1", 1, True),
+            ("db2", 5, False),
+        ]
+
+    def test_drivers_that_we_know_are_bounded(self) -> None:
+        """A known driver gets whole seconds, and its trial a bounded connection first."""
+        world = World("db1", connect_timeout=2.5)
+        world.db._connect = as_mysqlclient(world.driver)
+        world.db.connect()
+        assert world.driver.calls.pop()["connect_timeout"] == 3
+        world.open("db1")
+        world.clock.advance(30)
+        connection = world.db.connect()
+        first, second = world.driver.calls
+        assert (first["read_timeout"], first["write_timeout"]) == (3, 3)
+        assert "read_timeout" not in second
+        assert world.driver.made[-2].closed
+        assert not connection.closed
+
+    def test_users_own_timeout_stands(self) -> None:
+        """A connect_timeout in the peer's arguments is left as it is."""
+        world = World(peers=peers("db1", connect_timeout=9))
+        world.db._connect = as_mysqlclient(world.driver)
+        world.db.connect()
+        assert world.driver.calls[0]["connect_timeout"] == 9
+
+    def test_frozen_throw_away_connection_is_the_trial(self) -> None:
+        """A trial whose throw-away connection fails is a failed trial."""
+        world = World("db1")
+        world.db._connect = as_mysqlclient(world.driver)
+        world.open("db1")
+        world.driver.down["db1"] = OperationalError(2013, "Lost connection")
+        world.clock.advance(30)
+        assert isinstance(raised_by(world.connect), NoPeerAvailable)
+        assert len(world.driver.calls) == 1
+
+
+def as_mysqlclient(driver: Driver) -> Any:
+    def connect(**params: Any) -> Connection:
+        return driver.connect(**params)
+
+    connect.__module__ = "MySQLdb"
+    return connect
+
+
+class TestWhatIsSaid:
+    def test_as_in_the_documentation(self) -> None:
+        """NoPeerAvailable names each peer, what it last said, and when it is tried next."""
+        world = World(
+            peers={
+                "peer0": {"host": "10.0.0.1", "port": 3306},
+                "peer1": {"host": "10.0.0.2", "port": 3306},
+            },
+            last_resort_interval=None,
+        )
+        world.db.peers["peer1"].breaker.acquire().failed(
+            OperationalError(2013, "Lost connection"), Fault.UNREACHABLE
+        )
+        world.clock.advance(18)
+        world.driver.down["10.0.0.1"] = OperationalError(2002, "Can't connect")
+        error = raised_by(world.connect)
+        assert str(error) == (
+            "No peer of 'default' can be reached. "
+            'peer0 (10.0.0.1:3306): (2002, "Can\'t connect"), tried just now; '
+            "peer1 (10.0.0.2:3306): circuit open, last error (2013, 'Lost connection'), "
+            "next trial in 12 s."
+        )
+        assert error.balancer == "default"
+        assert len(error.peers) == 2
+
+    def test_all_circuits_open(self) -> None:
+        """The time that is named is the time at which the peer is tried: the last resort's."""
+        world = World("db1", name="reports", last_resort_interval=4)
+        world.open("db1")
+        world.clock.advance(1)
+        assert str(raised_by(world.connect)) == (
+            "No peer of 'reports' can be reached. db1 (db1:3306): circuit open, "
+            f"last error {refused_by_host()}, next trial in 3 s."
+        )
+
+    def test_no_password_anywhere(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Neither texts, reprs, events nor log lines hold a password."""
+        caplog.set_level(logging.DEBUG, "django_proxysql")
+        world = World(
+            peers={
+                "db1": {"host": "db1", "port": 3306, "password": SECRET},
+                "db2": {"host": "db2", "unix_socket": "/run/db.sock", "passwd": SECRET},
+                "db3": {"host": "db3", "database": "shop", "password": lambda: SECRET},
+            }
+        )
+        world.db.connect()
+        world.driver.down.update(db1=bad_password, db2=refused_by_host, db3=too_many)
+        errors = [raised_by(world.connect) for _ in range(3)]
+        seen: list[Attempt] = []
+        raised_by(lambda: world.db.connect(seen.append))
+        shown = [world.db, world.db.config, world.events, world.db.snapshot(), errors, seen]
+        shown += world.db.peers.values()
+        shown += [peer.breaker for peer in world.db.peers.values()]
+        shown += [peer.breaker.circuit for peer in world.db.peers.values()]
+        text = caplog.text + "".join(f"{thing!r} {thing}" for thing in shown)
+        assert SECRET not in text
+        assert "/run/db.sock" in text
+        assert len(caplog.records) > 5
+
+    def test_password_may_be_a_callable(self) -> None:
+        """A callable password is called at each attempt, a fresh one each time."""
+        passwords = iter("abc")
+        world = World(peers={"db1": {"host": "db1", "password": lambda: next(passwords)}})
+        world.db.connect()
+        world.db.connect()
+        assert [call["password"] for call in world.driver.calls] == ["a", "b"]
+
+    def test_snapshot(self) -> None:
+        """snapshot() says of each peer what is known, without asking any."""
+        world = World(
+            peers={
+                "db1": {"host": "db1", "port": 1, "weight": 2, "priority": 3},
+                "db2": {"host": "db2"},
+                "db3": {"unix_socket": "/s"},
+            },
+            breaker={"fail_max": 2},
+        )
+        world.open("db1")
+        world.open("db1")
+        world.db.peers["db2"].breaker.suspect("(2013, 'Lost')", Fault.LOST)
+        world.clock.advance(10)
+        one, two, three = world.db.snapshot()
+        assert (one.name, one.address, one.state) == ("db1", "db1:1", "open")
+        assert (one.trial_in, one.out_for, one.failures, one.fault) == (
+            20,
+            10,
+            2,
+            Fault.UNREACHABLE,
+        )
+        assert (one.weight, one.priority) == (2, 3)
+        assert (two.state, two.suspect, two.trial_in, two.error) == (
+            "closed",
+            True,
+            None,
+            "(2013, 'Lost')",
+        )
+        assert (three.address, three.state, three.out_for) == ("/s", "closed", None)
+        assert world.driver.calls == []
+
+    def test_repr(self) -> None:
+        """repr() of a balancer names its peers and their states."""
+        world = World("db1", "db2")
+        world.open("db2")
+        assert repr(world.db) == "<LoadBalancer 'default': db1 closed, db2 open>"
+        assert repr(world.db.peers["db2"]) == "<Peer 'db2' db2:3306 open>"
+
+
+class TestLogging:
+    @pytest.fixture
+    def lines(self, caplog: pytest.LogCaptureFixture) -> Any:
+        caplog.set_level(logging.DEBUG, "django_proxysql")
+        return lambda level: [
+            record.getMessage() for record in caplog.records if record.levelno == level
+        ]
+
+    def test_opens_and_closes(self, lines: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """One WARNING when a circuit opens, one INFO when it closes; bad trials are quiet."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = refused_by_host
+        world.connect()
+        world.clock.advance(30)
+        world.connect()
+        world.clock.advance(30)
+        world.driver.down.clear()
+        world.connect()
+        assert lines(logging.WARNING) == [
+            f"default: circuit of db1 (db1:3306) opened, first trial in 30 s: {refused_by_host()}"
+        ]
+        assert lines(logging.INFO) == [
+            "default: circuit of db1 (db1:3306) closed, the peer was out for 60.0 s"
+        ]
+        assert lines(logging.ERROR) == []
+        opened = next(r for r in caplog.records if r.levelno == logging.WARNING)
+        assert (opened.alias, opened.peer, opened.fault) == ("default", "db1", "unreachable")
+
+    def test_each_connection_at_debug(self, lines: Any) -> None:
+        """Each connection is a DEBUG line, each failed attempt too."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = lambda: world.clock.advance(0.25)
+        world.connect()
+        world.open("db1")
+        world.clock.advance(30)
+        world.connect()
+        assert lines(logging.DEBUG) == [
+            "default: connected to db1 (db1:3306) in 250.0 ms",
+            "default: connected to db1 (db1:3306) in 250.0 ms (trial)",
+        ]
+
+    def test_refusal_is_an_error_once(self, lines: Any) -> None:
+        """A wrong password is an ERROR when the circuit opens, not at every trial."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = bad_password
+        for _ in range(3):
+            world.connect()
+            world.clock.advance(30)
+        (line,) = lines(logging.ERROR)
+        assert line.startswith("default: circuit of db1 (db1:3306) opened, ")
+        assert "the peer refuses us, (1045, " in line
+        assert lines(logging.WARNING) == []
+
+    def test_refusal_below_fail_max(self, lines: Any) -> None:
+        """Below fail_max the first refusal is an ERROR too, for no circuit speaks of it yet."""
+        world = World("db1", "db2", breaker={"fail_max": 5})
+        world.driver.down["db1"] = bad_password
+        for _ in range(3):
+            world.connect()
+        (line,) = lines(logging.ERROR)
+        assert line.startswith("default: connecting to db1 (db1:3306) failed (refused): (1045, ")
+
+    def test_a_suspect_that_is_well_is_no_line(self, lines: Any) -> None:
+        """A suspect whose trial succeeds is logged as the connection that it is."""
+        world = World("db1")
+        world.db.peers["db1"].breaker.suspect("lost", Fault.LOST)
+        world.connect()
+        assert len(lines(logging.DEBUG)) == 1
+        assert not lines(logging.INFO) + lines(logging.WARNING) + lines(logging.ERROR)
+
+    def test_broken_log_handler(self) -> None:
+        """A log handler that raises keeps nobody from a connection."""
+
+        class Broken(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                raise RuntimeError("disk full")
+
+        logger = logging.getLogger("django_proxysql")
+        handler = Broken()
+        logger.addHandler(handler)
+        try:
+            world = World("db1", "db2")
+            world.driver.down["db1"] = refused_by_host
+            error = raised_by(world.connect)
+        finally:
+            logger.removeHandler(handler)
+        assert error is None
+        assert world.states() == "open closed"
+
+
+class TestEvents:
+    def test_story(self) -> None:
+        """Listeners hear of each attempt, opening, closing and exhaustion, in turn."""
+        world = World("db1")
+        world.driver.down["db1"] = refused_by_host
+        raised_by(world.connect)
+        world.clock.advance(30)
+        world.driver.down.clear()
+        world.connect()
+        text = str(refused_by_host())
+        assert world.events == [
+            CircuitOpened("default", "db1", "db1:3306", Fault.UNREACHABLE, text, 30),
+            ConnectFailed(
+                "default", "db1", "db1:3306", 0, False, Fault.UNREACHABLE, text, 1, opened=True
+            ),
+            PeersExhausted("default", world.events[2].error),
+            CircuitClosed("default", "db1", "db1:3306", 30),
+            Connected("default", "db1", "db1:3306", 0, trial=True),
+        ]
+
+    def test_below_fail_max(self) -> None:
+        """A failed attempt says which in a row it was and whether it opened the circuit."""
+        world = World("db1", "db2", breaker={"fail_max": 3})
+        world.driver.down["db1"] = refused_by_host
+        for _ in range(3):
+            world.connect()
+        failed = world.told(ConnectFailed)
+        assert [(event.count, event.opened) for event in failed] == [
+            (1, False),
+            (2, False),
+            (3, True),
+        ]
+
+    def test_listener_that_raises(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A listener that raises is logged; connect() and the other listeners go on."""
+        world = World("db1", "db2")
+        told: list[Any] = []
+
+        def bad(event: Any) -> None:
+            raise RuntimeError("listener")
+
+        world.db.add_listener(bad)
+        world.db.add_listener(told.append)
+        world.driver.down["db1"] = refused_by_host
+        assert world.connect() == "db2"
+        assert told == world.events
+        assert "A listener of 'default' raised" in caplog.text
+
+    def test_listeners_run_outside_the_lock(self) -> None:
+        """A listener may wait for another thread that connects: nobody deadlocks."""
+        world = World("db1", "db2")
+        seen: list[Any] = []
+
+        def nosy(event: Any) -> None:
+            if type(event) in (CircuitOpened, CircuitClosed):
+                seen.append(all(lock_is_free(peer.breaker) for peer in world.db.peers.values()))
+                seen.append(in_thread(world.connect))
+
+        world.db.add_listener(nosy)
+        world.driver.down["db1"] = refused_by_host
+        world.connect()
+        world.driver.down.clear()
+        world.clock.advance(30)
+        world.connect()
+        assert seen == [True, "db2", True, "db1"]
+
+    def test_listener_can_be_removed(self) -> None:
+        """A removed listener hears nothing more."""
+        world = World("db1")
+        world.db.remove_listener(world.events.append)
+        world.connect()
+        assert world.events == []
+
+
+class TestOpeningOne:
+    def test_failing_check_closes_the_connection(self) -> None:
+        """A connection whose READY_CHECK says no is closed, and counts as not ready."""
+
+        def check(connection: Connection) -> None:
+            if connection.host == "db1":
+                raise NotReady("wsrep_ready is OFF")
+
+        world = World("db1", "db2", ready_check=check)
+        assert world.connect() == "db2"
+        assert [connection.closed for connection in world.driver.made] == [True, False]
+        assert world.db.peers["db1"].breaker.circuit.fault is Fault.NOT_READY
+        assert world.db.peers["db1"].breaker.circuit.error == "wsrep_ready is OFF"
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError()])
+    def test_check_that_breaks_closes_too(self, error: BaseException) -> None:
+        """Whatever a check raises, the connection is closed."""
+
+        def check(connection: Connection) -> None:
+            raise error
+
+        world = World("db1", ready_check=check)
+        assert raised_by(world.connect) is error
+        assert world.driver.made[0].closed
+
+    def test_callers_own_function(self) -> None:
+        """connect(open_one) hands over the peer and gives back what open_one returns."""
+        world = World("db1")
+        world.db._connect = None
+        assert world.db.connect(lambda attempt: attempt.peer.address) == "db1:3306"
+        with pytest.raises(ConfigError, match="connect was not given"):
+            world.db.connect()
+
+    def test_failed_attempts_leave_no_cycle(self) -> None:
+        """What a failed attempt opened goes with it, not with the next garbage collection."""
+
+        class Socket:
+            pass
+
+        world = World("db1", "db2")
+        sockets: list[Any] = []
+
+        def open_one(attempt: Attempt) -> str:
+            socket = Socket()
+            sockets.append(weakref.ref(socket))
+            if attempt.peer.name == "db1":
+                raise refused_by_host()
+            return "connected"
+
+        gc.disable()
+        try:
+            assert world.db.connect(open_one) == "connected"
+            assert sockets[0]() is None
+        finally:
+            gc.enable()
+
+    def test_balancer_dies_with_its_last_user(self) -> None:
+        """A balancer that nobody uses is collected; a circuit of it that is kept goes on."""
+        world = World("db1")
+        breaker = world.db.peers["db1"].breaker
+        gone = weakref.ref(world.db)
+        del world.db
+        gc.collect()
+        assert gone() is None
+        breaker.acquire().failed(refused_by_host())
+        assert breaker.current_state == "open"
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"peers": {}}, "PEERS is empty"),
+            ({"check_interval": 0}, "CHECK_INTERVAL is 0"),
+            ({"check_interval": "30"}, "CHECK_INTERVAL is '30', which is not a number"),
+            ({"check_interval": True}, "CHECK_INTERVAL is True"),
+            ({"check_interval": float("nan")}, "CHECK_INTERVAL is nan"),
+            ({"check_interval": float("inf")}, "CHECK_INTERVAL is inf"),
+            ({"breaker": {"fail_max": 0}}, "fail_max"),
+            ({"breaker": {"fail_max": 1.5}}, "whole number"),
+            ({"breaker": {"success_threshold": None}}, "success_threshold"),
+            ({"breaker": {"failmax": 1}}, "unknown key 'failmax'"),
+            ({"breaker": 3}, "BREAKER is 3"),
+            ({"connect_timeout": -1}, "CONNECT_TIMEOUT is -1"),
+            ({"connect_timeout": None}, "CONNECT_TIMEOUT is None"),
+            ({"trial_timeout": 0}, "TRIAL_TIMEOUT is 0"),
+            ({"connect_deadline": 0}, "CONNECT_DEADLINE is 0"),
+            ({"last_resort_interval": -1}, "LAST_RESORT_INTERVAL is -1"),
+            ({"strategy": "randomly"}, "STRATEGY is 'randomly'"),
+            ({"strategy": "nowhere.Strategy"}, "cannot be imported"),
+            ({"strategy": object()}, "no order"),
+            ({"ready_check": "galeria"}, "READY_CHECK"),
+            ({"ready_check": 5}, "cannot be called"),
+            ({"peers": {"a": {"weight": 0}}}, "WEIGHT is 0"),
+            ({"peers": {"a": {"weight": "2"}}}, "WEIGHT is '2'"),
+            ({"peers": {"a": {"priority": -1}}}, "PRIORITY is -1"),
+            ({"peers": {"a": {"priority": 0.5}}}, "PRIORITY is 0.5"),
+        ],
+        ids=str,
+    )
+    def test_mistakes_are_named(self, arguments: dict[str, Any], message: str) -> None:
+        """A wrong argument is a ConfigError, a ValueError, that names it."""
+        arguments.setdefault("peers", {"db1": {}})
+        with pytest.raises(ConfigError, match=message) as caught:
+            LoadBalancer(connect=Driver().connect, **arguments)
+        assert isinstance(caught.value, ValueError)
+
+    @pytest.mark.parametrize(
+        ("params", "address"),
+        [
+            ({"host": "10.0.0.1", "port": 3306}, "10.0.0.1:3306"),
+            ({"host": "db"}, "db"),
+            ({"port": 3307}, "localhost:3307"),
+            ({"unix_socket": "/run/my.sock", "host": "x"}, "/run/my.sock"),
+            ({"database": "/srv/db.sqlite3"}, "/srv/db.sqlite3"),
+            ({}, ""),
+        ],
+        ids=str,
+    )
+    def test_address(self, params: dict[str, Any], address: str) -> None:
+        """A peer's address is written as people write it."""
+        db = LoadBalancer({"a": params}, Driver().connect)
+        assert db.peers["a"].address == address
