@@ -7,12 +7,14 @@ What is in the tables is left as it is.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Callable
 
+import django
 import pytest
 
 from django_proxysql.demo.servers import start_together
@@ -29,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let SIGTERM end the run as Ctrl-C does. (SystemExit would end but the test under way.)"""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
+    django.setup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
