@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import django
 from django.apps import AppConfig
 from django.core import checks
 
@@ -18,4 +19,7 @@ class DjangoProxySQLConfig(AppConfig):
 
     def ready(self) -> None:
         """Register the system checks."""
-        checks.register(check_settings)
+        # So that check --tag database runs it. Django before 3.1 runs what has
+        # that tag only when asked to.
+        tags = (checks.Tags.database,) if django.VERSION >= (3, 1) else ()
+        checks.register(check_settings, *tags)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from django.db import connections
 from django.db.utils import OperationalError
 
-from . import exceptions
+from . import drivers, exceptions
 from .balancer import LoadBalancer
 from .conf import (
     ALIAS_KEY,
@@ -48,11 +48,12 @@ class Registered(NamedTuple):
 
     def settings_for(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
         """Return what to connect to ``peer`` with; a copy, with a callable PASSWORD called."""
-        merged = merged_settings(peer.params, own, self.first_read)
+        merged = merged_settings(peer.config.params, own, self.first_read)
         if alias == NO_DB_ALIAS:
             merged["NAME"] = own.get("NAME")
-        if callable(merged.get("PASSWORD")):
-            merged["PASSWORD"] = merged["PASSWORD"]()
+        password = merged.get("PASSWORD")
+        if callable(password):
+            merged["PASSWORD"] = password()
         return merged
 
 
@@ -62,7 +63,8 @@ class Balancers(Mapping[str, LoadBalancer]):
     def __init__(self) -> None:
         self._first_read: dict[str, Mapping[str, Any]] = {}
         self._entries: dict[str, Mapping[str, Any]] = {}
-        self._registered: dict[str, Registered] = {}
+        #: Those that have been asked for.
+        self.known: dict[Any, Registered] = {}
         #: For tests: further arguments of LoadBalancer by alias, such as a clock.
         self._options: dict[str, dict[str, Any]] = {}
 
@@ -72,12 +74,17 @@ class Balancers(Mapping[str, LoadBalancer]):
         :raises KeyError: ``alias`` is no load balancer's.
         :raises ImproperlyConfigured: its settings are wrong.
         """
-        entry = connections.databases.get(alias)
-        if alias not in self._entries and (entry is None or not is_balancer(entry)):
-            raise KeyError(alias)
-        if entry is not None:
+        entry = connections.databases.get(alias, {})
+        # A copy of a balancer's entry under another alias shares its circuits.
+        alias = entry.get(ALIAS_KEY, alias)
+        if alias not in self._entries:
+            if not is_balancer(entry):
+                raise KeyError(alias)
             register(entry, alias)
         return self.registered(alias).balancer
+
+    def __contains__(self, alias: object) -> bool:
+        return alias in self._entries or is_balancer(connections.databases.get(str(alias), {}))
 
     def __iter__(self) -> Iterator[str]:
         return (alias for alias, entry in connections.databases.items() if is_balancer(entry))
@@ -90,14 +97,17 @@ class Balancers(Mapping[str, LoadBalancer]):
 
         :raises ImproperlyConfigured: its settings are wrong.
         """
-        known = self._registered.get(alias)
+        known = self.known.get(alias)
         if known is None:
+            if alias not in self._entries:
+                # Everything was forgotten; the wrapper is older.
+                register(connections.databases[alias], alias)
             # Made outside any lock, for a strategy's module may be imported on
             # the way. Of two threads that come here at once, one's is kept.
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config, **self._options.get(alias, {}))
             balancer.no_peer_error = NoPeerAvailable
-            known = self._registered.setdefault(
+            known = self.known.setdefault(
                 alias, Registered(balancer, self._first_read[alias])
             )
         return known
@@ -106,7 +116,7 @@ class Balancers(Mapping[str, LoadBalancer]):
         """Drop everything, so that it is read anew. For tests that change DATABASES."""
         self._first_read.clear()
         self._entries.clear()
-        self._registered.clear()
+        self.known.clear()
 
 
 balancers = Balancers()
@@ -117,20 +127,22 @@ def register(settings: dict[str, Any], alias: str) -> None:
 
     ``settings`` gets the alias written into it, so that whatever is made from
     a copy of it shares the circuits, and an empty NAME filled in from the first
-    peer, for Django derives the test database's name from it.
+    peer that has one, for Django derives the test database's name from it.
     """
-    if not is_balancer(settings):
+    databases = connections.databases
+    # An entry of DATABASES that names a user's subclass of the engine is a
+    # balancer's, even if it lacks PEERS; a bare dict without them is not.
+    if not is_balancer(settings) and databases.get(alias) is not settings:
         return
     alias = settings.setdefault(ALIAS_KEY, alias)
     if alias in balancers._first_read:
         return
-    databases = connections.databases
     # The entry in DATABASES rather than a copy that somebody has changed.
     entry = databases.get(alias, settings)
     if not is_balancer(entry):
         entry = settings
     if entry.get("NAME") == "":
-        entry["NAME"] = _name_of_first_peer(entry, databases)
+        entry["NAME"] = _name_of_a_peer(entry, databases)
     if settings.get("NAME") == "":
         settings["NAME"] = entry["NAME"]
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
@@ -138,9 +150,11 @@ def register(settings: dict[str, Any], alias: str) -> None:
     balancers._first_read.setdefault(alias, first_reading(entry))
 
 
-def _name_of_first_peer(entry: Mapping[str, Any], databases: Mapping[str, Any]) -> Any:
+def _name_of_a_peer(entry: Mapping[str, Any], databases: Mapping[str, Any]) -> Any:
     peers = entry.get("PEERS")
-    first = peers[0] if isinstance(peers, (list, tuple)) and peers else {}
-    if isinstance(first, str):
-        first = databases.get(first, {})
-    return first.get("NAME") or "" if isinstance(first, Mapping) else ""
+    for peer in peers if isinstance(peers, (list, tuple)) else ():
+        if isinstance(peer, str):
+            peer = databases.get(peer)
+        if isinstance(peer, Mapping) and peer.get("NAME"):
+            return peer["NAME"]
+    return ""

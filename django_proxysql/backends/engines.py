@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db import connections
-from django.db.utils import load_backend
+from django.db import connections, utils
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 
-from ..conf import is_balancer, peer_engine
+from .. import drivers
+from ..conf import load_wrapper, peer_engine
+from ..exceptions import ConfigError
 from .shims import client_class, creation_class, validation_class
 
 __all__ = ["engine_class"]
+
+
+class _Unknown(DummyWrapper):
+    """Stands for a backend that cannot be loaded, until connect() says so."""
+
+    #: PEP 249's exceptions, which wrap_database_errors asks for.
+    Database = utils
+    # Django's own complains of missing settings; ours has more to say.
+    ensure_connection = BaseDatabaseWrapper.ensure_connection
+
 
 _made: dict[tuple[type, type], type] = {}
 
@@ -23,15 +36,13 @@ def engine_class(base: type, settings: dict[str, Any]) -> type:
     """Return the class of wrappers for the balancer whose settings these are.
 
     :param base: the engine's DatabaseWrapper, or a user's subclass of it.
-    :raises ImproperlyConfigured: the peers' backend cannot be imported.
     """
-    databases = connections.databases
-    path = peer_engine(settings, databases)
-    if is_balancer({"ENGINE": path}):
-        # Reported by the checks and at connect; until then the wrapper must
-        # be made of something.
-        path = "django.db.backends.dummy"
-    wrapper = load_backend(path).DatabaseWrapper
+    wrapper: Any
+    try:
+        wrapper = load_wrapper(peer_engine(settings, connections.databases))
+    except ConfigError:
+        # Said by the checks and at connect; never where a wrapper is made.
+        wrapper = _Unknown
     key = (base, wrapper)
     made = _made.get(key)
     if made is None:
@@ -44,6 +55,9 @@ def engine_class(base: type, settings: dict[str, Any]) -> type:
                 {
                     "__module__": base.__module__,
                     "__doc__": base.__doc__,
+                    "_driver": drivers.driver_of(
+                        getattr(getattr(wrapper, "Database", None), "__name__", "")
+                    ),
                     "client_class": client_class(wrapper.client_class),
                     "creation_class": creation_class(wrapper.creation_class),
                     "validation_class": validation_class(wrapper.validation_class),

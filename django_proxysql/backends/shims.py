@@ -12,6 +12,8 @@ from typing import Any
 from django.apps import apps
 
 from ..checks import messages
+from ..conf import ALIAS_KEY
+from ..registry import balancers
 
 __all__ = ["client_class", "creation_class", "validation_class"]
 
@@ -32,6 +34,13 @@ def creation_class(base: type) -> type:
     """Return the peer engine's creation, cloning test databases on a live peer."""
 
     class DatabaseCreation(base):  # type: ignore[misc]
+        def test_db_signature(self) -> Any:
+            # Aliases with equal signatures share one test database. Two
+            # balancers have no HOST to tell them apart: their peers do.
+            alias = self.connection.settings_dict.get(ALIAS_KEY)
+            peers = () if alias is None else balancers[alias].peers.values()
+            return (*super().test_db_signature(), *sorted(peer.address for peer in peers))
+
         def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
             return base(self.connection.on_a_live_peer())._clone_db(*args, **kwargs)
 

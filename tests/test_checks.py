@@ -1,0 +1,311 @@
+"""What is wrong with a balancer's settings: said by the checks, and again at connect."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+from django.db import connections
+
+from django_proxysql.conf import ENGINE, balancer_config, problems
+from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine
+
+ROOT = Path(__file__).parent.parent
+
+ONE = {"HOST": "10.0.0.1"}
+TWO = {"HOST": "10.0.0.2"}
+ALIASES = {
+    "one": {"ENGINE": MYSQL, "HOST": "10.0.0.1", "PASSWORD": "sesame"},
+    "two": {"ENGINE": MYSQL, "HOST": "10.0.0.2"},
+    "slite": {"ENGINE": SQLITE, "NAME": "x"},
+    "atomic": {"ENGINE": MYSQL, "HOST": "10.0.0.3", "ATOMIC_REQUESTS": True},
+    "tested": {"ENGINE": MYSQL, "HOST": "10.0.0.4", "TEST": {"NAME": "tests"}},
+    "engineless": {"HOST": "10.0.0.5"},
+    "nested": {"ENGINE": ENGINE, "PEERS": [{"HOST": "10.0.0.9"}]},
+}
+
+# The check's id, the settings, words of the message, words of the hint.
+MISTAKES: list[Any] = [
+    ("E001", {"PEERS": []}, "PEERS is empty", "at least one alias or dict"),
+    ("E001", {}, "PEERS is empty", "at least one alias or dict"),
+    ("E001", {"PEERS": "one"}, "PEERS is a str", "at least one alias or dict"),
+    ("E001", {"PEERS": {"PASSWORD": "sesame"}}, "PEERS is a dict", "at least one"),
+    ("E001", {"PEERS": [ONE, [{"PASSWORD": "sesame"}]]}, "PEERS[1] is a list", "a dict"),
+    ("E002", {"PEERS": ["one", "tow"]}, "PEERS names 'tow'", "Did you mean 'two'?"),
+    ("E002", {"PEERS": ["zzzzzz"]}, "no alias in DATABASES", "write the peer as a dict"),
+    ("E003", {"PEERS": ["one", "nested"]}, "PEERS names 'nested'", "databases behind it"),
+    ("E003", {"PEERS": [ONE], "PEER_ENGINE": ENGINE}, "PEER_ENGINE is a load balancer", MYSQL),
+    ("E004", {"PEERS": ["one", "slite"]}, "PEERS mixes engines: 'slite'", "have one engine"),
+    ("E004", {"PEERS": ["one"], "PEER_ENGINE": SQLITE}, "'one' has the ENGINE", "one engine"),
+    (
+        "E004",
+        {"PEERS": ["one", {"ENGINE": SQLITE, "NAME": "x"}]},
+        "PEERS[1] has the ENGINE",
+        "set PEER_ENGINE for all",
+    ),
+    ("E005", {"PEERS": [ONE], "CHECK_INTERVAL": "30"}, "CHECK_INTERVAL is '30'", "a number"),
+    ("E005", {"PEERS": [ONE], "CHECK_INTERVAL": 0}, "CHECK_INTERVAL is 0", "greater than 0"),
+    ("E005", {"PEERS": [ONE], "CHECK_INTERVAL": None}, "CHECK_INTERVAL is None", "a number"),
+    ("E005", {"PEERS": [ONE], "CONNECT_TIMEOUT": -1}, "CONNECT_TIMEOUT is -1", "greater than 0"),
+    ("E005", {"PEERS": [ONE], "CONNECT_TIMEOUT": float("nan")}, "CONNECT_TIMEOUT is nan", ""),
+    ("E005", {"PEERS": [ONE], "CONNECT_TIMEOUT": float("inf")}, "CONNECT_TIMEOUT is inf", ""),
+    ("E005", {"PEERS": [ONE], "CONNECT_TIMEOUT": True}, "CONNECT_TIMEOUT is True", "a number"),
+    ("E005", {"PEERS": [ONE], "TRIAL_TIMEOUT": 0}, "TRIAL_TIMEOUT is 0", "or None"),
+    ("E005", {"PEERS": [ONE], "CONNECT_DEADLINE": None}, "CONNECT_DEADLINE is None", ""),
+    ("E005", {"PEERS": [ONE], "LAST_RESORT_INTERVAL": -1}, "LAST_RESORT_INTERVAL is -1", ""),
+    ("E005", {"PEERS": [ONE], "BREAKER": 3}, "BREAKER is 3", "fail_max"),
+    ("E005", {"PEERS": [ONE], "BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
+    ("E005", {"PEERS": [ONE], "BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
+    ("E005", {"PEERS": [{**ONE, "WEIGHT": 0}]}, "WEIGHT of peer PEERS[0] is 0", "greater than 0"),
+    ("E005", {"PEERS": [{**ONE, "PRIORITY": 1.5}]}, "PRIORITY of peer PEERS[0]", "whole number"),
+    ("E005", {"PEERS": [{**ONE, "CHECK_INTERVAL": "1"}]}, "CHECK_INTERVAL of peer PEERS[0]", ""),
+    ("E005", {"PEERS": [{**ONE, "BREAKER": {"fail_max": "1"}}]}, "of peer PEERS[0] is '1'", ""),
+    ("E006", {"PEERS": [ONE], "CHECK_INTERVALL": 5}, "CHECK_INTERVALL", "mean CHECK_INTERVAL?"),
+    ("E006", {"PEERS": [ONE], "strategy": "x"}, "strategy is not a setting", "mean STRATEGY?"),
+    ("E006", {"PEERS": [{**ONE, "WEIGTH": 2}]}, "WEIGTH of peer PEERS[0]", "mean WEIGHT?"),
+    ("E006", {"PEERS": [{**ONE, "HOTS": "x"}]}, "HOTS of peer PEERS[0]", "mean HOST?"),
+    ("E007", {"PEERS": [ONE], "STRATEGY": "randon"}, "STRATEGY is 'randon'", "round_robin"),
+    ("E007", {"PEERS": [ONE], "STRATEGY": "tests.no.Such"}, "cannot be imported", "dotted path"),
+    ("E007", {"PEERS": [ONE], "STRATEGY": "tests.app.models.Token"}, "no order() method", ""),
+    ("E008", {"PEERS": [ONE], "READY_CHECK": "writeable"}, "READY_CHECK is 'writeable'", "galera"),
+    ("E008", {"PEERS": [ONE], "READY_CHECK": 5}, "READY_CHECK is 5", "dotted path"),
+    ("E009", {"PEERS": [{"HOST": "a,b"}]}, "HOST of peer PEERS[0]", "make each host a peer"),
+    ("E009", {"HOST": "a,b", "PEERS": [{"PORT": 1}]}, "HOST of peer PEERS[0]", "each host a peer"),
+    (
+        "E009",
+        {"PEERS": [{"OPTIONS": {"host": "a,b"}}], "PEER_ENGINE": POSTGRESQL},
+        "OPTIONS['host'] of peer PEERS[0]",
+        "each host a peer",
+    ),
+    (
+        "E010",
+        {"PEERS": [ONE], "OPTIONS": {"connect_timeout": 2.5}},
+        "OPTIONS['connect_timeout'] of peer PEERS[0] is 2.5",
+        "whole seconds",
+    ),
+    ("E011", {"PEERS": ["one", "two", "one"]}, "PEERS names 'one' more than once", "a WEIGHT"),
+    ("E012", {"PEERS": [ONE], "OPTIONS": "a=b"}, "OPTIONS is a str", "a dict"),
+    ("E012", {"PEERS": [{**ONE, "OPTIONS": ["a"]}]}, "OPTIONS of peer PEERS[0] is a list", "dict"),
+    ("E013", {"PEERS": [ONE], "PEER_ENGINE": "nonesuch"}, "PEER_ENGINE is 'nonesuch'", "driver"),
+    ("E013", {"PEERS": ["engineless"]}, "ENGINE of the peers is", "the backend"),
+    (
+        "E014",
+        {"PEERS": [ONE], "PEER_ENGINE": POSTGRESQL, "OPTIONS": {"pool": True}},
+        "OPTIONS['pool']",
+        "CONN_MAX_AGE",
+    ),
+    ("W001", {"PEERS": [ONE, TWO, dict(ONE)]}, "PEERS has 'peer0' and 'peer2' at", "two shares"),
+    ("W001", {"PEERS": ["one", {**ONE, "PORT": 3306}]}, "at one address, 10.0.0.1", "two shares"),
+    ("W002", {"PEERS": ["one", "atomic"]}, "'atomic' has ATOMIC_REQUESTS", "to 'balanced'"),
+    ("W002", {"PEERS": ["one", "tested"]}, "'tested' has TEST", "Move TEST to 'balanced'"),
+    ("W003", {"PEERS": [ONE, TWO], "CONNECT_TIMEOUT": 2.5}, "CONNECT_TIMEOUT is 2.5", "becomes 3"),
+    (
+        "W003",
+        {"PEERS": [ONE], "PEER_ENGINE": POSTGRESQL, "TRIAL_TIMEOUT": 1},
+        "TRIAL_TIMEOUT is 1",
+        "becomes 2",
+    ),
+    ("W004", {"PEERS": [ONE], "WEIGHT": 3}, "WEIGHT is a peer's setting", "into the peers"),
+    ("W004", {"PEERS": [{**ONE, "CONN_MAX_AGE": 3}]}, "CONN_MAX_AGE of peer", "to 'balanced'"),
+    ("W004", {"PEERS": [{**ONE, "STRATEGY": "random"}]}, "STRATEGY of peer", "to 'balanced'"),
+]
+
+
+def ids(messages: list[checks.CheckMessage]) -> list[str]:
+    return [m.id.partition(".")[2] for m in messages if (m.id or "").startswith("django_proxysql")]
+
+
+def entry(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"ENGINE": ENGINE, **settings}
+
+
+@pytest.mark.parametrize(("id_", "settings", "message", "hint"), MISTAKES)
+def test_mistake_is_said_by_the_checks_and_at_connect(
+    id_: str, settings: dict[str, Any], message: str, hint: str
+) -> None:
+    """A mistake is one message of both checks, naming alias and setting; an error stops connect."""
+    aliases = {alias: dict(values) for alias, values in ALIASES.items()}
+    with added({**aliases, "balanced": entry(settings)}):
+        # Never in the constructor.
+        connection = connections["balanced"]
+        found = [m for m in checks.run_checks() if (m.id or "").startswith("django_proxysql")]
+        assert ids(found) == [id_]
+        assert found[0].msg.startswith("DATABASES['balanced']: ")
+        assert message in found[0].msg
+        assert hint in (found[0].hint or "")
+        assert found[0].level == (checks.ERROR if id_.startswith("E") else checks.WARNING)
+        assert "sesame" not in str(found[0])
+        if id_.startswith("E"):
+            with pytest.raises(ImproperlyConfigured) as raised:
+                connection.ensure_connection()
+            assert str(raised.value).startswith(found[0].msg)
+            assert str(raised.value).endswith(found[0].hint or "")
+            with pytest.raises(ImproperlyConfigured):
+                connection.cursor()
+        else:
+            balancer_config("balanced", connection.settings_dict, connections.databases)
+
+
+def test_right_settings_have_no_message() -> None:
+    """Settings of every kind that are right, other packages' among them, have no message."""
+    settings = {
+        "NAME": "shop",
+        "USER": "shop",
+        "PASSWORD": lambda: "sesame",
+        "PEERS": ["one", {"HOST": "10.0.0.7", "PORT": 3307, "WEIGHT": 0.5, "PRIORITY": 1}, "two"],
+        "CHECK_INTERVAL": 0.5,
+        "BREAKER": {"fail_max": 3},
+        "STRATEGY": "django_proxysql.strategies.RoundRobin",
+        "CONNECT_TIMEOUT": 2,
+        "TRIAL_TIMEOUT": None,
+        "CONNECT_DEADLINE": 1.5,
+        "LAST_RESORT_INTERVAL": None,
+        "READY_CHECK": "writable",
+        "CONN_MAX_AGE": None,
+        "ATOMIC_REQUESTS": True,
+        "TEST": {"NAME": "test_shop"},
+        "OPTIONS": {"connect_timeout": 3, "charset": "utf8mb4"},
+        "REPLICA_OF": "something else's",
+    }
+    aliases = {alias: dict(values) for alias, values in ALIASES.items()}
+    with added({**aliases, "balanced": entry(settings)}):
+        assert ids(checks.run_checks()) == []
+
+
+def test_servers_told_apart_by_files_are_no_duplicates() -> None:
+    """Peers whose OPTIONS name other option files, sockets or services are not one address."""
+    files = [{"OPTIONS": {"read_default_file": f"/etc/{name}.cnf"}} for name in "ab"]
+    sockets = [{"OPTIONS": {"unix_socket": f"/run/{name}.sock"}} for name in "ab"]
+    ports = [{**ONE, "PORT": port} for port in (3306, "3307")]
+    with engine([*files, *sockets, *ports]):
+        assert ids(checks.run_checks()) == []
+
+
+def test_all_mistakes_at_once() -> None:
+    """Several mistakes in one entry are all shown, errors first, each once."""
+    settings = {
+        "PEERS": [ONE, dict(ONE), "nonesuch"],
+        "CHECK_INTERVAL": "30",
+        "CONNECT_TIMEOUT": 0,
+        "STRATEGYY": 1,
+    }
+    with added({"balanced": entry(settings)}):
+        assert ids(checks.run_checks()) == ["E006", "E005", "E005", "E002", "W001"]
+
+
+def test_each_balancer_is_checked() -> None:
+    """Each load balancer has its own messages."""
+    with added({"left": entry({"PEERS": []}), "right": entry({"PEERS": ["nonesuch"]})}):
+        assert ids(checks.run_checks()) == ["E001", "E002"]
+
+
+def run_check(*args: str) -> list[str]:
+    """Return the ids that ``manage.py check`` prints."""
+    output = io.StringIO()
+    try:
+        call_command("check", *args, stderr=output)
+    except SystemCheckError as exc:
+        output.write(str(exc))
+    return [
+        word.rstrip(")").partition(".")[2]
+        for word in output.getvalue().replace("(", " ").split()
+        if word.startswith("django_proxysql.")
+    ]
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("--database", "balanced"), ("--database", "balanced", "--tag", "database")]
+)
+def test_check_command_with_the_app(args: tuple[str, ...]) -> None:
+    """With the app installed, check says a mistake once, with and without --database and --tag."""
+    peers = [{"HOST": "10.0.0.1"}, {"HOST": "10.0.0.1"}]
+    with engine(peers, PEER_ENGINE=SQLITE, NAME=":memory:"):
+        assert run_check(*args) == ["W001"]
+
+
+SITE_CHECK = """
+import io, json, sys, django
+from django.conf import settings
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+settings.configure(INSTALLED_APPS=json.loads(sys.argv[1]), DATABASES=json.loads(sys.argv[2]))
+django.setup()
+try:
+    call_command("check", *sys.argv[3:], stderr=sys.stdout)
+except SystemCheckError as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.parametrize("with_app", [True, False])
+@pytest.mark.parametrize("with_database", [True, False])
+def test_check_command_without_the_app(with_app: bool, with_database: bool) -> None:
+    """Without the app, check --database says the same, once; plain check needs the app."""
+    databases = {
+        "default": {
+            "ENGINE": ENGINE,
+            "PEERS": [{"NAME": "/tmp/x"}, {"NAME": "/tmp/x"}],
+            "PEER_ENGINE": SQLITE,
+        },
+        "other": {"ENGINE": ENGINE, "PEERS": [], "PEER_ENGINE": SQLITE},
+    }
+    apps = ["django_proxysql"] if with_app else []
+    args = ["--database", "default"] if with_database else []
+    command = [sys.executable, "-c", SITE_CHECK, json.dumps(apps), json.dumps(databases), *args]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.count("django_proxysql.W001") == (with_app or with_database)
+    assert output.count("django_proxysql.E001") == with_app
+
+
+def test_checks_connect_to_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The checks make no connection and no log line, and never say a password."""
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    with engine([{"HOST": "10.255.255.1", "PASSWORD": "sesame", "HOTS": 1}]) as connection:
+        assert "sesame" not in repr(checks.run_checks())
+        assert connection.connection is None
+    assert caplog.text == ""
+
+
+def test_every_id_is_in_the_docs() -> None:
+    """Each id that can be said has its anchor and its heading in the docs, and no other has."""
+    source = (ROOT / "django_proxysql" / "conf.py").read_text()
+    docs = (ROOT / "docs" / "reference" / "checks.rst").read_text()
+    said = {word for word in source.replace('"', " ").split() if is_id(word)}
+    anchors = {line[20:24] for line in docs.splitlines() if line.startswith(".. _django_proxysql.")}
+    headings = {line[16:] for line in docs.splitlines() if line.startswith("django_proxysql.")}
+    assert said == anchors == headings == {mistake[0] for mistake in MISTAKES}
+
+
+def is_id(word: str) -> bool:
+    return len(word) == 4 and word[0] in "EW" and word[1:].isdigit()
+
+
+def test_strange_entries_break_nothing() -> None:
+    """Whatever stands in an entry, reading it says what is wrong and raises nothing else."""
+    strange: list[Any] = [None, 0, 1.5, "", "x", [], [[]], {}, {"x": {}}, object(), b"x", {1}]
+    keys = [
+        *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
+        *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
+        *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
+    ]
+    for key in keys:
+        for value in strange:
+            for values in (
+                entry({"PEERS": [ONE], key: value}),
+                entry({"PEERS": [{**ONE, key: value}]}),
+                entry({"PEERS": ["one", value]}),
+            ):
+                databases = {"one": dict(ALIASES["one"]), "balanced": values}
+                found = problems("balanced", values, databases)
+                if not any(problem.is_error for problem in found):
+                    balancer_config("balanced", values, databases)
