@@ -1,0 +1,391 @@
+"""What DATABASES says is what the peers are connected to with, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pathlib
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+from django.db import OperationalError, connections
+from django.db.backends.signals import connection_created
+from django.test.utils import setup_databases, teardown_databases
+
+from django_proxysql import balancers
+from django_proxysql.conf import CONNECTION_KEYS, balancer_config, merged_settings
+from django_proxysql.registry import NoPeerAvailable
+from tests.app.models import Token
+from tests.engine import MYSQL, SQLITE, Clock, engine, mysql_peer, sqlite_peer
+from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
+from tests.servers.mariadb import Node
+
+Pair = tuple[Node, Node]
+
+
+def scalar(connection: Any, statement: str) -> Any:
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+        return cursor.fetchone()[0]
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """Return what ``function`` returns in a new thread, whose connections it then closes."""
+    results = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+# Where peers come from
+
+
+def test_settings_of_the_original(mariadb_pair: Pair) -> None:
+    """The original's README settings work unchanged: PEERS names other aliases, each used."""
+    peers = {f"peer{n}": {"ENGINE": MYSQL, **mysql_peer(mariadb_pair[n])} for n in (0, 1)}
+    with engine(
+        ["peer0", "peer1"], alias="default", databases=peers, CHECK_INTERVAL=30
+    ) as connection:
+        ports = set()
+        for _ in range(40):
+            ports.add(scalar(connection, "SELECT @@port"))
+            connection.close()
+        assert ports == {node.port for node in mariadb_pair}
+        assert list(balancers["default"].peers) == ["peer0", "peer1"]
+        assert connection.alias == "default"
+        assert connection.settings_dict["NAME"] == DATABASE
+
+
+def test_inline_peers_are_laid_over_the_balancer(mariadb_pair: Pair) -> None:
+    """A peer's dict is laid over the balancer's entry: what it leaves out is the balancer's."""
+    peers = [{"PORT": node.port} for node in mariadb_pair]
+    common = {"HOST": "127.0.0.1", "NAME": DATABASE, "USER": USER, "PASSWORD": PASSWORD}
+    with engine(peers, STRATEGY="round_robin", **common) as connection:
+        ports = set()
+        for _ in range(2):
+            ports.add(scalar(connection, "SELECT @@port"))
+            connection.close()
+        assert ports == {node.port for node in mariadb_pair}
+
+
+def test_names_of_mixed_peers(tmp_path: pathlib.Path) -> None:
+    """Aliases keep their names, dicts are called peer and their place, and none is called twice."""
+    alias = {"ENGINE": SQLITE, "NAME": str(tmp_path / "one")}
+    for peers, names in (
+        ([{}, "one", {}], ["peer0", "one", "peer2"]),
+        (["peer1", {}], ["peer1", "peer3"]),
+    ):
+        peers = [sqlite_peer(tmp_path / str(n)) if p == {} else p for n, p in enumerate(peers)]
+        with engine(peers, databases={"one": alias, "peer1": dict(alias)}, PEER_ENGINE=SQLITE):
+            assert list(balancers["balanced"].peers) == names
+
+
+def test_options_are_merged_key_by_key(mariadb: Node) -> None:
+    """OPTIONS are the balancer's, with the peer's keys laid over them; the dicts stay as given."""
+    own = {"init_command": "SET @a = 'balancer'", "charset": "utf8mb4"}
+    theirs = {"init_command": "SET @a = 'peer'"}
+    peer = mysql_peer(mariadb, OPTIONS=theirs)
+    with engine([peer], OPTIONS=own, CONNECT_TIMEOUT=3) as connection:
+        assert scalar(connection, "SELECT @a") == "peer"
+        assert scalar(connection, "SELECT @@character_set_client") == "utf8mb4"
+    assert own == {"init_command": "SET @a = 'balancer'", "charset": "utf8mb4"}
+    assert theirs == {"init_command": "SET @a = 'peer'"}
+
+
+def test_name_is_filled_in(mariadb: Node) -> None:
+    """A balancer without NAME has that of the first peer that has one, for Django to build on."""
+    nameless = {"HOST": mariadb.host, "PORT": mariadb.port + 1}
+    with engine([nameless, mysql_peer(mariadb)]) as connection:
+        assert connection.settings_dict["NAME"] == DATABASE
+        assert connections.databases["balanced"]["NAME"] == DATABASE
+        assert connection.creation._get_test_db_name() == f"test_{DATABASE}"
+
+
+def test_connect_timeout_is_the_drivers_option() -> None:
+    """CONNECT_TIMEOUT reaches the driver, unless the peer's OPTIONS have their own."""
+    peers = [{"HOST": "127.0.0.1", "PORT": 1}, {"HOST": "127.0.0.1", "PORT": 2, "OPTIONS": {}}]
+    peers[1]["OPTIONS"] = {"connect_timeout": 7}
+    seen = {}
+
+    def connect(**params: Any) -> Any:
+        seen[params["port"]] = params["connect_timeout"]
+        raise connection.Database.OperationalError(2002, "no")
+
+    with (
+        engine(peers, CONNECT_TIMEOUT=3) as connection,
+        mock.patch.object(connection.Database, "connect", connect),
+        pytest.raises(NoPeerAvailable),
+    ):
+        connection.ensure_connection()
+    assert seen == {1: 3, 2: 7}
+
+
+# PASSWORD as a callable
+
+
+def test_password_is_called_at_each_attempt(mariadb: Node) -> None:
+    """A callable PASSWORD is called at each attempt, so that credentials may rotate."""
+    passwords = ["wrong", PASSWORD]
+    calls = []
+
+    def password() -> str:
+        calls.append(1)
+        return passwords[0]
+
+    clock = Clock()
+    with engine([mysql_peer(mariadb, PASSWORD=password)], clock=clock) as connection:
+        with pytest.raises(OperationalError) as raised:
+            connection.ensure_connection()
+        assert raised.value.args[0] == 1045
+        passwords.pop(0)
+        clock.advance(2)
+        assert scalar(connection, "SELECT 1") == 1
+        connection.close()
+        connection.ensure_connection()
+        assert len(calls) >= 3
+        assert callable(connections.databases["balanced"]["PEERS"][0]["PASSWORD"])
+
+
+def test_balancers_password_may_be_callable(mariadb: Node) -> None:
+    """The balancer's PASSWORD may be callable too: also one that deepcopy copies."""
+    peer = mysql_peer(mariadb)
+    del peer["PASSWORD"]
+    secret = functools.partial(str, PASSWORD)
+    with engine([peer], PASSWORD=secret) as connection:
+        connection.ensure_connection()
+        other = connection.copy()
+        other.ensure_connection()
+        other.close()
+        assert connection.settings_dict["PASSWORD"] is secret
+
+
+def test_a_failing_password_callable_is_the_callers(mariadb: Node) -> None:
+    """What a PASSWORD callable raises is raised as it is, at once, and no peer's fault."""
+
+    def password() -> str:
+        raise RuntimeError("the vault is sealed")
+
+    with engine([mysql_peer(mariadb, PASSWORD=password)] * 2) as connection:
+        with pytest.raises(RuntimeError, match="sealed"):
+            connection.ensure_connection()
+        assert {p.breaker.current_state for p in balancers["balanced"].peers.values()} == {"closed"}
+
+
+# Several balancers
+
+
+def test_balancers_have_their_own_peers_and_thresholds(mariadb_pair: Pair) -> None:
+    """Two balancers over the same dead server share nothing: peers, thresholds, intervals."""
+    dead, alive = (mysql_peer(node) for node in mariadb_pair)
+    mariadb_pair[0].kill()
+    with (
+        engine([dead, alive], alias="left", CHECK_INTERVAL=5, STRATEGY="round_robin") as left,
+        engine(
+            [dead, {**alive, "BREAKER": {"success_threshold": 2}, "CHECK_INTERVAL": 7}],
+            alias="right",
+            BREAKER={"fail_max": 2},
+            CHECK_INTERVAL=60,
+            STRATEGY="round_robin",
+        ) as right,
+    ):
+        for connection in (left, right):
+            for _ in range(2):
+                connection.ensure_connection()
+                connection.close()
+        circuits = [balancers[alias].peers["peer0"].breaker for alias in ("left", "right")]
+        assert [circuit.current_state for circuit in circuits] == ["open", "closed"]
+        assert [circuit.fail_max for circuit in circuits] == [1, 2]
+        assert [circuit.reset_timeout for circuit in circuits] == [5, 60]
+        other = balancers["right"].peers["peer1"].breaker
+        assert (other.fail_max, other.success_threshold, other.reset_timeout) == (2, 2, 7)
+
+
+def test_balancers_is_a_mapping(tmp_path: pathlib.Path) -> None:
+    """``balancers`` has the aliases that are load balancers, and no others."""
+    one = sqlite_peer(tmp_path / "one")
+    with engine(["one"], databases={"one": {"ENGINE": SQLITE, **one}}, alias="left"):
+        assert list(balancers) == ["left"]
+        assert len(balancers) == 1
+        assert "left" in balancers
+        assert "one" not in balancers
+        assert "default" not in balancers
+        with pytest.raises(KeyError):
+            balancers["one"]
+        assert balancers["left"] is balancers["left"]
+        # A copied entry leads to the same circuits, by whichever alias.
+        connections["left"]
+        connections.databases["tenant"] = {**connections.databases["left"], "NAME": "x"}
+        try:
+            assert balancers["tenant"] is balancers["left"]
+        finally:
+            del connections.databases["tenant"]
+
+
+# The dict in django.db.connections
+
+
+def test_settings_dict_is_never_swapped(mariadb_pair: Pair) -> None:
+    """connection.settings_dict is DATABASES' own dict, also while connecting and failing."""
+    seen = []
+
+    def receiver(connection: Any, **kwargs: Any) -> None:
+        seen.append(connection.settings_dict)
+
+    mariadb_pair[0].kill()
+    peers = [mysql_peer(mariadb_pair[0]), mysql_peer(mariadb_pair[1], PRIORITY=1)]
+    with engine(peers) as connection:
+        own = connections.databases["balanced"]
+        before = dict(own)
+        connection_created.connect(receiver)
+        try:
+            assert connection.settings_dict is own
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            assert seen == [own]
+            assert seen[0] is own
+            mariadb_pair[1].kill()
+            connection.close()
+            with pytest.raises(NoPeerAvailable):
+                connection.ensure_connection()
+        finally:
+            connection_created.disconnect(receiver)
+        assert connection.settings_dict is own
+        assert own == before
+
+
+def test_settings_dict_can_be_copied_and_pickled(mariadb: Node) -> None:
+    """settings_dict is plain data: it deep-copies and pickles, and holds no breaker."""
+    with engine([mysql_peer(mariadb)]) as connection:
+        connection.ensure_connection()
+        for settings in (
+            copy.deepcopy(connection.settings_dict),
+            pickle.loads(pickle.dumps(connection.settings_dict)),
+        ):
+            assert settings == connection.settings_dict
+            again = type(connection)(settings, "balanced")
+            again.ensure_connection()
+            assert again.peer is connection.peer
+            again.close()
+        assert b"breaker" not in pickle.dumps(connection.settings_dict).lower()
+
+
+# NAME and the test runner
+
+
+def test_rewritten_name_wins(mariadb_pair: Pair) -> None:
+    """A NAME rewritten in place wins over every peer's, in this thread and in a new one."""
+    for node in mariadb_pair:
+        node.create_database("test_of_names")
+        node.sql("GRANT ALL PRIVILEGES ON test_of_names.* TO 'app'@'%'")
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, STRATEGY="round_robin") as connection:
+        assert scalar(connection, "SELECT DATABASE()") == DATABASE
+        connection.close()
+        connection.settings_dict["NAME"] = "test_of_names"
+        for _ in range(2):
+            assert scalar(connection, "SELECT DATABASE()") == "test_of_names"
+            connection.close()
+            name = in_thread(lambda: scalar(connections["balanced"], "SELECT DATABASE()"))
+            assert name == "test_of_names"
+        connection.settings_dict["NAME"] = DATABASE
+        assert scalar(connection, "SELECT DATABASE()") == DATABASE
+
+
+def test_every_rewritten_key_wins(mariadb: Node) -> None:
+    """USER, PASSWORD and single OPTIONS that were rewritten win over the peer's, too."""
+    peer = mysql_peer(mariadb, OPTIONS={"charset": "latin1", "init_command": "SET @a = 1"})
+    with engine([peer]) as connection:
+        settings = connection.settings_dict
+        settings.update(USER=ADMIN, PASSWORD=ADMIN_PASSWORD, OPTIONS={"charset": "utf8mb4"})
+        assert scalar(connection, "SELECT CURRENT_USER()") == f"{ADMIN}@%"
+        assert scalar(connection, "SELECT @@character_set_client") == "utf8mb4"
+        assert scalar(connection, "SELECT @a") == 1
+
+
+def test_unnamed_database(mariadb: Node) -> None:
+    """_nodb_cursor connects without a database, though each peer has one."""
+    with engine([mysql_peer(mariadb)]) as connection, connection._nodb_cursor() as cursor:
+        cursor.execute("SELECT DATABASE(), @@port")
+        assert cursor.fetchone() == (None, mariadb.port)
+
+
+def test_test_databases_leave_production_alone(mariadb_pair: Pair) -> None:
+    """Django's test databases are made beside the peers' own, which nothing is written into."""
+    node, other = mariadb_pair
+    other.kill()
+    peers = [mysql_peer(n, USER=ADMIN, PASSWORD=ADMIN_PASSWORD) for n in mariadb_pair]
+    for peer in peers:
+        del peer["NAME"]
+    with engine(peers, alias="default", NAME="shop", LAST_RESORT_INTERVAL=None):
+        node.create_database("shop")
+        before = node.sql("SHOW TABLES", "shop")
+        config = setup_databases(verbosity=0, interactive=False, aliases={"default"})
+        try:
+            connection = connections["default"]
+            Token.objects.create(value="in the test database")
+            assert scalar(connection, "SELECT DATABASE()") == "test_shop"
+            assert in_thread(lambda: Token.objects.count()) == 1
+        finally:
+            teardown_databases(config, verbosity=0)
+        assert connection.settings_dict["NAME"] == "shop"
+        assert node.sql("SHOW TABLES", "shop") == before == ""
+        assert "test_shop" not in node.sql("SHOW DATABASES")
+
+
+def test_balancers_of_other_servers_have_test_databases_of_their_own(mariadb_pair: Pair) -> None:
+    """Two balancers with one NAME and other peers share no test database."""
+    first, second = (
+        [mysql_peer(node, USER=ADMIN, PASSWORD=ADMIN_PASSWORD)] for node in mariadb_pair
+    )
+    with engine(first, alias="default"), engine(second, alias="second"):
+        config = setup_databases(verbosity=0, interactive=False, aliases={"default", "second"})
+        try:
+            for number, node in enumerate(mariadb_pair, 1):
+                assert "test_app" in node.sql("SHOW DATABASES")
+                Token.objects.using("second").create(value=str(number))
+            assert Token.objects.using("default").count() == 0
+        finally:
+            teardown_databases(config, verbosity=0)
+
+
+# The merge itself
+
+
+def test_merged_settings_prefer_what_was_changed() -> None:
+    """Each key is the peer's, unless the balancer's is not what was first read."""
+    first = {"NAME": "shop", "HOST": "", "OPTIONS": {"a": 1, "b": 1}}
+    peer = {"NAME": "peers", "HOST": "h", "USER": "", "OPTIONS": {"a": 2, "b": 2, "c": 2}}
+    own = {"NAME": "shop", "HOST": "", "USER": "u", "OPTIONS": {"a": 1, "b": 9, "d": 1}, "X": 1}
+    assert merged_settings(peer, own, {**first, "USER": "u"}) == {
+        "NAME": "peers",
+        "HOST": "h",
+        "USER": "u",
+        "OPTIONS": {"a": 2, "b": 9, "c": 2, "d": 1},
+        "X": 1,
+    }
+    own["NAME"] = "test_shop"
+    assert merged_settings(peer, own, first)["NAME"] == "test_shop"
+    # A path compares by what it says, not by being a path.
+    paths = {"NAME": pathlib.Path("one")}, {"NAME": pathlib.Path("two")}
+    assert merged_settings(peer, *paths)["NAME"] == pathlib.Path("one")
+
+
+def test_params_hold_connection_settings_only() -> None:
+    """What is kept of a peer is what it is connected to with."""
+    entry = {"PEERS": [{"HOST": "h", "WEIGHT": 2, "USER": "u"}]}
+    (peer,) = balancer_config("x", entry, {}).peers
+    assert peer.params == {"HOST": "h", "USER": "u"}
+    assert set(peer.params) <= set(CONNECTION_KEYS)
+    assert peer.weight == 2
