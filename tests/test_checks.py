@@ -150,8 +150,10 @@ def test_mistake_is_said_by_the_checks_and_at_connect(
                 connection.ensure_connection()
             assert str(raised.value).startswith(found[0].msg)
             assert str(raised.value).endswith(found[0].hint or "")
-            with pytest.raises(ImproperlyConfigured):
-                connection.cursor()
+            if id_ in ("E003", "E013"):
+                # Django's dummy backend, which stands in, has complaints of its own.
+                with pytest.raises(ImproperlyConfigured, match="'balanced'"):
+                    connection.cursor()
         else:
             balancer_config("balanced", connection.settings_dict, connections.databases)
 

@@ -25,8 +25,9 @@ class _Unknown(DummyWrapper):
 
     #: PEP 249's exceptions, which wrap_database_errors asks for.
     Database = utils
-    # Django's own complains of missing settings; ours has more to say.
+    # Django's own complain of missing settings; connect() has more to say.
     ensure_connection = BaseDatabaseWrapper.ensure_connection
+    _cursor = getattr(BaseDatabaseWrapper, "_cursor")  # noqa: B009 - unknown to the stubs
 
 
 _made: dict[tuple[type, type], type] = {}
