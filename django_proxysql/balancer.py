@@ -8,17 +8,22 @@ for; then :class:`NoPeerAvailable` says what every peer last said.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
 from . import drivers
 from .breaker import CLOSED, HALF_OPEN, OPEN, Lease, PeerBreaker, Permit, Transition
+from .budget import ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig
 from .events import (
     CircuitClosed,
@@ -31,14 +36,16 @@ from .events import (
 )
 from .exceptions import ConfigError, NoPeerAvailable
 from .faults import Fault
-from .logs import complain, log_event
+from .logs import complain, log_event, logger
 from .peer import Hold, Peer
-from .ready import ready_check_from
+from .ready import QUESTIONS, ready_check_from
 from .strategies import strategy_from
 
 __all__ = ["Attempt", "LoadBalancer", "PeerState"]
 
 _T = TypeVar("_T")
+
+_ONLY_LOGGING: tuple[Listener, ...] = (log_event,)
 
 
 class Attempt(NamedTuple):
@@ -136,12 +143,16 @@ class LoadBalancer:
         self.config = config
         self.name = config.name
         self._connect = connect
-        self._clock = clock
+        #: The clock that everything about this balancer is timed by, in seconds.
+        self.clock = clock
+        self.budget = ReplayBudget(clock)
+        self._pins = threading.local()
         self._strategy = strategy_from(config.strategy)
         self._ready_check = ready_check_from(config.ready_check)
-        self._listeners: tuple[Listener, ...] = (log_event,)
+        self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
         self._view: _View | None = None
-        self._version = object()
+        #: Another object whenever a circuit changes.
+        self.version = object()
         draws = {} if jitter is None else {"jitter": jitter}
         #: The peers by name.
         self.peers: Mapping[str, Peer] = {
@@ -181,7 +192,8 @@ class LoadBalancer:
         self,
         open_one: Callable[[Attempt], Any] | None = None,
         *,
-        refusal_is_callers: bool = False,
+        refusal_is_callers: bool | Callable[[], bool] = False,
+        trials: str = "first",
     ) -> Any:
         """Return a connection to a peer that works.
 
@@ -190,13 +202,17 @@ class LoadBalancer:
             the balancer was made with.
         :param refusal_is_callers: a peer that refuses us does so because of
             what the caller asks for (another database): raise, count nothing.
+            A function is asked when a peer has refused us.
+        :param trials: ``"first"``: a peer whose trial is due goes before the
+            others; ``"last"``: it is tried when nothing else is left;
+            ``"never"``: only closed circuits are used.
         :raises NoPeerAvailable: no peer could be had within the deadline.
         :raises Exception: the driver's own error, where it is not the peer's
             fault, or where every peer was attempted and refused us.
         """
-        search = _Search(self, open_one or self._open_one, refusal_is_callers)
+        search = _Search(self, open_one or self._open_one, refusal_is_callers, trials)
         try:
-            return search.attempt()
+            return search.first_attempt()
         except Exception as exc:
             if not search.goes_on(exc):
                 raise
@@ -218,7 +234,7 @@ class LoadBalancer:
         params = dict(attempt.peer.params)
         for key in ("password", "passwd"):
             if callable(params.get(key)):
-                params[key] = params[key]()
+                params[key] = drivers.password_from(params[key])
         if attempt.is_trial:
             bounds = driver.trial_options(params, attempt.timeout)
             if bounds:
@@ -226,7 +242,7 @@ class LoadBalancer:
         params.update(driver.connect_options(params, attempt.timeout))
         connection = self._connect(**params)
         try:
-            self.check_ready(connection)
+            self.check_ready(connection, attempt)
             _count_while_alive(connection, attempt.peer)
         except BaseException:
             # The traceback would keep the socket open for as long as it lives.
@@ -234,19 +250,25 @@ class LoadBalancer:
             raise
         return connection
 
-    def check_ready(self, connection: Any) -> None:
-        """Run READY_CHECK on a driver's connection.
+    def check_ready(self, connection: Any, attempt: Attempt) -> None:
+        """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
 
         :raises NotReady: the peer must not be used.
         """
         if self._ready_check is not None:
             self._ready_check(connection)
+        if attempt.is_trial:
+            # A peer that was taken out by a statement's error connects as well
+            # as ever: each trial would put it back into use.
+            question = QUESTIONS.get(attempt.peer.breaker.circuit.question)
+            if question is not None:
+                question(connection)
 
     # Knowing
 
     def snapshot(self) -> list[PeerState]:
         """Return what this process knows of each peer, without asking any."""
-        now = self._clock()
+        now = self.clock()
         view = self.view()
         hurried = self.config.last_resort_interval
         if view.tiers or view.suspects:
@@ -292,22 +314,58 @@ class LoadBalancer:
             except Exception:
                 complain("A listener of %r raised", self.name)
 
+    # Staying with one peer
+
+    @contextlib.contextmanager
+    def pinned(self, peer: Peer | None = None) -> Iterator[None]:
+        """Keep this thread on one peer for the block, whichever it connects to first.
+
+        For what must not be spread: migrations, test databases, reading one's
+        own writes where peers lag. If the peer is lost inside the block,
+        connecting fails rather than going elsewhere. Inside another such block
+        it changes nothing.
+
+        :param peer: the peer to stay with, such as ``connection.peer``.
+        """
+        outer = self._pin
+        if outer is not None:
+            yield
+            return
+        self._pins.pin = _Pin(peer)
+        try:
+            yield
+        finally:
+            self._pins.pin = None
+
+    @property
+    def _pin(self) -> _Pin | None:
+        return getattr(self._pins, "pin", None)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the calling thread is inside :meth:`pinned`."""
+        return self._pin is not None
+
+    def has_usable(self) -> bool:
+        """Return whether any circuit is closed, and its peer no suspect."""
+        return bool(self.view().tiers)
+
     # What the search asks
 
     def view(self) -> _View:
         """Return the peers sorted by what their circuits say; cached until one changes."""
         view = self._view
-        if view is None or view.version is not self._version:
+        if view is None or view.version is not self.version:
             # Read the version first: a circuit that changes while we look
             # leaves a new one behind, and this view is then built again.
-            version = self._version
+            version = self.version
             view = self._view = _View.of(version, tuple(self.peers.values()))
         return view
 
     def look_anew(self) -> None:
         """Have the next :meth:`view` built from the circuits as they are then."""
         # A fresh object rather than a counter: assigning it is atomic.
-        self._version = object()
+        self.version = object()
 
     def _circuit_changed(self, name: str, transition: Transition) -> None:
         self.look_anew()
@@ -331,6 +389,13 @@ class LoadBalancer:
         for peer in self.peers.values():
             peer.forget_connections()
         self.look_anew()
+
+
+class _Pin:
+    """Where one thread stays; the peer is known once it has connected."""
+
+    def __init__(self, peer: Peer | None) -> None:
+        self.peer = peer
 
 
 class _View(NamedTuple):
@@ -366,41 +431,85 @@ class _View(NamedTuple):
 class _Search:
     """One connect(): which peers were attempted, and what is left."""
 
+    # Most of it is asked for only after a failure: a default in the class costs
+    # a connect that succeeds at once nothing.
+    _candidates: Iterator[tuple[Peer, Permit]] | None = None
+    #: What a strategy yields for a tier, and has not been asked for yet.
+    _order: tuple[tuple[Peer, ...], Iterator[Peer]] | None = None
+    _faults: Mapping[str, Fault] = MappingProxyType({})
+    _errors: Mapping[str, str] = MappingProxyType({})
+    _last_error: BaseException | None = None
+    _fault_of_last = Fault.OTHER
+    _over = False
+
     def __init__(
         self,
         balancer: LoadBalancer,
         open_one: Callable[[Attempt], Any],
-        refusal_is_callers: bool,
+        refusal_is_callers: bool | Callable[[], bool],
+        trials: str,
     ) -> None:
         self._balancer = balancer
+        self._trials = trials
+        self._pin = balancer._pin
         self._open_one = open_one
         self._refusal_is_callers = refusal_is_callers
-        self._clock = balancer._clock
-        self._deadline = self._clock() + balancer.config.connect_deadline
-        self._faults: dict[str, Fault] = {}
-        self._errors: dict[str, str] = {}
-        self._last_error: BaseException | None = None
-        self._candidates = self._in_order()
-        self._fault_of_last = Fault.OTHER
-        self._over = False
+        self._clock = clock = balancer.clock
+        self._started = started = clock()
+        self._deadline = started + balancer.config.connect_deadline
+
+    def first_attempt(self) -> Any:
+        """Connect to the first candidate.
+
+        Where all is well that is the strategy's first choice: nearly every
+        connect ends here, and is spared the layers of generators.
+
+        :raises NoPeerAvailable: there is none, or no time.
+        """
+        balancer = self._balancer
+        view = balancer._view
+        if view is None or view.version is not balancer.version:
+            view = balancer.view()
+        if view.tiers and not view.out and self._pin is None:
+            tier = view.tiers[0]
+            peer = tier[0]
+            if len(tier) > 1:
+                order = iter(balancer._strategy.order(tier))
+                self._order = (tier, order)
+                peer = next(order, peer)
+                if type(peer) is not Peer or balancer.peers.get(peer.name) is not peer:
+                    peer = self._known(peer)
+            permit = peer.breaker.acquire()
+            if permit is None or permit.is_trial:
+                balancer.look_anew()
+            if permit is not None and (not permit.is_trial or self._trials == "first"):
+                return self._attempt(peer, permit, self._started)
+            if permit is not None:
+                permit.released()
+        return self.attempt()
 
     def attempt(self) -> Any:
         """Connect to the next candidate.
 
         :raises NoPeerAvailable: there is none, or no time.
         """
-        now = self._clock()
-        chosen = next(self._candidates, None) if now < self._deadline else None
+        if self._candidates is None:
+            self._candidates = self._in_order()
+        chosen = None
+        if self._clock() < self._deadline:
+            chosen = next(self._candidates, None)
         if chosen is None:
             raise self._exhausted()
-        peer, permit = chosen
+        return self._attempt(*chosen, self._clock())
+
+    def _attempt(self, peer: Peer, permit: Permit, started: float) -> Any:
         balancer = self._balancer
-        config = balancer.config
-        started = self._clock()
-        timeout = config.connect_timeout
-        if permit.is_trial and config.trial_timeout is not None:
-            timeout = config.trial_timeout
-        attempt = Attempt(peer, min(timeout, self._deadline - started), permit.is_trial)
+        is_trial = permit.is_trial
+        timeout = balancer.config.connect_timeout
+        if is_trial and balancer.config.trial_timeout is not None:
+            timeout = balancer.config.trial_timeout
+        remaining = self._deadline - started
+        attempt = Attempt(peer, timeout if timeout < remaining else remaining, is_trial)
         try:
             connection = self._open_one(attempt)
         except BaseException as exc:
@@ -409,11 +518,13 @@ class _Search:
         # It and its traceback's frames, this search among them, hold each other.
         self._last_error = None
         permit.succeeded()
-        balancer.emit(
-            Connected(
-                balancer.name, peer.name, peer.address, self._clock() - started, permit.is_trial
+        if self._pin is not None:
+            self._pin.peer = peer
+        # Each connect comes by here: see first that somebody would hear of it.
+        if balancer._listeners is not _ONLY_LOGGING or logger.isEnabledFor(logging.DEBUG):
+            balancer.emit(
+                Connected(balancer.name, peer.name, peer.address, self._clock() - started, is_trial)
             )
-        )
         return connection
 
     def goes_on(self, exc: BaseException) -> bool:
@@ -422,18 +533,24 @@ class _Search:
         # waiting for a trial, a strategy that raises.
         if exc is not self._last_error or self._over or not self._fault_of_last.tries_next:
             return False
-        return not (self._fault_of_last is Fault.REFUSED and self._refusal_is_callers)
+        return not self._is_callers(self._fault_of_last)
+
+    def _is_callers(self, fault: Fault) -> bool:
+        if fault is not Fault.REFUSED:
+            return False
+        callers = self._refusal_is_callers
+        return callers() if callable(callers) else callers
 
     def _failed(self, peer: Peer, permit: Permit, exc: BaseException, seconds: float) -> None:
         fault = self._fault_of_last = drivers.judge(exc, connecting=True)
         error = drivers.describe(exc)
         count = 0
-        if fault.counts and not (fault is Fault.REFUSED and self._refusal_is_callers):
+        if fault.counts and not self._is_callers(fault):
             count = permit.failed(exc, fault)
         else:
             permit.released()
-        self._faults[peer.name] = fault
-        self._errors[peer.name] = error
+        self._faults = {**self._faults, peer.name: fault}
+        self._errors = {**self._errors, peer.name: error}
         self._last_error = exc
         balancer = self._balancer
         balancer.emit(
@@ -454,16 +571,22 @@ class _Search:
 
     def _in_order(self) -> Iterator[tuple[Peer, Permit]]:
         """Yield each peer that can be had, once, with the permit to try it."""
+        if self._pin is not None and self._pin.peer is not None:
+            # Wherever it may be better elsewhere.
+            yield from self._permitted(self._pin.peer, out=True, last_resort=0)
+            return
         disappointed: set[str] = set()
         while True:
             yield from self._once_over()
-            if not self._await_a_trial(disappointed) or self._clock() >= self._deadline:
+            if self._trials == "never" or not self._await_a_trial(disappointed):
+                return
+            if self._clock() >= self._deadline:
                 return
 
     def _once_over(self) -> Iterator[tuple[Peer, Permit]]:
         balancer = self._balancer
         view = balancer.view()
-        if view.out:
+        if view.out and self._trials == "first":
             # Peers of a worse tier than those in use are left alone: a trial
             # that succeeds would send them a connection they are not to have.
             best = view.tiers[0][0].priority if view.tiers else None
@@ -473,6 +596,8 @@ class _Search:
         for tier in view.tiers:
             for peer in self._ordered(tier):
                 yield from self._permitted(peer)
+        if self._trials == "never":
+            return
         for peer in view.suspects:
             yield from self._permitted(peer, out=True)
         # Everything that was in use has now been tried. Look anew: with no
@@ -489,18 +614,26 @@ class _Search:
             yield from self._permitted(peer, out=True)
 
     def _ordered(self, tier: tuple[Peer, ...]) -> Iterator[Peer]:
-        balancer = self._balancer
         if len(tier) > 1:
-            for peer in balancer._strategy.order(tier):
-                if balancer.peers.get(getattr(peer, "name", "")) is not peer:
-                    raise ConfigError(
-                        "STRATEGY",
-                        f"named {peer!r}, which is no peer of {balancer.name!r}",
-                        "Yield the peers that order() was given.",
-                    )
-                yield peer
+            begun, self._order = self._order, None
+            if begun is not None and begun[0] is tier:
+                order = begun[1]
+            else:
+                order = iter(self._balancer._strategy.order(tier))
+            for peer in order:
+                yield self._known(peer)
         # What a strategy leaves out is still a peer; each is tried once.
         yield from tier
+
+    def _known(self, peer: Peer) -> Peer:
+        balancer = self._balancer
+        if balancer.peers.get(getattr(peer, "name", "")) is not peer:
+            raise ConfigError(
+                "STRATEGY",
+                f"named {peer!r}, which is no peer of {balancer.name!r}",
+                "Yield the peers that order() was given.",
+            )
+        return peer
 
     def _permitted(
         self, peer: Peer, *, out: bool = False, last_resort: float | None = None

@@ -118,6 +118,9 @@ class Circuit(NamedTuple):
     #: traceback alive, and with that the failed attempt's socket.
     error: str = ""
     fault: Fault | None = None
+    #: What its trials must ask beyond connecting (:mod:`django_proxysql.ready`):
+    #: a peer that failed a statement may well connect and answer SET.
+    question: str = ""
     #: Wall-clock time, for pybreaker's ``opened_at``.
     opened_at: datetime | None = None
 
@@ -422,6 +425,32 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             )
         self._tell_transition(Transition(CLOSED, CLOSED, fault, error))
 
+    def trip(self, exc: BaseException, fault: Fault, question: str = "") -> None:
+        """Open a closed circuit at once, whatever ``fail_max`` says.
+
+        For what a statement was told on an established connection. A burst of
+        it, from however many threads, opens the circuit once.
+
+        :param question: what the trials must ask, until one is answered well.
+        """
+        now = self._clock()
+        error = drivers.describe(exc)
+        with self._lock:
+            before = self._circuit
+            if before.state != CLOSED:
+                return
+            after = _opened(self, before, now, error, fault)._replace(question=question)
+            self._circuit = after
+        self._tell_transition(Transition(CLOSED, OPEN, fault, error, after.due - now))
+
+    def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
+        """Count a connection lost before it was of any use as a failed connect.
+
+        :param generation: the circuit's, when the connection was made. Later
+            openings and closings make this result a late one, which changes nothing.
+        """
+        self._record_failure(generation, None, exc, fault)
+
     @property
     def reset_timeout(self) -> float:
         """Seconds for which the circuit stays open before a trial, ±10 %."""
@@ -456,7 +485,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         with self._lock:
             circuit = self._circuit
             if _is_late(circuit, generation, lease):
-                pass
+                self._circuit = _without(circuit, lease)
             elif lease is None:
                 self._circuit = circuit._replace(failures=0)
             elif circuit.suspect:
@@ -488,23 +517,22 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         now = self._clock()
         transition = None
         failures = 0
-        displaced = None
         error = drivers.describe(exc)
         with self._lock:
             circuit = self._circuit
-            if not _is_late(circuit, generation, lease):
+            if _is_late(circuit, generation, lease):
+                self._circuit = _without(circuit, lease)
+            else:
                 failures = circuit.failures + 1
-                counted = circuit._replace(failures=failures)
+                counted = _without(circuit, lease)._replace(failures=failures)
                 if lease is not None or failures >= self._fail_max:
                     self._circuit = _opened(self, counted, now, error, fault)
-                    displaced = circuit.lease
                     transition = Transition(
                         circuit.state, OPEN, fault, error, self._circuit.due - now
                     )
                 else:
                     self._circuit = counted._replace(tried=now, error=error, fault=fault)
         _wake(lease)
-        _wake(displaced)
         if self._listeners:
             self._tell("failure", exc)
         self._tell_transition(transition)
@@ -515,7 +543,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         transition = None
         with self._lock:
             circuit = self._circuit
-            if not _is_late(circuit, generation, lease):
+            if _is_late(circuit, generation, lease):
+                self._circuit = _without(circuit, lease)
+            else:
                 if circuit.suspect:
                     # A suspect peer is never excluded: the next caller may try at once.
                     self._circuit = circuit._replace(lease=None)
@@ -624,6 +654,10 @@ def _is_late(circuit: Circuit, generation: int, lease: Lease | None) -> bool:
     return circuit.generation != generation or (lease is not None and circuit.lease is not lease)
 
 
+def _without(circuit: Circuit, lease: Lease | None) -> Circuit:
+    return circuit._replace(lease=None) if lease is not None and circuit.lease is lease else circuit
+
+
 def _opened(
     breaker: PeerBreaker, circuit: Circuit, now: float, error: str, fault: Fault | None
 ) -> Circuit:
@@ -635,7 +669,7 @@ def _opened(
         out_since=now if circuit.out_since is None else circuit.out_since,
         tried=now,
         due=now + breaker._spread_timeout(),
-        lease=None,
+        # A trial under way goes on, and until it has ended there is no other.
         error=error,
         fault=fault,
         opened_at=datetime.now(timezone.utc),

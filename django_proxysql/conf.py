@@ -65,6 +65,10 @@ _BALANCER_FIELDS = {
     "TRIAL_TIMEOUT": "trial_timeout",
     "CONNECT_DEADLINE": "connect_deadline",
     "LAST_RESORT_INTERVAL": "last_resort_interval",
+    "REPLAY": "replay",
+    "IDLE_CHECK": "idle_check",
+    "SYNCHRONOUS_PEERS": "synchronous_peers",
+    "TCP_USER_TIMEOUT": "tcp_user_timeout",
 }
 _PEER_KEYS = (*_PEER_FIELDS, "BREAKER")
 _BALANCER_KEYS = (

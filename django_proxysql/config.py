@@ -121,6 +121,14 @@ class BalancerConfig:
     last_resort_interval: float | None = 1
     #: A check's name, a dotted path, or a callable.
     ready_check: Any = None
+    #: "safe": statements are run again where that cannot do harm; None: never.
+    replay: str | None = "safe"
+    #: Seconds of idleness after which a read, too, looks at the socket (None: no read does).
+    idle_check: float | None = 0.5
+    #: False where one peer may lag behind another.
+    synchronous_peers: bool = True
+    #: Seconds after which a host that no longer acknowledges is given up (None: the kernel's).
+    tcp_user_timeout: float | None = 20
 
     def __post_init__(self) -> None:
         if not self.peers:
@@ -134,3 +142,11 @@ class BalancerConfig:
         number("TRIAL_TIMEOUT", self.trial_timeout, exclusive=True, optional=True)
         number("CONNECT_DEADLINE", self.connect_deadline, exclusive=True)
         number("LAST_RESORT_INTERVAL", self.last_resort_interval, optional=True)
+        number("IDLE_CHECK", self.idle_check, optional=True)
+        number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)
+        if self.replay not in ("safe", None):
+            raise ConfigError("REPLAY", f"is {self.replay!r}", "Give 'safe' or None.")
+        if not isinstance(self.synchronous_peers, bool):
+            raise ConfigError(
+                "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."
+            )

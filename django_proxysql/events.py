@@ -18,9 +18,12 @@ __all__ = [
     "CircuitOpened",
     "ConnectFailed",
     "Connected",
+    "ConnectionLost",
+    "ConnectionReplaced",
     "Event",
     "Listener",
     "PeersExhausted",
+    "StatementReplayed",
 ]
 
 
@@ -87,7 +90,54 @@ class PeersExhausted:
     error: str
 
 
-Event = Union[Connected, ConnectFailed, CircuitOpened, CircuitClosed, PeersExhausted]
+@dataclass(frozen=True)
+class ConnectionLost:
+    """An established connection was found lost."""
+
+    balancer: str
+    peer: str
+    address: str
+    fault: Fault
+    error: str
+    #: Found by a look at the socket, before anything was sent.
+    idle: bool
+
+
+@dataclass(frozen=True)
+class ConnectionReplaced:
+    """A connection was replaced at a safe point."""
+
+    balancer: str
+    #: The peer that the replaced connection led to.
+    peer: str
+    #: The peer that the new one leads to.
+    successor: str
+    #: It was lost; otherwise it was left because of its peer's circuit.
+    forced: bool
+    error: str
+
+
+@dataclass(frozen=True)
+class StatementReplayed:
+    """A statement was run again on another connection."""
+
+    balancer: str
+    peer: str
+    successor: str
+    #: What its first run met.
+    error: str
+
+
+Event = Union[
+    Connected,
+    ConnectFailed,
+    CircuitOpened,
+    CircuitClosed,
+    PeersExhausted,
+    ConnectionLost,
+    ConnectionReplaced,
+    StatementReplayed,
+]
 
 
 class Listener(Protocol):

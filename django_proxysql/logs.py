@@ -9,6 +9,7 @@ as attributes where they apply, for structured logging.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from .events import (
@@ -16,8 +17,11 @@ from .events import (
     CircuitOpened,
     Connected,
     ConnectFailed,
+    ConnectionLost,
+    ConnectionReplaced,
     Event,
     PeersExhausted,
+    StatementReplayed,
 )
 from .faults import Fault
 
@@ -84,8 +88,58 @@ def log_event(event: Event) -> None:
             fault=event.fault.value,
             duration=event.seconds,
         )
+    elif isinstance(event, (ConnectionReplaced, StatementReplayed)):
+        _log_rescue(event)
+    elif isinstance(event, ConnectionLost):
+        _log(
+            logging.DEBUG,
+            event,
+            "%s: a connection to %s (%s) is lost%s: %s",
+            event.balancer,
+            event.peer,
+            event.address,
+            " (idle)" if event.idle else "",
+            event.error,
+            fault=event.fault.value,
+        )
     elif isinstance(event, PeersExhausted):
         logger.debug("%s", event.error, extra={"alias": event.balancer})
+
+
+#: When the last line on a rescue was written, and how many were kept back since.
+_rescues = {"last": float("-inf"), "kept_back": 0}
+
+
+def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:
+    """Say that something was saved; at most once a second, for a dying peer saves many."""
+    if isinstance(event, ConnectionReplaced) and not event.forced:
+        _log(
+            logging.DEBUG,
+            event,
+            "%s: left %s for %s",
+            event.balancer,
+            event.peer,
+            event.successor,
+        )
+        return
+    now = time.monotonic()
+    if now - _rescues["last"] < 1:
+        # Two threads may both come through, or lose a count: it is a log line.
+        _rescues["kept_back"] += 1
+        return
+    kept_back, _rescues["kept_back"], _rescues["last"] = _rescues["kept_back"], 0, now
+    replayed = isinstance(event, StatementReplayed)
+    _log(
+        logging.WARNING,
+        event,
+        "%s: %s from %s to %s%s: %s",
+        event.balancer,
+        "ran a statement again," if replayed else "replaced a lost connection,",
+        event.peer,
+        event.successor,
+        f" (and {int(kept_back)} more)" if kept_back else "",
+        event.error,
+    )
 
 
 def complain(message: str, *args: object) -> None:

@@ -63,10 +63,14 @@ class Hold:
     def __init__(self, peer: Peer) -> None:
         #: The peer that the connection leads to.
         self.peer = peer
-        self._serial = next(_serials)
-        self._of_thread = _holds_of_this_thread()
-        self._of_thread[self._serial] = peer
-        peer._holds.add(self._serial)
+        self._serial = serial = next(_serials)
+        try:
+            end = _local.end
+        except AttributeError:
+            end = _local.end = _ThreadEnd()
+        self._of_thread = end.holds
+        self._of_thread[serial] = peer
+        peer._holds.add(serial)
 
     def let_go(self) -> None:
         """Count the connection no longer. May be called again, and by any thread."""
@@ -97,10 +101,3 @@ class _ThreadEnd:
 # Serial numbers rather than id(): an id is used again after its object's end.
 _serials = itertools.count()
 _local = threading.local()
-
-
-def _holds_of_this_thread() -> dict[int, Peer]:
-    end: _ThreadEnd | None = getattr(_local, "end", None)
-    if end is None:
-        end = _local.end = _ThreadEnd()
-    return end.holds

@@ -12,7 +12,7 @@ from typing import Any
 from .exceptions import ConfigError, NotReady
 from .strategies import imported
 
-__all__ = ["Check", "galera", "ready_check_from", "writable"]
+__all__ = ["QUESTIONS", "Check", "catch_up", "galera", "ready_check_from", "writable"]
 
 Check = Callable[[Any], object]
 
@@ -65,6 +65,42 @@ def writable(connection: Any) -> None:
     (value,) = _rows(connection, "SELECT @@global.read_only")[0]
     if str(value).upper() not in ("0", "OFF"):
         raise NotReady(f"@@global.read_only is {value}")
+
+
+def backend(connection: Any) -> None:
+    """Ask what a proxy cannot answer by itself: a statement that reaches its backend.
+
+    ProxySQL answers pings, USE and SET whatever its backends do.
+    """
+    cursor = connection.cursor()
+    try:
+        cursor.execute("DO 1")
+    finally:
+        cursor.close()
+
+
+#: What a circuit that a statement has opened makes its trials ask.
+QUESTIONS: dict[str, Check] = {"galera": galera, "writable": writable, "backend": backend}
+
+
+def catch_up(connection: Any) -> None:
+    """Have a Galera node apply all that the cluster has committed; others are left alone.
+
+    Galera's documentation of ``wsrep_sync_wait``: with 1, a read waits for it.
+    """
+    names = "('wsrep_on', 'wsrep_sync_wait')"
+    session = _pairs(connection, f"SHOW SESSION VARIABLES WHERE Variable_name IN {names}")
+    if session.get("wsrep_on") != "ON":
+        return
+    before = int(session.get("wsrep_sync_wait", "0"))
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SET SESSION wsrep_sync_wait = 1")
+        cursor.execute("SELECT 1")
+        cursor.fetchall()
+        cursor.execute(f"SET SESSION wsrep_sync_wait = {before:d}")
+    finally:
+        cursor.close()
 
 
 _BY_NAME: dict[str, Check] = {"galera": galera, "writable": writable}

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from django.db import connections
-from django.db.utils import OperationalError
 
-from . import drivers, exceptions
+from . import drivers
 from .balancer import LoadBalancer
 from .conf import (
     ALIAS_KEY,
@@ -24,16 +23,13 @@ from .conf import (
     is_balancer,
     merged_settings,
 )
+from .errors import NoPeerAvailable
 from .peer import Peer
 
-__all__ = ["NoPeerAvailable", "Registered", "balancers", "register"]
+__all__ = ["Registered", "balancers", "register"]
 
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
-
-
-class NoPeerAvailable(exceptions.NoPeerAvailable, OperationalError):
-    """No peer could be connected to; Django's OperationalError as well as the core's own."""
 
 
 class Registered(NamedTuple):
@@ -53,7 +49,7 @@ class Registered(NamedTuple):
             merged["NAME"] = own.get("NAME")
         password = merged.get("PASSWORD")
         if callable(password):
-            merged["PASSWORD"] = password()
+            merged["PASSWORD"] = drivers.password_from(password)
         return merged
 
 
@@ -107,9 +103,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config, **self._options.get(alias, {}))
             balancer.no_peer_error = NoPeerAvailable
-            known = self.known.setdefault(
-                alias, Registered(balancer, self._first_read[alias])
-            )
+            known = self.known.setdefault(alias, Registered(balancer, self._first_read[alias]))
         return known
 
     def forget(self) -> None:

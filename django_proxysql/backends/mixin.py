@@ -7,6 +7,7 @@ features, SQL) is the peer engine's, untouched.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS
@@ -30,7 +31,11 @@ class LoadBalancedMixin(_Base):
 
     #: The peer engine's driver module.
     Database: Any
+    #: What is known of that driver; set in the class made for the peer engine.
+    _driver: drivers.Driver
 
+    #: When connect() makes trials; see :meth:`LoadBalancer.connect`.
+    _trials = "first"
     #: The attempt under way, while connect() runs.
     _attempt: Attempt | None = None
     #: What a connection to that attempt's peer is made with.
@@ -59,28 +64,31 @@ class LoadBalancedMixin(_Base):
 
     def connect(self) -> None:
         """Connect to a peer that works; see :meth:`LoadBalancer.connect`."""
-        registered = self._registered()
+        # Each connect comes by here, and nearly always finds it known.
+        registered = balancers.known.get(self.settings_dict.get(ALIAS_KEY)) or self._registered()
         if registered is None:
             # Made from a bare dict, as Django's own tests do: no peers, no balancer.
             super().connect()
             return
         registered.balancer.connect(
-            self._open_one, refusal_is_callers=registered.is_changed(self.settings_dict)
+            functools.partial(self._open_one, registered),
+            refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
+            trials=self._trials,
         )
 
-    def _open_one(self, attempt: Attempt) -> Any:
+    def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
-        registered = self._registered()
-        assert registered is not None
-        self._let_go()
+        if self._hold is not None:
+            self._let_go()
         try:
             self._attempt = attempt
             self._peer_settings = registered.settings_for(
                 attempt.peer, self.settings_dict, self.alias
             )
             super().connect()
-            registered.balancer.check_ready(self.connection)
-            self._hold = attempt.peer.hold()
+            if attempt.is_trial or registered.balancer.config.ready_check is not None:
+                registered.balancer.check_ready(self.connection, attempt)
+            self._hold = Hold(attempt.peer)
         except BaseException as exc:
             self._discard(exc)
             raise
@@ -119,10 +127,6 @@ class LoadBalancedMixin(_Base):
             self._let_go()
 
     # Helpers
-
-    @property
-    def _driver(self) -> drivers.Driver:
-        return drivers.driver_of(self.Database.__name__)
 
     def _registered(self) -> Registered | None:
         alias = self.settings_dict.get(ALIAS_KEY)

@@ -7,7 +7,9 @@ known, and none is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import socket
 from typing import Any, Protocol
 
@@ -15,11 +17,21 @@ from ..exceptions import NotReady
 from ..faults import Fault
 from . import generic, mysql, oracle, postgresql, sqlite
 
-__all__ = ["Driver", "describe", "driver_of", "is_driver_error", "judge", "root_error"]
+__all__ = [
+    "Driver",
+    "describe",
+    "driver_of",
+    "is_driver_error",
+    "judge",
+    "password_from",
+    "root_error",
+]
 
 
 class Driver(Protocol):
     """What a driver's file offers."""
+
+    WATCHED: bool
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
         """Return what ``exc`` says about the peer."""
@@ -29,6 +41,39 @@ class Driver(Protocol):
 
     def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
         """Return connect() arguments that bound a throw-away connection too."""
+
+    def code_of(self, exc: BaseException) -> Any:
+        """Return the error's code, if it has one."""
+
+    def is_closed(self, connection: Any) -> bool:
+        """Return whether the driver knows that the connection is gone."""
+
+    def is_killed_connection(self, exc: BaseException) -> bool:
+        """Return whether the connection itself was ended on purpose."""
+
+    def is_answer(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` is the server's answer: the socket is what it was."""
+
+    def is_read_only_refusal(self, exc: BaseException) -> bool:
+        """Return whether the server refused a write for being read-only."""
+
+    def proves_not_run(self, exc: BaseException) -> bool:
+        """Return whether one plain statement answered with ``exc`` did not run."""
+
+    def outcome_is_unknown(self, exc: BaseException) -> bool:
+        """Return whether a COMMIT that was sent and met ``exc`` may stand or not."""
+
+    def question_of(self, exc: BaseException) -> str:
+        """Return what a trial must ask a peer that answered with ``exc``."""
+
+    def fileno(self, connection: Any) -> int | None:
+        """Return the descriptor of the connection's socket, where it is public."""
+
+    def ping(self, connection: Any) -> None:
+        """Raise the driver's error if the connection is lost."""
+
+    def is_unbuffered(self, params: Any) -> bool:
+        """Return whether cursors made with these arguments leave rows on the wire."""
 
 
 _BY_MODULE: dict[str, Driver] = {
@@ -42,6 +87,8 @@ _LOCAL_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBU
 
 def driver_of(thing: object) -> Driver:
     """Return the driver that ``thing`` (a module's name, a class, a function) comes from."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
     name = thing if isinstance(thing, str) else getattr(thing, "__module__", None) or ""
     return _BY_MODULE.get(name.partition(".")[0], generic)
 
@@ -64,6 +111,22 @@ def describe(exc: BaseException) -> str:
     return (text[:300] + "…" if len(text) > 300 else text) or type(exc).__name__
 
 
+def password_from(source: Any) -> Any:
+    """Return what a callable password gives for this attempt, or ``source`` itself.
+
+    What the callable raises is marked as ours: a token service that cannot be
+    reached says nothing about the peer, whatever its exception looks like.
+    """
+    if not callable(source):
+        return source
+    try:
+        return source()
+    except Exception as exc:
+        with contextlib.suppress(AttributeError):
+            exc._django_proxysql_is_ours = True  # type: ignore[attr-defined]
+        raise
+
+
 def is_driver_error(exc: BaseException) -> bool:
     """Return whether ``exc`` is an error of a driver that has a table here."""
     return _table_of(root_error(exc)) is not None
@@ -80,6 +143,8 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
         return Fault.OTHER
     if isinstance(exc, NotReady):
         return Fault.NOT_READY
+    if getattr(exc, "_django_proxysql_is_ours", False):
+        return Fault.LOCAL
     if any(cls.__name__ in _LOCAL_CLASSES for cls in type(exc).__mro__):
         return Fault.LOCAL
     table = _table_of(exc)

@@ -6,6 +6,9 @@ from typing import Any
 
 from ..faults import Fault
 
+#: Whether established connections are looked after: there is a server to lose.
+WATCHED = False
+
 
 def fault(exc: BaseException, connecting: bool) -> Fault:
     """Return what ``exc`` says about the peer.
@@ -27,3 +30,57 @@ def connect_options(params: Any, seconds: float) -> dict[str, Any]:
 def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     """Return nothing."""
     return {}
+
+
+def is_killed_connection(exc: BaseException) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
+def is_answer(exc: BaseException) -> bool:
+    """Return True: nothing is looked at, so nothing is looked at wrongly."""
+    return True
+
+
+def is_read_only_refusal(exc: BaseException) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
+def proves_not_run(exc: BaseException) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
+def outcome_is_unknown(exc: BaseException) -> bool:
+    """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
+    return fault(exc, connecting=False) is Fault.LOST
+
+
+def question_of(exc: BaseException) -> str:
+    """Return nothing to ask."""
+    return ""
+
+
+def fileno(connection: Any) -> int | None:
+    """Return None: there is no socket to look at that we know of."""
+    return None
+
+
+def ping(connection: Any) -> None:
+    """Take the connection for alive."""
+
+
+def is_unbuffered(params: Any) -> bool:
+    """Return False."""
+    return False
+
+
+def is_closed(connection: Any) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
+def code_of(exc: BaseException) -> Any:
+    """Return None: nothing is assumed."""
+    return None

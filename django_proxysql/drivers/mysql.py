@@ -15,6 +15,9 @@ from ..faults import Fault
 
 MODULES = ("MySQLdb", "pymysql")
 
+#: Whether established connections are looked after: there is a server to lose.
+WATCHED = True
+
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
     # The client's own: no socket, no TCP, no such host, out of sockets.
@@ -115,3 +118,97 @@ def trial_options(params: Any, seconds: float) -> dict[str, Any]:
         "read_timeout": whole,
         "write_timeout": whole,
     }
+
+
+# Established connections
+
+
+def is_closed(connection: Any) -> bool:
+    """Return False: neither driver says so of itself."""
+    return False
+
+
+def is_killed_connection(exc: BaseException) -> bool:
+    """Return whether ``exc`` says that the connection itself was ended on purpose."""
+    return code_of(exc) in (1927, 3169, 4031)
+
+
+def is_answer(exc: BaseException) -> bool:
+    """Return whether ``exc`` is the server's answer, so that the socket is what it was.
+
+    The client's own codes are 2000 to 2999 (``errmsg.h``, CR_MIN_ERROR); 0 and
+    none are mysqlclient's own complaints.
+    """
+    code = code_of(exc)
+    return code is not None and code > 0 and not 2000 <= code < 3000
+
+
+def is_read_only_refusal(exc: BaseException) -> bool:
+    """Return whether the server refused a write for being read-only."""
+    return code_of(exc) in (1290, 1836) and fault(exc, connecting=False) is Fault.NOT_READY
+
+
+def proves_not_run(exc: BaseException) -> bool:
+    """Return whether ``exc`` proves that one plain statement did not run.
+
+    2006 is Connector/C's for "not sent" (seen over TCP and TLS); other clients
+    say it after sending, too. 1180, 9001 and 9002 prove nothing.
+    """
+    code = code_of(exc)
+    if code == 2006:
+        return _is_connector_c()
+    return (code == 1047 and "WSREP" in text_of(exc)) or is_read_only_refusal(exc)
+
+
+def outcome_is_unknown(exc: BaseException) -> bool:
+    """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
+    if is_read_only_refusal(exc) or fault(exc, connecting=False) is Fault.CONFLICT:
+        return False
+    if proves_not_run(exc):
+        return False
+    # A constraint that fails at COMMIT is an answer; anything less clear is not.
+    return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
+
+
+def question_of(exc: BaseException) -> str:
+    """Return what a trial must ask a peer that answered a statement with ``exc``."""
+    code = code_of(exc)
+    if code in (1047, 1180):
+        return "galera"
+    if code in (9001, 9002) or _PROXYSQL_NO_BACKEND in text_of(exc):
+        return "backend"
+    return "writable" if is_read_only_refusal(exc) else ""
+
+
+def fileno(connection: Any) -> int | None:
+    """Return the socket's descriptor; None with PyMySQL, which has no public one."""
+    number = getattr(connection, "fileno", None)
+    return number() if callable(number) else None
+
+
+def ping(connection: Any) -> None:
+    """Ask the server for a sign of life.
+
+    :raises Exception: the driver's error; the connection is lost.
+    """
+    if type(connection).__module__.partition(".")[0] == "pymysql":
+        # PyMySQL's own default is to reconnect, and all session state is gone.
+        connection.ping(reconnect=False)
+    else:
+        connection.ping()
+
+
+def is_unbuffered(params: Any) -> bool:
+    """Return whether cursors made with these arguments leave rows on the wire."""
+    return "SS" in getattr(params.get("cursorclass"), "__name__", "")
+
+
+def _is_connector_c() -> bool:
+    try:
+        import MySQLdb
+
+        version = str(MySQLdb.get_client_info())
+    except Exception:
+        return False
+    # MariaDB's Connector/C counts 3.x (and once 10.x), MySQL's client 5, 8, 9.
+    return version.startswith(("3.", "10."))

@@ -6,8 +6,41 @@ import re
 from typing import Any
 
 from ..faults import Fault
+from .generic import (
+    fileno,
+    is_answer,
+    is_closed,
+    is_killed_connection,
+    is_read_only_refusal,
+    is_unbuffered,
+    outcome_is_unknown,
+    ping,
+    proves_not_run,
+    question_of,
+)
+
+__all__ = [
+    "WATCHED",
+    "code_of",
+    "connect_options",
+    "fault",
+    "fileno",
+    "is_answer",
+    "is_closed",
+    "is_killed_connection",
+    "is_read_only_refusal",
+    "is_unbuffered",
+    "outcome_is_unknown",
+    "ping",
+    "proves_not_run",
+    "question_of",
+    "trial_options",
+]
 
 MODULES = ("oracledb", "cx_Oracle")
+
+#: Whether established connections are looked after: there is a server to lose.
+WATCHED = True
 
 _CODE = re.compile(r"\b(?:ORA|DPY|DPI)-0*(\d+)\b")
 

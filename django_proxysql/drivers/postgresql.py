@@ -13,6 +13,9 @@ from ..faults import Fault
 
 MODULES = ("psycopg", "psycopg2", "psycopg_pool")
 
+#: Whether established connections are looked after: there is a server to lose.
+WATCHED = True
+
 BY_SQLSTATE = {
     **dict.fromkeys(("08001", "08004"), Fault.UNREACHABLE),
     **dict.fromkeys(("28000", "28P01", "3D000"), Fault.REFUSED),
@@ -43,7 +46,8 @@ _QUOTED = (
 _LOST_TEXT = re.compile(
     r"server closed the connection|connection already closed|the connection is (?:closed|lost)|"
     r"consuming input failed|sending (?:query|prepared query) failed|"
-    r"could not (?:receive|send) data|terminating connection|SSL connection has been closed|SSL SYSCALL error"
+    r"could not (?:receive|send) data|terminating connection|"
+    r"SSL connection has been closed|SSL SYSCALL error"
 )
 
 
@@ -94,3 +98,74 @@ def connect_options(params: Any, seconds: float) -> dict[str, Any]:
 def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     """Return nothing: ``connect_timeout`` covers the whole of a libpq connect."""
     return {}
+
+
+# Established connections
+
+
+code_of = sqlstate_of
+
+
+def is_closed(connection: Any) -> bool:
+    """Return whether the driver knows that the connection is gone."""
+    return bool(connection.closed)
+
+
+def is_killed_connection(exc: BaseException) -> bool:
+    """Return whether ``exc`` says that the connection itself was ended on purpose."""
+    return sqlstate_of(exc) in ("57P05", "25P03", "25P04")
+
+
+def is_answer(exc: BaseException) -> bool:
+    """Return whether ``exc`` is the server's answer, so that the socket is what it was."""
+    state = sqlstate_of(exc)
+    return state is not None and not state.startswith(("08", "57P"))
+
+
+def is_read_only_refusal(exc: BaseException) -> bool:
+    """Return whether the server refused a write for being read-only."""
+    return sqlstate_of(exc) == "25006"
+
+
+def proves_not_run(exc: BaseException) -> bool:
+    """Return whether ``exc`` proves that one plain statement did not run."""
+    return is_read_only_refusal(exc)
+
+
+def outcome_is_unknown(exc: BaseException) -> bool:
+    """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
+    state = sqlstate_of(exc)
+    if state is None:
+        return type(exc).__name__ in ("OperationalError", "InterfaceError")
+    # 08007 transaction resolution unknown, 40003 statement completion unknown;
+    # whatever else ended the connection came from somewhere in between.
+    return state in ("40003",) or state.startswith(("08", "57P", "58", "XX"))
+
+
+def question_of(exc: BaseException) -> str:
+    """Return what a trial must ask a peer that answered a statement with ``exc``."""
+    return "writable" if is_read_only_refusal(exc) else ""
+
+
+def fileno(connection: Any) -> int | None:
+    """Return the socket's descriptor."""
+    number: int = connection.fileno()
+    return number
+
+
+def ping(connection: Any) -> None:
+    """Ask the server for a sign of life.
+
+    :raises Exception: the driver's error; the connection is lost.
+    """
+    # A transaction that has failed answers nothing but its end; what becomes
+    # of it is a rollback either way. (libpq's PQTRANS_INERROR)
+    if int(connection.info.transaction_status) == 3:
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+
+
+def is_unbuffered(params: Any) -> bool:
+    """Return False: named cursors are known by their names."""
+    return False

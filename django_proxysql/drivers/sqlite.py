@@ -6,8 +6,42 @@ import re
 from typing import Any
 
 from ..faults import Fault
+from .generic import (
+    code_of,
+    fileno,
+    is_answer,
+    is_closed,
+    is_killed_connection,
+    is_read_only_refusal,
+    is_unbuffered,
+    outcome_is_unknown,
+    ping,
+    proves_not_run,
+    question_of,
+)
+
+__all__ = [
+    "WATCHED",
+    "code_of",
+    "connect_options",
+    "fault",
+    "fileno",
+    "is_answer",
+    "is_closed",
+    "is_killed_connection",
+    "is_read_only_refusal",
+    "is_unbuffered",
+    "outcome_is_unknown",
+    "ping",
+    "proves_not_run",
+    "question_of",
+    "trial_options",
+]
 
 MODULES = ("sqlite3", "pysqlite3")
+
+#: Whether established connections are looked after: there is a server to lose.
+WATCHED = False
 
 _BY_TEXT = (
     (re.compile("unable to open database file|disk I/O error"), Fault.UNREACHABLE),

@@ -8,12 +8,12 @@ from django.db import DEFAULT_DB_ALIAS
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..engines import engine_class
-from ..mixin import LoadBalancedMixin
+from ..safepoints import SafePointsMixin
 
 __all__ = ["DatabaseWrapper"]
 
 
-class DatabaseWrapper(LoadBalancedMixin):
+class DatabaseWrapper(SafePointsMixin):
     """A load-balanced connection: an instance of this and of the peer engine's own class.
 
     Subclass it like any other backend's; the peer engine is mixed in when an

@@ -1,0 +1,113 @@
+"""Cursors that know where a statement may be sent, and what to do when it is lost.
+
+Each is a subclass of whatever cursor wrapper Django or the peer engine made
+(PostgreSQL has its own), so that nothing of theirs is lost. The seam is
+``_execute``, below ``execute_wrapper`` and the query log: a statement that is
+run again is one statement to both.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from django.db.backends.utils import CursorWrapper
+from django.db.utils import Error
+
+from ..statements import READ, STATE, kinds, scan
+
+__all__ = ["cursor_class"]
+
+
+@functools.cache
+def cursor_class(base: type) -> type:
+    """Return ``base`` with our seam laid over it; ``base`` itself if it has no such seam."""
+    if not issubclass(base, CursorWrapper) or issubclass(base, _Seam):
+        return base
+    return type(base.__name__, (_Seam, base), {"__module__": base.__module__})
+
+
+class _Seam(CursorWrapper):
+    #: The session whose driver cursor this wrapper holds.
+    _session: Any = None
+    #: Whether the driver's cursor is a server-side one, with a name.
+    _named = False
+
+    def _execute(self, sql: Any, params: Any, *ignored: Any) -> Any:
+        db: Any = self.db
+        session: Any = db._session
+        # No function is called on the way of a read, or of a statement inside
+        # a transaction: what they cost is what this method costs.
+        if session is None or db._quiet or self._named or session.connection is not db.connection:
+            return self._execute_plainly(sql, params, *ignored)
+        try:
+            kind = kinds[sql]
+        except (KeyError, TypeError):
+            kind = scan(sql)
+        now = session.clock()
+        budget = session.budget
+        budget.statements += 1
+        if now > budget.next_note:
+            budget.note(now)
+        if (
+            kind & STATE
+            or self._session is not session
+            or (
+                (db._first or session.dead)
+                if db.in_atomic_block
+                else (
+                    kind != READ
+                    or session.dead
+                    or session.version is not session.balancer.version
+                    or now - session.used > session.idle
+                )
+            )
+        ):
+            session = db._before_statement(self, kind, now)
+        session.used = now
+        try:
+            result = super()._execute(sql, params, *ignored)  # type: ignore[misc]
+        except Error as exc:
+            again = db._run_again(self, session, exc, sql, params, kind, now)
+            if again is None:
+                db._first = False
+                raise
+            session = again
+            try:
+                result = super()._execute(sql, params, *ignored)  # type: ignore[misc]
+            except Error:
+                db._first = False
+                session.budget.bar(sql)
+                raise
+        except BaseException:
+            db._first = False
+            raise
+        session.served = True
+        db._first = False
+        if not kind & READ:
+            session.wrote = True
+        return result
+
+    def _execute_plainly(self, sql: Any, params: Any, *ignored: Any) -> Any:
+        result = super()._execute(sql, params, *ignored)  # type: ignore[misc]
+        if self._named:
+            self.db._first = False
+        return result
+
+    def close(self) -> None:
+        """Close the driver's cursor."""
+        if self._named and self._session is not None:
+            self._session.server_side.discard(self)
+        self.cursor.close()
+
+    def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
+        self.db._before_other(self, sql)
+        return super()._executemany(sql, param_list, *ignored)  # type: ignore[misc]
+
+    def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
+        """Call a stored procedure; what it does in the session nobody knows."""
+        self.db._before_other(self, "CALL")
+        if kparams is None:
+            # Django 2.2's takes no third argument.
+            return super().callproc(procname, params)
+        return super().callproc(procname, params, kparams)

@@ -1,0 +1,837 @@
+"""Established connections: find what is lost before it is used, and save what can be saved.
+
+Three questions are asked here, each with one rule:
+
+* *May this connection be replaced now?* (:meth:`SafePointsMixin._is_safe`)
+  Only at a safe point: in autocommit, outside every block, with no result
+  unread and no state held in the session. A connection found lost elsewhere
+  is marked and stays in place: replacing it inside a transaction would commit
+  one half of it and lose the other.
+* *Is it lost?* (:meth:`_is_lost`) The socket is looked at, without a round
+  trip, before what cannot be repeated once it is sent.
+* *May this statement be run again?* (:meth:`_run_again`) Only if the error
+  proves that it did not run, or the text proves that running it twice changes
+  nothing. COMMIT is never repeated.
+
+One seam, ``wrap_database_errors``, sees every driver error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from django.db.utils import DatabaseErrorWrapper, Error
+from django.utils.functional import cached_property
+
+from .. import drivers, ready, sockets
+from ..balancer import Attempt
+from ..errors import CommitOutcomeUnknown
+from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
+from ..exceptions import NotReady
+from ..faults import Fault
+from ..registry import Registered
+from ..statements import READ, SCOPED, STATE, is_plain, is_provable_read, scan
+from .cursors import cursor_class
+from .mixin import LoadBalancedMixin
+from .sessions import Session
+
+__all__ = ["SafePointsMixin"]
+
+#: What Django's connect() resets, and what a transaction that is started anew
+#: on another connection must keep.
+_OF_THE_TRANSACTION = (
+    "in_atomic_block",
+    "savepoint_ids",
+    "savepoint_state",
+    "atomic_blocks",
+    "needs_rollback",
+    "rollback_exc",
+    "commit_on_exit",
+    "run_on_commit",
+    "run_commit_hooks_on_set_autocommit_on",
+)
+#: What else connect() changes, to be put back if the new connection fails.
+_OF_THE_CONNECTION = (
+    "autocommit",
+    "close_at",
+    "closed_in_transaction",
+    "errors_occurred",
+    "health_check_done",
+    "health_check_enabled",
+    "isolation_level",
+)
+
+#: A statement with more than this in its parameters is not sent twice: one
+#: 2006 can also mean a packet over max_allowed_packet.
+_MOST_PARAMETERS = 1_000_000
+
+
+class _ErrorSeam(DatabaseErrorWrapper):
+    wrapper: Any
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        if exc_type is not None and isinstance(exc_value, self.wrapper.Database.Error):
+            self.wrapper._saw(exc_value)
+        super().__exit__(exc_type, exc_value, traceback)
+
+
+class SafePointsMixin(LoadBalancedMixin):
+    """Looks after the connection between connect() and close()."""
+
+    #: The present connection's; None where nothing is looked after (SQLite).
+    _session: Session | None = None
+    #: Statements of our own are under way: nothing is to be seen.
+    _quiet = False
+    #: A transaction of atomic()'s has begun, and not ended.
+    _in_transaction = False
+    #: … and no statement has succeeded or failed in it yet.
+    _first = False
+    #: COMMIT or ROLLBACK was answered.
+    _answered = False
+    #: What became of the transaction's COMMIT: None (never sent), "sent" (it may
+    #: stand), "conflict" (it was answered, and does not).
+    _commit_fate: str | None = None
+    #: close_old_connections() is called for this wrapper: it ends units of work.
+    _has_units = False
+
+    # Made
+
+    def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
+        generation = attempt.peer.breaker.circuit.generation
+        connection = super()._open_one(registered, attempt)
+        self._session = None
+        self._in_transaction = self._first = False
+        if self._driver.WATCHED:
+            self._session = self._new_session(registered, attempt, connection, generation)
+        return connection
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """Open the driver's connection, and have the kernel notice its host's death."""
+        connection = super().get_new_connection(conn_params)
+        registered = self._registered()
+        if registered is not None and self._driver.WATCHED:
+            seconds = registered.balancer.config.tcp_user_timeout
+            sockets.harden(self._driver.fileno(connection), seconds)
+            timeouts = [conn_params.get("read_timeout"), seconds]
+            self._read_timeout = min(
+                (float(t) for t in timeouts if t is not None), default=float("inf")
+            )
+            self._unbuffered = self._driver.is_unbuffered(conn_params)
+        return connection
+
+    _read_timeout = float("inf")
+    _unbuffered = False
+
+    def _new_session(
+        self, registered: Registered, attempt: Attempt, connection: Any, generation: int
+    ) -> Session:
+        return Session(
+            connection,
+            attempt.peer,
+            registered.balancer,
+            generation,
+            sockets.watch(self._driver.fileno(connection)),
+            self._read_timeout,
+            self._unbuffered,
+        )
+
+    def _current(self) -> Session | None:
+        """Return the session of the connection that is in place, if it is ours to look after."""
+        session = self._session
+        if session is None or self._quiet or session.connection is not self.connection:
+            return None
+        return None if self._attempt is not None else session
+
+    # Seen
+
+    @cached_property
+    def wrap_database_errors(self) -> DatabaseErrorWrapper:
+        """Django's translation of driver errors, with our ears on it."""
+        return _ErrorSeam(self)
+
+    def _saw(self, exc: BaseException) -> None:
+        """Take note of a driver error on the established connection. Never raises."""
+        session = self._current()
+        if session is not None:
+            with contextlib.suppress(Exception):
+                self._judge(session, exc)
+            if session.dead:
+                session.told = True
+
+    def _judge(self, session: Session, exc: BaseException, idle: bool = False) -> None:
+        driver = self._driver
+        fault = drivers.judge(exc, connecting=False)
+        breaker = session.peer.breaker
+        if fault is Fault.NOT_READY:
+            if driver.is_read_only_refusal(exc) and not self._is_read_only(session):
+                # The application's own: SET TRANSACTION READ ONLY.
+                return
+            session.dropped = True
+            session.loss = exc
+            breaker.trip(exc, fault, driver.question_of(exc))
+            return
+        # psycopg knows for certain; mysqlclient's error says it.
+        lost = fault is Fault.LOST or getattr(exc, "_django_proxysql_lost", False)
+        if driver.is_closed(session.connection):
+            lost = fault is not Fault.KILLED
+            session.dead = True
+        if fault is Fault.KILLED and driver.is_killed_connection(exc):
+            session.dead = True
+        if lost:
+            if not session.dead or session.loss is None:
+                if not session.served and not idle and session.poll is not None:
+                    # It was of no use to anybody: as good as a failed connect.
+                    # (Where the socket cannot be looked at it may have idled.)
+                    breaker.count_failure(exc, Fault.LOST, session.generation)
+                else:
+                    breaker.suspect(drivers.describe(exc), Fault.LOST)
+                self._emit(
+                    session,
+                    ConnectionLost(
+                        session.balancer.name,
+                        session.peer.name,
+                        session.peer.address,
+                        fault,
+                        drivers.describe(exc),
+                        idle,
+                    ),
+                )
+            session.dead = True
+        if session.dead:
+            session.loss = session.loss or exc
+            session.poll = None
+        elif not driver.is_answer(exc):
+            # The number of its socket may belong to another connection by now.
+            session.unsure = True
+            session.poll = None
+
+    def _is_read_only(self, session: Session) -> bool:
+        """Ask the peer, on a connection of its own, whether it takes no writes.
+
+        Only where the peers are to be writable: elsewhere a refusal is the
+        application's own affair, and so it is where the server takes writes.
+        """
+        if session.balancer.config.ready_check != "writable":
+            return False
+        try:
+            connection = self._throw_away(session)
+        except Exception:
+            return False
+        try:
+            ready.writable(connection)
+        except NotReady:
+            return True
+        finally:
+            connection.close()
+        return False
+
+    def _throw_away(self, session: Session) -> Any:
+        registered = self._registered()
+        assert registered is not None
+        own = self.settings_dict
+        settings = registered.settings_for(session.peer, own, self.alias)
+        before = self._peer_settings
+        try:
+            self._peer_settings = settings
+            params = self.get_connection_params()
+        finally:
+            self._peer_settings = before
+        seconds = session.balancer.config.connect_timeout
+        params.update(self._driver.connect_options(params, seconds))
+        params.update(self._driver.trial_options(params, seconds))
+        return self.Database.connect(**params)
+
+    def is_usable(self) -> bool:
+        """Ask the driver; what it says counts for the peer, too."""
+        usable: bool = super().is_usable()
+        session = self._current()
+        if session is not None and not usable and not session.dead:
+            session.dead = True
+            session.poll = None
+            session.peer.breaker.suspect("the connection was found unusable", Fault.LOST)
+        return usable
+
+    # Asked
+
+    def _is_safe(self, session: Session) -> bool:
+        """Return whether the connection may be replaced and nobody could tell."""
+        if self.in_atomic_block or not self.autocommit or self._in_transaction:
+            return False
+        if self._thread_sharing_count > 0 or session.held:  # type: ignore[attr-defined]
+            return False
+        if session.dead and session.told:
+            # Its state is gone, and the application knows.
+            return True
+        return not (session.sticky or session.unbuffered or session.server_side)
+
+    def _is_lost(self, session: Session) -> bool:
+        """Look at the socket, and ask the driver if there is something to be read."""
+        if session.dead:
+            return True
+        poll = session.poll
+        if poll is None:
+            if not session.unsure:
+                return False
+        elif not poll(0):
+            return False
+        try:
+            self._driver.ping(session.connection)
+        except Exception as exc:
+            if drivers.judge(exc, connecting=False) is Fault.OTHER and self._driver.is_answer(exc):
+                return False
+            if self._driver.code_of(exc) == 2014:
+                # Results that nobody has read: the connection is healthy.
+                session.sticky = True
+                return False
+            with contextlib.suppress(Exception):
+                self._judge(session, exc, idle=True)
+            session.dead = True
+            session.loss = session.loss or exc
+            session.poll = None
+            return True
+        if session.unsure:
+            session.unsure = False
+            session.poll = sockets.watch(self._driver.fileno(session.connection))
+        return False
+
+    # Safe points
+
+    def _cursor(self, name: str | None = None) -> Any:
+        session = self._current()
+        if session is not None and (session.dead or name is not None):
+            # psycopg makes no cursor on a closed connection; and what a named
+            # cursor reads cannot follow it to another one.
+            now = session.clock()
+            if self.in_atomic_block:
+                self._before_first(session, READ, now)
+            else:
+                self._at_safe_point(session, READ, now)
+        cursor = super()._cursor(name)  # type: ignore[misc]
+        session = self._session
+        if session is None or self._quiet:
+            return cursor
+        cls = cursor.__class__
+        ours = cursor_class(cls)
+        if ours is not cls:
+            cursor.__class__ = ours
+        cursor._session = session
+        if name is not None:
+            cursor._named = True
+            session.server_side.add(cursor)
+        return cursor
+
+    def _before_statement(self, cursor: Any, kind: int, now: float) -> Session:
+        """Have ``cursor`` on a connection that is as good as can be known."""
+        session = self._session
+        assert session is not None
+        if self.in_atomic_block:
+            self._before_first(session, kind, now)
+        else:
+            self._at_safe_point(session, kind, now)
+        session = self._session
+        assert session is not None
+        if kind & STATE and not self._savepoint_of_ours:
+            session.sticky = True
+        if cursor._session is not session:
+            self._bind(cursor, session)
+        return session
+
+    _savepoint_of_ours = False
+
+    def _before_other(self, cursor: Any, sql: Any) -> None:
+        """Before what is never run again: executemany, callproc."""
+        session = self._current()
+        if session is None or cursor._named:
+            return
+        kind = scan(sql) & ~READ
+        now = session.clock()
+        session = self._before_statement(cursor, kind, now)
+        session.used = now
+        session.wrote = True
+        self._first = False
+
+    def _bind(self, cursor: Any, session: Session) -> None:
+        """Give ``cursor`` a driver's cursor on the present connection."""
+        with self.wrap_database_errors:
+            cursor.cursor = self.create_cursor()
+        cursor._session = session
+
+    def _at_safe_point(self, session: Session, kind: int, now: float) -> None:
+        """In autocommit, before something is sent: replace what is lost or to be left."""
+        if not self._is_safe(session):
+            return
+        if kind & SCOPED and not session.told:
+            # LAST_INSERT_ID() of another connection is an answer, and wrong.
+            return
+        idle = now - session.used > session.idle
+        if idle and not self._has_units:
+            session.wrote = False
+        if session.dead or ((idle or kind != READ) and self._is_lost(session)):
+            self._replace(session, "last")
+        elif session.dropped or session.version is not session.balancer.version:
+            self._leave_if_out(session)
+
+    def _before_first(self, session: Session, kind: int, now: float) -> None:
+        """Inside a block: only before its first statement can anything be mended."""
+        if not self._may_restart(session) or kind & (SCOPED | STATE):
+            return
+        if session.dead or (now - session.used > session.idle and self._is_lost(session)):
+            self._restart(session)
+
+    def _may_restart(self, session: Session) -> bool:
+        return (
+            self._first
+            and self._in_transaction
+            and not session.sticky
+            and not session.held
+            and not session.unbuffered
+            and not session.server_side
+            and not session.told
+            and self._thread_sharing_count == 0  # type: ignore[attr-defined]
+        )
+
+    def _leave_if_out(self, session: Session) -> None:
+        """Leave a peer whose circuit has opened, if another can be had."""
+        balancer = session.balancer
+        version = balancer.version
+        if session.peer.breaker.circuit.state == "closed" and not session.dropped:
+            session.version = version
+            return
+        if balancer.is_pinned or (session.wrote and not session.dropped):
+            # What it wrote may not be seen elsewhere yet: at the unit's end.
+            return
+        if not session.dropped and not balancer.has_usable():
+            session.version = version
+            return
+        try:
+            self._replace(session, "last" if session.dropped else "never")
+        except Exception:
+            # It works, after a fashion; no other try until a circuit changes.
+            session.version = balancer.version
+
+    # Replaced
+
+    def _replace(
+        self, session: Session, trials: str, resume: Callable[[], object] | None = None
+    ) -> None:
+        """Put a new connection into the place of the present one.
+
+        The new one is had before the old one is given up. If it cannot be had
+        the old one stays, dead or not, with all that Django knows of it.
+
+        :param resume: begins the transaction anew on the new connection.
+        :raises Exception: what connect() raised, as Django translates it.
+        """
+        old, hold = self.connection, self._hold
+        state = vars(self)
+        kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
+        begun = (self._in_transaction, self._first, self._answered)
+        try:
+            # Out of the way before connect(), which lets go of a hold.
+            self._hold = None
+            self.connection = None
+            with self.wrap_database_errors:
+                self._connect(trials)
+            for name in _OF_THE_TRANSACTION:
+                if name in kept:
+                    state[name] = kept[name]
+            self._catch_up(session)
+            if resume is not None:
+                self._in_transaction, self._first, self._answered = begun
+                self._quietly(resume)
+        except BaseException:
+            new = self.connection
+            if new is not None and new is not old:
+                _close(new)
+                self._let_go()
+            self.connection, self._session, self._hold = old, session, hold
+            state.update(kept)
+            self._in_transaction, self._first, self._answered = begun
+            raise
+        if hold is not None:
+            hold.let_go()
+        self._close_old(session)
+        successor = self._session
+        assert successor is not None
+        self._emit(
+            successor,
+            ConnectionReplaced(
+                session.balancer.name,
+                session.peer.name,
+                successor.peer.name,
+                forced=session.dead,
+                error=drivers.describe(session.loss) if session.loss is not None else "",
+            ),
+        )
+
+    def _connect(self, trials: str) -> None:
+        self._trials = trials
+        try:
+            self.connect()
+        finally:
+            self._trials = "first"
+
+    def _close_old(self, session: Session) -> None:
+        """Close the connection that was replaced."""
+        if session.connection.__class__.__module__.startswith("psycopg2") and not session.dead:
+            # psycopg2 lets no cursor of a closed connection be read to its
+            # end; it closes with the last of them.
+            return
+        _close(session.connection)
+
+    def _restart(self, session: Session) -> None:
+        """Begin the transaction, in which nothing has happened yet, on another connection."""
+        self._replace(session, "last", resume=self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        super()._set_autocommit(False)  # type: ignore[misc]
+        self.autocommit = False
+        for sid in self.savepoint_ids:
+            if sid is not None:
+                super()._savepoint(sid)  # type: ignore[misc]
+
+    def _quietly(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run statements of our own or of Django's, which mean nothing to the session."""
+        before = self._quiet
+        try:
+            self._quiet = True
+            return work(*args)
+        finally:
+            self._quiet = before
+
+    def _catch_up(self, session: Session) -> None:
+        """Make the new peer show what the old one was told in this unit of work.
+
+        A read on another Galera node right after a write was stale in a
+        quarter of all tries (seen); once the node has caught up it is not.
+        """
+        successor = self._session
+        assert successor is not None
+        successor.wrote = session.wrote
+        if session.wrote and successor.peer is not session.peer and self.vendor == "mysql":
+            ready.catch_up(successor.connection)
+
+    # Run again
+
+    def _run_again(
+        self,
+        cursor: Any,
+        session: Session,
+        exc: Error,
+        sql: Any,
+        params: Any,
+        kind: int,
+        started: float,
+    ) -> Session | None:
+        """Return the session to run a statement again on; None if it must not be.
+
+        ``cursor`` is then bound to it, and the transaction, if there is one,
+        begun anew.
+        """
+        if not session.dead and not session.dropped:
+            return None
+        cause = exc.__cause__
+        if cause is None or not self._may_run_again(session, cause, sql, params, kind, started):
+            return None
+        told, session.told = session.told, False
+        try:
+            if self.in_atomic_block:
+                self._restart(session)
+            else:
+                self._replace(session, "last")
+            successor = self._session
+            assert successor is not None
+            self._bind(cursor, successor)
+        except Exception:
+            # What the application is raised is what happened to its statement.
+            session.told = told
+            return None
+        successor.used = started
+        balancer = session.balancer
+        self._emit(
+            successor,
+            StatementReplayed(
+                balancer.name, session.peer.name, successor.peer.name, drivers.describe(cause)
+            ),
+        )
+        return successor
+
+    def _may_run_again(
+        self,
+        session: Session,
+        cause: BaseException,
+        sql: Any,
+        params: Any,
+        kind: int,
+        started: float,
+    ) -> bool:
+        config = session.balancer.config
+        if config.replay is None or kind & (STATE | SCOPED):
+            return False
+        if session.sticky or session.held or session.unbuffered or session.server_side:
+            return False
+        first = self.in_atomic_block
+        if first:
+            if not (self._first and self._in_transaction):
+                return False
+        elif not self.autocommit:
+            return False
+        if self._thread_sharing_count > 0 or not _is_small(params):  # type: ignore[attr-defined]
+            return False
+        if not self._text_allows(session, cause, sql, first, started):
+            return False
+        return session.budget.spend(sql)
+
+    def _text_allows(
+        self, session: Session, cause: BaseException, sql: Any, first: bool, started: float
+    ) -> bool:
+        driver = self._driver
+        if driver.proves_not_run(cause):
+            return is_plain(sql)
+        fault = drivers.judge(cause, connecting=False)
+        if fault not in (Fault.LOST, Fault.NOT_READY) and not session.dead:
+            return False
+        # The same words for a closed socket and for a time-out, after which
+        # the statement may be running still. (mysqlclient)
+        if session.dead and session.clock() - started >= session.read_timeout * 0.98:
+            return False
+        if is_provable_read(sql, may_lock=first):
+            return first or not session.wrote or session.balancer.config.synchronous_peers
+        # COMMIT was never sent, and every table of PostgreSQL is transactional.
+        return first and session.dead and self.vendor == "postgresql" and is_plain(sql)
+
+    # Transactions
+
+    def set_autocommit(
+        self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
+    ) -> None:
+        """Begin or end a transaction; see Django."""
+        if self._quiet or self._attempt is not None:
+            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+        elif not autocommit:
+            self._answered = False
+            self._commit_fate = None
+            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+            session = self._session
+            if session is not None:
+                session.used = session.clock()
+                if force_begin_transaction_with_broken_autocommit:
+                    self._in_transaction = self._first = True
+                else:
+                    # Made by hand: where it ends, and what is in it, is not ours to know.
+                    session.sticky = True
+        else:
+            in_transaction, self._in_transaction, self._first = self._in_transaction, False, False
+            session = self._session
+            usable = self.connection is not None and not (
+                session is not None and session.connection is self.connection and session.dead
+            )
+            if usable or not in_transaction:
+                super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+                return
+            # Leaving a block with nothing to leave it on. Django would connect
+            # anew, only to raise another error than the one that ended it.
+            self.autocommit = True
+            self._run_hooks_of_the_commit()
+
+    def _run_hooks_of_the_commit(self) -> None:
+        if self.run_commit_hooks_on_set_autocommit_on:
+            self.run_and_clear_commit_hooks()
+            self.run_commit_hooks_on_set_autocommit_on = False
+
+    def _set_autocommit(self, autocommit: bool) -> None:
+        session = self._current()
+        if session is None:
+            super()._set_autocommit(autocommit)  # type: ignore[misc]
+        elif autocommit:
+            self._end(session)
+        else:
+            self._begin(session)
+
+    def _begin(self, session: Session) -> None:
+        # What happens here has not happened before it is answered.
+        self._at_safe_point(session, 0, session.clock())
+        session = self._session or session
+        try:
+            super()._set_autocommit(False)  # type: ignore[misc]
+        except Error:
+            if not (session.dead or session.dropped) or session.sticky or session.held:
+                raise
+            session.told = False
+            if not self._is_safe(session):
+                session.told = True
+                raise
+            try:
+                self._replace(session, "last")
+            except Exception:
+                session.told = True
+            else:
+                super()._set_autocommit(False)  # type: ignore[misc]
+                return
+            raise
+
+    def _end(self, session: Session) -> None:
+        try:
+            super()._set_autocommit(True)  # type: ignore[misc]
+        except Error:
+            # After COMMIT or ROLLBACK was answered nothing hangs on it.
+            if not (self._answered and (session.dead or session.dropped)):
+                raise
+
+    def _commit(self) -> Any:
+        session = self._current()
+        if session is None:
+            # A driver we do not look after; for retrying_atomic a COMMIT it is.
+            return self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
+        if not session.dead and self._is_lost(session):
+            if self._first:
+                # Nothing happened in this transaction: nothing is lost with it.
+                self._answered = True
+                self._commit_fate = "sent"
+                return None
+            assert session.loss is not None
+            session.told = True
+            with self.wrap_database_errors:
+                raise session.loss
+        result = self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
+        self._answered = True
+        return result
+
+    def _sent(self, commit: Callable[[], Any]) -> Any:
+        """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated."""
+        driver = self._driver
+        session = self._session
+        known_dead = session is not None and session.dead
+        try:
+            self._commit_fate = "sent"
+            result = commit()
+        except Error as exc:
+            cause = exc.__cause__ or exc
+            if known_dead or driver.proves_not_run(cause):
+                # It never left: rolled back.
+                self._commit_fate = None
+            elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
+                self._commit_fate = "conflict"
+            elif driver.outcome_is_unknown(cause):
+                raise CommitOutcomeUnknown(*exc.args) from cause
+            raise
+        return result
+
+    def _rollback(self) -> Any:
+        result = super()._rollback()  # type: ignore[misc]
+        self._answered = True
+        return result
+
+    def _savepoint(self, sid: str) -> None:
+        self._of_django(super()._savepoint, sid)  # type: ignore[misc]
+
+    def _savepoint_rollback(self, sid: str) -> None:
+        self._of_django(super()._savepoint_rollback, sid)  # type: ignore[misc]
+
+    def _savepoint_commit(self, sid: str) -> None:
+        self._of_django(super()._savepoint_commit, sid)  # type: ignore[misc]
+
+    def _of_django(self, method: Callable[[str], object], sid: str) -> None:
+        """Run SAVEPOINT and the like: made again with the transaction, they use up no first."""
+        session = self._current()
+        if session is None or not self._first:
+            method(sid)
+            return
+        try:
+            self._before_first(session, READ, session.clock())
+            self._savepoint_of_ours = True
+            self._quietly_heard(method, sid)
+        finally:
+            self._savepoint_of_ours = False
+
+    def _quietly_heard(self, method: Callable[[str], object], sid: str) -> None:
+        try:
+            method(sid)
+        except Error:
+            session = self._session
+            if session is None or not session.dead:
+                raise
+            # The statement's own handling took it for the application's first.
+            session.told, self._first = False, True
+            if self._may_restart(session):
+                with contextlib.suppress(Exception):
+                    self._restart(session)
+            if self._session is session:
+                session.told, self._first = True, False
+                raise
+            method(sid)
+        self._first = True
+
+    # Ended
+
+    def close_if_unusable_or_obsolete(self) -> None:
+        """End a unit of work: close what is not to be kept."""
+        session = self._current()
+        if session is not None and not self.in_atomic_block:
+            self._has_units = True
+            session.wrote = False
+            if self.autocommit and not self._in_transaction:
+                session.sticky = False
+                if session.dead:
+                    self.close()
+        super().close_if_unusable_or_obsolete()
+
+    def _close(self) -> Any:
+        session = self._session
+        if session is not None and session.connection is self.connection:
+            session.dead = session.told = True
+            session.poll = None
+        return super()._close()
+
+    # Django's own session state
+
+    def disable_constraint_checking(self) -> bool:
+        """Switch foreign keys off; until they are on again the connection stays."""
+        disabled: bool = self._unscanned(super().disable_constraint_checking)
+        if self._session is not None and disabled:
+            self._session.held = True
+        return disabled
+
+    def enable_constraint_checking(self) -> None:
+        """Switch foreign keys on again."""
+        try:
+            self._unscanned(super().enable_constraint_checking)
+        finally:
+            if self._session is not None:
+                self._session.held = False
+
+    def _unscanned(self, method: Callable[[], Any]) -> Any:
+        session = self._session
+        sticky = session is not None and session.sticky
+        result = method()
+        if session is not None and session is self._session:
+            session.sticky = sticky
+        return result
+
+    def _emit(self, session: Session, event: Any) -> None:
+        session.balancer.emit(event)
+
+
+def _close(connection: Any) -> None:
+    # A pool of psycopg's wants a closed connection back, to make another.
+    pool = getattr(connection, "_pool", None)
+    with contextlib.suppress(Exception):
+        connection.close()
+    if pool is not None:
+        with contextlib.suppress(Exception):
+            pool.putconn(connection)
+
+
+def _is_small(params: Any) -> bool:
+    """Return whether parameters are there to be sent again, and not too many."""
+    if params is None:
+        return True
+    if isinstance(params, dict):
+        params = params.values()
+    elif not isinstance(params, (list, tuple)):
+        # An iterator has been used up by now.
+        return False
+    size = sum(len(value) for value in params if isinstance(value, (str, bytes, bytearray)))
+    return size <= _MOST_PARAMETERS

@@ -1,0 +1,98 @@
+"""What is known of one established connection."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ..balancer import LoadBalancer
+from ..peer import Peer
+
+__all__ = ["Session"]
+
+
+class Session:
+    """One driver connection's state, from the moment it was handed out.
+
+    Belongs to one wrapper, and so to one thread at a time.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "balancer",
+        "budget",
+        "clock",
+        "connection",
+        "dead",
+        "dropped",
+        "generation",
+        "held",
+        "idle",
+        "loss",
+        "peer",
+        "poll",
+        "read_timeout",
+        "served",
+        "server_side",
+        "sticky",
+        "told",
+        "unbuffered",
+        "unsure",
+        "used",
+        "version",
+        "wrote",
+    )
+
+    def __init__(
+        self,
+        connection: Any,
+        peer: Peer,
+        balancer: LoadBalancer,
+        generation: int,
+        poll: Callable[[int], object] | None,
+        read_timeout: float,
+        unbuffered: bool,
+    ) -> None:
+        self.connection = connection
+        self.peer = peer
+        self.balancer = balancer
+        self.budget = balancer.budget
+        self.clock = balancer.clock
+        #: The circuit's, when the connection was made.
+        self.generation = generation
+        #: Looks at the socket; None where that cannot be done, or no longer.
+        self.poll = poll
+        #: Seconds after which a loss may be a time-out: the two read alike.
+        self.read_timeout = read_timeout
+        #: Rows may lie on the wire between two statements.
+        self.unbuffered = unbuffered
+        idle = balancer.config.idle_check
+        #: Seconds of idleness after which a read, too, looks first.
+        self.idle = math.inf if idle is None else idle
+        #: The connection is lost. It stays in place until the next safe point.
+        self.dead = False
+        #: It works, but its peer is not ready: replaced at the next safe point.
+        self.dropped = False
+        #: The application has been raised an error that ended the connection.
+        self.told = False
+        #: The driver's error that ended it.
+        self.loss: BaseException | None = None
+        #: It holds session state; never replaced behind the application's back.
+        self.sticky = False
+        #: Django's own ``foreign_key_checks=0`` is in force.
+        self.held = False
+        #: It has written in this unit of work.
+        self.wrote = False
+        #: A statement has succeeded on it.
+        self.served = False
+        #: The driver raised something that was no answer: ask before trusting it.
+        self.unsure = False
+        #: Named cursors that are open on it.
+        self.server_side: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: When a statement was last begun on it.
+        self.used = self.clock()
+        #: The balancer's version at which the peer's circuit was found closed,
+        #: or leaving it found impossible.
+        self.version: object = balancer.version

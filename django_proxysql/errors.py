@@ -1,0 +1,28 @@
+"""Exceptions that are Django's as well as ours.
+
+::
+
+    django.db.utils.OperationalError
+    ├── NoPeerAvailable         also exceptions.NoPeerAvailable
+    └── CommitOutcomeUnknown
+"""
+
+from __future__ import annotations
+
+from django.db.utils import OperationalError
+
+from . import exceptions
+
+__all__ = ["CommitOutcomeUnknown", "NoPeerAvailable"]
+
+
+class NoPeerAvailable(exceptions.NoPeerAvailable, OperationalError):
+    """No peer could be connected to; Django's OperationalError as well as the core's own."""
+
+
+class CommitOutcomeUnknown(OperationalError):
+    """COMMIT was sent, and its answer was lost: the transaction may stand or not.
+
+    It is never repeated. Whoever needs to know must look: by a token that the
+    transaction wrote, for one.
+    """

@@ -1,0 +1,71 @@
+"""Run the benchmarks and print their figures: ``python -m tests.benchmarks [--only NAME]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+
+from django_proxysql.demo.servers import ServerError, exit_on_sigterm
+
+from . import project
+from .figures import Figure, machine, table
+
+NAMES = {
+    "connect": "a connect through the engine and through the plain engine",
+    "handshake": "32 threads connect at once to a peer that takes 200 ms",
+    "hanging": "8 threads, and one of two peers hangs",
+    "shares": "10,000 connects over 3 peers",
+    "statement": "Python function calls of one statement",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description="Measure what the engine costs. Starts the servers that it needs.",
+        epilog="Benchmarks: " + "; ".join(f"{name}: {what}" for name, what in NAMES.items()) + ".",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=list(NAMES),
+        metavar="NAME",
+        help="run this benchmark (may be given more than once)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    exit_on_sigterm()
+    project.configure()
+    sections: dict[str, list[Figure]] = {}
+    if not options.json:
+        print(machine())
+    for name in options.only or NAMES:
+        started = time.monotonic()
+        try:
+            figures = importlib.import_module(f"{__package__}.{name}").run()
+        except ServerError as exc:
+            print(f"{name}: {exc}", file=sys.stderr)
+            return 2
+        sections[name] = figures
+        if not options.json:
+            print(f"\n{name}: {NAMES[name]} ({time.monotonic() - started:.0f} s)\n")
+            print(table(figures), flush=True)
+    if options.json:
+        print(json.dumps({name: [f._asdict() for f in found] for name, found in sections.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # Whoever read the figures has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

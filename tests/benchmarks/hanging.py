@@ -1,0 +1,107 @@
+"""A peer that hangs is waited for by the caller with the trial, and by nobody else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, NamedTuple
+
+from django_proxysql import balancers
+from django_proxysql.demo.servers import start_together
+from django_proxysql.events import CircuitOpened, Connected, ConnectFailed, Event
+from tests.servers.mariadb import Node
+
+from . import project
+from .figures import Figure
+
+THREADS = 8
+SECONDS = 17.0
+CHECK_INTERVAL = 5
+CONNECT_TIMEOUT = 2
+
+
+class Connect(NamedTuple):
+    """One connect()."""
+
+    began: float
+    seconds: float
+    #: Whether it made a trial on the way.
+    tried: bool
+
+
+def run() -> list[Figure]:
+    """Hang one of two peers while threads connect and close as fast as they can."""
+    hanging, healthy = Node("hanging"), Node("healthy")
+    try:
+        start_together(hanging, healthy)
+        for node in (hanging, healthy):
+            node.set_up()
+        alias = project.add(
+            "half",
+            **project.balanced(
+                [hanging, healthy], CHECK_INTERVAL=CHECK_INTERVAL, CONNECT_TIMEOUT=CONNECT_TIMEOUT
+            ),
+        )
+        return _figures(alias, hanging)
+    finally:
+        hanging.close()
+        healthy.close()
+
+
+def _figures(alias: str, hanging: Node) -> list[Figure]:
+    here = threading.local()
+    opened: list[float] = []
+    connects: list[Connect] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def listen(event: Event) -> None:
+        # In the thread to which it happened.
+        if isinstance(event, (Connected, ConnectFailed)) and event.trial:
+            here.tried = True
+        elif isinstance(event, CircuitOpened):
+            opened.append(time.perf_counter())
+
+    def work() -> None:
+        from django.db import connections
+
+        connection: Any = connections[alias]
+        while not stop.is_set():
+            here.tried = False
+            began = time.perf_counter()
+            try:
+                connection.connect()
+            except Exception as exc:
+                errors.append(exc)
+            else:
+                connects.append(Connect(began, time.perf_counter() - began, here.tried))
+                connection.close()
+
+    balancers[alias].add_listener(listen)
+    threads = [threading.Thread(target=work) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(1)
+        hanging.freeze()
+        stop.wait(SECONDS)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        hanging.thaw()
+    if not opened:
+        raise RuntimeError("the peer hung, and its circuit did not open")
+    before = [connect for connect in connects if connect.began < opened[0]]
+    after = [connect for connect in connects if connect.began >= opened[0]]
+    tried = [connect.seconds for connect in after if connect.tried]
+    others = [connect.seconds for connect in after if not connect.tried]
+    slow = sum(connect.seconds >= CONNECT_TIMEOUT / 2 for connect in before)
+    return [
+        Figure("connects that failed", len(errors), "", 0),
+        Figure("that met the hanging peer before its circuit opened", slow, "", THREADS),
+        Figure("connects after that", len(after)),
+        Figure("of these, with a trial", len(tried)),
+        Figure("longest connect with a trial", max(tried, default=0.0), "s"),
+        Figure("longest connect without one", max(others), "s", CONNECT_TIMEOUT / 2),
+    ]

@@ -1,0 +1,646 @@
+"""What circuits promise a crowd: threads, forks, and exceptions that come out of nowhere."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import linecache
+import os
+import random
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker, balancer, breaker
+from django_proxysql.breaker import CircuitBreakerError
+from django_proxysql.events import CircuitClosed, CircuitOpened
+from tests.fakes import (
+    Clock,
+    Connection,
+    Driver,
+    even,
+    in_thread,
+    lock_is_free,
+    peers,
+    raised_by,
+    refused_by_host,
+    running,
+)
+
+
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Have the interpreter change threads as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Gate:
+    """A driver's connect() that counts how many are inside at once, and how many of them as trials."""
+
+    def __init__(self, works: Callable[[], bool]) -> None:
+        self.works = works
+        self.lock = threading.Lock()
+        self.trials = 0
+        self.most_trials = 0
+        self.trials_made = 0
+
+    def open_one(self, attempt: Any) -> Connection:
+        if attempt.is_trial:
+            with self.lock:
+                self.trials += 1
+                self.trials_made += 1
+                self.most_trials = max(self.most_trials, self.trials)
+            # Give the others every chance to come in as well.
+            for _ in range(3):
+                time.sleep(0)
+        try:
+            if not self.works():
+                raise refused_by_host()
+            return Connection(attempt.peer.name)
+        finally:
+            if attempt.is_trial:
+                with self.lock:
+                    self.trials -= 1
+
+
+@pytest.mark.usefixtures("hurried")
+class TestHammering:
+    @pytest.mark.parametrize("success_threshold", [1, 3])
+    @pytest.mark.parametrize("suspicions", [False, True], ids=["", "suspicions"])
+    def test_never_two_trials_at_once(self, success_threshold: int, suspicions: bool) -> None:
+        """64 threads on a flapping peer never make two trials of it at once."""
+        clock = Clock()
+        turn = random.Random(3)
+        gate = Gate(lambda: turn.random() < 0.5)
+        db = LoadBalancer(
+            peers("flapping"),
+            breaker={"success_threshold": success_threshold},
+            clock=clock,
+            connect_deadline=1e9,
+        )
+        circuit = db.peers["flapping"].breaker
+        opened: list[Any] = []
+        db.add_listener(lambda event: opened.append(event) if type(event) is CircuitOpened else 0)
+        rounds = iter(range(2500))
+
+        def hammer() -> None:
+            for number in rounds:
+                raised_by(lambda: db.connect(gate.open_one))
+                if suspicions and number % 7 == 0:
+                    circuit.suspect("lost", Fault.LOST)
+                if number % 5 == 0:
+                    clock.advance(1)
+
+        with running(*[hammer] * 64):
+            pass
+        assert gate.most_trials == 1
+        assert gate.trials_made > 50
+        assert len(opened) > 5
+        assert lock_is_free(circuit)
+
+    def test_never_two_trials_at_once_by_call(self) -> None:
+        """The same for callers of call() and calling()."""
+        clock = Clock()
+        turn = random.Random(4)
+        circuit = PeerBreaker(reset_timeout=1, clock=clock)
+        inside = threading.Semaphore(1)
+        overlaps: list[int] = []
+        refused: list[int] = []
+
+        def work() -> None:
+            if circuit.current_state != "closed":
+                if not inside.acquire(blocking=False):
+                    overlaps.append(1)
+                    return
+                time.sleep(0)
+                inside.release()
+            if turn.random() < 0.5:
+                raise refused_by_host()
+
+        rounds = iter(range(3000))
+
+        def hammer() -> None:
+            for number in rounds:
+                try:
+                    if number % 2:
+                        circuit.call(work)
+                    else:
+                        with circuit.calling():
+                            work()
+                except CircuitBreakerError:
+                    refused.append(1)
+                    clock.advance(0.2)
+                except Exception:
+                    pass
+
+        # A caller admitted while the circuit was closed may find it half-open as it
+        # begins to work, so only callers that come afterwards can be told apart: one at a time.
+        circuit.open()
+        clock.advance(2)
+        with running(*[hammer] * 64):
+            pass
+        assert refused
+        assert circuit.trial is None
+        assert lock_is_free(circuit)
+
+    def test_burst_of_failures_opens_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        """64 threads that fail at once open the circuit once and write one line."""
+        barrier = threading.Barrier(64)
+
+        def open_one(attempt: Any) -> Connection:
+            if attempt.peer.name == "db1":
+                barrier.wait(10)
+                raise refused_by_host()
+            return Connection(attempt.peer.name)
+
+        class InOrder:
+            def order(self, peers: Any) -> Any:
+                return peers
+
+        db = LoadBalancer(peers("db1", "db2"), strategy=InOrder, clock=Clock())
+        told: list[Any] = []
+        db.add_listener(lambda event: told.append(event) if type(event) is CircuitOpened else None)
+        got: list[str] = []
+        with running(*[lambda: got.append(db.connect(open_one).host)] * 64):
+            pass
+        assert got == ["db2"] * 64
+        assert len(told) == 1
+        assert db.peers["db1"].breaker.fail_counter == 1
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+    def test_burst_over_fail_max(self) -> None:
+        """With fail_max 10, 64 failures at once count to ten, each number once, and no further."""
+        circuit = PeerBreaker(fail_max=10, clock=Clock())
+        permits = [circuit.acquire() for _ in range(64)]
+        counts: list[int] = []
+        with running(
+            *[lambda permit=permit: counts.append(permit.failed(OSError())) for permit in permits]
+        ):
+            pass
+        assert sorted(counts) == [0] * 54 + list(range(1, 11))
+
+    def test_nobody_waits_for_a_guarded_call(self) -> None:
+        """Two threads are inside a guarded call at once; pybreaker's lock would forbid it."""
+        circuit = PeerBreaker()
+        barrier = threading.Barrier(8)
+
+        def by_calling() -> None:
+            with circuit.calling():
+                barrier.wait(10)
+
+        with running(*[lambda: circuit.call(barrier.wait, 10), by_calling] * 4):
+            pass
+        assert circuit.current_state == "closed"
+
+    def test_32_threads_connect_at_once(self) -> None:
+        """32 threads are inside connect() to one peer at the same moment."""
+        barrier = threading.Barrier(32)
+        driver = Driver()
+        driver.down["db1"] = lambda: barrier.wait(10) and None
+        db = LoadBalancer(peers("db1"), driver.connect)
+        with running(*[db.connect] * 32):
+            pass
+        assert len(driver.made) == 32
+
+    def test_only_the_trial_waits_on_a_hanging_peer(self) -> None:
+        """While a trial hangs, seven other threads connect elsewhere again and again."""
+        clock = Clock()
+        driver = Driver()
+        db = LoadBalancer(peers("hangs", "db2"), driver.connect, clock=clock, jitter=even)
+        db.peers["hangs"].breaker.open()
+        clock.advance(30)
+        inside, go = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            inside.set()
+            assert go.wait(20)
+
+        driver.down["hangs"] = hang
+        with running(db.connect):
+            assert inside.wait(10)
+            with running(*[lambda: [db.connect() for _ in range(50)]] * 7):
+                pass
+            assert driver.hosts == ["hangs"] + ["db2"] * 350
+            go.set()
+        assert db.peers["hangs"].breaker.is_available
+
+    def test_view_is_never_left_behind(self) -> None:
+        """However threads change circuits, the next look at the peers shows what they are."""
+        db = LoadBalancer(peers("db1", "db2", "db3"), clock=Clock())
+        circuits = [peer.breaker for peer in db.peers.values()]
+
+        def change(seed: int) -> None:
+            draw = random.Random(seed)
+            for _ in range(150):
+                one = draw.choice(circuits)
+                draw.choice([one.open, one.close, one.half_open, one.suspect, db.view])()
+
+        for attempt in range(4):
+            with running(*[lambda seed=attempt * 8 + n: change(seed) for n in range(8)]):
+                pass
+            view = db.view()
+            in_use = {peer.name for tier in view.tiers for peer in tier}
+            assert in_use == {p.name for p in db.peers.values() if p.breaker.is_available}
+            assert {p.name for p in view.suspects} == {
+                p.name for p in db.peers.values() if p.breaker.circuit.suspect
+            }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+class TestFork:
+    @staticmethod
+    def in_child(work: Callable[[], str], seconds: float = 10) -> str:
+        """Return what ``work`` returns in a forked child; fail if it does not end in time."""
+        read, write = os.pipe()
+        with warnings.catch_warnings():
+            # Forking with threads about is what is tested.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            try:
+                os.write(write, work().encode())
+            except BaseException as exc:
+                os.write(write, repr(exc).encode())
+            finally:
+                os._exit(0)
+        os.close(write)
+        try:
+            ready, _, _ = select.select([read], [], [], seconds)
+            assert ready, "the child hangs"
+            return os.read(read, 1000).decode()
+        finally:
+            os.close(read)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    @staticmethod
+    def locked(circuit: Any) -> Any:
+        """Hold the circuit's lock in another thread for the length of the block."""
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with circuit._lock:
+                held.set()
+                assert release.wait(20)
+
+        class Locked:
+            def __enter__(self) -> None:
+                self.thread = threading.Thread(target=hold)
+                self.thread.start()
+                assert held.wait(10)
+
+            def __exit__(self, *exc: Any) -> None:
+                release.set()
+                self.thread.join()
+
+        return Locked()
+
+    def test_while_another_thread_holds_the_lock(self) -> None:
+        """A child made while the parent holds a circuit's lock connects at once, by a trial even."""
+        clock = Clock()
+        driver = Driver()
+        db = LoadBalancer(peers("db1"), driver.connect, clock=clock, jitter=even)
+        circuit = db.peers["db1"].breaker
+        circuit.open()
+        clock.advance(30)
+        with self.locked(circuit):
+            assert self.in_child(lambda: db.connect().host + circuit.current_state) == "db1closed"
+
+    def test_breaker_of_its_own(self) -> None:
+        """The same for a PeerBreaker that belongs to no balancer."""
+        circuit = PeerBreaker(fail_max=1)
+        with self.locked(circuit):
+
+            def work() -> str:
+                with pytest.raises(ZeroDivisionError):
+                    circuit.call(lambda: 1 / 0)
+                return str(circuit.current_state)
+
+            assert self.in_child(work) == "open"
+        assert circuit.current_state == "closed"
+
+    def test_while_a_trial_is_under_way(self) -> None:
+        """The parent's trial is none of the child's: the child makes its own at once."""
+        clock = Clock()
+        db = LoadBalancer(peers("db1"), Driver().connect, clock=clock, jitter=even)
+        circuit = db.peers["db1"].breaker
+        circuit.open()
+        clock.advance(30)
+        trial = circuit.acquire()
+
+        def work() -> str:
+            before = circuit.current_state
+            host = db.connect().host
+            trial.failed(OSError())  # the parent's; the child has no part in it
+            return f"{before} {host} {circuit.current_state}"
+
+        assert self.in_child(work) == "open db1 closed"
+        assert circuit.trial is not None
+        trial.succeeded()
+        assert circuit.current_state == "closed"
+
+    def test_while_a_suspects_trial_is_under_way(self) -> None:
+        """The same for a suspect."""
+        db = LoadBalancer(peers("db1"), Driver().connect)
+        circuit = db.peers["db1"].breaker
+        circuit.suspect()
+        assert circuit.acquire().is_trial
+        assert self.in_child(lambda: str(db.connect().host)) == "db1"
+
+    def test_within_a_guarded_call(self) -> None:
+        """A child made inside a guarded trial leaves the with block and goes on."""
+        clock = Clock()
+        circuit = PeerBreaker(clock=clock, jitter=even)
+        circuit.open()
+        clock.advance(30)
+
+        def work() -> str:
+            permits.pop().succeeded()
+            return f"{circuit.current_state} {circuit.call(str)}{circuit.current_state}"
+
+        permits = [circuit.acquire()]
+        assert self.in_child(work) == "open closed"
+
+    def test_keeps_what_is_known(self) -> None:
+        """The child begins with what its parent knew of the peers, and with no connections."""
+        db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=Clock())
+        connection = db.connect()
+        db.peers["db1"].breaker.open()
+
+        def work() -> str:
+            states = " ".join(state.state for state in db.snapshot())
+            return states + str([peer.connections for peer in db.peers.values()])
+
+        assert self.in_child(work) == "open closed[0, 0]"
+        assert sum(peer.connections for peer in db.peers.values()) == 1
+        assert connection
+
+    def test_children_draw_their_own(self) -> None:
+        """Two children of one parent do not choose their peers alike."""
+        db = LoadBalancer(peers(*"abcdefgh"), Driver().connect)
+
+        def work() -> str:
+            return "".join(db.connect().host for _ in range(30))
+
+        assert self.in_child(work) != self.in_child(work)
+
+
+class Injected(BaseException):
+    """What is thrown into threads, as Celery's and debuggers' time-outs are."""
+
+
+def works_again(db: LoadBalancer, clock: Clock) -> None:
+    """Assert that nothing is stuck: locks free, each peer to be had once its lease is over."""
+    for peer in db.peers.values():
+        assert lock_is_free(peer.breaker)
+    # Beyond every lease and every interval.
+    clock.advance(1000)
+    for _ in range(3):
+        for name in db.peers:
+            assert in_thread(lambda: db.connect(lambda attempt: attempt.peer.name)) in db.peers
+            assert name
+    for name, peer in db.peers.items():
+        if not peer.breaker.is_available:
+            clock.advance(1000)
+            in_thread(lambda: db.connect(lambda attempt: attempt.peer.name))
+        assert peer.breaker.is_available, name
+        assert peer.breaker.trial is None
+    view = db.view()
+    assert {peer.name for tier in view.tiers for peer in tier} == set(db.peers)
+
+
+class TestExceptionsOutOfNowhere:
+    @pytest.mark.usefixtures("hurried")
+    def test_thrown_into_threads_that_hammer(self) -> None:
+        """Threads that are hit anywhere leave circuits that work: no lock lost, no trial stuck."""
+        clock = Clock()
+        turn = random.Random(5)
+        gate = Gate(lambda: turn.random() < 0.6)
+        db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
+        stop = threading.Event()
+        hits = [0]
+
+        def hammer() -> None:
+            while not stop.is_set():
+                try:
+                    while not stop.is_set():
+                        try:
+                            db.connect(gate.open_one)
+                        except (Exception, Injected):
+                            clock.advance(0.5)
+                        db.peers["db1"].breaker.suspect()
+                except Injected:
+                    hits[0] += 1
+
+        def victim() -> None:
+            try:
+                hammer()
+            except Injected:
+                hits[0] += 1
+
+        threads = [threading.Thread(target=victim, daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        aim = random.Random(6)
+        for _ in range(1500):
+            number = aim.randrange(8)
+            if not threads[number].is_alive():
+                threads[number] = threading.Thread(target=victim, daemon=True)
+                threads[number].start()
+            throw(ctypes.c_ulong(threads[number].ident or 0), ctypes.py_object(Injected))
+            time.sleep(aim.random() / 5000)
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        works_again(db, clock)
+
+    def test_by_a_signal(self) -> None:
+        """The same for a signal handler that raises, as Ctrl-C's and alarm's do."""
+        clock = Clock()
+        turn = random.Random(7)
+        gate = Gate(lambda: turn.random() < 0.6)
+        db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
+        hits = 0
+
+        def strike(*args: Any) -> None:
+            raise Injected
+
+        before = signal.signal(signal.SIGALRM, strike)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.00037)
+            while hits < 600:
+                try:
+                    while True:
+                        raised = raised_by_exception(lambda: db.connect(gate.open_one))
+                        if isinstance(raised, NoPeerAvailable):
+                            clock.advance(0.5)
+                        db.peers["db2"].breaker.suspect()
+                except Injected:
+                    hits += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        works_again(db, clock)
+
+    # Each line in turn
+
+    @staticmethod
+    def interrupted_at(step: int, work: Callable[[], object]) -> tuple[bool, str]:
+        """Run ``work`` and raise Injected at the step-th line that it runs of the core.
+
+        Returns whether there was such a line, and where it is. The line event at which a
+        ``with`` statement is left is no step: the interpreter asks for signals where functions
+        are called and loops turn round, which it does not between a block's end and ``__exit__``.
+        """
+        files = {breaker.__file__, balancer.__file__}
+        left = step
+        where = ""
+        entered: set[tuple[int, int]] = set()
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal left, where
+            if frame.f_code.co_filename not in files:
+                return None
+            if event == "line":
+                line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+                if line.startswith("with "):
+                    key = (id(frame), frame.f_lineno)
+                    if key in entered:
+                        return trace
+                    entered.add(key)
+                left -= 1
+                if left == 0:
+                    where = f"{frame.f_code.co_name}:{frame.f_lineno}: {line}"
+                    raise Injected
+            return trace
+
+        sys.settrace(trace)
+        try:
+            work()
+        except Injected:
+            pass
+        except Exception:
+            pass
+        finally:
+            sys.settrace(None)
+        return left <= 0, where
+
+    @staticmethod
+    def scenes() -> dict[str, Callable[[LoadBalancer, Clock], object]]:
+        def connecting(*down: str) -> Callable[[LoadBalancer, Clock], object]:
+            def scene(db: LoadBalancer, clock: Clock) -> object:
+                def open_one(attempt: Any) -> str:
+                    if attempt.peer.name in down:
+                        raise refused_by_host()
+                    return str(attempt.peer.name)
+
+                return db.connect(open_one)
+
+            return scene
+
+        def out(scene: Callable[[LoadBalancer, Clock], object]) -> Any:
+            def prepared(db: LoadBalancer, clock: Clock) -> object:
+                return scene(db, clock)
+
+            prepared.out = True  # type: ignore[attr-defined]
+            return prepared
+
+        def suspected(db: LoadBalancer, clock: Clock) -> object:
+            for peer in db.peers.values():
+                peer.breaker.suspect("lost", Fault.LOST)
+            return connecting("db1")(db, clock)
+
+        def released(db: LoadBalancer, clock: Clock) -> object:
+            return raised_by(lambda: db.connect(lambda attempt: 1 / 0))
+
+        def guarded(db: LoadBalancer, clock: Clock) -> object:
+            with db.peers["db1"].breaker.calling():
+                pass
+            return db.peers["db1"].breaker.call(lambda: 1 / 0)
+
+        return {
+            "connecting": connecting(),
+            "failing over": connecting("db1"),
+            "all down": connecting("db1", "db2"),
+            "trials, good": out(connecting()),
+            "trials, bad": out(connecting("db1", "db2")),
+            "suspects": suspected,
+            "trial released": out(released),
+            "guarded calls": guarded,
+            "guarded trial": out(guarded),
+        }
+
+    @pytest.mark.parametrize("name", list(scenes.__func__()))
+    def test_at_every_line_in_turn(self, name: str) -> None:
+        """An exception at any line of the core leaves circuits and peers in working order."""
+        scene = self.scenes()[name]
+        step = 0
+        gc.disable()
+        try:
+            while True:
+                step += 1
+                clock = Clock()
+                db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
+                db.remove_listener(balancer.log_event)
+                if getattr(scene, "out", False):
+                    for peer in db.peers.values():
+                        peer.breaker.open()
+                    clock.advance(30)
+                there, where = self.interrupted_at(step, lambda: scene(db, clock))  # noqa: B023
+                try:
+                    works_again(db, clock)
+                except AssertionError as exc:
+                    raise AssertionError(f"after an exception at {where}") from exc
+                if not there:
+                    break
+        finally:
+            gc.enable()
+        assert step > 25
+
+    def test_events_stay_in_pairs(self) -> None:
+        """A circuit that is interrupted opens and closes in turn all the same."""
+        clock = Clock()
+        db = LoadBalancer(peers("db1"), clock=clock, jitter=even)
+        told: list[type] = []
+        db.add_listener(
+            lambda event: (
+                told.append(type(event))
+                if isinstance(event, (CircuitOpened, CircuitClosed))
+                else None
+            )
+        )
+        for _ in range(3):
+            raised_by(lambda: db.connect(lambda attempt: fail_as_host()))
+            clock.advance(30)
+            raised_by(lambda: db.connect(lambda attempt: fail_as_interrupt()))
+            clock.advance(1)
+            db.connect(lambda attempt: "connected")
+        assert told == [CircuitOpened, CircuitClosed] * 3
+
+
+def fail_as_host() -> None:
+    raise refused_by_host()
+
+
+def fail_as_interrupt() -> None:
+    raise Injected
+
+
+def raised_by_exception(function: Callable[[], object]) -> Exception | None:
+    try:
+        function()
+    except Exception as exc:
+        return exc
+    return None

@@ -1,0 +1,630 @@
+"""What an error at connect says about a peer, with the real errors of real servers, in Django."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import MySQLdb
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.db import OperationalError, connections
+from django.db.backends.signals import connection_created
+
+import django_proxysql
+from django_proxysql import Fault, NotReady, balancers
+from django_proxysql.balancer import PeerState
+from django_proxysql.registry import NoPeerAvailable
+from tests.engine import POSTGRESQL, SQLITE, Clock, engine, mysql_peer, postgres_peer, sqlite_peer
+from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.galera import GaleraCluster
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+
+ROOT = Path(__file__).parent.parent
+Pair = tuple[Node, Node]
+
+
+def state(name: str = "peer0") -> PeerState:
+    return {s.name: s for s in balancers["balanced"].snapshot()}[name]
+
+
+def sockets() -> set[str]:
+    """Return this process's open sockets."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            link = os.readlink(f"/proc/self/fd/{descriptor}")
+            if link.startswith("socket:"):
+                found.add(link)
+    return found
+
+
+@pytest.fixture
+def received() -> Iterator[list[Callable[[Any], None]]]:
+    """What is put into this list is called with each new connection."""
+    callbacks: list[Callable[[Any], None]] = []
+
+    def receiver(connection: Any, **kwargs: Any) -> None:
+        for callback in callbacks:
+            callback(connection)
+
+    connection_created.connect(receiver)
+    yield callbacks
+    connection_created.disconnect(receiver)
+
+
+def first_then_second(first: Any, second: Any, **settings: Any) -> Any:
+    """Return an engine that tries ``first`` before ``second``, by their priorities."""
+    return engine([first, {**second, "PRIORITY": 1}], **settings)
+
+
+# One row after the other of what an error means
+
+
+def test_refused(mariadb_pair: Pair) -> None:
+    """Nothing listens: the next peer is used, and the circuit opens."""
+    dead, alive = mariadb_pair
+    dead.kill()
+    with first_then_second(mysql_peer(dead), mysql_peer(alive)) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert state().error.startswith("(2002, ")
+
+
+def test_killed_and_restarted(mariadb_pair: Pair) -> None:
+    """A peer that was killed is left alone until its trial, and is back after it."""
+    first, second = mariadb_pair
+    clock = Clock()
+    settings = {"clock": clock, "CHECK_INTERVAL": 30}
+    with first_then_second(mysql_peer(first), mysql_peer(second), **settings) as connection:
+
+        def connected_to() -> str:
+            connection.close()
+            connection.ensure_connection()
+            return connection.peer.name
+
+        assert connected_to() == "peer0"
+        first.kill()
+        assert connected_to() == "peer1"
+        first.start()
+        clock.advance(29)
+        assert connected_to() == "peer1"
+        clock.advance(2)
+        assert connected_to() == "peer0"
+        assert state().state == "closed"
+
+
+def test_stopped(mariadb_pair: Pair) -> None:
+    """A peer that accepts and is silent costs CONNECT_TIMEOUT once, then the next is used."""
+    frozen, alive = mariadb_pair
+    frozen.freeze()
+    settings = {"CONNECT_TIMEOUT": 1}
+    with first_then_second(mysql_peer(frozen), mysql_peer(alive), **settings) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert state().error.startswith("(2013, ")
+
+
+def test_stopped_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """PostgreSQL: stopped, then killed, is UNREACHABLE both times."""
+    bad, alive = postgres_pair
+    clock = Clock()
+    settings = {"CONNECT_TIMEOUT": 2, "PEER_ENGINE": POSTGRESQL, "clock": clock}
+    with first_then_second(postgres_peer(bad), postgres_peer(alive), **settings) as connection:
+        bad.freeze()
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert "timeout expired" in state().error
+        bad.kill()
+        clock.advance(60)
+        connection.close()
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert "refused" in state().error
+
+
+def test_full(mariadb_pair: Pair) -> None:
+    """A full peer is passed over and its circuit stays closed; all full, each says 1040."""
+    full, alive = mariadb_pair
+    address = {"host": full.host, "user": USER, "password": PASSWORD, "database": DATABASE}
+    full.set_global("max_connections", 10)
+    held = []
+    with pytest.raises(MySQLdb.OperationalError, match="1040"):
+        while True:
+            held.append(MySQLdb.connect(port=full.port, **address))
+    with first_then_second(mysql_peer(full), mysql_peer(alive)) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().failures) == ("closed", 0)
+        connection.close()
+        alive.kill()
+        with pytest.raises(NoPeerAvailable, match=r"peer0 \(.*1040.*tried just now; peer1.*2002"):
+            connection.ensure_connection()
+        for connection_held in held:
+            connection_held.close()
+
+
+def test_full_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """PostgreSQL's 53300 is the same: next peer, counted for nothing."""
+    full, alive = postgres_pair
+    full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT 0")
+    settings = {"PEER_ENGINE": POSTGRESQL}
+    try:
+        with first_then_second(postgres_peer(full), postgres_peer(alive), **settings) as connection:
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            assert (state().state, state().failures) == ("closed", 0)
+    finally:
+        full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT -1")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"PASSWORD": "not-" + PASSWORD}, 1045),
+        ({"NAME": "nonesuch", "USER": ADMIN, "PASSWORD": ADMIN_PASSWORD}, 1049),
+        ({"NAME": "nonesuch"}, 1044),
+    ],
+)
+def test_refusing(
+    mariadb_pair: Pair, wrong: dict[str, Any], code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer that refuses us is an ERROR in the log, counts, and the next is used."""
+    refusing, alive = mariadb_pair
+    peers = mysql_peer(refusing, **wrong), mysql_peer(alive)
+    with first_then_second(*peers) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.REFUSED)
+        assert state().error.startswith(f"({code}, ")
+    (record,) = [r for r in caplog.records if r.levelno >= logging.INFO]
+    assert record.levelno == logging.ERROR
+    assert "refuses us" in record.getMessage()
+
+
+@pytest.mark.parametrize("wrong", [{"PASSWORD": "no"}, {"NAME": "nonesuch"}])
+def test_refusing_postgresql(postgres: PostgreSQLNode, wrong: dict[str, Any]) -> None:
+    """PostgreSQL: wrong password and unknown database are refusals, raised when all refuse."""
+    with engine([postgres_peer(postgres, **wrong)], PEER_ENGINE=POSTGRESQL) as connection:
+        with pytest.raises(OperationalError) as raised:
+            connection.ensure_connection()
+        assert not isinstance(raised.value, NoPeerAvailable)
+        assert (state().state, state().fault) == ("open", Fault.REFUSED)
+
+
+def test_all_refuse(mariadb_pair: Pair) -> None:
+    """All peers refusing gives the driver's own error; between trials it is quoted."""
+    clock = Clock()
+    peers = [mysql_peer(node, PASSWORD="no") for node in mariadb_pair]
+    with engine(peers, clock=clock, LAST_RESORT_INTERVAL=5) as connection:
+        with pytest.raises(OperationalError) as raised:
+            connection.ensure_connection()
+        assert type(raised.value) is OperationalError
+        assert raised.value.args[0] == 1045
+        assert isinstance(raised.value.__cause__, MySQLdb.OperationalError)
+        with pytest.raises(NoPeerAvailable) as between:
+            connection.ensure_connection()
+        assert str(between.value).count("circuit open, last error (1045, ") == 2
+        assert str(between.value).count("next trial in 5 s") == 2
+        clock.advance(5.1)
+        with pytest.raises(OperationalError) as again:
+            connection.ensure_connection()
+        assert again.value.args[0] == 1045
+
+
+def test_refused_while_name_was_changed(mariadb_pair: Pair) -> None:
+    """Refused for a database that the caller asked for: raised at once, counted for nothing."""
+    peers = [mysql_peer(node, USER=ADMIN, PASSWORD=ADMIN_PASSWORD) for node in mariadb_pair]
+    with engine(peers) as connection:
+        connection.settings_dict["NAME"] = "tenant_without_a_database"
+        for _ in range(5):
+            with pytest.raises(OperationalError) as raised:
+                connection.ensure_connection()
+            assert raised.value.args[0] == 1049
+        connection.settings_dict["NAME"] = DATABASE
+        for name in ("peer0", "peer1"):
+            assert (state(name).state, state(name).failures) == ("closed", 0)
+        # Nor does a peer that cannot be reached gain anything by the changed name.
+        mariadb_pair[0].kill()
+        mariadb_pair[1].kill()
+        connection.settings_dict["NAME"] = "tenant_without_a_database"
+        with pytest.raises(NoPeerAvailable):
+            connection.ensure_connection()
+        assert state().state == "open"
+
+
+# READY_CHECK
+
+
+@pytest.mark.slow
+def test_galera_node_cut_off(galera: GaleraCluster) -> None:
+    """READY_CHECK galera: a node cut off from its cluster accepts connections and gets none."""
+    cut, alive = galera[0], galera[1]
+    clock = Clock()
+    settings = {"READY_CHECK": "galera", "clock": clock}
+    with first_then_second(mysql_peer(cut), mysql_peer(alive), **settings) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer0"
+        connection.close()
+        galera.isolate(cut)
+        before = sockets()
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert "wsrep" in state().error
+        connection.close()
+        assert sockets() == before
+        # Without READY_CHECK it is found out by the first statement on a table, here a receiver's.
+        galera[0].sql("SELECT 1")
+    peers = [mysql_peer(cut, OPTIONS={"init_command": "SELECT 1 FROM app.nonesuch LIMIT 0"})]
+    with first_then_second(peers[0], mysql_peer(alive)) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert state().error.startswith("(1047, 'WSREP")
+
+
+def test_writable_mariadb(mariadb_pair: Pair) -> None:
+    """READY_CHECK writable passes a read-only MariaDB by, until it takes writes again."""
+    replica, writer = mariadb_pair
+    replica.set_global("read_only", 1)
+    clock = Clock()
+    settings = {"READY_CHECK": "writable", "clock": clock}
+    with first_then_second(mysql_peer(replica), mysql_peer(writer), **settings) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert "read_only" in state().error
+        replica.set_global("read_only", 0)
+        clock.advance(60)
+        connection.close()
+        connection.ensure_connection()
+        assert connection.peer.name == "peer0"
+
+
+def test_writable_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """READY_CHECK writable passes a read-only PostgreSQL by."""
+    replica, writer = postgres_pair
+    replica.set_global("default_transaction_read_only = on")
+    settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL}
+    with first_then_second(postgres_peer(replica), postgres_peer(writer), **settings) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+
+
+refused_ports: set[int] = set()
+
+
+def not_these_ports(connection: Any) -> None:
+    """Raise NotReady for the ports in ``refused_ports``: a READY_CHECK of a user's own."""
+    cursor = connection.cursor()
+    cursor.execute("SELECT @@port")
+    if cursor.fetchone()[0] in refused_ports:
+        raise NotReady("not this one")
+
+
+def test_ready_check_of_ones_own(mariadb_pair: Pair) -> None:
+    """READY_CHECK as a dotted path is called with the driver's connection; NotReady counts."""
+    refused_ports.add(mariadb_pair[0].port)
+    settings = {"READY_CHECK": f"{__name__}.not_these_ports"}
+    try:
+        peers = [mysql_peer(node) for node in mariadb_pair]
+        with first_then_second(*peers, **settings) as connection:
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            assert state().error == "not this one"
+            refused_ports.add(mariadb_pair[1].port)
+            connection.close()
+            with pytest.raises(NoPeerAvailable, match="peer1 .*: not this one, tried just now"):
+                connection.ensure_connection()
+    finally:
+        refused_ports.clear()
+
+
+# Not the peer's fault
+
+
+def assert_nobodys_fault(connection: Any, before: set[str]) -> None:
+    assert connection.connection is None
+    assert connection.peer is None
+    assert sockets() == before
+    for peer in balancers["balanced"].peers.values():
+        assert peer.connections == 0
+        assert (state(peer.name).state, state(peer.name).failures) == ("closed", 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImproperlyConfigured("no"), ValueError("no"), KeyboardInterrupt(), SystemExit(1)],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_that_are_not_the_peers(
+    mariadb_pair: Pair, received: list[Any], error: BaseException
+) -> None:
+    """An error of the application's own is raised as it is; no other peer is tried for it."""
+    tried = []
+
+    def receiver(connection: Any) -> None:
+        tried.append(connection.peer.name)
+        raise error
+
+    received.append(receiver)
+    with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
+        before = sockets()
+        with pytest.raises(type(error)) as raised:
+            connection.ensure_connection()
+        assert raised.value is error
+        assert len(tried) == 1
+        assert_nobodys_fault(connection, before)
+        received.clear()
+        connection.ensure_connection()
+
+
+def test_bad_options_are_local(mariadb_pair: Pair) -> None:
+    """OPTIONS that the driver does not know are raised as its own error, on the first peer."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, OPTIONS={"nonesuch": 1}) as connection:
+        before = sockets()
+        with pytest.raises(TypeError, match="nonesuch"):
+            connection.ensure_connection()
+        assert_nobodys_fault(connection, before)
+
+
+def test_bad_options_of_postgresql_are_local(postgres: PostgreSQLNode) -> None:
+    """So are libpq's, which it calls a ProgrammingError or an OperationalError."""
+    peers = [postgres_peer(postgres)] * 2
+    settings = {"PEER_ENGINE": POSTGRESQL, "OPTIONS": {"nonesuch": "1"}}
+    with engine(peers, **settings) as connection:
+        before = sockets()
+        with pytest.raises(Exception, match="nonesuch"):
+            connection.ensure_connection()
+        assert_nobodys_fault(connection, before)
+
+
+def test_no_descriptors_left(mariadb_pair: Pair) -> None:
+    """A process out of file descriptors blames no peer, and connects when it has some again."""
+    script = """
+        import os, resource, sys
+        import django
+        django.setup()
+        from django.db import OperationalError
+        from django_proxysql import balancers
+        from tests.engine import engine
+        with engine({peers!r}) as connection:
+            connection.ensure_connection()
+            connection.close()
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+            held = []
+            try:
+                while True:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                pass
+            try:
+                connection.ensure_connection()
+            except OperationalError as exc:
+                print(type(exc).__name__, exc.args[0])
+            for descriptor in held:
+                os.close(descriptor)
+            print([(s.state, s.failures) for s in balancers["balanced"].snapshot()])
+            connection.ensure_connection()
+            print(connection.peer is not None)
+    """
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script).format(peers=peers)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"},
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0].split()[0] == "OperationalError"
+    assert lines[1:] == ["[('closed', 0), ('closed', 0)]", "True"]
+
+
+# Failures after the handshake
+
+
+def test_wrong_init_command(mariadb_pair: Pair) -> None:
+    """A server's error in init_connection_state is the settings', and leaves nothing open."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, OPTIONS={"init_command": "SET nonesuch = 1"}) as connection:
+        before = sockets()
+        with pytest.raises(OperationalError, match="nonesuch"):
+            connection.ensure_connection()
+        assert_nobodys_fault(connection, before)
+
+
+@pytest.mark.parametrize("packet", [b"SET", b"transaction", b"SELECT 42"])
+def test_peer_that_dies_half_way(
+    mariadb_pair: Pair,
+    fault_proxy: Callable[..., FaultProxy],
+    received: list[Any],
+    packet: bytes,
+) -> None:
+    """A peer that dies after the handshake, in SET or in a receiver, counts; the next is used."""
+
+    def receiver(connection: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 42")
+
+    received.append(receiver)
+    proxy = fault_proxy(mariadb_pair[0])
+    options = {"isolation_level": "repeatable read"}
+    peers = mysql_peer(proxy), mysql_peer(mariadb_pair[1])
+    with first_then_second(*peers, OPTIONS=options) as connection:
+        before = sockets()
+        proxy.cut_before(packet)
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().connections) == ("open", 0)
+        assert state().fault in (Fault.UNREACHABLE, Fault.LOST)
+        connection.close()
+        assert sockets() - before <= sockets_of(proxy)
+    proxy.wait_until_idle()
+
+
+def sockets_of(proxy: FaultProxy) -> set[str]:
+    """Return the sockets that may be the proxy's: it lives in this process too."""
+    proxy.wait_until_idle()
+    return set()
+
+
+def test_failing_receiver_of_the_only_peer(mariadb: Node, received: list[Any]) -> None:
+    """A driver's error in a receiver leaves connection None, no socket, no count."""
+
+    def receiver(connection: Any) -> None:
+        mariadb.kill()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 42")
+
+    received.append(receiver)
+    with engine([mysql_peer(mariadb)]) as connection:
+        before = sockets()
+        with pytest.raises(NoPeerAvailable):
+            connection.ensure_connection()
+        assert connection.connection is None
+        assert sockets() == before
+        assert (state().state, state().connections) == ("open", 0)
+
+
+# What is said
+
+
+def test_no_peer_available_under_django(mariadb_pair: Pair) -> None:
+    """NoPeerAvailable names each peer, its address, error and trial, and is an OperationalError."""
+    first, second = mariadb_pair
+    clock = Clock()
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with first_then_second(*peers, clock=clock, LAST_RESORT_INTERVAL=None) as connection:
+        first.kill()
+        connection.ensure_connection()
+        connection.close()
+        second.kill()
+        clock.advance(18)
+        with pytest.raises(OperationalError) as raised:
+            connection.cursor()
+        error = raised.value
+        assert isinstance(error, django_proxysql.NoPeerAvailable)
+        refused = "(2002, \"Can't connect to server on '127.0.0.1' (115)\")"
+        assert str(error) == (
+            "No peer of 'balanced' can be reached. "
+            f"peer0 (127.0.0.1:{first.port}): circuit open, last error {refused}, "
+            "next trial in 12 s; "
+            f"peer1 (127.0.0.1:{second.port}): {refused}, tried just now."
+        )
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert again.balancer == "balanced"
+
+
+def test_passwords_are_nowhere(
+    mariadb_pair: Pair, caplog: pytest.LogCaptureFixture, received: list[Any]
+) -> None:
+    """No password in logs at DEBUG, in errors, reprs, snapshots or states, its own or a peer's."""
+    caplog.set_level(logging.DEBUG)
+    wrong = "tell-nobody"
+    peers = mysql_peer(mariadb_pair[0], PASSWORD=wrong), mysql_peer(mariadb_pair[1])
+    with first_then_second(*peers, PASSWORD="nor-this") as connection:
+        connection.ensure_connection()
+        connection.close()
+        mariadb_pair[1].kill()
+        with pytest.raises(OperationalError) as raised:
+            connection.ensure_connection()
+        balancer = balancers["balanced"]
+        said = [
+            caplog.text,
+            str(raised.value),
+            repr(raised.value),
+            pickle.dumps(raised.value).decode("latin1"),
+            repr(balancer),
+            repr(balancer.config),
+            repr(balancer.snapshot()),
+            repr(balancers),
+            repr(connection),
+            *(repr((p, p.config, p.breaker, p.breaker.circuit)) for p in balancer.peers.values()),
+        ]
+    assert caplog.text
+    for secret in (wrong, PASSWORD, "nor-this"):
+        assert not [text for text in said if secret in text]
+
+
+def test_log_of_a_peers_death_and_return(
+    mariadb_pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One WARNING when the circuit opens, one INFO when it closes, DEBUG for each connection."""
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    first, second = mariadb_pair
+    clock = Clock()
+    peers = mysql_peer(first), mysql_peer(second)
+    with first_then_second(*peers, clock=clock) as connection:
+        first.kill()
+        for _ in range(3):
+            connection.ensure_connection()
+            connection.close()
+        first.start()
+        clock.advance(42)
+        connection.ensure_connection()
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records if r.levelno > logging.DEBUG]
+    address = f"127.0.0.1:{first.port}"
+    assert lines == [
+        (
+            "WARNING",
+            f"balanced: circuit of peer0 ({address}) opened, first trial in 30 s: "
+            "(2002, \"Can't connect to server on '127.0.0.1' (115)\")",
+        ),
+        ("INFO", f"balanced: circuit of peer0 ({address}) closed, the peer was out for 42.0 s"),
+    ]
+    connected = [r for r in caplog.records if ": connected to " in r.getMessage()]
+    assert [record.peer for record in connected] == ["peer1"] * 3 + ["peer0"]
+    assert {record.alias for record in connected} == {"balanced"}
+
+
+def test_sqlite_peer_whose_path_is_gone(tmp_path: Path) -> None:
+    """SQLite: a path that cannot be opened is UNREACHABLE; a file that is no database REFUSED."""
+    good = sqlite_peer(tmp_path / "db")
+    gone = sqlite_peer(tmp_path / "no" / "db")
+    with first_then_second(gone, good, PEER_ENGINE=SQLITE) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert state().fault is Fault.UNREACHABLE
+    (tmp_path / "text").write_text("no database, but long enough to be read as one " * 100)
+    settings = {"PEER_ENGINE": SQLITE, "OPTIONS": {}}
+    broken = sqlite_peer(tmp_path / "text")
+    with first_then_second(broken, good, READY_CHECK=f"{__name__}.reads", **settings) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert state().fault is Fault.REFUSED
+
+
+def reads(connection: Any) -> None:
+    """Read something: a READY_CHECK for SQLite, which opens anything."""
+    connection.execute("SELECT * FROM sqlite_master").fetchall()
+
+
+def test_connections_of_other_aliases_stay(mariadb_pair: Pair) -> None:
+    """A balancer without any peer does no harm to another alias."""
+    with engine([mysql_peer(mariadb_pair[0])]) as connection:
+        mariadb_pair[0].kill()
+        with pytest.raises(NoPeerAvailable):
+            connection.ensure_connection()
+        with connections["default"].cursor() as cursor:
+            cursor.execute("SELECT 1")
