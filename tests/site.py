@@ -1,0 +1,191 @@
+"""A load balancer whose two peers are fault proxies in front of one server.
+
+Whatever was written is in one place, then, whichever peer it went through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from django_proxysql.events import ConnectionLost, ConnectionReplaced, StatementReplayed
+from django_proxysql.registry import balancers
+from tests.app.models import Token
+from tests.engine import MYSQL, POSTGRESQL, Clock, added, engine, mysql_peer
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.faultproxy import FaultProxy
+
+KINDS = ["mariadb", "mariadb_tls", "postgres"]
+
+
+class Site:
+    """What a test of established connections works with."""
+
+    def __init__(
+        self, server: Any, proxies: list[FaultProxy], connection: Any, clock: Clock, plain: Any
+    ) -> None:
+        self.server = server
+        self.proxies = proxies
+        self.connection = connection
+        self.clock = clock
+        #: A connection straight to the server, by Django's own engine.
+        self.plain = plain
+        self.balancer = balancers[connection.alias]
+        self.events: list[Any] = []
+        self.balancer.add_listener(self.events.append)
+        self.is_mysql = connection.vendor == "mysql"
+
+    # What the test does
+
+    def sql(self, statement: str, params: Any = None) -> Any:
+        """Run a statement through the engine; return its rows, if it has any."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(statement, params)
+            return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
+
+    def write(self, value: str) -> None:
+        self.sql("INSERT INTO app_token (value) VALUES (%s)", [value])
+
+    def read(self) -> Any:
+        return [value for (value,) in self.sql("SELECT value FROM app_token ORDER BY id")]
+
+    # Where it stands
+
+    @property
+    def here(self) -> FaultProxy:
+        """The proxy that the present connection goes through."""
+        port = self.connection.peer.address.rpartition(":")[2]
+        return next(proxy for proxy in self.proxies if str(proxy.port) == port)
+
+    @property
+    def session(self) -> Any:
+        return self.connection._session
+
+    def written(self) -> list[str]:
+        """What is in the table, once the server has done all that it was told."""
+        self.settle()
+        with self.plain.cursor() as cursor:
+            cursor.execute("SELECT value FROM app_token ORDER BY id")
+            return [value for (value,) in cursor.fetchall()]
+
+    def settle(self) -> None:
+        """Return when the server is done with connections that are gone."""
+        mine = 1 if self.connection.connection is not None else 0
+        deadline = time.monotonic() + 10
+        while self.sessions() > mine and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def sessions(self) -> int:
+        """How many connections the server has, but for the test's own."""
+        with self.plain.cursor() as cursor:
+            if self.is_mysql:
+                cursor.execute(
+                    "SELECT count(*) FROM information_schema.processlist"
+                    " WHERE user = %s AND id <> CONNECTION_ID()",
+                    [USER],
+                )
+            else:
+                cursor.execute(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE usename = %s AND pid <> pg_backend_pid()",
+                    [USER],
+                )
+            return int(cursor.fetchone()[0])
+
+    def losses(self) -> list[ConnectionLost]:
+        return [event for event in self.events if type(event) is ConnectionLost]
+
+    def replaced(self) -> list[ConnectionReplaced]:
+        return [event for event in self.events if type(event) is ConnectionReplaced]
+
+    def replayed(self) -> list[StatementReplayed]:
+        return [event for event in self.events if type(event) is StatementReplayed]
+
+    # What happens to it
+
+    def cut_idle(self) -> None:
+        """Have the connection closed by the other side, and its socket know."""
+        descriptor = self.connection.connection.fileno()
+        self.here.drop_connections()
+        assert select.select([descriptor], [], [], 10)[0]
+
+    def kill(self) -> None:
+        """Have the server end the session, as KILL does, and its socket know."""
+        descriptor = self.connection.connection.fileno()
+        with self.plain.cursor() as cursor:
+            if self.is_mysql:
+                cursor.execute(f"KILL {self.connection.connection.thread_id()}")
+            else:
+                cursor.execute(
+                    f"SELECT pg_terminate_backend({self.connection.connection.info.backend_pid})"
+                )
+        assert select.select([descriptor], [], [], 10)[0]
+
+    def cut(self, kind: str, nth: int = 1) -> None:
+        """Lose the connection at the nth packet from now.
+
+        :param kind: "before" it left, "after" it left, or in the middle of the "reply".
+        """
+        here = self.here
+        if kind == "before":
+            here.cut_before(nth=nth)
+        elif kind == "after":
+            here.cut_after(nth=nth)
+        else:
+            here.cut_reply(3, nth=nth)
+
+    def idle(self, seconds: float = 1.0) -> None:
+        self.clock.advance(seconds)
+
+
+@contextlib.contextmanager
+def site(
+    server: Any, fault_proxy: Callable[..., FaultProxy], number: int = 2, **settings: Any
+) -> Iterator[Site]:
+    """Yield a connected :class:`Site` with an empty table ``app_token``."""
+    proxies = [fault_proxy(server) for _ in range(number)]
+    clock = Clock()
+    is_mysql = not type(server).__name__.startswith("Postgre")
+    options: dict[str, Any] = dict(settings.pop("OPTIONS", {}))
+    if getattr(server, "ca", None):
+        options.update(
+            {"ssl": {"ca": str(server.ca)}}
+            if is_mysql
+            else {"sslmode": "verify-ca", "sslrootcert": str(server.ca)}
+        )
+    plain = {
+        "ENGINE": MYSQL if is_mysql else POSTGRESQL,
+        "NAME": DATABASE,
+        "USER": USER,
+        "PASSWORD": PASSWORD,
+        "HOST": server.host,
+        "PORT": server.port,
+        "OPTIONS": options,
+    }
+    settings = {
+        "PEER_ENGINE": plain["ENGINE"],
+        "OPTIONS": options,
+        "CONN_MAX_AGE": None,
+        **settings,
+    }
+    peers = [mysql_peer(proxy) for proxy in proxies]
+    with added({"plain": plain}), engine(peers, clock=clock, **settings) as connection:
+        with_table(connections["plain"])
+        connection.ensure_connection()
+        yield Site(server, proxies, connection, clock, connections["plain"])
+
+
+def with_table(connection: BaseDatabaseWrapper) -> None:
+    """Leave an empty table ``app_token`` there."""
+    if Token._meta.db_table in connection.introspection.table_names():
+        with connection.cursor() as cursor:
+            cursor.execute("DELETE FROM app_token")
+    else:
+        with connection.schema_editor() as editor:
+            editor.create_model(Token)
