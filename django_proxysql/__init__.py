@@ -5,6 +5,7 @@ The names below marked as the core's import no Django and work without it.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .balancer import LoadBalancer
@@ -14,11 +15,14 @@ from .faults import Fault
 from .peer import Peer
 
 if TYPE_CHECKING:
+    from .errors import CommitOutcomeUnknown
     from .registry import balancers
+    from .retry import retrying_atomic
 
 __version__ = "1.0.0.dev0"
 
 __all__ = [
+    "CommitOutcomeUnknown",
     "Fault",
     "LoadBalancer",
     "NoPeerAvailable",
@@ -26,13 +30,19 @@ __all__ = [
     "Peer",
     "PeerBreaker",
     "balancers",
+    "retrying_atomic",
 ]
+
+#: Django's side: where each name is to be had.
+_OF_DJANGO = {
+    "CommitOutcomeUnknown": "errors",
+    "balancers": "registry",
+    "retrying_atomic": "retry",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Django's side is imported when it is asked for (PEP 562), never before.
-    if name == "balancers":
-        from .registry import balancers
-
-        return balancers
+    if name in _OF_DJANGO:
+        return getattr(import_module(f".{_OF_DJANGO[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

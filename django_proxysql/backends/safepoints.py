@@ -68,6 +68,16 @@ _OF_THE_CONNECTION = (
 _MOST_PARAMETERS = 1_000_000
 
 
+class CommitFate:
+    """What became of one transaction's COMMIT."""
+
+    def __init__(self) -> None:
+        #: It may stand.
+        self.sent = False
+        #: It was answered: the transaction is undone, and may be begun again.
+        self.conflict = False
+
+
 class _ErrorSeam(DatabaseErrorWrapper):
     wrapper: Any
 
@@ -90,9 +100,8 @@ class SafePointsMixin(LoadBalancedMixin):
     _first = False
     #: COMMIT or ROLLBACK was answered.
     _answered = False
-    #: What became of the transaction's COMMIT: None (never sent), "sent" (it may
-    #: stand), "conflict" (it was answered, and does not).
-    _commit_fate: str | None = None
+    #: Where the next COMMIT's fate is to be noted, for retrying_atomic.
+    _fate: CommitFate | None = None
     #: close_old_connections() is called for this wrapper: it ends units of work.
     _has_units = False
 
@@ -202,6 +211,8 @@ class SafePointsMixin(LoadBalancedMixin):
         if session.dead:
             session.loss = session.loss or exc
             session.poll = None
+            waited = session.clock() - session.used
+            session.timed_out = not idle and waited >= session.read_timeout * 0.98
         elif not driver.is_answer(exc):
             # The number of its socket may belong to another connection by now.
             session.unsure = True
@@ -612,7 +623,6 @@ class SafePointsMixin(LoadBalancedMixin):
             super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
         elif not autocommit:
             self._answered = False
-            self._commit_fate = None
             super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
             session = self._session
             if session is not None:
@@ -689,7 +699,7 @@ class SafePointsMixin(LoadBalancedMixin):
             if self._first:
                 # Nothing happened in this transaction: nothing is lost with it.
                 self._answered = True
-                self._commit_fate = "sent"
+                self._fate = None
                 return None
             assert session.loss is not None
             session.told = True
@@ -704,20 +714,37 @@ class SafePointsMixin(LoadBalancedMixin):
         driver = self._driver
         session = self._session
         known_dead = session is not None and session.dead
+        # Only this COMMIT's: one that an on_commit hook sends is another's.
+        fate, self._fate = self._fate or CommitFate(), None
         try:
-            self._commit_fate = "sent"
+            fate.sent = True
             result = commit()
         except Error as exc:
             cause = exc.__cause__ or exc
             if known_dead or driver.proves_not_run(cause):
                 # It never left: rolled back.
-                self._commit_fate = None
+                fate.sent = False
             elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
-                self._commit_fate = "conflict"
+                fate.conflict = True
             elif driver.outcome_is_unknown(cause):
                 raise CommitOutcomeUnknown(*exc.args) from cause
             raise
         return result
+
+    def begins_again(self, exc: BaseException, fate: CommitFate) -> bool:
+        """Return whether a transaction that ended by ``exc`` stands for certain not, and may
+        come to its end if it is begun once more."""
+        if fate.sent:
+            return fate.conflict
+        cause = exc.__cause__
+        if cause is None:
+            return False
+        fault = drivers.judge(cause, connecting=False)
+        if fault in (Fault.CONFLICT, Fault.KILLED):
+            return fault is Fault.CONFLICT
+        session = self._session
+        # After a time-out the server may be at it still, and in the way.
+        return session is not None and session.loss is cause and not session.timed_out
 
     def _rollback(self) -> Any:
         result = super()._rollback()  # type: ignore[misc]

@@ -37,6 +37,7 @@ class Session:
         "served",
         "server_side",
         "sticky",
+        "timed_out",
         "told",
         "unbuffered",
         "unsure",
@@ -77,6 +78,8 @@ class Session:
         self.dropped = False
         #: The application has been raised an error that ended the connection.
         self.told = False
+        #: It was given up for its silence, which may not have been its end.
+        self.timed_out = False
         #: The driver's error that ended it.
         self.loss: BaseException | None = None
         #: It holds session state; never replaced behind the application's back.
