@@ -8,8 +8,10 @@ with MariaDBNode() as node:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -198,7 +200,12 @@ def _installed_datadir() -> Path:
             return template
         find_program("mariadbd", "mysqld", package="mariadb-server")
         installer = find_program("mariadb-install-db", "mysql_install_db", package="mariadb-server")
-        unfinished = current_run().workspace.folder("mariadb-template") / "data"
+        folder = current_run().workspace.folder("mariadb-template")
+        unfinished = folder / "data"
+        # Not ours: the server may run as a user who cannot write there.
+        temporary = folder / "tmp"
+        temporary.mkdir()
+        temporary.chmod(0o1777)
         command = [
             installer,
             "--no-defaults",
@@ -208,11 +215,23 @@ def _installed_datadir() -> Path:
             "--innodb-log-file-size=8M",
             *(["--user=mysql"] if os.geteuid() == 0 else []),
         ]
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temporary)},
+            start_new_session=True,
         )
-        if result.returncode:
-            output = result.stdout.decode(errors="replace")
-            raise ServerError(f"{installer} ended with exit code {result.returncode}\n{output}")
+        try:
+            output = process.communicate()[0].decode(errors="replace")
+        except BaseException:
+            # It is a script: the server that it runs would go on.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if process.returncode:
+            raise ServerError(f"{installer} ended with exit code {process.returncode}\n{output}")
         unfinished.rename(template)
         return template

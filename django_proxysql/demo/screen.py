@@ -1,0 +1,217 @@
+"""The live table, the lines that stay, the summary.
+
+On a terminal the table is drawn anew at its place below the lines that stay;
+elsewhere each second is a line of its own. Only the thread that shows the
+table writes; the others leave their lines to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Callable, TextIO
+
+from ..balancer import PeerState
+from .load import Load
+from .tally import PeerTally, Sample, Tally
+
+#: Seconds over which rates and shares are taken.
+WINDOW = 1.0
+
+BAR = 20
+
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
+_STATE_COLOURS = {"closed": "green", "half-open": "yellow", "open": "red"}
+
+
+class Screen:
+    """Where the demo writes."""
+
+    def __init__(self, stream: TextIO, environ: Mapping[str, str]) -> None:
+        self._stream = stream
+        #: Whether the table can be drawn in place.
+        self.live = stream.isatty() and environ.get("TERM", "dumb") != "dumb"
+        self._coloured = self.live and not environ.get("NO_COLOR")
+        self._said: deque[str] = deque()
+        self._window: deque[Sample] = deque()
+        self._drawn = 0
+        self._next_line = 1.0
+        self._clock: Callable[[], float] | None = None
+
+    # --- lines that stay: from any thread ---------------------------------------------------------
+
+    def start_clock(self) -> None:
+        """Say from now on when a line was said."""
+        started = time.monotonic()
+        self._clock = lambda: time.monotonic() - started
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was started."""
+        return self._clock() if self._clock else 0.0
+
+    def say(self, line: str, colour: str = "") -> None:
+        """Write a line that stays; at once, or above the table when that is drawn next."""
+        when = f"{self.elapsed:5.1f} s  " if self._clock else ""
+        self._said.append(self._paint(when + line.replace("\n", " "), colour))
+        if self._clock is None:
+            self.flush()
+
+    # --- the table: from one thread ---------------------------------------------------------------
+
+    def show(self, sample: Sample) -> None:
+        """Draw the table."""
+        window = self._window
+        window.append(sample)
+        while len(window) > 2 and window[1].elapsed <= sample.elapsed - WINDOW:
+            window.popleft()
+        if self.live:
+            self.flush(self._table(sample))
+        else:
+            line = []
+            if sample.elapsed >= self._next_line:
+                self._next_line = int(sample.elapsed) + 1
+                line = [self._line(sample)]
+            self._write([*self._pop_said(), *line])
+
+    def flush(self, table: Sequence[str] = ()) -> None:
+        """Write the lines that wait, and the table below them."""
+        up = f"\x1b[{self._drawn}A\r\x1b[J" if self._drawn else ""
+        self._write([*self._pop_said(), *table], before=up)
+        self._drawn = len(table)
+
+    def end_table(self) -> None:
+        """Take the table away; lines are said without the time from now on."""
+        self.flush()
+        self._clock = None
+
+    def _pop_said(self) -> list[str]:
+        # Not by iterating: other threads append.
+        return [self._said.popleft() for _ in range(len(self._said))]
+
+    def _write(self, lines: Sequence[str], before: str = "") -> None:
+        if lines or before:
+            text = before + "".join(f"{line}\n" for line in lines)
+            # What a peer says may be more than the terminal can write.
+            encoding = self._stream.encoding or "ascii"
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+
+    def _table(self, sample: Sample) -> list[str]:
+        width = shutil.get_terminal_size().columns - 1
+        rate, made = self._lately()
+        total = sum(made.values())
+        heading = f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}  share now"
+        lines = [("", ""), (heading, "bold")]
+        for state in sample.states:
+            share = made[state.name] / total if total else 0
+            text = (
+                f"{state.name:8}{_circuit(state):20}{state.connections:6}"
+                f"{sample.connects[state.name]:10}{sample.failed[state.name]:8}  "
+                f"{share:4.0%} {'#' * round(share * BAR)}"
+            )
+            lines.append((text, _STATE_COLOURS[state.state]))
+        text = f"{sample.requests} requests, {rate:.0f}/s, {sample.errors} errors"
+        lines += [
+            ("", ""),
+            (text, "red" if sample.errors else "bold"),
+            (f"{sample.elapsed:.1f} s of {sample.seconds:g} s; Ctrl-C ends it", "dim"),
+        ]
+        # A line that wraps would put the next drawing at the wrong place.
+        return [self._paint(text[:width], colour) for text, colour in lines]
+
+    def _line(self, sample: Sample) -> str:
+        rate, made = self._lately()
+        total = sum(made.values())
+        parts = [
+            f"{sample.elapsed:5.1f} s  {sample.requests} requests, {rate:.0f}/s, "
+            f"{sample.errors} errors"
+        ]
+        for state in sample.states:
+            share = made[state.name] / total if total else 0
+            parts.append(
+                f"{state.name} {state.state}, holds {state.connections}, "
+                f"made {sample.connects[state.name]} ({share:.0%})"
+            )
+        return " | ".join(parts)
+
+    def _lately(self) -> tuple[float, Counter[str]]:
+        """Return the requests a second and the connects a peer of the last second."""
+        first, last = self._window[0], self._window[-1]
+        if first is last:
+            return 0.0, last.connects
+        seconds = last.elapsed - first.elapsed
+        return (last.requests - first.requests) / seconds, last.connects - first.connects
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def summarize(self, load: Load, tally: Tally, seconds: float, story: Sequence[str]) -> None:
+        """Write the summary."""
+        errors = sum(load.errors.values())
+        total = sum(peer.connects for peer in tally.peers.values())
+        self.say("")
+        self.say(
+            f"{load.requests} requests in {seconds:.1f} s ({load.requests / seconds:.0f}/s), "
+            f"{errors} errors",
+            "red" if errors else "green",
+        )
+        for problem, count in load.errors.most_common(5):
+            self.say(f"  {count} x {problem}", "red")
+        self.say("")
+        self.say("peer    connects   share  failed  trials  opened  closed     out", "bold")
+        for name in sorted(tally.peers):
+            peer: PeerTally = tally.peers[name]
+            self.say(
+                f"{name:8}{peer.connects:8}{peer.connects / max(total, 1):8.0%}{peer.failed:8}"
+                f"{peer.trials:8}{peer.opened:8}{peer.closed:8}{peer.out_for:6.1f} s"
+            )
+        if story:
+            self.say("")
+        for line in story:
+            self.say(line)
+
+    def _paint(self, text: str, colour: str) -> str:
+        if not (self._coloured and colour and text):
+            return text
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def _circuit(state: PeerState) -> str:
+    if state.state == "open" and state.trial_in is not None:
+        return f"open, trial in {max(state.trial_in, 0):.1f} s"
+    return state.state + (", suspect" if state.suspect else "")
+
+
+class ScreenHandler(logging.Handler):
+    """Log records as lines that stay; of the site's own errors only the first few."""
+
+    SITE_ERRORS = 5
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.INFO)
+        self._screen = screen
+        #: What was logged of circuits, with the time of it, for the summary.
+        self.story: list[str] = []
+        self._site_errors = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say the record's message, and its exception in a line."""
+        try:
+            of_circuits = record.name == "django_proxysql"
+            if not of_circuits:
+                self._site_errors += 1
+                if self._site_errors > self.SITE_ERRORS:
+                    return
+            line = f"{record.levelname} {record.getMessage()}"
+            if record.exc_info and record.exc_info[1]:
+                line += ": " + traceback.format_exception_only(*record.exc_info[:2])[-1].strip()
+            if of_circuits:
+                self.story.append(f"{self._screen.elapsed:5.1f} s  {line}")
+            bad, good = record.levelno >= logging.WARNING, record.levelno == logging.INFO
+            self._screen.say(line, "red" if bad else "green" if good else "")
+        except Exception:
+            self.handleError(record)

@@ -1,0 +1,87 @@
+"""A Django site, set up in this process and served on a free port of loopback."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import django
+from django.conf import settings
+from django.db import connections
+
+from .peers import Databases
+
+HOST = "127.0.0.1"
+
+
+def set_up(databases: Databases, check_interval: float) -> None:
+    """Set Django up with a load balancer over these peers."""
+    settings.configure(
+        DATABASES={
+            "default": {
+                "ENGINE": "django_proxysql.backends.proxysql",
+                "PEERS": list(databases),
+                "CHECK_INTERVAL": check_interval,
+            },
+            **databases,
+        },
+        INSTALLED_APPS=["django_proxysql"],
+        ROOT_URLCONF="django_proxysql.demo.shop",
+        ALLOWED_HOSTS=[HOST],
+        SECRET_KEY="demo",  # noqa: S106 (signs nothing)
+        LOGGING_CONFIG=None,
+        USE_TZ=True,
+    )
+    django.setup()
+
+
+def fill(aliases: Sequence[str]) -> None:
+    """Make the table and its rows in each of these databases."""
+    from .shop import PRODUCTS, Product, name_of
+
+    for alias in aliases:
+        connection = connections[alias]
+        with connection.schema_editor() as editor:
+            editor.create_model(Product)
+        Product.objects.using(alias).bulk_create(
+            Product(id=number, name=name_of(number)) for number in range(PRODUCTS)
+        )
+        connection.close()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a request, all of which have ended when it is closed."""
+
+    daemon_threads = False
+    request_queue_size = 128
+
+    def server_bind(self) -> None:
+        # WSGIServer's asks the resolver for our name, which can take seconds.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = HOST, self.server_address[1]
+        self.setup_environ()
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving() -> Iterator[int]:
+    """Serve the site while the block runs; gives the port."""
+    from django.core.wsgi import get_wsgi_application
+
+    with _Server((HOST, 0), _Handler) as server:
+        server.set_app(get_wsgi_application())
+        thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="site")
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
