@@ -19,14 +19,16 @@ NAMES = {
     "handshake": "32 threads connect at once to a peer that takes 200 ms",
     "hanging": "8 threads, and one of two peers hangs",
     "shares": "10,000 connects over 3 peers",
-    "statement": "Python function calls of one statement",
+    "statement": "a statement through the engine and through the plain engine",
+    "swap": "what a statement costs whose connection is replaced first",
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
-        description="Measure what the engine costs. Starts the servers that it needs.",
+        description="Measure what the engine costs. Starts the servers that it needs. A figure "
+        "that misses its target is printed as such; the exit status stays 0.",
         epilog="Benchmarks: " + "; ".join(f"{name}: {what}" for name, what in NAMES.items()) + ".",
     )
     parser.add_argument(
@@ -35,6 +37,9 @@ def main() -> int:
         choices=list(NAMES),
         metavar="NAME",
         help="run this benchmark (may be given more than once)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds: shows that it runs, not what it costs"
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
@@ -46,7 +51,7 @@ def main() -> int:
     for name in options.only or NAMES:
         started = time.monotonic()
         try:
-            figures = importlib.import_module(f"{__package__}.{name}").run()
+            figures = importlib.import_module(f"{__package__}.{name}").run(quick=options.quick)
         except ServerError as exc:
             print(f"{name}: {exc}", file=sys.stderr)
             return 2
@@ -56,6 +61,11 @@ def main() -> int:
             print(table(figures), flush=True)
     if options.json:
         print(json.dumps({name: [f._asdict() for f in found] for name, found in sections.items()}))
+        return 0
+    every = [figure for figures in sections.values() for figure in figures]
+    missed = [figure for figure in every if not figure.is_met]
+    targets = sum(figure.limit is not None for figure in every)
+    print(f"\n{targets - len(missed)} of {targets} targets met")
     return 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
@@ -23,71 +25,92 @@ class Figure(NamedTuple):
     def is_met(self) -> bool:
         return self.limit is None or self.value <= self.limit
 
-
-class Comparison(NamedTuple):
-    """Two callables, measured in turn: medians over all rounds, in seconds a call."""
-
-    one: float
-    other: float
-    #: The median of the differences within a round.
-    difference: float
-
     @property
-    def ratio(self) -> float:
-        return self.other / self.one
+    def verdict(self) -> str:
+        """Say whether the limit is kept, and by how much it is not."""
+        if self.limit is None:
+            return ""
+        if self.is_met:
+            return "met"
+        over = f"MISSED by {number(self.value - self.limit)}"
+        return f"{over} {self.unit}".rstrip()
+
+
+class Measured(NamedTuple):
+    """Seconds that one call took, in each round, for callables measured in turn."""
+
+    rounds: tuple[tuple[float, ...], ...]
+
+    def median(self, which: int) -> float:
+        return statistics.median(seconds[which] for seconds in self.rounds)
+
+    def added(self, one: int, other: int) -> float:
+        """Return the median of what ``other`` took more than ``one`` in the same round."""
+        return statistics.median(seconds[other] - seconds[one] for seconds in self.rounds)
+
+    def ratio(self, one: int, other: int) -> float:
+        """Return the median of what ``other`` took, in units of ``one`` in the same round."""
+        return statistics.median(seconds[other] / seconds[one] for seconds in self.rounds)
 
 
 def interleaved(
-    one: Callable[[], Any],
-    other: Callable[[], Any],
-    *,
+    *functions: Callable[[], Any],
     rounds: int,
     clock: Callable[[], float],
     batch: int = 1,
+    before: Callable[[], Any] | None = None,
     after: Callable[[], Any] | None = None,
-) -> Comparison:
-    """Measure two callables in turn, each first in every other round.
+) -> Measured:
+    """Measure callables in turn, in another order each round.
 
     :param batch: how many calls are measured together.
+    :param before: called, unmeasured, before each round.
     :param after: called, unmeasured, after each batch.
     """
-    durations: dict[Callable[[], Any], list[float]] = {one: [], other: []}
+    orders = list(itertools.permutations(range(len(functions))))
+    measured: list[tuple[float, ...]] = []
+    with _without_collector():
+        # The first rounds import, compile and cache; they do not count.
+        for turn in range(-_WARM_UP, rounds):
+            if before is not None:
+                before()
+            seconds = [0.0] * len(functions)
+            for which in orders[turn % len(orders)]:
+                function = functions[which]
+                started = clock()
+                for _ in range(batch):
+                    function()
+                seconds[which] = (clock() - started) / batch
+                if after is not None:
+                    after()
+            if turn >= 0:
+                measured.append(tuple(seconds))
+    return Measured(tuple(measured))
 
-    def measure(function: Callable[[], Any]) -> None:
-        started = clock()
-        for _ in range(batch):
-            function()
-        durations[function].append((clock() - started) / batch)
-        if after is not None:
-            after()
 
-    for _ in range(20):
-        for warm_up in (one, other):
-            warm_up()
-            if after is not None:
-                after()
+_WARM_UP = 6
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
-            for function in (one, other) if turn % 2 else (other, one):
-                measure(function)
+        yield
     finally:
         gc.enable()
-    return Comparison(
-        statistics.median(durations[one]),
-        statistics.median(durations[other]),
-        statistics.median(b - a for a, b in zip(durations[one], durations[other])),
-    )
 
 
 def machine() -> str:
-    """Return what the figures hang on, in one line."""
+    """Return what the figures hang on, in two lines."""
     import django
+    import MySQLdb.release
 
     return (
         f"Python {platform.python_version()}, Django {django.__version__}, "
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+        f"mysqlclient {MySQLdb.release.__version__} with Connector/C {MySQLdb.get_client_info()}\n"
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
 
 
@@ -96,19 +119,15 @@ def table(figures: Sequence[Figure]) -> str:
     width = max(len(figure.name) for figure in figures)
     lines = []
     for figure in figures:
-        line = f"  {figure.name:{width}}  {_number(figure.value):>9} {figure.unit:<8}"
+        line = f"  {figure.name:{width}}  {number(figure.value):>9} {figure.unit:<8}"
         if figure.limit is not None:
-            verdict = "met" if figure.is_met else "MISSED"
-            line += f" at most {_number(figure.limit)}: {verdict}"
+            line += f"  at most {number(figure.limit):>6}: {figure.verdict}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,.3f}"
-        if value < 10
-        else f"{value:,.1f}"
-    )
+def number(value: float) -> str:
+    """Return a figure as it is printed: whole, or with as many digits as mean something."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -28,8 +28,11 @@ class Connection:
         """Do nothing."""
 
 
-def run() -> list[Figure]:
-    """Make the connects with each strategy, with equal weights and with others."""
+def run(quick: bool = False) -> list[Figure]:
+    """Make the connects with each strategy, with equal weights and with others.
+
+    They take so little time that there is nothing to be quick about.
+    """
     figures = []
     for strategy in ("random", "round_robin", "least_connections"):
         for name, weights in (("equal", EQUAL), ("1:2:5", WEIGHTED)):

@@ -1,1 +1,1 @@
-"""A Django backend without a database: what is left of a connect is Django's own work."""
+"""Django's MySQL backend on a driver without a server: what is left is Python's own work."""

@@ -1,24 +1,66 @@
-"""Connects to nothing, at once or after ``OPTIONS["seconds"]``."""
+"""Connects to nothing, at once or after ``OPTIONS["seconds"]``, and answers every statement.
+
+Everything above the driver is Django's own for MySQL, and the engine takes the driver for
+mysqlclient. Each connection shows the same quiet TCP socket, so that a look at it costs what it
+costs on a real connection.
+"""
 
 from __future__ import annotations
 
+import functools
+import socket
 import time
 import types
 from typing import Any
 
-from django.db import utils
-from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.dummy import base as dummy
+import MySQLdb
+from django.db.backends.mysql import base
 
 
-class Connection:
-    """What the null driver's connect() returns."""
+@functools.cache
+def quiet_socket() -> tuple[socket.socket, socket.socket]:
+    """Return two ends of a TCP connection on which nothing is ever said."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = socket.create_connection(listener.getsockname())
+        return here, listener.accept()[0]
+
+
+class Cursor:
+    """Runs any statement at once, with one row."""
+
+    rowcount = 1
+    lastrowid = None
+
+    def execute(self, query: Any, args: Any = None) -> int:
+        """Do nothing."""
+        return 1
+
+    def fetchall(self) -> tuple[tuple[int]]:
+        """Return the row."""
+        return ((1,),)
 
     def close(self) -> None:
         """Do nothing."""
 
 
-def connect(host: str = "", seconds: float = 0.0) -> Connection:
+class Connection:
+    """What the null driver's connect() returns."""
+
+    def fileno(self) -> int:
+        """Return the quiet socket's descriptor."""
+        return quiet_socket()[0].fileno()
+
+    def cursor(self) -> Cursor:
+        """Return a cursor."""
+        return Cursor()
+
+    def autocommit(self, on: bool) -> None:
+        """Do nothing, and so for the rest."""
+
+    commit = rollback = ping = close = lambda self: None
+
+
+def connect(host: str = "", seconds: float = 0.0, **ignored: Any) -> Connection:
     """Return a connection to nothing, after ``seconds`` of waiting."""
     if seconds:
         time.sleep(seconds)
@@ -26,36 +68,18 @@ def connect(host: str = "", seconds: float = 0.0) -> Connection:
 
 
 class Database(types.ModuleType):
-    """The null driver's module; its errors are Django's."""
+    """The null driver's module: mysqlclient's name and errors, another connect()."""
 
     connect = staticmethod(connect)
 
-
-for _name in (
-    "DataError",
-    "OperationalError",
-    "IntegrityError",
-    "InternalError",
-    "ProgrammingError",
-    "NotSupportedError",
-    "DatabaseError",
-    "InterfaceError",
-    "Error",
-):
-    setattr(Database, _name, getattr(utils, _name))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(MySQLdb, name)
 
 
-class DatabaseWrapper(BaseDatabaseWrapper):
-    """Has a connect() that works, and nothing to do with the connection."""
+class DatabaseWrapper(base.DatabaseWrapper):
+    """Django's wrapper for MySQL, to the null driver."""
 
-    vendor = "null"
-    display_name = "nothing"
-    Database = Database("nulldriver")
-    client_class = dummy.DatabaseClient
-    creation_class = dummy.DatabaseCreation
-    features_class = dummy.DummyDatabaseFeatures
-    introspection_class = dummy.DatabaseIntrospection
-    ops_class = dummy.DatabaseOperations
+    Database = Database("MySQLdb")
 
     def get_connection_params(self) -> dict[str, Any]:
         settings = self.settings_dict
@@ -65,7 +89,6 @@ class DatabaseWrapper(BaseDatabaseWrapper):
         return self.Database.connect(**conn_params)
 
     def init_connection_state(self) -> None:
-        pass
-
-    def _set_autocommit(self, autocommit: bool) -> None:
-        pass
+        # What Django sends to a server, without asking it for its version first.
+        with self.cursor() as cursor:
+            cursor.execute("SET SQL_AUTO_IS_NULL = 0")
