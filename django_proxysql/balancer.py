@@ -332,6 +332,8 @@ class LoadBalancer:
             yield
             return
         self._pins.pin = _Pin(peer)
+        # Connections that are there already are to see that something is new.
+        self.look_anew()
         try:
             yield
         finally:
@@ -341,10 +343,18 @@ class LoadBalancer:
     def _pin(self) -> _Pin | None:
         return getattr(self._pins, "pin", None)
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether the calling thread is inside :meth:`pinned`."""
-        return self._pin is not None
+    def pinned_to(self, peer: Peer) -> Peer | None:
+        """Return the peer that the calling thread is to stay with, if there is one.
+
+        :param peer: where it has a connection. Used inside :meth:`pinned`, that
+            decides where to stay, if nothing has before.
+        """
+        pin = self._pin
+        if pin is None:
+            return None
+        if pin.peer is None and peer.breaker.is_available:
+            pin.peer = peer
+        return pin.peer
 
     def has_usable(self) -> bool:
         """Return whether any circuit is closed, and its peer no suspect."""
@@ -355,7 +365,7 @@ class LoadBalancer:
     def view(self) -> _View:
         """Return the peers sorted by what their circuits say; cached until one changes."""
         view = self._view
-        if view is None or view.version is not self.version:
+        if view is None or view.version is not self.version or view.is_behind():
             # Read the version first: a circuit that changes while we look
             # leaves a new one behind, and this view is then built again.
             version = self.version
@@ -370,7 +380,7 @@ class LoadBalancer:
     def _circuit_changed(self, name: str, transition: Transition) -> None:
         self.look_anew()
         peer = self.peers[name]
-        if transition.after == OPEN and transition.before == CLOSED:
+        if transition.before == CLOSED and transition.after != CLOSED:
             self.emit(
                 CircuitOpened(
                     self.name,
@@ -381,7 +391,7 @@ class LoadBalancer:
                     transition.seconds,
                 )
             )
-        elif transition.after == CLOSED and transition.before in (OPEN, HALF_OPEN):
+        elif transition.after == CLOSED and transition.before != CLOSED:
             self.emit(CircuitClosed(self.name, name, peer.address, transition.seconds))
 
     def _after_fork(self) -> None:
@@ -427,6 +437,18 @@ class _View(NamedTuple):
             tuple(sorted(out, key=lambda peer: peer.priority)),
         )
 
+    def is_behind(self) -> bool:
+        """Return whether a peer is to be had that the view has for out or suspect.
+
+        Whoever changes a circuit has the view renewed, unless it is killed on the
+        way. The other peers are found out when they are chosen; these might
+        never be.
+        """
+        for peer in self.out:
+            if peer.breaker.circuit.state == CLOSED:
+                return True
+        return any(not peer.breaker.circuit.suspect for peer in self.suspects)
+
 
 class _Search:
     """One connect(): which peers were attempted, and what is left."""
@@ -468,7 +490,7 @@ class _Search:
         """
         balancer = self._balancer
         view = balancer._view
-        if view is None or view.version is not balancer.version:
+        if view is None or view.out or view.suspects or view.version is not balancer.version:
             view = balancer.view()
         if view.tiers and not view.out and self._pin is None:
             tier = view.tiers[0]
@@ -672,7 +694,7 @@ class _Search:
         Lease.wait_for_any(list(leases.values()), until - self._clock())
         for name, lease in leases.items():
             circuit = self._balancer.peers[name].breaker.circuit
-            if lease.ended.is_set() and circuit.state == OPEN:
+            if lease.ended and circuit.state == OPEN:
                 disappointed.add(name)
         return True
 

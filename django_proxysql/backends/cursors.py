@@ -96,9 +96,16 @@ class _Seam(CursorWrapper):
 
     def close(self) -> None:
         """Close the driver's cursor."""
-        if self._named and self._session is not None:
-            self._session.server_side.discard(self)
-        self.cursor.close()
+        session = self._session
+        if self._named and session is not None:
+            session.server_side.discard(self)
+        try:
+            self.cursor.close()
+        except self.db.Database.Error:
+            # mysqlclient asks the server for more results, there, too, where
+            # there is no server any more: what could be read has been read.
+            if session is None or not (session.dead or session is not self.db._session):
+                raise
 
     def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
         self.db._before_other(self, sql)

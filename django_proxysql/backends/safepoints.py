@@ -94,6 +94,8 @@ class SafePointsMixin(LoadBalancedMixin):
     _session: Session | None = None
     #: Statements of our own are under way: nothing is to be seen.
     _quiet = False
+    #: A statement of Django's own is under way, which leaves no state that it does not look after.
+    _of_ours = False
     #: A transaction of atomic()'s has begun, and not ended.
     _in_transaction = False
     #: … and no statement has succeeded or failed in it yet.
@@ -314,12 +316,19 @@ class SafePointsMixin(LoadBalancedMixin):
         if session is not None and (session.dead or name is not None):
             # psycopg makes no cursor on a closed connection; and what a named
             # cursor reads cannot follow it to another one.
-            now = session.clock()
-            if self.in_atomic_block:
-                self._before_first(session, READ, now)
-            else:
-                self._at_safe_point(session, READ, now)
-        cursor = super()._cursor(name)  # type: ignore[misc]
+            self._before_cursor(session)
+        try:
+            cursor = super()._cursor(name)  # type: ignore[misc]
+        except Error:
+            # The first that is heard of it: COPY's errors pass by every seam.
+            if session is None or session is not self._session or not session.dead:
+                raise
+            session.told = False
+            self._before_cursor(session)
+            if session is self._session:
+                session.told = True
+                raise
+            cursor = super()._cursor(name)  # type: ignore[misc]
         session = self._session
         if session is None or self._quiet:
             return cursor
@@ -333,6 +342,13 @@ class SafePointsMixin(LoadBalancedMixin):
             session.server_side.add(cursor)
         return cursor
 
+    def _before_cursor(self, session: Session) -> None:
+        now = session.clock()
+        if self.in_atomic_block:
+            self._before_first(session, READ, now)
+        else:
+            self._at_safe_point(session, READ, now)
+
     def _before_statement(self, cursor: Any, kind: int, now: float) -> Session:
         """Have ``cursor`` on a connection that is as good as can be known."""
         session = self._session
@@ -343,13 +359,11 @@ class SafePointsMixin(LoadBalancedMixin):
             self._at_safe_point(session, kind, now)
         session = self._session
         assert session is not None
-        if kind & STATE and not self._savepoint_of_ours:
+        if kind & STATE and not self._of_ours:
             session.sticky = True
         if cursor._session is not session:
             self._bind(cursor, session)
         return session
-
-    _savepoint_of_ours = False
 
     def _before_other(self, cursor: Any, sql: Any) -> None:
         """Before what is never run again: executemany, callproc."""
@@ -407,10 +421,16 @@ class SafePointsMixin(LoadBalancedMixin):
         """Leave a peer whose circuit has opened, if another can be had."""
         balancer = session.balancer
         version = balancer.version
+        stay = balancer.pinned_to(session.peer)
+        if stay is session.peer:
+            return
+        if stay is not None:
+            self._replace(session, "last")
+            return
         if session.peer.breaker.circuit.state == "closed" and not session.dropped:
             session.version = version
             return
-        if balancer.is_pinned or (session.wrote and not session.dropped):
+        if session.wrote and not session.dropped:
             # What it wrote may not be seen elsewhere yet: at the unit's end.
             return
         if not session.dropped and not balancer.has_usable():
@@ -768,10 +788,10 @@ class SafePointsMixin(LoadBalancedMixin):
             return
         try:
             self._before_first(session, READ, session.clock())
-            self._savepoint_of_ours = True
+            self._of_ours = True
             self._quietly_heard(method, sid)
         finally:
-            self._savepoint_of_ours = False
+            self._of_ours = False
 
     def _quietly_heard(self, method: Callable[[str], object], sid: str) -> None:
         try:
@@ -830,12 +850,11 @@ class SafePointsMixin(LoadBalancedMixin):
                 self._session.held = False
 
     def _unscanned(self, method: Callable[[], Any]) -> Any:
-        session = self._session
-        sticky = session is not None and session.sticky
-        result = method()
-        if session is not None and session is self._session:
-            session.sticky = sticky
-        return result
+        try:
+            self._of_ours = True
+            return method()
+        finally:
+            self._of_ours = False
 
     def _emit(self, session: Session, event: Any) -> None:
         session.balancer.emit(event)

@@ -1,0 +1,241 @@
+"""Cursors, iterators and their neighbours over a connection that is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import DataError, OperationalError, connection, reset_queries, transaction
+from django.db.utils import Error
+from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
+
+from tests.app.models import Token
+from tests.site import KINDS, Site, site
+
+
+@pytest.fixture(params=KINDS)
+def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
+
+
+@pytest.fixture
+def on_postgres(postgres: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(postgres, fault_proxy) as made:
+        yield made
+
+
+def tokens(here: Site) -> Any:
+    return Token.objects.using(here.connection.alias)
+
+
+def fill(here: Site, number: int) -> None:
+    tokens(here).bulk_create(Token(value=f"{i:05}") for i in range(number))
+
+
+class TestCursors:
+    def test_one_cursor_for_long(self, here: Site) -> None:
+        """A cursor that is kept is bound to the connection at each execute."""
+        with here.connection.cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+            for value in ("two", "three"):
+                here.kill()
+                cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
+                assert cursor.rowcount == 1
+            here.kill()
+            here.idle()
+            cursor.execute("SELECT value FROM app_token ORDER BY id")
+            assert [row[0] for row in cursor] == ["one", "two", "three"]
+        assert len(here.replaced()) == 3
+
+    def test_rows_that_were_fetched_already(self, here: Site) -> None:
+        """A replacement by one cursor leaves another's buffered rows alone."""
+        fill(here, 10)
+        with here.connection.cursor() as first, here.connection.cursor() as second:
+            first.execute("SELECT value FROM app_token ORDER BY id")
+            assert first.fetchone() == ("00000",)
+            here.connection.peer.breaker.open()
+            here.session.wrote = False
+            second.execute("SELECT 1")
+            assert here.replaced()
+            assert first.fetchone() == ("00001",)
+            assert len(first.fetchall()) == 8
+
+    def test_lastrowid(self, here: Site) -> None:
+        here.write("one")
+        here.kill()
+        created = tokens(here).create(value="two")
+        assert tokens(here).get(pk=created.pk).value == "two"
+
+    def test_a_statement_is_one_to_its_onlookers(self, here: Site) -> None:
+        """execute_wrapper and the query log see a statement that was run twice as one.
+
+        (And what Django sends on each new connection, as with any connect.)
+        """
+        here.sql("SELECT 1")
+        seen: list[str] = []
+
+        def onlooker(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            seen.append(sql)
+            return execute(sql, params, many, context)
+
+        here.cut("after")
+        with here.connection.execute_wrapper(onlooker):
+            assert here.sql("SELECT 42") == [(42,)]
+        assert seen.count("SELECT 42") == 1
+        assert here.replayed()
+        here.cut("after")
+        with CaptureQueriesContext(here.connection) as captured:
+            assert here.sql("SELECT 42") == [(42,)]
+        assert [query["sql"] for query in captured].count("SELECT 42") == 1
+        assert len(here.replayed()) == 2
+
+    @override_settings(DEBUG=True)
+    def test_debug_cursor(self, here: Site) -> None:
+        reset_queries()
+        here.kill()
+        here.write("one")
+        here.cut("after")
+        assert here.read() == ["one"]
+        sent = [query["sql"] for query in here.connection.queries]
+        assert len([sql for sql in sent if "app_token" in sql]) == 2
+        assert connection.queries == []
+
+    def test_executemany(self, here: Site) -> None:
+        """Found dead before: replaced. Lost on the way: raised, for some rows may stand."""
+        here.sql("SELECT 1")
+        statement = "INSERT INTO app_token (value) VALUES (%s)"
+        here.kill()
+        with here.connection.cursor() as cursor:
+            cursor.executemany(statement, [("one",), ("two",)])
+        here.cut("after")
+        with here.connection.cursor() as cursor, pytest.raises(OperationalError):
+            cursor.executemany(statement, [("three",), ("four",)])
+        assert here.written()[:2] == ["one", "two"]
+        assert not here.replayed()
+        here.write("five")
+        assert here.written()[-1] == "five"
+
+    def test_params_that_are_used_up(self, here: Site) -> None:
+        """What can be read but once cannot be sent twice."""
+        if here.is_mysql:
+            with here.connection.cursor() as cursor:
+                here.cut("after")
+                with pytest.raises(OperationalError):
+                    cursor.execute("SELECT %s", iter(["one"]))
+                cursor.execute("SELECT %s", ["two"])
+                assert cursor.fetchall() == (("two",),)
+
+    def test_many_rows(self, here: Site) -> None:
+        """Cut in the middle of a long reply: run again from its beginning, not from there."""
+        fill(here, 5000)
+        here.here.cut_reply(20_000)
+        assert len(here.read()) == 5000
+        assert here.here.cuts == 0 or here.replayed()
+
+
+class TestOrm:
+    def test_iterator_with_saves(self, here: Site) -> None:
+        fill(here, 10)
+        for number, token in enumerate(tokens(here).order_by("pk").iterator(chunk_size=3)):
+            if number == 5 and here.is_mysql:
+                # The rows are here already: what follows is a statement of its own.
+                here.kill()
+            token.value = f"{token.value}!"
+            token.save()
+        assert len(here.written()) == 10
+        assert all(value.endswith("!") for value in here.written())
+
+    def test_iterator_that_is_cut(self, here: Site) -> None:
+        """A server-side cursor cannot go on elsewhere: an error, then a good connection."""
+        fill(here, 100)
+        rows = tokens(here).order_by("pk").iterator(chunk_size=10)
+        assert next(rows).value == "00000"
+        here.kill()
+        if here.is_mysql:
+            assert len(list(rows)) == 99
+        else:
+            with pytest.raises(OperationalError):
+                list(rows)
+            assert not here.replayed()
+        assert tokens(here).count() == 100
+        here.write("after")
+        assert len(here.written()) == 101
+
+    def test_named_cursor_is_not_swapped_away(self, on_postgres: Site) -> None:
+        """Nor is what it reads left for another peer because a circuit has opened."""
+        here = on_postgres
+        fill(here, 100)
+        here.session.wrote = False
+        rows = tokens(here).order_by("pk").iterator(chunk_size=10)
+        assert next(rows).value == "00000"
+        name = here.connection.peer.name
+        here.connection.peer.breaker.open()
+        tokens(here).count()
+        assert here.connection.peer.name == name
+        assert len(list(rows)) == 99
+        del rows
+        tokens(here).count()
+        assert here.connection.peer.name != name
+
+    def test_named_cursor_opened_on_a_dead_connection(self, on_postgres: Site) -> None:
+        """Its DECLARE is found to be impossible before it is sent."""
+        here = on_postgres
+        fill(here, 100)
+        here.kill()
+        here.idle()
+        assert len(list(tokens(here).iterator(chunk_size=10))) == 100
+        assert not here.replayed()
+
+    def test_get_or_create(self, here: Site) -> None:
+        for _ in range(2):
+            here.kill()
+            here.idle()
+            tokens(here).get_or_create(value="one")
+        assert here.written() == ["one"]
+
+    def test_update_or_create_and_delete(self, here: Site) -> None:
+        here.kill()
+        tokens(here).update_or_create(value="one", defaults={"value": "two"})
+        here.kill()
+        assert tokens(here).filter(value="two").delete()[0] in (0, 1)
+        here.kill()
+        tokens(here).all().delete()
+        assert here.written() == []
+
+    def test_select_for_update_as_the_first_statement(self, here: Site) -> None:
+        fill(here, 3)
+        for kind in ("before", "after", "reply"):
+            here.sql("SELECT 1")
+            here.cut(kind, 2)
+            with transaction.atomic(here.connection.alias):
+                assert len(tokens(here).select_for_update()) == 3
+                tokens(here).filter(value="00000").update(value="00000")
+        assert len(here.replayed()) == 3
+
+
+class TestPsycopg:
+    def test_copy(self, on_postgres: Site) -> None:
+        """COPY is never run again."""
+        here = on_postgres
+        here.kill()
+        here.idle()
+        with here.connection.cursor() as cursor, pytest.raises(Exception, match=r"closed|terminat"):  # noqa: SIM117
+            with cursor.copy("COPY app_token (value) FROM STDIN") as copy:
+                copy.write_row(["one"])
+        assert here.written() == []
+        here.write("two")
+        assert here.written() == ["two"]
+
+    def test_errors_that_are_answers_change_nothing(self, on_postgres: Site) -> None:
+        here = on_postgres
+        before = here.connection.connection
+        with pytest.raises(DataError):
+            here.sql("SELECT 1 / 0")
+        with pytest.raises(Error):
+            here.sql("SELECT nonesuch")
+        here.write("one")
+        assert here.connection.connection is before
+        assert not here.losses()
