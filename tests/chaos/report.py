@@ -1,0 +1,74 @@
+"""The table, as it stands in the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .judgement import Result
+
+HEADINGS = (
+    "scenario",
+    "faults",
+    "requests",
+    "failed\nreads",
+    "failed\nwrites",
+    "failed\nblocks",
+    "timed\nout",
+    "failed in\nthe outage",
+    "lost",
+    "doubled",
+    "longest\nrequest",
+)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return a simple table of reStructuredText's."""
+    rows = [
+        (
+            result.scenario,
+            f"{result.faults}",
+            f"{result.requests:,}",
+            f"{result.failed_reads:,}",
+            f"{result.failed_writes:,}",
+            f"{result.failed_blocks:,}",
+            f"{result.timed_out:,}",
+            f"{result.in_outage:,}",
+            f"{result.lost}",
+            f"{result.doubled}",
+            f"{result.longest:.2f} s",
+        )
+        for result in results
+    ]
+    headings = [heading.split("\n") for heading in HEADINGS]
+    width = [
+        max(*(len(part) for part in heading), *(len(row[column]) for row in rows))
+        for column, heading in enumerate(headings)
+    ]
+    rule = "  ".join("=" * size for size in width)
+    lines = [rule]
+    for line in range(2):
+        cells = [heading[line] if line < len(heading) else "" for heading in headings]
+        lines.append(_line(cells, width))
+    lines.append(rule)
+    lines += [_line(row, width) for row in rows]
+    lines.append(rule)
+    for result in results:
+        if result.engine == "ours":
+            lines.append(
+                f"{result.scenario}: {result.replaced} connections replaced,"
+                f" {result.replayed} statements run again"
+            )
+        if result.resumed_after is not None:
+            lines.append(
+                f"\n{result.scenario}: the first request was served {result.resumed_after:.2f} s"
+                f" after the first peer's return, the last error was {result.quiet_after:.2f} s"
+                " after it."
+            )
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str], width: Sequence[int]) -> str:
+    first, *others = cells
+    return "  ".join(
+        [first.ljust(width[0]), *(cell.rjust(size) for cell, size in zip(others, width[1:]))]
+    ).rstrip()

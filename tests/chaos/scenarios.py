@@ -1,0 +1,242 @@
+"""What happens to a site: each scenario is a function that does it once, and may be repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple
+
+from .load import Load, Pace
+from .sites import WAY, admin
+
+#: Seconds that a statement may take where a peer hangs.
+READ_TIMEOUT = 3
+
+
+@dataclass
+class Fault:
+    """One blow, from the moment it began until it had struck everything that it strikes."""
+
+    what: str
+    began: float
+    over: float = float("inf")
+    #: No peer was there meanwhile: nothing could be done.
+    outage: bool = False
+    #: When the first peer was there again, after an outage.
+    returned: float | None = None
+    #: How many operations may fail over it; None: one a thread.
+    at_most: int | None = None
+
+
+class Stage:
+    """What a scenario works with."""
+
+    def __init__(
+        self,
+        site: Any,
+        load: Load,
+        say: Callable[[str], None],
+        patience: float,
+    ) -> None:
+        self.site = site
+        self.load = load
+        #: Seconds after an outage in which work must have gone on.
+        self.patience = patience
+        self.faults: list[Fault] = []
+        self._say = say
+
+    def wait(self, seconds: float) -> None:
+        """Let the site work for some time."""
+        self.load.wait(seconds)
+
+    @contextlib.contextmanager
+    def fault(self, what: str, **details: Any) -> Iterator[Fault]:
+        """What is done in the block is a blow to the site."""
+        self._say(what)
+        fault = Fault(what, time.monotonic(), **details)
+        self.faults.append(fault)
+        yield fault
+        if fault.over == float("inf"):
+            fault.over = time.monotonic()
+
+
+class Scenario(NamedTuple):
+    name: str
+    #: Where it takes place: ``ways`` or ``galera``.
+    site: str
+    what: str
+    run: Callable[[Stage], None]
+    #: Statements in flight can but time out.
+    hangs: bool = False
+    #: The only error codes that may be seen; None: whatever a lost connection says.
+    codes: frozenset[int] | None = None
+    pace: Pace = Pace()
+    #: The server's settings meanwhile.
+    variables: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """OPTIONS of the site's database, for either engine."""
+        return {"read_timeout": READ_TIMEOUT} if self.hangs else {}
+
+
+def peer_killed(stage: Stage) -> None:
+    way = stage.site.busiest()
+    stage.wait(0.7)
+    with stage.fault(f"{way.name} is killed"):
+        way.kill()
+    stage.wait(1.5)
+    way.start()
+    stage.wait(1.5)
+
+
+def peer_paused(stage: Stage) -> None:
+    way = stage.site.busiest()
+    stage.wait(0.7)
+    way.disable(WAY)
+    stage.wait(1)
+    with stage.fault(f"{way.name}, paused before, is stopped"):
+        way.shutdown_sessions(WAY)
+    stage.wait(1)
+    way.enable(WAY)
+    stage.wait(1.5)
+
+
+def peer_hanging(stage: Stage) -> None:
+    way = stage.site.busiest()
+    stage.wait(0.7)
+    with stage.fault(f"{way.name} freezes") as fault:
+        way.freeze()
+        # Until the first statement has timed out nobody can know.
+        fault.over = time.monotonic() + READ_TIMEOUT
+    stage.wait(READ_TIMEOUT + 2)
+    way.thaw()
+    stage.wait(1.5)
+
+
+def rolling_restart(stage: Stage) -> None:
+    for way in stage.site.peers:
+        stage.wait(0.7)
+        with stage.fault(f"{way.name} is stopped"):
+            way.stop()
+        stage.wait(0.2)
+        way.start()
+        stage.wait(1.5)
+
+
+def all_down(stage: Stage) -> None:
+    first, *others = stage.site.peers
+    stage.wait(0.7)
+    with stage.fault("all peers are killed", outage=True) as fault:
+        for way in stage.site.peers:
+            way.kill()
+        stage.wait(3 - (time.monotonic() - fault.began))
+        first.start(wait=False)
+        while not first.ready():
+            stage.wait(0.01)
+        fault.returned = time.monotonic()
+        fault.over = fault.returned + stage.patience
+    stage.wait(2)
+    for way in others:
+        way.start()
+    stage.wait(1.5)
+
+
+def backend_gone(stage: Stage) -> None:
+    way = stage.site.busiest()
+    stage.wait(0.7)
+    with stage.fault(f"{way.name} loses its backend"):
+        # From now on it accepts connections, and closes them.
+        way.ask(f"disable server {WAY}-servers/s0")
+        way.shutdown_sessions(WAY)
+    stage.wait(2.5)
+    way.ask(f"enable server {WAY}-servers/s0")
+    stage.wait(1.5)
+
+
+def idle_killed(stage: Stage) -> None:
+    stage.wait(5)
+
+
+def one_killed(stage: Stage) -> None:
+    with admin(stage.site.server) as cursor:
+        for _ in range(5):
+            stage.wait(0.4)
+            with stage.fault("a connection is killed in the middle of a statement", at_most=1):
+                while not _kill_one_at_work(cursor):
+                    stage.wait(0.001)
+
+
+def _kill_one_at_work(cursor: Any) -> bool:
+    cursor.execute(
+        "SELECT id FROM information_schema.processlist WHERE user = 'app' AND command = 'Query'"
+    )
+    for (number,) in cursor.fetchall():
+        with contextlib.suppress(cursor.connection.OperationalError):
+            cursor.execute(f"KILL {number}")
+            return True
+    return False
+
+
+def galera_cut_off(stage: Stage) -> None:
+    node = stage.site.busiest()
+    stage.wait(0.7)
+    with stage.fault(f"{node.name} is cut off from the cluster"):
+        stage.site.cluster.isolate(node)
+    stage.wait(2)
+    stage.site.cluster.rejoin(node)
+    stage.wait(1.5)
+
+
+def galera_killed(stage: Stage) -> None:
+    node = stage.site.busiest()
+    stage.wait(0.7)
+    with stage.fault(f"{node.name} is killed"):
+        node.kill()
+    stage.wait(4)
+    node.start()
+    stage.wait(1.5)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(
+            "peer-killed", "ways", "a peer's process is killed, and started again", peer_killed
+        ),
+        Scenario(
+            "peer-paused",
+            "ways",
+            "a peer refuses new connections, and cuts the others a second later",
+            peer_paused,
+        ),
+        Scenario("peer-hanging", "ways", "a peer's process is frozen", peer_hanging, hangs=True),
+        Scenario("rolling-restart", "ways", "all peers are restarted in turn", rolling_restart),
+        Scenario("all-down", "ways", "all peers are killed; one comes back", all_down),
+        Scenario(
+            "backend-gone",
+            "ways",
+            "a peer cuts its connections, and closes new ones at once",
+            backend_gone,
+        ),
+        Scenario(
+            "idle-killed",
+            "ways",
+            "the server closes connections idle for 1 s",
+            idle_killed,
+            pace=Pace(idle_every=5, idle=1.6),
+            variables=(("wait_timeout", 1),),
+        ),
+        Scenario("one-killed", "ways", "the server kills connections at work", one_killed),
+        Scenario(
+            "galera-cut-off",
+            "galera",
+            "a node loses its cluster, and goes on accepting connections",
+            galera_cut_off,
+            codes=frozenset({1180, 1213}),
+        ),
+        Scenario("galera-killed", "galera", "a node's process is killed", galera_killed),
+    )
+}

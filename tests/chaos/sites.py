@@ -1,0 +1,237 @@
+"""What the site runs on: servers, and for Django's own engine an HAProxy in front of them.
+
+The engine under test is told of all peers. Django's own engine is told of one HAProxy that balances
+over the same peers, as such a site would have it: with health checks, retries on another server,
+and connections to a server that is found dead closed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import django
+import MySQLdb
+
+from tests.engine import MYSQL, added, engine, mysql_peer
+from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, USER, Address
+from tests.servers.galera import GaleraCluster, GaleraNode
+from tests.servers.haproxy import HAProxy
+from tests.servers.mariadb import Node
+
+from .load import TABLE, HarnessError
+
+ALIAS = "site"
+#: How often the peers of both are looked at: by trials here, by health checks there.
+CHECK_INTERVAL = 1.0
+FRONT = "front"
+WAY = "way"
+
+
+class Front(HAProxy):
+    """One port in front of all peers, with what HAProxy has to offer for this."""
+
+    def __init__(self, peers: Sequence[Address]) -> None:
+        super().__init__({FRONT: peers}, check_interval=CHECK_INTERVAL / 2)
+
+    def prepare(self) -> None:
+        super().prepare()
+        path = self.directory / "haproxy.cfg"
+        lines = []
+        for line in path.read_text().splitlines():
+            if line == "  retries 0":
+                lines += ["  retries 3", "  option redispatch 1"]
+            elif line.endswith(" fall 1 rise 1"):
+                lines.append(line + " on-marked-down shutdown-sessions")
+            else:
+                lines.append(line)
+        path.write_text("\n".join(lines) + "\n")
+
+
+class Site:
+    """Peers, and the servers behind them that hold the rows."""
+
+    #: What the peers are, for the balancer.
+    peers: Sequence[Any]
+    #: Those whose rows are compared; each must have all of them.
+    servers: Sequence[Node]
+
+    def __init__(self) -> None:
+        self.front: Front | None = None
+
+    @contextlib.contextmanager
+    def engine(self, name: str, options: dict[str, Any]) -> Iterator[None]:
+        """Have ``connections[ALIAS]`` lead here, by ``ours`` or by the ``plain`` engine."""
+        settings: dict[str, Any] = {"CONN_MAX_AGE": 60, "OPTIONS": dict(options)}
+        if name == "ours":
+            peers = [mysql_peer(peer) for peer in self.peers]
+            settings["CHECK_INTERVAL"] = CHECK_INTERVAL
+            with engine(peers, alias=ALIAS, **settings):
+                yield
+            return
+        assert self.front is not None
+        entry = {"ENGINE": MYSQL, **mysql_peer(self.front), **settings}
+        if django.VERSION >= (4, 1):
+            # The best that Django offers by itself.
+            entry["CONN_HEALTH_CHECKS"] = True
+        with added({ALIAS: entry}):
+            yield
+
+    def empty(self) -> None:
+        """Leave nothing but the seed in the table."""
+        with admin(self.servers[0]) as cursor:
+            for statement in TABLE:
+                cursor.execute(statement)
+        for server in self.servers[1:]:
+            with admin(server) as cursor:
+                cursor.execute("SET SESSION wsrep_sync_wait = 1")
+                cursor.execute("SELECT 1 FROM chaos_row")
+
+    def rows(self) -> Counter[str]:
+        """What is in the table once the servers have done all that they were told.
+
+        :raises HarnessError: the servers disagree, or are not done.
+        """
+        self.settle()
+        found = []
+        for server in self.servers:
+            with admin(server) as cursor:
+                if isinstance(server, GaleraNode):
+                    cursor.execute("SET SESSION wsrep_sync_wait = 1")
+                cursor.execute("SELECT value FROM chaos_row WHERE id <> 1")
+                found.append(Counter(value for (value,) in cursor.fetchall()))
+        if any(rows != found[0] for rows in found):
+            raise HarnessError("the servers of the cluster have different rows")
+        return found[0]
+
+    def settle(self, timeout: float = 20) -> None:
+        """Return when nobody is connected any more."""
+        deadline = time.monotonic() + timeout
+        for server in self.servers:
+            with admin(server) as cursor:
+                while True:
+                    left = connected(cursor)
+                    if not left:
+                        break
+                    if time.monotonic() > deadline:
+                        raise HarnessError(f"{len(left)} connections are left on {server.name}")
+                    time.sleep(0.02)
+
+    def busiest(self) -> Any:
+        """The peer with most connections."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Mend all that was hurt."""
+        raise NotImplementedError
+
+
+class Ways(Site):
+    """One MariaDB server, and three proxies in front of it that are the peers.
+
+    Whatever was written is in one place, then, whichever way it took.
+    """
+
+    def __init__(self, server: Node) -> None:
+        super().__init__()
+        self.server = server
+        self.servers = [server]
+        self.peers: list[HAProxy] = []
+
+    def __enter__(self) -> Ways:
+        self._stack = contextlib.ExitStack()
+        with self._stack:
+            self.peers = [
+                self._stack.enter_context(HAProxy({WAY: self.server}, name=f"way-{n}"))
+                for n in (1, 2, 3)
+            ]
+            self.front = self._stack.enter_context(Front(self.peers))
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def busiest(self) -> HAProxy:
+        return max(self.peers, key=lambda way: way.sessions(WAY))
+
+    def restore(self) -> None:
+        for way in self.peers:
+            if way.frozen:
+                way.thaw()
+            way.start()
+            way.ask(f"enable frontend {WAY}")
+            way.ask(f"enable server {WAY}-servers/s0")
+        assert self.front is not None
+        self.front.start()
+        _up(self.front)
+
+
+class Galera(Site):
+    """A Galera cluster, whose nodes are the peers."""
+
+    def __init__(self, cluster: GaleraCluster) -> None:
+        super().__init__()
+        self.cluster = cluster
+        self.servers = self.peers = list(cluster)
+
+    def __enter__(self) -> Galera:
+        self.front = Front(self.peers).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        assert self.front is not None
+        self.front.close()
+
+    def busiest(self) -> GaleraNode:
+        def load(node: GaleraNode) -> int:
+            with admin(node) as cursor:
+                return len(connected(cursor))
+
+        return max(self.peers, key=load)
+
+    def restore(self) -> None:
+        self.cluster.restore()
+        assert self.front is not None
+        _up(self.front)
+
+
+@contextlib.contextmanager
+def admin(server: Address) -> Iterator[Any]:
+    """A cursor straight to a server, with all rights."""
+    connection = MySQLdb.connect(
+        host=server.host,
+        port=server.port,
+        user=ADMIN,
+        password=ADMIN_PASSWORD,
+        database=DATABASE,
+        autocommit=True,
+        read_timeout=30,
+    )
+    try:
+        yield connection.cursor()
+    finally:
+        connection.close()
+
+
+def connected(cursor: Any) -> list[int]:
+    """The ids of the site's connections to a server."""
+    cursor.execute("SELECT id FROM information_schema.processlist WHERE user = %s", [USER])
+    return [number for (number,) in cursor.fetchall()]
+
+
+def _up(front: Front, timeout: float = 20) -> None:
+    """Return when HAProxy has found all of its servers up."""
+    deadline = time.monotonic() + timeout
+    while True:
+        rows = [row.split(",") for row in front.ask("show stat").splitlines()]
+        states = [row[17] for row in rows if len(row) > 17 and row[1].startswith("s")]
+        servers = [state for state in states if state != "status"]
+        if servers and all(state.startswith("UP") for state in servers):
+            return
+        if time.monotonic() > deadline:
+            raise HarnessError(f"{front.name} does not find its servers up: {servers}")
+        time.sleep(0.05)
