@@ -19,13 +19,20 @@ the lock and replaced, under the lock, by one assignment. So no reader ever
 sees half a transition, a thread killed between two lines leaves either the old
 record or the new one, and a child forked in between inherits one of the two
 and needs nothing but a fresh lock. Nothing that waits, calls out or notifies
-happens under the lock.
+happens under the lock. A signal handler or finalizer that uses the circuit
+while its own thread is replacing the record is let in by the lock; the
+replacement then begins anew from what it left (``PeerBreaker._swap``).
+
+Locks of C are the only ones used: ``threading.Event`` and its kin take theirs
+in Python code, and a thread that is killed there keeps it for ever.
 
 Each use of the peer takes a :class:`Permit` first and ends it with exactly one
 of *succeeded*, *failed* or *released* (the error was not the peer's). A permit
 remembers the circuit's generation; opening and closing start a new one, and a
 result from an older generation changes nothing. A trial's permit holds a
-lease: until it is ended or the lease runs out, nobody else is admitted.
+lease: until it is ended or the lease runs out, nobody else is admitted. That
+holds for a trial whose result has become late, too: the circuit moves on, and
+the next trial begins when this one is over.
 """
 
 from __future__ import annotations
@@ -76,25 +83,31 @@ class Lease:
     def __init__(self, expires: float) -> None:
         #: The moment, on the breaker's clock, from which it counts as abandoned.
         self.expires = expires
-        #: Set when the trial has ended, for those who wait for its result.
-        self.ended = threading.Event()
-        self._bells: list[threading.Event] = []
+        #: Whether the trial is over.
+        self.ended = False
+        #: A lock for each who waits for the trial's result, released to wake them.
+        self._bells: list[threading.Lock] = []
 
     def end(self) -> None:
         """Wake those who wait for the trial's result."""
-        self.ended.set()
+        self.ended = True
         for bell in tuple(self._bells):
-            bell.set()
+            try:
+                bell.release()
+            except RuntimeError:
+                # Another trial's end woke them already.
+                pass
 
     @staticmethod
     def wait_for_any(leases: Sequence[Lease], seconds: float) -> None:
         """Wait until one of the trials has ended, at most ``seconds``."""
-        bell = threading.Event()
+        bell = threading.Lock()
+        bell.acquire()
         for lease in leases:
             lease._bells.append(bell)
         # A trial that ended before its bell was hung up does not ring it.
-        if not any(lease.ended.is_set() for lease in leases):
-            bell.wait(max(0.0, seconds))
+        if not any(lease.ended for lease in leases):
+            bell.acquire(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
 
 
 class Circuit(NamedTuple):
@@ -180,9 +193,9 @@ class Permit:
         self._breaker = breaker
         self._generation = generation
         self._lease = lease
-        self._ended = False
         #: Whether this is the one attempt that a half-open or suspect circuit allows.
         self.is_trial = lease is not None
+        self._ended = False
 
     def succeeded(self) -> None:
         """The peer did what it was asked to do."""
@@ -232,6 +245,17 @@ class Permit:
             return False
         self._ended = True
         return True
+
+
+class _TrialPermit(Permit):
+    """A trial's permit: released when it is lost, by a thread killed at the wrong line."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        # A permit that was never finished is seen to by acquire().
+        if not getattr(self, "_ended", True) and self._lease is not None:
+            self._breaker._forsake(self._lease)
 
 
 class PeerBreaker(pybreaker.CircuitBreaker):
@@ -304,24 +328,27 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             caller holds the trial.
         """
         circuit = self._circuit
+        # As _is_usable(), without the call: each connect comes by here.
         if circuit.state == CLOSED and not circuit.suspect:
             return Permit(self, circuit.generation, None)
         now = self._clock()
-        with self._lock:
-            circuit = self._circuit
-            if circuit.state == CLOSED and not circuit.suspect:
-                return Permit(self, circuit.generation, None)
-            if not _trial_due(circuit, now, last_resort):
-                return None
-            lease = Lease(now + self._lease_seconds)
+        lease = Lease(now + self._lease_seconds)
+
+        def admitted(circuit: Circuit) -> Circuit:
+            if _is_usable(circuit) or not _trial_due(circuit, now, last_resort):
+                return circuit
             after = circuit.state if circuit.suspect else HALF_OPEN
-            self._circuit = circuit._replace(lease=lease, state=after)
-        permit = Permit(self, circuit.generation, lease)
+            return circuit._replace(lease=lease, state=after)
+
         try:
-            self._tell_transition(Transition(circuit.state, after))
+            before, after = self._swap(admitted)
+            if after.lease is not lease:
+                return Permit(self, after.generation, None) if _is_usable(after) else None
+            permit = _TrialPermit(self, after.generation, lease)
+            self._tell_transition(Transition(before.state, after.state))
         except BaseException:
             # Interrupted before the caller had it: nobody else would end it.
-            permit.released()
+            self._forsake(lease)
             raise
         return permit
 
@@ -333,8 +360,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     @property
     def is_available(self) -> bool:
         """Whether the circuit is closed and not suspect: anyone may use the peer."""
-        circuit = self._circuit
-        return circuit.state == CLOSED and not circuit.suspect
+        return _is_usable(self._circuit)
 
     @property
     def trial(self) -> Lease | None:
@@ -395,35 +421,43 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     def open(self) -> bool:
         """Open the circuit by hand; the first trial is due after ``reset_timeout``."""
-        self._change(lambda now: _opened(self, self._circuit, now, "opened by hand", None))
+        now = self._clock()
+        due = now + self._spread_timeout()
+        self._change(now, lambda circuit: _opened(circuit, now, due, "opened by hand", None))
         return False
 
     def half_open(self) -> None:
-        """Make a trial due now."""
-        self._change(
-            lambda now: self._circuit._replace(
-                state=HALF_OPEN,
-                suspect=False,
-                successes=0,
-                due=now,
-                out_since=now if self._circuit.out_since is None else self._circuit.out_since,
+        """Make a trial due now, or once the trial under way is over."""
+        now = self._clock()
+
+        def ajar(circuit: Circuit) -> Circuit:
+            out_since = now if circuit.out_since is None else circuit.out_since
+            ajar = circuit._replace(
+                state=HALF_OPEN, suspect=False, successes=0, due=now, out_since=out_since
             )
-        )
+            # What was begun while the circuit was closed is of another time.
+            grown = circuit.state == CLOSED
+            return ajar._replace(generation=circuit.generation + 1) if grown else ajar
+
+        self._change(now, ajar)
 
     def close(self) -> None:
         """Close the circuit by hand."""
-        self._change(lambda now: _closed(self._circuit, now))
+        now = self._clock()
+        # A trial under way is not over for that.
+        self._change(now, lambda circuit: _closed(circuit, now)._replace(lease=circuit.lease))
 
     def suspect(self, error: str = "", fault: Fault | None = None) -> None:
         """Make the next use of a closed circuit a trial. Open ones stay as they are."""
-        with self._lock:
-            circuit = self._circuit
-            if circuit.state != CLOSED or circuit.suspect:
-                return
-            self._circuit = circuit._replace(
-                suspect=True, due=float("-inf"), lease=None, error=error, fault=fault
+        before, after = self._swap(
+            lambda circuit: (
+                circuit._replace(suspect=True, due=float("-inf"), error=error, fault=fault)
+                if _is_usable(circuit)
+                else circuit
             )
-        self._tell_transition(Transition(CLOSED, CLOSED, fault, error))
+        )
+        if after is not before:
+            self._tell_transition(Transition(CLOSED, CLOSED, fault, error))
 
     def trip(self, exc: BaseException, fault: Fault, question: str = "") -> None:
         """Open a closed circuit at once, whatever ``fail_max`` says.
@@ -434,14 +468,17 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         :param question: what the trials must ask, until one is answered well.
         """
         now = self._clock()
+        due = now + self._spread_timeout()
         error = drivers.describe(exc)
-        with self._lock:
-            before = self._circuit
-            if before.state != CLOSED:
-                return
-            after = _opened(self, before, now, error, fault)._replace(question=question)
-            self._circuit = after
-        self._tell_transition(Transition(CLOSED, OPEN, fault, error, after.due - now))
+        before, after = self._swap(
+            lambda circuit: (
+                _opened(circuit, now, due, error, fault)._replace(question=question)
+                if circuit.state == CLOSED
+                else circuit
+            )
+        )
+        if after is not before:
+            self._tell_transition(Transition(CLOSED, OPEN, fault, error, due - now))
 
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
         """Count a connection lost before it was of any use as a failed connect.
@@ -458,12 +495,14 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     @reset_timeout.setter
     def reset_timeout(self, timeout: float) -> None:
-        with self._lock:
-            self._reset_timeout = timeout
-            circuit = self._circuit
-            if circuit.state == OPEN:
-                # As with pybreaker, the new time-out holds for the present opening.
-                self._circuit = circuit._replace(due=circuit.tried + self._spread_timeout())
+        self._reset_timeout = timeout
+        spread = self._spread_timeout()
+        # As with pybreaker, the new time-out holds for the present opening.
+        self._swap(
+            lambda circuit: (
+                circuit._replace(due=circuit.tried + spread) if circuit.state == OPEN else circuit
+            )
+        )
 
     @property
     def state(self) -> Any:
@@ -481,31 +520,23 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     def _record_success(self, generation: int, lease: Lease | None) -> None:
         now = self._clock()
-        transition = None
-        with self._lock:
-            circuit = self._circuit
+
+        def succeeded(circuit: Circuit) -> Circuit:
             if _is_late(circuit, generation, lease):
-                self._circuit = _without(circuit, lease)
-            elif lease is None:
-                self._circuit = circuit._replace(failures=0)
-            elif circuit.suspect:
+                return _without(circuit, lease)
+            if lease is None:
+                return circuit._replace(failures=0)
+            if circuit.suspect:
                 # Nothing has happened: no log line, no new generation.
-                self._circuit = circuit._replace(
-                    suspect=False, lease=None, failures=0, error="", fault=None
-                )
-                transition = Transition(CLOSED, CLOSED)
-            elif circuit.successes + 1 >= self._success_threshold:
-                self._circuit = _closed(circuit, now)
-                out_since = now if circuit.out_since is None else circuit.out_since
-                transition = Transition(circuit.state, CLOSED, seconds=now - out_since)
-            else:
-                self._circuit = circuit._replace(
-                    successes=circuit.successes + 1, lease=None, due=now, tried=now
-                )
-        _wake(lease)
+                return circuit._replace(suspect=False, lease=None, failures=0, error="", fault=None)
+            if circuit.successes + 1 >= self._success_threshold:
+                return _closed(circuit, now)
+            return circuit._replace(successes=circuit.successes + 1, lease=None, due=now, tried=now)
+
+        before, after = self._swap(succeeded, ends=lease)
         if self._listeners:
             self._tell("success")
-        self._tell_transition(transition)
+        self._tell_change(before, after, now)
 
     def _record_failure(
         self,
@@ -515,56 +546,81 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         fault: Fault | None,
     ) -> int:
         now = self._clock()
-        transition = None
-        failures = 0
+        due = now + self._spread_timeout()
         error = drivers.describe(exc)
-        with self._lock:
-            circuit = self._circuit
-            if _is_late(circuit, generation, lease):
-                self._circuit = _without(circuit, lease)
-            else:
-                failures = circuit.failures + 1
-                counted = _without(circuit, lease)._replace(failures=failures)
-                if lease is not None or failures >= self._fail_max:
-                    self._circuit = _opened(self, counted, now, error, fault)
-                    transition = Transition(
-                        circuit.state, OPEN, fault, error, self._circuit.due - now
-                    )
-                else:
-                    self._circuit = counted._replace(tried=now, error=error, fault=fault)
-        _wake(lease)
+
+        def failed(circuit: Circuit) -> Circuit:
+            late = _is_late(circuit, generation, lease)
+            circuit = _without(circuit, lease)
+            if late:
+                return circuit
+            circuit = circuit._replace(failures=circuit.failures + 1)
+            if lease is not None or circuit.failures >= self._fail_max:
+                return _opened(circuit, now, due, error, fault)
+            return circuit._replace(tried=now, error=error, fault=fault)
+
+        before, after = self._swap(failed, ends=lease)
         if self._listeners:
             self._tell("failure", exc)
-        self._tell_transition(transition)
-        return failures
+        self._tell_change(before, after, now)
+        return 0 if _is_late(before, generation, lease) else after.failures
 
     def _record_release(self, generation: int, lease: Lease) -> None:
         now = self._clock()
-        transition = None
-        with self._lock:
-            circuit = self._circuit
-            if _is_late(circuit, generation, lease):
-                self._circuit = _without(circuit, lease)
-            else:
-                if circuit.suspect:
-                    # A suspect peer is never excluded: the next caller may try at once.
-                    self._circuit = circuit._replace(lease=None)
-                else:
-                    self._circuit = circuit._replace(
-                        state=OPEN, lease=None, tried=now, due=now + self._release_interval
-                    )
-                transition = Transition(circuit.state, self._circuit.state)
-        _wake(lease)
-        self._tell_transition(transition)
+        due = now + self._release_interval
 
-    def _change(self, change: Callable[[float], Circuit]) -> None:
+        def released(circuit: Circuit) -> Circuit:
+            late = _is_late(circuit, generation, lease)
+            circuit = _without(circuit, lease)
+            # A suspect peer is never excluded: the next caller may try at once.
+            if late or circuit.suspect:
+                return circuit
+            return circuit._replace(state=OPEN, tried=now, due=due)
+
+        self._tell_change(*self._swap(released, ends=lease), now)
+
+    def _forsake(self, lease: Lease) -> None:
+        """Take back a trial of which nobody will report. Called from anywhere: waits for nothing.
+
+        While another thread is at the record, the trial ends with its lease.
+        """
         now = self._clock()
-        with self._lock:
-            before = self._circuit
-            after = self._circuit = change(now)
-        if after.lease is not before.lease:
-            _wake(before.lease)
-        if before.state == after.state == CLOSED and before.suspect == after.suspect:
+        lock = self._lock
+        if lock.acquire(blocking=False):
+            try:
+                self._swap(
+                    lambda circuit: _forsaken(circuit, lease, now + self._release_interval),
+                    ends=lease,
+                )
+            finally:
+                lock.release()
+
+    def _swap(
+        self, change: Callable[[Circuit], Circuit], *, ends: Lease | None = None
+    ) -> tuple[Circuit, Circuit]:
+        """Replace the record by what ``change`` makes of it; return both.
+
+        :param ends: the trial that is over with it; those who wait for it are woken.
+        """
+        try:
+            with self._lock:
+                while True:
+                    before = self._circuit
+                    after = change(before)
+                    if self._circuit is before:
+                        self._circuit = after
+                        return before, after
+                    # This very thread has changed it, in a signal handler or finalizer.
+        finally:
+            if ends is not None:
+                ends.end()
+
+    def _change(self, now: float, change: Callable[[Circuit], Circuit]) -> None:
+        self._tell_change(*self._swap(change), now)
+
+    def _tell_change(self, before: Circuit, after: Circuit, now: float) -> None:
+        """Tell of the transition from one record to the other, if it is one."""
+        if before.state == after.state and before.suspect == after.suspect:
             return
         seconds = 0.0
         if after.state == OPEN:
@@ -611,9 +667,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         permit.succeeded()
         return result
 
-    def _tell_transition(self, transition: Transition | None) -> None:
-        if transition is None:
-            return
+    def _tell_transition(self, transition: Transition) -> None:
         if self._on_transition is not None:
             try:
                 self._on_transition(transition)
@@ -640,6 +694,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             self._circuit = circuit._replace(state=state, lease=None)
 
 
+def _is_usable(circuit: Circuit) -> bool:
+    return circuit.state == CLOSED and not circuit.suspect
+
+
 def _trial_due(circuit: Circuit, now: float, last_resort: float | None) -> bool:
     if circuit.lease is not None and now < circuit.lease.expires:
         return False
@@ -658,9 +716,18 @@ def _without(circuit: Circuit, lease: Lease | None) -> Circuit:
     return circuit._replace(lease=None) if lease is not None and circuit.lease is lease else circuit
 
 
-def _opened(
-    breaker: PeerBreaker, circuit: Circuit, now: float, error: str, fault: Fault | None
-) -> Circuit:
+def _forsaken(circuit: Circuit, lease: Lease, due: float) -> Circuit:
+    if circuit.lease is not lease:
+        return circuit
+    if circuit.state == HALF_OPEN:
+        # Due again soon; what is known of the peer is as old as it was.
+        return circuit._replace(lease=None, state=OPEN, due=due)
+    return circuit._replace(lease=None)
+
+
+def _opened(circuit: Circuit, now: float, due: float, error: str, fault: Fault | None) -> Circuit:
+    # A trial under way goes on: its lease stays, and there is no other trial
+    # until it is over.
     return circuit._replace(
         state=OPEN,
         generation=circuit.generation + 1,
@@ -668,8 +735,7 @@ def _opened(
         suspect=False,
         out_since=now if circuit.out_since is None else circuit.out_since,
         tried=now,
-        due=now + breaker._spread_timeout(),
-        # A trial under way goes on, and until it has ended there is no other.
+        due=due,
         error=error,
         fault=fault,
         opened_at=datetime.now(timezone.utc),
@@ -678,11 +744,6 @@ def _opened(
 
 def _closed(circuit: Circuit, now: float) -> Circuit:
     return Circuit(generation=circuit.generation + 1, tried=now)
-
-
-def _wake(lease: Lease | None) -> None:
-    if lease is not None:
-        lease.end()
 
 
 # After a fork the child needs locks that nobody holds: the parent's other

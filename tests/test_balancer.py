@@ -6,6 +6,7 @@ import gc
 import logging
 import random
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -13,7 +14,7 @@ import pybreaker
 import pytest
 import tenacity
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker
 from django_proxysql.balancer import Attempt
 from django_proxysql.events import (
     CircuitClosed,
@@ -331,22 +332,21 @@ class TestFaults:
         with pytest.raises(RuntimeError, match="strategy"):
             world.connect()
 
-    def test_interrupt_while_waiting_for_a_trial(self) -> None:
+    def test_interrupt_while_waiting_for_a_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ctrl-C while connect() waits for somebody's trial reaches the caller."""
         world = World("db1", "db2")
         world.driver.down["db1"] = refused_by_host
         world.open("db2")
         world.clock.advance(30)
-        assert world.db.peers["db2"].breaker.acquire().is_trial
+        trial = world.db.peers["db2"].breaker.acquire()
+        assert trial.is_trial
 
         def interrupt(*args: Any) -> None:
             raise KeyboardInterrupt
 
-        patch = pytest.MonkeyPatch()
-        patch.setattr("django_proxysql.balancer.Lease.wait_for_any", interrupt)
-        with patch.context(), pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr("django_proxysql.balancer.Lease.wait_for_any", interrupt)
+        with pytest.raises(KeyboardInterrupt):
             world.connect()
-        patch.undo()
         assert world.driver.hosts == ["db1"]
 
     def test_every_peer_refuses(self) -> None:
@@ -470,6 +470,41 @@ class TestLastResort:
         assert world.driver.hosts == ["db2", "db1"]
 
 
+class TestViewLeftBehind:
+    """Whoever changes a circuit has the view renewed, unless it is killed on the way there."""
+
+    @pytest.fixture(autouse=True)
+    def killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have nobody told of a change."""
+        monkeypatch.setattr(PeerBreaker, "_tell_transition", lambda self, transition: None)
+
+    @pytest.mark.parametrize("trials", ["first", "last", "never"])
+    @pytest.mark.parametrize("before", ["suspect", "open"])
+    def test_peer_that_can_be_had_again(self, before: str, trials: str) -> None:
+        """A peer that has recovered is used, though the view has it for out or suspect."""
+        world = World("db1", "db2")
+        circuit = world.db.peers["db1"].breaker
+        getattr(circuit, before)()
+        world.db.look_anew()
+        assert [p.name for tier in world.db.view().tiers for p in tier] == ["db2"]
+        if before == "suspect":
+            circuit.acquire().succeeded()
+        else:
+            circuit.close()
+        world.driver.down["db2"] = refused_by_host
+        assert {world.db.connect(trials=trials).host for _ in range(3)} == {"db1"}
+        assert world.driver.hosts.count("db2") <= 1
+
+    @pytest.mark.parametrize("after", ["suspect", "open"])
+    def test_peer_that_cannot_be_had_any_longer(self, after: str) -> None:
+        """A peer that is out or suspect is found out when it is chosen."""
+        world = World("db1", "db2")
+        assert len(world.db.view().tiers[0]) == 2
+        getattr(world.db.peers["db1"].breaker, after)()
+        assert {world.db.connect(trials="last").host for _ in range(50)} == {"db2"}
+        assert [p.name for tier in world.db.view().tiers for p in tier] == ["db2"]
+
+
 class TestWaitingForATrial:
     """No candidate is left but a trial is under way: wait for it, look once more."""
 
@@ -587,7 +622,8 @@ class TestWaitingForATrial:
         world = World("db1", connect_deadline=3)
         world.open("db1")
         world.clock.advance(30)
-        assert world.db.peers["db1"].breaker.acquire().is_trial
+        trial = world.db.peers["db1"].breaker.acquire()
+        assert trial.is_trial
         waits = self.on_wait(world, monkeypatch, lambda: world.clock.advance(3))
         error = raised_by(world.connect)
         assert isinstance(error, NoPeerAvailable)
@@ -599,7 +635,8 @@ class TestWaitingForATrial:
         world = World("db1", connect_deadline=10)
         world.open("db1")
         world.clock.advance(30)
-        assert world.db.peers["db1"].breaker.acquire().is_trial
+        trial = world.db.peers["db1"].breaker.acquire()
+        assert trial.is_trial
         world.clock.advance(20)
         waits = self.on_wait(world, monkeypatch, lambda: world.clock.advance(1))
         assert world.connect() == "db1"
@@ -619,9 +656,14 @@ class TestWaitingForATrial:
         world.driver.down["db1"] = first
         got: list[str] = []
         with running(*[lambda: got.append(world.connect())] * 16):
-            while breaker.trial is None or len(breaker.trial._bells) < 15:
-                pass
+            until = time.monotonic() + 9
+            while time.monotonic() < until:
+                lease = breaker.trial
+                if lease is not None and len(lease._bells) == 15:
+                    break
+                time.sleep(0)
             go.set()
+        assert len(lease._bells) == 15
         assert got == ["db1"] * 16
 
     def test_nobody_waits_while_another_peer_can_be_had(
@@ -631,7 +673,8 @@ class TestWaitingForATrial:
         world = World("db1", "db2")
         world.open("db1")
         world.clock.advance(30)
-        assert world.db.peers["db1"].breaker.acquire().is_trial
+        trial = world.db.peers["db1"].breaker.acquire()
+        assert trial.is_trial
         assert not self.on_wait(world, monkeypatch)
         assert world.connect() == "db2"
 

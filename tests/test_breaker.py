@@ -339,8 +339,10 @@ class TestSuspect:
         breaker.suspect("later")
         assert breaker.circuit == before
 
-    def test_failures_of_calls_under_way_still_count(self, breaker: PeerBreaker) -> None:
-        """A suspect opens by ordinary failures too, and wakes who waits for its trial."""
+    def test_failures_of_calls_under_way_still_count(
+        self, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """A suspect opens by ordinary failures; its trial stays the only one until it is over."""
         under_way = [breaker.acquire() for _ in range(3)]
         breaker.suspect()
         trial = breaker.acquire()
@@ -348,9 +350,120 @@ class TestSuspect:
         for permit in under_way:
             permit.failed(Boom())
         assert breaker.current_state == "open"
-        assert lease.ended.is_set()
+        clock.advance(40)
+        assert breaker.trial is lease
+        assert breaker.acquire() is None
+        assert not lease.ended
         trial.succeeded()
+        assert lease.ended
         assert breaker.current_state == "open"
+        assert breaker.acquire().is_trial
+
+
+class TestLostPermits:
+    """Permits that nobody ends: their threads were killed between two lines."""
+
+    def test_of_a_trial(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A trial whose permit is gone is due again after release_interval; waiters are woken."""
+        opened(breaker)
+        clock.advance(30)
+        permit = breaker.acquire()
+        lease = breaker.trial
+        before = breaker.circuit
+        del permit
+        assert lease.ended
+        assert breaker.current_state == "open"
+        assert breaker.circuit.tried == before.tried
+        assert breaker.acquire() is None
+        clock.advance(1)
+        assert breaker.acquire().is_trial
+
+    def test_of_a_suspects_trial(self, breaker: PeerBreaker) -> None:
+        """A suspect's may be made again at once."""
+        breaker.suspect()
+        assert breaker.acquire().is_trial
+        assert breaker.acquire().is_trial
+
+    def test_of_another_time(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """A permit whose lease has run out takes nothing from its successor."""
+        opened(breaker)
+        clock.advance(30)
+        first = breaker.acquire()
+        clock.advance(60)
+        second = breaker.acquire()
+        lease = breaker.trial
+        del first
+        assert breaker.trial is lease
+        second.succeeded()
+        assert breaker.is_available
+
+    def test_while_another_thread_is_at_the_record(
+        self, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """A finalizer waits for no lock; the trial then ends with its lease."""
+        opened(breaker)
+        clock.advance(30)
+        permits = [breaker.acquire()]
+        with breaker._lock:
+            in_thread(permits.clear)
+        assert breaker.trial is not None
+        clock.advance(60)
+        assert breaker.acquire().is_trial
+
+    def test_no_trial(self, breaker: PeerBreaker) -> None:
+        """A permit that was no trial's leaves no trace."""
+        before = breaker.circuit
+        assert not breaker.acquire().is_trial
+        assert breaker.circuit is before
+
+
+class TestFromWithin:
+    """Signal handlers and finalizers use the circuit while their thread is replacing its record."""
+
+    class Struck(PeerBreaker):
+        """Calls ``handler`` once in the middle of the next change, as a signal would be handled."""
+
+        handler: Any = None
+
+        def _swap(self, change: Any, **options: Any) -> Any:
+            def interrupted(circuit: Any) -> Any:
+                after = change(circuit)
+                handler, self.handler = self.handler, None
+                if handler is not None:
+                    handler()
+                return after
+
+            return super()._swap(interrupted, **options)
+
+    def test_failure_during_failure(self, clock: Clock) -> None:
+        """Neither of two failures is lost."""
+        breaker = self.Struck(fail_max=3, clock=clock)
+        one, other = breaker.acquire(), breaker.acquire()
+        breaker.handler = lambda: other.failed(Boom())
+        assert one.failed(Boom()) == 2
+        assert breaker.fail_counter == 2
+
+    def test_trial_during_admission(self, clock: Clock) -> None:
+        """The handler has the trial; the interrupted caller is passed by."""
+        breaker = opened(self.Struck(clock=clock, jitter=even))
+        clock.advance(30)
+        got: list[Any] = []
+        breaker.handler = lambda: got.append(breaker.acquire())
+        assert breaker.acquire() is None
+        assert got[0].is_trial
+        got[0].succeeded()
+        assert breaker.is_available
+
+    def test_trial_during_suspicion(self, clock: Clock) -> None:
+        """A suspicion and a handler's connect do not undo one another."""
+        breaker = self.Struck(clock=clock)
+        breaker.suspect()
+        got: list[Any] = []
+        breaker.handler = lambda: got.append(breaker.acquire())
+        breaker.trip(refused_by_host(), Fault.NOT_READY)
+        assert breaker.current_state == "open"
+        assert breaker.trial is not None
+        assert got[0].is_trial
 
 
 class TestCalls:
@@ -811,10 +924,32 @@ class TestPybreakersOwnInterface:
         breaker.half_open()
         assert breaker.acquire() is None
         assert breaker.trial is lease
-        assert not lease.ended.is_set()
+        assert not lease.ended
         trial.succeeded()
-        assert lease.ended.is_set()
+        assert lease.ended
         assert breaker.current_state == "closed"
+
+    def test_close_by_hand_leaves_a_trial_alone(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """close() ends no trial that is under way: a second one waits until it is over."""
+        opened(breaker)
+        clock.advance(30)
+        trial = breaker.acquire()
+        breaker.close()
+        assert breaker.is_available
+        assert not breaker.acquire().is_trial
+        breaker.suspect()
+        assert breaker.acquire() is None
+        assert trial.failed(Boom()) == 0
+        assert breaker.current_state == "closed"
+        assert breaker.acquire().is_trial
+
+    def test_half_open_by_hand_begins_a_new_time(self, breaker: PeerBreaker) -> None:
+        """What was begun before a closed circuit was half opened by hand changes nothing."""
+        under_way = breaker.acquire()
+        breaker.half_open()
+        assert under_way.failed(Boom()) == 0
+        assert breaker.current_state == "half-open"
+        assert breaker.acquire().is_trial
 
     @pytest.mark.parametrize("state", ["open", "half-open", "closed"])
     def test_state_can_be_set(self, breaker: PeerBreaker, state: str) -> None:
@@ -846,7 +981,8 @@ class TestPybreakersOwnInterface:
         elif state == "half-open":
             breaker.open()
             clock.advance(30)
-            assert breaker.acquire()
+            trial = breaker.acquire()
+            assert trial is not None
             assert "trial under way" in repr(breaker)
         assert repr(breaker).startswith("<PeerBreaker 'db1' ")
         assert state in repr(breaker)
