@@ -1,0 +1,314 @@
+"""What an established connection's errors tell the circuits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import OperationalError, close_old_connections, connections, transaction
+from django.db.utils import Error, InternalError
+
+from django_proxysql.events import CircuitClosed, CircuitOpened
+from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
+from tests.site import KINDS, Site, site, with_table
+
+
+@pytest.fixture(params=KINDS)
+def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
+
+
+def opened(here: Site) -> list[CircuitOpened]:
+    return [event for event in here.events if type(event) is CircuitOpened]
+
+
+class TestSuspects:
+    def test_one_kill(self, here: Site, caplog: pytest.LogCaptureFixture) -> None:
+        """One connection that was killed takes no healthy peer out, and leaves no trace."""
+        here.read()
+        peer = here.connection.peer
+        here.kill()
+        here.idle()
+        here.read()
+        assert peer.breaker.circuit.suspect
+        assert peer.breaker.current_state == "closed"
+        assert here.connection.peer is not peer
+        # The next new connection there is a trial, and clears it.
+        caplog.set_level(logging.INFO, "django_proxysql")
+        caplog.clear()
+        with here.balancer.pinned(peer):
+            here.connection.close()
+            here.read()
+        assert not peer.breaker.circuit.suspect
+        assert not opened(here)
+        assert caplog.records == []
+
+    def test_one_kill_in_flight(self, here: Site) -> None:
+        here.read()
+        here.cut("after")
+        peer = here.connection.peer
+        with pytest.raises(OperationalError):
+            here.write("one")
+        assert peer.breaker.circuit.suspect
+        assert not opened(here)
+        here.write("two")
+        assert here.written()[-1] == "two"
+
+    def test_with_a_single_peer(self, mariadb: Any, fault_proxy: Any) -> None:
+        """A suspect peer comes last, and is never excluded."""
+        with site(mariadb, fault_proxy, number=1) as here:
+            for value in ("one", "two", "three"):
+                here.kill()
+                here.write(value)
+            assert here.written() == ["one", "two", "three"]
+            assert not opened(here)
+
+    def test_dead_after_one_refused_connect(self, here: Site) -> None:
+        """A peer that is dead, and not merely hurt, is out after one connect more."""
+        here.read()
+        dead = here.connection.peer
+        proxy = here.here
+        proxy.refuse()
+        here.cut_idle()
+        here.idle()
+        here.read()
+        assert here.connection.peer is not dead
+        assert dead.breaker.circuit.suspect
+        here.connection.close()
+        with here.balancer.pinned(dead), pytest.raises(OperationalError):
+            here.connection.ensure_connection()
+        assert dead.breaker.current_state == "open"
+        assert len(opened(here)) == 1
+
+    def test_lost_before_it_was_of_use(self, here: Site) -> None:
+        """A peer that accepts connections and drops them at their first statement fails."""
+        here.connection.close()
+        here.connection.ensure_connection()
+        peer = here.connection.peer
+        here.cut("before")
+        assert here.sql("SELECT 1") == [(1,)]
+        assert peer.breaker.current_state == "open"
+
+    def test_is_usable(self, here: Site) -> None:
+        """CONN_HEALTH_CHECKS asks is_usable(): what that finds counts for the peer, too."""
+        here.read()
+        peer = here.connection.peer
+        assert here.connection.is_usable()
+        here.kill()
+        assert not here.connection.is_usable()
+        assert peer.breaker.circuit.suspect
+        assert here.sql("SELECT 1") == [(1,)]
+
+    def test_health_checks(self, mariadb: Any, fault_proxy: Any) -> None:
+        with site(mariadb, fault_proxy, CONN_HEALTH_CHECKS=True) as here:
+            here.write("one")
+            close_old_connections()
+            here.kill()
+            here.write("two")
+            assert here.written() == ["one", "two"]
+
+    def test_time_out(self, mariadb: Any, fault_proxy: Any) -> None:
+        """Silence is no loss: the statement may be running still. It counts for nothing."""
+        options = {"read_timeout": 1}
+        with site(mariadb, fault_proxy, OPTIONS=options) as here:
+            here.sql("SELECT 1")
+            peer = here.connection.peer
+            here.balancer.clock.advance(0)
+            # The balancer's clock stands still: have it see the second pass.
+            waiting = threading.Timer(0.5, here.clock.advance, [1])
+            waiting.start()
+            with pytest.raises(OperationalError):
+                here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
+            waiting.join()
+            assert not here.replayed()
+            assert peer.breaker.circuit.suspect
+            assert not opened(here)
+            assert here.sql("SELECT 1") == [(1,)]
+
+    def test_time_out_of_a_read(self, mariadb: Any, fault_proxy: Any) -> None:
+        """A read that could be run again, were it lost and not merely late."""
+        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
+            here.sql("SELECT 1")
+            here.here.freeze()
+            waiting = threading.Timer(0.5, here.clock.advance, [1])
+            waiting.start()
+            with pytest.raises(OperationalError):
+                here.sql("SELECT 42")
+            waiting.join()
+            assert not here.replayed()
+
+
+class TestReadOnly:
+    """A server that has become read-only (a failover's old writer)."""
+
+    @pytest.fixture
+    def pair(self, mariadb_pair: Any) -> Iterator[Any]:
+        clock = Clock()
+        peers = [mysql_peer(node) for node in mariadb_pair]
+        with engine(peers, clock=clock, READY_CHECK="writable", CHECK_INTERVAL=30) as connection:
+            for node, name in zip(mariadb_pair, ("peer0", "peer1")):
+                node.set_global("read_only", 0)
+                balancer = connection._registered().balancer
+                with balancer.pinned(balancer.peers[name]):
+                    connection.close()
+                    with_table(connection)
+            connection.close()
+            connection.ensure_connection()
+            yield connection, clock, dict(zip(("peer0", "peer1"), mariadb_pair))
+
+    def write(self, connection: Any, value: str) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
+
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_write_goes_elsewhere(self, pair: Any, in_block: bool) -> None:
+        """The refusal proves that it did not run: it is run where it can be."""
+        connection, clock, nodes = pair
+        old = connection.peer
+        nodes[old.name].set_global("read_only", 1)
+        if in_block:
+            with transaction.atomic(connection.alias):
+                self.write(connection, "one")
+                self.write(connection, "two")
+        else:
+            self.write(connection, "one")
+        assert connection.peer is not old
+        assert old.breaker.current_state == "open"
+        # Its trials ask the same question, and are answered the same.
+        clock.advance(31)
+        connection.close()
+        connection.ensure_connection()
+        assert old.breaker.current_state == "open"
+        nodes[old.name].set_global("read_only", 0)
+        clock.advance(62)
+        connection.close()
+        connection.ensure_connection()
+        assert old.breaker.current_state == "closed"
+
+    def test_second_statement_is_raised(self, pair: Any) -> None:
+        connection, _, nodes = pair
+        old = connection.peer
+        with pytest.raises(Error), transaction.atomic(connection.alias):
+            self.write(connection, "one")
+            nodes[old.name].set_global("read_only", 1)
+            self.write(connection, "two")
+        assert old.breaker.current_state == "open"
+        self.write(connection, "three")
+        assert connection.peer is not old
+
+    def test_the_applications_own(self, pair: Any) -> None:
+        """SET TRANSACTION READ ONLY is refused by 1792; no peer's fault."""
+        connection, _, _ = pair
+        old = connection.peer
+        with connection.cursor() as cursor:
+            cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        with pytest.raises(Error):
+            self.write(connection, "one")
+        assert old.breaker.current_state == "closed"
+
+    def test_without_the_ready_check(self, mariadb_pair: Any) -> None:
+        """Peers that were never asked to be writable: the refusal is the application's."""
+        with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
+            for name in ("peer0", "peer1"):
+                balancer = connection._registered().balancer
+                with balancer.pinned(balancer.peers[name]):
+                    connection.close()
+                    with_table(connection)
+            node = mariadb_pair[int(connection.peer.name[-1])]
+            node.set_global("read_only", 1)
+            with pytest.raises(OperationalError, match="read-only"):
+                self.write(connection, "one")
+            assert connection.peer.breaker.current_state == "closed"
+
+    def test_postgresql(self, postgres_pair: Any) -> None:
+        """25006 by the application's own hand counts for nothing, READY_CHECK or not."""
+        peers = [mysql_peer(node) for node in postgres_pair]
+        with engine(peers, PEER_ENGINE=POSTGRESQL, READY_CHECK="writable") as connection:
+            with_table(connection)
+            with pytest.raises(InternalError), transaction.atomic(connection.alias):
+                with connection.cursor() as cursor:
+                    cursor.execute("SET TRANSACTION READ ONLY")
+                self.write(connection, "one")
+            assert connection.peer.breaker.current_state == "closed"
+            self.write(connection, "two")
+
+
+class TestGalera:
+    """A node cut off from its cluster connects, answers pings, and can do nothing."""
+
+    @pytest.fixture(params=[None, "galera"], ids=["", "ready_check"])
+    def cluster(self, galera: Any, request: Any) -> Iterator[Any]:
+        clock = Clock()
+        peers = [mysql_peer(node) for node in galera]
+        settings = {"clock": clock, "CHECK_INTERVAL": 30, "CONN_MAX_AGE": None}
+        with engine(peers, READY_CHECK=request.param, **settings) as connection:  # type: ignore[arg-type]
+            with_table(connection)
+            yield connection, clock, galera
+
+    def test_cut_off(self, cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """A burst from many threads opens the circuit once; nobody sees an error."""
+        connection, clock, galera = cluster
+        alias = connection.alias
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+        balancer = connection._registered().balancer
+        bad = balancer.peers["peer2"]
+        events: list[Any] = []
+        balancer.add_listener(events.append)
+        ready, go = threading.Barrier(9), threading.Event()
+        failures: list[BaseException] = []
+        led_to: list[Any] = []
+
+        def work(number: int) -> None:
+            wrapper = connections[alias]
+            try:
+                with balancer.pinned(bad):
+                    wrapper.ensure_connection()
+                ready.wait(30)
+                assert go.wait(60)
+                with wrapper.cursor() as cursor:
+                    if number % 2:
+                        cursor.execute("SELECT count(*) FROM app_token")
+                    else:
+                        with transaction.atomic(alias):
+                            cursor.execute(f"INSERT INTO app_token (value) VALUES ('w{number}')")
+                led_to.append(wrapper.peer)
+            except BaseException as exc:
+                failures.append(exc)
+            finally:
+                wrapper.close()
+
+        threads = [threading.Thread(target=work, args=[i], daemon=True) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        ready.wait(30)
+        galera.isolate(galera[2])
+        caplog.set_level(logging.WARNING, "django_proxysql")
+        go.set()
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        assert len(led_to) == 8
+        assert bad not in led_to
+        assert len([event for event in events if type(event) is CircuitOpened]) == 1
+        lines = [record.getMessage() for record in caplog.records]
+        assert len([line for line in lines if "opened" in line]) == 1
+        # It connects, and would answer SELECT 1: a trial asks what it failed at.
+        clock.advance(40)
+        connection.close()
+        connection.ensure_connection()
+        assert bad.breaker.current_state == "open"
+        galera.rejoin(galera[2])
+        clock.advance(40)
+        connection.close()
+        connection.ensure_connection()
+        assert bad.breaker.current_state == "closed"
+        assert [type(event) for event in events].count(CircuitClosed) == 1
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT value FROM app_token ORDER BY value")
+            written = [value for (value,) in cursor.fetchall()]
+        assert written == ["one", "w0", "w2", "w4", "w6"]

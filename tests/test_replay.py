@@ -1,0 +1,302 @@
+"""Settings that bound what is run again, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from django.db import OperationalError, close_old_connections, connections, transaction
+from django.db.backends.signals import connection_created
+from django.db.utils import Error
+
+from django_proxysql import logs
+from tests.engine import engine, mysql_peer
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.site import KINDS, Site, site, with_table
+
+
+@pytest.fixture(params=KINDS)
+def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
+
+
+class TestSettings:
+    def test_replay_none(self, mariadb: Any, fault_proxy: Any) -> None:
+        """No statement is ever run again; what is found before sending is still replaced."""
+        with site(mariadb, fault_proxy, REPLAY=None) as here:
+            here.read()
+            here.cut("before")
+            with pytest.raises(OperationalError):
+                here.read()
+            here.read()
+            here.kill()
+            here.write("one")
+            here.kill()
+            here.idle()
+            assert here.read() == ["one"]
+            assert not here.replayed()
+
+    def test_idle_check_none(self, mariadb: Any, fault_proxy: Any) -> None:
+        """Reads are not preceded by a look, however long the connection was idle; writes are."""
+        with site(mariadb, fault_proxy, IDLE_CHECK=None, REPLAY=None) as here:
+            here.write("one")
+            here.kill()
+            here.idle(1000)
+            with pytest.raises(OperationalError):
+                here.read()
+            here.read()
+            here.kill()
+            here.write("two")
+            assert here.written() == ["one", "two"]
+
+    def test_idle_check(self, mariadb: Any, fault_proxy: Any) -> None:
+        with site(mariadb, fault_proxy, IDLE_CHECK=10, REPLAY=None) as here:
+            here.read()
+            here.idle(11)
+            here.kill()
+            assert here.read() == []
+            here.kill()
+            here.idle(9)
+            with pytest.raises(OperationalError):
+                here.read()
+
+    @pytest.mark.parametrize("synchronous", [True, False])
+    def test_synchronous_peers(self, mariadb: Any, fault_proxy: Any, synchronous: bool) -> None:
+        """Where peers may lag, no read is run again elsewhere after a write of the same unit."""
+        with site(mariadb, fault_proxy, SYNCHRONOUS_PEERS=synchronous) as here:
+            close_old_connections()
+            here.write("one")
+            here.cut("after")
+            if synchronous:
+                assert here.read() == ["one"]
+            else:
+                with pytest.raises(OperationalError):
+                    here.read()
+            close_old_connections()
+            here.read()
+            here.cut("after")
+            assert here.read() == ["one"]
+
+
+class TestDrivers:
+    def test_unix_socket(self, mariadb: Any) -> None:
+        """Looked at as any other socket is."""
+        peer = {**mysql_peer(mariadb), "HOST": str(mariadb.socket), "PORT": ""}
+        with engine([peer], CONN_MAX_AGE=None) as connection:
+            with_table(connection)
+            kill(mariadb, connection.connection.thread_id())
+            with connection.cursor() as cursor:
+                cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+                cursor.execute("SELECT value FROM app_token")
+                assert cursor.fetchall() == (("one",),)
+
+    def test_pymysql(self, mariadb: Any) -> None:
+        """It has no public fileno(): no look is taken, and what is provable is run again."""
+        script = f"""
+import pymysql
+pymysql.version_info = (2, 2, 8, "final", 0)
+pymysql.install_as_MySQLdb()
+import django; django.setup()
+from django_proxysql import logs
+from tests.engine import engine, mysql_peer
+from tests.servers.mariadb import Node
+class Server:
+    host, port = {mariadb.host!r}, {mariadb.port!r}
+with engine([mysql_peer(Server)], CONN_MAX_AGE=None) as connection:
+    with connection.cursor() as cursor:
+        def kill():
+            other = pymysql.connect(host=Server.host, port=Server.port, user={USER!r},
+                password={PASSWORD!r}, database={DATABASE!r})
+            other.cursor().execute("KILL %d" % connection.connection.thread_id())
+            other.close()
+        cursor.execute("SELECT 1")
+        assert connection._session.poll is None
+        kill()
+        cursor.execute("SELECT 42")
+        assert cursor.fetchall() == ((42,),)
+        kill()
+        try:
+            cursor.execute("DELETE FROM app_token WHERE id = -1")
+        except django.db.OperationalError:
+            print("raised")
+        cursor.execute("DELETE FROM app_token WHERE id = -1")
+        print("well")
+"""
+        with engine([mysql_peer(mariadb)]) as connection:
+            with_table(connection)
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**__import__("os").environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.split() == ["raised", "well"], done.stderr
+
+    def test_unbuffered_cursors(self, mariadb: Any, fault_proxy: Any) -> None:
+        """Rows may lie on the wire: nothing is swapped, and nothing run again."""
+        import MySQLdb.cursors
+
+        options = {"cursorclass": MySQLdb.cursors.SSCursor}
+        with site(mariadb, fault_proxy, OPTIONS=options) as here:
+            here.write("one")
+            with here.connection.cursor() as cursor:
+                cursor.execute("SELECT value FROM app_token")
+                here.idle()
+                assert cursor.fetchall() == (("one",),) or cursor.fetchall() == []
+            here.kill()
+            here.idle()
+            with pytest.raises(Error):
+                here.sql("SELECT 1")
+            assert here.sql("SELECT 2") == [(2,)]
+            assert not here.replayed()
+
+    def test_multiple_results(self, mariadb: Any, fault_proxy: Any) -> None:
+        """While results are unread the socket is rightly readable, and not to be pinged."""
+        with site(mariadb, fault_proxy) as here:
+            with here.connection.cursor() as cursor:
+                cursor.execute("SELECT 1; SELECT 2")
+                here.idle()
+                before = here.connection.connection
+                assert cursor.fetchall() == ((1,),)
+                assert cursor.nextset()
+                assert cursor.fetchall() == ((2,),)
+                assert not cursor.nextset()
+            here.idle()
+            here.sql("SELECT 3")
+            assert here.connection.connection is before
+
+
+def kill(server: Any, thread: int) -> None:
+    server.sql(f"KILL {thread}")
+
+
+class TestSaid:
+    def test_log(
+        self, here: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each rescue is counted, and told at WARNING, no more than one line a second."""
+        monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=here.clock))
+        monkeypatch.setattr(logs, "_rescues", {"last": 0.0, "kept_back": 0})
+        caplog.set_level(logging.WARNING, "django_proxysql")
+        here.read()
+        for _ in range(3):
+            here.cut("after")
+            here.read()
+            here.sql("SELECT 1")
+        rescues = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(here.replayed()) == 3
+        assert len(rescues) == 1
+        here.idle(2)
+        here.cut("after")
+        here.read()
+        lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(lines) == 2
+        assert re.match("balanced: replaced a lost connection, from peer[01] to peer[01]", lines[0])
+        assert "(and 6 more)" in lines[1] or "(and 5 more)" in lines[1]
+        assert PASSWORD not in "".join(lines)
+
+    def test_error_is_djangos(self, here: Site) -> None:
+        """What is raised is what Django would raise, with the driver's error as its cause."""
+        here.read()
+        here.cut("after")
+        with pytest.raises(OperationalError) as caught:
+            here.write("one")
+        assert type(caught.value) is OperationalError
+        assert isinstance(caught.value.__cause__, here.connection.Database.OperationalError)
+        assert caught.value.args == caught.value.__cause__.args
+
+
+class TestBudget:
+    def test_a_statement_that_is_lost_again(self, here: Site) -> None:
+        """A statement that kills what it runs on is not handed from peer to peer."""
+        here.sql("SELECT 1")
+        first, second = here.here, next(p for p in here.proxies if p is not here.here)
+        first.cut_after()
+        arm_at_connect(here, second)
+        with pytest.raises(OperationalError):
+            here.sql("SELECT 42")
+        assert first.cuts == second.cuts == 1
+        assert len(here.replayed()) == 1
+        # The same text has no other try for a minute; others have.
+        here.sql("SELECT 1")
+        here.cut("after")
+        with pytest.raises(OperationalError):
+            here.sql("SELECT 42")
+        here.sql("SELECT 1")
+        here.cut("after")
+        assert here.sql("SELECT 43") == [(43,)]
+        here.idle(61)
+        here.sql("SELECT 1")
+        here.cut("after")
+        assert here.sql("SELECT 42") == [(42,)]
+
+    def test_at_most_so_many(self, here: Site) -> None:
+        replays = 0
+        for number in range(15):
+            here.sql("SELECT 1")
+            here.cut("after")
+            try:
+                here.sql(f"SELECT {number}")
+                replays += 1
+            except OperationalError:
+                pass
+        assert replays == 10
+        here.idle(61)
+        here.sql("SELECT 1")
+        here.cut("after")
+        here.sql("SELECT 99")
+
+
+def arm_at_connect(here: Site, proxy: Any) -> None:
+    """Cut the first statement on the next connection: after all that connecting sends."""
+
+    def armed(connection: Any, **_: Any) -> None:
+        if connection is here.connection and here.here is proxy:
+            connection_created.disconnect(armed)
+            proxy.cut_after()
+
+    connection_created.connect(armed, weak=False)
+
+
+class TestThreads:
+    def test_each_has_its_own(self, here: Site) -> None:
+        """Eight threads whose connections are all cut at once lose nothing."""
+        alias = here.connection.alias
+        ready, go = threading.Barrier(9), threading.Event()
+        failures: list[BaseException] = []
+
+        def work(number: int) -> None:
+            wrapper = connections[alias]
+            try:
+                with wrapper.cursor() as cursor:
+                    cursor.execute("SELECT 1")
+                    ready.wait(20)
+                    assert go.wait(20)
+                    cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"a{number}"])
+                    with transaction.atomic(alias):
+                        cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"b{number}"])
+            except BaseException as exc:
+                failures.append(exc)
+            finally:
+                wrapper.close()
+
+        threads = [threading.Thread(target=work, args=[i], daemon=True) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        ready.wait(20)
+        for proxy in here.proxies:
+            proxy.drop_connections()
+        go.set()
+        for thread in threads:
+            thread.join(30)
+        assert failures == []
+        assert len(here.written()) == 16
