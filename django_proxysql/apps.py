@@ -6,7 +6,7 @@ import django
 from django.apps import AppConfig
 from django.core import checks
 
-from .checks import check_settings
+from .checks import check_settings, check_with_databases
 
 __all__ = ["DjangoProxySQLConfig"]
 
@@ -20,6 +20,10 @@ class DjangoProxySQLConfig(AppConfig):
     def ready(self) -> None:
         """Register the system checks."""
         # So that check --tag database runs it. Django before 3.1 runs what has
-        # that tag only when asked to.
-        tags = (checks.Tags.database,) if django.VERSION >= (3, 1) else ()
-        checks.register(check_settings, *tags)
+        # that tag only when asked to, and so does Django from 6.1 on.
+        if (3, 1) <= django.VERSION < (6, 1):
+            checks.register(check_settings, checks.Tags.database)
+            return
+        checks.register(check_settings)
+        if django.VERSION >= (6, 1):
+            checks.register(check_with_databases, checks.Tags.database)

@@ -27,7 +27,7 @@ def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
             editor.create_model(Token)
         Token.objects.using("balanced").create(value="one")
         assert Token.objects.using("balanced").get().value == "one"
-        assert balancers["balanced"]._clock is clock
+        assert balancers["balanced"].clock is clock
         thread = threading.Thread(target=connect)
         thread.start()
         thread.join()

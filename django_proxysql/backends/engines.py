@@ -8,20 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.apps import apps
 from django.db import connections, utils
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 
 from .. import drivers
-from ..conf import load_wrapper, peer_engine
+from ..conf import ALIAS_KEY, is_balancer, load_wrapper, peer_engine, problems
 from ..exceptions import ConfigError
+from ..registry import balancers
 from .shims import client_class, creation_class, validation_class
 
 __all__ = ["engine_class"]
 
 
 class _Unknown(DummyWrapper):
-    """Stands for a backend that cannot be loaded, until connect() says so."""
+    """Stands for the backend where settings are wrong, until connect() says so.
+
+    Django's checks ask a connection for its features, of which many depend on
+    the server: those of the real backend would connect, and what that raises
+    would stand in the place of the checks' messages.
+    """
 
     #: PEP 249's exceptions, which wrap_database_errors asks for.
     Database = utils
@@ -33,17 +40,18 @@ class _Unknown(DummyWrapper):
 _made: dict[tuple[type, type], type] = {}
 
 
-def engine_class(base: type, settings: dict[str, Any]) -> type:
+def engine_class(base: type, settings: dict[str, Any], alias: str) -> type:
     """Return the class of wrappers for the balancer whose settings these are.
 
     :param base: the engine's DatabaseWrapper, or a user's subclass of it.
     """
-    wrapper: Any
-    try:
-        wrapper = load_wrapper(peer_engine(settings, connections.databases))
-    except ConfigError:
-        # Said by the checks and at connect; never where a wrapper is made.
-        wrapper = _Unknown
+    wrapper: Any = _Unknown
+    # What is wrong is said by the checks and at connect; never where a wrapper is made.
+    if not _is_misconfigured(settings, alias):
+        try:
+            wrapper = load_wrapper(peer_engine(settings, connections.databases))
+        except ConfigError:
+            pass
     key = (base, wrapper)
     made = _made.get(key)
     if made is None:
@@ -66,3 +74,11 @@ def engine_class(base: type, settings: dict[str, Any]) -> type:
             ),
         )
     return made
+
+
+def _is_misconfigured(settings: dict[str, Any], alias: str) -> bool:
+    # A balancer that is at work has passed. Before all apps are loaded, what
+    # cannot be imported now may be a moment later.
+    if settings.get(ALIAS_KEY) in balancers.known or not apps.ready or not is_balancer(settings):
+        return False
+    return any(problem.is_error for problem in problems(alias, settings, connections.databases))

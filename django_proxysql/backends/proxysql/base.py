@@ -29,5 +29,5 @@ class DatabaseWrapper(SafePointsMixin):
     ) -> DatabaseWrapper:
         # copy.copy() calls the finished class without arguments.
         if not issubclass(cls, BaseDatabaseWrapper):
-            cls = engine_class(cls, settings_dict or {})
+            cls = engine_class(cls, settings_dict or {}, alias)
         return super().__new__(cls)
