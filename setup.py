@@ -42,6 +42,7 @@ TEST = [
     "psycopg2-binary>=2.8",
     "pytest>=7",
     "pytest-django>=4.5",
+    "pytest-timeout>=2.1",
 ]
 
 # What .ci/run needs on top.

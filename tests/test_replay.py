@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
 from django_proxysql import logs
-from tests.engine import engine, mysql_peer
+from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.site import KINDS, Site, site, with_table
 
@@ -106,7 +107,7 @@ pymysql.version_info = (2, 2, 8, "final", 0)
 pymysql.install_as_MySQLdb()
 import django; django.setup()
 from django_proxysql import logs
-from tests.engine import engine, mysql_peer
+from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.servers.mariadb import Node
 class Server:
     host, port = {mariadb.host!r}, {mariadb.port!r}
@@ -132,14 +133,50 @@ with engine([mysql_peer(Server)], CONN_MAX_AGE=None) as connection:
 """
         with engine([mysql_peer(mariadb)]) as connection:
             with_table(connection)
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**__import__("os").environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_script(script)
         assert done.stdout.split() == ["raised", "well"], done.stderr
+
+    def test_psycopg2(self, postgres: Any) -> None:
+        """Its connections are looked at as psycopg 3's are."""
+        script = f"""
+import sys
+sys.modules["psycopg"] = None
+import django; django.setup()
+import psycopg2
+from tests.engine import POSTGRESQL, engine, mysql_peer
+class Server:
+    host, port = {postgres.host!r}, {postgres.port!r}
+with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as connection:
+    assert connection.Database is psycopg2
+    other = psycopg2.connect(host=Server.host, port=Server.port, user={USER!r},
+        password={PASSWORD!r}, dbname={DATABASE!r})
+    other.autocommit = True
+    with connection.cursor() as cursor:
+        def kill():
+            pid = connection.connection.info.backend_pid
+            other.cursor().execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        cursor.execute("DELETE FROM app_token")
+        kill()
+        cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+        kill()
+        cursor.execute("SELECT value FROM app_token")
+        print(cursor.fetchall()[0][0])
+        with django.db.transaction.atomic("balanced"):
+            cursor.execute("SELECT 1")
+            kill()
+            try:
+                cursor.execute("SELECT 2")
+            except django.db.OperationalError:
+                print("raised")
+            django.db.transaction.set_rollback(True, "balanced")
+    with connection.cursor() as cursor:
+        cursor.execute("DELETE FROM app_token")
+        print("well")
+"""
+        with engine([mysql_peer(postgres)], PEER_ENGINE=POSTGRESQL) as connection:
+            with_table(connection)
+        done = run_script(script)
+        assert done.stdout.split() == ["one", "raised", "well"], done.stderr
 
     def test_unbuffered_cursors(self, mariadb: Any, fault_proxy: Any) -> None:
         """Rows may lie on the wire: nothing is swapped, and nothing run again."""
@@ -173,6 +210,17 @@ with engine([mysql_peer(Server)], CONN_MAX_AGE=None) as connection:
             here.idle()
             here.sql("SELECT 3")
             assert here.connection.connection is before
+
+
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
+    """Run Python text in a process whose drivers are its own choice."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def kill(server: Any, thread: int) -> None:
