@@ -36,7 +36,8 @@ from .events import (
 )
 from .exceptions import ConfigError, NoPeerAvailable
 from .faults import Fault
-from .logs import complain, log_event, logger
+from .logger import complain, logger
+from .logs import log_event
 from .peer import Hold, Peer
 from .ready import QUESTIONS, ready_check_from
 from .strategies import strategy_from

@@ -53,7 +53,7 @@ import pybreaker
 
 from . import drivers
 from .faults import Fault
-from .logs import complain
+from .logger import complain
 
 __all__ = ["Circuit", "CircuitBreakerError", "Lease", "PeerBreaker", "Permit", "Transition"]
 

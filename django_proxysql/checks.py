@@ -4,28 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.checks import CheckMessage, Error, Warning
+from django.core.checks import CheckMessage
 from django.db import connections
 
-from .conf import is_balancer, problems
+from .messages import messages
 
-__all__ = ["check_settings", "check_with_databases", "messages"]
-
-
-def messages(alias: str) -> list[CheckMessage]:
-    """Return the messages for one alias of DATABASES; none if it is no balancer."""
-    databases = connections.databases
-    entry = databases.get(alias, {})
-    if not is_balancer(entry):
-        return []
-    return [
-        (Error if problem.is_error else Warning)(
-            f"DATABASES[{alias!r}]: {problem.message}",
-            hint=problem.hint,
-            id=f"django_proxysql.{problem.id}",
-        )
-        for problem in problems(alias, entry, databases)
-    ]
+__all__ = ["check_settings", "check_with_databases"]
 
 
 def check_settings(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
@@ -34,7 +18,7 @@ def check_settings(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
 
 
 def check_with_databases(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
-    """Do the same for ``check --tag database``, on a Django whose plain check leaves that tag out."""
+    """Do the same for ``check --tag database``, where a plain check leaves that tag out."""
     return _unless_said(check_with_databases, databases)
 
 

@@ -24,10 +24,9 @@ from .events import (
     StatementReplayed,
 )
 from .faults import Fault
+from .logger import logger
 
-__all__ = ["complain", "log_event", "logger"]
-
-logger = logging.getLogger("django_proxysql")
+__all__ = ["log_event"]
 
 
 def log_event(event: Event) -> None:
@@ -140,18 +139,6 @@ def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:
         f" (and {int(kept_back)} more)" if kept_back else "",
         event.error,
     )
-
-
-def complain(message: str, *args: object) -> None:
-    """Log the exception that is being handled, and raise nothing.
-
-    For what a listener raises. The log handler itself may be what is broken,
-    and it must not cost anybody a connection.
-    """
-    try:
-        logger.exception(message, *args)
-    except Exception:  # noqa: S110
-        pass
 
 
 def _log(level: int, event: Any, message: str, *args: object, **extra: object) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from django.apps import apps
 
-from ..checks import messages
 from ..conf import ALIAS_KEY
+from ..messages import messages
 from ..registry import balancers
 
 __all__ = ["client_class", "creation_class", "validation_class"]

@@ -1,0 +1,276 @@
+"""The floors: each file imports from floors below its own, and the core knows no Django.
+
+Read from the files' text, so that an import that only runs in some function counts as well.
+Imports for type checkers alone (``if TYPE_CHECKING:``) run nowhere and are free.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import django_proxysql
+
+PACKAGE = "django_proxysql"
+ROOT = Path(django_proxysql.__file__).parent
+
+#: The floor of every file; of a folder, its files', which may import one another.
+FLOORS = {
+    # What peers and balancers are told, and what may be wrong with that.
+    "exceptions": 0,
+    "faults": 0,
+    "config": 0,
+    # Helpers that know nothing of the rest.
+    "logger": 0,
+    "budget": 0,
+    "sockets": 0,
+    "statements": 0,
+    # What drivers' errors mean; what happens.
+    "drivers": 1,
+    "events": 1,
+    # Parts of a balancer.
+    "breaker": 2,
+    "strategies": 2,
+    "logs": 2,
+    "peer": 3,
+    "ready": 3,
+    "balancer": 4,
+    "probe": 5,
+    "sharing": 5,
+    # The Django line: nothing above imports Django.
+    "conf": 6,
+    "errors": 6,
+    "messages": 7,
+    "registry": 7,
+    "backends": 8,
+    "retry": 9,
+    "apps": 9,
+    "checks": 9,
+    "signals": 9,
+    "management": 9,
+    "monitoring": 9,
+    # A program that uses it all.
+    "demo": 10,
+    "__main__": 11,
+}
+DJANGO_LINE = 6
+
+#: Within one floor nothing imports anything, but for these: a setting that is wrong has
+#: an exception, and Django's app registers the checks.
+ALLOWED = {("config", "exceptions"), ("apps", "checks")}
+
+#: Which files may import a library.
+LIBRARIES = {"pybreaker": {"breaker"}, "tenacity": {"balancer", "retry"}}
+
+
+def module_of(path: Path) -> str:
+    """Return the file's dotted name in the package: ``drivers.mysql``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, str]:
+    """The package's files: dotted name to text."""
+    return {module_of(path): path.read_text() for path in ROOT.rglob("*.py")}
+
+
+def is_package(module: str) -> bool:
+    return not module or (ROOT / module.replace(".", "/")).is_dir()
+
+
+def running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk over what can run: everything outside ``if TYPE_CHECKING:``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield other
+                yield from running(other)
+            continue
+        yield node
+        yield from running(node)
+
+
+def imports(module: str, text: str) -> Iterator[str]:
+    """Yield the full dotted name of all that the file imports."""
+    for node in running(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = [PACKAGE, *module.split(".")] if module else [PACKAGE]
+                up = node.level - 1 if is_package(module) else node.level
+                base = ".".join([*here[: len(here) - up], *([base] if base else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(files: Mapping[str, str]) -> list[str]:
+    """Return a line for each import that goes up, across, over the line or past its file."""
+    found = []
+    for module, text in files.items():
+        own = module.partition(".")[0]
+        # The package itself only gathers the names of the core.
+        floor = FLOORS[own] if own else DJANGO_LINE
+        for name in imports(module, text):
+            top, _, rest = name.partition(".")
+            if top in LIBRARIES and own not in LIBRARIES[top]:
+                found.append(f"{module or PACKAGE} imports {top}")
+            elif top == "django" and (not own or floor < DJANGO_LINE):
+                found.append(f"{module or PACKAGE} is above the Django line and imports {name}")
+            elif top == PACKAGE:
+                other = rest.partition(".")[0]
+                if other in (own, "__version__") or (own, other) in ALLOWED:
+                    continue
+                if FLOORS.get(other, 0) >= floor:
+                    found.append(
+                        f"{module or PACKAGE} ({floor}) imports {other}, on no lower floor"
+                    )
+    return found
+
+
+def test_every_file_has_its_floor() -> None:
+    """A new file is given a floor: at least one above all that it imports."""
+    for module, text in sources().items():
+        own = module.partition(".")[0]
+        used = {
+            name.split(".")[1] for name in imports(module, text) if name.startswith(f"{PACKAGE}.")
+        }
+        least = max((FLOORS[other] + 1 for other in used - {own} if other in FLOORS), default=0)
+        assert not own or own in FLOORS, f"{module}: give it a floor, of at least {least}"
+
+
+def test_imports_come_from_floors_below() -> None:
+    """No file imports from its own floor or a higher one, and none above the line knows Django."""
+    assert violations(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "complaint"),
+    [
+        ("faults", "from .breaker import Circuit", "imports breaker, on no lower floor"),
+        ("faults", "from . import breaker", "imports breaker, on no lower floor"),
+        ("faults", "import django_proxysql.breaker", "imports breaker, on no lower floor"),
+        ("faults", "def f():\n    from .exceptions import NotReady", "imports exceptions"),
+        ("drivers.mysql", "from ..events import Event", "imports events"),
+        ("drivers", "from ..breaker import Permit", "imports breaker"),
+        ("balancer", "from django.db import connection", "above the Django line"),
+        ("", "from .registry import balancers", "imports registry"),
+        ("", "import django", "above the Django line"),
+        ("balancer", "import pybreaker", "balancer imports pybreaker"),
+        ("breaker", "from tenacity import Retrying", "breaker imports tenacity"),
+        ("conf", "try:\n    from .registry import x\nexcept ImportError:\n    pass", "registry"),
+    ],
+)
+def test_is_not_blind(module: str, text: str, complaint: str) -> None:
+    """The reading finds each way of going wrong."""
+    (found,) = violations({module: text})
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("peer", "if TYPE_CHECKING:\n    from .balancer import LoadBalancer"),
+        ("drivers.mysql", "from . import generic\nfrom .generic import ping"),
+        ("breaker", "import pybreaker\nfrom . import drivers\nfrom .faults import Fault"),
+        ("registry", "from django.db import connections\nfrom .conf import x"),
+    ],
+)
+def test_cries_no_wolf(module: str, text: str) -> None:
+    """What is allowed is found innocent."""
+    assert violations({module: text}) == []
+
+
+#: Run in a Python that finds no Django.
+WITHOUT_DJANGO = """
+    import sys
+
+    class NoDjango:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "django":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, NoDjango())
+    try:
+        import django
+    except ImportError:
+        pass
+    else:
+        raise AssertionError("Django is to be had")
+"""
+
+
+def without_django(program: str, *arguments: str) -> str:
+    """Return what ``program`` prints in a process in which ``import django`` fails."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(WITHOUT_DJANGO) + textwrap.dedent(program),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_core_connects_without_django() -> None:
+    """Where Django is not installed the core is imported whole and connects."""
+    modules = [f"{PACKAGE}.{name}" for name, floor in FLOORS.items() if floor < DJANGO_LINE]
+    there = [m for m in modules if (ROOT / f"{m.partition('.')[2]}.py").exists()]
+    assert len(there) > 10
+    printed = without_django(
+        """
+        import importlib
+        import sqlite3
+        for module in sys.argv[1:]:
+            importlib.import_module(module)
+        from django_proxysql import (
+            Fault, LoadBalancer, NoPeerAvailable, NotReady, Peer, PeerBreaker
+        )
+
+        db = LoadBalancer(
+            {
+                "gone": {"database": "/nowhere/at/all"},
+                "here": {"database": ":memory:"},
+            },
+            connect=sqlite3.connect,
+            strategy="round_robin",
+        )
+        for _ in range(4):
+            print(db.connect().execute("SELECT 42").fetchone()[0], end=" ")
+        print(db.peers["gone"].breaker.current_state, end=" ")
+        assert not [name for name in sys.modules if name.partition(".")[0] == "django"]
+        try:
+            from django_proxysql import balancers
+        except ImportError as exc:
+            print(exc.name)
+        """,
+        *there,
+    )
+    assert printed == "42 42 42 42 open django\n"
+
+
+def test_nothing_begins_at_import() -> None:
+    """Importing the core starts no thread and opens nothing."""
+    printed = without_django(
+        """
+        import os
+        import threading
+        before = sorted(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else []
+        import django_proxysql
+        after = sorted(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else []
+        print(threading.active_count(), before == after)
+        """
+    )
+    assert printed == "1 True\n"
