@@ -229,6 +229,29 @@ class TestPsycopg:
         here.write("two")
         assert here.written() == ["two"]
 
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_pipeline(self, on_postgres: Site, in_block: bool) -> None:
+        """An error there may be an earlier statement's: a read hides no lost write."""
+        here = on_postgres
+
+        def work() -> None:
+            with here.connection.connection.pipeline():
+                here.cut("before")
+                here.write("one")
+                assert here.sql("SELECT 42") == [(42,)]
+
+        here.sql("SELECT 1")
+        with pytest.raises(Exception, match=r"connection"):
+            if in_block:
+                with transaction.atomic(here.connection.alias):
+                    work()
+            else:
+                work()
+        assert here.written() == []
+        assert not here.replayed()
+        here.write("two")
+        assert here.written() == ["two"]
+
     def test_errors_that_are_answers_change_nothing(self, on_postgres: Site) -> None:
         here = on_postgres
         before = here.connection.connection

@@ -277,7 +277,12 @@ class SafePointsMixin(LoadBalancedMixin):
         if session.dead and session.told:
             # Its state is gone, and the application knows.
             return True
-        return not (session.sticky or session.unbuffered or session.server_side)
+        return not (
+            session.sticky
+            or session.unbuffered
+            or session.server_side
+            or self._driver.is_busy(session.connection)
+        )
 
     def _is_lost(self, session: Session) -> bool:
         """Look at the socket, and ask the driver if there is something to be read."""
@@ -415,6 +420,7 @@ class SafePointsMixin(LoadBalancedMixin):
             and not session.server_side
             and not session.told
             and self._thread_sharing_count == 0  # type: ignore[attr-defined]
+            and not self._driver.is_busy(session.connection)
         )
 
     def _leave_if_out(self, session: Session) -> None:
@@ -602,6 +608,8 @@ class SafePointsMixin(LoadBalancedMixin):
         if config.replay is None or kind & (STATE | SCOPED):
             return False
         if session.sticky or session.held or session.unbuffered or session.server_side:
+            return False
+        if self._driver.is_busy(session.connection):
             return False
         first = self.in_atomic_block
         if first:

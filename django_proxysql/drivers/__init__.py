@@ -72,6 +72,9 @@ class Driver(Protocol):
     def ping(self, connection: Any) -> None:
         """Raise the driver's error if the connection is lost."""
 
+    def is_busy(self, connection: Any) -> bool:
+        """Return whether statements have been sent whose results nobody has asked for yet."""
+
     def is_unbuffered(self, params: Any) -> bool:
         """Return whether cursors made with these arguments leave rows on the wire."""
 

@@ -71,6 +71,11 @@ def ping(connection: Any) -> None:
     """Take the connection for alive."""
 
 
+def is_busy(connection: Any) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
 def is_unbuffered(params: Any) -> bool:
     """Return False."""
     return False

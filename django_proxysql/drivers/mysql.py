@@ -198,6 +198,11 @@ def ping(connection: Any) -> None:
         connection.ping()
 
 
+def is_busy(connection: Any) -> bool:
+    """Return False: each statement is answered before the next."""
+    return False
+
+
 def is_unbuffered(params: Any) -> bool:
     """Return whether cursors made with these arguments leave rows on the wire."""
     return "SS" in getattr(params.get("cursorclass"), "__name__", "")

@@ -9,6 +9,7 @@ from ..faults import Fault
 from .generic import (
     fileno,
     is_answer,
+    is_busy,
     is_closed,
     is_killed_connection,
     is_read_only_refusal,
@@ -26,6 +27,7 @@ __all__ = [
     "fault",
     "fileno",
     "is_answer",
+    "is_busy",
     "is_closed",
     "is_killed_connection",
     "is_read_only_refusal",

@@ -166,6 +166,19 @@ def ping(connection: Any) -> None:
         cursor.execute("SELECT 1")
 
 
+def is_busy(connection: Any) -> bool:
+    """Return whether psycopg 3 is in its pipeline mode, where an error may be an earlier
+    statement's."""
+    pgconn = getattr(connection, "pgconn", None)
+    if pgconn is None:
+        return False
+    try:
+        return int(pgconn.pipeline_status) != 0
+    except Exception:
+        # A libpq before 14 has no such mode.
+        return False
+
+
 def is_unbuffered(params: Any) -> bool:
     """Return False: named cursors are known by their names."""
     return False
