@@ -17,6 +17,7 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connections
 
+from django_proxysql import balancers
 from django_proxysql.conf import ENGINE, balancer_config, problems
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine
 
@@ -63,6 +64,14 @@ MISTAKES: list[Any] = [
     ("E005", {"PEERS": [ONE], "TRIAL_TIMEOUT": 0}, "TRIAL_TIMEOUT is 0", "or None"),
     ("E005", {"PEERS": [ONE], "CONNECT_DEADLINE": None}, "CONNECT_DEADLINE is None", ""),
     ("E005", {"PEERS": [ONE], "LAST_RESORT_INTERVAL": -1}, "LAST_RESORT_INTERVAL is -1", ""),
+    ("E005", {"PEERS": [ONE], "REPLAY": "unsafe"}, "REPLAY is 'unsafe'", "'safe' or None"),
+    ("E005", {"PEERS": [ONE], "REPLAY": False}, "REPLAY is False", "'safe' or None"),
+    ("E005", {"PEERS": [ONE], "IDLE_CHECK": "1"}, "IDLE_CHECK is '1'", "or None"),
+    ("E005", {"PEERS": [ONE], "IDLE_CHECK": -0.5}, "IDLE_CHECK is -0.5", "or None"),
+    ("E005", {"PEERS": [ONE], "TCP_USER_TIMEOUT": 0}, "TCP_USER_TIMEOUT is 0", "or None"),
+    ("E005", {"PEERS": [ONE], "TCP_USER_TIMEOUT": True}, "TCP_USER_TIMEOUT is True", "a number"),
+    ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": None}, "SYNCHRONOUS_PEERS is None", "False"),
+    ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
     ("E005", {"PEERS": [ONE], "BREAKER": 3}, "BREAKER is 3", "fail_max"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
@@ -72,6 +81,7 @@ MISTAKES: list[Any] = [
     ("E005", {"PEERS": [{**ONE, "BREAKER": {"fail_max": "1"}}]}, "of peer PEERS[0] is '1'", ""),
     ("E006", {"PEERS": [ONE], "CHECK_INTERVALL": 5}, "CHECK_INTERVALL", "mean CHECK_INTERVAL?"),
     ("E006", {"PEERS": [ONE], "strategy": "x"}, "strategy is not a setting", "mean STRATEGY?"),
+    ("E006", {"PEERS": [ONE], "IDLE_CHEK": 5}, "IDLE_CHEK is not a", "mean IDLE_CHECK?"),
     ("E006", {"PEERS": [{**ONE, "WEIGTH": 2}]}, "WEIGTH of peer PEERS[0]", "mean WEIGHT?"),
     ("E006", {"PEERS": [{**ONE, "HOTS": "x"}]}, "HOTS of peer PEERS[0]", "mean HOST?"),
     ("E007", {"PEERS": [ONE], "STRATEGY": "randon"}, "STRATEGY is 'randon'", "round_robin"),
@@ -117,6 +127,7 @@ MISTAKES: list[Any] = [
     ),
     ("W004", {"PEERS": [ONE], "WEIGHT": 3}, "WEIGHT is a peer's setting", "into the peers"),
     ("W004", {"PEERS": [{**ONE, "CONN_MAX_AGE": 3}]}, "CONN_MAX_AGE of peer", "to 'balanced'"),
+    ("W004", {"PEERS": [{**ONE, "REPLAY": None}]}, "REPLAY of peer", "to 'balanced'"),
     ("W004", {"PEERS": [{**ONE, "STRATEGY": "random"}]}, "STRATEGY of peer", "to 'balanced'"),
 ]
 
@@ -178,6 +189,10 @@ def test_right_settings_have_no_message() -> None:
         "CONNECT_DEADLINE": 1.5,
         "LAST_RESORT_INTERVAL": None,
         "READY_CHECK": "writable",
+        "REPLAY": None,
+        "IDLE_CHECK": 0,
+        "SYNCHRONOUS_PEERS": False,
+        "TCP_USER_TIMEOUT": 2.5,
         "CONN_MAX_AGE": None,
         "ATOMIC_REQUESTS": True,
         "TEST": {"NAME": "test_shop"},
@@ -187,6 +202,12 @@ def test_right_settings_have_no_message() -> None:
     aliases = {alias: dict(values) for alias, values in ALIASES.items()}
     with added({**aliases, "balanced": entry(settings)}):
         assert ids(run_checks()) == []
+        config = balancers["balanced"].config
+        assert (config.replay, config.idle_check) == (None, 0)
+        assert (config.synchronous_peers, config.tcp_user_timeout) == (False, 2.5)
+    for setting in ("IDLE_CHECK", "TCP_USER_TIMEOUT"):
+        with engine([ONE], **{setting: None}):
+            assert ids(run_checks()) == []
 
 
 def test_servers_told_apart_by_files_are_no_duplicates() -> None:
@@ -306,6 +327,7 @@ def test_strange_entries_break_nothing() -> None:
     keys = [
         *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
         *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
+        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT"),
         *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
     ]
     for key in keys:
