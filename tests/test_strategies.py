@@ -1,0 +1,371 @@
+"""Which peer the next connection goes to."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from django_proxysql import LoadBalancer, Peer
+from django_proxysql.exceptions import ConfigError
+from django_proxysql.strategies import (
+    LeastConnections,
+    Random,
+    RoundRobin,
+    strategy_from,
+)
+from tests.fakes import Clock, Connection, Driver, in_thread, peers, refused_by_host, running
+
+MANY = 10_000
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Draw the same numbers in each run."""
+    before = random.getstate()
+    random.seed(20)
+    yield
+    random.setstate(before)
+
+
+class Forgetful(list):  # type: ignore[type-arg]
+    """Keeps nothing."""
+
+    def append(self, thing: object) -> None:
+        pass
+
+
+def balancer(
+    strategy: Any = None, weights: Sequence[float] = (1, 1, 1), **options: Any
+) -> tuple[LoadBalancer, Driver]:
+    """Return a balancer over db1, db2 … of these weights, and its driver."""
+    names = [f"db{number}" for number in range(1, len(weights) + 1)]
+    endpoints = peers(*names)
+    for name, weight in zip(names, weights):
+        endpoints[name]["weight"] = weight
+    if strategy is not None:
+        options["strategy"] = strategy
+    driver = Driver()
+    # Connections are held by who asked for them, and by nobody else.
+    driver.made = Forgetful()
+    return LoadBalancer(endpoints, driver.connect, clock=Clock(), **options), driver
+
+
+def shares(db: LoadBalancer, count: int = MANY) -> dict[str, int]:
+    return Counter(db.connect().host for _ in range(count))
+
+
+def assert_within_three_deviations(got: dict[str, int], weights: Sequence[float]) -> None:
+    """Assert that the counts are those of a draw by weight: binomial, within 3 deviations."""
+    total = sum(got.values())
+    assert set(got) == {f"db{number}" for number in range(1, len(weights) + 1)}
+    for number, weight in enumerate(weights, 1):
+        share = weight / sum(weights)
+        deviation = (total * share * (1 - share)) ** 0.5
+        assert abs(got[f"db{number}"] - total * share) <= 3 * deviation, (number, got)
+
+
+class TestRandom:
+    def test_is_the_default(self) -> None:
+        """Without a STRATEGY connections are spread at random."""
+        db, _ = balancer()
+        assert type(db._strategy) is Random
+        first = [db.connect().host for _ in range(60)]
+        assert first != [db.connect().host for _ in range(60)]
+
+    @pytest.mark.parametrize(
+        "weights", [(1, 1, 1), (1, 2, 3), (0.5, 0.25, 0.25), (100, 1, 1), (7, 7, 7)]
+    )
+    def test_shares(self, weights: Sequence[float]) -> None:
+        """10,000 connects over 3 peers go by weight, within 3 standard deviations."""
+        db, _ = balancer("random", weights)
+        assert_within_three_deviations(shares(db), weights)
+
+    @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 4)])
+    def test_after_a_failure_the_rest_is_drawn_by_weight_too(
+        self, weights: Sequence[float]
+    ) -> None:
+        """What would have gone to a peer that is down is spread over the others by weight."""
+        db, driver = balancer("random", weights, breaker={"fail_max": MANY})
+        driver.down["db1"] = refused_by_host
+        got = shares(db)
+        fell = len(driver.hosts) - MANY
+        assert fell > 1000
+        total = sum(weights[1:])
+        for number in (2, 3):
+            share = weights[number - 1] / total
+            assert abs(got[f"db{number}"] - MANY * share) <= 3 * (MANY * share * (1 - share)) ** 0.5
+
+    def test_every_peer_once(self) -> None:
+        """The order names each peer once, whatever is drawn."""
+        strategy = Random(iter([0.0, 0.999999999, 0.5, 0.0]).__next__)
+        tier = tuple(balancer(weights=(1, 2, 3, 4))[0].peers.values())
+        first, *rest = strategy.order(tier[:3])
+        assert sorted(peer.name for peer in rest) == ["db1", "db2", "db3"]
+        assert first is tier[0]
+
+    @pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-53])
+    @pytest.mark.parametrize("weights", [(1, 1, 1), (1e-9, 1e9, 1e-9), (0.1, 0.2, 0.3)])
+    def test_edges_of_the_draw(self, draw: float, weights: Sequence[float]) -> None:
+        """The ends of the range that is drawn from are peers like any other."""
+        tier = tuple(balancer(weights=weights)[0].peers.values())
+        assert {peer.name for peer in Random(lambda: draw).order(tier)} == {"db1", "db2", "db3"}
+
+    def test_from_many_threads(self) -> None:
+        """Threads that draw for different tiers at once never get another tier's peer."""
+        tiers = [
+            tuple(balancer(weights=weights)[0].peers.values())
+            for weights in ((1, 2), (3, 1, 1, 5), (1, 1, 1), (9, 1))
+        ]
+        strategy = Random()
+
+        def draw(tier: tuple[Peer, ...]) -> None:
+            for _ in range(400):
+                assert next(iter(strategy.order(tier))) in tier
+
+        with running(*[lambda tier=tier: draw(tier) for tier in tiers * 2]):
+            pass
+
+
+class TestRoundRobin:
+    def test_in_turn(self) -> None:
+        """Connections go to the peers in turn."""
+        db, _ = balancer("round_robin")
+        hosts = [db.connect().host for _ in range(9)]
+        assert sorted(hosts[:3]) == ["db1", "db2", "db3"]
+        assert hosts == hosts[:3] * 3
+
+    @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 3), (5, 1, 1), (0.5, 0.25, 0.25)])
+    def test_shares(self, weights: Sequence[float]) -> None:
+        """10,000 connects are exact to a cycle."""
+        db, _ = balancer("round_robin", weights)
+        got = shares(db)
+        assert_within_three_deviations(got, weights)
+        for number, weight in enumerate(weights, 1):
+            assert abs(got[f"db{number}"] - MANY * weight / sum(weights)) <= 10
+
+    def test_weights_are_interleaved(self) -> None:
+        """A heavy peer's turns are spread over the cycle, not one after another."""
+        db, _ = balancer("round_robin", (2, 1))
+        hosts = [db.connect().host for _ in range(300)]
+        assert "db1db1db1db1" not in "".join(hosts)
+        assert "db2db2" not in "".join(hosts)
+
+    def test_uneven_weights_make_no_endless_cycle(self) -> None:
+        """Weights a million apart are bounded, and the light peer still gets its turns."""
+        db, _ = balancer("round_robin", (1, 1_000_000))
+        got = shares(db, 30_000)
+        assert 1 <= got["db1"] <= 100
+
+    def test_goes_on_with_the_next(self) -> None:
+        """After a failure the peers that follow are tried in their order, each once."""
+        db, driver = balancer("round_robin", (1, 1, 1, 1), breaker={"fail_max": 100})
+        driver.down.update(db2=refused_by_host, db3=refused_by_host)
+        for _ in range(4):
+            driver.calls.clear()
+            assert db.connect().host in ("db1", "db4")
+            if driver.hosts[0] == "db2":
+                assert driver.hosts == ["db2", "db3", "db4"]
+
+    def test_exact_with_threads(self) -> None:
+        """Eight threads that connect at once share the turns exactly."""
+        db, driver = balancer("round_robin")
+        with running(*[lambda: shares(db, 300)] * 8):
+            pass
+        assert Counter(driver.hosts) == {"db1": 800, "db2": 800, "db3": 800}
+
+
+class TestLeastConnections:
+    def test_evens_out(self) -> None:
+        """Connections that are kept are spread evenly."""
+        db, _ = balancer("least_connections")
+        kept = [db.connect() for _ in range(30)]
+        assert Counter(connection.host for connection in kept) == {"db1": 10, "db2": 10, "db3": 10}
+
+    def test_by_weight(self) -> None:
+        """A peer of weight 3 holds three times as many."""
+        db, _ = balancer("least_connections", (3, 1))
+        kept = [db.connect() for _ in range(40)]
+        assert Counter(connection.host for connection in kept) == {"db1": 30, "db2": 10}
+
+    def test_goes_where_connections_were_closed(self) -> None:
+        """The peer that lost most of its connections gets the next ones."""
+        db, _ = balancer("least_connections")
+        kept = [db.connect() for _ in range(30)]
+        kept = [connection for connection in kept if connection.host != "db2"]
+        gc.collect()
+        assert [state.connections for state in db.snapshot()] == [10, 0, 10]
+        assert [db.connect().host for _ in range(5)] == ["db2"] * 5
+        kept += [db.connect() for _ in range(10)]
+        assert [state.connections for state in db.snapshot()] == [10, 10, 10]
+
+    @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 3)])
+    def test_ties_are_drawn(self, weights: Sequence[float]) -> None:
+        """With nothing kept no peer is preferred: a fresh process begins anywhere."""
+        db, _ = balancer("least_connections", weights)
+        assert_within_three_deviations(shares(db), (1, 1, 1))
+
+    def test_thread_that_dies_without_closing(self) -> None:
+        """Connections of a thread that has ended are not counted, even if somebody keeps them."""
+        db, _ = balancer("least_connections")
+        kept: list[Connection] = []
+        in_thread(lambda: kept.extend(db.connect() for _ in range(30)))
+        assert len(kept) == 30
+        assert [state.connections for state in db.snapshot()] == [0, 0, 0]
+        mine = [db.connect() for _ in range(6)]
+        assert Counter(connection.host for connection in mine) == {"db1": 2, "db2": 2, "db3": 2}
+        # What is closed late is not counted off a second time.
+        kept.clear()
+        gc.collect()
+        assert [state.connections for state in db.snapshot()] == [2, 2, 2]
+
+    def test_closed_by_another_thread(self) -> None:
+        """A connection may end in another thread than it began in, and before or after it."""
+        db, _ = balancer("least_connections", (1, 1))
+        kept: list[Connection] = []
+        go, made = threading.Event(), threading.Event()
+
+        def work() -> None:
+            kept.extend(db.connect() for _ in range(4))
+            made.set()
+            assert go.wait(10)
+
+        with running(work):
+            assert made.wait(10)
+            assert [state.connections for state in db.snapshot()] == [2, 2]
+            del kept[:2]
+            gc.collect()
+            assert sum(state.connections for state in db.snapshot()) == 2
+            go.set()
+        assert [state.connections for state in db.snapshot()] == [0, 0]
+
+    def test_failed_connects_are_not_counted(self) -> None:
+        """Only connections that were made are held."""
+        db, driver = balancer("least_connections", (1, 1), breaker={"fail_max": 100})
+        driver.down["db1"] = refused_by_host
+        kept = [db.connect() for _ in range(5)]
+        assert [state.connections for state in db.snapshot()] == [0, 5]
+        assert len(kept) == 5
+
+
+class TestTiers:
+    @pytest.mark.parametrize("strategy", ["random", "round_robin", "least_connections"])
+    def test_next_tier_only_when_none_of_the_first_can_be_had(self, strategy: str) -> None:
+        """Lower priority numbers come first; the next tier waits until all of them are out."""
+        endpoints = peers("far1", "near1", "far2", "near2", "last")
+        for name, priority in {"far1": 1, "far2": 1, "last": 7}.items():
+            endpoints[name]["priority"] = priority
+        driver = Driver()
+        db = LoadBalancer(endpoints, driver.connect, strategy=strategy, clock=Clock())
+        assert set(shares(db, 200)) == {"near1", "near2"}
+        driver.down["near1"] = refused_by_host
+        assert set(shares(db, 200)) == {"near2"}
+        driver.down["near2"] = refused_by_host
+        assert set(shares(db, 200)) == {"far1", "far2"}
+        driver.down.update(far1=refused_by_host, far2=refused_by_host)
+        assert set(shares(db, 200)) == {"last"}
+
+    def test_within_one_connect(self) -> None:
+        """One connect() goes down the tiers by itself, each peer once."""
+        endpoints = peers("b", "a", "c")
+        for name, priority in {"a": 0, "b": 1, "c": 2}.items():
+            endpoints[name]["priority"] = priority
+        driver = Driver()
+        driver.down.update(a=refused_by_host, b=refused_by_host)
+        db = LoadBalancer(endpoints, driver.connect, clock=Clock())
+        assert db.connect().host == "c"
+        assert driver.hosts == ["a", "b", "c"]
+
+    def test_weights_within_a_tier(self) -> None:
+        """Weights count among the peers of one tier."""
+        endpoints = peers("db1", "db2", "spare")
+        endpoints["db2"]["weight"] = 3
+        endpoints["spare"].update(weight=1000, priority=1)
+        db = LoadBalancer(endpoints, Driver().connect, clock=Clock())
+        assert_within_three_deviations(shares(db), (1, 3))
+
+
+class Alphabetical:
+    """A user's own."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def order(self, peers: Sequence[Peer]) -> Sequence[Peer]:
+        return sorted(peers, key=lambda peer: peer.name)
+
+
+class OnlyTheFirst:
+    """Names one peer and leaves the others out."""
+
+    def order(self, peers: Sequence[Peer]) -> Iterator[Peer]:
+        yield peers[0]
+
+
+def not_a_strategy() -> None: ...
+
+
+class TestOnesOwn:
+    def test_dotted_path(self) -> None:
+        """STRATEGY may be a dotted path to a class: made once, asked for each connect."""
+        endpoints = peers("c", "a", "b")
+        before = Alphabetical.made
+        driver = Driver()
+        db = LoadBalancer(
+            endpoints,
+            driver.connect,
+            strategy="tests.test_strategies.Alphabetical",
+            breaker={"fail_max": 10},
+            clock=Clock(),
+        )
+        assert [db.connect().host for _ in range(3)] == ["a"] * 3
+        driver.down.update(a=refused_by_host, b=refused_by_host)
+        driver.calls.clear()
+        assert db.connect().host == "c"
+        assert driver.hosts == ["a", "b", "c"]
+        assert Alphabetical.made == before + 1
+
+    @pytest.mark.parametrize(
+        "setting", [Alphabetical, Alphabetical()], ids=["a class", "an object"]
+    )
+    def test_class_or_object(self, setting: Any) -> None:
+        """Code may give the class or an object."""
+        db = LoadBalancer(peers("b", "a"), Driver().connect, strategy=setting)
+        assert db.connect().host == "a"
+
+    def test_what_it_leaves_out_comes_last(self) -> None:
+        """A strategy prefers; it does not take peers out of use."""
+        db, driver = balancer(OnlyTheFirst, breaker={"fail_max": 10})
+        driver.down["db1"] = refused_by_host
+        assert db.connect().host == "db2"
+        assert driver.hosts == ["db1", "db2"]
+
+    @pytest.mark.parametrize(
+        ("setting", "complaint"),
+        [
+            ("fastest", "STRATEGY is 'fastest', which is not known"),
+            ("no.such.module", "which cannot be imported"),
+            ("tests.test_strategies.Nobody", "which cannot be imported"),
+            ("tests.test_strategies.not_a_strategy", "has no order"),
+            (42, "has no order"),
+            (None, "has no order"),
+        ],
+    )
+    def test_wrong_settings(self, setting: Any, complaint: str) -> None:
+        """A STRATEGY that is none is a ConfigError that names the setting and the choices."""
+        with pytest.raises(ConfigError, match="STRATEGY") as caught:
+            strategy_from(setting)
+        assert complaint in str(caught.value)
+
+    def test_names(self) -> None:
+        """Each name is its class."""
+        assert type(strategy_from("random")) is Random
+        assert type(strategy_from("round_robin")) is RoundRobin
+        assert type(strategy_from("least_connections")) is LeastConnections
