@@ -26,11 +26,7 @@ def run(quick: bool = False) -> list[Figure]:
     figures = [*without_server(), *_cpu(20 if quick else 400)]
     with Node("mariadb") as node:
         node.set_up()
-        figures += _counted(
-            "MariaDB",
-            project.wrapper("plain_mariadb", **project.plain(node)),
-            project.wrapper("mariadb", **project.balanced([node] * 2)),
-        )
+        figures += counted_on_mariadb(node)
         figures += _on_mariadb(node, *((2, 6) if quick else (60, 60)))
     return figures
 
@@ -49,6 +45,15 @@ def without_server() -> list[Figure]:
         "no server",
         project.wrapper("plain_null", ENGINE=NULL),
         project.wrapper("null", **project.null(2)),
+    )
+
+
+def counted_on_mariadb(node: Node) -> list[Figure]:
+    """Count on a server, through mysqlclient."""
+    return _counted(
+        "MariaDB",
+        project.wrapper("plain_mariadb", **project.plain(node)),
+        project.wrapper("mariadb", **project.balanced([node] * 2)),
     )
 
 
@@ -100,7 +105,7 @@ def _cpu(rounds: int) -> Iterator[Figure]:
     for name, sql, limit in (("a read", READ, 1), ("an autocommit write", WRITE, 4)):
         yield _added(f"no server: CPU added, {name}", plain, engine, sql, rounds, limit)
         yield _added_with_cursor(f"{name}, with its cursor", plain, engine, sql, rounds)
-    with _in_transaction(plain), _in_transaction(engine):
+    with in_transaction(plain), in_transaction(engine):
         name = "in a transaction"
         yield _added(f"no server: CPU added, {name}", plain, engine, WRITE, rounds, 1)
         yield _added_with_cursor(f"{name}, with its cursor", plain, engine, WRITE, rounds)
@@ -141,11 +146,11 @@ def _run(connection: Any, sql: str) -> None:
 
 
 @contextlib.contextmanager
-def _in_transaction(connection: Any) -> Iterator[None]:
+def in_transaction(connection: Any) -> Iterator[None]:
+    """Yield inside a transaction whose first statement is over: that one may be run again."""
     from django.db import transaction
 
     with transaction.atomic(using=connection.alias):
-        # The first statement of a transaction is another matter: it may be run again.
         _run(connection, WRITE)
         yield
 
