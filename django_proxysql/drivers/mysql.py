@@ -90,7 +90,8 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
     if code is not None and code in BY_CODE:
         return BY_CODE[code]
     # PyMySQL, and mysqlclient on a closed handle, raise InterfaceError(0, '').
-    if type(exc).__name__ == "InterfaceError" and (code == 0 or not exc.args):
+    names = {cls.__name__ for cls in type(exc).__mro__}
+    if "InterfaceError" in names and (code == 0 or not exc.args):
         return Fault.LOST
     return Fault.OTHER
 

@@ -60,8 +60,9 @@ def sqlstate_of(exc: BaseException) -> str | None:
 
 def fault(exc: BaseException, connecting: bool) -> Fault:
     """Return what ``exc``, an error of this driver, says about the peer."""
-    name = type(exc).__name__
-    if name in ("PoolTimeout", "TooManyRequests", "PoolClosed"):
+    # An application may have subclassed the driver's classes.
+    names = {cls.__name__ for cls in type(exc).__mro__}
+    if names & {"PoolTimeout", "TooManyRequests", "PoolClosed"}:
         # Our pool had nothing to give; the peer was not asked.
         return Fault.OVERLOADED
     state = sqlstate_of(exc)
@@ -69,11 +70,11 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
         return Fault.UNREACHABLE
     if state in BY_SQLSTATE:
         return BY_SQLSTATE[state]
-    if state is not None or name not in ("OperationalError", "InterfaceError", "ConnectionTimeout"):
+    if state is not None or not names & {"OperationalError", "InterfaceError"}:
         return Fault.OTHER
     text = str(exc)
     if connecting:
-        if name == "InterfaceError":
+        if "InterfaceError" in names:
             return Fault.OTHER
         for pattern, meaning in _QUOTED:
             if pattern.search(text):

@@ -1,0 +1,673 @@
+"""What drivers' errors say about a peer: each code, at connect and on an established connection.
+
+The errors are of the drivers' own classes. Where a driver is not installed, as Oracle's may not
+be, a class of the same name and module stands in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib
+import socket
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import django.core.exceptions
+import django.db.utils
+import psycopg
+import psycopg2
+import psycopg2.errors
+import pymysql
+import pytest
+import sqlalchemy.exc
+
+from django_proxysql import Fault, NotReady, drivers
+from django_proxysql.drivers import mysql, postgresql
+from django_proxysql.exceptions import ConfigError
+
+MySQLdb = pytest.importorskip("MySQLdb")
+
+UNREACHABLE, REFUSED, NOT_READY = Fault.UNREACHABLE, Fault.REFUSED, Fault.NOT_READY
+OVERLOADED, LOST, KILLED = Fault.OVERLOADED, Fault.LOST, Fault.KILLED
+LOCAL, CONFLICT, OTHER = Fault.LOCAL, Fault.CONFLICT, Fault.OTHER
+
+
+def judged(exc: BaseException) -> tuple[Fault, Fault]:
+    """Return what the error says at connect, and on an established connection."""
+    return drivers.judge(exc, connecting=True), drivers.judge(exc, connecting=False)
+
+
+def raised(function: Callable[[], object]) -> Exception:
+    try:
+        function()
+    except Exception as exc:
+        return exc
+    raise AssertionError("nothing was raised")
+
+
+class TestFault:
+    @pytest.mark.parametrize(
+        ("fault", "counts", "tries_next"),
+        [
+            (UNREACHABLE, True, True),
+            (REFUSED, True, True),
+            (NOT_READY, True, True),
+            (OVERLOADED, False, True),
+            (LOST, True, True),
+            (KILLED, False, True),
+            (LOCAL, False, False),
+            (CONFLICT, False, False),
+            (OTHER, False, False),
+        ],
+    )
+    def test_what_follows(self, fault: Fault, counts: bool, tries_next: bool) -> None:
+        """Each fault counts against the circuit, and sends connect() on, or does not."""
+        assert (fault.counts, fault.tries_next) == (counts, tries_next)
+
+    def test_all_are_listed(self) -> None:
+        """There are no others."""
+        assert len(Fault) == 9
+
+
+# The MySQL family
+
+MYSQL_CLASSES = [MySQLdb.OperationalError, pymysql.err.OperationalError]
+WSREP = "WSREP has not yet prepared node for application use"
+
+#: Codes and texts, what they say at connect, and what on an established connection.
+MYSQL: list[tuple[int, str, Fault, Fault]] = [
+    # The client's own while connecting.
+    *(
+        (code, f"Can't connect to server on '10.0.0.{code}' (115)", UNREACHABLE, UNREACHABLE)
+        for code in (2001, 2002, 2003, 2004, 2005)
+    ),
+    (2003, "Can't connect to MySQL server on 'db1' ([Errno -2] No such name)", UNREACHABLE, OTHER),
+    (2012, "Error in server handshake", UNREACHABLE, OTHER),
+    (2013, "Lost connection … 'reading initial communication packet'", UNREACHABLE, LOST),
+    (2013, "Lost connection to server during query", UNREACHABLE, LOST),
+    (2006, "Server has gone away", UNREACHABLE, LOST),
+    (2026, "TLS/SSL error: Connection reset by peer", UNREACHABLE, LOST),
+    (2027, "Received malformed packet", UNREACHABLE, LOST),
+    (2045, "Can't open shared memory", LOST, LOST),
+    (2055, "Lost connection to server at 'reading', system error: 104", UNREACHABLE, LOST),
+    # The server's while it is being connected to.
+    *(
+        (code, "the server's", UNREACHABLE, UNREACHABLE)
+        for code in (1042, 1043, 1129, 1130, 1135, 1159)
+    ),
+    # This side's trouble.
+    (2001, "Can't create UNIX socket (24)", LOCAL, LOCAL),
+    (2004, "Can't create TCP/IP socket (24)", LOCAL, LOCAL),
+    (2004, "Can't create TCP/IP socket (23)", LOCAL, LOCAL),
+    (2004, "Can't create TCP/IP socket (12)", LOCAL, LOCAL),
+    (2002, "Can't create socket (24)", LOCAL, LOCAL),
+    (2003, "Can't connect to MySQL server on 'db1' ([Errno 24] Too many open files)", LOCAL, LOCAL),
+    (2002, "Can't connect to server on '10.0.0.24' (111)", UNREACHABLE, UNREACHABLE),
+    (2002, "Can't connect to server on '10.0.0.1' (113)", UNREACHABLE, UNREACHABLE),
+    # It does not want us.
+    *(
+        (code, "Access denied, and the like", REFUSED, REFUSED)
+        for code in (1044, 1045, 1049, 1251, 1524, 1698, 1820, 1862, 2049, 2054, 2059, 2061)
+    ),
+    (
+        1045,
+        "ProxySQL Error: Access denied for user 'app'@'' (using password: YES)",
+        REFUSED,
+        REFUSED,
+    ),
+    # It cannot do its work.
+    (1047, WSREP, NOT_READY, NOT_READY),
+    (1047, "Unknown command", OTHER, OTHER),
+    (1180, "Got error … during COMMIT: Not connected to Primary Component", NOT_READY, NOT_READY),
+    (1180, "Got error 28 'No space left on device' during COMMIT", OTHER, OTHER),
+    (1053, "Server shutdown in progress", NOT_READY, NOT_READY),
+    (3032, "The server is currently in offline mode", NOT_READY, NOT_READY),
+    (9001, "Max connect timeout reached while reaching hostgroup 0", NOT_READY, NOT_READY),
+    (9002, "Max connect failure while reaching hostgroup 0", NOT_READY, NOT_READY),
+    (2013, "Max connect timeout reached while reaching hostgroup 1", UNREACHABLE, NOT_READY),
+    (1815, "Internal error: Session creation failed", NOT_READY, NOT_READY),
+    (1815, "Internal error: something else", OTHER, OTHER),
+    (1290, "The server is running with the --read-only option", NOT_READY, NOT_READY),
+    (1290, "The server is running with the --secure-file-priv option", OTHER, OTHER),
+    (1836, "Running in read only mode", NOT_READY, NOT_READY),
+    (1792, "Cannot execute statement in a READ ONLY transaction", OTHER, OTHER),
+    # It has no connection to spare.
+    *((code, "too many", OVERLOADED, OVERLOADED) for code in (1040, 1203, 1226)),
+    # Ended on purpose.
+    *((code, "killed", KILLED, KILLED) for code in (1927, 3169, 1317, 1907, 1969, 3024)),
+    (4031, "The client was disconnected by the server because of inactivity", KILLED, KILLED),
+    (4031, "Referenced trigger 't' for the given action time does not exist", OTHER, OTHER),
+    # Two transactions met.
+    *((code, "met another", CONFLICT, CONFLICT) for code in (1213, 1205, 1020, 1614, 3101)),
+    # The application's own.
+    (2014, "Commands out of sync; you can't run this command now", OTHER, OTHER),
+    *((code, "a rule of ProxySQL's", OTHER, OTHER) for code in (9003, 9005, 9006, 1148)),
+    (1054, "Unknown column 'x'", OTHER, OTHER),
+    (1366, "Incorrect string value", OTHER, OTHER),
+]
+
+
+class TestMySQL:
+    @pytest.mark.parametrize("cls", MYSQL_CLASSES, ids=["mysqlclient", "PyMySQL"])
+    @pytest.mark.parametrize(
+        ("code", "text", "connecting", "established"),
+        MYSQL,
+        ids=[f"{code}-{text[:20]}" for code, text, *_ in MYSQL],
+    )
+    def test_code(
+        self, cls: type[Exception], code: int, text: str, connecting: Fault, established: Fault
+    ) -> None:
+        """Each code says what it says, at connect and later."""
+        at_connect, later = judged(cls(code, text))
+        assert at_connect is connecting
+        # Codes of connecting are not met later; what they would say there is of no account.
+        if established is not OTHER or not 2000 <= code < 2013:
+            assert later is established
+
+    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    def test_closed_handle(self, package: Any) -> None:
+        """InterfaceError(0, '') on a connection means that it is gone; other ones do not."""
+        assert judged(package.InterfaceError(0, ""))[1] is LOST
+        assert judged(package.InterfaceError())[1] is LOST
+        assert judged(package.InterfaceError(42, "not yet"))[1] is OTHER
+
+    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    @pytest.mark.parametrize(
+        "name", ["IntegrityError", "ProgrammingError", "DataError", "NotSupportedError"]
+    )
+    def test_application(self, package: Any, name: str) -> None:
+        """Errors in what the application asked say nothing about the peer."""
+        assert judged(getattr(package, name)(1062, "Duplicate entry")) == (OTHER, OTHER)
+        assert judged(getattr(package, name)("%d format: a number is required")) == (OTHER, OTHER)
+
+    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    def test_class_is_of_no_account(self, package: Any) -> None:
+        """mysqlclient gives codes that it does not know odd classes: the code decides."""
+        for cls in (package.ProgrammingError, package.InternalError, package.NotSupportedError):
+            assert judged(cls(1047, WSREP)) == (NOT_READY, NOT_READY)
+            assert judged(cls(9001, "Max connect timeout")) == (NOT_READY, NOT_READY)
+
+    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    def test_subclass_of_ones_own(self, package: Any) -> None:
+        """An application's subclass of a driver's error is the driver's error."""
+        mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
+        assert judged(mine(2013, "Lost connection")) == (UNREACHABLE, LOST)
+
+    def test_what_ends_the_connection(self) -> None:
+        """A killed statement leaves its connection alive; a killed connection does not."""
+        for code, text, _, established in MYSQL:
+            if established is KILLED:
+                ended = mysql.is_killed_connection(MySQLdb.OperationalError(code, text))
+                assert ended is (code in (1927, 3169, 4031)), code
+
+    @pytest.mark.parametrize(
+        ("code", "text", "answer"),
+        [
+            (1213, "", True),
+            (1047, WSREP, True),
+            (9001, "", True),
+            (2013, "", False),
+            (0, "", False),
+        ],
+    )
+    def test_answers(self, code: int, text: str, answer: bool) -> None:
+        """The server's errors are answers, the client's own are none."""
+        assert mysql.is_answer(MySQLdb.OperationalError(code, text)) is answer
+
+    @pytest.mark.parametrize(
+        ("code", "text", "question"),
+        [
+            (1047, WSREP, "galera"),
+            (1180, "Not connected to Primary Component", "galera"),
+            (9001, "Max connect timeout", "backend"),
+            (9002, "Max connect failure", "backend"),
+            (1290, "the --read-only option", "writable"),
+            (1836, "Running in read-only mode", "writable"),
+            (1290, "the --secure-file-priv option", ""),
+            (1053, "Server shutdown in progress", ""),
+        ],
+    )
+    def test_question(self, code: int, text: str, question: str) -> None:
+        """What took a peer out is what its trials ask about."""
+        assert mysql.question_of(MySQLdb.OperationalError(code, text)) == question
+
+    @pytest.mark.parametrize(
+        ("code", "text", "proved"),
+        [
+            (1047, WSREP, True),
+            (1047, "Unknown command", False),
+            (1290, "the --read-only option", True),
+            (1836, "", True),
+            (2013, "Lost connection during query", False),
+            (2027, "", False),
+            (1180, "Not connected to Primary Component", False),
+            (9001, "Max connect timeout", False),
+            (9002, "Max connect failure", False),
+            (1213, "Deadlock", False),
+        ],
+    )
+    def test_proof_that_nothing_ran(self, code: int, text: str, proved: bool) -> None:
+        """Few errors prove that the statement did not run."""
+        assert mysql.proves_not_run(MySQLdb.OperationalError(code, text)) is proved
+
+
+# PostgreSQL
+
+SQLSTATES: list[tuple[str, Fault, Fault]] = [
+    ("08001", UNREACHABLE, UNREACHABLE),
+    ("08004", UNREACHABLE, UNREACHABLE),
+    ("08006", UNREACHABLE, LOST),
+    ("28000", REFUSED, REFUSED),
+    ("28P01", REFUSED, REFUSED),
+    ("3D000", REFUSED, REFUSED),
+    ("57P03", NOT_READY, NOT_READY),
+    ("25006", NOT_READY, NOT_READY),
+    ("53300", OVERLOADED, OVERLOADED),
+    ("08003", LOST, LOST),
+    ("57P01", LOST, LOST),
+    ("57P02", LOST, LOST),
+    ("57014", KILLED, KILLED),
+    ("57P05", KILLED, KILLED),
+    ("25P03", KILLED, KILLED),
+    ("25P04", KILLED, KILLED),
+    ("40001", CONFLICT, CONFLICT),
+    ("40P01", CONFLICT, CONFLICT),
+    ("08007", OTHER, OTHER),
+    ("40003", OTHER, OTHER),
+    ("23505", OTHER, OTHER),
+    ("42P01", OTHER, OTHER),
+    ("42501", OTHER, OTHER),
+    ("53100", OTHER, OTHER),
+    ("25P02", OTHER, OTHER),
+    ("XX000", OTHER, OTHER),
+]
+
+
+def by_psycopg(sqlstate: str) -> Exception:
+    try:
+        return psycopg.errors.lookup(sqlstate)("as the server says")
+    except KeyError:
+        error = psycopg.OperationalError("as the server says")
+        error.sqlstate = sqlstate
+        return error
+
+
+def by_psycopg2(sqlstate: str) -> Exception:
+    try:
+        error = psycopg2.errors.lookup(sqlstate)("as the server says")
+    except KeyError:
+        error = psycopg2.OperationalError("as the server says")
+    error.__setstate__({"pgcode": sqlstate})
+    assert error.pgcode == sqlstate
+    return error
+
+
+#: What libpq writes, without a SQLSTATE, when a connect fails …
+LIBPQ = 'connection to server at "127.0.0.1", port 5432 failed: '
+CONNECT_TEXTS: list[tuple[str, Fault]] = [
+    (LIBPQ + "Connection refused\n\tIs the server running on that host?", UNREACHABLE),
+    ('could not translate host name "nohost" to address: Name not known', UNREACHABLE),
+    (LIBPQ + "timeout expired", UNREACHABLE),
+    ("connection timeout expired", UNREACHABLE),
+    (LIBPQ + "server closed the connection unexpectedly", UNREACHABLE),
+    (LIBPQ + "SSL error: certificate verify failed", UNREACHABLE),
+    (LIBPQ + 'FATAL:  password authentication failed for user "app"', REFUSED),
+    (LIBPQ + 'FATAL:  database "nobase" does not exist', REFUSED),
+    (LIBPQ + 'FATAL:  role "nobody" does not exist', REFUSED),
+    (LIBPQ + 'FATAL:  no pg_hba.conf entry for host "10.0.0.9"', REFUSED),
+    (LIBPQ + "FATAL:  the database system is starting up", NOT_READY),
+    (LIBPQ + "FATAL:  the database system is shutting down", NOT_READY),
+    (LIBPQ + "FATAL:  the database system is in recovery mode", NOT_READY),
+    (LIBPQ + "FATAL:  the database system is not yet accepting connections", NOT_READY),
+    (LIBPQ + "FATAL:  sorry, too many clients already", OVERLOADED),
+    (LIBPQ + "FATAL:  remaining connection slots are reserved", OVERLOADED),
+    (LIBPQ + 'FATAL:  too many connections for role "app"', OVERLOADED),
+    ("could not create socket: Too many open files", LOCAL),
+]
+#: … and when a connection is lost.
+LOST_TEXTS = [
+    "server closed the connection unexpectedly",
+    "consuming input failed: server closed the connection unexpectedly",
+    "consuming input failed: could not receive data from server: Connection reset by peer",
+    "sending query failed: another command is already in progress",
+    "could not send data to server: Broken pipe",
+    "SSL connection has been closed unexpectedly",
+    "SSL SYSCALL error: EOF detected",
+    "terminating connection due to administrator command",
+    "the connection is closed",
+    "the connection is lost",
+    "connection already closed",
+]
+POSTGRES_PACKAGES = pytest.mark.parametrize(
+    "package", [psycopg, psycopg2], ids=["psycopg", "psycopg2"]
+)
+
+
+class TestPostgreSQL:
+    @pytest.mark.parametrize("made", [by_psycopg, by_psycopg2], ids=["psycopg", "psycopg2"])
+    @pytest.mark.parametrize(
+        ("sqlstate", "connecting", "established"), SQLSTATES, ids=[row[0] for row in SQLSTATES]
+    )
+    def test_sqlstate(
+        self,
+        made: Callable[[str], Exception],
+        sqlstate: str,
+        connecting: Fault,
+        established: Fault,
+    ) -> None:
+        """Each SQLSTATE says what it says, at connect and later."""
+        assert judged(made(sqlstate)) == (connecting, established)
+
+    @POSTGRES_PACKAGES
+    @pytest.mark.parametrize(
+        ("text", "fault"), CONNECT_TEXTS, ids=[t[-30:] for t, _ in CONNECT_TEXTS]
+    )
+    def test_failed_connect(self, package: Any, text: str, fault: Fault) -> None:
+        """libpq gives a failed connect no SQLSTATE: its words are read."""
+        assert drivers.judge(package.OperationalError(text), connecting=True) is fault
+
+    @POSTGRES_PACKAGES
+    @pytest.mark.parametrize("text", LOST_TEXTS)
+    def test_lost_connection(self, package: Any, text: str) -> None:
+        """So are its words on a connection that is lost."""
+        assert drivers.judge(package.OperationalError(text), connecting=False) is LOST
+
+    @POSTGRES_PACKAGES
+    def test_application(self, package: Any) -> None:
+        """Other errors without a SQLSTATE are the application's."""
+        assert judged(package.ProgrammingError("the query has 1 placeholder")) == (OTHER, OTHER)
+        assert judged(package.InterfaceError("cursor already closed"))[1] is OTHER
+        assert judged(package.OperationalError("sending is not allowed in pipeline"))[1] is OTHER
+        assert judged(package.DataError("integer out of range")) == (OTHER, OTHER)
+
+    @POSTGRES_PACKAGES
+    def test_closed_connection(self, package: Any) -> None:
+        """A statement on a connection that is closed finds it lost."""
+        assert judged(package.InterfaceError("connection already closed"))[1] is LOST
+
+    @POSTGRES_PACKAGES
+    def test_subclass_of_ones_own(self, package: Any) -> None:
+        """An application's subclass of a driver's error is the driver's error."""
+        mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
+        assert judged(mine("server closed the connection unexpectedly")) == (UNREACHABLE, LOST)
+
+    @POSTGRES_PACKAGES
+    def test_bad_options(self, package: Any) -> None:
+        """An option that libpq does not know is no peer's fault, and no other peer is tried."""
+        exc = raised(lambda: package.connect("host=127.0.0.1 port=1 nonsense=1"))
+        fault = drivers.judge(exc, connecting=True)
+        assert not fault.counts
+        assert not fault.tries_next
+
+    def test_pool(self) -> None:
+        """A pool of ours that has nothing to give says nothing about the peer."""
+        for name in ("PoolTimeout", "TooManyRequests", "PoolClosed"):
+            cls = type(name, (psycopg.OperationalError,), {"__module__": "psycopg_pool.errors"})
+            assert judged(cls("no connection")) == (OVERLOADED, OVERLOADED)
+
+    @pytest.mark.parametrize("made", [by_psycopg, by_psycopg2], ids=["psycopg", "psycopg2"])
+    @pytest.mark.parametrize(
+        ("sqlstate", "unknown"),
+        [
+            ("08007", True),
+            ("40003", True),
+            ("57P01", True),
+            ("08006", True),
+            ("XX000", True),
+            ("40001", False),
+            ("23505", False),
+            ("25006", False),
+        ],
+    )
+    def test_outcome_of_commit(
+        self, made: Callable[[str], Exception], sqlstate: str, unknown: bool
+    ) -> None:
+        """After some errors of a COMMIT nobody knows what became of it."""
+        assert postgresql.outcome_is_unknown(made(sqlstate)) is unknown
+
+
+# SQLite
+
+
+class TestSQLite:
+    @pytest.mark.parametrize(
+        ("exc", "fault"),
+        [
+            (sqlite3.OperationalError("unable to open database file"), UNREACHABLE),
+            (sqlite3.OperationalError("disk I/O error"), UNREACHABLE),
+            (sqlite3.DatabaseError("file is not a database"), REFUSED),
+            (sqlite3.OperationalError("attempt to write a readonly database"), NOT_READY),
+            (sqlite3.OperationalError("database is locked"), CONFLICT),
+            (sqlite3.OperationalError("database table is locked: t"), CONFLICT),
+            (sqlite3.OperationalError("no such table: t"), OTHER),
+            (sqlite3.IntegrityError("UNIQUE constraint failed: t.id"), OTHER),
+            (sqlite3.ProgrammingError("Cannot operate on a closed database."), OTHER),
+        ],
+    )
+    def test_text(self, exc: Exception, fault: Fault) -> None:
+        """SQLite's errors are known by their words."""
+        assert judged(exc) == (fault, fault)
+
+    def test_the_real_ones(self, tmp_path: Path) -> None:
+        """They are what sqlite3 does say."""
+        exc = raised(lambda: sqlite3.connect(tmp_path / "no" / "such.db"))
+        assert judged(exc)[0] is UNREACHABLE
+        (tmp_path / "text.db").write_text("This is no database." * 100)
+        with contextlib.closing(sqlite3.connect(tmp_path / "text.db")) as connection:
+            exc = raised(lambda: connection.execute("SELECT * FROM t"))
+            assert judged(exc)[0] is REFUSED
+        path = tmp_path / "real.db"
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as one:
+            one.execute("CREATE TABLE t (id)")
+            one.execute("BEGIN IMMEDIATE")
+            with contextlib.closing(sqlite3.connect(path, timeout=0)) as other:
+                assert judged(raised(lambda: other.execute("BEGIN IMMEDIATE")))[1] is CONFLICT
+            one.rollback()
+        read_only = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        with contextlib.closing(read_only) as connection:
+            exc = raised(lambda: connection.execute("INSERT INTO t VALUES (1)"))
+            assert judged(exc)[1] is NOT_READY
+
+
+# Oracle
+
+ORACLE: list[tuple[str, Fault, Fault]] = [
+    ("DPY-6005: cannot connect to database", UNREACHABLE, OTHER),
+    ("ORA-12541: TNS:no listener", UNREACHABLE, OTHER),
+    ("ORA-12514: TNS:listener does not currently know of service", UNREACHABLE, OTHER),
+    ("ORA-12170: TNS:Connect timeout occurred", UNREACHABLE, OTHER),
+    ("ORA-01033: ORACLE initialization or shutdown in progress", UNREACHABLE, OTHER),
+    ("ORA-01034: ORACLE not available", UNREACHABLE, OTHER),
+    ("ORA-01017: invalid username/password; logon denied", REFUSED, OTHER),
+    ("ORA-00028: your session has been killed", LOST, LOST),
+    ("ORA-03113: end-of-file on communication channel", LOST, LOST),
+    ("ORA-03114: not connected to ORACLE", LOST, LOST),
+    ("ORA-03135: connection lost contact", LOST, LOST),
+    ("DPY-4011: the database or network closed the connection", LOST, LOST),
+    ("ORA-00060: deadlock detected while waiting for resource", CONFLICT, CONFLICT),
+    ("ORA-08177: can't serialize access for this transaction", CONFLICT, CONFLICT),
+    ("ORA-00942: table or view does not exist", OTHER, OTHER),
+    ("ORA-00001: unique constraint violated", OTHER, OTHER),
+    ("something without a number", OTHER, OTHER),
+]
+
+
+def oracles_error(package: str) -> type[Exception]:
+    try:
+        return importlib.import_module(package).DatabaseError  # type: ignore[no-any-return]
+    except ImportError:
+        return type("DatabaseError", (Exception,), {"__module__": package})
+
+
+class TestOracle:
+    @pytest.mark.parametrize("package", ["oracledb", "cx_Oracle", "oracledb.exceptions"])
+    @pytest.mark.parametrize(
+        ("text", "connecting", "established"), ORACLE, ids=[text[:9] for text, *_ in ORACLE]
+    )
+    def test_number(self, package: str, text: str, connecting: Fault, established: Fault) -> None:
+        """Oracle's errors are known by the number in their text."""
+        assert judged(oracles_error(package)(text)) == (connecting, established)
+
+
+# Anything else
+
+
+def pep249(name: str) -> type[Exception]:
+    return type(name, (Exception,), {"__module__": "somedriver"})
+
+
+class TestAnyOtherDriver:
+    @pytest.mark.parametrize(
+        ("name", "connecting"),
+        [
+            ("OperationalError", UNREACHABLE),
+            ("InterfaceError", UNREACHABLE),
+            ("ProgrammingError", OTHER),
+            ("DatabaseError", OTHER),
+            ("SoftTimeLimitExceeded", OTHER),
+        ],
+    )
+    def test_names(self, name: str, connecting: Fault) -> None:
+        """PEP 249's names say something while connecting; afterwards nothing is assumed."""
+        assert judged(pep249(name)("text")) == (connecting, OTHER)
+
+    def test_subclasses(self) -> None:
+        """A subclass of one of them is one of them."""
+        mine = type("Timeout", (pep249("OperationalError"),), {"__module__": "somedriver"})
+        assert judged(mine("text")) == (UNREACHABLE, OTHER)
+
+
+class TestNoDrivers:
+    @pytest.mark.parametrize(
+        ("exc", "connecting", "established"),
+        [
+            (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), UNREACHABLE, LOST),
+            (ConnectionResetError(errno.ECONNRESET, "reset"), UNREACHABLE, LOST),
+            (BrokenPipeError(errno.EPIPE, "pipe"), UNREACHABLE, LOST),
+            (socket.gaierror(-2, "Name or service not known"), UNREACHABLE, OTHER),
+            (socket.timeout("timed out"), UNREACHABLE, OTHER),
+            (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), UNREACHABLE, OTHER),
+            (OSError(errno.EHOSTUNREACH, "No route to host"), UNREACHABLE, OTHER),
+            (OSError(errno.ENETUNREACH, "Network is unreachable"), UNREACHABLE, OTHER),
+            (TimeoutError(), OTHER, OTHER),
+            (OSError(errno.EMFILE, "Too many open files"), LOCAL, LOCAL),
+            (OSError(errno.ENFILE, "Too many open files in system"), LOCAL, LOCAL),
+            (OSError(errno.ENOMEM, "Cannot allocate memory"), LOCAL, LOCAL),
+            (FileNotFoundError(errno.ENOENT, "my.cnf"), OTHER, OTHER),
+            (PermissionError(errno.EACCES, "key.pem"), OTHER, OTHER),
+            (NotReady("wsrep_ready is OFF"), NOT_READY, NOT_READY),
+            (ConfigError("PEERS", "is empty"), LOCAL, LOCAL),
+            (django.core.exceptions.ImproperlyConfigured("no"), LOCAL, LOCAL),
+            (TypeError("'nonsense' is an invalid keyword argument"), OTHER, OTHER),
+            (ValueError("no"), OTHER, OTHER),
+            (KeyboardInterrupt(), OTHER, OTHER),
+            (SystemExit(1), OTHER, OTHER),
+            (GeneratorExit(), OTHER, OTHER),
+            (asyncio.CancelledError(), OTHER, OTHER),
+            (type("Timeout", (BaseException,), {"__module__": "gevent"})(), OTHER, OTHER),
+        ],
+        ids=lambda value: repr(value)[:30],
+    )
+    def test_exceptions(self, exc: BaseException, connecting: Fault, established: Fault) -> None:
+        """What comes from sockets, settings and time-outs around us."""
+        assert judged(exc) == (connecting, established)
+
+    def test_password_service(self) -> None:
+        """A token service that cannot be reached is this side's trouble."""
+
+        def token() -> str:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "the token service")
+
+        assert judged(raised(lambda: drivers.password_from(token))) == (LOCAL, LOCAL)
+
+    @pytest.mark.parametrize("inner", [MySQLdb.OperationalError, pymysql.err.OperationalError])
+    def test_wrapped(self, inner: type[Exception]) -> None:
+        """Django's and SQLAlchemy's errors are judged by the driver's inside."""
+        cause = inner(1047, WSREP)
+        by_django = django.db.utils.OperationalError(*cause.args)
+        by_django.__cause__ = cause
+        by_sqlalchemy = sqlalchemy.exc.OperationalError("SELECT 1", {}, cause)
+        for exc in (by_django, by_sqlalchemy):
+            assert judged(exc) == (NOT_READY, NOT_READY)
+            assert drivers.root_error(exc) is cause
+            assert drivers.describe(exc) == str(cause)
+
+    def test_djangos_own(self) -> None:
+        """An error that Django raised by itself says nothing."""
+        assert judged(django.db.utils.InterfaceError("connection already closed"))[1] is OTHER
+
+
+# What the drivers do say, without a server
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def hanging_up() -> Iterator[int]:
+    """A port that accepts connections and closes them at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        # What wakes accept() differs between systems; a connection does on all.
+        listener.settimeout(0.1)
+        with contextlib.suppress(OSError):
+            socket.create_connection(listener.getsockname(), timeout=1).close()
+    thread.join(10)
+
+
+CONNECTS: dict[str, Callable[[int], object]] = {
+    "mysqlclient": lambda port: MySQLdb.connect(
+        host="127.0.0.1", port=port, user="app", connect_timeout=5
+    ),
+    "PyMySQL": lambda port: pymysql.connect(
+        host="127.0.0.1", port=port, user="app", connect_timeout=5
+    ),
+    "psycopg": lambda port: psycopg.connect(
+        host="127.0.0.1", port=port, user="app", connect_timeout=5
+    ),
+    "psycopg2": lambda port: psycopg2.connect(
+        host="127.0.0.1", port=port, user="app", connect_timeout=5
+    ),
+}
+
+
+@pytest.mark.parametrize("driver", list(CONNECTS))
+def test_nothing_listens(driver: str, closed_port: int) -> None:
+    """Where nothing listens, each driver says UNREACHABLE."""
+    exc = raised(lambda: CONNECTS[driver](closed_port))
+    assert drivers.judge(exc, connecting=True) is UNREACHABLE
+
+
+@pytest.mark.parametrize("driver", list(CONNECTS))
+def test_hangs_up(driver: str, hanging_up: int) -> None:
+    """Where the connection is closed in the middle of the handshake, too."""
+    exc = raised(lambda: CONNECTS[driver](hanging_up))
+    assert drivers.judge(exc, connecting=True) is UNREACHABLE
+
+
+@pytest.mark.parametrize("driver", list(CONNECTS))
+def test_driver_is_found(driver: str) -> None:
+    """A driver's functions lead to its table."""
+    module = {"mysqlclient": "MySQLdb", "PyMySQL": "pymysql"}.get(driver, driver)
+    connect = importlib.import_module(module).connect
+    table = mysql if driver in ("mysqlclient", "PyMySQL") else postgresql
+    assert drivers.driver_of(connect) is table
