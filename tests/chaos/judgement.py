@@ -118,7 +118,9 @@ def _count_failure(
     elif not timed_out and failure.stage in ("begin", "read"):
         result.violations.append(f"{failure}: it could have been mended")
     elif fault is None or number is None:
-        result.violations.append(f"{failure}: at a time when nothing struck it")
+        begun = max((f.began for f in faults if f.began <= failure.ended), default=None)
+        when = "before any" if begun is None else f"{failure.ended - begun:.2f} s after the last"
+        result.violations.append(f"{failure}: it was struck by no fault, {when} began")
     else:
         thread = None if fault.at_most is not None else failure.thread
         spent[number, thread] += 1

@@ -35,12 +35,13 @@ class Row(models.Model):
         return self.value
 
 
-#: No unique key. The seed has its place before what Galera's nodes hand out.
+#: No unique key. A write takes its time, so that it is often under way when something happens.
 TABLE = (
     "DROP TABLE IF EXISTS chaos_row",
     "CREATE TABLE chaos_row (id integer AUTO_INCREMENT PRIMARY KEY, value varchar(64) NOT NULL)"
     " ENGINE=InnoDB",
     f"INSERT INTO chaos_row (id, value) VALUES ({SEED}, '{SEED_VALUE}')",
+    "CREATE TRIGGER chaos_row_slow BEFORE INSERT ON chaos_row FOR EACH ROW DO SLEEP(0.003)",
 )
 
 

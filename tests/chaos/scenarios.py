@@ -74,7 +74,7 @@ class Scenario(NamedTuple):
     codes: frozenset[int] | None = None
     pace: Pace = Pace()
     #: The server's settings meanwhile.
-    variables: tuple[tuple[str, int], ...] = ()
+    variables: tuple[tuple[str, int], ...] = (("innodb_flush_log_at_trx_commit", 1),)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -186,7 +186,9 @@ def galera_cut_off(stage: Stage) -> None:
     with stage.fault(f"{node.name} is cut off from the cluster"):
         stage.site.cluster.isolate(node)
     stage.wait(2)
-    stage.site.cluster.rejoin(node)
+    with stage.fault(f"{node.name} is let back"):
+        # Galera certifies anew what was under way when a node joins.
+        stage.site.cluster.rejoin(node)
     stage.wait(1.5)
 
 
@@ -196,7 +198,8 @@ def galera_killed(stage: Stage) -> None:
     with stage.fault(f"{node.name} is killed"):
         node.kill()
     stage.wait(4)
-    node.start()
+    with stage.fault(f"{node.name} is started again"):
+        node.start()
     stage.wait(1.5)
 
 
