@@ -1,0 +1,227 @@
+"""manage.py of a real project with two MariaDB peers, one of them down."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from django_proxysql.conf import ENGINE
+from django_proxysql.demo.servers import HOST, ports
+from tests.engine import MYSQL, mysql_peer
+from tests.servers import PASSWORD
+from tests.servers.mariadb import Node
+
+ROOT = Path(__file__).parent.parent
+DATABASE = "shop"
+
+FILES = {
+    "manage.py": """
+import os, sys
+from django.core.management import execute_from_command_line
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+execute_from_command_line(sys.argv)
+""",
+    "settings.py": """
+import json, pathlib
+SECRET_KEY = "for tests only"
+DEBUG = True
+INSTALLED_APPS = ["django_proxysql", "shop"]
+DATABASES = json.loads(pathlib.Path(__file__).with_name("databases.json").read_text())
+DATABASE_ROUTERS = ["routers.Peers"]
+DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+ROOT_URLCONF = "urls"
+USE_TZ = True
+LOGGING = {
+    "version": 1,
+    "handlers": {"file": {"class": "logging.FileHandler", "filename": "log", "level": "INFO"}},
+    "loggers": {"django_proxysql": {"handlers": ["file"], "level": "INFO"}},
+}
+""",
+    # From 6.1 on, Django's checks connect to every alias that has models: to the dead peer's too,
+    # where peers are aliases.
+    "routers.py": """
+class Peers:
+    def allow_migrate(self, db, app_label, **hints):
+        return False if db.startswith("peer") else None
+""",
+    "urls.py": """
+from django.db import connection
+from django.http import JsonResponse
+from django.urls import path
+from shop.models import Item
+def index(request):
+    item = Item.objects.create(name="seen")
+    items = Item.objects.count()
+    return JsonResponse({"id": item.pk, "items": items, "peer": connection.peer.name})
+urlpatterns = [path("", index)]
+""",
+    "shop/__init__.py": "",
+    "shop/models.py": """
+from django.db import models
+class Item(models.Model):
+    name = models.CharField(max_length=20, unique=False)
+""",
+    "shop/tests.py": """
+from django.db import connection
+from django.test import TestCase, TransactionTestCase
+from .models import Item
+class One(TestCase):
+    def test_one(self):
+        Item.objects.create(name="one")
+        self.assertEqual(Item.objects.count(), 1)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT DATABASE() LIKE 'test_shop%'")
+            self.assertEqual(cursor.fetchone(), (1,))
+class Two(TransactionTestCase):
+    def test_two(self):
+        Item.objects.create(name="two")
+        connection.close()
+        self.assertEqual(Item.objects.count(), 1)
+""",
+}
+
+
+class Project:
+    """A project in a directory of its own."""
+
+    def __init__(self, root: Path, alive: Node) -> None:
+        self.root = root
+        self.alive = alive
+
+    def start(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "manage.py", *args]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=self.root, env=environment, **pipes, **kwargs)
+
+    def manage(self, *args: str, status: int = 0) -> str:
+        """Return what a command prints; fail if it does not end with ``status``."""
+        process = self.start(*args)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == status, output
+        assert PASSWORD not in output
+        return output
+
+    def log(self) -> list[str]:
+        """Return what django-proxysql logged since it was asked last."""
+        path = self.root / "log"
+        lines = path.read_text().splitlines()
+        path.write_text("")
+        return lines
+
+    def items(self) -> str:
+        return self.alive.sql("SELECT name FROM shop_item", DATABASE).strip()
+
+
+@pytest.fixture(params=["inline", "aliases"])
+def project(
+    request: pytest.FixtureRequest, mariadb_pair: tuple[Node, Node], tmp_path: Path
+) -> Iterator[Project]:
+    """A project whose tables are made, whose first peer is dead, and is always tried first."""
+    dead, alive = mariadb_pair
+    dead.kill()
+    alive.create_database(DATABASE)
+    peers: list[Any] = [
+        mysql_peer(dead, NAME=DATABASE),
+        mysql_peer(alive, NAME=DATABASE, PRIORITY=1),
+    ]
+    databases: dict[str, Any] = {"default": {"ENGINE": ENGINE, "PEERS": peers}}
+    if request.param == "aliases":
+        for number, peer in enumerate(peers):
+            databases[f"peer{number}"] = {"ENGINE": MYSQL, **peer}
+        databases["default"]["PEERS"] = ["peer0", "peer1"]
+    for name, text in {**FILES, "databases.json": json.dumps(databases)}.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.lstrip())
+    made = Project(tmp_path, alive)
+    assert "Create model Item" in made.manage("makemigrations", "shop")
+    assert "Applying shop.0001_initial... OK" in made.manage("migrate")
+    made.log()
+    yield made
+    alive.sql(f"DROP DATABASE {DATABASE}")
+
+
+def assert_one_line_of_the_dead_peer(project: Project) -> None:
+    """However often a process connects, the dead peer is one line in its log."""
+    (line,) = project.log()
+    assert re.match(r"default: circuit of peer0 \(127\.0\.0\.1:\d+\) opened, .*: \(2002, ", line)
+
+
+def test_migrate(project: Project) -> None:
+    """migrate, again and back: on the peer that is left, with one line on the other."""
+    assert "No migrations to apply" in project.manage("migrate")
+    assert_one_line_of_the_dead_peer(project)
+    assert "[X] 0001_initial" in project.manage("showmigrations", "shop")
+    project.manage("migrate", "shop", "zero")
+    assert "shop_item" not in project.alive.sql("SHOW TABLES", DATABASE)
+    assert "class ShopItem" not in project.manage("inspectdb")
+
+
+def test_shell(project: Project) -> None:
+    """shell: models read and write."""
+    script = (
+        "from shop.models import Item; Item.objects.create(name='x'); print(Item.objects.get())"
+    )
+    assert "Item object (1)" in project.manage("shell", "-c", script)
+    assert_one_line_of_the_dead_peer(project)
+    assert project.items() == "x"
+
+
+def test_test(project: Project) -> None:
+    """test: on a test database of the living peer's, which is gone afterwards."""
+    assert "Ran 2 tests" in project.manage("test")
+    assert_one_line_of_the_dead_peer(project)
+    # Each process of a parallel run has a clone of the test database.
+    project.manage("test", "--parallel", "2")
+    assert project.items() == ""
+    assert "test_shop" not in project.alive.sql("SHOW DATABASES")
+
+
+@pytest.mark.parametrize("args", [(), ("--database", "default")])
+def test_check(project: Project, args: tuple[str, ...]) -> None:
+    """check finds nothing, for a peer that is down is no mistake."""
+    assert "no issues" in project.manage("check", *args)
+
+
+def test_dbshell(project: Project) -> None:
+    """dbshell: the server's client is connected to a peer that lives."""
+    output = project.manage("dbshell", "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()")
+    assert output.split() == [str(project.alive.port), DATABASE]
+
+
+def test_runserver(project: Project) -> None:
+    """runserver: every request is served by the peer that lives."""
+    address = f"{HOST}:{ports.reserve()}"
+    server = project.start("runserver", "--noreload", address)
+    try:
+        assert server.stdout is not None
+        for line in server.stdout:
+            if "Quit the server" in line:
+                break
+        for number in (1, 2, 3):
+            with urllib.request.urlopen(f"http://{address}/", timeout=30) as answer:
+                assert json.load(answer) == {"id": number, "items": number, "peer": "peer1"}
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    assert_one_line_of_the_dead_peer(project)
+
+
+def test_down_altogether(project: Project) -> None:
+    """With no peer left a command ends with the error that names each of them."""
+    project.alive.kill()
+    output = project.manage("migrate", status=1)
+    last = output.strip().splitlines()[-1]
+    assert "No peer of 'default' can be reached. peer0 (127.0.0.1:" in last
+    assert last.count("(2002, ") == 2
+    project.alive.start()
