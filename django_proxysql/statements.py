@@ -5,6 +5,11 @@ answers from a memo; it may see state where there is none, which costs a
 replay, and must not miss any, which would cost a lock. :func:`is_provable_read`
 and :func:`is_plain` are asked only after a loss, split the text with sqlparse's
 lexer, and answer no whenever they are not sure.
+
+Neither knows the server's dialect or its sql_mode: what they say holds for
+MySQL and for PostgreSQL. What a text does not show they cannot see: views,
+operators and casts that call functions, and functions of the application's
+that are named like pure ones of the server's.
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ import re
 from typing import Any
 
 from sqlparse import lexer
-from sqlparse import tokens as T
 
 __all__ = ["READ", "SCOPED", "STATE", "is_plain", "is_provable_read", "kinds", "scan"]
 
@@ -28,12 +32,24 @@ SCOPED = 4
 kinds: dict[Any, int] = {}
 
 _MEMO_SIZE = 2_000
-_MEMO_LENGTH = 20_000
+#: Longer texts are scanned each time: that costs less than sending them.
+_MEMO_LENGTH = 5_000
+_LONG = 50_000
 
-#: What may stand before a statement's first word.
-_HEAD = re.compile(r"(?:\s|\(|/\*(?!M?!).*?\*/|--[^\n]*\n|#[^\n]*\n)*([A-Za-z]+)?", re.DOTALL)
+#: What may stand before a statement's first word. Comments that the servers
+#: end at different places are not passed over: one in another, and those with
+#: a bare carriage return.
+_HEAD = re.compile(
+    r"""(?:\s | \(
+    | /\*(?!M?!) (?:(?!/\*).)*? \*/
+    | (?:--|\#) [^\r\n]* \r?\n)*
+    ([A-Za-z]+)?""",
+    re.DOTALL | re.VERBOSE,
+)
+_COMMENT = re.compile(r"/\*.*?\*/|(?:--|#)[^\n]*\n", re.DOTALL)
 
 _READ_HEADS = frozenset({"SELECT", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "VALUES", "TABLE"})
+_EXPLAIN_HEADS = frozenset({"EXPLAIN", "DESCRIBE", "DESC"})
 #: Statements that leave no state by their kind. Whatever else a statement may
 #: start with is taken to leave some: BEGIN, SET, USE, CALL, LOCK, LISTEN, …
 _STATELESS_HEADS = _READ_HEADS | {
@@ -44,23 +60,49 @@ _STATELESS_HEADS = _READ_HEADS | {
     *("SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT"),
 }
 _STATE = re.compile(
-    r"""get_lock|release_lock|release_all_locks|pg_(?:try_)?advisory|set_config|setseed|dblink
-    | \btemp(?:orary)?\b | \bwith\s+hold\b | \block\s+tables?\b | \bhandler\b
+    r"""get_lock|release_lock|release_all_locks|service_\w+_locks|pg_(?:try_)?advisory
+    | set_config|setseed|dblink|pg_replication_origin_session
+    | \btemp(?:orary)?\b | pg_temp
     # A user variable, not a system one and not PostgreSQL's @>.
     | (?<!@)@(?!@)[\w`'"$.] | :=
     # MySQL runs what stands in these comments.
     | /\*M?!
+    # A name in PostgreSQL's escapes may be any of these names.
+    | \bu&"
     # More than one statement: results may be left over.
     | ;\s*\S""",
     re.IGNORECASE | re.VERBOSE,
 )
-#: SETs that end with the transaction.
-_LOCAL_SET = re.compile(r"\s*SET\s+(?:LOCAL|CONSTRAINTS)\b", re.IGNORECASE)
-_SCOPED = re.compile(
-    r"""last_insert_id|found_rows|row_count\s*\(|\blastval\b|\bcurrval\b|connection_id
-    | pg_backend_pid | \bshow\s+(?:count|warnings|errors|profiles?|local|session)\b
-    | @@(?:identity|insert_id|warning_count|error_count|pseudo_thread_id|rand_seed)""",
+#: One of these is in each text that _STATE finds something in.
+_STATE_HINTS = (
+    *("lock", "advisory", "set_config", "setseed", "dblink", "replication_origin", "temp"),
+    *("@", ":=", "/*", 'u&"', ";"),
+)
+#: SETs that end with the transaction. MySQL's SET LOCAL is SET SESSION, but it
+#: has no TO, and none of these variables.
+_LOCAL_SET = re.compile(
+    r"""\s*SET\s+(?:CONSTRAINTS\b | LOCAL\s+(?:\w+(?:\.\w+)?\s+TO\b | \w+\.\w+\s*=
+    | (?:statement_timeout|lock_timeout|idle_in_transaction_session_timeout
+    |transaction_timeout|work_mem|search_path|synchronous_commit|row_security|jit)\s*=))""",
     re.IGNORECASE | re.VERBOSE,
+)
+_CHAIN = re.compile(r"\bchain\b", re.IGNORECASE)
+_ANALYZE = re.compile(r"\banaly[sz]e\b", re.IGNORECASE)
+_SCOPED = re.compile(
+    r"""last_insert_id|found_rows|\blastval\b|\bcurrval\b|connection_id|pg_backend_pid
+    | wsrep_last_(?:written|seen) | row_count(?:\s|/\*.*?\*/)*\(
+    | \bprevious(?:\s|/\*.*?\*/)+value\b
+    | @@(?:(?:session|local)\s*\.\s*)?`?
+      (?:identity|insert_id|warning_count|error_count|pseudo_thread_id|rand_seed
+      |last_gtid|in_transaction)""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+_SCOPED_HINTS = (
+    *("last_insert_id", "found_rows", "lastval", "currval", "connection_id", "pg_backend_pid"),
+    *("wsrep_last", "row_count", "previous", "@@"),
+)
+_SCOPED_SHOW = re.compile(
+    r"\bshow\s+(?:count|warnings|errors|profiles?|local|session|status)\b", re.IGNORECASE
 )
 
 
@@ -73,12 +115,14 @@ def scan(sql: Any) -> int:
         kind = None
     if kind is not None:
         return kind
-    if isinstance(sql, bytes):
-        sql = sql.decode("latin-1")
-    if not isinstance(sql, str):
+    if isinstance(sql, str):
+        text = sql
+    elif isinstance(sql, bytes):
+        text = sql.decode("latin-1")
+    else:
         return STATE
-    kind = _scan(sql)
-    if len(sql) <= _MEMO_LENGTH:
+    kind = _scan(text)
+    if len(text) <= _MEMO_LENGTH:
         if len(kinds) >= _MEMO_SIZE:
             # Text with values in it fills any memo. Starting again costs what
             # the first scan of each statement cost.
@@ -87,19 +131,31 @@ def scan(sql: Any) -> int:
     return kind
 
 
-def _scan(sql: str) -> int:
-    # Of a statement of megabytes the ends are looked at: the middle is values.
-    text = sql if len(sql) <= _MEMO_LENGTH else f"{sql[:_MEMO_LENGTH]} {sql[-1_000:]}"
+def _scan(text: str) -> int:
     found = _HEAD.match(text)
     head = (found.group(1) or "").upper() if found else ""
     kind = 0
-    if head in _READ_HEADS:
+    if head in _READ_HEADS and not (head in _EXPLAIN_HEADS and _ANALYZE.search(text)):
         kind |= READ
-    if (head not in _STATELESS_HEADS and not _LOCAL_SET.match(text)) or _STATE.search(text):
+    lowered = text.lower()
+    if (
+        (head not in _STATELESS_HEADS and not _LOCAL_SET.match(text))
+        or (head in ("COMMIT", "ROLLBACK") and _CHAIN.search(text))
+        or _leaves_state(text, lowered)
+    ):
         kind |= STATE
-    if _SCOPED.search(text):
+    if (any(hint in lowered for hint in _SCOPED_HINTS) and _SCOPED.search(text)) or (
+        head == "SHOW" and _SCOPED_SHOW.search(_COMMENT.sub(" ", text))
+    ):
         kind |= SCOPED
     return kind
+
+
+def _leaves_state(text: str, lowered: str) -> bool:
+    if not any(hint in lowered for hint in _STATE_HINTS):
+        return False
+    # Of a statement of megabytes the hint will do: it is full of values.
+    return len(text) > _LONG or _STATE.search(text) is not None
 
 
 # After a loss
@@ -107,16 +163,43 @@ def _scan(sql: str) -> int:
 #: sqlparse says nothing of its types.
 _tokenize: Any = lexer.tokenize
 
+#: Of a text as it is, and once what repeats itself is left out.
+_MOST = 100_000
 _READ_LENGTH = 20_000
-_PLAIN_LENGTH = 100_000
+#: The lexer takes some 10 us for each, while somebody waits.
+_MOST_TOKENS = 2_500
 
 _PROVABLE_HEADS = frozenset({"SELECT", "SHOW", "DESCRIBE", "DESC", "EXPLAIN"})
 _PLAIN_HEADS = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "REPLACE"})
 
-#: Substrings that no statement that is run again has in it: what the lexer and
-#: a server may read differently (comments, escapes), and what assigns.
-_NEVER = ("\\", "--", "/*", "*/", "#", ";", ":=", "$", "\0")
-_USER_VARIABLE = re.compile(r"(?<!@)@(?!@)[\w`'\"$.]")
+#: A list of placeholders or numbers may be long, and much indented; one stands for all.
+#: No quote is in what is left out, so that no quote changes its place.
+_BLANKS = re.compile(r"[ \t]{2,}")
+_PLACEHOLDERS = re.compile(r"(?<!%)%s(?:,[ ]?%s)+")
+_NUMBERS = re.compile(r"(?<![\w.$])\d+(?:,[ ]?\d+)+(?![\w.$])", re.ASCII)
+_ROWS = re.compile(r"\(%s\)(?:,[ ]?\(%s\))+")
+
+#: Every token of the lexer's must be one of these, whole: then it begins and
+#: ends where MySQL's and PostgreSQL's own lexers have it begin and end, in
+#: every sql_mode. That takes backslashes being nowhere; names in backticks
+#: without what PostgreSQL, to which a backtick is an operator, would read in
+#: them; and no placeholder between quotes, where a value could end the quotes.
+_SPACE = re.compile(r"[ \t\r\n\f]+")
+_QUOTED = re.compile(r"""'(?:[^'%]|''|%%)*' | "(?:[^"%]|""|%%)*" | `[^`'"%()]+`""", re.VERBOSE)
+_WORDS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:[ \t\r\n\f]+[A-Za-z_][A-Za-z0-9_]*)*")
+_ZONE = re.compile(r"AT\s+TIME\s+ZONE\s+'[^'%]*'", re.IGNORECASE)
+_NUMBER = re.compile(r"-?(?:0[xX][0-9A-Fa-f]+|(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)", re.ASCII)
+_PLACEHOLDER = re.compile(r"%(?:\(\w+\))?s")
+_SUBSCRIPT = re.compile(r"\[(?:%s|\d+|:|\s)*\]", re.ASCII)
+_SIGN = re.compile(r"[(),.\[\]]|[-+*/<>=!~|&^?@#:]+|(?:%%)+")
+#: A token's shape, and what is kept of it.
+_WORD, _VALUE, _SIGNS = "word", "value", "sign"
+
+#: What no statement that is run again has outside of quotes: comments,
+#: assignments, user variables.
+_NEVER = re.compile(r"--|/\*|\*/|:=|(?<!@)@(?!@)[\w']|\#(?![>-])")
+#: Sequences. In Oracle's sql_mode a column so named is one of MariaDB's.
+_SEQUENCES = re.compile(r"nextval|setval", re.IGNORECASE)
 #: Words that make a SELECT more than a read.
 _FORBIDDEN_IN_READS = frozenset(
     """INTO LOCK FOR ANALYZE ANALYSE NEXT PREVIOUS WITH PROCEDURE OUTFILE DUMPFILE
@@ -129,19 +212,28 @@ _FORBIDDEN_IN_PLAIN = frozenset(
     TRUNCATE EXECUTE COPY LOAD HANDLER CREATE ALTER DROP RENAME GRANT REVOKE BEGIN COMMIT
     ROLLBACK SAVEPOINT RELEASE USE KILL FLUSH RESET TEMP TEMPORARY""".split()
 )
+_LOCKING_LENGTH = 1_000
 _LOCKING = re.compile(
-    r"\s+(?:FOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)"
-    r"(?:\s+OF\s+[\w\"`.,\s]+?)?(?:\s+NOWAIT|\s+SKIP\s+LOCKED)?|LOCK\s+IN\s+SHARE\s+MODE)\s*$",
-    re.IGNORECASE,
+    r"""(?<=\s)(?:FOR\s+(?:NO\s+KEY\s+UPDATE|UPDATE|KEY\s+SHARE|SHARE)
+    (?:\s+OF\s+NAME(?:\.NAME)?(?:,\s*NAME(?:\.NAME)?)*)?(?:\s+NOWAIT|\s+SKIP\s+LOCKED)?
+    | LOCK\s+IN\s+SHARE\s+MODE)$""".replace("NAME", r'(?:"\w+"|`\w+`|\w+)'),
+    re.IGNORECASE | re.VERBOSE,
 )
-#: Words before a parenthesis that are no function.
+#: Words before a parenthesis that name no function in either language.
 _NO_FUNCTIONS = frozenset(
-    """IN AND OR NOT EXISTS ON WHERE FROM JOIN SELECT DISTINCT BY HAVING WHEN THEN ELSE CASE
-    UNION ALL ANY SOME EXCEPT INTERSECT BETWEEN LIKE ILIKE IS AS VALUES VALUE USING OVER
-    FILTER WITHIN GROUP PARTITION LIMIT OFFSET INTERVAL SET RETURNING DEFAULT KEY CONFLICT
-    LATERAL ROW ARRAY DIV XOR REGEXP RLIKE SIMILAR TO ESCAPE COLLATE EXPLAIN STRAIGHT_JOIN
-    DATE TIME TIMESTAMP YEAR CHAR CHARACTER VARCHAR NCHAR BINARY VARBINARY DECIMAL NUMERIC
-    FLOAT DOUBLE REAL INT INTEGER BIGINT SMALLINT SIGNED UNSIGNED BIT TEXT""".split()
+    """IN AND OR NOT EXISTS ON WHERE FROM SELECT DISTINCT BY HAVING WHEN THEN ELSE CASE
+    UNION ALL ANY SOME EXCEPT INTERSECT BETWEEN AS VALUES USING LIMIT OFFSET INTERVAL SET
+    RETURNING DEFAULT LATERAL ROW TO COLLATE EXPLAIN MATCH""".split()
+)
+#: … if they stand between two operands.
+_INFIX = frozenset("LIKE ILIKE REGEXP RLIKE IS DIV MOD XOR ESCAPE JOIN STRAIGHT_JOIN".split())
+#: … after a call.
+_AFTER_CALLS = frozenset({"OVER", "FILTER", "AGAINST"})
+#: … after AS or ::.
+_TYPES = frozenset(
+    """CHAR CHARACTER VARCHAR VARYING NCHAR BINARY VARBINARY DECIMAL NUMERIC FLOAT DOUBLE REAL
+    INT INTEGER BIGINT SMALLINT SIGNED UNSIGNED BIT TEXT DATETIME TIME TIMESTAMP TIMESTAMPTZ
+    INTERVAL VECTOR""".split()
 )
 #: Functions that change nothing and hang on nothing in the session.
 _PURE = frozenset(
@@ -171,8 +263,26 @@ _PURE = frozenset(
     JSONB_ARRAY_LENGTH JSONB_TYPEOF JSONB_ARRAY_ELEMENTS TO_JSON TO_JSONB ROW_TO_JSON
     ARRAY_LENGTH ARRAY_POSITION CARDINALITY UNNEST GENERATE_SERIES TO_TSVECTOR TO_TSQUERY
     PLAINTO_TSQUERY PHRASETO_TSQUERY WEBSEARCH_TO_TSQUERY TS_RANK TS_RANK_CD TS_HEADLINE
-    SETWEIGHT SIMILARITY WORD_SIMILARITY UNACCENT MATCH AGAINST VERSION INET_ATON INET_NTOA UUID
-    GEN_RANDOM_UUID DATABASE CURRENT_DATABASE CURRENT_SCHEMA""".split()
+    SETWEIGHT SIMILARITY WORD_SIMILARITY UNACCENT VERSION INET_ATON INET_NTOA UUID
+    GEN_RANDOM_UUID DATABASE CURRENT_DATABASE CURRENT_SCHEMA DATE TIME TIMESTAMP YEAR CHAR
+    REPLACE TRUNCATE ANY_VALUE ENCODE DECODE DIGEST BIT_COUNT NUM_NONNULLS JSON_QUOTE
+    JSON_MERGE_PATCH JSON_MERGE_PRESERVE JSON_ARRAY_LENGTH JSON_TYPEOF JSONB_AGG_STRICT
+    JSONB_OBJECT_AGG JSONB_PATH_EXISTS JSONB_PATH_QUERY JSONB_PATH_QUERY_FIRST ARRAY_TO_STRING
+    ARRAY_APPEND ARRAY_REMOVE STRING_TO_ARRAY LOWER_INF UPPER_INF LOWER_INC UPPER_INC ISEMPTY
+    RANGE_MERGE TSRANGE TSTZRANGE DATERANGE INT4RANGE INT8RANGE NUMRANGE STRICT_WORD_SIMILARITY
+    TRIGRAM_SIMILARITY MAKE_TIMESTAMP MAKE_TIME DATE_BIN JUSTIFY_DAYS JUSTIFY_HOURS TO_SECONDS
+    ST_ASBINARY ST_ASEWKB ST_ASTEXT ST_ASEWKT ST_ASGEOJSON ST_ASKML ST_ASSVG ST_ASGML ST_GEOHASH
+    ST_GEOMFROMTEXT ST_GEOMFROMWKB ST_GEOMFROMEWKB ST_GEOMFROMEWKT ST_GEOMFROMGEOJSON
+    ST_GEOGFROMWKB ST_GEOMETRYFROMTEXT ST_CONTAINS ST_CONTAINSPROPERLY ST_COVEREDBY ST_COVERS
+    ST_CROSSES ST_DISJOINT ST_EQUALS ST_INTERSECTS ST_OVERLAPS ST_RELATE ST_TOUCHES ST_WITHIN
+    ST_DWITHIN ST_DFULLYWITHIN ST_DISTANCE ST_DISTANCESPHERE ST_DISTANCE_SPHERE
+    ST_DISTANCESPHEROID ST_AREA ST_LENGTH ST_LENGTHSPHEROID ST_PERIMETER ST_NPOINTS ST_NUMPOINTS
+    ST_NUMGEOMETRIES ST_ISVALID ST_ISEMPTY ST_ISCLOSED ST_SRID ST_TRANSFORM ST_CENTROID
+    ST_POINTONSURFACE ST_ENVELOPE ST_BUFFER ST_UNION ST_INTERSECTION ST_DIFFERENCE
+    ST_SYMDIFFERENCE ST_EXTENT ST_COLLECT ST_MAKELINE ST_MAKEVALID ST_X ST_Y ST_Z ST_SCALE
+    ST_TRANSLATE ST_SNAPTOGRID ST_REVERSE ST_FORCE2D ST_AZIMUTH ST_CLOSESTPOINT
+    ST_MAKEENVELOPE ST_MEMSIZE ST_GEOMETRYTYPE MBRCONTAINS MBRCOVEREDBY MBRDISJOINT MBREQUAL
+    MBRINTERSECTS MBROVERLAPS MBRTOUCHES MBRWITHIN MBREQUALS MBRCOVERS""".split()
 )
 
 
@@ -182,10 +292,15 @@ def is_provable_read(sql: Any, *, may_lock: bool = False) -> bool:
     :param may_lock: allow SELECT … FOR UPDATE or FOR SHARE: inside a
         transaction that is started anew, its locks are taken anew.
     """
-    if not isinstance(sql, str) or len(sql) > _READ_LENGTH:
+    if not isinstance(sql, str) or len(sql) > _MOST:
+        return False
+    sql = _shortened(sql)
+    if len(sql) > _READ_LENGTH:
         return False
     if may_lock:
-        sql = _LOCKING.sub("", sql)
+        sql = sql.rstrip()
+        end = max(0, len(sql) - _LOCKING_LENGTH)
+        sql = sql[:end] + _LOCKING.sub("", sql[end:])
     return _judged(sql, _PROVABLE_HEADS, _FORBIDDEN_IN_READS)
 
 
@@ -194,72 +309,152 @@ def is_plain(sql: Any) -> bool:
 
     One that a server either runs as a whole or, by its error, not at all.
     """
-    if not isinstance(sql, str) or len(sql) > _PLAIN_LENGTH:
+    if not isinstance(sql, str) or len(sql) > _MOST:
         return False
-    return _judged(sql, _PLAIN_HEADS, _FORBIDDEN_IN_PLAIN)
+    return _judged(_shortened(sql), _PLAIN_HEADS, _FORBIDDEN_IN_PLAIN)
+
+
+def _shortened(sql: str) -> str:
+    sql = _NUMBERS.sub("0", _BLANKS.sub(" ", sql))
+    return _ROWS.sub("(%s)", _PLACEHOLDERS.sub("%s", sql))
 
 
 def _judged(sql: str, heads: frozenset[str], forbidden: frozenset[str]) -> bool:
-    if any(part in sql for part in _NEVER) or _USER_VARIABLE.search(sql):
-        return False
-    if _SCOPED.search(sql) or _STATE.search(sql):
-        return False
     try:
-        tokens = [
-            (kind, value)
-            for kind, value in _tokenize(sql)
-            if kind not in T.Whitespace and kind not in T.Newline
-        ]
-        return _all_allowed(tokens, heads, forbidden)
+        if "\\" in sql or _SEQUENCES.search(sql) or _scan(sql) & (STATE | SCOPED):
+            return False
+        tokens = _split(sql)
+        return tokens is not None and _all_allowed(tokens, heads, forbidden)
     except Exception:
         # Whatever the lexer cannot read is not proven to be anything.
         return False
 
 
-def _all_allowed(
-    tokens: list[tuple[Any, str]], heads: frozenset[str], forbidden: frozenset[str]
-) -> bool:
-    # Parentheses may stand before a SELECT: (SELECT …) UNION (SELECT …).
-    start = next((i for i, (_kind, value) in enumerate(tokens) if value != "("), None)
-    if start is None or tokens[start][1].upper() not in heads:
-        return False
-    head = tokens[start][1].upper()
-    columns = _column_list(tokens) if head in ("INSERT", "REPLACE") else None
-    for i in range(start + 1, len(tokens)):
-        kind, value = tokens[i]
-        if kind in T.Error or kind in T.Comment:
-            return False
-        if kind in T.Literal or kind in T.Name.Placeholder:
+#: Shape, text in capitals, and whether a space stands before it.
+_Token = tuple[str, str, bool]
+
+
+def _split(sql: str) -> list[_Token] | None:
+    """Split a statement; None if the servers might split it otherwise."""
+    tokens: list[_Token] = []
+    code: list[str] = []
+    space = False
+    last = ""
+    for count, (_kind, value) in enumerate(_tokenize(sql)):
+        if count > _MOST_TOKENS:
+            return None
+        if _SPACE.fullmatch(value):
+            space = True
+            code.append(value)
             continue
-        # "ORDER BY" and the like are one token to the lexer.
-        words = value.upper().split()
-        if forbidden.intersection(words):
-            return False
-        if "INTO" in words and (columns is None or i > columns):
-            return False
-        if value == "(" and i != columns and not _opens_no_call(tokens[i - 1]):
+        if _QUOTED.fullmatch(value):
+            tokens.append((_VALUE, value[0], space))
+            value = "''"
+        elif _WORDS.fullmatch(value):
+            for word in value.upper().split():
+                tokens.append((_WORD, word, space))
+                space = True
+        elif _NUMBER.fullmatch(value) or _PLACEHOLDER.fullmatch(value):
+            tokens.append((_VALUE, "0", space))
+        elif _SIGN.fullmatch(value):
+            tokens.append((_SIGNS, value, space))
+        elif _SUBSCRIPT.fullmatch(value):
+            tokens.append((_SIGNS, "]", space))
+        elif _ZONE.fullmatch(value):
+            tokens.append((_VALUE, "'", space))
+            value = " ''"
+        else:
+            return None
+        if not space and _is_of_word(last[-1:]) and _is_of_word(value[:1]):
+            # A number and a word, which some versions part where others do not.
+            return None
+        code.append(value)
+        last = value
+        space = False
+    text = "".join(code)
+    # To MySQL # begins a comment: one that nothing comes after is no harm.
+    if _NEVER.search(text) or ("#" in text and "\n" in sql):
+        return None
+    return tokens
+
+
+def _is_of_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _all_allowed(tokens: list[_Token], heads: frozenset[str], forbidden: frozenset[str]) -> bool:
+    # Parentheses may stand before a SELECT: (SELECT …) UNION (SELECT …).
+    start = next((i for i, token in enumerate(tokens) if token[1] != "("), None)
+    if start is None or tokens[start][1] not in heads:
+        return False
+    into = columns = -1
+    if tokens[start][1] in ("INSERT", "REPLACE"):
+        into, columns = _column_list(tokens, start)
+    for i in range(start + 1, len(tokens)):
+        shape, text, _space = tokens[i]
+        if shape is _WORD:
+            if (text in forbidden and not _is_harmless(tokens, i)) or (
+                text == "INTO" and i != into
+            ):
+                return False
+        elif text == "(" and i != columns and not _opens_no_call(tokens, i):
             return False
     return True
 
 
-def _column_list(tokens: list[tuple[Any, str]]) -> int | None:
-    """Return where an INSERT's column list opens, or its table's name ends."""
-    words = [value.upper() for _kind, value in tokens]
-    if "INTO" not in words:
-        return None
-    i = words.index("INTO") + 1
+def _is_harmless(tokens: list[_Token], i: int) -> bool:
+    """Return whether a forbidden word is a function of that name, or part of a type's name."""
+    word = tokens[i][1]
+    following = tokens[i + 1 : i + 3]
+    if word in ("REPLACE", "TRUNCATE"):
+        return bool(following) and following[0] == (_SIGNS, "(", False)
+    return word == "WITH" and [token[1] for token in following] == ["TIME", "ZONE"]
+
+
+def _column_list(tokens: list[_Token], start: int) -> tuple[int, int]:
+    """Return where an INSERT has its INTO, and where its column list opens."""
+    into = start + 2 if tokens[start + 1][1] == "IGNORE" else start + 1
+    if tokens[into][1] != "INTO":
+        return -1, -1
+    i = into + 1
     # A name, and after each dot another: database.table, "schema"."table".
-    while i + 2 < len(words) and words[i + 1] == ".":
+    while i + 2 < len(tokens) and tokens[i + 1][1] == ".":
         i += 2
-    return i + 1
+    return into, i + 1
 
 
-def _opens_no_call(before: tuple[Any, str]) -> bool:
-    """Return whether a parenthesis after this token is no call of an unknown function."""
-    kind, value = before
-    word = value.upper().split()[-1] if value.split() else ""
-    if word in _NO_FUNCTIONS or word in _PURE:
-        return True
-    if kind in T.Name or kind in T.Keyword or kind in T.Literal.String.Symbol:
+def _opens_no_call(tokens: list[_Token], i: int) -> bool:
+    """Return whether the parenthesis at ``i`` opens no call of an unknown function."""
+    shape, word, _space = tokens[i - 1]
+    if shape is _VALUE:
+        # "name"( is a call, and so is U&"name" UESCAPE '!'(.
         return False
-    return not (word and (word[-1].isalnum() or word[-1] in '_"`]'))
+    if shape is _SIGNS:
+        return word not in (")", "]", ".", "::", ":")
+    before = tokens[i - 2] if i > 1 else (_SIGNS, "", False)
+    if before[1] == ".":
+        # A function of somebody's schema, whatever its name.
+        return False
+    if word in _NO_FUNCTIONS:
+        return True
+    if word in _TYPES and before[1] in ("AS", "::", "CHARACTER"):
+        return True
+    if word in _PURE and not tokens[i][2]:
+        # With a space between, some of MySQL's are anybody's functions.
+        return True
+    if word in _INFIX:
+        return _is_operand(before)
+    if word in _AFTER_CALLS:
+        return before[1] == ")"
+    following = tokens[i + 1][1] if i + 1 < len(tokens) else ""
+    return (word, before[1]) in (("GROUP", "WITHIN"), ("CONFLICT", "ON")) or (
+        (word == "ARRAY" and following == "SELECT")
+        or (word == "VALUE" and any(token[1] == "DUPLICATE" for token in tokens[:i]))
+    )
+
+
+def _is_operand(token: _Token) -> bool:
+    shape, text, _space = token
+    if shape is _SIGNS:
+        return text in (")", "]")
+    return shape is _VALUE or text not in _NO_FUNCTIONS
