@@ -167,6 +167,10 @@ NOT_READS = [
     "SHOW /* x */ WARNINGS",
     # Comments and escapes, which two servers or two modes read in two ways.
     "SELECT 1 -- x",
+    "SELECT 1 +-- x",
+    "SELECT 1 +--1\n+ 2",
+    "SELECT 1 +/* x */ 2",
+    "SELECT 1 &#1",
     "SELECT 1 # x",
     "SELECT 1 #> '\n, f(), '",
     "SELECT 1 /* x */",
@@ -203,6 +207,8 @@ NOT_READS = [
     "SELECT 1 \u212a",
     "SELECT \u0661, \u0662",
     "SELECT 1FROM t",
+    "SELECT 1e5a FROM t",
+    "SELECT %sa FROM t",
     "SELECT 1FOR UPDATE",
     "SELECT a FROM t WHERE a IN (" + ", ".join(["%s"] * 30_000) + ")",
 ]
