@@ -347,6 +347,9 @@ def _split(sql: str) -> list[_Token] | None:
             space = True
             code.append(value)
             continue
+        if not space and _is_of_word(last[-1:]) and _is_of_word(value[:1]):
+            # A number and a word, which some versions part where others do not.
+            return None
         if _QUOTED.fullmatch(value):
             tokens.append((_VALUE, value[0], space))
             value = "''"
@@ -364,9 +367,6 @@ def _split(sql: str) -> list[_Token] | None:
             tokens.append((_VALUE, "'", space))
             value = " ''"
         else:
-            return None
-        if not space and _is_of_word(last[-1:]) and _is_of_word(value[:1]):
-            # A number and a word, which some versions part where others do not.
             return None
         code.append(value)
         last = value
