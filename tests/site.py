@@ -74,10 +74,10 @@ class Site:
             cursor.execute("SELECT value FROM app_token ORDER BY id")
             return [value for (value,) in cursor.fetchall()]
 
-    def settle(self) -> None:
+    def settle(self, seconds: float = 10) -> None:
         """Return when the server is done with connections that are gone."""
         mine = 1 if self.connection.connection is not None else 0
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + seconds
         while self.sessions() > mine and time.monotonic() < deadline:
             time.sleep(0.005)
 

@@ -40,6 +40,8 @@ class LoadBalancedMixin(_Base):
     _attempt: Attempt | None = None
     #: What a connection to that attempt's peer is made with.
     _peer_settings: dict[str, Any] | None = None
+    #: This wrapper's own settings, while the peer's are in their place.
+    _own_settings: dict[str, Any] | None = None
     #: The present connection's place in its peer's count.
     _hold: Hold | None = None
 
@@ -64,6 +66,8 @@ class LoadBalancedMixin(_Base):
 
     def connect(self) -> None:
         """Connect to a peer that works; see :meth:`LoadBalancer.connect`."""
+        if self._attempt is not None or self._own_settings is not None:
+            self._recover()
         # Each connect comes by here, and nearly always finds it known.
         registered = balancers.known.get(self.settings_dict.get(ALIAS_KEY)) or self._registered()
         if registered is None:
@@ -128,6 +132,17 @@ class LoadBalancedMixin(_Base):
 
     # Helpers
 
+    def _recover(self) -> None:
+        """Put back what an exception out of nowhere (Ctrl-C, a task's time-out) left behind.
+
+        It may strike before the first line of a ``finally``, too.
+        """
+        self._attempt = None
+        self._peer_settings = None
+        if self._own_settings is not None:
+            self.settings_dict = self._own_settings
+            self._own_settings = None
+
     def _registered(self) -> Registered | None:
         alias = self.settings_dict.get(ALIAS_KEY)
         return None if alias is None else balancers.registered(alias)
@@ -145,10 +160,12 @@ class LoadBalancedMixin(_Base):
             settings = self.peer_settings()
         own = self.settings_dict
         try:
+            self._own_settings = own
             self.settings_dict = settings
             return method(*args)
         finally:
             self.settings_dict = own
+            self._own_settings = None
 
     def peer_settings(self) -> dict[str, Any]:
         """Return a copy of the settings as for the present peer, else the first.

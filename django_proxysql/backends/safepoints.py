@@ -821,8 +821,15 @@ class SafePointsMixin(LoadBalancedMixin):
 
     # Ended
 
+    def _recover(self) -> None:
+        super()._recover()
+        self._quiet = self._of_ours = False
+        self._trials = "first"
+
     def close_if_unusable_or_obsolete(self) -> None:
         """End a unit of work: close what is not to be kept."""
+        if not self.in_atomic_block:
+            self._recover()
         session = self._current()
         if session is not None and not self.in_atomic_block:
             self._has_units = True
