@@ -1,0 +1,298 @@
+"""What each kind of error says about a peer while Django connects to it.
+
+``tests/test_connecting.py`` has the errors of servers that fail in the usual ways. Here are those
+that take a special server, and those that none can be brought to say at will: these a driver says
+that refuses one port, and is otherwise the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any, Callable
+from unittest import mock
+
+import MySQLdb
+import pymysql
+import pytest
+from django.db import DatabaseError, InterfaceError, OperationalError
+
+from django_proxysql import Fault, NoPeerAvailable
+from tests.engine import POSTGRESQL, Clock, mysql_peer, postgres_peer
+from tests.servers import PASSWORD, USER
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+from tests.test_connecting import first_then_second, sockets, state
+
+Pair = tuple[Node, Node]
+
+
+# Errors of real servers
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"HOST": "no-such-host.invalid"}, 2005),
+        ({"HOST": "/nowhere/mysqld.sock"}, 2002),
+        # TLS is asked of a server that has none.
+        ({"OPTIONS": {"ssl_mode": "VERIFY_IDENTITY"}}, 2026),
+    ],
+)
+def test_not_reached(mariadb_pair: Pair, wrong: dict[str, Any], code: int) -> None:
+    """A name that is unknown, a socket that is missing and TLS that fails are UNREACHABLE."""
+    bad, good = mysql_peer(mariadb_pair[0], **wrong), mysql_peer(mariadb_pair[1])
+    with first_then_second(bad, good) as connection:
+        before = sockets()
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert state().error.startswith(f"({code}, ")
+        connection.close()
+        assert sockets() == before
+
+
+def test_accepts_and_closes(mariadb_pair: Pair, fault_proxy: Callable[..., Any]) -> None:
+    """A peer that accepts and hangs up at once, as a proxy without servers does, is UNREACHABLE."""
+    proxy = fault_proxy(mariadb_pair[0])
+    proxy.accept_and_close()
+    with first_then_second(mysql_peer(proxy), mysql_peer(mariadb_pair[1])) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert state().error.startswith("(2013, ")
+
+
+@pytest.mark.parametrize("byte", [1, 40, 100])
+def test_dies_in_the_handshake(
+    mariadb_pair: Pair, fault_proxy: Callable[..., Any], byte: int
+) -> None:
+    """A peer that dies in the middle of its handshake is UNREACHABLE, and leaves no socket."""
+    proxy = fault_proxy(mariadb_pair[0])
+    proxy.cut_handshake(byte)
+    with first_then_second(mysql_peer(proxy), mysql_peer(mariadb_pair[1])) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+
+
+def test_limit_of_a_user(mariadb_pair: Pair) -> None:
+    """1226: the user has as many connections as it may; the peer is well."""
+    full, alive = mariadb_pair
+    full.sql(f"ALTER USER '{USER}'@'%' WITH MAX_USER_CONNECTIONS 1")
+    try:
+        with (
+            first_then_second(mysql_peer(full), mysql_peer(alive)) as connection,
+            contextlib.closing(
+                MySQLdb.connect(host=full.host, port=full.port, user=USER, password=PASSWORD)
+            ),
+        ):
+            for _ in range(3):
+                connection.ensure_connection()
+                assert connection.peer.name == "peer1"
+                connection.close()
+            assert (state().state, state().failures) == ("closed", 0)
+            alive.kill()
+            with pytest.raises(NoPeerAvailable, match=r"peer0 \(.*\(1226, .*tried just now"):
+                connection.ensure_connection()
+    finally:
+        full.sql(f"ALTER USER '{USER}'@'%' WITH MAX_USER_CONNECTIONS 0")
+
+
+def test_password_expired(mariadb_pair: Pair) -> None:
+    """1862, or 1820: a password that has expired is a refusal."""
+    expired, alive = mariadb_pair
+    expired.set_global("disconnect_on_expired_password", 1)
+    expired.sql(f"ALTER USER '{USER}'@'%' PASSWORD EXPIRE")
+    try:
+        with first_then_second(mysql_peer(expired), mysql_peer(alive)) as connection:
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            assert (state().state, state().fault) == ("open", Fault.REFUSED)
+    finally:
+        expired.sql(f"SET PASSWORD FOR '{USER}'@'%' = PASSWORD('{PASSWORD}')")
+
+
+def test_postgresql_shutting_down(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """57P03: a PostgreSQL that is shutting down waits for its clients and takes no more."""
+    leaving, alive = postgres_pair
+    peers = postgres_peer(leaving), postgres_peer(alive)
+    with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer0"
+        assert leaving.process is not None
+        leaving.process.send_signal(signal.SIGTERM)
+        other = connection.copy()
+        # It says so from the moment on at which it has read the signal.
+        while other.connection is None or other.peer.name == "peer0":
+            other.close()
+            other.ensure_connection()
+        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert "shutting down" in state().error
+        other.close()
+
+
+# Errors of a driver
+
+
+@contextlib.contextmanager
+def failing(connection: Any, port: int, error: BaseException) -> Iterator[list[int]]:
+    """Let connecting to ``port`` raise ``error``; yield the ports that are connected to."""
+    connect = connection.Database.connect
+    ports: list[int] = []
+
+    def fails_at_port(*args: Any, **params: Any) -> Any:
+        ports.append(params["port"])
+        if params["port"] == port:
+            raise error
+        return connect(*args, **params)
+
+    with mock.patch.object(connection.Database, "connect", fails_at_port):
+        yield ports
+
+
+def mysql(code: int, text: str = "text") -> MySQLdb.OperationalError:
+    return MySQLdb.OperationalError(code, text)
+
+
+def name_of(value: Any) -> str | None:
+    """Name an exception by its class and code."""
+    if not isinstance(value, BaseException):
+        return getattr(value, "__name__", None) or value.name
+    return "-".join(map(str, (type(value).__name__, *value.args[:1])))
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        *((mysql(code), Fault.UNREACHABLE) for code in (2003, 2004, 2005, 2006, 2012, 2026, 2027)),
+        *((mysql(code), Fault.UNREACHABLE) for code in (2055, 1042, 1043, 1129, 1130, 1135, 1159)),
+        *((mysql(code), Fault.REFUSED) for code in (1049, 1251, 1524, 1698, 1820, 1862)),
+        *((mysql(code), Fault.REFUSED) for code in (2049, 2054, 2059, 2061)),
+        (mysql(1047, "WSREP has not yet prepared node for application use"), Fault.NOT_READY),
+        (mysql(1180, "Got error 131 (Not connected to Primary Component)"), Fault.NOT_READY),
+        (mysql(1053, "Server shutdown in progress"), Fault.NOT_READY),
+        (mysql(3032, "The server is currently in offline mode"), Fault.NOT_READY),
+        (mysql(9001, "Max connect timeout reached while reaching hostgroup 0"), Fault.NOT_READY),
+        (mysql(9002, "Max connect failure while reaching hostgroup 0"), Fault.NOT_READY),
+        (mysql(1815, "Internal error: Session creation failed"), Fault.NOT_READY),
+        (MySQLdb.InterfaceError(0, ""), Fault.LOST),
+        (mysql(2045), Fault.LOST),
+    ],
+    ids=name_of,
+)
+def test_counts(mariadb_pair: Pair, error: Exception, fault: Fault) -> None:
+    """The peer's fault: the circuit opens, the next peer is connected to."""
+    bad, good = mariadb_pair
+    with first_then_second(mysql_peer(bad), mysql_peer(good)) as connection:
+        with failing(connection, bad.port, error) as ports:
+            connection.ensure_connection()
+        assert ports == [bad.port, good.port]
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault, state().failures) == ("open", fault, 1)
+
+
+@pytest.mark.parametrize("code", [1040, 1203, 1226])
+def test_counts_nothing(mariadb_pair: Pair, code: int) -> None:
+    """A full peer: the next is connected to, and it is the first to be asked the next time."""
+    bad, good = mariadb_pair
+    with first_then_second(mysql_peer(bad), mysql_peer(good)) as connection:
+        with failing(connection, bad.port, mysql(code)) as ports:
+            for _ in range(3):
+                connection.ensure_connection()
+                assert connection.peer.name == "peer1"
+                connection.close()
+        assert ports == [bad.port, good.port] * 3
+        assert (state().state, state().failures) == ("closed", 0)
+        connection.ensure_connection()
+        assert connection.peer.name == "peer0"
+
+
+class SoftTimeLimitExceeded(Exception):
+    """As Celery's."""
+
+
+class Timeout(BaseException):
+    """As gevent's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (mysql(2002, "Can't create TCP/IP socket (24)"), OperationalError),
+        (mysql(2001, "Can't create UNIX socket (23)"), OperationalError),
+        (mysql(1213, "Deadlock found"), OperationalError),
+        (mysql(2014, "Commands out of sync"), OperationalError),
+        (mysql(1047, "Unknown command"), OperationalError),
+        (mysql(1815, "Internal error: of another kind"), OperationalError),
+        (mysql(4031, "Referenced trigger does not exist"), OperationalError),
+        (MySQLdb.ProgrammingError(1064, "You have an error in your SQL syntax"), DatabaseError),
+        (MySQLdb.InterfaceError(-1, "of another kind"), InterfaceError),
+        (OSError(24, "Too many open files"), OSError),
+        (TypeError("'nonesuch' is an invalid keyword argument"), TypeError),
+        (SoftTimeLimitExceeded(), SoftTimeLimitExceeded),
+        (Timeout(), Timeout),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
+def test_raised_at_once(
+    mariadb_pair: Pair, error: BaseException, raised: type[BaseException], trial: bool
+) -> None:
+    """Not the peer's fault: raised as it is, counted for nothing, no other peer is asked."""
+    bad, good = mariadb_pair
+    clock = Clock()
+    with first_then_second(mysql_peer(bad), mysql_peer(good), clock=clock) as connection:
+        if trial:
+            with failing(connection, bad.port, mysql(2003)):
+                connection.ensure_connection()
+            connection.close()
+            clock.advance(60)
+        with failing(connection, bad.port, error) as ports, pytest.raises(raised) as caught:
+            connection.ensure_connection()
+        assert ports == [bad.port]
+        assert error in (caught.value, caught.value.__cause__)
+        assert connection.connection is None
+        if trial:
+            # It is as it was: open, and its trial, which proved nothing, is due again.
+            assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+            clock.advance(1.5)
+        else:
+            assert (state().state, state().failures) == ("closed", 0)
+        connection.ensure_connection()
+        assert connection.peer.name == "peer0"
+        assert state().state == "closed"
+
+
+def test_pymysqls_errors_are_known_by_their_module(mariadb_pair: Pair) -> None:
+    """Where a wrapped driver raises another driver's errors, they are judged as that driver's."""
+    bad, good = mariadb_pair
+    error = pymysql.err.OperationalError(2003, "Can't connect (Errno 111)")
+    with (
+        first_then_second(mysql_peer(bad), mysql_peer(good)) as connection,
+        failing(connection, bad.port, error),
+    ):
+        connection.ensure_connection()
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+
+
+def test_refused_without_a_database(mariadb_pair: Pair) -> None:
+    """Refused in _nodb_cursor, which asks for another database: raised, counted for nothing."""
+    bad, good = mariadb_pair
+    with first_then_second(mysql_peer(bad), mysql_peer(good)) as connection:
+        with failing(connection, bad.port, mysql(1045, "Access denied")) as ports:
+            for _ in range(3):
+                with pytest.raises(OperationalError, match="1045"), connection._nodb_cursor():
+                    pass
+            assert ports == [bad.port] * 3
+            assert (state().state, state().failures) == ("closed", 0)
+        # A peer that is not there is passed by as ever.
+        with (
+            failing(connection, bad.port, mysql(2003)),
+            connection._nodb_cursor() as cursor,
+        ):
+            cursor.execute("SELECT @@port")
+            assert cursor.fetchone() == (good.port,)
+        assert state().state == "open"
