@@ -815,7 +815,7 @@ class TestOnServers:
                 assert victim.state() == before, sql
 
         tried()
-        assert outcomes["done"] > 50
+        assert outcomes["done"] > 10
 
 
 # What Django writes
