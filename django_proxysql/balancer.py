@@ -399,6 +399,7 @@ class LoadBalancer:
         # The circuits see to themselves.
         for peer in self.peers.values():
             peer.forget_connections()
+        self.budget.after_fork()
         self.look_anew()
 
 

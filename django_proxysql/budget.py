@@ -19,6 +19,7 @@ ALWAYS = 10
 WINDOW = 60.0
 #: Seconds between two notes of how many statements there have been.
 NOTE_EVERY = 5.0
+_MOST_BARRED = 1_000
 
 
 class ReplayBudget:
@@ -33,51 +34,64 @@ class ReplayBudget:
         #: Added to by every thread without a lock: an addition that is lost to
         #: a race makes the budget a little smaller, never larger.
         self.statements = 0
+        now = clock()
         #: When the next note is due; compared before it is asked for.
-        self.next_note = clock() + NOTE_EVERY
-        self._notes: deque[tuple[float, int]] = deque([(clock(), 0)])
+        self.next_note = now + NOTE_EVERY
+        #: How many statements there had been, and when; the oldest of a minute ago.
+        self._notes: deque[tuple[float, int]] = deque([(now, 0)])
         self._replays: deque[float] = deque()
-        self._barred: dict[str, float] = {}
+        #: The texts' hashes (a text may be long), and until when.
+        self._barred: dict[int, float] = {}
 
     def note(self, now: float) -> None:
         """Remember how many statements there have been, for the last minute's share."""
         with self._lock:
-            if now < self.next_note:
-                return
-            self.next_note = now + NOTE_EVERY
-            self._notes.append((now, self.statements))
-            while len(self._notes) > 2 and self._notes[1][0] <= now - WINDOW:
-                self._notes.popleft()
+            self._note(now)
+
+    def _note(self, now: float) -> None:
+        if now <= self.next_note:
+            return
+        # After a pause: all but the statement that asks were before it.
+        if now > self.next_note + NOTE_EVERY:
+            self._notes.append((self.next_note, max(self._notes[-1][1], self.statements - 1)))
+        self._notes.append((now, self.statements))
+        self.next_note = now + NOTE_EVERY
+        while len(self._notes) > 2 and self._notes[1][0] <= now - WINDOW:
+            self._notes.popleft()
 
     def spend(self, sql: str) -> bool:
         """Return whether ``sql`` may be run again, and count it as done."""
-        now = self._clock()
         with self._lock:
+            now = self._clock()
+            self._note(now)
             while self._replays and self._replays[0] <= now - WINDOW:
                 self._replays.popleft()
-            for text, until in list(self._barred.items()):
-                if until <= now:
-                    del self._barred[text]
-            if sql in self._barred:
+            if self._barred.get(hash(sql), now) > now:
                 return False
-            begun, count = self._notes[0]
-            for then, so_far in self._notes:
-                if then <= now - WINDOW:
-                    begun, count = then, so_far
-            recent = self.statements - count
-            if now - begun > WINDOW:
-                # The note is older than a minute: take the even share of it.
-                recent = int(recent * WINDOW / (now - begun))
-            if len(self._replays) >= max(ALWAYS, SHARE * recent):
+            if len(self._replays) >= max(ALWAYS, int(SHARE * self._recent(now))):
                 return False
             self._replays.append(now)
             return True
 
+    def _recent(self, now: float) -> float:
+        """How many statements there have been in the last minute, to a few seconds."""
+        begun, count = self._notes[0]
+        for then, so_far in self._notes:
+            if then > now - WINDOW:
+                break
+            begun, count = then, so_far
+        recent = self.statements - count
+        # The note may be a little older than a minute: take the even share.
+        return recent * min(1.0, WINDOW / max(now - begun, 1e-9))
+
     def bar(self, sql: str) -> None:
         """Allow no replay of ``sql`` for a minute: it was lost twice."""
         with self._lock:
-            self._barred[sql] = self._clock() + WINDOW
-            while len(self._barred) > 1_000:
+            now = self._clock()
+            # The oldest first: each is barred for as long.
+            self._barred.pop(hash(sql), None)
+            self._barred[hash(sql)] = now + WINDOW
+            while len(self._barred) > _MOST_BARRED or next(iter(self._barred.values())) <= now:
                 del self._barred[next(iter(self._barred))]
 
     def after_fork(self) -> None:

@@ -1,0 +1,251 @@
+"""How many statements are run again, by a clock that the test turns."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from django_proxysql.budget import ALWAYS, NOTE_EVERY, SHARE, WINDOW, ReplayBudget
+from django_proxysql.registry import balancers
+from tests.engine import SQLITE, Clock, engine, sqlite_peer
+
+
+class Used:
+    """A budget, used as a cursor uses it."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.budget = ReplayBudget(self.clock)
+
+    def run(self, number: int = 1, over: float = 0.0) -> None:
+        """Run statements, evenly spread over some seconds."""
+        for _ in range(number):
+            self.clock.advance(over / number)
+            self.budget.statements += 1
+            if self.clock.now > self.budget.next_note:
+                self.budget.note(self.clock.now)
+
+    def spend_all(self) -> int:
+        """Return how many replays are allowed now."""
+        spent = 0
+        while self.budget.spend(f"SELECT {spent}"):
+            spent += 1
+            assert spent < 1_000_000
+        return spent
+
+
+@pytest.fixture
+def used() -> Used:
+    return Used()
+
+
+def test_ten_are_always_allowed(used: Used) -> None:
+    assert used.spend_all() == 10
+    used.clock.advance(WINDOW - 1)
+    assert used.spend_all() == 0
+    used.clock.advance(1)
+    assert used.spend_all() == 10
+
+
+def test_ten_a_minute_however_they_lie(used: Used) -> None:
+    for _ in range(5):
+        assert used.budget.spend("SELECT 1")
+    used.clock.advance(40)
+    assert used.spend_all() == 5
+    used.clock.advance(20)
+    assert used.spend_all() == 5
+
+
+def test_ten_percent_of_the_statements(used: Used) -> None:
+    used.run(100)
+    assert used.spend_all() == 10
+    used.run(100)
+    assert used.spend_all() == 10
+    used.run(9)
+    assert used.spend_all() == 0
+    used.run(1)
+    assert used.spend_all() == 1
+
+
+def test_ten_percent_of_the_last_minute(used: Used) -> None:
+    used.run(10_000, over=100)
+    assert used.spend_all() == pytest.approx(SHARE * 100 * WINDOW, rel=0.02)
+    # Replays and statements leave the minute together.
+    used.run(3_000, over=30)
+    assert used.spend_all() == 0
+    used.run(3_000, over=31)
+    assert used.spend_all() == pytest.approx(SHARE * 100 * WINDOW, rel=0.1)
+
+
+@pytest.mark.parametrize("pause", [WINDOW + 0.1, 100, 10_000])
+def test_after_a_pause_there_is_no_share_of_what_was_before(used: Used, pause: float) -> None:
+    used.run(10_000, over=NOTE_EVERY - 1)
+    used.clock.advance(pause + NOTE_EVERY)
+    used.run()
+    assert used.spend_all() == ALWAYS
+
+
+def test_a_pause_without_a_note_at_its_end(used: Used) -> None:
+    """The statement that is lost was begun before the pause: it waited through it."""
+    used.run(10_000, over=NOTE_EVERY - 1)
+    used.clock.advance(WINDOW + NOTE_EVERY + 1)
+    assert used.spend_all() == ALWAYS
+
+
+def test_a_short_pause_forgets_nothing(used: Used) -> None:
+    used.run(1_000, over=4)
+    used.clock.advance(30)
+    used.run()
+    assert used.spend_all() == 100
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(min_value=1, max_value=300), st.floats(min_value=0.01, max_value=40)),
+        max_size=30,
+    )
+)
+def test_never_more_than_the_share(steps: list[tuple[int, float]]) -> None:
+    used = Used()
+    ran: list[float] = []
+    replayed: list[float] = []
+    for number, seconds in steps:
+        for _ in range(number):
+            used.run(1, over=seconds / number)
+            ran.append(used.clock.now)
+            if used.budget.spend("SELECT 1"):
+                replayed.append(used.clock.now)
+        now = used.clock.now
+        last = [then for then in replayed if then > now - WINDOW]
+        # What is allowed at one moment stays allowed; what it was allowed for may be a
+        # minute older than the replay, and a note's distance.
+        possible = [then for then in ran if then > now - 2 * WINDOW - 2 * NOTE_EVERY]
+        assert len(last) <= max(ALWAYS, SHARE * len(possible))
+        assert len(used.budget._notes) <= 2 * WINDOW / NOTE_EVERY + 3
+
+
+class TestBarred:
+    def test_for_a_minute(self, used: Used) -> None:
+        used.budget.bar("SELECT kills()")
+        assert not used.budget.spend("SELECT kills()")
+        assert used.budget.spend("SELECT 1")
+        used.clock.advance(59.9)
+        assert not used.budget.spend("SELECT kills()")
+        used.clock.advance(0.2)
+        assert used.budget.spend("SELECT kills()")
+
+    def test_from_the_last_loss_on(self, used: Used) -> None:
+        used.budget.bar("SELECT kills()")
+        used.clock.advance(40)
+        used.budget.bar("SELECT kills()")
+        used.clock.advance(40)
+        assert not used.budget.spend("SELECT kills()")
+        used.clock.advance(21)
+        assert used.budget.spend("SELECT kills()")
+
+    def test_costs_nothing(self, used: Used) -> None:
+        used.budget.bar("SELECT kills()")
+        for _ in range(20):
+            used.budget.spend("SELECT kills()")
+        assert used.spend_all() == 10
+
+    def test_memory_is_bounded(self, used: Used) -> None:
+        for number in range(5_000):
+            used.budget.bar(f"SELECT {number}" + " " * 90_000)
+        assert len(used.budget._barred) == 1_000
+        assert not any(isinstance(key, str) for key in used.budget._barred)
+        assert not used.budget.spend("SELECT 4999" + " " * 90_000)
+        assert used.budget.spend("SELECT 3999" + " " * 90_000)
+
+    def test_what_is_over_is_forgotten(self, used: Used) -> None:
+        for number in range(100):
+            used.budget.bar(f"SELECT {number}")
+        used.clock.advance(WINDOW + 1)
+        used.budget.bar("SELECT 'last'")
+        assert len(used.budget._barred) == 1
+
+
+def test_replays_are_bounded_by_the_share(used: Used) -> None:
+    for _ in range(10):
+        used.run(2_000, over=20)
+        used.spend_all()
+    assert len(used.budget._replays) <= 700
+
+
+def test_threads_share_it(used: Used) -> None:
+    used.run(1_000)
+    barrier = threading.Barrier(8)
+    allowed: list[int] = []
+
+    def spend() -> None:
+        barrier.wait()
+        allowed.append(sum(used.budget.spend(f"SELECT {n}") for n in range(100)))
+
+    threads = [threading.Thread(target=spend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(allowed) == 100
+
+
+def test_barred_texts_under_threads(used: Used) -> None:
+    """Barring, spending and noting at once raise nothing."""
+    errors: list[BaseException] = []
+    until = time.monotonic() + 0.5
+
+    def use(mine: int) -> None:
+        number = 0
+        try:
+            while time.monotonic() < until:
+                number += 1
+                used.budget.bar(f"SELECT {mine}, {number}")
+                used.budget.spend(f"SELECT {mine}, {number - 1}")
+                used.clock.advance(0.1)
+                used.run()
+        except BaseException as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=use, args=[mine]) for mine in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork()")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_it_is_held(tmp_path: Any) -> None:
+    with engine([sqlite_peer(tmp_path / "db")], PEER_ENGINE=SQLITE) as connection:
+        budget = balancers[connection.alias].budget
+        budget.spend("SELECT 1")
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with budget._lock:
+                held.set()
+                release.wait(30)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait(30)
+        child = os.fork()
+        if not child:
+            threading.Timer(10, os._exit, [3]).start()
+            allowed = sum(budget.spend("SELECT 1") for _ in range(20))
+            budget.bar("SELECT 1")
+            os._exit(0 if allowed == 9 else 4)
+        try:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            release.set()
+            thread.join()
+        assert sum(budget.spend("SELECT 1") for _ in range(20)) == 9
