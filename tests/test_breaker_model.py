@@ -89,9 +89,15 @@ class CircuitMachine(RuleBasedStateMachine):
 
     # What is done to both
 
-    @rule(seconds=st.sampled_from([0.5, RELEASE, 10.0, INTERVAL, LEASE]))
+    @rule(seconds=st.sampled_from([0.5, RELEASE, INTERVAL, LEASE]))
     def time_passes(self, seconds: float) -> None:
         self.clock.advance(seconds)
+
+    @rule()
+    def try_it(self) -> None:
+        """Ask for a trial at the moment at which it is due."""
+        self.clock.now = max(self.clock.now, self.due)
+        self.acquire(None)
 
     @rule(last_resort=st.sampled_from([None, None, 0.0, 1.0]))
     def acquire(self, last_resort: float | None) -> None:
@@ -194,30 +200,33 @@ class CircuitMachine(RuleBasedStateMachine):
 
         self.succeed(Last)
 
-    @rule()
+    @rule(
+        what=st.sampled_from(
+            ["suspicion", "trip", "open_by_hand", "close_by_hand", "half_open_by_hand", "fork"]
+        )
+    )
+    def from_outside(self, what: str) -> None:
+        getattr(self, what)()
+
     def suspicion(self) -> None:
         self.breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
         if self.state == "closed" and not self.suspect:
             self.suspect = True
             self.due = LONG_AGO
 
-    @rule()
     def trip(self) -> None:
         self.breaker.trip(refused_by_host(), Fault.NOT_READY)
         if self.state == "closed":
             self.opens()
 
-    @rule()
     def open_by_hand(self) -> None:
         self.breaker.open()
         self.opens()
 
-    @rule()
     def close_by_hand(self) -> None:
         self.breaker.close()
         self.closes()
 
-    @rule()
     def half_open_by_hand(self) -> None:
         self.breaker.half_open()
         if self.state == "closed":
@@ -227,7 +236,6 @@ class CircuitMachine(RuleBasedStateMachine):
         self.successes = 0
         self.due = self.clock.now
 
-    @rule()
     def fork(self) -> None:
         """What becomes of it in the child of a fork."""
         self.breaker.after_fork()
@@ -291,7 +299,7 @@ class CircuitMachine(RuleBasedStateMachine):
 
 TestModel = CircuitMachine.TestCase
 TestModel.settings = settings(
-    max_examples=80,
+    max_examples=250,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
