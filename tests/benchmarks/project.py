@@ -33,9 +33,14 @@ def configure() -> None:
 
 
 def add(alias: str, **entry: Any) -> str:
-    """Add an entry to DATABASES, with the keys that Django fills in; return its alias."""
+    """Add an entry to DATABASES, with the keys that Django fills in; return its alias.
+
+    :raises ValueError: there is such an alias, and a wrapper may be kept for what it was.
+    """
     from django.db import connections
 
+    if alias in connections.databases:
+        raise ValueError(f"two benchmarks have the alias {alias!r}")
     defaults: dict[str, Any] = {
         **dict.fromkeys(("NAME", "USER", "PASSWORD", "HOST", "PORT"), ""),
         "ATOMIC_REQUESTS": False,

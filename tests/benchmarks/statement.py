@@ -43,8 +43,8 @@ def without_server() -> list[Figure]:
         project.wrapper("sqlite", ENGINE=project.ENGINE, PEER_ENGINE=SQLITE, PEERS=peers),
     ) + _counted(
         "no server",
-        project.wrapper("plain_null", ENGINE=NULL),
-        project.wrapper("null", **project.null(2)),
+        project.wrapper("plain_counted", ENGINE=NULL),
+        project.wrapper("counted", **project.null(2)),
     )
 
 
