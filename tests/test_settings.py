@@ -132,6 +132,27 @@ def test_connect_timeout_is_the_drivers_option() -> None:
     assert seen == {1: 3, 2: 7}
 
 
+def test_connect_deadline() -> None:
+    """CONNECT_DEADLINE bounds a connect() over all peers, whatever an attempt may take."""
+    clock = Clock()
+    timeouts = []
+
+    def hang(**params: Any) -> Any:
+        timeouts.append(params["connect_timeout"])
+        clock.advance(params["connect_timeout"])
+        raise connection.Database.OperationalError(2013, "Lost connection")
+
+    peers = [{"HOST": "127.0.0.1", "PORT": port} for port in (1, 2, 3, 4)]
+    with (
+        engine(peers, CONNECT_TIMEOUT=3, CONNECT_DEADLINE=5, clock=clock) as connection,
+        mock.patch.object(connection.Database, "connect", hang),
+        pytest.raises(NoPeerAvailable) as raised,
+    ):
+        connection.ensure_connection()
+    assert timeouts == [3, 2]
+    assert str(raised.value).count("tried just now") == 2
+
+
 # PASSWORD as a callable
 
 
