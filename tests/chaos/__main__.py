@@ -78,7 +78,7 @@ def main() -> int:
     if own_writes is not None:
         violations += own_writes.violations
     for violation in violations:
-        print(violation, file=sys.stderr)
+        print(f"violated: {violation}", file=sys.stderr)
     return 1 if violations else 0
 
 

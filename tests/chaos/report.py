@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .judgement import Result
 
@@ -48,23 +48,26 @@ def table(results: Sequence[Result]) -> str:
     lines = [rule]
     for line in range(2):
         cells = [heading[line] if line < len(heading) else "" for heading in headings]
-        lines.append(_line(cells, width))
+        # Not to the right: a second line that begins further left is an error to docutils.
+        lines.append("  ".join(cell.ljust(size) for cell, size in zip(cells, width)).rstrip())
     lines.append(rule)
     lines += [_line(row, width) for row in rows]
     lines.append(rule)
-    for result in results:
-        if result.engine == "ours":
-            lines.append(
-                f"{result.scenario}: {result.replaced} connections replaced,"
-                f" {result.replayed} statements run again"
-            )
-        if result.resumed_after is not None:
-            lines.append(
-                f"\n{result.scenario}: the first request was served {result.resumed_after:.2f} s"
-                f" after the first peer's return, the last error was {result.quiet_after:.2f} s"
-                " after it."
-            )
-    return "\n".join(lines)
+    notes = [note for result in results for note in _notes(result)]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def _notes(result: Result) -> Iterator[str]:
+    if result.engine == "ours":
+        yield (
+            f"{result.scenario}: {result.replaced} connections were replaced,"
+            f" {result.replayed} statements were run again"
+        )
+    if result.resumed_after is not None:
+        yield (
+            f"{result.scenario}: the first request was served {result.resumed_after:.2f} s after the"
+            f" first peer's return, the last error was {result.quiet_after:.2f} s after it"
+        )
 
 
 def _line(cells: Sequence[str], width: Sequence[int]) -> str:
