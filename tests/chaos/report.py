@@ -65,7 +65,7 @@ def _notes(result: Result) -> Iterator[str]:
         )
     if result.resumed_after is not None:
         yield (
-            f"{result.scenario}: the first request was served {result.resumed_after:.2f} s after the"
+            f"{result.scenario}: a request was served {result.resumed_after:.2f} s after the"
             f" first peer's return, the last error was {result.quiet_after:.2f} s after it"
         )
 
