@@ -10,10 +10,11 @@ over TCP, unix sockets and TLS 1.3.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 __all__ = ["harden", "watch"]
 
@@ -23,6 +24,9 @@ _EVENTS = (
     if hasattr(select, "poll")
     else 0
 )
+
+#: The most that Linux takes for TCP_KEEPIDLE and TCP_KEEPINTVL.
+_MOST_SECONDS = 32_767
 
 
 def watch(descriptor: int | None) -> Callable[[int], object] | None:
@@ -44,32 +48,55 @@ def watch(descriptor: int | None) -> Callable[[int], object] | None:
 def harden(descriptor: int | None, seconds: float | None) -> None:
     """Have the kernel give a TCP connection up whose host has not answered for ``seconds``.
 
-    Sets keepalive (an idle connection is probed after a third of the time)
-    and, where the platform has it, TCP_USER_TIMEOUT (sent data that is not
-    acknowledged). Without them a waiting statement fails after the kernel's
-    15 minutes, or never. Unix sockets are left alone. Linux: tcp(7).
+    Sets keepalive, for a connection that waits for an answer, and, where the
+    platform has it, TCP_USER_TIMEOUT, for data that is sent and not
+    acknowledged. Without them a waiting statement fails after the kernel's
+    15 minutes, or never. Keepalive counts in seconds: what waits takes two of
+    them at least. Unix sockets are left alone, and so is what is no socket.
+    Linux: tcp(7).
     """
-    if descriptor is None or descriptor < 0 or seconds is None:
+    if descriptor is None or descriptor < 0 or seconds is None or os.name != "posix":
         return
-    # A socket object closes what it is given, and Python's default timeout
-    # makes it non-blocking, a mode that a duplicate shares: both are undone.
-    duplicate = os.dup(descriptor)
-    blocking = os.get_blocking(descriptor)
-    with socket.socket(fileno=duplicate) as sock:
+    try:
+        blocking = os.get_blocking(descriptor)
+        # A socket object closes what it is given.
+        duplicate = os.dup(descriptor)
+    except OSError:
+        # No socket by that number, or no number left. The connection works.
+        return
+    try:
+        sock = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        return
+    finally:
+        # Python's default timeout makes a new socket object non-blocking, a
+        # mode that the duplicate shares with the driver's.
         os.set_blocking(descriptor, blocking)
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        probe = max(1, int(seconds / 3))
-        for name, value in (
-            ("TCP_KEEPIDLE", probe),
-            ("TCP_KEEPINTVL", probe),
-            ("TCP_KEEPCNT", 2),
-            ("TCP_USER_TIMEOUT", max(1, int(seconds * 1000))),
-        ):
-            option = getattr(socket, name, None)
-            if option is not None and not (
-                name == "TCP_KEEPALIVE" and hasattr(socket, "TCP_KEEPIDLE")
-            ):
+    with sock:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            for level, option, value in _options(seconds):
                 with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
+                    sock.setsockopt(level, option, value)
+
+
+def _options(seconds: float) -> Iterator[tuple[int, int, int]]:
+    yield socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+    # A silent host is probed after half the time, then ten times in what is
+    # left. Linux gives up at the first probe that is due once TCP_USER_TIMEOUT
+    # is over, not when it is over, nor by TCP_KEEPCNT; hence the many. A host
+    # that answers is not asked again before the next half.
+    whole = max(2, math.ceil(seconds))
+    idle = min(whole // 2, _MOST_SECONDS)
+    interval = min(max(1, (whole - idle) // 10), _MOST_SECONDS)
+    values = {
+        # macOS has another name for it.
+        "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE": idle,
+        "TCP_KEEPINTVL": interval,
+        "TCP_KEEPCNT": min(math.ceil((whole - idle) / interval), 127),
+        "TCP_USER_TIMEOUT": min(math.ceil(seconds * 1000), 2**31 - 1),
+    }
+    for name, value in values.items():
+        option = getattr(socket, name, None)
+        if option is not None:
+            yield socket.IPPROTO_TCP, option, value

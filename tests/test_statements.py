@@ -793,7 +793,7 @@ class TestOnServers:
         outcomes: dict[str, int] = {}
 
         @settings(
-            max_examples=1_500,
+            max_examples=800,
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -1,0 +1,478 @@
+"""Looks at sockets, and what is set on them: on bare ones, on the drivers', on those to a host
+that vanishes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connections, transaction
+
+from django_proxysql.registry import balancers
+from django_proxysql.sockets import harden, watch
+from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
+from tests.servers.namespace import Host, host_for, why_not
+from tests.site import with_table
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's options")
+
+
+@pytest.fixture(params=[socket.AF_INET, socket.AF_INET6])
+def pair(request: Any) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two ends of a TCP connection."""
+    with socket.socket(request.param) as listening:
+        listening.bind(("127.0.0.1" if request.param == socket.AF_INET else "::1", 0))
+        listening.listen()
+        with socket.create_connection(listening.getsockname()[:2]) as here:
+            there, _ = listening.accept()
+            with there:
+                yield here, there
+
+
+@contextlib.contextmanager
+def default_timeout(seconds: float | None) -> Iterator[None]:
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def options_of(descriptor: int) -> dict[str, int]:
+    """What is set on a socket, by Linux's names."""
+    blocking = os.get_blocking(descriptor)
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        os.set_blocking(descriptor, blocking)
+        found = {"SO_KEEPALIVE": sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
+        if sock.family != socket.AF_UNIX:
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+                found[name] = sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+        return found
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+
+
+class TestWatch:
+    def test_quiet(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        poll = watch(pair[0].fileno())
+        assert poll is not None
+        assert not poll(0)
+        pair[0].sendall(b"a question")
+        assert not poll(0)
+
+    def test_something_to_say(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        poll = watch(pair[0].fileno())
+        assert poll is not None
+        pair[1].sendall(b"farewell")
+        assert poll(5_000)
+
+    @pytest.mark.parametrize("how", ["close", "shutdown", "reset"])
+    def test_closed(self, pair: tuple[socket.socket, socket.socket], how: str) -> None:
+        poll = watch(pair[0].fileno())
+        assert poll is not None
+        if how == "shutdown":
+            pair[1].shutdown(socket.SHUT_WR)
+        else:
+            if how == "reset":
+                pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            pair[1].close()
+        assert poll(5_000)
+        assert poll(0)
+
+    def test_closed_here(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        poll = watch(pair[0].fileno())
+        assert poll is not None
+        pair[0].close()
+        assert poll(0)
+
+    @pytest.mark.parametrize("descriptor", [None, -1])
+    def test_no_descriptor(self, descriptor: int | None) -> None:
+        assert watch(descriptor) is None
+
+    def test_no_poll(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("django_proxysql.sockets._EVENTS", 0)
+        with socket.socket() as sock:
+            assert watch(sock.fileno()) is None
+
+
+class TestHarden:
+    @linux
+    @pytest.mark.parametrize(
+        ("seconds", "idle", "interval", "count", "timeout"),
+        [
+            (0.0004, 1, 1, 1, 1),
+            (0.25, 1, 1, 1, 250),
+            (1, 1, 1, 1, 1_000),
+            (2, 1, 1, 1, 2_000),
+            (2.5, 1, 1, 2, 2_500),
+            (20, 10, 1, 10, 20_000),
+            (300, 150, 15, 10, 300_000),
+            (1e7, 32_767, 32_767, 127, 2**31 - 1),
+        ],
+    )
+    def test_values(
+        self,
+        pair: tuple[socket.socket, socket.socket],
+        seconds: float,
+        idle: int,
+        interval: int,
+        count: int,
+        timeout: int,
+    ) -> None:
+        harden(pair[0].fileno(), seconds)
+        assert options_of(pair[0].fileno()) == {
+            "SO_KEEPALIVE": 1,
+            "TCP_KEEPIDLE": idle,
+            "TCP_KEEPINTVL": interval,
+            "TCP_KEEPCNT": count,
+            "TCP_USER_TIMEOUT": timeout,
+        }
+
+    @linux
+    def test_a_probe_is_due_when_the_time_is_over(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        """Linux gives a silent host up when a probe is due, one is unanswered, and
+        TCP_USER_TIMEOUT is over."""
+        for seconds in [*range(1, 130), 299.5, 600, 3_600, 7_200]:
+            harden(pair[0].fileno(), seconds)
+            found = options_of(pair[0].fileno())
+            due, probes = found["TCP_KEEPIDLE"], 0
+            while not probes or due * 1_000 < found["TCP_USER_TIMEOUT"]:
+                due += found["TCP_KEEPINTVL"]
+                probes += 1
+            assert seconds <= due <= max(2, seconds * 1.05 + 1)
+            # Where there is no TCP_USER_TIMEOUT, the number of probes says when.
+            others = found["TCP_KEEPIDLE"] + found["TCP_KEEPCNT"] * found["TCP_KEEPINTVL"]
+            assert seconds <= others <= max(2, seconds * 1.05 + 1)
+
+    @linux
+    def test_none_leaves_it_alone(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        before = options_of(pair[0].fileno())
+        harden(pair[0].fileno(), None)
+        assert options_of(pair[0].fileno()) == before
+
+    @pytest.mark.parametrize("default", [None, 0, 5])
+    @pytest.mark.parametrize("blocking", [True, False])
+    def test_the_mode_stays(
+        self,
+        pair: tuple[socket.socket, socket.socket],
+        default: float | None,
+        blocking: bool,
+    ) -> None:
+        pair[0].setblocking(blocking)
+        with default_timeout(default):
+            harden(pair[0].fileno(), 20)
+        assert os.get_blocking(pair[0].fileno()) is blocking
+
+    @pytest.mark.parametrize("default", [None, 5])
+    def test_unix_sockets(self, default: float | None) -> None:
+        here, there = socket.socketpair(socket.AF_UNIX)
+        with here, there:
+            with default_timeout(default):
+                harden(here.fileno(), 20)
+            assert os.get_blocking(here.fileno())
+            assert not here.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            poll = watch(here.fileno())
+            assert poll is not None
+            assert not poll(0)
+
+    def test_no_socket(self) -> None:
+        reading, writing = os.pipe()
+        before = open_descriptors()
+        harden(reading, 20)
+        assert open_descriptors() == before
+        assert os.get_blocking(reading)
+        os.close(reading)
+        os.close(writing)
+        harden(reading, 20)
+        harden(None, 20)
+        harden(-1, 20)
+
+    def test_nothing_is_left_open_nor_closed(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        before = open_descriptors()
+        harden(pair[0].fileno(), 20)
+        assert open_descriptors() == before
+        pair[0].sendall(b"x")
+        assert pair[1].recv(1) == b"x"
+
+    def test_no_descriptor_left(
+        self, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The connection works; it is not to fail for want of another number."""
+
+        def fails(descriptor: int) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(os, "dup", fails)
+        harden(pair[0].fileno(), 20)
+
+    def test_options_that_are_refused(
+        self, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the kernel knows none of them the connection works all the same."""
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+            monkeypatch.setattr(socket, name, 9_999, raising=False)
+        harden(pair[0].fileno(), 20)
+        assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    def test_options_that_are_missing(
+        self, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+            monkeypatch.delattr(socket, name, raising=False)
+        harden(pair[0].fileno(), 20)
+        assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+# The drivers'
+
+WAYS = ["mariadb", "mariadb_tls", "mariadb_unix", "postgres", "postgres_tls", "postgres_unix"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: Any) -> dict[str, Any]:
+    """An entry of DATABASES that leads to a server in one of the ways there are."""
+    name, _, kind = request.param.partition("_")
+    server = request.getfixturevalue(request.param if kind == "tls" else name)
+    entry = {**mysql_peer(server), "ENGINE": MYSQL if name == "mariadb" else POSTGRESQL}
+    if kind == "tls":
+        entry["OPTIONS"] = (
+            {"ssl": {"ca": server.ca}}
+            if name == "mariadb"
+            else {"sslmode": "verify-ca", "sslrootcert": server.ca}
+        )
+    elif kind == "unix":
+        entry["HOST"] = str(server.socket if name == "mariadb" else server.directory)
+    return entry
+
+
+@contextlib.contextmanager
+def through_the_engine(entry: dict[str, Any], **settings: Any) -> Iterator[Any]:
+    peer = {key: entry[key] for key in entry if key not in ("ENGINE", "OPTIONS")}
+    settings = {"OPTIONS": entry.get("OPTIONS", {}), **settings}
+    with engine([peer], PEER_ENGINE=entry["ENGINE"], **settings) as connection:
+        connection.ensure_connection()
+        yield connection
+
+
+def answer(connection: Any, sql: str) -> Any:
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        return cursor.fetchone()[0]
+
+
+def plainly(entry: dict[str, Any]) -> tuple[dict[str, int], bool]:
+    """What is set on a connection of Django's own engine, and whether it blocks."""
+    with added({"plain": entry}):
+        connections["plain"].ensure_connection()
+        descriptor = connections["plain"].connection.fileno()
+        return options_of(descriptor), os.get_blocking(descriptor)
+
+
+@linux
+@pytest.mark.server
+class TestDrivers:
+    @pytest.mark.parametrize("seconds", [20, 2.5, 0.5])
+    def test_values(self, way: dict[str, Any], seconds: float) -> None:
+        settings = {} if seconds == 20 else {"TCP_USER_TIMEOUT": seconds}
+        with through_the_engine(way, **settings) as connection:
+            found = options_of(connection.connection.fileno())
+            assert answer(connection, "SELECT 1") == 1
+        if way["HOST"].startswith("/"):
+            assert found == plainly(way)[0]
+        else:
+            assert found["SO_KEEPALIVE"] == 1
+            assert found["TCP_USER_TIMEOUT"] == seconds * 1_000
+            assert found["TCP_KEEPIDLE"] == {20: 10, 2.5: 1, 0.5: 1}[seconds]
+            assert found["TCP_KEEPINTVL"] == 1
+            assert found["TCP_KEEPCNT"] == {20: 10, 2.5: 2, 0.5: 1}[seconds]
+
+    def test_none_leaves_it_alone(self, way: dict[str, Any]) -> None:
+        with through_the_engine(way, TCP_USER_TIMEOUT=None) as connection:
+            found = options_of(connection.connection.fileno())
+        assert found == plainly(way)[0]
+        assert not found.get("TCP_USER_TIMEOUT")
+
+    @pytest.mark.parametrize("default", [None, 0.2])
+    def test_the_mode_stays(self, way: dict[str, Any], default: float | None) -> None:
+        blocking = plainly(way)[1]
+        with default_timeout(default), through_the_engine(way) as connection:
+            assert os.get_blocking(connection.connection.fileno()) is blocking
+            sleep = "SLEEP" if connection.vendor == "mysql" else "pg_sleep"
+            answer(connection, f"SELECT {sleep}(0.3)")
+            assert answer(connection, f"SELECT REPEAT('x', {2**22})") == "x" * 2**22
+
+    def test_idle_it_is_quiet(self, way: dict[str, Any]) -> None:
+        with through_the_engine(way) as connection:
+            poll = watch(connection.connection.fileno())
+            assert poll is not None
+            assert answer(connection, "SELECT 1") == 1
+            assert not poll(50)
+
+    def test_no_descriptor_is_left(self, way: dict[str, Any]) -> None:
+        with through_the_engine(way) as connection:
+            connection.close()
+            before = open_descriptors()
+            for _ in range(3):
+                connection.ensure_connection()
+                connection.close()
+            assert open_descriptors() == before
+
+
+# A host that vanishes
+
+TIMEOUT = 2
+#: Seconds until a loss is seen: the probe after the time-out, and what a busy machine adds.
+SEEN_WITHIN = TIMEOUT + 2.5
+
+
+class Away:
+    """A balancer: the first peer's host can vanish, the second leads to the same server."""
+
+    def __init__(self, host: Host, connection: Any, plain: Any) -> None:
+        self.host = host
+        self.connection = connection
+        self.plain = plain
+        self.first, self.second = balancers[connection.alias].peers.values()
+        self.is_mysql = connection.vendor == "mysql"
+
+    def sleep(self, connection: Any, seconds: int) -> Any:
+        return answer(connection, f"SELECT {'SLEEP' if self.is_mysql else 'pg_sleep'}({seconds})")
+
+    def write(self) -> None:
+        with self.connection.cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [str(time.monotonic())])
+
+    def is_at_first(self) -> bool:
+        return bool(self.connection.peer.address == self.first.address)
+
+    def is_suspect(self) -> bool:
+        circuit = self.first.breaker.circuit
+        return circuit.state == "closed" and circuit.suspect
+
+
+@pytest.fixture(params=["mariadb", "postgres"])
+def away(request: Any) -> Iterator[Away]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    server = request.getfixturevalue(request.param)
+    is_mysql = request.param == "mariadb"
+    unix_socket = server.socket if is_mysql else Path(server.directory) / f".s.PGSQL.{server.port}"
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(host_for(str(unix_socket)))
+        kind = MYSQL if is_mysql else POSTGRESQL
+        stack.enter_context(added({"plain": {**mysql_peer(host), "ENGINE": kind}}))
+        connection = stack.enter_context(
+            engine(
+                [mysql_peer(host), mysql_peer(server, PRIORITY=1)],
+                PEER_ENGINE=kind,
+                TCP_USER_TIMEOUT=TIMEOUT,
+                CONN_MAX_AGE=None,
+            )
+        )
+        with_table(connections["plain"])
+        connection.ensure_connection()
+        made = Away(host, connection, connections["plain"])
+        # What is lost before it was of any use counts as a failed connect.
+        assert answer(connection, "SELECT 1") == 1
+        assert made.is_at_first()
+        yield made
+        host.come_back()
+
+
+@contextlib.contextmanager
+def fails_in_time(since: Callable[[], float]) -> Iterator[None]:
+    with pytest.raises(OperationalError):
+        yield
+    assert TIMEOUT - 1 < time.monotonic() - since() < SEEN_WITHIN
+
+
+@pytest.mark.server
+class TestVanishedHost:
+    def test_a_waiting_statement_fails(self, away: Away) -> None:
+        """Nothing of it is left to be acknowledged: keepalive it is that notices."""
+        control: list[Any] = []
+
+        def wait_plainly() -> None:
+            # Django's own engine waits on, until its host is back.
+            try:
+                control.append(away.sleep(connections["plain"], TIMEOUT + 4))
+            except Exception as exc:
+                control.append(exc)
+            connections["plain"].close()
+
+        vanished = [0.0]
+
+        def vanish() -> None:
+            vanished[0] = time.monotonic()
+            away.host.vanish()
+
+        thread = threading.Thread(target=wait_plainly)
+        thread.start()
+        timer = threading.Timer(0.5, vanish)
+        timer.start()
+        with fails_in_time(lambda: vanished[0]):
+            away.sleep(away.connection, 60)
+        assert away.is_suspect()
+        assert not control
+        # The next one goes to the peer that is not suspect, at once.
+        begun = time.monotonic()
+        assert answer(away.connection, "SELECT 1") == 1
+        assert not away.is_at_first()
+        assert time.monotonic() - begun < 1
+        away.host.come_back()
+        thread.join(30)
+        assert control in ([0], [""])
+
+    @pytest.mark.parametrize("what", ["read", "write"])
+    def test_a_statement_that_is_sent_into_the_void_fails(self, away: Away, what: str) -> None:
+        """It is not run again: the server may be at it still."""
+        away.host.vanish()
+        begun = time.monotonic()
+        with fails_in_time(lambda: begun):
+            if what == "read":
+                answer(away.connection, "SELECT 1")
+            else:
+                away.write()
+        assert away.is_suspect()
+        away.write()
+        assert not away.is_at_first()
+
+    def test_a_transaction(self, away: Away) -> None:
+        """Where its beginning is a statement of its own, it begins anew; elsewhere it fails."""
+        away.host.vanish()
+        begun = time.monotonic()
+        fails = contextlib.nullcontext() if away.is_mysql else fails_in_time(lambda: begun)
+        with fails, transaction.atomic(away.connection.alias):
+            away.write()
+            away.write()
+        assert time.monotonic() - begun < SEEN_WITHIN
+        assert away.is_suspect()
+        away.write()
+        assert not away.is_at_first()
+        assert answer(away.connection, "SELECT COUNT(*) FROM app_token") == 1 + 2 * away.is_mysql
+
+    def test_an_idle_connection_is_replaced(self, away: Away) -> None:
+        away.host.vanish()
+        time.sleep(TIMEOUT + 1.5)
+        begun = time.monotonic()
+        away.write()
+        assert time.monotonic() - begun < 1
+        assert not away.is_at_first()
+        assert away.is_suspect()
