@@ -1,0 +1,514 @@
+"""The core without Django: drivers' own connections, SQLAlchemy, and guards of other calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import MySQLdb
+import psycopg
+import psycopg2
+import pymysql
+import pytest
+import sqlalchemy
+
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
+from django_proxysql.breaker import CircuitBreakerError
+from tests.fakes import Clock, even, lock_is_free, raised_by, running
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.galera import GaleraCluster
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+from tests.test_floors import without_django
+
+
+class Driver:
+    """A driver, and what it takes to connect with it."""
+
+    def __init__(self, module: Any, fixture: str, names: tuple[str, str], version: str) -> None:
+        self.module = module
+        self.name = module.__name__
+        self.fixture = fixture
+        self.database, self.password = names
+        #: A query that names the server's port.
+        self.version = version
+
+    def params(self, node: Any, **more: Any) -> dict[str, Any]:
+        params = {"host": node.host, "port": node.port, "user": USER}
+        return {**params, self.password: PASSWORD, self.database: DATABASE, **more}
+
+    def port_of(self, connection: Any) -> int:
+        with contextlib.closing(connection.cursor()) as cursor:
+            cursor.execute(self.version)
+            return int(cursor.fetchone()[0])
+
+
+MARIADB = ("mariadb_pair", ("database", "password"), "SELECT @@port")
+POSTGRES = ("postgres_pair", ("dbname", "password"), "SELECT current_setting('port')")
+DRIVERS = {
+    "mysqlclient": Driver(MySQLdb, *MARIADB),
+    "PyMySQL": Driver(pymysql, *MARIADB),
+    "psycopg": Driver(psycopg, *POSTGRES),
+    "psycopg2": Driver(psycopg2, *POSTGRES),
+}
+
+
+class Site:
+    """Two servers behind a balancer whose clock is passed in."""
+
+    def __init__(self, driver: Driver, nodes: Any) -> None:
+        self.driver = driver
+        self.nodes = dict(zip(("db1", "db2"), nodes))
+        self.clock = Clock()
+        self.opened: list[Any] = []
+
+    def balancer(
+        self, more: dict[str, Any] | None = None, connect: Any = None, **options: Any
+    ) -> LoadBalancer:
+        return LoadBalancer(
+            {name: self.driver.params(node, **(more or {})) for name, node in self.nodes.items()},
+            connect=connect or self.driver.module.connect,
+            clock=self.clock,
+            jitter=even,
+            **{"strategy": "round_robin", **options},
+        )
+
+    def connect(self, db: LoadBalancer) -> Any:
+        connection = db.connect()
+        self.opened.append(connection)
+        return connection
+
+    def ports(self, db: LoadBalancer, count: int = 6) -> set[str]:
+        """The names of the servers that so many connections lead to."""
+        by_port = {node.port: name for name, node in self.nodes.items()}
+        return {by_port[self.driver.port_of(self.connect(db))] for _ in range(count)}
+
+
+@pytest.fixture(params=list(DRIVERS))
+def site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    driver = DRIVERS[request.param]
+    site = Site(driver, request.getfixturevalue(driver.fixture))
+    yield site
+    for connection in site.opened:
+        with contextlib.suppress(Exception):
+            connection.close()
+
+
+@pytest.mark.server
+class TestDrivers:
+    def test_spreads_the_drivers_own_connections(self, site: Site) -> None:
+        """connect() returns the driver's own connections, spread over the peers and counted."""
+        db = site.balancer()
+        assert site.ports(db, 4) == {"db1", "db2"}
+        assert [state.connections for state in db.snapshot()] == [2, 2]
+        site.opened.append(site.driver.module.connect(**site.driver.params(site.nodes["db1"])))
+        assert len({type(connection) for connection in site.opened}) == 1
+
+    def test_server_that_dies_and_comes_back(
+        self, site: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A server that is killed is left alone, and taken back by a trial once it is up again."""
+        db = site.balancer()
+        site.nodes["db1"].kill()
+        assert site.ports(db) == {"db2"}
+        circuit = db.peers["db1"].breaker.circuit
+        assert (circuit.state, circuit.fault) == ("open", Fault.UNREACHABLE)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        site.nodes["db1"].start()
+        site.clock.advance(29)
+        assert site.ports(db) == {"db2"}
+        site.clock.advance(2)
+        assert site.ports(db) == {"db1", "db2"}
+        assert db.peers["db1"].breaker.is_available
+
+    def test_nobody_there(self, site: Site) -> None:
+        """With all servers gone NoPeerAvailable names each, what it said, and no password."""
+        db = site.balancer()
+        for node in site.nodes.values():
+            node.kill()
+        error = raised_by(db.connect)
+        assert type(error) is NoPeerAvailable
+        assert type(error.__cause__).__module__.partition(".")[0] == site.driver.name
+        for name, node in site.nodes.items():
+            assert f"{name} ({node.host}:{node.port})" in str(error)
+        assert PASSWORD not in str(error) + repr(error) + repr(db) + repr(db.config)
+
+    def test_everyone_refuses(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+        """Where every peer refuses the password the driver's own error is raised."""
+        caplog.set_level(logging.ERROR)
+        db = site.balancer({site.driver.password: "wrong"})
+        error = raised_by(db.connect)
+        assert isinstance(error, site.driver.module.OperationalError)
+        assert {state.fault for state in db.snapshot()} == {Fault.REFUSED}
+        assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+        assert "wrong" not in caplog.text
+
+    def test_password_from_a_function(self, site: Site) -> None:
+        """A password may be a function, called at each attempt."""
+        calls: list[int] = []
+
+        def token() -> str:
+            calls.append(1)
+            return PASSWORD
+
+        db = site.balancer({site.driver.password: token})
+        assert site.ports(db, 3) == {"db1", "db2"}
+        assert len(calls) == 3
+
+    def test_trial_of_a_frozen_server_is_bounded(self, site: Site) -> None:
+        """A trial of a server that accepts and then says nothing ends in time; others go on."""
+        db = site.balancer(trial_timeout=1)
+        db.peers["db1"].breaker.open()
+        site.clock.advance(30)
+        site.nodes["db1"].freeze()
+        with running(lambda: site.connect(db), seconds=15):
+            pass
+        assert db.peers["db1"].breaker.current_state == "open"
+        assert db.peers["db1"].breaker.circuit.fault in (Fault.UNREACHABLE, Fault.LOST)
+        assert site.ports(db, 3) == {"db2"}
+
+    def test_threads(self, site: Site) -> None:
+        """Sixteen threads that connect while a server dies all get a connection."""
+        db = site.balancer()
+        killed = threading.Event()
+
+        def work() -> None:
+            site.connect(db)
+            assert killed.wait(30)
+            connection = site.connect(db)
+            assert site.driver.port_of(connection) == site.nodes["db2"].port
+
+        with running(*[work] * 16, seconds=40):
+            site.nodes["db1"].kill()
+            killed.set()
+
+
+URLS = {
+    "mysqlclient": "mysql+mysqldb://",
+    "PyMySQL": "mysql+pymysql://",
+    "psycopg": "postgresql+psycopg://",
+    "psycopg2": "postgresql+psycopg2://",
+}
+
+
+@pytest.mark.server
+def test_sqlalchemy(site: Site, request: pytest.FixtureRequest) -> None:
+    """SQLAlchemy's creator= takes db.connect: its pool goes on when a server dies."""
+    db = site.balancer()
+    (url,) = (URLS[name] for name, driver in DRIVERS.items() if driver is site.driver)
+    engine = sqlalchemy.create_engine(url, creator=db.connect, pool_pre_ping=True)
+    query = sqlalchemy.text(site.driver.version)
+
+    def ports() -> set[int]:
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(engine.connect()) for _ in range(4)]
+            return {int(connection.execute(query).scalar_one()) for connection in connections}
+
+    try:
+        assert ports() == {node.port for node in site.nodes.values()}
+        site.nodes["db2"].kill()
+        assert ports() == {site.nodes["db1"].port}
+        assert db.peers["db2"].breaker.current_state == "open"
+    finally:
+        engine.dispose()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", list(DRIVERS))
+def test_where_django_cannot_be_imported(name: str, request: pytest.FixtureRequest) -> None:
+    """All of it works in a process that has no Django."""
+    driver = DRIVERS[name]
+    nodes = request.getfixturevalue(driver.fixture)
+    nodes[0].kill()
+    printed = without_django(
+        """
+        import importlib
+        import json
+        from django_proxysql import LoadBalancer, NoPeerAvailable
+
+        module, peers, query, url = sys.argv[1:]
+        connect = importlib.import_module(module).connect
+        db = LoadBalancer(json.loads(peers), connect=connect, strategy="round_robin")
+        for _ in range(5):
+            cursor = db.connect().cursor()
+            cursor.execute(query)
+            print(cursor.fetchone()[0], end=" ")
+
+        import sqlalchemy
+        engine = sqlalchemy.create_engine(url, creator=db.connect)
+        with engine.connect() as connection:
+            print(connection.execute(sqlalchemy.text(query)).scalar_one(), end=" ")
+        print(db.peers["db1"].breaker.current_state)
+        assert not [name for name in sys.modules if name.partition(".")[0] == "django"]
+        """,
+        driver.name,
+        json.dumps({f"db{n}": driver.params(node) for n, node in enumerate(nodes, 1)}),
+        driver.version,
+        URLS[name],
+    )
+    assert printed == f"{nodes[1].port} " * 6 + "open\n"
+
+
+# READY_CHECK without Django
+
+
+@pytest.mark.server
+class TestReadyChecks:
+    def balancer(self, driver: str, nodes: Any, **options: Any) -> tuple[LoadBalancer, Clock]:
+        clock = Clock()
+        found = DRIVERS[driver]
+        endpoints = {f"db{n}": found.params(node) for n, node in enumerate(nodes, 1)}
+        db = LoadBalancer(
+            endpoints,
+            found.module.connect,
+            clock=clock,
+            jitter=even,
+            strategy="round_robin",
+            **options,
+        )
+        return db, clock
+
+    def leads_to(self, db: LoadBalancer, driver: str, count: int = 4) -> set[int]:
+        ports = set()
+        for _ in range(count):
+            with contextlib.closing(db.connect()) as connection:
+                ports.add(DRIVERS[driver].port_of(connection))
+        return ports
+
+    @pytest.mark.parametrize("driver", ["mysqlclient", "PyMySQL"])
+    @pytest.mark.parametrize(
+        ("variable", "value", "off"),
+        [("wsrep_reject_queries", "ALL", "NONE"), ("wsrep_desync", "ON", "OFF")],
+    )
+    def test_galera_taken_out_by_its_operator(
+        self, galera: GaleraCluster, driver: str, variable: str, value: str, off: str
+    ) -> None:
+        """A node that its operator has taken out gets no connections until it is put back."""
+        out, *rest = nodes = list(galera)
+        db, clock = self.balancer(driver, nodes, ready_check="galera")
+        assert self.leads_to(db, driver, 3) == {node.port for node in nodes}
+        out.set_global(variable, value)
+        try:
+            assert self.leads_to(db, driver, 6) == {node.port for node in rest}
+            state = db.snapshot()[0]
+            assert (state.state, state.fault) == ("open", Fault.NOT_READY)
+            assert state.error
+        finally:
+            out.set_global(variable, off)
+        until = time.monotonic() + 20
+        while not out.synced() and time.monotonic() < until:
+            time.sleep(0.05)
+        clock.advance(31)
+        assert self.leads_to(db, driver, 6) == {node.port for node in nodes}
+
+    def test_galera_asked_of_a_server_that_is_none(self, mariadb: Node) -> None:
+        """A server that is in no cluster is not ready, and says why."""
+        db, _ = self.balancer("mysqlclient", [mariadb], ready_check="galera")
+        with pytest.raises(NoPeerAvailable, match="wsrep_ready is OFF"):
+            db.connect()
+
+    @pytest.mark.parametrize("driver", ["mysqlclient", "PyMySQL"])
+    def test_writable_mariadb(self, mariadb_pair: tuple[Node, Node], driver: str) -> None:
+        """A read-only MariaDB gets no connections until it takes writes again."""
+        one, other = mariadb_pair
+        db, clock = self.balancer(driver, mariadb_pair, ready_check="writable")
+        one.set_global("read_only", 1)
+        assert self.leads_to(db, driver) == {other.port}
+        assert "read_only" in db.snapshot()[0].error
+        one.set_global("read_only", 0)
+        clock.advance(31)
+        assert self.leads_to(db, driver) == {one.port, other.port}
+
+    @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+    def test_writable_postgresql(
+        self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], driver: str
+    ) -> None:
+        """The same for a PostgreSQL whose transactions are read-only."""
+        one, other = postgres_pair
+        db, _ = self.balancer(driver, postgres_pair, ready_check="writable")
+        one.sql(f"ALTER ROLE {USER} SET default_transaction_read_only = on")
+        try:
+            assert self.leads_to(db, driver) == {other.port}
+            assert "read_only" in db.snapshot()[0].error
+        finally:
+            one.sql(f"ALTER ROLE {USER} RESET default_transaction_read_only")
+
+    def test_dotted_path(self, mariadb_pair: tuple[Node, Node]) -> None:
+        """One's own check gets the driver's connection and says no by raising NotReady."""
+        db, _ = self.balancer(
+            "mysqlclient",
+            mariadb_pair,
+            ready_check="tests.test_outside_django.is_not_avoided",
+        )
+        avoided.add(mariadb_pair[0].port)
+        try:
+            assert self.leads_to(db, "mysqlclient") == {mariadb_pair[1].port}
+        finally:
+            avoided.clear()
+        assert db.snapshot()[0].error == "this port is to be avoided"
+
+
+avoided: set[int] = set()
+
+
+def is_not_avoided(connection: MySQLdb.Connection) -> None:
+    """A user's own check."""
+    from django_proxysql import NotReady
+
+    if DRIVERS["mysqlclient"].port_of(connection) in avoided:
+        raise NotReady("this port is to be avoided")
+
+
+# The breaker as a guard of other calls
+
+
+class Boom(Exception):
+    """An exception of no driver's."""
+
+
+def by_calling(circuit: PeerBreaker, function: Callable[[], Any]) -> Any:
+    with circuit.calling():
+        return function()
+
+
+GUARDS: dict[str, Callable[[PeerBreaker, Callable[[], Any]], Any]] = {
+    "call": lambda circuit, function: circuit.call(function),
+    "calling": by_calling,
+    "decorator": lambda circuit, function: circuit(function)(),
+}
+
+
+@pytest.mark.parametrize("guard", list(GUARDS.values()), ids=list(GUARDS))
+class TestGuarding:
+    """``db.peers["db1"].breaker`` around calls to the same host that are no connects."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def db(self, clock: Clock) -> LoadBalancer:
+        return LoadBalancer(
+            {"db1": {"database": ":memory:"}, "db2": {"database": ":memory:"}},
+            sqlite3.connect,
+            clock=clock,
+            jitter=even,
+        )
+
+    def test_shares_the_circuit_with_connects(
+        self, guard: Any, db: LoadBalancer, clock: Clock
+    ) -> None:
+        """A failing call takes the peer out for connect() too, and a good one puts it back."""
+        circuit = db.peers["db1"].breaker
+        boom = Boom("the host's HTTP side")
+        assert raised_by(lambda: guard(circuit, lambda: fail(boom))) is boom
+        assert [state.state for state in db.snapshot()] == ["open", "closed"]
+        assert "HTTP side" in db.snapshot()[0].error
+        with pytest.raises(CircuitBreakerError):
+            guard(circuit, lambda: None)
+        clock.advance(30)
+        assert guard(circuit, lambda: 42) == 42
+        assert [state.state for state in db.snapshot()] == ["closed", "closed"]
+        assert len(db.view().tiers[0]) == 2
+
+    def test_no_lock_is_held_and_nobody_is_kept_waiting(self, guard: Any, db: LoadBalancer) -> None:
+        """While a guarded call runs, others run as well and the lock is free."""
+        circuit = db.peers["db1"].breaker
+        meeting = threading.Barrier(4)
+
+        def work() -> None:
+            meeting.wait(10)
+            assert lock_is_free(circuit)
+            meeting.wait(10)
+
+        with running(*[lambda: guard(circuit, work)] * 4):
+            pass
+
+    def test_one_trial_at_a_time(self, guard: Any, db: LoadBalancer, clock: Clock) -> None:
+        """While the trial runs, every other call and connect() passes the peer by."""
+        circuit = db.peers["db1"].breaker
+        circuit.open()
+        clock.advance(30)
+        inside: list[str] = []
+
+        def trial() -> None:
+            for other in GUARDS.values():
+                with pytest.raises(CircuitBreakerError):
+                    other(circuit, lambda: inside.append("a second one"))
+            db.connect(lambda attempt: inside.append(attempt.peer.name))
+
+        guard(circuit, trial)
+        assert inside == ["db2"]
+        assert circuit.is_available
+
+    @pytest.mark.parametrize(
+        ("exc", "state"),
+        [
+            (MySQLdb.OperationalError(2003, "Can't connect"), "open"),
+            (MySQLdb.OperationalError(2013, "Lost connection"), "open"),
+            (MySQLdb.OperationalError(1047, "WSREP has not yet prepared node"), "open"),
+            (pymysql.err.OperationalError(1040, "Too many connections"), "closed"),
+            (pymysql.err.OperationalError(1213, "Deadlock found"), "closed"),
+            (MySQLdb.ProgrammingError(1146, "Table 'app.t' doesn't exist"), "closed"),
+            (MySQLdb.OperationalError(1317, "Query execution was interrupted"), "closed"),
+            (psycopg.errors.AdminShutdown("terminating connection"), "open"),
+            (psycopg.errors.UniqueViolation("duplicate key"), "closed"),
+            (psycopg.errors.DeadlockDetected("deadlock detected"), "closed"),
+            (psycopg2.OperationalError("could not connect: Connection refused"), "open"),
+            (sqlite3.OperationalError("no such table: t"), "closed"),
+            (sqlite3.OperationalError("unable to open database file"), "open"),
+            (Boom("no driver's"), "open"),
+            (ConnectionRefusedError("no driver's"), "open"),
+            (ValueError("no driver's"), "open"),
+            (KeyError("excluded"), "closed"),
+            (KeyboardInterrupt(), "closed"),
+            (SystemExit(), "closed"),
+            (type("Timeout", (BaseException,), {})(), "closed"),
+        ],
+        ids=lambda value: repr(value)[:36] if isinstance(value, BaseException) else "",
+    )
+    def test_what_counts(
+        self, guard: Any, db: LoadBalancer, exc: BaseException, state: str
+    ) -> None:
+        """A driver's error counts by its fault, any other unless excluded, no BaseException."""
+        circuit = db.peers["db1"].breaker
+        circuit.add_excluded_exception(KeyError)
+        assert raised_by(lambda: guard(circuit, lambda: fail(exc))) is exc
+        assert circuit.current_state == state
+
+    def test_with_a_real_socket(self, guard: Any, db: LoadBalancer) -> None:
+        """A plain socket to a host that is not there opens the circuit with its own error."""
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            address = nobody.getsockname()
+            with pytest.raises(ConnectionRefusedError):
+                guard(db.peers["db1"].breaker, lambda: socket.create_connection(address, timeout=5))
+        assert db.peers["db1"].breaker.current_state == "open"
+
+
+def fail(exc: BaseException) -> None:
+    raise exc
+
+
+def test_generator_function() -> None:
+    """Rows that a guarded generator yields are guarded while they are read, as with pybreaker."""
+    circuit = PeerBreaker(clock=Clock())
+
+    def rows() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise MySQLdb.OperationalError(2013, "Lost connection during query")
+
+    reading = circuit.call(rows)
+    assert [next(reading), next(reading)] == [1, 2]
+    assert circuit.current_state == "closed"
+    with pytest.raises(MySQLdb.OperationalError):
+        next(reading)
+    assert circuit.current_state == "open"
