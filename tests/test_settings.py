@@ -335,11 +335,14 @@ def test_every_rewritten_key_wins(mariadb: Node) -> None:
         assert scalar(connection, "SELECT @a") == 1
 
 
-def test_unnamed_database(mariadb: Node) -> None:
+@pytest.mark.parametrize("name", ["", None, DATABASE])
+def test_unnamed_database(mariadb: Node, name: str | None) -> None:
     """_nodb_cursor connects without a database, though each peer has one."""
-    with engine([mysql_peer(mariadb)]) as connection, connection._nodb_cursor() as cursor:
-        cursor.execute("SELECT DATABASE(), @@port")
-        assert cursor.fetchone() == (None, mariadb.port)
+    with engine([mysql_peer(mariadb)], NAME=name) as connection:
+        with connection._nodb_cursor() as cursor:
+            cursor.execute("SELECT DATABASE(), @@port")
+            assert cursor.fetchone() == (None, mariadb.port)
+        assert scalar(connection, "SELECT DATABASE()") == DATABASE
 
 
 def test_test_databases_leave_production_alone(mariadb_pair: Pair) -> None:
