@@ -121,6 +121,14 @@ class SafePointsMixin(LoadBalancedMixin):
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection, and have the kernel notice its host's death."""
         connection = super().get_new_connection(conn_params)
+        try:
+            self._watch_over(connection, conn_params)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _watch_over(self, connection: Any, conn_params: dict[str, Any]) -> None:
         registered = self._registered()
         if registered is not None and self._driver.WATCHED:
             seconds = registered.balancer.config.tcp_user_timeout
@@ -130,7 +138,6 @@ class SafePointsMixin(LoadBalancedMixin):
                 (float(t) for t in timeouts if t is not None), default=float("inf")
             )
             self._unbuffered = self._driver.is_unbuffered(conn_params)
-        return connection
 
     _read_timeout = float("inf")
     _unbuffered = False
@@ -180,18 +187,19 @@ class SafePointsMixin(LoadBalancedMixin):
                 # The application's own: SET TRANSACTION READ ONLY.
                 return
             session.dropped = True
-            session.loss = exc
+            session.error = drivers.describe(exc)
+            _mark_as_end(exc)
             breaker.trip(exc, fault, driver.question_of(exc))
             return
         # psycopg knows for certain; mysqlclient's error says it.
-        lost = fault is Fault.LOST or getattr(exc, "_django_proxysql_lost", False)
+        lost = fault is Fault.LOST
         if driver.is_closed(session.connection):
             lost = fault is not Fault.KILLED
             session.dead = True
         if fault is Fault.KILLED and driver.is_killed_connection(exc):
             session.dead = True
         if lost:
-            if not session.dead or session.loss is None:
+            if not session.dead or not session.error:
                 if not session.served and not idle and session.poll is not None:
                     # It was of no use to anybody: as good as a failed connect.
                     # (Where the socket cannot be looked at it may have idled.)
@@ -211,7 +219,9 @@ class SafePointsMixin(LoadBalancedMixin):
                 )
             session.dead = True
         if session.dead:
-            session.loss = session.loss or exc
+            if fault is not Fault.KILLED:
+                _mark_as_end(exc)
+            session.error = session.error or drivers.describe(exc)
             session.poll = None
             waited = session.clock() - session.used
             session.timed_out = not idle and waited >= session.read_timeout * 0.98
@@ -306,7 +316,8 @@ class SafePointsMixin(LoadBalancedMixin):
             with contextlib.suppress(Exception):
                 self._judge(session, exc, idle=True)
             session.dead = True
-            session.loss = session.loss or exc
+            # Kept to be raised, if need be; its frames are nobody's to keep.
+            session.loss = exc.with_traceback(None)
             session.poll = None
             return True
         if session.unsure:
@@ -499,7 +510,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 session.peer.name,
                 successor.peer.name,
                 forced=session.dead,
-                error=drivers.describe(session.loss) if session.loss is not None else "",
+                error=session.error,
             ),
         )
 
@@ -649,13 +660,33 @@ class SafePointsMixin(LoadBalancedMixin):
         """Begin or end a transaction; see Django."""
         if self._quiet or self._attempt is not None:
             super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
-        elif not autocommit:
+            return
+        try:
+            self._change_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+        except BaseException as exc:
+            if self.autocommit is not autocommit and not isinstance(exc, Error):
+                # Ctrl-C, or a task's time-out: what the server has done of it
+                # is not known, and what follows must not depend on it.
+                self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Never use the connection again."""
+        session = self._session
+        if session is not None and session.connection is self.connection:
+            session.dead = session.told = True
+            session.poll = None
+            self.autocommit = True
+            self._in_transaction = self._first = False
+
+    def _change_autocommit(self, autocommit: bool, begins: bool) -> None:
+        if not autocommit:
             self._answered = False
-            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+            super().set_autocommit(autocommit, begins)
             session = self._session
             if session is not None:
                 session.used = session.clock()
-                if force_begin_transaction_with_broken_autocommit:
+                if begins:
                     self._in_transaction = self._first = True
                 else:
                     # Made by hand: where it ends, and what is in it, is not ours to know.
@@ -667,7 +698,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 session is not None and session.connection is self.connection and session.dead
             )
             if usable or not in_transaction:
-                super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+                super().set_autocommit(autocommit, begins)
                 return
             # Leaving a block with nothing to leave it on. Django would connect
             # anew, only to raise another error than the one that ended it.
@@ -768,11 +799,11 @@ class SafePointsMixin(LoadBalancedMixin):
         if cause is None:
             return False
         fault = drivers.judge(cause, connecting=False)
-        if fault in (Fault.CONFLICT, Fault.KILLED):
-            return fault is Fault.CONFLICT
+        if fault is Fault.CONFLICT:
+            return True
         session = self._session
         # After a time-out the server may be at it still, and in the way.
-        return session is not None and session.loss is cause and not session.timed_out
+        return session is not None and _is_end(cause) and not session.timed_out
 
     def _rollback(self) -> Any:
         result = super()._rollback()  # type: ignore[misc]
@@ -873,6 +904,16 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _emit(self, session: Session, event: Any) -> None:
         session.balancer.emit(event)
+
+
+def _mark_as_end(exc: BaseException) -> None:
+    """Note on a driver's error that it ended its connection's use."""
+    with contextlib.suppress(AttributeError, TypeError):
+        exc._django_proxysql_end = True  # type: ignore[attr-defined]
+
+
+def _is_end(exc: BaseException) -> bool:
+    return getattr(exc, "_django_proxysql_end", False)
 
 
 def _close(connection: Any) -> None:

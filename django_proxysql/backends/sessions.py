@@ -27,6 +27,7 @@ class Session:
         "connection",
         "dead",
         "dropped",
+        "error",
         "generation",
         "held",
         "idle",
@@ -80,7 +81,9 @@ class Session:
         self.told = False
         #: It was given up for its silence, which may not have been its end.
         self.timed_out = False
-        #: The driver's error that ended it.
+        #: What the driver said when it ended, or refused its peer's service.
+        self.error = ""
+        #: What the ping of a dead socket raised, to be raised in COMMIT's place.
         self.loss: BaseException | None = None
         #: It holds session state; never replaced behind the application's back.
         self.sticky = False
