@@ -151,6 +151,7 @@ class LoadBalancer:
         self._strategy = strategy_from(config.strategy)
         self._ready_check = ready_check_from(config.ready_check)
         self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
+        self._listeners_lock = threading.Lock()
         self._view: _View | None = None
         #: Another object whenever a circuit changes.
         self.version = object()
@@ -301,11 +302,13 @@ class LoadBalancer:
 
     def add_listener(self, listener: Listener) -> None:
         """Call ``listener`` with every event from now on, outside all locks."""
-        self._listeners = (*self._listeners, listener)
+        with self._listeners_lock:
+            self._listeners = (*self._listeners, listener)
 
     def remove_listener(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
-        self._listeners = tuple(known for known in self._listeners if known != listener)
+        with self._listeners_lock:
+            self._listeners = tuple(known for known in self._listeners if known != listener)
 
     def emit(self, event: Event) -> None:
         """Tell the listeners. One that raises harms nobody."""
@@ -332,10 +335,10 @@ class LoadBalancer:
         if outer is not None:
             yield
             return
-        self._pins.pin = _Pin(peer)
-        # Connections that are there already are to see that something is new.
-        self.look_anew()
         try:
+            self._pins.pin = _Pin(peer)
+            # Connections that are there already are to see that something is new.
+            self.look_anew()
             yield
         finally:
             self._pins.pin = None
@@ -397,6 +400,7 @@ class LoadBalancer:
 
     def _after_fork(self) -> None:
         # The circuits see to themselves.
+        self._listeners_lock = threading.Lock()
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()
@@ -503,13 +507,11 @@ class _Search:
                 peer = next(order, peer)
                 if type(peer) is not Peer or balancer.peers.get(peer.name) is not peer:
                     peer = self._known(peer)
-            permit = peer.breaker.acquire()
-            if permit is None or permit.is_trial:
-                balancer.look_anew()
-            if permit is not None and (not permit.is_trial or self._trials == "first"):
-                return self._attempt(peer, permit, self._started)
+            permit = peer.breaker.acquire(trial=False)
             if permit is not None:
-                permit.released()
+                return self._attempt(peer, permit, self._started)
+            # The view is older than the circuit.
+            balancer.look_anew()
         return self.attempt()
 
     def attempt(self) -> Any:
@@ -595,14 +597,20 @@ class _Search:
 
     def _in_order(self) -> Iterator[tuple[Peer, Permit]]:
         """Yield each peer that can be had, once, with the permit to try it."""
-        if self._pin is not None and self._pin.peer is not None:
-            # Wherever it may be better elsewhere.
-            yield from self._permitted(self._pin.peer, out=True, last_resort=0)
-            return
+        # Whatever befalls a peer that the thread stays with: no other is looked at.
+        pinned = self._pin.peer if self._pin is not None else None
+        peers = (pinned,) if pinned is not None else tuple(self._balancer.peers.values())
         disappointed: set[str] = set()
         while True:
-            yield from self._once_over()
-            if self._trials == "never" or not self._await_a_trial(disappointed):
+            if pinned is None:
+                yield from self._once_over()
+                if self._trials == "never":
+                    return
+            elif pinned.name not in self._faults:
+                permit = pinned.breaker.acquire(last_resort=0)
+                if permit is not None:
+                    yield pinned, permit
+            if not self._await_a_trial(peers, disappointed):
                 return
             if self._clock() >= self._deadline:
                 return
@@ -664,7 +672,8 @@ class _Search:
     ) -> Iterator[tuple[Peer, Permit]]:
         if peer.name in self._faults:
             return
-        permit = peer.breaker.acquire(last_resort=last_resort)
+        # A peer that has become suspect since we looked comes last all the same.
+        permit = peer.breaker.acquire(last_resort=last_resort, trial=out)
         if out is not (permit is None or permit.is_trial):
             # The view is older than the circuit. It is renewed by whoever
             # changes a circuit, unless that thread was killed on the way.
@@ -672,14 +681,14 @@ class _Search:
         if permit is not None:
             yield peer, permit
 
-    def _await_a_trial(self, disappointed: set[str]) -> bool:
-        """Wait for the result of somebody else's trial, within the deadline.
+    def _await_a_trial(self, peers: Sequence[Peer], disappointed: set[str]) -> bool:
+        """Wait for the result of somebody else's trial of one of ``peers``, within the deadline.
 
         :returns: whether there was one, so that another look is worth it. A
             peer whose trial failed is not waited for a second time.
         """
         leases: dict[str, Lease] = {}
-        for peer in self._balancer.peers.values():
+        for peer in peers:
             if peer.name in self._faults or peer.name in disappointed:
                 continue
             breaker = peer.breaker

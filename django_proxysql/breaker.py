@@ -319,11 +319,12 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     # Admission
 
-    def acquire(self, *, last_resort: float | None = None) -> Permit | None:
+    def acquire(self, *, last_resort: float | None = None, trial: bool = True) -> Permit | None:
         """Ask for the right to use the peer, without ever waiting.
 
         :param last_resort: if given, an open circuit's trial is due already
             this many seconds after the peer was last tried.
+        :param trial: False: the caller will not make a trial.
         :returns: a permit, or None while the circuit is open or another
             caller holds the trial.
         """
@@ -331,6 +332,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         # As _is_usable(), without the call: each connect comes by here.
         if circuit.state == CLOSED and not circuit.suspect:
             return Permit(self, circuit.generation, None)
+        if not trial:
+            return None
         now = self._clock()
         lease = Lease(now + self._lease_seconds)
 
@@ -580,20 +583,18 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._tell_change(*self._swap(released, ends=lease), now)
 
     def _forsake(self, lease: Lease) -> None:
-        """Take back a trial of which nobody will report. Called from anywhere: waits for nothing.
-
-        While another thread is at the record, the trial ends with its lease.
-        """
+        """Take back a trial of which nobody will report. Waits for nothing."""
         now = self._clock()
+        # Should another thread be at the record just now: the next caller finds
+        # the lease run out.
+        lease.expires = float("-inf")
         lock = self._lock
         if lock.acquire(blocking=False):
             try:
-                self._swap(
-                    lambda circuit: _forsaken(circuit, lease, now + self._release_interval),
-                    ends=lease,
-                )
+                self._swap(lambda circuit: _forsaken(circuit, lease, now + self._release_interval))
             finally:
                 lock.release()
+        lease.end()
 
     def _swap(
         self, change: Callable[[Circuit], Circuit], *, ends: Lease | None = None

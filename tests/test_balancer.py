@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import sys
 import threading
 import time
 import weakref
@@ -470,6 +471,66 @@ class TestLastResort:
         assert world.driver.hosts == ["db2", "db1"]
 
 
+class TestInterrupted:
+    def test_on_the_way_into_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A thread that is hit on its way into pinned() does not stay with a peer for ever."""
+        world = World("db1", "db2")
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(world.db, "look_anew", interrupt)
+        with pytest.raises(KeyboardInterrupt), world.db.pinned():
+            pass
+        assert world.db._pin is None
+
+    def test_within_pinned(self) -> None:
+        """Nor one that is hit inside."""
+        world = World("db1", "db2")
+        with pytest.raises(KeyboardInterrupt), world.db.pinned():
+            raise KeyboardInterrupt
+        assert world.db._pin is None
+
+    def test_listeners_added_by_many_threads(self) -> None:
+        """No listener is lost where many are added and removed at once."""
+        world = World("db1")
+        before = len(world.db._listeners)
+        stay = [lambda event: None for _ in range(200)]
+        share = [stay[n::8] for n in range(8)]
+
+        def work(mine: Any) -> None:
+            for listener in mine:
+                passing = lambda event: None  # noqa: E731
+                world.db.add_listener(listener)
+                world.db.add_listener(passing)
+                world.db.remove_listener(passing)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with running(*[lambda mine=mine: work(mine) for mine in share]):
+                pass
+        finally:
+            sys.setswitchinterval(interval)
+        assert len(world.db._listeners) == before + 200
+
+    def test_error_that_cannot_be_written_down(self) -> None:
+        """An error whose own __str__ raises is raised as it is, and counted."""
+
+        class Mute(OperationalError):
+            def __str__(self) -> str:
+                raise RuntimeError("no words")
+
+        Mute.__module__ = "MySQLdb"
+        world = World("db1")
+        error = Mute(2002)
+        world.driver.down["db1"] = error
+        with pytest.raises(NoPeerAvailable, match="Mute") as caught:
+            world.connect()
+        assert caught.value.__cause__ is error
+        assert world.states() == "open"
+
+
 class TestViewLeftBehind:
     """Whoever changes a circuit has the view renewed, unless it is killed on the way there."""
 
@@ -494,6 +555,38 @@ class TestViewLeftBehind:
         world.driver.down["db2"] = refused_by_host
         assert {world.db.connect(trials=trials).host for _ in range(3)} == {"db1"}
         assert world.driver.hosts.count("db2") <= 1
+
+    @pytest.mark.parametrize("trials", ["first", "last", "never"])
+    def test_suspect_comes_last_all_the_same(self, trials: str) -> None:
+        """A suspect that the view has for closed is not the first to be tried."""
+        world = World("db1", "db2")
+        world.db.view()
+        world.db.peers["db1"].breaker.suspect()
+        assert world.db.connect(trials=trials).host == "db2"
+        assert world.driver.hosts == ["db2"]
+
+    @pytest.mark.parametrize("trials", ["first", "last", "never"])
+    def test_suspected_while_another_is_tried(self, trials: str) -> None:
+        """A peer that becomes suspect in the middle of a connect() comes last in it."""
+        world = World("db1", "db2", "db3")
+
+        def fail() -> None:
+            world.db.peers["db2"].breaker.suspect()
+            raise refused_by_host()
+
+        world.driver.down["db1"] = fail
+        assert world.db.connect(trials=trials).host == "db3"
+        assert world.driver.hosts == ["db1", "db3"]
+
+    def test_none_but_a_suspect_is_left(self) -> None:
+        """It is found and tried, but for a caller that makes no trials."""
+        world = World("db1")
+        world.db.view()
+        world.db.peers["db1"].breaker.suspect()
+        with pytest.raises(NoPeerAvailable):
+            world.db.connect(trials="never")
+        assert world.driver.hosts == []
+        assert world.db.connect(trials="last").host == "db1"
 
     @pytest.mark.parametrize("after", ["suspect", "open"])
     def test_peer_that_cannot_be_had_any_longer(self, after: str) -> None:
@@ -665,6 +758,29 @@ class TestWaitingForATrial:
             go.set()
         assert len(lease._bells) == 15
         assert got == ["db1"] * 16
+
+    def test_of_the_peer_one_stays_with(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Inside pinned() the one peer's trial is waited for, whatever the others do."""
+        world = World("db1", "db2")
+        db1 = world.db.peers["db1"]
+        db1.breaker.suspect()
+        trial = db1.breaker.acquire()
+        waits = self.on_wait(world, monkeypatch, trial.succeeded)
+        with world.db.pinned(db1):
+            assert world.connect() == "db1"
+        assert len(waits) == 1
+
+    def test_of_the_peer_one_stays_with_in_vain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If it fails the peer is tried once more for the one who stays, and then it is over."""
+        world = World("db1", "db2")
+        db1 = world.db.peers["db1"]
+        world.driver.down["db1"] = refused_by_host
+        db1.breaker.suspect()
+        trial = db1.breaker.acquire()
+        self.on_wait(world, monkeypatch, lambda: trial.failed(refused_by_host()))
+        with world.db.pinned(db1), pytest.raises(NoPeerAvailable):
+            world.connect()
+        assert world.driver.hosts == ["db1"]
 
     def test_nobody_waits_while_another_peer_can_be_had(
         self, monkeypatch: pytest.MonkeyPatch

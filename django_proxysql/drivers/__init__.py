@@ -110,7 +110,11 @@ def root_error(exc: BaseException) -> BaseException:
 def describe(exc: BaseException) -> str:
     """Return what ``exc`` says, on one line. Drivers put no password into it."""
     exc = root_error(exc)
-    text = " ".join(str(exc).split())
+    try:
+        text = " ".join(str(exc).split())
+    except Exception:
+        # Whoever is told is to learn of the error, not of its __str__'s mistake.
+        text = ""
     return (text[:300] + "…" if len(text) > 300 else text) or type(exc).__name__
 
 

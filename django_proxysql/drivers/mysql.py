@@ -69,7 +69,7 @@ def code_of(exc: BaseException) -> int | None:
 
 def text_of(exc: BaseException) -> str:
     """Return the error's text."""
-    return str(exc.args[1]) if len(exc.args) > 1 else str(exc)
+    return str(exc.args[-1]) if exc.args else ""
 
 
 def fault(exc: BaseException, connecting: bool) -> Fault:
