@@ -27,7 +27,7 @@ def run(quick: bool = False) -> list[Figure]:
     with Node("mariadb") as node:
         node.set_up()
         figures += counted_on_mariadb(node)
-        figures += _on_mariadb(node, *((2, 6) if quick else (60, 60)))
+        figures += _on_mariadb(node, *((2, 6) if quick else (150, 18)))
     return figures
 
 
