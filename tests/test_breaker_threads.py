@@ -25,6 +25,7 @@ from tests.fakes import (
     Clock,
     Connection,
     Driver,
+    OperationalError,
     RunningClock,
     even,
     in_thread,
@@ -178,6 +179,24 @@ class TestHammering:
         assert len(told) == 1
         assert db.peers["db1"].breaker.fail_counter == 1
         assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+    def test_burst_of_refused_statements_opens_once(self) -> None:
+        """64 threads whose statements are told NOT_READY open the circuit once, for one reason."""
+        db = LoadBalancer(peers("db1"), breaker={"fail_max": 100}, clock=Clock())
+        told: list[Any] = []
+        db.add_listener(told.append)
+        circuit = db.peers["db1"].breaker
+        barrier = threading.Barrier(64)
+
+        def told_so() -> None:
+            barrier.wait(10)
+            circuit.trip(OperationalError(1047, "WSREP"), Fault.NOT_READY, "galera")
+
+        with running(*[told_so] * 64):
+            pass
+        assert [type(event) for event in told] == [CircuitOpened]
+        assert circuit.circuit.generation == 1
+        assert circuit.circuit.question == "galera"
 
     def test_burst_over_fail_max(self) -> None:
         """With fail_max 10, 64 failures at once count to ten, each number once, and no further."""
@@ -636,6 +655,52 @@ class TestExceptionsOutOfNowhere:
         finally:
             gc.enable()
         assert step > 25
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+    @pytest.mark.parametrize("name", ["trials, bad", "suspects"])
+    def test_child_at_every_line(self, name: str) -> None:
+        """A child that is made at any line of the core, within locks too, connects at once."""
+        scene = self.scenes()[name]
+        clock = Clock()
+        db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
+        db.remove_listener(balancer.log_event)
+        if getattr(scene, "out", False):
+            for peer in db.peers.values():
+                peer.breaker.open()
+            clock.advance(30)
+        files = {breaker.__file__, balancer.__file__}
+        made: dict[tuple[str, int], str] = {}
+
+        def work() -> str:
+            sys.settrace(None)
+            # Beyond every interval, but not beyond a lease: the parent's are none of the child's.
+            clock.advance(30)
+            with db.pinned(db.peers["db1"]):
+                first = db.connect(lambda attempt: attempt.peer.name)
+            with db.pinned(db.peers["db2"]):
+                second = db.connect(lambda attempt: attempt.peer.name)
+            usable = [peer.breaker.is_available for peer in db.peers.values()]
+            return f"{first} {second} {all(usable)}"
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            if frame.f_code.co_filename not in files:
+                return None
+            at = frame.f_code.co_name, frame.f_lineno
+            if event == "line" and at not in made:
+                sys.settrace(None)
+                made[at] = TestFork.in_child(work)
+                assert made[at] == "db1 db2 True", at
+                sys.settrace(trace)
+            return trace
+
+        gc.collect()
+        sys.settrace(trace)
+        try:
+            raised = raised_by(lambda: scene(db, clock))
+        finally:
+            sys.settrace(None)
+        assert not isinstance(raised, AssertionError), raised
+        assert len(made) > 50
 
     def test_events_stay_in_pairs(self) -> None:
         """A circuit that is interrupted opens and closes in turn all the same."""
