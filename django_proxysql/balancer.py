@@ -439,7 +439,8 @@ class _View(NamedTuple):
         return cls(
             version,
             tuple(tuple(tiers[priority]) for priority in sorted(tiers)),
-            tuple(suspects),
+            # The one whose doubts are oldest is the likeliest to be well.
+            tuple(sorted(suspects, key=lambda peer: peer.breaker.circuit.tried)),
             tuple(sorted(out, key=lambda peer: peer.priority)),
         )
 
@@ -498,7 +499,7 @@ class _Search:
         view = balancer._view
         if view is None or view.out or view.suspects or view.version is not balancer.version:
             view = balancer.view()
-        if view.tiers and not view.out and self._pin is None:
+        if view.tiers and not view.out and not view.suspects and self._pin is None:
             tier = view.tiers[0]
             peer = tier[0]
             if len(tier) > 1:
@@ -624,6 +625,17 @@ class _Search:
             best = view.tiers[0][0].priority if view.tiers else None
             for peer in view.out:
                 if best is None or peer.priority <= best:
+                    yield from self._permitted(peer, out=True)
+        if view.suspects and self._trials == "first":
+            # One that nobody has had to fall back on is tried in its turn: it
+            # may have been well all the time, and new connections pass it by.
+            best = view.tiers[0][0].priority if view.tiers else None
+            now = self._clock()
+            hurried = balancer.config.last_resort_interval
+            for peer in view.suspects:
+                due = peer.breaker.circuit.tried
+                due += peer.breaker.reset_timeout if hurried is None else hurried
+                if due <= now and (best is None or peer.priority <= best):
                     yield from self._permitted(peer, out=True)
         for tier in view.tiers:
             for peer in self._ordered(tier):

@@ -122,7 +122,7 @@ class Circuit(NamedTuple):
     suspect: bool = False
     #: Since when the peer has been out; None while closed.
     out_since: float | None = None
-    #: When the last failure or trial ended.
+    #: When the last failure or trial ended, or the peer became suspect.
     tried: float = float("-inf")
     #: When the next trial may begin.
     due: float = float("-inf")
@@ -452,9 +452,12 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     def suspect(self, error: str = "", fault: Fault | None = None) -> None:
         """Make the next use of a closed circuit a trial. Open ones stay as they are."""
+        now = self._clock()
         before, after = self._swap(
             lambda circuit: (
-                circuit._replace(suspect=True, due=float("-inf"), error=error, fault=fault)
+                circuit._replace(
+                    suspect=True, tried=now, due=float("-inf"), error=error, fault=fault
+                )
                 if _is_usable(circuit)
                 else circuit
             )

@@ -213,6 +213,7 @@ class CircuitMachine(RuleBasedStateMachine):
         if self.state == "closed" and not self.suspect:
             self.suspect = True
             self.due = LONG_AGO
+            self.tried = self.clock.now
 
     def trip(self) -> None:
         self.breaker.trip(refused_by_host(), Fault.NOT_READY)

@@ -312,3 +312,34 @@ class TestGalera:
             cursor.execute("SELECT value FROM app_token ORDER BY value")
             written = [value for (value,) in cursor.fetchall()]
         assert written == ["one", "w0", "w2", "w4", "w6"]
+
+
+class TestSuspectsComeBack:
+    def test_after_a_second(self, here: Site) -> None:
+        """Where others take all new connections a suspect is still tried, in its turn."""
+        here.read()
+        doubted = here.connection.peer
+        here.kill()
+        here.idle()
+        here.read()
+        assert doubted.breaker.circuit.suspect
+        here.connection.close()
+        here.connection.ensure_connection()
+        assert here.connection.peer is not doubted
+        here.clock.advance(1.1)
+        here.connection.close()
+        here.connection.ensure_connection()
+        assert here.connection.peer is doubted
+        assert not doubted.breaker.circuit.suspect
+
+    def test_the_oldest_doubt_first(self, here: Site) -> None:
+        """The peer that was lost just now is the likeliest to be dead."""
+        first, second = here.balancer.peers.values()
+        for older, newer in ((first, second), (second, first)):
+            older.breaker.suspect("then")
+            here.clock.advance(0.1)
+            newer.breaker.suspect("now")
+            here.connection.close()
+            here.connection.ensure_connection()
+            assert here.connection.peer is older
+            newer.breaker.close()
