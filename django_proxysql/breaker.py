@@ -578,9 +578,11 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         def released(circuit: Circuit) -> Circuit:
             late = _is_late(circuit, generation, lease)
             circuit = _without(circuit, lease)
-            # A suspect peer is never excluded: the next caller may try at once.
-            if late or circuit.suspect:
+            if late:
                 return circuit
+            if circuit.suspect:
+                # Never excluded: whoever has no other may try at once.
+                return circuit._replace(tried=now)
             return circuit._replace(state=OPEN, tried=now, due=due)
 
         self._tell_change(*self._swap(released, ends=lease), now)

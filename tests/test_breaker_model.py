@@ -171,7 +171,11 @@ class CircuitMachine(RuleBasedStateMachine):
             ticket.permit.released()
         mine = ticket.lease is not None and self.lease is ticket.lease
         self.ends(ticket)
-        if ticket.lease is None or self.suspect or not mine:
+        if ticket.lease is None or not mine:
+            return
+        if self.suspect:
+            if not late and not lost:
+                self.tried = self.clock.now
             return
         if self.state == "half-open" and not (late and not lost):
             self.state = "open"
