@@ -6,13 +6,17 @@ with a host and a password on their command line: a live peer's.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 from typing import Any
 
 from django.apps import apps
+from django.db import DEFAULT_DB_ALIAS, connections
 
-from ..conf import ALIAS_KEY
+from ..conf import ALIAS_KEY, merged_settings, peer_engine
 from ..messages import messages
+from ..peer import Peer
 from ..registry import balancers
 
 __all__ = ["client_class", "creation_class", "validation_class"]
@@ -31,15 +35,53 @@ def client_class(base: type) -> type:
 
 @functools.cache
 def creation_class(base: type) -> type:
-    """Return the peer engine's creation, cloning test databases on a live peer."""
+    """Return the peer engine's creation, making and cloning test databases on one live peer."""
 
     class DatabaseCreation(base):  # type: ignore[misc]
         def test_db_signature(self) -> Any:
-            # Aliases with equal signatures share one test database. Two
-            # balancers have no HOST to tell them apart: their peers do.
+            # Aliases with equal signatures share one test database. A balancer
+            # has no HOST: its signature is the least that one of its peers
+            # would have alone, whatever their order. Balancers over the same
+            # peers share one, and do so with a peer that is the default alias.
+            own = self.connection.settings_dict
+            alias = own.get(ALIAS_KEY)
+            if alias is None:
+                return super().test_db_signature()
+            engine = peer_engine(own, connections.databases)
+            registered = balancers.registered(alias)
+            stand_in = copy.copy(self.connection)
+            signatures = {}
+            for name, peer in registered.balancer.peers.items():
+                merged = merged_settings(peer.config.params, own, registered.first_read)
+                stand_in.settings_dict = {**merged, "NAME": own.get("NAME"), "ENGINE": engine}
+                signatures[name] = base(stand_in).test_db_signature()
+            if DEFAULT_DB_ALIAS in signatures:
+                return signatures[DEFAULT_DB_ALIAS]
+            return min(signatures.values(), key=repr)
+
+        #: Where the test database was made.
+        _peer: Peer | None = None
+
+        def create_test_db(self, *args: Any, **kwargs: Any) -> Any:
+            with self._on_one_peer():
+                made = super().create_test_db(*args, **kwargs)
+            self._peer = self.connection.peer
+            return made
+
+        def clone_test_db(self, *args: Any, **kwargs: Any) -> Any:
+            with self._on_one_peer():
+                return super().clone_test_db(*args, **kwargs)
+
+        def _on_one_peer(self) -> contextlib.AbstractContextManager[None]:
+            # What one statement makes the next one needs: CREATE DATABASE, the
+            # tables, mysqldump. Other peers may be a moment behind.
             alias = self.connection.settings_dict.get(ALIAS_KEY)
-            peers = () if alias is None else balancers[alias].peers.values()
-            return (*super().test_db_signature(), *sorted(peer.address for peer in peers))
+            if alias is None:
+                return contextlib.nullcontext()
+            peer = self.connection.peer or self._peer
+            if peer is not None and not peer.breaker.is_available:
+                peer = None
+            return balancers.registered(alias).balancer.pinned(peer)
 
         def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
             return base(self.connection.on_a_live_peer())._clone_db(*args, **kwargs)
