@@ -471,6 +471,22 @@ class TestLastResort:
         assert world.driver.hosts == ["db2", "db1"]
 
 
+class TestFullSuspect:
+    def test_is_not_tried_first_by_everyone(self) -> None:
+        """A suspect that has no connection to spare gets one trial a second, not one a connect."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = too_many
+        world.db.peers["db1"].breaker.suspect()
+        world.clock.advance(1)
+        assert [world.connect() for _ in range(5)] == ["db2"] * 5
+        assert world.driver.hosts == ["db1"] + ["db2"] * 5
+        world.clock.advance(1)
+        world.driver.down.clear()
+        world.driver.calls.clear()
+        assert [world.connect() for _ in range(2)] == ["db1"] * 2
+        assert world.db.peers["db1"].breaker.is_available
+
+
 class TestInterrupted:
     def test_on_the_way_into_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A thread that is hit on its way into pinned() does not stay with a peer for ever."""
