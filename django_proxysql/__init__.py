@@ -45,4 +45,7 @@ def __getattr__(name: str) -> Any:
     # Django's side is imported when it is asked for (PEP 562), never before.
     if name in _OF_DJANGO:
         return getattr(import_module(f".{_OF_DJANGO[name]}", __name__), name)
+    if name == "default_app_config" and import_module("django").VERSION < (3, 2):
+        # A later Django finds the app by itself, and warns of this.
+        return f"{__name__}.apps.DjangoProxySQLConfig"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

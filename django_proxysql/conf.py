@@ -412,7 +412,7 @@ class _Reader:
                 "Name the databases behind it instead.",
             )
             return
-        engine = entry.get("ENGINE")
+        engine = entry.get("ENGINE") or _NO_ENGINE
         if engine != self.engine:
             yield self._problem(
                 "E004",

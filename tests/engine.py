@@ -143,3 +143,14 @@ postgres_peer = mysql_peer
 def sqlite_peer(path: str | os.PathLike[str], **settings: Any) -> dict[str, Any]:
     """Return a peer's dict for a file; the balancer needs ``PEER_ENGINE=SQLITE``."""
     return {"NAME": os.fspath(path), **settings}
+
+
+@contextlib.contextmanager
+def nodb_cursor(connection: Any) -> Iterator[Any]:
+    """Yield a cursor on Django's connection to no database in particular."""
+    if hasattr(connection, "_nodb_cursor"):
+        with connection._nodb_cursor() as cursor:
+            yield cursor
+    else:  # Django before 3.1
+        with contextlib.closing(connection._nodb_connection) as wrapper, wrapper.cursor() as cursor:
+            yield cursor

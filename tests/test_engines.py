@@ -23,7 +23,16 @@ from django_proxysql import balancers
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
 from django_proxysql.conf import ENGINE
 from tests.app.models import Token
-from tests.engine import MYSQL, POSTGRESQL, SQLITE, engine, mysql_peer, postgres_peer, sqlite_peer
+from tests.engine import (
+    MYSQL,
+    POSTGRESQL,
+    SQLITE,
+    engine,
+    mysql_peer,
+    nodb_cursor,
+    postgres_peer,
+    sqlite_peer,
+)
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 
@@ -257,7 +266,7 @@ def test_connections_are_counted_with_their_copies(mariadb: Node) -> None:
         assert peer.connections == 2
         other.close()
         assert peer.connections == 1
-        with connection._nodb_cursor():
+        with nodb_cursor(connection):
             assert peer.connections == 2
         assert peer.connections == 1
         connection.close()

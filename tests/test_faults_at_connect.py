@@ -19,7 +19,7 @@ import pytest
 from django.db import DatabaseError, InterfaceError, OperationalError
 
 from django_proxysql import Fault, NoPeerAvailable
-from tests.engine import POSTGRESQL, Clock, mysql_peer, postgres_peer
+from tests.engine import POSTGRESQL, Clock, mysql_peer, nodb_cursor, postgres_peer
 from tests.servers import PASSWORD, USER
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
@@ -131,6 +131,8 @@ def test_postgresql_shutting_down(postgres_pair: tuple[PostgreSQLNode, PostgreSQ
         assert (state().state, state().fault) == ("open", Fault.NOT_READY)
         assert "shutting down" in state().error
         other.close()
+    # Still there, and of no use to the next test: gone, it is started again.
+    leaving.stop()
 
 
 # Errors of a driver
@@ -284,14 +286,14 @@ def test_refused_without_a_database(mariadb_pair: Pair) -> None:
     with first_then_second(mysql_peer(bad), mysql_peer(good)) as connection:
         with failing(connection, bad.port, mysql(1045, "Access denied")) as ports:
             for _ in range(3):
-                with pytest.raises(OperationalError, match="1045"), connection._nodb_cursor():
+                with pytest.raises(OperationalError, match="1045"), nodb_cursor(connection):
                     pass
             assert ports == [bad.port] * 3
             assert (state().state, state().failures) == ("closed", 0)
         # A peer that is not there is passed by as ever.
         with (
             failing(connection, bad.port, mysql(2003)),
-            connection._nodb_cursor() as cursor,
+            nodb_cursor(connection) as cursor,
         ):
             cursor.execute("SELECT @@port")
             assert cursor.fetchone() == (good.port,)

@@ -20,7 +20,7 @@ from django_proxysql import balancers
 from django_proxysql.conf import CONNECTION_KEYS, balancer_config, merged_settings
 from django_proxysql.registry import NoPeerAvailable
 from tests.app.models import Token
-from tests.engine import MYSQL, SQLITE, Clock, engine, mysql_peer, sqlite_peer
+from tests.engine import MYSQL, SQLITE, Clock, engine, mysql_peer, nodb_cursor, sqlite_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node
 
@@ -339,7 +339,7 @@ def test_every_rewritten_key_wins(mariadb: Node) -> None:
 def test_unnamed_database(mariadb: Node, name: str | None) -> None:
     """_nodb_cursor connects without a database, though each peer has one."""
     with engine([mysql_peer(mariadb)], NAME=name) as connection:
-        with connection._nodb_cursor() as cursor:
+        with nodb_cursor(connection) as cursor:
             cursor.execute("SELECT DATABASE(), @@port")
             assert cursor.fetchone() == (None, mariadb.port)
         assert scalar(connection, "SELECT DATABASE()") == DATABASE
