@@ -480,10 +480,11 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             lambda circuit: (
                 _opened(circuit, now, due, error, fault)._replace(question=question)
                 if circuit.state == CLOSED
-                else circuit
+                # Opened by a failed connect: what a statement was told is still to be asked.
+                else circuit._replace(question=circuit.question or question)
             )
         )
-        if after is not before:
+        if before.state == CLOSED:
             self._tell_transition(Transition(CLOSED, OPEN, fault, error, due - now))
 
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:

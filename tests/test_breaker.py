@@ -293,6 +293,16 @@ class TestLateResults:
         assert breaker.fail_counter == 1
 
 
+def test_a_question_for_an_open_circuit() -> None:
+    """A statement's answer is remembered, too, where a connect was quicker to fail."""
+    breaker = PeerBreaker(name="db1")
+    breaker.acquire().failed(refused_by_host())
+    before = breaker.circuit
+    breaker.trip(refused_by_host(), Fault.NOT_READY, "galera")
+    breaker.trip(refused_by_host(), Fault.NOT_READY, "backend")
+    assert breaker.circuit == before._replace(question="galera")
+
+
 class TestSuspect:
     def test_next_use_is_a_trial(self, breaker: PeerBreaker) -> None:
         """A suspect circuit stays closed and lets one caller through, as a trial."""
