@@ -171,6 +171,17 @@ class TestBarred:
         used.budget.bar("SELECT 'last'")
         assert len(used.budget._barred) == 1
 
+    def test_what_is_over_is_forgotten_in_its_turn(self, used: Used) -> None:
+        used.budget.bar("SELECT 'again'")
+        used.clock.advance(40)
+        used.budget.bar("SELECT 'once'")
+        used.clock.advance(10)
+        used.budget.bar("SELECT 'again'")
+        used.clock.advance(51)
+        used.budget.bar("SELECT 'last'")
+        assert len(used.budget._barred) == 2
+        assert not used.budget.spend("SELECT 'again'")
+
 
 def test_replays_are_bounded_by_the_share(used: Used) -> None:
     for _ in range(10):

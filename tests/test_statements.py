@@ -1020,9 +1020,13 @@ def _has_windows(here: Library) -> bool:
 
 
 def _of_postgresql(books: Any) -> dict[str, Any]:
-    from django.contrib.postgres.aggregates import ArrayAgg, BoolAnd, StringAgg
+    from django.contrib.postgres.aggregates import ArrayAgg, BoolAnd
     from django.contrib.postgres.search import SearchQuery, SearchRank, SearchVector
 
+    if hasattr(models, "StringAgg"):
+        StringAgg = models.StringAgg
+    else:
+        from django.contrib.postgres.aggregates import StringAgg
     vector, query = SearchVector("title", weight="A"), SearchQuery("book")
     return {
         "search": books.annotate(s=vector).filter(s=query),
