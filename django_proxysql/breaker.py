@@ -476,7 +476,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         now = self._clock()
         due = now + self._spread_timeout()
         error = drivers.describe(exc)
-        before, after = self._swap(
+        before, _ = self._swap(
             lambda circuit: (
                 _opened(circuit, now, due, error, fault)._replace(question=question)
                 if circuit.state == CLOSED
