@@ -28,6 +28,9 @@ def no_aliases_left() -> Iterator[None]:
     yield
     for alias in set(connections.databases) - before:
         connections[alias].close()
+        if connections[alias].connection is not None:
+            # Django's close() keeps an SQLite database that is in memory.
+            connections[alias].connection.close()
         del connections[alias]
         del connections.databases[alias]
     balancers.forget()
