@@ -8,10 +8,13 @@ A forked child goes on with what its parent knew, on locks of its own
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from django.db import connections
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.db.backends.signals import connection_created
 
 from . import drivers
 from .balancer import LoadBalancer
@@ -26,7 +29,7 @@ from .conf import (
 from .errors import NoPeerAvailable
 from .peer import Peer
 
-__all__ = ["Registered", "balancers", "register"]
+__all__ = ["Registered", "balancers", "mirror_peers", "register"]
 
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
@@ -63,6 +66,8 @@ class Balancers(Mapping[str, LoadBalancer]):
         self.known: dict[Any, Registered] = {}
         #: For tests: further arguments of LoadBalancer by alias, such as a clock.
         self._options: dict[str, dict[str, Any]] = {}
+        #: Aliases that are tested as mirrors: what of, and the NAMEs of production.
+        self._mirrors: dict[str, tuple[str, set[Any]]] = {}
 
     def __getitem__(self, alias: str) -> LoadBalancer:
         """Return the load balancer of ``alias``.
@@ -110,6 +115,7 @@ class Balancers(Mapping[str, LoadBalancer]):
         """Drop everything, so that it is read anew. For tests that change DATABASES."""
         self._first_read.clear()
         self._entries.clear()
+        self._mirrors.clear()
         self.known.clear()
 
 
@@ -142,6 +148,52 @@ def register(settings: dict[str, Any], alias: str) -> None:
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
     balancers._entries.setdefault(alias, dict(entry))
     balancers._first_read.setdefault(alias, first_reading(entry))
+    mirror_peers()
+
+
+def mirror_peers() -> None:
+    """Have test runs take the peers that are aliases for what they are: their balancer's database.
+
+    It sets their TEST["MIRROR"], where none is given. Otherwise a run would
+    make a test database for each of them: on the same servers, under the same name.
+    """
+    databases = connections.databases
+    for alias, entry in databases.items():
+        peers = entry.get("PEERS") if is_balancer(entry) else None
+        target = (entry.get("TEST") or {}).get("MIRROR") or alias
+        for peer in peers if isinstance(peers, (list, tuple)) else ():
+            theirs = databases.get(peer, {}) if isinstance(peer, str) else {}
+            # The default alias is made before all others, which depend on it.
+            # As a peer it shares its own with the balancer (test_db_signature).
+            if not theirs or is_balancer(theirs) or peer == DEFAULT_DB_ALIAS:
+                continue
+            test = theirs.setdefault("TEST", {})
+            if not test.get("MIRROR"):
+                test["MIRROR"] = target
+                names = {theirs.get("NAME"), entry.get("NAME"), _name_of_a_peer(entry, databases)}
+                names.add(databases.get(target, {}).get("NAME"))
+                balancers._mirrors[peer] = target, names
+    if balancers._mirrors:
+        connection_created.connect(_refuse_production, dispatch_uid=__name__)
+
+
+def _refuse_production(connection: Any, **kwargs: Any) -> None:
+    """Let no test reach production through a mirror.
+
+    A mirror gets the NAME of what it mirrors. Where no test asks for that,
+    Django makes no test database, and that NAME is production's.
+    """
+    mirror = balancers._mirrors.get(connection.alias)
+    if mirror is None or connection.settings_dict["NAME"] not in mirror[1]:
+        return
+    testing: Any = sys.modules.get("django.test.utils")
+    if testing is None or not hasattr(testing._TestState, "saved_data"):
+        return
+    connection.close()
+    raise ImproperlyConfigured(
+        f"A test uses {connection.alias!r}, a peer of {mirror[0]!r}, whose test database "
+        f"was not made. Add {mirror[0]!r} to the test's databases."
+    )
 
 
 def _name_of_a_peer(entry: Mapping[str, Any], databases: Mapping[str, Any]) -> Any:

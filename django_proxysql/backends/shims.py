@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 from django.apps import apps
+from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from ..conf import ALIAS_KEY, merged_settings, peer_engine
@@ -63,6 +64,7 @@ def creation_class(base: type) -> type:
         _peer: Peer | None = None
 
         def create_test_db(self, *args: Any, **kwargs: Any) -> Any:
+            self._refuse_a_second()
             with self._on_one_peer():
                 made = super().create_test_db(*args, **kwargs)
             self._peer = self.connection.peer
@@ -71,6 +73,20 @@ def creation_class(base: type) -> type:
         def clone_test_db(self, *args: Any, **kwargs: Any) -> Any:
             with self._on_one_peer():
                 return super().clone_test_db(*args, **kwargs)
+
+        def _refuse_a_second(self) -> None:
+            # Where the app is not installed and the peers stand before their
+            # balancer, Django has met them before they were made its mirrors.
+            # (After a run of ours that NAME is the mirror's.)
+            peers = () if self._peer else self.connection.settings_dict.get("PEERS") or ()
+            for peer in peers:
+                theirs = connections.databases.get(peer) if isinstance(peer, str) else None
+                if theirs and theirs.get("NAME") == self._get_test_db_name():
+                    raise ImproperlyConfigured(
+                        f"{peer!r} has made a test database of its own where that of "
+                        f"{self.connection.alias!r} is to be. "
+                        "Add 'django_proxysql' to INSTALLED_APPS."
+                    )
 
         def _on_one_peer(self) -> contextlib.AbstractContextManager[None]:
             # What one statement makes the next one needs: CREATE DATABASE, the
