@@ -26,6 +26,12 @@ from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 from tests.servers.redis import RedisServer
 
+#: The fixtures that start a server.
+SERVERS = frozenset(
+    "servers_session haproxy mariadb mariadb_pair mariadb_third mariadb_tls galera "
+    "postgres postgres_pair postgres_tls redis_server".split()
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let SIGTERM end the run as Ctrl-C does. (SystemExit would end but the test under way.)"""
@@ -38,7 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need a server, for ``-m "not server"``."""
     for item in items:
-        if {"servers_session", "haproxy"}.intersection(getattr(item, "fixturenames", ())):
+        needed = set(getattr(item, "fixturenames", ()))
+        # A test may be given a fixture's name, for request.getfixturevalue().
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        needed.update(value for value in params.values() if isinstance(value, str))
+        if not SERVERS.isdisjoint(needed):
             item.add_marker(pytest.mark.server)
 
 

@@ -177,7 +177,11 @@ def run(script: str) -> str:
 
 @pytest.mark.parametrize(
     "path",
-    [f"django.contrib.gis.db.backends.{name}" for name in ("mysql", "postgis", "spatialite")],
+    [
+        pytest.param("django.contrib.gis.db.backends.mysql", marks=pytest.mark.server),
+        "django.contrib.gis.db.backends.postgis",
+        "django.contrib.gis.db.backends.spatialite",
+    ],
 )
 def test_gis(path: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> None:
     """GIS engines are mixed in like others; where GDAL is missing, connect and check say so."""
@@ -200,7 +204,14 @@ def test_gis(path: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path) 
             assert_works(connection)
 
 
-@pytest.mark.parametrize("base", ["mysql", "postgresql", "sqlite3"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param("mysql", marks=pytest.mark.server),
+        pytest.param("postgresql", marks=pytest.mark.server),
+        "sqlite3",
+    ],
+)
 def test_django_prometheus(
     base: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path
 ) -> None:
