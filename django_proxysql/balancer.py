@@ -52,6 +52,7 @@ _ONLY_LOGGING: tuple[Listener, ...] = (log_event,)
 class Attempt(NamedTuple):
     """What the function that opens a connection is told."""
 
+    #: The peer to connect to.
     peer: Peer
     #: Seconds that this attempt may take.
     timeout: float
@@ -64,17 +65,23 @@ class PeerState:
     """What is known of one peer, at one moment, in this process."""
 
     name: str
+    #: Where it is: ``10.0.0.1:3306`` or a socket's path.
     address: str
     #: ``closed``, ``open`` or ``half-open``.
     state: str
+    #: Whether it is closed, and the next connection is made as a trial.
     suspect: bool
     #: Seconds until the next trial; None while the circuit is closed.
     trial_in: float | None
     #: Seconds for which the peer has been out; None while the circuit is closed.
     out_for: float | None
+    #: Failed connects in a row.
     failures: int
+    #: What it said last, and "" while all is well; never a password.
     error: str
+    #: What that error says about the peer.
     fault: Fault | None
+    #: How many connections to it this process holds.
     connections: int
     weight: float
     priority: int
@@ -209,6 +216,8 @@ class LoadBalancer:
             others; ``"last"``: it is tried when nothing else is left;
             ``"never"``: only closed circuits are used.
         :raises NoPeerAvailable: no peer could be had within the deadline.
+        :raises ConfigError: the balancer was made without ``connect``, or a
+            strategy of one's own yields what is no peer.
         :raises Exception: the driver's own error, where it is not the peer's
             fault, or where every peer was attempted and refused us.
         """
@@ -255,6 +264,8 @@ class LoadBalancer:
     def check_ready(self, connection: Any, attempt: Attempt) -> None:
         """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
 
+        :param connection: the driver's own, just made.
+        :param attempt: what it was made for.
         :raises NotReady: the peer must not be used.
         """
         if self._ready_check is not None:
@@ -269,7 +280,10 @@ class LoadBalancer:
     # Knowing
 
     def snapshot(self) -> list[PeerState]:
-        """Return what this process knows of each peer, without asking any."""
+        """Return what this process knows of each peer, without asking any.
+
+        :returns: a :class:`PeerState` for each, in the order of :attr:`peers`.
+        """
         now = self.clock()
         view = self.view()
         hurried = self.config.last_resort_interval
@@ -311,7 +325,7 @@ class LoadBalancer:
             self._listeners = tuple(known for known in self._listeners if known != listener)
 
     def emit(self, event: Event) -> None:
-        """Tell the listeners. One that raises harms nobody."""
+        """Tell the listeners of ``event``. One that raises harms nobody."""
         for listener in self._listeners:
             try:
                 listener(event)
@@ -330,6 +344,8 @@ class LoadBalancer:
         it changes nothing.
 
         :param peer: the peer to stay with, such as ``connection.peer``.
+        :raises NoPeerAvailable: out of whatever connects in the block, when the
+            peer cannot be had.
         """
         outer = self._pin
         if outer is not None:

@@ -379,7 +379,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         A generator that ``func`` returns is guarded while it is run through,
         as pybreaker does it.
 
-        :raises pybreaker.CircuitBreakerError: the circuit is open.
+        :raises pybreaker.CircuitBreakerError: the circuit is open, or another
+            caller has the trial; ``func`` was not called.
+        :raises BaseException: what ``func`` raised, as it is.
         """
         permit = self._enter(func, *args, **kwargs)
         try:
@@ -394,9 +396,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
-        """Guard a ``with`` block.
+        """Guard a ``with`` block. What is raised in it is judged, and raised as it is.
 
-        :raises pybreaker.CircuitBreakerError: the circuit is open.
+        :raises pybreaker.CircuitBreakerError: the circuit is open, or another
+            caller has the trial; the block is not entered.
         """
         permit = self._enter(self.calling)
         try:
@@ -409,7 +412,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     async def call_async(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Await ``func``'s result if the circuit allows the call.
 
-        :raises pybreaker.CircuitBreakerError: the circuit is open.
+        :raises pybreaker.CircuitBreakerError: the circuit is open, or another
+            caller has the trial; ``func`` was not called.
+        :raises BaseException: what ``func`` raised, as it is.
         """
         permit = self._enter(func, *args, **kwargs)
         try:
@@ -451,7 +456,11 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._change(now, lambda circuit: _closed(circuit, now)._replace(lease=circuit.lease))
 
     def suspect(self, error: str = "", fault: Fault | None = None) -> None:
-        """Make the next use of a closed circuit a trial. Open ones stay as they are."""
+        """Make the next use of a closed circuit a trial. Open ones stay as they are.
+
+        :param error: what gave rise to the doubt, as text.
+        :param fault: what that says about the peer.
+        """
         now = self._clock()
         before, after = self._swap(
             lambda circuit: (
@@ -471,6 +480,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         For what a statement was told on an established connection. A burst of
         it, from however many threads, opens the circuit once.
 
+        :param exc: what the statement was told; its text is kept, not itself.
+        :param fault: what that says about the peer.
         :param question: what the trials must ask, until one is answered well.
         """
         now = self._clock()
@@ -490,6 +501,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
         """Count a connection lost before it was of any use as a failed connect.
 
+        :param exc: what it was lost by.
+        :param fault: what that says about the peer.
         :param generation: the circuit's, when the connection was made. Later
             openings and closings make this result a late one, which changes nothing.
         """
@@ -497,7 +510,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     @property
     def reset_timeout(self) -> float:
-        """Seconds for which the circuit stays open before a trial, ±10 %."""
+        """Seconds for which the circuit stays open before a trial, ±10 %.
+
+        Another ``timeout`` holds for a circuit that is open already, too.
+        """
         return self._reset_timeout
 
     @reset_timeout.setter
@@ -513,7 +529,12 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     @property
     def state(self) -> Any:
-        """pybreaker's state object of the current state."""
+        """pybreaker's state object of the current state.
+
+        ``"closed"``, ``"open"`` or ``"half-open"`` may be assigned, as with pybreaker.
+
+        :raises ValueError: something else was.
+        """
         return _STATES[self._circuit.state](self, None, notify=False)
 
     @state.setter

@@ -15,13 +15,23 @@ __all__ = ["Hold", "Peer"]
 
 
 class Peer:
-    """One of a load balancer's equivalent endpoints."""
+    """One of a load balancer's equivalent endpoints.
+
+    Made by its :class:`LoadBalancer`, and found in ``balancer.peers`` by its name.
+
+    :param config: what it was told (:class:`django_proxysql.config.PeerConfig`).
+    :param breaker: its circuit.
+    """
 
     def __init__(self, config: PeerConfig, breaker: PeerBreaker) -> None:
         self.config = config
+        #: As in logs, errors and ``balancer.peers``.
         self.name = config.name
+        #: Where it is: ``10.0.0.1:3306`` or a socket's path; never a password.
         self.address = config.address
+        #: Its share of the connections, relative to its tier's other peers.
         self.weight = config.weight
+        #: Its tier; lower numbers are used first.
         self.priority = config.priority
         #: The peer's circuit; guard any other call to the same host with it.
         self.breaker = breaker
@@ -47,7 +57,10 @@ class Peer:
         self._holds = set()
 
     def hold(self) -> Hold:
-        """Count one connection as held by the calling thread, until it is let go."""
+        """Count one connection as held by the calling thread, until it is let go.
+
+        :returns: what lets it go; its end, or the thread's, does so too.
+        """
         return Hold(self)
 
 

@@ -69,6 +69,11 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
     :raises TransactionManagementError: called inside another atomic block, of
         which only a part would be run again. (Inside the blocks of Django's
         TestCase it runs once, in a savepoint.)
+    :raises ValueError: ``attempts`` is no int of at least 1.
+    :raises TypeError: the function is a coroutine function or a generator
+        function, which would run after its block has ended.
+    :raises Exception: what the function or the last attempt's COMMIT raised:
+        the database's own errors, and :class:`CommitOutcomeUnknown`.
     """
     if callable(using):
         return _retrying(using, None, attempts)

@@ -2,7 +2,7 @@
 
 The codes come from the servers' and Connector/C's own lists (``mysqld_error.h``,
 ``errmsg.h``); what each of them was seen to mean is tested in
-``tests/test_faults_mysql.py`` against real servers.
+``tests/test_faults.py``, and against real servers in ``tests/test_connecting.py``.
 """
 
 from __future__ import annotations

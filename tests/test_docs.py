@@ -1,0 +1,231 @@
+"""What the README and the docs say of settings, log lines and errors is what the code does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import MySQLdb
+import pytest
+
+import django_proxysql
+from django_proxysql import LoadBalancer, NoPeerAvailable, conf
+from django_proxysql.config import BalancerConfig, BreakerConfig, PeerConfig
+from tests.engine import configured
+from tests.fakes import Clock, Driver, OperationalError
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.rst").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*/*.rst"))]
+
+needs_docs = pytest.mark.skipif(len(PAGES) == 1, reason="the docs are not here")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the code blocks of a page, in one language."""
+    found = re.findall(
+        rf"^( *)\.\. code-block:: {language}\n(?:\1 +:.*\n)*\n((?:\1 +.*\n|\s*\n)+)",
+        text,
+        re.MULTILINE,
+    )
+    return [textwrap.dedent(block) for _indent, block in found]
+
+
+# Settings
+
+
+def settings_table() -> dict[str, str]:
+    """Return the README's settings and their defaults, as they are written there."""
+    section = README.partition(".. begin-settings")[2].partition(".. end-settings")[0]
+    lines = section.splitlines()
+    first, second, _ = (len(rule) + 1 for rule in next(x for x in lines if x[:2] == "==").split())
+    rows = {line[:first].strip(): line[first : first + second].strip() for line in lines}
+    return {
+        name.strip("`"): default.strip("`")
+        for name, default in rows.items()
+        if name.startswith("``")
+    }
+
+
+def test_settings_table_names_every_setting() -> None:
+    """The README's table has each setting that an entry or a peer may have, and no other."""
+    assert set(settings_table()) == {*conf._BALANCER_KEYS, *conf._PEER_KEYS}
+
+
+def test_settings_table_has_the_defaults() -> None:
+    """The defaults in the README's table are those of an entry that says nothing."""
+    table = settings_table()
+    balancer = BalancerConfig("default", (PeerConfig("peer0"),))
+    fields = {
+        **{name: (balancer, field) for name, field in conf._BALANCER_FIELDS.items()},
+        **{name: (balancer.peers[0], field) for name, field in conf._PEER_FIELDS.items()},
+    }
+    for name, (config, field) in fields.items():
+        if name != "TRIAL_TIMEOUT":
+            assert ast.literal_eval(table.pop(name)) == getattr(config, field), name
+    assert balancer.trial_timeout is None
+    assert balancer.ready_check is None
+    breaker = BreakerConfig()
+    assert table == {
+        "PEERS": "required",
+        "PEER_ENGINE": f'"{conf.DEFAULT_PEER_ENGINE}"',
+        "BREAKER": f"{breaker.fail_max} and {breaker.success_threshold}",
+        "STRATEGY": f'"{balancer.strategy}"',
+        "TRIAL_TIMEOUT": "as ``CONNECT_TIMEOUT",
+        "READY_CHECK": "None",
+    }
+
+
+def entries(page: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """Yield each DATABASES of a page, whole or only an entry of it."""
+    for block in blocks(page.read_text(encoding="utf-8"), "python"):
+        known = {"Path": Path}
+        if "DATABASES = {" in block:
+            exec(block, known)
+            yield known["DATABASES"]  # type: ignore[misc]
+        elif re.match(r'"\w+": {\n', block):
+            yield eval("{" + block + "}", known)
+
+
+def all_entries() -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    return [(page.name, databases) for page in PAGES for databases in entries(page)]
+
+
+@needs_docs
+def test_examples_of_settings_are_found() -> None:
+    """The examples are all looked at: none hides behind its form."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    written = text.count(f'"ENGINE": "{conf.ENGINE}"')
+    looked_at = [entry for _, databases in all_entries() for entry in databases.values()]
+    assert sum(conf.is_balancer(entry) for entry in looked_at) == written > 8
+
+
+@pytest.mark.parametrize(
+    ("page", "databases"), all_entries(), ids=lambda value: value if type(value) is str else ""
+)
+def test_examples_of_settings_are_right(page: str, databases: dict[str, dict[str, Any]]) -> None:
+    """No example in the docs has anything to complain about."""
+    databases = configured(databases)
+    for alias, entry in databases.items():
+        if conf.is_balancer(entry):
+            assert [
+                str(problem)
+                for problem in conf.problems(alias, entry, databases)
+                # A check of one's own that the page tells how to write.
+                if "shop.databases" not in str(problem)
+            ] == []
+
+
+# What is logged and raised
+
+
+def as_on_the_first_screen() -> tuple[LoadBalancer, Driver, Clock]:
+    """Return a balancer over the two servers of the README's log."""
+    (one, port), (other, other_port) = re.findall(r"^ +peer[01] \(([\d.]+):(\d+)\)", README, re.M)
+    clock, driver = Clock(), Driver()
+    balancer = LoadBalancer(
+        {
+            "peer0": {"host": one, "port": int(port)},
+            "peer1": {"host": other, "port": int(other_port)},
+        },
+        # Both servers are on one host: they fail by their ports.
+        lambda **params: driver.connect(**{**params, "host": params["port"]}),
+        clock=clock,
+        jitter=lambda: 0,
+        strategy="round_robin",
+    )
+    return balancer, driver, clock
+
+
+def no_answer() -> OperationalError:
+    return OperationalError(2002, "Can't connect to server on '127.0.0.1' (115)")
+
+
+def test_log_of_the_first_screen(caplog: pytest.LogCaptureFixture) -> None:
+    """The README's two lines are what is logged of a peer's death and return, to the letter."""
+    caplog.set_level(logging.INFO, "django_proxysql")
+    balancer, driver, clock = as_on_the_first_screen()
+    port = balancer.peers["peer1"].params["port"]
+    driver.down[port] = no_answer
+    for _ in range(4):
+        balancer.connect()
+    driver.down.clear()
+    clock.advance(27)
+    balancer.connect()
+    logged = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+    assert logged == re.findall(r"^    \d\d:\d\d:\d\d (.*)$", README, re.MULTILINE)
+
+
+def test_error_of_the_first_screen() -> None:
+    """So is the error of a balancer that has no peer left."""
+    balancer, driver, _ = as_on_the_first_screen()
+    for peer in balancer.peers.values():
+        driver.down[peer.params["port"]] = no_answer
+    with pytest.raises(NoPeerAvailable) as raised:
+        balancer.connect()
+    (shown,) = (block for block in blocks(README, "text") if block.startswith("No peer of"))
+    assert str(raised.value) == " ".join(shown.split())
+
+
+# Without Django
+
+
+def test_example_without_django() -> None:
+    """The README's example of the core runs as it is written, but for the servers."""
+    (example,) = (block for block in blocks(README, "python") if "creator=" in block)
+    driver = Driver()
+    driver.connect.__func__.__module__ = "MySQLdb"
+    with mock.patch.object(MySQLdb, "connect", driver.connect):
+        names: dict[str, Any] = {}
+        exec(example, names)
+    balancer = names["db"]
+    assert names["conn"] is driver.made[0]
+    assert driver.hosts[0] in ("10.0.0.1", "10.0.0.2")
+    assert {peer.breaker.fail_max for peer in balancer.peers.values()} == {3}
+    assert {peer.breaker.reset_timeout for peer in balancer.peers.values()} == {30}
+
+
+# The public names
+
+
+def documented(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a class has that is public, and itself, by name."""
+    yield thing.__name__, thing
+    if isinstance(thing, type):
+        for name, value in vars(thing).items():
+            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if not name.startswith("_") and inspect.isfunction(inspect.unwrap(value)):
+                yield f"{thing.__name__}.{name}", value
+
+
+@pytest.mark.parametrize("name", [n for n in django_proxysql.__all__ if n != "balancers"])
+def test_public_names_are_documented(name: str) -> None:
+    """Every public name is in the docs' reference; it and all it has say what they are for."""
+    thing = getattr(django_proxysql, name)
+    assert re.search(
+        rf"^\.\. auto\w+:: {name}$", (ROOT / "docs/reference/api.rst").read_text(), re.M
+    )
+    undocumented = [name for name, value in documented(thing) if not inspect.getdoc(value)]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("name", ["LoadBalancer", "PeerBreaker", "retrying_atomic"])
+def test_parameters_are_documented(name: str) -> None:
+    """Each parameter of what is called to make or use them is told of by its name."""
+    untold = []
+    for where, value in documented(getattr(django_proxysql, name)):
+        text = inspect.getdoc(value) or ""
+        for parameter in inspect.signature(value).parameters.values():
+            by_name = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if by_name and parameter.name != "self":
+                known = f":param {parameter.name}:", f"``{parameter.name}``"
+                if not any(word in text for word in known):
+                    untold.append(f"{where}({parameter.name})")
+    assert untold == []
