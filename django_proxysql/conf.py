@@ -580,6 +580,9 @@ def _breaker(entry: Mapping[str, Any], over: BreakerConfig | None = None) -> Bre
 def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an entry's OPTIONS; nothing of what is no dict: :func:`problems` says so."""
     options = entry.get("OPTIONS")
+    if type(options) is dict:
+        # Nearly always; to ask for a Mapping costs ten times as much.
+        return options.copy()
     return dict(options) if isinstance(options, Mapping) else {}
 
 

@@ -9,12 +9,12 @@ over TCP, unix sockets and TLS 1.3.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 __all__ = ["harden", "watch"]
 
@@ -65,7 +65,9 @@ def harden(descriptor: int | None, seconds: float | None) -> None:
         # No socket by that number, or no number left. The connection works.
         return
     try:
-        sock = socket.socket(fileno=duplicate)
+        # The C class below socket.socket, told what it would ask the kernel
+        # for: each connect comes by here.
+        sock = socket.SocketType(-1, socket.SOCK_STREAM, 0, duplicate)
     except OSError:
         os.close(duplicate)
         return
@@ -73,15 +75,24 @@ def harden(descriptor: int | None, seconds: float | None) -> None:
         # Python's default timeout makes a new socket object non-blocking, a
         # mode that the duplicate shares with the driver's.
         os.set_blocking(descriptor, blocking)
-    with sock:
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+    try:
+        if sock.family in _INTERNET:
             for level, option, value in _options(seconds):
-                with contextlib.suppress(OSError):
+                try:
                     sock.setsockopt(level, option, value)
+                except OSError:
+                    pass
+    finally:
+        sock.close()
 
 
-def _options(seconds: float) -> Iterator[tuple[int, int, int]]:
-    yield socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+#: As the C class has them: members of an enumeration compare in Python.
+_INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
+
+
+@functools.cache
+def _options(seconds: float) -> tuple[tuple[int, int, int], ...]:
+    """Return levels, options and values, as far as the platform has them."""
     # A silent host is probed after half the time, then ten times in what is
     # left. Linux gives up at the first probe that is due once TCP_USER_TIMEOUT
     # is over, not when it is over, nor by TCP_KEEPCNT; hence the many. A host
@@ -96,7 +107,11 @@ def _options(seconds: float) -> Iterator[tuple[int, int, int]]:
         "TCP_KEEPCNT": min(math.ceil((whole - idle) / interval), 127),
         "TCP_USER_TIMEOUT": min(math.ceil(seconds * 1000), 2**31 - 1),
     }
-    for name, value in values.items():
-        option = getattr(socket, name, None)
-        if option is not None:
-            yield socket.IPPROTO_TCP, option, value
+    return (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *(
+            (socket.IPPROTO_TCP, getattr(socket, name), value)
+            for name, value in values.items()
+            if hasattr(socket, name)
+        ),
+    )

@@ -9,6 +9,7 @@ run again is one statement to both.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from django.db.backends.utils import CursorWrapper
@@ -24,22 +25,28 @@ def cursor_class(base: type) -> type:
     """Return ``base`` with our seam laid over it; ``base`` itself if it has no such seam."""
     if not issubclass(base, CursorWrapper) or issubclass(base, _Seam):
         return base
-    return type(base.__name__, (_Seam, base), {"__module__": base.__module__})
+    own = {"__module__": base.__module__, "_execute": _execute_over(base._execute)}  # type: ignore[attr-defined]
+    return type(base.__name__, (_Seam, base), own)
 
 
-class _Seam(CursorWrapper):
-    #: The session whose driver cursor this wrapper holds.
-    _session: Any = None
-    #: Whether the driver's cursor is a server-side one, with a name.
-    _named = False
+def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the seam over ``plain``, the ``_execute`` of a cursor wrapper's class.
 
-    def _execute(self, sql: Any, params: Any, *ignored: Any) -> Any:
+    A function over a function rather than a method and ``super()``: each look
+    at an attribute of a cursor wrapper goes by its ``__getattr__``, and
+    ``super()`` alone costs what the rest of the seam does.
+    """
+
+    def execute(self: Any, sql: Any, params: Any, *ignored: Any) -> Any:
         db: Any = self.db
         session: Any = db._session
         # No function is called on the way of a read, or of a statement inside
         # a transaction: what they cost is what this method costs.
         if session is None or db._quiet or self._named or session.connection is not db.connection:
-            return self._execute_plainly(sql, params, *ignored)
+            result = plain(self, sql, params, *ignored)
+            if self._named:
+                db._first = False
+            return result
         try:
             kind = kinds[sql]
         except (KeyError, TypeError):
@@ -66,7 +73,7 @@ class _Seam(CursorWrapper):
             session = db._before_statement(self, kind, now)
         session.used = now
         try:
-            result = super()._execute(sql, params, *ignored)  # type: ignore[misc]
+            result = plain(self, sql, params, *ignored)
         except Error as exc:
             again = db._run_again(self, session, exc, sql, params, kind, now)
             if again is None:
@@ -74,7 +81,7 @@ class _Seam(CursorWrapper):
                 raise
             session = again
             try:
-                result = super()._execute(sql, params, *ignored)  # type: ignore[misc]
+                result = plain(self, sql, params, *ignored)
             except Error:
                 db._first = False
                 session.budget.bar(sql)
@@ -88,16 +95,19 @@ class _Seam(CursorWrapper):
             session.wrote = True
         return result
 
-    def _execute_plainly(self, sql: Any, params: Any, *ignored: Any) -> Any:
-        result = super()._execute(sql, params, *ignored)  # type: ignore[misc]
-        if self._named:
-            self.db._first = False
-        return result
+    return execute
+
+
+class _Seam(CursorWrapper):
+    #: The session whose driver cursor this wrapper holds.
+    _session: Any = None
+    #: Whether the driver's cursor is a server-side one, with a name.
+    _named = False
 
     def close(self) -> None:
         """Close the driver's cursor."""
         session = self._session
-        if self._named and session is not None:
+        if self._named and session is not None and session.server_side:
             session.server_side.discard(self)
         try:
             self.cursor.close()

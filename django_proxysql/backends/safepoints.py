@@ -19,6 +19,8 @@ One seam, ``wrap_database_errors``, sees every driver error.
 from __future__ import annotations
 
 import contextlib
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +84,10 @@ class _ErrorSeam(DatabaseErrorWrapper):
     wrapper: Any
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        if exc_type is not None and isinstance(exc_value, self.wrapper.Database.Error):
+        if exc_type is None:
+            # Each statement comes by here.
+            return
+        if isinstance(exc_value, self.wrapper.Database.Error):
             self.wrapper._saw(exc_value)
         super().__exit__(exc_type, exc_value, traceback)
 
@@ -133,13 +138,12 @@ class SafePointsMixin(LoadBalancedMixin):
         if registered is not None and self._driver.WATCHED:
             seconds = registered.balancer.config.tcp_user_timeout
             sockets.harden(self._driver.fileno(connection), seconds)
-            timeouts = [conn_params.get("read_timeout"), seconds]
-            self._read_timeout = min(
-                (float(t) for t in timeouts if t is not None), default=float("inf")
-            )
+            self._read_timeout = math.inf if seconds is None else float(seconds)
+            if conn_params.get("read_timeout") is not None:
+                self._read_timeout = min(self._read_timeout, float(conn_params["read_timeout"]))
             self._unbuffered = self._driver.is_unbuffered(conn_params)
 
-    _read_timeout = float("inf")
+    _read_timeout = math.inf
     _unbuffered = False
 
     def _new_session(
@@ -328,6 +332,9 @@ class SafePointsMixin(LoadBalancedMixin):
     # Safe points
 
     def _cursor(self, name: str | None = None) -> Any:
+        if self._attempt is not None:
+            # Django's own, while it sets the connection up.
+            return super()._cursor(name)  # type: ignore[misc]
         session = self._current()
         if session is not None and (session.dead or name is not None):
             # psycopg makes no cursor on a closed connection; and what a named
@@ -355,6 +362,8 @@ class SafePointsMixin(LoadBalancedMixin):
         cursor._session = session
         if name is not None:
             cursor._named = True
+            if not session.server_side:
+                session.server_side = weakref.WeakSet()
             session.server_side.add(cursor)
         return cursor
 

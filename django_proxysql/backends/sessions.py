@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -95,8 +94,8 @@ class Session:
         self.served = False
         #: The driver raised something that was no answer: ask before trusting it.
         self.unsure = False
-        #: Named cursors that are open on it.
-        self.server_side: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: Named cursors that are open on it: a WeakSet, once there is one.
+        self.server_side: Any = ()
         #: When a statement was last begun on it.
         self.used = self.clock()
         #: The balancer's version at which the peer's circuit was found closed,
