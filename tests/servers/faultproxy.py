@@ -277,6 +277,11 @@ class FaultProxy:
             self._jobs.popleft()()
 
     def _set_mode(self, mode: str) -> None:
+        # Who has connected by now is dealt with as the mode says until now.
+        accepted = -1
+        while accepted != self.accepted:
+            accepted = self.accepted
+            self._accept(0)
         self._mode = mode
         if mode == "refuse":
             self._stop_listening()
