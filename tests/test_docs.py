@@ -181,7 +181,6 @@ def test_example_without_django() -> None:
     """The README's example of the core runs as it is written, but for the servers."""
     (example,) = (block for block in blocks(README, "python") if "creator=" in block)
     driver = Driver()
-    driver.connect.__func__.__module__ = "MySQLdb"
     with mock.patch.object(MySQLdb, "connect", driver.connect):
         names: dict[str, Any] = {}
         exec(example, names)

@@ -298,3 +298,22 @@ def test_refused_without_a_database(mariadb_pair: Pair) -> None:
             cursor.execute("SELECT @@port")
             assert cursor.fetchone() == (good.port,)
         assert state().state == "open"
+
+
+def test_postgresql_without_a_database(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+) -> None:
+    """PostgreSQL's _nodb_cursor goes to the database postgres; refused there counts nothing."""
+    bad, good = postgres_pair
+    peers = postgres_peer(bad), postgres_peer(good)
+    with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
+        with nodb_cursor(connection) as cursor:
+            cursor.execute("SELECT current_database()")
+            assert cursor.fetchone() == ("postgres",)
+        connection.settings_dict["NAME"] = "tenant_without_a_database"
+        for _ in range(3):
+            with pytest.raises(OperationalError, match="tenant_without_a_database") as raised:
+                connection.ensure_connection()
+            assert not isinstance(raised.value, NoPeerAvailable)
+        for name in ("peer0", "peer1"):
+            assert (state(name).state, state(name).failures) == ("closed", 0)

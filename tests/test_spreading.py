@@ -20,7 +20,7 @@ import MySQLdb
 import pybreaker
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections
+from django.db import OperationalError, connections, transaction
 
 from django_proxysql import Fault, balancers
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
@@ -251,6 +251,72 @@ def test_trial_is_made_by_a_connection_that_ends(mariadb_pair: Pair) -> None:
         for params in made
     ]
     assert timeouts == [(2, 2, 2), (2, None, None), (4, None, None)]
+
+
+def test_trial_of_a_peer_that_freezes_after_its_handshake(mariadb_pair: Pair) -> None:
+    """A peer that lets us in and then says nothing holds its trial for TRIAL_TIMEOUT, no longer."""
+    frozen, alive = mariadb_pair
+    # What a server runs after it has let a client in, and before the client's first statement.
+    frozen.set_global("init_connect", "DO SLEEP(20)")
+    clock = Clock()
+    settings: dict[str, Any] = {"TRIAL_TIMEOUT": 1, "clock": clock}
+    with first_then_second(mysql_peer(frozen), mysql_peer(alive), **settings) as connection:
+        balancers["balanced"].peers["peer0"].breaker.open()
+        clock.advance(60)
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert state().error.startswith("(2013, ")
+        assert state().trial_in == 30
+
+
+def test_thresholds(mariadb_pair: Pair) -> None:
+    """fail_max failed connects in a row open a circuit, success_threshold good trials close it."""
+    first, second = mariadb_pair
+    clock = Clock()
+    settings = {"BREAKER": {"fail_max": 3, "success_threshold": 2}, "clock": clock}
+    with first_then_second(mysql_peer(first), mysql_peer(second), **settings):
+
+        def told() -> tuple[str, str, int]:
+            return connected_to(), state().state, state().failures
+
+        first.kill()
+        assert [told() for _ in range(2)] == [("peer1", "closed", 1), ("peer1", "closed", 2)]
+        first.start()
+        # A good connect ends the row.
+        assert told() == ("peer0", "closed", 0)
+        first.kill()
+        assert [told()[1] for _ in range(4)] == ["closed", "closed", "open", "open"]
+        first.start()
+        assert told()[:2] == ("peer1", "open")
+        clock.advance(31)
+        assert told()[:2] == ("peer0", "half-open")
+        # A bad trial starts anew, whatever fail_max says, and for the whole interval.
+        first.kill()
+        assert told()[:2] == ("peer1", "open")
+        first.start()
+        clock.advance(29)
+        assert told()[:2] == ("peer1", "open")
+        clock.advance(2)
+        assert [told()[:2] for _ in range(2)] == [("peer0", "half-open"), ("peer0", "closed")]
+
+
+def test_nobody_is_turned_away_for_one_killed_connection(mariadb: Node) -> None:
+    """With a single peer that is suspect, all who come at once wait for the one trial."""
+    with engine([mysql_peer(mariadb)]) as connection:
+        for _ in range(5):
+            with (
+                pytest.raises(OperationalError),
+                transaction.atomic(connection.alias),
+                connection.cursor() as cursor,
+            ):
+                cursor.execute("SELECT CONNECTION_ID()")
+                mariadb.sql(f"KILL CONNECTION {cursor.fetchone()[0]}")
+                cursor.execute("SELECT 1")
+            connection.close()
+            assert (state().state, state().suspect) == ("closed", True)
+            assert threads(16, connected_to) == ["peer0"] * 16
+            assert (state().state, state().suspect) == ("closed", False)
 
 
 # The circuits are anybody's
