@@ -4,6 +4,7 @@ The checkout is the measure: every file of the package must be in the wheel and
 nothing else, and every file that git knows must be in the sdist.
 """
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "django_proxysql/"
+#: What it cannot do without, and each extra with a distribution that it brings.
+REQUIRED = ("Django", "pybreaker>=1.4", "sqlparse", "tenacity")
+EXTRAS = {
+    "mysql": "mysqlclient>=2.2.1",
+    "postgresql": "psycopg[binary]",
+    "redis": "redis",
+    "prometheus": "prometheus_client",
+    "test": "pytest",
+    "docs": "Sphinx",
+}
 MUST_SHIP = {"LICENSE", "CHANGELOG.rst", "README.rst", "setup.py", "pyproject.toml", "tox.ini"}
 
 
@@ -41,9 +52,14 @@ def wheel_problems(path: Path, expected: set[str]) -> list[str]:
     if metadata["Requires-Python"] != ">=3.9":
         problems.append(f"wheel requires Python {metadata['Requires-Python']}")
     required = metadata.get_all("Requires-Dist") or []
-    for name in ("Django", "pybreaker", "tenacity", "sqlparse"):
-        if not any(r.lower().startswith(name.lower()) and "extra ==" not in r for r in required):
+    plain = [r.lower() for r in required if "extra ==" not in r]
+    for name in REQUIRED:
+        if not any(r.startswith(name.lower()) for r in plain):
             problems.append(f"wheel does not require {name}")
+    for extra, name in EXTRAS.items():
+        of_extra = [r.lower() for r in required if re.search(f"extra == ['\"]{extra}['\"]", r)]
+        if not any(r.startswith(name.lower()) for r in of_extra):
+            problems.append(f"wheel's extra [{extra}] does not bring {name}")
     if not str(metadata.get_payload()).strip():
         problems.append("wheel has no long description")
     return problems
