@@ -1,0 +1,94 @@
+"""The comparison with Django's own test suite: what is a difference, and a short run of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import django
+import pytest
+
+from tests.django_suite.compare import EXPECTED, Outcome, compare, read
+from tests.django_suite.engines import BALANCED, SQLITE, balanced
+
+ROOT = Path(__file__).parent.parent
+
+PASSED = Outcome("passed", "")
+FAILED = Outcome("failed", "AssertionError: 1 != 2")
+
+
+def test_what_differs() -> None:
+    """A test that fails here and passes there, or is skipped, or never runs."""
+    plain = {
+        "same": PASSED,
+        "fails on both": FAILED,
+        "fails": PASSED,
+        "skipped": PASSED,
+        "lost": PASSED,
+        "known": PASSED,
+    }
+    ours = {**plain, "fails": FAILED, "skipped": Outcome("skipped", "no"), "known": FAILED}
+    del ours["lost"]
+    ours["setUpClass (its)"] = Outcome("error", "boom")
+    found = compare(plain, ours, {"kno.n": "a reason"})
+    assert set(found.differences) == {"fails", "skipped", "lost", "setUpClass (its)"}
+    assert found.expected == {"known": "a reason"}
+    assert (found.total, found.same, found.failing) == (7, 2, 1)
+    text = str(found)
+    assert "fails: passed on the plain engine, failed on the balancer's\n    Assertion" in text
+    assert "known: expected to differ: a reason" in text
+    assert text.endswith(
+        "7 tests: 2 the same (1 of them failing), 4 different, 1 expected to differ"
+    )
+
+
+def test_worst_outcome_counts(tmp_path: Path) -> None:
+    """A sub-test's failure is its test's, whatever comes before or after."""
+    lines = [
+        ["a", "failed", "sub"],
+        ["a", "passed", ""],
+        ["b", "passed", ""],
+        ["b", "error", "end"],
+    ]
+    results = tmp_path / "results"
+    results.write_text("".join(json.dumps([*line, 0]) + "\n" for line in lines))
+    assert read(results) == {"a": Outcome("failed", "sub"), "b": Outcome("error", "")}
+
+
+def test_balanced_entry() -> None:
+    """Two peers inline at two addresses; TEST and the account stay the balancer's."""
+    plain = {"ENGINE": SQLITE, "NAME": "/x", "USER": "me", "TEST": {"CHARSET": "utf8mb4"}}
+    assert balanced(plain) == {
+        "ENGINE": BALANCED,
+        "PEER_ENGINE": SQLITE,
+        "PEERS": [{"NAME": "/x"}, {"NAME": "/./x"}],
+        "USER": "me",
+        "TEST": {"CHARSET": "utf8mb4"},
+    }
+
+
+def test_expected_differences_have_a_reason() -> None:
+    """… and name tests, not folders."""
+    for pattern, reason in EXPECTED.items():
+        assert reason
+        assert r"\.test_" in pattern
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(django.VERSION < (4, 2), reason="these sdists want older tools")
+@pytest.mark.parametrize(
+    ("engine", "labels"),
+    [
+        ("sqlite", ["backends", "transactions", "transaction_hooks", "servers"]),
+        pytest.param("mariadb", ["transactions", "select_for_update"], marks=pytest.mark.server),
+        pytest.param("postgresql", ["transactions", "backends"], marks=pytest.mark.server),
+    ],
+)
+def test_like_the_plain_engine(engine: str, labels: list[str]) -> None:
+    """What passes on the plain engine passes through the balancer."""
+    command = [sys.executable, "-m", "tests.django_suite", "--engine", engine, *labels]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 different" in done.stdout
