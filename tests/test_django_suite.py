@@ -50,7 +50,7 @@ def test_worst_outcome_counts(tmp_path: Path) -> None:
         ["a", "failed", "sub"],
         ["a", "passed", ""],
         ["b", "passed", ""],
-        ["b", "error", "end"],
+        ["b", "error", ""],
     ]
     results = tmp_path / "results"
     results.write_text("".join(json.dumps([*line, 0]) + "\n" for line in lines))
