@@ -412,18 +412,28 @@ def test_bad_options_of_postgresql_are_local(postgres: PostgreSQLNode) -> None:
         assert_nobodys_fault(connection, before)
 
 
-def test_no_descriptors_left(mariadb_pair: Pair) -> None:
-    """A process out of file descriptors blames no peer, and connects when it has some again."""
+@pytest.mark.parametrize(
+    ("host", "afterwards"), [("127.0.0.1", "peer"), ("no-such-host.invalid", "(2005, ")]
+)
+def test_no_descriptors_left(mariadb_pair: Pair, host: str, afterwards: str) -> None:
+    """A process out of file descriptors blames no peer, nor when it cannot even ask for its name.
+
+    When it has descriptors again it connects, or finds out that there is no such name.
+    """
     script = """
-        import os, resource, sys
-        import django
+        import os, resource, socket, sys
+        import django, MySQLdb.connections
+        # What is loaded from files when it is first asked for, as any process has it by then.
+        try:
+            socket.getaddrinfo({host!r}, None)
+        except OSError:
+            pass
         django.setup()
         from django.db import OperationalError
         from django_proxysql import balancers
         from tests.engine import engine
         with engine({peers!r}) as connection:
-            connection.ensure_connection()
-            connection.close()
+            balancers["balanced"]
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
             held = []
@@ -439,12 +449,15 @@ def test_no_descriptors_left(mariadb_pair: Pair) -> None:
             for descriptor in held:
                 os.close(descriptor)
             print([(s.state, s.failures) for s in balancers["balanced"].snapshot()])
-            connection.ensure_connection()
-            print(connection.peer is not None)
+            try:
+                connection.ensure_connection()
+                print(connection.peer.name)
+            except OperationalError as exc:
+                print(exc)
     """
-    peers = [mysql_peer(node) for node in mariadb_pair]
+    peers = [mysql_peer(node, HOST=host) for node in mariadb_pair]
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script).format(peers=peers)],
+        [sys.executable, "-c", textwrap.dedent(script).format(peers=peers, host=host)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -453,7 +466,8 @@ def test_no_descriptors_left(mariadb_pair: Pair) -> None:
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
     assert lines[0].split()[0] == "OperationalError"
-    assert lines[1:] == ["[('closed', 0), ('closed', 0)]", "True"]
+    assert lines[1] == "[('closed', 0), ('closed', 0)]"
+    assert afterwards in lines[2]
 
 
 # Failures after the handshake

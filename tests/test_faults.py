@@ -106,6 +106,11 @@ MYSQL: list[tuple[int, str, Fault, Fault]] = [
     (2004, "Can't create TCP/IP socket (23)", LOCAL, LOCAL),
     (2004, "Can't create TCP/IP socket (12)", LOCAL, LOCAL),
     (2002, "Can't create socket (24)", LOCAL, LOCAL),
+    # getaddrinfo's own codes: no such host, no answer from DNS, the system's error, no memory.
+    (2005, f"Unknown server host 'db1' ({socket.EAI_NONAME})", UNREACHABLE, UNREACHABLE),
+    (2005, f"Unknown server host 'db1' ({socket.EAI_AGAIN})", UNREACHABLE, UNREACHABLE),
+    (2005, f"Unknown server host 'db1' ({socket.EAI_SYSTEM})", LOCAL, LOCAL),
+    (2005, f"Unknown server host 'db1' ({socket.EAI_MEMORY})", LOCAL, LOCAL),
     (2003, "Can't connect to MySQL server on 'db1' ([Errno 24] Too many open files)", LOCAL, LOCAL),
     (2002, "Can't connect to server on '10.0.0.24' (111)", UNREACHABLE, UNREACHABLE),
     (2002, "Can't connect to server on '10.0.0.1' (113)", UNREACHABLE, UNREACHABLE),

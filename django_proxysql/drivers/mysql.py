@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 from typing import Any
 
 from ..faults import Fault
@@ -58,6 +59,11 @@ _LOST_WHILE_CONNECTING = frozenset({2006, 2012, 2013, 2026, 2027, 2055})
 #: "Can't create … socket (24)": EMFILE, ENFILE and ENOMEM are this side's trouble.
 _NO_DESCRIPTORS = re.compile(r"[(\[](?:Errno )?(?:24|23|12)[)\]]")
 
+#: "Unknown server host 'db1' (-11)" ends in getaddrinfo's code, not in the system's.
+#: These two say that the resolver itself had no descriptor or no memory left.
+_RESOLVER_FAILED = {getattr(socket, name, None) for name in ("EAI_SYSTEM", "EAI_MEMORY")}
+_CODE_AT_END = re.compile(r"\((-?\d+)\)$")
+
 _PROXYSQL_NO_BACKEND = "while reaching hostgroup"
 
 
@@ -77,6 +83,10 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
     code, text = code_of(exc), text_of(exc)
     if code in (2001, 2002, 2003, 2004) and _NO_DESCRIPTORS.search(text):
         return Fault.LOCAL
+    if code == 2005:
+        resolvers = _CODE_AT_END.search(text)
+        if resolvers and int(resolvers[1]) in _RESOLVER_FAILED:
+            return Fault.LOCAL
     if connecting and code in _LOST_WHILE_CONNECTING:
         return Fault.UNREACHABLE
     # Under TLS a KILL, a reset and a read_timeout all come as 2026.
