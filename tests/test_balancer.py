@@ -846,6 +846,15 @@ class TestTime:
         assert [attempt.timeout for attempt in self.attempts(world)] == [5, 5, 2]
         assert world.states() == "open open open closed"
 
+    def test_nobody_sleeps_between_peers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From one peer to the next no time is lost."""
+
+        def sleep(seconds: float) -> None:
+            raise AssertionError(f"slept for {seconds} s")
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert len(self.attempts(World("db1", "db2", "db3"))) == 3
+
     def test_peers_not_reached_in_time_are_named(self) -> None:
         """A peer for which no time was left is named as such."""
         world = World("db1", "db2", connect_timeout=5, connect_deadline=5)

@@ -307,6 +307,36 @@ def test_writable_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode
         assert (state().state, state().fault) == ("open", Fault.NOT_READY)
 
 
+def test_writable_postgresql_in_recovery(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+) -> None:
+    """A standby of PostgreSQL's is passed by until it is promoted."""
+    standby, writer = postgres_pair
+    signal_file = standby.datadir / "standby.signal"
+    standby.stop()
+    signal_file.touch()
+    standby.give(signal_file)
+    try:
+        standby.start()
+        clock = Clock()
+        settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL, "clock": clock}
+        peers = postgres_peer(standby), postgres_peer(writer)
+        with first_then_second(*peers, **settings) as connection:
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+            assert "in recovery" in state().error
+            standby.sql("SELECT pg_promote()")
+            clock.advance(60)
+            connection.close()
+            connection.ensure_connection()
+            assert connection.peer.name == "peer0"
+    finally:
+        if signal_file.exists():
+            standby.stop()
+            signal_file.unlink()
+
+
 refused_ports: set[int] = set()
 
 
@@ -509,6 +539,32 @@ def test_peer_that_dies_half_way(
         assert state().fault in (Fault.UNREACHABLE, Fault.LOST)
         connection.close()
         # The proxy's own are in this process too.
+        proxy.wait_until_idle()
+        assert sockets() == before
+
+
+def test_postgresql_that_dies_half_way(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+    fault_proxy: Callable[..., FaultProxy],
+    received: list[Any],
+) -> None:
+    """The same of a PostgreSQL, in a receiver: it counts, nothing stays open, the next is used."""
+
+    def receiver(connection: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 42")
+
+    received.append(receiver)
+    proxy = fault_proxy(postgres_pair[0])
+    peers = postgres_peer(proxy), postgres_peer(postgres_pair[1])
+    with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
+        before = sockets()
+        proxy.cut_before(b"SELECT 42")
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().connections) == ("open", 0)
+        assert state().fault in (Fault.UNREACHABLE, Fault.LOST)
+        connection.close()
         proxy.wait_until_idle()
         assert sockets() == before
 
