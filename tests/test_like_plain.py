@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import django
 import pytest
 from django.db import connections
 
@@ -40,6 +41,16 @@ class Three(Base, TransactionTestCase):
     def test_reconnected(self):
         connections["default"].close()
         self.test_it()
+"""
+
+
+SPAWNING = """
+import multiprocessing, os, sys
+from django.core.management import execute_from_command_line
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    execute_from_command_line(sys.argv)
 """
 
 
@@ -213,6 +224,36 @@ def test_parallel(production: Production) -> None:
     assert "Ran 4 tests" in production.project.manage(*args)
     assert "Ran 4 tests" in production.project.manage("test", "--parallel", "2", "--noinput")
     assert production.test_databases() == []
+
+
+@pytest.mark.skipif(django.VERSION < (4, 2), reason="spawn came with Django 4.1")
+def test_parallel_spawned(production: Production) -> None:
+    """Processes that start from nothing read production's settings, and use their clones."""
+    production.write(**{"manage.py": SPAWNING})
+    output = production.project.manage("test", "--parallel", "2", "--noinput")
+    assert output.count("Cloning test database") == 2
+    assert "Ran 4 tests" in output
+    assert production.test_databases() == []
+
+
+def test_mirrors_and_names(production: Production) -> None:
+    """TEST: NAME, MIRROR and DEPENDENCIES of balancers are read as of any other alias."""
+    peers = production.databases["default"]["PEERS"]
+    production.databases = {
+        "default": entry(PEERS=peers, TEST={"NAME": f"test_{DATABASE}_first"}),
+        "mirror": entry(PEERS=peers, TEST={"MIRROR": "default"}),
+        "same": entry(PEERS=peers[::-1], TEST={"NAME": f"test_{DATABASE}_first"}),
+        "other": entry(
+            PEERS=peers, TEST={"NAME": f"test_{DATABASE}_other", "DEPENDENCIES": ["default"]}
+        ),
+    }
+    production.configure()
+    production.use_tests('{"default", "mirror", "same", "other"}')
+    output = production.project.manage("test", "-v2", "--keepdb")
+    assert "Ran 4 tests" in output
+    names = [f"test_{DATABASE}_first", f"test_{DATABASE}_other"]
+    assert production.test_databases() == names
+    assert output.count("Using existing test database") == 2
 
 
 def test_reverse(production: Production) -> None:
