@@ -659,6 +659,27 @@ class TestWaitingForATrial:
         assert len(waits) == 1
         assert world.driver.hosts == []
 
+    def test_next_trial_of_the_same_peer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A peer whose trial has failed is not waited for again, though it is tried again."""
+        world = World("db1")
+        world.open("db1")
+        world.clock.advance(30)
+        breaker = world.db.peers["db1"].breaker
+        trial = breaker.acquire()
+        waits = self.on_wait(world, monkeypatch, lambda: trial.failed(refused_by_host()))
+        view, others = world.db.view, []
+
+        def while_another_begins() -> Any:
+            if waits and not others:
+                others.append(breaker.acquire(last_resort=0))
+            return view()
+
+        monkeypatch.setattr(world.db, "view", while_another_begins)
+        error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert "being tried by another caller" in str(error)
+        assert (len(waits), others[0].is_trial) == (1, True)
+
     def test_suspects_trial_released(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The one with the trial pressed Ctrl-C: who waited makes the trial, nobody loses."""
         world = World("db1")

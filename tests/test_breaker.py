@@ -170,6 +170,15 @@ class TestTrial:
         breaker.acquire().succeeded()
         assert breaker.current_state == "closed"
 
+    def test_success_threshold_before_the_interval_is_over(self, clock: Clock) -> None:
+        """After a good trial of the last resort's, too, the next is due at once."""
+        breaker = opened(PeerBreaker(success_threshold=2, clock=clock, jitter=even))
+        clock.advance(1)
+        assert breaker.acquire() is None
+        breaker.acquire(last_resort=1).succeeded()
+        breaker.acquire().succeeded()
+        assert breaker.current_state == "closed"
+
     def test_bad_one_starts_the_threshold_anew(self, clock: Clock) -> None:
         """A bad trial forgets the good ones before it."""
         breaker = opened(PeerBreaker(success_threshold=2, clock=clock, jitter=even))
