@@ -543,6 +543,26 @@ def test_peer_that_dies_half_way(
         assert sockets() == before
 
 
+@pytest.mark.parametrize("error", [NotReady("not this one"), KeyboardInterrupt()], ids=repr)
+def test_failed_attempt_is_closed_whoever_holds_it(
+    mariadb: Node, received: list[Any], error: BaseException
+) -> None:
+    """What an attempt has opened is closed when it fails, not only when nobody refers to it."""
+    kept: list[Any] = []
+
+    def receiver(connection: Any) -> None:
+        kept.append(connection.connection)
+        raise error
+
+    received.append(receiver)
+    with engine([mysql_peer(mariadb)]) as connection:
+        before = sockets()
+        with pytest.raises((NoPeerAvailable, KeyboardInterrupt)):
+            connection.ensure_connection()
+        assert sockets() == before
+        assert [bool(driver.open) for driver in kept] == [False]
+
+
 def test_postgresql_that_dies_half_way(
     postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
     fault_proxy: Callable[..., FaultProxy],
