@@ -70,6 +70,10 @@ class Site:
     def written(self) -> list[str]:
         """What is in the table, once the server has done all that it was told."""
         self.settle()
+        return self.plain_rows()
+
+    def plain_rows(self) -> list[str]:
+        """What is in the table now."""
         with self.plain.cursor() as cursor:
             cursor.execute("SELECT value FROM app_token ORDER BY id")
             return [value for (value,) in cursor.fetchall()]

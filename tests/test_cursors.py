@@ -250,7 +250,11 @@ class TestPsycopg:
                 work()
         assert here.written() == []
         assert not here.replayed()
-        here.write("two")
+        try:
+            here.write("two")
+        except OperationalError:
+            # The pipeline's end may raise the loss past every seam: then it is told here.
+            here.write("two")
         assert here.written() == ["two"]
 
     def test_errors_that_are_answers_change_nothing(self, on_postgres: Site) -> None:

@@ -657,7 +657,7 @@ class SafePointsMixin(LoadBalancedMixin):
         if session.dead and session.clock() - started >= session.read_timeout * 0.98:
             return False
         if is_provable_read(sql, may_lock=first):
-            return first or not session.wrote or session.balancer.config.synchronous_peers
+            return not session.wrote or session.balancer.config.synchronous_peers
         # COMMIT was never sent, and every table of PostgreSQL is transactional.
         return first and session.dead and self.vendor == "postgresql" and is_plain(sql)
 
@@ -757,6 +757,12 @@ class SafePointsMixin(LoadBalancedMixin):
             # After COMMIT or ROLLBACK was answered nothing hangs on it.
             if not (self._answered and (session.dead or session.dropped)):
                 raise
+            if not session.dead:
+                # It lives, without autocommit: nothing more must be written there.
+                if session.sticky or session.held:
+                    raise
+                session.dead = session.told = True
+                session.poll = None
 
     def _commit(self) -> Any:
         session = self._current()

@@ -1,0 +1,1114 @@
+"""What may be swapped, and what may be run again: the rules, where other tests leave gaps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import select
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, OperationalError, close_old_connections, transaction
+from django.db.backends.signals import connection_created
+from django.db.utils import DatabaseError, Error
+
+from django_proxysql import CommitOutcomeUnknown, retrying_atomic
+from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
+from tests.servers import DATABASE
+from tests.site import KINDS, Site, site, with_table
+
+CUTS = ["before", "after", "reply"]
+
+
+@pytest.fixture(params=KINDS)
+def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
+
+
+@pytest.fixture
+def on_mariadb(mariadb: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(mariadb, fault_proxy) as made:
+        yield made
+
+
+@pytest.fixture
+def on_postgres(postgres: Any, fault_proxy: Any) -> Iterator[Site]:
+    with site(postgres, fault_proxy) as made:
+        yield made
+
+
+@pytest.fixture(params=KINDS)
+def three(request: Any, fault_proxy: Any) -> Iterator[Site]:
+    """A balancer with a third peer."""
+    with site(request.getfixturevalue(request.param), fault_proxy, number=3) as made:
+        yield made
+
+
+def others(here: Site) -> list[Any]:
+    return [peer for peer in here.balancer.peers.values() if peer is not here.connection.peer]
+
+
+def proxy_of(here: Site, peer: Any) -> Any:
+    port = peer.address.rpartition(":")[2]
+    return next(proxy for proxy in here.proxies if str(proxy.port) == port)
+
+
+class TestSwaps:
+    @pytest.mark.parametrize("forced", [True, False])
+    def test_goes_to_a_closed_circuit(self, three: Site, forced: bool) -> None:
+        """A trial that is due is made by a new connection; a swap has none to make."""
+        left, (due, closed) = three.connection.peer, others(three)
+        due.breaker.open()
+        three.idle(100)
+        accepted = proxy_of(three, due).accepted
+        three.session.wrote = False
+        if forced:
+            three.kill()
+        else:
+            left.breaker.open()
+        three.read()
+        assert three.connection.peer is closed
+        assert proxy_of(three, due).accepted == accepted
+        assert due.breaker.current_state == "open"
+
+    def test_makes_a_trial_when_nothing_else_is_left(self, three: Site) -> None:
+        due, closed = others(three)
+        due.breaker.open()
+        three.idle(100)
+        closed.breaker.open()
+        three.kill()
+        three.connection.peer.breaker.open()
+        three.write("one")
+        assert three.connection.peer is due
+        assert due.breaker.current_state == "closed"
+
+    def test_optional_one_makes_no_trial(self, three: Site) -> None:
+        for peer in three.balancer.peers.values():
+            peer.breaker.open()
+        three.idle(100)
+        before = three.connection.connection
+        accepted = [proxy.accepted for proxy in three.proxies]
+        three.read()
+        three.write("one")
+        assert three.connection.connection is before
+        assert [proxy.accepted for proxy in three.proxies] == accepted
+
+    def test_optional_one_connects_before_it_closes(self, here: Site) -> None:
+        old = here.connection.connection
+        answers: list[Any] = []
+
+        def ask(connection: Any, **_: Any) -> None:
+            if connection is here.connection:
+                with contextlib.closing(old.cursor()) as cursor:
+                    cursor.execute("SELECT 7")
+                    answers.append(cursor.fetchone()[0])
+
+        connection_created.connect(ask)
+        try:
+            here.connection.peer.breaker.open()
+            here.read()
+        finally:
+            connection_created.disconnect(ask)
+        assert here.connection.connection is not old
+        assert answers == [7]
+        here.settle()
+        assert here.sessions() == 1
+
+    def test_optional_one_is_tried_once(self, here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where it fails the old connection is kept, and asked no more until a circuit changes."""
+        before, (other,) = here.connection.connection, others(here)
+        connect, tries = here.connection.Database.connect, []
+
+        def full(**params: Any) -> Any:
+            tries.append(params)
+            raise here.connection.Database.OperationalError(
+                *((1040, "Too many connections") if here.is_mysql else ("sorry, too many clients",))
+            )
+
+        monkeypatch.setattr(here.connection.Database, "connect", full)
+        here.connection.peer.breaker.open()
+        for _ in range(3):
+            here.read()
+        assert len(tries) == 1
+        assert here.connection.connection is before
+        monkeypatch.setattr(here.connection.Database, "connect", connect)
+        other.breaker.open()
+        other.breaker.close()
+        here.read()
+        assert here.connection.peer is other
+
+    def test_a_dropped_connection_is_left_whatever_became_of_its_peer(
+        self, on_mariadb: Site
+    ) -> None:
+        here = on_mariadb
+        here.write("zero")
+        self.drop(here)
+        before, peer = here.connection.connection, here.connection.peer
+        assert peer.breaker.current_state == "open"
+        peer.breaker.close()
+        here.write("two")
+        assert here.connection.connection is not before
+        assert here.written() == ["zero", "two"]
+
+    def test_a_dropped_connection_is_worth_a_trial(self, on_mariadb: Site) -> None:
+        here = on_mariadb
+        (other,) = others(here)
+        other.breaker.open()
+        here.idle(100)
+        self.drop(here)
+        here.write("one")
+        assert here.connection.peer is other
+        assert here.written() == ["one"]
+
+    def drop(self, here: Site) -> None:
+        """Have the server answer that it is not ready, where nothing can be mended."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(refusing(here, 1047, WSREP))
+            stack.enter_context(pytest.raises(OperationalError))
+            stack.enter_context(transaction.atomic(here.connection.alias))
+            here.sql("SELECT 1")
+            here.write("one")
+
+    def test_cursors_follow(self, here: Site) -> None:
+        """Another cursor's swap takes this one along: it sends nothing where nobody listens."""
+        with here.connection.cursor() as first, here.connection.cursor() as second:
+            first.execute("SELECT 1")
+            here.kill()
+            second.execute("INSERT INTO app_token (value) VALUES ('one')")
+            first.execute("SELECT value FROM app_token")
+            assert [row[0] for row in first.fetchall()] == ["one"]
+        assert len(here.replaced()) == 1
+        assert not here.replayed()
+
+
+class TestSticky:
+    @pytest.fixture
+    def holding(self, here: Site) -> Site:
+        here.sql("SET @held = 1" if here.is_mysql else "SELECT pg_advisory_lock(5)")
+        return here
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_read(self, holding: Site, kind: str) -> None:
+        holding.cut(kind)
+        with pytest.raises(OperationalError):
+            holding.sql("SELECT 42")
+        assert not holding.replayed()
+        # Its state is gone, and that is said: what comes next is like any other.
+        holding.sql("SELECT 1")
+        holding.cut(kind)
+        assert holding.sql("SELECT 42") == [(42,)]
+
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("nth", [1, 2])
+    def test_transaction(self, holding: Site, kind: str, nth: int) -> None:
+        """Neither BEGIN nor the first read hides the loss."""
+        holding.cut(kind, nth)
+        with pytest.raises(OperationalError), transaction.atomic(holding.connection.alias):
+            holding.read()
+            holding.read()
+        assert not holding.replayed()
+        assert not holding.replaced()
+        with transaction.atomic(holding.connection.alias):
+            holding.write("after")
+        assert holding.written() == ["after"]
+
+    def test_first_statement_after_idleness(self, holding: Site) -> None:
+        with pytest.raises(OperationalError), transaction.atomic(holding.connection.alias):
+            holding.kill()
+            holding.idle()
+            holding.write("one")
+        assert holding.written() == []
+        assert not holding.replaced()
+
+    def test_state_made_in_a_transaction(self, here: Site) -> None:
+        """It outlives the transaction, and binds what comes after."""
+        with transaction.atomic(here.connection.alias):
+            here.sql("SET @held = 1" if here.is_mysql else "SELECT pg_advisory_lock(5)")
+        here.kill()
+        with pytest.raises(OperationalError):
+            here.write("one")
+        assert here.written() == []
+
+    def test_found_unusable(self, holding: Site) -> None:
+        """Whoever only asked has not been told what was lost."""
+        holding.kill()
+        assert not holding.connection.is_usable()
+        with pytest.raises(OperationalError):
+            holding.write("one")
+        holding.write("two")
+        assert holding.written() == ["two"]
+
+    def test_open_named_cursor(self, on_postgres: Site) -> None:
+        """What it has still to read is lost: nothing else may hide that."""
+        here = on_postgres
+        for value in ("one", "two"):
+            here.write(value)
+        close_old_connections()
+        with here.connection.chunked_cursor() as rows:
+            rows.execute("SELECT value FROM app_token ORDER BY id")
+            here.cut("after")
+            with pytest.raises(OperationalError):
+                here.sql("SELECT 42")
+            assert not here.replayed()
+
+    @pytest.mark.parametrize("statement", ["scoped", "state"])
+    def test_first_statement_of_a_transaction(self, here: Site, statement: str) -> None:
+        """Asked about the connection itself, another one has no answer."""
+        text = {
+            ("scoped", True): "SELECT LAST_INSERT_ID()",
+            ("scoped", False): "SELECT lastval()",
+            ("state", True): "SELECT GET_LOCK('a', 0)",
+            ("state", False): "SELECT pg_advisory_lock(5)",
+        }[statement, here.is_mysql]
+        here.write("one")
+        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+            here.kill()
+            here.idle()
+            here.sql(text)
+        assert not here.replaced()
+        assert here.sql("SELECT 1") == [(1,)]
+
+    def test_unbuffered_in_a_transaction(self, mariadb: Any, fault_proxy: Any) -> None:
+        import MySQLdb.cursors
+
+        options = {"cursorclass": MySQLdb.cursors.SSCursor}
+        with site(mariadb, fault_proxy, OPTIONS=options) as here:
+            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+                here.kill()
+                here.idle()
+                here.write("one")
+            assert not here.replaced()
+            here.write("two")
+            assert here.written() == ["two"]
+
+    def test_constraint_checks_that_cannot_be_switched_off(self, on_postgres: Site) -> None:
+        here = on_postgres
+        with here.connection.constraint_checks_disabled():
+            here.sql("SELECT 1")
+        here.kill()
+        here.write("one")
+        assert here.written() == ["one"]
+
+    def test_constraint_checks_off_in_a_transaction(self, on_mariadb: Site) -> None:
+        here = on_mariadb
+        block = transaction.atomic(here.connection.alias)
+        with pytest.raises(OperationalError), here.connection.constraint_checks_disabled(), block:
+            here.kill()
+            here.idle()
+            here.write("one")
+        assert here.written() == []
+        assert not here.replaced()
+
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_read_while_constraint_checks_are_off(
+        self, on_mariadb: Site, kind: str, in_block: bool
+    ) -> None:
+        here = on_mariadb
+        block = transaction.atomic(here.connection.alias) if in_block else contextlib.nullcontext()
+        with pytest.raises(OperationalError), here.connection.constraint_checks_disabled(), block:
+            here.cut(kind)
+            here.read()
+        assert not here.replayed()
+
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_read_while_shared_between_threads(self, here: Site, kind: str, in_block: bool) -> None:
+        here.sql("SELECT 1")
+        here.connection.inc_thread_sharing()
+        block = transaction.atomic(here.connection.alias) if in_block else contextlib.nullcontext()
+        try:
+            with pytest.raises(OperationalError), block:
+                here.cut(kind)
+                here.read()
+        finally:
+            here.connection.dec_thread_sharing()
+        assert not here.replayed()
+        assert not here.replaced()
+
+
+class TestLooks:
+    def test_no_descriptor_after_an_error(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It goes on being a number, and the next connection's, perhaps."""
+        driver = here.connection._driver
+        asked: list[Any] = []
+        fileno = driver.fileno
+
+        def noted(connection: Any) -> Any:
+            asked.append(connection)
+            return fileno(connection)
+
+        monkeypatch.setattr(driver, "fileno", noted)
+        for lose in (here.write, here.read):
+            here.sql("SELECT 1")
+            lost, session = here.connection.connection, here.session
+            here.cut("after")
+            asked.clear()
+            with contextlib.suppress(OperationalError):
+                lose(*(["one"] if lose == here.write else []))
+            here.write(f"after {lose.__name__}")
+            here.idle()
+            here.read()
+            assert session.poll is None
+            assert lost not in asked
+
+    def test_error_that_is_no_answer(self, here: Site) -> None:
+        """The driver complains of its own: the next look is a ping, and then all is as before."""
+        before = here.connection.connection
+        with pytest.raises(Error):
+            here.sql("SELECT %s, %s", [1])
+        assert here.session.unsure
+        assert here.session.poll is None
+        here.write("one")
+        assert here.connection.connection is before
+        assert not here.session.unsure
+        assert here.session.poll is not None
+        assert not here.losses()
+
+    def test_dead_after_an_error_that_is_no_answer(self, here: Site) -> None:
+        with pytest.raises(Error):
+            here.sql("SELECT %s, %s", [1])
+        here.kill()
+        here.write("one")
+        assert here.written() == ["one"]
+        assert not here.replayed()
+
+    def test_lost_on_its_first_use_and_not_looked_at(self, here: Site) -> None:
+        """A socket that nobody can look at may have idled until it was cut: no failed connect."""
+        here.connection.close()
+        here.connection.ensure_connection()
+        peer = here.connection.peer
+        here.session.poll = None
+        here.cut("before")
+        assert here.sql("SELECT 1") == [(1,)]
+        assert peer.breaker.current_state == "closed"
+        assert peer.breaker.circuit.suspect
+
+    def test_found_unusable_before_the_first_statement(self, here: Site) -> None:
+        """Known to be dead: nothing is sent there, idle or not."""
+        with transaction.atomic(here.connection.alias):
+            here.kill()
+            assert not here.connection.is_usable()
+            here.write("one")
+            here.write("two")
+        assert here.written() == ["one", "two"]
+        assert not here.replayed()
+
+    def test_usable(self, here: Site) -> None:
+        """Asked, and well: nothing is noted."""
+        before = here.connection.connection
+        here.sql("SELECT 1")
+        assert here.connection.is_usable()
+        assert not here.session.dead
+        assert not here.connection.peer.breaker.circuit.suspect
+        here.write("one")
+        assert here.connection.connection is before
+
+    def test_idle_and_well_in_a_transaction(self, here: Site) -> None:
+        before = here.connection.connection
+        with transaction.atomic(here.connection.alias):
+            here.idle()
+            here.write("one")
+        assert here.connection.connection is before
+        assert here.written() == ["one"]
+
+    @pytest.mark.parametrize("code", [2014, 1105])
+    def test_ping_that_fails_on_a_connection_that_lives(
+        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        """Results that nobody has read, or an answer: no loss."""
+        here = on_mariadb
+        before = here.connection.connection
+        error = here.connection.Database.ProgrammingError(code, "as the driver says")
+        here.session.poll = lambda timeout: [(before.fileno(), select.POLLIN)]
+        with monkeypatch.context() as patched:
+            patched.setattr(here.connection._driver, "ping", raising(error))
+            here.write("one")
+        assert here.connection.connection is before
+        assert here.session.sticky is (code == 2014)
+        assert not here.losses()
+
+    def test_empty_transaction(self, here: Site) -> None:
+        """Nothing happened in it, and so nothing is lost with it."""
+        ran: list[int] = []
+        with transaction.atomic(here.connection.alias):
+            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
+            here.kill()
+        assert ran == [1]
+        here.write("one")
+        assert here.written() == ["one"]
+
+
+WSREP = "WSREP has not yet prepared node for application use"
+
+
+def run_whole(here: Site, statement: str) -> None:
+    """Run a statement of the server's administrator that has semicolons in it."""
+    here.server.sql(f"DELIMITER $$\n{statement}$$", database=DATABASE)
+
+
+@contextlib.contextmanager
+def refusing(here: Site, errno: int, text: str, table: str = "app_token") -> Iterator[None]:
+    """Have the server answer the present connection's INSERTs of some values with an error."""
+    thread = here.connection.connection.thread_id()
+    run = functools.partial(run_whole, here)
+    signal = f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {errno}, MESSAGE_TEXT = '{text}'"
+    run(
+        f"CREATE OR REPLACE TRIGGER refusing BEFORE INSERT ON {table} FOR EACH ROW"
+        f" IF CONNECTION_ID() = {thread} AND NEW.value <> 'well' THEN {signal}; END IF"
+    )
+    try:
+        yield
+    finally:
+        run("DROP TRIGGER refusing")
+
+
+class TestProvenNotToHaveRun:
+    """The server answers that it does not serve; it takes one plain statement to believe it."""
+
+    @pytest.fixture(params=["mariadb", "mariadb_tls"])
+    def mysql(self, request: Any, fault_proxy: Any) -> Iterator[Site]:
+        with site(request.getfixturevalue(request.param), fault_proxy) as made:
+            made.sql("SELECT 1")
+            yield made
+
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_plain(self, mysql: Site, in_block: bool) -> None:
+        old = mysql.connection.peer
+        block = transaction.atomic(mysql.connection.alias) if in_block else contextlib.nullcontext()
+        with refusing(mysql, 1047, WSREP), block:
+            mysql.write("one")
+            mysql.write("two")
+        assert mysql.written() == ["one", "two"]
+        assert len(mysql.replayed()) == 1
+        assert old.breaker.current_state == "open"
+        assert old.breaker.circuit.question == "galera"
+
+    def test_second_statement(self, mysql: Site) -> None:
+        with refusing(mysql, 1047, WSREP):
+            with pytest.raises(OperationalError), transaction.atomic(mysql.connection.alias):
+                mysql.write("well")
+                mysql.write("one")
+            mysql.write("two")
+        assert mysql.written() == ["two"]
+        assert not mysql.replayed()
+
+    def test_fail_max(self, mariadb: Any, fault_proxy: Any) -> None:
+        """The answer opens the circuit at once: good connects would reset any count."""
+        with site(mariadb, fault_proxy, BREAKER={"fail_max": 5}) as here:
+            old = here.connection.peer
+            with refusing(here, 1047, WSREP):
+                here.write("one")
+            assert old.breaker.current_state == "open"
+            assert here.written() == ["one"]
+
+    @pytest.mark.parametrize(
+        ("errno", "text"),
+        [
+            (1180, "Got error 6 during COMMIT: Not connected to Primary Component"),
+            (9001, "Max connect timeout reached while reaching hostgroup 0 after 10000ms"),
+            (9002, "Max connect failure while reaching hostgroup 0"),
+        ],
+    )
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_no_proof(self, mysql: Site, errno: int, text: str, in_block: bool) -> None:
+        old = mysql.connection.peer
+        block = transaction.atomic(mysql.connection.alias) if in_block else contextlib.nullcontext()
+        with refusing(mysql, errno, text):
+            with pytest.raises(DatabaseError), block:
+                mysql.write("one")
+            assert old.breaker.current_state == "open"
+            mysql.write("two")
+        assert mysql.connection.peer is not old
+        assert mysql.written() == ["two"]
+        assert not mysql.replayed()
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "CALL write_two()",
+            "INSERT INTO app_token (value) VALUES ('well'); INSERT INTO app_token (value)"
+            " VALUES ('one')",
+            "INSERT INTO app_token (value) VALUES (refused('one'))",
+            "SELECT refused('one')",
+        ],
+    )
+    def test_not_plain(self, mysql: Site, statement: str) -> None:
+        """A part of it may stand: with CALL, and with more than one statement, it did."""
+        run = functools.partial(run_whole, mysql)
+        run(
+            "CREATE OR REPLACE PROCEDURE write_two() BEGIN"
+            " INSERT INTO app_token (value) VALUES ('well');"
+            " INSERT INTO app_token (value) VALUES ('one'); END"
+        )
+        run(
+            "CREATE OR REPLACE FUNCTION refused(v VARCHAR(20)) RETURNS VARCHAR(20) BEGIN"
+            f" SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1047, MESSAGE_TEXT = '{WSREP}';"
+            " RETURN v; END"
+        )
+        mysql.server.sql("GRANT EXECUTE ON *.* TO 'app'@'%'")
+        old = mysql.connection.peer
+        with refusing(mysql, 1047, WSREP):
+            with pytest.raises(Error), mysql.connection.cursor() as cursor:
+                cursor.execute(statement)
+                while cursor.nextset():
+                    pass
+            stood = mysql.plain_rows()
+            assert old.breaker.current_state == "open"
+            assert not mysql.replayed()
+            # Whatever it left in the session has gone: that was said by the error.
+            close_old_connections()
+            mysql.write("after")
+        assert mysql.written() == [*stood, "after"]
+        assert "one" not in stood
+
+    def test_executemany(self, mysql: Site) -> None:
+        """Its rows are sent one by one, and some of them stand."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(refusing(mysql, 1047, WSREP))
+            cursor = stack.enter_context(mysql.connection.cursor())
+            with pytest.raises(OperationalError):
+                cursor.executemany("INSERT INTO app_token SET value = %s", [["well"], ["one"]])
+        assert mysql.written() == ["well"]
+        assert not mysql.replayed()
+
+    def test_too_large(self, mysql: Site) -> None:
+        """One 2006 can be a packet over max_allowed_packet: nothing so large is sent twice."""
+        statement = "INSERT INTO app_token (value) SELECT 'one' FROM (SELECT %s AS x) AS t"
+        with refusing(mysql, 1047, WSREP), pytest.raises(OperationalError):
+            mysql.sql(statement, ["x" * 1_000_001])
+        assert mysql.written() == []
+        assert not mysql.replayed()
+
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_never_again(self, mariadb: Any, fault_proxy: Any, in_block: bool) -> None:
+        """REPLAY None: not even what is proven."""
+        with site(mariadb, fault_proxy, REPLAY=None) as here:
+            with refusing(here, 1047, WSREP):
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(pytest.raises(OperationalError))
+                    if in_block:
+                        stack.enter_context(transaction.atomic(here.connection.alias))
+                    here.write("one")
+                here.write("two")
+            assert here.written() == ["two"]
+
+    @pytest.mark.parametrize(
+        ("errno", "text", "ends"),
+        [
+            (1927, "Connection was killed", True),
+            (1317, "Query execution was interrupted", False),
+            (1205, "Lock wait timeout exceeded", False),
+            (1226, "User has exceeded a resource", False),
+        ],
+    )
+    def test_says_nothing_of_the_peer(self, mysql: Site, errno: int, text: str, ends: bool) -> None:
+        """What was ended on purpose, what met another, what was too much: no peer's fault."""
+        before, peer = mysql.connection.connection, mysql.connection.peer
+        with refusing(mysql, errno, text), pytest.raises(OperationalError):
+            mysql.write("one")
+        assert peer.breaker.current_state == "closed"
+        assert not peer.breaker.circuit.suspect
+        mysql.write("two")
+        assert (mysql.connection.connection is not before) is ends
+        assert mysql.written() == ["two"]
+        assert not mysql.replayed()
+
+
+class TestNeverSent:
+    """Connector/C's 2006: the packet did not leave, and may be sent elsewhere."""
+
+    @pytest.fixture(params=["mariadb", "mariadb_tls"])
+    def reset(self, request: Any, fault_proxy: Any) -> Iterator[Site]:
+        server = request.getfixturevalue(request.param)
+        with site(server, functools.partial(fault_proxy, reset=True)) as made:
+            made.sql("SELECT 1")
+            yield made
+
+    def lose(self, here: Site) -> None:
+        """Have the connection reset, and the client know it but by sending."""
+        descriptor = here.connection.connection.fileno()
+        here.here.drop_connections()
+        assert select.select([descriptor], [], [], 10)[0]
+
+    def test_first_write_of_a_transaction(self, reset: Site) -> None:
+        with transaction.atomic(reset.connection.alias):
+            self.lose(reset)
+            reset.write("one")
+            reset.write("two")
+        assert reset.written() == ["one", "two"]
+        assert len(reset.replayed()) == 1
+
+    def test_second_write_of_a_transaction(self, reset: Site) -> None:
+        with pytest.raises(OperationalError), transaction.atomic(reset.connection.alias):
+            reset.write("one")
+            self.lose(reset)
+            reset.write("two")
+        assert reset.written() == []
+        assert not reset.replayed()
+
+    @pytest.mark.parametrize("what", ["one", "CALL", "executemany"])
+    def test_autocommit(self, reset: Site, what: str) -> None:
+        """Where no look was taken; only one plain statement is sent again."""
+        reset.session.poll = None
+        self.lose(reset)
+        with reset.connection.cursor() as cursor:
+            if what == "one":
+                cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+            else:
+                with pytest.raises(OperationalError):
+                    if what == "CALL":
+                        cursor.callproc("nonesuch")
+                    else:
+                        cursor.executemany(
+                            "INSERT INTO app_token (value) VALUES (%s)", [["one"], ["two"]]
+                        )
+        assert reset.written() == (["one"] if what == "one" else [])
+        assert len(reset.replayed()) == (what == "one")
+
+
+class TestReadOnlyPostgreSQL:
+    @pytest.fixture
+    def pair(self, postgres_pair: Any) -> Iterator[Any]:
+        peers = [mysql_peer(node) for node in postgres_pair]
+        settings = {"clock": Clock(), "PEER_ENGINE": POSTGRESQL, "CONN_MAX_AGE": None}
+        with engine(peers, READY_CHECK="writable", **settings) as connection:  # type: ignore[arg-type]
+            balancer = connection._registered().balancer
+            for peer in balancer.peers.values():
+                with balancer.pinned(peer):
+                    connection.close()
+                    with_table(connection)
+            yield connection, dict(zip(balancer.peers, postgres_pair))
+
+    def write(self, connection: Any, value: str) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
+
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_write_goes_elsewhere(self, pair: Any, in_block: bool) -> None:
+        connection, nodes = pair
+        old, driver = connection.peer, connection.connection
+        nodes[old.name].set_global("default_transaction_read_only = on")
+        # Told to reload its settings, each session does so in its own time.
+        while driver.execute("SHOW default_transaction_read_only").fetchone() != ("on",):
+            pass
+        block = transaction.atomic(connection.alias) if in_block else contextlib.nullcontext()
+        with block:
+            self.write(connection, "one")
+            self.write(connection, "two")
+        assert connection.peer is not old
+        assert old.breaker.current_state == "open"
+        assert old.breaker.circuit.question == "writable"
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT value FROM app_token ORDER BY id")
+            assert cursor.fetchall() == [("one",), ("two",)]
+
+
+class TestTransactions:
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_restart_keeps_the_block(self, here: Site, kind: str) -> None:
+        """Django's connect() clears what a block is made of; a restart has it stand."""
+        connection = here.connection
+        ran: list[str] = []
+        here.sql("SELECT 1")
+        here.cut(kind, 2)
+        with transaction.atomic(connection.alias):
+            transaction.on_commit(lambda: ran.append("outer"), connection.alias)
+            with transaction.atomic(connection.alias, savepoint=False):
+                transaction.on_commit(lambda: ran.append("inner"), connection.alias)
+                blocks = list(getattr(connection, "atomic_blocks", ()))
+                assert here.read() == []
+                assert here.replayed()
+                assert connection.in_atomic_block
+                assert not connection.commit_on_exit or connection.savepoint_ids
+                assert list(getattr(connection, "atomic_blocks", ())) == blocks
+                here.write("one")
+            assert ran == []
+        assert ran == ["outer", "inner"]
+        assert here.written() == ["one"]
+        assert connection.get_autocommit()
+        assert connection.run_on_commit == []
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_restart_keeps_savepoints_apart(self, here: Site, kind: str) -> None:
+        """Rolled back to a savepoint that was made again: what came before it stands."""
+        alias = here.connection.alias
+        ran: list[str] = []
+        here.sql("SELECT 1")
+        here.cut(kind, 3)
+        with transaction.atomic(alias):
+            with transaction.atomic(alias):
+                here.read()
+                here.write("one")
+                with pytest.raises(KeyError), transaction.atomic(alias):
+                    transaction.on_commit(lambda: ran.append("never"), alias)
+                    here.write("never")
+                    raise KeyError
+                transaction.on_commit(lambda: ran.append("once"), alias)
+            with pytest.raises(KeyError), transaction.atomic(alias):
+                here.write("nor that")
+                raise KeyError
+        assert len(here.replayed()) == 1
+        assert here.written() == ["one"]
+        assert ran == ["once"]
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_first_statement_failed_into_the_application(self, here: Site, kind: str) -> None:
+        """After any error inside the block nothing there is run again."""
+        alias = here.connection.alias
+        here.write("one")
+        replaced = len(here.replaced())
+        with pytest.raises(OperationalError), transaction.atomic(alias):
+            with pytest.raises(Error), transaction.atomic(alias):
+                here.sql("SELECT nonesuch FROM app_token")
+            here.cut(kind)
+            here.read()
+        assert not here.replayed()
+        assert len(here.replaced()) == replaced
+        assert here.read() == ["one"]
+
+    def test_found_dead_after_an_error_inside(self, here: Site) -> None:
+        alias = here.connection.alias
+        with pytest.raises(OperationalError), transaction.atomic(alias):
+            with pytest.raises(Error), transaction.atomic(alias):
+                here.sql("SELECT nonesuch FROM app_token")
+            here.kill()
+            here.idle()
+            here.read()
+        assert not here.replaced()
+        assert here.read() == []
+
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("first", ["SELECT value FROM app_token", "executemany"])
+    def test_what_uses_up_the_first_statement(self, here: Site, kind: str, first: str) -> None:
+        alias = here.connection.alias
+        here.sql("SELECT 1")
+        with pytest.raises(OperationalError), transaction.atomic(alias):
+            with here.connection.cursor() as cursor:
+                if first == "executemany":
+                    cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["one"]])
+                else:
+                    cursor.execute(first)
+            here.cut(kind)
+            here.read()
+        assert not here.replayed()
+        assert here.written() == []
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_first_write_that_is_not_plain(self, on_postgres: Site, kind: str) -> None:
+        """What an unknown function did outside of the transaction nobody takes back."""
+        here = on_postgres
+        here.sql("SELECT 1")
+        for statement, params in [
+            ("INSERT INTO app_token (value) VALUES (quote_literal('one'))", None),
+            ("INSERT INTO app_token (value) SELECT 'one' WHERE %s <> ''", ["x" * 1_000_001]),
+        ]:
+            here.sql("SELECT 1")
+            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+                here.cut(kind)
+                here.sql(statement, params)
+        assert here.written() == []
+        assert not here.replayed()
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_leaving_connects_nowhere(self, here: Site, kind: str) -> None:
+        """Django's way out of a block would connect anew, to raise another error than the first."""
+        here.sql("SELECT 1")
+        here.cut(kind, 3)
+        accepted = [proxy.accepted for proxy in here.proxies]
+        for proxy in here.proxies:
+            proxy.refuse()
+        with pytest.raises(OperationalError) as inside, transaction.atomic(here.connection.alias):
+            here.write("one")
+            try:
+                here.write("two")
+            except OperationalError as exc:
+                first = exc
+                raise
+        assert inside.value is first
+        assert [proxy.accepted for proxy in here.proxies] == accepted
+        assert here.connection.autocommit
+        assert not here.connection.in_atomic_block
+        for proxy in here.proxies:
+            proxy.forward()
+        here.write("three")
+        assert here.written() == ["three"]
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_commit_on_what_is_known_to_be_dead(self, here: Site, kind: str) -> None:
+        """The application swallowed the loss: COMMIT does not leave, and that is certain."""
+        ran: list[int] = []
+        here.sql("SELECT 1")
+        here.cut(kind, 3)
+        with pytest.raises(Error) as caught, transaction.atomic(here.connection.alias):
+            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
+            here.write("one")
+            with contextlib.suppress(OperationalError):
+                here.write("two")
+        assert not isinstance(caught.value, CommitOutcomeUnknown)
+        assert here.written() == []
+        assert ran == []
+        here.write("three")
+        assert here.written() == ["three"]
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_autocommit_by_hand(self, on_mariadb: Site, kind: str) -> None:
+        """``SET autocommit = 1`` commits, there: its loss is an error."""
+        here = on_mariadb
+        here.connection.set_autocommit(False)
+        here.write("one")
+        here.cut(kind)
+        with pytest.raises(OperationalError):
+            here.connection.set_autocommit(True)
+        here.connection.close()
+        assert here.written() == ([] if kind == "before" else ["one"])
+        here.connection.set_autocommit(True)
+        here.write("two")
+        assert here.written()[-1:] == ["two"]
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_leaving_is_refused(
+        self, mariadb: Any, fault_proxy: Any, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        """COMMIT was answered: no error. But that connection stays without autocommit."""
+        with site(mariadb, fault_proxy, number=number) as here:
+            ran: list[int] = []
+            here.sql("SELECT 1")
+            with self.refused(here, monkeypatch, True, 1053, "Server shutdown in progress"):
+                with transaction.atomic(here.connection.alias):
+                    transaction.on_commit(lambda: ran.append(1), here.connection.alias)
+                    here.write("one")
+                assert ran == [1]
+            with contextlib.suppress(OperationalError):
+                here.write("two")
+            here.connection.close()
+            here.idle(100)
+            here.write("three")
+            assert here.written() in (["one", "three"], ["one", "two", "three"])
+            assert ("two" in here.written()) is (number == 2)
+
+    @pytest.mark.parametrize(
+        ("code", "text", "elsewhere"), [(9001, "Max connect timeout", True), (1105, "Bad", False)]
+    )
+    def test_beginning_is_refused(
+        self,
+        on_mariadb: Site,
+        monkeypatch: pytest.MonkeyPatch,
+        code: int,
+        text: str,
+        elsewhere: bool,
+    ) -> None:
+        """By a peer that is not ready: begun elsewhere. By one that is: raised."""
+        here = on_mariadb
+        old = here.connection.peer
+        fails = contextlib.nullcontext() if elsewhere else pytest.raises(OperationalError)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fails)
+            stack.enter_context(self.refused(here, monkeypatch, False, code, text))
+            stack.enter_context(transaction.atomic(here.connection.alias))
+            here.write("one")
+        assert (here.connection.peer is not old) is elsewhere
+        assert here.written() == (["one"] if elsewhere else [])
+
+    @contextlib.contextmanager
+    def refused(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, value: bool, code: int, text: str
+    ) -> Iterator[None]:
+        """Have ``SET autocommit`` answered with an error, on the present connection."""
+        connection = here.connection.connection
+        autocommit = type(connection).autocommit
+
+        def refuse(self: Any, on: bool) -> None:
+            if self is connection and on is value:
+                raise here.connection.Database.OperationalError(code, text)
+            autocommit(self, on)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(connection), "autocommit", refuse)
+            yield
+
+    @pytest.mark.parametrize("synchronous", [True, False])
+    def test_peers_that_may_lag(self, mariadb: Any, fault_proxy: Any, synchronous: bool) -> None:
+        """A transaction's first read, too, must see what the unit of work has written."""
+        with site(mariadb, fault_proxy, SYNCHRONOUS_PEERS=synchronous) as here:
+            close_old_connections()
+            here.write("one")
+            fails = contextlib.nullcontext() if synchronous else pytest.raises(OperationalError)
+            with fails, transaction.atomic(here.connection.alias):
+                here.cut("after")
+                here.read()
+            close_old_connections()
+            here.read()
+            with transaction.atomic(here.connection.alias):
+                here.cut("after")
+                assert here.read() == ["one"]
+
+    def test_leaving_fails_on_a_connection_that_lives(
+        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No loss, and so an error: the connection would go on without autocommit."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.refused(on_mariadb, monkeypatch, True, 1105, "Unknown"))
+            stack.enter_context(pytest.raises(OperationalError, match="Unknown"))
+            stack.enter_context(transaction.atomic(on_mariadb.connection.alias))
+            on_mariadb.write("one")
+        on_mariadb.connection.close()
+        assert on_mariadb.written() == ["one"]
+
+
+class TestCommit:
+    """What the answer to COMMIT leaves open, and what it does not."""
+
+    @pytest.mark.parametrize(
+        ("errno", "text", "unknown"),
+        [
+            (1180, "Got error 6 during COMMIT: Not connected to Primary Component", True),
+            (1180, "Got error 28 during COMMIT", True),
+            (9001, "Max connect timeout reached while reaching hostgroup 0", True),
+            (1047, WSREP, False),
+            (1290, "running with the --read-only option", False),
+            (1836, "Running in read-only mode", False),
+            (1213, "Deadlock found", False),
+            (2006, "Server has gone away", False),
+            (2013, "Lost connection", True),
+        ],
+    )
+    def test_on_mysql(
+        self,
+        on_mariadb: Site,
+        monkeypatch: pytest.MonkeyPatch,
+        errno: int,
+        text: str,
+        unknown: bool,
+    ) -> None:
+        here = on_mariadb
+        runs: list[int] = []
+        here.sql("SELECT 1")
+
+        def work() -> None:
+            runs.append(1)
+            here.write("one")
+            error = here.connection.Database.OperationalError(errno, text)
+            # The server undoes what is not known to be done: here, all of it.
+            monkeypatch.setattr(type(here.connection.connection), "commit", raising(error))
+
+        with pytest.raises(OperationalError) as caught:
+            retrying_atomic(here.connection.alias, attempts=2)(work)()
+        assert isinstance(caught.value, CommitOutcomeUnknown) is unknown
+        assert caught.value.args == (errno, text)
+        assert len(runs) == (2 if errno in (1213, 1047, 2006) else 1)
+
+    def test_constraint(self, on_postgres: Site) -> None:
+        """A deferred constraint fails at COMMIT: an answer, and a plain one."""
+        here = on_postgres
+        here.server.sql(
+            "CREATE TABLE IF NOT EXISTS deferred (id int UNIQUE DEFERRABLE INITIALLY DEFERRED);"
+            "GRANT ALL ON deferred TO app",
+            database=DATABASE,
+        )
+        with pytest.raises(IntegrityError), transaction.atomic(here.connection.alias):
+            here.write("one")
+            here.sql("INSERT INTO deferred VALUES (1), (1)")
+        assert here.written() == []
+
+
+def raising(error: BaseException) -> Any:
+    def method(*args: Any) -> None:
+        raise error
+
+    return method
+
+
+class TestRetryingAtomic:
+    def test_another_exception(self, here: Site) -> None:
+        """Not the database's any longer: the function has dealt with it."""
+        runs: list[int] = []
+
+        def work() -> None:
+            runs.append(1)
+            code = (1213,) if here.is_mysql else ()
+            raise KeyError from here.connection.Database.OperationalError(*code)
+
+        with pytest.raises(KeyError):
+            retrying_atomic(here.connection.alias)(work)()
+        assert runs == [1]
+
+    def test_another_engine(self) -> None:
+        runs: list[int] = []
+
+        def work() -> None:
+            runs.append(1)
+            raise OperationalError("database is locked")
+
+        with pytest.raises(OperationalError, match="locked"):
+            retrying_atomic(work)()
+        assert runs == [1]
+
+    def test_asynchronous_generator(self) -> None:
+        async def generator() -> Any:
+            yield 1
+
+        with pytest.raises(TypeError, match="after the block has ended"):
+            retrying_atomic(generator)
+
+
+class TestTimeOuts:
+    def test_retrying_atomic(self, mariadb: Any, fault_proxy: Any) -> None:
+        """After a time-out the server may be at it still: the block is not run again."""
+        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
+            here.sql("SELECT 1")
+            runs: list[int] = []
+
+            def work() -> None:
+                runs.append(1)
+                here.write("one")
+                here.here.freeze()
+                # The balancer's clock stands still: have it see the second pass.
+                waiting = threading.Timer(0.5, here.clock.advance, [1])
+                waiting.start()
+                try:
+                    here.write("two")
+                finally:
+                    waiting.join()
+                    here.here.thaw()
+
+            with pytest.raises(OperationalError):
+                retrying_atomic(here.connection.alias)(work)()
+            assert runs == [1]
+            assert not here.replayed()
+            assert here.written() == []
+
+
+class TestOwnWritesOnGalera:
+    @pytest.mark.parametrize("wrote", [True, False])
+    def test_forced_swap(self, galera: Any, fault_proxy: Any, wrote: bool) -> None:
+        """After a write the next node catches up first, and has its setting back."""
+        proxies = {proxy.port: proxy for proxy in map(fault_proxy, galera)}
+        with engine(
+            [mysql_peer(proxy) for proxy in proxies.values()],
+            clock=Clock(),
+            CONN_MAX_AGE=None,
+            OPTIONS={"init_command": "SET SESSION wsrep_sync_wait = 6"},
+        ) as connection:
+            with_table(connection)
+            close_old_connections()
+            with connection.cursor() as cursor:
+                if wrote:
+                    cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+                old = connection.peer
+                descriptor = connection.connection.fileno()
+                proxies[int(old.address.rpartition(":")[2])].drop_connections()
+                assert select.select([descriptor], [], [], 10)[0]
+                cursor.execute("UPDATE app_token SET value = 'two'")
+                assert cursor.rowcount == wrote
+                assert connection.peer is not old
+                packets = proxies[int(connection.peer.address.rpartition(":")[2])].packets
+                waits = [packet for packet in packets if b"wsrep_sync_wait = 1" in packet]
+                assert len(waits) == wrote
+                cursor.execute("SELECT @@wsrep_sync_wait")
+                assert cursor.fetchone() == (6,)
