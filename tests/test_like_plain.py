@@ -9,6 +9,7 @@ from typing import Any
 
 import django
 import pytest
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
 from django_proxysql.conf import ENGINE
@@ -135,6 +136,27 @@ def test_peers_mirror_what_their_balancer_mirrors() -> None:
     ):
         assert connections["one"].alias == "one"
         assert connections["a"].settings_dict["TEST"]["MIRROR"] == "default"
+
+
+def test_a_peer_with_a_test_database_of_its_own() -> None:
+    """Django met it before its balancer: the balancer's would be made over it."""
+    with added({"a": {"ENGINE": MYSQL, **peer("a")}, "one": entry(PEERS=["a"])}):
+        creation = connections["one"].creation
+        connections.databases["a"]["NAME"] = "test_app"
+        with pytest.raises(ImproperlyConfigured, match="Add 'django_proxysql' to INSTALLED_APPS"):
+            creation.create_test_db(verbosity=0, autoclobber=True)
+
+
+def test_default_alias_as_a_peer() -> None:
+    """It is no mirror, for the other aliases wait for it: the balancer shares its database."""
+    found = signatures(
+        {
+            "a": {"ENGINE": MYSQL, **peer("a")},
+            "default": {"ENGINE": MYSQL, **peer("b")},
+            "one": entry(PEERS=["a", "default"]),
+        }
+    )
+    assert found["one"] == found["default"] != found["a"]
 
 
 class Production:
