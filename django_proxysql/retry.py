@@ -66,9 +66,10 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
 
     :param using: the alias; the default one if None.
     :param attempts: how many times the function is run at most.
-    :raises TransactionManagementError: called inside another atomic block, of
-        which only a part would be run again. (Inside the blocks of Django's
-        TestCase it runs once, in a savepoint.)
+    :raises TransactionManagementError: called inside another atomic block, or
+        while autocommit is off: only a part of the transaction would be run
+        again. (Inside the blocks of Django's TestCase it runs once, in a
+        savepoint.)
     :raises ValueError: ``attempts`` is no int of at least 1.
     :raises TypeError: the function is a coroutine function or a generator
         function, which would run after its block has ended.
@@ -107,6 +108,12 @@ def _retrying(function: _F, using: str | None, attempts: int) -> _F:
         if not isinstance(connection, SafePointsMixin):
             with transaction.atomic(using=alias):
                 return function(*args, **kwargs)
+        if not connection.get_autocommit():
+            raise TransactionManagementError(
+                f"retrying_atomic was called on {alias!r} while autocommit is off: a transaction "
+                "that was begun by hand would be given up with the block, and only the block be "
+                "run again. Switch autocommit on, or use transaction.atomic here."
+            )
         fate = CommitFate()
 
         def once() -> Any:

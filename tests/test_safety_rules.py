@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, OperationalError, close_old_connections, transaction
 from django.db.backends.signals import connection_created
+from django.db.transaction import TransactionManagementError
 from django.db.utils import DatabaseError, Error
 
-from django_proxysql import CommitOutcomeUnknown, retrying_atomic
+from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site, with_table
@@ -171,6 +172,33 @@ class TestSwaps:
             stack.enter_context(transaction.atomic(here.connection.alias))
             here.sql("SELECT 1")
             here.write("one")
+
+    def test_optional_one_waits_for_the_units_end(self, here: Site) -> None:
+        """Idleness ends no unit of work where close_old_connections() does."""
+        close_old_connections()
+        with here.connection.cursor() as cursor:
+            cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["one"]])
+        left = here.connection.peer
+        left.breaker.open()
+        here.read()
+        here.idle(100)
+        here.read()
+        assert here.connection.peer is left
+        close_old_connections()
+        here.read()
+        assert here.connection.peer is not left
+
+    def test_what_was_written_is_remembered(self, three: Site) -> None:
+        """A forced swap ends no unit of work: the next optional one waits all the same."""
+        close_old_connections()
+        three.write("one")
+        three.kill()
+        three.idle()
+        three.read()
+        left = three.connection.peer
+        left.breaker.open()
+        three.read()
+        assert three.connection.peer is left
 
     def test_cursors_follow(self, here: Site) -> None:
         """Another cursor's swap takes this one along: it sends nothing where nobody listens."""
@@ -799,6 +827,42 @@ class TestTransactions:
         assert not here.replayed()
         assert here.written() == []
 
+    def test_named_cursor_uses_up_the_first_statement(self, on_postgres: Site) -> None:
+        here = on_postgres
+        here.write("one")
+        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+            with here.connection.chunked_cursor() as rows:
+                rows.execute("SELECT value FROM app_token")
+                assert rows.fetchall() == [("one",)]
+            here.cut("after")
+            here.read()
+        assert not here.replayed()
+
+    @pytest.mark.parametrize("kind", CUTS)
+    def test_restart_with_nobody_left(self, here: Site, kind: str) -> None:
+        """What is raised is what happened to the statement, once; the block ends as ever."""
+        here.sql("SELECT 1")
+        here.cut(kind, 2)
+        raised = []
+        with pytest.raises(OperationalError) as caught, transaction.atomic(here.connection.alias):
+            for proxy in here.proxies:
+                proxy.refuse()
+            try:
+                here.read()
+            except OperationalError as exc:
+                raised.append(exc)
+                raise
+        assert raised == [caught.value]
+        assert not isinstance(caught.value, NoPeerAvailable)
+        assert here.connection.autocommit
+        assert not here.replayed()
+        for proxy in here.proxies:
+            proxy.forward()
+        here.idle(100)
+        with transaction.atomic(here.connection.alias):
+            here.write("one")
+        assert here.written() == ["one"]
+
     @pytest.mark.parametrize("kind", CUTS)
     def test_first_write_that_is_not_plain(self, on_postgres: Site, kind: str) -> None:
         """What an unknown function did outside of the transaction nobody takes back."""
@@ -860,6 +924,8 @@ class TestTransactions:
     def test_autocommit_by_hand(self, on_mariadb: Site, kind: str) -> None:
         """``SET autocommit = 1`` commits, there: its loss is an error."""
         here = on_mariadb
+        with transaction.atomic(here.connection.alias):
+            here.sql("SELECT 1")
         here.connection.set_autocommit(False)
         here.write("one")
         here.cut(kind)
@@ -1027,6 +1093,51 @@ def raising(error: BaseException) -> Any:
 
 
 class TestRetryingAtomic:
+    def test_a_peer_that_is_not_ready(self, on_mariadb: Site) -> None:
+        """Its answer came before COMMIT: nothing stands, and another peer may do it."""
+        runs: list[int] = []
+
+        def work() -> None:
+            runs.append(1)
+            on_mariadb.write("well")
+            on_mariadb.write("one")
+
+        with refusing(on_mariadb, 1047, WSREP):
+            retrying_atomic(on_mariadb.connection.alias)(work)()
+        assert len(runs) == 2
+        assert on_mariadb.written() == ["well", "one"]
+
+    def test_a_hook_after_nothing(self, here: Site) -> None:
+        """The transaction of a hook is its own, where the function's had nothing in it, too."""
+        runs: list[int] = []
+        alias = here.connection.alias
+
+        def hook() -> None:
+            raise OperationalError from here.connection.Database.OperationalError(
+                *((1213, "Deadlock") if here.is_mysql else ())
+            )
+
+        def work() -> None:
+            runs.append(1)
+            transaction.on_commit(hook, alias)
+            here.kill()
+
+        with pytest.raises(OperationalError):
+            retrying_atomic(alias)(work)()
+        assert runs == [1]
+
+    def test_while_autocommit_is_off(self, here: Site) -> None:
+        """What was done before it in a transaction by hand would be lost without a word."""
+        runs: list[int] = []
+        here.connection.set_autocommit(False)
+        here.write("one")
+        with pytest.raises(TransactionManagementError, match="autocommit is off"):
+            retrying_atomic(here.connection.alias)(lambda: runs.append(1))()
+        assert runs == []
+        here.connection.commit()
+        here.connection.set_autocommit(True)
+        assert here.written() == ["one"]
+
     def test_another_exception(self, here: Site) -> None:
         """Not the database's any longer: the function has dealt with it."""
         runs: list[int] = []

@@ -773,7 +773,9 @@ class SafePointsMixin(LoadBalancedMixin):
             if self._first:
                 # Nothing happened in this transaction: nothing is lost with it.
                 self._answered = True
-                self._fate = None
+                # As after any COMMIT that was answered, its hooks run, and nothing again.
+                fate, self._fate = self._fate or CommitFate(), None
+                fate.sent = True
                 return None
             assert session.loss is not None
             session.told = True
