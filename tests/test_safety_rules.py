@@ -827,6 +827,45 @@ class TestTransactions:
         assert not here.replayed()
         assert here.written() == []
 
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("nth", [1, 2])
+    def test_what_was_begun_anew_can_be_rolled_back(self, here: Site, kind: str, nth: int) -> None:
+        """On the new connection, too, it is a transaction: nothing in it is autocommitted."""
+        here.sql("SELECT 1")
+        here.cut(kind, nth)
+        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
+            here.read()
+            here.write("one")
+            assert here.replaced()
+            raise KeyError
+        assert here.written() == []
+        here.write("two")
+        assert here.written() == ["two"]
+
+    def test_what_was_begun_elsewhere_can_be_rolled_back(self, here: Site) -> None:
+        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
+            here.kill()
+            here.idle()
+            here.write("one")
+            assert here.replaced()
+            raise KeyError
+        assert here.written() == []
+
+    def test_named_cursor_as_the_first_statement(self, on_postgres: Site) -> None:
+        """Found dead before its DECLARE is sent: the transaction is begun elsewhere."""
+        here = on_postgres
+        here.write("one")
+        with transaction.atomic(here.connection.alias):
+            here.kill()
+            here.idle()
+            with here.connection.chunked_cursor() as rows:
+                rows.execute("SELECT value FROM app_token")
+                assert rows.fetchall() == [("one",)]
+            here.write("two")
+        assert here.written() == ["one", "two"]
+        assert here.replaced()
+        assert not here.replayed()
+
     def test_named_cursor_uses_up_the_first_statement(self, on_postgres: Site) -> None:
         here = on_postgres
         here.write("one")
