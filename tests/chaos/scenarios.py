@@ -185,6 +185,7 @@ def galera_cut_off(stage: Stage) -> None:
     stage.wait(0.7)
     with stage.fault(f"{node.name} is cut off from the cluster"):
         stage.site.cluster.isolate(node)
+        stage.site.cluster.wait_without(node)
     stage.wait(2)
     with stage.fault(f"{node.name} is let back"):
         # Galera certifies anew what was under way when a node joins.
@@ -197,7 +198,9 @@ def galera_killed(stage: Stage) -> None:
     stage.wait(0.7)
     with stage.fault(f"{node.name} is killed"):
         node.kill()
-    stage.wait(4)
+        # What the others commit as they part from it may fail to be certified.
+        stage.site.cluster.wait_without(node)
+    stage.wait(2)
     with stage.fault(f"{node.name} is started again"):
         node.start()
     stage.wait(1.5)

@@ -149,6 +149,16 @@ class GaleraCluster:
         node.isolated = True
         _wait(lambda: node.status().get("ready") == "OFF", timeout, f"{node.name} did not notice")
 
+    def wait_without(self, node: GaleraNode, timeout: float = 15.0) -> None:
+        """Return when the other nodes have formed a cluster without this one."""
+        others = [other for other in self.nodes if other is not node]
+        for other in others:
+            _wait(
+                lambda status=other.status: status().get("cluster_size") == str(len(others)),
+                timeout,
+                f"{other.name} did not notice that {node.name} is gone",
+            )
+
     def rejoin(self, node: GaleraNode, timeout: float = 30.0) -> None:
         """Let an isolated node back. Returns when it is in sync again."""
         node.provider_option("gmcast.isolate=0")

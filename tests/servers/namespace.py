@@ -68,8 +68,10 @@ def why_not() -> str:
         return f"no network namespace can be made here (as root?): {error.stderr.strip()}"
     try:
         ip("link", "add", "here", "netns", name, "type", "veth", "peer", "name", "there")
+        # In a chroot a namespace can be made, and not entered.
+        ip("-n", name, "link", "show")
     except subprocess.CalledProcessError as error:
-        return f"no pair of virtual network cards can be made here: {error.stderr.strip()}"
+        return f"no network cards can be made, or reached, here: {error.stderr.strip()}"
     finally:
         ip("netns", "delete", name)
     return ""
