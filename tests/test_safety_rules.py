@@ -342,6 +342,18 @@ class TestSticky:
             here.read()
         assert not here.replayed()
 
+    def test_first_statement_while_shared_between_threads(self, here: Site) -> None:
+        here.connection.inc_thread_sharing()
+        try:
+            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+                here.kill()
+                here.idle()
+                here.write("one")
+        finally:
+            here.connection.dec_thread_sharing()
+        assert not here.replaced()
+        assert here.written() == []
+
     @pytest.mark.parametrize("kind", CUTS)
     @pytest.mark.parametrize("in_block", [False, True])
     def test_read_while_shared_between_threads(self, here: Site, kind: str, in_block: bool) -> None:
@@ -414,6 +426,17 @@ class TestLooks:
         here.session.poll = None
         here.cut("before")
         assert here.sql("SELECT 1") == [(1,)]
+        assert peer.breaker.current_state == "closed"
+        assert peer.breaker.circuit.suspect
+
+    def test_found_lost_before_its_first_use(self, here: Site) -> None:
+        """It had idled when it was cut: no failed connect, and no reason to open the circuit."""
+        here.connection.close()
+        here.connection.ensure_connection()
+        peer = here.connection.peer
+        here.kill()
+        here.write("one")
+        assert here.connection.peer is not peer
         assert peer.breaker.current_state == "closed"
         assert peer.breaker.circuit.suspect
 
@@ -1175,6 +1198,21 @@ class TestRetryingAtomic:
         assert runs == []
         here.connection.commit()
         here.connection.set_autocommit(True)
+        assert here.written() == ["one"]
+
+    def test_found_lost_after_a_long_time(self, here: Site) -> None:
+        """What is found before COMMIT is no time-out, however long the function took."""
+        runs: list[int] = []
+
+        def work() -> None:
+            runs.append(1)
+            here.write("one")
+            if len(runs) == 1:
+                here.idle(1000)
+                here.kill()
+
+        retrying_atomic(here.connection.alias)(work)()
+        assert len(runs) == 2
         assert here.written() == ["one"]
 
     def test_another_exception(self, here: Site) -> None:

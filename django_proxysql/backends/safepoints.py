@@ -186,6 +186,7 @@ class SafePointsMixin(LoadBalancedMixin):
         driver = self._driver
         fault = drivers.judge(exc, connecting=False)
         breaker = session.peer.breaker
+        known_dead = session.dead
         if fault is Fault.NOT_READY:
             if driver.is_read_only_refusal(exc) and not self._is_read_only(session):
                 # The application's own: SET TRANSACTION READ ONLY.
@@ -227,8 +228,10 @@ class SafePointsMixin(LoadBalancedMixin):
                 _mark_as_end(exc)
             session.error = session.error or drivers.describe(exc)
             session.poll = None
-            waited = session.clock() - session.used
-            session.timed_out = not idle and waited >= session.read_timeout * 0.98
+            if not known_dead:
+                # What is raised of it later says nothing of how it ended.
+                waited = session.clock() - session.used
+                session.timed_out = not idle and waited >= session.read_timeout * 0.98
         elif not driver.is_answer(exc):
             # The number of its socket may belong to another connection by now.
             session.unsure = True
