@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import socket
+import threading
 import time
 import types
 from typing import Any
@@ -17,9 +18,19 @@ import MySQLdb
 from django.db.backends.mysql import base
 
 
-@functools.cache
+_making = threading.Lock()
+
+
 def quiet_socket() -> tuple[socket.socket, socket.socket]:
     """Return two ends of a TCP connection on which nothing is ever said."""
+    # Threads that come at once must not each make one, of which all but the
+    # last are closed again.
+    with _making:
+        return _quiet_socket()
+
+
+@functools.cache
+def _quiet_socket() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         here = socket.create_connection(listener.getsockname())
         return here, listener.accept()[0]
@@ -46,9 +57,12 @@ class Cursor:
 class Connection:
     """What the null driver's connect() returns."""
 
+    def __init__(self) -> None:
+        self._descriptor = quiet_socket()[0].fileno()
+
     def fileno(self) -> int:
         """Return the quiet socket's descriptor."""
-        return quiet_socket()[0].fileno()
+        return self._descriptor
 
     def cursor(self) -> Cursor:
         """Return a cursor."""
