@@ -17,7 +17,6 @@ from typing import Any
 import MySQLdb
 from django.db.backends.mysql import base
 
-
 _making = threading.Lock()
 
 
