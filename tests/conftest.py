@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 import django
 import pytest
@@ -25,6 +25,9 @@ from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 from tests.servers.redis import RedisServer
+
+if TYPE_CHECKING:
+    from tests.site import Site
 
 #: The fixtures that start a server.
 SERVERS = frozenset(
@@ -191,3 +194,34 @@ def fault_proxy() -> Iterator[Callable[..., FaultProxy]]:
             return stack.enter_context(FaultProxy(target, reset))
 
         yield start
+
+
+# Established connections: a balancer whose two peers are fault proxies to one server. What is in
+# tests/site.py can be imported once Django is set up, and not before.
+
+
+@pytest.fixture(params=["mariadb", "mariadb_tls", "postgres"])
+def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., FaultProxy]) -> Iterator[Site]:
+    """A :class:`~tests.site.Site` on each kind of server in turn."""
+    from tests.site import site
+
+    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
+
+
+@pytest.fixture
+def on_mariadb(mariadb: Node, fault_proxy: Callable[..., FaultProxy]) -> Iterator[Site]:
+    """A :class:`~tests.site.Site` on MariaDB."""
+    from tests.site import site
+
+    with site(mariadb, fault_proxy) as made:
+        yield made
+
+
+@pytest.fixture
+def on_postgres(postgres: PostgreSQLNode, fault_proxy: Callable[..., FaultProxy]) -> Iterator[Site]:
+    """A :class:`~tests.site.Site` on PostgreSQL."""
+    from tests.site import site
+
+    with site(postgres, fault_proxy) as made:
+        yield made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,19 +11,7 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from tests.app.models import Token
-from tests.site import KINDS, Site, site
-
-
-@pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_postgres(postgres: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(postgres, fault_proxy) as made:
-        yield made
+from tests.site import Site
 
 
 def tokens(here: Site) -> Any:

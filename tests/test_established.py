@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 from django.db import OperationalError, close_old_connections, transaction
 from django.db.utils import Error
 
 from django_proxysql.errors import CommitOutcomeUnknown
-from tests.site import KINDS, Site, site
+from tests.site import Site
 
 CUTS = ["before", "after", "reply"]
-
-
-@pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_mariadb(mariadb: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(mariadb, fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_postgres(postgres: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(postgres, fault_proxy) as made:
-        yield made
 
 
 class TestFoundBeforeSending:

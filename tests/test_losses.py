@@ -13,13 +13,7 @@ from django.db.utils import Error, InternalError
 
 from django_proxysql.events import CircuitClosed, CircuitOpened
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
-from tests.site import KINDS, Site, site, with_table
-
-
-@pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
+from tests.site import Site, site, with_table
 
 
 def opened(here: Site) -> list[CircuitOpened]:

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,13 +19,7 @@ from django.db.utils import Error
 from django_proxysql import logs
 from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.servers import DATABASE, PASSWORD, USER
-from tests.site import KINDS, Site, site, with_table
-
-
-@pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
+from tests.site import Site, site, with_table
 
 
 class TestSettings:

@@ -14,21 +14,9 @@ from django.test import TestCase
 
 from django_proxysql import CommitOutcomeUnknown, retrying_atomic
 from tests.engine import SQLITE, engine, sqlite_peer
-from tests.site import KINDS, Site, site
+from tests.site import Site, site
 
 CUTS = ["before", "after", "reply"]
-
-
-@pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_mariadb(mariadb: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(mariadb, fault_proxy) as made:
-        yield made
 
 
 class Writer:

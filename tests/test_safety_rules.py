@@ -24,24 +24,6 @@ CUTS = ["before", "after", "reply"]
 
 
 @pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_mariadb(mariadb: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(mariadb, fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_postgres(postgres: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(postgres, fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture(params=KINDS)
 def three(request: Any, fault_proxy: Any) -> Iterator[Site]:
     """A balancer with a third peer."""
     with site(request.getfixturevalue(request.param), fault_proxy, number=3) as made:

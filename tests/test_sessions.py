@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from django.db import OperationalError, close_old_connections, connection, connections, transaction
 from django.db.utils import Error
 
-from tests.site import KINDS, Site, site
+from tests.site import Site
 
 MYSQL_STATE = [
     "SELECT GET_LOCK('a', 0)",
@@ -39,24 +38,6 @@ POSTGRES_STATE = [
     "PREPARE p AS SELECT 1",
     "BEGIN",
 ]
-
-
-@pytest.fixture(params=KINDS)
-def here(request: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_mariadb(mariadb: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(mariadb, fault_proxy) as made:
-        yield made
-
-
-@pytest.fixture
-def on_postgres(postgres: Any, fault_proxy: Any) -> Iterator[Site]:
-    with site(postgres, fault_proxy) as made:
-        yield made
 
 
 def shows_its_loss(here: Site) -> None:
