@@ -78,10 +78,10 @@ class Site:
             cursor.execute("SELECT value FROM app_token ORDER BY id")
             return [value for (value,) in cursor.fetchall()]
 
-    def settle(self, seconds: float = 10) -> None:
+    def settle(self) -> None:
         """Return when the server is done with connections that are gone."""
         mine = 1 if self.connection.connection is not None else 0
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 10
         while self.sessions() > mine and time.monotonic() < deadline:
             time.sleep(0.005)
 
