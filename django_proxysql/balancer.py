@@ -32,9 +32,11 @@ from .events import (
     ConnectFailed,
     Event,
     Listener,
+    PeerDrained,
     PeersExhausted,
+    PeerUndrained,
 )
-from .exceptions import ConfigError, NoPeerAvailable
+from .exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from .faults import Fault
 from .logger import complain, logger
 from .logs import log_event
@@ -85,6 +87,8 @@ class PeerState:
     connections: int
     weight: float
     priority: int
+    #: Whether an operator wishes it to get no new connections.
+    drained: bool
 
 
 class LoadBalancer:
@@ -310,6 +314,7 @@ class LoadBalancer:
                     connections=peer.connections,
                     weight=peer.weight,
                     priority=peer.priority,
+                    drained=peer.drained,
                 )
             )
         return states
@@ -331,6 +336,49 @@ class LoadBalancer:
                 listener(event)
             except Exception:
                 complain("A listener of %r raised", self.name)
+
+    # Draining
+
+    def drain(self, name: str, *, force: bool = False) -> None:
+        """Give a peer no new connections; those it has leave at their safe points.
+
+        For an upgrade of its server, say. In this process only, unless the
+        balancer shares its state. What its circuit knows stays known. Draining
+        a drained peer changes nothing.
+
+        :param name: the peer's, as in :attr:`peers`.
+        :param force: drain it even if no other takes connections.
+        :raises KeyError: the balancer has no such peer.
+        :raises DrainRefused: no other peer takes connections: its circuit is
+            open, or it is drained itself.
+        """
+        peer = self.peers[name]
+        others = [other for other in self.peers.values() if other is not peer]
+        if not (force or peer.drained or any(other.is_available for other in others)):
+            raise DrainRefused(
+                f"{name!r} is the last peer of {self.name!r} that takes connections: none could "
+                "be made after it is drained."
+            )
+        self._set_drained(peer, True)
+
+    def undrain(self, name: str) -> None:
+        """Let a peer have new connections again.
+
+        :param name: the peer's, as in :attr:`peers`.
+        :raises KeyError: the balancer has no such peer.
+        """
+        self._set_drained(self.peers[name], False)
+
+    def _set_drained(self, peer: Peer, drained: bool) -> None:
+        changed = peer.drained is not drained
+        peer.drained = drained
+        # Even if nothing has changed: who did it before may have been killed
+        # on the way from one line to the other.
+        self.look_anew()
+        if changed and drained:
+            self.emit(PeerDrained(self.name, peer.name, peer.address, peer.connections))
+        elif changed:
+            self.emit(PeerUndrained(self.name, peer.name, peer.address))
 
     # Staying with one peer
 
@@ -372,7 +420,7 @@ class LoadBalancer:
         pin = self._pin
         if pin is None:
             return None
-        if pin.peer is None and peer.breaker.is_available:
+        if pin.peer is None and peer.is_available:
             pin.peer = peer
         return pin.peer
 
@@ -381,6 +429,10 @@ class LoadBalancer:
         return bool(self.view().tiers)
 
     # What the search asks
+
+    def undrained(self) -> list[Peer]:
+        """Return the peers that may be connected to, whatever their circuits say."""
+        return [peer for peer in self.peers.values() if not peer.drained]
 
     def view(self) -> _View:
         """Return the peers sorted by what their circuits say; cached until one changes."""
@@ -431,7 +483,7 @@ class _Pin:
 
 
 class _View(NamedTuple):
-    """The peers by what can be done with them; immutable."""
+    """The peers by what can be done with them, the drained left out; immutable."""
 
     version: object
     #: Closed circuits, tier by tier, best tier first.
@@ -446,6 +498,8 @@ class _View(NamedTuple):
         out = []
         for peer in peers:
             circuit = peer.breaker.circuit
+            if peer.drained:
+                continue
             if circuit.state != CLOSED:
                 out.append(peer)
             elif circuit.suspect:
@@ -615,8 +669,8 @@ class _Search:
     def _in_order(self) -> Iterator[tuple[Peer, Permit]]:
         """Yield each peer that can be had, once, with the permit to try it."""
         # Whatever befalls a peer that the thread stays with: no other is looked at.
+        # One that is drained, too: the block comes to its end first.
         pinned = self._pin.peer if self._pin is not None else None
-        peers = (pinned,) if pinned is not None else tuple(self._balancer.peers.values())
         disappointed: set[str] = set()
         while True:
             if pinned is None:
@@ -627,6 +681,7 @@ class _Search:
                 permit = pinned.breaker.acquire(last_resort=0)
                 if permit is not None:
                     yield pinned, permit
+            peers = self._balancer.undrained() if pinned is None else [pinned]
             if not self._await_a_trial(peers, disappointed):
                 return
             if self._clock() >= self._deadline:
@@ -743,7 +798,7 @@ class _Search:
         self._over = True
         balancer = self._balancer
         refused = [fault for fault in self._faults.values() if fault is Fault.REFUSED]
-        if self._last_error is not None and len(refused) == len(balancer.peers):
+        if self._last_error is not None and len(refused) == len(balancer.undrained()):
             return self._last_error
         error = balancer.no_peer_error(
             balancer.name, [self._said(state) for state in balancer.snapshot()]
@@ -756,6 +811,8 @@ class _Search:
         where = f"{state.name} ({state.address})" if state.address else state.name
         if state.name in self._errors:
             return f"{where}: {self._errors[state.name]}, tried just now"
+        if state.drained:
+            return f"{where}: drained"
         if state.state == CLOSED and not state.suspect:
             return f"{where}: no time was left to try it"
         text = "being tried by another caller" if state.state == HALF_OPEN else "circuit open"

@@ -22,6 +22,8 @@ __all__ = [
     "ConnectionReplaced",
     "Event",
     "Listener",
+    "PeerDrained",
+    "PeerUndrained",
     "PeersExhausted",
     "StatementReplayed",
 ]
@@ -128,6 +130,26 @@ class StatementReplayed:
     error: str
 
 
+@dataclass(frozen=True)
+class PeerDrained:
+    """A peer is to get no new connections, and to lose those it has at their safe points."""
+
+    balancer: str
+    peer: str
+    address: str
+    #: How many connections to it this process held at that moment.
+    connections: int
+
+
+@dataclass(frozen=True)
+class PeerUndrained:
+    """A peer that was drained takes connections again."""
+
+    balancer: str
+    peer: str
+    address: str
+
+
 Event = Union[
     Connected,
     ConnectFailed,
@@ -137,6 +159,8 @@ Event = Union[
     ConnectionLost,
     ConnectionReplaced,
     StatementReplayed,
+    PeerDrained,
+    PeerUndrained,
 ]
 
 

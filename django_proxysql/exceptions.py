@@ -4,7 +4,8 @@
 
     Exception
     ├── ValueError
-    │   └── ConfigError            a wrong setting, with its name and a remedy
+    │   ├── ConfigError            a wrong setting, with its name and a remedy
+    │   └── DrainRefused           a drain that would leave no peer to connect to
     ├── NotReady                   a READY_CHECK's verdict: connected, but not usable
     └── NoPeerAvailable            no peer could be had; names each peer and why
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ConfigError", "NoPeerAvailable", "NotReady"]
+__all__ = ["ConfigError", "DrainRefused", "NoPeerAvailable", "NotReady"]
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,10 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         text = f"{self.setting} {self.problem}."
         return f"{text} {self.hint}" if self.hint else text
+
+
+class DrainRefused(ValueError):
+    """Raised by :meth:`LoadBalancer.drain`: the peer is the last that takes connections."""
 
 
 class NotReady(Exception):

@@ -20,7 +20,9 @@ from .events import (
     ConnectionLost,
     ConnectionReplaced,
     Event,
+    PeerDrained,
     PeersExhausted,
+    PeerUndrained,
     StatementReplayed,
 )
 from .faults import Fault
@@ -100,6 +102,18 @@ def log_event(event: Event) -> None:
             " (idle)" if event.idle else "",
             event.error,
             fault=event.fault.value,
+        )
+    elif isinstance(event, (PeerDrained, PeerUndrained)):
+        _log(
+            logging.INFO,
+            event,
+            "%s: %s (%s) is drained%s",
+            event.balancer,
+            event.peer,
+            event.address,
+            f", {event.connections} connections are to leave it"
+            if isinstance(event, PeerDrained)
+            else " no longer",
         )
     elif isinstance(event, PeersExhausted):
         logger.debug("%s", event.error, extra={"alias": event.balancer})

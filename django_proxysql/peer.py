@@ -35,12 +35,21 @@ class Peer:
         self.priority = config.priority
         #: The peer's circuit; guard any other call to the same host with it.
         self.breaker = breaker
+        #: Whether an operator wishes it to get no new connections; see
+        #: :meth:`LoadBalancer.drain`. Changed by one assignment, and read without a lock.
+        self.drained = False
         # Adding to and discarding from a set is atomic: no lock is needed,
         # and a finalizer that runs in the middle of anything may discard.
         self._holds: set[int] = set()
 
     def __repr__(self) -> str:
-        return f"<Peer {self.name!r} {self.address} {self.breaker.current_state}>"
+        drained = ", drained" if self.drained else ""
+        return f"<Peer {self.name!r} {self.address} {self.breaker.current_state}{drained}>"
+
+    @property
+    def is_available(self) -> bool:
+        """Whether anyone may connect to it: its circuit is closed, and it is not drained."""
+        return not self.drained and self.breaker.is_available
 
     @property
     def params(self) -> Mapping[str, Any]:

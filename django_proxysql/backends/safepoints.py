@@ -447,7 +447,7 @@ class SafePointsMixin(LoadBalancedMixin):
         )
 
     def _leave_if_out(self, session: Session) -> None:
-        """Leave a peer whose circuit has opened, if another can be had."""
+        """Leave a peer whose circuit has opened, or that is drained, if another can be had."""
         balancer = session.balancer
         version = balancer.version
         stay = balancer.pinned_to(session.peer)
@@ -456,7 +456,8 @@ class SafePointsMixin(LoadBalancedMixin):
         if stay is not None:
             self._replace(session, "last")
             return
-        if session.peer.breaker.circuit.state == "closed" and not session.dropped:
+        peer = session.peer
+        if peer.breaker.circuit.state == "closed" and not (peer.drained or session.dropped):
             session.version = version
             return
         if session.wrote and not session.dropped:
@@ -889,7 +890,21 @@ class SafePointsMixin(LoadBalancedMixin):
                 session.sticky = False
                 if session.dead:
                     self.close()
+        if self._is_to_leave():
+            self.close()
         super().close_if_unusable_or_obsolete()
+
+    def _is_to_leave(self) -> bool:
+        """Return whether the connection, between two units of work, leads to a drained peer."""
+        peer = self.peer
+        if peer is None or not peer.drained or self.in_atomic_block or not self.autocommit:
+            return False
+        registered = self._registered()
+        if registered is None:
+            return False
+        balancer = registered.balancer
+        # As with a circuit that has opened: a connection that works is better than none.
+        return balancer.has_usable() and balancer.pinned_to(peer) is not peer
 
     def _close(self) -> Any:
         session = self._session

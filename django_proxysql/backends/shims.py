@@ -95,7 +95,7 @@ def creation_class(base: type) -> type:
             if alias is None:
                 return contextlib.nullcontext()
             peer = self.connection.peer or self._peer
-            if peer is not None and not peer.breaker.is_available:
+            if peer is not None and not peer.is_available:
                 peer = None
             return balancers.registered(alias).balancer.pinned(peer)
 

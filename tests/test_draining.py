@@ -1,0 +1,201 @@
+"""A peer that is drained gets no new connections, and loses those it has where nobody can tell."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import close_old_connections, transaction
+
+from django_proxysql import NoPeerAvailable, balancers
+from django_proxysql.events import PeerDrained, PeerUndrained
+from django_proxysql.exceptions import DrainRefused
+from tests.engine import SQLITE, engine, sqlite_peer
+from tests.fakes import raised_by, refused_by_host
+from tests.site import Site
+from tests.test_balancer import World
+
+
+class TestBalancer:
+    def test_no_new_connections(self) -> None:
+        """Until it is undrained again."""
+        world = World("db1", "db2")
+        world.db.drain("db1")
+        assert [world.connect() for _ in range(3)] == ["db2"] * 3
+        world.db.undrain("db1")
+        assert world.connect() == "db1"
+
+    def test_no_trials(self) -> None:
+        """A drained peer's trial is not made, due or not, and not as a last resort."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.db.drain("db1")
+        world.clock.advance(30)
+        assert world.hosts() == ["db2"]
+        world.driver.down["db2"] = refused_by_host
+        world.clock.advance(30)
+        assert world.hosts() == ["db2"]
+
+    def test_suspect(self) -> None:
+        """… nor one to find out about a doubt."""
+        world = World("db1", "db2")
+        world.db.peers["db1"].breaker.suspect()
+        world.db.drain("db1")
+        world.clock.advance(30)
+        assert world.hosts() == ["db2"]
+
+    def test_last_peer_is_refused(self) -> None:
+        """A drain after which nothing could be connected to changes nothing."""
+        world = World("db1", "db2")
+        world.open("db2")
+        with pytest.raises(DrainRefused, match="'db1' is the last peer of 'default'"):
+            world.db.drain("db1")
+        assert not world.db.peers["db1"].drained
+        assert world.events[1:] == []
+
+    def test_force(self) -> None:
+        """… unless it is meant; the error then says that peers are drained."""
+        world = World("db1", "db2")
+        world.db.drain("db2")
+        with pytest.raises(DrainRefused):
+            world.db.drain("db1")
+        world.db.drain("db1", force=True)
+        error = raised_by(world.db.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert error.peers == ("db1 (db1:3306): drained", "db2 (db2:3306): drained")
+        assert world.driver.calls == []
+
+    def test_twice(self) -> None:
+        """Draining what is drained is no error, and nothing new: nobody is told again."""
+        world = World("db1", "db2")
+        world.db.drain("db1")
+        world.db.drain("db1")
+        world.db.undrain("db1")
+        world.db.undrain("db1")
+        assert [type(event) for event in world.events] == [PeerDrained, PeerUndrained]
+
+    def test_unknown(self) -> None:
+        """A name that is no peer's."""
+        world = World("db1", "db2")
+        with pytest.raises(KeyError):
+            world.db.drain("db3")
+
+    def test_others_refuse_us(self) -> None:
+        """Where all that may be asked refuse us, the driver's own error is raised."""
+        world = World("db1", "db2")
+        world.db.drain("db1")
+        refused = world.driver.down["db2"] = type(refused_by_host())(1045, "Access denied")
+        assert raised_by(world.db.connect) is refused
+
+    def test_drained_in_the_middle_of_a_search(self) -> None:
+        """A peer drained while a connect() fails elsewhere is neither tried nor waited for."""
+        world = World("db1", "db2")
+
+        def drained_meanwhile() -> Any:
+            world.db.drain("db2", force=True)
+            raise refused_by_host()
+
+        world.driver.down["db1"] = drained_meanwhile
+        assert isinstance(raised_by(world.db.connect), NoPeerAvailable)
+        assert world.driver.hosts == ["db1"]
+
+    def test_pinned(self) -> None:
+        """A thread that is to stay with it comes to its end first."""
+        world = World("db1", "db2")
+        with world.db.pinned():
+            assert world.connect() == "db1"
+            world.db.drain("db1")
+            assert world.connect() == "db1"
+        with world.db.pinned():
+            assert world.connect() == "db2"
+
+    def test_snapshot(self) -> None:
+        """It says so, beside the circuit's state."""
+        world = World("db1", "db2")
+        world.db.drain("db1")
+        assert [(peer.state, peer.drained) for peer in world.db.snapshot()] == [
+            ("closed", True),
+            ("closed", False),
+        ]
+        assert repr(world.db.peers["db1"]) == "<Peer 'db1' db1:3306 closed, drained>"
+
+    def test_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A line for each, with what structured logging wants."""
+        caplog.set_level(logging.INFO, "django_proxysql")
+        world = World("db1", "db2")
+        held = world.db.connect()
+        world.db.drain("db1")
+        world.db.undrain("db1")
+        assert caplog.messages == [
+            "default: db1 (db1:3306) is drained, 1 connections are to leave it",
+            "default: db1 (db1:3306) is drained no longer",
+        ]
+        assert vars(caplog.records[0])["peer"] == "db1"
+        assert not held.closed
+
+
+class TestEngine:
+    def drain(self, here: Site) -> str:
+        name: str = here.connection.peer.name
+        here.balancer.drain(name)
+        return name
+
+    def test_leaves_at_a_safe_point(self, here: Site) -> None:
+        """The next statement outside a transaction goes to another peer."""
+        here.read()
+        name = self.drain(here)
+        assert here.read() == []
+        assert here.connection.peer.name != name
+        assert [event.forced for event in here.replaced()] == [False]
+
+    def test_comes_to_its_end(self, here: Site) -> None:
+        """A transaction ends where it began, and so does a request that has written."""
+        with transaction.atomic(here.connection.alias):
+            here.write("one")
+            name = self.drain(here)
+            here.write("two")
+        assert here.read() == ["one", "two"]
+        assert here.connection.peer.name == name
+        close_old_connections()
+        assert here.connection.connection is None
+        assert here.read() == ["one", "two"]
+        assert here.connection.peer.name != name
+        assert not here.losses()
+
+    def test_stays_where_no_other_can_be_had(self, here: Site) -> None:
+        """A connection that works is better than none."""
+        here.write("one")
+        name = here.connection.peer.name
+        for peer in here.balancer.peers.values():
+            here.balancer.drain(peer.name, force=True)
+        close_old_connections()
+        assert here.read() == ["one"]
+        assert here.connection.peer.name == name
+
+    def test_pinned(self, here: Site) -> None:
+        """A block that is pinned to it keeps it to its end."""
+        with here.balancer.pinned():
+            here.write("one")
+            name = self.drain(here)
+            close_old_connections()
+            here.write("two")
+            assert here.connection.peer.name == name
+        close_old_connections()
+        here.write("three")
+        assert here.connection.peer.name != name
+
+    def test_engine_without_a_look_at_sockets(self, tmp_path: Path) -> None:
+        """There, a connection leaves between two requests."""
+        peers = [sqlite_peer(tmp_path / name) for name in "ab"]
+        with engine(peers, PEER_ENGINE=SQLITE, CONN_MAX_AGE=None) as connection:
+            connection.ensure_connection()
+            name = connection.peer.name
+            close_old_connections()
+            assert connection.connection is not None
+            connection.cursor().close()
+            balancers[connection.alias].drain(name)
+            close_old_connections()
+            connection.ensure_connection()
+            assert connection.peer.name != name
