@@ -162,6 +162,8 @@ class LoadBalancer:
         self._strategy = strategy_from(config.strategy)
         self._ready_check = ready_check_from(config.ready_check)
         self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
+        #: Those of them, logging aside, that want to hear of each connection made.
+        self._hear_connects: tuple[Listener, ...] = ()
         self._listeners_lock = threading.Lock()
         self._view: _View | None = None
         #: Another object whenever a circuit changes.
@@ -319,19 +321,30 @@ class LoadBalancer:
             )
         return states
 
-    def add_listener(self, listener: Listener) -> None:
-        """Call ``listener`` with every event from now on, outside all locks."""
+    def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
+        """Call ``listener`` with every event from now on, outside all locks.
+
+        :param listener: called in the thread to which the thing happened.
+        :param connects: False spares it each :class:`~django_proxysql.events.Connected`
+            that is no trial, and each connect the cost of telling it.
+        """
         with self._listeners_lock:
             self._listeners = (*self._listeners, listener)
+            if connects:
+                self._hear_connects = (*self._hear_connects, listener)
 
     def remove_listener(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
         with self._listeners_lock:
-            self._listeners = tuple(known for known in self._listeners if known != listener)
+            self._listeners = _without(self._listeners, listener)
+            self._hear_connects = _without(self._hear_connects, listener)
 
     def emit(self, event: Event) -> None:
         """Tell the listeners of ``event``. One that raises harms nobody."""
-        for listener in self._listeners:
+        listeners = self._listeners
+        if type(event) is Connected and not event.trial:
+            listeners = (*_ONLY_LOGGING, *self._hear_connects)
+        for listener in listeners:
             try:
                 listener(event)
             except Exception:
@@ -618,7 +631,7 @@ class _Search:
         if self._pin is not None:
             self._pin.peer = peer
         # Each connect comes by here: see first that somebody would hear of it.
-        if balancer._listeners is not _ONLY_LOGGING or logger.isEnabledFor(logging.DEBUG):
+        if balancer._hear_connects or is_trial or logger.isEnabledFor(logging.DEBUG):
             balancer.emit(
                 Connected(balancer.name, peer.name, peer.address, self._clock() - started, is_trial)
             )
@@ -836,6 +849,10 @@ class _Transitions:
         balancer = self._balancer()
         if balancer is not None:
             balancer._circuit_changed(self._peer, transition)
+
+
+def _without(listeners: tuple[Listener, ...], listener: Listener) -> tuple[Listener, ...]:
+    return tuple(known for known in listeners if known != listener)
 
 
 def _peer_config(

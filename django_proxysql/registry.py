@@ -8,7 +8,9 @@ A forked child goes on with what its parent knew, on locks of its own
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from .conf import (
     merged_settings,
 )
 from .errors import NoPeerAvailable
+from .events import Listener
 from .peer import Peer
 
 __all__ = ["Registered", "balancers", "mirror_peers", "register"]
@@ -62,6 +65,9 @@ class Balancers(Mapping[str, LoadBalancer]):
     def __init__(self) -> None:
         self._first_read: dict[str, Mapping[str, Any]] = {}
         self._entries: dict[str, Mapping[str, Any]] = {}
+        self._listeners: tuple[tuple[Listener, bool], ...] = ()
+        # A signal handler may make a balancer while its thread makes one.
+        self._listeners_lock = threading.RLock()
         #: Those that have been asked for.
         self.known: dict[Any, Registered] = {}
         #: For tests: further arguments of LoadBalancer by alias, such as a clock.
@@ -108,8 +114,39 @@ class Balancers(Mapping[str, LoadBalancer]):
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config, **self._options.get(alias, {}))
             balancer.no_peer_error = NoPeerAvailable
-            known = self.known.setdefault(alias, Registered(balancer, self._first_read[alias]))
+            registered = Registered(balancer, self._first_read[alias])
+            # Together, so that a listener added just now is one of this balancer's.
+            with self._listeners_lock:
+                for listener, connects in self._listeners:
+                    balancer.add_listener(listener, connects=connects)
+                known = self.known.setdefault(alias, registered)
         return known
+
+    def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
+        """Call ``listener`` with the events of all balancers: those that are there, and later ones.
+
+        Adding it again changes nothing.
+
+        :param listener: see :meth:`LoadBalancer.add_listener`.
+        :param connects: as there.
+        """
+        with self._listeners_lock:
+            if listener in [known for known, _ in self._listeners]:
+                return
+            self._listeners = (*self._listeners, (listener, connects))
+            for registered in tuple(self.known.values()):
+                registered.balancer.add_listener(listener, connects=connects)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Call ``listener`` no longer."""
+        with self._listeners_lock:
+            self._listeners = tuple(known for known in self._listeners if known[0] != listener)
+            for registered in tuple(self.known.values()):
+                registered.balancer.remove_listener(listener)
+
+    def after_fork(self) -> None:
+        """In the child: a lock that nobody holds."""
+        self._listeners_lock = threading.RLock()
 
     def forget(self) -> None:
         """Drop everything, so that it is read anew. For tests that change DATABASES."""
@@ -120,6 +157,9 @@ class Balancers(Mapping[str, LoadBalancer]):
 
 
 balancers = Balancers()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=balancers.after_fork)
 
 
 def register(settings: dict[str, Any], alias: str) -> None:

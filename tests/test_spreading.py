@@ -458,3 +458,53 @@ def test_nothing_happens_before_the_first_connection() -> None:
             connection.ensure_connection()
         with pytest.raises(ImproperlyConfigured, match=r"'balanced'.*CHECK_INTERVALL"):
             balancers["balanced"]
+
+
+# Listeners
+
+
+def test_listener_of_all_balancers(tmp_path: pathlib.Path) -> None:
+    """It hears of balancers that are there and of later ones, until it is removed."""
+    heard: list[Any] = []
+
+    def listen(event: Any) -> None:
+        heard.append((event.balancer, type(event).__name__))
+
+    peers = sqlite_peers(tmp_path, {}, {})
+    with engine(peers, PEER_ENGINE=SQLITE) as connection:
+        there = balancers["balanced"]
+        balancers.add_listener(listen)
+        balancers.add_listener(listen)
+        try:
+            connection.ensure_connection()
+            assert heard == [("balanced", "Connected")]
+            connection.close()
+            balancers.known.clear()
+            connection.ensure_connection()
+            assert balancers["balanced"] is not there
+            assert heard == [("balanced", "Connected")] * 2
+        finally:
+            balancers.remove_listener(listen)
+        balancers["balanced"].drain("peer0")
+        assert len(heard) == 2
+
+
+def test_listener_that_is_spared_connects(tmp_path: pathlib.Path) -> None:
+    """It hears of everything but the connections that are made every day."""
+    heard: list[Any] = []
+    peers = sqlite_peers(tmp_path, {}, {})
+    clock = Clock()
+    with engine(peers, PEER_ENGINE=SQLITE, clock=clock, CHECK_INTERVAL=5) as connection:
+        balancers["balanced"].add_listener(heard.append, connects=False)
+        connection.ensure_connection()
+        assert heard == []
+        for peer in balancers["balanced"].peers.values():
+            peer.breaker.open()
+        clock.advance(6)
+        connection.close()
+        connection.ensure_connection()
+        assert [type(event).__name__ for event in heard] == [
+            *["CircuitOpened"] * 2,
+            "CircuitClosed",
+            "Connected",
+        ]
