@@ -28,6 +28,7 @@ def test_what_differs() -> None:
         "skipped": PASSED,
         "lost": PASSED,
         "known": PASSED,
+        "skipped on both": Outcome("skipped", "why"),
     }
     ours = {**plain, "fails": FAILED, "skipped": Outcome("skipped", "no"), "known": FAILED}
     del ours["lost"]
@@ -35,12 +36,13 @@ def test_what_differs() -> None:
     found = compare(plain, ours, {"kno.n": "a reason"})
     assert set(found.differences) == {"fails", "skipped", "lost", "setUpClass (its)"}
     assert found.expected == {"known": "a reason"}
-    assert (found.total, found.same, found.failing) == (7, 2, 1)
+    assert (found.total, found.same, found.skipped, found.failing) == (8, 3, 1, 1)
     text = str(found)
     assert "fails: passed on the plain engine, failed on the balancer's\n    Assertion" in text
     assert "known: expected to differ: a reason" in text
     assert text.endswith(
-        "7 tests: 2 the same (1 of them failing), 4 different, 1 expected to differ"
+        "8 tests: 3 the same (1 of them skipped and 1 failing on both), "
+        "4 different, 1 expected to differ"
     )
 
 

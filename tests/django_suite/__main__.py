@@ -7,7 +7,9 @@ import pathlib
 import platform
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import django
 
@@ -15,7 +17,13 @@ from django_proxysql.demo.servers import ServerError, exit_on_sigterm
 
 from .compare import EXPECTED, Outcome, compare, read
 from .engines import ENGINES, balanced
-from .suite import SuiteError, django_tests, run, stop
+from .suite import SuiteError, django_tests, progress, run, stop
+
+#: How the two runs are called, the plain engine's and the balancer's.
+RUNS = ("plain", "balanced")
+
+#: Seconds between two lines on how far they are; on a terminal it is one line, drawn anew.
+EVERY = 60
 
 FOLDER = pathlib.Path(tempfile.gettempdir()) / "django-proxysql-suite"
 
@@ -44,17 +52,21 @@ def main() -> int:
     exit_on_sigterm()
     tests = django_tests(options.folder)
 
+    def stem(name: str) -> pathlib.Path:
+        return options.folder / f"{tests.parent.name}-{options.engine}-{name}"
+
     def one(name: str) -> dict[str, Outcome]:
         with ENGINES[options.engine]() as databases:
             if name == "balanced":
                 databases = {alias: balanced(entry) for alias, entry in databases.items()}
-            stem = options.folder / f"{tests.parent.name}-{options.engine}-{name}"
-            return read(run(tests, databases, options.labels, stem))
+            return read(run(tests, databases, options.labels, stem(name)))
 
     try:
         with ThreadPoolExecutor() as pool:
             try:
-                plain, ours = pool.map(one, ("plain", "balanced"))
+                runs = [pool.submit(one, name) for name in RUNS]
+                show_progress(runs, [stem(name) for name in RUNS])
+                plain, ours = (run.result() for run in runs)
             except BaseException:
                 stop()
                 raise
@@ -65,6 +77,18 @@ def main() -> int:
     print(f"Django {django.get_version()}, {options.engine}, Python {platform.python_version()}")
     print(comparison)
     return 1 if comparison.differences else 0
+
+
+def show_progress(runs: Collection[Future[Any]], stems: Collection[pathlib.Path]) -> None:
+    """Say on stderr how many tests have been run, until both runs are over or one has failed."""
+    live = sys.stderr.isatty()
+    while True:
+        done, under_way = wait(runs, timeout=1 if live else EVERY, return_when="FIRST_EXCEPTION")
+        if not under_way or any(run.exception() for run in done):
+            print(end="\n" if live else "", file=sys.stderr)
+            return
+        counts = [f"{stem.name} {progress(stem)}" for stem in stems]
+        print(*counts, sep=", ", end="\r" if live else "\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

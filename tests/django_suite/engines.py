@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ BALANCED = "django_proxysql.backends.proxysql"
 SQLITE = "django.db.backends.sqlite3"
 MYSQL = "django.db.backends.mysql"
 POSTGRESQL = "django.db.backends.postgresql"
+SPATIALITE = "django.contrib.gis.db.backends.spatialite"
+POSTGIS = "django.contrib.gis.db.backends.postgis"
 
 #: Keys of DATABASES that are each peer's own.
 OF_THE_PEER = ("NAME", "HOST", "PORT")
@@ -42,11 +45,11 @@ def balanced(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def sqlite() -> Iterator[Databases]:
+def sqlite(engine: str = SQLITE) -> Iterator[Databases]:
     """Two files; Django makes its test databases in memory."""
     with tempfile.TemporaryDirectory() as folder:
         yield {
-            alias: {"ENGINE": SQLITE, "NAME": f"{folder}/{alias}.sqlite3"}
+            alias: {"ENGINE": engine, "NAME": f"{folder}/{alias}.sqlite3"}
             for alias in ("default", "other")
         }
 
@@ -72,14 +75,14 @@ def mariadb() -> Iterator[Databases]:
 
 
 @contextlib.contextmanager
-def postgresql() -> Iterator[Databases]:
+def postgresql(engine: str = POSTGRESQL) -> Iterator[Databases]:
     """One PostgreSQL server of the run's own."""
     with contextlib.closing(PostgreSQLNode("suite")) as node:
         node.start()
         node.set_up()
         yield {
             alias: {
-                "ENGINE": POSTGRESQL,
+                "ENGINE": engine,
                 "NAME": f"suite_{alias}",
                 "HOST": node.host,
                 "PORT": node.port,
@@ -90,4 +93,11 @@ def postgresql() -> Iterator[Databases]:
         }
 
 
-ENGINES = {"sqlite": sqlite, "mariadb": mariadb, "postgresql": postgresql}
+ENGINES = {
+    "sqlite": sqlite,
+    "mariadb": mariadb,
+    "postgresql": postgresql,
+    # For gis_tests, where GDAL, GEOS and the databases' extensions are.
+    "spatialite": functools.partial(sqlite, SPATIALITE),
+    "postgis": functools.partial(postgresql, POSTGIS),
+}

@@ -40,6 +40,20 @@ def django_tests(folder: pathlib.Path) -> pathlib.Path:
     return found
 
 
+def results_of(stem: pathlib.Path) -> pathlib.Path:
+    """Return where a run writes a line for each outcome."""
+    return stem.with_name(stem.name + ".jsonl")
+
+
+def progress(stem: pathlib.Path) -> int:
+    """Return how many outcomes a run has written."""
+    try:
+        with open(results_of(stem), "rb") as lines:
+            return sum(1 for _ in lines)
+    except FileNotFoundError:
+        return 0
+
+
 def run(
     tests: pathlib.Path,
     databases: Mapping[str, Mapping[str, Any]],
@@ -50,7 +64,7 @@ def run(
 
     :param stem: of the names of that file and of the log.
     """
-    results = stem.with_name(stem.name + ".jsonl")
+    results = results_of(stem)
     results.unlink(missing_ok=True)
     extra = filter(None, [os.environ.get("PYTHONPATH")])
     command = [sys.executable, "-W", "ignore", "runtests.py", "--noinput", "--parallel=1"]
