@@ -1,0 +1,470 @@
+"""What happens to peers, as metrics for Prometheus. Needs the extra ``[prometheus]``.
+
+In a Django project ``"django_proxysql.monitoring.metrics"`` in INSTALLED_APPS switches them on
+(:mod:`.apps`). Without Django they are made over the balancers at hand::
+
+    db = LoadBalancer(...)
+    Metrics(db)
+    prometheus_client.start_http_server(9100)
+
+Everything is counted by the library's own Counter, Histogram and Gauge, so that its multiprocess
+mode, in which custom collectors are not heard, knows them as well. There a gauge is whatever its
+process has written last: connections end in finalizers and in the middle of anything, where no
+lock may be taken, so their count is written after the events, at the beginning and end of a
+request, and at :meth:`Metrics.refresh`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Union
+
+try:
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+except ImportError as exc:
+    raise ImportError(
+        'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
+    ) from exc
+
+from ...balancer import LoadBalancer
+from ...events import (
+    CircuitClosed,
+    CircuitOpened,
+    Connected,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectionReplaced,
+    Event,
+    PeerDrained,
+    PeersExhausted,
+    PeerUndrained,
+    StatementReplayed,
+)
+from ...faults import Fault
+from ...peer import Peer
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Metric
+
+    from ...registry import Balancers
+
+    Source = Union[LoadBalancer, Balancers]
+
+__all__ = ["Metrics"]
+
+#: From a connect on the same network to CONNECT_DEADLINE's default, in seconds.
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15)
+
+STATES = ("closed", "open", "half-open")
+SUCCESS, FAILURE = OUTCOMES = ("success", "failure")
+LOST, LEFT = REASONS = ("lost", "left")
+IDLE, IN_USE = FOUND = ("idle", "in_use")
+
+#: Notes among the events that wait: look at the peers that had connections last, or at every one.
+_LOOK_AT_HELD = object()
+_LOOK_AT_ALL = object()
+
+#: So many events wait only if whoever was to count them was killed at it.
+_STUCK = 10_000
+
+
+class Metrics:
+    """Counts what load balancers tell; a collector of prometheus_client's.
+
+    Its labels are the balancer's alias, the peer's name, and words of a fixed set: never an
+    address, an error's text or anything else that grows.
+
+    :param sources: the :class:`LoadBalancer` s, each with a name of its own, or Django's
+        ``balancers``: all of them, present and future.
+    :param registry: where it is registered; None: nowhere.
+    :raises ValueError: the registry has it, or another of the same names, already; two balancers
+        have one name; ``PROMETHEUS_MULTIPROC_DIR`` names no directory.
+    """
+
+    def __init__(self, *sources: Source, registry: CollectorRegistry | None = REGISTRY) -> None:
+        names = [source.name for source in sources if isinstance(source, LoadBalancer)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Balancers need names of their own to be told apart: {names}")
+        directory = _multiprocess_directory()
+        if directory is not None and not os.path.isdir(directory):
+            raise ValueError(f"PROMETHEUS_MULTIPROC_DIR={directory!r} is no directory")
+        self._sources = sources
+        of_peer = ("alias", "peer")
+        self._connects = Counter(
+            "django_proxysql_connects_total",
+            "Attempts to connect to a peer.",
+            (*of_peer, "outcome"),
+            registry=None,
+        )
+        self._seconds = Histogram(
+            "django_proxysql_connect_duration_seconds",
+            "How long attempts to connect to a peer took.",
+            (*of_peer, "outcome"),
+            buckets=BUCKETS,
+            registry=None,
+        )
+        self._failures = Counter(
+            "django_proxysql_connect_failures_total",
+            "Failed attempts to connect, by what the error says about the peer.",
+            (*of_peer, "fault"),
+            registry=None,
+        )
+        self._trials = Counter(
+            "django_proxysql_trials_total",
+            "Attempts to connect that were the trial of an open or suspect circuit.",
+            (*of_peer, "outcome"),
+            registry=None,
+        )
+        self._openings = Counter(
+            "django_proxysql_circuit_openings_total",
+            "How often a peer's circuit opened, in any process.",
+            of_peer,
+            registry=None,
+        )
+        self._losses = Counter(
+            "django_proxysql_connections_lost_total",
+            "Established connections found lost: idle, before anything was sent, or in use.",
+            (*of_peer, "found"),
+            registry=None,
+        )
+        self._replacements = Counter(
+            "django_proxysql_connections_replaced_total",
+            "Connections swapped for another at a safe point: because they were lost, or to leave "
+            "a peer that is out or drained.",
+            (*of_peer, "reason"),
+            registry=None,
+        )
+        self._replays = Counter(
+            "django_proxysql_statements_replayed_total",
+            "Statements run again on another connection, by the peer that lost them.",
+            of_peer,
+            registry=None,
+        )
+        self._exhaustions = Counter(
+            "django_proxysql_peers_exhausted_total",
+            "Calls of connect() that found no peer.",
+            ("alias",),
+            registry=None,
+        )
+        self._connections = Gauge(
+            "django_proxysql_connections",
+            "Open connections.",
+            of_peer,
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._circuits = Gauge(
+            "django_proxysql_circuit_state",
+            "How many processes have the peer's circuit in this state.",
+            (*of_peer, "state"),
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._drains = Gauge(
+            "django_proxysql_peer_drained",
+            "How many processes have the peer drained.",
+            of_peer,
+            registry=None,
+            multiprocess_mode="livesum",
+        )
+        self._metrics: tuple[Any, ...] = (
+            self._connects,
+            self._seconds,
+            self._failures,
+            self._trials,
+            self._openings,
+            self._losses,
+            self._replacements,
+            self._replays,
+            self._exhaustions,
+            self._connections,
+            self._circuits,
+            self._drains,
+        )
+        #: What labels() has made, for it takes a lock and its time.
+        self._children: dict[tuple[Any, ...], Any] = {}
+        #: The peers that are known, and what their gauges say.
+        self._peers: dict[tuple[str, str], Peer] = {}
+        self._shown: dict[tuple[str, str], tuple[int, str, bool]] = {}
+        #: Those of them whose gauge says that there are connections.
+        self._held: set[tuple[str, str]] = set()
+        self._has_looked_at_all = False
+        # prometheus_client's locks are plain ones: a thread that comes by here again while it
+        # counts (a signal handler, a finalizer) would wait for itself. So nobody waits: an event
+        # is put down, and whoever is counting already takes it along.
+        self._pending: deque[Any] = deque()
+        self._counting = threading.Lock()
+        if registry is not None:
+            registry.register(self)
+        _all.add(self)
+        for source in sources:
+            source.add_listener(self)
+
+    def __call__(self, event: Event, /) -> None:
+        """Count ``event``; a :class:`~django_proxysql.events.Listener`."""
+        self._pending.append(event)
+        self._count_pending()
+
+    def refresh(self) -> None:
+        """Have the gauges say what is so now.
+
+        Done by itself at each scrape, and with Django at a request's beginning and end. In
+        multiprocess mode, where a scrape reads what the processes wrote last, a process that
+        serves no requests may call it: a task queue's after each task, say.
+        """
+        self._pending.append(_LOOK_AT_ALL)
+        self._count_pending()
+
+    def _at_request(self, **kwargs: Any) -> None:
+        """Write down which connections are there; a receiver of Django's request signals."""
+        self._pending.append(_LOOK_AT_HELD if self._has_looked_at_all else _LOOK_AT_ALL)
+        self._count_pending()
+
+    # A collector
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the metrics' names and types: a registry refuses what it has already."""
+        for metric in self._metrics:
+            yield from metric.describe()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics as they are now."""
+        self.refresh()
+        for metric in self._metrics:
+            yield from metric.collect()
+
+    # Counting
+
+    def _count_pending(self) -> None:
+        pending = self._pending
+        # Asked again after letting go: an event may have been put down in between.
+        while pending:
+            counting = self._counting
+            if not counting.acquire(blocking=False):
+                if len(pending) > _STUCK:
+                    self._counting = threading.Lock()
+                return
+            try:
+                while pending:
+                    self._take(pending.popleft())
+            finally:
+                counting.release()
+
+    def _take(self, item: Any) -> None:
+        if item is _LOOK_AT_HELD:
+            for key in tuple(self._held):
+                self._show(key)
+        elif item is _LOOK_AT_ALL:
+            for balancer in self._balancers():
+                self._introduce(balancer)
+            self._has_looked_at_all = True
+            for key in tuple(self._peers):
+                self._show(key)
+        elif type(item) is PeersExhausted:
+            self._child(self._exhaustions, item.balancer).inc()
+        else:
+            count = _COUNTS.get(type(item))
+            if count is not None:
+                key = (item.balancer, item.peer)
+                if key not in self._peers:
+                    self._introduce_alias(item.balancer)
+                count(self, item, key)
+                self._show(key)
+
+    def _connected(self, event: Connected, key: tuple[str, str]) -> None:
+        self._attempted(key, event.seconds, event.trial, SUCCESS)
+
+    def _connect_failed(self, event: ConnectFailed, key: tuple[str, str]) -> None:
+        self._attempted(key, event.seconds, event.trial, FAILURE)
+        self._child(self._failures, *key, event.fault.value).inc()
+
+    def _attempted(self, key: tuple[str, str], seconds: float, trial: bool, outcome: str) -> None:
+        self._child(self._connects, *key, outcome).inc()
+        self._child(self._seconds, *key, outcome).observe(seconds)
+        if trial:
+            self._child(self._trials, *key, outcome).inc()
+
+    def _opened(self, event: CircuitOpened, key: tuple[str, str]) -> None:
+        self._child(self._openings, *key).inc()
+
+    def _lost(self, event: ConnectionLost, key: tuple[str, str]) -> None:
+        self._child(self._losses, *key, IDLE if event.idle else IN_USE).inc()
+
+    def _replaced(self, event: ConnectionReplaced, key: tuple[str, str]) -> None:
+        self._child(self._replacements, *key, LOST if event.forced else LEFT).inc()
+
+    def _replayed(self, event: StatementReplayed, key: tuple[str, str]) -> None:
+        self._child(self._replays, *key).inc()
+
+    def _only_shown(self, event: Any, key: tuple[str, str]) -> None:
+        pass
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
+    # Showing
+
+    def _balancers(self) -> Iterator[LoadBalancer]:
+        for source in self._sources:
+            if isinstance(source, LoadBalancer):
+                yield source
+                continue
+            for alias in source:
+                try:
+                    yield source[alias]
+                except Exception:  # noqa: S112 - its settings are wrong, as checks and connects say
+                    continue
+
+    def _introduce_alias(self, alias: str) -> None:
+        for source in self._sources:
+            if isinstance(source, LoadBalancer):
+                if source.name == alias:
+                    self._introduce(source)
+            elif alias in source.known:
+                self._introduce(source.known[alias].balancer)
+
+    def _introduce(self, balancer: LoadBalancer) -> None:
+        """Have a balancer's series begin at 0: increase() overlooks one that begins at 1."""
+        alias = balancer.name
+        self._child(self._exhaustions, alias)
+        for name, peer in balancer.peers.items():
+            key = (alias, name)
+            known = self._peers.get(key)
+            # In tests a balancer may be forgotten, and another have its name.
+            self._peers[key] = peer
+            if known is not None:
+                continue
+            for metric, words in self._words():
+                for word in words:
+                    self._child(metric, *key, *word)
+
+    def _words(self) -> Iterator[tuple[Any, Iterable[tuple[str, ...]]]]:
+        faults = [(fault.value,) for fault in Fault]
+        outcomes = [(outcome,) for outcome in OUTCOMES]
+        yield self._connects, outcomes
+        yield self._failures, faults
+        yield self._trials, outcomes
+        yield self._openings, [()]
+        yield self._losses, [(found,) for found in FOUND]
+        yield self._replacements, [(reason,) for reason in REASONS]
+        yield self._replays, [()]
+
+    def _show(self, key: tuple[str, str]) -> None:
+        """Have the gauges of one peer say what is so now; those that say it are left alone."""
+        peer = self._peers.get(key)
+        if peer is None:
+            return
+        connections, state, drained = now = (
+            peer.connections,
+            peer.breaker.circuit.state,
+            peer.drained,
+        )
+        shown = self._shown.get(key)
+        if now == shown:
+            return
+        if shown is None or shown[0] != connections:
+            self._child(self._connections, *key).set(connections)
+        if shown is None or shown[1] != state:
+            for other in STATES:
+                self._child(self._circuits, *key, other).set(other == state)
+        if shown is None or shown[2] != drained:
+            self._child(self._drains, *key).set(drained)
+        self._shown[key] = now
+        if connections:
+            self._held.add(key)
+        else:
+            self._held.discard(key)
+
+    # Processes
+
+    def _hold_for_fork(self) -> threading.Lock | None:
+        # So that no child inherits a lock of prometheus_client's that somebody held to count this.
+        # Whoever forks in the middle of counting waits in vain.
+        counting = self._counting
+        return counting if counting.acquire(timeout=1) else None
+
+    def _after_fork_in_child(self) -> None:
+        self._counting = threading.Lock()
+        self._pending.clear()
+        self._shown.clear()
+        self._held.clear()
+        self._has_looked_at_all = False
+
+    def _leave(self) -> None:
+        """Write that this process has nothing, for nobody may come to remove what it wrote."""
+        for key in self._shown:
+            self._child(self._connections, *key).set(0)
+            self._child(self._drains, *key).set(0)
+            for state in STATES:
+                self._child(self._circuits, *key, state).set(0)
+
+
+_COUNTS: Mapping[type, Any] = {
+    Connected: Metrics._connected,
+    ConnectFailed: Metrics._connect_failed,
+    CircuitOpened: Metrics._opened,
+    CircuitClosed: Metrics._only_shown,
+    ConnectionLost: Metrics._lost,
+    ConnectionReplaced: Metrics._replaced,
+    StatementReplayed: Metrics._replayed,
+    PeerDrained: Metrics._only_shown,
+    PeerUndrained: Metrics._only_shown,
+}
+
+
+def _multiprocess_directory() -> str | None:
+    """Return where prometheus_client's processes write, if there are several."""
+    name = "PROMETHEUS_MULTIPROC_DIR"
+    return os.environ.get(name, os.environ.get(name.lower()))
+
+
+_all: weakref.WeakSet[Metrics] = weakref.WeakSet()
+#: The locks that the thread holds which is about to fork.
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    _forking.held = [metrics._hold_for_fork() for metrics in list(_all)]
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _forking.held:
+        if lock is not None:
+            lock.release()
+
+
+def _after_fork_in_child() -> None:
+    for metrics in list(_all):
+        metrics._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
+
+
+@atexit.register
+def _at_exit() -> None:
+    if _multiprocess_directory() is not None:
+        for metrics in list(_all):
+            metrics._leave()
+
+
+def __getattr__(name: str) -> str:
+    # As in the package's own __init__.
+    if name == "default_app_config" and import_module("django").VERSION < (3, 2):
+        return f"{__name__}.apps.MetricsConfig"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""The app to put into INSTALLED_APPS, for metrics of all load balancers of a Django project."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+from django.core.signals import request_finished, request_started
+
+from ...registry import balancers
+from . import Metrics
+
+__all__ = ["MetricsConfig"]
+
+
+class MetricsConfig(AppConfig):
+    """Registers the metrics with prometheus_client's own registry, as the process starts."""
+
+    name = "django_proxysql.monitoring.metrics"
+    # The last part of the name alone may well be a project's own app.
+    label = "django_proxysql_metrics"
+    verbose_name = "Database load balancer: metrics"
+
+    #: This process's :class:`Metrics`.
+    metrics: Metrics | None = None
+
+    def ready(self) -> None:
+        """Listen to the balancers, and to requests.
+
+        Nothing is written yet: this may be a process that only forks others.
+        """
+        if self.metrics is not None:
+            return
+        self.metrics = Metrics(balancers)
+        # After Django's own receivers, which close connections: those came with django.db.
+        for signal in (request_started, request_finished):
+            signal.connect(self.metrics._at_request, dispatch_uid=__name__)

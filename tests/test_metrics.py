@@ -1,0 +1,600 @@
+"""What Prometheus is told: each thing that happens once, and gauges that say what is so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import OperationalError
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from django_proxysql import Fault, LoadBalancer, balancers
+from django_proxysql.demo.servers import find_program
+from django_proxysql.monitoring.metrics import Metrics
+from tests.fakes import bad_password, in_thread, raised_by, refused_by_host, too_many
+from tests.servers import PASSWORD
+from tests.site import Site
+from tests.test_balancer import World
+from tests.test_floors import without_django
+
+ROOT = Path(__file__).parent.parent
+
+
+class Watched(World):
+    """A balancer whose metrics are in a registry of their own."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.db, registry=self.registry)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return value(self.registry, name, **{"alias": "default", **labels})
+
+    def states(self) -> str:
+        """The states that the gauge names, of each peer."""
+        return " ".join(
+            state
+            for peer in self.db.peers
+            for state in ("closed", "open", "half-open")
+            if self.value("circuit_state", peer=peer, state=state)
+        )
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    """Return a sample of ours, or None if there is none."""
+    found: float | None = registry.get_sample_value(f"django_proxysql_{name}", labels)
+    return found
+
+
+def check(text: bytes) -> str:
+    """Return what promtool complains about."""
+    done = subprocess.run(
+        [find_program("promtool", package="prometheus"), "check", "metrics"],
+        input=text,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode in (0, 3), done
+    return (done.stdout + done.stderr).decode()
+
+
+# What is counted
+
+
+class TestConnecting:
+    def test_series_begin_at_zero(self) -> None:
+        """Those of each peer are there before anything happens: increase() sees the first time."""
+        world = Watched("db1", "db2")
+        for peer in ("db1", "db2"):
+            assert world.value("connects_total", peer=peer, outcome="failure") == 0
+            assert world.value("connections_lost_total", peer=peer, found="in_use") == 0
+            assert world.value("connections", peer=peer) == 0
+            for fault in Fault:
+                assert world.value("connect_failures_total", peer=peer, fault=fault.value) == 0
+        assert world.value("peers_exhausted_total") == 0
+
+    def test_connects(self) -> None:
+        """By peer and outcome, with the seconds they took."""
+        world = Watched("db1", "db2")
+
+        def takes_three_seconds() -> None:
+            world.clock.advance(3)
+
+        world.driver.down["db1"] = refused_by_host
+        world.driver.down["db2"] = takes_three_seconds
+        for _ in range(2):
+            world.connect()
+        assert world.value("connects_total", peer="db1", outcome="failure") == 1
+        assert world.value("connects_total", peer="db1", outcome="success") == 0
+        assert world.value("connects_total", peer="db2", outcome="success") == 2
+        seconds = {"peer": "db2", "outcome": "success"}
+        assert world.value("connect_duration_seconds_count", **seconds) == 2
+        assert world.value("connect_duration_seconds_sum", **seconds) == 6
+        assert world.value("connect_duration_seconds_bucket", **seconds, le="2.5") == 0
+        assert world.value("connect_duration_seconds_bucket", **seconds, le="5.0") == 2
+
+    @pytest.mark.parametrize(
+        ("error", "fault"),
+        [
+            (refused_by_host, "unreachable"),
+            (bad_password, "refused"),
+            (too_many, "overloaded"),
+            (OSError(24, "Too many open files"), "local"),
+            (KeyboardInterrupt, "other"),
+        ],
+    )
+    def test_failures_by_fault(self, error: Any, fault: str) -> None:
+        world = Watched("db1")
+        world.driver.down["db1"] = error
+        raised_by(world.db.connect)
+        counted = {
+            other.value: world.value("connect_failures_total", peer="db1", fault=other.value)
+            for other in Fault
+        }
+        assert counted.pop(fault) == 1
+        assert not any(counted.values())
+
+    def test_circuit_and_trials(self) -> None:
+        """The state is one of three; trials and openings are counted."""
+        world = Watched("db1", "db2")
+        assert world.states() == "closed closed"
+        world.driver.down["db1"] = refused_by_host
+        world.connect()
+        assert world.states() == "open closed"
+        world.clock.advance(30)
+        world.connect()
+        assert world.states() == "open closed"
+        assert world.value("trials_total", peer="db1", outcome="failure") == 1
+
+        def look() -> None:
+            assert world.states() == "half-open closed"
+
+        world.driver.down["db1"] = look
+        world.clock.advance(30)
+        world.connect()
+        assert world.states() == "closed closed"
+        assert world.value("trials_total", peer="db1", outcome="success") == 1
+        assert world.value("circuit_openings_total", peer="db1") == 1
+        assert world.value("trials_total", peer="db2", outcome="success") == 0
+
+    def test_exhausted(self) -> None:
+        world = Watched("db1")
+        world.driver.down["db1"] = refused_by_host
+        for _ in range(2):
+            raised_by(world.db.connect)
+        assert world.value("peers_exhausted_total") == 2
+
+    def test_drained(self) -> None:
+        world = Watched("db1", "db2")
+        world.db.drain("db1")
+        assert world.value("peer_drained", peer="db1") == 1
+        assert world.value("peer_drained", peer="db2") == 0
+        world.db.undrain("db1")
+        assert world.value("peer_drained", peer="db1") == 0
+
+    def test_connections(self) -> None:
+        """Each scrape says how many there are: closed ones, collected ones are not."""
+        world = Watched("db1")
+        kept = [world.db.connect() for _ in range(3)]
+        assert world.value("connections", peer="db1") == 3
+        world.driver.made.clear()
+        kept.pop()
+        assert world.value("connections", peer="db1") == 2
+        in_thread(lambda: kept.append(world.db.connect()))
+        # Its thread has ended.
+        assert world.value("connections", peer="db1") == 2
+
+
+class TestEstablished:
+    @pytest.fixture
+    def registry(self, on_mariadb: Site) -> Iterator[CollectorRegistry]:
+        registry = CollectorRegistry()
+        metrics = Metrics(balancers, registry=registry)
+        yield registry
+        balancers.remove_listener(metrics)
+
+    def test_lost_while_idle(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
+        """… and replaced before anything is sent."""
+        peer = on_mariadb.connection.peer.name
+        on_mariadb.cut_idle()
+        on_mariadb.write("one")
+        of_peer = {"alias": "balanced", "peer": peer}
+        assert value(registry, "connections_lost_total", found="idle", **of_peer) == 1
+        assert value(registry, "connections_lost_total", found="in_use", **of_peer) == 0
+        assert value(registry, "connections_replaced_total", reason="lost", **of_peer) == 1
+        assert value(registry, "connections_replaced_total", reason="left", **of_peer) == 0
+        assert value(registry, "statements_replayed_total", **of_peer) == 0
+        assert value(registry, "connections", **of_peer) == 0
+        successor = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
+        assert value(registry, "connections", **successor) == 1
+
+    def test_lost_in_use(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
+        """… and a read run again."""
+        of_peer = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
+        on_mariadb.cut("after")
+        on_mariadb.read()
+        assert value(registry, "connections_lost_total", found="in_use", **of_peer) == 1
+        assert value(registry, "statements_replayed_total", **of_peer) == 1
+
+    def test_lost_and_raised(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
+        """… a write is not."""
+        of_peer = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
+        on_mariadb.cut("after")
+        with pytest.raises(OperationalError):
+            on_mariadb.write("one")
+        assert value(registry, "connections_lost_total", found="in_use", **of_peer) == 1
+        assert value(registry, "statements_replayed_total", **of_peer) == 0
+
+    def test_left(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
+        """A drained peer is left at a safe point."""
+        of_peer = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
+        on_mariadb.balancer.drain(of_peer["peer"])
+        on_mariadb.write("one")
+        assert value(registry, "connections_replaced_total", reason="left", **of_peer) == 1
+        assert value(registry, "connections_replaced_total", reason="lost", **of_peer) == 0
+        assert value(registry, "peer_drained", **of_peer) == 1
+        assert value(registry, "connections", **of_peer) == 0
+
+    def test_labels_are_bounded(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
+        """Labels are names of the settings and words of ours: no address, error or password."""
+        on_mariadb.cut("after")
+        on_mariadb.read()
+        for proxy in on_mariadb.proxies:
+            proxy.stop()
+        on_mariadb.connection.close()
+        raised_by(on_mariadb.connection.connect)
+        text = generate_latest(registry).decode()
+        found: dict[str, set[str]] = {}
+        for name, word in re.findall(r'(\w+)="([^"]*)"', text):
+            found.setdefault(name, set()).add(word)
+        del found["le"]
+        assert found == {
+            "alias": {"balanced"},
+            "peer": {"peer0", "peer1"},
+            "outcome": {"success", "failure"},
+            "fault": {fault.value for fault in Fault},
+            "found": {"idle", "in_use"},
+            "reason": {"lost", "left"},
+            "state": {"closed", "open", "half-open"},
+        }
+        assert PASSWORD not in text
+        assert on_mariadb.server.host not in text
+
+
+# Names
+
+
+def test_names_are_as_prometheus_would_have_them() -> None:
+    """promtool has nothing to say of names, units and help texts."""
+    world = Watched("db1")
+    world.connect()
+    assert check(generate_latest(world.registry)) == ""
+
+
+def test_promtool_is_not_blind() -> None:
+    text = b"# TYPE django_proxysql_ms counter\ndjango_proxysql_ms 1\n"
+    assert "counter metrics should have" in check(text)
+
+
+def test_registry_has_it_once() -> None:
+    """Two of them in a registry would be the same series twice."""
+    world = Watched("db1")
+    with pytest.raises(ValueError, match="Duplicated"):
+        Metrics(LoadBalancer({"db": {}}, print, name="other"), registry=world.registry)
+
+
+def test_balancers_need_names_of_their_own() -> None:
+    dbs = [LoadBalancer({"db": {}}, print) for _ in range(2)]
+    with pytest.raises(ValueError, match="names of their own"):
+        Metrics(*dbs, registry=None)
+
+
+def test_several_balancers() -> None:
+    registry = CollectorRegistry()
+    worlds = {name: World("db1", name=name) for name in ("shop", "stock")}
+    Metrics(*(world.db for world in worlds.values()), registry=registry)
+    worlds["stock"].connect()
+    counted = {
+        name: value(registry, "connects_total", alias=name, peer="db1", outcome="success")
+        for name in worlds
+    }
+    assert counted == {"shop": 0, "stock": 1}
+
+
+# In the middle of anything
+
+
+@contextlib.contextmanager
+def in_the_middle(counter: Counter, function: Any) -> Iterator[None]:
+    """Have ``function`` called while the value's lock is held, as by a finalizer or a signal."""
+    lock = counter._value._lock  # type: ignore[attr-defined]
+
+    class Lock:
+        def __enter__(self) -> None:
+            lock.acquire()
+            function()
+
+        def __exit__(self, *exc: object) -> None:
+            lock.release()
+
+    counter._value._lock = Lock()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        counter._value._lock = lock  # type: ignore[attr-defined]
+
+
+def successes(world: Watched) -> Any:
+    return world.metrics._connects.labels("default", "db1", "success")
+
+
+@pytest.mark.timeout(60)
+def test_thread_that_comes_by_again_does_not_wait_for_itself() -> None:
+    """What happens while it is counted, in the same thread, is counted as well."""
+    world = Watched("db1")
+    depth: list[None] = []
+
+    def once() -> None:
+        if not depth:
+            depth.append(None)
+            world.connect()
+
+    with in_the_middle(successes(world), once):
+        world.connect()
+    assert world.value("connects_total", peer="db1", outcome="success") == 2
+
+
+@pytest.mark.timeout(60)
+def test_no_thread_waits_for_another() -> None:
+    """A connect does not wait until another thread has counted."""
+    world = Watched("db1")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    with in_the_middle(successes(world), stay):
+        thread = threading.Thread(target=world.connect)
+        thread.start()
+        assert inside.wait(30)
+        world.connect()
+        assert len(world.driver.made) == 2
+        go_on.set()
+        thread.join(30)
+    assert world.value("connects_total", peer="db1", outcome="success") == 2
+
+
+def test_error_while_counting_is_not_the_connects() -> None:
+    """It is logged; what comes next is counted."""
+    world = Watched("db1")
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    lock = successes(world)._value._lock
+    with in_the_middle(successes(world), fail):
+        world.connect()
+    lock.release()
+    world.connect()
+    assert world.value("connects_total", peer="db1", outcome="success") == 1
+
+
+def test_counting_goes_on_though_somebody_was_killed_at_it(monkeypatch: Any) -> None:
+    """A thread that is killed with the right to count does not keep it for ever."""
+    monkeypatch.setattr("django_proxysql.monitoring.metrics._STUCK", 3)
+    world = Watched("db1")
+    assert world.metrics._counting.acquire()
+    for _ in range(5):
+        world.connect()
+    assert world.value("connects_total", peer="db1", outcome="success") == 5
+
+
+@pytest.mark.timeout(60)
+def test_threads_lose_no_count() -> None:
+    world = Watched("db1")
+    threads = [
+        threading.Thread(target=lambda: [world.connect() for _ in range(200)]) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert world.value("connects_total", peer="db1", outcome="success") == 1600
+
+
+FORK = """
+    import os, signal, sys, threading
+    from tests.test_metrics import Watched, in_the_middle, successes
+
+    world = Watched("db1")
+    inside, forking = threading.Event(), threading.Event()
+
+    def stay():
+        inside.set()
+        assert forking.wait(30)
+
+    # Runs before what was registered earlier.
+    os.register_at_fork(before=forking.set)
+    lock = successes(world)
+    with in_the_middle(lock, stay):
+        thread = threading.Thread(target=world.connect)
+        thread.start()
+        assert inside.wait(30)
+        pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        world.connect()
+        kept = world.db.connect()
+        print(world.value("connects_total", peer="db1", outcome="success"), end=" ")
+        print(world.value("connections", peer="db1"), flush=True)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, "the child hangs"
+    thread.join()
+"""
+
+
+def run(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(program)],
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings", **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_fork_while_another_thread_counts() -> None:
+    """The child inherits no lock that is held, and none of the parent's connections."""
+    assert run("import django; django.setup()\n" + textwrap.dedent(FORK)) == "3.0 2.0\n"
+
+
+# Processes
+
+
+MULTIPROCESS = """
+    import os, sys
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+    from tests.test_metrics import Watched
+
+    def show():
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        def value(name, **labels):
+            labels = {"alias": "default", "peer": "db1", **labels}
+            return registry.get_sample_value(f"django_proxysql_{name}", labels)
+        print(
+            value("connects_total", outcome="success"),
+            value("connections"),
+            value("circuit_state", state="closed"),
+            flush=True,
+        )
+    world = Watched("db1")
+    kept = [world.db.connect() for _ in range(3)]
+"""
+
+
+def multiprocess(program: str, directory: Path) -> list[str]:
+    text = textwrap.dedent(MULTIPROCESS) + textwrap.dedent(program)
+    return run(
+        "import django; django.setup()\n" + text, PROMETHEUS_MULTIPROC_DIR=str(directory)
+    ).splitlines()
+
+
+def test_processes_add_up(tmp_path: Path) -> None:
+    """A forked child counts its own; the parent's connections stay the parent's."""
+    assert multiprocess(
+        """
+        show()
+        pid = os.fork()
+        if not pid:
+            more = world.db.connect()
+            show()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        multiprocess.mark_process_dead(pid)
+        show()
+        """,
+        tmp_path,
+    ) == ["3.0 3.0 1.0", "4.0 4.0 2.0", "4.0 3.0 1.0"]
+
+
+def test_process_that_ends_takes_its_gauges_along(tmp_path: Path) -> None:
+    """A command that ends leaves its counts; nobody has to mark it dead."""
+    multiprocess("", tmp_path)
+    assert multiprocess("show()", tmp_path) == ["6.0 3.0 1.0"]
+
+
+def test_closed_connections_are_seen_when_asked_for(tmp_path: Path) -> None:
+    """No event tells of a close: refresh() does, or a request's beginning or end."""
+    assert multiprocess(
+        """
+        world.driver.made.clear()
+        kept.pop()
+        show()
+        world.metrics.refresh()
+        show()
+        kept.pop()
+        world.metrics._at_request()
+        show()
+        """,
+        tmp_path,
+    ) == ["3.0 3.0 1.0", "3.0 2.0 1.0", "3.0 1.0 1.0"]
+
+
+def test_directory_that_is_not_there(monkeypatch: Any) -> None:
+    """… is said at the start, and not by an error at each connect."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere/at/all")
+    with pytest.raises(ValueError, match="/nowhere/at/all"):
+        Watched("db1")
+
+
+# Who asked for it
+
+
+def test_without_django() -> None:
+    printed = without_django(
+        """
+        import sqlite3
+        import prometheus_client
+        from django_proxysql import LoadBalancer
+        from django_proxysql.monitoring.metrics import Metrics
+
+        db = LoadBalancer({"here": {"database": ":memory:"}}, connect=sqlite3.connect)
+        Metrics(db)
+        db.connect().close()
+        print(prometheus_client.REGISTRY.get_sample_value(
+            "django_proxysql_connects_total",
+            {"alias": "default", "peer": "here", "outcome": "success"},
+        ))
+        """
+    )
+    assert printed == "1.0\n"
+
+
+DJANGO = """
+    import sys
+    import django
+    from django.conf import settings
+    settings.configure(INSTALLED_APPS=[{apps}], DATABASES={{
+        "default": {{
+            "ENGINE": "django_proxysql.backends.proxysql",
+            "PEER_ENGINE": "django.db.backends.sqlite3",
+            "PEERS": [{{"NAME": ":memory:"}}],
+        }},
+        "wrong": {{"ENGINE": "django_proxysql.backends.proxysql", "PEERS": []}},
+    }})
+    django.setup()
+"""
+
+
+def test_nothing_is_registered_unasked() -> None:
+    """Without the app prometheus_client is not even imported."""
+    assert run(
+        textwrap.dedent(DJANGO.format(apps="'django_proxysql'"))
+        + "print('prometheus_client' in sys.modules)"
+    ).endswith("False\n")
+
+
+def test_app() -> None:
+    """One line in INSTALLED_APPS: all balancers are in prometheus_client's registry.
+
+    One whose settings are wrong is no reason that the others are not.
+    """
+    text = run(
+        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
+        + "from django.db import connection; connection.ensure_connection()\n"
+        + "import prometheus_client\n"
+        + "print(prometheus_client.generate_latest().decode())"
+    )
+    labels = '{alias="default",outcome="success",peer="peer0"}'
+    assert f"django_proxysql_connects_total{labels} 1.0" in text
+    assert 'django_proxysql_connections{alias="default",peer="peer0"} 1.0' in text
+
+
+def test_without_prometheus_client() -> None:
+    """Who has not installed the extra is told what to install."""
+    error = run(
+        """
+        import sys
+        sys.modules["prometheus_client"] = None
+        try:
+            import django_proxysql.monitoring.metrics
+        except ImportError as exc:
+            print(exc)
+        """
+    )
+    assert 'pip install "django-proxysql[prometheus]"' in error
