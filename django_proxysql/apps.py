@@ -7,7 +7,7 @@ from django.apps import AppConfig
 from django.core import checks
 
 from .checks import check_settings, check_with_databases
-from .registry import mirror_peers
+from .registry import introduce_peers
 
 __all__ = ["DjangoProxySQLConfig"]
 
@@ -20,7 +20,7 @@ class DjangoProxySQLConfig(AppConfig):
 
     def ready(self) -> None:
         """Register the system checks; tell test runs what the peers are."""
-        mirror_peers()
+        introduce_peers()
         # So that check --tag database runs it. Django before 3.1 runs what has
         # that tag only when asked to, and so does Django from 6.1 on.
         if (3, 1) <= django.VERSION < (6, 1):

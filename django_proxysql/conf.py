@@ -28,18 +28,24 @@ from .strategies import strategy_from
 
 __all__ = [
     "ENGINE",
+    "PEER_ALIAS_ENGINE",
+    "PeerEngine",
     "Problem",
     "balancer_config",
     "changed_keys",
+    "engine_path",
     "first_reading",
     "is_balancer",
     "load_wrapper",
     "merged_settings",
+    "mirrored",
     "peer_engine",
     "problems",
 ]
 
 ENGINE = "django_proxysql.backends.proxysql"
+#: What takes the place of an alias's own ENGINE once it is known to be a peer's.
+PEER_ALIAS_ENGINE = "django_proxysql.backends.peer"
 DEFAULT_PEER_ENGINE = "django.db.backends.mysql"
 _NO_ENGINE = "django.db.backends.dummy"
 
@@ -112,10 +118,53 @@ class Problem:
         return f"DATABASES[{self.alias!r}]: {self.message} {self.hint}".rstrip()
 
 
+class PeerEngine(str):
+    """The ENGINE of an alias that serves as a peer: what the user wrote, and whose peer it is.
+
+    It compares, hashes and is stored as the dotted path that the user wrote,
+    for that is what others ask an ENGINE for: Django's test runner,
+    pytest-django, backup tools. Only written out, as :func:`load_backend` does
+    to import it, does it name our engine for peers. Should a future Django
+    import it in another way, the peer has its plain engine, as before.
+
+    :param path: the backend's dotted path.
+    :param balancer: the load balancer's alias.
+    :param peer: the peer's alias.
+    """
+
+    __slots__ = ("balancer", "peer")
+
+    balancer: str
+    peer: str
+
+    def __new__(cls, path: str, balancer: str, peer: str) -> PeerEngine:
+        made = super().__new__(cls, path)
+        made.balancer = balancer
+        made.peer = peer
+        return made
+
+    def __str__(self) -> str:
+        return PEER_ALIAS_ENGINE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Settings are copied, and pickled for processes of a test run.
+        return PeerEngine, (self.path, self.balancer, self.peer)
+
+    @property
+    def path(self) -> str:
+        """The dotted path that the user wrote, as a plain string."""
+        return super().__str__()
+
+
 def is_balancer(entry: Mapping[str, Any]) -> bool:
     """Return whether an entry of DATABASES is a load balancer's."""
     # A user's subclass of the engine has a path of its own.
     return entry.get("ENGINE") == ENGINE or "PEERS" in entry or ALIAS_KEY in entry
+
+
+def engine_path(engine: Any) -> str:
+    """Return the dotted path of an ENGINE as the user wrote it."""
+    return engine.path if isinstance(engine, PeerEngine) else str(engine)
 
 
 def peer_engine(entry: Mapping[str, Any], databases: Mapping[str, Mapping[str, Any]]) -> str:
@@ -125,10 +174,29 @@ def peer_engine(entry: Mapping[str, Any], databases: Mapping[str, Mapping[str, A
         return str(explicit)
     for peer in _listed(entry.get("PEERS")):
         if isinstance(peer, str) and not is_balancer(databases.get(peer, {"PEERS": ()})):
-            return str(databases[peer].get("ENGINE") or _NO_ENGINE)
+            return engine_path(databases[peer].get("ENGINE") or _NO_ENGINE)
         if isinstance(peer, Mapping) and peer.get("ENGINE"):
             return str(peer["ENGINE"])
     return DEFAULT_PEER_ENGINE
+
+
+def mirrored(alias: str, databases: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the alias whose test database ``alias`` has in the end: mostly its own.
+
+    Django does not follow a chain of mirrors: met in the wrong order, the last
+    would be given the name of the production database.
+
+    :returns: None if the chain leads back to where it has been.
+    """
+    seen = [alias]
+    while True:
+        test = (databases.get(seen[-1]) or {}).get("TEST")
+        link = test.get("MIRROR") if isinstance(test, Mapping) else None
+        if not isinstance(link, str) or not link:
+            return seen[-1]
+        if link in seen:
+            return None
+        seen.append(link)
 
 
 def load_wrapper(path: str) -> type[BaseDatabaseWrapper]:
@@ -240,6 +308,7 @@ class _Reader:
         yield from self._misplaced()
         yield from self._values()
         yield from self._engine()
+        yield from self._mirror()
         if not self.peers:
             # Never its value: that of a dict in place of a list has a password.
             value = self.entry.get("PEERS")
@@ -357,6 +426,18 @@ class _Reader:
                 f"{setting} {exc.problem}.",
                 "Give the backend of the databases, and install its driver.",
             )
+
+    def _mirror(self) -> Iterator[Problem]:
+        target = mirrored(self.alias, self.databases)
+        if target in self.databases or target == self.alias:
+            return
+        says = "leads back to where it began"
+        yield self._problem(
+            "W006",
+            "TEST",
+            f"TEST['MIRROR'] {says if target is None else f'leads to {target!r}, no alias'}.",
+            "A test run is refused. Name the alias whose test database this one has.",
+        )
 
     def _twice(self) -> Iterator[Problem]:
         aliases = [peer for peer in self.peers if isinstance(peer, str)]

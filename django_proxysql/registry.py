@@ -22,17 +22,20 @@ from . import drivers
 from .balancer import LoadBalancer
 from .conf import (
     ALIAS_KEY,
+    PeerEngine,
     balancer_config,
     changed_keys,
+    engine_path,
     first_reading,
     is_balancer,
     merged_settings,
+    mirrored,
 )
 from .errors import NoPeerAvailable
 from .events import Listener
 from .peer import Peer
 
-__all__ = ["Registered", "balancers", "mirror_peers", "register"]
+__all__ = ["Registered", "balancers", "introduce_peers", "register"]
 
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
@@ -188,33 +191,72 @@ def register(settings: dict[str, Any], alias: str) -> None:
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
     balancers._entries.setdefault(alias, dict(entry))
     balancers._first_read.setdefault(alias, first_reading(entry))
-    mirror_peers()
+    introduce_peers()
 
 
-def mirror_peers() -> None:
-    """Have test runs take the peers that are aliases for what they are: their balancer's database.
+def introduce_peers() -> None:
+    """Tell Django what the peers that are aliases are, wherever it comes upon them.
 
-    It sets their TEST["MIRROR"], where none is given. Otherwise a run would
-    make a test database for each of them: on the same servers, under the same name.
+    Their ENGINE becomes ours for peers, over their own
+    (:mod:`django_proxysql.backends.peer`). Test runs take them for mirrors of
+    their balancer, whose database they are: otherwise a run would make a test
+    database for each of them, on the same servers, under the same name.
     """
     databases = connections.databases
-    for alias, entry in databases.items():
-        peers = entry.get("PEERS") if is_balancer(entry) else None
-        target = (entry.get("TEST") or {}).get("MIRROR") or alias
-        for peer in peers if isinstance(peers, (list, tuple)) else ():
-            theirs = databases.get(peer, {}) if isinstance(peer, str) else {}
-            # The default alias is made before all others, which depend on it.
-            # As a peer it shares its own with the balancer (test_db_signature).
-            if not theirs or is_balancer(theirs) or peer == DEFAULT_DB_ALIAS:
-                continue
-            test = theirs.setdefault("TEST", {})
-            if not test.get("MIRROR"):
-                test["MIRROR"] = target
-                names = {theirs.get("NAME"), entry.get("NAME"), _name_of_a_peer(entry, databases)}
-                names.add(databases.get(target, {}).get("NAME"))
-                balancers._mirrors[peer] = target, names
+    entries = [(alias, entry) for alias, entry in databases.items() if is_balancer(entry)]
+    for alias, entry in entries:
+        if entry.get("NAME") == "":
+            # Others ask for it, too: pytest-django makes the test database's name from it.
+            entry["NAME"] = _name_of_a_peer(entry, databases)
+        for peer, theirs in _alias_peers(entry):
+            _give_engine(theirs, alias, peer)
+    for alias, entry in entries:
+        _make_mirrors(alias, entry)
     if balancers._mirrors:
         connection_created.connect(_refuse_production, dispatch_uid=__name__)
+
+
+def _give_engine(theirs: dict[str, Any], alias: str, peer: str) -> None:
+    engine = theirs.get("ENGINE")
+    if not isinstance(engine, str) or not engine:
+        return
+    if isinstance(engine, PeerEngine) and engine.peer == peer:
+        # A peer of several is the first's, for as long as that lists it.
+        first = connections.databases.get(engine.balancer, {})
+        if is_balancer(first) and any(peer == name for name, _ in _alias_peers(first)):
+            return
+    theirs["ENGINE"] = PeerEngine(engine_path(engine), alias, peer)
+
+
+def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
+    databases = connections.databases
+    target = mirrored(alias, databases)
+    if target is None:
+        # A ring of mirrors: the checks say so, and a test run is refused.
+        return
+    names = {entry.get("NAME"), _name_of_a_peer(entry, databases)}
+    names.add(databases.get(target, {}).get("NAME"))
+    if target != alias:
+        balancers._mirrors.setdefault(alias, (target, names))
+    for peer, theirs in _alias_peers(entry):
+        # The default alias is made before all others, which depend on it. As a
+        # peer it shares its own with the balancer (test_db_signature). And a
+        # balancer may be a mirror of one of its peers.
+        if peer in (DEFAULT_DB_ALIAS, target):
+            continue
+        test = theirs.setdefault("TEST", {})
+        if not test.get("MIRROR"):
+            test["MIRROR"] = target
+            balancers._mirrors[peer] = target, {*names, theirs.get("NAME")}
+
+
+def _alias_peers(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the peers that are aliases, and their entries."""
+    peers = entry.get("PEERS")
+    for peer in peers if isinstance(peers, (list, tuple)) else ():
+        theirs = connections.databases.get(peer) if isinstance(peer, str) else None
+        if theirs and not is_balancer(theirs):
+            yield peer, theirs
 
 
 def _refuse_production(connection: Any, **kwargs: Any) -> None:
@@ -231,8 +273,8 @@ def _refuse_production(connection: Any, **kwargs: Any) -> None:
         return
     connection.close()
     raise ImproperlyConfigured(
-        f"A test uses {connection.alias!r}, a peer of {mirror[0]!r}, whose test database "
-        f"was not made. Add {mirror[0]!r} to the test's databases."
+        f"A test uses {connection.alias!r}, whose test database is that of {mirror[0]!r}, "
+        f"which was not made. Add {mirror[0]!r} to the test's databases."
     )
 
 

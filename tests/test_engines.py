@@ -53,7 +53,7 @@ def assert_is_like(connection: Any, path: str) -> None:
     assert isinstance(connection, real)
     assert isinstance(connection, DatabaseWrapper)
     assert connection.vendor == real.vendor
-    assert connection.SchemaEditorClass is real.SchemaEditorClass
+    assert issubclass(connection.SchemaEditorClass, real.SchemaEditorClass)
     assert connection.Database is real.Database
     assert type(connection.features) is real.features_class
     assert type(connection.ops) is real.ops_class

@@ -6,6 +6,7 @@ and ``isinstance(connection, TheRealDatabaseWrapper)`` holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from django.apps import apps
@@ -17,9 +18,9 @@ from .. import drivers
 from ..conf import ALIAS_KEY, is_balancer, load_wrapper, peer_engine, problems
 from ..exceptions import ConfigError
 from ..registry import balancers
-from .shims import client_class, creation_class, validation_class
+from .shims import client_class, creation_class, schema_editor_class, validation_class
 
-__all__ = ["engine_class"]
+__all__ = ["engine_class", "made_over"]
 
 
 class _Unknown(DummyWrapper):
@@ -52,6 +53,26 @@ def engine_class(base: type, settings: dict[str, Any], alias: str) -> type:
             wrapper = load_wrapper(peer_engine(settings, connections.databases))
         except ConfigError:
             pass
+    return made_over(wrapper, base, _helpers)
+
+
+def _helpers(wrapper: Any) -> dict[str, Any]:
+    editor = wrapper.SchemaEditorClass
+    return {
+        "client_class": client_class(wrapper.client_class),
+        "creation_class": creation_class(wrapper.creation_class),
+        "validation_class": validation_class(wrapper.validation_class),
+        "SchemaEditorClass": None if editor is None else schema_editor_class(editor),
+    }
+
+
+def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any]]) -> type:
+    """Return the class that is ``base`` over the DatabaseWrapper of a real backend.
+
+    :param wrapper: that backend's class.
+    :param base: one of our engines' classes, or a user's subclass of it.
+    :param namespace: gives what the class has besides, when it is first made.
+    """
     key = (base, wrapper)
     made = _made.get(key)
     if made is None:
@@ -67,9 +88,7 @@ def engine_class(base: type, settings: dict[str, Any], alias: str) -> type:
                     "_driver": drivers.driver_of(
                         getattr(getattr(wrapper, "Database", None), "__name__", "")
                     ),
-                    "client_class": client_class(wrapper.client_class),
-                    "creation_class": creation_class(wrapper.creation_class),
-                    "validation_class": validation_class(wrapper.validation_class),
+                    **namespace(wrapper),
                 },
             ),
         )

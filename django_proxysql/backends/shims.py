@@ -1,7 +1,8 @@
-"""Subclasses of a peer engine's helpers, for those that need one peer's address.
+"""Subclasses of a peer engine's helpers, for those that must know of peers.
 
 ``dbshell`` and the cloning of test databases start programs of their own,
-with a host and a password on their command line: a live peer's.
+with a host and a password on their command line: a live peer's. Test databases
+and schema changes are made on one peer from start to end.
 """
 
 from __future__ import annotations
@@ -12,15 +13,43 @@ import functools
 from typing import Any
 
 from django.apps import apps
+from django.core.checks import Warning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
+from django.db.utils import OperationalError
 
-from ..conf import ALIAS_KEY, merged_settings, peer_engine
+from .. import drivers
+from ..conf import ALIAS_KEY, merged_settings, mirrored, peer_engine
 from ..messages import messages
 from ..peer import Peer
 from ..registry import balancers
+from .versions import different_versions
 
-__all__ = ["client_class", "creation_class", "validation_class"]
+__all__ = [
+    "client_class",
+    "creation_class",
+    "mirror_class",
+    "peer_validation_class",
+    "schema_editor_class",
+    "validation_class",
+]
+
+
+def on_one_peer(
+    connection: Any, peer: Peer | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Keep this thread on the peer that ``connection`` leads to, for a block.
+
+    :param connection: a balancer's wrapper; of a bare dict's there is nothing to keep.
+    :param peer: where to go if it has no connection; if that is out, to whichever works.
+    """
+    alias = connection.settings_dict.get(ALIAS_KEY)
+    if alias is None:
+        return contextlib.nullcontext()
+    peer = connection.peer or peer
+    if peer is not None and not peer.is_available:
+        peer = None
+    return balancers.registered(alias).balancer.pinned(peer)
 
 
 @functools.cache
@@ -38,7 +67,7 @@ def client_class(base: type) -> type:
 def creation_class(base: type) -> type:
     """Return the peer engine's creation, making and cloning test databases on one live peer."""
 
-    class DatabaseCreation(base):  # type: ignore[misc]
+    class DatabaseCreation(mirror_class(base)):  # type: ignore[misc]
         def test_db_signature(self) -> Any:
             # Aliases with equal signatures share one test database. A balancer
             # has no HOST: its signature is the least that one of its peers
@@ -65,13 +94,15 @@ def creation_class(base: type) -> type:
 
         def create_test_db(self, *args: Any, **kwargs: Any) -> Any:
             self._refuse_a_second()
-            with self._on_one_peer():
+            # What one statement makes the next one needs: CREATE DATABASE, the
+            # tables, mysqldump. Other peers may be a moment behind.
+            with on_one_peer(self.connection, self._peer):
                 made = super().create_test_db(*args, **kwargs)
             self._peer = self.connection.peer
             return made
 
         def clone_test_db(self, *args: Any, **kwargs: Any) -> Any:
-            with self._on_one_peer():
+            with on_one_peer(self.connection, self._peer):
                 return super().clone_test_db(*args, **kwargs)
 
         def _refuse_a_second(self) -> None:
@@ -88,23 +119,64 @@ def creation_class(base: type) -> type:
                         "Add 'django_proxysql' to INSTALLED_APPS."
                     )
 
-        def _on_one_peer(self) -> contextlib.AbstractContextManager[None]:
-            # What one statement makes the next one needs: CREATE DATABASE, the
-            # tables, mysqldump. Other peers may be a moment behind.
-            alias = self.connection.settings_dict.get(ALIAS_KEY)
-            if alias is None:
-                return contextlib.nullcontext()
-            peer = self.connection.peer or self._peer
-            if peer is not None and not peer.is_available:
-                peer = None
-            return balancers.registered(alias).balancer.pinned(peer)
-
         def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
             return base(self.connection.on_a_live_peer())._clone_db(*args, **kwargs)
 
     if not hasattr(base, "_clone_db"):
         del DatabaseCreation._clone_db
     return DatabaseCreation
+
+
+@functools.cache
+def mirror_class(base: type) -> type:
+    """Return the peer engine's creation, taking a mirror for that of the chain's end."""
+
+    class DatabaseCreation(base):  # type: ignore[misc]
+        def set_as_test_mirror(self, primary_settings_dict: dict[str, Any]) -> None:
+            # Django would give the last of a chain the name of production, if it
+            # met that before the others, and so an alias that mirrors itself.
+            alias = self.connection.alias
+            target = mirrored(alias, connections.databases)
+            if target is None:
+                raise ImproperlyConfigured(
+                    f"DATABASES[{alias!r}]: TEST['MIRROR'] leads back to where it began. "
+                    "Name the alias whose test database this one has."
+                )
+            if target != alias:
+                primary_settings_dict = connections[target].settings_dict
+            super().set_as_test_mirror(primary_settings_dict)
+
+    return DatabaseCreation
+
+
+@functools.cache
+def schema_editor_class(base: type) -> type:
+    """Return the peer engine's schema editor, staying on one peer while it is open.
+
+    A migration is one such block, with all its operations. What one of them
+    makes the next one needs, and another peer may be a moment behind, or have
+    half of it, where the DDL of the lost one was not finished.
+    """
+
+    class DatabaseSchemaEditor(base):  # type: ignore[misc]
+        def __enter__(self) -> Any:
+            # Held by this object alone: if neither __exit__ nor the next line
+            # is ever reached, the block ends with it.
+            self._stay = on_one_peer(self.connection)
+            self._stay.__enter__()
+            try:
+                return super().__enter__()
+            except BaseException:
+                self._stay.__exit__(None, None, None)
+                raise
+
+        def __exit__(self, *exc_info: Any) -> Any:
+            try:
+                return super().__exit__(*exc_info)
+            finally:
+                self._stay.__exit__(None, None, None)
+
+    return DatabaseSchemaEditor
 
 
 @functools.cache
@@ -118,6 +190,34 @@ def validation_class(base: type) -> type:
     class DatabaseValidation(base):  # type: ignore[misc]
         def check(self, **kwargs: Any) -> list[Any]:
             found = [] if apps.is_installed("django_proxysql") else messages(self.connection.alias)
-            return [*found, *super().check(**kwargs)]
+            return [*found, *different_versions(self.connection), *super().check(**kwargs)]
+
+    return DatabaseValidation
+
+
+@functools.cache
+def peer_validation_class(base: type) -> type:
+    """Return the peer's own engine's validation, of this peer; one that is down is passed by."""
+
+    class DatabaseValidation(base):  # type: ignore[misc]
+        def check(self, **kwargs: Any) -> list[Any]:
+            connection = self.connection
+            if connection.connection is not None:
+                return list(super().check(**kwargs))
+            try:
+                connection.ensure_connection()
+            except OperationalError as exc:
+                return [
+                    Warning(
+                        f"Peer {connection.alias!r} cannot be reached, and was not checked: "
+                        f"{drivers.describe(exc)}",
+                        hint="Its load balancer does without it.",
+                        id="django_proxysql.W007",
+                    )
+                ]
+            try:
+                return list(super().check(**kwargs))
+            finally:
+                connection.close()
 
     return DatabaseValidation
