@@ -130,6 +130,18 @@ MISTAKES: list[Any] = [
         "TRIAL_TIMEOUT is 1",
         "becomes 2",
     ),
+    (
+        "W006",
+        {"PEERS": [ONE], "TEST": {"MIRROR": "balanced"}},
+        "TEST['MIRROR'] leads back to where it began",
+        "Name the alias",
+    ),
+    (
+        "W006",
+        {"PEERS": [ONE], "TEST": {"MIRROR": "nonesuch"}},
+        "TEST['MIRROR'] leads to 'nonesuch', no alias",
+        "A test run is refused",
+    ),
     ("W004", {"PEERS": [ONE], "WEIGHT": 3}, "WEIGHT is a peer's setting", "into the peers"),
     ("W004", {"PEERS": [{**ONE, "CONN_MAX_AGE": 3}]}, "CONN_MAX_AGE of peer", "to 'balanced'"),
     ("W004", {"PEERS": [{**ONE, "REPLAY": None}]}, "REPLAY of peer", "to 'balanced'"),
@@ -321,12 +333,25 @@ def test_checks_connect_to_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_every_id_is_in_the_docs() -> None:
     """Each id that can be said has its anchor and its heading in the docs, and no other has."""
-    source = (ROOT / "django_proxysql" / "conf.py").read_text()
+    package = ROOT / "django_proxysql"
+    said = {word for word in _words(package / "conf.py") if is_id(word)}
+    # Those that ask a server have tests of their own (tests/test_peer_engine.py).
+    asking = {
+        word.partition(".")[2]
+        for name in ("shims", "versions")
+        for word in _words(package / "backends" / f"{name}.py")
+        if word.startswith("django_proxysql.W")
+    }
+    assert asking == {"W005", "W007"}
     docs = (ROOT / "docs" / "reference" / "checks.rst").read_text()
-    said = {word for word in source.replace('"', " ").split() if is_id(word)}
     anchors = {line[20:24] for line in docs.splitlines() if line.startswith(".. _django_proxysql.")}
     headings = {line[16:] for line in docs.splitlines() if line.startswith("django_proxysql.")}
-    assert said == anchors == headings == {mistake[0] for mistake in MISTAKES}
+    assert said | asking == anchors == headings
+    assert said == {mistake[0] for mistake in MISTAKES}
+
+
+def _words(path: Path) -> list[str]:
+    return path.read_text().replace('"', " ").split()
 
 
 def is_id(word: str) -> bool:

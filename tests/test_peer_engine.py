@@ -1,0 +1,540 @@
+"""An alias that serves as a peer: its own engine, but for what is asked without a connection."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+from django.db import OperationalError, connections, transaction
+from django.db.utils import load_backend
+
+from django_proxysql import balancers
+from django_proxysql.backends.peer.base import DatabaseWrapper
+from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine
+from django_proxysql.registry import introduce_peers
+from tests.app.models import Token
+from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, nodb_cursor
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+from tests.site import with_table
+
+
+def alias(server: Any, engine: str = MYSQL, **settings: Any) -> dict[str, Any]:
+    return {"ENGINE": engine, **mysql_peer(server), **settings}
+
+
+def balancer(*peers: str, **settings: Any) -> dict[str, Any]:
+    return {"ENGINE": ENGINE, "PEERS": list(peers), **settings}
+
+
+# Who has it
+
+
+def test_aliases_that_are_peers_have_it(mariadb: Node) -> None:
+    """They and no others; each is an instance of its own engine's class."""
+    entries = {"peer0": alias(mariadb), "other": alias(mariadb), "balanced": balancer("peer0")}
+    with added(entries):
+        before = connections.databases["peer0"]
+        introduce_peers()
+        introduce_peers()
+        assert connections.databases["peer0"] is before
+        real = load_backend(MYSQL).DatabaseWrapper
+        assert type(connections["other"]) is real
+        peer = connections["peer0"]
+        assert isinstance(peer, DatabaseWrapper)
+        assert isinstance(peer, real)
+        assert peer.settings_dict is before
+        assert (peer.vendor, peer.alias) == ("mysql", "peer0")
+        assert type(peer.features) is real.features_class
+        assert type(peer.ops) is real.ops_class
+        for made in (copy.copy(peer), peer.copy(), peer.copy("another")):
+            assert type(made) is type(peer)
+
+
+def test_made_known_by_the_balancer(mariadb: Node) -> None:
+    """Without the app, whichever connection to the balancer is made first makes them known."""
+    with added({"balanced": balancer("peer0"), "peer0": alias(mariadb)}):
+        assert not isinstance(connections.databases["peer0"]["ENGINE"], PeerEngine)
+        assert connections["balanced"].alias == "balanced"
+        assert isinstance(connections["peer0"], DatabaseWrapper)
+
+
+def test_engine_is_what_the_user_wrote() -> None:
+    """For whoever compares, looks up, stores or copies it; only to Django's import it is ours."""
+    one = PeerEngine(MYSQL, "balanced", "peer0")
+    assert one == MYSQL
+    assert {MYSQL: 1}[one] == 1
+    assert "mysql" in one
+    assert one.startswith("django.db")
+    assert repr(one) == repr(MYSQL)
+    assert json.dumps({"ENGINE": one}) == json.dumps({"ENGINE": MYSQL})
+    assert type(one.path) is str
+    for made in (copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # noqa: S301
+        assert (made, made.balancer, made.peer) == (one, "balanced", "peer0")
+    assert load_backend(one).DatabaseWrapper is DatabaseWrapper
+
+
+def test_a_peer_of_two(mariadb: Node) -> None:
+    """It is the first's; when that is there no longer, the other's."""
+    entries = {"peer0": alias(mariadb), "one": balancer("peer0"), "two": balancer("peer0")}
+    with added(entries):
+        introduce_peers()
+        given: Any = connections.databases["peer0"]["ENGINE"]
+        assert given.balancer == "one"
+        connections.databases["one"]["PEERS"] = [mysql_peer(mariadb)]
+        introduce_peers()
+        again: Any = connections.databases["peer0"]["ENGINE"]
+        assert again.balancer == "two"
+
+
+def test_named_by_hand() -> None:
+    """The engine is not one to write into DATABASES."""
+    with added({"peer0": {"ENGINE": PEER_ALIAS_ENGINE, "NAME": "x"}}):
+        with pytest.raises(ImproperlyConfigured, match="is no ENGINE to name"):
+            connections["peer0"].ensure_connection()
+        connections["peer0"] = mock.Mock()
+
+
+def test_without_its_balancer(mariadb: Node) -> None:
+    """A connection outlives its balancer's entry as a plain one."""
+    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
+        introduce_peers()
+        peer = connections["peer0"]
+        with mock.patch.dict(connections.databases):
+            del connections.databases["balanced"]
+            assert peer.features.connection is peer
+            peer.ensure_connection()
+            assert peer.mysql_is_mariadb
+
+
+# What is asked, and of whom
+
+
+@pytest.fixture
+def dead_and_alive(mariadb_pair: tuple[Node, Node]) -> dict[str, dict[str, Any]]:
+    """A balancer over two aliases, of which the first is down."""
+    dead, alive = mariadb_pair
+    dead.kill()
+    return {
+        "peer0": alias(dead),
+        "peer1": alias(alive),
+        "balanced": balancer("peer0", "peer1"),
+    }
+
+
+def test_asks_no_dead_peer(dead_and_alive: dict[str, dict[str, Any]]) -> None:
+    """Features, types and the server's version, as Django's checks and migrations ask for them."""
+    with added(dead_and_alive):
+        introduce_peers()
+        peer = connections["peer0"]
+        assert peer.features.has_select_for_update
+        assert peer.features.supports_json_field is not None
+        assert peer.features.minimum_database_version
+        assert peer.data_types["AutoField"]
+        assert peer.data_type_check_constraints is not None
+        assert peer.mysql_is_mariadb
+        assert peer.connection is None
+        assert peer.features.connection is connections["balanced"]
+        assert Token._meta.get_field("value").db_type(peer)
+        # A connection to the peer is one to the peer.
+        with pytest.raises(OperationalError, match="2002"):
+            peer.cursor()
+        with pytest.raises(OperationalError, match="2002"), peer.temporary_connection():
+            pass
+
+
+def test_connected_it_is_asked_itself(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    """What it says of itself comes from the peer, once there is a connection to it."""
+    first, second = mariadb_pair
+    second.options.append("--version=10.5.7-MariaDB")
+    second.kill()
+    second.start()
+    entries = {
+        "peer0": alias(first),
+        "peer1": alias(second, PRIORITY=1),
+        "balanced": balancer("peer0", "peer1"),
+    }
+    with added(entries):
+        introduce_peers()
+        peer = connections["peer1"]
+        assert peer.features.connection is connections["balanced"]
+        try:
+            peer.ensure_connection()
+        except Exception as exc:
+            # Django 6.1 does not support it; it knows that from this peer.
+            assert "10.5.7" in str(exc)
+        else:
+            assert peer.mysql_version == (10, 5, 7)
+            assert peer.features.connection is peer
+
+
+def test_not_asked_of_a_broken_transaction(mariadb: Node) -> None:
+    """In a transaction of the balancer's that has failed, the peer itself is asked."""
+    entries = {"peer0": alias(mariadb), "balanced": balancer("peer0")}
+    with added(entries):
+        introduce_peers()
+        with transaction.atomic("balanced"):
+            transaction.set_rollback(True, "balanced")
+            assert connections["peer0"].features.connection is connections["peer0"]
+            assert connections["peer0"].mysql_is_mariadb
+            assert connections["peer0"].connection is None
+            transaction.set_rollback(False, "balanced")
+
+
+def test_each_thread_has_its_own(mariadb: Node) -> None:
+    """Features come from the balancer's connection of the same thread."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        found.extend([connections["peer0"].features, connections["balanced"].features])
+        connections.close_all()
+
+    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
+        introduce_peers()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        assert found[0] is found[1] is not connections["balanced"].features
+
+
+def test_balancer_with_an_error(mariadb: Node) -> None:
+    """Where the balancer is misconfigured its peers are as they always were."""
+    with added({"peer0": alias(mariadb), "balanced": balancer("peer0", CHECK_INTERVAL=-1)}):
+        introduce_peers()
+        peer = connections["peer0"]
+        assert peer.features.connection is peer
+        with peer.cursor() as cursor:
+            cursor.execute("SELECT 1")
+
+
+# Connecting
+
+
+def test_queries_go_to_the_peer(mariadb_pair: tuple[Node, Node]) -> None:
+    """Each alias is its own server, and works as on the plain engine."""
+    entries = {f"peer{n}": alias(node) for n, node in enumerate(mariadb_pair)}
+    with added({**entries, "balanced": balancer(*entries)}):
+        introduce_peers()
+        for number, node in enumerate(mariadb_pair):
+            connection = connections[f"peer{number}"]
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT @@port")
+                assert cursor.fetchone() == (node.port,)
+            with nodb_cursor(connection) as cursor:
+                cursor.execute("SELECT @@port, DATABASE()")
+                assert cursor.fetchone() == (node.port, None)
+            with_table(connection)
+            Token.objects.using(connection.alias).create(value="one")
+            assert Token.objects.using(connection.alias).get().value == "one"
+
+
+def test_connect_timeout(fault_proxy: Callable[..., FaultProxy], mariadb: Node) -> None:
+    """A peer that accepts and says nothing is given up after CONNECT_TIMEOUT; OPTIONS go first."""
+    proxy = fault_proxy(mariadb)
+    entries = {
+        "peer0": alias(proxy, PASSWORD=lambda: mysql_peer(mariadb)["PASSWORD"]),
+        "own": alias(proxy, OPTIONS={"connect_timeout": 2}),
+        "balanced": balancer("peer0", "own", CONNECT_TIMEOUT=1),
+    }
+    with added(entries):
+        introduce_peers()
+        assert connections["own"].get_connection_params()["connect_timeout"] == 2
+        peer = connections["peer0"]
+        assert peer.get_connection_params()["connect_timeout"] == 1
+        with peer.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            assert cursor.fetchone() == (1,)
+        peer.close()
+        proxy.accept_and_hang()
+        with pytest.raises(OperationalError, match="2013|2002"):
+            peer.ensure_connection()
+
+
+def test_freezes_when_it_has_let_us_in(mariadb: Node) -> None:
+    """A peer in doubt is tried by a connection that is thrown away and has a read timeout."""
+    entries = {"peer0": alias(mariadb), "balanced": balancer("peer0", TRIAL_TIMEOUT=2)}
+    with added(entries):
+        introduce_peers()
+        peer = connections["peer0"]
+        with mock.patch.object(peer.Database, "connect", wraps=peer.Database.connect) as connect:
+            peer.ensure_connection()
+            peer.close()
+            assert [call.kwargs.get("read_timeout") for call in connect.mock_calls] == [None]
+            connect.reset_mock()
+            balancers["balanced"].peers["peer0"].breaker.suspect("went away")
+            peer.ensure_connection()
+        assert [call.kwargs.get("read_timeout") for call in connect.mock_calls[:1]] == [2]
+        assert "read_timeout" not in connect.mock_calls[-1].kwargs
+
+
+def test_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """PostgreSQL: the dead peer is not asked, the other's timeout is libpq's."""
+    dead, alive = postgres_pair
+    dead.kill()
+    entries = {"peer0": alias(dead, POSTGRESQL), "peer1": alias(alive, POSTGRESQL)}
+    with added({**entries, "balanced": balancer(*entries, CONNECT_TIMEOUT=3)}):
+        introduce_peers()
+        peer = connections["peer0"]
+        assert peer.pg_version >= 150000
+        assert peer.features.supports_transactions
+        assert peer.connection is None
+        with pytest.raises(OperationalError):
+            peer.ensure_connection()
+        assert connections["peer1"].get_connection_params()["connect_timeout"] == 3
+        with connections["peer1"].cursor() as cursor:
+            cursor.execute("SELECT 1")
+
+
+def test_sqlite(tmp_path: Path) -> None:
+    """SQLite: files have no timeout, and work."""
+    entries = {"peer0": {"ENGINE": SQLITE, "NAME": str(tmp_path / "db")}}
+    with added({**entries, "balanced": balancer("peer0")}):
+        introduce_peers()
+        with_table(connections["balanced"])
+        Token.objects.using("peer0").create(value="one")
+        assert Token.objects.using("balanced").get().value == "one"
+
+
+def test_over_django_prometheus(mariadb: Node) -> None:
+    """Another package's engine stays what it is below ours."""
+    # What the extra [test] brings on one Python only.
+    metrics = pytest.importorskip("django_prometheus.db").metrics
+    path = "django_prometheus.db.backends.mysql"
+    with added({"peer0": alias(mariadb, path), "balanced": balancer("peer0")}):
+        introduce_peers()
+        peer = connections["peer0"]
+        assert isinstance(peer, load_backend(path).DatabaseWrapper)
+        with peer.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        assert metrics.connections_total.labels("peer0", "mysql")._value.get() == 1
+
+
+# The checks
+
+
+def check(*databases: str) -> list[Any]:
+    found = checks.run_checks(databases=databases, tags=[checks.Tags.database])
+    return [message for message in found if (message.id or "").startswith("django_proxysql")]
+
+
+def test_check_of_a_dead_peer(dead_and_alive: dict[str, dict[str, Any]]) -> None:
+    """check --database of a peer that is down: a warning."""
+    with added(dead_and_alive):
+        introduce_peers()
+        (message,) = check("peer0", "peer1")
+        assert (message.id, message.level) == ("django_proxysql.W007", checks.WARNING)
+        assert "Peer 'peer0' cannot be reached" in message.msg
+        assert "2002" in message.msg
+        assert connections["peer1"].connection is None
+        connections["peer1"].ensure_connection()
+        assert check("peer1") == []
+        assert connections["peer1"].connection is not None
+
+
+def test_check_of_versions(mariadb_pair: tuple[Node, Node]) -> None:
+    """Peers that are not of one version: a warning, which names them."""
+    first, second = mariadb_pair
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers):
+        assert check("balanced") == []
+    for version, said in (("10.12.3-MariaDB", "MariaDB 10.12"), ("8.4.9", "MySQL 8.4")):
+        second.options[:] = [*first.options, f"--version={version}"]
+        second.kill()
+        second.start()
+        with engine(peers):
+            (message,) = check("balanced")
+            assert (message.id, message.level) == ("django_proxysql.W005", checks.WARNING)
+            assert f"(peer0: MariaDB 10.11; peer1: {said})" in message.msg
+            # Nothing else is left behind: neither connections nor open circuits.
+            assert [state.connections for state in balancers["balanced"].snapshot()] == [0, 0]
+            assert {state.state for state in balancers["balanced"].snapshot()} == {"closed"}
+
+
+def test_check_of_versions_passes_by_what_is_down(mariadb_pair: tuple[Node, Node]) -> None:
+    """A peer that is dead or hangs is asked once; one whose circuit is open is not asked."""
+    first, second = mariadb_pair
+    second.freeze()
+    with engine([mysql_peer(node) for node in mariadb_pair], CONNECT_TIMEOUT=1) as connection:
+        assert check("balanced") == []
+        assert [state.state for state in balancers["balanced"].snapshot()] == ["closed", "open"]
+        with mock.patch.object(type(connection), "copy", autospec=True) as copied:
+            check("balanced")
+        assert copied.call_count == 1
+    second.thaw()
+    assert first.sql("SELECT 1").strip() == "1"
+
+
+def test_check_of_versions_ends_at_the_deadline(mariadb_pair: tuple[Node, Node]) -> None:
+    """However many peers hang, no more are asked once CONNECT_DEADLINE is over."""
+    ticking = iter(range(0, 10_000, 10))
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers) as connection:
+        connection.ensure_connection()
+        with mock.patch.object(balancers["balanced"], "clock", lambda: next(ticking)):
+            with mock.patch.object(type(connection), "copy", autospec=True) as copied:
+                check("balanced")
+        assert copied.call_count == 1
+
+
+def test_check_of_versions_on_postgresql(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+) -> None:
+    """Minor versions of PostgreSQL make no difference."""
+    peers = [mysql_peer(node) for node in postgres_pair]
+    with engine(peers, PEER_ENGINE=POSTGRESQL) as connection:
+        assert check("balanced") == []
+        with mock.patch.object(type(connection), "pg_version", 140001):
+            assert check("balanced") == []
+        versions = iter([150002, 160001])
+        with mock.patch.object(
+            type(connection), "pg_version", property(lambda self: next(versions))
+        ):
+            (message,) = check("balanced")
+        assert "(peer0: PostgreSQL 15; peer1: PostgreSQL 16)" in message.msg
+
+
+# Schema changes
+
+
+def port(connection: Any) -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT @@port")
+        return int(cursor.fetchone()[0])
+
+
+def test_schema_editor_stays_on_one_peer(mariadb_pair: tuple[Node, Node]) -> None:
+    """However often the connection is closed, and whatever is chosen next: one peer."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, STRATEGY="round_robin") as connection:
+        spread = set()
+        for _ in range(2):
+            connection.close()
+            spread.add(port(connection))
+        assert len(spread) == 2
+        before = port(connection)
+        with connection.schema_editor() as editor:
+            for _ in range(3):
+                editor.execute("SELECT 1")
+                assert port(connection) == before
+                connection.close()
+        spread = set()
+        for _ in range(2):
+            connection.close()
+            spread.add(port(connection))
+        assert len(spread) == 2
+
+
+def test_schema_editor_goes_where_its_first_statement_went(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    """Begun without a connection it stays on whichever peer it gets; a dead one it does not get."""
+    dead, alive = mariadb_pair
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, STRATEGY="round_robin") as connection:
+        dead.kill()
+        with connection.schema_editor() as editor:
+            for _ in range(3):
+                editor.execute("SELECT 1")
+                assert port(connection) == alive.port
+                connection.close()
+
+
+def test_schema_editor_that_fails_lets_go(mariadb_pair: tuple[Node, Node]) -> None:
+    """Whether it fails on the way in or inside, the thread is free afterwards."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers) as connection:
+        db = balancers["balanced"]
+        with pytest.raises(OperationalError, match="1"), connection.schema_editor() as editor:
+            assert db._pin is not None
+            raise OperationalError(1)
+        assert db._pin is None
+        editor = connection.schema_editor()
+        real = load_backend(MYSQL).DatabaseWrapper.SchemaEditorClass
+        with mock.patch.object(real, "__enter__", side_effect=KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                editor.__enter__()
+        assert db._pin is None
+        # Never left at all, as by an exception out of nowhere.
+        editor.__enter__()
+        assert db._pin is not None
+        del editor
+        assert db._pin is None
+
+
+def test_schema_editor_whose_peer_dies(mariadb_pair: tuple[Node, Node]) -> None:
+    """What is left of a migration does not go to another peer: an error."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers) as connection:
+        with pytest.raises(OperationalError), connection.schema_editor() as editor:
+            editor.execute("SELECT 1")
+            node = next(node for node in mariadb_pair if node.port == port(connection))
+            node.kill()
+            connection.close()
+            editor.execute("SELECT 1")
+        # The next one goes elsewhere.
+        with connection.schema_editor() as editor:
+            editor.execute("SELECT 1")
+            assert port(connection) != node.port
+
+
+# Mirrors
+
+
+def test_chain_of_mirrors() -> None:
+    """The last of a chain has the test database of its end, in whichever order they stand."""
+    with added(
+        {
+            "last": balancer("peer0", TEST={"MIRROR": "middle"}, NAME="three"),
+            "middle": balancer("peer1", TEST={"MIRROR": "first"}, NAME="two"),
+            "first": {"ENGINE": ENGINE, "PEERS": [{"HOST": "c"}], "NAME": "one"},
+            "peer0": {"ENGINE": MYSQL, "HOST": "a", "NAME": "three"},
+            "peer1": {"ENGINE": MYSQL, "HOST": "b", "NAME": "two", "TEST": {"MIRROR": "last"}},
+        }
+    ):
+        introduce_peers()
+        assert connections.databases["peer0"]["TEST"]["MIRROR"] == "first"
+        connections.databases["first"]["NAME"] = "test_one"
+        for name in ("last", "middle", "peer0", "peer1"):
+            link = connections[name].settings_dict["TEST"]["MIRROR"]
+            connections[name].creation.set_as_test_mirror(connections[link].settings_dict)
+            assert connections[name].settings_dict["NAME"] == "test_one"
+
+
+@pytest.mark.parametrize("links", [["balanced"], ["other", "balanced"], ["other", "other"]])
+def test_ring_of_mirrors(links: list[str]) -> None:
+    """A chain that leads back is refused: each would be given the name of production."""
+    entries = {
+        "balanced": balancer("peer0", TEST={"MIRROR": links[0]}),
+        "other": balancer("peer0", TEST={"MIRROR": links[-1]}),
+        "peer0": {"ENGINE": MYSQL, "HOST": "a", "NAME": "production"},
+    }
+    with added(entries):
+        introduce_peers()
+        creation = connections["balanced"].creation
+        with pytest.raises(ImproperlyConfigured, match="leads back to where it began"):
+            creation.set_as_test_mirror(connections[links[0]].settings_dict)
+
+
+def test_mirror_of_a_peer() -> None:
+    """A balancer may have the test database of one of its peers: that is made, the rest mirror it."""
+    entries = {
+        "balanced": balancer("peer0", "peer1", TEST={"MIRROR": "peer1"}),
+        "peer0": {"ENGINE": MYSQL, "HOST": "a", "NAME": "production"},
+        "peer1": {"ENGINE": MYSQL, "HOST": "b", "NAME": "production"},
+    }
+    with added(entries):
+        introduce_peers()
+        assert connections.databases["peer0"]["TEST"]["MIRROR"] == "peer1"
+        assert not connections.databases["peer1"]["TEST"]["MIRROR"]
