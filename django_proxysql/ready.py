@@ -12,7 +12,7 @@ from typing import Any
 from .exceptions import ConfigError, NotReady
 from .strategies import imported
 
-__all__ = ["QUESTIONS", "Check", "catch_up", "galera", "ready_check_from", "writable"]
+__all__ = ["QUESTIONS", "Check", "catch_up", "galera", "ready_check_from", "rows", "writable"]
 
 Check = Callable[[Any], object]
 
@@ -51,18 +51,17 @@ def galera(connection: Any) -> None:
 def writable(connection: Any) -> None:
     """Raise :class:`NotReady` if the server takes no writes (MySQL family, PostgreSQL)."""
     if type(connection).__module__.partition(".")[0] in ("psycopg", "psycopg2"):
-        rows = _rows(
+        recovering, read_only = rows(
             connection,
             "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')",
-        )
-        recovering, read_only = rows[0]
+        )[0]
         if recovering:
             raise NotReady("the server is in recovery (a standby)")
         if read_only == "on":
             raise NotReady("default_transaction_read_only is on")
         return
     # MySQL's super_read_only implies read_only. MariaDB 12 names levels.
-    (value,) = _rows(connection, "SELECT @@global.read_only")[0]
+    (value,) = rows(connection, "SELECT @@global.read_only")[0]
     if str(value).upper() not in ("0", "OFF"):
         raise NotReady(f"@@global.read_only is {value}")
 
@@ -122,7 +121,8 @@ def ready_check_from(setting: Any) -> Check | None:
     return setting  # type: ignore[no-any-return]
 
 
-def _rows(connection: Any, statement: str) -> list[Any]:
+def rows(connection: Any, statement: str) -> list[Any]:
+    """Return what a statement returns on a driver's own connection."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement)
@@ -132,4 +132,4 @@ def _rows(connection: Any, statement: str) -> list[Any]:
 
 
 def _pairs(connection: Any, statement: str) -> dict[str, str]:
-    return {str(name): str(value) for name, value in _rows(connection, statement)}
+    return {str(name): str(value) for name, value in rows(connection, statement)}

@@ -48,6 +48,7 @@ FLOORS = {
     "errors": 6,
     "messages": 7,
     "registry": 7,
+    "inspection": 8,
     "backends": 8,
     "retry": 9,
     "apps": 9,

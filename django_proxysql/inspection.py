@@ -1,0 +1,313 @@
+"""Asking each peer, now, what it is and whether it can do its work: for operators.
+
+It goes past the circuits and changes nothing in them: what it finds is a
+picture of this moment, for a command or a page, and no request's business.
+Every peer is asked in a thread of its own, so that one that hangs keeps nobody
+waiting for the others; one that does not answer in time is left to its thread,
+whose socket is shut down, for no driver bounds everything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import connections
+
+from . import drivers
+from .balancer import Attempt
+from .conf import load_wrapper, peer_engine
+from .faults import Fault
+from .peer import Peer
+from .ready import galera, rows
+from .registry import Registered, balancers
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What one peer answered."""
+
+    alias: str
+    peer: str
+    address: str
+    #: Whether it let us in.
+    reachable: bool
+    #: Seconds for connecting and one trivial round trip; None if there was none.
+    latency: float | None
+    #: ``MariaDB 10.11.6``, ``PostgreSQL 15.4``, ``SQLite 3.40.1``; "" if it is not known.
+    version: str
+    #: Whether it can do its work, as far as can be told: it is reachable, passes
+    #: READY_CHECK, and, where it is a Galera node, belongs to its cluster.
+    ready: bool
+    #: What it was recognised as: ``Galera: Synced``, ``read-only``, ``standby``,
+    #: ``ProxySQL``, ``MaxScale``.
+    notes: tuple[str, ...]
+    #: Why it is not reachable or not ready; never a password.
+    error: str
+    #: What that error says about the peer.
+    fault: Fault | None
+
+
+def inspect(
+    aliases: Iterable[str], timeout: float | None = None
+) -> dict[str, tuple[Inspection, ...]]:
+    """Ask all peers of some balancers at once.
+
+    :param aliases: the balancers'.
+    :param timeout: seconds for a peer; None: the balancer's CONNECT_TIMEOUT. A
+        second is added, so that a driver, which may count in whole ones, is the
+        first to speak.
+    :returns: by alias an :class:`Inspection` for each peer, in their order.
+    :raises KeyError: an alias is no load balancer's.
+    :raises ImproperlyConfigured: a balancer's settings are wrong.
+    """
+    inquiries: dict[str, list[_Inquiry]] = {}
+    for alias in aliases:
+        balancer = balancers[alias]
+        registered = balancers.registered(balancer.name)
+        seconds = balancer.config.connect_timeout if timeout is None else timeout
+        inquiries[alias] = [
+            _Inquiry(alias, registered, peer, seconds) for peer in balancer.peers.values()
+        ]
+    for each in inquiries.values():
+        for inquiry in each:
+            inquiry.start()
+    return {alias: tuple(inquiry.result() for inquiry in each) for alias, each in inquiries.items()}
+
+
+class _Inquiry:
+    """One peer's questioning: a thread asks, and whoever waits may give it up."""
+
+    def __init__(self, alias: str, registered: Registered, peer: Peer, seconds: float) -> None:
+        self._alias = alias
+        self._registered = registered
+        self._peer = peer
+        self._seconds = seconds
+        # Django before 4.1 fills in an entry's defaults when its wrapper is made.
+        self._own = connections[alias].settings_dict
+        self._engine = peer_engine(self._own, connections.databases)
+        # What is known so far.
+        self._reachable = False
+        self._latency: float | None = None
+        self.version = ""
+        self.notes: list[str] = []
+        #: A second descriptor of the connection's socket. Its number is ours,
+        #: so that it cannot become another connection's behind our back.
+        self._socket: socket.socket | None = None
+        #: Guards the two that follow, and is held for no longer than it takes to set them.
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._found: Inspection | None = None
+        # A daemon: the interpreter's end does not wait for a peer that hangs.
+        self._thread = threading.Thread(
+            target=self._run, name=f"django-proxysql inspects {peer.name}", daemon=True
+        )
+
+    def start(self) -> None:
+        self._deadline = time.monotonic() + self._seconds + 1
+        self._thread.start()
+
+    def result(self) -> Inspection:
+        """Wait for the answer, but not for ever."""
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        with self._lock:
+            self._given_up = self._found is None
+            if self._found is None:
+                self._found = self._is(f"no answer within {self._seconds:g} s", Fault.UNREACHABLE)
+            hanging, self._socket = self._socket if self._given_up else None, None
+        if hanging is not None:
+            # What the thread waits for ends now, and so does the thread.
+            _shut_down(hanging)
+        return self._found
+
+    def _run(self) -> None:
+        try:
+            self._ask()
+            found = self._is()
+        except Exception as exc:
+            fault = drivers.judge(exc, connecting=not self._reachable)
+            found = self._is(drivers.describe(exc), fault)
+        with self._lock:
+            if self._found is None:
+                self._found = found
+
+    def _is(self, error: str = "", fault: Fault | None = None) -> Inspection:
+        return Inspection(
+            self._alias,
+            self._peer.name,
+            self._peer.address,
+            self._reachable,
+            self._latency,
+            self.version,
+            self._reachable and not error,
+            tuple(self.notes),
+            error,
+            fault,
+        )
+
+    def _ask(self) -> None:
+        settings = self._registered.settings_for(self._peer, self._own, self._alias)
+        wrapper: Any = load_wrapper(self._engine)(settings, self._alias)
+        driver = drivers.driver_of(getattr(wrapper.Database, "__name__", ""))
+        params = wrapper.get_connection_params()
+        params.update(driver.connect_options(params, self._seconds))
+        params.update(driver.trial_options(params, self._seconds))
+        started = time.monotonic()
+        # The driver's connection, as READY_CHECK gets it, and nothing that
+        # Django or the application would set up on it.
+        connection = wrapper.connection = wrapper.get_new_connection(params)
+        connecting = time.monotonic() - started
+        try:
+            self._reachable = True
+            self._can_be_shut_down(driver.fileno(connection))
+            # On PostgreSQL a question that is refused would spoil all that follow.
+            wrapper._set_autocommit(True)
+            if wrapper.vendor == "mysql":
+                # Before anything that must get past a proxy.
+                self.notes += _proxy(connection)
+            started = time.monotonic()
+            rows(connection, _TRIVIAL.get(wrapper.vendor, "SELECT 1"))
+            self._latency = connecting + time.monotonic() - started
+            recognise = _BY_VENDOR.get(wrapper.vendor)
+            if recognise is not None:
+                recognise(connection, self)
+            # As a trial, so that a circuit's own question is asked as well.
+            self._registered.balancer.check_ready(
+                connection, Attempt(self._peer, self._seconds, is_trial=True)
+            )
+        finally:
+            self._no_longer_shut_down()
+            try:
+                connection.close()
+            except Exception:  # noqa: S110 - it has served its purpose
+                pass
+
+    def _can_be_shut_down(self, descriptor: int | None) -> None:
+        if descriptor is None or descriptor < 0:
+            return
+        blocking = os.get_blocking(descriptor)
+        try:
+            duplicate = socket.socket(fileno=os.dup(descriptor))
+        except OSError:
+            return
+        # Python's default timeout would change the mode that both share.
+        os.set_blocking(descriptor, blocking)
+        with self._lock:
+            self._socket = duplicate
+            given_up = self._given_up
+        if given_up:
+            self._no_longer_shut_down()
+
+    def _no_longer_shut_down(self) -> None:
+        with self._lock:
+            duplicate, self._socket = self._socket, None
+        if duplicate is not None:
+            duplicate.close()
+
+
+def _shut_down(hanging: socket.socket) -> None:
+    try:
+        hanging.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    hanging.close()
+
+
+# What can be recognised
+
+#: What is asked for the latency: an answer that needs a server, or a file.
+_TRIVIAL = {"oracle": "SELECT 1 FROM DUAL", "sqlite": "PRAGMA schema_version"}
+
+
+def _proxy(connection: Any) -> list[str]:
+    """Return which proxy answers on the MySQL protocol, if one can be recognised.
+
+    ProxySQL answers the mysql client's first question by itself, by its exact
+    words (``SELECT_VERSION_COMMENT`` in its ``MySQL_Session.cpp``). MaxScale has
+    a variable of its own, and names itself in the handshake unless it is told
+    what to say (``version_string``).
+    """
+    if _value(connection, "select @@version_comment limit 1") == "(ProxySQL)":
+        return ["ProxySQL"]
+    handshake = getattr(connection, "get_server_info", lambda: "")()
+    if "maxscale" in str(handshake).lower() or _value(connection, "SELECT @@maxscale_version"):
+        return ["MaxScale"]
+    return []
+
+
+def _mysql(connection: Any, found: _Inquiry) -> None:
+    version = _value(connection, "SELECT VERSION()")
+    number = re.match(r"(?:5\.5\.5-)?([\d.]+)", version)
+    name = "MariaDB" if "mariadb" in version.lower() else "MySQL"
+    found.version = f"{name} {number[1]}" if number else version
+    if _value(connection, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
+        found.notes.append("read-only")
+    variables = dict(
+        _unless_refused(
+            connection, "SHOW VARIABLES WHERE Variable_name IN ('wsrep_on', 'wsrep_provider')"
+        )
+    )
+    # MariaDB knows these variables even where no library of Galera's is loaded.
+    if variables.get("wsrep_on") == "ON" and variables.get("wsrep_provider") != "none":
+        state = _unless_refused(connection, "SHOW GLOBAL STATUS LIKE 'wsrep_local_state_comment'")
+        found.notes.append(f"Galera: {state[0][1]}" if state else "Galera")
+        # Whatever READY_CHECK is: a node without its cluster answers everything with 1047.
+        galera(connection)
+
+
+def _postgresql(connection: Any, found: _Inquiry) -> None:
+    version = _value(connection, "SHOW server_version").partition(" ")[0]
+    found.version = f"PostgreSQL {version}" if version else ""
+    if _value(connection, "SELECT pg_is_in_recovery()") == "True":
+        found.notes.append("standby")
+    elif _value(connection, "SHOW default_transaction_read_only") == "on":
+        found.notes.append("read-only")
+
+
+def _sqlite(connection: Any, found: _Inquiry) -> None:
+    found.version = f"SQLite {_value(connection, 'SELECT sqlite_version()')}"
+
+
+def _oracle(connection: Any, found: _Inquiry) -> None:
+    version = str(getattr(connection, "version", ""))
+    found.version = f"Oracle {version}" if version else ""
+
+
+_BY_VENDOR: dict[str, Callable[[Any, _Inquiry], None]] = {
+    "mysql": _mysql,
+    "postgresql": _postgresql,
+    "sqlite": _sqlite,
+    "oracle": _oracle,
+}
+
+
+def _value(connection: Any, statement: str) -> str:
+    """Return what a statement of one row and one column says; "" if it is refused."""
+    answer = _unless_refused(connection, statement)
+    value = answer[0][0] if answer else None
+    return "" if value is None else str(value)
+
+
+def _unless_refused(connection: Any, statement: str) -> list[Any]:
+    """Return a statement's rows; none if the server will not say.
+
+    A user may lack the right, and a proxy or an old server not know the words.
+    """
+    try:
+        return rows(connection, statement)
+    except Exception as exc:
+        if not drivers.is_driver_error(exc) or drivers.judge(exc, connecting=False) in _IN_EARNEST:
+            raise
+        return []
+
+
+#: What no other question would get a better answer after.
+_IN_EARNEST = (Fault.LOST, Fault.KILLED, Fault.NOT_READY)

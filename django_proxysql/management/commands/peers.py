@@ -1,0 +1,390 @@
+"""``manage.py peers``: each peer of each balancer, as it is now; and draining them.
+
+The process that runs this is not one that serves requests. It asks the peers
+itself; what the others know of them it learns, and can change, only where they
+share it (SHARED_STATE).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.color import no_style
+from django.db import connections
+
+from ...balancer import LoadBalancer, PeerState
+from ...exceptions import DrainRefused
+from ...inspection import Inspection, inspect
+from ...registry import balancers
+
+__all__ = ["Command"]
+
+#: Exit codes, in the words of Nagios, which knows the same four.
+OK, WARNING, CRITICAL, UNKNOWN = range(4)
+_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
+
+
+class _Row(NamedTuple):
+    """A peer as it answered, and as the processes know it where they share that."""
+
+    found: Inspection
+    known: PeerState | None
+
+    @property
+    def is_drained(self) -> bool:
+        return self.known is not None and self.known.drained
+
+    @property
+    def is_usable(self) -> bool:
+        return self.found.ready and not self.is_drained
+
+
+class Command(BaseCommand):
+    """Shows the peers, or drains one."""
+
+    help = (
+        "Connects to each peer of each load balancer now and shows what it is. Ends with 0 if all "
+        "peers are well, 1 if some peer is down, 2 if no peer of a load balancer can be used, and "
+        "3 if that cannot be told. A peer that is drained is not down, and cannot be used."
+    )
+    # It is for when something is wrong: nothing may have to be well first.
+    requires_system_checks: Any = ()
+
+    _verdict: SystemExit | None = None
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument(
+            "aliases",
+            nargs="*",
+            metavar="alias",
+            help="The load balancers to look at. Default: all.",
+        )
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+        parser.add_argument(
+            "--watch",
+            type=_seconds,
+            metavar="N",
+            help="Look again every N seconds until Ctrl-C.",
+        )
+        parser.add_argument(
+            "--timeout",
+            type=_seconds,
+            metavar="S",
+            help="Seconds that a peer has to answer. Default: its balancer's CONNECT_TIMEOUT.",
+        )
+        wish = parser.add_mutually_exclusive_group()
+        wish.add_argument(
+            "--drain",
+            metavar="PEER",
+            help="Give a peer no new connections, in all processes; those that they have leave "
+            "it where nobody can tell. Needs SHARED_STATE.",
+        )
+        wish.add_argument("--undrain", metavar="PEER", help="Let it have connections again.")
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="Drain the peer even if no other can be used.",
+        )
+
+    def run_from_argv(self, argv: list[str]) -> None:
+        """End with UNKNOWN for whatever is no verdict on the peers, such as a wrong argument."""
+        try:
+            super().run_from_argv(argv)
+        except SystemExit as exc:
+            if exc.code and exc is not self._verdict:
+                raise SystemExit(UNKNOWN) from None
+            raise
+        except Exception:
+            # Python itself would end with 1.
+            traceback.print_exc()
+            raise SystemExit(UNKNOWN) from None
+
+    def handle(self, *aliases: str, **options: Any) -> None:
+        """Show the peers, or do what is wished with one.
+
+        :raises SystemExit: with the exit code, unless that is 0.
+        :raises CommandError: it cannot be done; nothing has been changed.
+        """
+        if "NO_COLOR" in os.environ and not options.get("force_color"):
+            self.style = no_style()
+        chosen = self._chosen(options["aliases"] or aliases)
+        if options["drain"] or options["undrain"]:
+            self._wish(chosen, options)
+            return
+        verdict = OK
+        try:
+            for look in self._looks(chosen, options):
+                verdict = look
+        except BrokenPipeError:
+            # Whoever read has seen enough. Python would complain once more, at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if verdict:
+            self._verdict = SystemExit(verdict)
+            raise self._verdict
+
+    def _chosen(self, aliases: Sequence[str]) -> dict[str, LoadBalancer]:
+        """Return the load balancers that are asked for, by alias.
+
+        :raises CommandError: there are none, one is none, or its settings are wrong.
+        """
+        known = list(balancers)
+        if not known:
+            raise CommandError(
+                "No entry of DATABASES is a load balancer: none has PEERS or django-proxysql's "
+                "ENGINE."
+            )
+        for alias in aliases:
+            if alias not in known:
+                there = "is no load balancer" if alias in connections.databases else "is no alias"
+                raise CommandError(f"{alias!r} {there}. Load balancers: {', '.join(known)}.")
+        try:
+            # Each once, however often it is named.
+            return {alias: balancers[alias] for alias in aliases or known}
+        except ImproperlyConfigured as exc:
+            raise CommandError(str(exc)) from exc
+
+    # Draining
+
+    def _wish(self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]) -> None:
+        """Drain a peer in all processes, or take that back.
+
+        :raises CommandError: it cannot be done; nothing has been changed.
+        """
+        if options["json"] or options["watch"] is not None:
+            raise CommandError("--json and --watch are for looking; leave them out to drain.")
+        name = options["drain"] or options["undrain"]
+        balancer = _owner_of(name, chosen, "--drain" if options["drain"] else "--undrain")
+        if not _shares(balancer):
+            raise CommandError(
+                f"{balancer.name!r} shares no state (it has no SHARED_STATE): what this command "
+                f"told it of {name!r} would end with this command's own process, and reach none "
+                "that serves requests. Nothing was changed. Set SHARED_STATE; or call "
+                f"balancers[{balancer.name!r}].drain({name!r}) in each process; or have the peer "
+                "itself refuse new connections, as PROXYSQL PAUSE does."
+            )
+        if options["undrain"]:
+            balancer.undrain(name)
+            said = f"{balancer.name}: {name} is drained no longer."
+        else:
+            self._drain(balancer, name, options)
+            said = f"{balancer.name}: {name} is drained."
+        self.stdout.write(said)
+
+    def _drain(self, balancer: LoadBalancer, name: str, options: Mapping[str, Any]) -> None:
+        if not options["force"] and not balancer.peers[name].drained:
+            # The circuits may be of the same opinion as a moment ago: ask the peers themselves.
+            others = [
+                row
+                for row in _ask({balancer.name: balancer}, options["timeout"])[balancer.name]
+                if row.found.peer != name
+            ]
+            if not any(row.is_usable for row in others):
+                why = [
+                    f"{row.found.peer} is {'drained' if row.is_drained else 'down'}"
+                    for row in others
+                ]
+                raise CommandError(
+                    f"{name!r} is the last peer of {balancer.name!r} that can be used"
+                    + (f": {', '.join(why)}" if why else "")
+                    + ". Nothing was changed. --force drains it all the same."
+                )
+        try:
+            balancer.drain(name, force=options["force"])
+        except DrainRefused as exc:
+            raise CommandError(f"{exc} Nothing was changed; --force drains it.") from exc
+
+    # Showing
+
+    def _looks(
+        self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]
+    ) -> Iterator[int]:
+        """Show the peers, again and again if that is wished; yield each look's exit code."""
+        interval = options["watch"]
+        redraw = interval is not None and self.stdout.isatty() and not options["json"]
+        looked = False
+        try:
+            while True:
+                rows = _ask(chosen, options["timeout"])
+                if options["json"]:
+                    indent = 2 if interval is None else None
+                    self.stdout.write(json.dumps(_as_json(chosen, rows), indent=indent))
+                else:
+                    if redraw:
+                        # To the top left corner, and nothing of the last look below.
+                        self.stdout.write("\x1b[H\x1b[J", ending="")
+                    when = "" if interval is None else time.strftime("%H:%M:%S ")
+                    for line in self._table(rows, options):
+                        self.stdout.write(when + line)
+                        when = ""
+                self.stdout.flush()
+                looked = True
+                yield max(_status(of_one) for of_one in rows.values())
+                if interval is None:
+                    return
+                time.sleep(interval)
+        except KeyboardInterrupt:
+            if interval is None or not looked:
+                raise
+
+    def _table(
+        self, rows: Mapping[str, Sequence[_Row]], options: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Yield the lines: the verdict first, as Nagios wants it."""
+        status = max(_status(of_one) for of_one in rows.values())
+        paint = self._paints(options)
+        yield paint(status, f"{_WORDS[status]}: {_summary(rows)}")
+        if options["verbosity"] == 0:
+            return
+        everything = [row for of_one in rows.values() for row in of_one]
+        shared = any(row.known for row in everything)
+        noted = any(row.found.notes for row in everything)
+        heading = ["ALIAS", "PEER", "ADDRESS", "UP", "LATENCY", "SERVER", "READY"]
+        heading += ["CIRCUIT", "DRAINED"] * shared + ["NOTES"] * noted
+        cells = [
+            [
+                row.found.alias,
+                row.found.peer,
+                row.found.address,
+                _yes(row.found.reachable),
+                "-" if row.found.latency is None else f"{row.found.latency * 1000:.1f} ms",
+                row.found.version or "-",
+                _yes(row.found.ready),
+                *([row.known.state, _yes(row.known.drained)] if row.known else ["-", "-"] * shared),
+                *[", ".join(row.found.notes)] * noted,
+            ]
+            for row in everything
+        ]
+        widths = [max(map(len, column)) for column in zip(heading, *cells)]
+        yield _aligned(heading, widths)
+        for row, line in zip(everything, cells):
+            colour = OK if row.is_usable else WARNING if row.is_drained else CRITICAL
+            yield paint(colour, _aligned(line, widths))
+        for row in everything:
+            if row.found.error:
+                yield f"{row.found.alias}: {row.found.peer}: {row.found.error}"
+
+    def _paints(self, options: Mapping[str, Any]) -> Any:
+        if not (self.stdout.isatty() or options.get("force_color")):
+            return lambda status, text: text
+        painters = (self.style.SUCCESS, self.style.WARNING, self.style.ERROR)
+        return lambda status, text: painters[status](text)
+
+
+def _shares(balancer: LoadBalancer) -> bool:
+    """Return whether what is done to ``balancer`` here is done in all processes."""
+    return getattr(balancer, "sharing", None) is not None
+
+
+def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
+    """Return the one load balancer that has a peer of that name.
+
+    :raises CommandError: none has, or several have.
+    """
+    owners = {alias: balancer for alias, balancer in chosen.items() if name in balancer.peers}
+    if not owners:
+        there = "; ".join(f"{alias}: {', '.join(b.peers)}" for alias, b in chosen.items())
+        raise CommandError(f"{name!r} is no peer. Nothing was changed. Peers: {there}.")
+    if len(owners) > 1:
+        raise CommandError(
+            f"{name!r} is a peer of {' and of '.join(map(repr, owners))}. Nothing was changed. "
+            f"Say whose you mean: peers {next(iter(owners))} {option} {name}"
+        )
+    return next(iter(owners.values()))
+
+
+def _ask(chosen: Mapping[str, LoadBalancer], timeout: float | None) -> dict[str, list[_Row]]:
+    """Ask all peers now; add what the processes know of them, where they share that."""
+    found = inspect(chosen, timeout)
+    rows = {}
+    for alias, balancer in chosen.items():
+        states: dict[str, PeerState] = {}
+        if _shares(balancer):
+            states = {state.name: state for state in balancer.snapshot()}
+        rows[alias] = [_Row(one, states.get(one.peer)) for one in found[alias]]
+    return rows
+
+
+def _status(rows: Sequence[_Row]) -> int:
+    if not any(row.is_usable for row in rows):
+        return CRITICAL
+    return OK if all(row.found.ready or row.is_drained for row in rows) else WARNING
+
+
+def _summary(rows: Mapping[str, Sequence[_Row]]) -> str:
+    said = []
+    for alias, of_one in rows.items():
+        down = [row.found.peer for row in of_one if not row.found.ready and not row.is_drained]
+        drained = [row.found.peer for row in of_one if row.is_drained]
+        if not any(row.is_usable for row in of_one):
+            said.append(f"{alias}: no peer can be used")
+        elif down:
+            said.append(f"{alias}: {', '.join(down)} down")
+        else:
+            said.append(f"{alias}: all well")
+        if drained:
+            said[-1] += f", {', '.join(drained)} drained"
+    return "; ".join(said)
+
+
+def _as_json(
+    chosen: Mapping[str, LoadBalancer], rows: Mapping[str, Sequence[_Row]]
+) -> dict[str, Any]:
+    """Return what ``--json`` prints; its form is promised in docs/reference/commands.rst."""
+    status = max(_status(of_one) for of_one in rows.values())
+    return {
+        "time": time.time(),
+        "status": _WORDS[status].lower(),
+        "exit_code": status,
+        "balancers": [
+            {
+                "alias": alias,
+                "status": _WORDS[_status(rows[alias])].lower(),
+                "shared": _shares(balancer),
+                "peers": [
+                    {
+                        "peer": row.found.peer,
+                        "address": row.found.address,
+                        "reachable": row.found.reachable,
+                        "latency": row.found.latency,
+                        "version": row.found.version,
+                        "ready": row.found.ready,
+                        "notes": list(row.found.notes),
+                        "error": row.found.error,
+                        "fault": row.found.fault.value if row.found.fault else None,
+                        "circuit": row.known.state if row.known else None,
+                        "drained": row.known.drained if row.known else None,
+                    }
+                    for row in rows[alias]
+                ],
+            }
+            for alias, balancer in chosen.items()
+        ],
+    }
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _seconds(text: str) -> float:
+    """Read a duration; argparse quotes this function's name."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
+
+
+_seconds.__name__ = "number of seconds"

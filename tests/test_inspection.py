@@ -1,0 +1,371 @@
+"""What each kind of peer is found to be when it is asked, past the circuits."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import MySQLdb
+import pytest
+from django.db import connections
+
+from django_proxysql import Fault, NotReady, balancers
+from django_proxysql.inspection import Inspection, inspect
+from tests.engine import POSTGRESQL, SQLITE, engine, mysql_peer, postgres_peer, sqlite_peer
+from tests.servers import PASSWORD
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.galera import GaleraCluster
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+
+#: What the READY_CHECK below does with the driver's connection.
+checks: list[Callable[[Any], object]] = []
+
+
+def check(connection: Any) -> None:
+    for each in checks:
+        each(connection)
+
+
+@pytest.fixture
+def checking() -> Iterator[list[Callable[[Any], object]]]:
+    """What is put into this list is the READY_CHECK of balancers with ``READY_CHECK=CHECK``."""
+    yield checks
+    checks.clear()
+
+
+CHECK = f"{__name__}.check"
+
+
+def found(**options: Any) -> list[Inspection]:
+    """Ask the peers of the one balancer that is there."""
+    return list(inspect(["balanced"], **options)["balanced"])
+
+
+def rows_of(connection: Any, statement: str) -> Any:
+    with contextlib.closing(connection.cursor()) as cursor:
+        cursor.execute(statement)
+        return cursor.fetchall()
+
+
+def inspecting_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "inspects" in thread.name]
+
+
+# Each kind of server
+
+
+def test_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
+    """One that is well, and one that is dead: with what it says, and without its password."""
+    mariadb_pair[1].kill()
+    with engine([mysql_peer(node) for node in mariadb_pair]):
+        alive, dead = found()
+    assert (alive.alias, alive.peer) == ("balanced", "peer0")
+    assert alive.address == f"127.0.0.1:{mariadb_pair[0].port}"
+    assert alive.reachable
+    assert alive.ready
+    assert alive.latency is not None
+    assert 0 < alive.latency < 60
+    assert alive.version.startswith("MariaDB 10.")
+    assert (alive.notes, alive.error, alive.fault) == ((), "", None)
+    assert not dead.reachable
+    assert not dead.ready
+    assert (dead.latency, dead.version) == (None, "")
+    assert dead.error.startswith("(2002, ")
+    assert dead.fault is Fault.UNREACHABLE
+
+
+def test_refused(mariadb: Node) -> None:
+    """A wrong password is said, and not shown."""
+    with engine([mysql_peer(mariadb, PASSWORD="not-the-one")]):
+        (one,) = found()
+    assert not one.reachable
+    assert one.fault is Fault.REFUSED
+    assert "Access denied" in one.error
+    assert "not-the-one" not in repr(one)
+
+
+def test_changes_nothing(mariadb_pair: tuple[Node, Node]) -> None:
+    """The circuits know as much as before, and no connection of the application's is touched."""
+    mariadb_pair[1].kill()
+    with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
+        events: list[Any] = []
+        balancers.add_listener(events.append)
+        try:
+            before = balancers["balanced"].snapshot()
+            found()
+            assert balancers["balanced"].snapshot() == before
+            assert connection.connection is None
+            assert events == []
+        finally:
+            balancers.remove_listener(events.append)
+
+
+def test_read_only(mariadb: Node) -> None:
+    """A server that takes no writes is ready where nobody asked for a writer, and not elsewhere."""
+    mariadb.set_global("read_only", "ON")
+    with engine([mysql_peer(mariadb)]):
+        (one,) = found()
+        assert (one.ready, one.notes) == (True, ("read-only",))
+    with engine([mysql_peer(mariadb)], READY_CHECK="writable"):
+        (one,) = found()
+        assert (one.reachable, one.ready, one.notes) == (True, False, ("read-only",))
+        assert one.error == "@@global.read_only is 1"
+        assert one.fault is Fault.NOT_READY
+
+
+def test_galera(galera: GaleraCluster) -> None:
+    """A node that was cut off lets us in; only its own status tells, READY_CHECK or not."""
+    first, second, third = galera.nodes
+    galera.isolate(third)
+    with engine([mysql_peer(node) for node in (first, second, third)]):
+        *members, outsider = found()
+    assert [(one.ready, one.notes) for one in members] == [(True, ("Galera: Synced",))] * 2
+    assert (outsider.reachable, outsider.ready) == (True, False)
+    assert outsider.version.startswith("MariaDB 10.")
+    assert outsider.notes[0].startswith("Galera: ")
+    assert outsider.error == "wsrep_ready is OFF"
+
+
+def test_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """A server, and one that is read-only by default."""
+    postgres_pair[1].set_global("default_transaction_read_only = on")
+    with engine([postgres_peer(node) for node in postgres_pair], PEER_ENGINE=POSTGRESQL):
+        writer, reader = found()
+    assert (writer.ready, writer.notes) == (True, ())
+    assert writer.version.startswith("PostgreSQL 1")
+    assert (reader.ready, reader.notes) == (True, ("read-only",))
+
+
+def test_standby(postgres: PostgreSQLNode) -> None:
+    """A standby of PostgreSQL's is recognised."""
+    signal_file = postgres.datadir / "standby.signal"
+    postgres.stop()
+    signal_file.touch()
+    postgres.give(signal_file)
+    try:
+        postgres.start()
+        with engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL):
+            (one,) = found()
+        assert (one.ready, one.notes) == (True, ("standby",))
+    finally:
+        postgres.stop()
+        signal_file.unlink()
+
+
+def test_question_refused(postgres: PostgreSQLNode) -> None:
+    """What a server will not say is left out, and the questions after it are answered."""
+    real = {"SHOW server_version": "SELECT no_such_function()"}
+
+    def asked(connection: Any, statement: str) -> Any:
+        return rows_of(connection, real.get(statement, statement))
+
+    postgres.set_global("default_transaction_read_only = on")
+    with (
+        engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL),
+        mock.patch("django_proxysql.inspection.rows", asked),
+    ):
+        (one,) = found()
+    assert (one.ready, one.version, one.notes) == (True, "", ("read-only",))
+
+
+def test_sqlite(tmp_path: Path) -> None:
+    """A file, a file that is no database, and one that cannot be there."""
+    (tmp_path / "foreign").write_text("not a database at all, but long enough to have a header" * 9)
+    names = ["good", "foreign", "nowhere/at/all"]
+    with engine([sqlite_peer(tmp_path / name) for name in names], PEER_ENGINE=SQLITE):
+        good, foreign, missing = found()
+    assert (good.ready, good.error) == (True, "")
+    assert good.version.startswith("SQLite 3.")
+    assert (foreign.reachable, foreign.ready) == (True, False)
+    assert foreign.error == "file is not a database"
+    assert (missing.reachable, missing.fault) == (False, Fault.UNREACHABLE)
+
+
+# Proxies, by what they answer
+
+
+class Behind:
+    """A real connection to MariaDB, of whose answers some are a proxy's own."""
+
+    def __init__(self, connection: Any, own: dict[str, Any], handshake: str) -> None:
+        self._connection = connection
+        self._own = own
+        self._handshake = handshake
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def get_server_info(self) -> str:
+        return self._handshake
+
+    def cursor(self) -> Any:
+        cursor = self._connection.cursor()
+        real = cursor.execute
+
+        def execute(statement: str, params: Any = None) -> Any:
+            answer = self._own.get(statement)
+            if isinstance(answer, Exception):
+                raise answer
+            return real(f"SELECT '{answer}'" if answer else statement, params)
+
+        cursor.execute = execute
+        return cursor
+
+
+@contextlib.contextmanager
+def proxied(own: dict[str, Any], handshake: str = "10.11.6-MariaDB") -> Iterator[None]:
+    real = MySQLdb.connect
+
+    def connect(**params: Any) -> Any:
+        return Behind(real(**params), own, handshake)
+
+    with mock.patch.object(MySQLdb, "connect", connect):
+        yield
+
+
+#: ProxySQL 2.7 answers this, word for word, by itself.
+VERSION_COMMENT = "select @@version_comment limit 1"
+
+
+def test_proxysql(mariadb: Node) -> None:
+    """ProxySQL says who it is; the version is that of the server behind it."""
+    with engine([mysql_peer(mariadb)]), proxied({VERSION_COMMENT: "(ProxySQL)"}, "8.0.11"):
+        (one,) = found()
+    assert (one.ready, one.notes) == (True, ("ProxySQL",))
+    assert one.version.startswith("MariaDB 10.")
+
+
+def test_proxysql_without_a_server(mariadb: Node) -> None:
+    """One that has lost its servers lets us in and is not ready; its 9001 is shown."""
+    error = MySQLdb.OperationalError(
+        9001, "Max connect timeout reached while reaching hostgroup 0 after 10000ms"
+    )
+    answers = {VERSION_COMMENT: "(ProxySQL)", "SELECT 1": error}
+    with engine([mysql_peer(mariadb)]), proxied(answers, "8.0.11"):
+        (one,) = found()
+    assert (one.reachable, one.ready, one.notes) == (True, False, ("ProxySQL",))
+    assert one.fault is Fault.NOT_READY
+    assert one.latency is None
+    assert "while reaching hostgroup 0" in one.error
+
+
+@pytest.mark.parametrize(
+    ("own", "handshake"),
+    [
+        ({}, "5.5.5-10.2.12 2.5.21-maxscale"),
+        ({"SELECT @@maxscale_version": "23.08.5"}, "11.4.2-MariaDB-log"),
+    ],
+)
+def test_maxscale(mariadb: Node, own: dict[str, Any], handshake: str) -> None:
+    """MaxScale names itself in the handshake; where it is told not to, by a variable."""
+    with engine([mysql_peer(mariadb)]), proxied(own, handshake):
+        (one,) = found()
+    assert (one.ready, one.notes) == (True, ("MaxScale",))
+
+
+# READY_CHECK, time
+
+
+def test_ready_check(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
+    """A check of one's own has a say, with the driver's connection."""
+
+    def refuse(connection: Any) -> None:
+        raise NotReady(f"port {rows_of(connection, 'SELECT @@port')[0][0]}: not today")
+
+    checking.append(refuse)
+    with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
+        (one,) = found()
+    assert (one.reachable, one.ready) == (True, False)
+    assert one.error == f"port {mariadb.port}: not today"
+
+
+def test_ready_check_that_breaks(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
+    """A check with a mistake in it is one peer's line, and not the end of all."""
+    checking.append(lambda connection: 1 / 0)
+    with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
+        (one,) = found()
+    assert (one.ready, one.error) == (False, "division by zero")
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_hangs_while_connecting(
+    kind: str, request: pytest.FixtureRequest, fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    """A peer that accepts and says nothing costs its time-out, and the others nothing."""
+    server = request.getfixturevalue(kind)
+    silent = fault_proxy(server)
+    silent.accept_and_hang()
+    settings = {} if kind == "mariadb" else {"PEER_ENGINE": POSTGRESQL}
+    with engine([mysql_peer(silent), mysql_peer(server)], **settings):
+        hung, well = found(timeout=1)
+    assert (hung.reachable, hung.fault) == (False, Fault.UNREACHABLE)
+    assert well.ready
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_freezes_afterwards(
+    kind: str,
+    request: pytest.FixtureRequest,
+    fault_proxy: Callable[..., FaultProxy],
+    checking: list[Callable[[Any], object]],
+) -> None:
+    """A peer that freezes after it has let us in is given up in time, and its thread ends."""
+    proxy = fault_proxy(request.getfixturevalue(kind))
+
+    def freeze(connection: Any) -> None:
+        proxy.freeze()
+        rows_of(connection, "SELECT 42")
+
+    checking.append(freeze)
+    settings = {} if kind == "mariadb" else {"PEER_ENGINE": POSTGRESQL}
+    with engine([mysql_peer(proxy)], READY_CHECK=CHECK, **settings):
+        (one,) = found(timeout=1)
+    assert (one.reachable, one.ready) == (True, False)
+    assert one.latency is not None
+    assert one.error.startswith("(2013, " if kind == "mariadb" else "no answer within 1 s")
+    for thread in inspecting_threads():
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_password_that_is_called(mariadb: Node) -> None:
+    """A callable PASSWORD is called; one that fails is that peer's line."""
+
+    def broken() -> str:
+        raise RuntimeError("the token service is away")
+
+    peers = [mysql_peer(mariadb, PASSWORD=lambda: PASSWORD), mysql_peer(mariadb, PASSWORD=broken)]
+    with engine(peers):
+        called, failed = found()
+    assert called.ready
+    assert (failed.reachable, failed.fault) == (False, Fault.LOCAL)
+    assert failed.error == "the token service is away"
+
+
+def test_as_the_settings_are_now(mariadb: Node) -> None:
+    """Like any connection, it goes to the test runner's database, not to production's."""
+    mariadb.create_database("test_app")
+    try:
+        with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
+            balancers["balanced"]
+            connections["balanced"].settings_dict["NAME"] = "test_app"
+            seen: list[Any] = []
+            checks.append(lambda connection: seen.extend(rows_of(connection, "SELECT DATABASE()")))
+            try:
+                found()
+            finally:
+                checks.clear()
+            assert seen == [("test_app",)]
+    finally:
+        mariadb.sql("DROP DATABASE test_app")
+
+
+def test_unknown_alias() -> None:
+    """What is no balancer's alias is the caller's mistake."""
+    with pytest.raises(KeyError):
+        inspect(["nobody"])
