@@ -1,0 +1,359 @@
+"""``manage.py peers``: what it prints, how it ends, what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from django_proxysql import balancers
+from django_proxysql.conf import ENGINE
+from tests.engine import MYSQL, SQLITE, added, engine, mysql_peer, sqlite_peer
+from tests.servers import PASSWORD
+from tests.servers.mariadb import Node
+
+ROOT = Path(__file__).parent.parent
+
+
+def peers(*args: str, status: int = 0, **options: Any) -> str:
+    """Return what the command prints, if it ends with ``status``."""
+    out = io.StringIO()
+    if status:
+        with pytest.raises(SystemExit) as ended:
+            call_command("peers", *args, stdout=out, **options)
+        assert ended.value.code == status
+    else:
+        call_command("peers", *args, stdout=out, **options)
+    return out.getvalue()
+
+
+def refused(*args: str, **options: Any) -> str:
+    """Return what the command complains of."""
+    with pytest.raises(CommandError) as complaint:
+        call_command("peers", *args, stdout=io.StringIO(), **options)
+    return str(complaint.value)
+
+
+def sqlite_peers(folder: Path, *names: str) -> list[dict[str, Any]]:
+    return [sqlite_peer(folder / name) for name in names]
+
+
+DOWN = "nowhere/at/all"
+
+
+# What it shows
+
+
+def test_table(mariadb_pair: tuple[Node, Node]) -> None:
+    """A verdict, a line a peer within 80 columns, and what is wrong; no password."""
+    mariadb_pair[1].kill()
+    with engine([mysql_peer(node) for node in mariadb_pair], alias="default"):
+        printed = peers(status=1)
+    verdict, heading, alive, dead, why = printed.splitlines()
+    assert verdict == "WARNING: default: peer1 down"
+    assert heading.split() == ["ALIAS", "PEER", "ADDRESS", "UP", "LATENCY", "SERVER", "READY"]
+    port = mariadb_pair[0].port
+    assert re.fullmatch(
+        rf"default  peer0  127\.0\.0\.1:{port} +yes  [\d.]+ ms +MariaDB [\d.]+  yes",
+        alive,
+    )
+    assert dead.split() == [
+        *("default", "peer1", f"127.0.0.1:{mariadb_pair[1].port}", "no", "-", "-", "no")
+    ]
+    assert why.startswith("default: peer1: (2002, ")
+    assert max(map(len, (verdict, heading, alive, dead))) <= 80
+    assert PASSWORD not in printed
+
+
+def test_all_well(tmp_path: Path) -> None:
+    """Nothing to complain of: 0."""
+    with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
+        assert peers().startswith("OK: balanced: all well\n")
+
+
+def test_none_left(tmp_path: Path) -> None:
+    """One balancer without a peer outweighs all that is well."""
+    entry = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": sqlite_peers(tmp_path, DOWN)}
+    with (
+        engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE),
+        added({"reports": entry}),
+    ):
+        printed = peers(status=2)
+        assert printed.startswith("CRITICAL: balanced: all well; reports: no peer can be used\n")
+        assert peers("balanced").startswith("OK: balanced: all well\n")
+        assert peers("balanced", "balanced").count("peer0") == 1
+
+
+def test_quiet(tmp_path: Path) -> None:
+    """-v 0 leaves the verdict."""
+    with engine(sqlite_peers(tmp_path, "a", DOWN), PEER_ENGINE=SQLITE):
+        assert peers(status=1, verbosity=0) == "WARNING: balanced: peer1 down\n"
+
+
+def test_json(tmp_path: Path) -> None:
+    """The form that is promised."""
+    with engine(sqlite_peers(tmp_path, "a", DOWN), PEER_ENGINE=SQLITE):
+        seen = json.loads(peers("--json", status=1))
+    assert time.time() - 3600 < seen.pop("time") <= time.time()
+    one, other = seen["balancers"][0].pop("peers")
+    assert seen == {
+        "status": "warning",
+        "exit_code": 1,
+        "balancers": [{"alias": "balanced", "status": "warning", "shared": False}],
+    }
+    assert 0 < one.pop("latency") < 60
+    assert one.pop("version").startswith("SQLite 3.")
+    assert one == {
+        "peer": "peer0",
+        "address": str(tmp_path / "a"),
+        "reachable": True,
+        "ready": True,
+        "notes": [],
+        "error": "",
+        "fault": None,
+        "circuit": None,
+        "drained": None,
+    }
+    assert other == {
+        "peer": "peer1",
+        "address": str(tmp_path / DOWN),
+        "reachable": False,
+        "latency": None,
+        "version": "",
+        "ready": False,
+        "notes": [],
+        "error": "unable to open database file",
+        "fault": "unreachable",
+        "circuit": None,
+        "drained": None,
+    }
+
+
+def test_timeout(mariadb: Node, fault_proxy: Any) -> None:
+    """--timeout bounds a peer that says nothing."""
+    silent = fault_proxy(mariadb)
+    silent.accept_and_hang()
+    with engine([mysql_peer(silent)], CONNECT_TIMEOUT=600):
+        assert "down" not in peers("--timeout", "1", status=2)
+
+
+# What it refuses
+
+
+def test_unknown_alias(tmp_path: Path) -> None:
+    """With the balancers that there are; another entry of DATABASES is none of them."""
+    with engine(sqlite_peers(tmp_path, "a"), PEER_ENGINE=SQLITE):
+        assert refused("nobody") == "'nobody' is no alias. Load balancers: balanced."
+        assert refused("default") == "'default' is no load balancer. Load balancers: balanced."
+
+
+def test_no_balancers() -> None:
+    """A project without any is told so."""
+    assert refused().startswith("No entry of DATABASES is a load balancer")
+
+
+def test_wrong_settings() -> None:
+    """The message that the checks have, too."""
+    with engine([{"HOST": "a,b", "PASSWORD": PASSWORD}]):
+        said = refused()
+    assert said.startswith("DATABASES['balanced']: HOST of peer PEERS[0] has a comma in it.")
+
+
+@pytest.mark.parametrize("option", ["--drain", "--undrain"])
+def test_drain_unshared(tmp_path: Path, option: str) -> None:
+    """Without shared state it would reach nobody: that is said, and nothing is done."""
+    with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
+        said = refused(option, "peer0")
+        assert "'balanced' shares no state (it has no SHARED_STATE)" in said
+        assert "Nothing was changed." in said
+        assert not balancers["balanced"].peers["peer0"].drained
+
+
+def test_drain_unknown_peer(tmp_path: Path) -> None:
+    """With the peers that there are."""
+    with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
+        said = refused("--drain", "peer7")
+    assert said == "'peer7' is no peer. Nothing was changed. Peers: balanced: peer0, peer1."
+
+
+def test_drain_of_whose(tmp_path: Path) -> None:
+    """A name that two balancers have is asked about."""
+    entry = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": sqlite_peers(tmp_path, "a")}
+    with (
+        engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE),
+        added({"reports": entry}),
+    ):
+        said = refused("--drain", "peer0")
+        assert said == (
+            "'peer0' is a peer of 'balanced' and of 'reports'. Nothing was changed. "
+            "Say whose you mean: peers balanced --drain peer0"
+        )
+        assert "shares no state" in refused("reports", "--drain", "peer0")
+
+
+def test_drain_while_watching(tmp_path: Path) -> None:
+    """One thing at a time."""
+    with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
+        assert "are for looking" in refused("--drain", "peer0", "--json")
+        assert "are for looking" in refused("--drain", "peer0", "--watch", "1")
+
+
+# As a process
+
+
+class Project:
+    """manage.py of a project with nothing but a balancer."""
+
+    def __init__(self, root: Path, entry: dict[str, Any]) -> None:
+        self.root = root
+        (root / "settings.py").write_text(
+            "SECRET_KEY = 'for tests only'\n"
+            "USE_TZ = True\n"
+            "INSTALLED_APPS = ['django_proxysql']\n"
+            f"DATABASES = {{'default': {entry!r}}}\n"
+        )
+
+    def start(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.root)]),
+            "DJANGO_SETTINGS_MODULE": "settings",
+            **kwargs.pop("env", {}),
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **kwargs}
+        command = [sys.executable, "-W", "error", "-m", "django", "peers", *args]
+        return subprocess.Popen(command, env=environment, cwd=self.root, **pipes)
+
+    def run(self, *args: str, **kwargs: Any) -> tuple[int, str, str]:
+        process = self.start(*args, **kwargs)
+        out, err = process.communicate(timeout=60)
+        assert PASSWORD not in out + err
+        return process.returncode, out, err
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """One peer of two is down."""
+    entry = {
+        "ENGINE": ENGINE,
+        "PEER_ENGINE": SQLITE,
+        "PASSWORD": PASSWORD,
+        "PEERS": sqlite_peers(tmp_path, "a", DOWN),
+    }
+    return Project(tmp_path, entry)
+
+
+def test_exit_codes(project: Project) -> None:
+    """Verdicts have 0 to 2; whatever is none has 3."""
+    code, out, err = project.run("-v", "3", "--traceback")
+    assert (code, err) == (1, "")
+    assert out.startswith("WARNING: default: peer1 down\n")
+    for args in (["nobody"], ["nobody", "--traceback"], ["--no-such-option"], ["--watch", "soon"]):
+        code, out, err = project.run(*args)
+        assert (code, out) == (3, "")
+        assert err
+    assert project.run("--help")[0] == 0
+
+
+def test_all_down(tmp_path: Path) -> None:
+    """It needs no peer that is up, and works where checks would fail."""
+    peer = {"HOST": "127.0.0.1", "PORT": 1, "USER": "app", "PASSWORD": PASSWORD}
+    entry = {"ENGINE": ENGINE, "PEER_ENGINE": MYSQL, "PEERS": [peer]}
+    code, out, err = Project(tmp_path, entry).run("-v", "3", "--traceback")
+    assert (code, err) == (2, "")
+    assert "default: peer0: (2002, " in out
+
+
+@pytest.mark.parametrize("watch", [[], ["--watch", "0.01"]])
+def test_broken_pipe(project: Project, watch: list[str]) -> None:
+    """Whoever stops reading gets no complaint."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = project.start(*watch, stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+
+
+def read_until(descriptor: int, pattern: str) -> str:
+    """Return what comes, up to and with what matches."""
+    text = ""
+    while not re.search(pattern, text):
+        assert select.select([descriptor], [], [], 60)[0], text
+        try:
+            text += os.read(descriptor, 65536).decode()
+        except OSError:  # Linux's way of saying that the other end is closed
+            raise AssertionError(text) from None
+    return text
+
+
+def test_watch(project: Project) -> None:
+    """Look after look, each with its time; Ctrl-C ends it with the last look's exit code."""
+    process = project.start("--watch", "0.05")
+    assert process.stdout is not None
+    text = read_until(process.stdout.fileno(), r"(?s)(WARNING.*){3}")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "")
+    assert re.match(r"\d\d:\d\d:\d\d WARNING: default: peer1 down\nALIAS ", text)
+    assert "\x1b" not in text + out
+
+
+def test_watch_sees_a_recovery(project: Project) -> None:
+    """The next look is a new one; JSON comes a line a look."""
+    process = project.start("--watch", "0.05", "--json")
+    assert process.stdout is not None
+    read_until(process.stdout.fileno(), "\n")
+    (project.root / DOWN).parent.mkdir(parents=True)
+    read_until(process.stdout.fileno(), '"exit_code": 0')
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def on_a_terminal(project: Project, *args: str, **environment: str) -> str:
+    """Return what the command writes to a terminal."""
+    ours, theirs = pty.openpty()
+    variables = {"TERM": "xterm", **environment}
+    process = project.start(*args, stdout=theirs, stderr=theirs, env=variables)
+    os.close(theirs)
+    try:
+        if "--watch" in args:
+            text = read_until(ours, r"(?s)(READY.*){2}")
+            process.send_signal(signal.SIGINT)
+        else:
+            text = read_until(ours, "unable to open database file")
+        process.wait(60)
+    finally:
+        os.close(ours)
+    return text
+
+
+def test_terminal(project: Project) -> None:
+    """Colours on a terminal, unless NO_COLOR or --no-color say otherwise."""
+    assert re.search(r"\x1b\[[\d;]*mWARNING: default: peer1 down", on_a_terminal(project))
+    assert "\x1b" not in on_a_terminal(project, NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal(project, "--no-color")
+
+
+def test_watch_on_a_terminal(project: Project) -> None:
+    """There each look takes the last one's place."""
+    assert on_a_terminal(project, "--watch", "0.05").count("\x1b[H\x1b[J") >= 2
+
+
+def test_no_colours_in_a_pipe(project: Project) -> None:
+    """Unless they are asked for."""
+    assert "\x1b" not in project.run()[1]
+    assert "\x1b" in project.run("--force-color")[1]
