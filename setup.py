@@ -38,7 +38,20 @@ TEST = [
     "SQLAlchemy>=1.4",
     # Knows Django 4.2 to 6.0 only: installed where no other Django is tested.
     'django-prometheus>=2.4; python_version == "3.11"',
+    # The neighbours: where no Django before 4.2 is tested.
+    *(
+        f'{name}; python_version >= "3.11"'
+        for name in (
+            "celery>=5.4",
+            "django-db-connection-pool>=1.2.5",
+            "django-debug-toolbar>=4.4",
+            "django-extensions>=3.2.3",
+            "django-mysql>=4.13",
+            "django-silk>=5.1",
+        )
+    ),
     "hypothesis>=6",
+    "psycopg-pool>=3.2",
     "psycopg2-binary>=2.8",
     "pytest>=7",
     "pytest-django>=4.5",

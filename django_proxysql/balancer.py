@@ -36,7 +36,7 @@ from .events import (
     PeersExhausted,
     PeerUndrained,
 )
-from .exceptions import ConfigError, DrainRefused, NoPeerAvailable
+from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy
 from .faults import Fault
 from .logger import complain, logger
 from .logs import log_event
@@ -60,6 +60,9 @@ class Attempt(NamedTuple):
     timeout: float
     #: Whether it is the one attempt that an open or suspect circuit allows.
     is_trial: bool
+    #: Whether to wait for our own pool of connections to that peer, where it
+    #: has none to spare: False as long as other peers have not been asked.
+    may_wait: bool = True
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ class LoadBalancer:
 
         :param open_one: opens a connection as the :class:`Attempt` says and
             closes what it opened if it fails. Default: the ``connect`` that
-            the balancer was made with.
+            the balancer was made with. Where it takes connections out of pools
+            it may raise :class:`~django_proxysql.exceptions.PoolBusy`.
         :param refusal_is_callers: a peer that refuses us does so because of
             what the caller asks for (another database): raise, count nothing.
             A function is asked when a peer has refused us.
@@ -550,6 +554,8 @@ class _Search:
     _order: tuple[tuple[Peer, ...], Iterator[Peer]] | None = None
     _faults: Mapping[str, Fault] = MappingProxyType({})
     _errors: Mapping[str, str] = MappingProxyType({})
+    #: Whose pool had no connection to spare: asked again after all others.
+    _busy: frozenset[str] = frozenset()
     _last_error: BaseException | None = None
     _fault_of_last = Fault.OTHER
     _over = False
@@ -619,7 +625,12 @@ class _Search:
         if is_trial and balancer.config.trial_timeout is not None:
             timeout = balancer.config.trial_timeout
         remaining = self._deadline - started
-        attempt = Attempt(peer, timeout if timeout < remaining else remaining, is_trial)
+        attempt = Attempt(
+            peer,
+            timeout if timeout < remaining else remaining,
+            is_trial,
+            is_trial or peer.name in self._busy,
+        )
         try:
             connection = self._open_one(attempt)
         except BaseException as exc:
@@ -652,6 +663,13 @@ class _Search:
         return callers() if callable(callers) else callers
 
     def _failed(self, peer: Peer, permit: Permit, exc: BaseException, seconds: float) -> None:
+        if isinstance(exc, PoolBusy) and not (permit.is_trial or peer.name in self._busy):
+            # It was not asked, and nothing has failed: it stays among the candidates.
+            permit.released()
+            self._busy |= {peer.name}
+            self._errors = {**self._errors, peer.name: drivers.describe(exc)}
+            self._last_error, self._fault_of_last = exc, Fault.OVERLOADED
+            return
         fault = self._fault_of_last = drivers.judge(exc, connecting=True)
         error = drivers.describe(exc)
         count = 0
@@ -750,8 +768,11 @@ class _Search:
                 order = iter(self._balancer._strategy.order(tier))
             for peer in order:
                 yield self._known(peer)
-        # What a strategy leaves out is still a peer; each is tried once.
-        yield from tier
+        # What a strategy leaves out is still a peer; each is tried once. A busy
+        # one has been: its turn comes again when nothing else is left.
+        for peer in tier:
+            if peer.name not in self._busy:
+                yield peer
 
     def _known(self, peer: Peer) -> Peer:
         balancer = self._balancer

@@ -41,6 +41,7 @@ __all__ = [
     "mirrored",
     "peer_engine",
     "problems",
+    "same",
 ]
 
 ENGINE = "django_proxysql.backends.proxysql"
@@ -86,6 +87,8 @@ _BALANCER_KEYS = (
     "READY_CHECK",
     "STRATEGY",
 )
+#: Packages whose backends take connections out of a pool that they keep by alias.
+_POOLS_BY_ALIAS = frozenset({"dj_db_conn_pool", "django_db_geventpool", "django_mongodb_backend"})
 _DJANGO_KEYS = (
     "ATOMIC_REQUESTS",
     "AUTOCOMMIT",
@@ -250,7 +253,7 @@ def changed_keys(own: Mapping[str, Any], first_read: Mapping[str, Any]) -> list[
             return []
     except KeyError:
         pass
-    return [key for key in CONNECTION_KEYS if not _same(own.get(key), first_read.get(key))]
+    return [key for key in CONNECTION_KEYS if not same(own.get(key), first_read.get(key))]
 
 
 def merged_settings(
@@ -273,7 +276,7 @@ def merged_settings(
     if peer.get("OPTIONS"):
         before = _options(first_read)
         for key, value in _options(peer).items():
-            if _same(options.get(key), before.get(key)):
+            if same(options.get(key), before.get(key)):
                 options[key] = value
     merged["OPTIONS"] = options
     return merged
@@ -334,6 +337,7 @@ class _Reader:
         yield from self._twice()
         yield from self._timeouts()
         yield from self._addresses()
+        yield from self._shared_pools()
 
     def _problem(self, id_: str, setting: str, message: str, hint: str) -> Problem:
         return Problem(id_, self.alias, setting, message, hint)
@@ -417,7 +421,7 @@ class _Reader:
             )
             return
         try:
-            load_wrapper(self.engine)
+            wrapper = load_wrapper(self.engine)
         except ConfigError as exc:
             setting = "PEER_ENGINE" if self.entry.get("PEER_ENGINE") else "ENGINE of the peers"
             yield self._problem(
@@ -426,6 +430,18 @@ class _Reader:
                 f"{setting} {exc.problem}.",
                 "Give the backend of the databases, and install its driver.",
             )
+            return
+        for cls in wrapper.__mro__:
+            if cls.__module__.partition(".")[0] in _POOLS_BY_ALIAS:
+                yield self._problem(
+                    "E014",
+                    "PEER_ENGINE",
+                    f"PEER_ENGINE is {self.engine!r}, which keeps one pool for each alias: all "
+                    "its connections would lead to one of the peers.",
+                    "Give the backend that it builds on; CONN_MAX_AGE keeps connections, each to "
+                    "its own peer.",
+                )
+                return
 
     def _mirror(self) -> Iterator[Problem]:
         target = mirrored(self.alias, self.databases)
@@ -460,12 +476,60 @@ class _Reader:
                 "Give a dict of what the driver's connect() takes.",
             )
         elif options and options.get("pool"):
-            yield self._problem(
-                "E014",
-                "OPTIONS",
+            for message, hint in self._pool(options["pool"], of):
+                yield self._problem("E014", "OPTIONS", message, hint)
+
+    def _pool(self, pool: Any, of: str) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with a pool in OPTIONS, and a remedy."""
+        try:
+            wrapper = load_wrapper(self.engine)
+        except ConfigError:
+            # Has been said.
+            return
+        if wrapper.vendor != "postgresql":
+            yield (
                 f"OPTIONS['pool']{of} would keep connections to one peer for all of them.",
                 "Leave it out; CONN_MAX_AGE keeps connections, each to its own peer.",
             )
+        elif not hasattr(wrapper, "close_pool"):
+            yield (
+                f"OPTIONS['pool']{of} is none of this Django's.",
+                "Leave it out: pools came with Django 5.1.",
+            )
+        elif pool is not True and not isinstance(pool, Mapping):
+            yield (
+                f"OPTIONS['pool']{of} is a {type(pool).__name__}.",
+                "Give True or a dict of what psycopg_pool.ConnectionPool takes: "
+                "each peer has a pool of its own, made from that.",
+            )
+        else:
+            known = () if pool is True else pool
+            for key in ("conninfo", "kwargs", "configure", "open"):
+                if key in known:
+                    yield (
+                        f"OPTIONS['pool']['{key}']{of} would be the same for every peer.",
+                        "Leave it out: what a peer's pool connects with is the peer's settings.",
+                    )
+            if self.entry.get("CONN_MAX_AGE", 0) != 0:
+                yield (
+                    f"OPTIONS['pool']{of} and CONN_MAX_AGE keep connections, both of them.",
+                    "Leave CONN_MAX_AGE out: a connection goes back to its pool when a request "
+                    "ends.",
+                )
+
+    def _shared_pools(self) -> Iterator[Problem]:
+        """Yield pools by name, a driver's own, that several peers would take connections from."""
+        seen: dict[str, str] = {}
+        for name, entry in self._named():
+            pool = merged_settings(entry, self.entry, self.entry)["OPTIONS"].get("pool_name")
+            if pool and seen.setdefault(str(pool), name) != name:
+                yield self._problem(
+                    "E014",
+                    "OPTIONS",
+                    f"OPTIONS['pool_name'] is {pool!r} for {seen[str(pool)]!r} and {name!r}: one "
+                    "pool, whose connections all lead to one of them.",
+                    "Give each peer a name of its own, or none.",
+                )
 
     def _caught(self, id_: str, read: Callable[[], object], where: str = "") -> Iterator[Problem]:
         try:
@@ -692,13 +756,14 @@ def _address(settings: Mapping[str, Any]) -> str:
     return str(settings.get("NAME") or "")
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Return whether two settings say the same."""
     if one is other or one == other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     # Django deep-copies settings: a callable PASSWORD or an SSL context in
     # OPTIONS is then another object, and says the same.
     kind: Any = type(one)

@@ -7,6 +7,7 @@
     │   ├── ConfigError            a wrong setting, with its name and a remedy
     │   └── DrainRefused           a drain that would leave no peer to connect to
     ├── NotReady                   a READY_CHECK's verdict: connected, but not usable
+    ├── PoolBusy                   our own pool for a peer has no connection to spare
     └── NoPeerAvailable            no peer could be had; names each peer and why
 
 Under Django, :class:`NoPeerAvailable` is at the same time a
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ConfigError", "DrainRefused", "NoPeerAvailable", "NotReady"]
+__all__ = ["ConfigError", "DrainRefused", "NoPeerAvailable", "NotReady", "PoolBusy"]
 
 
 class ConfigError(ValueError):
@@ -53,6 +54,15 @@ class DrainRefused(ValueError):
 
 class NotReady(Exception):
     """Raised by a READY_CHECK: the peer accepts connections but cannot do its work."""
+
+
+class PoolBusy(Exception):
+    """Raised by what opens a connection, out of a pool that has none to spare just now.
+
+    Nothing is known of the peer, and nothing is counted: the search goes on to
+    the others and comes back, with :attr:`Attempt.may_wait` set, when none of
+    them can be had. It never leaves :meth:`LoadBalancer.connect`.
+    """
 
 
 class NoPeerAvailable(Exception):

@@ -82,6 +82,8 @@ def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
         for alias in databases:
             with contextlib.suppress(AttributeError):
                 connections[alias].close()
+                if hasattr(connections[alias], "close_pool"):
+                    connections[alias].close_pool()
                 del connections[alias]
             del connections.databases[alias]
         connections.databases.update(entries)

@@ -24,7 +24,7 @@ from django_proxysql.events import (
     ConnectFailed,
     PeersExhausted,
 )
-from django_proxysql.exceptions import ConfigError
+from django_proxysql.exceptions import ConfigError, PoolBusy
 from tests.fakes import (
     Clock,
     Connection,
@@ -485,6 +485,85 @@ class TestFullSuspect:
         world.driver.calls.clear()
         assert [world.connect() for _ in range(2)] == ["db1"] * 2
         assert world.db.peers["db1"].breaker.is_available
+
+
+class TestBusyPools:
+    """Where connections come out of pools: one that is empty is asked again after the others."""
+
+    def search(self, world: World, busy: str, **options: Any) -> list[tuple[str, bool]]:
+        """The attempts of one connect(): whose, and whether a pool was to be waited for."""
+        attempts = []
+
+        def open_one(attempt: Attempt) -> str:
+            attempts.append((attempt.peer.name, attempt.may_wait))
+            if attempt.peer.name in busy.split() and not attempt.may_wait:
+                raise PoolBusy("empty")
+            if attempt.peer.name in world.driver.down:
+                raise world.driver.down[attempt.peer.name]()
+            return attempt.peer.name
+
+        raised_by(lambda: world.db.connect(open_one, **options))
+        return attempts
+
+    def test_others_first(self) -> None:
+        world = World("db1", "db2")
+        assert self.search(world, "db1") == [("db1", False), ("db2", False)]
+        assert world.told(ConnectFailed) == []
+
+    def test_then_waited_for(self) -> None:
+        """Nothing else is left: in the same order again, and not a third time."""
+        world = World("db1", "db2")
+        world.driver.down["db2"] = refused_by_host
+        assert self.search(world, "db1 db2") == [
+            ("db1", False),
+            ("db2", False),
+            ("db1", True),
+        ]
+        world = World("db1", "db2")
+        world.driver.down.update(db1=too_many, db2=too_many)
+        assert self.search(world, "db1 db2") == [
+            ("db1", False),
+            ("db2", False),
+            ("db1", True),
+            ("db2", True),
+        ]
+        assert len(world.told(ConnectFailed)) == 2
+        assert world.states() == "closed closed"
+
+    def test_next_tier_first(self) -> None:
+        """As with a server that is full, the next tier goes before a wait."""
+        endpoints = peers("db1", "db2", "db3")
+        endpoints["db3"]["priority"] = 1
+        world = World(peers=endpoints)
+        assert self.search(world, "db1 db2") == [("db1", False), ("db2", False), ("db3", False)]
+
+    def test_a_trial_may_wait(self) -> None:
+        world = World("db1", "db2")
+        world.open("db1")
+        world.clock.advance(40)
+        assert self.search(world, "db1") == [("db1", True)]
+
+    def test_pinned(self) -> None:
+        world = World("db1", "db2")
+        with world.db.pinned(world.db.peers["db1"]):
+            assert self.search(world, "db1") == [("db1", False), ("db1", True)]
+
+    def test_optional(self) -> None:
+        """A swap that need not be waits for no pool."""
+        assert self.search(World("db1"), "db1", trials="never") == [("db1", False)]
+
+    def test_that_does_not_wait(self) -> None:
+        """Raised all the same: a full peer, counted for nothing."""
+
+        def open_one(attempt: Attempt) -> None:
+            raise PoolBusy("empty")
+
+        world = World("db1")
+        error = raised_by(lambda: world.db.connect(open_one))
+        assert isinstance(error, NoPeerAvailable)
+        assert "db1:3306): empty, tried just now" in str(error)
+        assert [event.fault for event in world.told(ConnectFailed)] == [Fault.OVERLOADED]
+        assert world.states() == "closed"
 
 
 class TestInterrupted:

@@ -113,11 +113,48 @@ MISTAKES: list[Any] = [
     ("E012", {"PEERS": [{**ONE, "OPTIONS": ["a"]}]}, "OPTIONS of peer PEERS[0] is a list", "dict"),
     ("E013", {"PEERS": [ONE], "PEER_ENGINE": "nonesuch"}, "PEER_ENGINE is 'nonesuch'", "driver"),
     ("E013", {"PEERS": ["engineless"]}, "ENGINE of the peers is", "the backend"),
+    *(
+        (
+            "E014",
+            {"PEERS": [ONE], "PEER_ENGINE": "dj_db_conn_pool.backends.mysql"},
+            "PEER_ENGINE is 'dj_db_conn_pool.backends.mysql', which keeps one pool",
+            "CONN_MAX_AGE",
+        )
+        # What the extra [test] brings on these Pythons only.
+        for _ in range(sys.version_info >= (3, 11))
+    ),
+    ("E014", {"PEERS": [ONE], "OPTIONS": {"pool": True}}, "OPTIONS['pool']", "CONN_MAX_AGE"),
     (
         "E014",
-        {"PEERS": [ONE], "PEER_ENGINE": POSTGRESQL, "OPTIONS": {"pool": True}},
-        "OPTIONS['pool']",
-        "CONN_MAX_AGE",
+        {"PEERS": [ONE, TWO], "OPTIONS": {"pool_name": "shop"}},
+        "OPTIONS['pool_name'] is 'shop' for 'peer0' and 'peer1'",
+        "a name of its own",
+    ),
+    *(
+        ("E014", {"PEERS": [ONE], "PEER_ENGINE": POSTGRESQL, **settings}, message, hint)
+        for settings, message, hint in (
+            ({"OPTIONS": {"pool": 5}}, "OPTIONS['pool'] is a int", "True or a dict"),
+            (
+                {"OPTIONS": {"pool": {"conninfo": "host=10.0.0.1"}}},
+                "OPTIONS['pool']['conninfo'] would be the same for every peer",
+                "Leave it out",
+            ),
+            (
+                {"OPTIONS": {"pool": {"min_size": 2}}, "CONN_MAX_AGE": 60},
+                "OPTIONS['pool'] and CONN_MAX_AGE",
+                "goes back to its pool",
+            ),
+        )
+        if django.VERSION >= (5, 1)
+    ),
+    *(
+        (
+            "E014",
+            {"PEERS": [{**ONE, "OPTIONS": {"pool": True}}], "PEER_ENGINE": POSTGRESQL},
+            "OPTIONS['pool'] of peer PEERS[0]",
+            "Django 5.1",
+        )
+        for _ in range(django.VERSION < (5, 1))
     ),
     ("W001", {"PEERS": [ONE, TWO, dict(ONE)]}, "PEERS has 'peer0' and 'peer2' at", "two shares"),
     ("W001", {"PEERS": ["one", {**ONE, "PORT": 3306}]}, "at one address, 10.0.0.1", "two shares"),

@@ -18,6 +18,8 @@ from .. import drivers
 from ..conf import ALIAS_KEY, is_balancer, load_wrapper, peer_engine, problems
 from ..exceptions import ConfigError
 from ..registry import balancers
+from .mixin import LoadBalancedMixin
+from .pools import PooledMixin, has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
 
 __all__ = ["engine_class", "made_over"]
@@ -76,12 +78,15 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
     key = (base, wrapper)
     made = _made.get(key)
     if made is None:
+        # Pools are kept apart where there is a peer to keep them apart by.
+        pooled = issubclass(base, LoadBalancedMixin) and has_pools(wrapper)
+        bases = (base, PooledMixin, wrapper) if pooled else (base, wrapper)
         # Of two threads that come here at once, one's class is kept.
         made = _made.setdefault(
             key,
             type(
                 base.__name__,
-                (base, wrapper),
+                bases,
                 {
                     "__module__": base.__module__,
                     "__doc__": base.__doc__,

@@ -37,6 +37,7 @@ from ..registry import Registered
 from ..statements import READ, SCOPED, STATE, is_plain, is_provable_read, scan
 from .cursors import cursor_class
 from .mixin import LoadBalancedMixin
+from .pools import close_for_good, give_back, is_pooled
 from .sessions import Session
 
 __all__ = ["SafePointsMixin"]
@@ -121,6 +122,8 @@ class SafePointsMixin(LoadBalancedMixin):
         self._in_transaction = self._first = False
         if self._driver.WATCHED:
             self._session = self._new_session(registered, attempt, connection, generation)
+            # Out of a pool: it has been one for a while, and is lost like any other.
+            self._session.served = is_pooled(connection)
         return connection
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
@@ -129,7 +132,7 @@ class SafePointsMixin(LoadBalancedMixin):
         try:
             self._watch_over(connection, conn_params)
         except BaseException:
-            connection.close()
+            give_back(connection)
             raise
         return connection
 
@@ -505,7 +508,7 @@ class SafePointsMixin(LoadBalancedMixin):
         except BaseException:
             new = self.connection
             if new is not None and new is not old:
-                _close(new)
+                give_back(new)
                 self._let_go()
             self.connection, self._session, self._hold = old, session, hold
             state.update(kept)
@@ -540,7 +543,7 @@ class SafePointsMixin(LoadBalancedMixin):
             # psycopg2 lets no cursor of a closed connection be read to its
             # end; it closes with the last of them.
             return
-        _close(session.connection)
+        give_back(session.connection)
 
     def _restart(self, session: Session) -> None:
         """Begin the transaction, in which nothing has happened yet, on another connection."""
@@ -909,6 +912,9 @@ class SafePointsMixin(LoadBalancedMixin):
     def _close(self) -> Any:
         session = self._session
         if session is not None and session.connection is self.connection:
+            if session.dead and is_pooled(self.connection):
+                # The driver need not know of it: nobody is to have it out of the pool.
+                close_for_good(self.connection)
             session.dead = session.told = True
             session.poll = None
         return super()._close()
@@ -949,16 +955,6 @@ def _mark_as_end(exc: BaseException) -> None:
 
 def _is_end(exc: BaseException) -> bool:
     return getattr(exc, "_django_proxysql_end", False)
-
-
-def _close(connection: Any) -> None:
-    # A pool of psycopg's wants a closed connection back, to make another.
-    pool = getattr(connection, "_pool", None)
-    with contextlib.suppress(Exception):
-        connection.close()
-    if pool is not None:
-        with contextlib.suppress(Exception):
-            pool.putconn(connection)
 
 
 def _is_small(params: Any) -> bool:

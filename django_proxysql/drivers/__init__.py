@@ -13,7 +13,7 @@ import functools
 import socket
 from typing import Any, Protocol
 
-from ..exceptions import NotReady
+from ..exceptions import NotReady, PoolBusy
 from ..faults import Fault
 from . import generic, mysql, oracle, postgresql, sqlite
 
@@ -150,6 +150,8 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
         return Fault.OTHER
     if isinstance(exc, NotReady):
         return Fault.NOT_READY
+    if isinstance(exc, PoolBusy):
+        return Fault.OVERLOADED
     if getattr(exc, "_django_proxysql_is_ours", False):
         return Fault.LOCAL
     if any(cls.__name__ in _LOCAL_CLASSES for cls in type(exc).__mro__):

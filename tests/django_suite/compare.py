@@ -23,8 +23,9 @@ EXPECTED = {
         "it measures how long parsing takes, without a database, on a machine that has more to do"
     ),
     r"backends\.postgresql\.tests\.Tests\.test_connect_pool": (
-        "a pool in OPTIONS, which Django would keep for all peers together, is refused; here it "
-        "comes after the settings were read, and is exhausted for every peer"
+        "it fills the pool of its one server, and then asks for another connection: here the "
+        "balancer has two peers with a pool each, and one that is to be had from neither is "
+        "NoPeerAvailable, an OperationalError of Django's"
     ),
     r"gis_tests\.inspectapp\.tests\.OGRInspectTest\.test_time_field": (
         "it is skipped: GDAL is to connect by what stands in settings_dict, where a balancer has "

@@ -1,0 +1,633 @@
+"""psycopg's pools: one a peer, whose emptiness says nothing about the peer."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Callable
+from unittest import mock
+
+import django
+import psycopg
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.db import OperationalError, transaction
+from django.db.backends.signals import connection_created
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from django_proxysql import NoPeerAvailable
+from django_proxysql.backends import pools
+from django_proxysql.events import (
+    CircuitOpened,
+    Connected,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectionReplaced,
+)
+from django_proxysql.faults import Fault
+from django_proxysql.registry import balancers
+from tests.engine import POSTGRESQL, Clock, engine, nodb_cursor, postgres_peer
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.postgresql import PostgreSQLNode
+
+pytestmark = pytest.mark.skipif(
+    django.VERSION < (5, 1), reason="Django's pools came with Django 5.1"
+)
+
+Pair = tuple[PostgreSQLNode, PostgreSQLNode]
+Proxies = tuple[FaultProxy, FaultProxy]
+
+
+def pooled(peers: list[Any], pool: Any = True, **settings: Any) -> Any:
+    """A balancer whose connections come out of pools, its first peer before the others."""
+    options = {"pool": {"min_size": 1, "max_size": 2} if pool is True else pool}
+    peers = [{"PRIORITY": priority, **peer} for priority, peer in enumerate(peers)]
+    settings = {"PEER_ENGINE": POSTGRESQL, "OPTIONS": options, **settings}
+    return engine(peers, **settings)
+
+
+def pool_of(connection: Any, peer: str = "peer0") -> ConnectionPool[Any]:
+    """The one pool of a peer."""
+    balancer = balancers[connection.alias]
+    (known,) = pools._pools_of(balancer)._pools[peer]
+    return known.pool  # type: ignore[no-any-return]
+
+
+class Others:
+    """Further connections to the same balancer, as other threads have them."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.made: list[Any] = []
+
+    def connect(self) -> Any:
+        wrapper = self._connection.copy()
+        self.made.append(wrapper)
+        wrapper.ensure_connection()
+        return wrapper
+
+    def close(self) -> None:
+        for wrapper in self.made:
+            if wrapper.connection is not None:
+                wrapper.inc_thread_sharing()
+                wrapper.close()
+
+
+@pytest.fixture
+def others() -> Iterator[Callable[[Any], Others]]:
+    made: list[Others] = []
+
+    def start(connection: Any) -> Others:
+        made.append(Others(connection))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def pid(connection: Any) -> int:
+    return int(connection.connection.info.backend_pid)
+
+
+@pytest.fixture
+def proxies(
+    postgres: PostgreSQLNode, fault_proxy: Callable[..., FaultProxy]
+) -> tuple[FaultProxy, FaultProxy]:
+    """Two ways to one server."""
+    return fault_proxy(postgres), fault_proxy(postgres)
+
+
+def die(proxy: FaultProxy) -> None:
+    """End all of a peer's connections, and take no more."""
+    proxy.refuse()
+    proxy.drop_connections()
+
+
+def listen(connection: Any) -> list[Any]:
+    """What the balancer tells its listeners from now on."""
+    events: list[Any] = []
+    balancers[connection.alias].add_listener(events.append)
+    return events
+
+
+def of(kind: type, events: list[Any]) -> list[Any]:
+    return [event for event in events if type(event) is kind]
+
+
+def direct_connects() -> Any:
+    """Counts the connections that are made past the pools."""
+    return mock.patch.object(psycopg, "connect", wraps=psycopg.connect)
+
+
+def until_seen(connection: Any) -> None:
+    """Wait until what befell a connection has reached its socket."""
+    assert select.select([connection], [], [], 10)[0]
+
+
+def until_filled(pool: ConnectionPool[Any], number: int) -> None:
+    """Wait until so many connections lie in a pool."""
+    while pool.get_stats()["pool_available"] < number:
+        time.sleep(0.01)
+
+
+ONE = {"min_size": 1, "max_size": 1}
+
+
+class TestApart:
+    """Each peer has its own pool, and so has whatever else is asked for."""
+
+    def test_peers(self, postgres_pair: Pair, others: Callable[[Any], Others]) -> None:
+        """What was closed is had again, on the peer where it was."""
+        peers = [postgres_peer(node, PRIORITY=0) for node in postgres_pair]
+        with pooled(peers, ONE, STRATEGY="round_robin") as one:
+            one.ensure_connection()
+            two = others(one).connect()
+            assert {one.peer.name, two.peer.name} == {"peer0", "peer1"}
+            first = {wrapper.peer.name: pid(wrapper) for wrapper in (one, two)}
+            for wrapper in (one, two):
+                assert wrapper.pool is pool_of(one, wrapper.peer.name)
+                node = postgres_pair[int(wrapper.peer.name[-1])]
+                assert wrapper.connection.info.port == node.port
+            for wrapper in (one, two):
+                wrapper.close()
+            for wrapper in (one, two):
+                wrapper.ensure_connection()
+            assert {wrapper.peer.name: pid(wrapper) for wrapper in (one, two)} == first
+
+    def test_a_peers_own_option(self, proxies: Proxies) -> None:
+        """One peer has a pool, the other has none."""
+        peers = [postgres_peer(proxies[0], OPTIONS={"pool": ONE}), postgres_peer(proxies[1])]
+        with engine(peers, PEER_ENGINE=POSTGRESQL, STRATEGY="round_robin") as connection:
+            found = {}
+            for _ in range(4):
+                connection.ensure_connection()
+                found[connection.peer.name] = connection.pool
+                connection.close()
+            assert found == {"peer0": pool_of(connection), "peer1": None}
+
+    def test_balancers(self, postgres: PostgreSQLNode) -> None:
+        """Two balancers over the same server."""
+        peers = [postgres_peer(postgres)]
+        with pooled(peers) as one, pooled(peers, alias="second") as two:
+            one.ensure_connection()
+            two.ensure_connection()
+            assert pool_of(one) is not pool_of(two)
+            two.close_pool()
+            assert not pool_of(one).closed
+
+    def test_other_databases(self, postgres: PostgreSQLNode) -> None:
+        """A changed NAME has a pool of its own, and no database in particular has none."""
+        postgres.create_database("elsewhere", USER)
+        with pooled([postgres_peer(postgres)]) as connection:
+            connection.ensure_connection()
+            first = connection.pool
+            connection.close()
+            tenant = connection.copy()
+            tenant.settings_dict["NAME"] = "elsewhere"
+            tenant.ensure_connection()
+            assert tenant.connection.info.dbname == "elsewhere"
+            assert tenant.pool is not first
+            tenant.close()
+            connection.ensure_connection()
+            assert connection.connection.info.dbname == DATABASE
+            assert connection.pool is first
+            with nodb_cursor(connection) as cursor:
+                assert cursor.db.pool is None
+            connection.close()
+            connection.close_pool()
+            assert first.closed
+            # Nothing is connected to it any more.
+            postgres.sql("DROP DATABASE elsewhere")
+
+    def test_close_pool(self, postgres_pair: Pair, others: Callable[[Any], Others]) -> None:
+        """Closes the pools of all peers; the next connection comes out of a new one."""
+        peers = [postgres_peer(node, PRIORITY=0) for node in postgres_pair]
+        with pooled(peers, ONE, STRATEGY="round_robin") as connection:
+            connection.ensure_connection()
+            others(connection).connect()
+            before = [pool_of(connection, name) for name in ("peer0", "peer1")]
+            connection.close()
+            connection.close_pool()
+            assert [pool.closed for pool in before] == [True, True]
+            connection.ensure_connection()
+            assert connection.pool not in before
+            # As Django does when the time zone changes.
+            connection.ensure_timezone()
+            connection.close()
+            connection.ensure_connection()
+
+    def test_while_others_connect(
+        self, postgres: PostgreSQLNode, others: Callable[[Any], Others]
+    ) -> None:
+        """close_pool() in the middle of other threads' connects: they get new ones."""
+        with pooled([postgres_peer(postgres)]) as connection:
+            connection.ensure_connection()
+            events = listen(connection)
+            errors: list[BaseException] = []
+            ended = threading.Event()
+
+            def work() -> None:
+                wrapper = others(connection).connect()
+                try:
+                    while not ended.is_set():
+                        wrapper.close()
+                        with wrapper.cursor() as cursor:
+                            cursor.execute("SELECT 1")
+                except BaseException as exc:
+                    errors.append(exc)
+                finally:
+                    wrapper.close()
+
+            connection.close()
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for _ in range(20):
+                connection.close_pool()
+            ended.set()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+            assert of(ConnectFailed, events) == []
+
+    def test_changing_password(self, postgres: PostgreSQLNode) -> None:
+        """A callable PASSWORD is asked at each connect of a pool's, and makes no pool by itself."""
+        given: list[str] = []
+
+        def password() -> str:
+            given.append(f"{len(given)}")
+            return PASSWORD
+
+        with pooled([postgres_peer(postgres, PASSWORD=password)]) as connection:
+            connection.ensure_connection()
+            pool = connection.pool
+            asked = len(given)
+            connection.connection.close()
+            connection.close()
+            connection.ensure_connection()
+            assert connection.pool is pool
+            # Once for the attempt, and once in a worker, for the lost connection's successor.
+            assert len(given) >= asked + 2
+
+
+class TestEmpty:
+    """A pool that has nothing to give says nothing about its peer."""
+
+    def test_next_peer_at_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """As long as another peer has one to spare, nobody waits."""
+        with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
+            connection.ensure_connection()
+            events = listen(connection)
+            other = others(connection).connect()
+            assert (connection.peer.name, other.peer.name) == ("peer0", "peer1")
+            # What would have been waited for is CONNECT_TIMEOUT's 5 seconds.
+            assert [type(event) for event in events] == [Connected]
+            assert events[0].seconds < 4
+            assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
+
+    def test_waits_where_nothing_else_is_left(
+        self, proxies: Proxies, others: Callable[[Any], Others]
+    ) -> None:
+        """Every pool is empty: whoever comes first has what is given back."""
+        with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
+            more = others(connection)
+            held = [more.connect(), more.connect()]
+            waiting = threading.Thread(target=lambda: more.connect())
+            waiting.start()
+            while not pool_of(connection).get_stats()["requests_waiting"]:
+                assert waiting.is_alive()
+            pid_of_first = pid(held[0])
+            held[0].close()
+            waiting.join()
+            (third,) = [wrapper for wrapper in more.made if wrapper not in held]
+            assert pid(third) == pid_of_first
+
+    def test_all_of_them(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """The wait ends, at CONNECT_TIMEOUT; the error says why, and no circuit opens."""
+        peers = [postgres_peer(proxy) for proxy in proxies]
+        with pooled(peers, ONE, CONNECT_TIMEOUT=0.2) as connection:
+            more = others(connection)
+            more.connect(), more.connect()
+            events = listen(connection)
+            with pytest.raises(NoPeerAvailable, match="get a connection after") as raised:
+                connection.ensure_connection()
+            assert isinstance(raised.value, OperationalError)
+            assert isinstance(raised.value.__cause__, PoolTimeout)
+            failed = of(ConnectFailed, events)
+            assert [(event.peer, event.fault) for event in failed] == [
+                ("peer0", Fault.OVERLOADED),
+                ("peer1", Fault.OVERLOADED),
+            ]
+            states = {state.state for state in balancers["balanced"].snapshot()}
+            assert (states, of(CircuitOpened, events)) == ({"closed"}, [])
+
+    def test_and_dead(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """The peer of an empty pool is asked before it is taken to be well: here it is not."""
+        with pooled([postgres_peer(proxies[0])], ONE, CONNECT_TIMEOUT=0.2) as connection:
+            others(connection).connect()
+            events = listen(connection)
+            die(proxies[0])
+            with pytest.raises(NoPeerAvailable):
+                connection.ensure_connection()
+            assert [event.fault for event in of(ConnectFailed, events)] == [Fault.UNREACHABLE]
+            assert len(of(CircuitOpened, events)) == 1
+
+    def test_too_many_are_waiting(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """max_waiting: refused by our own pool, which counts for nothing either."""
+        with pooled([postgres_peer(proxies[0])], {**ONE, "max_waiting": 1}) as connection:
+            more = others(connection)
+            holder = more.connect()
+            waiting = threading.Thread(target=lambda: more.connect())
+            waiting.start()
+            while not pool_of(connection).get_stats()["requests_waiting"]:
+                assert waiting.is_alive()
+            events = listen(connection)
+            with pytest.raises(NoPeerAvailable, match="1 requests waiting"):
+                connection.ensure_connection()
+            assert [event.fault for event in of(ConnectFailed, events)] == [Fault.OVERLOADED]
+            holder.close()
+            waiting.join()
+
+    def test_the_crowd_asks_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """A peer that nobody has been connected to yet is asked by one thread, not by each."""
+        with pooled([postgres_peer(proxies[0])], {"min_size": 1, "max_size": 8}) as connection:
+            more = others(connection)
+            proxies[0].freeze()
+            with direct_connects() as direct:
+                threads = [threading.Thread(target=lambda: more.connect()) for _ in range(8)]
+                for thread in threads:
+                    thread.start()
+                while len(more.made) < 8 or not direct.call_count:
+                    time.sleep(0.01)
+                proxies[0].thaw()
+                for thread in threads:
+                    thread.join()
+            assert all(wrapper.connection is not None for wrapper in more.made)
+            assert direct.call_count == 1
+
+
+class TestDeath:
+    """What lies in a pool may have died there."""
+
+    def test_peer(self, proxies: Proxies) -> None:
+        """Found before it is handed out; the peer is asked, and the next one is used."""
+        with pooled([postgres_peer(proxy) for proxy in proxies]) as connection:
+            connection.ensure_connection()
+            raw, pool = connection.connection, connection.pool
+            connection.close()
+            events = listen(connection)
+            die(proxies[0])
+            until_seen(raw)
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            assert [event.fault for event in of(ConnectFailed, events)] == [Fault.UNREACHABLE]
+            assert [event.peer for event in of(CircuitOpened, events)] == ["peer0"]
+            # Its workers do not go on knocking at a dead door.
+            while not pool.closed:
+                time.sleep(0.01)
+
+    def test_connections(self, proxies: Proxies) -> None:
+        """The server was restarted: all are thrown away, none is an error, nothing counts."""
+        size = {"min_size": 4, "max_size": 4}
+        with pooled([postgres_peer(proxies[0])], size) as connection:
+            connection.ensure_connection()
+            pool = connection.pool
+            connection.close()
+            until_filled(pool, 4)
+            raw = list(pool._pool)
+            events = listen(connection)
+            proxies[0].drop_connections()
+            for one in raw:
+                until_seen(one)
+            for _ in range(5):
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT 1")
+                connection.close()
+            assert of(ConnectFailed, events) == of(ConnectionLost, events) == []
+
+    def test_health_checks(self, proxies: Proxies) -> None:
+        """CONN_HEALTH_CHECKS: each is asked, whatever its socket looks like, and none is waited
+        for."""
+        size = {"min_size": 3, "max_size": 3}
+        with (
+            pooled([postgres_peer(proxies[0])], size, CONN_HEALTH_CHECKS=True) as connection,
+            mock.patch.object(
+                ConnectionPool, "check_connection", wraps=ConnectionPool.check_connection
+            ) as check,
+        ):
+            connection.ensure_connection()
+            connection.close()
+            connection.ensure_connection()
+            assert check.call_count == 2
+
+    def test_after_the_trial(self, proxies: Proxies) -> None:
+        """A peer that is back has a fresh pool; its trial asks it directly."""
+        clock = Clock()
+        with pooled([postgres_peer(proxy) for proxy in proxies], clock=clock) as connection:
+            connection.ensure_connection()
+            first = connection.pool
+            die(proxies[0])
+            until_seen(connection.connection)
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            assert connection.peer.name == "peer1"
+            connection.close()
+            clock.advance(2)
+            connection.ensure_connection()
+            connection.close()
+            assert balancers["balanced"].peers["peer0"].breaker.current_state == "open"
+            proxies[0].forward()
+            clock.advance(40)
+            with direct_connects() as direct:
+                connection.ensure_connection()
+            assert direct.call_count == 1
+            assert connection.peer.name == "peer0"
+            assert connection.pool is not first
+            assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
+
+    def test_drained(self, proxies: Proxies) -> None:
+        """A drained peer keeps no connections in a pool."""
+        with pooled([postgres_peer(proxy) for proxy in proxies]) as connection:
+            connection.ensure_connection()
+            pool = connection.pool
+            balancers["balanced"].drain("peer0")
+            connection.close()
+            while proxies[0].established:
+                time.sleep(0.01)
+            assert pool.closed
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+
+    def test_fail_max(self, proxies: Proxies) -> None:
+        """Each failed attempt counts one, none waits, until there are enough."""
+        peers = [postgres_peer(proxy) for proxy in proxies]
+        with pooled(peers, BREAKER={"fail_max": 3}) as connection:
+            connection.ensure_connection()
+            raw = connection.connection
+            connection.close()
+            die(proxies[0])
+            until_seen(raw)
+            events = listen(connection)
+            for _ in range(4):
+                connection.ensure_connection()
+                assert connection.peer.name == "peer1"
+                connection.close()
+            assert [event.count for event in of(ConnectFailed, events)] == [1, 2, 3]
+            assert all(event.seconds < 4 for event in of(ConnectFailed, events))
+            assert len(of(CircuitOpened, events)) == 1
+
+
+class TestPlaces:
+    """A place in a pool is never lost: one would be missing until the process ends."""
+
+    def test_lost_connections(self, proxies: Proxies) -> None:
+        """A connection that is lost and replaced gives its place back."""
+        with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
+            events = listen(connection)
+            for _ in range(4):
+                connection.ensure_connection()
+                name = connection.peer.name
+                proxies[int(name[-1])].drop_connections()
+                until_seen(connection.connection)
+                with transaction.atomic("balanced"), connection.cursor() as cursor:
+                    cursor.execute("SELECT 1")
+                connection.close()
+            assert len(of(ConnectionReplaced, events)) == 4
+            assert of(ConnectFailed, events) == []
+
+    def test_found_dead_when_it_is_closed(self, proxies: Proxies) -> None:
+        """Nobody has noticed, and the pool takes it back: whoever is next gets another."""
+        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+            for _ in range(3):
+                connection.ensure_connection()
+                raw = connection.connection
+                proxies[0].drop_connections()
+                until_seen(raw)
+                connection.close()
+                connection.ensure_connection()
+                assert connection.connection is not raw
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT 1")
+                connection.close()
+
+    def test_failed_attempts(self, proxies: Proxies) -> None:
+        """A receiver that raises, an interrupt in our own code: the place is free again."""
+        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+
+            def fail(**kwargs: Any) -> None:
+                raise ZeroDivisionError
+
+            for _ in range(2):
+                connection_created.connect(fail)
+                try:
+                    with pytest.raises(ZeroDivisionError):
+                        connection.ensure_connection()
+                finally:
+                    connection_created.disconnect(fail)
+                for what in ("django_proxysql.sockets.harden", "django_proxysql.sockets.watch"):
+                    interrupted = mock.patch(what, side_effect=KeyboardInterrupt)
+                    with interrupted, pytest.raises(KeyboardInterrupt):
+                        connection.ensure_connection()
+                    assert connection.connection is None
+            connection.ensure_connection()
+
+    def test_not_ready(self, postgres_pair: Pair) -> None:
+        """A standby that fails its READY_CHECK: not counted as busy, and no place is lost."""
+        postgres_pair[0].set_global("default_transaction_read_only = on")
+        peers = [postgres_peer(node) for node in postgres_pair]
+        breaker = {"fail_max": 5}
+        with pooled(peers, ONE, READY_CHECK="writable", BREAKER=breaker) as connection:
+            events = listen(connection)
+            for _ in range(3):
+                connection.ensure_connection()
+                assert connection.peer.name == "peer1"
+                connection.close()
+            assert [event.fault for event in of(ConnectFailed, events)] == 3 * [Fault.NOT_READY]
+
+    def test_what_must_not_be_used_again(self, proxies: Proxies) -> None:
+        """A connection left in the middle of BEGIN is in no pool afterwards."""
+        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+            connection.ensure_connection()
+            before = pid(connection)
+            begin = mock.patch.object(type(connection), "_begin", side_effect=KeyboardInterrupt)
+            with begin, pytest.raises(KeyboardInterrupt), transaction.atomic("balanced"):
+                pass
+            connection.close()
+            connection.ensure_connection()
+            assert pid(connection) != before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+class TestFork:
+    """A child never touches its parent's pools."""
+
+    def test_child(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """It connects on its own, closes what it inherited, and its parent notices nothing."""
+        with pooled([postgres_peer(proxies[0])], {"min_size": 2, "max_size": 2}) as connection:
+            connection.ensure_connection()
+            pool = connection.pool
+            until_filled(pool, 1)
+            mine = pid(connection)
+            parents = {mine, *(one.info.backend_pid for one in pool._pool)}
+            # A lock that nobody holds in the child, and that stays locked there.
+            with pool._lock:
+                reading, writing = os.pipe()
+                child = os.fork()
+            if not child:
+                status = 1
+                try:
+                    connection.close()
+                    connection.ensure_connection()
+                    with connection.cursor() as cursor:
+                        cursor.execute("SELECT pg_backend_pid()")
+                        its = cursor.fetchone()[0]
+                    connection.close()
+                    connection.close_pool()
+                    os.write(writing, str(its).encode())
+                    status = 0
+                finally:
+                    os._exit(status)
+            os.close(writing)
+            assert select.select([reading], [], [], 60)[0]
+            its = int(os.read(reading, 100))
+            os.close(reading)
+            assert os.waitpid(child, 0)[1] == 0
+            assert its not in parents
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                assert cursor.fetchone() == (mine,)
+            other = others(connection).connect()
+            assert pid(other) in parents
+
+
+def test_no_pool_of_the_sort(postgres: PostgreSQLNode) -> None:
+    """Without the option Django's methods do what they do: nothing."""
+    with engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL) as connection:
+        assert connection.pool is None
+        connection.ensure_connection()
+        assert connection.pool is None
+        connection.close_pool()
+        connection.close()
+
+
+def test_unconnected(postgres: PostgreSQLNode) -> None:
+    """As with Django's engine, the pool is there to be looked at before anything is connected."""
+    with pooled([postgres_peer(postgres)]) as connection:
+        pool = connection.pool
+        assert pool.max_size == 2
+        assert pool.name == "balanced/peer0"
+        connection.ensure_connection()
+        assert connection.pool is pool
+
+
+def test_persistent_connections(postgres: PostgreSQLNode) -> None:
+    """As with Django's engine, a pool and CONN_MAX_AGE do not go together."""
+    persistent = pooled([postgres_peer(postgres)], CONN_MAX_AGE=60)
+    with persistent as connection, pytest.raises(ImproperlyConfigured, match="CONN_MAX_AGE"):
+        connection.ensure_connection()
