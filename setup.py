@@ -50,6 +50,7 @@ TEST = [
             "django-silk>=5.1",
         )
     ),
+    "gunicorn>=20.1",
     "hypothesis>=6",
     "psycopg-pool>=3.2",
     "psycopg2-binary>=2.8",

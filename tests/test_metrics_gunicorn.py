@@ -1,0 +1,290 @@
+"""A real site under gunicorn with several workers: one page for all of them, by the docs' own code.
+
+The site's first peer is dead, and always tried first. What the metrics say is held against what
+the server that lives says of its connections.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import django
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from django_proxysql.conf import ENGINE
+from django_proxysql.demo.servers import HOST, ports
+from tests.engine import mysql_peer
+from tests.servers import PASSWORD, USER
+from tests.servers.mariadb import Node
+from tests.test_docs import blocks
+from tests.test_metrics import check
+from tests.test_project import get
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "howto" / "prometheus.rst").read_text()
+APP = "django_proxysql.monitoring.metrics"
+
+SETTINGS = """
+import json, pathlib
+SECRET_KEY = "for tests only"
+ALLOWED_HOSTS = ["*"]
+DATABASES = json.loads(pathlib.Path(__file__).with_name("databases.json").read_text())
+DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+ROOT_URLCONF = "urls"
+USE_TZ = True
+"""
+
+#: A page on which as many workers meet as are asked for: a worker that serves one request at a
+#: time cannot serve two of those that wait for one another.
+MEETING = """
+import pathlib, time
+from django.db import connection
+from django.http import HttpResponse
+
+def meet(request):
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    place = pathlib.Path(__file__).with_name(request.GET["place"])
+    place.joinpath(str(os.getpid())).touch()
+    deadline = time.monotonic() + 60
+    while len(list(place.iterdir())) < int(request.GET["number"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return HttpResponse(str(os.getpid()))
+
+urlpatterns.append(path("meet", meet))
+"""
+
+WSGI = """
+import os
+from django.core.wsgi import get_wsgi_application
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+application = get_wsgi_application()
+"""
+
+
+def from_the_docs(word: str) -> str:
+    """Return the one block of Python on the docs' page that has the word in it."""
+    (block,) = (block for block in blocks(PAGE, "python") if word in block)
+    return block
+
+
+class Site:
+    """A site under gunicorn, in a directory of its own."""
+
+    def __init__(self, root: Path, alive: Node, workers: int) -> None:
+        self.root = root
+        self.alive = alive
+        self.workers = workers
+        self.address = f"http://{HOST}:{ports.reserve()}"
+        self.meetings = 0
+
+    def write(self, apps: list[str], entry: dict[str, Any], urls: str) -> None:
+        """Write the project's files."""
+        databases = json.dumps({"default": entry})
+        for name, text in {
+            "settings.py": f"{SETTINGS}INSTALLED_APPS = {apps}\n",
+            "urls.py": urls + MEETING,
+            "wsgi.py": WSGI,
+            "databases.json": databases,
+            "gunicorn.conf.py": from_the_docs("child_exit"),
+        }.items():
+            (self.root / name).write_text(text)
+
+    def start(self, *options: str, multiprocess: bool = True) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        environment.pop("DJANGO_SETTINGS_MODULE", None)
+        if multiprocess:
+            (self.root / "metrics").mkdir()
+            environment["PROMETHEUS_MULTIPROC_DIR"] = str(self.root / "metrics")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "gunicorn", "--workers", str(self.workers)),
+                *("--bind", self.address.partition("//")[2], *options, "wsgi"),
+            ],
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        get(f"{self.address}/metrics", self.process)
+
+    def stop(self) -> str:
+        """Stop it; return what it printed."""
+        self.process.terminate()
+        return self.process.communicate(timeout=60)[0]
+
+    def meet(self) -> set[int]:
+        """Have every worker serve one request; return their process ids."""
+        self.meetings += 1
+        place = f"meeting{self.meetings}"
+        (self.root / place).mkdir()
+        url = f"{self.address}/meet?place={place}&number={self.workers}"
+        with ThreadPoolExecutor(self.workers) as pool:
+            pids = set(pool.map(lambda _: int(get(url, self.process)), range(self.workers)))
+        assert len(pids) == self.workers
+        return pids
+
+    def page(self) -> bytes:
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as answer:
+            return bytes(answer.read())
+
+    def sums(self) -> Counter[str]:
+        """Return the sums of the samples of ours by name and labels, over all workers."""
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self.page().decode()):
+            for sample in family.samples:
+                words = [word for label, word in sorted(sample.labels.items()) if label != "alias"]
+                name = sample.name.replace("django_proxysql_", "")
+                found[" ".join([name, *words])] += sample.value
+        return found
+
+    def connections(self) -> int:
+        """How many connections of the site's the server that lives has."""
+        return int(
+            self.alive.sql(
+                f"SELECT count(*) FROM information_schema.processlist WHERE user = '{USER}'"
+            )
+        )
+
+
+def until(what: Callable[[], object]) -> None:
+    """Return once ``what`` says so; fail if it does not in a minute."""
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def site(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> Iterator[Site]:
+    """A site of two workers that keep their connections; its first peer is dead."""
+    dead, alive = mariadb_pair
+    dead.kill()
+    site = Site(tmp_path, alive, workers=2)
+    site.write(
+        ["django_proxysql", APP], entry(mariadb_pair), from_the_docs("MultiProcessCollector")
+    )
+    yield site
+    if site.process.poll() is None:
+        site.stop()
+
+
+def entry(pair: tuple[Node, Node], **more: Any) -> dict[str, Any]:
+    dead, alive = pair
+    peers = [mysql_peer(dead), mysql_peer(alive, PRIORITY=1)]
+    return {"ENGINE": ENGINE, "PEERS": peers, "CONN_MAX_AGE": None, **more}
+
+
+@pytest.mark.parametrize("options", [(), ("--preload",)], ids=["", "preload"])
+def test_workers_add_up(site: Site, options: tuple[str, ...]) -> None:
+    """Counts and gauges are sums over the workers, also after one was killed and replaced."""
+    site.start(*options)
+    pids = site.meet()
+    sums = site.sums()
+    assert sums["connects_total failure peer0"] == 2
+    assert sums["connects_total success peer1"] == 2
+    assert sums["connect_duration_seconds_count success peer1"] == 2
+    assert sums["connect_failures_total unreachable peer0"] == 2
+    assert sums["circuit_openings_total peer0"] == 2
+    # The process that forks the workers is none of those that have a circuit.
+    assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 2
+    assert sums["circuit_state peer0 closed"] == sums["circuit_state peer1 open"] == 0
+    assert sums["connections peer1"] == site.connections() == 2
+
+    # Connections that are kept are no new ones.
+    assert site.meet() == pids
+    assert site.sums()["connects_total success peer1"] == 2
+
+    victim = min(pids)
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: not list((site.root / "metrics").glob(f"gauge_live*_{victim}.db")))
+    until(lambda: site.connections() == 1)
+    sums = site.sums()
+    assert sums["connects_total success peer1"] == 2
+    assert sums["connections peer1"] == 1
+
+    until(lambda: victim not in site.meet())
+    sums = site.sums()
+    assert sums["connects_total success peer1"] == 3
+    assert sums["connect_failures_total unreachable peer0"] == 3
+    assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 2
+    assert sums["connections peer1"] == site.connections() == 2
+    assert check(site.page()) == ""
+
+    printed = site.stop()
+    assert "Traceback" not in printed
+    assert "A listener of" not in printed
+    assert PASSWORD not in printed
+
+
+def test_connections_that_are_closed(mariadb_pair: tuple[Node, Node], site: Site) -> None:
+    """A worker that closes its connection at a request's end says so then."""
+    site.write(
+        ["django_proxysql", APP],
+        entry(mariadb_pair, CONN_MAX_AGE=0),
+        from_the_docs("MultiProcessCollector"),
+    )
+    site.start()
+    site.meet()
+    # The answer is there before the request's end.
+    until(lambda: site.connections() == 0)
+    until(lambda: site.sums()["connections peer1"] == 0)
+    assert site.sums()["connects_total success peer1"] == 2
+
+
+def test_threads_of_one_worker(mariadb_pair: tuple[Node, Node], site: Site) -> None:
+    """Without multiprocess mode the page is the one process's registry."""
+    site.workers = 1
+    site.start("--threads", "4", multiprocess=False)
+    site.meet()
+    sums = site.sums()
+    assert sums["connects_total success peer1"] == sums["connections peer1"] == 1
+    assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 1
+    assert check(b"\n".join(re.findall(rb".*django_proxysql_.*", site.page())) + b"\n") == ""
+
+
+@pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11) or not (4, 2) <= django.VERSION < (6, 1),
+    reason="django-prometheus knows Django 4.2 to 6.0; it is tested on Python 3.11",
+)
+@pytest.mark.parametrize("multiprocess", [True, False])
+def test_beside_django_prometheus(
+    mariadb_pair: tuple[Node, Node], site: Site, multiprocess: bool
+) -> None:
+    """Its view shows its metrics and ours, each once; its backend is the peers' engine."""
+    site.workers = 2 if multiprocess else 1
+    site.write(
+        ["django_prometheus", "django_proxysql", APP],
+        entry(mariadb_pair, PEER_ENGINE="django_prometheus.db.backends.mysql"),
+        "import os\n"
+        "from django.urls import include, path\n"
+        'urlpatterns = [path("", include("django_prometheus.urls"))]\n',
+    )
+    site.start(multiprocess=multiprocess)
+    site.meet()
+    text = site.page().decode()
+    names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+    assert len(names) == len(set(names))
+    sums = site.sums()
+    assert sums["connects_total success peer1"] == site.workers
+    assert sums["connections peer1"] == site.connections() == site.workers
+    assert sums["circuit_state peer0 open"] == site.workers
+    # It counts attempts, and it does not know of peers.
+    assert sums["django_db_new_connections_total mysql"] == 2 * site.workers
+    assert sums["django_db_new_connection_errors_total mysql"] == site.workers
+    assert sums["django_db_execute_total mysql"] >= site.workers
