@@ -42,6 +42,7 @@ from .logger import complain, logger
 from .logs import log_event
 from .peer import Hold, Peer
 from .ready import QUESTIONS, ready_check_from
+from .sharing import Sharing
 from .strategies import strategy_from
 
 __all__ = ["Attempt", "LoadBalancer", "PeerState"]
@@ -113,6 +114,8 @@ class LoadBalancer:
     :param last_resort_interval: seconds between trials of a peer while no
         circuit is closed; None: the check interval.
     :param ready_check: ``"galera"``, ``"writable"``, a dotted path or a callable.
+    :param shared_state: ``"redis://…"``: circuits and drains are shared with all
+        processes that name the same Redis (:mod:`django_proxysql.sharing`).
     :param clock: a monotonic clock, in seconds.
     :param jitter: draws from [0, 1).
     :raises ConfigError: a wrong argument; the message names it.
@@ -135,6 +138,7 @@ class LoadBalancer:
         connect_deadline: float = 15,
         last_resort_interval: float | None = 1,
         ready_check: Any = None,
+        shared_state: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] | None = None,
     ) -> None:
@@ -154,6 +158,7 @@ class LoadBalancer:
                 connect_deadline=connect_deadline,
                 last_resort_interval=last_resort_interval,
                 ready_check=ready_check,
+                shared_state=shared_state,
             )
         self.config = config
         self.name = config.name
@@ -196,6 +201,8 @@ class LoadBalancer:
             )
             for peer in config.peers
         }
+        #: What it shares with other processes; None where that is not asked for.
+        self.sharing: Sharing | None = Sharing(self) if config.shared_state else None
         _forkable.add(self)
 
     def __repr__(self) -> str:
@@ -360,8 +367,11 @@ class LoadBalancer:
         """Give a peer no new connections; those it has leave at their safe points.
 
         For an upgrade of its server, say. In this process only, unless the
-        balancer shares its state. What its circuit knows stays known. Draining
-        a drained peer changes nothing.
+        balancer shares its state: then in all that share it, at once here and
+        within a second there, and in those that start later.
+        :meth:`Sharing.settle <django_proxysql.sharing.Sharing.settle>` says
+        whether they have been told. What its circuit knows stays known.
+        Draining a drained peer changes nothing.
 
         :param name: the peer's, as in :attr:`peers`.
         :param force: drain it even if no other takes connections.
@@ -370,13 +380,16 @@ class LoadBalancer:
             open, or it is drained itself.
         """
         peer = self.peers[name]
+        if self.sharing is not None:
+            # A process that has just begun is to know what the others do.
+            self.sharing.settle()
         others = [other for other in self.peers.values() if other is not peer]
         if not (force or peer.drained or any(other.is_available for other in others)):
             raise DrainRefused(
                 f"{name!r} is the last peer of {self.name!r} that takes connections: none could "
                 "be made after it is drained."
             )
-        self._set_drained(peer, True)
+        self._wish_drained(peer, True)
 
     def undrain(self, name: str) -> None:
         """Let a peer have new connections again.
@@ -384,18 +397,25 @@ class LoadBalancer:
         :param name: the peer's, as in :attr:`peers`.
         :raises KeyError: the balancer has no such peer.
         """
-        self._set_drained(self.peers[name], False)
+        self._wish_drained(self.peers[name], False)
 
-    def _set_drained(self, peer: Peer, drained: bool) -> None:
+    def _wish_drained(self, peer: Peer, drained: bool) -> None:
+        self._set_drained(peer, drained)
+        if self.sharing is not None:
+            self.sharing.wish(peer, drained)
+            # A command's process may end right after this.
+            self.sharing.settle()
+
+    def _set_drained(self, peer: Peer, drained: bool, *, learnt: bool = False) -> None:
         changed = peer.drained is not drained
         peer.drained = drained
         # Even if nothing has changed: who did it before may have been killed
         # on the way from one line to the other.
         self.look_anew()
         if changed and drained:
-            self.emit(PeerDrained(self.name, peer.name, peer.address, peer.connections))
+            self.emit(PeerDrained(self.name, peer.name, peer.address, peer.connections, learnt))
         elif changed:
-            self.emit(PeerUndrained(self.name, peer.name, peer.address))
+            self.emit(PeerUndrained(self.name, peer.name, peer.address, learnt))
 
     # Staying with one peer
 
@@ -458,6 +478,9 @@ class LoadBalancer:
             # Read the version first: a circuit that changes while we look
             # leaves a new one behind, and this view is then built again.
             version = self.version
+            if self.sharing is not None:
+                # The first connect comes by here, and the first one of a forked child.
+                self.sharing.start()
             view = self._view = _View.of(version, tuple(self.peers.values()))
         return view
 
@@ -469,6 +492,8 @@ class LoadBalancer:
     def _circuit_changed(self, name: str, transition: Transition) -> None:
         self.look_anew()
         peer = self.peers[name]
+        if self.sharing is not None and not transition.learnt and transition.after != HALF_OPEN:
+            self.sharing.has_news()
         if transition.before == CLOSED and transition.after != CLOSED:
             self.emit(
                 CircuitOpened(
@@ -478,10 +503,13 @@ class LoadBalancer:
                     transition.fault,
                     transition.error,
                     transition.seconds,
+                    transition.learnt,
                 )
             )
         elif transition.after == CLOSED and transition.before != CLOSED:
-            self.emit(CircuitClosed(self.name, name, peer.address, transition.seconds))
+            self.emit(
+                CircuitClosed(self.name, name, peer.address, transition.seconds, transition.learnt)
+            )
 
     def _after_fork(self) -> None:
         # The circuits see to themselves.

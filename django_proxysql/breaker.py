@@ -147,10 +147,16 @@ class Transition(NamedTuple):
     error: str = ""
     #: Opened: seconds until the first trial. Closed: seconds it was out.
     seconds: float = 0.0
+    #: Another process found it out (:mod:`django_proxysql.sharing`).
+    learnt: bool = False
 
 
 class _CircuitView(pybreaker.CircuitBreakerStorage):
-    """pybreaker's storage interface onto the record, so that there is one truth."""
+    """pybreaker's storage interface onto the record, so that there is one truth.
+
+    A plain ``pybreaker.CircuitBreaker`` may have it for its ``state_storage``
+    as well: it then works on this circuit, with its own thresholds.
+    """
 
     def __init__(self, breaker: PeerBreaker) -> None:
         super().__init__("django_proxysql")
@@ -179,6 +185,20 @@ class _CircuitView(pybreaker.CircuitBreakerStorage):
     @opened_at.setter
     def opened_at(self, moment: datetime) -> None:
         """Ignored: the circuit notes the moment itself."""
+
+    # PeerBreaker counts on its own; these are what a plain breaker calls.
+
+    def increment_counter(self) -> None:
+        self._breaker._swap(lambda circuit: circuit._replace(failures=circuit.failures + 1))
+
+    def reset_counter(self) -> None:
+        self._breaker._swap(lambda circuit: circuit._replace(failures=0))
+
+    def increment_success_counter(self) -> None:
+        self._breaker._swap(lambda circuit: circuit._replace(successes=circuit.successes + 1))
+
+    def reset_success_counter(self) -> None:
+        self._breaker._swap(lambda circuit: circuit._replace(successes=0))
 
 
 class Permit:
@@ -297,6 +317,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._clock = clock
         self._jitter = jitter
         self._on_transition = on_transition
+        #: Asked, outside the lock, before an open circuit's trial is made: for how many
+        #: seconds it is to be left to others, and 0 to go ahead. Not asked for a last resort.
+        self.gate: Callable[[], float] | None = None
         super().__init__(
             fail_max=fail_max,
             reset_timeout=reset_timeout,
@@ -320,7 +343,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     # Admission
 
     def acquire(self, *, last_resort: float | None = None, trial: bool = True) -> Permit | None:
-        """Ask for the right to use the peer, without ever waiting.
+        """Ask for the right to use the peer, without waiting for any other caller.
+
+        Where circuits are shared between processes, one whose trial is due
+        asks the others first, for 50 ms at most, once a second at most.
 
         :param last_resort: if given, an open circuit's trial is due already
             this many seconds after the peer was last tried.
@@ -347,6 +373,12 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             before, after = self._swap(admitted)
             if after.lease is not lease:
                 return Permit(self, after.generation, None) if _is_usable(after) else None
+            if self.gate is not None and last_resort is None and after.state == HALF_OPEN:
+                held_back = self._ask_gate(self.gate)
+                if held_back > 0:
+                    due = self._clock() + held_back
+                    self._swap(lambda circuit: _forsaken(circuit, lease, due), ends=lease)
+                    return None
             permit = _TrialPermit(self, after.generation, lease)
             self._tell_transition(Transition(before.state, after.state))
         except BaseException:
@@ -354,6 +386,18 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             self._forsake(lease)
             raise
         return permit
+
+    def _ask_gate(self, gate: Callable[[], float]) -> float:
+        try:
+            return gate()
+        except Exception:
+            complain("The gate of the circuit of %s raised", self._name)
+            return 0.0
+
+    @property
+    def storage(self) -> pybreaker.CircuitBreakerStorage:
+        """The circuit as pybreaker's storage interface has it, for a plain breaker to use."""
+        return self._state_storage
 
     @property
     def circuit(self) -> Circuit:
@@ -508,6 +552,95 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         """
         self._record_failure(generation, None, exc, fault)
 
+    # What other processes found out
+
+    def learn_open(
+        self,
+        generation: int,
+        *,
+        due_in: float,
+        out_for: float,
+        error: str,
+        fault: Fault | None,
+        question: str = "",
+    ) -> Circuit | None:
+        """Open the circuit, or put off its next trial, as another process has found.
+
+        It is not this process's failure, and counts as none. A trial under way here is
+        left to its own result.
+
+        :param generation: of the record that was compared with what the others know.
+            Where the circuit has opened or closed since, their word is a late one.
+        :param due_in: seconds until the fleet's next trial. This process's own comes a
+            little later, spread as widely as ever, and only if the fleet is not heard of.
+        :param out_for: seconds for which the peer has been out.
+        :param error: what it said last.
+        :param fault: what that says about it.
+        :param question: what its trials must ask.
+        :returns: the record as it is now; None if nothing was changed.
+        """
+        now = self._clock()
+        due = now + due_in + self._reset_timeout * 2 * JITTER * self._jitter()
+
+        def learnt(circuit: Circuit) -> Circuit:
+            trying = circuit.lease is not None and now < circuit.lease.expires
+            if circuit.generation != generation or (trying and circuit.state != CLOSED):
+                return circuit
+            if circuit.state == CLOSED:
+                opened = _opened(circuit, now, due, error, fault)
+                # Nothing was tried here: whoever has no other peer left may do so at once.
+                return opened._replace(
+                    out_since=now - out_for, tried=float("-inf"), question=question
+                )
+            return circuit._replace(
+                state=OPEN,
+                successes=0,
+                due=due,
+                error=error,
+                fault=fault,
+                question=circuit.question or question,
+            )
+
+        return self._learn(now, learnt)
+
+    def learn_closed(self, generation: int) -> Circuit | None:
+        """Close the circuit as another process has, whose trial went well.
+
+        :param generation: as for :meth:`learn_open`.
+        :returns: as there.
+        """
+        now = self._clock()
+        return self._learn(
+            now,
+            lambda circuit: (
+                _closed(circuit, now)._replace(lease=circuit.lease)
+                if circuit.generation == generation and circuit.state != CLOSED
+                else circuit
+            ),
+        )
+
+    def put_off(self, generation: int, seconds: float) -> None:
+        """Leave an open circuit's trial to another process that is about to make it.
+
+        :param generation: as for :meth:`learn_open`.
+        :param seconds: for how long at least.
+        """
+        due = self._clock() + seconds
+        self._swap(
+            lambda circuit: (
+                circuit._replace(due=due)
+                if circuit.generation == generation and circuit.state == OPEN and circuit.due < due
+                else circuit
+            )
+        )
+
+    def _learn(self, now: float, change: Callable[[Circuit], Circuit]) -> Circuit | None:
+        before, after = self._swap(change)
+        if after is before:
+            return None
+        self._tell_change(before, after, now, learnt=True)
+        return after
+
     @property
     def reset_timeout(self) -> float:
         """Seconds for which the circuit stays open before a trial, ±10 %.
@@ -646,7 +779,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     def _change(self, now: float, change: Callable[[Circuit], Circuit]) -> None:
         self._tell_change(*self._swap(change), now)
 
-    def _tell_change(self, before: Circuit, after: Circuit, now: float) -> None:
+    def _tell_change(
+        self, before: Circuit, after: Circuit, now: float, *, learnt: bool = False
+    ) -> None:
         """Tell of the transition from one record to the other, if it is one."""
         if before.state == after.state and before.suspect == after.suspect:
             return
@@ -656,7 +791,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         elif after.state == CLOSED and before.out_since is not None:
             seconds = now - before.out_since
         self._tell_transition(
-            Transition(before.state, after.state, after.fault, after.error, seconds)
+            Transition(before.state, after.state, after.fault, after.error, seconds, learnt)
         )
 
     def _spread_timeout(self) -> float:

@@ -24,6 +24,7 @@ from . import drivers
 from .config import BalancerConfig, BreakerConfig, PeerConfig
 from .exceptions import ConfigError
 from .ready import ready_check_from
+from .sharing import checked_url
 from .strategies import strategy_from
 
 __all__ = [
@@ -85,6 +86,7 @@ _BALANCER_KEYS = (
     "PEERS",
     "PEER_ENGINE",
     "READY_CHECK",
+    "SHARED_STATE",
     "STRATEGY",
 )
 #: Packages whose backends take connections out of a pool that they keep by alias.
@@ -393,6 +395,8 @@ class _Reader:
         yield from self._caught("E005", lambda: _breaker(entry))
         yield from self._caught("E007", lambda: strategy_from(entry.get("STRATEGY", "random")))
         yield from self._caught("E008", lambda: ready_check_from(entry.get("READY_CHECK")))
+        if entry.get("SHARED_STATE") is not None:
+            yield from self._caught("E015", lambda: checked_url(entry["SHARED_STATE"]))
         yield from self._driver_options(self.alias, entry)
 
     def _numbers(
@@ -698,6 +702,7 @@ class _Reader:
             tuple(self._peer_config(name, peer) for name, peer in self._named()),
             strategy=entry.get("STRATEGY", "random"),
             ready_check=entry.get("READY_CHECK"),
+            shared_state=entry.get("SHARED_STATE"),
             **{name: entry[key] for key, name in _BALANCER_FIELDS.items() if key in entry},
         )
 

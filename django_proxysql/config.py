@@ -129,6 +129,8 @@ class BalancerConfig:
     synchronous_peers: bool = True
     #: Seconds after which a host that no longer acknowledges is given up (None: the kernel's).
     tcp_user_timeout: float | None = 20
+    #: URL of the Redis through which processes share what they know. May hold a password.
+    shared_state: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.peers:

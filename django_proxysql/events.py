@@ -71,6 +71,8 @@ class CircuitOpened:
     error: str
     #: Seconds until the first trial.
     trial_in: float
+    #: Another process found it out, and this one was told (``SHARED_STATE``).
+    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class CircuitClosed:
     address: str
     #: For how many seconds the peer was out.
     seconds: float
+    #: Another process's trial closed it, and this one was told (``SHARED_STATE``).
+    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ class PeerDrained:
     address: str
     #: How many connections to it this process held at that moment.
     connections: int
+    #: The wish came from another process (``SHARED_STATE``).
+    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class PeerUndrained:
     balancer: str
     peer: str
     address: str
+    #: The wish came from another process (``SHARED_STATE``).
+    learnt: bool = False
 
 
 Event = Union[

@@ -49,13 +49,16 @@ def log_event(event: Event) -> None:
             )
     elif isinstance(event, CircuitOpened):
         refused = event.fault is Fault.REFUSED
+        level = logging.ERROR if refused else logging.WARNING
         _log(
-            logging.ERROR if refused else logging.WARNING,
+            # The process that found it out has warned.
+            logging.INFO if event.learnt else level,
             event,
-            "%s: circuit of %s (%s) opened, first trial in %.0f s: %s%s",
+            "%s: circuit of %s (%s) opened%s, first trial in %.0f s: %s%s",
             event.balancer,
             event.peer,
             event.address,
+            ", another process found" if event.learnt else "",
             event.trial_in,
             "the peer refuses us, " if refused else "",
             event.error,
@@ -65,10 +68,11 @@ def log_event(event: Event) -> None:
         _log(
             logging.INFO,
             event,
-            "%s: circuit of %s (%s) closed, the peer was out for %.1f s",
+            "%s: circuit of %s (%s) closed%s, the peer was out for %.1f s",
             event.balancer,
             event.peer,
             event.address,
+            ", another process found" if event.learnt else "",
             event.seconds,
             duration=event.seconds,
         )

@@ -72,6 +72,7 @@ def test_settings_table_has_the_defaults() -> None:
             assert ast.literal_eval(table.pop(name)) == getattr(config, field), name
     assert balancer.trial_timeout is None
     assert balancer.ready_check is None
+    assert balancer.shared_state is None
     breaker = BreakerConfig()
     assert table == {
         "PEERS": "required",
@@ -80,6 +81,7 @@ def test_settings_table_has_the_defaults() -> None:
         "STRATEGY": f'"{balancer.strategy}"',
         "TRIAL_TIMEOUT": "as ``CONNECT_TIMEOUT",
         "READY_CHECK": "None",
+        "SHARED_STATE": "None",
     }
 
 

@@ -40,9 +40,9 @@ FLOORS = {
     "logs": 2,
     "peer": 3,
     "ready": 3,
+    "sharing": 3,
     "balancer": 4,
     "probe": 5,
-    "sharing": 5,
     # The Django line: nothing above imports Django.
     "conf": 6,
     "errors": 6,
@@ -67,7 +67,11 @@ DJANGO_LINE = 6
 ALLOWED = {("config", "exceptions"), ("apps", "checks")}
 
 #: Which files may import a library.
-LIBRARIES = {"pybreaker": {"breaker"}, "tenacity": {"balancer", "retry"}}
+LIBRARIES = {
+    "pybreaker": {"breaker"},
+    "tenacity": {"balancer", "retry"},
+    "redis": {"sharing"},
+}
 
 
 def module_of(path: Path) -> str:

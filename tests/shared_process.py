@@ -1,0 +1,167 @@
+"""A process that shares its circuits, for the tests: told what to do line by line.
+
+``python -m tests.shared_process '{"peers": …, "shared_state": …}'`` reads commands from its
+standard input, each a JSON list of a name and arguments, and answers each by one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import MySQLdb
+
+from django_proxysql import LoadBalancer
+
+
+class Commands:
+    """What a process can be told to do."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.db = LoadBalancer(connect=MySQLdb.connect, **options)
+        self.events: queue.Queue[tuple[float, Any]] = queue.Queue()
+        self.trials: list[tuple[float, float]] = []
+        self.failed = 0
+        self.db.add_listener(self.note)
+        self.busy = False
+
+    def note(self, event: Any) -> None:
+        now = time.monotonic()
+        if type(event).__name__ == "ConnectFailed":
+            self.failed += 1
+        if getattr(event, "trial", False):
+            self.trials.append((now - event.seconds, now))
+        self.events.put((now, event))
+
+    def connect(self) -> str:
+        """Connect and close; return the port that it led to."""
+        connection = self.db.connect()
+        cursor = connection.cursor()
+        cursor.execute("SELECT @@port")
+        port = str(cursor.fetchone()[0])
+        connection.close()
+        return port
+
+    def settle(self) -> bool:
+        return self.db.sharing.settle(5)  # type: ignore[union-attr]
+
+    def wait(self, kind: str, peer: str) -> dict[str, Any]:
+        """Wait for an event; return it, and when it came."""
+        while True:
+            when, event = self.events.get(timeout=20)
+            if type(event).__name__ == kind and event.peer == peer:
+                return {"when": when, "learnt": event.learnt}
+
+    def drain(self, peer: str) -> None:
+        self.db.drain(peer)
+
+    def undrain(self, peer: str) -> None:
+        self.db.undrain(peer)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "states": {peer.name: peer.state for peer in self.db.snapshot()},
+            "drained": [peer.name for peer in self.db.snapshot() if peer.drained],
+            "failed": self.failed,
+            "trials": self.trials,
+            "heard": self.db.sharing.is_heard,  # type: ignore[union-attr]
+        }
+
+    def fleet(self) -> int | None:
+        fleet = self.db.sharing.fleet()  # type: ignore[union-attr]
+        return None if fleet is None else fleet.processes
+
+    def work(self, threads: int) -> None:
+        """Connect all the time from now on."""
+        for _ in range(threads):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self.connect()
+
+    def fork(self) -> dict[str, Any]:
+        """Return what a forked child says of itself and its sharing."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                self.connect()
+                said = {"settled": self.settle(), "fleet": self.fleet(), **self.state()}
+                os.write(writing, json.dumps(said).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            said = json.loads(pipe.read() or b"{}")
+        os.waitpid(child, 0)
+        return said
+
+
+class SharedProcess:
+    """Such a process, from the test's side."""
+
+    def __init__(self, **options: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.shared_process", json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, *command: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the process has ended"
+        return json.loads(line)
+
+    def do(self, *command: Any) -> Any:
+        self.tell(*command)
+        return self.answer()
+
+    def close(self) -> int:
+        """Let it end by itself; return its exit status."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+
+    def __enter__(self) -> SharedProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            self.close()
+
+
+def main() -> None:
+    commands = Commands(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(getattr(commands, name)(*arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

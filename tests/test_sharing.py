@@ -1,0 +1,573 @@
+"""What one process finds out, the others know.
+
+The circuits, the scripts and Redis are real; "processes" are balancers with a link each, whose
+round trips the test makes by hand, on a clock that Redis goes by as well. Real processes are in
+test_sharing_processes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from typing import Any
+
+import pytest
+
+from django_proxysql import LoadBalancer
+from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
+from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
+from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
+from tests.fakes import Clock, Driver, bad_password, even, peers, raised_by, refused_by_host
+from tests.servers.redis import RedisServer
+
+
+class SteppedLink(Link):
+    """A link without a thread: what it is asked, it answers by a round trip there and then."""
+
+    trips = 0
+
+    def start(self, member: Sharing) -> None:
+        self._members[id(member)] = weakref.ref(member)
+
+    def ask(self, question: Any, seconds: float) -> Any:
+        self._asked.append(question)
+        self.step(self._now() if self._now else 0.0)
+        return question.answer
+
+    def _exchange(self, calls: Any) -> list[Any]:
+        self.trips += 1
+        return super()._exchange(calls)
+
+
+class InOrder:
+    def order(self, peers: Any) -> Any:
+        return peers
+
+
+class Process:
+    """One process of the fleet."""
+
+    def __init__(self, fleet: World, names: tuple[str, ...], **options: Any) -> None:
+        self.fleet = fleet
+        self.driver = Driver()
+        self.driver.down = fleet.down
+        options.setdefault("strategy", InOrder)
+        self.db = LoadBalancer(
+            options.pop("peers", None) or peers(*names),
+            self.driver.connect,
+            clock=fleet.clock,
+            jitter=even,
+            **options,
+        )
+        self.link = SteppedLink(fleet.url, now=fleet.clock)
+        self.db.sharing = self.sharing = Sharing(self.db, self.link)
+        self.events: list[Any] = []
+        self.db.add_listener(self.events.append, connects=False)
+        self.step()
+
+    def step(self) -> None:
+        self.sharing.start()
+        self.link.step(self.fleet.clock())
+
+    def connect(self) -> str:
+        return str(self.db.connect().host)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Which hosts were connected to since this was last asked, in turn."""
+        hosts = self.driver.hosts
+        self.driver.calls.clear()
+        return hosts
+
+    @property
+    def states(self) -> list[str]:
+        return [peer.state for peer in self.db.snapshot()]
+
+    def due_in(self, name: str) -> float:
+        return self.db.peers[name].breaker.circuit.due - self.fleet.clock()
+
+
+class World:
+    """A Redis, a clock, and processes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # Redis's own durations run by its own clock: far from both.
+        self.clock = Clock(1_700_000_000.0)
+        self.down: dict[str, Any] = {}
+
+    def process(self, *names: str, **options: Any) -> Process:
+        return Process(self, names or ("db1", "db2"), **options)
+
+    def processes(self, number: int, *names: str, **options: Any) -> list[Process]:
+        return [self.process(*names, **options) for _ in range(number)]
+
+
+@pytest.fixture
+def world(redis_server: RedisServer) -> World:
+    return World(redis_server.url)
+
+
+class TestCircuits:
+    def test_opening_is_learnt(self, world: World) -> None:
+        """Who has not tried a peer that another found dead leaves it alone."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        assert one.connect() == "db2"
+        one.step()
+        other.step()
+        assert other.states == ["open", "closed"]
+        assert other.connect() == "db2"
+        assert other.hosts == ["db2"]
+        (event,) = other.events
+        assert isinstance(event, CircuitOpened)
+        assert event.learnt
+        assert event.error == one.db.snapshot()[0].error
+
+    def test_counts_for_nothing(self, world: World) -> None:
+        """It is not this process's failure."""
+        one, other = world.processes(2, breaker={"fail_max": 2})
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.connect()
+        one.step()
+        other.step()
+        assert [peer.failures for peer in other.db.snapshot()] == [0, 0]
+
+    def test_closing_is_learnt(self, world: World) -> None:
+        """One process's trial takes the peer back for all."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.down.clear()
+        world.clock.advance(30)
+        assert one.connect() == "db1"
+        one.step()
+        other.step()
+        assert other.states == ["closed", "closed"]
+        closed = other.events[-1]
+        assert isinstance(closed, CircuitClosed)
+        assert closed.learnt
+
+    def test_one_trial_at_a_time(self, world: World) -> None:
+        """While one process makes the trial, the others pass the peer by."""
+        one, *others = world.processes(5)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        for process in (one, *others):
+            process.step()
+        world.clock.advance(36)
+        tried: list[list[str]] = []
+
+        def meanwhile() -> Any:
+            for process in others:
+                assert process.connect() == "db2"
+                tried.append(process.hosts)
+            raise refused_by_host()
+
+        world.down["db1"] = meanwhile
+        assert one.connect() == "db2"
+        assert tried == [["db2"]] * 4
+
+    def test_one_trial_an_interval(self, world: World) -> None:
+        """A trial that failed puts off everybody's."""
+        one, *others = world.processes(5)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        for process in (one, *others):
+            process.step()
+        trials = 0
+        for _ in range(120):
+            world.clock.advance(1)
+            for process in (one, *others):
+                process.step()
+                process.hosts  # noqa: B018
+                process.connect()
+                trials += process.hosts.count("db1")
+        assert trials in (3, 4)
+
+    def test_holder_dies(self, world: World) -> None:
+        """The lease of a process that is gone runs out, and no sooner."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.clock.advance(36)
+        assert one.sharing.may_try("db1") == 0
+        assert other.sharing.may_try("db1") > 0
+        world.clock.advance(10)
+        assert other.sharing.may_try("db1") > 0
+        world.clock.advance(1)
+        assert other.sharing.may_try("db1") == 0
+
+    def test_long_trial(self, world: World) -> None:
+        """A lease is renewed for as long as its trial takes, and given back after it."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.clock.advance(36)
+        answers = []
+
+        def slowly() -> Any:
+            for _ in range(3):
+                one.step()
+                world.clock.advance(8)
+                answers.append(other.sharing.may_try("db1"))
+            raise SystemExit
+
+        world.down["db1"] = slowly
+        with pytest.raises(SystemExit):
+            one.connect()
+        assert min(answers) > 0
+        one.step()
+        assert other.sharing.may_try("db1") == 0
+
+    def test_late_word(self, world: World) -> None:
+        """What was reported in ignorance of something newer is dropped, and that adopted."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        other.connect()
+        one.step()
+        world.down.clear()
+        world.clock.advance(30)
+        assert one.connect() == "db1"
+        one.step()
+        # Only now does the other one get to say that the peer failed it, half a minute ago.
+        other.step()
+        assert other.states == ["closed", "closed"]
+        one.step()
+        assert one.states == ["closed", "closed"]
+
+    def test_refusals_are_ones_own(self, world: World) -> None:
+        """A peer that refuses this process may well take the others' password."""
+        one, other = world.processes(2)
+        world.down["db1"] = bad_password
+        one.connect()
+        one.step()
+        other.step()
+        assert one.states[0] == "open"
+        assert other.states[0] == "closed"
+
+    def test_a_process_that_is_cut_off_keeps_it_to_itself(self, world: World) -> None:
+        """It has lost all of its peers, and the others none."""
+        one, other = world.processes(2)
+        lost = Driver()
+        lost.down = {"db1": refused_by_host, "db2": refused_by_host}
+        one.db._connect = lost.connect
+        assert isinstance(raised_by(one.connect), NoPeerAvailable)
+        one.step()
+        other.step()
+        assert one.states == ["open", "open"]
+        assert other.states == ["closed", "closed"]
+
+    def test_what_it_told_before_it_was_is_withdrawn(self, world: World) -> None:
+        """… the opening of its first peer, when its last one goes as well."""
+        one, other = world.processes(2)
+        lost = Driver()
+        lost.down = {"db1": refused_by_host}
+        one.db._connect = lost.connect
+        one.connect()
+        one.step()
+        other.step()
+        assert other.states == ["open", "closed"]
+        lost.down["db2"] = refused_by_host
+        assert isinstance(raised_by(one.connect), NoPeerAvailable)
+        one.step()
+        other.step()
+        assert one.states == ["open", "open"]
+        assert other.states == ["closed", "closed"]
+        one.step()
+        assert one.states == ["open", "open"]
+
+    def test_no_wrong_refusal(self, world: World) -> None:
+        """Who has no other peer left connects, whatever the others say."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.down = other.driver.down = {"db2": refused_by_host}
+        assert other.connect() == "db1"
+        assert other.hosts == ["db2", "db1"]
+
+    def test_all_the_same_at_once(self, world: World) -> None:
+        """Two that found it in the same second agree on one due time."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        world.clock.advance(0.5)
+        other.connect()
+        one.step()
+        other.step()
+        assert one.due_in("db1") == pytest.approx(29.5)
+        # What Redis says, and a little later: the fleet's trial is somebody's, not everybody's.
+        assert other.due_in("db1") == pytest.approx(29.5 + 3, abs=0.01)
+
+
+class TestRedis:
+    def test_flushed(self, world: World, redis_server: RedisServer) -> None:
+        """What a process knows is written again."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        one.db.drain("db2", force=True)
+        redis_server.ask("FLUSHALL")
+        one.step()
+        other.step()
+        assert other.states == ["open", "closed"]
+        assert other.db.peers["db2"].drained
+
+    def test_keys_expire_and_carry_the_prefix(
+        self, world: World, redis_server: RedisServer
+    ) -> None:
+        """Nothing of ours is left in a Redis for ever."""
+        world.url += "?prefix=shop"
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        one.db.drain("db2", force=True)
+        other.step()
+        keys = redis_server.ask("KEYS", "*").split()
+        assert len(keys) == 5
+        for key in keys:
+            assert key.startswith("shop:{default}:")
+            assert int(redis_server.ask("TTL", key)) > 0
+
+    def test_no_password_reaches_it(self, world: World, redis_server: RedisServer) -> None:
+        """Nothing of how a peer is connected to is stored."""
+        one = world.process(peers=peers("db1", "db2", user="u5er", password="s3cr3t"))
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        for key in redis_server.ask("KEYS", "*").split():
+            for command in ("HGETALL", "LRANGE"):
+                rest = ["0", "-1"] if command == "LRANGE" else []
+                stored = redis_server.ask(command, key, *rest)
+                assert "s3cr3t" not in stored
+                assert "u5er" not in stored
+
+    def test_one_round_trip(self, world: World) -> None:
+        """Where all is well a connect asks nobody, and a second costs one round trip."""
+        one = world.process()
+        before = one.link.trips
+        for _ in range(10):
+            one.connect()
+        assert one.link.trips == before
+        assert one.link.step(world.clock()) == 1
+        assert one.link.trips == before + 1
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            "",
+            "null",
+            "[]",
+            "{",
+            '{"v": "abc"}',
+            '{"v": 1e300, "s": "open"}',
+            '{"v": "nan", "s": "open"}',
+            '{"v": {}, "s": []}',
+            '{"v": "1700000000000001", "s": "open", "due": "x", "out": [], "hu": {}, "h": 7}',
+            '{"v": "1700000000000001", "s": "open", "due": 1e17, "err": 5, "fault": 6, "q": {}}',
+            '{"v": "1700000000000001", "s": 7, "on": "yes"}',
+            "\\xff\\xfe",
+        ],
+    )
+    def test_lying(self, world: World, redis_server: RedisServer, garbage: str) -> None:
+        """What cannot be read is left out; what can does no harm that lasts."""
+        one, other = world.processes(2)
+        for key in ("circuits", "drains"):
+            for field in ("db1:3306", "db2:3306"):
+                redis_server.ask("HSET", f"django-proxysql:{{default}}:{key}", field, garbage)
+        for process in (one, other):
+            process.step()
+            assert process.connect() in ("db1", "db2")
+            assert all(process.due_in(name) <= 66 for name in ("db1", "db2"))
+            assert not any(peer.drained for peer in process.db.peers.values())
+
+    def test_everything_is_said_to_be_out(self, world: World, redis_server: RedisServer) -> None:
+        """A Redis that has every circuit open refuses nobody a connection."""
+        one = world.process()
+        lie = json.dumps(
+            {"v": "1700000000000001", "s": "open", "due": 1_700_000_060_000, "err": "x"}
+        )
+        for field in ("db1:3306", "db2:3306"):
+            redis_server.ask("HSET", "django-proxysql:{default}:circuits", field, lie)
+        one.step()
+        assert one.states == ["open", "open"]
+        assert one.connect() == "db1"
+        one.step()
+        assert one.states == ["closed", "open"]
+
+    @pytest.mark.parametrize("key", ["circuits", "drains", "processes", "connections", "timeline"])
+    def test_wrong_type(
+        self, world: World, redis_server: RedisServer, key: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A key that is something else is left alone; that is said once."""
+        one, other = world.processes(2)
+        for name in redis_server.ask("KEYS", f"*:{key}*").split() or [
+            f"django-proxysql:{{default}}:{key}"
+        ]:
+            redis_server.ask("SET", name, "something else")
+        world.down["db1"] = refused_by_host
+        one.connect()
+        for _ in range(3):
+            one.step()
+            other.step()
+        assert one.connect() == other.connect() == "db2"
+        warnings = [r for r in caplog.records if "is of no use" in r.getMessage()]
+        # What happens is noted by whom it happens to.
+        assert len(warnings) == (1 if key == "timeline" else 2)
+
+
+class TestDrains:
+    def test_reaches_all(self, world: World) -> None:
+        """Those that run, and those that start later."""
+        one, other = world.processes(2)
+        one.db.drain("db1")
+        other.step()
+        later = world.process()
+        assert other.connect() == later.connect() == "db2"
+        assert [type(event) for event in other.events] == [PeerDrained]
+        assert other.events[0].learnt
+        assert not one.events[0].learnt
+
+    def test_undrain_by_a_process_that_knew_of_nothing(self, world: World) -> None:
+        """A command's process begins, undrains, and ends."""
+        one = world.process()
+        one.db.drain("db1")
+        command = world.process()
+        command.db.undrain("db1")
+        del command
+        one.step()
+        assert not one.db.peers["db1"].drained
+        assert isinstance(one.events[-1], PeerUndrained)
+
+    def test_last_peer(self, world: World) -> None:
+        """What the others know counts for whether it is the last one."""
+        one, other = world.processes(2)
+        one.db.drain("db1")
+        with pytest.raises(DrainRefused):
+            other.db.drain("db2")
+
+    def test_last_wish_counts(self, world: World) -> None:
+        """Whoever's it is."""
+        one, other = world.processes(2)
+        one.db.drain("db1")
+        other.db.undrain("db1")
+        one.db.drain("db2")
+        other.step()
+        for process in (one, other):
+            assert [peer.drained for peer in process.db.snapshot()] == [False, True]
+
+
+class TestFleet:
+    def test_view(self, world: World) -> None:
+        """How many there are, what they hold, and what has happened."""
+        one, other = world.processes(2)
+        held = [one.db.connect(), other.db.connect(), other.db.connect()]
+        other.step()
+        one.step()
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        one.db.drain("db1", force=True)
+        fleet = other.sharing.fleet()
+        assert isinstance(fleet, Fleet)
+        assert fleet.processes == 2
+        assert dict(fleet.connections) == {"db1": 3, "db2": 1}
+        error = one.db.snapshot()[0].error
+        assert fleet.timeline == (
+            Moment("db1", "open", world.clock(), error),
+            Moment("db1", "drained", world.clock(), ""),
+        )
+        assert len(held) == 3
+
+    def test_who_is_gone(self, world: World) -> None:
+        """A process that is not heard of any more does not count."""
+        one, other = world.processes(2)
+        world.clock.advance(6)
+        other.step()
+        fleet = other.sharing.fleet()
+        assert fleet is not None
+        assert fleet.processes == 1
+        del one
+
+
+class TestURL:
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "",
+            "redis",
+            "http://host:6379/0",
+            "redis://",
+            "redis://host:port/0",
+            "redis://host:99999/0",
+            "redis://user:s3cr3t@/0",
+            "redis://user:s3cr3t/x@host:6379/0",
+            "redis://user:s3c#r3t@host:6379/0",
+            "redis://host/shop",
+            "redis://host/0?prefix=",
+            "redis://host/0?s3cr3t=1&",
+            "unix://",
+            7,
+            {"host": "s3cr3t"},
+        ],
+    )
+    def test_none(self, url: Any) -> None:
+        """A clear message, without what may be a password."""
+        with pytest.raises(ConfigError) as caught:
+            checked_url(url)
+        assert caught.value.setting == "SHARED_STATE"
+        if "?" not in str(url):
+            assert "s3cr3t" not in f"{caught.value} {caught.value.hint}"
+            assert caught.value.__cause__ is None
+
+    @pytest.mark.parametrize(
+        ("url", "prefix"),
+        [
+            ("redis://host", "django-proxysql"),
+            ("redis://:p%40ss@host:6380/3?prefix=shop", "shop"),
+            ("rediss://user:pass@host/0?ssl_cert_reqs=none", "django-proxysql"),
+            ("unix:///run/redis.sock?db=2", "django-proxysql"),
+        ],
+    )
+    def test_good(self, url: str, prefix: str) -> None:
+        assert checked_url(url)["prefix"] == prefix
+
+    def test_hidden(self) -> None:
+        """No repr shows it."""
+        url = "redis://user:s3cr3t@127.0.0.1:1/0"
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
+        for thing in (db, db.config, db.sharing, db.sharing.link):  # type: ignore[union-attr]
+            assert "s3cr3t" not in repr(thing)
+
+
+def test_nothing_to_connect_to(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a Redis each goes on with what it knows, and says so once, and not the password."""
+    caplog.set_level(logging.INFO, "django_proxysql")
+    world = World("redis://user:s3cr3t@127.0.0.1:1/0")
+    one = world.process()
+    for _ in range(3):
+        world.clock.advance(2)
+        one.step()
+    world.down["db1"] = refused_by_host
+    assert one.connect() == "db2"
+    world.clock.advance(30)
+    world.down.clear()
+    assert one.connect() == "db1"
+    (line,) = [record for record in caplog.records if "Redis" in record.getMessage()]
+    assert line.levelno == logging.WARNING
+    assert "s3cr3t" not in line.getMessage()
+    assert one.sharing.fleet() is None
+    assert not one.sharing.settle()

@@ -1,0 +1,184 @@
+"""Real processes, real servers, a real Redis: what one finds out, the others know.
+
+Clocks are the real ones: nothing here waits for a time to pass, but for something to happen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.mariadb import Node
+from tests.servers.redis import RedisServer
+from tests.shared_process import SharedProcess
+
+Start = Callable[..., SharedProcess]
+
+
+class Fleet:
+    """Processes with two peers, which are fault proxies to MariaDB."""
+
+    def __init__(self, stack: contextlib.ExitStack, peers: dict[str, FaultProxy], url: str) -> None:
+        self.stack = stack
+        self.peers = peers
+        self.url = url
+
+    def start(self, number: int, **options: Any) -> list[SharedProcess]:
+        """Start that many, and have each share what it knows."""
+        given = {
+            name: {
+                "host": proxy.host,
+                "port": proxy.port,
+                "user": USER,
+                "password": PASSWORD,
+                "database": DATABASE,
+            }
+            for name, proxy in self.peers.items()
+        }
+        options = {"strategy": "round_robin", "shared_state": self.url, **options}
+        started = [
+            self.stack.enter_context(SharedProcess(peers=given, **options)) for _ in range(number)
+        ]
+        for process in started:
+            process.tell("settle")
+        for process in started:
+            process.answer()
+        return started
+
+
+@pytest.fixture
+def fleet(
+    mariadb_pair: tuple[Node, Node],
+    redis_server: RedisServer,
+    fault_proxy: Callable[..., FaultProxy],
+) -> Iterator[Fleet]:
+    peers = {name: fault_proxy(node) for name, node in zip(("db1", "db2"), mariadb_pair)}
+    with contextlib.ExitStack() as stack:
+        yield Fleet(stack, peers, redis_server.url)
+
+
+def test_all_know_within_a_second(fleet: Fleet) -> None:
+    """One process's failure opens the circuit in the others, and costs them nothing."""
+    one, *others = fleet.start(3)
+    fleet.peers["db1"].refuse()
+    for _ in range(2):
+        one.do("connect")
+    found = one.do("wait", "CircuitOpened", "db1")
+    assert not found["learnt"]
+    for other in others:
+        learnt = other.do("wait", "CircuitOpened", "db1")
+        assert learnt["learnt"]
+        # A round trip a second: on an idle machine it takes a second at most.
+        assert learnt["when"] - found["when"] < 5
+    for other in others:
+        for _ in range(4):
+            other.do("connect")
+        assert other.do("state")["failed"] == 0
+
+
+def test_one_trial_at_a_time_over_all(fleet: Fleet) -> None:
+    """However many processes and threads connect all the time, trials never overlap."""
+    processes = fleet.start(4, check_interval=0.5, trial_timeout=1, connect_timeout=1)
+    fleet.peers["db1"].accept_and_close()
+    processes[0].do("connect")
+    processes[0].do("connect")
+    for process in processes:
+        process.do("wait", "CircuitOpened", "db1")
+    # From here on each trial lasts a second.
+    fleet.peers["db1"].accept_and_hang()
+    before = fleet.peers["db1"].accepted
+    for process in processes:
+        process.do("work", 3)
+    trials: list[Any] = []
+    while len(trials) < 5:
+        trials = [trial for process in processes for trial in process.do("state")["trials"]]
+    trials.sort()
+    for (_, ended), (began, _) in zip(trials, trials[1:]):
+        assert ended <= began
+    # One may be under way, and not have ended.
+    assert fleet.peers["db1"].accepted - before - len(trials) in (0, 1)
+    fleet.peers["db1"].forward()
+    for process in processes:
+        process.do("wait", "CircuitClosed", "db1")
+    learnt = [process.do("state")["states"]["db1"] for process in processes]
+    assert learnt == ["closed"] * 4
+
+
+def test_drain_outlives_its_process(fleet: Fleet) -> None:
+    """A command's process drains and ends; those that run, and those that start, keep to it."""
+    (one,) = fleet.start(1)
+    (command,) = fleet.start(1)
+    command.do("drain", "db1")
+    assert command.close() == 0
+    assert one.do("wait", "PeerDrained", "db1")["learnt"]
+    assert one.close() == 0
+    (later,) = fleet.start(1)
+    assert later.do("state")["drained"] == ["db1"]
+    accepted = fleet.peers["db1"].accepted
+    for _ in range(3):
+        later.do("connect")
+    assert fleet.peers["db1"].accepted == accepted
+    later.do("undrain", "db1")
+    later.do("connect")
+    later.do("connect")
+    assert fleet.peers["db1"].accepted == accepted + 1
+
+
+def test_redis_dies_in_the_middle(fleet: Fleet, redis_server: RedisServer) -> None:
+    """Each goes on with what it knows; when Redis is back, empty, it is told again."""
+    one, other = fleet.start(2)
+    one.do("drain", "db2")
+    other.do("wait", "PeerDrained", "db2")
+    redis_server.kill()
+    for process in (one, other):
+        assert process.do("settle") is False
+        assert process.do("state")["drained"] == ["db2"]
+        process.do("connect")
+    redis_server.start()
+    while not (one.do("settle") and other.do("settle")):
+        pass
+    (third,) = fleet.start(1)
+    assert third.do("state")["drained"] == ["db2"]
+
+
+def test_frozen_redis_holds_nobody_up(fleet: Fleet, redis_server: RedisServer) -> None:
+    """A Redis that accepts and stays silent is as good as none."""
+    one, other = fleet.start(2, check_interval=0.5)
+    redis_server.freeze()
+    while one.do("state")["heard"]:
+        pass
+    fleet.peers["db1"].refuse()
+    for _ in range(4):
+        one.do("connect")
+    assert one.do("state")["states"] == {"db1": "open", "db2": "closed"}
+    fleet.peers["db1"].forward()
+    one.do("work", 1)
+    one.do("wait", "CircuitClosed", "db1")
+    redis_server.thaw()
+    while not (one.do("settle") and other.do("settle")):
+        pass
+    assert other.do("state")["failed"] == 0
+
+
+def test_fork(fleet: Fleet) -> None:
+    """A child of a fork has a thread and a connection of its own, and knows what its parent did."""
+    (one,) = fleet.start(1)
+    one.do("drain", "db1")
+    child = one.do("fork")
+    assert child["settled"] is True
+    assert child["fleet"] == 2
+    assert child["drained"] == ["db1"]
+    assert one.do("settle") is True
+    assert one.do("state")["heard"] is True
+
+
+def test_exit_is_not_held_up(fleet: Fleet, redis_server: RedisServer) -> None:
+    """A process ends, whatever its thread waits for."""
+    (one,) = fleet.start(1)
+    redis_server.freeze()
+    assert one.close() == 0
