@@ -57,6 +57,7 @@ TEST = [
     "pytest>=7",
     "pytest-django>=4.5",
     "pytest-timeout>=2.1",
+    "selenium>=4.10",
 ]
 
 # What .ci/run needs on top.
@@ -99,6 +100,7 @@ setup(
             "py.typed",
             "**/templates/**/*",
             "templates/**/*",
+            "monitoring/assets/*",
         ],
     },
     zip_safe=False,

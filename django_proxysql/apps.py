@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import django
-from django.apps import AppConfig
+from django.apps import AppConfig, apps
 from django.core import checks
 
-from .checks import check_settings, check_with_databases
+from .checks import check_options, check_settings, check_with_databases
 from .registry import introduce_peers
 
 __all__ = ["DjangoProxySQLConfig"]
@@ -19,8 +19,10 @@ class DjangoProxySQLConfig(AppConfig):
     verbose_name = "Database load balancer"
 
     def ready(self) -> None:
-        """Register the system checks; tell test runs what the peers are."""
+        """Register the system checks; tell test runs what the peers are, and admins of the page."""
         introduce_peers()
+        _link_from_admin()
+        checks.register(check_options)
         # So that check --tag database runs it. Django before 3.1 runs what has
         # that tag only when asked to, and so does Django from 6.1 on.
         if (3, 1) <= django.VERSION < (6, 1):
@@ -29,3 +31,16 @@ class DjangoProxySQLConfig(AppConfig):
         checks.register(check_settings)
         if django.VERSION >= (6, 1):
             checks.register(check_with_databases, checks.Tags.database)
+
+
+def _link_from_admin() -> None:
+    """Have the admin's index show the status page.
+
+    By the index's template, which works in whatever order the apps are installed, and
+    extends the site's own admin/index.html. A site that has chosen another is left alone.
+    """
+    if apps.is_installed("django.contrib.admin"):
+        from django.contrib import admin
+
+        if admin.site.index_template is None:
+            admin.site.index_template = "django_proxysql/admin_index.html"

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.checks import CheckMessage
+from django.core.checks import CheckMessage, Error
 from django.db import connections
 
 from .messages import messages
+from .options import option_problems
 
-__all__ = ["check_settings", "check_with_databases"]
+__all__ = ["check_options", "check_settings", "check_with_databases"]
+
+
+def check_options(**kwargs: Any) -> list[CheckMessage]:
+    """Check the setting DJANGO_PROXYSQL."""
+    return [
+        Error(message, hint=hint, id="django_proxysql.E017") for message, hint in option_problems()
+    ]
 
 
 def check_settings(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:

@@ -380,6 +380,8 @@ def test_every_id_is_in_the_docs() -> None:
         if word.startswith("django_proxysql.W")
     }
     assert asking == {"W005", "W007"}
+    # The site's own setting, which is no alias': tests/test_status_page.py.
+    asking.add("E017")
     docs = (ROOT / "docs" / "reference" / "checks.rst").read_text()
     anchors = {line[20:24] for line in docs.splitlines() if line.startswith(".. _django_proxysql.")}
     headings = {line[16:] for line in docs.splitlines() if line.startswith("django_proxysql.")}

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -126,6 +128,38 @@ def test_shows_a_peer_that_fails_and_comes_back(demo: Runs) -> None:
     assert "\x1b" not in out
     assert "\r" not in out
     assert demo.left_behind() == []
+
+
+def test_serves_the_status_page(demo: Runs) -> None:
+    """While it runs, where it says; its buttons work, for it has no users."""
+    process = demo.start(*DEMO, "--seconds", "20")
+    assert process.stdout
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    try:
+        said = next(line for line in process.stdout if line.startswith("status page: "))
+        url = said.split()[-1]
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status/", url)
+        page = browser.open(url, timeout=60).read().decode()
+        assert "Load balancer default" in page
+        assert page.count("in use") > 2
+        token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
+        assert token
+        form = {
+            "csrfmiddlewaretoken": token[1],
+            "balancer": "default",
+            "peer": "peer2",
+            "action": "drain",
+        }
+        answer = browser.open(f"{url}peer/", urllib.parse.urlencode(form).encode(), timeout=60)
+        assert answer.url == url
+        page = answer.read().decode()
+        assert "You drained peer2 (load balancer default)" in page
+        assert "no new connections" in page
+    finally:
+        process.terminate()
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (143, "")
+    assert "WARNING default: a visitor drained peer2 on the status page" in out
 
 
 @pytest.mark.server

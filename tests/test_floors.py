@@ -46,6 +46,7 @@ FLOORS = {
     # The Django line: nothing above imports Django.
     "conf": 6,
     "errors": 6,
+    "options": 6,
     "messages": 7,
     "registry": 7,
     "inspection": 8,
@@ -56,6 +57,7 @@ FLOORS = {
     "signals": 9,
     "management": 9,
     "monitoring": 9,
+    "templatetags": 9,
     # A program that uses it all.
     "demo": 10,
     "__main__": 11,

@@ -160,6 +160,7 @@ class _Demo:
                     f"{CLIENTS} clients ask it for pages on http://{site.HOST}:{port}/, "
                     f"CHECK_INTERVAL is {check_interval:g} s"
                 )
+                screen.say(f"status page: http://{site.HOST}:{port}/status/")
                 screen.start_clock()
                 stack.enter_context(self._load.on(port))
                 try:

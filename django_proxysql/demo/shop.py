@@ -1,4 +1,4 @@
-"""The page that the demo's site serves. For Django that is set up already."""
+"""The pages that the demo's site serves. For Django that is set up already."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 from django.db import models
 from django.http import HttpRequest, JsonResponse
-from django.urls import path
+from django.urls import include, path
 
 #: How many products there are.
 PRODUCTS = 50
@@ -37,4 +37,7 @@ def product(request: HttpRequest, number: int) -> JsonResponse:
     return JsonResponse({"name": found.name})
 
 
-urlpatterns = [path("products/<int:number>/", product)]
+urlpatterns = [
+    path("products/<int:number>/", product),
+    path("status/", include("django_proxysql.monitoring.urls")),
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
@@ -30,6 +30,12 @@ def set_up(databases: Databases, check_interval: float) -> None:
             **databases,
         },
         INSTALLED_APPS=["django_proxysql"],
+        MIDDLEWARE=[
+            "django.middleware.csrf.CsrfViewMiddleware",
+            "django.contrib.messages.middleware.MessageMiddleware",
+            "django_proxysql.demo.site.everybody_is_staff",
+        ],
+        MESSAGE_STORAGE="django.contrib.messages.storage.cookie.CookieStorage",
         ROOT_URLCONF="django_proxysql.demo.shop",
         ALLOWED_HOSTS=[HOST],
         SECRET_KEY="demo",  # noqa: S106 (signs nothing)
@@ -37,6 +43,28 @@ def set_up(databases: Databases, check_interval: float) -> None:
         USE_TZ=True,
     )
     django.setup()
+
+
+class Visitor:
+    """Whoever visits the demo: it has no users, and is served on loopback."""
+
+    is_active = is_staff = is_superuser = is_authenticated = True
+    is_anonymous = False
+    pk = None
+
+    def get_username(self) -> str:
+        """Return who presses buttons, for the log."""
+        return "a visitor"
+
+
+def everybody_is_staff(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Middleware: let every visitor see the status page, and press its buttons."""
+
+    def middleware(request: Any) -> Any:
+        request.user = Visitor()
+        return get_response(request)
+
+    return middleware
 
 
 def fill(aliases: Sequence[str]) -> None:
@@ -72,12 +100,14 @@ class _Handler(WSGIRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[int]:
-    """Serve the site while the block runs; gives the port."""
-    from django.core.wsgi import get_wsgi_application
+def serving(application: Any = None) -> Iterator[int]:
+    """Serve the site, or another WSGI application, while the block runs; gives the port."""
+    if application is None:
+        from django.core.wsgi import get_wsgi_application
 
+        application = get_wsgi_application()
     with _Server((HOST, 0), _Handler) as server:
-        server.set_app(get_wsgi_application())
+        server.set_app(application)
         thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="site")
         thread.start()
         try:

@@ -1,0 +1,153 @@
+"""What became of each peer in the last hour, as this process saw it.
+
+A listener of all balancers. At each event it looks at the peer's state and
+notes it if it is another than before: so it is the circuits that tell what is
+so, not the order in which two threads come to tell of it.
+
+Look and note are one step under the lock, which is held for no more than that.
+A state that came and went between two events (a trial under way, a doubt) is
+noted only if somebody looked meanwhile; trials have a record of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..balancer import LoadBalancer
+from ..events import Connected, ConnectFailed, Event
+from ..peer import Peer
+from ..registry import balancers
+
+__all__ = ["DRAINED", "SUSPECT", "Change", "History", "Trial", "history", "state_of", "watch"]
+
+#: How far back it goes, in seconds.
+SPAN = 3600.0
+
+#: How much is kept of one peer, however often it comes and goes.
+MOST_CHANGES, MOST_TRIALS = 500, 200
+
+#: What a peer can be, beside the three states of its circuit.
+SUSPECT, DRAINED = "suspect", "drained"
+
+
+class Change(NamedTuple):
+    """From this moment, on the history's clock, a peer was in this state."""
+
+    at: float
+    state: str
+
+
+class Trial(NamedTuple):
+    """A trial that ended at this moment, on the history's clock."""
+
+    at: float
+    succeeded: bool
+    error: str
+
+
+def state_of(peer: Peer) -> str:
+    """Return what a peer is, in one word: an operator's wish goes before what its circuit says."""
+    if peer.drained:
+        return DRAINED
+    circuit = peer.breaker.circuit
+    return SUSPECT if circuit.suspect else circuit.state
+
+
+class _Row:
+    """One peer's."""
+
+    def __init__(self) -> None:
+        self.changes: deque[Change] = deque(maxlen=MOST_CHANGES)
+        self.trials: deque[Trial] = deque(maxlen=MOST_TRIALS)
+
+
+class History:
+    """Keeps the peers' changes of the last hour.
+
+    :param clock: a monotonic clock, in seconds: the time of day may be set while we look.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        #: When it began to look, on its clock.
+        self.began = clock()
+        self._rows: dict[tuple[str, str], _Row] = {}
+        # A signal handler may cause an event while its thread notes one.
+        self._lock = threading.RLock()
+
+    def __call__(self, event: Event) -> None:
+        """Note what ``event`` is about; a :class:`Listener`."""
+        name = getattr(event, "peer", None)
+        registered = balancers.known.get(event.balancer)
+        if name is None or registered is None:
+            return
+        peer = registered.balancer.peers.get(name)
+        if peer is None:
+            return
+        with self._lock:
+            row = self._note(registered.balancer, peer)
+            if isinstance(event, (Connected, ConnectFailed)) and event.trial:
+                error = event.error if isinstance(event, ConnectFailed) else ""
+                row.trials.append(Trial(self.clock(), isinstance(event, Connected), error))
+
+    def look_at(self, balancer: LoadBalancer) -> None:
+        """Note how the peers of ``balancer`` are now."""
+        for peer in balancer.peers.values():
+            with self._lock:
+                self._note(balancer, peer)
+
+    def of(self, balancer: str, peer: str) -> tuple[list[Change], list[Trial]]:
+        """Return a peer's changes and trials of the last hour, oldest first.
+
+        Its first change may lie before that; what was earlier still is not known.
+        """
+        since = self.clock() - SPAN
+        with self._lock:
+            row = self._rows.get((balancer, peer))
+            if row is None:
+                return [], []
+            return list(row.changes), [trial for trial in row.trials if trial.at >= since]
+
+    def _note(self, balancer: LoadBalancer, peer: Peer) -> _Row:
+        now, state = self.clock(), state_of(peer)
+        row = self._rows.setdefault((balancer.name, peer.name), _Row())
+        changes = row.changes
+        if not changes:
+            changes.extend(self._before(balancer, peer, now))
+        if not changes or changes[-1].state != state:
+            changes.append(Change(now, state))
+        while len(changes) > 1 and changes[1].at <= now - SPAN:
+            changes.popleft()
+        return row
+
+    def _before(self, balancer: LoadBalancer, peer: Peer, now: float) -> list[Change]:
+        """What can be told of the time before the first look at a peer."""
+        circuit = peer.breaker.circuit
+        if circuit.out_since is None:
+            return [Change(self.began, "closed")]
+        # The circuit's clock may be another.
+        out_since = min(now, now - balancer.clock() + circuit.out_since)
+        known = [] if out_since <= self.began else [Change(self.began, "closed")]
+        return [*known, Change(out_since, "open")]
+
+    def after_fork(self) -> None:
+        """In the child: a lock that nobody holds. It goes on with what its parent saw."""
+        self._lock = threading.RLock()
+
+
+#: This process's.
+history = History()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: history.after_fork())
+
+
+def watch() -> None:
+    """Begin to listen; to call it again changes nothing."""
+    # The everyday connects say nothing of a state, and are spared the telling.
+    balancers.add_listener(history, connects=False)

@@ -1,0 +1,235 @@
+"""What the status page and the health endpoint say, gathered without asking any database."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.timezone import localtime
+
+from ..balancer import LoadBalancer, PeerState
+from ..registry import balancers
+from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
+from .timeline import Span, Timeline, draw, spans
+
+__all__ = ["BalancerStatus", "PeerStatus", "Status", "health", "process_name", "status"]
+
+_LABELS = {
+    "closed": "in use",
+    SUSPECT: "in doubt: the next connection is a trial",
+    "open": "left alone",
+    "half-open": "a trial is under way or due",
+    DRAINED: "no new connections",
+}
+
+
+class PeerStatus(NamedTuple):
+    """A peer's line on the page."""
+
+    known: PeerState
+    #: One word, and what it means.
+    state: str
+    meaning: str
+    #: Since when; None: for longer than anybody has looked.
+    since: datetime | None
+    connections: str
+    #: Of the balancer's connections.
+    share: str
+    weight: str
+    priority: str
+    can_retry: bool
+    #: The timeline in words, latest first.
+    story: Sequence[tuple[datetime | None, str]]
+
+
+class BalancerStatus(NamedTuple):
+    """A balancer's part of the page."""
+
+    alias: str
+    #: Why there is no more to say: its settings are wrong.
+    problem: str = ""
+    peers: Sequence[PeerStatus] = ()
+    usable: int = 0
+    connections: str = "0"
+    timeline: Timeline | None = None
+    has_weights: bool = False
+    has_priorities: bool = False
+
+    @property
+    def headline(self) -> str:
+        """How things stand, in a sentence."""
+        if self.usable == len(self.peers):
+            return (
+                f"All {len(self.peers)} peers usable" if self.usable > 1 else "The peer is usable"
+            )
+        if not self.usable:
+            return "No peer usable"
+        return f"{self.usable} of {len(self.peers)} peers usable"
+
+    @property
+    def level(self) -> str:
+        """How bad that is: "good", "warning" or "bad"."""
+        if self.problem or not self.usable:
+            return "bad"
+        return "good" if self.usable == len(self.peers) else "warning"
+
+
+class Status(NamedTuple):
+    """The whole page."""
+
+    host: str
+    pid: str
+    #: When this was so, and since when anybody has looked.
+    now: datetime
+    since: datetime
+    balancers: Sequence[BalancerStatus]
+
+
+def status(seen: History = history) -> Status:
+    """Return how things stand in this process."""
+    now, at = time.time(), seen.clock()
+
+    def wall(moment: float) -> float:
+        # The time of day as it is now: it may have been set since.
+        return now - at + moment
+
+    return Status(
+        host=socket.gethostname(),
+        pid=str(os.getpid()),
+        now=_local(now),
+        since=_local(wall(seen.began)),
+        balancers=[
+            BalancerStatus(alias, problem=str(found))
+            if isinstance(found, Exception)
+            else _balancer(found, seen, now, at)
+            for alias, found in _all()
+        ],
+    )
+
+
+def health(*, detailed: bool = False) -> tuple[bool, dict[str, Any]]:
+    """Return whether every balancer has a usable peer, and that in detail.
+
+    :param detailed: with names, addresses and errors: for staff.
+    """
+    every, said = True, {}
+    for alias, found in _all():
+        if isinstance(found, Exception):
+            every = False
+            said[alias] = {"usable": 0, "peers": 0}
+            continue
+        states = found.snapshot()
+        usable = sum(_is_usable(state) for state in states)
+        every = every and usable > 0
+        about: dict[str, Any] = {"usable": usable, "peers": len(states)}
+        if detailed:
+            about["states"] = [
+                {
+                    "peer": state.name,
+                    "address": state.address,
+                    "circuit": state.state,
+                    "suspect": state.suspect,
+                    "drained": state.drained,
+                    "connections": state.connections,
+                    "error": state.error,
+                }
+                for state in states
+            ]
+        said[alias] = about
+    answer: dict[str, Any] = {"status": "ok" if every else "unavailable", "balancers": said}
+    if detailed:
+        answer["process"] = process_name()
+    return every, answer
+
+
+def process_name() -> str:
+    """Return which process this is, for a sentence."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _all() -> Iterator[tuple[str, LoadBalancer | ImproperlyConfigured]]:
+    """Yield each balancer once, or what is wrong with its settings."""
+    seen = set()
+    for alias in list(balancers):
+        try:
+            balancer = balancers[alias]
+        except ImproperlyConfigured as exc:
+            yield alias, exc
+            continue
+        # A copy of an entry under another alias shares its balancer.
+        if balancer.name not in seen:
+            seen.add(balancer.name)
+            yield balancer.name, balancer
+
+
+def _is_usable(state: PeerState) -> bool:
+    # A peer in doubt can be connected to, and its doubts are mostly unfounded.
+    return state.state == "closed" and not state.drained
+
+
+def _balancer(balancer: LoadBalancer, seen: History, now: float, at: float) -> BalancerStatus:
+    seen.look_at(balancer)
+    states = balancer.snapshot()
+    total = sum(state.connections for state in states)
+    peers, rows = [], []
+    for state in states:
+        changes, trials = seen.of(balancer.name, state.name)
+        told = [(now - at + change.at, change.state) for change in changes]
+        its_spans = spans(told, now - SPAN, now)
+        began = now - at + seen.began
+        peers.append(
+            PeerStatus(
+                known=state,
+                state=state_of(balancer.peers[state.name]),
+                meaning=_meaning(state),
+                since=_local(told[-1][0]) if told[-1][0] > began else None,
+                connections=str(state.connections),
+                share=f"{state.connections / total:.0%}" if total else "none",
+                weight=f"{state.weight:g}",
+                priority=str(state.priority),
+                can_retry=state.state != "closed" and not state.drained,
+                story=_story(its_spans, now - SPAN),
+            )
+        )
+        rows.append(
+            (
+                state.name,
+                its_spans,
+                [(now - at + trial.at, trial.succeeded, trial.error) for trial in trials],
+            )
+        )
+    return BalancerStatus(
+        balancer.name,
+        peers=peers,
+        usable=sum(map(_is_usable, states)),
+        connections=str(total),
+        timeline=draw(rows, now - SPAN, now, _local),
+        has_weights=len({state.weight for state in states}) > 1,
+        has_priorities=len({state.priority for state in states}) > 1,
+    )
+
+
+def _meaning(state: PeerState) -> str:
+    if state.drained:
+        also = "" if state.state == "closed" else f"; its circuit is {state.state}"
+        return _LABELS[DRAINED] + also
+    if state.state == "open" and state.trial_in is not None:
+        when = f"in {state.trial_in:.0f} s" if state.trial_in >= 1 else "now"
+        return f"{_LABELS['open']}, next trial due {when}"
+    return _LABELS[SUSPECT if state.suspect else state.state]
+
+
+def _story(its_spans: Sequence[Span], start: float) -> list[tuple[datetime | None, str]]:
+    return [
+        (None if span.start <= start else _local(span.start), span.state)
+        for span in reversed(its_spans)
+    ]
+
+
+def _local(moment: float) -> datetime:
+    return localtime(datetime.fromtimestamp(moment, tz=timezone.utc))

@@ -1,0 +1,352 @@
+"""The status page, its buttons, and the health endpoint.
+
+None of them opens a database connection. Who asks is found out by Django's
+own means, though, and their sessions and users mostly live in the database.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from django.apps import apps
+from django.conf import settings
+from django.contrib import messages
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError, connections, transaction
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
+from django.shortcuts import render, resolve_url
+from django.template import Engine, RequestContext
+from django.urls import NoReverseMatch, Resolver404, resolve, reverse
+from django.views.decorators.cache import never_cache
+from django.views.decorators.clickjacking import xframe_options_deny
+from django.views.decorators.csrf import csrf_protect
+from django.views.decorators.http import require_POST, require_safe
+
+from ..balancer import LoadBalancer
+from ..breaker import CLOSED
+from ..exceptions import DrainRefused
+from ..logger import complain, logger
+from ..options import healthz_is_on, operate_permission
+from ..registry import balancers
+from .status import health, process_name, status
+
+__all__ = ["healthz", "operate", "page", "script", "stylesheet"]
+
+#: Seconds between two looks of a page that refreshes itself.
+REFRESH = 5
+
+_HERE = Path(__file__).parent
+_TEMPLATES = _HERE.parent / "templates"
+
+View = Callable[..., HttpResponse]
+
+
+def _without_transaction(view: View) -> View:
+    """Let ATOMIC_REQUESTS open no connection for this view, in whichever database."""
+    for alias in connections:
+        view = transaction.non_atomic_requests(using=alias)(view)
+    return view
+
+
+def _guarded(view: View) -> View:
+    """Let only staff in, and nothing be cached, framed or forged."""
+
+    @functools.wraps(view)
+    def guarded(request: HttpRequest) -> HttpResponse:
+        return _refusal(request) or view(request)
+
+    # csrf_protect works where its middleware is off, too.
+    return _without_transaction(never_cache(xframe_options_deny(csrf_protect(guarded))))
+
+
+# What is asked for
+
+
+@_guarded
+@require_safe
+def page(request: HttpRequest) -> HttpResponse:
+    """Show how things stand."""
+    return _page(request)
+
+
+@_guarded
+@require_POST
+def operate(request: HttpRequest) -> HttpResponse:
+    """Drain a peer, take it back, or make its trial due; then show how things stand."""
+    if not _may_operate(request):
+        return _say(request, 403, "You may look, but not drain", f"That takes {_what_it_takes()}.")
+    alias, name = request.POST.get("balancer", ""), request.POST.get("peer", "")
+    action = request.POST.get("action", "")
+    try:
+        balancer = balancers[alias]
+        peer = balancer.peers[name]
+    except (KeyError, ImproperlyConfigured):
+        text = f"There is no load balancer {alias!r} with a peer {name!r} in {process_name()}."
+        return _say(request, 404, "No such peer", text)
+    if action == "drain":
+        forced = request.POST.get("force") == "yes"
+        try:
+            balancer.drain(name, force=forced)
+        except DrainRefused as exc:
+            return _page(request, 409, refused=str(exc), alias=balancer.name, peer=name)
+        said = f"drained {name}, the last that took connections" if forced else f"drained {name}"
+    elif action == "undrain":
+        balancer.undrain(name)
+        said = f"took {name} back into use"
+    elif action == "retry":
+        # A closed circuit is to stay so: half open it would be no use to anybody but
+        # the next caller. Should it close just now, that caller is all it takes.
+        if peer.breaker.circuit.state == CLOSED or peer.drained:
+            why = "it is drained" if peer.drained else "its circuit is closed"
+            messages.info(
+                request, f"{name} of {balancer.name} needs no trial: {why}.", fail_silently=True
+            )
+            return _back(request)
+        peer.breaker.half_open()
+        said = f"made a trial of {name} due"
+    else:
+        return _say(request, 400, "No such action", "It is drain, undrain or retry.")
+    _note(request, balancer, name, action, said)
+    return _back(request)
+
+
+@_without_transaction
+@never_cache
+@require_safe
+def healthz(request: HttpRequest) -> HttpResponse:
+    """Say for machines whether every balancer has a usable peer; 503 where one has none."""
+    if not healthz_is_on():
+        raise Http404("DJANGO_PROXYSQL['HEALTHZ'] is not True")
+    # Only here is it asked who asks, which may take a database.
+    detailed = request.GET.get("detail") == "1" and _is_staff(request) is True
+    well, answer = health(detailed=detailed)
+    return JsonResponse(answer, status=200 if well else 503)
+
+
+@_without_transaction
+@require_safe
+def stylesheet(request: HttpRequest) -> HttpResponse:
+    """Send the page's looks."""
+    return _asset(request, "status.css", "text/css")
+
+
+@_without_transaction
+@require_safe
+def script(request: HttpRequest) -> HttpResponse:
+    """Send what refreshes the page."""
+    return _asset(request, "status.js", "text/javascript")
+
+
+# Who asks
+
+
+def _is_staff(request: HttpRequest) -> bool | None:
+    """Return whether staff asks; None where that cannot be found out now."""
+    user = getattr(request, "user", None)
+    try:
+        return bool(user is not None and user.is_active and user.is_staff)
+    except DatabaseError:
+        return None
+
+
+def _refusal(request: HttpRequest) -> HttpResponse | None:
+    """Return what those are told who are not let in."""
+    staff = _is_staff(request)
+    if staff:
+        return None
+    if staff is None:
+        return _say(
+            request,
+            503,
+            "The database is not to be had",
+            "Your session and your account are in it, so it cannot be told whether you may see "
+            "this page. The health endpoint answers without, and so does manage.py.",
+        )
+    user = getattr(request, "user", None)
+    if user is None:
+        return _say(
+            request,
+            403,
+            "Not for everybody",
+            "This page is for staff, and nobody here can tell who you are: the site has no "
+            "AuthenticationMiddleware.",
+        )
+    if not user.is_authenticated:
+        login = _login_page()
+        if login:
+            return HttpResponseRedirect(f"{login}?{urlencode({'next': request.get_full_path()})}")
+        return _say(request, 403, "For staff only", "Log in first, with a staff account.")
+    return _say(
+        request,
+        403,
+        "For staff only",
+        f"You are logged in as {user.get_username()}, which is no staff account.",
+    )
+
+
+def _login_page() -> str:
+    """Return where to log in: the admin's page, or else the site's, if there is one."""
+    if _has_admin():
+        return reverse("admin:login")
+    try:
+        url = resolve_url(settings.LOGIN_URL)
+        resolve(url)
+    except (NoReverseMatch, Resolver404):
+        return ""
+    return url
+
+
+def _may_operate(request: HttpRequest) -> bool:
+    user: Any = request.user
+    permission = operate_permission()
+    if permission is None:
+        return bool(user.is_superuser)
+    try:
+        return bool(user.has_perm(permission))
+    except DatabaseError:
+        return False
+
+
+def _what_it_takes() -> str:
+    permission = operate_permission()
+    return f"the permission {permission}" if permission else "a superuser"
+
+
+# What they get
+
+
+def _page(
+    request: HttpRequest, code: int = 200, *, refused: str = "", alias: str = "", peer: str = ""
+) -> HttpResponse:
+    context = {
+        "title": "Database peers",
+        "status": status(),
+        "refresh": 0 if refused else REFRESH,
+        "may_operate": _may_operate(request),
+        "what_it_takes": _what_it_takes(),
+        "operate_url": _url(request, "operate"),
+        "script_url": _versioned(_url(request, "script"), "status.js"),
+        "refused": refused,
+        "alias": alias,
+        "peer": peer,
+    }
+    if not _has_admin():
+        return _own(request, "status.html", context, code)
+    from django.contrib import admin
+
+    site = admin.site
+    context.update(
+        base="admin/base_site.html",
+        status_url=_url(request, "status"),
+        stylesheet_url=_versioned(_url(request, "stylesheet"), "status.css"),
+        # As AdminSite.each_context() says, but for its list of apps, which asks the database.
+        site_title=site.site_title,
+        site_header=site.site_header,
+        site_url=site.site_url,
+        has_permission=True,
+        is_nav_sidebar_enabled=False,
+    )
+    return render(request, "django_proxysql/status.html", context, status=code)
+
+
+def _say(request: HttpRequest, code: int, title: str, text: str) -> HttpResponse:
+    """Return a page that says why there is nothing to see."""
+    return _own(request, "refused.html", {"title": title, "text": text}, code)
+
+
+def _own(request: HttpRequest, template: str, context: dict[str, Any], code: int) -> HttpResponse:
+    """Return a page in our own frame, for which the site needs neither admin nor TEMPLATES."""
+    context.update(
+        base="django_proxysql/base.html",
+        status_url=_url(request, "status"),
+        stylesheet_url=_versioned(_url(request, "stylesheet"), "status.css"),
+        messages=messages.get_messages(request),
+    )
+    found = _own_engine().get_template(f"django_proxysql/{template}")
+    return HttpResponse(found.render(RequestContext(request, context)), status=code)
+
+
+@functools.cache
+def _own_engine() -> Engine:
+    return Engine(dirs=[str(_TEMPLATES)])
+
+
+def _has_admin() -> bool:
+    """Return whether the site serves Django's admin, whose looks are then the page's."""
+    if not apps.is_installed("django.contrib.admin"):
+        return False
+    try:
+        reverse("admin:index")
+    except NoReverseMatch:
+        return False
+    return True
+
+
+def _back(request: HttpRequest) -> HttpResponse:
+    return HttpResponseRedirect(_url(request, "status"))
+
+
+def _url(request: HttpRequest, name: str) -> str:
+    """Return where another of these views is, under whichever namespace they are included."""
+    match = request.resolver_match
+    return reverse(f"{match.namespace}:{name}" if match and match.namespace else name)
+
+
+def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, said: str) -> None:
+    """Tell of what was done: those who did it, the log, and the admin's log."""
+    user: Any = request.user
+    logger.log(
+        logging.WARNING if action == "drain" else logging.INFO,
+        "%s: %s %s on the status page",
+        balancer.name,
+        user.get_username(),
+        said,
+        extra={"alias": balancer.name, "peer": peer, "user": user.get_username()},
+    )
+    messages.success(
+        request,
+        f"You {said} (load balancer {balancer.name}), in {process_name()} only.",
+        fail_silently=True,
+    )
+    if not apps.is_installed("django.contrib.admin"):
+        return
+    from django.contrib.admin.models import CHANGE, LogEntry
+
+    try:
+        LogEntry.objects.create(
+            user_id=user.pk,
+            object_repr=f"{peer} of load balancer {balancer.name}"[:200],
+            action_flag=CHANGE,
+            change_message=f"{said.capitalize()} in {process_name()}.",
+        )
+    except DatabaseError:
+        # It is done and logged; the database may be what is being repaired.
+        complain("%s: the admin's log could not be told", balancer.name)
+
+
+# Looks and script: served from here, so that a site needs no staticfiles, and no inline
+# script that its Content-Security-Policy would forbid.
+
+
+@functools.cache
+def _content(name: str) -> tuple[bytes, str]:
+    content = (_HERE / "assets" / name).read_bytes()
+    return content, hashlib.sha256(content).hexdigest()[:12]
+
+
+def _versioned(url: str, name: str) -> str:
+    return f"{url}?{_content(name)[1]}"
+
+
+def _asset(request: HttpRequest, name: str, content_type: str) -> HttpResponse:
+    content, version = _content(name)
+    response = HttpResponse(content, content_type=f"{content_type}; charset=utf-8")
+    current = request.META.get("QUERY_STRING") == version
+    response["Cache-Control"] = "public, max-age=31536000, immutable" if current else "no-cache"
+    return response

@@ -1,0 +1,583 @@
+"""The status page and the health endpoint: who may see what, and what the buttons do.
+
+The site's database is the balancer itself, as it is with its users.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.contrib import messages
+from django.core.checks import run_checks
+from django.db import connections
+from django.test import Client, override_settings
+from django.urls import reverse
+
+from django_proxysql.breaker import CLOSED, OPEN
+from django_proxysql.options import OPTIONS
+from tests.django_settings import MIDDLEWARE
+from tests.engine import SQLITE, Clock, added, engine
+from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
+
+NAMES = ("peer0", "peer1", "peer2")
+PAGE, OPERATE, HEALTHZ = "/peers/", "/peers/peer/", "/peers/healthz"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file with the apps' tables."""
+    return migrated(tmp_path_factory.mktemp("status"))
+
+
+@pytest.fixture
+def site(tables: Path) -> Iterator[Site]:
+    with status_site(tables, clock=Clock()) as made:
+        yield made
+
+
+def drain(client: Client, peer: str = "peer1", **data: str) -> Any:
+    return client.post(OPERATE, {"balancer": "default", "peer": peer, "action": "drain", **data})
+
+
+def drained(site: Site) -> list[str]:
+    return [peer.name for peer in site.balancer.peers.values() if peer.drained]
+
+
+def said(response: Any) -> list[str]:
+    return [str(message) for message in messages.get_messages(response.wsgi_request)]
+
+
+def text_of(response: Any) -> str:
+    """What the page says, without its tags."""
+    content = re.sub(r"<svg.*?</svg>", "", response.content.decode(), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", content)).split())
+
+
+class TestWhoMaySeeIt:
+    def test_staff(self, site: Site) -> None:
+        response = site.client(is_staff=True).get(PAGE)
+        assert response.status_code == 200
+        assert "no-store" in response["Cache-Control"]
+        assert response["X-Frame-Options"] == "DENY"
+
+    def test_nobody_known(self, site: Site) -> None:
+        """Is sent to the admin's login, and from there back."""
+        response = Client().get(PAGE)
+        assert (response.status_code, response["Location"]) == (
+            302,
+            "/admin/login/?next=%2Fpeers%2F",
+        )
+
+    @pytest.mark.parametrize("attributes", [{}, {"is_superuser": True}])
+    def test_not_staff(self, site: Site, attributes: dict[str, bool]) -> None:
+        response = site.client(**attributes).get(PAGE)
+        assert response.status_code == 403
+        assert "You are logged in as alice, which is no staff account." in text_of(response)
+        assert "shop.sqlite3" not in response.content.decode()
+
+    def test_inactive_staff(self, site: Site) -> None:
+        """Django's own backend does not know them any more; one that does is no way in."""
+        with override_settings(
+            AUTHENTICATION_BACKENDS=["django.contrib.auth.backends.AllowAllUsersModelBackend"]
+        ):
+            assert site.client(is_staff=True, is_active=False).get(PAGE).status_code == 403
+
+    def test_drain_by_one_who_is_not_staff(self, site: Site) -> None:
+        assert drain(site.client(is_superuser=True)).status_code == 403
+        assert drain(Client()).status_code == 302
+        assert drained(site) == []
+
+    def test_site_without_users(self, tables: Path) -> None:
+        with status_site(tables, MIDDLEWARE=[]):
+            response = Client().get(PAGE)
+            assert response.status_code == 403
+            assert "the site has no AuthenticationMiddleware" in text_of(response)
+
+    def test_site_without_admin(self, tables: Path) -> None:
+        """Shows the page in a frame of its own; the login is the site's, if there is one."""
+        with status_site(
+            tables, INSTALLED_APPS=WITHOUT_ADMIN, ROOT_URLCONF=ALONE, TEMPLATES=[]
+        ) as site:
+            response = Client().get("/ops/db/")
+            assert response.status_code == 403
+            assert "Log in first, with a staff account." in text_of(response)
+            with override_settings(LOGIN_URL="ops:django_proxysql:healthz"):
+                response = Client().get("/ops/db/")
+                assert response["Location"] == "/ops/db/healthz?next=%2Fops%2Fdb%2F"
+            client = site.admin()
+            assert "All 3 peers usable" in text_of(client.get("/ops/db/"))
+            form = {"balancer": "default", "peer": "peer0", "action": "drain"}
+            response = client.post("/ops/db/peer/", form, follow=True)
+            assert response.redirect_chain == [("/ops/db/", 302)]
+            assert "You drained peer0 (load balancer default)" in text_of(response)
+            assert drained(site) == ["peer0"]
+
+    def test_database_is_down(self, site: Site) -> None:
+        """Nobody can tell then who asks: the page says so."""
+        client = site.admin()
+        site.fail(*NAMES)
+        for response in (client.get(PAGE), drain(client)):
+            assert response.status_code == 503
+            assert "cannot be told whether you may see this page" in text_of(response)
+        assert drained(site) == []
+
+
+class TestPage:
+    def test_what_it_shows(self, site: Site) -> None:
+        """Peers, state, last error, connections, share; process and host."""
+        assert site.clock is not None
+        client = site.admin()
+        client.get(PAGE)
+        site.clock.advance(60)
+        site.fail("peer1")
+        site.clock.advance(10)
+        text = text_of(client.get(PAGE))
+        assert f"As process {os.getpid()} on {socket.gethostname()} knows it" in text
+        assert "2 of 3 peers usable" in text
+        peer1 = text.partition("peer1/shop.sqlite3")[2].partition("peer2")[0]
+        assert re.match(
+            r" open left alone, next trial due in 20 s \d\d:\d\d:\d\d unable to open database file"
+            r" 0 \d+% Drain peer1 Retry now peer1",
+            peer1,
+        )
+        peer0 = text.partition("peer0/shop.sqlite3")[2]
+        assert re.match(r" closed in use the start none \d+ \d+% Drain peer0", peer0)
+
+    def test_connections_and_share(self, site: Site) -> None:
+        client = site.admin()
+        holds = [site.balancer.peers[name].hold() for name in ("peer0", "peer0", "peer0", "peer1")]
+        text = text_of(client.get(PAGE))
+        found = re.findall(r"none (\d+) (\d+)% Drain", text)
+        numbers = [int(number) for number, _ in found]
+        assert sum(numbers) in (4, 5)
+        assert numbers[0] >= 3
+        assert [int(share) for _, share in found] == [
+            round(100 * number / sum(numbers)) for number in numbers
+        ]
+        del holds
+
+    def test_timeline(self, site: Site) -> None:
+        """Is drawn into the page, and told in words."""
+        assert site.clock is not None
+        client = site.admin()
+        client.get(PAGE)
+        site.clock.advance(600)
+        site.fail("peer1")
+        site.clock.advance(900)
+        page = client.get(PAGE).content.decode()
+        rows = re.findall(r"<g>.*?</g>", page, re.DOTALL)
+        assert len(rows) == 3
+        bars = re.findall(r'class="bar bar-(\w+)" x="([\d.]+)%" .* width="([\d.]+)%"', rows[1])
+        assert {state: round(float(width)) for state, _, width in bars} == {
+            "unknown": 58,
+            "closed": 17,
+            "open": 25,
+        }
+        assert re.search(
+            r"peer1 open since [\d:]{8}; before that closed since [\d:]{8}; before that unknown",
+            text_of(client.get(PAGE)),
+        )
+
+    def test_knows_what_an_operator_wishes(self, site: Site) -> None:
+        site.balancer.drain("peer1")
+        site.fail("peer2")
+        site.balancer.drain("peer2")
+        text = text_of(site.admin().get(PAGE))
+        assert "drained no new connections; its circuit is open" in text
+        assert text.count("Take back") == 2
+        assert "Retry now" not in text
+        assert "1 of 3 peers usable" in text
+
+    def test_nothing_to_show(self, tmp_path: Path) -> None:
+        """A site that has the page, and no load balancer yet."""
+        with added({"default": {"ENGINE": SQLITE, "NAME": str(tmp_path / "plain")}}):
+            from django_proxysql.monitoring.status import status
+
+            assert status().balancers == []
+
+    def test_wrong_settings(self, site: Site) -> None:
+        """Are said on the page; the other balancers are shown."""
+        with added({"broken": {"ENGINE": "django_proxysql.backends.proxysql", "PEERS": []}}):
+            text = text_of(site.admin().get(PAGE))
+            assert "Load balancer broken DATABASES['broken']: PEERS" in text
+            assert "Load balancer default" in text
+
+    def test_what_peers_say_is_no_markup(self, site: Site) -> None:
+        site.balancer.peers["peer1"].breaker.open()
+        breaker = site.balancer.peers["peer1"].breaker
+        breaker.close()
+        breaker.trip(Exception("<script>alert(1)</script>"), django_fault())
+        page = site.admin().get(PAGE).content.decode()
+        assert "<script>alert" not in page
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+    def test_weights_and_priorities_where_they_differ(self, tmp_path: Path) -> None:
+        from django_proxysql.monitoring.status import status
+
+        peers = [{"NAME": str(tmp_path / "a"), "WEIGHT": 2.5}, {"NAME": str(tmp_path / "b")}]
+        with engine(peers, PEER_ENGINE=SQLITE):
+            (shown,) = [one for one in status().balancers if one.alias == "balanced"]
+        assert shown.has_weights
+        assert not shown.has_priorities
+        assert [peer.weight for peer in shown.peers] == ["2.5", "1"]
+
+    def test_languages_with_a_decimal_comma(self, tables: Path) -> None:
+        """Do not get into the drawing, nor do thousands into numbers."""
+        with status_site(
+            tables, LANGUAGE_CODE="de", USE_THOUSAND_SEPARATOR=True, USE_L10N=True
+        ) as site:
+            page = site.admin().get(PAGE).content.decode()
+        assert not re.findall(r'"\d+,\d+%?"', page)
+        assert f"process {os.getpid()}<" in page
+
+    def test_opens_no_connection_by_itself(self, site: Site, monkeypatch: Any) -> None:
+        """Where it need not ask who asks, it asks no database; nor does ATOMIC_REQUESTS."""
+        from django_proxysql.monitoring import views
+
+        monkeypatch.setattr(views, "_is_staff", lambda request: True)
+        monkeypatch.setattr(views, "_may_operate", lambda request: True)
+        monkeypatch.setitem(connections["default"].settings_dict, "ATOMIC_REQUESTS", True)
+        monkeypatch.setitem(connections.databases["default"], "ATOMIC_REQUESTS", True)
+        connections["default"].close()
+        with override_settings(INSTALLED_APPS=WITHOUT_ADMIN, ROOT_URLCONF=ALONE, MIDDLEWARE=[]):
+            assert Client().get("/ops/db/").status_code == 200
+        assert connections["default"].connection is None
+        assert sum(peer.connections for peer in site.balancer.peers.values()) == 0
+
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("status.css", "text/css"), ("status.js", "text/javascript")]
+    )
+    def test_looks_and_script(self, site: Site, name: str, kind: str) -> None:
+        """Are kept by browsers as long as they are the present ones."""
+        page = site.admin().get(PAGE).content.decode()
+        found = re.search(rf'"(/peers/{re.escape(name)}\?\w+)"', page)
+        assert found
+        response = Client().get(found[1])
+        assert response["Content-Type"] == f"{kind}; charset=utf-8"
+        assert "immutable" in response["Cache-Control"]
+        assert Client().get(f"/peers/{name}?old")["Cache-Control"] == "no-cache"
+
+
+def django_fault() -> Any:
+    from django_proxysql.faults import Fault
+
+    return Fault.NOT_READY
+
+
+class TestButtons:
+    def test_drain_and_take_back(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+        """With a word for who did it, a line in the log, and one in the admin's."""
+        from django.contrib.admin.models import LogEntry
+
+        client = site.admin()
+        response = drain(client)
+        assert (response.status_code, response["Location"]) == (302, PAGE)
+        assert drained(site) == ["peer1"]
+        where = f"process {os.getpid()} on {socket.gethostname()}"
+        assert said(response) == [f"You drained peer1 (load balancer default), in {where} only."]
+        (record,) = [r for r in caplog.records if "status page" in r.getMessage()]
+        assert record.getMessage() == "default: alice drained peer1 on the status page"
+        assert record.levelno == logging.WARNING
+        assert [vars(record)[key] for key in ("alias", "peer", "user")] == [
+            "default",
+            "peer1",
+            "alice",
+        ]
+        entry = LogEntry.objects.get()
+        assert entry.user.username == "alice"
+        assert entry.object_repr == "peer1 of load balancer default"
+        assert entry.change_message == f"Drained peer1 in {where}."
+        assert "peer1 of load balancer default" in text_of(client.get("/admin/"))
+
+        form = {"balancer": "default", "peer": "peer1", "action": "undrain"}
+        text = text_of(client.post(OPERATE, form, follow=True))
+        assert "You took peer1 back into use" in text
+        assert drained(site) == []
+        assert LogEntry.objects.count() == 2
+
+    def test_retry_now(self, site: Site) -> None:
+        """The next connection is made to that peer, long before its interval is over."""
+        client = site.admin()
+        site.fail("peer1")
+        site.peers.restore("peer1")
+        form = {"balancer": "default", "peer": "peer1", "action": "retry"}
+        response = client.post(OPERATE, form)
+        assert said(response)[0].startswith("You made a trial of peer1 due")
+        connections["default"].close()
+        client.get(PAGE)
+        assert site.balancer.peers["peer1"].breaker.current_state == CLOSED
+
+    def test_retry_of_what_needs_none(self, site: Site) -> None:
+        """A peer in use is not taken out of it for that."""
+        client = site.admin()
+        form = {"balancer": "default", "peer": "peer1", "action": "retry"}
+        response = client.post(OPERATE, form)
+        assert said(response) == ["peer1 of default needs no trial: its circuit is closed."]
+        assert site.balancer.peers["peer1"].breaker.is_available
+        site.fail("peer1")
+        site.balancer.drain("peer1")
+        assert said(client.post(OPERATE, form))[-1:] == [
+            "peer1 of default needs no trial: it is drained."
+        ]
+        assert site.balancer.peers["peer1"].breaker.current_state == OPEN
+
+    def test_last_peer(self, site: Site) -> None:
+        """Is drained only by one who has been asked."""
+        client = site.admin()
+        drain(client, "peer0")
+        drain(client, "peer1")
+        response = drain(client, "peer2")
+        assert response.status_code == 409
+        text = text_of(response)
+        assert "'peer2' is the last peer of 'default' that takes connections" in text
+        assert "Nothing was changed. Drain peer2 all the same" in text
+        assert 'data-refresh="0"' in response.content.decode()
+        assert drained(site) == ["peer0", "peer1"]
+        assert drain(client, "peer2", force="yes").status_code == 302
+        assert drained(site) == ["peer0", "peer1", "peer2"]
+
+    def test_without_token(self, site: Site) -> None:
+        """Nothing is changed, also where Django's own middleware is off."""
+        without = [entry for entry in MIDDLEWARE if "Csrf" not in entry]
+        for middleware in (MIDDLEWARE, without):
+            with override_settings(MIDDLEWARE=middleware):
+                client = site.client(is_staff=True, is_superuser=True, enforce_csrf_checks=True)
+                response = drain(client)
+                assert response.status_code == 403
+                assert "CSRF verification failed" in text_of(response)
+                assert drained(site) == []
+                page = client.get(PAGE).content.decode()
+                found = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
+                assert found
+                assert drain(client, csrfmiddlewaretoken=found[1]).status_code == 302
+                assert drained(site) == ["peer1"]
+                site.balancer.undrain("peer1")
+
+    def test_staff_may_look(self, site: Site) -> None:
+        client = site.client(is_staff=True)
+        text = text_of(client.get(PAGE))
+        assert "To drain a peer or to have it tried takes a superuser." in text
+        assert "Actions" not in text
+        response = drain(client)
+        assert response.status_code == 403
+        assert "You may look, but not drain That takes a superuser." in text_of(response)
+        assert drained(site) == []
+
+    def test_permission(self, site: Site) -> None:
+        """A site may name one of its own."""
+        from django.contrib.auth.models import Permission
+
+        with override_settings(DJANGO_PROXYSQL={"OPERATE_PERMISSION": "auth.change_group"}):
+            client = site.client(is_staff=True)
+            assert "takes the permission auth.change_group" in text_of(client.get(PAGE))
+            assert drain(client).status_code == 403
+            assert drained(site) == []
+            other = site.client(is_staff=True, username="bob")
+            from django.contrib.auth.models import User
+
+            User.objects.get(username="bob").user_permissions.add(
+                Permission.objects.get(codename="change_group")
+            )
+            assert drain(other).status_code == 302
+            assert drained(site) == ["peer1"]
+
+    @pytest.mark.parametrize(
+        ("form", "code", "text"),
+        [
+            ({"peer": "peer9"}, 404, "There is no load balancer 'default' with a peer 'peer9'"),
+            ({"balancer": "else"}, 404, "There is no load balancer 'else'"),
+            ({"action": "stop"}, 400, "It is drain, undrain or retry."),
+            ({"action": ""}, 400, "It is drain, undrain or retry."),
+        ],
+    )
+    def test_nonsense(self, site: Site, form: dict[str, str], code: int, text: str) -> None:
+        client = site.admin()
+        given = {"balancer": "default", "peer": "peer1", "action": "drain", **form}
+        response = client.post(OPERATE, given)
+        assert response.status_code == code
+        assert text in text_of(response)
+        assert drained(site) == []
+
+    def test_wrong_methods(self, site: Site) -> None:
+        client = site.admin()
+        assert client.get(OPERATE).status_code == 405
+        assert client.post(PAGE).status_code == 405
+
+    def test_admin_log_that_cannot_be_written(
+        self, site: Site, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The drain holds; the log says what could not be told."""
+        from django.contrib.admin.models import LogEntry
+        from django.db import OperationalError
+
+        def fails(**kwargs: Any) -> None:
+            raise OperationalError("read-only")
+
+        monkeypatch.setattr(LogEntry.objects, "create", fails)
+        assert drain(site.admin()).status_code == 302
+        assert drained(site) == ["peer1"]
+        assert "default: the admin's log could not be told" in caplog.messages
+
+
+class TestHealthz:
+    def test_off_by_default(self, site: Site) -> None:
+        assert OPTIONS["HEALTHZ"] is False
+        assert Client().get(HEALTHZ).status_code == 404
+        assert site.admin().get(HEALTHZ).status_code == 404
+
+    @pytest.fixture
+    def on(self, site: Site) -> Iterator[Site]:
+        with override_settings(DJANGO_PROXYSQL={"HEALTHZ": True}):
+            yield site
+
+    def test_well(self, on: Site) -> None:
+        response = Client().get(HEALTHZ)
+        assert response.status_code == 200
+        assert response["Content-Type"] == "application/json"
+        assert "no-store" in response["Cache-Control"]
+        assert json.loads(response.content) == {
+            "status": "ok",
+            "balancers": {"default": {"usable": 3, "peers": 3}},
+        }
+        assert Client().head(HEALTHZ).status_code == 200
+        assert Client().post(HEALTHZ).status_code == 405
+
+    def test_peers_that_are_not_usable(self, on: Site) -> None:
+        """Drained or out; one in doubt is usable."""
+        on.fail("peer0")
+        on.balancer.drain("peer1")
+        on.balancer.peers["peer2"].breaker.suspect()
+        response = Client().get(HEALTHZ)
+        assert response.status_code == 200
+        assert response.json()["balancers"]["default"] == {"usable": 1, "peers": 3}
+        on.fail("peer2")
+        response = Client().get(HEALTHZ)
+        assert response.status_code == 503
+        assert response.json() == {
+            "status": "unavailable",
+            "balancers": {"default": {"usable": 0, "peers": 3}},
+        }
+
+    def test_one_balancer_of_several(self, on: Site) -> None:
+        """That has no usable peer, or wrong settings, is enough."""
+        with added({"broken": {"ENGINE": "django_proxysql.backends.proxysql", "PEERS": []}}):
+            response = Client().get(HEALTHZ)
+            assert response.status_code == 503
+            assert response.json()["balancers"]["broken"] == {"usable": 0, "peers": 0}
+
+    def test_opens_no_connection(self, on: Site, monkeypatch: Any) -> None:
+        """Neither by itself, nor by ATOMIC_REQUESTS, nor for one who is logged in."""
+        client = on.admin()
+        connections["default"].close()
+        monkeypatch.setitem(connections.databases["default"], "ATOMIC_REQUESTS", True)
+        made: list[Any] = []
+        on.balancer.add_listener(made.append)
+        for asking in (client, Client()):
+            assert asking.get(HEALTHZ).status_code == 200
+        assert made == []
+
+    def test_tells_no_addresses(self, on: Site) -> None:
+        """To anyone not staff."""
+        on.fail("peer0")
+        for asking in (Client(), on.client()):
+            response = asking.get(HEALTHZ, {"detail": "1"})
+            assert list(response.json()) == ["status", "balancers"]
+            assert "sqlite3" not in response.content.decode()
+            assert "unable to open" not in response.content.decode()
+
+    def test_tells_staff(self, on: Site) -> None:
+        on.fail("peer0")
+        response = on.client(is_staff=True).get(HEALTHZ, {"detail": "1"})
+        answer = response.json()
+        assert str(os.getpid()) in answer["process"]
+        first = answer["balancers"]["default"]["states"][0]
+        assert first.pop("address").endswith("peer0/shop.sqlite3")
+        assert first.pop("connections") >= 0
+        assert first == {
+            "peer": "peer0",
+            "circuit": "open",
+            "suspect": False,
+            "drained": False,
+            "error": "unable to open database file",
+        }
+
+    def test_detail_while_the_database_is_down(self, on: Site) -> None:
+        """Who asks cannot be told: the answer is everybody's."""
+        client = on.admin()
+        on.fail(*NAMES)
+        response = client.get(HEALTHZ, {"detail": "1"})
+        assert response.status_code == 503
+        assert list(response.json()) == ["status", "balancers"]
+
+
+class TestAdmin:
+    def test_link(self, site: Site) -> None:
+        """Stands on the admin's index, although the app comes after the admin."""
+        apps = settings.INSTALLED_APPS
+        assert apps.index("django_proxysql") > apps.index("django.contrib.admin")
+        index = site.admin().get("/admin/").content.decode()
+        assert f'href="{reverse("django_proxysql:status")}"' in index
+        assert "Status of the peers" in index
+        assert "Users" in index
+
+    def test_site_without_the_page(self, tables: Path) -> None:
+        """Has no link to it."""
+        with status_site(tables, ROOT_URLCONF="tests.status_urls_admin_only") as site:
+            index = site.admin().get("/admin/").content.decode()
+            assert "Users" in index
+            assert "Status of the peers" not in index
+
+    def test_index_of_the_sites_own(self, site: Site) -> None:
+        """A template that somebody has chosen is left alone."""
+        from django.apps import apps
+        from django.contrib import admin
+
+        ours = admin.site.index_template
+        try:
+            admin.site.index_template = "admin/index.html"
+            apps.get_app_config("django_proxysql").ready()
+            assert admin.site.index_template == "admin/index.html"
+            admin.site.index_template = None
+            apps.get_app_config("django_proxysql").ready()
+            assert admin.site.index_template == ours
+        finally:
+            admin.site.index_template = ours
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("given", "complaint"),
+        [
+            ({"HEALTHZ": True, "OPERATE_PERMISSION": "shop.operate"}, None),
+            ({}, None),
+            ({"HEALTH": True}, "DJANGO_PROXYSQL has 'HEALTH', which is no option."),
+            ({"HEALTHZ": "yes"}, "DJANGO_PROXYSQL['HEALTHZ'] is 'yes'."),
+            ({"OPERATE_PERMISSION": "operate"}, "['OPERATE_PERMISSION'] is 'operate'."),
+            ({"OPERATE_PERMISSION": 1}, "['OPERATE_PERMISSION'] is 1."),
+            ([], "DJANGO_PROXYSQL is a list."),
+        ],
+    )
+    def test_check(self, given: Any, complaint: str | None) -> None:
+        with override_settings(DJANGO_PROXYSQL=given):
+            found = [m for m in run_checks() if m.id == "django_proxysql.E017"]
+        assert len(found) == (complaint is not None)
+        assert all(complaint in message.msg and message.hint for message in found)
+
+    @pytest.mark.parametrize("given", [[], {"HEALTHZ": "yes", "OPERATE_PERMISSION": 1}])
+    def test_nonsense_opens_nothing(self, given: Any) -> None:
+        """What the checks complain of is taken for not said."""
+        from django_proxysql.options import healthz_is_on, operate_permission
+
+        with override_settings(DJANGO_PROXYSQL=given):
+            assert not healthz_is_on()
+            assert operate_permission() is None
