@@ -15,6 +15,7 @@ from .faults import Fault
 from .peer import Peer
 
 if TYPE_CHECKING:
+    from . import signals
     from .errors import CommitOutcomeUnknown
     from .registry import balancers
     from .retry import retrying_atomic
@@ -31,6 +32,7 @@ __all__ = [
     "PeerBreaker",
     "balancers",
     "retrying_atomic",
+    "signals",
 ]
 
 #: Django's side: where each name is to be had.
@@ -43,6 +45,8 @@ _OF_DJANGO = {
 
 def __getattr__(name: str) -> Any:
     # Django's side is imported when it is asked for (PEP 562), never before.
+    if name == "signals":
+        return import_module(f".{name}", __name__)
     if name in _OF_DJANGO:
         return getattr(import_module(f".{_OF_DJANGO[name]}", __name__), name)
     if name == "default_app_config" and import_module("django").VERSION < (3, 2):

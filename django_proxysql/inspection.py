@@ -155,6 +155,8 @@ class _Inquiry:
 
     def _ask(self) -> None:
         settings = self._registered.settings_for(self._peer, self._own, self._alias)
+        # A connection of its own, past a pool that may hold some from better days.
+        settings["OPTIONS"].pop("pool", None)
         wrapper: Any = load_wrapper(self._engine)(settings, self._alias)
         driver = drivers.driver_of(getattr(wrapper.Database, "__name__", ""))
         params = wrapper.get_connection_params()

@@ -83,7 +83,9 @@ class LoadBalancedMixin(_Base):
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
         if self._hold is not None:
-            self._let_go()
+            # Connected already: by a listener, say, that was told of the last
+            # attempt and asked the database. There is a place for one only.
+            self._discard()
         try:
             self._attempt = attempt
             self._peer_settings = registered.settings_for(
@@ -93,8 +95,8 @@ class LoadBalancedMixin(_Base):
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
                 registered.balancer.check_ready(self.connection, attempt)
             self._hold = Hold(attempt.peer)
-        except BaseException as exc:
-            self._discard(exc)
+        except BaseException:
+            self._discard()
             raise
         finally:
             self._attempt = None
@@ -190,8 +192,8 @@ class LoadBalancedMixin(_Base):
         stand_in.settings_dict = self.peer_settings()
         return stand_in
 
-    def _discard(self, exc: BaseException) -> None:
-        """Leave nothing of a failed attempt behind."""
+    def _discard(self) -> None:
+        """Leave nothing of a failed attempt behind, or of a connection that is not wanted."""
         if self.connection is not None:
             try:
                 self._close()

@@ -1,0 +1,127 @@
+"""Django signals for what happens to the peers.
+
+::
+
+    from django.dispatch import receiver
+    from django_proxysql import signals
+
+    @receiver(signals.peer_opened)
+    def page_somebody(sender, alias, peer, error, **kwargs):
+        ...
+
+The sender is the load balancer, ``balancers["default"]``. The arguments are the
+fields of an event (:mod:`django_proxysql.events`), with the balancer's name as
+``alias``, and the event itself as ``event``. Receivers are called by
+``send_robust()``, in the thread to which the thing happened, when the circuits
+already know of it, and with no lock held: one that raises is logged, one that
+hangs holds up its own thread and no other. Until the first receiver is
+connected nobody listens, and connections that succeed are never told of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import django
+from django.dispatch import Signal
+
+from .events import (
+    CircuitClosed,
+    CircuitOpened,
+    ConnectFailed,
+    ConnectionLost,
+    Event,
+    PeersExhausted,
+    StatementReplayed,
+)
+from .logger import logger
+from .registry import balancers
+
+__all__ = [
+    "connection_lost",
+    "peer_closed",
+    "peer_failed",
+    "peer_opened",
+    "peers_exhausted",
+    "statement_replayed",
+]
+
+
+class _PeerSignal(Signal):
+    """Has the balancers' events sent from its first receiver on."""
+
+    def connect(self, *args: Any, **kwargs: Any) -> None:
+        """Connect a receiver; see :meth:`django.dispatch.Signal.connect`."""
+        super().connect(*args, **kwargs)
+        # Again each time: it changes nothing where that has been done.
+        balancers.add_listener(_send, connects=False)
+
+
+#: A peer's circuit opened: it gets no connections until a trial succeeds.
+#: ``alias``, ``peer``, ``address``, ``fault``, ``error``, ``trial_in``.
+peer_opened = _PeerSignal()
+
+#: A circuit closed: the peer is in use again.
+#: ``alias``, ``peer``, ``address``, ``seconds``.
+peer_closed = _PeerSignal()
+
+#: An attempt to connect failed, whether it counts or not.
+#: ``alias``, ``peer``, ``address``, ``seconds``, ``trial``, ``fault``, ``error``, ``count``,
+#: ``opened``.
+peer_failed = _PeerSignal()
+
+#: An established connection was found lost.
+#: ``alias``, ``peer``, ``address``, ``fault``, ``error``, ``idle``.
+connection_lost = _PeerSignal()
+
+#: A statement was run again on another connection.
+#: ``alias``, ``peer``, ``successor``, ``error``.
+statement_replayed = _PeerSignal()
+
+#: A connect() found no peer. ``alias``, ``error``.
+peers_exhausted = _PeerSignal()
+
+_SIGNALS: dict[type, _PeerSignal] = {
+    CircuitOpened: peer_opened,
+    CircuitClosed: peer_closed,
+    ConnectFailed: peer_failed,
+    ConnectionLost: connection_lost,
+    StatementReplayed: statement_replayed,
+    PeersExhausted: peers_exhausted,
+}
+
+
+class _Sending(threading.local):
+    """Which signals the thread is in the middle of sending."""
+
+    def __init__(self) -> None:
+        self.signals: list[Signal] = []
+
+
+_sending = _Sending()
+
+
+def _send(event: Event) -> None:
+    """Send the signal of an event, if it has one; a :class:`Listener`."""
+    signal = _SIGNALS.get(type(event))
+    # A receiver of peers_exhausted that asks the database finds no peer either:
+    # to tell it of that would go on for ever.
+    if signal is None or not signal.receivers or signal in _sending.signals:
+        return
+    # Not asdict(), which copies deeply.
+    values = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    alias = values.pop("balancer")
+    registered = balancers.known.get(alias)
+    sender = registered.balancer if registered is not None else None
+    _sending.signals.append(signal)
+    try:
+        responses = signal.send_robust(sender, alias=alias, event=event, **values)
+    finally:
+        _sending.signals.remove(signal)
+    if django.VERSION < (4, 2):
+        # Later ones log it themselves, to django.dispatch.
+        for receiver, response in responses:
+            if isinstance(response, Exception):
+                logger.error("Receiver %r of a signal raised", receiver, exc_info=response)

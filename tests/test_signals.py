@@ -1,0 +1,346 @@
+"""Django's signals for what happens to peers: what they say, and that receivers do no harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import django
+import pytest
+from django.db import OperationalError, connections
+from django.dispatch import Signal
+
+from django_proxysql import Fault, NoPeerAvailable, balancers, events, signals
+from tests.engine import SQLITE, Clock, engine, sqlite_peer
+from tests.fakes import in_thread, lock_is_free, running
+from tests.servers.faultproxy import FaultProxy
+from tests.site import Site, site
+
+ROOT = Path(__file__).parent.parent
+
+
+class Peers:
+    """A balancer over two SQLite files; a peer is down while its file's folder is missing."""
+
+    def __init__(self, root: Path, stack: ExitStack) -> None:
+        self.clock = Clock()
+        self.folders = [root / "peer0", root / "peer1"]
+        peers = [
+            sqlite_peer(folder / "db", PRIORITY=priority)
+            for priority, folder in enumerate(self.folders)
+        ]
+        self.connection = stack.enter_context(
+            engine(peers, PEER_ENGINE=SQLITE, clock=self.clock, LAST_RESORT_INTERVAL=None)
+        )
+        self.balancer = balancers["balanced"]
+        for folder in self.folders:
+            folder.mkdir()
+
+    def fail(self, number: int) -> None:
+        self.folders[number].rename(self.folders[number].with_suffix(".away"))
+
+    def restore(self, number: int) -> None:
+        self.folders[number].with_suffix(".away").rename(self.folders[number])
+
+    def connect(self) -> str:
+        """Return the name of the peer that a new connection of this thread leads to."""
+        connection = connections["balanced"]
+        connection.close()
+        connection.ensure_connection()
+        return str(connection.peer.name)
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Iterator[Peers]:
+    with ExitStack() as stack:
+        yield Peers(tmp_path, stack)
+
+
+@pytest.fixture
+def receive() -> Iterator[Callable[..., Any]]:
+    """Connect receivers until the test's end; without one, return a list of what is sent."""
+    connected: list[tuple[Signal, Any]] = []
+
+    def connect(signal: Signal, receiver: Any = None, **kwargs: Any) -> Any:
+        told: list[dict[str, Any]] = []
+
+        def note(**named: Any) -> None:
+            told.append(named)
+
+        signal.connect(receiver or note, weak=False, **kwargs)
+        connected.append((signal, receiver or note))
+        return told
+
+    yield connect
+    for signal, receiver in connected:
+        for sender in (None, *(each.balancer for each in balancers.known.values())):
+            signal.disconnect(receiver, sender=sender)
+
+
+# What they say
+
+
+def test_circuits(peers: Peers, receive: Callable[..., Any]) -> None:
+    """A peer that fails and recovers: each signal with its event's fields, and the event."""
+    failed, opened, closed = map(
+        receive, (signals.peer_failed, signals.peer_opened, signals.peer_closed)
+    )
+    peers.fail(0)
+    assert peers.connect() == "peer1"
+    (sent,) = failed
+    assert isinstance(sent["event"], events.ConnectFailed)
+    assert sent == {
+        "signal": signals.peer_failed,
+        "sender": peers.balancer,
+        "alias": "balanced",
+        "peer": "peer0",
+        "address": str(peers.folders[0] / "db"),
+        "seconds": 0.0,
+        "trial": False,
+        "fault": Fault.UNREACHABLE,
+        "error": "unable to open database file",
+        "count": 1,
+        "opened": True,
+        "event": sent["event"],
+    }
+    (sent,) = opened
+    assert (sent["sender"], sent["alias"], sent["peer"]) == (peers.balancer, "balanced", "peer0")
+    assert (sent["fault"], sent["error"]) == (Fault.UNREACHABLE, "unable to open database file")
+    assert sent["trial_in"] == 30
+    peers.restore(0)
+    peers.clock.advance(31)
+    assert peers.connect() == "peer0"
+    (sent,) = closed
+    assert (sent["peer"], sent["seconds"]) == ("peer0", 31)
+    assert len(failed) == len(opened) == 1
+
+
+def test_exhausted(peers: Peers, receive: Callable[..., Any]) -> None:
+    """A connect() that finds no peer."""
+    told = receive(signals.peers_exhausted)
+    peers.fail(0)
+    peers.fail(1)
+    with pytest.raises(NoPeerAvailable) as raised:
+        peers.connect()
+    (sent,) = told
+    assert (sent["alias"], sent["error"]) == ("balanced", str(raised.value))
+    assert "peer" not in sent
+
+
+def test_established(here: Site, receive: Callable[..., Any]) -> None:
+    """A connection that is lost, and a statement that is run again."""
+    lost, replayed = map(receive, (signals.connection_lost, signals.statement_replayed))
+    name = here.connection.peer.name
+    here.cut("after")
+    here.read()
+    (sent,) = lost
+    assert (sent["alias"], sent["peer"], sent["idle"]) == ("balanced", name, False)
+    assert sent["fault"] is Fault.LOST
+    (sent,) = replayed
+    assert (sent["peer"], sent["successor"]) == (name, here.connection.peer.name)
+    assert sent["error"]
+
+
+def test_every_field_arrives() -> None:
+    """No field of an event hides one of a signal's own arguments."""
+    for kind in signals._SIGNALS:
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert "balancer" in names
+        assert names.isdisjoint({"alias", "event", "sender", "signal"})
+    assert set(signals.__all__) == {
+        name for name, value in vars(signals).items() if isinstance(value, Signal)
+    }
+
+
+def test_sender(peers: Peers, receive: Callable[..., Any], tmp_path: Path) -> None:
+    """One balancer's signals alone, by its object."""
+    with engine([sqlite_peer(tmp_path / "no/db")], alias="reports", PEER_ENGINE=SQLITE) as other:
+        theirs = receive(signals.peer_opened, sender=balancers["reports"])
+        everybodys = receive(signals.peer_opened)
+        with pytest.raises(NoPeerAvailable):
+            other.ensure_connection()
+        balancers["balanced"]
+        peers.fail(0)
+        peers.connect()
+        assert [sent["alias"] for sent in theirs] == ["reports"]
+        assert [sent["alias"] for sent in everybodys] == ["reports", "balanced"]
+
+
+def test_costs_nothing_before() -> None:
+    """Nobody listens before the first receiver; connects that succeed are never told of."""
+    program = """
+        import tests.django_settings
+        import os
+        os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
+        import django
+        django.setup()
+        from django_proxysql import balancers, signals
+        assert balancers._listeners == ()
+        for _ in range(2):
+            signals.peer_opened.connect(print)
+            signals.peer_closed.connect(print)
+        assert [connects for _, connects in balancers._listeners] == [False]
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT, timeout=60
+    )
+
+
+@pytest.mark.skipif(django.VERSION < (5, 0), reason="receivers may be async from Django 5.0 on")
+def test_async_receiver(peers: Peers, receive: Callable[..., Any]) -> None:
+    """A receiver may be a coroutine function."""
+    told: list[str] = []
+
+    async def note(peer: str, **kwargs: Any) -> None:
+        told.append(peer)
+
+    receive(signals.peer_opened, note)
+    peers.fail(0)
+    assert peers.connect() == "peer1"
+    assert told == ["peer0"]
+
+
+# Receivers that misbehave
+
+
+def test_raises(
+    peers: Peers, receive: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, and that is all: others are told, the circuit is open, the connect goes on."""
+
+    def broken(**kwargs: Any) -> None:
+        raise LookupError("a receiver's mistake")
+
+    receive(signals.peer_opened, broken)
+    told = receive(signals.peer_opened)
+    peers.fail(0)
+    assert peers.connect() == "peer1"
+    assert [sent["peer"] for sent in told] == ["peer0"]
+    assert peers.balancer.snapshot()[0].state == "open"
+    assert "a receiver's mistake" in caplog.text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_is_interrupted(
+    peers: Peers, receive: Callable[..., Any], error: type[BaseException]
+) -> None:
+    """Ctrl-C in a receiver is the caller's; the circuit has been opened before."""
+
+    def interrupted(**kwargs: Any) -> None:
+        raise error
+
+    receive(signals.peer_opened, interrupted)
+    told = receive(signals.peer_failed)
+    peers.fail(0)
+    with pytest.raises(error):
+        peers.connect()
+    assert peers.balancer.snapshot()[0].state == "open"
+    assert lock_is_free(peers.balancer.peers["peer0"].breaker)
+    assert peers.connect() == "peer1"
+    assert told == []
+
+
+@pytest.mark.parametrize("signal", ["peer_failed", "peer_opened"])
+def test_hangs(peers: Peers, receive: Callable[..., Any], signal: str) -> None:
+    """Its own thread waits; the circuit is open, no lock is held, and all others go on."""
+    reached, released = threading.Event(), threading.Event()
+
+    def hang(**kwargs: Any) -> None:
+        reached.set()
+        assert released.wait(20)
+
+    receive(getattr(signals, signal), hang)
+    peers.fail(0)
+    names: list[str] = []
+    with running(lambda: names.append(peers.connect())):
+        assert reached.wait(20)
+        try:
+            assert peers.balancer.snapshot()[0].state == "open"
+            assert lock_is_free(peers.balancer.peers["peer0"].breaker)
+            assert in_thread(peers.connect) == "peer1"
+            # Others may come and go, too.
+            receive(signals.peer_closed)
+            assert names == []
+        finally:
+            released.set()
+    assert names == ["peer1"]
+
+
+def test_hangs_after_a_trial(peers: Peers, receive: Callable[..., Any]) -> None:
+    """A trial's result is there before anybody is told: the peer is in use for all others."""
+    peers.fail(0)
+    peers.connect()
+    peers.restore(0)
+    peers.clock.advance(31)
+    reached, released = threading.Event(), threading.Event()
+
+    def hang(**kwargs: Any) -> None:
+        reached.set()
+        assert released.wait(20)
+
+    receive(signals.peer_closed, hang)
+    names: list[str] = []
+    with running(lambda: names.append(peers.connect())):
+        assert reached.wait(20)
+        try:
+            assert peers.balancer.snapshot()[0].state == "closed"
+            assert in_thread(peers.connect) == "peer0"
+            assert names == []
+        finally:
+            released.set()
+    assert names == ["peer0"]
+
+
+def test_asks_a_database_that_is_gone(peers: Peers, receive: Callable[..., Any]) -> None:
+    """A receiver that connects where no peer is left is not told of that, and so on for ever."""
+    told: list[str] = []
+
+    def ask(alias: str, **kwargs: Any) -> None:
+        told.append(alias)
+        with pytest.raises(OperationalError):
+            connections[alias].ensure_connection()
+
+    receive(signals.peers_exhausted, ask)
+    peers.fail(0)
+    peers.fail(1)
+    for _ in range(2):
+        with pytest.raises(NoPeerAvailable):
+            peers.connect()
+    assert told == ["balanced", "balanced"]
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+@pytest.mark.parametrize("signal", ["peer_failed", "peer_opened"])
+def test_writes_to_the_same_database(
+    kind: str,
+    signal: str,
+    request: pytest.FixtureRequest,
+    fault_proxy: Callable[..., FaultProxy],
+    receive: Callable[..., Any],
+) -> None:
+    """In the middle of a connect(): its row is there, once, and so is the caller's."""
+    server = request.getfixturevalue(kind)
+    with site(server, fault_proxy, STRATEGY="round_robin") as here:
+        present = here.here
+        here.connection.close()
+        (proxy,) = (proxy for proxy in here.proxies if proxy is not present)
+        proxy.refuse()
+        told: list[str] = []
+
+        def write(address: str, **kwargs: Any) -> None:
+            told.append(address)
+            here.write("the receiver's")
+
+        receive(getattr(signals, signal), write)
+        here.write("the caller's")
+        assert told == [f"127.0.0.1:{proxy.port}"]
+        assert here.written() == ["the receiver's", "the caller's"]
+        assert here.balancer.peers[here.connection.peer.name].connections == 1
+        assert present.established == 1
