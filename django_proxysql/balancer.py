@@ -359,7 +359,7 @@ class LoadBalancer:
             try:
                 listener(event)
             except Exception:
-                complain("A listener of %r raised", self.name)
+                complain("A listener of %r raised", self.name, extra={"alias": self.name})
 
     # Draining
 
@@ -866,7 +866,7 @@ class _Search:
             balancer.name, [self._said(state) for state in balancer.snapshot()]
         )
         error.__cause__ = self._last_error
-        balancer.emit(PeersExhausted(balancer.name, str(error)))
+        balancer.emit(PeersExhausted(balancer.name, str(error), self._clock() - self._started))
         return error
 
     def _said(self, state: PeerState) -> str:

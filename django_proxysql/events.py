@@ -94,6 +94,8 @@ class PeersExhausted:
 
     balancer: str
     error: str
+    #: How long it looked for one, in seconds.
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 One line for what an operator must know, however many threads saw it: the
 event of a circuit that opens is emitted once, by the thread that opened it.
-Every record carries ``alias``, ``peer``, ``fault`` and ``duration`` (seconds)
-as attributes where they apply, for structured logging.
+Every record carries ``alias``, ``peer``, ``fault``, ``duration`` (seconds) and
+the like as attributes where they apply, for structured logging.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
 from .events import (
     CircuitClosed,
@@ -45,7 +44,6 @@ def log_event(event: Event) -> None:
                 event.address,
                 event.seconds * 1000,
                 " (trial)" if event.trial else "",
-                duration=event.seconds,
             )
     elif isinstance(event, CircuitOpened):
         refused = event.fault is Fault.REFUSED
@@ -62,7 +60,6 @@ def log_event(event: Event) -> None:
             event.trial_in,
             "the peer refuses us, " if refused else "",
             event.error,
-            fault=event.fault.value if event.fault else None,
         )
     elif isinstance(event, CircuitClosed):
         _log(
@@ -74,7 +71,6 @@ def log_event(event: Event) -> None:
             event.address,
             ", another process found" if event.learnt else "",
             event.seconds,
-            duration=event.seconds,
         )
     elif isinstance(event, ConnectFailed):
         # Below fail_max no circuit opens to speak of it, and a password that
@@ -90,8 +86,6 @@ def log_event(event: Event) -> None:
             event.fault.value,
             ", trial" if event.trial else "",
             event.error,
-            fault=event.fault.value,
-            duration=event.seconds,
         )
     elif isinstance(event, (ConnectionReplaced, StatementReplayed)):
         _log_rescue(event)
@@ -105,7 +99,6 @@ def log_event(event: Event) -> None:
             event.address,
             " (idle)" if event.idle else "",
             event.error,
-            fault=event.fault.value,
         )
     elif isinstance(event, (PeerDrained, PeerUndrained)):
         _log(
@@ -120,7 +113,7 @@ def log_event(event: Event) -> None:
             else " no longer",
         )
     elif isinstance(event, PeersExhausted):
-        logger.debug("%s", event.error, extra={"alias": event.balancer})
+        _log(logging.DEBUG, event, "%s", event.error)
 
 
 #: When the last line on a rescue was written, and how many were kept back since.
@@ -159,5 +152,20 @@ def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:
     )
 
 
-def _log(level: int, event: Any, message: str, *args: object, **extra: object) -> None:
-    logger.log(level, message, *args, extra={"alias": event.balancer, "peer": event.peer, **extra})
+#: What structured logging gets of an event: the record's attribute, the event's field.
+_EXTRA = (
+    ("alias", "balancer"),
+    ("peer", "peer"),
+    ("address", "address"),
+    ("successor", "successor"),
+    ("fault", "fault"),
+    ("duration", "seconds"),
+)
+
+
+def _log(level: int, event: Event, message: str, *args: object) -> None:
+    extra = {name: getattr(event, field) for name, field in _EXTRA if hasattr(event, field)}
+    fault = extra.get("fault")
+    if isinstance(fault, Fault):
+        extra["fault"] = fault.value
+    logger.log(level, message, *args, extra=extra)

@@ -1226,7 +1226,7 @@ class TestEvents:
             ConnectFailed(
                 "default", "db1", "db1:3306", 0, False, Fault.UNREACHABLE, text, 1, opened=True
             ),
-            PeersExhausted("default", world.events[2].error),
+            PeersExhausted("default", world.events[2].error, 0.0),
             CircuitClosed("default", "db1", "db1:3306", 30),
             Connected("default", "db1", "db1:3306", 0, trial=True),
         ]

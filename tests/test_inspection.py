@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import django
 import MySQLdb
 import pytest
 from django.db import connections
@@ -139,6 +140,22 @@ def test_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> Non
     assert (writer.ready, writer.notes) == (True, ())
     assert writer.version.startswith("PostgreSQL 1")
     assert (reader.ready, reader.notes) == (True, ("read-only",))
+
+
+@pytest.mark.skipif(django.VERSION < (5, 1), reason="pools came with Django 5.1")
+def test_pool(postgres: PostgreSQLNode) -> None:
+    """A peer that has a pool is asked past it: what is in a pool may date from better days."""
+    pool = {"min_size": 1, "max_size": 1}
+    peers = [postgres_peer(postgres, OPTIONS={"pool": pool})]
+    with engine(peers, PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=0) as connection:
+        connection.ensure_connection()
+        # The pool's only connection is in use.
+        (one,) = found(timeout=20)
+        assert one.ready
+        connection.close()
+        postgres.kill()
+        (one,) = found(timeout=20)
+        assert not one.reachable
 
 
 def test_standby(postgres: PostgreSQLNode) -> None:
