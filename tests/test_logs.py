@@ -28,6 +28,7 @@ VALUES: dict[str, Any] = {
     "successor": "db2",
     "forced": True,
     "connections": 3,
+    "learnt": True,
 }
 
 #: The record's attribute for a field; the same name unless it is here.
