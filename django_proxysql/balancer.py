@@ -9,6 +9,7 @@ for; then :class:`NoPeerAvailable` says what every peer last said.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import os
 import threading
@@ -166,7 +167,11 @@ class LoadBalancer:
         #: The clock that everything about this balancer is timed by, in seconds.
         self.clock = clock
         self.budget = ReplayBudget(clock)
-        self._pins = threading.local()
+        # Of a context, so that greenlets and asyncio's tasks have their own, and
+        # what sync_to_async() runs in a thread has its task's.
+        self._pins: contextvars.ContextVar[_Pin | None] = contextvars.ContextVar(
+            "django_proxysql.pin", default=None
+        )
         self._strategy = strategy_from(config.strategy)
         self._ready_check = ready_check_from(config.ready_check)
         self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
@@ -421,7 +426,10 @@ class LoadBalancer:
 
     @contextlib.contextmanager
     def pinned(self, peer: Peer | None = None) -> Iterator[None]:
-        """Keep this thread on one peer for the block, whichever it connects to first.
+        """Stay with one peer for the block, whichever is connected to first.
+
+        It holds for the thread, greenlet or asyncio task that enters the block,
+        and for what it runs by way of ``sync_to_async()``.
 
         For what must not be spread: migrations, test databases, reading one's
         own writes where peers lag. If the peer is lost inside the block,
@@ -432,24 +440,27 @@ class LoadBalancer:
         :raises NoPeerAvailable: out of whatever connects in the block, when the
             peer cannot be had.
         """
-        outer = self._pin
-        if outer is not None:
+        if self._pin is not None:
             yield
             return
+        pin = _Pin(peer)
         try:
-            self._pins.pin = _Pin(peer)
+            self._pins.set(pin)
             # Connections that are there already are to see that something is new.
             self.look_anew()
             yield
         finally:
-            self._pins.pin = None
+            # Tasks that were begun in the block have a copy of their own.
+            pin.is_over = True
+            self._pins.set(None)
 
     @property
     def _pin(self) -> _Pin | None:
-        return getattr(self._pins, "pin", None)
+        pin = self._pins.get()
+        return None if pin is None or pin.is_over else pin
 
     def pinned_to(self, peer: Peer) -> Peer | None:
-        """Return the peer that the calling thread is to stay with, if there is one.
+        """Return the peer that the caller is to stay with, if there is one.
 
         :param peer: where it has a connection. Used inside :meth:`pinned`, that
             decides where to stay, if nothing has before.
@@ -521,10 +532,11 @@ class LoadBalancer:
 
 
 class _Pin:
-    """Where one thread stays; the peer is known once it has connected."""
+    """Where a block stays; the peer is known once it has connected."""
 
     def __init__(self, peer: Peer | None) -> None:
         self.peer = peer
+        self.is_over = False
 
 
 class _View(NamedTuple):

@@ -16,7 +16,7 @@ import select
 import socket
 from collections.abc import Callable
 
-__all__ = ["harden", "watch"]
+__all__ = ["harden", "sever", "watch"]
 
 #: Linux's POLLRDHUP: the other side has closed its half.
 _EVENTS = (
@@ -115,3 +115,19 @@ def _options(seconds: float) -> tuple[tuple[int, int, int], ...]:
             if hasattr(socket, name)
         ),
     )
+
+
+def sever(descriptor: int) -> None:
+    """Part this process from the connection at ``descriptor``; nothing is sent over it.
+
+    Another process that has the connection too goes on with it. Under the
+    number there is nothing any more, in which whatever is written vanishes.
+
+    :raises OSError: there is no descriptor left.
+    """
+    # A socket without another end would raise SIGPIPE where it is not ignored.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        os.dup2(nothing, descriptor, inheritable=False)
+    finally:
+        os.close(nothing)

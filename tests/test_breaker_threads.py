@@ -7,12 +7,10 @@ import gc
 import linecache
 import os
 import random
-import select
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker, balancer, breaker
 from django_proxysql.breaker import CircuitBreakerError
 from django_proxysql.events import CircuitClosed, CircuitOpened
+from tests.children import in_child
 from tests.fakes import (
     Clock,
     Connection,
@@ -282,30 +281,7 @@ class TestHammering:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
 class TestFork:
-    @staticmethod
-    def in_child(work: Callable[[], str], seconds: float = 10) -> str:
-        """Return what ``work`` returns in a forked child; fail if it does not end in time."""
-        read, write = os.pipe()
-        with warnings.catch_warnings():
-            # Forking with threads about is what is tested.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            try:
-                os.write(write, work().encode())
-            except BaseException as exc:
-                os.write(write, repr(exc).encode())
-            finally:
-                os._exit(0)
-        os.close(write)
-        try:
-            ready, _, _ = select.select([read], [], [], seconds)
-            assert ready, "the child hangs"
-            return os.read(read, 1000).decode()
-        finally:
-            os.close(read)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    in_child = staticmethod(in_child)
 
     @staticmethod
     def locked(circuit: Any) -> Any:

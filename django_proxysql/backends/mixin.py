@@ -17,6 +17,7 @@ from ..balancer import Attempt
 from ..conf import ALIAS_KEY
 from ..peer import Hold, Peer
 from ..registry import Registered, balancers, register
+from .inherited import remember
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper as _Base
@@ -50,6 +51,7 @@ class LoadBalancedMixin(_Base):
     ) -> None:
         register(settings_dict, alias)
         super().__init__(settings_dict, alias, *args, **kw)
+        remember(self)
 
     # What a user may ask
 
@@ -201,6 +203,9 @@ class LoadBalancedMixin(_Base):
                 pass
             self.connection = None
         self._let_go()
+
+    def _after_fork(self) -> None:
+        """In a forked child: leave the connection to the parent, whose it is."""
 
     def _let_go(self) -> None:
         hold, self._hold = self._hold, None

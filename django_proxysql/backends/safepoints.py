@@ -874,6 +874,44 @@ class SafePointsMixin(LoadBalancedMixin):
             method(sid)
         self._first = True
 
+    # Forked
+
+    def _after_fork(self) -> None:
+        """In a forked child: leave the connection to the parent, whose it is.
+
+        At a safe point the wrapper is as one that has not connected yet.
+        Elsewhere what the child thinks it is in the middle of is the parent's:
+        for the child the connection is lost.
+        """
+        connection = self.connection
+        if connection is None or not self._driver.WATCHED:
+            return
+        if self._hold is None and self._attempt is None:
+            # Made without a balancer.
+            return
+        session = self._session if self._attempt is None else None
+        if session is None or session.connection is not connection:
+            # The very thread that is at connect() has forked: out of a receiver.
+            self._driver.leave(connection)
+            return
+        is_safe = self._is_safe(session)
+        try:
+            # After an error the number of its socket may be another's.
+            if not session.dead and not session.unsure:
+                self._driver.leave(connection)
+        finally:
+            if is_safe:
+                self.connection = self._session = None
+                self._let_go()
+                # psycopg2's close() would wait for the thread that was at a
+                # statement when the process forked.
+                if not connection.__class__.__module__.startswith("psycopg2"):
+                    _close(connection)
+            else:
+                session.dead = True
+                session.poll = None
+                session.error = session.error or "the connection is the parent process's"
+
     # Ended
 
     def _recover(self) -> None:

@@ -69,6 +69,9 @@ class Driver(Protocol):
     def fileno(self, connection: Any) -> int | None:
         """Return the descriptor of the connection's socket, where it is public."""
 
+    def leave(self, connection: Any) -> None:
+        """Part this process from a connection that is another's, without a word to the server."""
+
     def ping(self, connection: Any) -> None:
         """Raise the driver's error if the connection is lost."""
 

@@ -67,6 +67,10 @@ def fileno(connection: Any) -> int | None:
     return None
 
 
+def leave(connection: Any) -> None:
+    """Do nothing: nothing is assumed."""
+
+
 def ping(connection: Any) -> None:
     """Take the connection for alive."""
 

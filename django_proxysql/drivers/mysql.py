@@ -12,6 +12,7 @@ import re
 import socket
 from typing import Any
 
+from .. import sockets
 from ..faults import Fault
 
 MODULES = ("MySQLdb", "pymysql")
@@ -195,6 +196,15 @@ def fileno(connection: Any) -> int | None:
     """Return the socket's descriptor; None with PyMySQL, which has no public one."""
     number = getattr(connection, "fileno", None)
     return number() if callable(number) else None
+
+
+def leave(connection: Any) -> None:
+    """Part this process from a connection that is another's, without a word to the server."""
+    if type(connection).__module__.partition(".")[0] == "pymysql":
+        # As its destructor: close() would send COM_QUIT.
+        connection._force_close()
+    else:
+        sockets.sever(connection.fileno())
 
 
 def ping(connection: Any) -> None:

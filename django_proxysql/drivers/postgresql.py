@@ -9,6 +9,7 @@ import math
 import re
 from typing import Any
 
+from .. import sockets
 from ..faults import Fault
 
 MODULES = ("psycopg", "psycopg2", "psycopg_pool")
@@ -152,6 +153,11 @@ def fileno(connection: Any) -> int | None:
     """Return the socket's descriptor."""
     number: int = connection.fileno()
     return number
+
+
+def leave(connection: Any) -> None:
+    """Part this process from a connection that is another's, without a word to the server."""
+    sockets.sever(connection.fileno())
 
 
 def ping(connection: Any) -> None:

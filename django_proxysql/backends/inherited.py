@@ -1,0 +1,63 @@
+"""What a forked child finds of its parent's connections, and what becomes of them there.
+
+The child has a copy of every descriptor. Two processes that talk over one
+connection get each other's answers, and a child that closes one says goodbye in
+the parent's name: the server ends the session under the parent's hands. So in
+the child each inherited descriptor is laid over by a socket whose other end is
+closed (:func:`django_proxysql.sockets.sever`). Whatever the driver does with it
+then, the parent's connection does not hear of it, and the child connects for itself.
+
+Python clears the other threads' thread-locals in the child, connections among
+them, before it calls anybody. The connections are therefore held on to across
+the fork, by :func:`_before`. Where there is no calling before the fork (uWSGI
+forks in C), that goes for the forking thread's connections only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+from ..logger import complain
+
+__all__ = ["remember"]
+
+# References rather than a WeakSet: list() of a set of them is one step, whichever
+# threads add to it meanwhile.
+_wrappers: set[weakref.ref[Any]] = set()
+
+#: What is held across a fork, by the forking thread: two may be at it at once.
+_held: dict[int, list[Any]] = {}
+
+
+def remember(wrapper: Any) -> None:
+    """Have ``wrapper._after_fork()`` called in whichever child it is inherited by."""
+    _wrappers.add(weakref.ref(wrapper, _wrappers.discard))
+
+
+def _before() -> None:
+    wrappers = [reference() for reference in list(_wrappers)]
+    _held[threading.get_ident()] = [
+        (wrapper, wrapper.connection) for wrapper in wrappers if wrapper is not None
+    ]
+
+
+def _in_parent() -> None:
+    _held.pop(threading.get_ident(), None)
+
+
+def _in_child() -> None:
+    for reference in list(_wrappers):
+        wrapper = reference()
+        if wrapper is not None:
+            try:
+                wrapper._after_fork()
+            except Exception:
+                complain("A connection of the parent's could not be left to it")
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -1,0 +1,290 @@
+"""A child that is forked from a process with connections leaves them alone, and makes its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connections, transaction
+from django.db.utils import Error
+
+from tests.children import in_child
+from tests.site import Site
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+
+
+def number(connection: Any) -> int:
+    """Return the server's own number of a connection."""
+    driver = connection.connection
+    if connection.vendor == "mysql":
+        return int(driver.thread_id())
+    return int(driver.info.backend_pid)
+
+
+@pytest.fixture
+def mine(here: Site) -> Iterator[int]:
+    """The number of this process's connection, which stays the same and works."""
+    assert here.sql("SELECT 1") == [(1,)]
+    before = number(here.connection)
+    yield before
+    assert here.sql("SELECT 1") == [(1,)]
+    assert number(here.connection) == before
+    assert not here.losses()
+    assert sum(peer.connections for peer in here.balancer.peers.values()) == 1
+
+
+def test_connects_for_itself(here: Site, mine: int) -> None:
+    """The child's first statement goes over a connection of its own, without a word of it."""
+
+    def work() -> str:
+        held = sum(peer.connections for peer in here.balancer.peers.values())
+        peer = here.connection.peer
+        rows = here.sql("SELECT 1")
+        counted = sum(peer.connections for peer in here.balancer.peers.values())
+        told = [type(event).__name__ for event in here.events]
+        return f"{held} {peer} {rows} {counted} {told} {number(here.connection)}"
+
+    said, _, other = in_child(work).rpartition(" ")
+    assert said == "0 None [(1,)] 1 ['Connected']"
+    assert int(other) != mine
+
+
+def test_says_no_goodbye(here: Site, mine: int) -> None:
+    """Whatever a child does to be rid of what it inherits, the parent's session goes on."""
+
+    def work() -> str:
+        connections.close_all()
+        del connections[here.connection.alias]
+        here.connection = here.balancer = None
+        gc.collect()
+        return "done"
+
+    assert in_child(work) == "done"
+
+
+def test_holds_no_socket_of_its_parents(here: Site, mine: int) -> None:
+    """No descriptor of the child's leads where the parent's connection does."""
+    descriptor = here.connection.connection.fileno()
+    inode = os.stat(f"/proc/self/fd/{descriptor}").st_ino
+
+    def work() -> str:
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                found.append(os.stat(f"/proc/self/fd/{name}").st_ino)
+            except FileNotFoundError:  # the listing's own
+                pass
+        return str(inode in found)
+
+    assert in_child(work) == "False"
+
+
+def test_each_gets_its_own_answers(here: Site, mine: int) -> None:
+    """Parent and child at the same time: each reads what it has asked for."""
+    go, begun = os.pipe()
+
+    def ask(name: str) -> list[str]:
+        wrong = []
+        for count in range(300):
+            asked = f"{name} {count}"
+            if here.sql("SELECT %s", [asked]) != [(asked,)]:
+                wrong.append(asked)
+        return wrong
+
+    def work() -> str:
+        os.write(begun, b".")
+        return f"{ask('child')}"
+
+    answers: list[str] = []
+
+    def parent() -> None:
+        os.read(go, 1)
+        here.connection.inc_thread_sharing()
+        answers.extend(ask("parent"))
+        here.connection.dec_thread_sharing()
+
+    beside = threading.Thread(target=parent)
+    beside.start()
+    try:
+        assert in_child(work, seconds=60) == "[]"
+    finally:
+        beside.join()
+        os.close(go)
+        os.close(begun)
+    assert answers == []
+
+
+def test_in_a_transaction(here: Site, mine: int) -> None:
+    """A transaction is the parent's: a child in its middle gets an error, and harms nothing."""
+    block = transaction.atomic(here.connection.alias)
+
+    def work() -> str:
+        try:
+            here.write("child's")
+        except OperationalError as exc:
+            block.__exit__(type(exc), exc, exc.__traceback__)
+            return f"OperationalError {here.read()} {number(here.connection) == mine}"
+        return "written"
+
+    with block:
+        here.write("one")
+        assert in_child(work) == "OperationalError [] False"
+        here.write("two")
+    assert here.written() == ["one", "two"]
+
+
+def test_before_a_transactions_first_statement(here: Site, mine: int) -> None:
+    """Nothing has happened in it: it is begun anew on the child's connection."""
+
+    def work() -> str:
+        here.write("child's")
+        here.connection.set_rollback(True)
+        return f"{number(here.connection) == mine}"
+
+    with transaction.atomic(here.connection.alias):
+        assert in_child(work) == "False"
+        here.write("one")
+    assert here.written() == ["one"]
+
+
+def test_session_state_is_the_parents(here: Site) -> None:
+    """What is held in the session cannot be had in the child: one error, then a new connection."""
+    lock = "SELECT GET_LOCK('l', 0)" if here.is_mysql else "SELECT pg_advisory_lock(1)"
+    here.sql(lock)
+
+    def work() -> str:
+        try:
+            here.sql("SELECT 1")
+        except Error:
+            return f"error {here.sql('SELECT 2')}"
+        return "no error"
+
+    assert in_child(work) == "error [(2,)]"
+    held = "SELECT IS_USED_LOCK('l') = CONNECTION_ID()"
+    if not here.is_mysql:
+        held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    assert here.sql(held) == [(1,)]
+
+
+def test_peers_are_no_suspects(here: Site, mine: int) -> None:
+    """That a connection was left to the parent says nothing about its peer."""
+
+    def work() -> str:
+        with transaction.atomic(here.connection.alias):
+            # The parent's transaction ended in the child.
+            pass
+        return str([(state.state, state.suspect) for state in here.balancer.snapshot()])
+
+    here.sql("SELECT 1")
+    assert in_child(work) == "[('closed', False), ('closed', False)]"
+
+
+def test_connections_of_other_threads(here: Site, mine: int) -> None:
+    """Python clears other threads' connections away in the child: nobody hears of it."""
+    ready, over = threading.Event(), threading.Event()
+    said: list[Any] = []
+
+    def ask() -> Any:
+        with connections[here.connection.alias].cursor() as cursor:
+            cursor.execute("SELECT 1")
+            return cursor.fetchone(), number(connections[here.connection.alias])
+
+    def hold() -> None:
+        # No frame of the thread's has the connection meanwhile: frames are not cleared away.
+        before = ask()
+        ready.set()
+        assert over.wait(20)
+        said.append(ask() == before)
+        connections[here.connection.alias].close()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert ready.wait(20)
+
+        def work() -> str:
+            gc.collect()
+            return "done"
+
+        assert in_child(work) == "done"
+        assert in_child(work) == "done"
+    finally:
+        over.set()
+        thread.join()
+    assert said == [True]
+    assert not here.losses()
+
+
+def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> None:
+    """The child waits for nobody's statement; the parent's gets its answer."""
+    said: list[Any] = []
+    lock, unlock = "SELECT GET_LOCK('gate', 20)", "SELECT RELEASE_LOCK('gate')"
+    is_waiting = "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"
+    if not here.is_mysql:
+        lock, unlock = "SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)"
+        is_waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+
+    def ask() -> None:
+        connection = connections[here.connection.alias]
+        with connection.cursor() as cursor:
+            cursor.execute(lock)
+            said.extend(cursor.fetchall())
+        connection.close()
+
+    with here.plain.cursor() as cursor:
+        cursor.execute(lock)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            waiting = 0
+            while not waiting:
+                cursor.execute(is_waiting)
+                ((waiting,),) = cursor.fetchall()
+
+            def work() -> str:
+                gc.collect()
+                return f"{here.sql('SELECT 1')}"
+
+            assert in_child(work) == "[(1,)]"
+        finally:
+            cursor.execute(unlock)
+            thread.join()
+    assert said == [(1 if here.is_mysql else "",)]
+    assert not here.losses()
+
+
+def test_without_being_told_before(here: Site, mine: int, monkeypatch: Any) -> None:
+    """uWSGI forks in C and calls Python only afterwards, in the child."""
+    from django_proxysql.backends import inherited
+
+    monkeypatch.setattr(inherited, "_wrappers", set(inherited._wrappers))
+    held = inherited._held
+
+    def work() -> str:
+        held.clear()
+        inherited._in_child()
+        return f"{here.sql('SELECT 1')} {number(here.connection) == mine}"
+
+    assert in_child(work) == "[(1,)] False"
+
+
+def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
+    """Wrappers are forgotten with their threads, and not held on to after a fork."""
+    from django_proxysql.backends import inherited
+
+    thread = threading.Thread(target=lambda: connections[here.connection.alias].alias)
+    thread.start()
+    thread.join()
+    assert in_child(lambda: "done") == "done"
+    gc.collect()
+    assert inherited._held == {}
+    alive = [reference() for reference in inherited._wrappers]
+    assert here.connection in alive
+    ours = [one for one in alive if one is not None and one.alias == here.connection.alias]
+    assert len(ours) == 1, sys.getrefcount(ours[0])
