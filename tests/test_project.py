@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +14,13 @@ import pytest
 from django_proxysql.conf import ENGINE
 from django_proxysql.demo.servers import HOST, ports
 from tests.engine import MYSQL, mysql_peer
-from tests.servers import PASSWORD
+from tests.project import Project, get
 from tests.servers.mariadb import Node
 from tests.test_checks import has_database_option
 
-ROOT = Path(__file__).parent.parent
 DATABASE = "shop"
 
 FILES = {
-    "manage.py": """
-import os, sys
-from django.core.management import execute_from_command_line
-os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
-execute_from_command_line(sys.argv)
-""",
     "settings.py": """
 import json, pathlib
 SECRET_KEY = "for tests only"
@@ -92,33 +79,12 @@ class Two(TransactionTestCase):
 }
 
 
-class Project:
-    """A project in a directory of its own."""
+class Shop(Project):
+    """A project with one table, and two peers of which one lives."""
 
-    def __init__(self, root: Path, alive: Node) -> None:
-        self.root = root
+    def __init__(self, root: Path, alive: Node, databases: dict[str, Any]) -> None:
+        super().__init__(root, {**FILES, "databases.json": json.dumps(databases)})
         self.alive = alive
-
-    def start(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "manage.py", *args]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=self.root, env=environment, **pipes, **kwargs)
-
-    def manage(self, *args: str, status: int = 0) -> str:
-        """Return what a command prints; fail if it does not end with ``status``."""
-        process = self.start(*args)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == status, output
-        assert PASSWORD not in output
-        return output
-
-    def log(self) -> list[str]:
-        """Return what django-proxysql logged since it was asked last."""
-        path = self.root / "log"
-        lines = path.read_text().splitlines()
-        path.write_text("")
-        return lines
 
     def items(self) -> str:
         return self.alive.sql("SELECT name FROM shop_item", DATABASE).strip()
@@ -132,7 +98,7 @@ PEERS = ["inline", "aliases"] if django.VERSION >= (3, 1) else ["inline"]
 @pytest.fixture(params=PEERS)
 def project(
     request: pytest.FixtureRequest, mariadb_pair: tuple[Node, Node], tmp_path: Path
-) -> Iterator[Project]:
+) -> Iterator[Shop]:
     """A project whose tables are made, whose first peer is dead, and is always tried first."""
     dead, alive = mariadb_pair
     dead.kill()
@@ -146,11 +112,7 @@ def project(
         for number, peer in enumerate(peers):
             databases[f"peer{number}"] = {"ENGINE": MYSQL, **peer}
         databases["default"]["PEERS"] = ["peer0", "peer1"]
-    for name, text in {**FILES, "databases.json": json.dumps(databases)}.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text.lstrip())
-    made = Project(tmp_path, alive)
+    made = Shop(tmp_path, alive, databases)
     assert "Create model Item" in made.manage("makemigrations", "shop")
     assert "Applying shop.0001_initial... OK" in made.manage("migrate")
     made.log()
@@ -158,13 +120,13 @@ def project(
     alive.sql(f"DROP DATABASE {DATABASE}")
 
 
-def assert_one_line_of_the_dead_peer(project: Project) -> None:
+def assert_one_line_of_the_dead_peer(project: Shop) -> None:
     """However often a process connects, the dead peer is one line in its log."""
     (line,) = project.log()
     assert re.match(r"default: circuit of peer0 \(127\.0\.0\.1:\d+\) opened, .*: \(2002, ", line)
 
 
-def test_migrate(project: Project) -> None:
+def test_migrate(project: Shop) -> None:
     """migrate, again and back: on the peer that is left, with one line on the other."""
     assert "No migrations to apply" in project.manage("migrate")
     assert_one_line_of_the_dead_peer(project)
@@ -174,7 +136,7 @@ def test_migrate(project: Project) -> None:
     assert "class ShopItem" not in project.manage("inspectdb")
 
 
-def test_shell(project: Project) -> None:
+def test_shell(project: Shop) -> None:
     """shell: models read and write."""
     script = (
         "from shop.models import Item; Item.objects.create(name='x'); print(Item.objects.get())"
@@ -184,7 +146,7 @@ def test_shell(project: Project) -> None:
     assert project.items() == "x"
 
 
-def test_test(project: Project) -> None:
+def test_test(project: Shop) -> None:
     """test: on a test database of the living peer's, which is gone afterwards."""
     assert "Ran 2 tests" in project.manage("test")
     assert_one_line_of_the_dead_peer(project)
@@ -197,32 +159,19 @@ def test_test(project: Project) -> None:
 @pytest.mark.parametrize(
     "args", [(), pytest.param(("--database", "default"), marks=has_database_option)]
 )
-def test_check(project: Project, args: tuple[str, ...]) -> None:
+def test_check(project: Shop, args: tuple[str, ...]) -> None:
     """check finds nothing, for a peer that is down is no mistake."""
     assert "no issues" in project.manage("check", *args)
 
 
 @pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
-def test_dbshell(project: Project) -> None:
+def test_dbshell(project: Shop) -> None:
     """dbshell: the server's client is connected to a peer that lives."""
     output = project.manage("dbshell", "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()")
     assert output.split() == [str(project.alive.port), DATABASE]
 
 
-def get(url: str, server: subprocess.Popen[str]) -> bytes:
-    """Return what is at ``url``, as soon as its server listens."""
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                return bytes(answer.read())
-        except urllib.error.HTTPError:
-            raise
-        except urllib.error.URLError:
-            assert server.poll() is None, server.communicate()
-            time.sleep(0.05)
-
-
-def test_runserver(project: Project) -> None:
+def test_runserver(project: Shop) -> None:
     """runserver: every request is served by the peer that lives."""
     address = f"{HOST}:{ports.reserve()}"
     server = project.start("runserver", "--noreload", address)
@@ -236,7 +185,7 @@ def test_runserver(project: Project) -> None:
     assert_one_line_of_the_dead_peer(project)
 
 
-def test_down_altogether(project: Project) -> None:
+def test_down_altogether(project: Shop) -> None:
     """With no peer left a command ends with the error that names each of them."""
     project.alive.kill()
     output = project.manage("migrate", status=1)

@@ -1,0 +1,87 @@
+"""A Django project in a directory of its own, whose commands and servers run as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.servers import PASSWORD
+
+ROOT = Path(__file__).parent.parent
+
+MANAGE = """
+import os, sys
+from django.core.management import execute_from_command_line
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+execute_from_command_line(sys.argv)
+"""
+
+
+class Project:
+    """A project's files, and the processes that run there."""
+
+    def __init__(self, root: Path, files: Mapping[str, str]) -> None:
+        self.root = root
+        for name, text in {"manage.py": MANAGE, **files}.items():
+            path = root / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.lstrip())
+
+    def run(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
+        """Start Python with ``args`` in the project's directory."""
+        environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "settings",
+            "PYTHONPATH": f"{self.root}{os.pathsep}{ROOT}",
+            "PYTHONUNBUFFERED": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, *args], cwd=self.root, env=environment, text=True, **kwargs
+        )
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        """Start a command of manage.py's; what it prints can be read from its stdout."""
+        return self.run("manage.py", *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def manage(self, *args: str, status: int = 0) -> str:
+        """Return what a command prints; fail if it does not end with ``status``."""
+        return self.output_of(self.start(*args), status)
+
+    def python(self, script: str) -> str:
+        """Return what a script prints that is run in the project; fail if it does not succeed."""
+        process = self.run("-c", script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return self.output_of(process, 0)
+
+    @staticmethod
+    def output_of(process: subprocess.Popen[str], status: int) -> str:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == status, output
+        assert PASSWORD not in output
+        return output
+
+    def log(self) -> list[str]:
+        """Return what django-proxysql logged since it was asked last."""
+        path = self.root / "log"
+        lines = path.read_text().splitlines()
+        path.write_text("")
+        return lines
+
+
+def get(url: str, server: subprocess.Popen[str]) -> bytes:
+    """Return what is at ``url``, as soon as its server listens."""
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:
+            assert server.poll() is None, server.communicate()
+            time.sleep(0.05)
