@@ -34,16 +34,19 @@ class Project:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text.lstrip())
 
-    def run(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
+    def run(
+        self, *args: str, environment: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> subprocess.Popen[str]:
         """Start Python with ``args`` in the project's directory."""
-        environment = {
+        whole = {
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "settings",
             "PYTHONPATH": f"{self.root}{os.pathsep}{ROOT}",
             "PYTHONUNBUFFERED": "1",
+            **(environment or {}),
         }
         return subprocess.Popen(
-            [sys.executable, *args], cwd=self.root, env=environment, text=True, **kwargs
+            [sys.executable, *args], cwd=self.root, env=whole, text=True, **kwargs
         )
 
     def start(self, *args: str) -> subprocess.Popen[str]:

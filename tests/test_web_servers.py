@@ -1,0 +1,205 @@
+"""The site under the servers that people run: gunicorn with each of its workers, and uvicorn.
+
+Whoever serves it, a peer that dies fails no request, its circuit opens in each worker, and it is
+used again when it is back. No worker uses a socket of its parent's.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import django
+import pytest
+
+from tests.servers.mariadb import Node
+from tests.web import Answer, Client, serving, sessions
+
+Pair = tuple[Node, Node]
+
+GUNICORN = ("-m", "gunicorn", "wsgi", "--bind", "ADDRESS", "--workers", "2")
+#: gevent's worker patches its process; what a preloaded application imports comes before that.
+PATCHED = {"gunicorn.conf.py": "from gevent import monkey\nmonkey.patch_all()\n"}
+
+
+class Model(NamedTuple):
+    """A way to run the site."""
+
+    command: tuple[str, ...]
+    path: str = "/"
+    is_preloaded: bool = False
+    files: dict[str, str] = {}
+    environment: dict[str, str] = {}
+
+    def preloaded(self, **files: str) -> Model:
+        """The same, with the application loaded before the workers are forked."""
+        return self._replace(
+            command=(*self.command, "--preload"), is_preloaded=True, files=files or self.files
+        )
+
+    def pymysql(self) -> Model:
+        """The same with PyMySQL."""
+        return self._replace(environment={"PYMYSQL": "1"})
+
+
+SYNC = Model((*GUNICORN, "--worker-class", "sync"))
+GTHREAD = Model((*GUNICORN, "--worker-class", "gthread", "--threads", "4"))
+GEVENT = Model((*GUNICORN, "--worker-class", "gevent"))
+UVICORN = ("-m", "uvicorn", "asgi:application", "--port", "PORT", "--lifespan", "off")
+
+GUNICORNS = {
+    "sync": SYNC,
+    "sync, preload": SYNC.preloaded(),
+    "gthread": GTHREAD,
+    "gthread, preload": GTHREAD.preloaded(),
+    "gevent": GEVENT,
+    "gevent, preload": GEVENT.preloaded(**PATCHED),
+    "gevent, PyMySQL": GEVENT.pymysql(),
+    "gevent, PyMySQL, preload": GEVENT.preloaded(**PATCHED).pymysql(),
+}
+MODELS = {
+    **GUNICORNS,
+    "uvicorn": Model(UVICORN, "/async"),
+    "uvicorn, 2 workers": Model((*UVICORN, "--workers", "2"), "/async"),
+}
+has_async_orm = pytest.mark.skipif(
+    django.VERSION < (4, 1), reason="the asynchronous ORM came with Django 4.1"
+)
+
+
+def pids(answers: list[Answer]) -> set[int]:
+    return {answer["pid"] for answer in answers}
+
+
+def served_by(answers: list[Answer], node: Node) -> set[int]:
+    """The workers that have had a connection to ``node``."""
+    return {answer["pid"] for answer in answers if answer["port"] == node.port}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=has_async_orm if name.startswith("uvicorn") else ())
+        for name in MODELS
+    ],
+)
+def test_a_peer_dies_and_comes_back(name: str, mariadb_pair: Pair, tmp_path: Path) -> None:
+    model = MODELS[name]
+    first, second = mariadb_pair
+    number = 2 if "2" in model.command else 1
+    with serving(
+        tmp_path,
+        mariadb_pair,
+        *model.command,
+        path=model.path,
+        files=model.files,
+        environment=model.environment,
+    ) as web:
+        with Client(web.port, model.path) as client:
+            # Connections spread, in each worker.
+            client.until(
+                lambda answers: (
+                    len(served_by(answers, first) & served_by(answers, second)) == number
+                )
+            )
+            workers = pids(client.answers)
+            if model.is_preloaded:
+                assert_of_their_own(client.answers, mariadb_pair)
+            # Death, found by each worker for itself.
+            first.kill()
+            client.until(
+                lambda answers: (
+                    workers == {one["pid"] for one in answers if one["states"]["peer0"] != "closed"}
+                )
+            )
+            # And its return.
+            first.start()
+            client.until(lambda answers: served_by(answers, first) == workers)
+            assert pids(client.answers) == workers
+        assert client.failures == []
+        assert web.stop() in (0, -signal.SIGTERM)
+    assert "Traceback" not in web.log.read_text()
+    assert_nobody_left(mariadb_pair)
+
+
+def assert_of_their_own(answers: list[Answer], pair: Pair) -> None:
+    """The parent's connection is used by none of the workers, and lives."""
+    loaded = {tuple(answer["loaded"]) for answer in answers}
+    ((parent, session),) = loaded
+    assert parent not in pids(answers)
+    (home,) = [node for node in pair if session in sessions(node)]
+    used = {answer["session"] for answer in answers if answer["port"] == home.port}
+    assert used
+    assert session not in used
+
+
+def assert_nobody_left(pair: Pair) -> None:
+    """The servers forget connections as soon as they have read the goodbye."""
+    for node in pair:
+        left = sessions(node)
+        for _ in range(200):
+            if not left:
+                break
+            left = sessions(node)
+        assert not left
+
+
+@pytest.mark.parametrize("name", ["sync", "gthread"])
+def test_preloaded_with_kept_connections(name: str, mariadb_pair: Pair, tmp_path: Path) -> None:
+    """Connections that are kept are each worker's own, too, and not the parent's."""
+    model = GUNICORNS[name].preloaded()
+    with serving(tmp_path, mariadb_pair, *model.command, CONN_MAX_AGE=None) as web:
+        with Client(web.port) as client:
+            client.until(lambda answers: len(answers) > 200 and len(pids(answers)) == 2)
+        assert client.failures == []
+        assert_of_their_own(client.answers, mariadb_pair)
+        by_worker = {
+            (answer["pid"], answer["port"], answer["session"]) for answer in client.answers
+        }
+        sessions_used = {key[1:] for key in by_worker}
+        assert len(sessions_used) == len(by_worker)
+
+
+@pytest.mark.parametrize("name", ["sync", "gthread", "gevent"])
+def test_graceful_reload(name: str, mariadb_pair: Pair, tmp_path: Path) -> None:
+    """HUP: new workers take the old ones' places, and no request fails."""
+    with serving(tmp_path, mariadb_pair, *GUNICORNS[name].command) as web:
+        with Client(web.port) as client:
+            old = pids(client.until(lambda answers: len(pids(answers)) == 2))
+            web.process.send_signal(signal.SIGHUP)
+            client.until(
+                lambda answers: len(pids(answers) - old) == 2 and not pids(answers[-50:]) & old
+            )
+        assert client.failures == []
+        assert web.stop() == 0
+    assert_nobody_left(mariadb_pair)
+
+
+def test_greenlets_switch_in_the_driver(mariadb_pair: Pair, tmp_path: Path) -> None:
+    """gevent with PyMySQL: one worker waits for several statements at once, each with its own
+    connection, and mixes none of them up."""
+    command = (*GEVENT.command, "--workers", "1")
+    node = mariadb_pair[0]
+    with serving(tmp_path, [node], *command, environment={"PYMYSQL": "1"}) as web:
+        holder = lock_holder(node)
+        with Client(web.port, "/lock", threads=6) as client:
+            waiting = "SELECT count(*) FROM information_schema.processlist WHERE state='User lock'"
+            while node.sql(waiting).strip() != "6":
+                assert not client.failures
+            holder.close()
+            client.until(lambda answers: len(answers) > 20)
+        assert client.failures == []
+        assert len(pids(client.answers)) == 1
+
+
+def lock_holder(node: Node) -> Any:
+    import MySQLdb
+
+    from tests.servers import DATABASE, PASSWORD, USER
+
+    connection = MySQLdb.connect(
+        host=node.host, port=node.port, user=USER, password=PASSWORD, database=DATABASE
+    )
+    connection.cursor().execute("SELECT GET_LOCK('gate', 0)")
+    return connection
