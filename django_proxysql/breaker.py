@@ -24,7 +24,8 @@ while its own thread is replacing the record is let in by the lock; the
 replacement then begins anew from what it left (``PeerBreaker._swap``).
 
 Locks of C are the only ones used: ``threading.Event`` and its kin take theirs
-in Python code, and a thread that is killed there keeps it for ever.
+in Python code, and a thread that is killed there keeps it for ever. (Python 3.9:
+:mod:`django_proxysql.locks`.)
 
 Each use of the peer takes a :class:`Permit` first and ends it with exactly one
 of *succeeded*, *failed* or *released* (the error was not the peer's). A permit
@@ -53,6 +54,7 @@ import pybreaker
 
 from . import drivers
 from .faults import Fault
+from .locks import new_lock
 from .logger import complain
 
 __all__ = ["Circuit", "CircuitBreakerError", "Lease", "PeerBreaker", "Permit", "Transition"]
@@ -330,6 +332,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             name=name,
             throw_new_error_on_trip=False,
         )
+        self._lock = new_lock()
         _forkable.add(self)
 
     def __repr__(self) -> str:
@@ -850,7 +853,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds, and no trial of the parent's."""
-        self._lock = threading.RLock()
+        self._lock = new_lock()
         circuit = self._circuit
         if circuit.lease is not None:
             state = OPEN if circuit.state == HALF_OPEN else circuit.state

@@ -6,9 +6,10 @@ peer, and a storm of losses must not double the load on who is left.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
+
+from .locks import new_lock
 
 __all__ = ["ReplayBudget"]
 
@@ -30,7 +31,7 @@ class ReplayBudget:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         #: Added to by every thread without a lock: an addition that is lost to
         #: a race makes the budget a little smaller, never larger.
         self.statements = 0
@@ -96,4 +97,4 @@ class ReplayBudget:
 
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds."""
-        self._lock = threading.Lock()
+        self._lock = new_lock()

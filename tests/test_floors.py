@@ -27,13 +27,14 @@ FLOORS = {
     "faults": 0,
     "config": 0,
     # Helpers that know nothing of the rest.
+    "locks": 0,
     "logger": 0,
-    "budget": 0,
     "sockets": 0,
     "statements": 0,
     # What drivers' errors mean; what happens.
     "drivers": 1,
     "events": 1,
+    "budget": 1,
     # Parts of a balancer.
     "breaker": 2,
     "strategies": 2,

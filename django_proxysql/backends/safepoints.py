@@ -906,7 +906,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 # psycopg2's close() would wait for the thread that was at a
                 # statement when the process forked.
                 if not connection.__class__.__module__.startswith("psycopg2"):
-                    _close(connection)
+                    close_for_good(connection)
             else:
                 session.dead = True
                 session.poll = None
