@@ -18,6 +18,7 @@ NAMES = {
     "connect": "a connect through the engine and through the plain engine",
     "handshake": "32 threads connect at once to a peer that takes 200 ms",
     "hanging": "8 threads, and one of two peers hangs",
+    "metrics": "what metrics add to a connect, and to a request",
     "shares": "10,000 connects over 3 peers",
     "statement": "a statement through the engine and through the plain engine",
     "swap": "what a statement costs whose connection is replaced first",
