@@ -585,6 +585,19 @@ def test_app() -> None:
     assert 'django_proxysql_connections{alias="default",peer="peer0"} 1.0' in text
 
 
+def test_app_that_is_made_ready_twice() -> None:
+    """Tests that change INSTALLED_APPS do that to all apps."""
+    assert run(
+        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
+        + "from django.apps import apps\n"
+        + "from django.test import override_settings\n"
+        + "first = apps.get_app_config('django_proxysql_metrics')\n"
+        + "with override_settings(INSTALLED_APPS=settings.INSTALLED_APPS):\n"
+        + "    second = apps.get_app_config('django_proxysql_metrics')\n"
+        + "    print(second is first, second.metrics is first.metrics)\n"
+    ).endswith("False True\n")
+
+
 def test_without_prometheus_client() -> None:
     """Who has not installed the extra is told what to install."""
     error = run(

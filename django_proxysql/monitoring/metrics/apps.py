@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from django.apps import AppConfig
 from django.core.signals import request_finished, request_started
 
@@ -19,17 +21,18 @@ class MetricsConfig(AppConfig):
     label = "django_proxysql_metrics"
     verbose_name = "Database load balancer: metrics"
 
-    #: This process's :class:`Metrics`.
-    metrics: Metrics | None = None
+    #: This process's :class:`Metrics`; of the class, for tests that change INSTALLED_APPS make
+    #: another instance ready.
+    metrics: ClassVar[Metrics | None] = None
 
     def ready(self) -> None:
         """Listen to the balancers, and to requests.
 
         Nothing is written yet: this may be a process that only forks others.
         """
-        if self.metrics is not None:
+        if MetricsConfig.metrics is not None:
             return
-        self.metrics = Metrics(balancers)
+        metrics = MetricsConfig.metrics = Metrics(balancers)
         # After Django's own receivers, which close connections: those came with django.db.
         for signal in (request_started, request_finished):
-            signal.connect(self.metrics._at_request, dispatch_uid=__name__)
+            signal.connect(metrics._at_request, dispatch_uid=__name__)
