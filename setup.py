@@ -51,6 +51,7 @@ TEST = [
         )
     ),
     "gunicorn>=20.1",
+    "gevent",
     "hypothesis>=6",
     "psycopg-pool>=3.2",
     "psycopg2-binary>=2.8",

@@ -156,6 +156,15 @@ MISTAKES: list[Any] = [
         )
         for _ in range(django.VERSION < (5, 1))
     ),
+    (
+        "E015",
+        {"PEERS": [ONE], "SHARED_STATE": "http://:sesame@host/0"},
+        "SHARED_STATE is no URL of a Redis",
+        "%40 for @",
+    ),
+    ("E015", {"PEERS": [ONE], "SHARED_STATE": "redis://host:sesame/0"}, "no URL", "redis://host"),
+    ("E015", {"PEERS": [ONE], "SHARED_STATE": "redis://h/0?ab=sesame"}, "option 'ab'", "prefix"),
+    ("W004", {"PEERS": [{**ONE, "SHARED_STATE": "redis://h"}]}, "SHARED_STATE of peer", "Move"),
     ("W001", {"PEERS": [ONE, TWO, dict(ONE)]}, "PEERS has 'peer0' and 'peer2' at", "two shares"),
     ("W001", {"PEERS": ["one", {**ONE, "PORT": 3306}]}, "at one address, 10.0.0.1", "two shares"),
     ("W002", {"PEERS": ["one", "atomic"]}, "'atomic' has ATOMIC_REQUESTS", "to 'balanced'"),
@@ -249,6 +258,7 @@ def test_right_settings_have_no_message() -> None:
         "IDLE_CHECK": 0,
         "SYNCHRONOUS_PEERS": False,
         "TCP_USER_TIMEOUT": 2.5,
+        "SHARED_STATE": "rediss://shop:pass%40word@10.0.0.9:6380/3?prefix=shop",
         "CONN_MAX_AGE": None,
         "ATOMIC_REQUESTS": True,
         "TEST": {"NAME": "test_shop"},
@@ -261,9 +271,24 @@ def test_right_settings_have_no_message() -> None:
         config = balancers["balanced"].config
         assert (config.replay, config.idle_check) == (None, 0)
         assert (config.synchronous_peers, config.tcp_user_timeout) == (False, 2.5)
+        assert config.shared_state == settings["SHARED_STATE"]
+        assert "word" not in repr(balancers["balanced"]) + repr(config)
     for setting in ("IDLE_CHECK", "TCP_USER_TIMEOUT"):
         with engine([ONE], **{setting: None}):
             assert ids(run_checks()) == []
+
+
+def test_redis_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says which extra it comes with."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.setitem(sys.modules, "redis.connection", None)
+    with added({**ALIASES, "balanced": entry({"PEERS": [ONE], "SHARED_STATE": "redis://host"})}):
+        (message,) = run_checks()
+        assert message.id == "django_proxysql.E015"
+        assert "SHARED_STATE takes the package redis" in message.msg
+        assert 'pip install "django-proxysql[redis]"' in str(message.hint)
+        with pytest.raises(ImproperlyConfigured, match="takes the package redis"):
+            connections["balanced"].ensure_connection()
 
 
 def test_servers_told_apart_by_files_are_no_duplicates() -> None:

@@ -7,18 +7,31 @@ test_sharing_processes.py.
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import itertools
 import json
 import logging
+import subprocess
+import sys
+import textwrap
+import threading
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pybreaker
 import pytest
 
+import django_proxysql
 from django_proxysql import LoadBalancer
 from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
 from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
 from tests.fakes import Clock, Driver, bad_password, even, peers, raised_by, refused_by_host
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.mariadb import Node
 from tests.servers.redis import RedisServer
 
 
@@ -427,6 +440,331 @@ class TestRedis:
         warnings = [r for r in caplog.records if "is of no use" in r.getMessage()]
         # What happens is noted by whom it happens to.
         assert len(warnings) == (1 if key == "timeline" else 2)
+
+    @pytest.mark.parametrize("fault", ["full", "replica"])
+    def test_no_writes(
+        self, world: World, redis_server: RedisServer, fault: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What is stored is still read; what is found out is told as soon as that can be."""
+        caplog.set_level(logging.INFO, "django_proxysql")
+        one, other, third = world.processes(3, "db1", "db2", "db3")
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        spoil, mend = {
+            "full": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+            "replica": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+        }[fault]
+        redis_server.ask(*spoil)
+        try:
+            other.step()
+            assert other.states == ["open", "closed", "closed"]
+            world.down["db2"] = refused_by_host
+            assert other.connect() == "db3"
+            for _ in range(3):
+                other.step()
+            third.step()
+            assert third.states == ["open", "closed", "closed"]
+            # Nobody can be kept from a trial: each goes on with what it knows.
+            world.clock.advance(36)
+            assert other.sharing.may_try("db1") == third.sharing.may_try("db1") == 0
+        finally:
+            redis_server.ask(*mend)
+        other.step()
+        third.step()
+        assert third.states == ["open", "open", "closed"]
+        third.step()
+        told = [record.getMessage() for record in caplog.records if "Redis" in record.getMessage()]
+        assert [("of no use" in line, "of use again" in line) for line in told] == [
+            (True, False),
+            (True, False),
+            (False, True),
+            (False, True),
+        ]
+        assert ("OOM" if fault == "full" else "READONLY") in told[0]
+
+    def test_not_a_redis(
+        self, world: World, mariadb: Node, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Something else answers at the address."""
+        world.url = f"redis://{mariadb.host}:{mariadb.port}/0"
+        one = world.process()
+        assert one.connect() == "db1"
+        assert not one.sharing.is_heard
+        (line,) = caplog.messages
+        assert "is of no use" in line
+
+    @pytest.mark.parametrize("cut", ["before", "reply", "reply in the middle"])
+    def test_cut(
+        self,
+        world: World,
+        redis_server: RedisServer,
+        fault_proxy: Callable[..., FaultProxy],
+        cut: str,
+    ) -> None:
+        """Whether what was told has arrived or not: the next round trip finds out."""
+        proxy = fault_proxy(redis_server)
+        (other,) = world.processes(1)
+        world.url = f"redis://{proxy.host}:{proxy.port}/0"
+        one = world.process()
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.db._set_drained(one.db.peers["db2"], True)
+        one.sharing.wish(one.db.peers["db2"], True)
+        if cut == "before":
+            proxy.cut_before(b"EVALSHA")
+        else:
+            proxy.cut_reply(20 if cut == "reply in the middle" else 0, b"EVALSHA")
+        one.step()
+        assert not one.sharing.is_heard
+        assert proxy.cuts == 1
+        world.clock.advance(2)
+        one.step()
+        assert one.sharing.is_heard
+        other.step()
+        for process in (one, other):
+            assert process.states == ["open", "closed"]
+            assert process.db.peers["db2"].drained
+        one.db.undrain("db2")
+        other.step()
+        assert not other.db.peers["db2"].drained
+
+    def test_restarted(self, world: World, redis_server: RedisServer) -> None:
+        """A Redis that has never seen the scripts is given them."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        redis_server.restart()
+        for process in (one, other):
+            process.step()
+            world.clock.advance(2)
+            process.step()
+        assert other.states == ["open", "closed"]
+
+    def test_killed_between_any_two_lines(self, world: World) -> None:
+        """Wherever a round trip is broken off, the next ones put it right."""
+        one, other = world.processes(2)
+        reached = 0
+        for turn in itertools.count():
+            # Open, drain, close and undrain in turn, each told by a round trip that is killed.
+            if turn % 4 == 0:
+                one.db.peers["db1"].breaker.open()
+            elif turn % 4 == 1:
+                one.db._set_drained(one.db.peers["db2"], True)
+                one.sharing.wish(one.db.peers["db2"], True)
+            elif turn % 4 == 2:
+                one.db.peers["db1"].breaker.close()
+            else:
+                one.db._set_drained(one.db.peers["db2"], False)
+                one.sharing.wish(one.db.peers["db2"], False)
+            if not killed_at(reached, lambda: one.link.step(world.clock())):
+                break
+            world.clock.advance(2)
+            one.step()
+            other.step()
+            one.step()
+            for process in (one, other):
+                assert process.states[0] == ("open" if turn % 4 < 2 else "closed"), reached
+                assert process.db.peers["db2"].drained is (turn % 4 in (1, 2)), reached
+            if turn % 4 == 3:
+                reached += 1
+        assert reached > 50
+
+
+class TestThread:
+    """What the thread does by itself; nothing here looks at a clock."""
+
+    def test_begins_at_the_first_connect(self, redis_server: RedisServer) -> None:
+        """… and not before; the next ones make no other. It ends up parked when none is left."""
+        before = threading.active_count()
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=redis_server.url)
+        assert threading.active_count() == before
+        db.connect()
+        assert db.sharing is not None
+        thread = db.sharing.link._thread
+        assert thread is not None
+        assert thread.daemon
+        db.look_anew()
+        db.connect()
+        assert db.sharing.link._thread is thread
+
+    def test_is_not_what_keeps_a_balancer(self, redis_server: RedisServer) -> None:
+        """One that is dropped is gone."""
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=redis_server.url)
+        assert db.sharing is not None
+        assert db.sharing.settle(10)
+        gone = weakref.ref(db)
+        link = db.sharing.link
+        del db
+        link.wake()
+        while gone() is not None:
+            gc.collect()
+
+    def test_one_thread_for_all_balancers(self, redis_server: RedisServer) -> None:
+        """They share the connection and the round trip."""
+        one, two = (
+            LoadBalancer(peers("db1"), Driver().connect, name=name, shared_state=redis_server.url)
+            for name in ("one", "two")
+        )
+        assert one.sharing is not None
+        assert two.sharing is not None
+        assert one.sharing.settle(10)
+        assert two.sharing.settle(10)
+        assert one.sharing.link is two.sharing.link
+        assert redis_server.ask("KEYS", "*{one}:processes*")
+        assert redis_server.ask("KEYS", "*{two}:processes*")
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_killed(self, redis_server: RedisServer) -> None:
+        """A thread that something has killed is replaced."""
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=redis_server.url)
+        assert db.sharing is not None
+        assert db.sharing.settle(10)
+        thread = db.sharing.link._thread
+        assert thread is not None
+        throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        throw(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        db.sharing.link.wake()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert db.sharing.settle(10)
+        assert db.sharing.link._thread is not thread
+
+    def test_asks_no_longer_than_it_may(self, redis_server: RedisServer) -> None:
+        """A connect whose peer's trial is due waits 50 ms once, and the next one not at all."""
+        db = LoadBalancer(
+            peers("db1", "db2"), Driver().connect, shared_state=redis_server.url, strategy=InOrder
+        )
+        assert db.sharing is not None
+        db.peers["db1"].breaker.open()
+        assert db.sharing.settle(10)
+        redis_server.freeze()
+        asked: list[float] = []
+        ask = db.sharing.link.ask
+
+        def noted(question: Any, seconds: float) -> Any:
+            asked.append(seconds)
+            return ask(question, seconds)
+
+        db.sharing.link.ask = noted  # type: ignore[method-assign]
+        db.peers["db1"].breaker.half_open()
+        db.connect()
+        assert asked == [0.05]
+        waiting = len(db.sharing.link._asked)
+        db.peers["db1"].breaker.half_open()
+        db.connect()
+        # It was not even asked: nothing waits for the thread that did not before.
+        assert len(db.sharing.link._asked) <= waiting
+
+    def test_no_thread_to_be_had(
+        self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Then nothing is shared, and everything else goes on."""
+
+        def none(self: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", none)
+        url = f"{redis_server.url}?prefix=nothread"
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
+        assert db.connect().host == "db1"
+
+    def test_gevent(self, redis_server: RedisServer) -> None:
+        """Under gevent it is a greenlet, and holds no other up."""
+        program = """
+            from gevent import monkey
+            monkey.patch_all()
+            import sys
+            import gevent
+            from django_proxysql import LoadBalancer
+            from tests.fakes import Driver, peers
+
+            db = LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=sys.argv[1])
+            db.connect()
+            turns = []
+            other = gevent.spawn(lambda: [turns.append(gevent.sleep(0)) for _ in range(1000)])
+            print(db.sharing.settle(10), db.sharing.fleet().processes > 0)
+            db.peers["db1"].breaker.open()
+            print(db.sharing.settle(10))
+            other.join()
+            print(len(turns))
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), redis_server.url],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.stdout, done.returncode) == ("True True\nTrue\n1000\n", 0), done.stderr
+
+
+def killed_at(line: int, function: Callable[[], object]) -> bool:
+    """Kill ``function`` at its n-th line in the package; return whether it came there."""
+    left = line
+    here = str(Path(django_proxysql.__file__).parent / "sharing")
+
+    def tracer(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(here):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise SystemExit
+        return tracer
+
+    outer = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        function()
+    except SystemExit:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+class TestStorage:
+    """pybreaker's own breaker on a shared circuit."""
+
+    def test_opens_for_all(self, world: World) -> None:
+        """What a plain breaker finds out, all processes know."""
+        one, other = world.processes(2)
+        plain = pybreaker.CircuitBreaker(
+            fail_max=2, state_storage=one.db.peers["db1"].breaker.storage
+        )
+
+        def fails() -> None:
+            raise ConnectionError("by another way")
+
+        with pytest.raises(ConnectionError):
+            plain.call(fails)
+        assert plain.fail_counter == 1
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            plain.call(fails)
+        one.step()
+        other.step()
+        assert other.states == ["open", "closed"]
+        assert other.connect() == "db2"
+
+    def test_heeds_what_others_found(self, world: World) -> None:
+        """… and the other way round; a success closes it for all."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        storage = other.db.peers["db1"].breaker.storage
+        plain = pybreaker.CircuitBreaker(reset_timeout=60, state_storage=storage)
+        with pytest.raises(pybreaker.CircuitBreakerError):
+            plain.call(lambda: 1)
+        hasty = pybreaker.CircuitBreaker(reset_timeout=0, state_storage=storage)
+        assert hasty.call(lambda: 1) == 1
+        other.step()
+        one.step()
+        assert one.states == ["closed", "closed"]
 
 
 class TestDrains:

@@ -1,0 +1,458 @@
+"""What one process finds out, the others know: circuits, trials and drains through Redis.
+
+Each process keeps its own circuits, and its connects and statements look at nothing else. One
+thread a process (:mod:`django_proxysql.sharing.link`) compares them with what Redis knows, in one
+round trip a second, and at once when a circuit has changed here. What the others have found out
+is applied to the local circuit (``PeerBreaker.learn_open`` and ``learn_closed``).
+
+How it holds
+------------
+
+* **Redis decides, in one script** (:mod:`django_proxysql.sharing.scripts`), which is atomic there
+  and keeps the time: hosts' clocks are never compared, only durations travel.
+* **Versions.** Each record in Redis has one, and whoever reports a change says which version it
+  knew. A change that was made in ignorance of another one is dropped, and the other one
+  adopted: a late word changes nothing. A record that is older than what a process knows of it,
+  or gone, was lost (FLUSHALL, a failover), and is written again.
+* **State, not messages.** What is reported is the difference between the circuit and what was
+  last agreed on. A round trip that failed, a thread that was killed anywhere, a fork: the next
+  round trip finds the same difference.
+* **One trial at a time** is a lease in the peer's record. Whoever's trial is due asks for it, and
+  the thread renews it while the trial is under way. It runs out by itself where its holder dies.
+* **Redis is believed in so far only.** Durations are bounded by this process's own settings;
+  what cannot be read is left out; a process that has no other peer left connects whatever the
+  others say; and one that has lost all its peers keeps that to itself, for it may be the one
+  that is cut off (its openings that nobody has confirmed are withdrawn).
+* **Redis away** costs a thread that waits for nothing else. Who asks it for a lease waits
+  50 ms at most, and nobody asks again within a second.
+
+No lock is held while anything waits, and nobody but the thread uses the connection to Redis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..breaker import CLOSED, Circuit
+from ..faults import Fault
+from ..logger import complain
+from .link import INTERVAL, Link, Question, checked_url, link_to
+
+if TYPE_CHECKING:
+    from ..balancer import LoadBalancer
+    from ..peer import Peer
+
+__all__ = ["Fleet", "Link", "Moment", "Sharing", "checked_url"]
+
+#: The longest that a connect whose peer's trial is due waits to hear whether it may make it.
+PATIENCE = 0.05
+
+#: Seconds for which the fleet's record of what happened goes back.
+HISTORY = 3600
+
+#: How many moments of the fleet's history are kept.
+_MOMENTS = 500
+
+#: Seconds for which an operator's wish is remembered while nobody shares it.
+_WISHES = 7 * 86400
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something that happened to a peer, as one of the processes found it."""
+
+    peer: str
+    #: ``open``, ``closed``, ``drained`` or ``undrained``.
+    state: str
+    #: When, in seconds since 1970, on Redis's clock.
+    when: float
+    #: Why a circuit opened, and "" otherwise; never a password.
+    error: str
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What all processes that share this balancer's state know together."""
+
+    #: How many of them were heard of within the last five seconds, this one included.
+    processes: int
+    #: The connections that they hold, by the peer's name.
+    connections: Mapping[str, int]
+    #: What has happened within the last hour, the oldest first; 500 moments at most.
+    timeline: tuple[Moment, ...]
+
+
+class _Agreed(NamedTuple):
+    """What was last agreed on with Redis about a peer's circuit."""
+
+    #: The record's version; 0: there is none.
+    version: int = 0
+    #: Whether it says that the circuit is open.
+    is_open: bool = False
+    #: The local circuit's generation at that time.
+    generation: int = 0
+
+
+class _Shared:
+    """One peer's part. All but the wishes is the thread's own, and replaced by one assignment."""
+
+    __slots__ = ("agreed", "drain_version", "left_to_others", "wishes")
+
+    def __init__(self) -> None:
+        self.agreed = _Agreed()
+        #: Seconds for which a trial that was asked for is to be left to others.
+        self.left_to_others = 0.0
+        self.drain_version = 0
+        #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
+        self.wishes: deque[bool] = deque()
+
+
+@dataclass
+class _Request:
+    """What one balancer tells Redis in one round trip, and what that was made from."""
+
+    circuits: dict[str, dict[str, Any]]
+    drains: dict[str, dict[str, Any]]
+    #: By peer: the record that was looked at.
+    seen: dict[str, Circuit]
+    #: By peer: how many wishes are told.
+    wishes: dict[str, int]
+    beat: dict[str, int]
+
+    def text(self, link: Link) -> str:
+        return json.dumps(
+            {
+                "me": link.me,
+                "now": link.now_us(),
+                "circuits": self.circuits,
+                "drains": self.drains,
+                "beat": json.dumps(self.beat),
+                "moments": _MOMENTS,
+                "history": HISTORY,
+                "wishes": _WISHES,
+            }
+        )
+
+
+class Sharing:
+    """What one balancer shares with the same balancer in other processes.
+
+    It is ``balancer.sharing`` where the balancer has ``SHARED_STATE``.
+
+    :param balancer: whose circuits and drains they are.
+    :param link: for tests, in place of the process's own.
+    :raises ConfigError: see :func:`checked_url`.
+    """
+
+    def __init__(self, balancer: LoadBalancer, link: Link | None = None) -> None:
+        # The balancer has this; it is not to be kept alive by the thread.
+        self._balancer = weakref.ref(balancer)
+        self.link = link or link_to(balancer.config.shared_state or "")
+        config = balancer.config
+        trial = config.connect_timeout if config.trial_timeout is None else config.trial_timeout
+        #: A trial is one attempt, and at most one throw-away connection before it.
+        self._lease = int((2 * trial + 1) * 1000)
+        self._fields = _fields(balancer.peers.values())
+        self._names = {field: name for name, field in self._fields.items()}
+        self._shared = {name: _Shared() for name in balancer.peers}
+        base = f"{self.link.prefix}:{{{balancer.name}}}"
+        addresses = "\n".join(sorted(peer.address for peer in balancer.peers.values()))
+        # Others that have this alias and other peers are counted by themselves.
+        digest = hashlib.sha256(addresses.encode()).hexdigest()[:8]
+        #: The keys in Redis.
+        self.keys = [
+            f"{base}:circuits",
+            f"{base}:drains",
+            f"{base}:processes:{digest}",
+            f"{base}:connections:{digest}",
+            f"{base}:timeline",
+        ]
+        for name, peer in balancer.peers.items():
+            peer.breaker.gate = _Gate(self, name)
+
+    def __repr__(self) -> str:
+        return f"<Sharing by Redis at {self.link.address}>"
+
+    def start(self) -> None:
+        """Begin to share. Costs nothing where that has begun, and waits for nothing."""
+        self.link.start(self)
+
+    def has_news(self) -> None:
+        """Tell the others at once what has changed here."""
+        self.link.wake()
+
+    # What operators ask
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the last round trip to Redis, at most a second ago, went well."""
+        return self.link.heard
+
+    def settle(self, seconds: float = 1.0) -> bool:
+        """Wait until Redis knows what this process knows, and this process what Redis does.
+
+        :param seconds: how long to wait at most.
+        :returns: whether it does. If not, drains and circuits of this process are its own until
+            Redis is back, which it tells then, if it still runs.
+        """
+        self.start()
+        return bool(self.link.ask(Question(self), seconds))
+
+    def wish(self, peer: Peer, drained: bool) -> None:
+        """Have all processes drain or undrain a peer.
+
+        :param peer: one of the balancer's.
+        :param drained: what is wished; the last wish counts.
+        """
+        self._shared[peer.name].wishes.append(drained)
+
+    def fleet(self) -> Fleet | None:
+        """Ask what all processes know together. Takes 50 ms at most.
+
+        :returns: None where Redis does not say.
+        """
+        self.start()
+        answer = self.link.ask(Question(self, fleet=True), PATIENCE)
+        try:
+            return None if answer is None else self._fleet_from(answer)
+        except Exception:
+            complain("What Redis at %s says of the other processes is garbage", self.link.address)
+            return None
+
+    def _fleet_from(self, answer: list[bytes]) -> Fleet:
+        processes, sums, now, *moments = answer
+        held = json.loads(sums)
+        since = float(now) / 1000 - HISTORY
+        timeline = []
+        for text in moments:
+            try:
+                said = json.loads(text)
+                moment = Moment(
+                    self._names[said["p"]],
+                    str(said["s"]),
+                    float(said["t"]) / 1000,
+                    str(said["e"])[:500],
+                )
+            except (KeyError, TypeError, ValueError):
+                # Of a peer that this process does not have; or garbage.
+                continue
+            if moment.when >= since:
+                timeline.append(moment)
+        connections = {name: int(held.get(field, 0)) for name, field in self._fields.items()}
+        return Fleet(int(processes), connections, tuple(timeline))
+
+    # What the thread does
+
+    def compose(self, bids: set[str]) -> _Request:
+        """Return what to tell Redis.
+
+        :param bids: the peers whose trial somebody here is ready to make.
+        """
+        request = _Request({}, {}, {}, {}, {})
+        balancer = self._balancer()
+        if balancer is None:
+            return request
+        now = balancer.clock()
+        # One that has lost all of its peers may be what is wrong itself.
+        cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in balancer.peers.values())
+        for name, peer in balancer.peers.items():
+            field, shared = self._fields[name], self._shared[name]
+            circuit = request.seen[name] = peer.breaker.circuit
+            is_open = circuit.state != CLOSED
+            told: dict[str, Any] = {
+                "v": str(shared.agreed.version),
+                # As it was agreed on: what this process has kept to itself, it keeps.
+                "s": "open" if shared.agreed.is_open and is_open else "closed",
+                "op": _what_to_say(circuit, shared.agreed, cut_off),
+                "lease": self._lease,
+            }
+            if is_open:
+                since = now if circuit.out_since is None else circuit.out_since
+                told.update(
+                    due=_ms(circuit.due - now),
+                    out=_ms(now - since),
+                    err=circuit.error[:500],
+                    fault=circuit.fault.value if circuit.fault else "",
+                    q=circuit.question,
+                    hold=circuit.lease is not None and now < circuit.lease.expires,
+                    bid=name in bids,
+                )
+            request.circuits[field] = told
+            wishes = request.wishes[name] = len(shared.wishes)
+            request.drains[field] = {
+                "v": str(shared.drain_version),
+                "on": shared.wishes[wishes - 1] if wishes else peer.drained,
+                "wish": wishes > 0,
+            }
+            request.beat[field] = peer.connections
+        return request
+
+    def apply(self, request: _Request, answer: Any) -> str:
+        """Take over what the others have found out.
+
+        :returns: what is wrong with Redis, although it answers.
+        :raises Exception: the answer is none.
+        """
+        said = json.loads(bytes(answer).decode(errors="replace"))
+        balancer = self._balancer()
+        if balancer is None:
+            return ""
+        for name, seen in request.seen.items():
+            peer, field = balancer.peers[name], self._fields[name]
+            self._apply_circuit(peer, seen, said["circuits"][field])
+            self._apply_drain(balancer, peer, request.wishes[name], said["drains"].get(field))
+        if said.get("refused"):
+            return f"it takes no writes: {said['refused']}"
+        if said.get("garbage"):
+            return "what is stored there is not what was written"
+        return ""
+
+    def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> None:
+        shared, breaker = self._shared[peer.name], peer.breaker
+        version, is_open = int(said["v"]), said["s"] == "open"
+        due_in = _bounded(said.get("due"), 2 * breaker.reset_timeout)
+        held_for = min(_bounded(said.get("held"), self._lease / 1000), INTERVAL)
+        shared.left_to_others = 0.0 if said["granted"] else max(due_in, held_for, 0.001)
+        if said["done"]:
+            # What was said here.
+            shared.agreed = _Agreed(version, is_open, seen.generation)
+            return
+        if version <= shared.agreed.version:
+            if is_open and held_for:
+                # Somebody is at it: to ask for the trial would be of no use.
+                breaker.put_off(seen.generation, held_for)
+            return
+        after: Circuit | None = seen
+        if is_open:
+            after = breaker.learn_open(
+                seen.generation,
+                due_in=due_in,
+                out_for=_bounded(said.get("out"), 365 * 86400),
+                error=str(said.get("err") or "")[:500],
+                fault=_fault(said.get("fault")),
+                question=str(said.get("q") or "")[:50],
+            )
+        elif seen.state != CLOSED:
+            after = breaker.learn_closed(seen.generation)
+        # Otherwise it has changed meanwhile, or is being tried: the next round trip sees to it.
+        if after is not None:
+            shared.agreed = _Agreed(version, is_open, after.generation)
+
+    def _apply_drain(
+        self, balancer: LoadBalancer, peer: Peer, told: int, said: Mapping[str, Any] | None
+    ) -> None:
+        if said is None:
+            return
+        shared, version = self._shared[peer.name], int(said["v"])
+        if said["done"]:
+            for _ in range(told):
+                shared.wishes.popleft()
+        if version > shared.drain_version:
+            shared.drain_version = version
+            # A wish that has come meanwhile is younger.
+            if not shared.wishes:
+                balancer._set_drained(peer, said["on"] is True, learnt=not said["done"])
+
+    # What a breaker asks
+
+    def answer_for(self, name: str) -> float:
+        """Return for how many seconds a trial that was asked for is to be left to others."""
+        return self._shared[name].left_to_others
+
+    def may_try(self, name: str) -> float:
+        """Return for how many seconds a trial that is due is to be left to others; 0: go ahead.
+
+        Waits 50 ms at most.
+        """
+        balancer = self._balancer()
+        # What the others do not know of is nobody else's trial; and one that has no other peer
+        # left connects, whatever is said.
+        known = self._shared[name].agreed.is_open
+        if balancer is None or not known or not balancer.has_usable():
+            return 0.0
+        self.start()
+        answer = self.link.ask(Question(self, peer=name), PATIENCE)
+        if answer is None:
+            return INTERVAL if self.link.is_late else 0.0
+        return float(answer)
+
+
+class _Gate:
+    """What one peer's breaker asks before a trial."""
+
+    __slots__ = ("_name", "_sharing")
+
+    def __init__(self, sharing: Sharing, name: str) -> None:
+        self._sharing = sharing
+        self._name = name
+
+    def __call__(self) -> float:
+        return self._sharing.may_try(self._name)
+
+
+def _what_to_say(circuit: Circuit, agreed: _Agreed, cut_off: bool) -> str:
+    """Return what has happened to a circuit since something was agreed on."""
+    if circuit.state == CLOSED:
+        return "close" if agreed.is_open else ""
+    if cut_off:
+        # Only what this process alone has found is taken back, which Redis knows.
+        return "withdraw" if agreed.is_open else ""
+    if circuit.generation == agreed.generation:
+        return ""
+    # A trial that failed, for whatever reason, puts off the next one. A peer that refuses us
+    # may well take the others' word for who they are.
+    return "open" if agreed.is_open or circuit.fault is not Fault.REFUSED else ""
+
+
+def _fields(peers: Iterable[Peer]) -> dict[str, str]:
+    """Return under what each peer is known to the other processes, by its name.
+
+    Its address is: names go by position, and differ where a peer was added. An address that means
+    another server on each host goes with the host's name.
+    """
+    fields: dict[str, str] = {}
+    for peer in peers:
+        field = peer.address or peer.name
+        if _is_local(peer.address):
+            field += f" on {socket.gethostname()}"
+        while field in fields.values():
+            field += "'"
+        fields[peer.name] = field
+    return fields
+
+
+def _is_local(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]").lower() if port.isdigit() else address
+    # A name without a port is a host's, or a database's on no host in particular.
+    return (
+        host in ("localhost", "::1", "")
+        or host.startswith(("127.", "/", "@", ":memory:"))
+        or host.endswith((".sock", ".sqlite3"))
+        or "/" in host
+    )
+
+
+def _ms(seconds: float) -> int:
+    return int(max(0.0, min(seconds, 86400.0)) * 1000)
+
+
+def _bounded(milliseconds: Any, most: float) -> float:
+    """Return a duration of Redis's in seconds, as far as it is to be believed."""
+    if isinstance(milliseconds, bool) or not isinstance(milliseconds, (int, float)):
+        return 0.0
+    return max(0.0, min(milliseconds / 1000, most))
+
+
+def _fault(value: Any) -> Fault | None:
+    try:
+        return Fault(value)
+    except ValueError:
+        return None

@@ -1,0 +1,380 @@
+"""A process's one connection to a Redis, and the thread that alone uses it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import secrets
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from ..exceptions import ConfigError
+from ..logger import complain, logger
+from .scripts import FLEET, SHA, SYNC
+
+if TYPE_CHECKING:
+    from . import Sharing
+
+__all__ = ["INTERVAL", "Link", "Question", "checked_url", "link_to"]
+
+#: Seconds between two round trips while all is well.
+INTERVAL = 1.0
+
+#: Seconds for which the thread waits for Redis. Nobody waits for the thread as long as that.
+TIMEOUT = 0.25
+
+#: Seconds after which a process that is not heard of counts as gone.
+ALIVE = 5
+
+PREFIX = "django-proxysql"
+
+
+def checked_url(url: object) -> dict[str, Any]:
+    """Return what to connect to Redis with, and under ``prefix`` what its keys begin with.
+
+    :param url: the setting SHARED_STATE: ``redis://``, ``rediss://`` or ``unix://``.
+    :raises ConfigError: it is no such URL, or the package redis is not installed. The message
+        quotes nothing of it, for there may be a password in it.
+    """
+    problem = ConfigError(
+        "SHARED_STATE",
+        "is no URL of a Redis",
+        "Give 'redis://host:6379/0', 'rediss://…' or 'unix:///path', with what is special in "
+        "a password escaped (%40 for @).",
+    )
+    if not isinstance(url, str):
+        raise problem
+    try:
+        from redis.backoff import NoBackoff
+        from redis.connection import parse_url
+        from redis.retry import Retry
+    except ImportError as exc:
+        raise ConfigError(
+            "SHARED_STATE",
+            f"takes the package redis, which cannot be imported ({type(exc).__name__})",
+            'Install it: pip install "django-proxysql[redis]".',
+        ) from None
+    # redis-py has no annotation for it in some versions.
+    parse: Callable[[str], dict[str, Any]] = parse_url
+    try:
+        parts = urlsplit(url)
+        address = url.partition("?")[0]
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        prefix = query.pop("prefix", PREFIX)
+        database = parts.path.strip("/")
+        if parts.scheme == "unix":
+            good = bool(parts.path)
+        else:
+            good = bool(parts.hostname) and (not database or database.isdigit())
+        if not good or not prefix or parts.fragment or parts.port == 0:
+            raise problem
+        options: dict[str, Any] = parse(f"{address}?{urlencode(query)}")
+    except ValueError:
+        # urllib's message quotes the part that it stumbled on.
+        raise problem from None
+    unknown = sorted(set(query) - {"db", "username", "password", "protocol"})
+    unknown = [name for name in unknown if not name.startswith("ssl_")]
+    if unknown:
+        raise ConfigError(
+            "SHARED_STATE",
+            f"has the unknown option {unknown[0]!r}",
+            "Known are prefix, db, protocol, and redis-py's ssl_… ones.",
+        )
+    return {
+        **options,
+        "prefix": prefix,
+        "socket_timeout": TIMEOUT,
+        "socket_connect_timeout": TIMEOUT,
+        # The next try is a second later, and the thread's own affair.
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+class Link:
+    """This process's connection to one Redis, for all balancers that name it.
+
+    :param url: the setting SHARED_STATE.
+    :param now: for tests: the time in seconds that takes the place of Redis's own.
+    :raises ConfigError: see :func:`checked_url`.
+    """
+
+    def __init__(self, url: str, *, now: Callable[[], float] | None = None) -> None:
+        self._options = checked_url(url)
+        #: What the keys begin with.
+        self.prefix: str = self._options.pop("prefix")
+        #: Where Redis is, as people write it; without a password.
+        self.address = str(
+            self._options.get("path")
+            or f"{self._options.get('host', 'localhost')}:{self._options.get('port', 6379)}"
+        )
+        self._now = now
+        self._members: dict[int, weakref.ref[Sharing]] = {}
+        self._client: Any = None
+        self._forget_connection()
+        _forkable.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Link to Redis at {self.address}>"
+
+    def _forget_connection(self) -> None:
+        """Begin anew: at first, and in the child of a fork, with nothing of its parent's."""
+        #: Who this process is to the others.
+        self.me = secrets.token_hex(8)
+        # redis-py closes its copy of the socket, and that alone; but not here, where a lock of
+        # its own may be one that a thread of the parent's held.
+        self._inherited, self._client = self._client, None
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._asked: deque[Question] = deque()
+        #: Whether the last round trip went well, and when it did.
+        self.heard = False
+        self._heard_at = float("-inf")
+        #: Not before this moment is Redis tried again, and nobody waits for an answer.
+        self._retry_at = self._silent_until = float("-inf")
+        #: Since when there is trouble, which has been logged.
+        self._trouble_since: float | None = None
+
+    # The thread
+
+    def start(self, member: Sharing) -> None:
+        """Share what ``member`` knows from now on. Waits for nothing."""
+        known = self._members.get(id(member))
+        if known is None or known() is not member:
+            self._members[id(member)] = weakref.ref(member)
+            self.wake()
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            return
+        # Whoever comes second leaves it to the first.
+        if self._starting.acquire(blocking=False):
+            try:
+                thread = threading.Thread(target=self._run, name="django-proxysql", daemon=True)
+                thread.start()
+                self._thread = thread
+            except RuntimeError:
+                # No more threads are to be had, or the interpreter is on its way out.
+                complain("No thread could be started to share circuits with other processes")
+            finally:
+                self._starting.release()
+
+    def wake(self) -> None:
+        """Have the thread do its next round trip now. Safe in a signal handler or finalizer."""
+        try:
+            self._bell.release()
+        except RuntimeError:
+            # It has been woken already.
+            pass
+
+    def _run(self) -> None:
+        pid = os.getpid()
+        while os.getpid() == pid:
+            try:
+                wait = self.step(time.monotonic())
+            except Exception:
+                complain("Sharing circuits with other processes failed")
+                wait = INTERVAL
+            if wait is None:
+                self._bell.acquire()
+            else:
+                self._bell.acquire(timeout=max(0.001, wait))
+
+    def step(self, now: float) -> float | None:
+        """Do one round trip, if it is time for one.
+
+        :param now: the time, in seconds, on a clock that is used for nothing else.
+        :returns: seconds until the next one; None when there is nobody to do it for.
+        """
+        # What is asked from here on is the next step's, whether this one fails or not.
+        asked = [self._asked.popleft() for _ in range(len(self._asked))]
+        try:
+            members = self._living()
+            if not members:
+                self._client = None
+                return None
+            if now < self._retry_at:
+                return self._retry_at - now
+            return self._round_trip(now, members, asked)
+        finally:
+            for question in asked:
+                question.bell.release()
+
+    def _living(self) -> list[Sharing]:
+        living = []
+        for key, reference in list(self._members.items()):
+            member = reference()
+            if member is None:
+                self._members.pop(key, None)
+            else:
+                living.append(member)
+        return living
+
+    def _round_trip(self, now: float, members: list[Sharing], asked: list[Question]) -> float:
+        bids = {(id(question.of), question.peer) for question in asked if question.peer}
+        composed = [
+            (member, member.compose({peer for of, peer in bids if of == id(member)}))
+            for member in members
+        ]
+        views = [question for question in asked if question.fleet]
+        try:
+            answers = self._exchange(
+                [(SYNC, member.keys, request.text(self)) for member, request in composed]
+                + [(FLEET, question.of.keys, self._fleet_request()) for question in views]
+            )
+            said = ""
+            for (member, request), answer in zip(composed, answers):
+                if isinstance(answer, Exception):
+                    raise answer
+                said = member.apply(request, answer) or said
+        except Exception as exc:
+            self.heard = False
+            self._client = None
+            # A fleet that lost its Redis at one moment is not to come back at one moment.
+            wait = INTERVAL * (1 + random.random())
+            self._retry_at = now + wait
+            self._in_trouble(now, f"{type(exc).__name__}: {exc}")
+            return wait
+        self.heard, self._heard_at = True, now
+        for question, answer in zip(views, answers[len(composed) :]):
+            if not isinstance(answer, Exception):
+                question.answer = answer
+        for question in asked:
+            if question.peer:
+                question.answer = question.of.answer_for(question.peer)
+            elif not question.fleet:
+                question.answer = True
+        if said:
+            self._in_trouble(now, said)
+        elif self._trouble_since is not None:
+            seconds = now - self._trouble_since
+            self._trouble_since = None
+            _log(logging.INFO, "Redis at %s is of use again, after %.0f s", self.address, seconds)
+        return INTERVAL
+
+    def _exchange(self, calls: list[tuple[str, list[str], str]]) -> list[Any]:
+        """Run scripts, in one round trip.
+
+        :returns: what each answers, or the exception that it ended with.
+        :raises Exception: whatever redis-py raises: there are no answers.
+        """
+        if self._client is None:
+            import redis
+
+            self._inherited = None
+            # One connection, for nobody but the thread uses it.
+            self._client = redis.Redis(connection_pool=redis.ConnectionPool(**self._options))
+        answers = self._run_scripts("evalsha", calls)
+        unknown = [
+            position
+            for position, answer in enumerate(answers)
+            if type(answer).__name__ == "NoScriptError"
+        ]
+        if unknown:
+            # A Redis that was just started has not seen them yet.
+            again = self._run_scripts("eval", [calls[position] for position in unknown])
+            for position, answer in zip(unknown, again):
+                answers[position] = answer
+        return answers
+
+    def _run_scripts(self, command: str, calls: list[tuple[str, list[str], str]]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for script, keys, text in calls:
+            which = SHA[script] if command == "evalsha" else script
+            getattr(pipeline, command)(which, len(keys), *keys, text)
+        answers: list[Any] = pipeline.execute(raise_on_error=False)
+        return answers
+
+    def _fleet_request(self) -> str:
+        return json.dumps({"alive": ALIVE, "now": self.now_us()})
+
+    def now_us(self) -> int | None:
+        """Return the microseconds that tests put in the place of Redis's clock."""
+        return None if self._now is None else int(self._now() * 1e6)
+
+    # Trouble
+
+    def _in_trouble(self, now: float, what: str) -> None:
+        if self._trouble_since is not None:
+            return
+        self._trouble_since = now
+        password = self._options.get("password")
+        if password:
+            what = what.replace(str(password), "…")
+        _log(
+            logging.WARNING,
+            "Redis at %s, by which processes share their circuits, is of no use: %s. Each goes "
+            "on with what it knows itself.",
+            self.address,
+            what,
+        )
+
+    # Questions to Redis, asked by others than the thread
+
+    def ask(self, question: Question, seconds: float) -> Any:
+        """Return what Redis answers, or None: it did not within ``seconds``, or is away."""
+        now = time.monotonic()
+        if now < self._retry_at or now < self._silent_until:
+            return None
+        self._asked.append(question)
+        self.wake()
+        if not question.bell.acquire(timeout=seconds):
+            # Whoever comes next does not wait as well.
+            self._silent_until = now + INTERVAL
+        return question.answer
+
+    @property
+    def is_late(self) -> bool:
+        """Whether an answer that has not come may still: the machine is busy, and Redis is well."""
+        return self.heard and time.monotonic() - self._heard_at < 3 * INTERVAL
+
+
+class Question:
+    """Something to be asked in the thread's next round trip."""
+
+    __slots__ = ("answer", "bell", "fleet", "of", "peer")
+
+    def __init__(self, of: Sharing, *, peer: str = "", fleet: bool = False) -> None:
+        self.of = of
+        self.peer = peer
+        self.fleet = fleet
+        self.answer: Any = None
+        self.bell = threading.Lock()
+        self.bell.acquire()
+
+
+def _log(level: int, message: str, *args: object) -> None:
+    try:
+        logger.log(level, message, *args)
+    except Exception:  # noqa: S110
+        # A handler that is broken is not to end the thread.
+        pass
+
+
+#: The links of this process, by URL.
+_links: dict[str, Link] = {}
+
+
+def link_to(url: str) -> Link:
+    link = _links.get(url)
+    # Of two threads that come here at once, one's is kept.
+    return link if link is not None else _links.setdefault(url, Link(url))
+
+
+_forkable: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for link in list(_forkable):
+        link._forget_connection()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

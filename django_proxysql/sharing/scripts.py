@@ -1,0 +1,223 @@
+"""What Redis does for the processes, each in one step that nothing else gets in between of.
+
+The scripts keep Redis's time, compare versions and decide. They are run by their SHA, so that
+they travel once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+__all__ = ["FLEET", "SHA", "SYNC"]
+
+#: Compares what a process knows of circuits and drains with what is stored, and counts it.
+SYNC = """
+local request = cjson.decode(ARGV[1])
+local circuits, drains, processes, counts, timeline = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local me = request.me
+local now_us = request.now
+if type(now_us) ~= 'number' then
+  local time = redis.call('TIME')
+  now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+local now = math.floor(now_us / 1000)
+local refused, garbage = nil, 0
+local DAY = 86400000
+
+-- Where Redis is full or a replica, what is written fails, and what is read does not.
+local function write(...)
+  local done = redis.pcall(...)
+  if type(done) == 'table' and done.err then
+    refused = done.err
+    return false
+  end
+  return true
+end
+
+local function between(value, least, most)
+  value = tonumber(value)
+  if value and value >= least and value <= most then return math.floor(value) end
+end
+
+local function read(key, field)
+  local text = redis.pcall('HGET', key, field)
+  if type(text) == 'table' then
+    garbage = garbage + 1
+    return nil
+  end
+  if not text then return nil end
+  local good, record = pcall(cjson.decode, text)
+  if good and type(record) == 'table' then
+    -- A version from next week would never be outdone.
+    record.v = between(record.v, 1, now_us + 1000 * DAY)
+    if record.v then return record end
+  end
+  garbage = garbage + 1
+  return nil
+end
+
+local function store(key, field, record, seconds)
+  local copy = {}
+  for name, value in pairs(record) do copy[name] = value end
+  -- cjson writes 14 digits of a number, and this one has 16.
+  copy.v = string.format('%.0f', record.v)
+  return write('HSET', key, field, cjson.encode(copy)) and write('PEXPIRE', key, seconds * 1000)
+end
+
+local function keep(key, seconds)
+  local left = redis.call('PTTL', key)
+  if left > -2 and left < seconds * 500 then write('PEXPIRE', key, seconds * 1000) end
+end
+
+local function note(field, state, why)
+  local moment = cjson.encode({p = field, s = state, t = now, e = why})
+  if write('RPUSH', timeline, moment) then
+    write('LTRIM', timeline, -request.moments, -1)
+    write('PEXPIRE', timeline, request.history * 1000)
+  end
+end
+
+local reply = {circuits = {}, drains = {}}
+
+for field, theirs in pairs(request.circuits) do
+  local record = read(circuits, field)
+  local known = tonumber(theirs.v)
+  local version = record and record.v or 0
+  local before = record
+  local following = math.max(now_us, version + 1, known + 1)
+  local is_open = record and record.s == 'open'
+  local told, changed, done, why = nil, false, false, ''
+  if record then
+    record.due = between(record.due, 0, now + DAY) or now
+    record.out = between(record.out, 0, now) or now
+    record.hu = between(record.hu, 0, now + DAY) or 0
+    if type(record.h) ~= 'string' then record.h = '' end
+  end
+  local function as_told(version, by)
+    return {v = version, s = 'open', due = now + theirs.due, out = now - theirs.out,
+            err = theirs.err, fault = theirs.fault, q = theirs.q, by = by, h = '', hu = 0}
+  end
+  if theirs.op == 'open' and version <= known then
+    local fresh = as_told(following, me)
+    if is_open then
+      fresh.out, fresh.h, fresh.hu = record.out, record.h, record.hu
+      -- Two have found the same.
+      if record.by ~= me then fresh.by = '' end
+    else
+      told, why = 'open', theirs.err
+    end
+    record, done = fresh, true
+  elseif theirs.op == 'close' and version <= known then
+    if is_open then told = 'closed' end
+    record, done = {v = following, s = 'closed'}, true
+  elseif theirs.op == 'withdraw' and is_open and record.by == me then
+    told, why = 'closed', 'withdrawn'
+    record, done = {v = following, s = 'closed'}, true
+  elseif version < known and (theirs.s == 'open' or record) then
+    if theirs.s == 'open' then
+      record = as_told(known, '')
+    else
+      record = {v = known, s = 'closed'}
+    end
+    changed = true
+  end
+  changed = changed or done
+  local granted = false
+  if record and record.s == 'open' then
+    local other = record.h ~= '' and record.h ~= me and record.hu > now
+    if theirs.bid then
+      if not other and record.due <= now then
+        record.h, record.hu, granted, changed = me, now + theirs.lease, true, true
+      end
+    elseif theirs.hold then
+      if not other then
+        record.h, record.hu, changed = me, now + theirs.lease, true
+      end
+    elseif record.h == me then
+      record.h, record.hu, changed = '', 0, true
+    end
+  else
+    granted = true
+  end
+  if changed then
+    if store(circuits, field, record, request.history) then
+      if told then note(field, told, why) end
+    else
+      -- Nobody can be kept from trying, and nobody has been told.
+      record, granted, done = before, true, false
+    end
+  end
+  local held = 0
+  if record and record.s == 'open' and record.h ~= '' and record.h ~= me then
+    held = math.max(0, record.hu - now)
+  end
+  reply.circuits[field] = record and {
+    v = string.format('%.0f', record.v), s = record.s, done = done, granted = granted,
+    due = math.max(0, (record.due or now) - now), out = math.max(0, now - (record.out or now)),
+    err = record.err, fault = record.fault, q = record.q, held = held,
+  } or {v = '0', s = 'closed', done = done, granted = granted}
+end
+
+for field, theirs in pairs(request.drains) do
+  local record = read(drains, field)
+  if record and type(record.on) ~= 'boolean' then record, garbage = nil, garbage + 1 end
+  local known = tonumber(theirs.v)
+  local version = record and record.v or 0
+  local was = record and record.on or false
+  if theirs.wish then
+    local wished = {v = math.max(now_us, version + 1, known + 1), on = theirs.on}
+    if store(drains, field, wished, request.wishes) then
+      if was ~= theirs.on then note(field, theirs.on and 'drained' or 'undrained', '') end
+      reply.drains[field] = {v = string.format('%.0f', wished.v), on = wished.on, done = true}
+    end
+  elseif version < known then
+    store(drains, field, {v = known, on = theirs.on}, request.wishes)
+  elseif record then
+    reply.drains[field] = {v = string.format('%.0f', version), on = was, done = false}
+  end
+end
+
+write('ZADD', processes, now, me)
+write('HSET', counts, me, request.beat)
+local gone = redis.pcall('ZRANGEBYSCORE', processes, '-inf', now - 60000, 'LIMIT', 0, 100)
+if type(gone) == 'table' and #gone > 0 then
+  write('ZREM', processes, unpack(gone))
+  write('HDEL', counts, unpack(gone))
+end
+keep(processes, 60)
+keep(counts, 60)
+keep(circuits, request.history)
+keep(drains, request.wishes)
+reply.refused, reply.garbage = refused, garbage
+return cjson.encode(reply)
+"""
+
+#: Adds up what all processes that were heard of lately have told.
+FLEET = """
+local request = cjson.decode(ARGV[1])
+local now = request.now
+if type(now) ~= 'number' then
+  local time = redis.call('TIME')
+  now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+now = math.floor(now / 1000)
+local alive = redis.call('ZRANGEBYSCORE', KEYS[3], now - request.alive * 1000, '+inf')
+local sums = {}
+for first = 1, #alive, 500 do
+  local part = {}
+  for i = first, math.min(first + 499, #alive) do part[#part + 1] = alive[i] end
+  for _, text in ipairs(redis.call('HMGET', KEYS[4], unpack(part))) do
+    local good, beat = pcall(cjson.decode, text or '')
+    if good and type(beat) == 'table' then
+      for field, held in pairs(beat) do
+        if type(held) == 'number' then sums[field] = (sums[field] or 0) + held end
+      end
+    end
+  end
+end
+return {tostring(#alive), cjson.encode(sums), tostring(now),
+        unpack(redis.call('LRANGE', KEYS[5], 0, -1))}
+"""
+
+#: What Redis knows a script by.
+SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (SYNC, FLEET)}  # noqa: S324
