@@ -9,6 +9,7 @@ run again is one statement to both.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from django.db.utils import Error
 
 from ..statements import READ, STATE, kinds, scan
 
-__all__ = ["cursor_class"]
+__all__ = ["cursor_class", "note_named"]
 
 
 @functools.cache
@@ -98,11 +99,30 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
     return execute
 
 
+def note_named(cursor: Any, session: Any) -> None:
+    """Take note that ``cursor`` is a server-side one: what it reads is on this connection only."""
+    cursor._named = True
+    if not session.server_side:
+        session.server_side = weakref.WeakSet()
+    session.server_side.add(cursor)
+
+
 class _Seam(CursorWrapper):
     #: The session whose driver cursor this wrapper holds.
     _session: Any = None
     #: Whether the driver's cursor is a server-side one, with a name.
     _named = False
+
+    def __init__(self, cursor: Any, db: Any, *args: Any) -> None:
+        # Others make wrappers of our cursors' class over the driver's cursor that
+        # one of ours has: django-debug-toolbar does. (Ours come by no __init__.)
+        super().__init__(cursor, db, *args)
+        session = getattr(db, "_session", None)
+        if session is None or getattr(cursor, "connection", None) is not session.connection:
+            return
+        self._session = session
+        if getattr(cursor, "name", None):
+            note_named(self, session)
 
     def close(self) -> None:
         """Close the driver's cursor."""

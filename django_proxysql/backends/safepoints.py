@@ -18,9 +18,9 @@ One seam, ``wrap_database_errors``, sees every driver error.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..exceptions import NotReady
 from ..faults import Fault
 from ..registry import Registered
 from ..statements import READ, SCOPED, STATE, is_plain, is_provable_read, scan
-from .cursors import cursor_class
+from .cursors import cursor_class, note_named
 from .mixin import LoadBalancedMixin
 from .pools import close_for_good, give_back, is_pooled
 from .sessions import Session
@@ -110,6 +110,8 @@ class SafePointsMixin(LoadBalancedMixin):
     _answered = False
     #: Where the next COMMIT's fate is to be noted, for retrying_atomic.
     _fate: CommitFate | None = None
+    #: The log of queries, while another is in its place.
+    _own_log: Any = None
     #: close_old_connections() is called for this wrapper: it ends units of work.
     _has_units = False
 
@@ -367,10 +369,7 @@ class SafePointsMixin(LoadBalancedMixin):
             cursor.__class__ = ours
         cursor._session = session
         if name is not None:
-            cursor._named = True
-            if not session.server_side:
-                session.server_side = weakref.WeakSet()
-            session.server_side.add(cursor)
+            note_named(cursor, session)
         return cursor
 
     def _before_cursor(self, session: Session) -> None:
@@ -493,7 +492,10 @@ class SafePointsMixin(LoadBalancedMixin):
         kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
         begun = (self._in_transaction, self._first, self._answered)
         try:
-            # Out of the way before connect(), which lets go of a hold.
+            # Out of the way before connect(), which lets go of a hold. What sets
+            # the new connection up is no query of the application's.
+            self._restore_log()
+            self._own_log, self.queries_log = self.queries_log, collections.deque()
             self._hold = None
             self.connection = None
             with self.wrap_database_errors:
@@ -514,6 +516,8 @@ class SafePointsMixin(LoadBalancedMixin):
             state.update(kept)
             self._in_transaction, self._first, self._answered = begun
             raise
+        finally:
+            self._restore_log()
         if hold is not None:
             hold.let_go()
         self._close_old(session)
@@ -529,6 +533,11 @@ class SafePointsMixin(LoadBalancedMixin):
                 error=session.error,
             ),
         )
+
+    def _restore_log(self) -> None:
+        log, self._own_log = self._own_log, None
+        if log is not None:
+            self.queries_log = log
 
     def _connect(self, trials: str) -> None:
         self._trials = trials
@@ -918,6 +927,7 @@ class SafePointsMixin(LoadBalancedMixin):
         super()._recover()
         self._quiet = self._of_ours = False
         self._trials = "first"
+        self._restore_log()
 
     def close_if_unusable_or_obsolete(self) -> None:
         """End a unit of work: close what is not to be kept."""

@@ -22,6 +22,10 @@ EXPECTED = {
     r"serializers\.test_deserialization\.TestDeserializer\.test_crafted_xml_performance": (
         "it measures how long parsing takes, without a database, on a machine that has more to do"
     ),
+    r"backends\.postgresql\.tests\.Tests\.test_pooling_health_checks": (
+        "it looks into the pool for psycopg's own health check, which has whoever finds several "
+        "dead connections wait for seconds: here the engine makes it, with what the pool gives it"
+    ),
     r"backends\.postgresql\.tests\.Tests\.test_connect_pool": (
         "it fills the pool of its one server, and then asks for another connection: here the "
         "balancer has two peers with a pool each, and one that is to be had from neither is "
