@@ -12,6 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ from django.db import connections
 from django.test import Client, override_settings
 from django.urls import reverse
 
+from django_proxysql.balancer import PeerState
 from django_proxysql.breaker import CLOSED, OPEN
+from django_proxysql.monitoring.status import fleet_changes
 from django_proxysql.options import OPTIONS
+from django_proxysql.registry import balancers
+from django_proxysql.sharing import Fleet, Moment
 from tests.django_settings import MIDDLEWARE
-from tests.engine import SQLITE, Clock, added, engine
+from tests.engine import SQLITE, Clock, added, engine, mysql_peer
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.redis import RedisServer
+from tests.shared_process import SharedProcess
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
 
 NAMES = ("peer0", "peer1", "peer2")
@@ -142,7 +150,7 @@ class TestPage:
         site.fail("peer1")
         site.clock.advance(10)
         text = text_of(client.get(PAGE))
-        assert f"As process {os.getpid()} on {socket.gethostname()} knows it" in text
+        assert f"Process {os.getpid()} on {socket.gethostname()} answers" in text
         assert "2 of 3 peers usable" in text
         peer1 = text.partition("peer1/shop.sqlite3")[2].partition("peer2")[0]
         assert re.match(
@@ -238,7 +246,7 @@ class TestPage:
         ) as site:
             page = site.admin().get(PAGE).content.decode()
         assert not re.findall(r'"\d+,\d+%?"', page)
-        assert f"process {os.getpid()}<" in page
+        assert f"Process {os.getpid()}<" in page
 
     def test_opens_no_connection_by_itself(self, site: Site, monkeypatch: Any) -> None:
         """Where it need not ask who asks, it asks no database; nor does ATOMIC_REQUESTS."""
@@ -296,7 +304,7 @@ class TestButtons:
         entry = LogEntry.objects.get()
         assert entry.user.username == "alice"
         assert entry.object_repr == "peer1 of load balancer default"
-        assert entry.change_message == f"Drained peer1 in {where}."
+        assert entry.change_message == f"Drained peer1, in {where} only."
         assert "peer1 of load balancer default" in text_of(client.get("/admin/"))
 
         form = {"balancer": "default", "peer": "peer1", "action": "undrain"}
@@ -581,3 +589,104 @@ class TestOptions:
         with override_settings(DJANGO_PROXYSQL=given):
             assert not healthz_is_on()
             assert operate_permission() is None
+
+
+def moment(peer: str, state: str, when: float) -> Moment:
+    return Moment(peer, state, when, "")
+
+
+class TestFleet:
+    """With SHARED_STATE the page speaks for all."""
+
+    @pytest.mark.parametrize(
+        ("moments", "now", "changes"),
+        [
+            ([], CLOSED, [(0, CLOSED)]),
+            ([], OPEN, [(0, OPEN)]),
+            ([(5, OPEN), (9, CLOSED)], CLOSED, [(0, CLOSED), (5, OPEN), (9, CLOSED)]),
+            ([(9, CLOSED)], CLOSED, [(0, OPEN), (9, CLOSED)]),
+            # A drain goes before what the circuit says, and hides it.
+            (
+                [(3, "drained"), (5, OPEN), (7, "undrained")],
+                OPEN,
+                [(0, CLOSED), (3, "drained"), (7, OPEN)],
+            ),
+            ([(7, "undrained")], CLOSED, [(0, "drained"), (7, CLOSED)]),
+        ],
+    )
+    def test_changes(self, moments: Any, now: str, changes: Any) -> None:
+        timeline = [moment("peer0", state, when) for when, state in moments]
+        fleet = Fleet(3, {"peer0": 1}, (*timeline, moment("peer1", OPEN, 1)))
+        assert fleet_changes(fleet, peer_state(now)) == changes
+
+    def test_record_that_is_full(self) -> None:
+        """What was before it is not known."""
+        timeline = tuple(moment("peer1", OPEN, 100 + number) for number in range(500))
+        assert fleet_changes(Fleet(1, {}, timeline), peer_state(CLOSED)) == [(100, CLOSED)]
+
+    def test_processes(self, site: Site, redis_server: RedisServer, mariadb_pair: Any) -> None:
+        """Real ones: their connections are summed, and a drain holds in all of them."""
+        given = {"user": USER, "password": PASSWORD, "database": DATABASE}
+        peers = {
+            f"peer{number}": {"host": node.host, "port": node.port, **given}
+            for number, node in enumerate(mariadb_pair)
+        }
+        url = redis_server.url
+        entries = [mysql_peer(node) for node in mariadb_pair]
+        client = site.admin()
+        with ExitStack() as stack:
+            stack.enter_context(engine(entries, alias="shop", SHARED_STATE=url))
+            other = stack.enter_context(SharedProcess(peers=peers, name="shop", shared_state=url))
+            balancer = balancers["shop"]
+            assert other.do("settle")
+            assert balancer.sharing is not None
+            assert balancer.sharing.settle(20)
+            holds = [balancer.peers["peer0"].hold() for _ in range(3)]
+            assert balancer.sharing.settle(20)
+            text = text_of(client.get(PAGE))
+            assert "For all 2 processes that share its state" in text
+            assert re.search(r"peer0 127\.0\.0\.1:\d+ closed in use the start none 3 100% ", text)
+            assert "A drain holds in all of them." in text
+            form = {"balancer": "shop", "peer": "peer1", "action": "drain"}
+            (message,) = said(client.post(OPERATE, form))
+            assert message == (
+                "You drained peer1 (load balancer shop), in all processes that share its state."
+            )
+            other.do("wait", "PeerDrained", "peer1")
+            assert other.do("state")["drained"] == ["peer1"]
+            other.do("undrain", "peer1")
+            assert balancer.sharing.settle(20)
+            text = text_of(client.get(PAGE))
+            assert re.search(
+                r"peer1 closed since [\d:]+; before that drained since [\d:]+; before that closed",
+                text,
+            )
+            del holds
+
+            redis_server.freeze()
+            try:
+                text = text_of(client.get(PAGE))
+                assert "Redis does not answer: this is what process" in text
+                (message,) = said(client.post(OPERATE, form))
+                assert "the others will be told when Redis answers again" in message
+                assert balancer.peers["peer1"].drained
+            finally:
+                redis_server.thaw()
+
+
+def peer_state(state: str) -> PeerState:
+    return PeerState(
+        "peer0",
+        "db1:3306",
+        state=state,
+        suspect=False,
+        trial_in=None,
+        out_for=None,
+        failures=0,
+        error="",
+        fault=None,
+        connections=0,
+        weight=1,
+        priority=0,
+        drained=False,
+    )

@@ -12,7 +12,6 @@ noted only if somebody looked meanwhile; trials have a record of their own.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 from ..balancer import LoadBalancer
 from ..events import Connected, ConnectFailed, Event
+from ..locks import new_lock
 from ..peer import Peer
 from ..registry import balancers
 
@@ -78,7 +78,7 @@ class History:
         self.began = clock()
         self._rows: dict[tuple[str, str], _Row] = {}
         # A signal handler may cause an event while its thread notes one.
-        self._lock = threading.RLock()
+        self._lock = new_lock()
 
     def __call__(self, event: Event) -> None:
         """Note what ``event`` is about; a :class:`Listener`."""
@@ -137,7 +137,7 @@ class History:
 
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds. It goes on with what its parent saw."""
-        self._lock = threading.RLock()
+        self._lock = new_lock()
 
 
 #: This process's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -13,11 +13,24 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.timezone import localtime
 
 from ..balancer import LoadBalancer, PeerState
+from ..breaker import CLOSED, OPEN
 from ..registry import balancers
+from ..sharing import Fleet, Moment
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
 from .timeline import Span, Timeline, draw, spans
 
-__all__ = ["BalancerStatus", "PeerStatus", "Status", "health", "process_name", "status"]
+__all__ = [
+    "BalancerStatus",
+    "PeerStatus",
+    "Status",
+    "fleet_changes",
+    "health",
+    "process_name",
+    "status",
+]
+
+#: How much of the fleet's history Redis keeps (:class:`~django_proxysql.sharing.Fleet`).
+MOST_MOMENTS = 500
 
 _LABELS = {
     "closed": "in use",
@@ -53,6 +66,10 @@ class BalancerStatus(NamedTuple):
     alias: str
     #: Why there is no more to say: its settings are wrong.
     problem: str = ""
+    #: Whether it shares its state with other processes (SHARED_STATE).
+    is_shared: bool = False
+    #: How many processes this speaks for; "" where the others cannot be asked.
+    processes: str = ""
     peers: Sequence[PeerStatus] = ()
     usable: int = 0
     connections: str = "0"
@@ -175,24 +192,32 @@ def _is_usable(state: PeerState) -> bool:
 def _balancer(balancer: LoadBalancer, seen: History, now: float, at: float) -> BalancerStatus:
     seen.look_at(balancer)
     states = balancer.snapshot()
-    total = sum(state.connections for state in states)
+    fleet = _fleet(balancer)
+    connections = {state.name: state.connections for state in states}
+    if fleet is not None:
+        connections.update(fleet.connections)
+    total = sum(connections.values())
     peers, rows = [], []
     for state in states:
         changes, trials = seen.of(balancer.name, state.name)
         told = [(now - at + change.at, change.state) for change in changes]
-        its_spans = spans(told, now - SPAN, now)
         began = now - at + seen.began
+        if fleet is not None:
+            told = fleet_changes(fleet, state)
+            began = told[0][0]
+        its_spans = spans(told, now - SPAN, now)
+        held = connections[state.name]
         peers.append(
             PeerStatus(
                 known=state,
                 state=state_of(balancer.peers[state.name]),
                 meaning=_meaning(state),
                 since=_local(told[-1][0]) if told[-1][0] > began else None,
-                connections=str(state.connections),
-                share=f"{state.connections / total:.0%}" if total else "none",
+                connections=str(held),
+                share=f"{held / total:.0%}" if total else "none",
                 weight=f"{state.weight:g}",
                 priority=str(state.priority),
-                can_retry=state.state != "closed" and not state.drained,
+                can_retry=state.state != CLOSED and not state.drained,
                 story=_story(its_spans, now - SPAN),
             )
         )
@@ -205,6 +230,8 @@ def _balancer(balancer: LoadBalancer, seen: History, now: float, at: float) -> B
         )
     return BalancerStatus(
         balancer.name,
+        is_shared=balancer.sharing is not None,
+        processes="" if fleet is None else str(fleet.processes),
         peers=peers,
         usable=sum(map(_is_usable, states)),
         connections=str(total),
@@ -212,6 +239,45 @@ def _balancer(balancer: LoadBalancer, seen: History, now: float, at: float) -> B
         has_weights=len({state.weight for state in states}) > 1,
         has_priorities=len({state.priority for state in states}) > 1,
     )
+
+
+def _fleet(balancer: LoadBalancer) -> Fleet | None:
+    """Ask what all processes know together; None where they share nothing, or Redis is silent."""
+    return None if balancer.sharing is None else balancer.sharing.fleet()
+
+
+def fleet_changes(fleet: Fleet, state: PeerState) -> list[tuple[float, str]]:
+    """Return when a peer came into which state, as all processes found it, oldest first.
+
+    Only changes are on record. What a peer was before its first one is seen from that, and
+    one that has none has been for all that time what it is now.
+
+    :param state: what the peer is now.
+    """
+    moments = [moment for moment in fleet.timeline if moment.peer == state.name]
+    circuit = _before(moments, {OPEN: CLOSED, CLOSED: OPEN}, state.state)
+    drained = _before(
+        moments, {DRAINED: "", "undrained": DRAINED}, DRAINED if state.drained else ""
+    )
+    # Where the record is full, what was before it is not known.
+    full = len(fleet.timeline) >= MOST_MOMENTS
+    start = fleet.timeline[0].when if full else 0.0
+    changes = [(start, drained or circuit)]
+    for moment in moments:
+        if moment.state in (OPEN, CLOSED):
+            circuit = moment.state
+        else:
+            drained = DRAINED if moment.state == DRAINED else ""
+        if changes[-1][1] != (drained or circuit):
+            changes.append((moment.when, drained or circuit))
+    return changes
+
+
+def _before(moments: Sequence[Moment], opposites: Mapping[str, str], otherwise: str) -> str:
+    for moment in moments:
+        if moment.state in opposites:
+            return opposites[moment.state]
+    return otherwise
 
 
 def _meaning(state: PeerState) -> str:

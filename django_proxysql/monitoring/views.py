@@ -301,6 +301,7 @@ def _url(request: HttpRequest, name: str) -> str:
 def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, said: str) -> None:
     """Tell of what was done: those who did it, the log, and the admin's log."""
     user: Any = request.user
+    where = _where(balancer)
     logger.log(
         logging.WARNING if action == "drain" else logging.INFO,
         "%s: %s %s on the status page",
@@ -311,7 +312,7 @@ def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, 
     )
     messages.success(
         request,
-        f"You {said} (load balancer {balancer.name}), in {process_name()} only.",
+        f"You {said} (load balancer {balancer.name}), {where}.",
         fail_silently=True,
     )
     if not apps.is_installed("django.contrib.admin"):
@@ -323,11 +324,20 @@ def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, 
             user_id=user.pk,
             object_repr=f"{peer} of load balancer {balancer.name}"[:200],
             action_flag=CHANGE,
-            change_message=f"{said.capitalize()} in {process_name()}.",
+            change_message=f"{said.capitalize()}, {where}.",
         )
     except DatabaseError:
         # It is done and logged; the database may be what is being repaired.
         complain("%s: the admin's log could not be told", balancer.name)
+
+
+def _where(balancer: LoadBalancer) -> str:
+    """Return where it holds what an operator has done."""
+    if balancer.sharing is None:
+        return f"in {process_name()} only"
+    if balancer.sharing.settle():
+        return "in all processes that share its state"
+    return f"in {process_name()}; the others will be told when Redis answers again"
 
 
 # Looks and script: served from here, so that a site needs no staticfiles, and no inline
