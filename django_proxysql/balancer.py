@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 import os
 import threading
 import time
@@ -42,6 +43,7 @@ from .faults import Fault
 from .logger import complain, logger
 from .logs import log_event
 from .peer import Hold, Peer
+from .probe import prober
 from .ready import QUESTIONS, ready_check_from
 from .sharing import Sharing
 from .strategies import strategy_from
@@ -117,6 +119,8 @@ class LoadBalancer:
     :param ready_check: ``"galera"``, ``"writable"``, a dotted path or a callable.
     :param shared_state: ``"redis://…"``: circuits and drains are shared with all
         processes that name the same Redis (:mod:`django_proxysql.sharing`).
+    :param probe: ``"inline"``: callers of :meth:`connect` make the trials;
+        ``"background"``: a thread does (:mod:`django_proxysql.probe`).
     :param clock: a monotonic clock, in seconds.
     :param jitter: draws from [0, 1).
     :raises ConfigError: a wrong argument; the message names it.
@@ -140,6 +144,7 @@ class LoadBalancer:
         last_resort_interval: float | None = 1,
         ready_check: Any = None,
         shared_state: str | None = None,
+        probe: str = "inline",
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] | None = None,
     ) -> None:
@@ -160,10 +165,17 @@ class LoadBalancer:
                 last_resort_interval=last_resort_interval,
                 ready_check=ready_check,
                 shared_state=shared_state,
+                probe=probe,
             )
         self.config = config
         self.name = config.name
         self._connect = connect
+        self._in_background = config.probe == "background"
+        #: How a background trial connects, if not by ``connect``: opens a
+        #: connection as the :class:`Attempt` says, and closes it again.
+        self.open_and_close: Callable[[Attempt], object] | None = None
+        #: Whether a refusal of a background trial is due to what we ask for.
+        self.asks_for_another: Callable[[], bool] | bool = False
         #: The clock that everything about this balancer is timed by, in seconds.
         self.clock = clock
         self.budget = ReplayBudget(clock)
@@ -283,6 +295,77 @@ class LoadBalancer:
             raise
         return connection
 
+    # Trials
+
+    def permit(
+        self, peer: Peer, *, trial: bool = True, last_resort: float | None = None
+    ) -> Permit | None:
+        """Ask for the right to connect to ``peer``, without ever waiting for it.
+
+        Here, and nowhere else, it is decided who makes a trial, be it a caller
+        of :meth:`connect` or the thread in the background.
+
+        :param trial: whether the caller would make one.
+        :param last_resort: see :meth:`PeerBreaker.acquire`.
+        :returns: None if the peer is not to be connected to now.
+        """
+        return peer.breaker.acquire(last_resort=last_resort, trial=trial)
+
+    def next_trial(self, peer: Peer) -> float | None:
+        """Return when the peer's next trial may begin, on :attr:`clock`.
+
+        :returns: None while it needs none; minus infinity if it needs one at once.
+        """
+        circuit = peer.breaker.circuit
+        if circuit.state == CLOSED:
+            return circuit.due if circuit.suspect else None
+        interval = self._hurried()
+        return circuit.due if interval is None else min(circuit.due, circuit.tried + interval)
+
+    def try_out(self, peer: Peer) -> bool:
+        """Make the peer's trial if it is due, and keep no connection.
+
+        For the thread in the background.
+
+        :returns: whether one was made, and succeeded.
+        :raises BaseException: what was raised and says nothing about the peer.
+        """
+        permit = self.permit(peer, last_resort=self._hurried())
+        if permit is None:
+            return False
+        if not permit.is_trial:
+            # It has recovered just now.
+            permit.released()
+            return True
+        search = _Search(self, self._open_and_close, self.asks_for_another, "never")
+        try:
+            search.try_out(peer, permit)
+        except Exception as exc:
+            if search.is_of_the_peer(exc):
+                return False
+            raise
+        finally:
+            # As long as the two hold each other, so does the failed attempt's socket.
+            search.forget()
+        return True
+
+    def _open_and_close(self, attempt: Attempt) -> None:
+        if self.open_and_close is not None:
+            self.open_and_close(attempt)
+            return
+        connection = self._open_one(attempt)
+        with contextlib.suppress(Exception):
+            connection.close()
+
+    def _hurried(self) -> float | None:
+        """Return the seconds between trials of a peer while nobody can be had; else None."""
+        view = self.view()
+        return None if view.tiers or view.suspects else self.config.last_resort_interval
+
+    def _tend(self, news: bool = True) -> None:
+        if self._in_background:
+            prober.tend(self, news=news)
+
     def check_ready(self, connection: Any, attempt: Attempt) -> None:
         """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
 
@@ -307,10 +390,7 @@ class LoadBalancer:
         :returns: a :class:`PeerState` for each, in the order of :attr:`peers`.
         """
         now = self.clock()
-        view = self.view()
-        hurried = self.config.last_resort_interval
-        if view.tiers or view.suspects:
-            hurried = None
+        hurried = self._hurried()
         states = []
         for peer in self.peers.values():
             circuit = peer.breaker.circuit
@@ -417,6 +497,7 @@ class LoadBalancer:
         # Even if nothing has changed: who did it before may have been killed
         # on the way from one line to the other.
         self.look_anew()
+        self._tend()
         if changed and drained:
             self.emit(PeerDrained(self.name, peer.name, peer.address, peer.connections, learnt))
         elif changed:
@@ -502,6 +583,7 @@ class LoadBalancer:
 
     def _circuit_changed(self, name: str, transition: Transition) -> None:
         self.look_anew()
+        self._tend()
         peer = self.peers[name]
         if self.sharing is not None and not transition.learnt and transition.after != HALF_OPEN:
             self.sharing.has_news()
@@ -688,6 +770,18 @@ class _Search:
             )
         return connection
 
+    def try_out(self, peer: Peer, permit: Permit) -> None:
+        """Use ``permit`` for one attempt, and no other after it."""
+        self._attempt(peer, permit, self._started)
+
+    def forget(self) -> None:
+        """Let go of the last error."""
+        self._last_error = None
+
+    def is_of_the_peer(self, exc: BaseException) -> bool:
+        """Return whether ``exc``, which an attempt raised, says something about the peer."""
+        return exc is self._last_error and self._fault_of_last.tries_next
+
     def goes_on(self, exc: BaseException) -> bool:
         """Return whether the next candidate may do what this one could not."""
         # Anything but the last attempt's own error is no peer's: Ctrl-C while
@@ -741,6 +835,7 @@ class _Search:
         """Yield each peer that can be had, once, with the permit to try it."""
         # Whatever befalls a peer that the thread stays with: no other is looked at.
         # One that is drained, too: the block comes to its end first.
+        balancer = self._balancer
         pinned = self._pin.peer if self._pin is not None else None
         disappointed: set[str] = set()
         while True:
@@ -749,10 +844,10 @@ class _Search:
                 if self._trials == "never":
                     return
             elif pinned.name not in self._faults:
-                permit = pinned.breaker.acquire(last_resort=0)
+                permit = balancer.permit(pinned, last_resort=0)
                 if permit is not None:
                     yield pinned, permit
-            peers = self._balancer.undrained() if pinned is None else [pinned]
+            peers = balancer.undrained() if pinned is None else [pinned]
             if not self._await_a_trial(peers, disappointed):
                 return
             if self._clock() >= self._deadline:
@@ -761,23 +856,10 @@ class _Search:
     def _once_over(self) -> Iterator[tuple[Peer, Permit]]:
         balancer = self._balancer
         view = balancer.view()
-        if view.out and self._trials == "first":
-            # Peers of a worse tier than those in use are left alone: a trial
-            # that succeeds would send them a connection they are not to have.
-            best = view.tiers[0][0].priority if view.tiers else None
-            for peer in view.out:
-                if best is None or peer.priority <= best:
-                    yield from self._permitted(peer, out=True)
-        if view.suspects and self._trials == "first":
-            # One that nobody has had to fall back on is tried in its turn: it
-            # may have been well all the time, and new connections pass it by.
-            best = view.tiers[0][0].priority if view.tiers else None
-            now = self._clock()
-            hurried = balancer.config.last_resort_interval
-            for peer in view.suspects:
-                due = peer.breaker.circuit.tried
-                due += peer.breaker.reset_timeout if hurried is None else hurried
-                if due <= now and (best is None or peer.priority <= best):
+        if view.out or view.suspects:
+            balancer._tend(news=False)
+            if self._trials == "first":
+                for peer in self._due(view):
                     yield from self._permitted(peer, out=True)
         for tier in view.tiers:
             for peer in self._ordered(tier):
@@ -798,6 +880,28 @@ class _Search:
                 yield from self._permitted(peer)
         for peer in view.suspects:
             yield from self._permitted(peer, out=True)
+
+    def _due(self, view: _View) -> Iterator[Peer]:
+        """Yield the peers whose trial goes before the use of others."""
+        balancer = self._balancer
+        # Peers of a worse tier than those in use are left alone: a trial
+        # that succeeds would send them a connection they are not to have.
+        best = view.tiers[0][0].priority if view.tiers else math.inf
+        now = self._clock()
+        hurried = balancer.config.last_resort_interval
+        for peer in view.out + view.suspects:
+            circuit = peer.breaker.circuit
+            interval = peer.breaker.reset_timeout
+            due = circuit.due
+            if circuit.suspect:
+                # One that nobody has had to fall back on is tried in its turn: it
+                # may have been well all the time, and new connections pass it by.
+                due = circuit.tried + (interval if hurried is None else hurried)
+            if balancer._in_background:
+                # Its thread makes it, unless that does not get to run.
+                due += 2 * interval
+            if due <= now and peer.priority <= best:
+                yield peer
 
     def _ordered(self, tier: tuple[Peer, ...]) -> Iterator[Peer]:
         if len(tier) > 1:
@@ -830,7 +934,7 @@ class _Search:
         if peer.name in self._faults:
             return
         # A peer that has become suspect since we looked comes last all the same.
-        permit = peer.breaker.acquire(last_resort=last_resort, trial=out)
+        permit = self._balancer.permit(peer, last_resort=last_resort, trial=out)
         if out is not (permit is None or permit.is_trial):
             # The view is older than the circuit. It is renewed by whoever
             # changes a circuit, unless that thread was killed on the way.

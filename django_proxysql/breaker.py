@@ -314,7 +314,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         on_transition: Callable[[Transition], object] | None = None,
     ) -> None:
         self._circuit = Circuit()
-        self._release_interval = release_interval
+        #: Seconds after which a trial that said nothing may be made again.
+        self.release_interval = release_interval
         self._lease_seconds = lease
         self._clock = clock
         self._jitter = jitter
@@ -731,7 +732,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     def _record_release(self, generation: int, lease: Lease) -> None:
         now = self._clock()
-        due = now + self._release_interval
+        due = now + self.release_interval
 
         def released(circuit: Circuit) -> Circuit:
             late = _is_late(circuit, generation, lease)
@@ -754,7 +755,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         lock = self._lock
         if lock.acquire(blocking=False):
             try:
-                self._swap(lambda circuit: _forsaken(circuit, lease, now + self._release_interval))
+                self._swap(lambda circuit: _forsaken(circuit, lease, now + self.release_interval))
             finally:
                 lock.release()
         lease.end()

@@ -77,6 +77,7 @@ _BALANCER_FIELDS = {
     "IDLE_CHECK": "idle_check",
     "SYNCHRONOUS_PEERS": "synchronous_peers",
     "TCP_USER_TIMEOUT": "tcp_user_timeout",
+    "PROBE": "probe",
 }
 _PEER_KEYS = (*_PEER_FIELDS, "BREAKER")
 _BALANCER_KEYS = (

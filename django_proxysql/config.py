@@ -131,6 +131,8 @@ class BalancerConfig:
     tcp_user_timeout: float | None = 20
     #: URL of the Redis through which processes share what they know. May hold a password.
     shared_state: str | None = field(default=None, repr=False)
+    #: "inline": whoever connects makes the trials; "background": a thread does.
+    probe: str = "inline"
 
     def __post_init__(self) -> None:
         if not self.peers:
@@ -148,6 +150,8 @@ class BalancerConfig:
         number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)
         if self.replay not in ("safe", None):
             raise ConfigError("REPLAY", f"is {self.replay!r}", "Give 'safe' or None.")
+        if self.probe not in ("inline", "background"):
+            raise ConfigError("PROBE", f"is {self.probe!r}", "Give 'inline' or 'background'.")
         if not isinstance(self.synchronous_peers, bool):
             raise ConfigError(
                 "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."

@@ -19,7 +19,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.signals import connection_created
 
 from . import drivers
-from .balancer import LoadBalancer
+from .balancer import Attempt, LoadBalancer
 from .conf import (
     ALIAS_KEY,
     PeerEngine,
@@ -34,6 +34,7 @@ from .conf import (
 from .errors import NoPeerAvailable
 from .events import Listener
 from .peer import Peer
+from .probe import prober
 
 __all__ = ["Registered", "balancers", "introduce_peers", "register"]
 
@@ -118,6 +119,8 @@ class Balancers(Mapping[str, LoadBalancer]):
             balancer = LoadBalancer(config, **self._options.get(alias, {}))
             balancer.no_peer_error = NoPeerAvailable
             registered = Registered(balancer, self._first_read[alias])
+            balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
+            balancer.asks_for_another = balancer.open_and_close.is_changed
             # Together, so that a listener added just now is one of this balancer's.
             with self._listeners_lock:
                 for listener, connects in self._listeners:
@@ -157,6 +160,30 @@ class Balancers(Mapping[str, LoadBalancer]):
         self._entries.clear()
         self._mirrors.clear()
         self.known.clear()
+
+
+class _BackgroundTrial:
+    """Connects for a trial off the request: all that the engine does, on a wrapper of its own."""
+
+    def __init__(self, alias: str, first_read: Mapping[str, Any]) -> None:
+        self._alias = alias
+        self._first_read = first_read
+
+    def is_changed(self) -> bool:
+        """Return whether the alias asks for another database than at first."""
+        return bool(changed_keys(connections.databases[self._alias], self._first_read))
+
+    def __call__(self, attempt: Attempt) -> None:
+        try:
+            known: Any = connections[self._alias]
+            # Its own even where the thread has a connection: a signal's
+            # receiver may have made one.
+            wrapper = type(known)(known.settings_dict, self._alias)
+            wrapper.try_out(attempt)
+        finally:
+            if prober.is_here:
+                # What receivers and checks have opened; the thread keeps nothing.
+                connections.close_all()
 
 
 balancers = Balancers()

@@ -40,10 +40,10 @@ FLOORS = {
     "strategies": 2,
     "logs": 2,
     "peer": 3,
+    "probe": 3,
     "ready": 3,
     "sharing": 3,
     "balancer": 4,
-    "probe": 5,
     # The Django line: nothing above imports Django.
     "conf": 6,
     "errors": 6,

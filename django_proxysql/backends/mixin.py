@@ -6,6 +6,7 @@ features, SQL) is the peer engine's, untouched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,15 @@ class LoadBalancedMixin(_Base):
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
             trials=self._trials,
         )
+
+    def try_out(self, attempt: Attempt) -> None:
+        """Connect as ``attempt`` says, with all that belongs to it, and close again."""
+        registered = self._registered()
+        assert registered is not None
+        self._open_one(registered, attempt)
+        # It has worked: what closing says is nobody's concern.
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
