@@ -297,20 +297,6 @@ class LoadBalancer:
 
     # Trials
 
-    def permit(
-        self, peer: Peer, *, trial: bool = True, last_resort: float | None = None
-    ) -> Permit | None:
-        """Ask for the right to connect to ``peer``, without ever waiting for it.
-
-        Here, and nowhere else, it is decided who makes a trial, be it a caller
-        of :meth:`connect` or the thread in the background.
-
-        :param trial: whether the caller would make one.
-        :param last_resort: see :meth:`PeerBreaker.acquire`.
-        :returns: None if the peer is not to be connected to now.
-        """
-        return peer.breaker.acquire(last_resort=last_resort, trial=trial)
-
     def next_trial(self, peer: Peer) -> float | None:
         """Return when the peer's next trial may begin, on :attr:`clock`.
 
@@ -330,7 +316,7 @@ class LoadBalancer:
         :returns: whether one was made, and succeeded.
         :raises BaseException: what was raised and says nothing about the peer.
         """
-        permit = self.permit(peer, last_resort=self._hurried())
+        permit = peer.breaker.acquire(last_resort=self._hurried())
         if permit is None:
             return False
         if not permit.is_trial:
@@ -844,7 +830,7 @@ class _Search:
                 if self._trials == "never":
                     return
             elif pinned.name not in self._faults:
-                permit = balancer.permit(pinned, last_resort=0)
+                permit = pinned.breaker.acquire(last_resort=0)
                 if permit is not None:
                     yield pinned, permit
             peers = balancer.undrained() if pinned is None else [pinned]
@@ -934,7 +920,7 @@ class _Search:
         if peer.name in self._faults:
             return
         # A peer that has become suspect since we looked comes last all the same.
-        permit = self._balancer.permit(peer, last_resort=last_resort, trial=out)
+        permit = peer.breaker.acquire(last_resort=last_resort, trial=out)
         if out is not (permit is None or permit.is_trial):
             # The view is older than the circuit. It is renewed by whoever
             # changes a circuit, unless that thread was killed on the way.

@@ -41,6 +41,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
+from .locks import new_lock
 from .logger import complain
 
 if TYPE_CHECKING:
@@ -81,12 +82,24 @@ class _Runner:
         self._bell.acquire(timeout=max(0.0, min(seconds, _LOOK_AGAIN)))
 
 
+class _End:
+    """Dies with its thread, also with one that is killed before its first line."""
+
+    def __init__(self, runner: _Runner) -> None:
+        self._runner = runner
+
+    def __del__(self) -> None:
+        # Whoever connects next starts another. Not from here: this may be the
+        # failure to start one.
+        self._runner.over = True
+
+
 class Prober:
     """Makes the trials of all balancers of a process that want that, in a thread of its own."""
 
     def __init__(self) -> None:
-        # A signal handler may come here while its thread is here.
-        self._lock = threading.RLock()
+        # Re-entrant: a signal handler may come here while its thread is here.
+        self._lock = new_lock()
         self._runner: _Runner | None = None
         #: The balancers that have had trouble, and when each of their peers may be tried again.
         self._tended: weakref.WeakKeyDictionary[LoadBalancer, dict[str, float]] = (
@@ -167,7 +180,7 @@ class Prober:
                 if self.is_running:
                     return
                 self._runner = runner
-            _thread.start_new_thread(self._run, (runner,))
+            _thread.start_new_thread(self._run, (runner, _End(runner)))
         except RuntimeError:
             # No thread is to be had, or the interpreter is on its way out.
             runner.over = True
@@ -176,7 +189,7 @@ class Prober:
             runner.over = True
             raise
 
-    def _run(self, runner: _Runner) -> None:
+    def _run(self, runner: _Runner, end: _End) -> None:
         try:
             runner.ident = _thread.get_ident()
             # After a fork within a trial this may be the child.
@@ -203,7 +216,7 @@ class Prober:
 
     def after_fork(self) -> None:
         """In the child: no thread, and a lock that nobody holds."""
-        self._lock = threading.RLock()
+        self._lock = new_lock()
         self._runner = None
 
 

@@ -77,6 +77,8 @@ MISTAKES: list[Any] = [
     ("E005", {"PEERS": [ONE], "TCP_USER_TIMEOUT": True}, "TCP_USER_TIMEOUT is True", "a number"),
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": None}, "SYNCHRONOUS_PEERS is None", "False"),
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
+    ("E005", {"PEERS": [ONE], "PROBE": "foreground"}, "PROBE is 'foreground'", "'background'"),
+    ("E005", {"PEERS": [ONE], "PROBE": None}, "PROBE is None", "'inline' or"),
     ("E005", {"PEERS": [ONE], "BREAKER": 3}, "BREAKER is 3", "fail_max"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
@@ -259,6 +261,7 @@ def test_right_settings_have_no_message() -> None:
         "SYNCHRONOUS_PEERS": False,
         "TCP_USER_TIMEOUT": 2.5,
         "SHARED_STATE": "rediss://shop:pass%40word@10.0.0.9:6380/3?prefix=shop",
+        "PROBE": "background",
         "CONN_MAX_AGE": None,
         "ATOMIC_REQUESTS": True,
         "TEST": {"NAME": "test_shop"},
@@ -273,6 +276,7 @@ def test_right_settings_have_no_message() -> None:
         assert (config.synchronous_peers, config.tcp_user_timeout) == (False, 2.5)
         assert config.shared_state == settings["SHARED_STATE"]
         assert "word" not in repr(balancers["balanced"]) + repr(config)
+        assert config.probe == "background"
     for setting in ("IDLE_CHECK", "TCP_USER_TIMEOUT"):
         with engine([ONE], **{setting: None}):
             assert ids(run_checks()) == []
@@ -428,7 +432,7 @@ def test_strange_entries_break_nothing() -> None:
     keys = [
         *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
         *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
-        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT"),
+        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "PROBE"),
         *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
     ]
     for key in keys:

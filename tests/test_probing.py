@@ -1,0 +1,931 @@
+"""PROBE "background": trials are made off the request, by one thread a process."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from django.db import connections
+from django.db.backends.signals import connection_created
+
+from django_proxysql import Fault, LoadBalancer, NotReady, balancer, balancers, probe
+from django_proxysql.events import CircuitClosed, Connected, ConnectFailed
+from django_proxysql.exceptions import ConfigError
+from tests.engine import Clock as EngineClock
+from tests.engine import engine, mysql_peer
+from tests.fakes import (
+    Clock,
+    Driver,
+    bad_password,
+    even,
+    peers,
+    raised_by,
+    refused_by_host,
+    running,
+)
+from tests.servers.mariadb import Node
+from tests.test_balancer import World
+from tests.test_breaker_threads import Injected, TestFork, hurried  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+Pair = tuple[Node, Node]
+
+
+@pytest.fixture
+def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
+    """A prober of the test's own; its thread has ended when the test has."""
+    made = probe.Prober()
+    monkeypatch.setattr(balancer, "prober", made)
+    monkeypatch.setattr("django_proxysql.registry.prober", made)
+    yield made
+    for db in list(made._tended):
+        for peer in db.peers.values():
+            peer.breaker.close()
+    until(lambda: not made.is_running)
+
+
+@pytest.fixture
+def stalled(prober: probe.Prober, monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
+    """The same, whose threads never get to run, as in uWSGI without threads."""
+    never: list[Any] = []
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *args: never.append(args))
+    yield prober
+    prober._runner = None
+    monkeypatch.setattr(prober, "_start", lambda: None)
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for another thread to have done something."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.001)
+
+
+def background(*names: str, **options: Any) -> World:
+    return World(*names, probe="background", **options)
+
+
+@pytest.mark.usefixtures("stalled")
+class TestStep:
+    """What is tried and when, on a clock that stands still."""
+
+    def test_trial_is_the_threads(self, stalled: probe.Prober) -> None:
+        """A request passes by a peer whose trial is due; the thread makes it, and says when."""
+        world = background("db1", "db2")
+        world.open("db1")
+        assert stalled.step() == 30
+        world.clock.advance(29)
+        assert stalled.step() == 1
+        world.clock.advance(1)
+        assert world.hosts() == ["db2"]
+        assert stalled.step() is None
+        assert world.driver.hosts == ["db2", "db1"]
+        assert world.states() == "closed closed"
+
+    def test_keeps_no_connection(self, stalled: probe.Prober) -> None:
+        """What a trial opens is closed again, and told of as a trial."""
+        world = background("db1", "db2")
+        world.open("db1")
+        world.clock.advance(30)
+        stalled.step()
+        assert [(made.host, made.closed) for made in world.driver.made] == [("db1", True)]
+        assert [event.trial for event in world.told(Connected)] == [True]
+        assert len(world.told(CircuitClosed)) == 1
+
+    def test_fails_to_close(self, stalled: probe.Prober) -> None:
+        """What closing the trial's connection raises says nothing about the peer."""
+
+        class Stubborn:
+            def close(self) -> None:
+                raise OSError("closed already")
+
+        world = background("db1", "db2")
+        world.db._connect = lambda **params: Stubborn()
+        world.open("db1")
+        world.clock.advance(30)
+        assert stalled.step() is None
+
+    def test_fails_again(self, stalled: probe.Prober) -> None:
+        """A trial that fails opens the circuit for another interval."""
+        world = background("db1", "db2")
+        world.driver.down["db1"] = refused_by_host
+        world.open("db1")
+        world.clock.advance(30)
+        assert stalled.step() == 30
+        assert world.driver.hosts == ["db1"]
+        assert [event.trial for event in world.told(ConnectFailed)] == [True]
+        assert stalled.step() == 30
+        assert world.driver.hosts == ["db1"]
+
+    def test_suspect(self, stalled: probe.Prober) -> None:
+        """A doubt is cleared at once; no request does it while there are others."""
+        world = background("db1", "db2")
+        world.db.peers["db1"].breaker.suspect("lost", Fault.LOST)
+        world.clock.advance(5)
+        assert world.hosts() == ["db2"]
+        assert stalled.step() is None
+        assert world.hosts() == ["db1"]
+        assert world.told(CircuitClosed) == []
+
+    def test_success_threshold(self, stalled: probe.Prober) -> None:
+        """As many good trials as are wanted are made one after the other."""
+        world = background("db1", "db2", breaker={"success_threshold": 3})
+        world.open("db1")
+        world.clock.advance(30)
+        assert stalled.step() == 0
+        assert stalled.step() == 0
+        assert stalled.step() is None
+        assert world.driver.hosts == ["db1"] * 3
+
+    def test_question(self, stalled: probe.Prober) -> None:
+        """READY_CHECK is asked in the trial."""
+        asked: list[str] = []
+
+        def check(connection: Any) -> None:
+            asked.append(connection.host)
+            raise NotReady("not yet")
+
+        world = background("db1", "db2", ready_check=check)
+        world.open("db1")
+        world.clock.advance(30)
+        assert stalled.step() == 30
+        assert asked == ["db1"]
+        assert world.db.peers["db1"].breaker.circuit.fault is Fault.NOT_READY
+
+    def test_drained(self, stalled: probe.Prober) -> None:
+        """A drained peer is left alone, until it is undrained."""
+        world = background("db1", "db2", "db3")
+        world.open("db1")
+        world.db.peers["db2"].breaker.suspect()
+        world.db.drain("db1")
+        world.db.drain("db2")
+        world.clock.advance(30)
+        assert stalled.step() is None
+        assert world.driver.hosts == []
+        world.db.undrain("db1")
+        world.db.undrain("db2")
+        assert stalled.is_running
+        assert stalled.step() is None
+        assert sorted(world.driver.hosts) == ["db1", "db2"]
+
+    def test_nobody_left(self, stalled: probe.Prober) -> None:
+        """With no circuit closed, peers are tried each LAST_RESORT_INTERVAL."""
+        world = background("db1", "db2", last_resort_interval=2)
+        world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
+        world.open("db1", "db2")
+        assert stalled.step() == 2
+        world.clock.advance(2)
+        assert stalled.step() == 2
+        assert world.driver.hosts == ["db1", "db2"]
+        world.clock.advance(2)
+        world.driver.down.pop("db2")
+        # With one of them back the other's interval holds again.
+        assert stalled.step() == 30
+
+    def test_no_last_resort(self, stalled: probe.Prober) -> None:
+        """LAST_RESORT_INTERVAL None: the whole interval, and 0: not in a spin."""
+        world = background("db1", last_resort_interval=None)
+        world.open("db1")
+        assert stalled.step() == 30
+        world = background("db1", last_resort_interval=0)
+        world.driver.down["db1"] = refused_by_host
+        world.open("db1")
+        assert stalled.step() == 0.1
+        assert world.driver.hosts == ["db1"]
+
+    def test_worse_tier(self, stalled: probe.Prober) -> None:
+        """A peer of a worse tier is tried, too: nobody is sent there by that."""
+        world = background(peers={"db1": {"host": "db1"}, "db2": {"host": "db2", "priority": 1}})
+        world.open("db2")
+        world.clock.advance(30)
+        assert stalled.step() is None
+        assert world.driver.hosts == ["db2"]
+
+    def test_somebody_elses_trial(self, stalled: probe.Prober) -> None:
+        """While a caller of calling() has the trial it is left alone, however long it takes."""
+        world = background("db1", "db2")
+        world.open("db1")
+        world.clock.advance(30)
+        with world.db.peers["db1"].breaker.calling():
+            assert stalled.step() == 31  # when its lease runs out
+            assert world.driver.hosts == []
+        assert stalled.step() is None
+
+    def test_left_to_others(self, stalled: probe.Prober) -> None:
+        """Where another process is to make the trial, this one comes back when it is told to."""
+        world = background("db1", "db2")
+        world.open("db1")
+        world.clock.advance(30)
+        world.db.peers["db1"].breaker.gate = lambda: 5
+        assert stalled.step() == 5
+        assert stalled.step() == 5
+        assert world.driver.hosts == []
+        world.db.peers["db1"].breaker.gate = lambda: 0
+        world.clock.advance(5)
+        assert stalled.step() is None
+        assert world.driver.hosts == ["db1"]
+
+    def test_each_balancers(self, stalled: probe.Prober) -> None:
+        """One prober for all balancers that want one, each on its own clock and interval."""
+        one = background("db1", "db2", name="one", check_interval=20)
+        other = background("db1", "db2", name="other")
+        inline = World("db1", "db2")
+        for world in (one, other, inline):
+            world.open("db1")
+        assert stalled.step() == 20
+        other.clock.advance(30)
+        assert stalled.step() == 20
+        assert other.driver.hosts == ["db1"]
+        assert inline.driver.hosts == []
+
+    def test_balancer_is_gone(self, stalled: probe.Prober) -> None:
+        """A balancer that nobody has any more is not kept for its peers' sake."""
+        world = background("db1", "db2")
+        world.open("db1")
+        db = weakref.ref(world.db)
+        del world
+        gc.collect()
+        assert db() is None
+        assert stalled.step() is None
+
+    @pytest.mark.parametrize(
+        "error", [SystemExit(1), KeyboardInterrupt(), TypeError("a bug"), Injected()]
+    )
+    def test_own_bug(
+        self, stalled: probe.Prober, error: BaseException, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What a check raises that is no driver's error ends its trial; logged once a minute."""
+
+        def check(connection: Any) -> None:
+            raise error
+
+        world = background("db1", "db2", ready_check=check)
+        world.driver.down["db2"] = refused_by_host
+        world.open("db1", "db2")
+        world.clock.advance(30)
+        caplog.set_level(logging.ERROR, "django_proxysql")
+        caplog.clear()
+        assert stalled.step() == 1
+        assert world.driver.hosts == ["db1", "db2"]
+        assert all(made.closed for made in world.driver.made)
+        for _ in range(5):
+            world.clock.advance(1)
+            stalled.step()
+        assert world.driver.hosts == ["db1", "db2"] * 6
+        assert caplog.messages == ["The trial of default/db1 raised"]
+
+    def test_not_the_peers_fault(self, stalled: probe.Prober) -> None:
+        """A peer that is full is tried again soon, and nobody complains."""
+        world = background("db1", "db2")
+        world.driver.down["db1"] = type(refused_by_host())(1040, "Too many connections")
+        world.open("db1")
+        world.clock.advance(30)
+        assert stalled.step() == 1
+        assert world.states() == "open closed"
+
+    def test_refused_as_another(self, stalled: probe.Prober) -> None:
+        """A refusal where another database is asked for than at first counts for nothing."""
+        world = background("db1", "db2")
+        world.driver.down["db1"] = bad_password
+        world.db.asks_for_another = lambda: True
+        world.db.peers["db1"].breaker.suspect()
+        assert stalled.step() == 1
+        assert world.states() == "closed closed"
+        world.db.asks_for_another = False
+        world.clock.advance(1)
+        assert stalled.step() == 30
+        assert world.states() == "open closed"
+
+
+class TestRequests:
+    """What connect() does beside it."""
+
+    @pytest.mark.usefixtures("stalled")
+    def test_thread_does_not_run(self) -> None:
+        """Trials that are overdue by two intervals are made by whoever connects."""
+        world = background("db1", "db2")
+        world.open("db1")
+        world.clock.advance(89)
+        assert world.hosts() == ["db2"]
+        world.clock.advance(1)
+        assert world.hosts() == ["db1"]
+        assert world.states() == "closed closed"
+
+    @pytest.mark.usefixtures("stalled")
+    def test_thread_does_not_run_suspect(self) -> None:
+        """The same for one that is suspect."""
+        world = background("db1", "db2")
+        world.db.peers["db1"].breaker.suspect()
+        world.clock.advance(60)
+        assert world.hosts() == ["db2"]
+        world.clock.advance(1)
+        assert world.hosts() == ["db1"]
+
+    def test_no_thread_to_be_had(
+        self,
+        prober: probe.Prober,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Where no thread can be started a line says so, and requests make the trials."""
+
+        def none(*args: Any) -> int:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(_thread, "start_new_thread", none)
+        world = background("db1", "db2")
+        caplog.set_level(logging.ERROR, "django_proxysql")
+        world.open("db1")
+        for _ in range(3):
+            assert world.hosts() == ["db2"]
+        assert not prober.is_running
+        assert caplog.messages == ["No thread could be started for trials; requests make them"]
+        world.clock.advance(90)
+        assert world.hosts() == ["db1"]
+
+    @pytest.mark.usefixtures("stalled")
+    def test_last_resort(self) -> None:
+        """A request that has nobody left tries who is due, as without the thread."""
+        world = background("db1", "db2")
+        world.driver.down["db2"] = refused_by_host
+        world.open("db1")
+        world.clock.advance(30)
+        assert world.hosts() == ["db2", "db1"]
+        assert world.states() == "closed open"
+
+    def test_waits_for_the_threads_trial(self, prober: probe.Prober) -> None:
+        """A request that has nobody left waits for the trial that the thread is making."""
+        world = background("db1")
+        inside, go = threading.Event(), threading.Event()
+
+        def slow() -> None:
+            inside.set()
+            assert go.wait(20)
+            world.driver.down.clear()
+
+        world.driver.down["db1"] = slow
+        world.db.clock = clock = lambda: world.clock() + time.monotonic()  # type: ignore[assignment]
+        assert clock
+        world.db.peers["db1"].breaker._clock = world.db.clock
+        world.db.peers["db1"].breaker.suspect()
+        got: list[str] = []
+        assert inside.wait(20)
+        with running(lambda: got.append(world.connect())):
+            # It waits: its own attempt would be a second call.
+            until(lambda: world.db.peers["db1"].breaker.circuit.lease._bells)
+            assert world.driver.hosts == ["db1"]
+            go.set()
+        assert got == ["db1"]
+        assert world.driver.hosts == ["db1", "db1"]
+        assert prober.is_running or world.states() == "closed"
+
+    def test_nobody_waits_for_a_hanging_peer(self, prober: probe.Prober) -> None:
+        """While its trial hangs, requests connect elsewhere, and none makes it."""
+        world = background("hangs", "db2")
+        inside, go = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            inside.set()
+            assert go.wait(20)
+
+        world.driver.down["hangs"] = hang
+        world.open("hangs")
+        world.clock.advance(30)
+        prober.tend(world.db)
+        assert inside.wait(20)
+        with running(*[lambda: [world.connect() for _ in range(50)]] * 7):
+            pass
+        assert world.driver.hosts == ["hangs"] + ["db2"] * 350
+        go.set()
+        until(lambda: world.states() == "closed closed")
+
+    def test_wrong_setting(self) -> None:
+        """Anything but the two words."""
+        with pytest.raises(ConfigError, match="PROBE is 'backgruond'"):
+            LoadBalancer(peers("db1"), probe="backgruond")
+
+
+class TestThread:
+    @pytest.fixture(autouse=True)
+    def unraisable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What hits a finalizer cannot be raised: let Python drop it without a word."""
+        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+    def test_is_there_while_there_is_need(self, prober: probe.Prober) -> None:
+        """It starts when the first circuit opens, and is gone when all are closed."""
+        world = background("db1", "db2", "db3")
+        assert not prober.is_running
+        before = _thread._count()
+        world.open("db1")
+        world.open("db2")
+        assert prober.is_running
+        until(lambda: _thread._count() == before + 1)
+        world.db.peers["db2"].breaker.close()
+        assert prober.is_running
+        world.clock.advance(30)
+        prober.tend(world.db)
+        until(lambda: not prober.is_running)
+        until(lambda: _thread._count() == before)
+        assert world.states() == "closed closed closed"
+        world.open("db3")
+        assert prober.is_running
+
+    def test_inline_has_none(self, prober: probe.Prober) -> None:
+        """Without the setting there is no thread."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.hosts()
+        assert prober._runner is None
+
+    def test_looks_by_itself(self, prober: probe.Prober) -> None:
+        """Whoever changes an interval, or is killed before it rings, is seen within a second."""
+        world = background("db1", "db2")
+        world.open("db1")
+        world.clock.advance(10)
+        world.db.peers["db1"].breaker.reset_timeout = 5
+        until(lambda: world.states() == "closed closed")
+
+    @pytest.mark.usefixtures("hurried")
+    def test_ends_while_circuits_open(self, prober: probe.Prober) -> None:
+        """However its end meets the opening of a circuit, an open circuit has a thread."""
+        clock = Clock()
+        db = LoadBalancer(
+            peers("db1", "db2", "db3"),
+            Driver().connect,
+            clock=clock,
+            jitter=even,
+            probe="background",
+        )
+        db.remove_listener(balancer.log_event)
+        started: list[int] = []
+
+        def open_and_await(name: str) -> None:
+            circuit = db.peers[name].breaker
+            for _ in range(150):
+                circuit.open()
+                # Its trial is due at once: with nobody at it, it would stay open.
+                circuit.half_open()
+                until(lambda: circuit.current_state == "closed", 10)
+
+        with running(*[lambda name=name: open_and_await(name) for name in db.peers], seconds=60):
+            pass
+        assert started == []
+        until(lambda: not prober.is_running)
+
+    @pytest.mark.usefixtures("hurried")
+    def test_one_at_a_time(self, prober: probe.Prober) -> None:
+        """However many circuits open at once, there is one thread, and one trial at a time."""
+        clock = Clock()
+        inside: list[int] = []
+        most: list[int] = []
+
+        def connect(**params: Any) -> Any:
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0)
+            inside.pop()
+            raise refused_by_host()
+
+        db = LoadBalancer(peers(*"abcdefgh"), connect, clock=clock, jitter=even, probe="background")
+        db.remove_listener(balancer.log_event)
+        before = _thread._count()
+        barrier = threading.Barrier(8)
+
+        def open_it(name: str) -> None:
+            barrier.wait(10)
+            db.peers[name].breaker.open()
+
+        with running(*[lambda name=name: open_it(name) for name in db.peers]):
+            pass
+        until(lambda: _thread._count() == before + 1)
+        for _ in range(20):
+            clock.advance(30)
+            prober.tend(db)
+        until(lambda: len(most) >= 8)
+        assert set(most) == {1}
+        assert _thread._count() == before + 1
+
+    def test_opened_by_a_signal_handler(self, prober: probe.Prober) -> None:
+        """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
+        db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=Clock(), probe="background")
+        db.remove_listener(balancer.log_event)
+        circuits = [peer.breaker for peer in db.peers.values()]
+        hits = [0]
+
+        def strike(*args: Any) -> None:
+            hits[0] += 1
+            circuits[0].open()
+            circuits[0].half_open()
+
+        before = signal.signal(signal.SIGVTALRM, strike)
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.00037)
+            end = time.monotonic() + 20
+            while hits[0] < 200:
+                assert time.monotonic() < end
+                circuits[1].open()
+                circuits[1].close()
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+        until(lambda: circuits[0].current_state == "closed")
+
+    @staticmethod
+    def striking(step: int, struck: list[str]) -> Callable[..., Any]:
+        """A trace function that raises Injected at the step-th line of the prober's."""
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal step
+            if frame.f_code.co_filename != probe.__file__:
+                return None
+            if event == "line":
+                step -= 1
+                if step == 0:
+                    struck.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+                    raise Injected
+            return trace
+
+        return trace
+
+    def killed(self, prober: probe.Prober, step: int, name: str) -> list[str]:
+        """Kill the thread at its step-th line; return where that was, if it came there."""
+        clock = Clock()
+        db = LoadBalancer(
+            peers("db1", "db2"), Driver().connect, clock=clock, jitter=even, probe="background"
+        )
+        db.remove_listener(balancer.log_event)
+        struck: list[str] = []
+        over = threading.Event()
+
+        def victim(*args: Any) -> None:
+            sys.settrace(self.striking(step, struck))
+            try:
+                prober._run(*args)
+            except Injected:
+                # The interpreter would write a line about it.
+                pass
+            finally:
+                sys.settrace(None)
+                over.set()
+
+        doomed = [victim]
+        start = _thread.start_new_thread
+        with mock.patch.object(
+            _thread,
+            "start_new_thread",
+            lambda run, args: start(doomed.pop() if doomed else run, args),
+        ):
+            try:
+                if name == "waits":
+                    db.peers["db1"].breaker.open()
+                    until(lambda: (prober._runner is not None and prober._runner.ident) or struck)
+                else:
+                    db.peers["db1"].breaker.suspect()
+                    until(lambda: db.peers["db1"].breaker.is_available or struck)
+                # In trouble or not, what is out now is tried.
+                db.peers["db2"].breaker.open()
+                clock.advance(30)
+                db.connect(lambda attempt: attempt.peer.name)
+                prober.tend(db)
+
+                def all_tried() -> bool:
+                    # A trial that was killed is due again a second later.
+                    clock.advance(1)
+                    return all(peer.breaker.is_available for peer in db.peers.values())
+
+                until(all_tried)
+                until(lambda: not prober.is_running)
+                assert over.wait(10)
+            except AssertionError as exc:
+                raise AssertionError(f"after a kill at {struck}") from exc
+        return struck
+
+    @pytest.mark.parametrize("name", ["waits", "tries"])
+    def test_killed_at_every_line(
+        self, prober: probe.Prober, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A thread that is killed at any line leaves no open circuit without a thread."""
+        monkeypatch.setattr(probe, "_LOOK_AGAIN", 0.01)
+        step = 1
+        while self.killed(prober, step, name):
+            step += 1
+        assert step > 30
+
+    def test_requester_killed_at_every_line(self, prober: probe.Prober) -> None:
+        """Nor does it matter where the one is killed whose failure opened the circuit."""
+        step = 0
+        struck = [""]
+        while struck:
+            step += 1
+            struck = []
+            db = LoadBalancer(
+                peers("db1", "db2"), Driver().connect, clock=Clock(), probe="background"
+            )
+            db.remove_listener(balancer.log_event)
+            circuit = db.peers["db1"].breaker
+            sys.settrace(self.striking(step, struck))
+            try:
+                raised_by(circuit.open)
+            finally:
+                sys.settrace(None)
+            # Whoever connects next makes up for it.
+            db.connect(lambda attempt: attempt.peer.name)
+            circuit.half_open()
+            until(lambda: circuit.current_state == "closed")  # noqa: B023
+            until(lambda: not prober.is_running)
+        assert step > 15
+
+    def test_process_ends_while_a_trial_hangs(self) -> None:
+        """No process waits for the thread at its end, and nothing is said."""
+        script = """
+            import threading
+            from django_proxysql import LoadBalancer
+            inside = threading.Event()
+            def hang(**params):
+                inside.set()
+                threading.Lock().acquire() and threading.Event().wait()
+            db = LoadBalancer(dict(db1={}, db2={}), hang, probe="background")
+            db.peers["db1"].breaker.suspect()
+            assert inside.wait(10)
+            print("bye")
+        """
+        ran = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert (ran.stdout, ran.stderr) == ("bye\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+class TestForked:
+    def test_child_starts_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A child has its parent's open circuits and no thread, until it connects."""
+        world = background("db1", "db2")
+        world.open("db1")
+        assert probe.prober.is_running
+
+        def work() -> str:
+            before = probe.prober.is_running
+            world.hosts()
+            after = probe.prober.is_running
+            world.clock.advance(30)
+            until(lambda: world.states() == "closed closed")
+            until(lambda: not probe.prober.is_running)
+            return f"{before} {after} {world.driver.hosts}"
+
+        assert TestFork.in_child(work) == "False True ['db2', 'db1']"
+        assert world.states() == "open closed"
+        assert probe.prober.is_running
+        world.db.peers["db1"].breaker.close()
+        until(lambda: not probe.prober.is_running)
+
+    def test_while_its_lock_is_held(self) -> None:
+        """A child that is made while a thread is being started starts one all the same."""
+        world = background("db1", "db2")
+
+        def held() -> None:
+            with probe.prober._lock:
+                inside.set()
+                assert go.wait(20)
+
+        inside, go = threading.Event(), threading.Event()
+        with running(held):
+            assert inside.wait(10)
+
+            def work() -> str:
+                world.open("db1")
+                world.clock.advance(30)
+                until(lambda: world.states() == "closed closed")
+                return "tried"
+
+            assert TestFork.in_child(work) == "tried"
+            go.set()
+
+    def test_within_a_trial(self) -> None:
+        """A check that forks: the child's copy of the thread ends with its trial."""
+        world = background("db1", "db2")
+        read, write = os.pipe()
+        children: list[int] = []
+
+        def fork() -> None:
+            child = os.fork()
+            if child:
+                children.append(child)
+            else:
+                os.close(read)
+
+        world.driver.down["db1"] = fork
+        with warnings.catch_warnings():
+            # Forking with threads about is what is tested.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            world.db.peers["db1"].breaker.suspect()
+            until(lambda: children and world.db.peers["db1"].breaker.is_available)
+        os.close(write)
+        # Its end of the pipe closes with it: it has ended.
+        assert os.read(read, 1) == b""
+        os.close(read)
+        assert os.waitpid(children[0], 0)[1] == 0
+        until(lambda: not probe.prober.is_running)
+
+
+GEVENT = """
+    from gevent import monkey
+    monkey.patch_all()
+    import logging
+    import socket
+    import threading
+    import gevent
+    from django_proxysql import LoadBalancer
+    from django_proxysql.probe import prober
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    seen = []
+
+    class Connection:
+        def __init__(self, port):
+            seen.append(threading.get_ident())
+            self.socket = socket.create_connection(("127.0.0.1", port), timeout=5)
+            self.socket.settimeout(5)
+            if self.socket.recv(2) != b"ok":
+                raise OSError("not ready")
+
+        def close(self):
+            self.socket.close()
+
+    def serve():
+        while True:
+            client, _ = listener.accept()
+            gevent.sleep(0.2)
+            client.sendall(b"ok")
+
+    logging.disable()
+    gevent.spawn(serve)
+    db = LoadBalancer(
+        {"db1": {"port": port}, "db2": {"port": port}}, Connection, probe="background"
+    )
+    db.peers["db1"].breaker.open()
+    db.peers["db1"].breaker.half_open()
+    assert prober.is_running
+    turns = 0
+    while db.peers["db1"].breaker.current_state != "closed":
+        # Others run while its trial waits for the network.
+        turns += 1
+        gevent.sleep(0.01)
+    while prober.is_running:
+        gevent.sleep(0.01)
+    assert len(seen) == 1 and seen[0] != threading.get_ident(), seen
+    assert turns > 5, turns
+    print("closed")
+"""
+
+
+def test_gevent() -> None:
+    """Where threads are greenlets it is one, and waits for patched sockets as such."""
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(GEVENT)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr) == ("closed\n", "")
+
+
+class TestEngine:
+    """Under Django, on real servers."""
+
+    def test_hanging_peer(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+        """Requests go on while the thread waits for a peer that is silent, and it comes back."""
+        frozen, alive = mariadb_pair
+        clock = EngineClock()
+        made: list[tuple[Any, Any]] = []
+
+        def receiver(connection: Any, **kwargs: Any) -> None:
+            made.append((_thread.get_ident(), connection.peer.name))
+
+        connection_created.connect(receiver)
+        try:
+            with engine(
+                [mysql_peer(frozen), {**mysql_peer(alive), "PRIORITY": 1}],
+                clock=clock,
+                PROBE="background",
+                CONNECT_TIMEOUT=2,
+                READY_CHECK="writable",
+            ) as connection:
+                told: list[Any] = []
+                balancers["balanced"].add_listener(
+                    lambda event: told.append((_thread.get_ident(), event))
+                )
+                peer = balancers["balanced"].peers["peer0"]
+                frozen.freeze()
+                peer.breaker.open()
+                clock.advance(30)
+                prober.tend(balancers["balanced"])
+                until(lambda: peer.breaker.trial is not None)
+                while peer.breaker.trial is not None:
+                    connection.close()
+                    connection.ensure_connection()
+                    assert connection.peer.name == "peer1"
+                me = _thread.get_ident()
+                trials = [(who, type(event)) for who, event in told if getattr(event, "trial", 0)]
+                assert [kind for _, kind in trials] == [ConnectFailed]
+                assert trials[0][0] != me
+                assert set(made) == {(me, "peer1")}
+                frozen.thaw()
+                clock.advance(34)
+                prober.tend(balancers["balanced"])
+                until(lambda: peer.breaker.is_available)
+                assert made[-1] == (trials[0][0], "peer0")
+                until(lambda: not prober.is_running)
+                assert peer.connections == 0
+                connection.close()
+                connection.ensure_connection()
+                assert connection.peer.name == "peer0"
+        finally:
+            connection_created.disconnect(receiver)
+
+    def test_keeps_nothing(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+        """What a receiver opens in its thread, under any alias, is closed with the trial."""
+        clock = EngineClock()
+        seen: list[Any] = []
+
+        def receiver(connection: Any, **kwargs: Any) -> None:
+            if prober.is_here and not seen:
+                other = connections["balanced"]
+                seen.append(other)
+                other.ensure_connection()
+                seen.append(other.connection)
+
+        connection_created.connect(receiver)
+        try:
+            with engine(
+                [mysql_peer(node) for node in mariadb_pair], clock=clock, PROBE="background"
+            ):
+                balancers["balanced"].peers["peer0"].breaker.suspect()
+                until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
+                until(lambda: not prober.is_running)
+        finally:
+            connection_created.disconnect(receiver)
+        assert seen[1] is not None
+        assert seen[0].connection is None
+
+    def test_database_of_the_callers(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+        """While tests have renamed the database, a peer that lacks it is not to blame."""
+        clock = EngineClock()
+        with engine(
+            [mysql_peer(node) for node in mariadb_pair], clock=clock, PROBE="background"
+        ) as connection:
+            peer = balancers["balanced"].peers["peer0"]
+            told: list[Any] = []
+            balancers["balanced"].add_listener(told.append)
+            connection.settings_dict["NAME"] = "nonesuch"
+            peer.breaker.suspect()
+            until(lambda: [event for event in told if isinstance(event, ConnectFailed)])
+            until(lambda: peer.breaker.trial is None)
+            assert peer.breaker.current_state == "closed"
+            assert [event.fault for event in told] == [Fault.REFUSED]
+
+    def test_every_wrappers_own(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+        """A step in a thread that has a connection leaves that alone."""
+        with engine(
+            [mysql_peer(node) for node in mariadb_pair],
+            clock=EngineClock(),
+            PROBE="background",
+            CONN_MAX_AGE=None,
+        ) as connection:
+            connection.ensure_connection()
+            before = connection.connection
+            balancers["balanced"].try_out(balancers["balanced"].peers["peer0"])
+            peer = balancers["balanced"].peers["peer1"]
+            _stalled = prober._start
+            prober._start = lambda: None  # type: ignore[method-assign]
+            try:
+                peer.breaker.suspect()
+                assert prober.step() is None
+            finally:
+                prober._start = _stalled  # type: ignore[method-assign]
+            assert peer.breaker.is_available
+            assert connection.connection is before
+            connection.cursor().execute("SELECT 1")
