@@ -300,6 +300,7 @@ class LoadBalancer:
     def next_trial(self, peer: Peer) -> float | None:
         """Return when the peer's next trial may begin, on :attr:`clock`.
 
+        :param peer: one of :attr:`peers`.
         :returns: None while it needs none; minus infinity if it needs one at once.
         """
         circuit = peer.breaker.circuit
@@ -313,6 +314,7 @@ class LoadBalancer:
 
         For the thread in the background.
 
+        :param peer: one of :attr:`peers`.
         :returns: whether one was made, and succeeded.
         :raises BaseException: what was raised and says nothing about the peer.
         """
