@@ -12,17 +12,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import close_old_connections
 
 from django_proxysql import balancers
 from django_proxysql.conf import ENGINE
 from tests.engine import MYSQL, SQLITE, added, engine, mysql_peer, sqlite_peer
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
+from tests.servers.redis import RedisServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,7 +115,9 @@ def test_json(tmp_path: Path) -> None:
     assert seen == {
         "status": "warning",
         "exit_code": 1,
-        "balancers": [{"alias": "balanced", "status": "warning", "shared": False}],
+        "balancers": [
+            {"alias": "balanced", "status": "warning", "shared": False, "processes": None}
+        ],
     }
     assert 0 < one.pop("latency") < 60
     assert one.pop("version").startswith("SQLite 3.")
@@ -125,6 +131,7 @@ def test_json(tmp_path: Path) -> None:
         "fault": None,
         "circuit": None,
         "drained": None,
+        "connections": None,
     }
     assert other == {
         "peer": "peer1",
@@ -138,6 +145,7 @@ def test_json(tmp_path: Path) -> None:
         "fault": "unreachable",
         "circuit": None,
         "drained": None,
+        "connections": None,
     }
 
 
@@ -216,13 +224,14 @@ def test_drain_while_watching(tmp_path: Path) -> None:
 class Project:
     """manage.py of a project with nothing but a balancer."""
 
-    def __init__(self, root: Path, entry: dict[str, Any]) -> None:
+    def __init__(self, root: Path, entry: dict[str, Any], alias: str = "default") -> None:
         self.root = root
+        databases = {"default": {"ENGINE": SQLITE, "NAME": ":memory:"}, alias: entry}
         (root / "settings.py").write_text(
             "SECRET_KEY = 'for tests only'\n"
             "USE_TZ = True\n"
             "INSTALLED_APPS = ['django_proxysql']\n"
-            f"DATABASES = {{'default': {entry!r}}}\n"
+            f"DATABASES = {databases!r}\n"
         )
 
     def start(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
@@ -285,6 +294,119 @@ def test_broken_pipe(project: Project, watch: list[str]) -> None:
     os.close(writer)
     _, err = process.communicate(timeout=60)
     assert err == ""
+
+
+# Processes that share what they know
+
+
+class Serving:
+    """This process as one that serves requests, and a project whose command it hears of."""
+
+    def __init__(self, root: Path, url: str, stack: ExitStack) -> None:
+        settings = {"PEER_ENGINE": SQLITE, "SHARED_STATE": url}
+        peers = sqlite_peers(root, "a", DOWN)
+        # The first is chosen before the second.
+        peers[1]["PRIORITY"] = 1
+        self.down = root / DOWN
+        self.connection = stack.enter_context(engine(peers, **settings))
+        self.balancer = balancers["balanced"]
+        self.project = Project(root, {"ENGINE": ENGINE, "PEERS": peers, **settings}, "balanced")
+
+    def command(self, *args: str) -> tuple[int, str, str]:
+        """Run it; afterwards this process knows what it has told."""
+        done = self.project.run(*args)
+        assert self.balancer.sharing is not None
+        self.balancer.sharing.settle(20)
+        return done
+
+    def drained(self) -> list[str]:
+        return [state.name for state in self.balancer.snapshot() if state.drained]
+
+
+@pytest.fixture
+def serving(tmp_path: Path, redis_server: RedisServer) -> Iterator[Serving]:
+    with ExitStack() as stack:
+        yield Serving(tmp_path, redis_server.url, stack)
+
+
+def test_drain(serving: Serving) -> None:
+    """All processes hear of it, and of its end; connections leave at their safe points."""
+    serving.down.parent.mkdir(parents=True)
+    serving.connection.ensure_connection()
+    assert serving.connection.peer.name == "peer0"
+    assert serving.balancer.sharing is not None
+    serving.balancer.sharing.settle(20)
+    code, out, err = serving.command("--drain", "peer0")
+    assert (code, err) == (0, "")
+    assert out == ("balanced: peer0 is drained. Connections that are to leave it: 1.\n")
+    assert serving.drained() == ["peer0"]
+    close_old_connections()
+    serving.connection.ensure_connection()
+    assert serving.connection.peer.name == "peer1"
+    code, out, err = serving.command("--undrain", "peer0")
+    assert (code, out, err) == (0, "balanced: peer0 is drained no longer.\n", "")
+    assert serving.drained() == []
+
+
+def test_last_usable_peer(serving: Serving) -> None:
+    """It is asked who else there is; the last is drained by force only."""
+    code, out, err = serving.command("--drain", "peer0")
+    assert (code, out) == (3, "")
+    assert err == (
+        "CommandError: 'peer0' is the last peer of 'balanced' that can be used: peer1 is down. "
+        "Nothing was changed. --force drains it all the same.\n"
+    )
+    assert serving.drained() == []
+    assert serving.command("--drain", "peer0", "--force")[0] == 0
+    assert serving.drained() == ["peer0"]
+    # What is drained already is drained.
+    assert serving.command("--drain", "peer0")[0] == 0
+
+
+def test_look_at_what_is_shared(serving: Serving) -> None:
+    """The table has what the processes know: circuits, drains, connections."""
+    serving.down.parent.mkdir(parents=True)
+    serving.connection.ensure_connection()
+    serving.balancer.peers["peer0"].breaker.open()
+    serving.balancer.drain("peer1", force=True)
+    code, out, err = serving.command()
+    # The circuit is open, and yet the peer is well, as far as the command can see.
+    assert (code, err) == (0, "")
+    verdict, heading, first, second = out.splitlines()
+    assert verdict == "OK: balanced: all well, peer1 drained"
+    assert heading.split()[-3:] == ["CIRCUIT", "DRAINED", "CONNS"]
+    assert first.split()[-3:] == ["open", "no", "1"]
+    assert second.split()[-3:] == ["closed", "yes", "0"]
+    (seen,) = json.loads(serving.command("--json")[1])["balancers"]
+    assert seen["shared"]
+    # A process that has ended is counted for five seconds: the command before.
+    assert seen["processes"] in (1, 2)
+    assert [(p["circuit"], p["drained"], p["connections"]) for p in seen["peers"]] == [
+        ("open", False, 1),
+        ("closed", True, 0),
+    ]
+
+
+def test_drained_peer_is_not_down(serving: Serving) -> None:
+    """What an operator has taken out is no alarm, but cannot be used either."""
+    serving.balancer.drain("peer1", force=True)
+    code, out, _ = serving.command("-v", "0")
+    assert (code, out) == (0, "OK: balanced: all well, peer1 drained\n")
+    serving.balancer.drain("peer0", force=True)
+    code, out, _ = serving.command("-v", "0")
+    assert (code, out) == (2, "CRITICAL: balanced: no peer can be used, peer0, peer1 drained\n")
+
+
+def test_redis_down(serving: Serving, redis_server: RedisServer) -> None:
+    """Peers are looked at all the same; a drain is refused, for nobody would hear of it."""
+    redis_server.kill()
+    code, out, _ = serving.project.run()
+    assert code == 1
+    assert "balanced: what the processes know is not to be had: Redis does not answer\n" in out
+    code, out, err = serving.project.run("--drain", "peer0")
+    assert (code, out) == (3, "")
+    assert "does not answer: the processes cannot be told. Nothing was changed." in err
+    assert serving.drained() == []
 
 
 def read_until(descriptor: int, pattern: str) -> str:

@@ -213,13 +213,14 @@ class Sharing:
         """
         self._shared[peer.name].wishes.append(drained)
 
-    def fleet(self) -> Fleet | None:
-        """Ask what all processes know together. Takes 50 ms at most.
+    def fleet(self, seconds: float = PATIENCE) -> Fleet | None:
+        """Ask what all processes know together.
 
+        :param seconds: how long to wait at most.
         :returns: None where Redis does not say.
         """
         self.start()
-        answer = self.link.ask(Question(self, fleet=True), PATIENCE)
+        answer = self.link.ask(Question(self, fleet=True), seconds)
         try:
             return None if answer is None else self._fleet_from(answer)
         except Exception:

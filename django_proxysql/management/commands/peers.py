@@ -37,6 +37,8 @@ class _Row(NamedTuple):
 
     found: Inspection
     known: PeerState | None
+    #: How many connections all processes hold to it.
+    connections: int | None
 
     @property
     def is_drained(self) -> bool:
@@ -45,6 +47,31 @@ class _Row(NamedTuple):
     @property
     def is_usable(self) -> bool:
         return self.found.ready and not self.is_drained
+
+
+class _Look(NamedTuple):
+    """All peers of one balancer, asked once."""
+
+    rows: Sequence[_Row]
+    shares: bool
+    #: How many processes share its state, this one aside; None if that is not to be had.
+    processes: int | None
+
+    @property
+    def status(self) -> int:
+        if not any(row.is_usable for row in self.rows):
+            return CRITICAL
+        return OK if all(row.found.ready or row.is_drained for row in self.rows) else WARNING
+
+    @property
+    def summary(self) -> str:
+        down = [row.found.peer for row in self.rows if not row.found.ready and not row.is_drained]
+        drained = [row.found.peer for row in self.rows if row.is_drained]
+        if self.status == CRITICAL:
+            said = "no peer can be used"
+        else:
+            said = f"{', '.join(down)} down" if down else "all well"
+        return f"{said}, {', '.join(drained)} drained" if drained else said
 
 
 class Command(BaseCommand):
@@ -163,7 +190,7 @@ class Command(BaseCommand):
             raise CommandError("--json and --watch are for looking; leave them out to drain.")
         name = options["drain"] or options["undrain"]
         balancer = _owner_of(name, chosen, "--drain" if options["drain"] else "--undrain")
-        if not _shares(balancer):
+        if balancer.sharing is None:
             raise CommandError(
                 f"{balancer.name!r} shares no state (it has no SHARED_STATE): what this command "
                 f"told it of {name!r} would end with this command's own process, and reach none "
@@ -171,20 +198,33 @@ class Command(BaseCommand):
                 f"balancers[{balancer.name!r}].drain({name!r}) in each process; or have the peer "
                 "itself refuse new connections, as PROXYSQL PAUSE does."
             )
+        if not balancer.sharing.settle():
+            raise CommandError(
+                f"{balancer.sharing!r} does not answer: the processes cannot be told. "
+                "Nothing was changed."
+            )
         if options["undrain"]:
             balancer.undrain(name)
-            said = f"{balancer.name}: {name} is drained no longer."
+            said = f"{name} is drained no longer."
         else:
             self._drain(balancer, name, options)
-            said = f"{balancer.name}: {name} is drained."
-        self.stdout.write(said)
+            fleet = balancer.sharing.fleet(1.0)
+            said = f"{name} is drained."
+            if fleet is not None:
+                said += f" Connections that are to leave it: {fleet.connections[name]}."
+        if not balancer.sharing.settle():
+            raise CommandError(
+                f"{balancer.sharing!r} has not confirmed it: look with manage.py peers, and say it "
+                "again."
+            )
+        self.stdout.write(f"{balancer.name}: {said}")
 
     def _drain(self, balancer: LoadBalancer, name: str, options: Mapping[str, Any]) -> None:
         if not options["force"] and not balancer.peers[name].drained:
             # The circuits may be of the same opinion as a moment ago: ask the peers themselves.
             others = [
                 row
-                for row in _ask({balancer.name: balancer}, options["timeout"])[balancer.name]
+                for row in _ask({balancer.name: balancer}, options["timeout"])[balancer.name].rows
                 if row.found.peer != name
             ]
             if not any(row.is_usable for row in others):
@@ -213,21 +253,21 @@ class Command(BaseCommand):
         looked = False
         try:
             while True:
-                rows = _ask(chosen, options["timeout"])
+                looks = _ask(chosen, options["timeout"])
                 if options["json"]:
                     indent = 2 if interval is None else None
-                    self.stdout.write(json.dumps(_as_json(chosen, rows), indent=indent))
+                    self.stdout.write(json.dumps(_as_json(looks), indent=indent))
                 else:
                     if redraw:
                         # To the top left corner, and nothing of the last look below.
                         self.stdout.write("\x1b[H\x1b[J", ending="")
                     when = "" if interval is None else time.strftime("%H:%M:%S ")
-                    for line in self._table(rows, options):
+                    for line in self._table(looks, options):
                         self.stdout.write(when + line)
                         when = ""
                 self.stdout.flush()
                 looked = True
-                yield max(_status(of_one) for of_one in rows.values())
+                yield _worst(looks)
                 if interval is None:
                     return
                 time.sleep(interval)
@@ -235,20 +275,19 @@ class Command(BaseCommand):
             if interval is None or not looked:
                 raise
 
-    def _table(
-        self, rows: Mapping[str, Sequence[_Row]], options: Mapping[str, Any]
-    ) -> Iterator[str]:
+    def _table(self, looks: Mapping[str, _Look], options: Mapping[str, Any]) -> Iterator[str]:
         """Yield the lines: the verdict first, as Nagios wants it."""
-        status = max(_status(of_one) for of_one in rows.values())
         paint = self._paints(options)
-        yield paint(status, f"{_WORDS[status]}: {_summary(rows)}")
+        status = _worst(looks)
+        said = "; ".join(f"{alias}: {look.summary}" for alias, look in looks.items())
+        yield paint(status, f"{_WORDS[status]}: {said}")
         if options["verbosity"] == 0:
             return
-        everything = [row for of_one in rows.values() for row in of_one]
-        shared = any(row.known for row in everything)
-        noted = any(row.found.notes for row in everything)
+        rows = [row for look in looks.values() for row in look.rows]
+        shared = any(look.shares for look in looks.values())
+        noted = any(row.found.notes for row in rows)
         heading = ["ALIAS", "PEER", "ADDRESS", "UP", "LATENCY", "SERVER", "READY"]
-        heading += ["CIRCUIT", "DRAINED"] * shared + ["NOTES"] * noted
+        heading += ["CIRCUIT", "DRAINED", "CONNS"] * shared + ["NOTES"] * noted
         cells = [
             [
                 row.found.alias,
@@ -258,30 +297,33 @@ class Command(BaseCommand):
                 "-" if row.found.latency is None else f"{row.found.latency * 1000:.1f} ms",
                 row.found.version or "-",
                 _yes(row.found.ready),
-                *([row.known.state, _yes(row.known.drained)] if row.known else ["-", "-"] * shared),
+                *[
+                    row.known.state if row.known else "-",
+                    _yes(row.known.drained) if row.known else "-",
+                    "-" if row.connections is None else str(row.connections),
+                ]
+                * shared,
                 *[", ".join(row.found.notes)] * noted,
             ]
-            for row in everything
+            for row in rows
         ]
         widths = [max(map(len, column)) for column in zip(heading, *cells)]
         yield _aligned(heading, widths)
-        for row, line in zip(everything, cells):
+        for row, line in zip(rows, cells):
             colour = OK if row.is_usable else WARNING if row.is_drained else CRITICAL
             yield paint(colour, _aligned(line, widths))
-        for row in everything:
-            if row.found.error:
-                yield f"{row.found.alias}: {row.found.peer}: {row.found.error}"
+        for alias, look in looks.items():
+            for row in look.rows:
+                if row.found.error:
+                    yield f"{alias}: {row.found.peer}: {row.found.error}"
+            if look.shares and look.processes is None:
+                yield f"{alias}: what the processes know is not to be had: Redis does not answer"
 
     def _paints(self, options: Mapping[str, Any]) -> Any:
         if not (self.stdout.isatty() or options.get("force_color")):
             return lambda status, text: text
         painters = (self.style.SUCCESS, self.style.WARNING, self.style.ERROR)
         return lambda status, text: painters[status](text)
-
-
-def _shares(balancer: LoadBalancer) -> bool:
-    """Return whether what is done to ``balancer`` here is done in all processes."""
-    return getattr(balancer, "sharing", None) is not None
 
 
 def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
@@ -301,45 +343,33 @@ def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> Loa
     return next(iter(owners.values()))
 
 
-def _ask(chosen: Mapping[str, LoadBalancer], timeout: float | None) -> dict[str, list[_Row]]:
+def _ask(chosen: Mapping[str, LoadBalancer], timeout: float | None) -> dict[str, _Look]:
     """Ask all peers now; add what the processes know of them, where they share that."""
     found = inspect(chosen, timeout)
-    rows = {}
+    looks = {}
     for alias, balancer in chosen.items():
         states: dict[str, PeerState] = {}
-        if _shares(balancer):
+        fleet = None
+        if balancer.sharing is not None and balancer.sharing.settle():
             states = {state.name: state for state in balancer.snapshot()}
-        rows[alias] = [_Row(one, states.get(one.peer)) for one in found[alias]]
-    return rows
+            fleet = balancer.sharing.fleet(1.0)
+        rows = [
+            _Row(one, states.get(one.peer), fleet.connections[one.peer] if fleet else None)
+            for one in found[alias]
+        ]
+        looks[alias] = _Look(
+            rows, balancer.sharing is not None, fleet.processes - 1 if fleet else None
+        )
+    return looks
 
 
-def _status(rows: Sequence[_Row]) -> int:
-    if not any(row.is_usable for row in rows):
-        return CRITICAL
-    return OK if all(row.found.ready or row.is_drained for row in rows) else WARNING
+def _worst(looks: Mapping[str, _Look]) -> int:
+    return max(look.status for look in looks.values())
 
 
-def _summary(rows: Mapping[str, Sequence[_Row]]) -> str:
-    said = []
-    for alias, of_one in rows.items():
-        down = [row.found.peer for row in of_one if not row.found.ready and not row.is_drained]
-        drained = [row.found.peer for row in of_one if row.is_drained]
-        if not any(row.is_usable for row in of_one):
-            said.append(f"{alias}: no peer can be used")
-        elif down:
-            said.append(f"{alias}: {', '.join(down)} down")
-        else:
-            said.append(f"{alias}: all well")
-        if drained:
-            said[-1] += f", {', '.join(drained)} drained"
-    return "; ".join(said)
-
-
-def _as_json(
-    chosen: Mapping[str, LoadBalancer], rows: Mapping[str, Sequence[_Row]]
-) -> dict[str, Any]:
+def _as_json(looks: Mapping[str, _Look]) -> dict[str, Any]:
     """Return what ``--json`` prints; its form is promised in docs/reference/commands.rst."""
-    status = max(_status(of_one) for of_one in rows.values())
+    status = _worst(looks)
     return {
         "time": time.time(),
         "status": _WORDS[status].lower(),
@@ -347,8 +377,9 @@ def _as_json(
         "balancers": [
             {
                 "alias": alias,
-                "status": _WORDS[_status(rows[alias])].lower(),
-                "shared": _shares(balancer),
+                "status": _WORDS[look.status].lower(),
+                "shared": look.shares,
+                "processes": look.processes,
                 "peers": [
                     {
                         "peer": row.found.peer,
@@ -362,11 +393,12 @@ def _as_json(
                         "fault": row.found.fault.value if row.found.fault else None,
                         "circuit": row.known.state if row.known else None,
                         "drained": row.known.drained if row.known else None,
+                        "connections": row.connections,
                     }
-                    for row in rows[alias]
+                    for row in look.rows
                 ],
             }
-            for alias, balancer in chosen.items()
+            for alias, look in looks.items()
         ],
     }
 

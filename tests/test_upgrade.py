@@ -1,0 +1,110 @@
+"""docs/howto/upgrade.rst, step by step: a rolling upgrade under load, without a single error.
+
+HAProxy stands for ProxySQL: ``disable frontend`` is what PROXYSQL PAUSE does. Nothing here waits
+for a time to pass, but for connections to leave or to come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from django_proxysql import balancers
+from django_proxysql.conf import ENGINE
+from tests.chaos.load import TABLE, Load, Pace
+from tests.chaos.sites import admin, connected
+from tests.engine import engine, mysql_peer
+from tests.servers.galera import GaleraCluster
+from tests.servers.haproxy import HAProxy
+from tests.servers.mariadb import Node
+from tests.servers.redis import RedisServer
+from tests.test_peers_command import Project
+
+ALIAS = "site"
+DB = "db"
+
+#: Threads that are idle now and then for a moment.
+PACE = Pace(idle_every=20, idle=0.1)
+
+
+@contextlib.contextmanager
+def under_load(server: Node, peers: list[Any], **settings: Any) -> Iterator[Load]:
+    """Have threads read and write all the time; afterwards nothing may have gone wrong."""
+    with admin(server) as cursor:
+        for statement in TABLE:
+            cursor.execute(statement)
+    with engine(peers, alias=ALIAS, **settings):
+        balancers[ALIAS]
+        load = Load(ALIAS, threads=4, pace=PACE)
+        with load:
+            until(load, lambda: load.requests >= 20)
+            yield load
+            requests = load.requests
+            until(load, lambda: load.requests >= requests + 20)
+        with admin(server) as cursor:
+            cursor.execute("SELECT value FROM chaos_row WHERE id <> 1")
+            rows = Counter(value for (value,) in cursor.fetchall())
+    assert [str(failure) for ledger in load.ledgers for failure in ledger.failures] == []
+    # What was reported done is there, once, and nothing else is.
+    assert rows == Counter(token for ledger in load.ledgers for token in ledger.done)
+
+
+def until(load: Load, condition: Callable[[], bool]) -> None:
+    """Let the site work until something has come about; the test's time-out bounds it."""
+    while not condition():
+        load.wait(0.02)
+
+
+def test_drain_and_pause(
+    mariadb: Node, haproxy: Callable[..., HAProxy], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """Drain, wait until it is empty, pause, upgrade, start, undrain; connections that last."""
+    proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
+    peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
+    settings = {"SHARED_STATE": redis_server.url, "CONN_MAX_AGE": None}
+    project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
+    with under_load(mariadb, peers, **settings) as load:
+        for number, proxy in enumerate(proxies):
+            code, out, err = project.run("--drain", f"peer{number}")
+            assert (code, err) == (0, "")
+            assert out.startswith(f"site: peer{number} is drained. ")
+            until(load, lambda proxy=proxy: proxy.sessions(DB) == 0)
+            proxy.disable(DB)
+            proxy.restart()
+            code, out, err = project.run("--undrain", f"peer{number}")
+            assert (code, err) == (0, "")
+        # All of them have been where they are now anew.
+        assert proxies[0].sessions(DB) == 4
+
+
+def test_pause_alone(mariadb: Node, haproxy: Callable[..., HAProxy]) -> None:
+    """Where each request connects anew a pause is enough: it opens the circuit."""
+    proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
+    peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
+    with under_load(mariadb, peers, CONN_MAX_AGE=0, CHECK_INTERVAL=0.2) as load:
+        for proxy in proxies:
+            proxy.disable(DB)
+            until(load, lambda proxy=proxy: proxy.sessions(DB) == 0)
+            proxy.restart()
+            until(load, lambda proxy=proxy: proxy.sessions(DB) > 0)
+
+
+@pytest.mark.slow
+def test_galera(galera: GaleraCluster) -> None:
+    """The nodes themselves, one after the other, drained by a call in the serving process."""
+    peers = [mysql_peer(node) for node in galera.nodes]
+    with under_load(
+        galera.nodes[0], peers, CONN_MAX_AGE=None, READY_CHECK="galera", CHECK_INTERVAL=0.5
+    ) as load:
+        for number, node in enumerate(galera.nodes):
+            balancers[ALIAS].drain(f"peer{number}")
+            with admin(node) as cursor:
+                until(load, lambda cursor=cursor: not connected(cursor))
+            node.restart()
+            until(load, node.synced)
+            balancers[ALIAS].undrain(f"peer{number}")
