@@ -50,6 +50,8 @@ TEST = [
             "django-silk>=5.1",
         )
     ),
+    # gunicorn's worker asks for 24.10.1.
+    "gevent>=24.10.1",
     "gunicorn>=20.1",
     "gevent",
     "hypothesis>=6",
