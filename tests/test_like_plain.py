@@ -103,7 +103,9 @@ def test_signature_of_files() -> None:
     found = signatures(
         {"memory": files, "file": {**files, "TEST": {"NAME": "/test"}}},
     )
-    assert found == {"memory": ("/one", "memory"), "file": ("/one", "/test")}
+    # Django 2.2 has no word on the test database's own name.
+    file = ("/one", "/test") if django.VERSION >= (3,) else ("/one",)
+    assert found == {"memory": ("/one", "memory"), "file": file}
 
 
 def test_peers_are_mirrors() -> None:
