@@ -147,6 +147,19 @@ class TestConnecting:
         assert world.value("circuit_openings_total", peer="db1") == 1
         assert world.value("trials_total", peer="db2", outcome="success") == 0
 
+    def test_learnt(self) -> None:
+        """A process that is told of a circuit or a drain shows it as if it had found it out."""
+        world = Watched("db1", "db2")
+        peer = world.db.peers["db1"]
+        learnt = {"due_in": 30, "out_for": 1, "error": "", "fault": Fault.UNREACHABLE}
+        peer.breaker.learn_open(peer.breaker.circuit.generation, **learnt)  # type: ignore[arg-type]
+        assert world.states() == "open closed"
+        assert world.value("circuit_openings_total", peer="db1") == 1
+        peer.breaker.learn_closed(peer.breaker.circuit.generation)
+        assert world.states() == "closed closed"
+        world.db._set_drained(peer, True, learnt=True)
+        assert world.value("peer_drained", peer="db1") == 1
+
     def test_exhausted(self) -> None:
         world = Watched("db1")
         world.driver.down["db1"] = refused_by_host

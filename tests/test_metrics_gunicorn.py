@@ -27,14 +27,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from django_proxysql.conf import ENGINE
 from django_proxysql.demo.servers import HOST, ports
 from tests.engine import mysql_peer
-from tests.servers import PASSWORD, USER
+from tests.project import Project, get
+from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
 from tests.test_docs import blocks
 from tests.test_metrics import check
-from tests.test_project import get
+from tests.web import sessions
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "howto" / "prometheus.rst").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "howto" / "prometheus.rst").read_text()
 APP = "django_proxysql.monitoring.metrics"
 
 SETTINGS = """
@@ -69,9 +69,7 @@ urlpatterns.append(path("meet", meet))
 """
 
 WSGI = """
-import os
 from django.core.wsgi import get_wsgi_application
-os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
 application = get_wsgi_application()
 """
 
@@ -94,32 +92,26 @@ class Site:
 
     def write(self, apps: list[str], entry: dict[str, Any], urls: str) -> None:
         """Write the project's files."""
-        databases = json.dumps({"default": entry})
-        for name, text in {
+        files = {
             "settings.py": f"{SETTINGS}INSTALLED_APPS = {apps}\n",
             "urls.py": urls + MEETING,
             "wsgi.py": WSGI,
-            "databases.json": databases,
+            "databases.json": json.dumps({"default": entry}),
             "gunicorn.conf.py": from_the_docs("child_exit"),
-        }.items():
-            (self.root / name).write_text(text)
+        }
+        self.project = Project(self.root, files)
 
     def start(self, *options: str, multiprocess: bool = True) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        environment.pop("DJANGO_SETTINGS_MODULE", None)
+        environment = {}
         if multiprocess:
             (self.root / "metrics").mkdir()
             environment["PROMETHEUS_MULTIPROC_DIR"] = str(self.root / "metrics")
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "gunicorn", "--workers", str(self.workers)),
-                *("--bind", self.address.partition("//")[2], *options, "wsgi"),
-            ],
-            cwd=self.root,
-            env=environment,
+        self.process = self.project.run(
+            *("-m", "gunicorn", "--workers", str(self.workers)),
+            *("--bind", self.address.partition("//")[2], *options, "wsgi"),
+            environment=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         )
         get(f"{self.address}/metrics", self.process)
 
@@ -155,11 +147,7 @@ class Site:
 
     def connections(self) -> int:
         """How many connections of the site's the server that lives has."""
-        return int(
-            self.alive.sql(
-                f"SELECT count(*) FROM information_schema.processlist WHERE user = '{USER}'"
-            )
-        )
+        return len(sessions(self.alive))
 
 
 def until(what: Callable[[], object]) -> None:
