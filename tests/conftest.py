@@ -29,10 +29,10 @@ from tests.servers.redis import RedisServer
 if TYPE_CHECKING:
     from tests.site import Site
 
-#: The fixtures that start a server.
+#: The fixtures that start a server, or the browser.
 SERVERS = frozenset(
     "servers_session haproxy mariadb mariadb_pair mariadb_third mariadb_tls galera "
-    "postgres postgres_pair postgres_tls redis_server".split()
+    "postgres postgres_pair postgres_tls redis_server chromium_session".split()
 )
 
 

@@ -1,0 +1,373 @@
+"""The status page in a real Chromium: what it looks like, and that it keeps itself up to date.
+
+The site is served on a socket of loopback, under a Content-Security-Policy that lets nothing in
+but what the site itself serves; the browser's console must have nothing to complain of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.staticfiles.handlers import StaticFilesHandler
+from django.core.handlers.wsgi import WSGIHandler
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+
+from django_proxysql.demo.site import HOST, serving
+from django_proxysql.monitoring import views
+from tests.browser import Browser, browser
+from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return migrated(tmp_path_factory.mktemp("status"))
+
+
+@pytest.fixture(scope="module")
+def chromium_session() -> Iterator[Browser]:
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def chromium(chromium_session: Browser) -> Iterator[Browser]:
+    """A browser that knows no site yet."""
+    chromium_session.driver.delete_all_cookies()
+    chromium_session.resize(1280)
+    chromium_session.prefer("light")
+    yield chromium_session
+    chromium_session.driver.get("about:blank")
+    # For the next one.
+    assert chromium_session.complaints is not None
+
+
+class Served:
+    """A site, where it is served, and a browser that looks at it."""
+
+    def __init__(self, site: Site, port: int, looker: Browser, path: str) -> None:
+        self.site = site
+        self.browser = looker
+        self.root = f"http://{HOST}:{port}"
+        self.url = f"{self.root}{path}"
+
+    def log_in(self) -> None:
+        """As a superuser, by a cookie."""
+        cookie = self.site.admin().cookies["sessionid"].value
+        # A cookie is for the site that is shown.
+        self.browser.driver.get(f"{self.url}status.css")
+        self.browser.driver.add_cookie({"name": "sessionid", "value": cookie})
+
+    def open(self) -> None:
+        self.browser.driver.get(self.url)
+
+    @property
+    def text(self) -> str:
+        """What is to be read on the page."""
+        return str(self.browser.run("return document.body.innerText"))
+
+    def wait_for(self, text: str) -> None:
+        """Wait until that is to be read on the page."""
+        self.browser.wait_for(lambda driver: text in self.text)
+
+    def click(self, text: str) -> None:
+        """Press the button of that text, or follow that link."""
+        condition = f"[normalize-space()='{text}']"
+        path = f"//button{condition} | //a{condition}"
+        while True:
+            try:
+                self.browser.driver.find_element(By.XPATH, path).click()
+                return
+            except StaleElementReferenceException:
+                # The page has just put another in its place.
+                continue
+
+
+@pytest.fixture
+def served(tables: Path, chromium: Browser) -> Iterator[Served]:
+    """A site with the admin."""
+    with ExitStack() as stack:
+        site = stack.enter_context(status_site(tables))
+        port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
+        yield Served(site, port, chromium, "/peers/")
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have pages refresh themselves sooner than in five seconds."""
+    monkeypatch.setattr(views, "REFRESH", 0.1)
+
+
+#: What is narrower than what is in it; and text that does not stand out from what is behind it.
+OVERFLOWING = """
+const wide = document.documentElement.clientWidth;
+return [...document.querySelectorAll("body *")].filter((e) => {
+  const box = e.getBoundingClientRect();
+  const seen = getComputedStyle(e).visibility !== "hidden" && box.width && box.height;
+  // What is cut off on purpose, for those who hear the page; and what is not to be seen yet.
+  const aside = ".peers-hidden, .visually-hidden, .skip-to-content-link, svg";
+  const closed = "details:not([open]) > :not(summary)";
+  return seen && !e.closest(`${aside}, ${closed}`) && (box.right > wide + 1 || box.left < -1);
+}).map((e) => e.outerHTML.slice(0, 120));
+"""
+FAINT = """
+const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+function rgb(colour) {
+  canvas.clearRect(0, 0, 1, 1);
+  canvas.fillStyle = colour;
+  canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data];
+}
+function brightness(colour) {
+  const [r, g, b] = colour.slice(0, 3).map((part) => {
+    const c = part / 255;
+    return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function behind(element) {
+  for (let e = element; e; e = e.parentElement) {
+    const colour = rgb(getComputedStyle(e).backgroundColor);
+    if (colour[3] === 255) return colour;
+  }
+  return [255, 255, 255, 255];
+}
+function contrast(one, other) {
+  const [light, dark] = [brightness(one), brightness(other)].sort((a, b) => b - a);
+  return (light + 0.05) / (dark + 0.05);
+}
+const texts = [...document.querySelectorAll("#peers *")].filter((e) => !e.closest("svg, details")
+  && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+const faint = texts.map((e) => [e.outerHTML.slice(0, 80),
+    contrast(rgb(getComputedStyle(e).color), behind(e))]).filter(([, c]) => c < 4.5);
+const main = behind(document.getElementById("peers"));
+for (const e of document.querySelectorAll("#peers text")) {
+  const c = contrast(rgb(getComputedStyle(e).fill), main);
+  if (c < 4.5) faint.push([e.outerHTML, c]);
+}
+for (const state of ["closed", "open", "half-open", "suspect", "drained"]) {
+  const c = contrast(rgb(getComputedStyle(document.querySelector(`.fill-${state}`)).fill), main);
+  if (c < 3) faint.push([state, c]);
+}
+return [texts.length, faint];
+"""
+
+
+class TestLooks:
+    @pytest.mark.parametrize("frame", ["admin", "own"])
+    def test_wide_and_narrow_light_and_dark(
+        self, tables: Path, chromium: Browser, frame: str
+    ) -> None:
+        """Nothing sticks out, everything can be read, and the console is silent."""
+        changed = {"INSTALLED_APPS": WITHOUT_ADMIN, "ROOT_URLCONF": ALONE, "TEMPLATES": []}
+        with ExitStack() as stack:
+            site = stack.enter_context(status_site(tables, **(changed if frame == "own" else {})))
+            port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
+            served = Served(site, port, chromium, "/peers/" if frame == "admin" else "/ops/db/")
+            served.log_in()
+            site.fail("peer1")
+            site.balancer.drain("peer2")
+            backgrounds = set()
+            for scheme in ("light", "dark"):
+                chromium.prefer(scheme)
+                for width in (1280, 360):
+                    chromium.resize(width)
+                    served.open()
+                    assert "1 of 3 peers usable" in served.text
+                    assert chromium.run(
+                        "return document.documentElement.scrollWidth"
+                    ) <= chromium.run("return document.documentElement.clientWidth")
+                    assert chromium.run(OVERFLOWING) == []
+                    texts, faint = chromium.run(FAINT)
+                    assert texts > 20
+                    assert faint == []
+                    backgrounds.add(
+                        chromium.run("return getComputedStyle(document.body).backgroundColor")
+                    )
+            assert len(backgrounds) == 2
+            assert [said for said in chromium.complaints if "/favicon.ico - " not in said] == []
+
+    def test_narrow_page_names_what_its_lines_are(self, served: Served) -> None:
+        """Where the table is no table any more, each line has its heading beside it."""
+        served.log_in()
+        served.browser.resize(360)
+        served.open()
+        cell = "document.querySelector('td[data-label=\"Last error\"]')"
+        before = served.browser.run(f"return getComputedStyle({cell}, '::before').content")
+        assert before == '"Last error"'
+        # Shown as something else, it is still a table to those who hear it.
+        assert served.browser.run(f"return {cell}.getAttribute('role')") == "cell"
+
+    def test_link_on_the_admin_index(self, served: Served) -> None:
+        served.log_in()
+        served.browser.driver.get(f"{served.root}/admin/")
+        served.click("Status of the peers")
+        assert served.browser.driver.current_url == served.url
+        assert "All 3 peers usable" in served.text
+
+
+class TestWithoutJavaScript:
+    def test_shows_everything_and_its_buttons_work(self, tables: Path) -> None:
+        with ExitStack() as stack:
+            site = stack.enter_context(status_site(tables))
+            port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
+            looker = stack.enter_context(browser(javascript=False))
+            served = Served(site, port, looker, "/peers/")
+            served.log_in()
+            site.fail("peer1")
+            served.open()
+            assert "2 of 3 peers usable" in served.text
+            assert "unable to open database file" in served.text
+            bars = looker.driver.find_elements(By.CSS_SELECTOR, ".bar-open")
+            assert len(bars) == 1
+            assert bars[0].size["width"] > 0
+            served.click("Drain peer0")
+            assert "You drained peer0 (load balancer default)" in served.text
+            assert site.balancer.peers["peer0"].drained
+            # Really without: no script has run.
+            live = looker.driver.find_element(By.ID, "peers-live")
+            assert looker.driver.find_element(By.ID, "peers").get_attribute("data-refresh") == "5"
+            assert live.text == ""
+
+
+@pytest.mark.usefixtures("soon")
+class TestRefresh:
+    def test_a_death_is_seen_without_loading_anew(self, served: Served) -> None:
+        """What its user does on the page stays: where they are, what they have opened."""
+        served.log_in()
+        served.browser.resize(1280, 400)
+        served.open()
+        run = served.browser.run
+        run("window.same = true; window.scrollTo(0, 150);")
+        run("document.querySelector('details').open = true;")
+        run("document.getElementById('drain-default-peer2').focus({preventScroll: true});")
+        served.site.fail("peer1")
+        served.wait_for("2 of 3 peers usable")
+        assert "unable to open database file" in served.text
+        assert run("return window.same") is True
+        assert run("return window.scrollY") == 150
+        assert run("return document.querySelector('details').open") is True
+        assert run("return document.activeElement.id") == "drain-default-peer2"
+        # Those who hear the page are told.
+        live = "return document.getElementById('peers-live').textContent"
+        assert run(live) == "Load balancer default: 2 of 3 peers usable"
+        served.site.peers.restore("peer1")
+        served.site.connect_to("peer1")
+        served.wait_for("All 3 peers usable")
+        served.browser.wait_for(lambda driver: "All 3" in run(live))
+        assert run("return window.same") is True
+
+    def test_text_that_is_marked_stays(self, served: Served) -> None:
+        """An error that is being copied is not taken away; afterwards the page goes on."""
+        served.site.fail("peer1")
+        served.log_in()
+        served.open()
+        run = served.browser.run
+        run("getSelection().selectAllChildren(document.querySelector('td.error'));")
+        run("window.marked = document.querySelector('td.error');")
+        run(
+            "window.looks = 0; const get = window.getSelection.bind(window);"
+            "window.getSelection = () => { window.looks += 1; return get(); };"
+        )
+        served.browser.wait_for(lambda driver: run("return window.looks") > 2)
+        assert run("return window.marked.isConnected") is True
+        run("getSelection().removeAllRanges();")
+        served.browser.wait_for(lambda driver: not run("return window.marked.isConnected"))
+
+    def test_site_is_away(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The page says since when it is old, and what is on it stays."""
+        served.log_in()
+        served.open()
+
+        def broken() -> Any:
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(views, "status", broken)
+            patch.setattr("django.core.signals.got_request_exception.send", lambda *a, **k: None)
+            served.wait_for("Not refreshed since ")
+        assert "the site answered 500" in served.text
+        assert "All 3 peers usable" in served.text
+        note = "return document.getElementById('peers-note').getAttribute('role')"
+        assert served.browser.run(note) == "status"
+        # When its user comes back to it, it tries at once.
+        served.browser.run("document.dispatchEvent(new Event('visibilitychange'));")
+        served.browser.wait_for(lambda driver: "Not refreshed" not in served.text)
+
+    def test_logged_out_meanwhile(self, served: Served) -> None:
+        """The login page is not put into the page: it says what to do, and stops."""
+        served.log_in()
+        served.open()
+        served.browser.driver.delete_all_cookies()
+        served.wait_for("you are no longer logged in as staff. Load the page again.")
+        assert "All 3 peers usable" in served.text
+
+    def test_pages_that_nobody_sees_ask_for_nothing(self, served: Served) -> None:
+        """Until they are looked at again."""
+        served.log_in()
+        script = served.browser.driver.execute_cdp_cmd(
+            "Page.addScriptToEvaluateOnNewDocument",
+            {
+                "source": "window.unseen = true; window.timers = 0;"
+                "Object.defineProperty(document, 'hidden', {get: () => window.unseen});"
+                "const start = window.setTimeout.bind(window);"
+                "window.setTimeout = (...a) => { window.timers += 1; return start(...a); };"
+            },
+        )
+        try:
+            served.open()
+            run = served.browser.run
+            run("document.dispatchEvent(new Event('visibilitychange'));")
+            assert run("return window.timers") == 0
+            served.site.fail("peer1")
+            assert "All 3 peers usable" in served.text
+            run("window.unseen = false; document.dispatchEvent(new Event('visibilitychange'));")
+            served.wait_for("2 of 3 peers usable")
+            assert run("return window.timers") > 0
+        finally:
+            served.browser.driver.execute_cdp_cmd(
+                "Page.removeScriptToEvaluateOnNewDocument", script
+            )
+
+
+class TestButtons:
+    def test_from_the_login_to_the_last_peer(self, served: Served) -> None:
+        """As an operator does it, who has no session yet."""
+        from django.contrib.auth.models import User
+
+        User.objects.create_superuser("root", password="sesame")
+        served.open()
+        driver = served.browser.driver
+        assert driver.current_url.startswith(f"{served.root}/admin/login/")
+        driver.find_element(By.NAME, "username").send_keys("root")
+        password = driver.find_element(By.NAME, "password")
+        password.send_keys("sesame")
+        password.submit()
+        served.wait_for("All 3 peers usable")
+        assert driver.current_url == served.url
+
+        for number, name in enumerate(("peer0", "peer1")):
+            served.click(f"Drain {name}")
+            served.wait_for(f"You drained {name} (load balancer default)")
+            assert served.text.count("no new connections") >= number + 1
+        served.click("Drain peer2")
+        served.wait_for("Nothing was changed.")
+        assert not served.site.balancer.peers["peer2"].drained
+        served.click("Leave it in use")
+        assert driver.current_url == served.url
+        served.click("Drain peer2")
+        served.wait_for("Nothing was changed.")
+        assert served.browser.run(OVERFLOWING) == []
+        served.click("Take back peer0")
+        served.wait_for("You took peer0 back into use")
+        served.click("Drain peer2")
+        served.wait_for("You drained peer2")
+        served.click("Drain peer0")
+        served.wait_for("Nothing was changed.")
+        served.click("Drain peer0 all the same")
+        served.wait_for("You drained peer0, the last that took connections")
+        assert all(peer.drained for peer in served.site.balancer.peers.values())
