@@ -309,16 +309,17 @@ class LoadBalancer:
         interval = self._hurried()
         return circuit.due if interval is None else min(circuit.due, circuit.tried + interval)
 
-    def try_out(self, peer: Peer) -> bool:
+    def try_out(self, peer: Peer, *, now: bool = False) -> bool:
         """Make the peer's trial if it is due, and keep no connection.
 
-        For the thread in the background.
+        For the thread in the background, and for operators.
 
         :param peer: one of :attr:`peers`.
+        :param now: make it also if it is not due yet, unless one is under way here.
         :returns: whether one was made, and succeeded.
         :raises BaseException: what was raised and says nothing about the peer.
         """
-        permit = peer.breaker.acquire(last_resort=self._hurried())
+        permit = peer.breaker.acquire(last_resort=0 if now else self._hurried())
         if permit is None:
             return False
         if not permit.is_trial:

@@ -97,11 +97,19 @@ def settings(**changed: Any) -> Any:
 
 
 @contextlib.contextmanager
-def status_site(template: Path, *, clock: Clock | None = None, **changed: Any) -> Iterator[Site]:
+def status_site(
+    template: Path,
+    *,
+    clock: Clock | None = None,
+    breaker: dict[str, int] | None = None,
+    **changed: Any,
+) -> Iterator[Site]:
     """Yield a :class:`Site`.
 
     :param template: what :func:`migrated` has made.
     :param clock: the balancer's, and the timeline's.
+    :param breaker: the balancer's setting BREAKER.
+    :param changed: settings of the site's own.
     """
     with ExitStack() as stack:
         peers = SQLitePeers()
@@ -109,10 +117,9 @@ def status_site(template: Path, *, clock: Clock | None = None, **changed: Any) -
         entries = [{"NAME": entry["NAME"]} for entry in databases.values()]
         shutil.copy(template, Path(entries[0]["NAME"]))
         stack.enter_context(settings(**changed))
+        settings_of_it = {"STRATEGY": "round_robin", "BREAKER": breaker or {}}
         stack.enter_context(
-            engine(
-                entries, alias="default", PEER_ENGINE=SQLITE, clock=clock, STRATEGY="round_robin"
-            )
+            engine(entries, alias="default", PEER_ENGINE=SQLITE, clock=clock, **settings_of_it)
         )
         before = history.clock, history.began
         history._rows.clear()

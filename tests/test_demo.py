@@ -159,7 +159,7 @@ def test_serves_the_status_page(demo: Runs) -> None:
         process.terminate()
         out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (143, "")
-    assert "WARNING default: a visitor drained peer2 on the status page" in out
+    assert "WARNING default: on the status page a visitor drained peer2" in out
 
 
 @pytest.mark.server

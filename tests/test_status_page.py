@@ -294,7 +294,7 @@ class TestButtons:
         where = f"process {os.getpid()} on {socket.gethostname()}"
         assert said(response) == [f"You drained peer1 (load balancer default), in {where} only."]
         (record,) = [r for r in caplog.records if "status page" in r.getMessage()]
-        assert record.getMessage() == "default: alice drained peer1 on the status page"
+        assert record.getMessage() == "default: on the status page alice drained peer1"
         assert record.levelno == logging.WARNING
         assert [vars(record)[key] for key in ("alias", "peer", "user")] == [
             "default",
@@ -313,30 +313,65 @@ class TestButtons:
         assert drained(site) == []
         assert LogEntry.objects.count() == 2
 
+    def retry(self, client: Client) -> str:
+        form = {"balancer": "default", "peer": "peer1", "action": "retry"}
+        return said(client.post(OPERATE, form))[-1]
+
     def test_retry_now(self, site: Site) -> None:
-        """The next connection is made to that peer, long before its interval is over."""
+        """The trial is made at once, long before its interval is over, and keeps no connection."""
         client = site.admin()
         site.fail("peer1")
+        assert self.retry(client) == (
+            "You had peer1 tried, without success: unable to open database file "
+            "(load balancer default)."
+        )
         site.peers.restore("peer1")
-        form = {"balancer": "default", "peer": "peer1", "action": "retry"}
-        response = client.post(OPERATE, form)
-        assert said(response)[0].startswith("You made a trial of peer1 due")
-        connections["default"].close()
-        client.get(PAGE)
+        assert self.retry(client) == (
+            "You had peer1 tried: it is in use again (load balancer default)."
+        )
         assert site.balancer.peers["peer1"].breaker.current_state == CLOSED
+        assert site.balancer.peers["peer1"].connections == 0
+
+    def test_retry_of_one_in_doubt(self, site: Site) -> None:
+        site.balancer.peers["peer1"].breaker.suspect("lost")
+        assert "it is in use again" in self.retry(site.admin())
+        assert site.balancer.peers["peer1"].is_available
+
+    def test_retry_of_one_that_must_answer_twice(self, tables: Path) -> None:
+        with status_site(tables, breaker={"success_threshold": 2}) as site:
+            client = site.admin()
+            site.fail("peer1")
+            site.peers.restore("peer1")
+            assert "it answered, and has to again before it is in use" in self.retry(client)
+            assert "it is in use again" in self.retry(client)
+
+    def test_retry_while_another_tries(self, site: Site) -> None:
+        """Two at once are never made."""
+        site.fail("peer1")
+        permit = site.balancer.peers["peer1"].breaker.acquire(last_resort=0)
+        assert "another trial of it is under way" in self.retry(site.admin())
+        assert permit is not None
+        permit.released()
+
+    def test_retry_that_cannot_be_made(self, site: Site, monkeypatch: Any) -> None:
+        """A mistake of this process's is said, and counts for nothing."""
+        site.fail("peer1")
+
+        def full(attempt: Any) -> None:
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(site.balancer, "open_and_close", full)
+        assert "which could not be done: " in self.retry(site.admin())
+        assert site.balancer.peers["peer1"].breaker.trial is None
 
     def test_retry_of_what_needs_none(self, site: Site) -> None:
         """A peer in use is not taken out of it for that."""
         client = site.admin()
-        form = {"balancer": "default", "peer": "peer1", "action": "retry"}
-        response = client.post(OPERATE, form)
-        assert said(response) == ["peer1 of default needs no trial: its circuit is closed."]
+        assert "had peer1 not tried, for its circuit is closed" in self.retry(client)
         assert site.balancer.peers["peer1"].breaker.is_available
         site.fail("peer1")
         site.balancer.drain("peer1")
-        assert said(client.post(OPERATE, form))[-1:] == [
-            "peer1 of default needs no trial: it is drained."
-        ]
+        assert "had peer1 not tried, for it is drained" in self.retry(client)
         assert site.balancer.peers["peer1"].breaker.current_state == OPEN
 
     def test_last_peer(self, site: Site) -> None:

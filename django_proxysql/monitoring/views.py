@@ -30,9 +30,11 @@ from django.views.decorators.http import require_POST, require_safe
 
 from ..balancer import LoadBalancer
 from ..breaker import CLOSED
+from ..drivers import describe
 from ..exceptions import DrainRefused
 from ..logger import complain, logger
 from ..options import healthz_is_on, operate_permission
+from ..peer import Peer
 from ..registry import balancers
 from .status import health, process_name, status
 
@@ -78,7 +80,7 @@ def page(request: HttpRequest) -> HttpResponse:
 @_guarded
 @require_POST
 def operate(request: HttpRequest) -> HttpResponse:
-    """Drain a peer, take it back, or make its trial due; then show how things stand."""
+    """Drain a peer, take it back, or make its trial; then show how things stand."""
     if not _may_operate(request):
         return _say(request, 403, "You may look, but not drain", f"That takes {_what_it_takes()}.")
     alias, name = request.POST.get("balancer", ""), request.POST.get("peer", "")
@@ -100,20 +102,31 @@ def operate(request: HttpRequest) -> HttpResponse:
         balancer.undrain(name)
         said = f"took {name} back into use"
     elif action == "retry":
-        # A closed circuit is to stay so: half open it would be no use to anybody but
-        # the next caller. Should it close just now, that caller is all it takes.
-        if peer.breaker.circuit.state == CLOSED or peer.drained:
-            why = "it is drained" if peer.drained else "its circuit is closed"
-            messages.info(
-                request, f"{name} of {balancer.name} needs no trial: {why}.", fail_silently=True
-            )
-            return _back(request)
-        peer.breaker.half_open()
-        said = f"made a trial of {name} due"
+        said = _try(balancer, peer)
     else:
         return _say(request, 400, "No such action", "It is drain, undrain or retry.")
     _note(request, balancer, name, action, said)
     return _back(request)
+
+
+def _try(balancer: LoadBalancer, peer: Peer) -> str:
+    """Make a peer's trial here and now, which may take as long as a connect; say how it went."""
+    if peer.drained:
+        return f"had {peer.name} not tried, for it is drained"
+    if peer.breaker.is_available:
+        return f"had {peer.name} not tried, for its circuit is closed"
+    try:
+        succeeded = balancer.try_out(peer, now=True)
+    except Exception as exc:
+        # Nothing that the peer could do anything about: wrong OPTIONS, say.
+        return f"had {peer.name} tried, which could not be done: {describe(exc)}"
+    circuit = peer.breaker.circuit
+    if not succeeded:
+        why = "another trial of it is under way" if peer.breaker.trial else circuit.error
+        return f"had {peer.name} tried, without success: {why}"
+    if circuit.state != CLOSED:
+        return f"had {peer.name} tried: it answered, and has to again before it is in use"
+    return f"had {peer.name} tried: it is in use again"
 
 
 @_without_transaction
@@ -301,18 +314,20 @@ def _url(request: HttpRequest, name: str) -> str:
 def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, said: str) -> None:
     """Tell of what was done: those who did it, the log, and the admin's log."""
     user: Any = request.user
-    where = _where(balancer)
+    where = "" if action == "retry" else f", {_where(balancer)}"
     logger.log(
         logging.WARNING if action == "drain" else logging.INFO,
-        "%s: %s %s on the status page",
+        "%s: on the status page %s %s",
         balancer.name,
         user.get_username(),
         said,
         extra={"alias": balancer.name, "peer": peer, "user": user.get_username()},
     )
-    messages.success(
+    well = action != "retry" or balancer.peers[peer].is_available
+    messages.add_message(
         request,
-        f"You {said} (load balancer {balancer.name}), {where}.",
+        messages.SUCCESS if well else messages.WARNING,
+        f"You {said} (load balancer {balancer.name}){where}.",
         fail_silently=True,
     )
     if not apps.is_installed("django.contrib.admin"):
@@ -324,7 +339,7 @@ def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, 
             user_id=user.pk,
             object_repr=f"{peer} of load balancer {balancer.name}"[:200],
             action_flag=CHANGE,
-            change_message=f"{said.capitalize()}, {where}.",
+            change_message=f"{said[:1].upper()}{said[1:]}{where}.",
         )
     except DatabaseError:
         # It is done and logged; the database may be what is being repaired.
