@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-import ctypes.util
+import gc
 import os
 import pathlib
+import re
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 from typing import Any
 
+import django
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connection as default_connection
@@ -33,10 +36,17 @@ from tests.engine import (
     postgres_peer,
     sqlite_peer,
 )
+from tests.servers import USER
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+# What the extra [test] brings where its Djangos are tested.
+without_prometheus = pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11), reason="django-prometheus knows Django 4.2 to 6.0 only"
+)
 
 
 class Subclassed(DatabaseWrapper):
@@ -177,35 +187,133 @@ def run(script: str) -> str:
     return process.stdout
 
 
+GIS = "django.contrib.gis.db.backends."
+
+
+def test_gis_without_its_libraries() -> None:
+    """Where GDAL cannot be loaded, connect and check say so."""
+    script = """
+    import os
+    from django.conf import settings
+    settings.GDAL_LIBRARY_PATH = "/nonexistent/libgdal.so"
+    import tests.engine
+    from django.core.exceptions import ImproperlyConfigured
+    from tests.engine import engine
+    with engine([{"HOST": "127.0.0.1"}], PEER_ENGINE="django.contrib.gis.db.backends.mysql") as c:
+        try:
+            c.cursor()
+        except ImproperlyConfigured as exc:
+            print(exc)
+    """
+    assert re.search(r"'balanced'.*PEER_ENGINE.*gdal", run(script))
+
+
+def assert_maps(connection: Any) -> None:
+    """A geometry is one after it has been written and read."""
+    from django.contrib.gis.db import models
+    from django.contrib.gis.db.models.functions import Distance
+    from django.contrib.gis.geos import Point
+    from django.test.utils import isolate_apps
+
+    with isolate_apps("tests.app"):
+
+        class Place(models.Model):
+            where = models.PointField(srid=4326)
+
+            class Meta:
+                app_label = "app"
+                db_table = "place"
+
+        places = Place._default_manager.using(connection.alias)
+        with connection.schema_editor() as editor:
+            editor.create_model(Place)
+        try:
+            places.create(where=Point(10.75, 59.91, srid=4326))
+            near = Point(10.75, 59.91, srid=4326)
+            assert places.get().where == near
+            assert places.filter(where__equals=near).count() == 1
+            # Where does MariaDB measure between points of the globe?
+            if connection.vendor != "mysql":
+                assert places.annotate(far=Distance("where", near)).get().far.m == 0
+        finally:
+            with connection.schema_editor() as editor:
+                editor.delete_model(Place)
+
+
+def test_gis_on_mariadb(mariadb: Node) -> None:
+    """Django's GIS engine for MySQL and MariaDB."""
+    with engine([mysql_peer(mariadb)], PEER_ENGINE=GIS + "mysql") as connection:
+        assert_is_like(connection, GIS + "mysql")
+        assert_works(connection)
+        assert_maps(connection)
+
+
 @pytest.mark.parametrize(
-    "path",
+    "options",
     [
-        pytest.param("django.contrib.gis.db.backends.mysql", marks=pytest.mark.server),
-        "django.contrib.gis.db.backends.postgis",
-        "django.contrib.gis.db.backends.spatialite",
+        {},
+        # Parameters are sent with the numbers of their types.
+        {"server_side_binding": True},
+        pytest.param(
+            {"server_side_binding": True, "pool": {"min_size": 1}},
+            marks=pytest.mark.skipif(
+                django.VERSION < (5, 1), reason="Django's pools came with Django 5.1"
+            ),
+        ),
     ],
 )
-def test_gis(path: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> None:
-    """GIS engines are mixed in like others; where GDAL is missing, connect and check say so."""
-    if ctypes.util.find_library("gdal") is None:
-        with (
-            engine([{"HOST": "127.0.0.1", "PORT": 1}], PEER_ENGINE=path) as connection,
-            pytest.raises(ImproperlyConfigured, match=r"'balanced'.*PEER_ENGINE.*GDAL"),
-        ):
-            connection.cursor()
-        return
-    if "mysql" in path:
-        peer = mysql_peer(request.getfixturevalue("mariadb"))
-    elif "postgis" in path:
-        peer = {"HOST": "127.0.0.1", "PORT": 1, "NAME": "x"}
-    else:
-        peer = sqlite_peer(tmp_path / "db")
-    with engine([peer], PEER_ENGINE=path) as connection:
-        assert_is_like(connection, path)
-        if "mysql" in path:
+def test_postgis(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], options: dict[str, Any]
+) -> None:
+    """PostGIS, on peers whose types have different numbers."""
+    if "server_side_binding" in options and django.VERSION < (4, 2):
+        pytest.skip("psycopg 3, and its option, came with Django 4.2")
+    numbers = set()
+    for node in postgres_pair:
+        node.create_database("maps", USER)
+        while True:
+            node.sql("CREATE EXTENSION postgis; CREATE EXTENSION postgis_raster", "maps")
+            number = node.sql("SELECT 'geometry'::regtype::oid", "maps")
+            if number not in numbers:
+                break
+            node.sql("DROP EXTENSION postgis CASCADE", "maps")
+        numbers.add(number)
+    peers = [postgres_peer(node, NAME="maps") for node in postgres_pair]
+    try:
+        with engine(peers, PEER_ENGINE=GIS + "postgis", OPTIONS=options) as connection:
+            assert_is_like(connection, GIS + "postgis")
+            balancer = balancers["balanced"]
+            for name in ("peer0", "peer1", "peer0"):
+                connection.close()
+                with balancer.pinned(balancer.peers[name]):
+                    assert_works(connection)
+                    assert_maps(connection)
+                    assert connection.peer.name == name
+    finally:
+        for node in postgres_pair:
+            node.terminate_connections(USER)
+            node.sql("DROP DATABASE maps")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_spatialite(tmp_path: pathlib.Path) -> None:
+    """SpatiaLite, where this Python's sqlite3 can load it; where it cannot, Django says so."""
+    path = tmp_path / "db"
+    with engine([sqlite_peer(path)], PEER_ENGINE=GIS + "spatialite") as connection:
+        assert_is_like(connection, GIS + "spatialite")
+        if hasattr(sqlite3.Connection, "enable_load_extension"):
+            connection.prepare_database()
             assert_works(connection)
+            assert_maps(connection)
+            return
+        with pytest.raises(ImproperlyConfigured, match="extension loading"):
+            connection.ensure_connection()
+        # It leaves SQLite's connection to the collector, which complains of that.
+        gc.collect()
+        assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
 
 
+@without_prometheus
 @pytest.mark.parametrize(
     "base",
     [
@@ -218,8 +326,8 @@ def test_django_prometheus(
     base: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path
 ) -> None:
     """Wrappers of backends, as django-prometheus's: they count what they always count."""
-    # What the extra [test] brings on this Python only.
-    metrics = pytest.importorskip("django_prometheus.db").metrics
+    from django_prometheus.db import metrics
+
     if base == "mysql":
         peer = mysql_peer(request.getfixturevalue("mariadb"))
     elif base == "postgresql":

@@ -18,6 +18,7 @@ from .. import drivers
 from ..conf import ALIAS_KEY, is_balancer, load_wrapper, peer_engine, problems
 from ..exceptions import ConfigError
 from ..registry import balancers
+from .gis import TypesOfPeersMixin, has_types
 from .mixin import LoadBalancedMixin
 from .pools import PooledMixin, has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
@@ -78,15 +79,18 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
     key = (base, wrapper)
     made = _made.get(key)
     if made is None:
-        # Pools are kept apart where there is a peer to keep them apart by.
-        pooled = issubclass(base, LoadBalancedMixin) and has_pools(wrapper)
-        bases = (base, PooledMixin, wrapper) if pooled else (base, wrapper)
+        bases: list[Any] = [base, wrapper]
+        # What an engine keeps by alias is kept apart where there is a peer to do it by.
+        if issubclass(base, LoadBalancedMixin):
+            bases[1:1] = [PooledMixin] * has_pools(wrapper) + [TypesOfPeersMixin] * has_types(
+                wrapper
+            )
         # Of two threads that come here at once, one's class is kept.
         made = _made.setdefault(
             key,
             type(
                 base.__name__,
-                bases,
+                tuple(bases),
                 {
                     "__module__": base.__module__,
                     "__doc__": base.__doc__,
