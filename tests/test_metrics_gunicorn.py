@@ -30,6 +30,8 @@ from tests.engine import mysql_peer
 from tests.project import Project, get
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
+from tests.servers.prometheus import Prometheus
+from tests.test_alerts import RULES, expressions
 from tests.test_docs import blocks
 from tests.test_metrics import check
 from tests.web import sessions
@@ -244,6 +246,26 @@ def test_threads_of_one_worker(mariadb_pair: tuple[Node, Node], site: Site) -> N
     assert sums["connects_total success peer1"] == sums["connections peer1"] == 1
     assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 1
     assert check(b"\n".join(re.findall(rb".*django_proxysql_.*", site.page())) + b"\n") == ""
+
+
+def test_prometheus(site: Site) -> None:
+    """A Prometheus that scrapes the site: each panel shows something, each alert is evaluated."""
+    site.start()
+    victim = min(site.meet())
+    with Prometheus(site.address.partition("//")[2], RULES) as prometheus:
+        until(lambda: prometheus.query("django_proxysql_connects_total"))
+        # Something is to happen while it looks.
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: victim not in site.meet())
+        until(lambda: all(map(prometheus.query, expressions())))
+        made = 'django_proxysql_connects_total{job="shop", peer="peer1", outcome="success"}'
+        until(lambda: [one["value"][1] for one in prometheus.query(made)] == ["3"])
+        until(lambda: {rule["health"] for rule in prometheus.alerts().values()} == {"ok"})
+        alerts = prometheus.alerts()
+        states = {name: rule["state"] for name, rule in alerts.items()}
+        # The dead peer has been out for less than five minutes.
+        assert states.pop("DatabasePeerOut") == "pending"
+        assert set(states.values()) == {"inactive"}
 
 
 @pytest.mark.skipif(
