@@ -52,6 +52,8 @@ TEST = [
     ),
     # gunicorn's worker asks for 24.10.1.
     "gevent>=24.10.1",
+    # An earlier one comes where Django is older; its test is for the present ones.
+    'django-health-check>=3.20; python_version >= "3.11"',
     "gunicorn>=20.1",
     "gevent",
     "hypothesis>=6",
