@@ -55,7 +55,6 @@ TEST = [
     # An earlier one comes where Django is older; its test is for the present ones.
     'django-health-check>=3.20; python_version >= "3.11"',
     "gunicorn>=20.1",
-    "gevent",
     "hypothesis>=6",
     "psycopg-pool>=3.2",
     "psycopg2-binary>=2.8",

@@ -237,14 +237,22 @@ def test_connections_that_are_closed(mariadb_pair: tuple[Node, Node], site: Site
     assert site.sums()["connects_total success peer1"] == 2
 
 
-def test_threads_of_one_worker(mariadb_pair: tuple[Node, Node], site: Site) -> None:
-    """Without multiprocess mode the page is the one process's registry."""
+@pytest.mark.parametrize(
+    ("options", "kept"), [(("--threads", "4"), 1), (("--worker-class", "gevent"), 0)]
+)
+def test_one_worker(site: Site, options: tuple[str, ...], kept: int) -> None:
+    """Without multiprocess mode the page is the one process's registry.
+
+    A greenlet takes its connection along as it ends, and no request's end tells of that.
+    """
     site.workers = 1
-    site.start("--threads", "4", multiprocess=False)
+    site.start(*options, multiprocess=False)
     site.meet()
     sums = site.sums()
-    assert sums["connects_total success peer1"] == sums["connections peer1"] == 1
+    assert sums["connects_total success peer1"] == 1
     assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 1
+    until(lambda: site.connections() == kept)
+    assert site.sums()["connections peer1"] == kept
     assert check(b"\n".join(re.findall(rb".*django_proxysql_.*", site.page())) + b"\n") == ""
 
 
