@@ -753,11 +753,18 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         # the lease run out.
         lease.expires = float("-inf")
         lock = self._lock
-        if lock.acquire(blocking=False):
+        try:
+            # Struck right after acquire() we have the lock and do not know it: it
+            # is let go of in any case. Where we have not got it, that raises.
             try:
-                self._swap(lambda circuit: _forsaken(circuit, lease, now + self.release_interval))
+                if lock.acquire(blocking=False):
+                    self._swap(
+                        lambda circuit: _forsaken(circuit, lease, now + self.release_interval)
+                    )
             finally:
                 lock.release()
+        except RuntimeError:
+            pass
         lease.end()
 
     def _swap(

@@ -1,0 +1,237 @@
+"""multiprocessing in each of its ways, a PASSWORD that is a callable, and pickled settings."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import django
+import pytest
+from django.db import connections
+
+from django_proxysql.conf import ENGINE
+from tests.engine import engine, mysql_peer
+from tests.project import Project
+from tests.servers import PASSWORD
+from tests.servers.mariadb import Node
+from tests.test_project import DATABASE, FILES
+
+RUN = """
+import json, multiprocessing, os, sys, django
+django.setup()
+from django.db import connection
+from django_proxysql import balancers
+
+def states():
+    return [peer.state for peer in balancers["default"].snapshot()]
+
+def work(number):
+    known = states()
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT %s", [number])
+        ((said,),) = cursor.fetchall()
+    return {
+        "right": said == number, "pid": os.getpid(), "peer": connection.peer.name,
+        "session": connection.connection.thread_id(), "known": known, "learnt": states(),
+    }
+
+if __name__ == "__main__":
+    method, copies = sys.argv[1:]
+    parent = work(0)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        children = pool.map(work, range(int(copies)), chunksize=1)
+    again = work(1)
+    print(json.dumps({"parent": parent, "children": children, "again": again}))
+"""
+SECRETS = f"""
+import functools, threading
+
+def password():
+    return {PASSWORD!r}
+
+class Secret:
+    def password(self):
+        return {PASSWORD!r}
+
+class Locked(Secret):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+def of(name):
+    assert name == "shop"
+    return {PASSWORD!r}
+"""
+#: Ways to write PASSWORD, and what ends of it where settings are pickled.
+CALLABLES = {
+    "a function": ("secrets_.password", ""),
+    "a bound method": ("secrets_.Secret().password", ""),
+    "a partial": ("secrets_.functools.partial(secrets_.of, 'shop')", ""),
+    "a lambda": ("lambda: secrets_.password()", "<lambda>"),
+    "with a lock": ("secrets_.Locked().password", "cannot pickle '_thread.lock' object"),
+}
+
+
+class Shop(Project):
+    def __init__(self, root: Path, pair: tuple[Node, Node], password: str) -> None:
+        peers = [
+            mysql_peer(node, NAME=DATABASE, PRIORITY=number) for number, node in enumerate(pair)
+        ]
+        for peer in peers:
+            del peer["PASSWORD"]
+        settings = FILES["settings.py"] + (
+            f'import secrets_\nDATABASES["default"]["PASSWORD"] = {password}\n'
+        )
+        databases = {"default": {"ENGINE": ENGINE, "PEERS": peers}}
+        files = {
+            **FILES,
+            "settings.py": settings,
+            "secrets_.py": SECRETS,
+            "run.py": RUN,
+            "databases.json": json.dumps(databases),
+        }
+        super().__init__(root, files)
+
+    def run_with(self, *args: str) -> Any:
+        process = self.run("run.py", *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return json.loads(self.output_of(process, 0))
+
+    def test_in_parallel(self, method: str, status: int) -> str:
+        """Run the project's tests in two processes that are started by ``method``."""
+        manage = (self.root / "manage.py").read_text()
+        setting = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
+        (self.root / "manage.py").write_text(
+            manage.replace("execute_from_command_line(sys.argv)", "")
+            + "if __name__ == '__main__':\n    "
+            + setting.replace("\n", "\n    ")
+            + "execute_from_command_line(sys.argv)\n"
+        )
+        return self.manage("test", "--parallel", "2", status=status)
+
+
+@pytest.fixture
+def pair(mariadb_pair: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
+    """Two servers of which the second, which is asked last, lives."""
+    dead, alive = mariadb_pair
+    dead.kill()
+    alive.create_database(DATABASE)
+    yield mariadb_pair
+    alive.sql(f"DROP DATABASE {DATABASE}")
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_children_connect_for_themselves(
+    method: str, pair: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """A forked child starts from what its parent knew of the peers, any other from nothing."""
+    said = Shop(tmp_path, pair, "secrets_.password").run_with(method, "40")
+    parent, children = said["parent"], said["children"]
+    assert (said["again"]["session"], said["again"]["right"]) == (parent["session"], True)
+    assert parent["learnt"] == ["open", "closed"]
+    first = {child["pid"]: child for child in reversed(children)}
+    assert parent["pid"] not in first
+    for child in children:
+        assert child["right"]
+        assert child["peer"] == "peer1"
+        assert child["learnt"] == ["open", "closed"]
+        assert child["session"] == first[child["pid"]]["session"]
+    assert len({one["session"] for one in [parent, *first.values()]}) == 1 + len(first)
+    known = ["open", "closed"] if method == "fork" else ["closed", "closed"]
+    assert [child["known"] for child in first.values()] == [known] * len(first)
+
+
+@pytest.mark.skipif(django.VERSION < (4, 1), reason="spawn came to test runs with Django 4.1")
+@pytest.mark.parametrize("name", CALLABLES)
+def test_test_runs_that_pickle_the_settings(
+    name: str, pair: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """spawn: test --parallel hands the settings on; a PASSWORD goes along that can be pickled."""
+    password, error = CALLABLES[name]
+    shop = Shop(tmp_path, pair, password)
+    shop.manage("makemigrations", "shop")
+    output = shop.test_in_parallel("spawn", status=1 if error else 0)
+    assert error in output
+    assert ("Ran 2 tests" in output) is not bool(error)
+    for database in pair[1].sql("SHOW DATABASES LIKE 'test_shop%'").split():
+        pair[1].sql(f"DROP DATABASE {database}")
+
+
+def password() -> str:
+    return PASSWORD
+
+
+def test_settings_survive_copies() -> None:
+    """Django deep-copies and pickles settings; what finds the circuits goes along."""
+    with engine([{"HOST": "127.0.0.1"}], NAME="x", PASSWORD=password) as connection:
+        settings = connection.settings_dict
+        for made in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+            assert made == settings
+            other = type(connection)(made, "another")
+            assert other._registered() is connection._registered()
+            assert connection.copy().settings_dict["PASSWORD"] is password
+
+
+def test_what_cannot_be_copied() -> None:
+    """A lambda is copied as it is, and not pickled; what holds a lock is neither."""
+    import threading
+
+    class Locked:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def password(self) -> str:
+            return PASSWORD
+
+    with engine([{"HOST": "127.0.0.1"}], NAME="x", PASSWORD=lambda: PASSWORD) as connection:
+        connection.copy()
+        with pytest.raises((pickle.PicklingError, AttributeError)):
+            pickle.dumps(connection.settings_dict)
+    with engine([{"HOST": "127.0.0.1"}], NAME="x", PASSWORD=Locked().password) as connection:
+        with pytest.raises(TypeError, match="cannot pickle"):
+            connection.copy()
+        assert connections[connection.alias] is connection
+
+
+EARLY = """
+import gc, os, sys, threading
+# Before ours, which is registered later: a library's that has much to do after a fork.
+os.register_at_fork(after_in_child=gc.collect)
+import django
+django.setup()
+from django.db import connection
+
+def ask():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+        cursor.fetchall()
+    return connection.connection.thread_id()
+
+def hold():
+    before = ask()
+    ready.set()
+    over.wait()
+    print(ask() == before)
+
+ready, over = threading.Event(), threading.Event()
+thread = threading.Thread(target=hold)
+thread.start()
+ready.wait()
+child = os.fork()
+if not child:
+    os._exit(0)
+os.waitpid(child, 0)
+over.set()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+def test_what_is_collected_before_we_are_called(pair: tuple[Node, Node], tmp_path: Path) -> None:
+    """A child's garbage collection says no goodbye for the parent's threads either."""
+    script = "import warnings\nwarnings.simplefilter('ignore')\n" + EARLY
+    assert Shop(tmp_path, pair, "secrets_.password").python(script).split() == ["True"]
