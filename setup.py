@@ -69,6 +69,8 @@ DEV = [
     *TEST,
     *DOCS,
     "build",
+    # Draws the plots of docs/explanation/fleet.rst.
+    "matplotlib",
     "django-stubs",
     "mypy>=1.8",
     "ruff>=0.6",

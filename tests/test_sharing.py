@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import logging
+import secrets
 import subprocess
 import sys
 import textwrap
@@ -377,6 +378,15 @@ class TestRedis:
         assert one.link.trips == before
         assert one.link.step(world.clock()) == 1
         assert one.link.trips == before + 1
+        # Also while a peer is known to be out.
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        before = one.link.trips
+        for _ in range(10):
+            one.connect()
+        assert one.link.step(world.clock()) == 1
+        assert one.link.trips == before + 1
 
     @pytest.mark.parametrize(
         "garbage",
@@ -399,7 +409,8 @@ class TestRedis:
         """What cannot be read is left out; what can does no harm that lasts."""
         one, other = world.processes(2)
         for key in ("circuits", "drains"):
-            for field in ("db1:3306", "db2:3306"):
+            # The last field is the one that says that something has changed.
+            for field in ("db1:3306", "db2:3306", "*"):
                 redis_server.ask("HSET", f"django-proxysql:{{default}}:{key}", field, garbage)
         for process in (one, other):
             process.step()
@@ -413,7 +424,7 @@ class TestRedis:
         lie = json.dumps(
             {"v": "1700000000000001", "s": "open", "due": 1_700_000_060_000, "err": "x"}
         )
-        for field in ("db1:3306", "db2:3306"):
+        for field in ("db1:3306", "db2:3306", "*"):
             redis_server.ask("HSET", "django-proxysql:{default}:circuits", field, lie)
         one.step()
         assert one.states == ["open", "open"]
@@ -572,13 +583,19 @@ class TestRedis:
         assert reached > 50
 
 
+@pytest.fixture
+def own_url(redis_server: RedisServer) -> str:
+    """A prefix that no other test's thread, which may still run, writes to."""
+    return f"{redis_server.url}?prefix=test-{secrets.token_hex(4)}"
+
+
 class TestThread:
     """What the thread does by itself; nothing here looks at a clock."""
 
-    def test_begins_at_the_first_connect(self, redis_server: RedisServer) -> None:
+    def test_begins_at_the_first_connect(self, own_url: str) -> None:
         """… and not before; the next ones make no other. It ends up parked when none is left."""
         before = threading.active_count()
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=redis_server.url)
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
         assert threading.active_count() == before
         db.connect()
         assert db.sharing is not None
@@ -589,9 +606,9 @@ class TestThread:
         db.connect()
         assert db.sharing.link._thread is thread
 
-    def test_is_not_what_keeps_a_balancer(self, redis_server: RedisServer) -> None:
+    def test_is_not_what_keeps_a_balancer(self, own_url: str) -> None:
         """One that is dropped is gone."""
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=redis_server.url)
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
         assert db.sharing is not None
         assert db.sharing.settle(10)
         gone = weakref.ref(db)
@@ -601,10 +618,10 @@ class TestThread:
         while gone() is not None:
             gc.collect()
 
-    def test_one_thread_for_all_balancers(self, redis_server: RedisServer) -> None:
+    def test_one_thread_for_all_balancers(self, own_url: str, redis_server: RedisServer) -> None:
         """They share the connection and the round trip."""
         one, two = (
-            LoadBalancer(peers("db1"), Driver().connect, name=name, shared_state=redis_server.url)
+            LoadBalancer(peers("db1"), Driver().connect, name=name, shared_state=own_url)
             for name in ("one", "two")
         )
         assert one.sharing is not None
@@ -616,9 +633,9 @@ class TestThread:
         assert redis_server.ask("KEYS", "*{two}:processes*")
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-    def test_killed(self, redis_server: RedisServer) -> None:
+    def test_killed(self, own_url: str) -> None:
         """A thread that something has killed is replaced."""
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=redis_server.url)
+        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
         assert db.sharing is not None
         assert db.sharing.settle(10)
         thread = db.sharing.link._thread
@@ -631,10 +648,10 @@ class TestThread:
         assert db.sharing.settle(10)
         assert db.sharing.link._thread is not thread
 
-    def test_asks_no_longer_than_it_may(self, redis_server: RedisServer) -> None:
+    def test_asks_no_longer_than_it_may(self, own_url: str, redis_server: RedisServer) -> None:
         """A connect whose peer's trial is due waits 50 ms once, and the next one not at all."""
         db = LoadBalancer(
-            peers("db1", "db2"), Driver().connect, shared_state=redis_server.url, strategy=InOrder
+            peers("db1", "db2"), Driver().connect, shared_state=own_url, strategy=InOrder
         )
         assert db.sharing is not None
         db.peers["db1"].breaker.open()
@@ -657,20 +674,18 @@ class TestThread:
         # It was not even asked: nothing waits for the thread that did not before.
         assert len(db.sharing.link._asked) <= waiting
 
-    def test_no_thread_to_be_had(
-        self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_thread_to_be_had(self, own_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Then nothing is shared, and everything else goes on."""
 
         def none(self: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
         monkeypatch.setattr(threading.Thread, "start", none)
-        url = f"{redis_server.url}?prefix=nothread"
+        url = f"{own_url}-none"
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
         assert db.connect().host == "db1"
 
-    def test_gevent(self, redis_server: RedisServer) -> None:
+    def test_gevent(self, own_url: str) -> None:
         """Under gevent it is a greenlet, and holds no other up."""
         program = """
             from gevent import monkey
@@ -691,7 +706,7 @@ class TestThread:
             print(len(turns))
         """
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), redis_server.url],
+            [sys.executable, "-c", textwrap.dedent(program), own_url],
             capture_output=True,
             text=True,
             timeout=60,

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..breaker import CLOSED, Circuit
 from ..faults import Fault
 from ..logger import complain
-from .link import INTERVAL, Link, Question, checked_url, link_to
+from .link import INTERVAL, Link, Question, checked_url, link_to, refusal
 
 if TYPE_CHECKING:
     from ..balancer import LoadBalancer
@@ -125,18 +125,29 @@ class _Request:
     #: By peer: how many wishes are told.
     wishes: dict[str, int]
     beat: dict[str, int]
+    #: What was stored when everything was agreed on last; None: not everything is.
+    stamp: str | None
+    #: Whether it is enough to ask if that is as it was: there is nothing to tell.
+    is_quiet: bool = False
 
     def text(self, link: Link) -> str:
+        """Return what the script BEAT is given, or SYNC if there is more to it."""
+        short = {
+            "me": link.me,
+            "now": link.now_us(),
+            "beat": json.dumps(self.beat),
+            "history": HISTORY,
+            "wishes": _WISHES,
+        }
+        if self.is_quiet:
+            return json.dumps({**short, "stamp": self.stamp})
         return json.dumps(
             {
-                "me": link.me,
-                "now": link.now_us(),
+                **short,
+                "serial": link.serial(),
                 "circuits": self.circuits,
                 "drains": self.drains,
-                "beat": json.dumps(self.beat),
                 "moments": _MOMENTS,
-                "history": HISTORY,
-                "wishes": _WISHES,
             }
         )
 
@@ -162,6 +173,7 @@ class Sharing:
         self._fields = _fields(balancer.peers.values())
         self._names = {field: name for name, field in self._fields.items()}
         self._shared = {name: _Shared() for name in balancer.peers}
+        self._stamp: str | None = None
         base = f"{self.link.prefix}:{{{balancer.name}}}"
         addresses = "\n".join(sorted(peer.address for peer in balancer.peers.values()))
         # Others that have this alias and other peers are counted by themselves.
@@ -204,6 +216,11 @@ class Sharing:
         """
         self.start()
         return bool(self.link.ask(Question(self), seconds))
+
+    @property
+    def has_told_all(self) -> bool:
+        """Whether Redis has heard of all wishes of this process."""
+        return not any(shared.wishes for shared in self._shared.values())
 
     def wish(self, peer: Peer, drained: bool) -> None:
         """Have all processes drain or undrain a peer.
@@ -256,7 +273,7 @@ class Sharing:
 
         :param bids: the peers whose trial somebody here is ready to make.
         """
-        request = _Request({}, {}, {}, {}, {})
+        request = _Request({}, {}, {}, {}, {}, self._stamp)
         balancer = self._balancer()
         if balancer is None:
             return request
@@ -293,6 +310,10 @@ class Sharing:
                 "wish": wishes > 0,
             }
             request.beat[field] = peer.connections
+            if told["op"] or told.get("hold") or told.get("bid") or wishes:
+                # A lease that is held has to be given back, whatever comes: in full once more.
+                self._stamp = request.stamp = None
+        request.is_quiet = request.stamp is not None
         return request
 
     def apply(self, request: _Request, answer: Any) -> str:
@@ -305,17 +326,20 @@ class Sharing:
         balancer = self._balancer()
         if balancer is None:
             return ""
+        agreed = True
         for name, seen in request.seen.items():
             peer, field = balancer.peers[name], self._fields[name]
-            self._apply_circuit(peer, seen, said["circuits"][field])
+            agreed &= self._apply_circuit(peer, seen, said["circuits"][field])
             self._apply_drain(balancer, peer, request.wishes[name], said["drains"].get(field))
-        if said.get("refused"):
-            return f"it takes no writes: {said['refused']}"
+        wrong = refusal(said)
         if said.get("garbage"):
-            return "what is stored there is not what was written"
-        return ""
+            wrong = wrong or "what is stored there is not what was written"
+        # While somebody holds a trial, or this process does, each round trip is one in full.
+        self._stamp = str(said["stamp"]) if agreed and not wrong and said["stamp"] else None
+        return wrong
 
-    def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> None:
+    def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> bool:
+        """Return whether there is nothing more to be said of it, as long as nothing happens."""
         shared, breaker = self._shared[peer.name], peer.breaker
         version, is_open = int(said["v"]), said["s"] == "open"
         due_in = _bounded(said.get("due"), 2 * breaker.reset_timeout)
@@ -324,12 +348,12 @@ class Sharing:
         if said["done"]:
             # What was said here.
             shared.agreed = _Agreed(version, is_open, seen.generation)
-            return
+            return not held_for and seen.lease is None
         if version <= shared.agreed.version:
             if is_open and held_for:
                 # Somebody is at it: to ask for the trial would be of no use.
                 breaker.put_off(seen.generation, held_for)
-            return
+            return not held_for and seen.lease is None
         after: Circuit | None = seen
         if is_open:
             after = breaker.learn_open(
@@ -345,6 +369,7 @@ class Sharing:
         # Otherwise it has changed meanwhile, or is being tried: the next round trip sees to it.
         if after is not None:
             shared.agreed = _Agreed(version, is_open, after.generation)
+        return after is not None and not held_for
 
     def _apply_drain(
         self, balancer: LoadBalancer, peer: Peer, told: int, said: Mapping[str, Any] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -11,18 +12,19 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from ..exceptions import ConfigError
 from ..logger import complain, logger
-from .scripts import FLEET, SHA, SYNC
+from .scripts import BEAT, FLEET, SHA, SYNC
 
 if TYPE_CHECKING:
     from . import Sharing
 
-__all__ = ["INTERVAL", "Link", "Question", "checked_url", "link_to"]
+__all__ = ["INTERVAL", "Link", "Question", "checked_url", "link_to", "refusal"]
 
 #: Seconds between two round trips while all is well.
 INTERVAL = 1.0
@@ -135,6 +137,7 @@ class Link:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._asked: deque[Question] = deque()
+        self._requests = itertools.count()
         #: Whether the last round trip went well, and when it did.
         self.heard = False
         self._heard_at = float("-inf")
@@ -226,14 +229,31 @@ class Link:
         views = [question for question in asked if question.fleet]
         try:
             answers = self._exchange(
-                [(SYNC, member.keys, request.text(self)) for member, request in composed]
+                [
+                    (BEAT if request.is_quiet else SYNC, member.keys, request.text(self))
+                    for member, request in composed
+                ]
                 + [(FLEET, question.of.keys, self._fleet_request()) for question in views]
             )
             said = ""
+            behind = []
             for (member, request), answer in zip(composed, answers):
                 if isinstance(answer, Exception):
                     raise answer
-                said = member.apply(request, answer) or said
+                if request.is_quiet:
+                    same = json.loads(answer)
+                    said = refusal(same) or said
+                    if same["same"] is not True:
+                        behind.append((member, replace(request, is_quiet=False)))
+                else:
+                    said = member.apply(request, answer) or said
+            if behind:
+                # Something has happened: once more, in full.
+                calls = [(SYNC, member.keys, request.text(self)) for member, request in behind]
+                for (member, request), answer in zip(behind, self._exchange(calls)):
+                    if isinstance(answer, Exception):
+                        raise answer
+                    said = member.apply(request, answer) or said
         except Exception as exc:
             self.heard = False
             self._client = None
@@ -250,7 +270,7 @@ class Link:
             if question.peer:
                 question.answer = question.of.answer_for(question.peer)
             elif not question.fleet:
-                question.answer = True
+                question.answer = not said and question.of.has_told_all
         if said:
             self._in_trouble(now, said)
         elif self._trouble_since is not None:
@@ -294,6 +314,10 @@ class Link:
 
     def _fleet_request(self) -> str:
         return json.dumps({"alive": ALIVE, "now": self.now_us()})
+
+    def serial(self) -> str:
+        """Return what no other request of any process is called."""
+        return f"{self.me}-{next(self._requests)}"
 
     def now_us(self) -> int | None:
         """Return the microseconds that tests put in the place of Redis's clock."""
@@ -348,6 +372,11 @@ class Question:
         self.answer: Any = None
         self.bell = threading.Lock()
         self.bell.acquire()
+
+
+def refusal(said: Mapping[str, Any]) -> str:
+    """Return what a script says of its writes that failed."""
+    return f"it takes no writes: {said['refused']}" if said.get("refused") else ""
 
 
 def _log(level: int, message: str, *args: object) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 
-__all__ = ["FLEET", "SHA", "SYNC"]
+__all__ = ["BEAT", "FLEET", "SHA", "SYNC"]
 
-#: Compares what a process knows of circuits and drains with what is stored, and counts it.
-SYNC = """
+_COMMON = """
 local request = cjson.decode(ARGV[1])
 local circuits, drains, processes, counts, timeline = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local me = request.me
@@ -23,6 +22,8 @@ end
 local now = math.floor(now_us / 1000)
 local refused, garbage = nil, 0
 local DAY = 86400000
+-- The field that says who wrote last, and which request of theirs it was: no peer's address.
+local LAST = '*'
 
 -- Where Redis is full or a replica, what is written fails, and what is read does not.
 local function write(...)
@@ -34,6 +35,47 @@ local function write(...)
   return true
 end
 
+-- Tells apart all that was ever stored; false where one of the keys is something else.
+local function stamp()
+  local one, other = redis.pcall('HGET', circuits, LAST), redis.pcall('HGET', drains, LAST)
+  if type(one) == 'table' or type(other) == 'table' then return false end
+  return (one or '') .. ' ' .. (other or '')
+end
+
+local function keep(key, seconds)
+  local left = redis.call('PTTL', key)
+  if left > -2 and left < seconds * 500 then write('PEXPIRE', key, seconds * 1000) end
+end
+
+local function heartbeat()
+  write('ZADD', processes, now, me)
+  write('HSET', counts, me, request.beat)
+  local gone = redis.pcall('ZRANGEBYSCORE', processes, '-inf', now - 60000, 'LIMIT', 0, 100)
+  if type(gone) == 'table' and #gone > 0 then
+    write('ZREM', processes, unpack(gone))
+    write('HDEL', counts, unpack(gone))
+  end
+  keep(processes, 60)
+  keep(counts, 60)
+  keep(circuits, request.history)
+  keep(drains, request.wishes)
+end
+"""
+
+#: Counts a process in, and says whether all is as it knows it: the whole round trip in peace.
+BEAT = (
+    _COMMON
+    + """
+local same = stamp() == request.stamp
+if same then heartbeat() end
+return cjson.encode({same = same, refused = refused})
+"""
+)
+
+#: Compares what a process knows of circuits and drains with what is stored.
+SYNC = (
+    _COMMON
+    + """
 local function between(value, least, most)
   value = tonumber(value)
   if value and value >= least and value <= most then return math.floor(value) end
@@ -61,12 +103,8 @@ local function store(key, field, record, seconds)
   for name, value in pairs(record) do copy[name] = value end
   -- cjson writes 14 digits of a number, and this one has 16.
   copy.v = string.format('%.0f', record.v)
-  return write('HSET', key, field, cjson.encode(copy)) and write('PEXPIRE', key, seconds * 1000)
-end
-
-local function keep(key, seconds)
-  local left = redis.call('PTTL', key)
-  if left > -2 and left < seconds * 500 then write('PEXPIRE', key, seconds * 1000) end
+  return write('HSET', key, field, cjson.encode(copy), LAST, request.serial)
+    and write('PEXPIRE', key, seconds * 1000)
 end
 
 local function note(field, state, why)
@@ -177,20 +215,11 @@ for field, theirs in pairs(request.drains) do
   end
 end
 
-write('ZADD', processes, now, me)
-write('HSET', counts, me, request.beat)
-local gone = redis.pcall('ZRANGEBYSCORE', processes, '-inf', now - 60000, 'LIMIT', 0, 100)
-if type(gone) == 'table' and #gone > 0 then
-  write('ZREM', processes, unpack(gone))
-  write('HDEL', counts, unpack(gone))
-end
-keep(processes, 60)
-keep(counts, 60)
-keep(circuits, request.history)
-keep(drains, request.wishes)
-reply.refused, reply.garbage = refused, garbage
+heartbeat()
+reply.refused, reply.garbage, reply.stamp = refused, garbage, stamp()
 return cjson.encode(reply)
 """
+)
 
 #: Adds up what all processes that were heard of lately have told.
 FLEET = """
@@ -220,4 +249,4 @@ return {tostring(#alive), cjson.encode(sums), tostring(now),
 """
 
 #: What Redis knows a script by.
-SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (SYNC, FLEET)}  # noqa: S324
+SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (BEAT, SYNC, FLEET)}  # noqa: S324
