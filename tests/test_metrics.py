@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import OperationalError
@@ -20,10 +21,11 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from django_proxysql import Fault, LoadBalancer, balancers
 from django_proxysql.demo.servers import find_program
 from django_proxysql.monitoring.metrics import Metrics
-from tests.fakes import bad_password, in_thread, raised_by, refused_by_host, too_many
+from tests.fakes import Driver, bad_password, in_thread, raised_by, refused_by_host, too_many
 from tests.servers import PASSWORD
 from tests.site import Site
 from tests.test_balancer import World
+from tests.test_docs import blocks
 from tests.test_floors import without_django
 
 ROOT = Path(__file__).parent.parent
@@ -437,7 +439,8 @@ FORK = """
 """
 
 
-def run(program: str, **environment: str) -> str:
+def run(program: str, *, errors: bool = False, **environment: str) -> str:
+    """Return what a program prints, in a process of its own; with ``errors`` on stderr as well."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(program)],
         env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings", **environment},
@@ -447,7 +450,7 @@ def run(program: str, **environment: str) -> str:
         timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stderr + done.stdout if errors else done.stdout
 
 
 def test_fork_while_another_thread_counts() -> None:
@@ -531,7 +534,7 @@ def test_closed_connections_are_seen_when_asked_for(tmp_path: Path) -> None:
 def test_directory_that_is_not_there(monkeypatch: Any) -> None:
     """… is said at the start, and not by an error at each connect."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere/at/all")
-    with pytest.raises(ValueError, match="/nowhere/at/all"):
+    with pytest.raises(NotADirectoryError, match="/nowhere/at/all"):
         Watched("db1")
 
 
@@ -556,6 +559,29 @@ def test_without_django() -> None:
         """
     )
     assert printed == "1.0\n"
+
+
+def from_the_docs(word: str) -> str:
+    """Return the one block of Python on the docs' page that has the word in it."""
+    page = (ROOT / "docs" / "howto" / "prometheus.rst").read_text()
+    (block,) = (block for block in blocks(page, "python") if word in block)
+    return block
+
+
+def test_example_without_django() -> None:
+    """The docs' example runs as it is written, but for the servers."""
+    driver = Driver()
+    patches = {"MySQLdb.connect": driver.connect, "prometheus_client.start_http_server": print}
+    with contextlib.ExitStack() as stack:
+        for name, function in patches.items():
+            stack.enter_context(mock.patch(name, function))
+        # In a registry of its own; that of prometheus_client is for all tests.
+        registry = CollectorRegistry()
+        names: dict[str, Any] = {"registry": registry}
+        exec(from_the_docs("Metrics(db)").replace("(db)", "(db, registry=registry)"), names)
+    names["db"].connect()
+    peer = {"10.0.0.1": "db1", "10.0.0.2": "db2"}[driver.hosts[0]]
+    assert value(registry, "connects_total", alias="orders", peer=peer, outcome="success") == 1
 
 
 DJANGO = """
@@ -596,6 +622,45 @@ def test_app() -> None:
     labels = '{alias="default",outcome="success",peer="peer0"}'
     assert f"django_proxysql_connects_total{labels} 1.0" in text
     assert 'django_proxysql_connections{alias="default",peer="peer0"} 1.0' in text
+
+
+def test_site_is_served_though_nothing_can_be_counted() -> None:
+    """Where the directory is missing, that is logged, and all else works."""
+    said = run(
+        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
+        + "from django.apps import apps\n"
+        + "from django.core.signals import request_started\n"
+        + "from django.db import connection\n"
+        + "request_started.send(None)\n"
+        + "connection.ensure_connection()\n"
+        + "print(apps.get_app_config('django_proxysql_metrics').metrics)",
+        PROMETHEUS_MULTIPROC_DIR="/nowhere/at/all",
+        errors=True,
+    )
+    assert "Nothing is counted for Prometheus: PROMETHEUS_MULTIPROC_DIR='/nowhere/at/all'" in said
+    assert said.endswith("None\n")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Celery is tested on Python 3.11 and later")
+def test_example_of_a_celery_worker() -> None:
+    """After a task the gauges are written, as the docs' receiver does it."""
+    assert run(
+        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
+        + from_the_docs("task_postrun")
+        + textwrap.dedent(
+            """
+            from django.db import connection
+            from prometheus_client import REGISTRY
+            metrics = apps.get_app_config("django_proxysql_metrics").metrics
+            connection.ensure_connection()
+            connection._let_go()
+            gauge = metrics._connections.labels("default", "peer0")
+            print(gauge._value.get(), end=" ")
+            task_postrun.send(None)
+            print(gauge._value.get())
+            """
+        )
+    ).endswith("1.0 0.0\n")
 
 
 def test_app_that_is_made_ready_twice() -> None:

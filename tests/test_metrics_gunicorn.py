@@ -32,11 +32,9 @@ from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
 from tests.servers.prometheus import Prometheus
 from tests.test_alerts import RULES, expressions
-from tests.test_docs import blocks
-from tests.test_metrics import check
+from tests.test_metrics import check, from_the_docs
 from tests.web import sessions
 
-PAGE = (Path(__file__).parent.parent / "docs" / "howto" / "prometheus.rst").read_text()
 APP = "django_proxysql.monitoring.metrics"
 
 SETTINGS = """
@@ -74,12 +72,6 @@ WSGI = """
 from django.core.wsgi import get_wsgi_application
 application = get_wsgi_application()
 """
-
-
-def from_the_docs(word: str) -> str:
-    """Return the one block of Python on the docs' page that has the word in it."""
-    (block,) = (block for block in blocks(PAGE, "python") if word in block)
-    return block
 
 
 class Site:

@@ -83,8 +83,9 @@ class Metrics:
     :param sources: the :class:`LoadBalancer` s, each with a name of its own, or Django's
         ``balancers``: all of them, present and future.
     :param registry: where it is registered; None: nowhere.
-    :raises ValueError: the registry has it, or another of the same names, already; two balancers
-        have one name; ``PROMETHEUS_MULTIPROC_DIR`` names no directory.
+    :raises ValueError: the registry has it, or another of the same names, already; or two balancers
+        have one name.
+    :raises NotADirectoryError: ``PROMETHEUS_MULTIPROC_DIR`` names no directory.
     """
 
     def __init__(self, *sources: Source, registry: CollectorRegistry | None = REGISTRY) -> None:
@@ -93,7 +94,7 @@ class Metrics:
             raise ValueError(f"Balancers need names of their own to be told apart: {names}")
         directory = _multiprocess_directory()
         if directory is not None and not os.path.isdir(directory):
-            raise ValueError(f"PROMETHEUS_MULTIPROC_DIR={directory!r} is no directory")
+            raise NotADirectoryError(f"PROMETHEUS_MULTIPROC_DIR={directory!r} is no directory")
         self._sources = sources
         of_peer = ("alias", "peer")
         self._connects = Counter(

@@ -7,6 +7,7 @@ from typing import ClassVar
 from django.apps import AppConfig
 from django.core.signals import request_finished, request_started
 
+from ...logger import logger
 from ...registry import balancers
 from . import Metrics
 
@@ -21,8 +22,8 @@ class MetricsConfig(AppConfig):
     label = "django_proxysql_metrics"
     verbose_name = "Database load balancer: metrics"
 
-    #: This process's :class:`Metrics`; of the class, for tests that change INSTALLED_APPS make
-    #: another instance ready.
+    #: This process's :class:`Metrics`; None if there is nowhere to write them. Of the class, for
+    #: tests that change INSTALLED_APPS make another instance ready.
     metrics: ClassVar[Metrics | None] = None
 
     def ready(self) -> None:
@@ -32,7 +33,12 @@ class MetricsConfig(AppConfig):
         """
         if MetricsConfig.metrics is not None:
             return
-        metrics = MetricsConfig.metrics = Metrics(balancers)
+        try:
+            metrics = MetricsConfig.metrics = Metrics(balancers)
+        except NotADirectoryError as exc:
+            # No reason not to serve anybody, or not to run a command while nobody is served.
+            logger.error("Nothing is counted for Prometheus: %s", exc)
+            return
         # After Django's own receivers, which close connections: those came with django.db.
         for signal in (request_started, request_finished):
             signal.connect(metrics._at_request, dispatch_uid=__name__)
