@@ -24,7 +24,7 @@ while its own thread is replacing the record is let in by the lock; the
 replacement then begins anew from what it left (``PeerBreaker._swap``).
 
 Locks of C are the only ones used: ``threading.Event`` and its kin take theirs
-in Python code, and a thread that is killed there keeps it for ever. (Python 3.9:
+in Python code, and a thread that is killed there keeps it for ever. (Python before 3.11:
 :mod:`django_proxysql.locks`.)
 
 Each use of the peer takes a :class:`Permit` first and ends it with exactly one

@@ -1,9 +1,9 @@
 """Locks that an exception out of nowhere does not leave locked for ever.
 
 Ctrl-C, Celery's time limits and ``PyThreadState_SetAsyncExc`` strike between any
-two instructions. From Python 3.10 on ``with lock:`` holds against that: between
-the block's end and ``__exit__`` nothing is raised. In Python 3.9 it may be, and
-whoever comes next would wait for ever.
+two instructions. From Python 3.11 on ``with lock:`` holds against that: between
+the block's end and ``__exit__`` nothing is raised. In Python 3.9 and 3.10 it may
+be (seen), and whoever comes next would wait for ever.
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ class RecoveringLock:
 
 def new_lock() -> Any:
     """Return a re-entrant lock that holds where threads are struck."""
-    return threading.RLock() if sys.version_info >= (3, 10) else RecoveringLock()
+    return threading.RLock() if sys.version_info >= (3, 11) else RecoveringLock()

@@ -61,8 +61,8 @@ def test_holder_who_is_late() -> None:
     assert lock.acquire(blocking=False)
 
 
-@pytest.mark.parametrize("version", [(3, 9, 18), (3, 10, 0)])
+@pytest.mark.parametrize("version", [(3, 10, 18), (3, 11, 0)])
 def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
-    """Python 3.9 alone raises between a with block and its __exit__."""
+    """Python before 3.11 raises between a with block and its __exit__."""
     monkeypatch.setattr(sys, "version_info", version)
-    assert isinstance(new_lock(), RecoveringLock) is (version < (3, 10))
+    assert isinstance(new_lock(), RecoveringLock) is (version < (3, 11))
