@@ -31,6 +31,7 @@ class Model(NamedTuple):
     is_preloaded: bool = False
     files: dict[str, str] = {}
     environment: dict[str, str] = {}
+    settings: dict[str, Any] = {}
 
     def preloaded(self, **files: str) -> Model:
         """The same, with the application loaded before the workers are forked."""
@@ -53,6 +54,7 @@ GUNICORNS = {
     "sync, preload": SYNC.preloaded(),
     "gthread": GTHREAD,
     "gthread, preload": GTHREAD.preloaded(),
+    "gthread, preload, background": GTHREAD.preloaded()._replace(settings={"PROBE": "background"}),
     "gevent": GEVENT,
     "gevent, preload": GEVENT.preloaded(**PATCHED),
     "gevent, PyMySQL": GEVENT.pymysql(),
@@ -95,6 +97,7 @@ def test_a_peer_dies_and_comes_back(name: str, mariadb_pair: Pair, tmp_path: Pat
         path=model.path,
         files=model.files,
         environment=model.environment,
+        **model.settings,
     ) as web:
         with Client(web.port, model.path) as client:
             # Connections spread, in each worker.
