@@ -13,6 +13,7 @@ import contextvars
 import logging
 import math
 import os
+import random
 import threading
 import time
 import weakref
@@ -46,6 +47,7 @@ from .peer import Hold, Peer
 from .probe import prober
 from .ready import QUESTIONS, ready_check_from
 from .sharing import Sharing
+from .slow_start import Move, SlowStart
 from .strategies import strategy_from
 
 __all__ = ["Attempt", "LoadBalancer", "PeerState"]
@@ -186,6 +188,11 @@ class LoadBalancer:
         )
         self._strategy = strategy_from(config.strategy)
         self._ready_check = ready_check_from(config.ready_check)
+        #: Draws from [0, 1).
+        self.draw = random.random if jitter is None else jitter
+        by_weight = getattr(self._strategy, "by_weight", False)
+        #: Moves kept connections to peers that have come back.
+        self.slow_start = SlowStart(config.slow_start if by_weight else None, clock, self.draw)
         self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
         #: Those of them, logging aside, that want to hear of each connection made.
         self._hear_connects: tuple[Listener, ...] = ()
@@ -236,6 +243,7 @@ class LoadBalancer:
         *,
         refusal_is_callers: bool | Callable[[], bool] = False,
         trials: str = "first",
+        only: Peer | None = None,
     ) -> Any:
         """Return a connection to a peer that works.
 
@@ -249,6 +257,7 @@ class LoadBalancer:
         :param trials: ``"first"``: a peer whose trial is due goes before the
             others; ``"last"``: it is tried when nothing else is left;
             ``"never"``: only closed circuits are used.
+        :param only: connect to this peer, if its circuit is closed, or not at all.
         :raises NoPeerAvailable: no peer could be had within the deadline.
         :raises ConfigError: the balancer was made without ``connect``, or a
             strategy of one's own yields what is no peer.
@@ -256,6 +265,8 @@ class LoadBalancer:
             fault, or where every peer was attempted and refused us.
         """
         search = _Search(self, open_one or self._open_one, refusal_is_callers, trials)
+        if only is not None:
+            return search.connect_to(only)
         try:
             return search.first_attempt()
         except Exception as exc:
@@ -487,6 +498,8 @@ class LoadBalancer:
         # on the way from one line to the other.
         self.look_anew()
         self._tend()
+        if changed and not drained:
+            self.slow_start.begin(peer)
         if changed and drained:
             self.emit(PeerDrained(self.name, peer.name, peer.address, peer.connections, learnt))
         elif changed:
@@ -542,6 +555,15 @@ class LoadBalancer:
             pin.peer = peer
         return pin.peer
 
+    def claim_move(self, peer: Peer) -> Move | None:
+        """Return where a kept connection is to move between two units of work, if it is.
+
+        :param peer: where it leads to.
+        """
+        view = self.view()
+        tier = view.tiers[0] if view.tiers else ()
+        return self.slow_start.claim(peer, self.peers.values(), tier)
+
     def has_usable(self) -> bool:
         """Return whether any circuit is closed, and its peer no suspect."""
         return bool(self.view().tiers)
@@ -589,6 +611,7 @@ class LoadBalancer:
                 )
             )
         elif transition.after == CLOSED and transition.before != CLOSED:
+            self.slow_start.begin(peer)
             self.emit(
                 CircuitClosed(self.name, name, peer.address, transition.seconds, transition.learnt)
             )
@@ -599,6 +622,7 @@ class LoadBalancer:
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()
+        self.slow_start.after_fork()
         self.look_anew()
 
 
@@ -714,6 +738,16 @@ class _Search:
             # The view is older than the circuit.
             balancer.look_anew()
         return self.attempt()
+
+    def connect_to(self, peer: Peer) -> Any:
+        """Connect to this peer, and to no other.
+
+        :raises NoPeerAvailable: its circuit is not closed.
+        """
+        permit = None if peer.drained else peer.breaker.acquire(trial=False)
+        if permit is None:
+            raise self._nobody()
+        return self._attempt(peer, permit, self._started)
 
     def attempt(self) -> Any:
         """Connect to the next candidate.
@@ -967,12 +1001,16 @@ class _Search:
         refused = [fault for fault in self._faults.values() if fault is Fault.REFUSED]
         if self._last_error is not None and len(refused) == len(balancer.undrained()):
             return self._last_error
-        error = balancer.no_peer_error(
-            balancer.name, [self._said(state) for state in balancer.snapshot()]
-        )
+        error = self._nobody()
         error.__cause__ = self._last_error
         balancer.emit(PeersExhausted(balancer.name, str(error), self._clock() - self._started))
         return error
+
+    def _nobody(self) -> NoPeerAvailable:
+        balancer = self._balancer
+        return balancer.no_peer_error(
+            balancer.name, [self._said(state) for state in balancer.snapshot()]
+        )
 
     def _said(self, state: PeerState) -> str:
         where = f"{state.name} ({state.address})" if state.address else state.name

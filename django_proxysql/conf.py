@@ -78,6 +78,7 @@ _BALANCER_FIELDS = {
     "SYNCHRONOUS_PEERS": "synchronous_peers",
     "TCP_USER_TIMEOUT": "tcp_user_timeout",
     "PROBE": "probe",
+    "SLOW_START": "slow_start",
 }
 _PEER_KEYS = (*_PEER_FIELDS, "BREAKER")
 _BALANCER_KEYS = (

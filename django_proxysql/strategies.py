@@ -48,6 +48,10 @@ class Random:
         generator would let all children of one parent draw alike.
     """
 
+    #: Whether peers get connections by their weights, and are to have them back
+    #: after they were out. One's own strategy may have other ends.
+    by_weight = True
+
     def __init__(self, draw: Callable[[], float] | None = None) -> None:
         self._draw = draw or random.random
         # Peers and their running sum of weights (None: all weights equal).
@@ -77,6 +81,8 @@ class Random:
 class RoundRobin:
     """Connections go to the peers in turn, weights by smooth interleaving."""
 
+    by_weight = True
+
     def __init__(self) -> None:
         # itertools.count is atomic; a random start keeps the processes of a
         # site from walking over the peers in step.
@@ -97,6 +103,8 @@ class RoundRobin:
 
 class LeastConnections:
     """A connection goes to the peer that holds fewest of this process's, by weight."""
+
+    by_weight = True
 
     def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
         # Counts move while others connect: read each once, break ties by

@@ -158,6 +158,14 @@ def running(
         raise errors[0]
 
 
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for another thread to have done something."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.001)
+
+
 def in_thread(target: Callable[[], Any], seconds: float = 10) -> Any:
     """Return what ``target`` returns in a thread of its own; fail if it does not end in time."""
     result: list[Any] = []

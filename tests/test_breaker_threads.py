@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -520,14 +520,17 @@ class TestExceptionsOutOfNowhere:
     # Each line in turn
 
     @staticmethod
-    def interrupted_at(step: int, work: Callable[[], object]) -> tuple[bool, str]:
+    def interrupted_at(
+        step: int,
+        work: Callable[[], object],
+        files: Collection[str] = (breaker.__file__, balancer.__file__),
+    ) -> tuple[bool, str]:
         """Run ``work`` and raise Injected at the step-th line that it runs of the core.
 
         Returns whether there was such a line, and where it is. The line event at which a
         ``with`` statement is left is no step: the interpreter asks for signals where functions
         are called and loops turn round, which it does not between a block's end and ``__exit__``.
         """
-        files = {breaker.__file__, balancer.__file__}
         left = step
         where = ""
         entered: set[tuple[int, int]] = set()

@@ -79,6 +79,8 @@ MISTAKES: list[Any] = [
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
     ("E005", {"PEERS": [ONE], "PROBE": "foreground"}, "PROBE is 'foreground'", "'background'"),
     ("E005", {"PEERS": [ONE], "PROBE": None}, "PROBE is None", "'inline' or"),
+    ("E005", {"PEERS": [ONE], "SLOW_START": -1}, "SLOW_START is -1", "or None"),
+    ("E005", {"PEERS": [ONE], "SLOW_START": "fast"}, "SLOW_START is 'fast'", "a number"),
     ("E005", {"PEERS": [ONE], "BREAKER": 3}, "BREAKER is 3", "fail_max"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
@@ -262,6 +264,7 @@ def test_right_settings_have_no_message() -> None:
         "TCP_USER_TIMEOUT": 2.5,
         "SHARED_STATE": "rediss://shop:pass%40word@10.0.0.9:6380/3?prefix=shop",
         "PROBE": "background",
+        "SLOW_START": 0,
         "CONN_MAX_AGE": None,
         "ATOMIC_REQUESTS": True,
         "TEST": {"NAME": "test_shop"},
@@ -432,7 +435,7 @@ def test_strange_entries_break_nothing() -> None:
     keys = [
         *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
         *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
-        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "PROBE"),
+        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "PROBE", "SLOW_START"),
         *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
     ]
     for key in keys:

@@ -43,6 +43,7 @@ FLOORS = {
     "probe": 3,
     "ready": 3,
     "sharing": 3,
+    "slow_start": 3,
     "balancer": 4,
     # The Django line: nothing above imports Django.
     "conf": 6,

@@ -26,6 +26,7 @@ from django.db.backends.signals import connection_created
 from django_proxysql import Fault, LoadBalancer, NotReady, balancer, balancers, probe
 from django_proxysql.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.exceptions import ConfigError
+from tests import test_breaker_threads
 from tests.engine import Clock as EngineClock
 from tests.engine import engine, mysql_peer
 from tests.fakes import (
@@ -34,13 +35,13 @@ from tests.fakes import (
     bad_password,
     even,
     peers,
-    raised_by,
     refused_by_host,
     running,
+    until,
 )
 from tests.servers.mariadb import Node
 from tests.test_balancer import World
-from tests.test_breaker_threads import Injected, TestFork, hurried  # noqa: F401
+from tests.test_breaker_threads import Injected, hurried  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 Pair = tuple[Node, Node]
@@ -60,6 +61,26 @@ def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
 
 
 @pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One item for each thread of a prober's that runs."""
+    start = _thread.start_new_thread
+    found: list[int] = []
+
+    def counted(run: Callable[..., object], args: tuple[Any, ...]) -> int:
+        def work() -> None:
+            try:
+                run(*args)
+            finally:
+                found.pop()
+
+        found.append(1)
+        return start(work, ())
+
+    monkeypatch.setattr(_thread, "start_new_thread", counted)
+    return found
+
+
+@pytest.fixture
 def stalled(prober: probe.Prober, monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
     """The same, whose threads never get to run, as in uWSGI without threads."""
     never: list[Any] = []
@@ -67,14 +88,6 @@ def stalled(prober: probe.Prober, monkeypatch: pytest.MonkeyPatch) -> Iterator[p
     yield prober
     prober._runner = None
     monkeypatch.setattr(prober, "_start", lambda: None)
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait for another thread to have done something."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not happened"
-        time.sleep(0.001)
 
 
 def background(*names: str, **options: Any) -> World:
@@ -427,21 +440,20 @@ class TestThread:
         """What hits a finalizer cannot be raised: let Python drop it without a word."""
         monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
-    def test_is_there_while_there_is_need(self, prober: probe.Prober) -> None:
+    def test_is_there_while_there_is_need(self, prober: probe.Prober, alive: list[int]) -> None:
         """It starts when the first circuit opens, and is gone when all are closed."""
         world = background("db1", "db2", "db3")
         assert not prober.is_running
-        before = _thread._count()
         world.open("db1")
         world.open("db2")
         assert prober.is_running
-        until(lambda: _thread._count() == before + 1)
+        assert len(alive) == 1
         world.db.peers["db2"].breaker.close()
         assert prober.is_running
         world.clock.advance(30)
         prober.tend(world.db)
         until(lambda: not prober.is_running)
-        until(lambda: _thread._count() == before)
+        until(lambda: not alive)
         assert world.states() == "closed closed closed"
         world.open("db3")
         assert prober.is_running
@@ -473,7 +485,6 @@ class TestThread:
             probe="background",
         )
         db.remove_listener(balancer.log_event)
-        started: list[int] = []
 
         def open_and_await(name: str) -> None:
             circuit = db.peers[name].breaker
@@ -485,11 +496,10 @@ class TestThread:
 
         with running(*[lambda name=name: open_and_await(name) for name in db.peers], seconds=60):
             pass
-        assert started == []
         until(lambda: not prober.is_running)
 
     @pytest.mark.usefixtures("hurried")
-    def test_one_at_a_time(self, prober: probe.Prober) -> None:
+    def test_one_at_a_time(self, prober: probe.Prober, alive: list[int]) -> None:
         """However many circuits open at once, there is one thread, and one trial at a time."""
         clock = Clock()
         inside: list[int] = []
@@ -504,7 +514,6 @@ class TestThread:
 
         db = LoadBalancer(peers(*"abcdefgh"), connect, clock=clock, jitter=even, probe="background")
         db.remove_listener(balancer.log_event)
-        before = _thread._count()
         barrier = threading.Barrier(8)
 
         def open_it(name: str) -> None:
@@ -513,13 +522,13 @@ class TestThread:
 
         with running(*[lambda name=name: open_it(name) for name in db.peers]):
             pass
-        until(lambda: _thread._count() == before + 1)
+        assert len(alive) == 1
         for _ in range(20):
             clock.advance(30)
             prober.tend(db)
         until(lambda: len(most) >= 8)
         assert set(most) == {1}
-        assert _thread._count() == before + 1
+        assert len(alive) == 1
 
     def test_opened_by_a_signal_handler(self, prober: probe.Prober) -> None:
         """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
@@ -546,23 +555,6 @@ class TestThread:
             signal.signal(signal.SIGVTALRM, before)
         until(lambda: circuits[0].current_state == "closed")
 
-    @staticmethod
-    def striking(step: int, struck: list[str]) -> Callable[..., Any]:
-        """A trace function that raises Injected at the step-th line of the prober's."""
-
-        def trace(frame: Any, event: str, arg: Any) -> Any:
-            nonlocal step
-            if frame.f_code.co_filename != probe.__file__:
-                return None
-            if event == "line":
-                step -= 1
-                if step == 0:
-                    struck.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
-                    raise Injected
-            return trace
-
-        return trace
-
     def killed(self, prober: probe.Prober, step: int, name: str) -> list[str]:
         """Kill the thread at its step-th line; return where that was, if it came there."""
         clock = Clock()
@@ -574,15 +566,12 @@ class TestThread:
         over = threading.Event()
 
         def victim(*args: Any) -> None:
-            sys.settrace(self.striking(step, struck))
-            try:
-                prober._run(*args)
-            except Injected:
-                # The interpreter would write a line about it.
-                pass
-            finally:
-                sys.settrace(None)
-                over.set()
+            there, where = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
+                step, lambda: prober._run(*args), [probe.__file__]
+            )
+            if there:
+                struck.append(where)
+            over.set()
 
         doomed = [victim]
         start = _thread.start_new_thread
@@ -597,7 +586,6 @@ class TestThread:
                     until(lambda: (prober._runner is not None and prober._runner.ident) or struck)
                 else:
                     db.peers["db1"].breaker.suspect()
-                    until(lambda: db.peers["db1"].breaker.is_available or struck)
                 # In trouble or not, what is out now is tried.
                 db.peers["db2"].breaker.open()
                 clock.advance(30)
@@ -607,6 +595,9 @@ class TestThread:
                 def all_tried() -> bool:
                     # A trial that was killed is due again a second later.
                     clock.advance(1)
+                    if struck and struck[0].startswith("_run"):
+                        # Before it could do anything, or as it left: who connects makes up for it.
+                        db.connect(lambda attempt: attempt.peer.name)
                     return all(peer.breaker.is_available for peer in db.peers.values())
 
                 until(all_tried)
@@ -630,20 +621,17 @@ class TestThread:
     def test_requester_killed_at_every_line(self, prober: probe.Prober) -> None:
         """Nor does it matter where the one is killed whose failure opened the circuit."""
         step = 0
-        struck = [""]
-        while struck:
+        there = True
+        while there:
             step += 1
-            struck = []
             db = LoadBalancer(
                 peers("db1", "db2"), Driver().connect, clock=Clock(), probe="background"
             )
             db.remove_listener(balancer.log_event)
             circuit = db.peers["db1"].breaker
-            sys.settrace(self.striking(step, struck))
-            try:
-                raised_by(circuit.open)
-            finally:
-                sys.settrace(None)
+            there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
+                step, circuit.open, [probe.__file__]
+            )
             # Whoever connects next makes up for it.
             db.connect(lambda attempt: attempt.peer.name)
             circuit.half_open()
@@ -693,7 +681,7 @@ class TestForked:
             until(lambda: not probe.prober.is_running)
             return f"{before} {after} {world.driver.hosts}"
 
-        assert TestFork.in_child(work) == "False True ['db2', 'db1']"
+        assert test_breaker_threads.TestFork.in_child(work) == "False True ['db2', 'db1']"
         assert world.states() == "open closed"
         assert probe.prober.is_running
         world.db.peers["db1"].breaker.close()
@@ -718,7 +706,7 @@ class TestForked:
                 until(lambda: world.states() == "closed closed")
                 return "tried"
 
-            assert TestFork.in_child(work) == "tried"
+            assert test_breaker_threads.TestFork.in_child(work) == "tried"
             go.set()
 
     def test_within_a_trial(self) -> None:

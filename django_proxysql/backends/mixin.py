@@ -15,6 +15,7 @@ from django.db import DEFAULT_DB_ALIAS
 
 from .. import drivers
 from ..balancer import Attempt
+from ..breaker import JITTER
 from ..conf import ALIAS_KEY
 from ..peer import Hold, Peer
 from ..registry import Registered, balancers, register
@@ -38,6 +39,8 @@ class LoadBalancedMixin(_Base):
 
     #: When connect() makes trials; see :meth:`LoadBalancer.connect`.
     _trials = "first"
+    #: The one peer to connect to, if it is not to be another.
+    _only: Peer | None = None
     #: The attempt under way, while connect() runs.
     _attempt: Attempt | None = None
     #: What a connection to that attempt's peer is made with.
@@ -81,6 +84,7 @@ class LoadBalancedMixin(_Base):
             functools.partial(self._open_one, registered),
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
             trials=self._trials,
+            only=self._only,
         )
 
     def try_out(self, attempt: Attempt) -> None:
@@ -106,6 +110,10 @@ class LoadBalancedMixin(_Base):
             super().connect()
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
                 registered.balancer.check_ready(self.connection, attempt)
+            max_age = self.settings_dict["CONN_MAX_AGE"]
+            if max_age:
+                # Those that were made at one moment are not to end at one moment.
+                self.close_at += max_age * JITTER * (2 * registered.balancer.draw() - 1)
             self._hold = Hold(attempt.peer)
         except BaseException:
             self._discard()

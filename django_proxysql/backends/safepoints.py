@@ -927,6 +927,7 @@ class SafePointsMixin(LoadBalancedMixin):
         super()._recover()
         self._quiet = self._of_ours = False
         self._trials = "first"
+        self._only = None
         self._restore_log()
 
     def close_if_unusable_or_obsolete(self) -> None:
@@ -944,6 +945,26 @@ class SafePointsMixin(LoadBalancedMixin):
         if self._is_to_leave():
             self.close()
         super().close_if_unusable_or_obsolete()
+        if session is not None and session.balancer.slow_start.returns:
+            self._move(session)
+
+    def _move(self, session: Session) -> None:
+        """Between two units of work, go to a peer that has come back, if it is our turn."""
+        balancer = session.balancer
+        if session is not self._current() or session.dead or not self._is_safe(session):
+            return
+        if balancer.pinned_to(session.peer) is not None:
+            return
+        move = balancer.claim_move(session.peer)
+        if move is None:
+            return
+        self._only = move.peer
+        try:
+            self._replace(session, "never")
+        except Exception:  # noqa: S110 - the connection that is there works
+            pass
+        finally:
+            self._only = None
 
     def _is_to_leave(self) -> bool:
         """Return whether the connection, between two units of work, leads to a drained peer."""

@@ -1,0 +1,135 @@
+"""Coming back: which kept connections move to a peer that is in use again, and when.
+
+A peer that was out has no connections, and as long as those to the others are
+kept it gets none. So some of them move, each between two units of work, until
+the peer has its share by weight:
+
+* *How many.* Its share of this process's connections, less those that it has.
+  What is left over of a whole connection is rounded by chance, once for each
+  return: of a hundred processes with one connection each, and two peers, fifty
+  or so move theirs. Only a peer that holds more than its own share gives any.
+* *When.* SLOW_START seconds divided by their number lie between two of them,
+  and the first comes at a moment drawn from the first of these intervals, so
+  that neither a process nor a fleet sends them all at once. A process that has
+  nothing to move for a while is not allowed more afterwards.
+
+How it holds: what is decided is decided under a lock, under which nothing
+waits. A move that is under way counts as done; the thread that makes it may be
+killed, and it is over with the :class:`Move`. The child of a fork has no
+connections, and nothing to move.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .locks import new_lock
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+__all__ = ["Move", "SlowStart"]
+
+#: What sums of weights may be off by.
+_HAIR = 1e-9
+
+
+class Move:
+    """Leave to move one connection; it is under way for as long as somebody has this."""
+
+    __slots__ = ("__weakref__", "peer")
+
+    def __init__(self, peer: Peer) -> None:
+        #: Where to.
+        self.peer = peer
+
+
+class _Return:
+    """A peer's coming back, in one process."""
+
+    def __init__(self, peer: Peer, since: float, rounding: float, phase: float) -> None:
+        self.peer = peer
+        #: When the last move was begun; at first, when the circuit closed.
+        self.last = since
+        self.rounding = rounding
+        #: Where in the first interval the first move comes.
+        self.wait = 1 - phase
+        #: How many were allowed.
+        self.moved = 0
+        self.under_way: weakref.WeakSet[Move] = weakref.WeakSet()
+
+
+class SlowStart:
+    """Lets the connections of one process move to peers that have come back.
+
+    :param seconds: how long it takes at least; None: none is moved.
+    :param clock: a monotonic clock, in seconds.
+    :param draw: draws from [0, 1).
+    """
+
+    def __init__(
+        self, seconds: float | None, clock: Callable[[], float], draw: Callable[[], float]
+    ) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._draw = draw
+        self._lock = new_lock()
+        #: The peers that are coming back. Replaced as a whole; read without the lock.
+        self.returns: tuple[_Return, ...] = ()
+
+    def begin(self, peer: Peer) -> None:
+        """Take note that a peer is in use again."""
+        if self._seconds is None:
+            return
+        back = _Return(peer, self._clock(), self._draw(), self._draw())
+        with self._lock:
+            self.returns = (*(other for other in self.returns if other.peer is not peer), back)
+
+    def claim(self, peer: Peer, peers: Iterable[Peer], tier: Sequence[Peer]) -> Move | None:
+        """Return where a connection is to move now, if it is; to be called once for each move.
+
+        :param peer: where it leads to.
+        :param peers: all peers of the balancer.
+        :param tier: those in use.
+        """
+        seconds = self._seconds or 0
+        now = self._clock()
+        total = sum(other.connections for other in peers)
+        weight = sum(other.weight for other in tier)
+        with self._lock:
+            for back in self.returns:
+                if back.peer not in tier:
+                    # It has gone again, or peers of a better tier have come.
+                    self._end(back)
+                    continue
+                share = total * back.peer.weight / weight
+                has = back.peer.connections + len(back.under_way)
+                missing = math.floor(share + back.rounding + _HAIR) - has
+                if missing < 1:
+                    if not back.under_way:
+                        self._end(back)
+                    continue
+                if peer is back.peer:
+                    continue
+                if peer in tier and peer.connections <= total * peer.weight / weight + _HAIR:
+                    continue
+                interval = seconds / (back.moved + missing)
+                if now < back.last + interval * (1 if back.moved else back.wait):
+                    continue
+                move = Move(back.peer)
+                back.under_way.add(move)
+                back.last = now
+                back.moved += 1
+                return move
+        return None
+
+    def _end(self, back: _Return) -> None:
+        self.returns = tuple(other for other in self.returns if other is not back)
+
+    def after_fork(self) -> None:
+        """In the child: nothing to move, and a lock that nobody holds."""
+        self._lock = new_lock()
+        self.returns = ()

@@ -1,0 +1,516 @@
+"""A peer that is in use again gets its share of the connections that are kept."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import close_old_connections, connections, transaction
+
+from django_proxysql import balancers, slow_start
+from django_proxysql.balancer import LoadBalancer
+from django_proxysql.config import BalancerConfig, PeerConfig
+from django_proxysql.events import ConnectionReplaced
+from django_proxysql.peer import Hold, Peer
+from tests import test_breaker_threads
+from tests.engine import SQLITE, engine, mysql_peer, sqlite_peer
+from tests.engine import Clock as EngineClock
+from tests.fakes import Clock, in_thread, running, until
+from tests.servers.mariadb import Node
+from tests.site import Site
+from tests.test_balancer import InOrder
+from tests.test_breaker_threads import hurried  # noqa: F401
+
+SECONDS = 30.0
+
+
+class Process:
+    """A process with connections that are kept, and what becomes of them."""
+
+    def __init__(
+        self, clock: Clock, draw: random.Random, connections: int, weights: dict[str, float]
+    ) -> None:
+        self.clock = clock
+        self.draw = draw
+        peers = tuple(PeerConfig(name, weight=weight) for name, weight in weights.items())
+        config = BalancerConfig("default", peers, slow_start=SECONDS)
+        self.db = LoadBalancer(config, clock=clock, jitter=draw.random)
+        self.moments: list[float] = []
+        # One is out, and the others have them all.
+        self.back, *others = self.db.peers.values()
+        self.back.breaker.open()
+        self.holds = [Hold(self.first(others)) for _ in range(connections)]
+
+    def first(self, peers: list[Peer]) -> Peer:
+        weights = [peer.weight for peer in peers]
+        return self.draw.choices(peers, weights)[0]
+
+    def unit_ends(self) -> None:
+        """One of its connections is between two units of work."""
+        number = self.draw.randrange(len(self.holds))
+        hold = self.holds[number]
+        move = self.db.claim_move(hold.peer)
+        if move is not None:
+            hold.let_go()
+            self.holds[number] = Hold(move.peer)
+            self.moments.append(self.clock())
+
+    @property
+    def share(self) -> float:
+        total = sum(peer.weight for peer in self.db.peers.values())
+        return len(self.holds) * self.back.weight / total
+
+
+FLEETS = [
+    (120, 1, {"back": 1.0, "a": 1.0}),
+    (120, 1, {"back": 1.0, "a": 1.0, "b": 1.0}),
+    (40, 4, {"back": 1.0, "a": 1.0, "b": 1.0}),
+    (30, 5, {"back": 3.0, "a": 1.0, "b": 2.0}),
+    (2, 60, {"back": 1.0, "a": 1.0}),
+    (1, 32, {"back": 1.0, "a": 1.0, "b": 2.0}),
+]
+
+
+class TestFleet:
+    """Many processes that know nothing of one another, on one clock, with a seed."""
+
+    @pytest.mark.parametrize("seed", range(2))
+    @pytest.mark.parametrize(
+        ("processes", "each", "weights"), FLEETS, ids=lambda value: str(value)[:20]
+    )
+    def test_even_again_and_no_faster(
+        self, processes: int, each: int, weights: dict[str, float], seed: int
+    ) -> None:
+        """Shares are even again soon after SLOW_START, and at no time does it go faster."""
+        clock = Clock()
+        draw = random.Random(seed)
+        fleet = [Process(clock, draw, each, weights) for _ in range(processes)]
+        for process in fleet:
+            process.back.breaker.close()
+        step = 0.1
+        moved: list[tuple[float, int]] = []
+        while clock.now < 1.6 * SECONDS:
+            clock.advance(step)
+            for process in fleet:
+                for _ in range(1 + each // 4):
+                    process.unit_ends()
+            moved.append((clock.now, sum(len(process.moments) for process in fleet)))
+        for process in fleet:
+            # As even as whole connections can be, and it is over.
+            assert abs(process.back.connections - process.share) < 1
+            assert process.db.slow_start.returns == ()
+            self.check_pace(process)
+        have = sum(process.back.connections for process in fleet)
+        fair = sum(process.share for process in fleet)
+        # Rounding is by chance: what it may be off by is chance's, too.
+        odd = fair / processes % 1
+        assert abs(have - fair) <= 4 * math.sqrt(processes * odd * (1 - odd)) + 1e-9
+        # Nobody waits for the end, nor do all begin at the start.
+        for now, count in moved:
+            even = have * min(1.0, now / SECONDS)
+            assert count <= even + 4 * math.sqrt(max(1, have) / 4) + 1
+        assert moved[-1][1] == have
+
+    @staticmethod
+    def check_pace(process: Process) -> None:
+        """So many moves take so long at least; two of them never come together."""
+        moments = process.moments
+        if len(moments) > 1:
+            interval = SECONDS / math.ceil(process.share)
+            gaps = [later - earlier for earlier, later in zip(moments, moments[1:])]
+            assert min(gaps) >= interval - 1e-6
+        assert all(moment > 0 for moment in moments)
+
+    def test_first_moves_are_spread(self) -> None:
+        """Of many processes with a connection each, as many move in each part of SLOW_START."""
+        clock = Clock()
+        draw = random.Random(11)
+        fleet = [Process(clock, draw, 1, {"back": 1.0, "a": 1.0}) for _ in range(400)]
+        for process in fleet:
+            process.back.breaker.close()
+        while clock.now < SECONDS:
+            clock.advance(0.25)
+            for process in fleet:
+                process.unit_ends()
+        moments = [moment for process in fleet for moment in process.moments]
+        assert 160 < len(moments) < 240
+        assert abs(statistics.mean(moments) - SECONDS / 2) < 2
+        for part in range(6):
+            begin = part * SECONDS / 6
+            assert 15 < sum(begin < moment <= begin + SECONDS / 6 for moment in moments) < 55
+
+    def test_idleness_is_no_credit(self) -> None:
+        """A process that had nothing to move for a while does not make up for it at once."""
+        clock = Clock()
+        process = Process(clock, random.Random(1), 32, {"back": 1.0, "a": 1.0})
+        process.back.breaker.close()
+        clock.advance(SECONDS * 5)
+        for _ in range(100):
+            process.unit_ends()
+        assert len(process.moments) == 1
+
+
+class TestClaim:
+    def process(self, connections: int = 4, **weights: float) -> Process:
+        """A process whose draws are all 0.5, a peer of which has just come back."""
+        made = Process(Clock(), random.Random(0), connections, {"back": 1.0, "a": 1.0, **weights})
+        made.db.slow_start._draw = lambda: 0.5
+        made.back.breaker.close()
+        return made
+
+    def test_gone_again(self) -> None:
+        """A peer whose circuit opens again gets none, and begins anew when that closes."""
+        process = self.process()
+        process.back.breaker.open()
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(process.db.peers["a"]) is None
+        assert process.db.slow_start.returns == ()
+        process.back.breaker.close()
+        assert process.db.claim_move(process.db.peers["a"]) is None
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(process.db.peers["a"]).peer is process.back
+
+    def test_suspect(self) -> None:
+        """A peer that has become doubtful gets none until the doubt is cleared."""
+        process = self.process()
+        process.back.breaker.suspect()
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(process.db.peers["a"]) is None
+
+    def test_undrained(self) -> None:
+        """A peer that is drained no longer comes back in the same way."""
+        process = self.process()
+        process.db.drain("back")
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(process.db.peers["a"]) is None
+        process.db.undrain("back")
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(process.db.peers["a"]).peer is process.back
+
+    def test_move_under_way_counts(self) -> None:
+        """A move that is not done yet, or has failed, is neither allowed twice nor for ever."""
+        process = self.process(2)
+        process.clock.advance(SECONDS)
+        a = process.db.peers["a"]
+        move = process.db.claim_move(a)
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(a) is None
+        del move
+        gc.collect()
+        assert process.db.claim_move(a) is not None
+
+    def test_no_more_than_is_left_over(self) -> None:
+        """Who holds no more than its share gives none."""
+        process = self.process(3, b=1.0)
+        for hold in process.holds:
+            hold.let_go()
+        a, b = process.db.peers["a"], process.db.peers["b"]
+        process.holds = [Hold(a), Hold(a), Hold(b)]
+        process.clock.advance(SECONDS)
+        assert process.db.claim_move(b) is None
+        assert process.db.claim_move(a) is not None
+
+    def test_better_tier(self) -> None:
+        """All go to a better tier that is in use again, and none to a worse one."""
+        config = BalancerConfig(
+            "default", (PeerConfig("best"), PeerConfig("rest", priority=1)), slow_start=SECONDS
+        )
+        clock = Clock()
+        db = LoadBalancer(config, clock=clock, jitter=lambda: 0.5)
+        best, rest = db.peers.values()
+        best.breaker.open()
+        holds = [Hold(rest) for _ in range(3)]
+        best.breaker.close()
+        for number in range(3):
+            clock.advance(SECONDS)
+            assert db.claim_move(rest).peer is best
+            holds[number].let_go()
+            holds[number] = Hold(best)
+        assert db.claim_move(rest) is None
+        rest.breaker.open()
+        rest.breaker.close()
+        clock.advance(SECONDS)
+        assert db.claim_move(best) is None
+        assert db.slow_start.returns == ()
+
+    @pytest.mark.parametrize("seconds", [0, None])
+    def test_at_once_or_never(self, seconds: float | None) -> None:
+        """SLOW_START 0: at the next opportunity of each; None: not at all."""
+        config = BalancerConfig(
+            "default", (PeerConfig("back"), PeerConfig("a")), slow_start=seconds
+        )
+        db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
+        back, a = db.peers.values()
+        back.breaker.open()
+        holds = [Hold(a) for _ in range(6)]
+        back.breaker.close()
+        moves = []
+        for hold in holds:
+            move = db.claim_move(hold.peer)
+            if move is not None:
+                moves.append(move)
+        assert len(moves) == (3 if seconds == 0 else 0)
+
+    def test_strategy_of_ones_own(self) -> None:
+        """One that may have other ends than weights is not interfered with, unless it asks."""
+
+        class ByWeight(InOrder):
+            by_weight = True
+
+        for strategy, expected in ((InOrder, 0), (ByWeight, 1)):
+            config = BalancerConfig(
+                "default",
+                (PeerConfig("back"), PeerConfig("a")),
+                slow_start=0,
+                strategy=strategy,
+            )
+            db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
+            db.peers["back"].breaker.open()
+            holds = [Hold(db.peers["a"]) for _ in range(2)]
+            db.peers["back"].breaker.close()
+            assert (db.claim_move(holds[0].peer) is not None) is bool(expected)
+
+    @pytest.mark.usefixtures("hurried")
+    def test_threads_race(self) -> None:
+        """However many threads ask at once, as many get leave as the time allows."""
+        process = self.process(40)
+        a = process.db.peers["a"]
+        for number in range(1, 11):
+            process.clock.advance(SECONDS / 10)
+            got: list[Any] = []
+            barrier = threading.Barrier(8)
+
+            def ask() -> None:
+                barrier.wait(10)  # noqa: B023
+                move = process.db.claim_move(a)
+                if move is not None:
+                    got.append(move)  # noqa: B023
+
+            with running(*[ask] * 8):
+                pass
+            assert len(got) == 1, number
+            process.holds.pop().let_go()
+            process.holds.insert(0, Hold(process.back))
+
+    def test_killed_at_every_line(self) -> None:
+        """A thread that is killed while it asks takes nobody's turn for ever, nor a lock."""
+        step = 0
+        there = True
+        while there:
+            step += 1
+            process = self.process(2)
+            process.clock.advance(SECONDS)
+            a = process.db.peers["a"]
+            there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
+                step,
+                lambda: process.db.claim_move(a),  # noqa: B023
+                [slow_start.__file__],
+            )
+            gc.collect()
+            process.clock.advance(SECONDS)
+            assert in_thread(lambda: process.db.claim_move(a)) is not None  # noqa: B023
+        assert step > 10
+
+    def test_child(self) -> None:
+        """A child of a fork has nothing to move, and a lock that nobody holds."""
+        process = self.process(2)
+
+        def work() -> str:
+            returns = process.db.slow_start.returns
+            process.back.breaker.open()
+            process.back.breaker.close()
+            return f"{returns} {len(process.db.slow_start.returns)}"
+
+        with process.db.slow_start._lock:
+            assert test_breaker_threads.TestFork.in_child(work) == "() 1"
+
+
+class TestEngine:
+    def come_back(self, here: Site, advance: float = 60) -> Peer:
+        """Have the other peer come back; return it."""
+        (other,) = [
+            peer for peer in here.balancer.peers.values() if peer is not here.connection.peer
+        ]
+        other.breaker.open()
+        here.read()
+        other.breaker.close()
+        here.clock.advance(advance)
+        return other
+
+    def all_of(self, here: Site) -> None:
+        """Let this wrapper's connection count for two, of which one is to move."""
+        here.connection._second = Hold(here.connection.peer)
+
+    def test_moves_between_units(self, here: Site) -> None:
+        """At a unit's end the connection is another peer's, and nobody has noticed."""
+        here.write("one")
+        self.all_of(here)
+        other = self.come_back(here)
+        here.read()
+        assert here.connection.peer is not other
+        close_old_connections()
+        assert here.connection.peer is other
+        assert here.connection.connection is not None
+        assert here.read() == ["one"]
+        assert [event.forced for event in here.replaced()] == [False]
+        assert here.losses() == []
+        close_old_connections()
+        assert here.balancer.slow_start.returns == ()
+
+    def test_not_before_its_time(self, here: Site) -> None:
+        """It stays while SLOW_START does not allow it."""
+        here.read()
+        self.all_of(here)
+        other = self.come_back(here, advance=0)
+        close_old_connections()
+        assert here.connection.peer is not other
+
+    def test_stays_in_a_transaction(self, here: Site) -> None:
+        """Nor does it move in a block, when pinned, or while it is shared between threads."""
+        here.read()
+        self.all_of(here)
+        other = self.come_back(here)
+        with transaction.atomic(here.connection.alias):
+            close_old_connections()
+            assert here.connection.peer is not other
+        with here.balancer.pinned():
+            close_old_connections()
+            assert here.connection.peer is not other
+        here.connection.inc_thread_sharing()
+        close_old_connections()
+        assert here.connection.peer is not other
+        here.connection.dec_thread_sharing()
+        here.connection.set_autocommit(False)
+        here.connection.close_if_unusable_or_obsolete()
+        assert here.connection.peer is not other
+
+    def test_cannot_be_had(self, here: Site) -> None:
+        """A move that fails costs nothing but the attempt: the connection stays."""
+        here.write("one")
+        self.all_of(here)
+        other = self.come_back(here)
+        here.proxies[list(here.balancer.peers.values()).index(other)].refuse()
+        before = here.connection.connection
+        close_old_connections()
+        assert here.connection.connection is before
+        assert here.read() == ["one"]
+        assert other.breaker.current_state == "open"
+        assert not [event for event in here.events if type(event).__name__ == "PeersExhausted"]
+
+    def test_sqlite_stays(self, tmp_path: Path) -> None:
+        """Where sockets are not looked at connections stay, until they are made anew."""
+        clock = EngineClock()
+        peers = [sqlite_peer(tmp_path / name) for name in "ab"]
+        with engine(peers, PEER_ENGINE=SQLITE, CONN_MAX_AGE=None, clock=clock) as connection:
+            connection.ensure_connection()
+            (other,) = [
+                peer for peer in balancers["balanced"].peers.values() if peer is not connection.peer
+            ]
+            other.breaker.open()
+            other.breaker.close()
+            clock.advance(60)
+            close_old_connections()
+            assert connection.connection is not None
+            assert connection.peer is not other
+
+    def test_threads_on_real_servers(self, mariadb_pair: tuple[Node, Node]) -> None:
+        """Eight threads under load are spread evenly again after an outage, without an error."""
+        clock = EngineClock()
+        with engine(
+            [mysql_peer(node) for node in mariadb_pair],
+            clock=clock,
+            CONN_MAX_AGE=None,
+            PROBE="background",
+        ):
+            db = balancers["balanced"]
+            one, other = db.peers.values()
+            told: list[Any] = []
+            db.add_listener(told.append)
+            stop = threading.Event()
+            turns = [0] * 8
+            evenly = threading.Barrier(9)
+
+            def requests(number: int) -> None:
+                connection = connections["balanced"]
+                evenly.wait(20)
+                while not stop.is_set():
+                    with transaction.atomic("balanced"), connection.cursor() as cursor:
+                        cursor.execute("SELECT 1")
+                        assert cursor.fetchone() == (1,)
+                    close_old_connections()
+                    turns[number] += 1
+                connection.close()
+
+            mariadb_pair[1].kill()
+            other.breaker.open()
+            with running(*[lambda n=n: requests(n) for n in range(8)], seconds=60):
+                try:
+                    evenly.wait(20)
+                    until(lambda: one.connections == 8 and min(turns) > 3)
+                    mariadb_pair[1].start()
+                    begun = clock()
+                    other.breaker.close()
+                    for _ in range(12):
+                        before = other.connections
+                        clock.advance(7.5)
+                        seen = list(turns)
+                        until(lambda: all(now > n + 2 for now, n in zip(turns, seen)))  # noqa: B023
+                        # One each SLOW_START / 4, and no more.
+                        assert other.connections - before <= 1
+                        if not db.slow_start.returns:
+                            break
+                    assert (one.connections, other.connections) == (4, 4)
+                    assert clock() - begun >= 30
+                finally:
+                    stop.set()
+            moves = [event for event in told if isinstance(event, ConnectionReplaced)]
+            assert len(moves) == 4
+            assert {(event.successor, event.forced) for event in moves} == {("peer1", False)}
+
+
+class TestAge:
+    """CONN_MAX_AGE, give or take a tenth."""
+
+    def ages(self, nodes: tuple[Any, Any], age: Any, draws: list[float]) -> list[Any]:
+        found = []
+        with engine([mysql_peer(node) for node in nodes], CONN_MAX_AGE=age) as connection:
+            balancers["balanced"].draw = lambda: draws.pop(0)
+            while draws:
+                if not age:
+                    draws.pop(0)
+                connection.close()
+                before = time.monotonic()
+                connection.ensure_connection()
+                close_at = connection.close_at
+                found.append(close_at if close_at is None else close_at - before)
+        return found
+
+    def test_spread(self, mariadb_pair: tuple[Node, Node]) -> None:
+        """Connections made at one moment do not end at one moment."""
+        low, middle, high = self.ages(mariadb_pair, 1000, [0.0, 0.5, 1.0])
+        assert low == pytest.approx(900, abs=5)
+        assert middle == pytest.approx(1000, abs=5)
+        assert high == pytest.approx(1100, abs=5)
+
+    def test_neither_none_nor_zero(self, mariadb_pair: tuple[Node, Node]) -> None:
+        """For ever stays for ever, and at once at once."""
+        assert self.ages(mariadb_pair, None, [0.0]) == [None]
+        (age,) = self.ages(mariadb_pair, 0, [1.0])
+        assert age == pytest.approx(0, abs=5)
+
+    def test_ends(self, mariadb_pair: tuple[Node, Node]) -> None:
+        """A connection that is older than it may become is closed, as Django does it."""
+        with engine([mysql_peer(node) for node in mariadb_pair], CONN_MAX_AGE=1000) as connection:
+            connection.ensure_connection()
+            close_old_connections()
+            assert connection.connection is not None
+            connection.close_at = time.monotonic() - 1
+            close_old_connections()
+            assert connection.connection is None
