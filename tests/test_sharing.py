@@ -7,6 +7,7 @@ test_sharing_processes.py.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import gc
 import itertools
@@ -16,7 +17,6 @@ import secrets
 import subprocess
 import sys
 import textwrap
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,9 @@ class InOrder:
 class Process:
     """One process of the fleet."""
 
-    def __init__(self, fleet: World, names: tuple[str, ...], **options: Any) -> None:
+    def __init__(
+        self, fleet: World, names: tuple[str, ...], host: str = "", **options: Any
+    ) -> None:
         self.fleet = fleet
         self.driver = Driver()
         self.driver.down = fleet.down
@@ -74,7 +76,9 @@ class Process:
             jitter=even,
             **options,
         )
-        self.link = SteppedLink(fleet.url, now=fleet.clock)
+        self.link = SteppedLink(fleet.url, now=fleet.redis_clock)
+        if host:
+            self.link.host = host
         self.db.sharing = self.sharing = Sharing(self.db, self.link)
         self.events: list[Any] = []
         self.db.add_listener(self.events.append, connects=False)
@@ -110,6 +114,11 @@ class World:
         # Redis's own durations run by its own clock: far from both.
         self.clock = Clock(1_700_000_000.0)
         self.down: dict[str, Any] = {}
+        #: How many seconds Redis's clock has jumped.
+        self.jump = 0.0
+
+    def redis_clock(self) -> float:
+        return self.clock() + self.jump
 
     def process(self, *names: str, **options: Any) -> Process:
         return Process(self, names or ("db1", "db2"), **options)
@@ -300,6 +309,56 @@ class TestCircuits:
         one.step()
         assert one.states == ["open", "open"]
 
+    def test_a_host_that_alone_cannot_reach_it(self, world: World) -> None:
+        """It takes the peer from the others once, and not again and again."""
+        cut, *others = [world.process(host=host) for host in ("cut", "one", "two")]
+        cut.driver.down = {"db1": refused_by_host}
+        for turn in range(4):
+            cut.db.connect()
+            for process in (cut, *others):
+                process.step()
+            world.clock.advance(36)
+            for process in others:
+                assert process.connect() == "db1"
+                process.step()
+                others[-1].step()
+            cut.step()
+            assert cut.states[0] == ("closed" if turn == 0 else "open")
+        # From the second time on it has kept it to itself.
+        kinds = [type(event) for process in others for event in process.events]
+        assert kinds.count(CircuitOpened) == 2
+        # When another host finds the same, all are told.
+        others[0].driver.down = {"db1": refused_by_host}
+        others[0].connect()
+        others[0].step()
+        others[1].step()
+        assert others[1].states[0] == "open"
+
+    def test_flapping_on_one_host(self, world: World) -> None:
+        """Where there is but one host, whoever is on it is believed every time."""
+        one, other = world.processes(2)
+        for _ in range(4):
+            world.down["db1"] = refused_by_host
+            one.connect()
+            one.step()
+            other.step()
+            assert other.states[0] == "open"
+            world.down.clear()
+            world.clock.advance(36)
+            assert other.connect() == "db1"
+            other.step()
+            one.step()
+            assert one.states[0] == "closed"
+
+    def test_error_that_is_no_text(self, world: World) -> None:
+        """Bytes that came in an error keep nobody from being told."""
+        one, other = world.processes(2)
+        world.down["db1"] = type(refused_by_host())(2002, "caf\udce9 \x00 \u2028")
+        one.connect()
+        one.step()
+        other.step()
+        assert other.states[0] == "open"
+
     def test_no_wrong_refusal(self, world: World) -> None:
         """Who has no other peer left connects, whatever the others say."""
         one, other = world.processes(2)
@@ -355,6 +414,27 @@ class TestRedis:
         for key in keys:
             assert key.startswith("shop:{default}:")
             assert int(redis_server.ask("TTL", key)) > 0
+
+    @pytest.mark.parametrize("hours", [-100, -1, 1, 100])
+    def test_clock_jumps(self, world: World, hours: int) -> None:
+        """Redis's own: nobody is kept from a trial for longer than an interval or two."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.jump = hours * 3600
+        other.db.drain("db2", force=True)
+        other.db.undrain("db2")
+        world.down.clear()
+        world.clock.advance(66)
+        assert other.connect() == "db1"
+        other.step()
+        one.step()
+        assert one.states == ["closed", "closed"]
+        fleet = one.sharing.fleet()
+        assert fleet is not None
+        assert fleet.processes == 2
 
     def test_no_password_reaches_it(self, world: World, redis_server: RedisServer) -> None:
         """Nothing of how a peer is connected to is stored."""
@@ -594,17 +674,15 @@ class TestThread:
 
     def test_begins_at_the_first_connect(self, own_url: str) -> None:
         """… and not before; the next ones make no other. It ends up parked when none is left."""
-        before = threading.active_count()
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
-        assert threading.active_count() == before
-        db.connect()
         assert db.sharing is not None
-        thread = db.sharing.link._thread
-        assert thread is not None
-        assert thread.daemon
+        assert db.sharing.link._running is None
+        db.connect()
+        running = db.sharing.link._running
+        assert running is not None
         db.look_anew()
         db.connect()
-        assert db.sharing.link._thread is thread
+        assert db.sharing.link._running is running
 
     def test_is_not_what_keeps_a_balancer(self, own_url: str) -> None:
         """One that is dropped is gone."""
@@ -632,21 +710,20 @@ class TestThread:
         assert redis_server.ask("KEYS", "*{one}:processes*")
         assert redis_server.ask("KEYS", "*{two}:processes*")
 
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_killed(self, own_url: str) -> None:
         """A thread that something has killed is replaced."""
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
         assert db.sharing is not None
         assert db.sharing.settle(10)
-        thread = db.sharing.link._thread
-        assert thread is not None
+        link = db.sharing.link
+        killed = link._life
+        assert killed is not None
         throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
-        throw(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-        db.sharing.link.wake()
-        thread.join(20)
-        assert not thread.is_alive()
+        throw(ctypes.c_ulong(killed().ident), ctypes.py_object(SystemExit))
+        while killed() is not None:
+            link.wake()
         assert db.sharing.settle(10)
-        assert db.sharing.link._thread is not thread
+        assert link._running is not None
 
     def test_asks_no_longer_than_it_may(self, own_url: str, redis_server: RedisServer) -> None:
         """A connect whose peer's trial is due waits 50 ms once, and the next one not at all."""
@@ -674,16 +751,23 @@ class TestThread:
         # It was not even asked: nothing waits for the thread that did not before.
         assert len(db.sharing.link._asked) <= waiting
 
-    def test_no_thread_to_be_had(self, own_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_thread_to_be_had(
+        self, own_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Then nothing is shared, and everything else goes on."""
 
-        def none(self: threading.Thread) -> None:
+        def none(*arguments: Any) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(threading.Thread, "start", none)
+        monkeypatch.setattr(_thread, "start_new_thread", none)
         url = f"{own_url}-none"
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
-        assert db.connect().host == "db1"
+        for _ in range(3):
+            db.look_anew()
+            assert db.connect().host == "db1"
+        assert [message.partition(" to ")[0] for message in caplog.messages] == [
+            "No thread could be started"
+        ]
 
     def test_gevent(self, own_url: str) -> None:
         """Under gevent it is a greenlet, and holds no other up."""

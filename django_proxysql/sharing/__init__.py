@@ -23,6 +23,9 @@ How it holds
   what cannot be read is left out; a process that has no other peer left connects whatever the
   others say; and one that has lost all its peers keeps that to itself, for it may be the one
   that is cut off (its openings that nobody has confirmed are withdrawn).
+* **Some hosts only.** A host that opens a circuit anew after another host's trial has closed it may
+  be the only one that cannot reach the peer: from the second time on it keeps that to itself, as
+  long as no other host says the same.
 * **Redis away** costs a thread that waits for nothing else. Who asks it for a lease waits
   50 ms at most, and nobody asks again within a second.
 
@@ -31,6 +34,7 @@ No lock is held while anything waits, and nobody but the thread uses the connect
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -100,6 +104,15 @@ class _Agreed(NamedTuple):
     generation: int = 0
 
 
+class _Wish:
+    """What an operator has said of a peer."""
+
+    __slots__ = ("drained",)
+
+    def __init__(self, drained: bool) -> None:
+        self.drained = drained
+
+
 class _Shared:
     """One peer's part. All but the wishes is the thread's own, and replaced by one assignment."""
 
@@ -111,7 +124,7 @@ class _Shared:
         self.left_to_others = 0.0
         self.drain_version = 0
         #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
-        self.wishes: deque[bool] = deque()
+        self.wishes: deque[_Wish] = deque()
 
 
 @dataclass
@@ -122,8 +135,8 @@ class _Request:
     drains: dict[str, dict[str, Any]]
     #: By peer: the record that was looked at.
     seen: dict[str, Circuit]
-    #: By peer: how many wishes are told.
-    wishes: dict[str, int]
+    #: By peer: the wishes that are told; the last one counts.
+    wishes: dict[str, list[_Wish]]
     beat: dict[str, int]
     #: What was stored when everything was agreed on last; None: not everything is.
     stamp: str | None
@@ -144,6 +157,7 @@ class _Request:
         return json.dumps(
             {
                 **short,
+                "host": link.host,
                 "serial": link.serial(),
                 "circuits": self.circuits,
                 "drains": self.drains,
@@ -228,7 +242,7 @@ class Sharing:
         :param peer: one of the balancer's.
         :param drained: what is wished; the last wish counts.
         """
-        self._shared[peer.name].wishes.append(drained)
+        self._shared[peer.name].wishes.append(_Wish(drained))
 
     def fleet(self, seconds: float = PATIENCE) -> Fleet | None:
         """Ask what all processes know together.
@@ -290,24 +304,27 @@ class Sharing:
                 "s": "open" if shared.agreed.is_open and is_open else "closed",
                 "op": _what_to_say(circuit, shared.agreed, cut_off),
                 "lease": self._lease,
+                # Whatever lies further ahead is no time that anybody has set.
+                "longest": _ms(2 * peer.breaker.reset_timeout),
             }
             if is_open:
                 since = now if circuit.out_since is None else circuit.out_since
                 told.update(
                     due=_ms(circuit.due - now),
                     out=_ms(now - since),
-                    err=circuit.error[:500],
+                    # An error's text may have bytes in it that are no text.
+                    err=circuit.error[:500].encode(errors="replace").decode(),
                     fault=circuit.fault.value if circuit.fault else "",
                     q=circuit.question,
                     hold=circuit.lease is not None and now < circuit.lease.expires,
                     bid=name in bids,
                 )
             request.circuits[field] = told
-            wishes = request.wishes[name] = len(shared.wishes)
+            wishes = request.wishes[name] = list(shared.wishes.copy())
             request.drains[field] = {
                 "v": str(shared.drain_version),
-                "on": shared.wishes[wishes - 1] if wishes else peer.drained,
-                "wish": wishes > 0,
+                "on": wishes[-1].drained if wishes else peer.drained,
+                "wish": bool(wishes),
             }
             request.beat[field] = peer.connections
             if told["op"] or told.get("hold") or told.get("bid") or wishes:
@@ -372,14 +389,19 @@ class Sharing:
         return after is not None and not held_for
 
     def _apply_drain(
-        self, balancer: LoadBalancer, peer: Peer, told: int, said: Mapping[str, Any] | None
+        self,
+        balancer: LoadBalancer,
+        peer: Peer,
+        told: list[_Wish],
+        said: Mapping[str, Any] | None,
     ) -> None:
         if said is None:
             return
         shared, version = self._shared[peer.name], int(said["v"])
         if said["done"]:
-            for _ in range(told):
-                shared.wishes.popleft()
+            for wish in told:
+                with contextlib.suppress(ValueError):
+                    shared.wishes.remove(wish)
         if version > shared.drain_version:
             shared.drain_version = version
             # A wish that has come meanwhile is younger.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
+import hashlib
 import itertools
 import json
 import logging
 import os
 import random
 import secrets
+import socket
 import threading
 import time
 import weakref
@@ -109,6 +112,8 @@ class Link:
 
     def __init__(self, url: str, *, now: Callable[[], float] | None = None) -> None:
         self._options = checked_url(url)
+        #: Which host this is to the others.
+        self.host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
         #: What the keys begin with.
         self.prefix: str = self._options.pop("prefix")
         #: Where Redis is, as people write it; without a password.
@@ -119,6 +124,7 @@ class Link:
         self._now = now
         self._members: dict[int, weakref.ref[Sharing]] = {}
         self._client: Any = None
+        self._has_complained = False
         self._forget_connection()
         _forkable.add(self)
 
@@ -132,11 +138,12 @@ class Link:
         # redis-py closes its copy of the socket, and that alone; but not here, where a lock of
         # its own may be one that a thread of the parent's held.
         self._inherited, self._client = self._client, None
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        #: The thread's life: nothing but its own frame refers to that.
+        self._life: weakref.ref[_Life] | None = None
         self._bell = threading.Lock()
         self._bell.acquire()
-        self._asked: deque[Question] = deque()
+        # Where the thread does not get to run (uWSGI without threads) it is never emptied.
+        self._asked: deque[Question] = deque(maxlen=1000)
         self._requests = itertools.count()
         #: Whether the last round trip went well, and when it did.
         self.heard = False
@@ -154,20 +161,25 @@ class Link:
         if known is None or known() is not member:
             self._members[id(member)] = weakref.ref(member)
             self.wake()
-        thread = self._thread
-        if thread is not None and thread.is_alive():
+        if self._running is not None:
             return
-        # Whoever comes second leaves it to the first.
-        if self._starting.acquire(blocking=False):
-            try:
-                thread = threading.Thread(target=self._run, name="django-proxysql", daemon=True)
-                thread.start()
-                self._thread = thread
-            except RuntimeError:
-                # No more threads are to be had, or the interpreter is on its way out.
+        # Two may come here at once: there are two threads then, until the one whose life this
+        # is not sees that, at the end of its first round trip. No lock, for a killed holder
+        # would keep it; and no threading.Thread, for its start() waits with a lock held that a
+        # signal handler, coming here in the midst of it, would wait for for ever.
+        life = _Life()
+        self._life = weakref.ref(life)
+        try:
+            _thread.start_new_thread(self._run, (life,))
+        except RuntimeError:
+            # No more threads are to be had, or the interpreter is on its way out.
+            if not self._has_complained:
+                self._has_complained = True
                 complain("No thread could be started to share circuits with other processes")
-            finally:
-                self._starting.release()
+
+    @property
+    def _running(self) -> _Life | None:
+        return None if self._life is None else self._life()
 
     def wake(self) -> None:
         """Have the thread do its next round trip now. Safe in a signal handler or finalizer."""
@@ -177,9 +189,9 @@ class Link:
             # It has been woken already.
             pass
 
-    def _run(self) -> None:
-        pid = os.getpid()
-        while os.getpid() == pid:
+    def _run(self, life: _Life) -> None:
+        life.ident = _thread.get_ident()
+        while self._running is life:
             try:
                 wait = self.step(time.monotonic())
             except Exception:
@@ -197,8 +209,10 @@ class Link:
         :returns: seconds until the next one; None when there is nobody to do it for.
         """
         # What is asked from here on is the next step's, whether this one fails or not.
-        asked = [self._asked.popleft() for _ in range(len(self._asked))]
+        asked: list[Question] = []
         try:
+            while self._asked:
+                asked.append(self._asked.popleft())
             members = self._living()
             if not members:
                 self._client = None
@@ -358,6 +372,15 @@ class Link:
     def is_late(self) -> bool:
         """Whether an answer that has not come may still: the machine is busy, and Redis is well."""
         return self.heard and time.monotonic() - self._heard_at < 3 * INTERVAL
+
+
+class _Life:
+    """One thread's: it ends with its thread, whatever that is killed by, and wherever."""
+
+    __slots__ = ("__weakref__", "ident")
+
+    def __init__(self) -> None:
+        self.ident = 0
 
 
 class Question:

@@ -90,8 +90,8 @@ local function read(key, field)
   if not text then return nil end
   local good, record = pcall(cjson.decode, text)
   if good and type(record) == 'table' then
-    -- A version from next week would never be outdone.
-    record.v = between(record.v, 1, now_us + 1000 * DAY)
+    -- One that is so large that adding to it changes nothing could never be outdone.
+    record.v = between(record.v, 1, 4000000000000000)
     if record.v then return record end
   end
   garbage = garbage + 1
@@ -126,36 +126,56 @@ for field, theirs in pairs(request.circuits) do
   local is_open = record and record.s == 'open'
   local told, changed, done, why = nil, false, false, ''
   if record then
-    record.due = between(record.due, 0, now + DAY) or now
+    -- Redis's clock may have been set back since.
+    record.due = between(record.due, 0, now + theirs.longest) or now
     record.out = between(record.out, 0, now) or now
-    record.hu = between(record.hu, 0, now + DAY) or 0
+    record.hu = between(record.hu, 0, now + 2 * theirs.lease) or 0
+    record.c = between(record.c, 0, now) or 0
+    if type(record.hosts) ~= 'table' then record.hosts = {} end
     if type(record.h) ~= 'string' then record.h = '' end
   end
   local function as_told(version, by)
     return {v = version, s = 'open', due = now + theirs.due, out = now - theirs.out,
-            err = theirs.err, fault = theirs.fault, q = theirs.q, by = by, h = '', hu = 0}
+            err = theirs.err, fault = theirs.fault, q = theirs.q, by = by, h = '', hu = 0,
+            hosts = {request.host}}
+  end
+  local function as_closed(version)
+    return {v = version, s = 'closed', c = now, ch = request.host,
+            hosts = record and record.hosts or {}}
   end
   if theirs.op == 'open' and version <= known then
     local fresh = as_told(following, me)
     if is_open then
       fresh.out, fresh.h, fresh.hu = record.out, record.h, record.hu
+      fresh.hosts = record.hosts
       -- Two have found the same.
       if record.by ~= me then fresh.by = '' end
-    else
-      told, why = 'open', theirs.err
+    elseif record and now - record.c < theirs.longest then
+      -- Closed not long ago. Who opened it before that, and once more now, may be the only
+      -- ones that cannot reach it, if others can.
+      local again = false
+      for _, host in ipairs(record.hosts) do again = again or host == request.host end
+      if again and record.ch ~= request.host then
+        fresh = record
+        fresh.c = now
+      elseif not again and #record.hosts < 20 then
+        fresh.hosts = record.hosts
+        table.insert(fresh.hosts, request.host)
+      end
     end
+    if fresh.s == 'open' and not is_open then told, why = 'open', theirs.err end
     record, done = fresh, true
   elseif theirs.op == 'close' and version <= known then
     if is_open then told = 'closed' end
-    record, done = {v = following, s = 'closed'}, true
+    record, done = as_closed(following), true
   elseif theirs.op == 'withdraw' and is_open and record.by == me then
     told, why = 'closed', 'withdrawn'
-    record, done = {v = following, s = 'closed'}, true
+    record, done = as_closed(following), true
   elseif version < known and (theirs.s == 'open' or record) then
     if theirs.s == 'open' then
       record = as_told(known, '')
     else
-      record = {v = known, s = 'closed'}
+      record = as_closed(known)
     end
     changed = true
   end
@@ -230,7 +250,8 @@ if type(now) ~= 'number' then
   now = tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
 now = math.floor(now / 1000)
-local alive = redis.call('ZRANGEBYSCORE', KEYS[3], now - request.alive * 1000, '+inf')
+-- What is ahead of the time has not been heard of since the clock was set back.
+local alive = redis.call('ZRANGEBYSCORE', KEYS[3], now - request.alive * 1000, now + 1000)
 local sums = {}
 for first = 1, #alive, 500 do
   local part = {}

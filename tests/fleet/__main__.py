@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,11 +62,11 @@ def main() -> None:
             measurement.redis_in_trouble(redis)
         else:
             processes = options.processes or 5000
-            outcomes = [
-                simulate(Scenario(processes, sharing, jitter, options.seed), redis.url)
-                for sharing in (False, True)
-                for jitter in (False, True)
-            ]
+            outcomes = []
+            for sharing, jitter in ((False, False), (False, True), (True, False), (True, True)):
+                scenario = Scenario(processes, sharing, jitter, options.seed)
+                print(scenario.name, file=sys.stderr)
+                outcomes.append(simulate(scenario, redis.url))
             print(f"{processes:,} simulated processes, seed {options.seed}")
             print(table(outcomes))
             if options.plots:

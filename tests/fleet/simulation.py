@@ -47,11 +47,11 @@ class Scenario:
     seed: int = 1
     check_interval: float = 30
     #: How many connects a second each process makes, at random moments.
-    rate: float = 1
+    rate: float = 0.5
     #: When the peer fails, when it is well again, and when all is over.
     fails_at: float = 5
-    well_at: float = 100
-    ends_at: float = 145
+    well_at: float = 80
+    ends_at: float = 115
 
     @property
     def name(self) -> str:
