@@ -7,6 +7,7 @@ is told to keep quiet, and Selenium to look for no driver by itself.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -75,10 +76,14 @@ def browser(*, javascript: bool = True) -> Iterator[Browser]:
             "prefs", {"profile.managed_default_content_settings.javascript": 2}
         )
     service = Service(find_program("chromedriver", package="chromium-driver"))
-    with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        options.add_argument(f"--user-data-dir={profile}")
+    # Helpers of the browser may still write there while it is removed.
+    profile = tempfile.mkdtemp(prefix="chromium-")
+    options.add_argument(f"--user-data-dir={profile}")
+    try:
         driver = webdriver.Chrome(options, service)
         try:
             yield Browser(driver)
         finally:
             driver.quit()
+    finally:
+        shutil.rmtree(profile, ignore_errors=True)

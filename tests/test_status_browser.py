@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import django
 import pytest
 from django.contrib.staticfiles.handlers import StaticFilesHandler
 from django.core.handlers.wsgi import WSGIHandler
@@ -188,7 +189,9 @@ class TestLooks:
                     backgrounds.add(
                         chromium.run("return getComputedStyle(document.body).backgroundColor")
                     )
-            assert len(backgrounds) == 2
+            # The admin has known dark since Django 3.2; the page is as the admin is.
+            knows_dark = frame == "own" or django.VERSION >= (3, 2)
+            assert len(backgrounds) == 1 + knows_dark
             assert [said for said in chromium.complaints if "/favicon.ico - " not in said] == []
 
     def test_narrow_page_names_what_its_lines_are(self, served: Served) -> None:
@@ -206,8 +209,8 @@ class TestLooks:
         served.log_in()
         served.browser.driver.get(f"{served.root}/admin/")
         served.click("Status of the peers")
+        served.wait_for("All 3 peers usable")
         assert served.browser.driver.current_url == served.url
-        assert "All 3 peers usable" in served.text
 
 
 class TestWithoutJavaScript:
@@ -226,7 +229,7 @@ class TestWithoutJavaScript:
             assert len(bars) == 1
             assert bars[0].size["width"] > 0
             served.click("Drain peer0")
-            assert "You drained peer0 (load balancer default)" in served.text
+            served.wait_for("You drained peer0 (load balancer default)")
             assert site.balancer.peers["peer0"].drained
             # Really without: no script has run.
             live = looker.driver.find_element(By.ID, "peers-live")
@@ -339,7 +342,7 @@ class TestButtons:
         """As an operator does it, who has no session yet."""
         from django.contrib.auth.models import User
 
-        User.objects.create_superuser("root", password="sesame")
+        User.objects.create_superuser("root", "root@example.com", "sesame")
         served.open()
         driver = served.browser.driver
         assert driver.current_url.startswith(f"{served.root}/admin/login/")
@@ -358,7 +361,8 @@ class TestButtons:
         served.wait_for("Nothing was changed.")
         assert not served.site.balancer.peers["peer2"].drained
         served.click("Leave it in use")
-        assert driver.current_url == served.url
+        served.wait_for("1 of 3 peers usable")
+        served.browser.wait_for(lambda driver: driver.current_url == served.url)
         served.click("Drain peer2")
         served.wait_for("Nothing was changed.")
         assert served.browser.run(OVERFLOWING) == []
