@@ -59,6 +59,10 @@ ALIAS_KEY = "LOAD_BALANCER"
 #: What a connection is made with; a peer's own is laid over the balancer's.
 CONNECTION_KEYS = ("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
 
+#: What Django takes a key for that is not given. Before 4.1 it fills them in when the first
+#: connection of an entry is made: an entry that is read earlier is to be the same one.
+_DEFAULTS: dict[str, Any] = {**dict.fromkeys(CONNECTION_KEYS, ""), "OPTIONS": {}}
+
 _PLAIN_KEYS = tuple(key for key in CONNECTION_KEYS if key != "OPTIONS")
 _connection_values = operator.itemgetter(*CONNECTION_KEYS)
 
@@ -258,7 +262,11 @@ def changed_keys(own: Mapping[str, Any], first_read: Mapping[str, Any]) -> list[
             return []
     except KeyError:
         pass
-    return [key for key in CONNECTION_KEYS if not same(own.get(key), first_read.get(key))]
+    return [
+        key
+        for key, default in _DEFAULTS.items()
+        if not same(own.get(key, default), first_read.get(key, default))
+    ]
 
 
 def merged_settings(
@@ -289,7 +297,7 @@ def merged_settings(
 
 def first_reading(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the connection settings, to compare later ones with."""
-    reading = {key: settings.get(key) for key in CONNECTION_KEYS}
+    reading = {key: settings.get(key, default) for key, default in _DEFAULTS.items()}
     reading["OPTIONS"] = _options(settings)
     return reading
 

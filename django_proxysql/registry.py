@@ -211,9 +211,9 @@ def register(settings: dict[str, Any], alias: str) -> None:
     entry = databases.get(alias, settings)
     if not is_balancer(entry):
         entry = settings
-    if entry.get("NAME") == "":
+    if entry.get("NAME", "") == "":
         entry["NAME"] = _name_of_a_peer(entry, databases)
-    if settings.get("NAME") == "":
+    if settings.get("NAME", "") == "":
         settings["NAME"] = entry["NAME"]
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
     balancers._entries.setdefault(alias, dict(entry))
@@ -232,7 +232,7 @@ def introduce_peers() -> None:
     databases = connections.databases
     entries = [(alias, entry) for alias, entry in databases.items() if is_balancer(entry)]
     for alias, entry in entries:
-        if entry.get("NAME") == "":
+        if entry.get("NAME", "") == "":
             # Others ask for it, too: pytest-django makes the test database's name from it.
             entry["NAME"] = _name_of_a_peer(entry, databases)
         for peer, theirs in _alias_peers(entry):

@@ -16,7 +16,7 @@ from django.db import connections
 
 from django_proxysql import Fault, NotReady, balancers
 from django_proxysql.inspection import Inspection, inspect
-from tests.engine import POSTGRESQL, SQLITE, engine, mysql_peer, postgres_peer, sqlite_peer
+from tests.engine import MYSQL, POSTGRESQL, SQLITE, engine, mysql_peer, postgres_peer, sqlite_peer
 from tests.servers import PASSWORD
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
@@ -386,3 +386,15 @@ def test_unknown_alias() -> None:
     """What is no balancer's alias is the caller's mistake."""
     with pytest.raises(KeyError):
         inspect(["nobody"])
+
+
+def test_peers_that_are_aliases(mariadb_pair: tuple[Node, Node]) -> None:
+    """They are asked by their own settings, the dead one like the other."""
+    mariadb_pair[1].kill()
+    databases = {
+        f"shop{n}": {"ENGINE": MYSQL, **mysql_peer(node)} for n, node in enumerate(mariadb_pair)
+    }
+    with engine(list(databases), databases=databases):
+        alive, dead = found()
+    assert (alive.peer, alive.ready) == ("shop0", True)
+    assert (dead.peer, dead.reachable, dead.fault) == ("shop1", False, Fault.UNREACHABLE)

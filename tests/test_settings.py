@@ -17,7 +17,14 @@ from django.db.backends.signals import connection_created
 from django.test.utils import setup_databases, teardown_databases
 
 from django_proxysql import balancers
-from django_proxysql.conf import CONNECTION_KEYS, balancer_config, merged_settings
+from django_proxysql.conf import (
+    CONNECTION_KEYS,
+    ENGINE,
+    balancer_config,
+    changed_keys,
+    first_reading,
+    merged_settings,
+)
 from django_proxysql.registry import NoPeerAvailable
 from tests.app.models import Token
 from tests.engine import MYSQL, SQLITE, Clock, engine, mysql_peer, nodb_cursor, sqlite_peer
@@ -385,6 +392,31 @@ def test_balancers_of_other_servers_have_test_databases_of_their_own(mariadb_pai
 
 
 # The merge itself
+
+
+def test_defaults_that_come_later_change_nothing() -> None:
+    """Django before 4.1 fills in what an entry leaves out when its first connection is made."""
+    bare = {"ENGINE": ENGINE, "PEERS": [{"HOST": "10.0.0.1", "NAME": "shop"}]}
+    full = {**bare, **dict.fromkeys(CONNECTION_KEYS, ""), "OPTIONS": {}}
+    for before, after in ((bare, full), (full, bare), (bare, bare)):
+        assert changed_keys(after, first_reading(before)) == []
+    assert changed_keys({**full, "NAME": None}, first_reading(bare)) == ["NAME"]
+
+
+def test_asked_for_before_its_first_connection(mariadb: Node) -> None:
+    """A balancer that is asked for first, as in an app's ready(), is the same one."""
+    with engine([mysql_peer(mariadb)]):
+        entry = connections.databases["balanced"]
+        for key in CONNECTION_KEYS:
+            # As Django before 4.1 has it until then.
+            del entry[key]
+        del connections["balanced"]
+        balancers.forget()
+        assert balancers["balanced"].peers["peer0"].address == f"127.0.0.1:{mariadb.port}"
+        for key, default in (*dict.fromkeys(CONNECTION_KEYS, "").items(), ("OPTIONS", {})):
+            entry[key] = entry.get(key) or default
+        connections["balanced"].ensure_connection()
+        assert entry["NAME"] == DATABASE
 
 
 def test_merged_settings_prefer_what_was_changed() -> None:
