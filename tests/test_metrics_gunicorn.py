@@ -235,7 +235,7 @@ def test_connections_that_are_closed(mariadb_pair: tuple[Node, Node], site: Site
 def test_one_worker(site: Site, options: tuple[str, ...], kept: int) -> None:
     """Without multiprocess mode the page is the one process's registry.
 
-    A greenlet takes its connection along as it ends, and no request's end tells of that.
+    A greenlet that ends leaves its connection to the garbage collector. It is not counted on.
     """
     site.workers = 1
     site.start(*options, multiprocess=False)
@@ -243,8 +243,7 @@ def test_one_worker(site: Site, options: tuple[str, ...], kept: int) -> None:
     sums = site.sums()
     assert sums["connects_total success peer1"] == 1
     assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 1
-    until(lambda: site.connections() == kept)
-    assert site.sums()["connections peer1"] == kept
+    until(lambda: site.sums()["connections peer1"] == kept)
     assert check(b"\n".join(re.findall(rb".*django_proxysql_.*", site.page())) + b"\n") == ""
 
 
