@@ -6,6 +6,8 @@ but what the site itself serves; the browser's console must have nothing to comp
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +24,8 @@ from django_proxysql.demo.site import HOST, serving
 from django_proxysql.monitoring import views
 from tests.browser import Browser, browser
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +217,7 @@ class TestLooks:
         assert served.browser.driver.current_url == served.url
 
 
+@pytest.mark.server
 class TestWithoutJavaScript:
     def test_shows_everything_and_its_buttons_work(self, tables: Path) -> None:
         with ExitStack() as stack:
@@ -375,3 +380,13 @@ class TestButtons:
         served.click("Drain peer0 all the same")
         served.wait_for("You drained peer0, the last that took connections")
         assert all(peer.drained for peer in served.site.balancer.peers.values())
+
+
+@pytest.mark.server
+def test_pictures_in_the_docs(tmp_path: Path) -> None:
+    """The command that makes them does so; they are small."""
+    command = [sys.executable, "-m", "tests.screenshots", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    made = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sorted(made) == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
+    assert all(10_000 < size < 150_000 for size in made.values())

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from django.conf import settings
 from django.contrib import messages
 from django.core.checks import run_checks
 from django.db import connections
-from django.test import Client, override_settings
+from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
 from django_proxysql.balancer import PeerState
 from django_proxysql.breaker import CLOSED, OPEN
+from django_proxysql.monitoring import views
 from django_proxysql.monitoring.status import fleet_changes
 from django_proxysql.options import OPTIONS
 from django_proxysql.registry import balancers
@@ -110,6 +112,24 @@ class TestWhoMaySeeIt:
             response = Client().get(PAGE)
             assert response.status_code == 403
             assert "the site has no AuthenticationMiddleware" in text_of(response)
+
+    def test_users_that_know_of_no_staff(self, site: Site) -> None:
+        """A user model of the site's own need not have Django's flags."""
+        request = RequestFactory().get(PAGE)
+        request.user = SimpleNamespace(  # type: ignore[assignment]
+            is_active=True, is_authenticated=True, get_username=lambda: "carol"
+        )
+        response = views.page(request)
+        assert response.status_code == 403
+        assert b"You are logged in as carol" in response.content
+
+    def test_app_that_is_not_installed(self, tables: Path) -> None:
+        """The admin's templates could not find ours: the page has its own frame then."""
+        apps = [app for app in settings.INSTALLED_APPS if app != "django_proxysql"]
+        with status_site(tables, INSTALLED_APPS=apps) as site:
+            text = text_of(site.admin().get(PAGE))
+            assert "django-proxysql Database peers" in text
+            assert "Django administration" not in text
 
     def test_site_without_admin(self, tables: Path) -> None:
         """Shows the page in a frame of its own; the login is the site's, if there is one."""
@@ -250,8 +270,6 @@ class TestPage:
 
     def test_opens_no_connection_by_itself(self, site: Site, monkeypatch: Any) -> None:
         """Where it need not ask who asks, it asks no database; nor does ATOMIC_REQUESTS."""
-        from django_proxysql.monitoring import views
-
         monkeypatch.setattr(views, "_is_staff", lambda request: True)
         monkeypatch.setattr(views, "_may_operate", lambda request: True)
         monkeypatch.setitem(connections["default"].settings_dict, "ATOMIC_REQUESTS", True)

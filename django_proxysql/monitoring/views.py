@@ -163,9 +163,14 @@ def _is_staff(request: HttpRequest) -> bool | None:
     """Return whether staff asks; None where that cannot be found out now."""
     user = getattr(request, "user", None)
     try:
-        return bool(user is not None and user.is_active and user.is_staff)
+        # A site's own user model may know of no staff.
+        return user is not None and _is(user, "is_active") and _is(user, "is_staff")
     except DatabaseError:
         return None
+
+
+def _is(user: Any, what: str) -> bool:
+    return bool(getattr(user, what, False))
 
 
 def _refusal(request: HttpRequest) -> HttpResponse | None:
@@ -219,7 +224,7 @@ def _may_operate(request: HttpRequest) -> bool:
     user: Any = request.user
     permission = operate_permission()
     if permission is None:
-        return bool(user.is_superuser)
+        return _is(user, "is_superuser")
     try:
         return bool(user.has_perm(permission))
     except DatabaseError:
@@ -292,7 +297,8 @@ def _own_engine() -> Engine:
 
 def _has_admin() -> bool:
     """Return whether the site serves Django's admin, whose looks are then the page's."""
-    if not apps.is_installed("django.contrib.admin"):
+    # Our templates in that frame are found by the site's own loaders.
+    if not (apps.is_installed("django.contrib.admin") and apps.is_installed("django_proxysql")):
         return False
     try:
         reverse("admin:index")
@@ -308,7 +314,8 @@ def _back(request: HttpRequest) -> HttpResponse:
 def _url(request: HttpRequest, name: str) -> str:
     """Return where another of these views is, under whichever namespace they are included."""
     match = request.resolver_match
-    return reverse(f"{match.namespace}:{name}" if match and match.namespace else name)
+    namespace = match.namespace if match else ""
+    return reverse(f"{namespace or 'django_proxysql'}:{name}")
 
 
 def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, said: str) -> None:
