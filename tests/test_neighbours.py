@@ -7,12 +7,16 @@ psycopg's pools: test_pools.py.)
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
 
+import django
 import pytest
 from django.core.cache import caches
 from django.core.management import call_command
@@ -24,16 +28,24 @@ from django.test import Client, TestCase, modify_settings, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.urls import include, path
 
+from django_proxysql.conf import ENGINE
 from django_proxysql.registry import balancers
+from tests import test_project
 from tests.app.models import Token
-from tests.engine import engine, mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, engine, mysql_peer
+from tests.project import Project
+from tests.servers import PASSWORD
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
-from tests.site import Site
+from tests.servers.redis import RedisServer
+from tests.site import Site, site
 
 # What the extra [test] brings on these Pythons only.
 installed = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="the neighbours are installed where Django is 4.2 or later"
+)
+with_pools = pytest.mark.skipif(
+    django.VERSION < (5, 1), reason="Django's pools came with Django 5.1"
 )
 
 
@@ -294,8 +306,6 @@ class TestServerSideCursors:
     def test_iterator(
         self, postgres: Any, fault_proxy: Callable[..., FaultProxy], disabled: bool
     ) -> None:
-        from tests.site import site
-
         with site(postgres, fault_proxy, DISABLE_SERVER_SIDE_CURSORS=disabled) as here:
             tokens(here).bulk_create(Token(value=str(number)) for number in range(5))
             rows = tokens(here).order_by("id").iterator(chunk_size=2)
@@ -423,3 +433,227 @@ class TestSettingsDict:
         assert connection.peer.address == f"127.0.0.1:{here.here.port}"
         connection.close()
         assert connection.peer is None
+
+
+SETTINGS = """
+import json, pathlib
+SECRET_KEY = "for tests only"
+INSTALLED_APPS = ["django_proxysql", "tests.app"]
+DATABASES = {"default": json.loads(pathlib.Path(__file__).with_name("default.json").read_text())}
+DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+USE_TZ = True
+"""
+
+TASKS = """
+import os, pathlib
+import django
+django.setup()
+from celery import Celery, signals
+from django.db import connection
+from tests import test_project
+from tests.app.models import Token
+
+url = pathlib.Path(__file__).with_name("redis").read_text()
+app = Celery("tasks", broker=url, backend=url)
+
+
+@signals.worker_init.connect
+def warm(**kwargs):
+    # In the parent: what its children inherit.
+    Token.objects.count()
+
+
+@app.task
+def write(value):
+    Token.objects.create(value=value)
+    driver = connection.connection
+    number = driver.thread_id() if connection.vendor == "mysql" else driver.info.backend_pid
+    return os.getpid(), number, connection.peer.name
+
+
+@app.task
+def count():
+    return Token.objects.count()
+"""
+
+CALLER = """
+import json, sys, tasks
+for line in sys.stdin:
+    name, calls = json.loads(line)
+    results = [getattr(tasks, name).delay(*call) for call in calls]
+    print(json.dumps([result.get(timeout=100) for result in results]))
+"""
+
+
+@installed
+class TestCelery:
+    """Celery's worker, with its Django fixup: connections end between tasks, and a peer that dies
+    fails no task."""
+
+    @pytest.fixture
+    def project(
+        self,
+        request: pytest.FixtureRequest,
+        fault_proxy: Callable[..., FaultProxy],
+        redis_server: RedisServer,
+        tmp_path: Path,
+    ) -> Iterator[Workers]:
+        kind = request.param
+        server = request.getfixturevalue("mariadb" if kind == "mariadb" else "postgres")
+        proxies = [fault_proxy(server) for _ in range(2)]
+        entry: dict[str, Any] = {
+            "ENGINE": ENGINE,
+            "PEERS": [mysql_peer(proxy, PRIORITY=at) for at, proxy in enumerate(proxies)],
+            "PEER_ENGINE": MYSQL if kind == "mariadb" else POSTGRESQL,
+            "CHECK_INTERVAL": 0.2,
+        }
+        if kind == "pool":
+            entry["OPTIONS"] = {"pool": {"min_size": 1, "max_size": 2}}
+        files = {
+            "settings.py": SETTINGS,
+            "tasks.py": TASKS,
+            "default.json": json.dumps(entry),
+            "redis": redis_server.url,
+        }
+        with site(server, fault_proxy) as here:
+            here.connection.close()
+            with Workers(Project(tmp_path, files), proxies, here) as workers:
+                yield workers
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("project", "kind"),
+        [
+            ("mariadb", "solo"),
+            ("mariadb", "prefork"),
+            ("postgres", "prefork"),
+            pytest.param("pool", "prefork", marks=with_pools),
+        ],
+        indirect=["project"],
+    )
+    def test_worker(self, project: Workers, kind: str) -> None:
+        project.start("--pool", kind, "--concurrency", "2")
+        answers = project.call("write", [f"before-{n}" for n in range(6)])
+        assert {peer for _, _, peer in answers} == {"peer0"}
+        processes = {process for process, _, _ in answers}
+        assert project.worker.pid in processes if kind == "solo" else len(processes) > 1
+        if not project.is_pooled:
+            # None is used for two tasks.
+            assert len({number for _, number, _ in answers}) == 6
+        # Between two tasks.
+        die(project.proxies[0])
+        answers = project.call("write", [f"after-{n}" for n in range(6)])
+        assert {peer for _, _, peer in answers} == {"peer1"}
+        # In the middle of one, on the peer that is back.
+        project.proxies[0].forward()
+        project.proxies[0].cut_after(b"COUNT")
+        while not project.proxies[0].cuts:
+            assert project.call("count") == [12]
+        log = project.stop()
+        assert "succeeded" in log
+        assert "ERROR" not in log
+        assert "Traceback" not in log
+        assert PASSWORD not in log
+        assert len(project.site.written()) == 12
+
+
+class Workers:
+    """A project with a Celery worker."""
+
+    def __init__(self, project: Project, proxies: list[FaultProxy], site: Site) -> None:
+        self.project = project
+        self.proxies = proxies
+        self.site = site
+        self.is_pooled = "pool" in (project.root / "default.json").read_text()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in (self.worker, self.caller):
+            if process is not None:
+                process.kill()
+                # Closes its pipes, too.
+                process.communicate()
+
+    worker: Any = None
+    caller: Any = None
+
+    def start(self, *args: str) -> None:
+        quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+        with open(self.project.root / "worker.log", "w") as log:
+            self.worker = self.project.run(
+                *("-m", "celery", "-A", "tasks", "worker", "--loglevel", "INFO", *quiet, *args),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.caller = self.project.run("-c", CALLER, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def call(self, task: str, values: Sequence[str] = ()) -> list[Any]:
+        """What a task returns, called with each of ``values``, or once."""
+        self.caller.stdin.write(json.dumps([task, [[value] for value in values] or [[]]]) + "\n")
+        self.caller.stdin.flush()
+        answers: list[Any] = json.loads(self.caller.stdout.readline() or "[]")
+        assert answers, self.log()
+        return answers
+
+    def stop(self) -> str:
+        """End the worker as an operator does, once its task is done; return what it has said."""
+        self.worker.terminate()
+        assert self.worker.wait(60) == 0, self.log()
+        return self.log()
+
+    def log(self) -> str:
+        return (self.project.root / "worker.log").read_text()
+
+
+def die(proxy: FaultProxy) -> None:
+    """End all of a peer's connections, and take no more."""
+    proxy.refuse()
+    proxy.drop_connections()
+
+
+shop = test_project.project
+
+
+@installed
+class TestDjangoExtensions:
+    """django-extensions: its commands run while a peer is down. Some judge by the ENGINE's name."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, shop: test_project.Shop) -> None:
+        path = shop.root / "settings.py"
+        path.write_text(path.read_text() + 'INSTALLED_APPS += ["django_extensions"]\n')
+
+    def test_commands(self, shop: test_project.Shop) -> None:
+        assert "urls.index" in shop.manage("show_urls")
+        assert "Item" in shop.manage("list_model_info", "--model", "shop.Item")
+        script = "from shop.models import Item; Item.objects.create(name='x')"
+        (shop.root / "scripts").mkdir()
+        (shop.root / "scripts" / "__init__.py").write_text("")
+        (shop.root / "scripts" / "fill.py").write_text(f"def run():\n    {script}\n")
+        shop.manage("runscript", "fill")
+        show = "print([item.name for item in Item.objects.all()])"
+        assert "['x']" in shop.manage("shell_plus", "--plain", "-c", show)
+
+    def test_sqldiff(self, shop: test_project.Shop) -> None:
+        """It tells engines apart by the last part of their name: ours has one of the user's own."""
+        folder = shop.root / "databases" / "mysql"
+        folder.mkdir(parents=True)
+        (folder / "base.py").write_text(
+            "from django_proxysql.backends.proxysql.base import DatabaseWrapper\n"
+        )
+        path = shop.root / "databases.json"
+        databases = json.loads(path.read_text())
+        databases["default"]["ENGINE"] = "databases.mysql"
+        path.write_text(json.dumps(databases))
+        assert shop.manage("sqldiff", "shop").strip() == "-- No differences"
+
+    def test_dsn(self, shop: test_project.Shop) -> None:
+        """A peer that is an alias has an address; the balancer has none."""
+        assert "Unknown database" in shop.manage("sqldsn")
+        databases = json.loads((shop.root / "databases.json").read_text())
+        if "peer1" in databases:
+            process = shop.start("sqldsn", "--database", "peer1", "--style", "uri")
+            said, _ = process.communicate(timeout=60)
+            assert f"@127.0.0.1:{databases['peer1']['PORT']}/shop" in said
