@@ -20,7 +20,7 @@ import django
 import pytest
 from django.core.cache import caches
 from django.core.management import call_command
-from django.db import connections, models, transaction
+from django.db import OperationalError, connections, models, transaction
 from django.db.backends.signals import connection_created
 from django.db.models.sql.compiler import SQLCompiler
 from django.http import HttpResponse
@@ -28,6 +28,7 @@ from django.test import Client, TestCase, modify_settings, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.urls import include, path
 
+from django_proxysql.backends.proxysql.base import DatabaseWrapper
 from django_proxysql.conf import ENGINE
 from django_proxysql.registry import balancers
 from tests import test_project
@@ -657,3 +658,139 @@ class TestDjangoExtensions:
             process = shop.start("sqldsn", "--database", "peer1", "--style", "uri")
             said, _ = process.communicate(timeout=60)
             assert f"@127.0.0.1:{databases['peer1']['PORT']}/shop" in said
+
+
+@installed
+class TestDjangoMySQL:
+    """django-mysql: its checks, hints, status, locks and cache, on a peer that may die."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> Iterator[None]:
+        with override_settings(DJANGO_MYSQL_REWRITE_QUERIES=True), with_apps("django_mysql"):
+            yield
+        connection_created.disconnect(self.hook())
+
+    def hook(self) -> Any:
+        from django_mysql.apps import install_rewrite_hook
+
+        return install_rewrite_hook
+
+    def test_what_it_asks(self, on_mariadb: Site) -> None:
+        from django_mysql.checks import check_variables
+        from django_mysql.status import GlobalStatus
+
+        on_mariadb.kill()
+        assert check_variables(databases=["balanced"]) == []
+        on_mariadb.kill()
+        on_mariadb.idle()
+        assert GlobalStatus(using="balanced").get("Uptime") > 0
+        on_mariadb.cut("after")
+        assert on_mariadb.connection.mysql_is_mariadb
+
+    def test_hints(self, on_mariadb: Site) -> None:
+        """The server gets what its hook makes of a statement; a comment is never run again."""
+        from django_mysql.models import add_QuerySetMixin
+
+        here = on_mariadb
+        tokens(here).create(value="one")
+        hinted = add_QuerySetMixin(tokens(here)).sql_no_cache()
+        here.kill()
+        here.idle()
+        assert hinted.get().value == "one"
+        assert b"SELECT SQL_NO_CACHE" in here.here.packets[-1]
+        labelled = add_QuerySetMixin(tokens(here)).label("of a test")
+        here.cut("after")
+        with pytest.raises(OperationalError):
+            labelled.get()
+        assert labelled.get().value == "one"
+        assert here.connection.execute_wrappers.count(here.connection.execute_wrappers[0]) == 1
+
+    def test_locks(self, on_mariadb: Site) -> None:
+        """Whoever holds a lock learns of its loss by one error."""
+        from django_mysql.locks import Lock
+
+        lock = Lock("of a test", using="balanced")
+        with lock:
+            assert lock.is_held()
+            assert lock.holding_connection_id() == on_mariadb.connection.connection.thread_id()
+        assert not lock.is_held()
+        lock.acquire()
+        on_mariadb.kill()
+        with pytest.raises(OperationalError):
+            on_mariadb.write("one")
+        assert not lock.is_held()
+        assert on_mariadb.written() == []
+
+    def test_cache(self, on_mariadb: Site) -> None:
+        """Its numbers come back in the answer to what changed them: none is counted twice."""
+        here = on_mariadb
+        location = {"BACKEND": "django_mysql.cache.MySQLCache", "LOCATION": "cache_table"}
+        with override_settings(CACHES={"default": location}, DATABASE_ROUTERS=[ToBalanced()]):
+            cache = caches["default"]
+            here.sql(cache.create_table_sql.format(table_name="cache_table"))
+            try:
+                here.kill()
+                cache.set("number", 1)
+                here.kill()
+                # LAST_INSERT_ID() in the statement: never on another connection than before.
+                with pytest.raises(OperationalError):
+                    cache.incr("number")
+                assert cache.incr("number") == 2
+                here.cut("after")
+                with pytest.raises(OperationalError):
+                    cache.incr("number")
+                # It may have been done, and was, once.
+                here.cut("after")
+                assert cache.get("number") == 3
+                assert cache.add("number", 7) is False
+                # It did that with a variable of the session's.
+                assert here.session.sticky
+                here.connection.close_if_unusable_or_obsolete()
+                here.kill()
+                cache.set("number", 4)
+                assert cache.incr("number", 4) == 8
+            finally:
+                here.sql("DROP TABLE cache_table")
+
+
+@pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11), reason="django-prometheus knows Django 4.2 to 6.0 only"
+)
+def test_under_django_prometheus(mariadb: Node, fault_proxy: Callable[..., FaultProxy]) -> None:
+    """django-prometheus's mixin over our engine: it counts attempts, and what is sent."""
+    from django.db.backends.mysql.base import CursorWrapper
+    from django_prometheus.db import metrics
+    from django_prometheus.db.common import DatabaseWrapperMixin, ExportingCursorWrapper
+
+    class Counted(DatabaseWrapperMixin, DatabaseWrapper):  # type: ignore[misc]
+        def create_cursor(self, name: Any = None) -> Any:
+            counting = ExportingCursorWrapper(CursorWrapper, self.alias, self.vendor)
+            return counting(self.connection.cursor())
+
+    labels = ("counted", "mysql")
+    counters = (
+        metrics.connections_total,
+        metrics.connection_errors_total,
+        metrics.execute_total,
+    )
+
+    def counted() -> list[float]:
+        return [counter.labels(*labels)._value.get() for counter in counters]
+
+    proxies = [fault_proxy(mariadb) for _ in range(3)]
+    peers = [mysql_peer(proxy, PRIORITY=at) for at, proxy in enumerate(proxies)]
+    with engine(peers, alias="counted") as connection:
+        wrapper: Any = Counted(connection.settings_dict, "counted")
+        proxies[0].refuse()
+        wrapper.ensure_connection()
+        attempts, errors, executed = counted()
+        assert (attempts, errors) == (2, 1)
+        with wrapper.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            assert counted()[2] == executed + 1
+            proxies[1].cut_after(b"SELECT 2")
+            # Sent twice, beside what sets up the new connection.
+            cursor.execute("SELECT 2")
+            assert cursor.fetchone() == (2,)
+        assert counted() == [3, 1, executed + 1 + 2 + 1]
+        wrapper.close()
