@@ -1,0 +1,217 @@
+"""Management commands of a project with three peers: one is dead, one hangs, one lives.
+
+The dead one and the one that hangs come first in DATABASES and are tried first: PRIORITY. A router
+is there, so that makemigrations looks at every alias; it denies nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import django
+import pytest
+
+from django_proxysql.conf import ENGINE
+from django_proxysql.demo.servers import HOST, ports
+from tests.engine import MYSQL, mysql_peer
+from tests.servers.mariadb import Node
+from tests.test_checks import has_database_option
+from tests.test_project import FILES, Project, get
+
+DATABASE = "commands"
+
+MIGRATION = """
+from django.db import connection, migrations, models
+
+PORTS = []
+
+def look(apps, schema_editor):
+    # As an application may: a new connection, which must be one to the same peer.
+    connection.close()
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT @@port")
+        PORTS.append(cursor.fetchone()[0])
+    apps.get_model("shop", "Item").objects.create(name="by a migration")
+
+def say(apps, schema_editor):
+    look(apps, schema_editor)
+    print("ports", PORTS)
+
+class Migration(migrations.Migration):
+    atomic = False
+    dependencies = [("shop", "0001_initial")]
+    operations = [
+        migrations.RunPython(look, migrations.RunPython.noop),
+        migrations.AddField("item", "price", models.IntegerField(null=True)),
+        migrations.RunPython(look, migrations.RunPython.noop),
+        migrations.AddField("item", "stock", models.IntegerField(null=True)),
+        migrations.RunPython(look, migrations.RunPython.noop),
+        migrations.RunPython(say, migrations.RunPython.noop),
+    ]
+"""
+
+
+class Shop(Project):
+    """The project, and what stands in its DATABASES."""
+
+    def __init__(self, root: Path, alive: Node, peers: list[dict[str, Any]]) -> None:
+        super().__init__(root, alive)
+        self.peers = peers
+        self.write(**FILES)
+
+    def write(self, **files: str) -> None:
+        for name, text in files.items():
+            path = self.root / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.lstrip())
+
+    def configure(self, aliases: bool, **settings: Any) -> None:
+        """Write DATABASES: the peers as aliases, before their balancer, or inline."""
+        names = {f"peer{n}": {"ENGINE": MYSQL, **peer} for n, peer in enumerate(self.peers)}
+        databases: dict[str, Any] = names if aliases else {}
+        databases["default"] = {
+            "ENGINE": ENGINE,
+            "PEERS": list(names) if aliases else self.peers,
+            "CONNECT_TIMEOUT": 1,
+            **settings,
+        }
+        self.write(**{"databases.json": json.dumps(databases)})
+
+
+@pytest.fixture(params=["inline", "aliases"])
+def shop(
+    request: pytest.FixtureRequest,
+    mariadb_pair: tuple[Node, Node],
+    mariadb_third: Node,
+    tmp_path: Path,
+) -> Iterator[Shop]:
+    """A project whose tables are made while all peers but one are out."""
+    dead, hangs = mariadb_pair
+    dead.kill()
+    hangs.freeze()
+    mariadb_third.create_database(DATABASE)
+    peers = [
+        mysql_peer(dead, NAME=DATABASE),
+        mysql_peer(hangs, NAME=DATABASE),
+        mysql_peer(mariadb_third, NAME=DATABASE, PRIORITY=1),
+    ]
+    made = Shop(tmp_path, mariadb_third, peers)
+    made.configure(request.param == "aliases")
+    assert "Create model Item" in made.manage("makemigrations", "shop")
+    assert "Applying shop.0001_initial... OK" in made.manage("migrate")
+    yield made
+    mariadb_third.sql(f"DROP DATABASE {DATABASE}")
+
+
+def items(shop: Shop) -> list[str]:
+    return shop.alive.sql("SELECT name FROM shop_item", DATABASE).splitlines()
+
+
+def test_migrations(shop: Shop) -> None:
+    """makemigrations (it looks at every alias), migrate, showmigrations, sqlmigrate, inspectdb."""
+    # The fixture has made the first; this one finds nothing new.
+    output = shop.manage("makemigrations", "--check", "--dry-run")
+    assert "No changes detected" in output
+    aliases = "peer0" in json.loads((shop.root / "databases.json").read_text())
+    assert ("performed for database connection 'peer1'" in output) is aliases
+    assert "[X] 0001_initial" in shop.manage("showmigrations", "shop")
+    assert "CREATE TABLE" in shop.manage("sqlmigrate", "shop", "0001")
+    assert "class ShopItem" in shop.manage("inspectdb")
+    shop.manage("migrate", "shop", "zero")
+    assert "shop_item" not in shop.alive.sql("SHOW TABLES", DATABASE)
+
+
+def test_data(shop: Shop) -> None:
+    """dumpdata, sqlflush, flush, loaddata, createcachetable."""
+    shop.alive.sql("INSERT INTO shop_item (name) VALUES ('x')", DATABASE)
+    shop.manage("dumpdata", "shop", "-o", "dump.json")
+    assert "shop_item" in shop.manage("sqlflush")
+    assert items(shop) == ["x"]
+    shop.manage("flush", "--noinput")
+    assert items(shop) == []
+    assert "Installed 1 object" in shop.manage("loaddata", "dump.json")
+    assert items(shop) == ["x"]
+    with (shop.root / "settings.py").open("a") as settings:
+        backend = "django.core.cache.backends.db.DatabaseCache"
+        settings.write(f"CACHES = {{'default': {{'BACKEND': {backend!r}, 'LOCATION': 'cache'}}}}\n")
+    shop.manage("createcachetable")
+    tables = shop.alive.sql("SHOW TABLES", DATABASE).split()
+    assert tables.count("cache") == 1
+
+
+def test_check(shop: Shop) -> None:
+    """check: nothing is wrong; of a peer that is out, asked for by its alias, a warning."""
+    assert "no issues" in shop.manage("check")
+    assert "no issues" in shop.manage("check", "--deploy", "--tag", "models")
+
+
+@has_database_option
+def test_check_of_databases(shop: Shop) -> None:
+    """check --database: the balancer's has nothing to say; a peer that is out is passed by."""
+    assert "no issues" in shop.manage("check", "--database", "default")
+    if "peer0" in json.loads((shop.root / "databases.json").read_text()):
+        output = shop.manage("check", *(f"--database=peer{n}" for n in range(3)))
+        assert re.findall(r"Peer '(\w+)' cannot be reached", output) == ["peer0", "peer1"]
+
+
+@pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
+def test_dbshell(shop: Shop) -> None:
+    """dbshell opens on the peer that lives."""
+    output = shop.manage("dbshell", "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()")
+    assert output.split() == [str(shop.alive.port), DATABASE]
+
+
+def test_testserver(shop: Shop) -> None:
+    """testserver: a test database with a fixture in it, served, on the peer that lives."""
+    shop.write(
+        **{
+            "data.json": json.dumps(
+                [{"model": "shop.item", "pk": 7, "fields": {"name": "from a fixture"}}]
+            ),
+            "settings.py": FILES["settings.py"] + "ALLOWED_HOSTS = ['*']\n",
+        }
+    )
+    address = f"{HOST}:{ports.reserve()}"
+    server = shop.start("testserver", "--noinput", "--addrport", address, "data.json")
+    try:
+        answer = json.loads(get(f"http://{address}/", server))
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+        shop.alive.sql(f"DROP DATABASE IF EXISTS test_{DATABASE}")
+    assert answer == {"id": 8, "items": 2, "peer": "peer2"}
+    assert items(shop) == []
+
+
+def test_a_migration_stays_on_one_peer(
+    mariadb_pair: tuple[Node, Node], mariadb_third: Node, tmp_path: Path
+) -> None:
+    """Several operations, and functions that connect anew: all of one migration on one peer."""
+    nodes = mariadb_third, mariadb_pair[0]
+    for node in nodes:
+        node.create_database(DATABASE)
+    peers = [mysql_peer(node, NAME=DATABASE) for node in nodes]
+    shop = Shop(tmp_path, mariadb_third, peers)
+    # In turn: each connection but for the pin is one to the other peer.
+    shop.configure(False, STRATEGY="round_robin")
+    shop.manage("makemigrations", "shop")
+    shop.write(**{"shop/migrations/0002_more.py": MIGRATION})
+    for number in range(2):
+        # The first migration's tables are on both, as if they had been replicated.
+        shop.configure(False, STRATEGY="round_robin", PEERS=[peers[number]])
+        shop.manage("migrate", "shop", "0001")
+    shop.configure(False, STRATEGY="round_robin")
+    output = shop.manage("migrate", "shop", "0002")
+    said = re.search(r"ports \[(\d+), \1, \1, \1\]", output)
+    assert said, output
+    counts = {
+        node.port: node.sql("SELECT COUNT(*) FROM shop_item", DATABASE).strip() for node in nodes
+    }
+    assert counts.pop(int(said[1])) == "4"
+    assert list(counts.values()) == ["0"]
+    for node in nodes:
+        node.sql(f"DROP DATABASE {DATABASE}")
