@@ -62,6 +62,7 @@ TEST = [
     "pytest-django>=4.5",
     "pytest-timeout>=2.1",
     "selenium>=4.10",
+    "pytest-xdist>=3",
 ]
 
 # What .ci/run needs on top.

@@ -591,6 +591,8 @@ class _Reader:
             if key == "TEST" and isinstance(value, Mapping):
                 # Django fills in the defaults of TEST, MIGRATE among them.
                 given = any(v not in (None, True) for k, v in value.items() if k != "MIRROR")
+                # The one whose test database the balancer has is made by its own.
+                given = given and mirrored(self.alias, self.databases) != peer
             if given:
                 yield self._problem(
                     "W002",

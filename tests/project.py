@@ -29,8 +29,12 @@ class Project:
 
     def __init__(self, root: Path, files: Mapping[str, str]) -> None:
         self.root = root
-        for name, text in {"manage.py": MANAGE, **files}.items():
-            path = root / name
+        self.write({"manage.py": MANAGE, **files})
+
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write files, by their paths in the project's directory."""
+        for name, text in files.items():
+            path = self.root / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text.lstrip())
 
@@ -57,6 +61,12 @@ class Project:
         """Return what a command prints; fail if it does not end with ``status``."""
         return self.output_of(self.start(*args), status)
 
+    def pytest(self, *args: str) -> str:
+        """Return what pytest, with pytest-django, prints; fail if it does not succeed."""
+        what = ["-m", "pytest", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider"]
+        process = self.run(*what, *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return self.output_of(process, 0)
+
     def python(self, script: str) -> str:
         """Return what a script prints that is run in the project; fail if it does not succeed."""
         process = self.run("-c", script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -64,7 +74,7 @@ class Project:
 
     @staticmethod
     def output_of(process: subprocess.Popen[str], status: int) -> str:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         assert process.returncode == status, output
         assert PASSWORD not in output
         return output

@@ -14,22 +14,35 @@ from django.db import connections
 
 from django_proxysql.conf import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, mysql_peer
+from tests.project import Project
+from tests.servers import USER
 from tests.servers.mariadb import Node
-from tests.test_project import FILES, Project
+from tests.servers.postgresql import PostgreSQLNode
+from tests.test_project import FILES
 
 DATABASE = "likeplain"
 
 TESTS = """
+import urllib.request
 from django.db import connections
-from django.test import TestCase, TransactionTestCase
+from django.test import LiveServerTestCase, TestCase, TransactionTestCase
 from .models import Item
+HERE = {
+    "mysql": "SELECT DATABASE()",
+    "postgresql": "SELECT current_database()",
+    # A database in memory has no name.
+    "sqlite": "SELECT 'test_%(name)s' || file FROM pragma_database_list",
+}
+def assert_under_test(alias):
+    with connections[alias].cursor() as cursor:
+        cursor.execute(HERE[connections[alias].vendor])
+        name = cursor.fetchone()[0]
+    assert name.startswith("test_%(name)s"), (alias, name)
 class Base:
     databases = %(databases)s
     def test_it(self):
         for alias in self.databases:
-            with connections[alias].cursor() as cursor:
-                cursor.execute("SELECT DATABASE() LIKE 'test_%(name)s%%%%'")
-                assert cursor.fetchone() == (1,), alias
+            assert_under_test(alias)
             assert Item.objects.using(alias).count() == 0
             Item.objects.using(alias).create(name="test")
             assert Item.objects.using(alias).count() == 1
@@ -42,6 +55,16 @@ class Three(Base, TransactionTestCase):
     def test_reconnected(self):
         connections["default"].close()
         self.test_it()
+class Four(LiveServerTestCase):
+    databases = %(databases)s
+    def test_served(self):
+        # The view makes one, on a connection of the server's thread.
+        for number in (1, 2):
+            with urllib.request.urlopen(self.live_server_url) as answer:
+                assert answer.status == 200
+            alias = "default" if "default" in self.databases else min(self.databases)
+            assert_under_test(alias)
+            assert Item.objects.using(alias).count() == number
 """
 
 
@@ -164,47 +187,87 @@ def test_default_alias_as_a_peer() -> None:
 class Production:
     """A project whose production database has a row, beside a peer that is dead."""
 
-    def __init__(self, root: Path, dead: Node, alive: Node) -> None:
-        self.project = Project(root, alive)
+    engine = MYSQL
+
+    def __init__(self, root: Path, dead: Any, alive: Any) -> None:
+        self.project = Project(root, FILES)
         self.node = alive
         self.peers = [
-            mysql_peer(dead, NAME=DATABASE),
-            mysql_peer(alive, NAME=DATABASE, PRIORITY=1),
+            self.peer(dead),
+            {**self.peer(alive), "PRIORITY": 1},
         ]
-        self.databases: dict[str, Any] = {"default": entry(PEERS=self.peers)}
-        self.write(**FILES)
+        self.databases: dict[str, Any] = {"default": self.balancer()}
         self.configure()
         self.use_tests('{"default"}')
 
-    def write(self, **files: str) -> None:
-        for name, text in files.items():
-            path = self.project.root / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text.lstrip())
+    def peer(self, node: Any) -> dict[str, Any]:
+        return mysql_peer(node, NAME=DATABASE)
+
+    def balancer(self, **settings: Any) -> dict[str, Any]:
+        return entry(**{"PEERS": self.peers, "PEER_ENGINE": self.engine, **settings})
 
     def configure(self) -> None:
-        self.write(**{"databases.json": json.dumps(self.databases)})
+        self.project.write({"databases.json": json.dumps(self.databases)})
 
     def use_aliases(self) -> None:
         """Make each peer an alias of its own, before the balancer's."""
-        aliases = {f"peer{n}": {"ENGINE": MYSQL, **peer} for n, peer in enumerate(self.peers)}
-        self.databases = {**aliases, "default": entry(PEERS=list(aliases))}
+        aliases = {f"peer{n}": {"ENGINE": self.engine, **p} for n, p in enumerate(self.peers)}
+        self.databases = {**aliases, "default": self.balancer(PEERS=list(aliases))}
         self.configure()
 
     def use_tests(self, databases: str) -> None:
         # What a TestCase writes through one alias has not been committed for another.
         case = "TestCase" if "," not in databases else "TransactionTestCase"
         text = TESTS % {"databases": databases, "name": DATABASE, "case": case}
-        self.write(**{"shop/tests.py": text})
+        self.project.write({"shop/tests.py": text})
+
+    def run(self) -> Iterator[Production]:
+        """Make the tables and a row; when the test is over see that there is nothing else."""
+        self.project.manage("makemigrations", "shop")
+        self.project.manage("migrate")
+        self.sql("INSERT INTO shop_item (name) VALUES ('production')")
+        before = self.contents()
+        assert "production" in before
+        yield self
+        after = self.contents()
+        for name in (DATABASE, *self.test_databases()):
+            self.node.sql(f"DROP DATABASE {name}")
+        assert after == before
+
+    def sql(self, statement: str) -> str:
+        return str(self.node.sql(statement, DATABASE))
 
     def contents(self) -> str:
-        """Everything in the production database, and which databases there are."""
-        tables = self.node.sql("SHOW TABLES", DATABASE).split()
-        rows = [self.node.sql(f"SELECT * FROM {table}", DATABASE) for table in tables]
-        return "\n".join([*tables, *rows])
+        """Everything in the production database."""
+        tables = self.tables()
+        return "\n".join([*tables, *(self.sql(f"SELECT * FROM {table}") for table in tables)])
+
+    def tables(self) -> list[str]:
+        return self.sql("SHOW TABLES").split()
 
     def test_databases(self) -> list[str]:
-        return self.node.sql("SHOW DATABASES LIKE 'test%'").split()
+        return str(self.node.sql("SHOW DATABASES LIKE 'test%'")).split()
+
+
+class OnPostgreSQL(Production):
+    engine = POSTGRESQL
+
+    def tables(self) -> list[str]:
+        return self.sql(
+            "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
+        ).split()
+
+    def test_databases(self) -> list[str]:
+        return str(
+            self.node.sql("SELECT datname FROM pg_database WHERE datname LIKE 'test%' ORDER BY 1")
+        ).split()
+
+
+class OnSQLite(Production):
+    engine = SQLITE
+
+    def peer(self, node: Any) -> dict[str, Any]:
+        return {"NAME": str(node)}
 
 
 @pytest.fixture
@@ -213,22 +276,23 @@ def production(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> Iterator[Prod
     dead, alive = mariadb_pair
     dead.kill()
     alive.create_database(DATABASE)
-    made = Production(tmp_path, dead, alive)
-    made.project.manage("makemigrations", "shop")
-    made.project.manage("migrate")
-    alive.sql("INSERT INTO shop_item (name) VALUES ('production')", DATABASE)
-    before = made.contents()
-    assert "production" in before
-    yield made
-    after = made.contents()
-    for name in (DATABASE, *made.test_databases()):
-        alive.sql(f"DROP DATABASE {name}")
-    assert after == before
+    yield from Production(tmp_path, dead, alive).run()
+
+
+@pytest.fixture
+def on_postgresql(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], tmp_path: Path
+) -> Iterator[Production]:
+    """The same on PostgreSQL."""
+    dead, alive = postgres_pair
+    dead.kill()
+    alive.create_database(DATABASE, USER)
+    yield from OnPostgreSQL(tmp_path, dead, alive).run()
 
 
 def test_manage_test(production: Production) -> None:
     """One test database, on the peer that lives; nothing of it is left."""
-    assert "Ran 4 tests" in production.project.manage("test")
+    assert "Ran 5 tests" in production.project.manage("test")
     assert production.test_databases() == []
 
 
@@ -243,21 +307,112 @@ def test_keepdb(production: Production) -> None:
 def test_parallel(production: Production) -> None:
     """--parallel: each process has its clone; with --keepdb they are found again."""
     args = ("test", "--parallel", "2", "--keepdb", "-v2")
-    assert "Ran 4 tests" in production.project.manage(*args)
+    assert "Ran 5 tests" in production.project.manage(*args)
     assert production.test_databases() == [f"test_{DATABASE}{n}" for n in ("", "_1", "_2")]
-    assert "Ran 4 tests" in production.project.manage(*args)
-    assert "Ran 4 tests" in production.project.manage("test", "--parallel", "2", "--noinput")
+    assert "Ran 5 tests" in production.project.manage(*args)
+    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2", "--noinput")
     assert production.test_databases() == []
 
 
 @pytest.mark.skipif(django.VERSION < (4, 2), reason="spawn came with Django 4.1")
 def test_parallel_spawned(production: Production) -> None:
     """Processes that start from nothing read production's settings, and use their clones."""
-    production.write(**{"manage.py": SPAWNING})
+    production.project.write({"manage.py": SPAWNING})
     output = production.project.manage("test", "--parallel", "2", "--noinput")
     assert output.count("Cloning test database") == 2
-    assert "Ran 4 tests" in output
+    assert "Ran 5 tests" in output
     assert production.test_databases() == []
+
+
+def pytest_names(*suffixes: str) -> list[str]:
+    return [f"test_{DATABASE}{suffix}" for suffix in suffixes]
+
+
+def test_pytest_django(production: Production) -> None:
+    """pytest-django, and with --reuse-db: one test database, found again."""
+    assert "5 passed" in production.project.pytest("shop/tests.py")
+    assert production.test_databases() == []
+    for _ in range(2):
+        assert "5 passed" in production.project.pytest("shop/tests.py", "--reuse-db")
+        assert production.test_databases() == pytest_names("")
+
+
+@pytest.mark.parametrize("aliases", [False, True])
+def test_pytest_xdist(production: Production, aliases: bool) -> None:
+    """pytest-xdist: each process has a test database of its own, named by the peers' NAME."""
+    if aliases:
+        production.use_aliases()
+        production.use_tests('{"default", "peer1"}')
+    args = ("-n", "2", "--dist", "each")
+    assert "10 passed" in production.project.pytest("shop/tests.py", *args)
+    assert production.test_databases() == []
+    if not aliases:
+        for _ in range(2):
+            assert "10 passed" in production.project.pytest("shop/tests.py", *args, "--reuse-db")
+            assert production.test_databases() == pytest_names("_gw0", "_gw1")
+
+
+@pytest.mark.parametrize("aliases", [False, True])
+def test_postgresql(on_postgresql: Production, aliases: bool) -> None:
+    """PostgreSQL: manage.py test, in parallel on clones, kept; pytest-django with xdist."""
+    project = on_postgresql.project
+    if aliases:
+        on_postgresql.use_aliases()
+        on_postgresql.use_tests('{"default", "peer1"}')
+    assert "Ran 5 tests" in project.manage("test", "--reverse")
+    for _ in range(2):
+        assert "Ran 5 tests" in project.manage("test", "--parallel", "2", "--keepdb")
+        assert on_postgresql.test_databases() == pytest_names("", "_1", "_2")
+    assert "Ran 5 tests" in project.manage("test", "--parallel", "2", "--noinput")
+    assert on_postgresql.test_databases() == []
+    assert "10 passed" in project.pytest("shop/tests.py", "-n", "2", "--dist", "each")
+    assert on_postgresql.test_databases() == []
+
+
+def test_sqlite(tmp_path: Path) -> None:
+    """SQLite: in memory, shared with the live server's thread and cloned; or in a file by NAME."""
+    made = OnSQLite(tmp_path, tmp_path / "missing" / "db", tmp_path / DATABASE)
+    made.project.manage("makemigrations", "shop")
+    made.project.manage("migrate")
+    before = (tmp_path / DATABASE).read_bytes()
+    assert "Ran 5 tests" in made.project.manage("test")
+    assert "Ran 5 tests" in made.project.manage("test", "--parallel", "2")
+    assert "5 passed" in made.project.pytest("shop/tests.py")
+    made.databases["default"]["TEST"] = {"NAME": str(tmp_path / "test")}
+    made.configure()
+    assert "10 passed" in made.project.pytest("shop/tests.py", "-n", "2", "--dist", "each", "--reuse-db")
+    assert sorted(path.name for path in tmp_path.glob("test_*")) == ["test_gw0", "test_gw1"]
+    assert (tmp_path / DATABASE).read_bytes() == before
+
+
+def test_mirror_whose_database_is_not_made(production: Production) -> None:
+    """Tests that ask for a mirror alone are refused: Django would send them to production."""
+    production.databases["mirror"] = production.balancer(TEST={"MIRROR": "default"})
+    production.configure()
+    production.use_tests('{"mirror"}')
+    output = production.project.manage("test", status=1)
+    assert "Add 'default' to the test's databases" in output
+
+
+def test_mirror_of_one_of_its_peers(production: Production) -> None:
+    """The test database is made on that peer, by its own alias, and is the balancer's too."""
+    production.use_aliases()
+    production.databases["default"]["TEST"] = {"MIRROR": "peer1"}
+    # Django makes no default alias's database first that is a mirror itself.
+    production.databases["peer1"]["TEST"] = {"DEPENDENCIES": []}
+    production.configure()
+    production.use_tests('{"default", "peer1"}')
+    output = production.project.manage("test", "-v2")
+    assert "Ran 5 tests" in output
+    assert output.count("Creating test database") == 1
+    assert production.test_databases() == []
+
+
+def test_mirror_of_itself(production: Production) -> None:
+    """A ring of mirrors is refused before anything is made."""
+    production.databases["default"] = production.balancer(TEST={"MIRROR": "default"})
+    production.configure()
+    assert "leads back to where it began" in production.project.manage("test", status=1)
 
 
 def test_mirrors_and_names(production: Production) -> None:
@@ -274,7 +429,7 @@ def test_mirrors_and_names(production: Production) -> None:
     production.configure()
     production.use_tests('{"default", "mirror", "same", "other"}')
     output = production.project.manage("test", "-v2", "--keepdb")
-    assert "Ran 4 tests" in output
+    assert "Ran 5 tests" in output
     names = [f"test_{DATABASE}_first", f"test_{DATABASE}_other"]
     assert production.test_databases() == names
     assert output.count("Using existing test database") == 2
@@ -282,7 +437,7 @@ def test_mirrors_and_names(production: Production) -> None:
 
 def test_reverse(production: Production) -> None:
     """--reverse."""
-    assert "Ran 4 tests" in production.project.manage("test", "--reverse")
+    assert "Ran 5 tests" in production.project.manage("test", "--reverse")
 
 
 def test_aliases_as_peers_share_the_test_database(production: Production) -> None:
@@ -290,9 +445,9 @@ def test_aliases_as_peers_share_the_test_database(production: Production) -> Non
     production.use_aliases()
     production.use_tests('{"default", "peer1"}')
     output = production.project.manage("test", "-v2")
-    assert "Ran 4 tests" in output
+    assert "Ran 5 tests" in output
     assert output.count("Creating test database") == 1
-    assert "Ran 4 tests" in production.project.manage("test", "--parallel", "2")
+    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
     assert production.test_databases() == []
 
 

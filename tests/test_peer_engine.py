@@ -19,7 +19,7 @@ from django.db.utils import load_backend
 
 from django_proxysql import balancers
 from django_proxysql.backends.peer.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine
+from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine, problems
 from django_proxysql.registry import introduce_peers
 from tests.app.models import Token
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, nodb_cursor
@@ -533,3 +533,6 @@ def test_mirror_of_a_peer() -> None:
         introduce_peers()
         assert connections.databases["peer0"]["TEST"]["MIRROR"] == "peer1"
         assert not connections.databases["peer1"]["TEST"]["MIRROR"]
+        # Its own TEST is then the one that counts.
+        connections.databases["peer1"]["TEST"]["DEPENDENCIES"] = []
+        assert problems("balanced", connections.databases["balanced"], connections.databases) == []

@@ -30,6 +30,7 @@ DATABASES = json.loads(pathlib.Path(__file__).with_name("databases.json").read_t
 DATABASE_ROUTERS = ["routers.Peers"]
 DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
 ROOT_URLCONF = "urls"
+STATIC_URL, MEDIA_URL = "/static/", "/media/"
 USE_TZ = True
 LOGGING = {
     "version": 1,
