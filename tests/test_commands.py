@@ -1,7 +1,7 @@
 """Management commands of a project with three peers: one is dead, one hangs, one lives.
 
 The dead one and the one that hangs come first in DATABASES and are tried first: PRIORITY. A router
-is there, so that makemigrations looks at every alias; it denies nothing.
+is there, so that makemigrations (from Django 3.2 on) looks at every alias; it denies nothing.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def test_migrations(shop: Shop) -> None:
     output = shop.manage("makemigrations", "--check", "--dry-run")
     assert "No changes detected" in output
     aliases = "peer0" in json.loads((shop.root / "databases.json").read_text())
+    aliases = aliases and django.VERSION >= (3, 2)
     assert ("performed for database connection 'peer1'" in output) is aliases
     assert "[X] 0001_initial" in shop.manage("showmigrations", "shop")
     assert "CREATE TABLE" in shop.manage("sqlmigrate", "shop", "0001")

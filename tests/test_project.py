@@ -22,12 +22,13 @@ DATABASE = "shop"
 
 FILES = {
     "settings.py": """
-import json, pathlib
+import django, json, pathlib
 SECRET_KEY = "for tests only"
 DEBUG = True
 INSTALLED_APPS = ["django_proxysql", "shop"]
 DATABASES = json.loads(pathlib.Path(__file__).with_name("databases.json").read_text())
-DATABASE_ROUTERS = ["routers.Peers"]
+# Before 3.2 makemigrations ends, on any engine, with the first alias that cannot be reached.
+DATABASE_ROUTERS = ["routers.Peers"] if django.VERSION >= (3, 2) else []
 DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
 ROOT_URLCONF = "urls"
 STATIC_URL, MEDIA_URL = "/static/", "/media/"
