@@ -18,9 +18,10 @@ import pytest
 from django_proxysql.conf import ENGINE
 from django_proxysql.demo.servers import HOST, ports
 from tests.engine import MYSQL, mysql_peer
+from tests.project import Project, get
 from tests.servers.mariadb import Node
 from tests.test_checks import has_database_option
-from tests.test_project import FILES, Project, get
+from tests.test_project import FILES
 
 DATABASE = "commands"
 
@@ -59,15 +60,9 @@ class Shop(Project):
     """The project, and what stands in its DATABASES."""
 
     def __init__(self, root: Path, alive: Node, peers: list[dict[str, Any]]) -> None:
-        super().__init__(root, alive)
+        super().__init__(root, FILES)
+        self.alive = alive
         self.peers = peers
-        self.write(**FILES)
-
-    def write(self, **files: str) -> None:
-        for name, text in files.items():
-            path = self.root / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text.lstrip())
 
     def configure(self, aliases: bool, **settings: Any) -> None:
         """Write DATABASES: the peers as aliases, before their balancer, or inline."""
@@ -79,7 +74,7 @@ class Shop(Project):
             "CONNECT_TIMEOUT": 1,
             **settings,
         }
-        self.write(**{"databases.json": json.dumps(databases)})
+        self.write({"databases.json": json.dumps(databases)})
 
 
 @pytest.fixture(params=["inline", "aliases"])
@@ -168,11 +163,10 @@ def test_dbshell(shop: Shop) -> None:
 
 def test_testserver(shop: Shop) -> None:
     """testserver: a test database with a fixture in it, served, on the peer that lives."""
+    row = {"model": "shop.item", "pk": 7, "fields": {"name": "from a fixture"}}
     shop.write(
-        **{
-            "data.json": json.dumps(
-                [{"model": "shop.item", "pk": 7, "fields": {"name": "from a fixture"}}]
-            ),
+        {
+            "data.json": json.dumps([row]),
             "settings.py": FILES["settings.py"] + "ALLOWED_HOSTS = ['*']\n",
         }
     )
@@ -200,7 +194,7 @@ def test_a_migration_stays_on_one_peer(
     # In turn: each connection but for the pin is one to the other peer.
     shop.configure(False, STRATEGY="round_robin")
     shop.manage("makemigrations", "shop")
-    shop.write(**{"shop/migrations/0002_more.py": MIGRATION})
+    shop.write({"shop/migrations/0002_more.py": MIGRATION})
     for number in range(2):
         # The first migration's tables are on both, as if they had been replicated.
         shop.configure(False, STRATEGY="round_robin", PEERS=[peers[number]])

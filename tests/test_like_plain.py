@@ -380,7 +380,9 @@ def test_sqlite(tmp_path: Path) -> None:
     assert "5 passed" in made.project.pytest("shop/tests.py")
     made.databases["default"]["TEST"] = {"NAME": str(tmp_path / "test")}
     made.configure()
-    assert "10 passed" in made.project.pytest("shop/tests.py", "-n", "2", "--dist", "each", "--reuse-db")
+    assert "10 passed" in made.project.pytest(
+        "shop/tests.py", "-n", "2", "--dist", "each", "--reuse-db"
+    )
     assert sorted(path.name for path in tmp_path.glob("test_*")) == ["test_gw0", "test_gw1"]
     assert (tmp_path / DATABASE).read_bytes() == before
 
