@@ -11,11 +11,13 @@ import select
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -23,6 +25,7 @@ from django.db import close_old_connections
 
 from django_proxysql import balancers
 from django_proxysql.conf import ENGINE
+from django_proxysql.inspection import Inspection
 from tests.engine import MYSQL, SQLITE, added, engine, mysql_peer, sqlite_peer
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
@@ -155,6 +158,68 @@ def test_timeout(mariadb: Node, fault_proxy: Any) -> None:
     silent.accept_and_hang()
     with engine([mysql_peer(silent)], CONNECT_TIMEOUT=600):
         assert "down" not in peers("--timeout", "1", status=2)
+
+
+def in_the_docs(alias: str, number: int, version: str = "MariaDB 10.11.14", **given: Any) -> Any:
+    """Return what a peer of the pages' examples answers."""
+    fields = {"reachable": True, "latency": 0.0031, "ready": True, "notes": (), "error": ""}
+    where = f"10.0.0.{number + 1}:3306"
+    return Inspection(
+        alias=alias,
+        version=version,
+        fault=None,
+        **{"peer": f"peer{number}", "address": where, **fields, **given},
+    )
+
+
+EXAMPLES = {
+    "README.rst": {
+        "default": [
+            in_the_docs("default", 0),
+            in_the_docs(
+                "default",
+                1,
+                version="",
+                reachable=False,
+                latency=None,
+                ready=False,
+                error="(2002, \"Can't connect to server on '10.0.0.2' (115)\")",
+            ),
+        ]
+    },
+    "docs/reference/commands.rst": {
+        "default": [
+            in_the_docs("default", 0, notes=("Galera: Synced",)),
+            in_the_docs(
+                "default",
+                1,
+                latency=0.0029,
+                ready=False,
+                notes=("Galera: Initialized",),
+                error="wsrep_ready is OFF",
+            ),
+            in_the_docs("default", 2, latency=0.0034, notes=("Galera: Synced",)),
+        ],
+        "reports": [
+            in_the_docs("reports", 0, address="10.0.0.9:3306", latency=0.0038, notes=("read-only",))
+        ],
+    },
+}
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="the docs are not here")
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_in_the_docs(page: str) -> None:
+    """What the pages show is what is printed, to the letter."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^    \$ python manage.py peers\n((?:    .+\n)+)", text, re.M)
+    answers = EXAMPLES[page]
+    entries = {alias: {"ENGINE": ENGINE, "PEERS": [{"HOST": "x"}]} for alias in answers}
+    with (
+        added(entries),
+        mock.patch("django_proxysql.management.commands.peers.inspect", return_value=answers),
+    ):
+        assert peers(status=1) == textwrap.dedent(shown)
 
 
 # What it refuses
