@@ -40,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let SIGTERM end the run as Ctrl-C does. (SystemExit would end but the test under way.)"""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # A shell's job in the background ignores it, and so would all that tests start.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
     django.setup()
 
