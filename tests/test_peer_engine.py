@@ -106,6 +106,18 @@ def test_named_by_hand() -> None:
         connections["peer0"] = mock.Mock()
 
 
+def test_engine_that_cannot_be_imported() -> None:
+    """Django says what it says of any such alias: the ENGINE that the user wrote."""
+    with added({"peer0": {"ENGINE": "nonesuch"}, "balanced": balancer("peer0")}):
+        introduce_peers()
+        (problem,) = problems("balanced", connections.databases["balanced"], connections.databases)
+        assert problem.id == "E013"
+        assert "ENGINE of the peers is 'nonesuch'" in problem.message
+        with pytest.raises(ImproperlyConfigured, match="'nonesuch' isn't an available"):
+            connections["peer0"].ensure_connection()
+        connections["peer0"] = mock.Mock()
+
+
 def test_without_its_balancer(mariadb: Node) -> None:
     """A connection outlives its balancer's entry as a plain one."""
     with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
@@ -450,6 +462,20 @@ def test_schema_editor_goes_where_its_first_statement_went(
                 editor.execute("SELECT 1")
                 assert port(connection) == alive.port
                 connection.close()
+
+
+def test_schema_editor_stays_while_its_peer_is_drained(mariadb_pair: tuple[Node, Node]) -> None:
+    """An operator who drains the peer, or a circuit that opens, does not move half a migration."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers) as connection:
+        with connection.schema_editor() as editor:
+            editor.execute("SELECT 1")
+            peer, before = connection.peer, port(connection)
+            balancers["balanced"].drain(peer.name)
+            for _ in range(2):
+                editor.execute("SELECT 1")
+                assert port(connection) == before
+        assert port(connection) != before
 
 
 def test_schema_editor_that_fails_lets_go(mariadb_pair: tuple[Node, Node]) -> None:
