@@ -21,6 +21,7 @@ from django.db import connection as default_connection
 from django.db import connections
 from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.utils import load_backend
+from django.test import modify_settings
 
 from django_proxysql import balancers
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
@@ -248,6 +249,46 @@ def test_gis_on_mariadb(mariadb: Node) -> None:
         assert_maps(connection)
 
 
+def differently_numbered(
+    nodes: tuple[PostgreSQLNode, PostgreSQLNode], name: str, *extensions: str
+) -> None:
+    """Make a database ``maps`` on each, where the type ``name`` of an extension has two numbers."""
+    numbers = set()
+    for node in nodes:
+        node.create_database("maps", USER)
+        while True:
+            node.sql("; ".join(f"CREATE EXTENSION {one}" for one in extensions), "maps")
+            number = node.sql(f"SELECT '{name}'::regtype::oid", "maps")
+            if number not in numbers:
+                break
+            node.sql("; ".join(f"DROP EXTENSION {one} CASCADE" for one in extensions[::-1]), "maps")
+        numbers.add(number)
+
+
+@pytest.mark.skipif(django.VERSION < (4, 2), reason="psycopg 3 came with Django 4.2")
+def test_types_of_extensions(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """django.contrib.postgres: hstore and citext, on peers where they have different numbers."""
+    differently_numbered(postgres_pair, "hstore", "citext", "hstore")
+    peers = [postgres_peer(node, NAME="maps") for node in postgres_pair]
+    try:
+        with (
+            modify_settings(INSTALLED_APPS={"append": ["django.contrib.postgres"]}),
+            engine(peers, PEER_ENGINE=POSTGRESQL) as connection,
+        ):
+            balancer = balancers["balanced"]
+            for name in ("peer0", "peer1", "peer0"):
+                connection.close()
+                with balancer.pinned(balancer.peers[name]), connection.cursor() as cursor:
+                    cursor.execute("SELECT 'a=>1'::hstore, ARRAY['x']::citext[]")
+                    assert cursor.fetchone() == ({"a": "1"}, ["x"])
+                    assert connection.peer.name == name
+            assert type(connection.alias) is str
+    finally:
+        for node in postgres_pair:
+            node.terminate_connections(USER)
+            node.sql("DROP DATABASE maps")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -268,16 +309,7 @@ def test_postgis(
     """PostGIS, on peers whose types have different numbers."""
     if "server_side_binding" in options and django.VERSION < (4, 2):
         pytest.skip("psycopg 3, and its option, came with Django 4.2")
-    numbers = set()
-    for node in postgres_pair:
-        node.create_database("maps", USER)
-        while True:
-            node.sql("CREATE EXTENSION postgis; CREATE EXTENSION postgis_raster", "maps")
-            number = node.sql("SELECT 'geometry'::regtype::oid", "maps")
-            if number not in numbers:
-                break
-            node.sql("DROP EXTENSION postgis CASCADE", "maps")
-        numbers.add(number)
+    differently_numbered(postgres_pair, "geometry", "postgis", "postgis_raster")
     peers = [postgres_peer(node, NAME="maps") for node in postgres_pair]
     try:
         with engine(peers, PEER_ENGINE=GIS + "postgis", OPTIONS=options) as connection:

@@ -18,10 +18,15 @@ from .. import drivers
 from ..conf import ALIAS_KEY, is_balancer, load_wrapper, peer_engine, problems
 from ..exceptions import ConfigError
 from ..registry import balancers
-from .gis import TypesOfPeersMixin, has_types
 from .mixin import LoadBalancedMixin
 from .pools import PooledMixin, has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
+from .types_of_peers import (
+    GeometriesOfPeersMixin,
+    TypesOfPeersMixin,
+    has_geometries,
+    has_types,
+)
 
 __all__ = ["engine_class", "made_over"]
 
@@ -82,9 +87,12 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
         bases: list[Any] = [base, wrapper]
         # What an engine keeps by alias is kept apart where there is a peer to do it by.
         if issubclass(base, LoadBalancedMixin):
-            bases[1:1] = [PooledMixin] * has_pools(wrapper) + [TypesOfPeersMixin] * has_types(
-                wrapper
-            )
+            if has_geometries(wrapper):
+                bases.insert(1, GeometriesOfPeersMixin)
+            if has_types(wrapper):
+                bases.insert(1, TypesOfPeersMixin)
+            if has_pools(wrapper):
+                bases.insert(1, PooledMixin)
         # Of two threads that come here at once, one's class is kept.
         made = _made.setdefault(
             key,
