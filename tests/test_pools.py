@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -29,6 +30,7 @@ from django_proxysql.events import (
 )
 from django_proxysql.faults import Fault
 from django_proxysql.registry import balancers
+from tests.children import in_child
 from tests.engine import POSTGRESQL, Clock, engine, nodb_cursor, postgres_peer
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
@@ -69,6 +71,10 @@ class Others:
         self.made.append(wrapper)
         wrapper.ensure_connection()
         return wrapper
+
+    def try_to_connect(self) -> None:
+        with contextlib.suppress(OperationalError):
+            self.connect()
 
     def close(self) -> None:
         for wrapper in self.made:
@@ -133,6 +139,12 @@ def until_filled(pool: ConnectionPool[Any], number: int) -> None:
     """Wait until so many connections lie in a pool."""
     while pool.get_stats()["pool_available"] < number:
         time.sleep(0.01)
+
+
+def shorten(connection: Any, *peers: str) -> None:
+    """Have pools that are at work waited for no longer than it takes."""
+    for peer in peers:
+        pool_of(connection, peer).timeout = 0.1
 
 
 ONE = {"min_size": 1, "max_size": 1}
@@ -308,11 +320,12 @@ class TestEmpty:
             assert pid(third) == pid_of_first
 
     def test_all_of_them(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
-        """The wait ends, at CONNECT_TIMEOUT; the error says why, and no circuit opens."""
+        """The wait ends, and the error says why; no circuit opens."""
         peers = [postgres_peer(proxy) for proxy in proxies]
-        with pooled(peers, ONE, CONNECT_TIMEOUT=0.2) as connection:
+        with pooled(peers, ONE) as connection:
             more = others(connection)
             more.connect(), more.connect()
+            shorten(connection, "peer0", "peer1")
             events = listen(connection)
             with pytest.raises(NoPeerAvailable, match="get a connection after") as raised:
                 connection.ensure_connection()
@@ -328,8 +341,9 @@ class TestEmpty:
 
     def test_and_dead(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
         """The peer of an empty pool is asked before it is taken to be well: here it is not."""
-        with pooled([postgres_peer(proxies[0])], ONE, CONNECT_TIMEOUT=0.2) as connection:
+        with pooled([postgres_peer(proxies[0])], ONE) as connection:
             others(connection).connect()
+            shorten(connection, "peer0")
             events = listen(connection)
             die(proxies[0])
             with pytest.raises(NoPeerAvailable):
@@ -481,6 +495,28 @@ class TestDeath:
             assert all(event.seconds < 4 for event in of(ConnectFailed, events))
             assert len(of(CircuitOpened, events)) == 1
 
+    def test_whoever_waits_is_told(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+        """One thread asks the peer; when it is dead, those that wait for the pool do not go on."""
+        peers = [postgres_peer(proxies[0])]
+        settings = {"BREAKER": {"fail_max": 5}, "CONNECT_TIMEOUT": 30, "CONNECT_DEADLINE": 40}
+        with pooled(peers, ONE, **settings) as connection, direct_connects() as direct:
+            more, events = others(connection), listen(connection)
+            proxies[0].accept_and_hang()
+            threads = [threading.Thread(target=more.try_to_connect) for _ in range(2)]
+            threads[0].start()
+            while not direct.call_count:
+                time.sleep(0.01)
+            threads[1].start()
+            while not pool_of(connection).get_stats().get("requests_waiting"):
+                time.sleep(0.01)
+            die(proxies[0])
+            for thread in threads:
+                thread.join()
+            failed = of(ConnectFailed, events)
+            assert [event.fault for event in failed] == 2 * [Fault.UNREACHABLE]
+            assert all(event.seconds < 20 for event in failed)
+            assert of(CircuitOpened, events) == []
+
 
 class TestPlaces:
     """A place in a pool is never lost: one would be missing until the process ends."""
@@ -604,6 +640,25 @@ class TestFork:
                 assert cursor.fetchone() == (mine,)
             other = others(connection).connect()
             assert pid(other) in parents
+
+    def test_in_the_middle_of_a_transaction(self, proxies: Proxies) -> None:
+        """What the child closes there is not its own, nor is the pool that it came out of."""
+        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+            with transaction.atomic("balanced"), connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+                mine, pool = pid(connection), connection.pool
+
+                def work() -> str:
+                    connection.close()
+                    return str(connection.connection is None)
+
+                with pool._lock:
+                    assert in_child(work) == "True"
+                cursor.execute("SELECT pg_backend_pid()")
+                assert cursor.fetchone() == (mine,)
+            connection.close()
+            connection.ensure_connection()
+            assert pid(connection) == mine
 
 
 def test_no_pool_of_the_sort(postgres: PostgreSQLNode) -> None:

@@ -156,17 +156,7 @@ class PooledMixin(_Base):
         wrapper._attempt = Attempt(peer, registered.balancer.config.connect_timeout, False)
         # Django keeps pools by alias, in a dictionary of the class's.
         wrapper._connection_pools = {}
-        pool: Any = super(PooledMixin, type(wrapper)).pool.fget(wrapper)  # type: ignore[misc]
-        pool._django_proxysql_pid = os.getpid()
-        return pool
-
-    def _close(self) -> Any:
-        pool = getattr(self.connection, "_pool", None)
-        if pool is not None and _is_parents(pool):
-            # Dropped as it is: a word on its socket would be the parent's word.
-            self.connection = None
-            return None
-        return super()._close()
+        return super(PooledMixin, type(wrapper)).pool.fget(wrapper)  # type: ignore[misc]
 
 
 def is_pooled(connection: Any) -> bool:
@@ -192,8 +182,6 @@ def close_for_good(connection: Any) -> None:
 def give_back(connection: Any) -> None:
     """Close a driver's connection for good; its pool, if it has one, makes another."""
     pool = getattr(connection, "_pool", None)
-    if pool is not None and _is_parents(pool):
-        return
     close_for_good(connection)
     if pool is not None:
         try:
@@ -439,10 +427,6 @@ def _pools_of(balancer: LoadBalancer) -> _Pools:
     return pools
 
 
-def _is_parents(pool: Any) -> bool:
-    return getattr(pool, "_django_proxysql_pid", None) not in (None, os.getpid())
-
-
 def _after_fork_in_child() -> None:
     global _known_lock
     _known_lock = threading.Lock()
@@ -450,7 +434,9 @@ def _after_fork_in_child() -> None:
         for known in pools._pools.values():
             for one in known:
                 _of_parent.append(one.pool)
-                # So that nothing, its destructor included, does anything with it.
+                # So that nothing, its destructor included, does anything with it but
+                # close what comes back: what this process had out of it, and has
+                # been parted from (:mod:`.inherited`).
                 one.pool._closed = True
         pools._lock = threading.Lock()
         pools._pools = {}
