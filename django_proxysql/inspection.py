@@ -203,10 +203,12 @@ class _Inquiry:
         # Python's default timeout would change the mode that both share.
         os.set_blocking(descriptor, blocking)
         with self._lock:
-            self._socket = duplicate
             given_up = self._given_up
+            if not given_up:
+                self._socket = duplicate
         if given_up:
-            self._no_longer_shut_down()
+            # It let us in when nobody waited any more.
+            _shut_down(duplicate)
 
     def _no_longer_shut_down(self) -> None:
         with self._lock:
@@ -250,6 +252,9 @@ def _mysql(connection: Any, found: _Inquiry) -> None:
     number = re.match(r"(?:5\.5\.5-)?([\d.]+)", version)
     name = "MariaDB" if "mariadb" in version.lower() else "MySQL"
     found.version = f"{name} {number[1]}" if number else version
+    if found.notes:
+        # A proxy: what one of the servers behind it says of itself is no verdict on it.
+        return
     if _value(connection, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
         found.notes.append("read-only")
     variables = dict(

@@ -60,11 +60,11 @@ class _PeerSignal(Signal):
 
 
 #: A peer's circuit opened: it gets no connections until a trial succeeds.
-#: ``alias``, ``peer``, ``address``, ``fault``, ``error``, ``trial_in``.
+#: ``alias``, ``peer``, ``address``, ``fault``, ``error``, ``trial_in``, ``learnt``.
 peer_opened = _PeerSignal()
 
 #: A circuit closed: the peer is in use again.
-#: ``alias``, ``peer``, ``address``, ``seconds``.
+#: ``alias``, ``peer``, ``address``, ``seconds``, ``learnt``.
 peer_closed = _PeerSignal()
 
 #: An attempt to connect failed, whether it counts or not.

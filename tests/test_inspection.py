@@ -250,7 +250,8 @@ VERSION_COMMENT = "select @@version_comment limit 1"
 
 
 def test_proxysql(mariadb: Node) -> None:
-    """ProxySQL says who it is; the version is that of the server behind it."""
+    """ProxySQL says who it is; the version is that of a server behind it, the state is its own."""
+    mariadb.set_global("read_only", "ON")
     with engine([mysql_peer(mariadb)]), proxied({VERSION_COMMENT: "(ProxySQL)"}, "8.0.11"):
         (one,) = found()
     assert (one.ready, one.notes) == (True, ("ProxySQL",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import textwrap
@@ -157,6 +158,24 @@ def test_every_field_arrives() -> None:
     assert set(signals.__all__) == {
         name for name, value in vars(signals).items() if isinstance(value, Signal)
     }
+
+
+PAGE = ROOT / "docs/reference/signals.rst"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the docs are not here")
+def test_arguments_are_documented() -> None:
+    """Each signal's row on the page has all of its arguments, and no other."""
+    rows = re.split(r"^(?=``\w+`` +an? )", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    told = {}
+    for row in rows[1:]:
+        name, *arguments = re.findall(r"``(\w+)``", row.partition("\n=")[0])
+        told[name] = set(arguments)
+    for kind, signal in signals._SIGNALS.items():
+        (name,) = (n for n in signals.__all__ if getattr(signals, n) is signal)
+        fields = {field.name for field in dataclasses.fields(kind)} - {"balancer"}
+        assert told.pop(name) == fields
+    assert told == {}
 
 
 def test_sender(peers: Peers, receive: Callable[..., Any], tmp_path: Path) -> None:
