@@ -39,6 +39,7 @@ def work(number):
     return {
         "right": said == number, "pid": os.getpid(), "peer": connection.peer.name,
         "session": connection.connection.thread_id(), "known": known, "learnt": states(),
+        "driver": type(connection.connection).__module__,
     }
 
 if __name__ == "__main__":
@@ -84,9 +85,12 @@ class Shop(Project):
         ]
         for peer in peers:
             del peer["PASSWORD"]
-        settings = FILES["settings.py"] + (
-            f'import secrets_\nDATABASES["default"]["PASSWORD"] = {password}\n'
-        )
+        settings = (
+            "import os\nif 'PYMYSQL' in os.environ:\n"
+            "    import pymysql\n"
+            "    pymysql.version_info = (2, 2, 8, 'final', 0)\n"
+            "    pymysql.install_as_MySQLdb()\n" + FILES["settings.py"].lstrip()
+        ) + (f'import secrets_\nDATABASES["default"]["PASSWORD"] = {password}\n')
         databases = {"default": {"ENGINE": ENGINE, "PEERS": peers}}
         files = {
             **FILES,
@@ -97,8 +101,14 @@ class Shop(Project):
         }
         super().__init__(root, files)
 
-    def run_with(self, *args: str) -> Any:
-        process = self.run("run.py", *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def run_with(self, *args: str, **environment: str) -> Any:
+        process = self.run(
+            "run.py",
+            *args,
+            environment=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         return json.loads(self.output_of(process, 0))
 
     def test_in_parallel(self, method: str, status: int) -> str:
@@ -124,12 +134,22 @@ def pair(mariadb_pair: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
     alive.sql(f"DROP DATABASE {DATABASE}")
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize(
+    ("method", "driver"),
+    [
+        ("fork", "mysqlclient"),
+        ("fork", "PyMySQL"),
+        ("forkserver", "mysqlclient"),
+        ("spawn", "mysqlclient"),
+    ],
+)
 def test_children_connect_for_themselves(
-    method: str, pair: tuple[Node, Node], tmp_path: Path
+    method: str, driver: str, pair: tuple[Node, Node], tmp_path: Path
 ) -> None:
     """A forked child starts from what its parent knew of the peers, any other from nothing."""
-    said = Shop(tmp_path, pair, "secrets_.password").run_with(method, "40")
+    environment = {"PYMYSQL": "1"} if driver == "PyMySQL" else {}
+    said = Shop(tmp_path, pair, "secrets_.password").run_with(method, "40", **environment)
+    assert said["parent"]["driver"].startswith("pymysql" if environment else "MySQLdb")
     parent, children = said["parent"], said["children"]
     assert (said["again"]["session"], said["again"]["right"]) == (parent["session"], True)
     assert parent["learnt"] == ["open", "closed"]
