@@ -63,6 +63,7 @@ TEST = [
     "pytest-timeout>=2.1",
     "selenium>=4.10",
     "pytest-xdist>=3",
+    "uvicorn>=0.20",
 ]
 
 # What .ci/run needs on top.
