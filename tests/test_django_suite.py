@@ -84,7 +84,11 @@ def test_expected_differences_have_a_reason() -> None:
     ("engine", "labels"),
     [
         ("sqlite", ["backends", "transactions", "transaction_hooks", "servers"]),
-        pytest.param("mariadb", ["transactions", "select_for_update"], marks=pytest.mark.server),
+        pytest.param(
+            "mariadb",
+            ["backends", "multiple_database", "select_for_update", "transactions"],
+            marks=pytest.mark.server,
+        ),
         pytest.param("postgresql", ["transactions", "backends"], marks=pytest.mark.server),
     ],
 )
