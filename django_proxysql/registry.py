@@ -171,7 +171,8 @@ class _BackgroundTrial:
 
     def is_changed(self) -> bool:
         """Return whether the alias asks for another database than at first."""
-        return bool(changed_keys(connections.databases[self._alias], self._first_read))
+        own = connections.databases.get(self._alias, self._first_read)
+        return bool(changed_keys(own, self._first_read))
 
     def __call__(self, attempt: Attempt) -> None:
         try:

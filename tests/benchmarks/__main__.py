@@ -15,6 +15,7 @@ from . import project
 from .figures import Figure, machine, table
 
 NAMES = {
+    "background": "requests while one of two peers hangs, trials in the background",
     "connect": "a connect through the engine and through the plain engine",
     "handshake": "32 threads connect at once to a peer that takes 200 ms",
     "hanging": "8 threads, and one of two peers hangs",
