@@ -498,6 +498,38 @@ class TestThread:
             pass
         until(lambda: not prober.is_running)
 
+    def test_opens_behind_its_back(
+        self, prober: probe.Prober, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A circuit that opens between the thread's last look and its end is left to it."""
+        world = background("db1", "db2")
+        circuit = world.db.peers["db2"].breaker
+        step = prober.step
+
+        def looked() -> float | None:
+            pause = step()
+            if pause is None:
+                monkeypatch.undo()
+                # What opens it finds a thread that runs.
+                monkeypatch.setattr(balancer, "prober", prober)
+                circuit.open()
+                circuit.half_open()
+            return pause
+
+        monkeypatch.setattr(prober, "step", looked)
+        world.db.peers["db1"].breaker.suspect()
+        until(lambda: circuit.circuit.generation and circuit.is_available)
+
+    def test_started_once(self, prober: probe.Prober) -> None:
+        """Of two that find no thread at one moment, one starts it."""
+        with mock.patch.object(
+            _thread, "start_new_thread", wraps=_thread.start_new_thread
+        ) as start:
+            world = background("db1", "db2")
+            world.open("db1")
+            prober._start()
+            assert start.call_count == 1
+
     @pytest.mark.usefixtures("hurried")
     def test_one_at_a_time(self, prober: probe.Prober, alive: list[int]) -> None:
         """However many circuits open at once, there is one thread, and one trial at a time."""
@@ -874,10 +906,10 @@ class TestEngine:
                 balancers["balanced"].peers["peer0"].breaker.suspect()
                 until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
                 until(lambda: not prober.is_running)
+                assert seen[1] is not None
+                assert seen[0].connection is None
         finally:
             connection_created.disconnect(receiver)
-        assert seen[1] is not None
-        assert seen[0].connection is None
 
     def test_database_of_the_callers(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
         """While tests have renamed the database, a peer that lacks it is not to blame."""
