@@ -357,6 +357,19 @@ class LoadBalancer:
         with contextlib.suppress(Exception):
             connection.close()
 
+    def _turn(self, peer: Peer) -> float:
+        """Return when a caller of connect() makes the peer's trial, others or not."""
+        circuit = peer.breaker.circuit
+        interval = peer.breaker.reset_timeout
+        due = circuit.due
+        if circuit.suspect:
+            # One that nobody has had to fall back on is tried in its turn: it
+            # may have been well all the time, and new connections pass it by.
+            hurried = self.config.last_resort_interval
+            due = circuit.tried + (interval if hurried is None else hurried)
+        # The thread makes it, unless that does not get to run.
+        return due + 2 * interval if self._in_background else due
+
     def _hurried(self) -> float | None:
         """Return the seconds between trials of a peer while nobody can be had; else None."""
         view = self.view()
@@ -584,7 +597,7 @@ class LoadBalancer:
             if self.sharing is not None:
                 # The first connect comes by here, and the first one of a forked child.
                 self.sharing.start()
-            view = self._view = _View.of(version, tuple(self.peers.values()))
+            view = self._view = _View.of(self, version)
         return view
 
     def look_anew(self) -> None:
@@ -642,13 +655,15 @@ class _View(NamedTuple):
     tiers: tuple[tuple[Peer, ...], ...]
     suspects: tuple[Peer, ...]
     out: tuple[Peer, ...]
+    #: Until when it goes without saying that no trial comes before the use of the first tier.
+    turn: float
 
     @classmethod
-    def of(cls, version: object, peers: Sequence[Peer]) -> _View:
+    def of(cls, balancer: LoadBalancer, version: object) -> _View:
         tiers: dict[int, list[Peer]] = {}
         suspects = []
         out = []
-        for peer in peers:
+        for peer in balancer.peers.values():
             circuit = peer.breaker.circuit
             if peer.drained:
                 continue
@@ -664,6 +679,10 @@ class _View(NamedTuple):
             # The one whose doubts are oldest is the likeliest to be well.
             tuple(sorted(suspects, key=lambda peer: peer.breaker.circuit.tried)),
             tuple(sorted(out, key=lambda peer: peer.priority)),
+            # A thread's trials are never due sooner without a word; others may be.
+            min((balancer._turn(peer) for peer in out + suspects), default=math.inf)
+            if balancer._in_background or not (out or suspects)
+            else -math.inf,
         )
 
     def is_behind(self) -> bool:
@@ -723,7 +742,9 @@ class _Search:
         view = balancer._view
         if view is None or view.out or view.suspects or view.version is not balancer.version:
             view = balancer.view()
-        if view.tiers and not view.out and not view.suspects and self._pin is None:
+            if view.out or view.suspects:
+                balancer._tend(news=False)
+        if view.tiers and self._pin is None and self._started < view.turn:
             tier = view.tiers[0]
             peer = tier[0]
             if len(tier) > 1:
@@ -911,19 +932,8 @@ class _Search:
         # that succeeds would send them a connection they are not to have.
         best = view.tiers[0][0].priority if view.tiers else math.inf
         now = self._clock()
-        hurried = balancer.config.last_resort_interval
         for peer in view.out + view.suspects:
-            circuit = peer.breaker.circuit
-            interval = peer.breaker.reset_timeout
-            due = circuit.due
-            if circuit.suspect:
-                # One that nobody has had to fall back on is tried in its turn: it
-                # may have been well all the time, and new connections pass it by.
-                due = circuit.tried + (interval if hurried is None else hurried)
-            if balancer._in_background:
-                # Its thread makes it, unless that does not get to run.
-                due += 2 * interval
-            if due <= now and peer.priority <= best:
+            if balancer._turn(peer) <= now and peer.priority <= best:
                 yield peer
 
     def _ordered(self, tier: tuple[Peer, ...]) -> Iterator[Peer]:
