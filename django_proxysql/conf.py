@@ -56,6 +56,11 @@ _NO_ENGINE = "django.db.backends.dummy"
 #: it must find the same circuits.
 ALIAS_KEY = "LOAD_BALANCER"
 
+#: The key under which the NAME that was first read stands there. Settings of a
+#: process under test that are handed to another one, written out as Python,
+#: have the test database's NAME, and that must not be taken for production's.
+NAME_KEY = "LOAD_BALANCER_NAME"
+
 #: What a connection is made with; a peer's own is laid over the balancer's.
 CONNECTION_KEYS = ("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
 
@@ -298,6 +303,7 @@ def merged_settings(
 def first_reading(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the connection settings, to compare later ones with."""
     reading = {key: settings.get(key, default) for key, default in _DEFAULTS.items()}
+    reading["NAME"] = settings.get(NAME_KEY, reading["NAME"])
     reading["OPTIONS"] = _options(settings)
     return reading
 
@@ -358,7 +364,7 @@ class _Reader:
     def _misspelt(
         self, where: str, entry: Mapping[str, Any], own: Iterable[str]
     ) -> Iterator[Problem]:
-        known = {*own, *CONNECTION_KEYS, *_DJANGO_KEYS, ALIAS_KEY}
+        known = {*own, *CONNECTION_KEYS, *_DJANGO_KEYS, ALIAS_KEY, NAME_KEY}
         for key in entry:
             if not isinstance(key, str) or key in known:
                 continue

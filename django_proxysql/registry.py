@@ -22,6 +22,7 @@ from . import drivers
 from .balancer import Attempt, LoadBalancer
 from .conf import (
     ALIAS_KEY,
+    NAME_KEY,
     PeerEngine,
     balancer_config,
     changed_keys,
@@ -156,6 +157,8 @@ class Balancers(Mapping[str, LoadBalancer]):
 
     def forget(self) -> None:
         """Drop everything, so that it is read anew. For tests that change DATABASES."""
+        for entry in connections.databases.values():
+            entry.pop(NAME_KEY, None)
         self._first_read.clear()
         self._entries.clear()
         self._mirrors.clear()
@@ -218,7 +221,9 @@ def register(settings: dict[str, Any], alias: str) -> None:
         settings["NAME"] = entry["NAME"]
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
     balancers._entries.setdefault(alias, dict(entry))
-    balancers._first_read.setdefault(alias, first_reading(entry))
+    first_read = balancers._first_read.setdefault(alias, first_reading(entry))
+    for copied in (entry, settings):
+        copied.setdefault(NAME_KEY, first_read["NAME"])
     introduce_peers()
 
 

@@ -459,3 +459,26 @@ def test_peer_without_its_balancer(production: Production) -> None:
     production.use_tests('{"peer1"}')
     output = production.project.manage("test", status=1)
     assert "Add 'default' to the test's databases" in output
+
+
+def test_settings_handed_to_another_process(production: Production) -> None:
+    """A process that a test starts with a copy of its settings uses the test database, too."""
+    text = """
+import subprocess, sys
+from django.conf import settings
+from django.db import connection
+from django.test import TransactionTestCase
+class Handed(TransactionTestCase):
+    def test_it(self):
+        assert connection.peer is not None
+        script = (
+            "from django.conf import settings; from django.db import connection;"
+            f"settings.configure(DATABASES={settings.DATABASES!r});"
+            "cursor = connection.cursor(); cursor.execute('SELECT DATABASE()');"
+            "print(cursor.fetchone())"
+        )
+        said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert said.stdout == "('test_%s',)\\n", said
+"""
+    production.project.write({"shop/tests.py": text % DATABASE})
+    assert "Ran 1 test" in production.project.manage("test")
