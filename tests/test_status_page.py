@@ -21,7 +21,7 @@ import pytest
 from django.conf import settings
 from django.contrib import messages
 from django.core.checks import run_checks
-from django.db import connections
+from django.db import close_old_connections, connections, transaction
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
@@ -330,6 +330,28 @@ class TestButtons:
         assert "You took peer1 back into use" in text
         assert drained(site) == []
         assert LogEntry.objects.count() == 2
+
+    def test_connections_leave_a_drained_peer(self, site: Site, on_mariadb: Any) -> None:
+        """Of a real server: at the next statement outside a transaction, and to nobody's harm."""
+        client = site.admin()
+        here = on_mariadb
+        here.write("one")
+        close_old_connections()
+        before = here.connection.peer.name
+        with transaction.atomic(here.connection.alias):
+            here.write("two")
+            assert site.clock is not None
+            site.clock.advance(5)
+            form = {"balancer": "balanced", "peer": before, "action": "drain"}
+            assert said(client.post(OPERATE, form))[-1].startswith(f"You drained {before} ")
+            here.write("three")
+            assert here.connection.peer.name == before
+        close_old_connections()
+        assert here.read() == ["one", "two", "three"]
+        assert here.connection.peer.name != before
+        assert here.balancer.peers[before].connections == 0
+        text = text_of(client.get(PAGE)).partition("Load balancer balanced")[2]
+        assert re.search(rf"{before} \S+ drained no new connections [\d:]+ none 0 0% ", text)
 
     def retry(self, client: Client) -> str:
         form = {"balancer": "default", "peer": "peer1", "action": "retry"}
