@@ -27,8 +27,8 @@ from django_proxysql import Fault, LoadBalancer, NotReady, balancer, balancers, 
 from django_proxysql.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.exceptions import ConfigError
 from tests import test_breaker_threads
+from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.engine import Clock as EngineClock
-from tests.engine import engine, mysql_peer
 from tests.fakes import (
     Clock,
     Driver,
@@ -40,6 +40,7 @@ from tests.fakes import (
     until,
 )
 from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
 from tests.test_balancer import World
 from tests.test_breaker_threads import Injected, hurried  # noqa: F401
 
@@ -910,6 +911,39 @@ class TestEngine:
                 assert seen[0].connection is None
         finally:
             connection_created.disconnect(receiver)
+
+    def test_postgresql(
+        self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], prober: probe.Prober
+    ) -> None:
+        """The same engine does it there: the peer is asked, and back in use."""
+        first, second = postgres_pair
+        clock = EngineClock()
+        with engine(
+            [postgres_peer(first), postgres_peer(second)],
+            PEER_ENGINE=POSTGRESQL,
+            clock=clock,
+            PROBE="background",
+            READY_CHECK="writable",
+        ) as connection:
+            db = balancers["balanced"]
+            told: list[Any] = []
+            db.add_listener(told.append)
+            first.stop()
+            peer = db.peers["peer0"]
+            peer.breaker.suspect()
+            until(lambda: peer.breaker.current_state == "open")
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            first.start()
+            clock.advance(34)
+            prober.tend(db)
+            until(lambda: peer.breaker.is_available)
+            until(lambda: not prober.is_running)
+            assert [type(event) for event in told if getattr(event, "trial", False)] == [
+                ConnectFailed,
+                Connected,
+            ]
+            assert peer.connections == 0
 
     def test_database_of_the_callers(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
         """While tests have renamed the database, a peer that lacks it is not to blame."""
