@@ -268,6 +268,38 @@ class TestCircuits:
         one.step()
         assert one.states == ["closed", "closed"]
 
+    @pytest.mark.parametrize("meanwhile", ["open", "close"])
+    def test_word_that_comes_late(self, world: World, meanwhile: str) -> None:
+        """What happened here while the answer was under way is younger than the answer."""
+        one, other = world.processes(2)
+        breaker = other.db.peers["db1"].breaker
+        told = one.db.peers["db1"].breaker
+        if meanwhile == "open":
+            told.open()
+            one.step()
+            other.step()
+            told.close()
+        else:
+            told.open()
+        one.step()
+        exchange = other.link._exchange
+
+        def slowly(calls: Any) -> list[Any]:
+            answers = exchange(calls)
+            breaker.open()
+            if meanwhile == "close":
+                breaker.close()
+            return answers
+
+        other.link._exchange = slowly  # type: ignore[method-assign]
+        other.step()
+        assert other.states[0] == ("open" if meanwhile == "open" else "closed")
+        other.link._exchange = exchange  # type: ignore[method-assign]
+        # Both are of one mind again after that.
+        for process in (other, one, other):
+            process.step()
+        assert one.states == other.states
+
     def test_refusals_are_ones_own(self, world: World) -> None:
         """A peer that refuses this process may well take the others' password."""
         one, other = world.processes(2)
@@ -619,6 +651,28 @@ class TestRedis:
         one.db.undrain("db2")
         other.step()
         assert not other.db.peers["db2"].drained
+
+    def test_user_with_few_rights(self, world: World, redis_server: RedisServer) -> None:
+        """The rights that the docs name are enough, and each is needed for something."""
+        page = Path(django_proxysql.__file__).parents[1] / "docs" / "howto" / "redis.rst"
+        rule = next(line for line in page.read_text().splitlines() if "ACL SETUSER" in line)
+        redis_server.ask(*rule.split())
+        try:
+            world.url = world.url.replace("redis://", "redis://shop:password@")
+            one, other = world.processes(2)
+            world.down["db1"] = refused_by_host
+            one.connect()
+            one.step()
+            one.db.drain("db2", force=True)
+            other.step()
+            assert other.states == ["open", "closed"]
+            assert other.db.peers["db2"].drained
+            fleet = other.sharing.fleet()
+            assert fleet is not None
+            assert len(fleet.timeline) == 2
+            assert one.sharing.settle()
+        finally:
+            redis_server.ask("ACL", "DELUSER", "shop")
 
     def test_restarted(self, world: World, redis_server: RedisServer) -> None:
         """A Redis that has never seen the scripts is given them."""

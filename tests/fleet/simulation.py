@@ -27,6 +27,7 @@ from django_proxysql import LoadBalancer
 from django_proxysql.events import CircuitClosed, ConnectFailed
 from django_proxysql.sharing import Link, Sharing
 from django_proxysql.sharing.scripts import SHA
+from django_proxysql.strategies import Random
 from tests.fakes import Clock, even, refused_by_host
 
 #: The peer that fails, and the others.
@@ -149,6 +150,7 @@ class _Process:
             {name: {"host": name} for name in PEERS},
             fleet.connect,
             check_interval=scenario.check_interval,
+            strategy=Random(fleet.chance.random),
             clock=fleet.clock,
             jitter=fleet.chance.random if scenario.jitter else even,
         )
