@@ -300,6 +300,67 @@ class TestCircuits:
             process.step()
         assert one.states == other.states
 
+    def test_closing_that_comes_late(self, world: World) -> None:
+        """A trial that failed since is younger than a success that was told too late."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        other.db.peers["db1"].breaker.close()
+        world.clock.advance(36)
+        one.connect()
+        one.step()
+        other.step()
+        one.step()
+        assert one.states == other.states == ["open", "closed"]
+
+    def test_trial_that_another_has_made(self, world: World) -> None:
+        """Who asks for a trial that has failed elsewhere just now is told to wait for the next."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.clock.advance(36)
+        one.connect()
+        one.step()
+        assert 27 < other.sharing.may_try("db1") < 34
+
+    def test_last_resort_asks_nobody(self, world: World) -> None:
+        """Who has no other peer left tries, whoever holds the trial."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        other.step()
+        world.clock.advance(36)
+        assert one.sharing.may_try("db1") == 0
+        assert other.sharing.may_try("db1") > 0
+        other.db.peers["db2"].breaker.open()
+        assert other.sharing.may_try("db1") == 0
+
+    @pytest.mark.parametrize("lie", [1e15, -1e15, "soon", None, True, [], {}])
+    def test_answer_that_lies(self, world: World, lie: Any) -> None:
+        """Durations are believed as far as this process's own settings go."""
+        one, other = world.processes(2)
+        one.db.peers["db1"].breaker.open()
+        one.step()
+        exchange = other.link._exchange
+
+        def lying(calls: Any) -> list[Any]:
+            answers = [json.loads(answer) for answer in exchange(calls)]
+            for answer in answers:
+                for circuit in answer.get("circuits", {}).values():
+                    circuit.update(due=lie, out=lie, held=lie, err=lie, fault=lie, q=lie)
+            return [json.dumps(answer).encode() for answer in answers]
+
+        other.link._exchange = lying  # type: ignore[method-assign]
+        other.step()
+        assert other.states == ["open", "closed"]
+        assert 0 <= other.due_in("db1") <= 66
+        assert other.connect() == "db2"
+
     def test_refusals_are_ones_own(self, world: World) -> None:
         """A peer that refuses this process may well take the others' password."""
         one, other = world.processes(2)
