@@ -138,7 +138,13 @@ def pair(mariadb_pair: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
     ("method", "driver"),
     [
         ("fork", "mysqlclient"),
-        ("fork", "PyMySQL"),
+        pytest.param(
+            "fork",
+            "PyMySQL",
+            marks=pytest.mark.skipif(
+                django.VERSION < (3,), reason="Django 2.2 itself fails with today's PyMySQL"
+            ),
+        ),
         ("forkserver", "mysqlclient"),
         ("spawn", "mysqlclient"),
     ],
