@@ -730,3 +730,18 @@ def test_connections_of_other_aliases_stay(mariadb_pair: Pair) -> None:
             connection.ensure_connection()
         with connections["default"].cursor() as cursor:
             cursor.execute("SELECT 1")
+
+
+def test_connect_while_connected(tmp_path: Path) -> None:
+    """The old connection is left to whoever holds it, as by the plain engine; it counts no more."""
+    with engine([sqlite_peer(tmp_path / name) for name in "ab"], PEER_ENGINE=SQLITE) as connection:
+        connection.ensure_connection()
+        old = connection.connection
+        connection.connect()
+        try:
+            assert connection.connection is not old
+            assert old.execute("SELECT 42").fetchone() == (42,)
+            peers = balancers[connection.alias].peers.values()
+            assert sum(peer.connections for peer in peers) == 1
+        finally:
+            old.close()

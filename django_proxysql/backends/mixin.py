@@ -80,6 +80,11 @@ class LoadBalancedMixin(_Base):
             # Made from a bare dict, as Django's own tests do: no peers, no balancer.
             super().connect()
             return
+        if self._hold is not None:
+            # Connected, and asked to connect all the same. As with the plain engine
+            # the old connection is whoever's who has a reference to it: closed here,
+            # it would take a database in memory along.
+            self._let_go()
         registered.balancer.connect(
             functools.partial(self._open_one, registered),
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
@@ -99,7 +104,7 @@ class LoadBalancedMixin(_Base):
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
         if self._hold is not None:
-            # Connected already: by a listener, say, that was told of the last
+            # Connected meanwhile: by a listener, say, that was told of the last
             # attempt and asked the database. There is a place for one only.
             self._discard()
         try:
