@@ -233,6 +233,25 @@ class TestApart:
             connection.close()
             connection.ensure_connection()
 
+    def test_closed_for_good_just_now(self, postgres: PostgreSQLNode) -> None:
+        """A pool that is closed between its finding and its use is no failure of the peer's.
+
+        Before its version 3.3, psycopg_pool says it as it says what the server does.
+        """
+        with pooled([postgres_peer(postgres)], CONN_MAX_AGE=0) as connection:
+            connection.ensure_connection()
+            connection.close()
+            first = pool_of(connection)
+            first.close()
+
+            def closed(*args: Any) -> None:
+                raise psycopg.OperationalError("pool has already been opened/closed")
+
+            with mock.patch.object(first, "_check_open", closed):
+                connection.ensure_connection()
+            assert pool_of(connection) is not first
+            assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
+
     def test_while_others_connect(
         self, postgres: PostgreSQLNode, others: Callable[[Any], Others]
     ) -> None:

@@ -33,6 +33,7 @@ from ..balancer import Attempt, LoadBalancer
 from ..conf import CONNECTION_KEYS, merged_settings, same
 from ..events import CircuitOpened, Event, PeerDrained
 from ..exceptions import PoolBusy
+from ..locks import new_lock
 from ..peer import Peer
 from ..registry import NO_DB_ALIAS, Registered
 
@@ -207,7 +208,8 @@ class _Pools:
     """The pools of one balancer. Nothing is waited for under its lock."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: a signal handler may ask the database while its thread is here.
+        self._lock = new_lock()
         self._pools: dict[str, tuple[_Pool, ...]] = {}
 
     def get(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
@@ -238,6 +240,11 @@ class _Pools:
     def has(self, pool: _Pool) -> bool:
         """Return whether ``pool`` is still one of them."""
         return any(pool in pools for pools in tuple(self._pools.values()))
+
+    def discard(self, peer: str, pool: _Pool) -> None:
+        """Have no more to do with one pool that somebody has closed."""
+        with self._lock:
+            self._pools[peer] = tuple(one for one in self._pools.get(peer, ()) if one is not pool)
 
     def close(self) -> None:
         """Close all pools, and return when their workers are done."""
@@ -318,7 +325,15 @@ class _Checkout:
             seconds = max(ends - time.monotonic(), 0.001)
             try:
                 if pool.closed:
-                    pool.open()
+                    try:
+                        pool.open()
+                    except Exception as exc:
+                        if not pool.closed:
+                            raise
+                        # Closed for good since it was found. psycopg_pool before 3.3 says so
+                        # by an error that reads like the server's.
+                        self._pools.discard(attempt.peer.name, known)
+                        raise PoolClosed(str(exc)) from None
                     if not self._pools.has(known):
                         # Given up by another thread before it was open.
                         pool.close()
@@ -410,7 +425,7 @@ def _raw_settings(registered: Registered, peer: Peer, own: Mapping[str, Any]) ->
 
 # By balancer. The values must not refer to their keys.
 _known: weakref.WeakKeyDictionary[LoadBalancer, _Pools] = weakref.WeakKeyDictionary()
-_known_lock = threading.Lock()
+_known_lock = new_lock()
 #: Pools of the process that we were forked from. Kept for ever: psycopg's own
 #: destructor would wait for locks that nobody holds any more.
 _of_parent: list[Any] = []
@@ -422,14 +437,16 @@ def _pools_of(balancer: LoadBalancer) -> _Pools:
         with _known_lock:
             pools = _known.get(balancer)
             if pools is None:
-                pools = _known[balancer] = _Pools()
-                balancer.add_listener(pools.hear, connects=False)
+                made = _Pools()
+                # Before anybody has them, who may be struck: they are to hear of each opening.
+                balancer.add_listener(made.hear, connects=False)
+                pools = _known.setdefault(balancer, made)
     return pools
 
 
 def _after_fork_in_child() -> None:
     global _known_lock
-    _known_lock = threading.Lock()
+    _known_lock = new_lock()
     for pools in list(_known.values()):
         for known in pools._pools.values():
             for one in known:
@@ -438,7 +455,7 @@ def _after_fork_in_child() -> None:
                 # close what comes back: what this process had out of it, and has
                 # been parted from (:mod:`.inherited`).
                 one.pool._closed = True
-        pools._lock = threading.Lock()
+        pools._lock = new_lock()
         pools._pools = {}
 
 
