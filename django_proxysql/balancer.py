@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import random
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from .events import (
 )
 from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy
 from .faults import Fault
+from .locks import new_lock
 from .logger import complain, logger
 from .logs import log_event
 from .peer import Hold, Peer
@@ -196,7 +196,8 @@ class LoadBalancer:
         self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
         #: Those of them, logging aside, that want to hear of each connection made.
         self._hear_connects: tuple[Listener, ...] = ()
-        self._listeners_lock = threading.Lock()
+        # Re-entrant: a signal handler may come here while its thread is here.
+        self._listeners_lock = new_lock()
         self._view: _View | None = None
         #: Another object whenever a circuit changes.
         self.version = object()
@@ -631,7 +632,7 @@ class LoadBalancer:
 
     def _after_fork(self) -> None:
         # The circuits see to themselves.
-        self._listeners_lock = threading.Lock()
+        self._listeners_lock = new_lock()
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()
@@ -918,7 +919,11 @@ class _Search:
         nobody = not view.tiers and not view.suspects
         interval = balancer.config.last_resort_interval if nobody else None
         for peer in view.out:
-            yield from self._permitted(peer, out=True, last_resort=interval)
+            if nobody and interval is None and peer.breaker.circuit.tried == -math.inf:
+                # That it is out is what the others say: nothing was tried here.
+                yield from self._permitted(peer, out=True, last_resort=0)
+            else:
+                yield from self._permitted(peer, out=True, last_resort=interval)
         for tier in view.tiers:
             for peer in tier:
                 yield from self._permitted(peer)
@@ -989,9 +994,14 @@ class _Search:
             lease = breaker.trial
             if lease is not None:
                 leases[peer.name] = lease
-            elif breaker.circuit.state != OPEN:
-                # The trial ended between our look at the peers and now.
-                return True
+            else:
+                circuit = breaker.circuit
+                # The trial ended between our look at the peers and now. One whose lease has
+                # run out is looked at no sooner than the next is due: nothing has changed.
+                if circuit.state != OPEN and (
+                    circuit.lease is None or self._clock() >= circuit.due
+                ):
+                    return True
         if not leases:
             return False
         until = min(self._deadline, *(lease.expires for lease in leases.values()))

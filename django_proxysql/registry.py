@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from .conf import (
 )
 from .errors import NoPeerAvailable
 from .events import Listener
+from .locks import new_lock
 from .peer import Peer
 from .probe import prober
 
@@ -72,7 +72,7 @@ class Balancers(Mapping[str, LoadBalancer]):
         self._entries: dict[str, Mapping[str, Any]] = {}
         self._listeners: tuple[tuple[Listener, bool], ...] = ()
         # A signal handler may make a balancer while its thread makes one.
-        self._listeners_lock = threading.RLock()
+        self._listeners_lock = new_lock()
         #: Those that have been asked for.
         self.known: dict[Any, Registered] = {}
         #: For tests: further arguments of LoadBalancer by alias, such as a clock.
@@ -153,7 +153,7 @@ class Balancers(Mapping[str, LoadBalancer]):
 
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds."""
-        self._listeners_lock = threading.RLock()
+        self._listeners_lock = new_lock()
 
     def forget(self) -> None:
         """Drop everything, so that it is read anew. For tests that change DATABASES."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import random
@@ -9,13 +10,15 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pybreaker
 import pytest
 import tenacity
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker, balancer
 from django_proxysql.balancer import Attempt
 from django_proxysql.events import (
     CircuitClosed,
@@ -84,6 +87,50 @@ class World:
 
     def told(self, kind: type) -> list[Any]:
         return [event for event in self.events if type(event) is kind]
+
+
+def test_trial_that_was_given_up_and_is_not_due() -> None:
+    """Nobody waits for the result of a trial that has none, nor looks for it again and again."""
+    world = World("db1", "db2", "db3")
+    world.open("db1", "db2", "db3")
+    world.clock.advance(2)
+    breaker = world.db.peers["db3"].breaker
+    # As a last resort; its thread is killed while another one has the lock.
+    lost = breaker.acquire(last_resort=1)
+    assert lost is not None
+    with holding(breaker._lock):
+        breaker._forsake(lost._lease)
+    lost._ended = True
+    assert breaker.current_state == "half-open"
+    world.db.peers["db1"].breaker.close()
+    world.db.peers["db2"].breaker.close()
+    world.driver.down.update(db1=too_many, db2=too_many)
+    looks: list[int] = []
+    once_over = balancer._Search._once_over
+
+    def counted(search: Any) -> Any:
+        looks.append(1)
+        assert len(looks) < 10, "it goes round and round"
+        return once_over(search)
+
+    with mock.patch.object(balancer._Search, "_once_over", counted):
+        assert isinstance(raised_by(world.db.connect), NoPeerAvailable)
+
+
+@contextlib.contextmanager
+def holding(lock: Any) -> Iterator[None]:
+    """Have another thread hold a lock for the block."""
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            over.wait(20)
+
+    with running(hold):
+        assert held.wait(20)
+        yield
+        over.set()
 
 
 class TestOrder:

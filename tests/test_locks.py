@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from django_proxysql import LoadBalancer, balancer, registry
+from django_proxysql.backends import pools
 from django_proxysql.locks import RecoveringLock, new_lock
-from tests.fakes import in_thread
+from tests.fakes import in_thread, running
 
 
 def test_one_at_a_time() -> None:
@@ -66,3 +71,62 @@ def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch, version: tuple[int,
     """Python before 3.11 raises between a with block and its __exit__."""
     monkeypatch.setattr(sys, "version_info", version)
     assert isinstance(new_lock(), RecoveringLock) is (version < (3, 11))
+
+
+def at_every_line(work: Callable[[], object], module: str) -> int:
+    """Do ``work`` once more, in the same thread, before each line of ``module`` that it runs.
+
+    As a signal handler does, or a finalizer.
+
+    :returns: at how many lines that was.
+    """
+    times = 0
+    inside = False
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal times, inside
+        if frame.f_code.co_filename != module or inside:
+            return None
+        if event == "line":
+            times += 1
+            inside = True
+            work()
+            inside = False
+        return trace
+
+    def traced() -> None:
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+
+    with running(traced):
+        pass
+    return times
+
+
+def test_signal_handlers_do_not_wait_for_their_own_thread() -> None:
+    """Whatever it is in the middle of, and whoever listens."""
+
+    def another() -> LoadBalancer:
+        return LoadBalancer({"db1": {"host": "db1"}})
+
+    db = another()
+
+    def listen() -> None:
+        def listener(event: object) -> None:
+            pass
+
+        db.add_listener(listener)
+        db.remove_listener(listener)
+
+    assert at_every_line(listen, balancer.__file__) > 5
+    assert at_every_line(lambda: pools._pools_of(another()), pools.__file__) > 5
+    assert at_every_line(lambda: pools._pools_of(db).retire("db1"), pools.__file__) > 3
+
+    def listen_to_all() -> None:
+        registry.balancers.add_listener(listen_to_all)
+        registry.balancers.remove_listener(listen_to_all)
+
+    assert at_every_line(listen_to_all, registry.__file__) > 5
