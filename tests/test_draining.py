@@ -164,6 +164,30 @@ class TestEngine:
         assert here.connection.peer.name != name
         assert not here.losses()
 
+    def test_stays_while_somebody_uses_it(self, here: Site) -> None:
+        """Other threads, a cursor that is being read, foreign keys that are off keep it."""
+        here.write("one")
+        name = here.connection.peer.name
+        here.connection.inc_thread_sharing()
+        self.drain(here)
+        close_old_connections()
+        assert here.connection.connection is not None
+        here.connection.dec_thread_sharing()
+        here.session.held = True
+        close_old_connections()
+        assert here.connection.connection is not None
+        here.session.held = False
+        if not here.is_mysql:
+            rows = here.connection.chunked_cursor()
+            rows.execute("SELECT generate_series(1, 9)")
+            assert rows.fetchone() == (1,)
+            close_old_connections()
+            assert rows.fetchone() == (2,)
+            rows.close()
+        close_old_connections()
+        assert here.read() == ["one"]
+        assert here.connection.peer.name != name
+
     def test_stays_where_no_other_can_be_had(self, here: Site) -> None:
         """A connection that works is better than none."""
         here.write("one")

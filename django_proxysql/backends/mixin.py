@@ -85,11 +85,13 @@ class LoadBalancedMixin(_Base):
             # the old connection is whoever's who has a reference to it: closed here,
             # it would take a database in memory along.
             self._let_go()
+        # For this once: whoever asked for it may be struck before it could take it back.
+        only, self._only = self._only, None
         registered.balancer.connect(
             functools.partial(self._open_one, registered),
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
             trials=self._trials,
-            only=self._only,
+            only=only,
         )
 
     def try_out(self, attempt: Attempt) -> None:

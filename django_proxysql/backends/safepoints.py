@@ -958,8 +958,8 @@ class SafePointsMixin(LoadBalancedMixin):
         move = balancer.claim_move(session.peer)
         if move is None:
             return
-        self._only = move.peer
         try:
+            self._only = move.peer
             self._replace(session, "never")
         except Exception:  # noqa: S110 - the connection that is there works
             pass
@@ -970,6 +970,14 @@ class SafePointsMixin(LoadBalancedMixin):
         """Return whether the connection, between two units of work, leads to a drained peer."""
         peer = self.peer
         if peer is None or not peer.drained or self.in_atomic_block or not self.autocommit:
+            return False
+        if self._thread_sharing_count > 0:  # type: ignore[attr-defined]
+            return False
+        session = self._current()
+        if session is not None and (
+            session.held or session.server_side or self._driver.is_busy(session.connection)
+        ):
+            # Somebody is in the middle of something that would end with it.
             return False
         registered = self._registered()
         if registered is None:
