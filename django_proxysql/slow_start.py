@@ -102,8 +102,10 @@ class SlowStart:
         with self._lock:
             for back in self.returns:
                 if back.peer not in tier:
-                    # It has gone again, or peers of a better tier have come.
-                    self._end(back)
+                    # It has gone again, or peers of a better tier have come. A doubt
+                    # is mostly unfounded: after that it goes on.
+                    if not back.peer.breaker.circuit.suspect:
+                        self._end(back)
                     continue
                 share = total * back.peer.weight / weight
                 has = back.peer.connections + len(back.under_way)

@@ -183,6 +183,12 @@ class TestClaim:
         process.back.breaker.suspect()
         process.clock.advance(SECONDS)
         assert process.db.claim_move(process.db.peers["a"]) is None
+        trial = process.back.breaker.acquire()
+        assert trial is not None
+        trial.succeeded()
+        move = process.db.claim_move(process.db.peers["a"])
+        assert move is not None
+        assert move.peer is process.back
 
     def test_undrained(self) -> None:
         """A peer that is drained no longer comes back in the same way."""

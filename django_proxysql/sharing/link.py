@@ -86,6 +86,9 @@ def checked_url(url: object) -> dict[str, Any]:
         raise problem from None
     unknown = sorted(set(query) - {"db", "username", "password", "protocol"})
     unknown = [name for name in unknown if not name.startswith("ssl_")]
+    if any("@" in name for name in unknown):
+        # The rest of a password with a question mark in it.
+        raise problem
     if unknown:
         raise ConfigError(
             "SHARED_STATE",
