@@ -85,8 +85,10 @@ class LoadBalancedMixin(_Base):
             # the old connection is whoever's who has a reference to it: closed here,
             # it would take a database in memory along.
             self._let_go()
-        # For this once: whoever asked for it may be struck before it could take it back.
-        only, self._only = self._only, None
+        only = self._only
+        if only is not None:
+            # For this once: whoever asked for it may be struck before it could take it back.
+            self._only = None
         registered.balancer.connect(
             functools.partial(self._open_one, registered),
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
