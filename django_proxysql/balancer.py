@@ -49,6 +49,7 @@ from .ready import QUESTIONS, ready_check_from
 from .sharing import Sharing
 from .slow_start import Move, SlowStart
 from .strategies import strategy_from
+from .teller import teller
 
 __all__ = ["Attempt", "LoadBalancer", "PeerState"]
 
@@ -198,6 +199,7 @@ class LoadBalancer:
         self._hear_connects: tuple[Listener, ...] = ()
         # Re-entrant: a signal handler may come here while its thread is here.
         self._listeners_lock = new_lock()
+        self._drains_lock = new_lock()
         self._view: _View | None = None
         #: Another object whenever a circuit changes.
         self.version = object()
@@ -451,6 +453,13 @@ class LoadBalancer:
 
     def emit(self, event: Event) -> None:
         """Tell the listeners of ``event``. One that raises harms nobody."""
+        if self.sharing is not None and self.sharing.link.is_here:
+            # One that hangs is not to end the sharing.
+            teller.tell(self._emit, event)
+        else:
+            self._emit(event)
+
+    def _emit(self, event: Event) -> None:
         listeners = self._listeners
         if type(event) is Connected and not event.trial:
             listeners = (*_ONLY_LOGGING, *self._hear_connects)
@@ -483,12 +492,15 @@ class LoadBalancer:
             # A process that has just begun is to know what the others do.
             self.sharing.settle()
         others = [other for other in self.peers.values() if other is not peer]
-        if not (force or peer.drained or any(other.is_available for other in others)):
-            raise DrainRefused(
-                f"{name!r} is the last peer of {self.name!r} that takes connections: none could "
-                "be made after it is drained."
-            )
-        self._wish_drained(peer, True)
+        # Of two threads that drain the last two peers one is refused.
+        with self._drains_lock:
+            if not (force or peer.drained or any(other.is_available for other in others)):
+                raise DrainRefused(
+                    f"{name!r} is the last peer of {self.name!r} that takes connections: none "
+                    "could be made after it is drained."
+                )
+            changed, peer.drained = not peer.drained, True
+        self._wish_drained(peer, True, changed)
 
     def undrain(self, name: str) -> None:
         """Let a peer have new connections again.
@@ -496,18 +508,30 @@ class LoadBalancer:
         :param name: the peer's, as in :attr:`peers`.
         :raises KeyError: the balancer has no such peer.
         """
-        self._wish_drained(self.peers[name], False)
+        peer = self.peers[name]
+        with self._drains_lock:
+            changed, peer.drained = peer.drained, False
+        self._wish_drained(peer, False, changed)
 
-    def _wish_drained(self, peer: Peer, drained: bool) -> None:
-        self._set_drained(peer, drained)
+    def _wish_drained(self, peer: Peer, drained: bool, changed: bool) -> None:
+        self._drain_changed(peer, drained, changed, learnt=False)
         if self.sharing is not None:
             self.sharing.wish(peer, drained)
             # A command's process may end right after this.
             self.sharing.settle()
 
-    def _set_drained(self, peer: Peer, drained: bool, *, learnt: bool = False) -> None:
-        changed = peer.drained is not drained
-        peer.drained = drained
+    def learn_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> None:
+        """Take over what another process, or this one, has wished for.
+
+        :param peer: one of :attr:`peers`.
+        :param drained: whether it is to get no new connections.
+        :param learnt: it was another.
+        """
+        with self._drains_lock:
+            changed, peer.drained = peer.drained is not drained, drained
+        self._drain_changed(peer, drained, changed, learnt)
+
+    def _drain_changed(self, peer: Peer, drained: bool, changed: bool, learnt: bool) -> None:
         # Even if nothing has changed: who did it before may have been killed
         # on the way from one line to the other.
         self.look_anew()
@@ -633,6 +657,7 @@ class LoadBalancer:
     def _after_fork(self) -> None:
         # The circuits see to themselves.
         self._listeners_lock = new_lock()
+        self._drains_lock = new_lock()
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()

@@ -397,6 +397,17 @@ class TestEngine:
         here.connection.close_if_unusable_or_obsolete()
         assert here.connection.peer is not other
 
+    def test_stays_with_its_session(self, here: Site) -> None:
+        """A connection that has held state of the session may hold it still, whatever has ended."""
+        here.sql("SET @lost = 1" if here.is_mysql else "SET application_name = 'kept'")
+        self.all_of(here)
+        close_old_connections()
+        other = self.come_back(here)
+        close_old_connections()
+        assert here.connection.peer is not other
+        if here.is_mysql:
+            assert here.sql("SELECT @lost") == [(1,)]
+
     def test_cannot_be_had(self, here: Site) -> None:
         """A move that fails costs nothing but the attempt: the connection stays."""
         here.write("one")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,21 @@ class TestBalancer:
             world.db.drain("db1")
         assert not world.db.peers["db1"].drained
         assert world.events[1:] == []
+
+    def test_two_at_once(self) -> None:
+        """Of two threads that drain the last two peers one is refused, whatever the moment."""
+        for _ in range(50):
+            world = World("db1", "db2")
+            together = threading.Barrier(2)
+
+            def drain(name: str, world: World = world, together: Any = together) -> Any:
+                together.wait(30)
+                return raised_by(lambda: world.db.drain(name))
+
+            with ThreadPoolExecutor() as pool:
+                raised = list(pool.map(drain, ["db1", "db2"]))
+            assert sum(isinstance(error, DrainRefused) for error in raised) == 1
+            assert sum(peer.drained for peer in world.db.peers.values()) == 1
 
     def test_force(self) -> None:
         """… unless it is meant; the error then says that peers are drained."""

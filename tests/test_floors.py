@@ -44,6 +44,7 @@ FLOORS = {
     "ready": 3,
     "sharing": 3,
     "slow_start": 3,
+    "teller": 2,
     "balancer": 4,
     # The Django line: nothing above imports Django.
     "conf": 6,

@@ -159,7 +159,7 @@ class TestConnecting:
         assert world.value("circuit_openings_total", peer="db1") == 1
         peer.breaker.learn_closed(peer.breaker.circuit.generation)
         assert world.states() == "closed closed"
-        world.db._set_drained(peer, True, learnt=True)
+        world.db.learn_drained(peer, True, learnt=True)
         assert world.value("peer_drained", peer="db1") == 1
 
     def test_exhausted(self) -> None:

@@ -17,6 +17,7 @@ import secrets
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -713,7 +714,7 @@ class TestRedis:
         one = world.process()
         world.down["db1"] = refused_by_host
         one.connect()
-        one.db._set_drained(one.db.peers["db2"], True)
+        one.db.learn_drained(one.db.peers["db2"], True, learnt=False)
         one.sharing.wish(one.db.peers["db2"], True)
         if cut == "before":
             proxy.cut_before(b"EVALSHA")
@@ -777,12 +778,12 @@ class TestRedis:
             if turn % 4 == 0:
                 one.db.peers["db1"].breaker.open()
             elif turn % 4 == 1:
-                one.db._set_drained(one.db.peers["db2"], True)
+                one.db.learn_drained(one.db.peers["db2"], True, learnt=False)
                 one.sharing.wish(one.db.peers["db2"], True)
             elif turn % 4 == 2:
                 one.db.peers["db1"].breaker.close()
             else:
-                one.db._set_drained(one.db.peers["db2"], False)
+                one.db.learn_drained(one.db.peers["db2"], False, learnt=False)
                 one.sharing.wish(one.db.peers["db2"], False)
             if not killed_at(reached, lambda: one.link.step(world.clock())):
                 break
@@ -844,6 +845,38 @@ class TestThread:
         assert one.sharing.link is two.sharing.link
         assert redis_server.ask("KEYS", "*{one}:processes*")
         assert redis_server.ask("KEYS", "*{two}:processes*")
+
+    @pytest.mark.parametrize("how", ["hangs", "exits"])
+    def test_listener_is_told_elsewhere(self, own_url: str, how: str) -> None:
+        """One that hangs over what others have found, or ends its thread, ends no sharing."""
+        db, other = (
+            LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
+            for _ in range(2)
+        )
+        heard, go_on = threading.Event(), threading.Event()
+
+        def listen(event: Any) -> None:
+            heard.set()
+            if how == "exits":
+                raise SystemExit
+            go_on.wait(60)
+
+        db.add_listener(listen, connects=False)
+        assert db.sharing is not None
+        assert db.sharing.settle(10)
+        life = db.sharing.link._running
+        # Another process, as far as Redis knows.
+        other.sharing = Sharing(other, SteppedLink(own_url))
+        other.sharing.start()
+        other.peers["db1"].breaker.open()
+        other.drain("db1")
+        try:
+            assert heard.wait(30)
+            assert db.sharing.settle(10)
+            assert db.sharing.link._running is life
+            assert db.peers["db1"].drained
+        finally:
+            go_on.set()
 
     def test_killed(self, own_url: str) -> None:
         """A thread that something has killed is replaced."""

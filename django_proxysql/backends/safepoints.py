@@ -939,6 +939,7 @@ class SafePointsMixin(LoadBalancedMixin):
             self._has_units = True
             session.wrote = False
             if self.autocommit and not self._in_transaction:
+                session.stays = session.stays or session.sticky
                 session.sticky = False
                 if session.dead:
                     self.close()
@@ -952,6 +953,9 @@ class SafePointsMixin(LoadBalancedMixin):
         """Between two units of work, go to a peer that has come back, if it is our turn."""
         balancer = session.balancer
         if session is not self._current() or session.dead or not self._is_safe(session):
+            return
+        if session.stays:
+            # LISTEN, a user's lock: the peer that it is on is well, and so may that be.
             return
         if balancer.pinned_to(session.peer) is not None:
             return

@@ -36,6 +36,7 @@ class Session:
         "read_timeout",
         "served",
         "server_side",
+        "stays",
         "sticky",
         "timed_out",
         "told",
@@ -86,6 +87,8 @@ class Session:
         self.loss: BaseException | None = None
         #: It holds session state; never replaced behind the application's back.
         self.sticky = False
+        #: It has held such state in an earlier unit of work, and may still do so.
+        self.stays = False
         #: Django's own ``foreign_key_checks=0`` is in force.
         self.held = False
         #: It has written in this unit of work.

@@ -406,7 +406,7 @@ class Sharing:
             shared.drain_version = version
             # A wish that has come meanwhile is younger.
             if not shared.wishes:
-                balancer._set_drained(peer, said["on"] is True, learnt=not said["done"])
+                balancer.learn_drained(peer, said["on"] is True, learnt=not said["done"])
 
     # What a breaker asks
 

@@ -184,6 +184,12 @@ class Link:
     def _running(self) -> _Life | None:
         return None if self._life is None else self._life()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller's thread is this link's own."""
+        life = self._running
+        return life is not None and life.ident == _thread.get_ident()
+
     def wake(self) -> None:
         """Have the thread do its next round trip now. Safe in a signal handler or finalizer."""
         try:
