@@ -134,7 +134,7 @@ def assert_of_their_own(answers: list[Answer], pair: Pair) -> None:
     assert parent not in pids(answers)
     (home,) = [node for node in pair if session in sessions(node)]
     used = {answer["session"] for answer in answers if answer["port"] == home.port}
-    assert used
+    # None at all where each worker keeps one connection, and all have the other node's.
     assert session not in used
 
 
