@@ -286,6 +286,27 @@ class TestApart:
             assert errors == []
             assert of(ConnectFailed, events) == []
 
+    def test_closed_as_somebody_queues_up(
+        self, postgres: PostgreSQLNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """psycopg's pool does not tell who queues up just after it was closed: on to a new one."""
+        with pooled([postgres_peer(postgres)]) as connection:
+            events = listen(connection)
+            closed_now: list[ConnectionPool[Any]] = []
+            check: Any = ConnectionPool._check_open_getconn
+
+            def closed_after(self: ConnectionPool[Any]) -> None:
+                check(self)
+                if not closed_now:
+                    closed_now.append(self)
+                    connection.close_pool()
+
+            monkeypatch.setattr(ConnectionPool, "_check_open_getconn", closed_after)
+            connection.ensure_connection()
+            assert closed_now[0].closed
+            assert connection.pool is not closed_now[0]
+            assert of(ConnectFailed, events) == []
+
     def test_changing_password(self, postgres: PostgreSQLNode) -> None:
         """A callable PASSWORD is asked at each connect of a pool's, and makes no pool by itself."""
         given: list[str] = []

@@ -48,6 +48,11 @@ __all__ = ["PooledMixin", "close_for_good", "give_back", "has_pools", "is_pooled
 #: enough for it to grow by a connection, where the server is near.
 _A_MOMENT = 0.05
 
+#: Seconds after which whoever waits for a pool looks whether it has been closed.
+#: psycopg_pool tells those who wait, but not who queues up just after that: it asks
+#: whether it is open before it takes its lock, and not there.
+_LOOK_AGAIN = 1.0
+
 
 def has_pools(wrapper: type) -> bool:
     """Return whether the peer engine ``wrapper`` keeps pools that we know how to keep apart."""
@@ -315,14 +320,16 @@ class _Checkout:
         from psycopg_pool import PoolClosed, PoolTimeout
 
         attempt = self._attempt
-        ends = time.monotonic() + attempt.timeout
+        began = time.monotonic()
+        ends = began + attempt.timeout
         while True:
             known = self._pools.find(attempt.peer.name, self._settings, self._make)
             pool = known.pool
             if attempt.is_trial or not known.proven:
                 self._ask(known)
             impatient = known.proven and not attempt.may_wait
-            seconds = max(ends - time.monotonic(), 0.001)
+            until = min(ends, began + pool.timeout)
+            seconds = min(max(until - time.monotonic(), 0.001), _LOOK_AGAIN)
             try:
                 if pool.closed:
                     try:
@@ -338,7 +345,7 @@ class _Checkout:
                         # Given up by another thread before it was open.
                         pool.close()
                 connection = self.taken = pool.getconn(
-                    timeout=min(seconds, _A_MOMENT if impatient else pool.timeout)
+                    timeout=min(seconds, _A_MOMENT) if impatient else seconds
                 )
             except PoolClosed:
                 # Somebody called close_pool(), or the peer is out of use by now.
@@ -346,10 +353,15 @@ class _Checkout:
                     raise
                 continue
             except PoolTimeout:
+                now = time.monotonic()
+                if now < until and (pool.closed or not impatient):
+                    continue
                 if impatient:
                     raise PoolBusy("its pool has no connection to spare") from None
                 self._ask(known)
-                raise
+                raise PoolTimeout(
+                    f"couldn't get a connection after {now - began:.2f} sec"
+                ) from None
             if self._is_alive(connection):
                 known.proven = True
                 return connection
