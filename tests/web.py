@@ -52,9 +52,11 @@ import os
 from django.core.wsgi import get_wsgi_application
 application = get_wsgi_application()
 from django.db import connection
-connection.ensure_connection()
+with connection.cursor() as cursor:
+    cursor.execute("SELECT @@port")
+    (port,) = cursor.fetchone()
 import urls
-urls.LOADED = [os.getpid(), connection.connection.thread_id()]
+urls.LOADED = [os.getpid(), port, connection.connection.thread_id()]
 """,
     "asgi.py": """
 from django.core.asgi import get_asgi_application

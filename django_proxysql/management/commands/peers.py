@@ -147,15 +147,17 @@ class Command(BaseCommand):
         if options["drain"] or options["undrain"]:
             self._wish(chosen, options)
             return
-        verdict = OK
+        self._last: int | None = None
         try:
-            for look in self._looks(chosen, options):
-                verdict = look
+            self._look(chosen, options)
+        except KeyboardInterrupt:
+            if options["watch"] is None or self._last is None:
+                raise
         except BrokenPipeError:
             # Whoever read has seen enough. Python would complain once more, at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if verdict:
-            self._verdict = SystemExit(verdict)
+        if self._last:
+            self._verdict = SystemExit(self._last)
             raise self._verdict
 
     def _chosen(self, aliases: Sequence[str]) -> dict[str, LoadBalancer]:
@@ -244,36 +246,29 @@ class Command(BaseCommand):
 
     # Showing
 
-    def _looks(
-        self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]
-    ) -> Iterator[int]:
-        """Show the peers, again and again if that is wished; yield each look's exit code."""
+    def _look(self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]) -> None:
+        """Show the peers, again and again if that is wished; note each look's exit code."""
         interval = options["watch"]
         redraw = interval is not None and self.stdout.isatty() and not options["json"]
-        looked = False
-        try:
-            while True:
-                looks = _ask(chosen, options["timeout"])
-                if options["json"]:
-                    indent = 2 if interval is None else None
-                    self.stdout.write(json.dumps(_as_json(looks), indent=indent))
-                else:
-                    if redraw:
-                        # To the top left corner, and nothing of the last look below.
-                        self.stdout.write("\x1b[H\x1b[J", ending="")
-                    when = "" if interval is None else time.strftime("%H:%M:%S ")
-                    for line in self._table(looks, options):
-                        self.stdout.write(when + line)
-                        when = ""
-                self.stdout.flush()
-                looked = True
-                yield _worst(looks)
-                if interval is None:
-                    return
-                time.sleep(interval)
-        except KeyboardInterrupt:
-            if interval is None or not looked:
-                raise
+        while True:
+            looks = _ask(chosen, options["timeout"])
+            # First: whoever has seen a look, and ends it, is to get its exit code.
+            self._last = _worst(looks)
+            if options["json"]:
+                indent = 2 if interval is None else None
+                self.stdout.write(json.dumps(_as_json(looks), indent=indent))
+            else:
+                if redraw:
+                    # To the top left corner, and nothing of the last look below.
+                    self.stdout.write("\x1b[H\x1b[J", ending="")
+                when = "" if interval is None else time.strftime("%H:%M:%S ")
+                for line in self._table(looks, options):
+                    self.stdout.write(when + line)
+                    when = ""
+            self.stdout.flush()
+            if interval is None:
+                return
+            time.sleep(interval)
 
     def _table(self, looks: Mapping[str, _Look], options: Mapping[str, Any]) -> Iterator[str]:
         """Yield the lines: the verdict first, as Nagios wants it."""
