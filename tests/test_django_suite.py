@@ -59,6 +59,13 @@ def test_worst_outcome_counts(tmp_path: Path) -> None:
     assert read(results) == {"a": Outcome("failed", "sub"), "b": Outcome("error", "")}
 
 
+def test_addresses_in_names(tmp_path: Path) -> None:
+    """A sub-test that is called by an object's address is the same test in both runs."""
+    results = tmp_path / "results"
+    results.write_text(json.dumps(["a.b (x=<object object at 0x7fb62968c2e0>)", "passed", "", 0]))
+    assert list(read(results)) == ["a.b (x=<object object at 0x…>)"]
+
+
 def test_balanced_entry() -> None:
     """Two peers inline at two addresses; TEST and the account stay the balancer's."""
     plain = {"ENGINE": SQLITE, "NAME": "/x", "USER": "me", "TEST": {"CHARSET": "utf8mb4"}}
