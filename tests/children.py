@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 
 
-def in_child(work: Callable[[], str], seconds: float = 10) -> str:
+def in_child(work: Callable[[], object], seconds: float = 20) -> str:
     """Return what ``work`` returns in a forked child; fail if it does not end in time."""
     read, write = os.pipe()
     with warnings.catch_warnings():
@@ -18,7 +18,7 @@ def in_child(work: Callable[[], str], seconds: float = 10) -> str:
         child = os.fork()
     if child == 0:
         try:
-            os.write(write, work().encode())
+            os.write(write, str(work()).encode())
         except BaseException as exc:
             os.write(write, repr(exc).encode())
         finally:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import collections
 import gc
 import logging
-import os
 import pathlib
-import select
-import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -23,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connections, transaction
 
 from django_proxysql import Fault, balancers
+from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
 from tests.servers.mariadb import Node
 from tests.test_connecting import first_then_second, state
@@ -340,31 +337,6 @@ def test_circuit_guards_other_calls(mariadb_pair: Pair) -> None:
 
 
 # Forks
-
-
-def in_child(work: Callable[[], object], seconds: float = 20) -> str:
-    """Return what ``work`` returns in a forked child; fail if it does not end in time."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        # Forking with threads about is what is tested.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, str(work()).encode())
-        except BaseException as exc:
-            os.write(write, repr(exc).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        ready, _, _ = select.select([read], [], [], seconds)
-        assert ready, "the child hangs"
-        return os.read(read, 1000).decode()
-    finally:
-        os.close(read)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_fork_while_locks_are_held(mariadb_pair: Pair) -> None:
