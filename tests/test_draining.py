@@ -167,6 +167,24 @@ class TestEngine:
         assert here.connection.peer.name != name
         assert [event.forced for event in here.replaced()] == [False]
 
+    @pytest.mark.parametrize("how", ["drained", "opened"])
+    def test_while_it_connects(self, here: Site, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One to a peer that is taken out as it is made leaves, too, before its first use."""
+        here.connection.close()
+        plain = here.connection.init_connection_state
+        out = []
+
+        def meanwhile() -> None:
+            plain()
+            if not out:
+                peer = here.connection._attempt.peer
+                out.append(peer)
+                here.balancer.drain(peer.name) if how == "drained" else peer.breaker.open()
+
+        monkeypatch.setattr(here.connection, "init_connection_state", meanwhile)
+        assert here.read() == []
+        assert [here.connection.peer] != out
+
     def test_comes_to_its_end(self, here: Site) -> None:
         """A transaction ends where it began, and so does a request that has written."""
         with transaction.atomic(here.connection.alias):

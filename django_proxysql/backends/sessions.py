@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..balancer import LoadBalancer
+from ..breaker import CLOSED
 from ..peer import Peer
 
 __all__ = ["Session"]
@@ -102,5 +103,9 @@ class Session:
         #: When a statement was last begun on it.
         self.used = self.clock()
         #: The balancer's version at which the peer's circuit was found closed,
-        #: or leaving it found impossible.
+        #: or leaving it found impossible. None if it was not: the peer was drained,
+        #: or given up, while the connection was being made. (Read before we look:
+        #: a change that comes between leaves a new version behind.)
         self.version: object = balancer.version
+        if peer.drained or peer.breaker.circuit.state != CLOSED:
+            self.version = None

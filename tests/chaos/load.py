@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from django.db import Error, close_old_connections, connections, models, transaction
 
@@ -108,11 +108,21 @@ class Ledger:
 
 
 class Load:
-    """Threads that serve requests while the ``with`` block lasts; ``ledgers`` tell of them."""
+    """Threads that serve requests while the ``with`` block lasts; ``ledgers`` tell of them.
 
-    def __init__(self, alias: str, threads: int = 8, pace: Pace | None = None) -> None:
+    ``atomic`` is what each request's block is run by.
+    """
+
+    def __init__(
+        self,
+        alias: str,
+        threads: int = 8,
+        pace: Pace | None = None,
+        atomic: Callable[..., Any] = transaction.atomic,
+    ) -> None:
         self.alias = alias
         self.pace = pace or Pace()
+        self.atomic = atomic
         self.ledgers = [Ledger(number) for number in range(threads)]
         self._stopping = threading.Event()
         self._broken: list[BaseException] = []
@@ -211,14 +221,17 @@ class Load:
 
     def _block(self, ledger: Ledger, token: str) -> bool:
         with self._told(ledger, "block", token) as stage:
-            stage.append("begin")
-            with transaction.atomic(using=self.alias):
+
+            def block() -> None:
                 transaction.on_commit(lambda: ledger.hooks.update([token]), using=self.alias)
                 stage.append("read")
                 self._look()
                 stage.append("write")
                 Row.objects.using(self.alias).create(value=token)
                 stage.append("commit")
+
+            stage.append("begin")
+            self.atomic(using=self.alias)(block)()
         if not stage.failed:
             ledger.blocks_done.append(token)
         return not stage.failed
