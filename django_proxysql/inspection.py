@@ -24,6 +24,7 @@ from . import drivers
 from .balancer import Attempt
 from .conf import load_wrapper, peer_engine
 from .faults import Fault
+from .locks import new_lock
 from .peer import Peer
 from .ready import galera, rows
 from .registry import Registered, balancers
@@ -103,7 +104,7 @@ class _Inquiry:
         #: so that it cannot become another connection's behind our back.
         self._socket: socket.socket | None = None
         #: Guards the two that follow, and is held for no longer than it takes to set them.
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._given_up = False
         self._found: Inspection | None = None
         # A daemon: the interpreter's end does not wait for a peer that hangs.

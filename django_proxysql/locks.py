@@ -1,9 +1,11 @@
 """Locks that an exception out of nowhere does not leave locked for ever.
 
 Ctrl-C, Celery's time limits and ``PyThreadState_SetAsyncExc`` strike between any
-two instructions. From Python 3.11 on ``with lock:`` holds against that: between
-the block's end and ``__exit__`` nothing is raised. In Python 3.9 and 3.10 it may
-be (seen), and whoever comes next would wait for ever.
+two instructions. In Python 3.11 to 3.13 ``with lock:`` holds against that: nothing
+is raised between ``__enter__`` and the block, or between the block's end and
+``__exit__``. In Python 3.9 and 3.10 it may be after the block, and from 3.14 on
+before it, where ``__enter__`` is an ordinary call (both seen); whoever comes next
+would wait for ever.
 """
 
 from __future__ import annotations
@@ -55,4 +57,4 @@ class RecoveringLock:
 
 def new_lock() -> Any:
     """Return a re-entrant lock that holds where threads are struck."""
-    return threading.RLock() if sys.version_info >= (3, 11) else RecoveringLock()
+    return threading.RLock() if (3, 11) <= sys.version_info < (3, 14) else RecoveringLock()

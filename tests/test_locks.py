@@ -66,11 +66,16 @@ def test_holder_who_is_late() -> None:
     assert lock.acquire(blocking=False)
 
 
-@pytest.mark.parametrize("version", [(3, 10, 18), (3, 11, 0)])
-def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
-    """Python before 3.11 raises between a with block and its __exit__."""
+@pytest.mark.parametrize(
+    ("version", "needed"),
+    [((3, 10, 18), True), ((3, 11, 0), False), ((3, 13, 9), False), ((3, 14, 0), True)],
+)
+def test_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], needed: bool
+) -> None:
+    """Python before 3.11 raises between a with block and its __exit__, 3.14 after its __enter__."""
     monkeypatch.setattr(sys, "version_info", version)
-    assert isinstance(new_lock(), RecoveringLock) is (version < (3, 11))
+    assert isinstance(new_lock(), RecoveringLock) is needed
 
 
 def at_every_line(work: Callable[[], object], module: str) -> int:

@@ -114,12 +114,12 @@ class Shop(Project):
     def test_in_parallel(self, method: str, status: int) -> str:
         """Run the project's tests in two processes that are started by ``method``."""
         manage = (self.root / "manage.py").read_text()
-        setting = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
         (self.root / "manage.py").write_text(
-            manage.replace("execute_from_command_line(sys.argv)", "")
-            + "if __name__ == '__main__':\n    "
-            + setting.replace("\n", "\n    ")
-            + "execute_from_command_line(sys.argv)\n"
+            manage.replace(
+                '"__main__":\n',
+                '"__main__":\n    import multiprocessing\n'
+                f"    multiprocessing.set_start_method({method!r})\n",
+            )
         )
         return self.manage("test", "--parallel", "2", status=status)
 
