@@ -58,9 +58,9 @@ class Project:
         """Start a command of manage.py's; what it prints can be read from its stdout."""
         return self.run("manage.py", *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    def manage(self, *args: str, status: int = 0) -> str:
-        """Return what a command prints; fail if it does not end with ``status``."""
-        return self.output_of(self.start(*args), status)
+    def manage(self, *args: str, status: int = 0, timeout: float = 180) -> str:
+        """Return what a command prints; fail if it does not end with ``status``, in time."""
+        return self.output_of(self.start(*args), status, timeout)
 
     def pytest(self, *args: str) -> str:
         """Return what pytest, with pytest-django, prints; fail if it does not succeed."""
@@ -74,8 +74,13 @@ class Project:
         return self.output_of(process, 0)
 
     @staticmethod
-    def output_of(process: subprocess.Popen[str], status: int) -> str:
-        output, _ = process.communicate(timeout=180)
+    def output_of(process: subprocess.Popen[str], status: int, timeout: float = 180) -> str:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            raise AssertionError(f"not in {timeout} s: {output}") from None
         assert process.returncode == status, output
         assert PASSWORD not in output
         return output

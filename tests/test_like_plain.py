@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,55 @@ os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     execute_from_command_line(sys.argv)
+"""
+
+# A row that a migration makes, which is what serialized_rollback is for.
+ROW = """
+from django.db import migrations
+def make(apps, schema_editor):
+    apps.get_model("shop", "Item").objects.create(name="by a migration")
+class Migration(migrations.Migration):
+    dependencies = [("shop", "0001_initial")]
+    operations = [migrations.RunPython(make, migrations.RunPython.noop)]
+"""
+
+SERIALIZED = """
+from django.test import TransactionTestCase
+from .models import Item
+class Serialized(TransactionTestCase):
+    databases = %s
+    serialized_rollback = True
+    def assert_migrated(self):
+        for alias in self.databases:
+            items = Item.objects.using(alias)
+            assert [item.name for item in items.all()] == ["by a migration"]
+        items.create(name="test")
+    def test_one(self):
+        self.assert_migrated()
+    def test_two(self):
+        self.assert_migrated()
+"""
+
+# The tables have been made by one connection, the row is made by the next one.
+RECEIVER = """
+from django.db import connections
+from django.db.models.signals import post_migrate
+def fill(using, **kwargs):
+    connections[using].close()
+    Item.objects.using(using).create(name="by a receiver")
+post_migrate.connect(fill)
+"""
+
+UNCONNECTED = """
+from django.test import TransactionTestCase
+class Unconnected(TransactionTestCase):
+    # Nothing is looked up, emptied or restored.
+    _pre_setup = _post_teardown = classmethod(lambda cls: None)
+    def test_it(self):
+        pass
+class Another(Unconnected):
+    # For another process.
+    pass
 """
 
 
@@ -314,6 +364,90 @@ def test_parallel(production: Production) -> None:
     assert production.test_databases() == []
 
 
+class TwoAlive:
+    """Two servers that know nothing of each other, and a balancer that takes them in turn.
+
+    The tests connect to nothing: the other server has no test database.
+    """
+
+    def __init__(self, root: Path, nodes: tuple[Node, Node]) -> None:
+        self.nodes = nodes
+        made = Production(root, *nodes)
+        made.peers = [made.peer(node) for node in nodes]
+        made.databases = {"default": made.balancer(STRATEGY="round_robin")}
+        made.configure()
+        self.project = made.project
+        self.project.write({"shop/tests.py": UNCONNECTED})
+        self.project.manage("makemigrations", "shop")
+
+    def on_each(self, statement: str, database: str = "") -> list[list[str]]:
+        """The rows that a statement gives, on each node."""
+        return [node.sql(statement, database).split() for node in self.nodes]
+
+
+@pytest.fixture
+def two_alive(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> Iterator[TwoAlive]:
+    for node in mariadb_pair:
+        node.create_database(DATABASE)
+    made = TwoAlive(tmp_path, mariadb_pair)
+    yield made
+    for node, names in zip(mariadb_pair, made.on_each("SHOW DATABASES LIKE 'test%'")):
+        for name in (DATABASE, *names):
+            node.sql(f"DROP DATABASE {name}")
+
+
+def test_made_and_cloned_on_one_peer(two_alive: TwoAlive) -> None:
+    """Whichever is next in turn: the test database and its clones are on one of two peers."""
+    output = two_alive.project.manage("test", "--parallel", "2", "--keepdb")
+    assert "Ran 2 tests" in output
+    assert output.count("existing clone") == 2
+    found = two_alive.on_each("SHOW DATABASES LIKE 'test%'")
+    assert sorted(found) == [[], [f"test_{DATABASE}{suffix}" for suffix in ("", "_1", "_2")]]
+
+
+def test_made_on_one_peer_where_each_has_one(two_alive: TwoAlive) -> None:
+    """Test databases of earlier runs: no peer refuses whoever should be on the other."""
+    two_alive.project.write({"shop/models.py": FILES["shop/models.py"] + RECEIVER})
+    for node in two_alive.nodes:
+        node.create_database(f"test_{DATABASE}")
+    assert "Ran 2 tests" in two_alive.project.manage("test", "--keepdb")
+    found = two_alive.on_each("SHOW TABLES", f"test_{DATABASE}")
+    assert sorted(found) == [[], ["django_migrations", "shop_item"]]
+    node = two_alive.nodes[found.index(max(found))]
+    assert node.sql("SELECT name FROM shop_item", f"test_{DATABASE}") == "by a receiver\n"
+
+
+@pytest.mark.parametrize("aliases", [False, True])
+def test_peer_that_hangs(
+    production: Production, mariadb_pair: tuple[Node, Node], aliases: bool
+) -> None:
+    """A peer that takes connections and stays silent costs CONNECT_TIMEOUT, in each process."""
+    hangs, _ = mariadb_pair
+    hangs.start()
+    hangs.freeze()
+    if aliases:
+        production.use_aliases()
+        production.use_tests('{"default", "peer1"}')
+    production.databases["default"]["CONNECT_TIMEOUT"] = 1
+    production.configure()
+    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2", timeout=60)
+    assert production.test_databases() == []
+
+
+@pytest.mark.parametrize("aliases", [False, True])
+def test_serialized_rollback(production: Production, aliases: bool) -> None:
+    """What migrations put there is there for each test, though each empties the tables."""
+    databases = '{"default"}'
+    if aliases:
+        production.use_aliases()
+        databases = '{"default", "peer1"}'
+    production.project.write(
+        {"shop/migrations/0002_row.py": ROW, "shop/tests.py": SERIALIZED % databases}
+    )
+    assert "Ran 2 tests" in production.project.manage("test")
+    assert production.test_databases() == []
+
+
 @pytest.mark.skipif(django.VERSION < (4, 2), reason="spawn came with Django 4.1")
 def test_parallel_spawned(production: Production) -> None:
     """Processes that start from nothing read production's settings, and use their clones."""
@@ -421,12 +555,12 @@ def test_mirrors_and_names(production: Production) -> None:
     """TEST: NAME, MIRROR and DEPENDENCIES of balancers are read as of any other alias."""
     peers = production.databases["default"]["PEERS"]
     production.databases = {
-        "default": entry(PEERS=peers, TEST={"NAME": f"test_{DATABASE}_first"}),
+        "default": entry(
+            PEERS=peers, TEST={"NAME": f"test_{DATABASE}_first", "DEPENDENCIES": ["other"]}
+        ),
         "mirror": entry(PEERS=peers, TEST={"MIRROR": "default"}),
         "same": entry(PEERS=peers[::-1], TEST={"NAME": f"test_{DATABASE}_first"}),
-        "other": entry(
-            PEERS=peers, TEST={"NAME": f"test_{DATABASE}_other", "DEPENDENCIES": ["default"]}
-        ),
+        "other": entry(PEERS=peers, TEST={"NAME": f"test_{DATABASE}_other", "DEPENDENCIES": []}),
     }
     production.configure()
     production.use_tests('{"default", "mirror", "same", "other"}')
@@ -434,12 +568,42 @@ def test_mirrors_and_names(production: Production) -> None:
     assert "Ran 5 tests" in output
     names = [f"test_{DATABASE}_first", f"test_{DATABASE}_other"]
     assert production.test_databases() == names
-    assert output.count("Using existing test database") == 2
+    # The default alias comes first but for what it depends on.
+    assert re.findall(r"Using existing test database for alias '(\w+)'", output) == [
+        "other",
+        "default",
+    ]
 
 
 def test_reverse(production: Production) -> None:
-    """--reverse."""
-    assert "Ran 5 tests" in production.project.manage("test", "--reverse")
+    """--reverse: of each kind of test the last comes first."""
+    orders = []
+    for args in ((), ("--reverse",)):
+        output = production.project.manage("test", "-v2", *args)
+        assert "Ran 5 tests" in output
+        orders.append(re.findall(r"^test_\w+ \(shop\.tests\.(\w+)", output, re.MULTILINE))
+    (case, *others), backwards = orders
+    assert case == "One"
+    assert backwards == [case, *reversed(others)]
+
+
+def test_default_alias_under_another_balancer(production: Production) -> None:
+    """A plain default alias that serves as a peer has the one test database, by its own name."""
+    dead, alive = production.peers
+    production.databases = {
+        "balanced": production.balancer(PEERS=["dead", "default"]),
+        "dead": {"ENGINE": MYSQL, **dead},
+        "default": {"ENGINE": MYSQL, **alive},
+    }
+    production.configure()
+    # The plain engine's connection, which serves the view, knows no peer.
+    production.project.write({"urls.py": FILES["urls.py"].replace("connection.peer.name", "None")})
+    production.use_tests('{"default", "balanced"}')
+    output = production.project.manage("test", "-v2")
+    assert "Ran 5 tests" in output
+    assert re.findall(r"Creating test database for alias '(\w+)'", output) == ["default"]
+    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
+    assert production.test_databases() == []
 
 
 def test_aliases_as_peers_share_the_test_database(production: Production) -> None:
