@@ -31,7 +31,7 @@ from django_proxysql import LoadBalancer
 from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
 from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
-from tests.fakes import Clock, Driver, bad_password, even, peers, raised_by, refused_by_host
+from tests.fakes import Clock, Driver, bad_password, even, peers, raised_by, refused_by_host, until
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.redis import RedisServer
@@ -55,6 +55,20 @@ class SteppedLink(Link):
         return super()._exchange(calls)
 
 
+class LateLink(SteppedLink):
+    """One whose answers come when who has asked no longer waits, while ``is_slow``."""
+
+    is_slow = False
+
+    def ask(self, question: Any, seconds: float) -> Any:
+        if not self.is_slow:
+            return super().ask(question, seconds)
+        self._asked.append(question)
+        answer = question.answer
+        self.step(self._now() if self._now else 0.0)
+        return answer
+
+
 class InOrder:
     def order(self, peers: Any) -> Any:
         return peers
@@ -64,7 +78,12 @@ class Process:
     """One process of the fleet."""
 
     def __init__(
-        self, fleet: World, names: tuple[str, ...], host: str = "", **options: Any
+        self,
+        fleet: World,
+        names: tuple[str, ...],
+        host: str = "",
+        link: type[SteppedLink] = SteppedLink,
+        **options: Any,
     ) -> None:
         self.fleet = fleet
         self.driver = Driver()
@@ -77,7 +96,7 @@ class Process:
             jitter=even,
             **options,
         )
-        self.link = SteppedLink(fleet.url, now=fleet.redis_clock)
+        self.link = link(fleet.url, now=fleet.redis_clock)
         if host:
             self.link.host = host
         self.db.sharing = self.sharing = Sharing(self.db, self.link)
@@ -476,6 +495,129 @@ class TestCircuits:
         assert one.due_in("db1") == pytest.approx(29.5)
         # What Redis says, and a little later: the fleet's trial is somebody's, not everybody's.
         assert other.due_in("db1") == pytest.approx(29.5 + 3, abs=0.01)
+
+
+class TestSlowRedis:
+    """Answers that come, but too late for whoever has asked."""
+
+    def fleet(self, world: World) -> list[Process]:
+        """Two processes that know of a peer that is out, whose trial is due now, Redis slow."""
+        processes = world.processes(2, link=LateLink)
+        world.down["db1"] = refused_by_host
+        processes[0].connect()
+        for process in processes:
+            process.step()
+            process.driver.calls.clear()
+        world.clock.advance(36)
+        for process in processes:
+            process.link.is_slow = True  # type: ignore[attr-defined]
+        return processes
+
+    def test_keeps_no_peer_out(self, world: World) -> None:
+        """A lease that was granted too late is used a second later: one trial, by one process."""
+        one, other = self.fleet(world)
+        world.down.clear()
+        assert (one.connect(), other.connect()) == ("db2", "db2")
+        for process in (one, other):
+            process.step()
+        world.clock.advance(1)
+        tried = []
+
+        def meanwhile() -> None:
+            # … and by nobody else, however long it takes.
+            for _ in range(3):
+                one.step()
+                tried.append(other.connect())
+                world.clock.advance(8)
+
+        one.driver.down = {"db1": meanwhile}
+        assert one.connect() == "db1"
+        assert tried == ["db2"] * 3
+        assert one.hosts == ["db2", "db1"]
+        assert "db1" not in other.hosts
+        one.step()
+        other.step()
+        assert one.states == other.states == ["closed", "closed"]
+
+    def test_lease_that_nobody_uses(self, world: World) -> None:
+        """It runs out, and the other process has its trial; the first one has waited enough."""
+        one, other = self.fleet(world)
+        one.connect()
+        world.clock.advance(12)
+        for process in (one, other):
+            process.step()
+        other.link.is_slow = False  # type: ignore[attr-defined]
+        assert other.sharing.may_try("db1") == 0
+        one, _ = self.fleet(world)
+        one.connect()
+        world.clock.advance(12)
+        one.step()
+        assert one.sharing.may_try("db1") == 0
+
+    def test_child_of_a_fork_has_none_of_it(self, world: World) -> None:
+        """A lease is its parent's."""
+        one, _ = self.fleet(world)
+        one.connect()
+        one.link._forget_connection()
+        one.step()
+        assert one.sharing.may_try("db1") > 0
+
+    def test_no_answer_at_all(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A thread that does not get to run is waited for once, and then no more."""
+        one, _ = self.fleet(world)
+        monkeypatch.setattr(one.link, "ask", lambda question, seconds: None)
+        assert one.sharing.may_try("db1") == 1
+        assert one.sharing.may_try("db1") == 0
+
+    def test_is_said_once(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        """One line when it has been slow for a while, and one when it is no longer."""
+        caplog.set_level(logging.INFO, "django_proxysql")
+        link = world.process().link
+        clocked = link._clocked
+        for seconds in [0.1] * 4 + [0.01] + [0.1] * 20 + [0.01] * 5:
+            # What this machine took is of no interest.
+            link._clocked = lambda _, took=seconds: clocked(took)  # type: ignore[misc]
+            world.clock.advance(1)
+            link.step(world.clock())
+        assert ["is slow: it took more than 50 ms" in line for line in caplog.messages] == [
+            True,
+            False,
+        ]
+        assert "is of use again" in caplog.messages[1]
+
+    @pytest.mark.parametrize("probe", ["inline", "background"])
+    def test_really(
+        self,
+        redis_server: RedisServer,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        probe: str,
+    ) -> None:
+        """The link's own thread, 120 ms away from Redis: a peer that is well is taken back."""
+        driver = Driver()
+        driver.down["db1"] = refused_by_host
+        db = LoadBalancer(
+            peers("db1", "db2"),
+            driver.connect,
+            strategy=InOrder,
+            check_interval=1,
+            shared_state=f"{redis_server.url}?prefix=test-{secrets.token_hex(4)}",
+            probe=probe,
+        )
+        assert db.sharing is not None
+        exchange = Link._exchange
+
+        def far(link: Link, calls: Any) -> list[Any]:
+            threading.Event().wait(0.12)
+            return exchange(link, calls)
+
+        monkeypatch.setattr(Link, "_exchange", far)
+        assert db.connect().host == "db2"
+        assert db.sharing.settle(10)
+        assert db.sharing._shared["db1"].agreed.is_open
+        driver.down.clear()
+        until(lambda: db.connect().host == "db1")
+        until(lambda: any("is slow" in line for line in caplog.messages))
 
 
 class TestRedis:
@@ -902,22 +1044,29 @@ class TestThread:
         db.peers["db1"].breaker.open()
         assert db.sharing.settle(10)
         redis_server.freeze()
-        asked: list[float] = []
+        waits: list[float] = []
         ask = db.sharing.link.ask
 
+        class Bell:
+            def acquire(self, timeout: float) -> bool:
+                waits.append(timeout)
+                return False
+
+            def release(self) -> None:
+                pass
+
         def noted(question: Any, seconds: float) -> Any:
-            asked.append(seconds)
+            question.bell = Bell()
             return ask(question, seconds)
 
         db.sharing.link.ask = noted  # type: ignore[method-assign]
         db.peers["db1"].breaker.half_open()
         db.connect()
-        assert asked == [0.05]
-        waiting = len(db.sharing.link._asked)
+        assert waits == [0.05]
         db.peers["db1"].breaker.half_open()
         db.connect()
-        # It was not even asked: nothing waits for the thread that did not before.
-        assert len(db.sharing.link._asked) <= waiting
+        # The second one is not waited for; nor asked, where Redis is known to be silent.
+        assert sum(waits) == 0.05
 
     def test_no_thread_to_be_had(
         self, own_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -27,7 +27,10 @@ How it holds
   be the only one that cannot reach the peer: from the second time on it keeps that to itself, as
   long as no other host says the same.
 * **Redis away** costs a thread that waits for nothing else. Who asks it for a lease waits
-  50 ms at most, and nobody asks again within a second.
+  50 ms at most, and nobody waits again within a second.
+* **Redis slow**: an answer that comes later than that is not lost. A lease is kept for whoever
+  asks next, and a trial is put off for an answer that is late no more than once: a circuit never
+  stays open because Redis takes its time.
 
 No lock is held while anything waits, and nobody but the thread uses the connection to Redis.
 """
@@ -47,16 +50,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..breaker import CLOSED, Circuit
 from ..faults import Fault
 from ..logger import complain
-from .link import INTERVAL, Link, Question, checked_url, link_to, refusal
+from .link import INTERVAL, PATIENCE, Link, Question, checked_url, link_to, refusal
 
 if TYPE_CHECKING:
     from ..balancer import LoadBalancer
     from ..peer import Peer
 
 __all__ = ["Fleet", "Link", "Moment", "Sharing", "checked_url"]
-
-#: The longest that a connect whose peer's trial is due waits to hear whether it may make it.
-PATIENCE = 0.05
 
 #: Seconds for which the fleet's record of what happened goes back.
 HISTORY = 3600
@@ -104,6 +104,15 @@ class _Agreed(NamedTuple):
     generation: int = 0
 
 
+class _Grant(NamedTuple):
+    """A lease that this process holds in Redis, and has not used yet."""
+
+    #: Who it was granted to: not the child of a fork.
+    me: str
+    #: Until when on the balancer's clock, at least.
+    until: float
+
+
 class _Wish:
     """What an operator has said of a peer."""
 
@@ -116,12 +125,16 @@ class _Wish:
 class _Shared:
     """One peer's part. All but the wishes is the thread's own, and replaced by one assignment."""
 
-    __slots__ = ("agreed", "drain_version", "left_to_others", "wishes")
+    __slots__ = ("agreed", "drain_version", "grant", "left_to_others", "waited", "wishes")
 
     def __init__(self) -> None:
         self.agreed = _Agreed()
         #: Seconds for which a trial that was asked for is to be left to others.
         self.left_to_others = 0.0
+        #: The lease that was granted to somebody here who may not have waited for the answer.
+        self.grant: _Grant | None = None
+        #: By whom a trial was put off for an answer that was late, and has not come as a no.
+        self.waited = ""
         self.drain_version = 0
         #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
         self.wishes: deque[_Wish] = deque()
@@ -140,6 +153,10 @@ class _Request:
     beat: dict[str, int]
     #: What was stored when everything was agreed on last; None: not everything is.
     stamp: str | None
+    #: When it was made, on the balancer's clock.
+    at: float = 0.0
+    #: The peers whose trial is asked for.
+    bids: frozenset[str] = frozenset()
     #: Whether it is enough to ask if that is as it was: there is nothing to tell.
     is_quiet: bool = False
 
@@ -291,7 +308,8 @@ class Sharing:
         balancer = self._balancer()
         if balancer is None:
             return request
-        now = balancer.clock()
+        now = request.at = balancer.clock()
+        request.bids = frozenset(bids)
         # One that has lost all of its peers may be what is wrong itself.
         cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in balancer.peers.values())
         for name, peer in balancer.peers.items():
@@ -318,6 +336,7 @@ class Sharing:
                     q=circuit.question,
                     hold=circuit.lease is not None and now < circuit.lease.expires,
                     bid=name in bids,
+                    keep=self._is_kept(shared, now),
                 )
             request.circuits[field] = told
             wishes = request.wishes[name] = list(shared.wishes.copy())
@@ -327,7 +346,7 @@ class Sharing:
                 "wish": bool(wishes),
             }
             request.beat[field] = peer.connections
-            if told["op"] or told.get("hold") or told.get("bid") or wishes:
+            if told["op"] or any(map(told.get, ("hold", "bid", "keep"))) or wishes:
                 # A lease that is held has to be given back, whatever comes: in full once more.
                 self._stamp = request.stamp = None
         request.is_quiet = request.stamp is not None
@@ -346,7 +365,10 @@ class Sharing:
         agreed = True
         for name, seen in request.seen.items():
             peer, field = balancer.peers[name], self._fields[name]
-            agreed &= self._apply_circuit(peer, seen, said["circuits"][field])
+            told = said["circuits"][field]
+            if name in request.bids:
+                self._apply_bid(self._shared[name], request.at, told)
+            agreed &= self._apply_circuit(peer, seen, told)
             self._apply_drain(balancer, peer, request.wishes[name], said["drains"].get(field))
         wrong = refusal(said)
         if said.get("garbage"):
@@ -354,6 +376,23 @@ class Sharing:
         # While somebody holds a trial, or this process does, each round trip is one in full.
         self._stamp = str(said["stamp"]) if agreed and not wrong and said["stamp"] else None
         return wrong
+
+    def _apply_bid(self, shared: _Shared, asked: float, said: Mapping[str, Any]) -> None:
+        # Before anybody is answered: who has the answer takes this away.
+        if not said["granted"]:
+            shared.grant, shared.waited = None, ""
+        elif said["s"] == "open":
+            shared.grant = _Grant(self.link.me, asked + self._lease / 1000)
+
+    def _is_kept(self, shared: _Shared, now: float) -> bool:
+        """Return whether a lease is kept for the next who asks, and forget one that has run out."""
+        grant = shared.grant
+        if grant is None:
+            return False
+        if grant.me != self.link.me or now >= grant.until:
+            shared.grant = None
+            return False
+        return True
 
     def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> bool:
         """Return whether there is nothing more to be said of it, as long as nothing happens."""
@@ -419,17 +458,28 @@ class Sharing:
 
         Waits 50 ms at most.
         """
-        balancer = self._balancer()
+        balancer, shared = self._balancer(), self._shared[name]
         # What the others do not know of is nobody else's trial; and one that has no other peer
         # left connects, whatever is said.
-        known = self._shared[name].agreed.is_open
-        if balancer is None or not known or not balancer.has_usable():
+        if balancer is None or not shared.agreed.is_open or not balancer.has_usable():
             return 0.0
         self.start()
+        if self._is_kept(shared, balancer.clock()):
+            shared.grant, shared.waited = None, ""
+            # It goes on from now on, by the trial that is under way.
+            self.link.wake()
+            return 0.0
+        # First: a no that comes right after we have given up is to be seen.
+        waited, shared.waited = shared.waited, self.link.me
         answer = self.link.ask(Question(self, peer=name), PATIENCE)
-        if answer is None:
-            return INTERVAL if self.link.is_late else 0.0
-        return float(answer)
+        if answer is not None:
+            shared.grant, shared.waited = None, ""
+            return float(answer)
+        if waited == self.link.me or not self.link.is_late:
+            # A lease that was granted, and has run out meanwhile, has been waited for as well.
+            shared.waited = ""
+            return 0.0
+        return INTERVAL
 
 
 class _Gate:

@@ -35,6 +35,11 @@ INTERVAL = 1.0
 #: Seconds for which the thread waits for Redis. Nobody waits for the thread as long as that.
 TIMEOUT = 0.25
 
+#: The longest that a connect whose peer's trial is due waits to hear whether it may make it, in
+#: seconds; and so many round trips in a row that take longer are worth a word.
+PATIENCE = 0.05
+SLOW = 5
+
 #: Seconds after which a process that is not heard of counts as gone.
 ALIVE = 5
 
@@ -155,6 +160,10 @@ class Link:
         self._retry_at = self._silent_until = float("-inf")
         #: Since when there is trouble, which has been logged.
         self._trouble_since: float | None = None
+        #: How many round trips have been slow lately: each one counts, and each swift one takes
+        #: one off.
+        self._slow = 0
+        self._is_slow = False
 
     # The thread
 
@@ -250,6 +259,7 @@ class Link:
             for member in members
         ]
         views = [question for question in asked if question.fleet]
+        began = time.monotonic()
         try:
             answers = self._exchange(
                 [
@@ -283,8 +293,9 @@ class Link:
             # A fleet that lost its Redis at one moment is not to come back at one moment.
             wait = INTERVAL * (1 + random.random())
             self._retry_at = now + wait
-            self._in_trouble(now, f"{type(exc).__name__}: {exc}")
+            self._in_trouble(now, f"of no use: {type(exc).__name__}: {exc}")
             return wait
+        self._clocked(time.monotonic() - began)
         self.heard, self._heard_at = True, now
         for question, answer in zip(views, answers[len(composed) :]):
             if not isinstance(answer, Exception):
@@ -295,7 +306,10 @@ class Link:
             elif not question.fleet:
                 question.answer = not said and question.of.has_told_all
         if said:
-            self._in_trouble(now, said)
+            self._in_trouble(now, f"of no use: {said}")
+        elif self._is_slow:
+            milliseconds = int(PATIENCE * 1000)
+            self._in_trouble(now, f"slow: it took more than {milliseconds} ms {SLOW} times")
         elif self._trouble_since is not None:
             seconds = now - self._trouble_since
             self._trouble_since = None
@@ -348,6 +362,15 @@ class Link:
 
     # Trouble
 
+    def _clocked(self, seconds: float) -> None:
+        """Note how long a round trip took, on the clock of those who wait for it."""
+        if seconds <= PATIENCE:
+            self._slow = max(0, self._slow - 1)
+            self._is_slow &= self._slow > 0
+        elif self._slow < SLOW:
+            self._slow += 1
+            self._is_slow |= self._slow == SLOW
+
     def _in_trouble(self, now: float, what: str) -> None:
         if self._trouble_since is not None:
             return
@@ -357,8 +380,8 @@ class Link:
             what = what.replace(str(password), "…")
         _log(
             logging.WARNING,
-            "Redis at %s, by which processes share their circuits, is of no use: %s. Each goes "
-            "on with what it knows itself.",
+            "Redis at %s, by which processes share their circuits, is %s. Each goes on with what "
+            "it knows itself.",
             self.address,
             what,
         )
@@ -368,11 +391,16 @@ class Link:
     def ask(self, question: Question, seconds: float) -> Any:
         """Return what Redis answers, or None: it did not within ``seconds``, or is away."""
         now = time.monotonic()
-        if now < self._retry_at or now < self._silent_until:
+        if now < self._retry_at:
             return None
+        if now < self._silent_until:
+            if not question.peer:
+                return None
+            # Not waited for, but asked: a lease that is granted is kept.
+            seconds = 0.0
         self._asked.append(question)
         self.wake()
-        if not question.bell.acquire(timeout=seconds):
+        if not question.bell.acquire(timeout=seconds) and seconds:
             # Whoever comes next does not wait as well.
             self._silent_until = now + INTERVAL
         return question.answer

@@ -191,7 +191,7 @@ for field, theirs in pairs(request.circuits) do
       if not other then
         record.h, record.hu, changed = me, now + theirs.lease, true
       end
-    elseif record.h == me then
+    elseif record.h == me and not theirs.keep then
       record.h, record.hu, changed = '', 0, true
     end
   else
