@@ -485,7 +485,7 @@ class LoadBalancer:
         :param force: drain it even if no other takes connections.
         :raises KeyError: the balancer has no such peer.
         :raises DrainRefused: no other peer takes connections: its circuit is
-            open, or it is drained itself.
+            open, or it is drained itself, or another process drains it just now.
         """
         peer = self.peers[name]
         if self.sharing is not None:
@@ -500,7 +500,11 @@ class LoadBalancer:
                     "could be made after it is drained."
                 )
             changed, peer.drained = not peer.drained, True
-        self._wish_drained(peer, True, changed)
+        if self._wish_drained(peer, True, changed, force):
+            raise DrainRefused(
+                f"{name!r} is the last peer of {self.name!r} that takes connections: another "
+                "process has drained the others just now."
+            )
 
     def undrain(self, name: str) -> None:
         """Let a peer have new connections again.
@@ -513,12 +517,15 @@ class LoadBalancer:
             changed, peer.drained = peer.drained, False
         self._wish_drained(peer, False, changed)
 
-    def _wish_drained(self, peer: Peer, drained: bool, changed: bool) -> None:
+    def _wish_drained(self, peer: Peer, drained: bool, changed: bool, force: bool = False) -> bool:
+        """Tell of what an operator wishes; return whether it was refused, and taken back."""
         self._drain_changed(peer, drained, changed, learnt=False)
-        if self.sharing is not None:
-            self.sharing.wish(peer, drained)
-            # A command's process may end right after this.
-            self.sharing.settle()
+        if self.sharing is None:
+            return False
+        wish = self.sharing.wish(peer, drained, forced=force)
+        # A command's process may end right after this.
+        self.sharing.settle()
+        return wish.was_refused
 
     def learn_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> None:
         """Take over what another process, or this one, has wished for.

@@ -14,6 +14,8 @@ How it holds
   knew. A change that was made in ignorance of another one is dropped, and the other one
   adopted: a late word changes nothing. A record that is older than what a process knows of it,
   or gone, was lost (FLUSHALL, a failover), and is written again.
+* **Wishes have an age.** Of two operators' wishes the younger one counts, also where the older one
+  reaches Redis last. Of two that drain the last two peers at once Redis refuses one.
 * **State, not messages.** What is reported is the difference between the circuit and what was
   last agreed on. A round trip that failed, a thread that was killed anywhere, a fork: the next
   round trip finds the same difference.
@@ -40,6 +42,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import socket
 import weakref
 from collections import deque
@@ -50,7 +53,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..breaker import CLOSED, Circuit
 from ..faults import Fault
 from ..logger import complain
-from .link import INTERVAL, PATIENCE, Link, Question, checked_url, link_to, refusal
+from .link import INTERVAL, PATIENCE, Link, Question, _log, checked_url, link_to, refusal
 
 if TYPE_CHECKING:
     from ..balancer import LoadBalancer
@@ -113,19 +116,33 @@ class _Grant(NamedTuple):
     until: float
 
 
-class _Wish:
+class Wish:
     """What an operator has said of a peer."""
 
-    __slots__ = ("drained",)
+    __slots__ = ("drained", "forced", "made", "was_refused")
 
-    def __init__(self, drained: bool) -> None:
+    def __init__(self, drained: bool, forced: bool, made: float) -> None:
         self.drained = drained
+        #: Whether it holds even if it leaves no peer undrained.
+        self.forced = forced
+        #: When, on the balancer's clock.
+        self.made = made
+        #: Whether Redis has refused it: the others have drained all other peers.
+        self.was_refused = False
 
 
 class _Shared:
     """One peer's part. All but the wishes is the thread's own, and replaced by one assignment."""
 
-    __slots__ = ("agreed", "drain_version", "grant", "left_to_others", "waited", "wishes")
+    __slots__ = (
+        "agreed",
+        "drain_at",
+        "drain_version",
+        "grant",
+        "left_to_others",
+        "waited",
+        "wishes",
+    )
 
     def __init__(self) -> None:
         self.agreed = _Agreed()
@@ -136,8 +153,10 @@ class _Shared:
         #: By whom a trial was put off for an answer that was late, and has not come as a no.
         self.waited = ""
         self.drain_version = 0
+        #: When what Redis says of the drain was wished for, on the balancer's clock.
+        self.drain_at = float("-inf")
         #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
-        self.wishes: deque[_Wish] = deque()
+        self.wishes: deque[Wish] = deque()
 
 
 @dataclass
@@ -149,7 +168,7 @@ class _Request:
     #: By peer: the record that was looked at.
     seen: dict[str, Circuit]
     #: By peer: the wishes that are told; the last one counts.
-    wishes: dict[str, list[_Wish]]
+    wishes: dict[str, list[Wish]]
     beat: dict[str, int]
     #: What was stored when everything was agreed on last; None: not everything is.
     stamp: str | None
@@ -253,13 +272,20 @@ class Sharing:
         """Whether Redis has heard of all wishes of this process."""
         return not any(shared.wishes for shared in self._shared.values())
 
-    def wish(self, peer: Peer, drained: bool) -> None:
+    def wish(self, peer: Peer, drained: bool, *, forced: bool = False) -> Wish:
         """Have all processes drain or undrain a peer.
 
         :param peer: one of the balancer's.
-        :param drained: what is wished; the last wish counts.
+        :param drained: what is wished. The last wish counts, of whichever process, however
+            late Redis hears of it.
+        :param forced: drain it even if that leaves no peer undrained.
+        :returns: the wish, which says whether it was refused, once Redis has heard of it.
         """
-        self._shared[peer.name].wishes.append(_Wish(drained))
+        balancer = self._balancer()
+        made = float("-inf") if balancer is None else balancer.clock()
+        wish = Wish(drained, forced, made)
+        self._shared[peer.name].wishes.append(wish)
+        return wish
 
     def fleet(self, seconds: float = PATIENCE) -> Fleet | None:
         """Ask what all processes know together.
@@ -344,6 +370,8 @@ class Sharing:
                 "v": str(shared.drain_version),
                 "on": wishes[-1].drained if wishes else peer.drained,
                 "wish": bool(wishes),
+                "force": bool(wishes) and wishes[-1].forced,
+                "age": _ms(now - (wishes[-1].made if wishes else shared.drain_at), _WISHES),
             }
             request.beat[field] = peer.connections
             if told["op"] or any(map(told.get, ("hold", "bid", "keep"))) or wishes:
@@ -369,7 +397,12 @@ class Sharing:
             if name in request.bids:
                 self._apply_bid(self._shared[name], request.at, told)
             agreed &= self._apply_circuit(peer, seen, told)
-            self._apply_drain(balancer, peer, request.wishes[name], said["drains"].get(field))
+        drains = [
+            (balancer.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
+        ]
+        # Those that take connections again come first: at no moment is everything drained.
+        for peer, drain in sorted(drains, key=lambda one: one[1] is None or one[1]["on"] is True):
+            self._apply_drain(balancer, peer, request.wishes[peer.name], drain)
         wrong = refusal(said)
         if said.get("garbage"):
             wrong = wrong or "what is stored there is not what was written"
@@ -431,21 +464,33 @@ class Sharing:
         self,
         balancer: LoadBalancer,
         peer: Peer,
-        told: list[_Wish],
+        told: list[Wish],
         said: Mapping[str, Any] | None,
     ) -> None:
         if said is None:
             return
         shared, version = self._shared[peer.name], int(said["v"])
-        if said["done"]:
-            for wish in told:
-                with contextlib.suppress(ValueError):
-                    shared.wishes.remove(wish)
-        if version > shared.drain_version:
-            shared.drain_version = version
-            # A wish that has come meanwhile is younger.
-            if not shared.wishes:
-                balancer.learn_drained(peer, said["on"] is True, learnt=not said["done"])
+        was_heard = said["done"] is True
+        was_refused = was_heard and said.get("refused") is True
+        if version > shared.drain_version or was_heard:
+            shared.drain_version = max(version, shared.drain_version)
+            shared.drain_at = balancer.clock() - _bounded(said.get("age"), _WISHES)
+            # A wish that has come meanwhile is younger. And first this: a wish that was heard is
+            # told again, if this is broken off.
+            if len(shared.wishes) <= len(told):
+                learnt = said.get("taken") is not True
+                balancer.learn_drained(peer, said["on"] is True, learnt=learnt)
+        if was_refused:
+            _log(
+                logging.WARNING,
+                "%s: %s is not drained: others have drained all other peers",
+                balancer.name,
+                peer.name,
+            )
+        for wish in told if was_heard else ():
+            wish.was_refused = was_refused and wish.drained
+            with contextlib.suppress(ValueError):
+                shared.wishes.remove(wish)
 
     # What a breaker asks
 
@@ -538,8 +583,8 @@ def _is_local(address: str) -> bool:
     )
 
 
-def _ms(seconds: float) -> int:
-    return int(max(0.0, min(seconds, 86400.0)) * 1000)
+def _ms(seconds: float, most: float = 86400.0) -> int:
+    return int(max(0.0, min(seconds, most)) * 1000)
 
 
 def _bounded(milliseconds: Any, most: float) -> float:

@@ -216,22 +216,52 @@ for field, theirs in pairs(request.circuits) do
   } or {v = '0', s = 'closed', done = done, granted = granted}
 end
 
+local stored = {}
 for field, theirs in pairs(request.drains) do
   local record = read(drains, field)
   if record and type(record.on) ~= 'boolean' then record, garbage = nil, garbage + 1 end
+  if record then record.at = between(record.at, 0, now) or 0 end
   local known = tonumber(theirs.v)
+  if not theirs.wish and (record and record.v or 0) < known then
+    record = {v = known, on = theirs.on, at = now - theirs.age}
+    store(drains, field, record, request.wishes)
+  end
+  stored[field] = record
+end
+
+local function is_last(field)
+  for other in pairs(request.drains) do
+    if other ~= field and not (stored[other] and stored[other].on) then return false end
+  end
+  return true
+end
+
+for field, theirs in pairs(request.drains) do
+  local record = stored[field]
   local version = record and record.v or 0
   local was = record and record.on or false
+  local at = now - theirs.age
+  local done, taken, denied = false, false, false
   if theirs.wish then
-    local wished = {v = math.max(now_us, version + 1, known + 1), on = theirs.on}
-    if store(drains, field, wished, request.wishes) then
-      if was ~= theirs.on then note(field, theirs.on and 'drained' or 'undrained', '') end
-      reply.drains[field] = {v = string.format('%.0f', wished.v), on = wished.on, done = true}
+    if record and record.at > at and record.by ~= me then
+      -- Somebody has wished for something since.
+      done = true
+    elseif theirs.on and not was and not theirs.force and is_last(field) then
+      done, denied = true, true
+    else
+      local wished = {v = math.max(now_us, version + 1, tonumber(theirs.v) + 1), on = theirs.on,
+                      at = at, by = me}
+      if store(drains, field, wished, request.wishes) then
+        if was ~= theirs.on then note(field, theirs.on and 'drained' or 'undrained', '') end
+        record, done, taken = wished, true, true
+        stored[field] = record
+      end
     end
-  elseif version < known then
-    store(drains, field, {v = known, on = theirs.on}, request.wishes)
-  elseif record then
-    reply.drains[field] = {v = string.format('%.0f', version), on = was, done = false}
+  end
+  if record or done then
+    record = record or {v = 0, on = false, at = 0}
+    reply.drains[field] = {v = string.format('%.0f', record.v), on = record.on, done = done,
+                           taken = taken, refused = denied, age = now - record.at}
   end
 end
 
