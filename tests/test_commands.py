@@ -17,13 +17,18 @@ import pytest
 
 from django_proxysql.conf import ENGINE
 from django_proxysql.demo.servers import HOST, ports
-from tests.engine import MYSQL, mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, mysql_peer, postgres_peer
 from tests.project import Project, get
+from tests.servers import USER
 from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
 from tests.test_checks import has_database_option
 from tests.test_project import FILES
 
 DATABASE = "commands"
+
+#: Seconds for a command that looks at each alias, CONNECT_TIMEOUT being 1: one without it waited 45.
+BOUND = 30
 
 MIGRATION = """
 from django.db import connection, migrations, models
@@ -59,17 +64,25 @@ class Migration(migrations.Migration):
 class Shop(Project):
     """The project, and what stands in its DATABASES."""
 
-    def __init__(self, root: Path, alive: Node, peers: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        alive: Node | PostgreSQLNode,
+        peers: list[dict[str, Any]],
+        engine: str = MYSQL,
+    ) -> None:
         super().__init__(root, FILES)
         self.alive = alive
         self.peers = peers
+        self.engine = engine
 
     def configure(self, aliases: bool, **settings: Any) -> None:
         """Write DATABASES: the peers as aliases, before their balancer, or inline."""
-        names = {f"peer{n}": {"ENGINE": MYSQL, **peer} for n, peer in enumerate(self.peers)}
+        names = {f"peer{n}": {"ENGINE": self.engine, **peer} for n, peer in enumerate(self.peers)}
         databases: dict[str, Any] = names if aliases else {}
         databases["default"] = {
             "ENGINE": ENGINE,
+            "PEER_ENGINE": self.engine,
             "PEERS": list(names) if aliases else self.peers,
             "CONNECT_TIMEOUT": 1,
             **settings,
@@ -96,7 +109,7 @@ def shop(
     ]
     made = Shop(tmp_path, mariadb_third, peers)
     made.configure(request.param == "aliases")
-    assert "Create model Item" in made.manage("makemigrations", "shop")
+    assert "Create model Item" in made.manage("makemigrations", "shop", timeout=BOUND)
     assert "Applying shop.0001_initial... OK" in made.manage("migrate")
     yield made
     mariadb_third.sql(f"DROP DATABASE {DATABASE}")
@@ -109,7 +122,7 @@ def items(shop: Shop) -> list[str]:
 def test_migrations(shop: Shop) -> None:
     """makemigrations (it looks at every alias), migrate, showmigrations, sqlmigrate, inspectdb."""
     # The fixture has made the first; this one finds nothing new.
-    output = shop.manage("makemigrations", "--check", "--dry-run")
+    output = shop.manage("makemigrations", "--check", "--dry-run", timeout=BOUND)
     assert "No changes detected" in output
     aliases = "peer0" in json.loads((shop.root / "databases.json").read_text())
     aliases = aliases and django.VERSION >= (3, 2)
@@ -159,6 +172,61 @@ def test_dbshell(shop: Shop) -> None:
     """dbshell opens on the peer that lives."""
     output = shop.manage("dbshell", "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()")
     assert output.split() == [str(shop.alive.port), DATABASE]
+
+
+@pytest.fixture(params=["inline", "aliases"])
+def postgres_shop(
+    request: pytest.FixtureRequest,
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+    tmp_path: Path,
+) -> Iterator[Shop]:
+    """The same on PostgreSQL, with one peer that is dead and one that lives."""
+    dead, alive = postgres_pair
+    dead.kill()
+    alive.create_database(DATABASE, USER)
+    peers = [postgres_peer(dead, NAME=DATABASE), postgres_peer(alive, NAME=DATABASE, PRIORITY=1)]
+    made = Shop(tmp_path, alive, peers, POSTGRESQL)
+    # libpq takes no less.
+    made.configure(request.param == "aliases", CONNECT_TIMEOUT=2)
+    assert "Create model Item" in made.manage("makemigrations", "shop", timeout=BOUND)
+    assert "Applying shop.0001_initial... OK" in made.manage("migrate")
+    yield made
+    alive.sql(f"DROP DATABASE {DATABASE}")
+
+
+PSQL = ("dbshell", "--", "-X", "-A", "-t", "-F", " ", "-c")
+
+
+def test_migrations_on_postgresql(postgres_shop: Shop) -> None:
+    """The same commands, and those that move data."""
+    shop = postgres_shop
+    assert "No changes detected" in shop.manage("makemigrations", "--check", timeout=BOUND)
+    assert "[X] 0001_initial" in shop.manage("showmigrations", "shop")
+    assert "CREATE TABLE" in shop.manage("sqlmigrate", "shop", "0001")
+    assert "class ShopItem" in shop.manage("inspectdb")
+    assert "no issues" in shop.manage("check")
+    shop.alive.sql("INSERT INTO shop_item (name) VALUES ('x')", DATABASE)
+    shop.manage("dumpdata", "shop", "-o", "dump.json")
+    shop.manage("flush", "--noinput")
+    assert items(shop) == []
+    assert "Installed 1 object" in shop.manage("loaddata", "dump.json")
+    assert items(shop) == ["x"]
+    shop.manage("migrate", "shop", "zero")
+    assert shop.alive.sql("SELECT to_regclass('shop_item')", DATABASE) == "\n"
+
+
+@pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+def test_dbshell_on_postgresql(
+    postgres_shop: Shop, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], fault: str
+) -> None:
+    """psql opens on the peer that lives, logged in by the peer's own entry."""
+    if fault == "freeze":
+        postgres_pair[0].start()
+        postgres_pair[0].freeze()
+    statement = "SELECT inet_server_port(), current_database(), current_user"
+    output = postgres_shop.manage(*PSQL, statement, timeout=BOUND)
+    assert output.split() == [str(postgres_shop.alive.port), DATABASE, USER]
 
 
 def test_testserver(shop: Shop) -> None:
