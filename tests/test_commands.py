@@ -27,7 +27,7 @@ from tests.test_project import FILES
 
 DATABASE = "commands"
 
-#: Seconds for a command that looks at each alias, CONNECT_TIMEOUT being 1: one without it waited 45.
+#: Seconds for a command that looks at each alias; CONNECT_TIMEOUT is 1. Without it one took 45.
 BOUND = 30
 
 MIGRATION = """
