@@ -275,12 +275,17 @@ def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
         # The default alias is made before all others, which depend on it. As a
         # peer it shares its own with the balancer (test_db_signature). And a
         # balancer may be a mirror of one of its peers.
-        if peer in (DEFAULT_DB_ALIAS, target):
+        if peer == target:
             continue
         test = theirs.setdefault("TEST", {})
         if not test.get("MIRROR"):
+            if peer == DEFAULT_DB_ALIAS:
+                continue
             test["MIRROR"] = target
-            balancers._mirrors[peer] = target, {*names, theirs.get("NAME")}
+        # Written by hand it is no less a mirror.
+        of = mirrored(peer, databases) or target
+        production = {*names, theirs.get("NAME"), databases.get(of, {}).get("NAME")}
+        balancers._mirrors.setdefault(peer, (of, production))
 
 
 def _alias_peers(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

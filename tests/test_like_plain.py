@@ -617,9 +617,13 @@ def test_aliases_as_peers_share_the_test_database(production: Production) -> Non
     assert production.test_databases() == []
 
 
-def test_peer_without_its_balancer(production: Production) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_peer_without_its_balancer(production: Production, by_hand: bool) -> None:
     """Nothing is made that a test of a peer alone could mirror: it is refused."""
     production.use_aliases()
+    if by_hand:
+        production.databases["peer1"]["TEST"] = {"MIRROR": "default"}
+        production.configure()
     production.use_tests('{"peer1"}')
     output = production.project.manage("test", status=1)
     assert "Add 'default' to the test's databases" in output
