@@ -261,3 +261,14 @@ def test_what_is_collected_before_we_are_called(pair: tuple[Node, Node], tmp_pat
     """A child's garbage collection says no goodbye for the parent's threads either."""
     script = "import warnings\nwarnings.simplefilter('ignore')\n" + EARLY
     assert Shop(tmp_path, pair, "secrets_.password").python(script).split() == ["True"]
+
+
+def test_a_password_that_cannot_be_copied(pair: tuple[Node, Node], tmp_path: Path) -> None:
+    """A method of an object that holds a lock: every command works that pickles no settings."""
+    password, _ = CALLABLES["with a lock"]
+    shop = Shop(tmp_path, pair, password)
+    shop.manage("makemigrations", "shop")
+    shop.manage("migrate")
+    if django.VERSION >= (3, 1):
+        assert "no issues" in shop.manage("check", "--database", "default")
+    assert "Ran 2 tests" in shop.manage("test")

@@ -35,8 +35,7 @@ def different_versions(connection: Any) -> list[Any]:
     for peer in balancer.peers.values():
         if balancer.clock() >= until or not peer.is_available:
             continue
-        # Of its own: a wrapper keeps what the first server told it.
-        other = connection.copy()
+        other = _another(connection)
         try:
             with balancer.pinned(peer):
                 other.ensure_connection()
@@ -57,6 +56,15 @@ def different_versions(connection: Any) -> list[Any]:
             id="django_proxysql.W005",
         )
     ]
+
+
+def _another(connection: Any) -> Any:
+    """Return a wrapper of its own, for one keeps what the first server told it.
+
+    Not ``copy()``, which deep-copies the settings: a PASSWORD that is a method of
+    an object that holds a lock cannot be.
+    """
+    return type(connection)(connection.settings_dict, connection.alias)
 
 
 def _server(connection: Any) -> str:
