@@ -278,3 +278,17 @@ def test_a_migration_stays_on_one_peer(
     assert list(counts.values()) == ["0"]
     for node in nodes:
         node.sql(f"DROP DATABASE {DATABASE}")
+
+
+@pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
+@pytest.mark.parametrize("shop", ["aliases"], indirect=True)
+def test_dbshell_of_a_peer(shop: Shop) -> None:
+    """dbshell of an alias peer opens on that server, with a PASSWORD that is a callable."""
+    with (shop.root / "settings.py").open("a") as settings:
+        settings.write(
+            "PASSWORD = DATABASES['peer2']['PASSWORD']\n"
+            "DATABASES['peer2']['PASSWORD'] = lambda: PASSWORD\n"
+        )
+    script = "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()"
+    output = shop.manage("dbshell", "--database", "peer2", *script)
+    assert output.split() == [str(shop.alive.port), DATABASE]

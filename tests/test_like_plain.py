@@ -650,3 +650,35 @@ class Handed(TransactionTestCase):
 """
     production.project.write({"shop/tests.py": text % DATABASE})
     assert "Ran 1 test" in production.project.manage("test")
+
+
+UNTOUCHED = """
+import unittest
+class Base:
+    databases = {"default"}
+    def test_it(self):
+        pass
+class One(Base, unittest.TestCase):
+    pass
+class Two(Base, unittest.TestCase):
+    pass
+"""
+
+
+def test_dropped_where_it_was_made(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> None:
+    """Two servers that know nothing of each other, in turn: test databases are of one of them."""
+    for node in mariadb_pair:
+        node.create_database(DATABASE)
+    peers = [mysql_peer(node, NAME=DATABASE) for node in mariadb_pair]
+    databases = {"default": entry(PEERS=peers, STRATEGY="round_robin")}
+    project = Project(tmp_path, {**FILES, "databases.json": json.dumps(databases)})
+    project.write({"shop/tests.py": UNTOUCHED})
+    project.manage("makemigrations", "shop")
+    try:
+        assert "Ran 2 tests" in project.manage("test", "--parallel", "2", "--noinput")
+        for node in mariadb_pair:
+            assert node.sql("SHOW DATABASES LIKE 'test%'") == ""
+    finally:
+        for node in mariadb_pair:
+            for name in (DATABASE, *node.sql("SHOW DATABASES LIKE 'test%'").split()):
+                node.sql(f"DROP DATABASE {name}")

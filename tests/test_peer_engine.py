@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -15,14 +16,16 @@ import django
 import pytest
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections, transaction
+from django.db import Error, OperationalError, connections, transaction
 from django.db.utils import load_backend
 
-from django_proxysql import balancers
+from django_proxysql import NotReady, balancers
+from django_proxysql.backends import versions
 from django_proxysql.backends.peer.base import DatabaseWrapper
 from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine, problems
 from django_proxysql.registry import introduce_peers
 from tests.app.models import Token
+from tests.children import in_child
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, nodb_cursor
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
@@ -56,7 +59,7 @@ def test_aliases_that_are_peers_have_it(mariadb: Node) -> None:
         assert isinstance(peer, real)
         assert peer.settings_dict is before
         assert (peer.vendor, peer.alias) == ("mysql", "peer0")
-        assert type(peer.features) is real.features_class
+        assert isinstance(peer.features, real.features_class)
         assert type(peer.ops) is real.ops_class
         for made in (copy.copy(peer), peer.copy(), peer.copy("another")):
             assert type(made) is type(peer)
@@ -181,10 +184,85 @@ def test_connected_it_is_asked_itself(
     with added(entries):
         introduce_peers()
         peer = connections["peer1"]
+        other = connections["balanced"].mysql_version
         assert peer.features.connection is connections["balanced"]
+        # Asked before, it has what the balancer said, and what was concluded from it.
+        assert peer.mysql_version == other != (10, 12, 3)
+        assert peer.mysql_server_info == connections["balanced"].mysql_server_info
         peer.ensure_connection()
         assert peer.mysql_version == (10, 12, 3)
+        assert peer.mysql_server_info.startswith("10.12.3")
         assert peer.features.connection is peer
+        # What it said is kept when it is closed.
+        peer.close()
+        assert peer.mysql_version == (10, 12, 3)
+
+
+def test_what_follows_from_an_answer(mariadb_pair: tuple[Node, Node]) -> None:
+    """A MySQL among peers that are MariaDB: once connected nothing is MariaDB's any more."""
+    first, second = mariadb_pair
+    second.options.append("--version=8.4.9")
+    second.kill()
+    second.start()
+    entries = {"peer0": alias(first), "peer1": alias(second, PRIORITY=1)}
+    with added({**entries, "balanced": balancer(*entries)}):
+        introduce_peers()
+        peer = connections["peer1"]
+        asked = [name for name in ("display_name", "mysql_is_mariadb") if hasattr(peer, name)]
+        before = [getattr(peer, name) for name in asked]
+        peer.ensure_connection()
+        assert peer.mysql_is_mariadb is False
+        assert [getattr(peer, name) for name in asked] != before
+        own = real_wrapper(peer)
+        try:
+            assert [getattr(peer, name) for name in asked] == [getattr(own, name) for name in asked]
+            assert peer.data_types == own.data_types
+        finally:
+            own.close()
+
+
+def real_wrapper(connection: Any) -> Any:
+    """Return a wrapper of Django's own engine with the same settings."""
+    wrapper = load_backend(MYSQL).DatabaseWrapper
+    return wrapper({**connection.settings_dict, "ENGINE": MYSQL}, "plain")
+
+
+@pytest.mark.parametrize("features_first", [False, True])
+def test_asked_where_the_balancer_has_nobody(mariadb: Node, features_first: bool) -> None:
+    """READY_CHECK refuses them all: a peer that is up says of itself what it is."""
+    entries = {"peer0": alias(mariadb), "peer1": alias(mariadb)}
+    refusing = balancer(*entries, READY_CHECK="tests.test_peer_engine.not_ready")
+    with added({**entries, "balanced": refusing}):
+        introduce_peers()
+        peer = connections["peer0"]
+        # Of the features one that the server is asked for, in every Django.
+        if features_first:
+            assert isinstance(peer.features.has_zoneinfo_database, bool)
+        assert peer.mysql_is_mariadb
+        assert peer.data_types["AutoField"]
+        assert isinstance(peer.features.has_zoneinfo_database, bool)
+        assert peer.connection is None
+        with pytest.raises(OperationalError):
+            connections["balanced"].ensure_connection()
+        with peer.cursor() as cursor:
+            cursor.execute("SELECT 1")
+
+
+def not_ready(connection: Any) -> None:
+    """A READY_CHECK that none passes."""
+    raise NotReady("not yet")
+
+
+def test_features_can_be_patched(mariadb: Node) -> None:
+    """As tests do: for the balancer's, whose they are, and for a while."""
+    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
+        introduce_peers()
+        features = connections["peer0"].features
+        with mock.patch.object(features, "has_bulk_insert", "patched"):
+            assert connections["balanced"].features.has_bulk_insert == "patched"
+            assert connections["peer0"].features.has_bulk_insert == "patched"
+        assert connections["peer0"].features.has_bulk_insert is True
+        assert "has_bulk_insert" not in vars(connections["balanced"].features)
 
 
 def test_not_asked_of_a_broken_transaction(mariadb: Node) -> None:
@@ -213,7 +291,7 @@ def test_each_thread_has_its_own(mariadb: Node) -> None:
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
-        assert found[0] is found[1] is not connections["balanced"].features
+        assert found[0].connection is found[1].connection is not connections["balanced"]
 
 
 def test_balancer_with_an_error(mariadb: Node) -> None:
@@ -304,6 +382,36 @@ def test_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> Non
             cursor.execute("SELECT 1")
 
 
+@pytest.mark.skipif(
+    not hasattr(load_backend(POSTGRESQL).DatabaseWrapper, "close_pool"),
+    reason="pools came with Django 5.1",
+)
+def test_pool(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+    """The balancer's pools are its own: a direct connection is made there and then."""
+    dead, alive = postgres_pair
+    dead.kill()
+    passwords = mock.Mock(side_effect=lambda: mysql_peer(alive)["PASSWORD"])
+    pool = {"pool": {"min_size": 1, "timeout": 1}}
+    entries = {
+        "peer0": alias(dead, POSTGRESQL, OPTIONS=pool),
+        "peer1": alias(alive, POSTGRESQL, OPTIONS=pool, PASSWORD=passwords),
+    }
+    with added({**entries, "balanced": balancer(*entries, CONNECT_TIMEOUT=2)}):
+        introduce_peers()
+        # The driver's own error, and not that a pool could not be filled in time.
+        with pytest.raises(OperationalError, match="refused"):
+            connections["peer0"].ensure_connection()
+        peer = connections["peer1"]
+        for count in (1, 2):
+            with peer.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            assert peer.pool is None
+            assert passwords.call_count == count
+            peer.close()
+        peer.close_pool()
+        assert connections["balanced"].pool is not None
+
+
 def test_sqlite(tmp_path: Path) -> None:
     """SQLite: files have no timeout, and work."""
     entries = {"peer0": {"ENGINE": SQLITE, "NAME": str(tmp_path / "db")}}
@@ -326,6 +434,81 @@ def test_over_django_prometheus(mariadb: Node) -> None:
         with peer.cursor() as cursor:
             cursor.execute("SELECT 1")
         assert metrics.connections_total.labels("peer0", "mysql")._value.get() == 1
+
+
+# Forked
+
+
+def pair_of(kind: str, request: pytest.FixtureRequest) -> tuple[Any, str]:
+    pair = request.getfixturevalue(f"{kind}_pair")
+    return pair[0], MYSQL if kind == "mariadb" else POSTGRESQL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_forked(kind: str, request: pytest.FixtureRequest) -> None:
+    """A child leaves its parent's connection alone, and makes its own."""
+    node, engine_ = pair_of(kind, request)
+    with added({"peer0": alias(node, engine_), "balanced": balancer("peer0")}):
+        introduce_peers()
+        peer = connections["peer0"]
+        session = "CONNECTION_ID()" if kind == "mariadb" else "pg_backend_pid()"
+
+        def ask() -> int:
+            with peer.cursor() as cursor:
+                cursor.execute(f"SELECT {session}")
+                return int(cursor.fetchone()[0])
+
+        mine = ask()
+        descriptor = peer.connection.fileno()
+        inode = os.stat(f"/proc/self/fd/{descriptor}").st_ino
+
+        def work() -> str:
+            there = [os.stat(f"/proc/self/fd/{fd}").st_ino for fd in inherited_descriptors()]
+            other = ask()
+            peer.close()
+            return f"{inode in there} {other != mine}"
+
+        assert in_child(work) == "False True"
+        assert ask() == mine
+        # In a transaction, which is the parent's.
+        with transaction.atomic("peer0"):
+            mine = ask()
+
+            def fail() -> str:
+                try:
+                    ask()
+                except Error:
+                    return "error"
+                return "no error"
+
+            assert in_child(fail) == "error"
+            assert ask() == mine
+
+
+def inherited_descriptors() -> list[str]:
+    """Return the numbers of the descriptors that are open and not those of the listing."""
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
+def test_forked_after_a_loss(mariadb: Node) -> None:
+    """The number of a socket that the driver has closed may be another's: it is let alone."""
+    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
+        introduce_peers()
+        peer = connections["peer0"]
+        peer.ensure_connection()
+        number = peer.connection.fileno()
+        mariadb.sql(f"KILL {peer.connection.thread_id()}")
+        with pytest.raises(OperationalError), peer.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        with open(os.devnull, "rb") as file:
+            # Whatever the driver says of its socket now: the number is a file's.
+            taken = number if file.fileno() == number else os.dup2(file.fileno(), number)
+            with mock.patch.object(peer._driver, "leave") as leave:
+                assert in_child(lambda: f"{leave.call_count}") == "0"
+            if taken != file.fileno():
+                os.close(taken)
 
 
 # The checks
@@ -386,10 +569,10 @@ def test_check_of_versions_passes_by_what_is_down(mariadb_pair: tuple[Node, Node
     """A peer that is dead or hangs is asked once; one whose circuit is open is not asked."""
     first, second = mariadb_pair
     second.freeze()
-    with engine([mysql_peer(node) for node in mariadb_pair], CONNECT_TIMEOUT=1) as connection:
+    with engine([mysql_peer(node) for node in mariadb_pair], CONNECT_TIMEOUT=1):
         assert check("balanced") == []
         assert [state.state for state in balancers["balanced"].snapshot()] == ["closed", "open"]
-        with mock.patch.object(type(connection), "copy", autospec=True) as copied:
+        with mock.patch.object(versions, "_another") as copied:
             check("balanced")
         assert copied.call_count == 1
     second.thaw()
@@ -402,7 +585,7 @@ def test_check_of_versions_ends_at_the_deadline(mariadb_pair: tuple[Node, Node])
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers) as connection:
         connection.ensure_connection()
-        copying = mock.patch.object(type(connection), "copy", autospec=True)
+        copying = mock.patch.object(versions, "_another")
         with mock.patch.object(balancers["balanced"], "clock", ticking), copying as copied:
             check("balanced")
         assert copied.call_count == 1

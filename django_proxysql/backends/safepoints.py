@@ -893,7 +893,7 @@ class SafePointsMixin(LoadBalancedMixin):
         for the child the connection is lost.
         """
         connection = self.connection
-        if connection is None or not self._driver.WATCHED:
+        if connection is None or not self._driver.LEAVES:
             return
         if self._hold is None and self._attempt is None:
             # Made without a balancer.

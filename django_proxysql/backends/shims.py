@@ -28,7 +28,8 @@ from .versions import different_versions
 __all__ = [
     "client_class",
     "creation_class",
-    "mirror_class",
+    "peer_client_class",
+    "peer_creation_class",
     "peer_validation_class",
     "schema_editor_class",
     "validation_class",
@@ -59,6 +60,27 @@ def client_class(base: type) -> type:
     class DatabaseClient(base):  # type: ignore[misc]
         def runshell(self, *args: Any, **kwargs: Any) -> Any:
             return base(self.connection.on_a_live_peer()).runshell(*args, **kwargs)
+
+    return DatabaseClient
+
+
+def _with_password(connection: Any) -> Any:
+    """Return a copy of a peer's wrapper, without a connection, whose PASSWORD is no callable."""
+    stand_in = copy.copy(connection)
+    stand_in.connection = None
+    settings = connection.settings_dict
+    password = drivers.password_from(settings.get("PASSWORD"))
+    stand_in.settings_dict = {**settings, "PASSWORD": password}
+    return stand_in
+
+
+@functools.cache
+def peer_client_class(base: type) -> type:
+    """Return the peer's own engine's client, with a callable PASSWORD called."""
+
+    class DatabaseClient(base):  # type: ignore[misc]
+        def runshell(self, *args: Any, **kwargs: Any) -> Any:
+            return base(_with_password(self.connection)).runshell(*args, **kwargs)
 
     return DatabaseClient
 
@@ -105,6 +127,13 @@ def creation_class(base: type) -> type:
             with on_one_peer(self.connection, self._peer):
                 return super().clone_test_db(*args, **kwargs)
 
+        def destroy_test_db(self, *args: Any, **kwargs: Any) -> Any:
+            # What a test has connected to is not where it was made. (A database
+            # in memory is not closed, and is where it is.)
+            self.connection.close()
+            with on_one_peer(self.connection, self._peer):
+                return super().destroy_test_db(*args, **kwargs)
+
         def _refuse_a_second(self) -> None:
             # Where the app is not installed and the peers stand before their
             # balancer, Django has met them before they were made its mirrors.
@@ -146,6 +175,19 @@ def mirror_class(base: type) -> type:
                 primary_settings_dict = connections[target].settings_dict
             super().set_as_test_mirror(primary_settings_dict)
 
+    return DatabaseCreation
+
+
+@functools.cache
+def peer_creation_class(base: type) -> type:
+    """Return the peer's own engine's creation: a mirror's, with a callable PASSWORD called."""
+
+    class DatabaseCreation(mirror_class(base)):  # type: ignore[misc]
+        def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
+            return base(_with_password(self.connection))._clone_db(*args, **kwargs)
+
+    if not hasattr(base, "_clone_db"):
+        del DatabaseCreation._clone_db
     return DatabaseCreation
 
 

@@ -32,6 +32,7 @@ class Driver(Protocol):
     """What a driver's file offers."""
 
     WATCHED: bool
+    LEAVES: bool
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
         """Return what ``exc`` says about the peer."""

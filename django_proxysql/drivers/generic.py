@@ -9,6 +9,9 @@ from ..faults import Fault
 #: Whether established connections are looked after: there is a server to lose.
 WATCHED = False
 
+#: Whether :func:`leave` parts a process from a connection.
+LEAVES = False
+
 
 def fault(exc: BaseException, connecting: bool) -> Fault:
     """Return what ``exc`` says about the peer.

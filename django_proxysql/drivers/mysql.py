@@ -20,6 +20,9 @@ MODULES = ("MySQLdb", "pymysql")
 #: Whether established connections are looked after: there is a server to lose.
 WATCHED = True
 
+#: Whether :func:`leave` parts a process from a connection.
+LEAVES = True
+
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
     # The client's own: no socket, no TCP, no such host, out of sockets.

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..faults import Fault
 from .generic import (
+    LEAVES,
     fileno,
     is_answer,
     is_busy,
@@ -22,6 +23,7 @@ from .generic import (
 )
 
 __all__ = [
+    "LEAVES",
     "WATCHED",
     "code_of",
     "connect_options",

@@ -17,6 +17,9 @@ MODULES = ("psycopg", "psycopg2", "psycopg_pool")
 #: Whether established connections are looked after: there is a server to lose.
 WATCHED = True
 
+#: Whether :func:`leave` parts a process from a connection.
+LEAVES = True
+
 BY_SQLSTATE = {
     **dict.fromkeys(("08001", "08004"), Fault.UNREACHABLE),
     **dict.fromkeys(("28000", "28P01", "3D000"), Fault.REFUSED),

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..faults import Fault
 from .generic import (
+    LEAVES,
     code_of,
     fileno,
     is_answer,
@@ -23,6 +24,7 @@ from .generic import (
 )
 
 __all__ = [
+    "LEAVES",
     "WATCHED",
     "code_of",
     "connect_options",

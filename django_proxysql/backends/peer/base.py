@@ -1,20 +1,23 @@
 """The engine of an alias that serves as a peer, for connections straight to that one server.
 
-It is the peer's own engine, but for two things. What Django asks a database
+It is the peer's own engine, but for three things. What Django asks a database
 without having a connection (its features, its version) it is told by the load
 balancer, which asks a server that works: commands look at every alias, and
-would end, or hang, with a peer that is down. And connecting takes no longer
-than ``CONNECT_TIMEOUT``. Queries go to the peer and nowhere else.
+would end, or hang, with a peer that is down. Connecting takes no longer than
+``CONNECT_TIMEOUT``. And a forked child leaves the connection to its parent.
+Queries go to the peer and nowhere else.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.utils import load_backend
+from django.db.utils import OperationalError, load_backend
 from django.utils.functional import cached_property
 
 from ... import drivers
@@ -22,7 +25,9 @@ from ...balancer import LoadBalancer
 from ...conf import PEER_ALIAS_ENGINE, PeerEngine, is_balancer
 from ...registry import balancers
 from ..engines import made_over
-from ..shims import mirror_class, peer_validation_class
+from ..inherited import remember
+from ..pools import close_for_good, has_pools
+from ..shims import peer_client_class, peer_creation_class, peer_validation_class
 
 if TYPE_CHECKING:
     _Base = BaseDatabaseWrapper
@@ -52,6 +57,10 @@ class DatabaseWrapper(_Base):
 
     _own_features: Any = None
     _is_connecting = False
+    #: Something that the balancer has said may be kept here.
+    _has_borrowed = False
+    #: Tells the present connection's socket from whatever has its number later.
+    _socket: _Socket | None = None
 
     def __new__(
         cls,
@@ -71,13 +80,17 @@ class DatabaseWrapper(_Base):
             cls = made_over(load_backend(engine.path).DatabaseWrapper, cls, _namespace)
         return super().__new__(cls)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        remember(self)
+
     # Asked without a connection
 
     @property
     def features(self) -> Any:
         """The balancer's, until there is a connection to this peer."""
         other = self._balanced()
-        return self._own_features if other is None else other.features
+        return self._own_features if other is None else _Features(other, self._own_features)
 
     @features.setter
     def features(self, features: Any) -> None:
@@ -97,7 +110,16 @@ class DatabaseWrapper(_Base):
         # In a transaction that has failed nothing can be asked.
         if other.needs_rollback or (other.in_atomic_block and other.errors_occurred):
             return None
+        self._has_borrowed = True
         return other
+
+    def _give_back(self) -> None:
+        """Forget what the balancer has said, and what was concluded from it."""
+        if self._has_borrowed:
+            self._has_borrowed = False
+            own: Any = type(self)
+            for name in _cached(own):
+                self.__dict__.pop(name, None)
 
     # Connecting
 
@@ -105,6 +127,8 @@ class DatabaseWrapper(_Base):
         """Connect to this peer, whatever its circuit says."""
         self._is_connecting = True
         try:
+            # Before it, for Django asks for features while it connects.
+            self._give_back()
             super().connect()
         finally:
             self._is_connecting = False
@@ -133,7 +157,9 @@ class DatabaseWrapper(_Base):
                 bounds = self._driver.trial_options(conn_params, seconds)
                 if bounds:
                     self.Database.connect(**{**conn_params, **bounds}).close()
-        return super().get_new_connection(conn_params)
+        connection = super().get_new_connection(conn_params)
+        self._socket = _Socket.of(self._driver.fileno(connection))
+        return connection
 
     def _balancer(self) -> LoadBalancer | None:
         alias = getattr(self.settings_dict.get("ENGINE"), "balancer", None)
@@ -143,13 +169,104 @@ class DatabaseWrapper(_Base):
             # It is there no longer, or says itself what is wrong with it.
             return None
 
+    # Forked
+
+    def _after_fork(self) -> None:
+        """In a forked child: leave the connection to the parent, whose it is.
+
+        Outside a transaction the wrapper is as one that has not connected yet.
+        Inside, the transaction is the parent's: the next statement fails.
+        """
+        connection = self.connection
+        if connection is None or not self._driver.LEAVES:
+            return
+        if self._socket is not None and not self._socket.is_there():
+            # The driver has lost it, and its number may be another's now.
+            return
+        self._driver.leave(connection)
+        if self._is_connecting or self.in_atomic_block or not self.autocommit:
+            return
+        self.connection = None
+        # psycopg2's close() would wait for the thread that was at a statement
+        # when the process forked.
+        if not connection.__class__.__module__.startswith("psycopg2"):
+            close_for_good(connection)
+
+
+class _Socket:
+    """Which socket a descriptor is."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        found = os.fstat(descriptor)
+        self._known = found.st_dev, found.st_ino
+
+    @classmethod
+    def of(cls, descriptor: int | None) -> _Socket | None:
+        """Return it; None where there is no descriptor."""
+        try:
+            return None if descriptor is None else cls(descriptor)
+        except OSError:
+            return None
+
+    def is_there(self) -> bool:
+        """Return whether the descriptor is still that socket."""
+        now = self.of(self._descriptor)
+        return now is not None and now._known == self._known
+
+
+class _Features:
+    """The balancer's features; of each that the balancer cannot tell, this peer's own.
+
+    Many are asked of the server, when they are asked for.
+    """
+
+    __slots__ = ("_other", "_own")
+
+    if not TYPE_CHECKING:
+        #: For whoever asks with isinstance().
+        __class__ = property(lambda self: type(self._own))
+
+    def __init__(self, other: Any, own: Any) -> None:
+        object.__setattr__(self, "_other", other)
+        object.__setattr__(self, "_own", own)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self._other.features, name)
+        except OperationalError:
+            # Nobody is ready, say; this one may be up for all that.
+            return getattr(self._own, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._other.features, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._other.features, name)
+
+
+@functools.cache
+def _cached(cls: Any) -> frozenset[str]:
+    """Return what an engine's wrappers keep once it was asked for, but for Django's own basics."""
+    return frozenset(
+        name
+        for base in cls.__mro__
+        if base is not BaseDatabaseWrapper
+        for name, value in vars(base).items()
+        if isinstance(value, (cached_property, functools.cached_property))
+    )
+
 
 def _namespace(real: type[Any]) -> dict[str, Any]:
     """Return what the class over ``real`` has besides."""
     return {
         "_real": real,
-        "creation_class": mirror_class(real.creation_class),
+        "client_class": peer_client_class(real.client_class),
+        "creation_class": peer_creation_class(real.creation_class),
         "validation_class": peer_validation_class(real.validation_class),
+        # A connection straight to the peer is one that is made now, within
+        # CONNECT_TIMEOUT and with the PASSWORD of now.
+        **({"pool": None} if has_pools(real) else {}),
         **{name: _fact(name, getattr(real, name)) for name in FACTS if hasattr(real, name)},
     }
 
@@ -159,7 +276,13 @@ def _fact(name: str, own: Any) -> Any:
 
     def fact(self: DatabaseWrapper) -> Any:
         other = self._balanced()
-        return own.__get__(self, type(self)) if other is None else getattr(other, name)
+        if other is not None:
+            try:
+                return getattr(other, name)
+            except OperationalError:
+                # It has nobody to ask; this peer may be up for all that.
+                pass
+        return own.__get__(self, type(self))
 
     fact.__name__ = name
     fact.__doc__ = own.__doc__
