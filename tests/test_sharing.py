@@ -999,6 +999,38 @@ class TestThread:
         finally:
             go_on.set()
 
+    def test_listener_that_hangs(self, own_url: str, caplog: pytest.LogCaptureFixture) -> None:
+        """It keeps its own later events: the log and other listeners hear of each peer."""
+        caplog.set_level("INFO", "django_proxysql")
+        db, other = (
+            LoadBalancer(peers("db1", "db2", "db3"), Driver().connect, shared_state=own_url)
+            for _ in range(2)
+        )
+        go_on = threading.Event()
+        hung: list[Any] = []
+        heard: list[Any] = []
+
+        def hang(event: Any) -> None:
+            hung.append(event)
+            go_on.wait(60)
+
+        db.add_listener(hang, connects=False)
+        db.add_listener(heard.append, connects=False)
+        assert db.sharing is not None
+        assert db.sharing.settle(10)
+        other.sharing = Sharing(other, SteppedLink(own_url))
+        other.sharing.start()
+        try:
+            for name in ("db1", "db2"):
+                other.peers[name].breaker.open()
+                assert other.sharing.settle(10)
+            until(lambda: [told.peer for told in heard] == ["db1", "db2"])
+            until(lambda: sum("another process found" in line for line in caplog.messages) == 2)
+            assert hung == heard[:1]
+        finally:
+            go_on.set()
+        until(lambda: hung == heard)
+
     def test_killed(self, own_url: str) -> None:
         """A thread that something has killed is replaced."""
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
