@@ -94,6 +94,12 @@ class Fleet:
     connections: Mapping[str, int]
     #: What has happened within the last hour, the oldest first; 500 moments at most.
     timeline: tuple[Moment, ...]
+    #: The peers whose circuits are open, and those that are drained, as all know it. What one
+    #: process keeps to itself is not in it.
+    out: frozenset[str] = frozenset()
+    drained: frozenset[str] = frozenset()
+    #: When this was so, in seconds since 1970, on Redis's clock.
+    now: float = 0.0
 
 
 class _Agreed(NamedTuple):
@@ -137,6 +143,7 @@ class _Shared:
     __slots__ = (
         "agreed",
         "drain_at",
+        "drain_on",
         "drain_version",
         "grant",
         "left_to_others",
@@ -153,6 +160,8 @@ class _Shared:
         #: By whom a trial was put off for an answer that was late, and has not come as a no.
         self.waited = ""
         self.drain_version = 0
+        #: Whether Redis says that it is drained.
+        self.drain_on = False
         #: When what Redis says of the drain was wished for, on the balancer's clock.
         self.drain_at = float("-inf")
         #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
@@ -321,7 +330,15 @@ class Sharing:
             if moment.when >= since:
                 timeline.append(moment)
         connections = {name: int(held.get(field, 0)) for name, field in self._fields.items()}
-        return Fleet(int(processes), connections, tuple(timeline))
+        shared = self._shared.items()
+        return Fleet(
+            int(processes),
+            connections,
+            tuple(timeline),
+            frozenset(name for name, known in shared if known.agreed.is_open),
+            frozenset(name for name, known in shared if known.drain_on),
+            float(now) / 1000,
+        )
 
     # What the thread does
 
@@ -474,6 +491,7 @@ class Sharing:
         was_refused = was_heard and said.get("refused") is True
         if version > shared.drain_version or was_heard:
             shared.drain_version = max(version, shared.drain_version)
+            shared.drain_on = said["on"] is True
             shared.drain_at = balancer.clock() - _bounded(said.get("age"), _WISHES)
             # A wish that has come meanwhile is younger. And first this: a wish that was heard is
             # told again, if this is broken off.
