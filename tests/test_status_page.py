@@ -23,7 +23,13 @@ import pytest
 from django.conf import settings
 from django.contrib import messages
 from django.core.checks import run_checks
-from django.db import close_old_connections, connections, transaction
+from django.db import (
+    InterfaceError,
+    OperationalError,
+    close_old_connections,
+    connections,
+    transaction,
+)
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
@@ -171,6 +177,40 @@ class TestWhoMaySeeIt:
         for response in (client.get(PAGE), drain(client)):
             assert response.status_code == 503
             assert "cannot be told whether you may see this page" in text_of(response)
+        assert drained(site) == []
+
+    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
+    def test_database_fails_as_it_is_asked(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    ) -> None:
+        """Whichever kind of error the driver has for that."""
+        client = site.admin()
+
+        def fails(*args: Any) -> None:
+            raise error("connection already closed")
+
+        monkeypatch.setattr(connections["default"], "cursor", fails)
+        for response in (client.get(PAGE), drain(client)):
+            assert response.status_code == 503
+            assert "cannot be told whether you may see this page" in text_of(response)
+        assert drained(site) == []
+
+    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
+    def test_permissions_cannot_be_asked_for(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    ) -> None:
+        """Whoever cannot be shown to have it is taken not to have it."""
+        from django.contrib.auth.models import User
+
+        client = site.client(is_staff=True)
+
+        def fails(*args: Any) -> None:
+            raise error("connection already closed")
+
+        monkeypatch.setattr(User, "has_perm", fails)
+        with override_settings(DJANGO_PROXYSQL={"OPERATE_PERMISSION": "auth.change_user"}):
+            assert client.get(PAGE).status_code == 200
+            assert drain(client).status_code == 403
         assert drained(site) == []
 
 
@@ -510,15 +550,19 @@ class TestButtons:
         assert client.get(OPERATE).status_code == 405
         assert client.post(PAGE).status_code == 405
 
+    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
     def test_admin_log_that_cannot_be_written(
-        self, site: Site, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+        self,
+        site: Site,
+        monkeypatch: Any,
+        caplog: pytest.LogCaptureFixture,
+        error: type[Exception],
     ) -> None:
         """The drain holds; the log says what could not be told."""
         from django.contrib.admin.models import LogEntry
-        from django.db import OperationalError
 
         def fails(**kwargs: Any) -> None:
-            raise OperationalError("read-only")
+            raise error("read-only")
 
         monkeypatch.setattr(LogEntry.objects, "create", fails)
         assert drain(site.admin()).status_code == 302

@@ -18,7 +18,7 @@ from django.apps import apps
 from django.conf import settings
 from django.contrib import messages
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, connections, transaction
+from django.db import Error, connections, transaction
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import render, resolve_url
 from django.template import Engine, RequestContext
@@ -165,7 +165,7 @@ def _is_staff(request: HttpRequest) -> bool | None:
     try:
         # A site's own user model may know of no staff.
         return user is not None and _is(user, "is_active") and _is(user, "is_staff")
-    except DatabaseError:
+    except Error:
         return None
 
 
@@ -227,7 +227,7 @@ def _may_operate(request: HttpRequest) -> bool:
         return _is(user, "is_superuser")
     try:
         return bool(user.has_perm(permission))
-    except DatabaseError:
+    except Error:
         return False
 
 
@@ -348,7 +348,7 @@ def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, 
             action_flag=CHANGE,
             change_message=f"{said[:1].upper()}{said[1:]}{where}.",
         )
-    except DatabaseError:
+    except Error:
         # It is done and logged; the database may be what is being repaired.
         complain("%s: the admin's log could not be told", balancer.name)
 
