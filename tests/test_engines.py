@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import django
@@ -38,6 +39,7 @@ from tests.engine import (
     sqlite_peer,
 )
 from tests.servers import USER
+from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 
@@ -373,6 +375,51 @@ def test_django_prometheus(
         assert_works(connection)
         labels = metrics.connections_total.labels("balanced", connection.vendor)
         assert labels._value.get() >= 1
+
+
+@without_prometheus
+@pytest.mark.parametrize("base", ["mysql", "postgresql"])
+def test_django_prometheus_with_a_peer_that_dies(
+    base: str, request: pytest.FixtureRequest, fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    """The next peer is connected to, a read that is lost is run again: all of it is counted."""
+    from django_prometheus.db import metrics
+
+    fixture, dict_for = (
+        ("mariadb", mysql_peer) if base == "mysql" else ("postgres", postgres_peer)
+    )
+    server = request.getfixturevalue(fixture)
+    first, second = fault_proxy(server), fault_proxy(server)
+    first.refuse()
+    peers = [dict_for(first), dict_for(second, PRIORITY=1)]
+
+    def counted() -> list[float]:
+        return [
+            counter.labels("balanced", base)._value.get()
+            for counter in (
+                metrics.connections_total,
+                metrics.connection_errors_total,
+                metrics.execute_total,
+            )
+        ]
+
+    before = counted()
+    path = f"django_prometheus.db.backends.{base}"
+    with engine(peers, PEER_ENGINE=path) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            assert cursor.fetchone() == (1,)
+        assert connection.peer.name == "peer1"
+        attempts, errors, statements = (a - b for a, b in zip(counted(), before))
+        assert (attempts, errors) == (2, 1)
+        second.cut_after(b"SELECT 2")
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 2")
+            assert cursor.fetchone() == (2,)
+        assert second.cuts == 1
+        assert connection.peer.name == "peer1"
+        attempts, errors, again = (a - b for a, b in zip(counted(), before))
+        assert again - statements >= 2
 
 
 # One alias, one set of circuits
