@@ -52,6 +52,9 @@ without_prometheus = pytest.mark.skipif(
 )
 
 
+loads_extensions = hasattr(sqlite3.Connection, "enable_load_extension")
+
+
 class Subclassed(DatabaseWrapper):
     """A user's own subclass of the engine."""
 
@@ -329,17 +332,32 @@ def test_postgis(
             node.sql("DROP DATABASE maps")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.skipif(
+    not loads_extensions, reason="this Python's sqlite3 was built without loading of extensions"
+)
 def test_spatialite(tmp_path: pathlib.Path) -> None:
-    """SpatiaLite, where this Python's sqlite3 can load it; where it cannot, Django says so."""
-    path = tmp_path / "db"
-    with engine([sqlite_peer(path)], PEER_ENGINE=GIS + "spatialite") as connection:
+    """SpatiaLite, on two peers that are paths to one file."""
+    (tmp_path / "link").symlink_to(tmp_path / "db")
+    peers = [sqlite_peer(tmp_path / "db"), sqlite_peer(tmp_path / "link")]
+    with engine(peers, PEER_ENGINE=GIS + "spatialite", STRATEGY="round_robin") as connection:
         assert_is_like(connection, GIS + "spatialite")
-        if hasattr(sqlite3.Connection, "enable_load_extension"):
-            connection.prepare_database()
+        connection.prepare_database()
+        names = set()
+        for _ in range(2):
             assert_works(connection)
             assert_maps(connection)
-            return
+            names.add(connection.peer.name)
+            connection.close()
+        assert names == {"peer0", "peer1"}
+
+
+@pytest.mark.skipif(loads_extensions, reason="this Python's sqlite3 can load SpatiaLite")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_spatialite_that_cannot_be_loaded(tmp_path: pathlib.Path) -> None:
+    """Django says so, and it is no fault of the peer's."""
+    peer = sqlite_peer(tmp_path / "db")
+    with engine([peer], PEER_ENGINE=GIS + "spatialite") as connection:
+        assert_is_like(connection, GIS + "spatialite")
         with pytest.raises(ImproperlyConfigured, match="extension loading"):
             connection.ensure_connection()
         # It leaves SQLite's connection to the collector, which complains of that.
@@ -385,9 +403,7 @@ def test_django_prometheus_with_a_peer_that_dies(
     """The next peer is connected to, a read that is lost is run again: all of it is counted."""
     from django_prometheus.db import metrics
 
-    fixture, dict_for = (
-        ("mariadb", mysql_peer) if base == "mysql" else ("postgres", postgres_peer)
-    )
+    fixture, dict_for = ("mariadb", mysql_peer) if base == "mysql" else ("postgres", postgres_peer)
     server = request.getfixturevalue(fixture)
     first, second = fault_proxy(server), fault_proxy(server)
     first.refuse()
