@@ -328,11 +328,12 @@ class LoadBalancer:
         For the thread in the background, and for operators.
 
         :param peer: one of :attr:`peers`.
-        :param now: make it also if it is not due yet, unless one is under way here.
+        :param now: make it also if it is not due yet, unless one is under way, here or, as far
+            as Redis says within a second, in another process that shares the circuit.
         :returns: whether one was made, and succeeded.
         :raises BaseException: what was raised and says nothing about the peer.
         """
-        permit = peer.breaker.acquire(last_resort=0 if now else self._hurried())
+        permit = peer.breaker.acquire(last_resort=self._hurried(), by_hand=now)
         if permit is None:
             return False
         if not permit.is_trial:

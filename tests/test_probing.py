@@ -246,11 +246,11 @@ class TestStep:
         world = background("db1", "db2")
         world.open("db1")
         world.clock.advance(30)
-        world.db.peers["db1"].breaker.gate = lambda: 5
+        world.db.peers["db1"].breaker.gate = lambda by_hand: 5
         assert stalled.step() == 5
         assert stalled.step() == 5
         assert world.driver.hosts == []
-        world.db.peers["db1"].breaker.gate = lambda: 0
+        world.db.peers["db1"].breaker.gate = lambda by_hand: 0
         world.clock.advance(5)
         assert stalled.step() is None
         assert world.driver.hosts == ["db1"]

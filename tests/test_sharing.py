@@ -358,6 +358,47 @@ class TestCircuits:
         one.step()
         assert 27 < other.sharing.may_try("db1") < 34
 
+    def test_by_hand(self, world: World) -> None:
+        """An operator's trial need not be due, and is one of the one at a time all the same."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        for process in (one, other):
+            process.step()
+            process.driver.calls.clear()
+
+        def meanwhile() -> Any:
+            due = other.due_in("db1")
+            assert not other.db.try_out(other.db.peers["db1"], now=True)
+            assert other.hosts == []
+            # Its turn has not come any sooner for that.
+            assert other.due_in("db1") == due
+            assert other.states == ["open", "closed"]
+            raise refused_by_host()
+
+        one.driver.down = {"db1": meanwhile}
+        assert not one.db.try_out(one.db.peers["db1"], now=True)
+        assert one.hosts == ["db1"]
+        # It has failed, and the next one is due in half a minute; but not for an operator.
+        one.step()
+        other.step()
+        world.down.clear()
+        assert other.db.try_out(other.db.peers["db1"], now=True)
+        assert other.hosts == ["db1"]
+        other.step()
+        one.step()
+        assert one.states == ["closed", "closed"]
+
+    def test_by_hand_while_redis_is_away(self, world: World, redis_server: RedisServer) -> None:
+        """Nobody says no."""
+        (one,) = world.processes(1)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        world.down.clear()
+        redis_server.kill()
+        assert one.db.try_out(one.db.peers["db1"], now=True)
+
     def test_last_resort_asks_nobody(self, world: World) -> None:
         """Who has no other peer left tries, whoever holds the trial."""
         one, other = world.processes(2)

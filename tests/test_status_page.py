@@ -5,6 +5,7 @@ The site's database is the balancer itself, as it is with its users.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import json
@@ -33,6 +34,7 @@ from django.db import (
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
+from django_proxysql.balancer import LoadBalancer
 from django_proxysql.breaker import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.monitoring import views
 from django_proxysql.monitoring.history import History
@@ -44,7 +46,7 @@ from django_proxysql.monitoring.status import (
 )
 from django_proxysql.options import OPTIONS
 from django_proxysql.registry import balancers
-from django_proxysql.sharing import Fleet, Moment
+from django_proxysql.sharing import Fleet, Moment, Sharing
 from tests.django_settings import MIDDLEWARE
 from tests.engine import SQLITE, Clock, added, engine, mysql_peer
 from tests.fakes import bad_password, raised_by, refused_by_host
@@ -52,7 +54,7 @@ from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.redis import RedisServer
 from tests.shared_process import SharedProcess
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
-from tests.test_sharing import Process, World
+from tests.test_sharing import Process, SteppedLink, World
 
 NAMES = ("peer0", "peer1", "peer2")
 PAGE, OPERATE, HEALTHZ = "/peers/", "/peers/peer/", "/peers/healthz"
@@ -446,6 +448,27 @@ class TestButtons:
         assert "another trial of it is under way" in self.retry(site.admin())
         assert permit is not None
         permit.released()
+
+    def test_retry_while_another_process_tries(self, site: Site, redis_server: RedisServer) -> None:
+        """… nor over all processes that share the circuit."""
+        client = site.admin()
+        config = dataclasses.replace(site.balancer.config, shared_state=redis_server.url)
+        other = LoadBalancer(config)
+        other.sharing = Sharing(other, SteppedLink(redis_server.url))
+        site.balancer.sharing = Sharing(site.balancer, SteppedLink(redis_server.url))
+        site.fail("peer1")
+        for balancer in (site.balancer, other):
+            assert balancer.sharing is not None
+            assert balancer.sharing.settle()
+        assert other.sharing.may_try("peer1", by_hand=True) == 0
+        site.peers.restore("peer1")
+        assert self.retry(client) == (
+            "You had peer1 not tried, for another process is trying it (load balancer default)."
+        )
+        assert site.balancer.peers["peer1"].breaker.current_state == OPEN
+        # Its trial is over, and has said nothing.
+        assert other.sharing.settle()
+        assert "it is in use again" in self.retry(client)
 
     def test_retry_that_cannot_be_made(self, site: Site, monkeypatch: Any) -> None:
         """A mistake of this process's is said, and counts for nothing."""

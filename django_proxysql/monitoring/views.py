@@ -115,6 +115,7 @@ def _try(balancer: LoadBalancer, peer: Peer) -> str:
         return f"had {peer.name} not tried, for it is drained"
     if peer.breaker.is_available:
         return f"had {peer.name} not tried, for its circuit is closed"
+    before = peer.breaker.circuit.tried
     try:
         succeeded = balancer.try_out(peer, now=True)
     except Exception as exc:
@@ -122,6 +123,8 @@ def _try(balancer: LoadBalancer, peer: Peer) -> str:
         return f"had {peer.name} tried, which could not be done: {describe(exc)}"
     circuit = peer.breaker.circuit
     if not succeeded:
+        if balancer.sharing and not peer.breaker.trial and circuit.tried == before:
+            return f"had {peer.name} not tried, for another process is trying it"
         why = "another trial of it is under way" if peer.breaker.trial else circuit.error
         return f"had {peer.name} tried, without success: {why}"
     if circuit.state != CLOSED:

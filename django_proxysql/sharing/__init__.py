@@ -46,7 +46,7 @@ import logging
 import socket
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from ..peer import Peer
 
 __all__ = ["Fleet", "Link", "Moment", "Sharing", "checked_url"]
+
+#: The longest that an operator waits for Redis, in seconds.
+OPERATOR_WAITS = 1.0
 
 #: Seconds for which the fleet's record of what happened goes back.
 HISTORY = 3600
@@ -266,7 +269,7 @@ class Sharing:
         """Whether the last round trip to Redis, at most a second ago, went well."""
         return self.link.heard
 
-    def settle(self, seconds: float = 1.0) -> bool:
+    def settle(self, seconds: float = OPERATOR_WAITS) -> bool:
         """Wait until Redis knows what this process knows, and this process what Redis does.
 
         :param seconds: how long to wait at most.
@@ -342,17 +345,18 @@ class Sharing:
 
     # What the thread does
 
-    def compose(self, bids: set[str]) -> _Request:
+    def compose(self, bids: Sequence[Question]) -> _Request:
         """Return what to tell Redis.
 
-        :param bids: the peers whose trial somebody here is ready to make.
+        :param bids: whose trials somebody here is ready to make.
         """
         request = _Request({}, {}, {}, {}, {}, self._stamp)
         balancer = self._balancer()
         if balancer is None:
             return request
         now = request.at = balancer.clock()
-        request.bids = frozenset(bids)
+        request.bids = frozenset(bid.peer for bid in bids)
+        by_hand = {bid.peer for bid in bids if bid.by_hand}
         # One that has lost all of its peers may be what is wrong itself.
         cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in balancer.peers.values())
         for name, peer in balancer.peers.items():
@@ -378,7 +382,8 @@ class Sharing:
                     fault=circuit.fault.value if circuit.fault else "",
                     q=circuit.question,
                     hold=circuit.lease is not None and now < circuit.lease.expires,
-                    bid=name in bids,
+                    bid=name in request.bids,
+                    by_hand=name in by_hand,
                     keep=self._is_kept(shared, now),
                 )
             request.circuits[field] = told
@@ -413,6 +418,8 @@ class Sharing:
             told = said["circuits"][field]
             if name in request.bids:
                 self._apply_bid(self._shared[name], request.at, told)
+                # Whatever becomes of a lease, it has to be given back.
+                agreed = False
             agreed &= self._apply_circuit(peer, seen, told)
         drains = [
             (balancer.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
@@ -516,10 +523,12 @@ class Sharing:
         """Return for how many seconds a trial that was asked for is to be left to others."""
         return self._shared[name].left_to_others
 
-    def may_try(self, name: str) -> float:
+    def may_try(self, name: str, by_hand: bool = False) -> float:
         """Return for how many seconds a trial that is due is to be left to others; 0: go ahead.
 
         Waits 50 ms at most.
+
+        :param by_hand: an operator wishes for it, due or not, and waits for a second.
         """
         balancer, shared = self._balancer(), self._shared[name]
         # What the others do not know of is nobody else's trial; and one that has no other peer
@@ -532,6 +541,10 @@ class Sharing:
             # It goes on from now on, by the trial that is under way.
             self.link.wake()
             return 0.0
+        if by_hand:
+            answer = self.link.ask(Question(self, peer=name, by_hand=True), OPERATOR_WAITS)
+            shared.grant, shared.waited = None, ""
+            return float(answer or 0.0)
         # First: a no that comes right after we have given up is to be seen.
         waited, shared.waited = shared.waited, self.link.me
         answer = self.link.ask(Question(self, peer=name), PATIENCE)
@@ -554,8 +567,8 @@ class _Gate:
         self._sharing = sharing
         self._name = name
 
-    def __call__(self) -> float:
-        return self._sharing.may_try(self._name)
+    def __call__(self, by_hand: bool) -> float:
+        return self._sharing.may_try(self._name, by_hand)
 
 
 def _what_to_say(circuit: Circuit, agreed: _Agreed, cut_off: bool) -> str:

@@ -253,9 +253,9 @@ class Link:
         return living
 
     def _round_trip(self, now: float, members: list[Sharing], asked: list[Question]) -> float:
-        bids = {(id(question.of), question.peer) for question in asked if question.peer}
+        bids = [question for question in asked if question.peer]
         composed = [
-            (member, member.compose({peer for of, peer in bids if of == id(member)}))
+            (member, member.compose([bid for bid in bids if bid.of is member]))
             for member in members
         ]
         views = [question for question in asked if question.fleet]
@@ -393,7 +393,7 @@ class Link:
         now = time.monotonic()
         if now < self._retry_at:
             return None
-        if now < self._silent_until:
+        if now < self._silent_until and not question.by_hand:
             if not question.peer:
                 return None
             # Not waited for, but asked: a lease that is granted is kept.
@@ -423,11 +423,15 @@ class _Life:
 class Question:
     """Something to be asked in the thread's next round trip."""
 
-    __slots__ = ("answer", "bell", "fleet", "of", "peer")
+    __slots__ = ("answer", "bell", "by_hand", "fleet", "of", "peer")
 
-    def __init__(self, of: Sharing, *, peer: str = "", fleet: bool = False) -> None:
+    def __init__(
+        self, of: Sharing, *, peer: str = "", by_hand: bool = False, fleet: bool = False
+    ) -> None:
         self.of = of
+        #: Whose trial somebody here is ready to make; and whether that is due or not.
         self.peer = peer
+        self.by_hand = by_hand
         self.fleet = fleet
         self.answer: Any = None
         self.bell = threading.Lock()
