@@ -29,6 +29,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer
+from django_proxysql.demo.servers import ports
 from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
 from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
@@ -43,6 +44,7 @@ from tests.fakes import (
     running,
     until,
 )
+from tests.servers.certificates import certificates_for
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.redis import RedisServer
@@ -1476,6 +1478,8 @@ class TestURL:
             "redis://host/shop",
             "redis://host/0?prefix=",
             "redis://host/0?s3cr3t=1&",
+            "redis://host/0?ssl_ca_certs=/ca.pem",
+            "rediss://host/0?ssl_ca_cert=/ca.pem",
             "unix://",
             7,
             {"host": "s3cr3t"},
@@ -1497,10 +1501,40 @@ class TestURL:
             ("redis://:p%40ss@host:6380/3?prefix=shop", "shop"),
             ("rediss://user:pass@host/0?ssl_cert_reqs=none", "django-proxysql"),
             ("unix:///run/redis.sock?db=2", "django-proxysql"),
+            ("unix://user:p%40ss@/run/redis.sock", "django-proxysql"),
+            ("redis://host?db=3&username=user&password=p%40ss&protocol=2", "django-proxysql"),
         ],
     )
     def test_good(self, url: str, prefix: str) -> None:
         assert checked_url(url)["prefix"] == prefix
+
+    def test_ways_to_a_redis(self) -> None:
+        """Those that the docs name lead there: TLS, a socket, a password and another database."""
+        secure = ports.reserve()
+        server = RedisServer()
+        socket = server.directory / "redis.sock"
+        made = certificates_for(server)
+        server.options += (
+            f"--tls-port {secure} --tls-auth-clients no --tls-ca-cert-file {made.ca}".split()
+        )
+        server.options += f"--tls-cert-file {made.certificate} --tls-key-file {made.key}".split()
+        server.options += ["--unixsocket", str(socket)]
+        with server:
+            server.ask("ACL", "SETUSER", "shop", "on", ">p@ss", "~*", "+@all")
+            plain = f"redis://{server.host}:{server.port}?"
+            urls = [
+                f"rediss://shop:p%40ss@{server.host}:{secure}/1?ssl_ca_certs={made.ca}",
+                f"unix://shop:p%40ss@{socket}?db=2",
+                f"{plain}db=3&username=shop&password=p%40ss&protocol=2",
+            ]
+            for number, url in enumerate(urls, start=1):
+                one = World(url).process()
+                assert one.sharing.is_heard, url
+                assert f"db{number}:keys=" in server.ask("INFO", "keyspace")
+            # … and a certificate of somebody else's does not.
+            wrong = World(f"rediss://{server.host}:{secure}/1").process()
+            assert not wrong.sharing.is_heard
+        ports.release(secure)
 
     def test_hidden(self) -> None:
         """No repr shows it."""

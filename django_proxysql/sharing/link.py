@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -63,7 +64,7 @@ def checked_url(url: object) -> dict[str, Any]:
         raise problem
     try:
         from redis.backoff import NoBackoff
-        from redis.connection import parse_url
+        from redis.connection import SSLConnection, parse_url
         from redis.retry import Retry
     except ImportError as exc:
         raise ConfigError(
@@ -89,8 +90,11 @@ def checked_url(url: object) -> dict[str, Any]:
     except ValueError:
         # urllib's message quotes the part that it stumbled on.
         raise problem from None
-    unknown = sorted(set(query) - {"db", "username", "password", "protocol"})
-    unknown = [name for name in unknown if not name.startswith("ssl_")]
+    known = {"db", "username", "password", "protocol"}
+    if parts.scheme == "rediss":
+        arguments = inspect.signature(SSLConnection.__init__).parameters
+        known.update(name for name in arguments if name.startswith("ssl_"))
+    unknown = sorted(set(query) - known)
     if any("@" in name for name in unknown):
         # The rest of a password with a question mark in it.
         raise problem
@@ -98,7 +102,8 @@ def checked_url(url: object) -> dict[str, Any]:
         raise ConfigError(
             "SHARED_STATE",
             f"has the unknown option {unknown[0]!r}",
-            "Known are prefix, db, protocol, and redis-py's ssl_… ones.",
+            "Known are prefix, db, username, password, protocol, and with rediss:// redis-py's "
+            "ssl_… ones.",
         )
     return {
         **options,
