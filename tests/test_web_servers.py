@@ -1,4 +1,4 @@
-"""The site under the servers that people run: gunicorn with each of its workers, and uvicorn.
+"""The site under the servers that people run: gunicorn with each of its workers, uWSGI, uvicorn.
 
 Whoever serves it, a peer that dies fails no request, its circuit opens in each worker, and it is
 used again when it is back. No worker uses a socket of its parent's.
@@ -55,6 +55,17 @@ class Model(NamedTuple):
 SYNC = Model((*GUNICORN, "--worker-class", "sync"))
 GTHREAD = Model((*GUNICORN, "--worker-class", "gthread", "--threads", "4"))
 GEVENT = Model((*GUNICORN, "--worker-class", "gevent"))
+#: Loads the application before it forks its workers, unless it is told otherwise.
+UWSGI = Model(
+    (
+        "-c",
+        "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])",
+        *("--http-socket", "ADDRESS", "--module", "wsgi", "--need-app"),
+        *("--master", "--die-on-term", "--processes", "2", "--py-call-osafterfork"),
+    ),
+    is_preloaded=True,
+)
+LAZY = UWSGI._replace(command=(*UWSGI.command, "--lazy-apps"), is_preloaded=False)
 UVICORN = ("-m", "uvicorn", "asgi:application", "--port", "PORT", "--lifespan", "off")
 
 GUNICORNS = {
@@ -70,6 +81,9 @@ GUNICORNS = {
 }
 MODELS = {
     **GUNICORNS,
+    "uWSGI": UWSGI,
+    "uWSGI, background": UWSGI._replace(settings={"PROBE": "background"}),
+    "uWSGI, lazy-apps, threads": LAZY._replace(command=(*LAZY.command, "--threads", "4")),
     "uvicorn": Model(UVICORN, "/async"),
     "uvicorn, a synchronous view": Model(UVICORN),
     "uvicorn, 2 workers": Model((*UVICORN, "--workers", "2"), "/async"),
