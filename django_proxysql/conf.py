@@ -223,8 +223,9 @@ def load_wrapper(path: str) -> type[BaseDatabaseWrapper]:
     """
     try:
         wrapper: type[BaseDatabaseWrapper] = load_backend(path).DatabaseWrapper
-    except (ImproperlyConfigured, ImportError, AttributeError, OSError) as exc:
+    except (ImproperlyConfigured, ImportError, AttributeError, OSError, TypeError) as exc:
         # OSError: a library, such as GDAL, that is named in the settings and cannot be loaded.
+        # TypeError: a relative path.
         said = " ".join(str(exc).split()).rstrip(".")
         raise ConfigError("PEER_ENGINE", f"is {path!r}, which cannot be loaded: {said}") from exc
     # Our own engine is none before an instance of it is made.

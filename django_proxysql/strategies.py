@@ -156,7 +156,8 @@ def imported(setting: str, path: str, known: Iterable[str]) -> Any:
         raise ConfigError(setting, f"is {path!r}, which is not known", hint)
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, TypeError, ValueError) as exc:
+        # TypeError, ValueError: a relative path.
         raise ConfigError(setting, f"is {path!r}, which cannot be imported ({exc})", hint) from exc
 
 

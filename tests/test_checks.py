@@ -431,7 +431,7 @@ def is_id(word: str) -> bool:
 
 def test_strange_entries_break_nothing() -> None:
     """Whatever stands in an entry, reading it says what is wrong and raises nothing else."""
-    strange: list[Any] = [None, 0, 1.5, "", "x", [], [[]], {}, {"x": {}}, object(), b"x", {1}]
+    strange: list[Any] = [None, 0, 1.5, "", "x", ".x", [], [[]], {}, {"x": {}}, object(), b"x", {1}]
     keys = [
         *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
         *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
