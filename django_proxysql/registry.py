@@ -286,6 +286,20 @@ def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
         of = mirrored(peer, databases) or target
         production = {*names, theirs.get("NAME"), databases.get(of, {}).get("NAME")}
         balancers._mirrors.setdefault(peer, (of, production))
+        _depend_on(of, peer)
+
+
+def _depend_on(target: str, mirror: str) -> None:
+    """Have whoever waits for a mirror's test database wait for that which it is.
+
+    Django takes a dependency on a mirror for one that is never fulfilled.
+    """
+    for alias, entry in connections.databases.items():
+        test: Any = entry.get("TEST")
+        given = test.get("DEPENDENCIES") if isinstance(test, dict) else None
+        if isinstance(given, (list, tuple)) and mirror in given:
+            others = [one for one in given if one not in (mirror, target)]
+            test["DEPENDENCIES"] = others if alias == target else [*others, target]
 
 
 def _alias_peers(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
