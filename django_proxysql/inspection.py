@@ -133,8 +133,7 @@ class _Inquiry:
         try:
             self._ask()
             found = self._is()
-        except BaseException as exc:
-            # SystemExit from somebody's check, too, is an answer, and came at once.
+        except Exception as exc:
             fault = drivers.judge(exc, connecting=not self._reachable)
             found = self._is(drivers.describe(exc), fault)
         with self._lock:

@@ -12,6 +12,7 @@ import django
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.test.utils import get_unique_databases_and_mirrors
 
 from django_proxysql.conf import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, mysql_peer
@@ -26,6 +27,7 @@ DATABASE = "likeplain"
 TESTS = """
 import urllib.request
 from django.db import connections
+from django.test.utils import get_unique_databases_and_mirrors
 from django.test import LiveServerTestCase, TestCase, TransactionTestCase
 from .models import Item
 HERE = {
@@ -108,6 +110,7 @@ class Serialized(TransactionTestCase):
 # The tables have been made by one connection, the row is made by the next one.
 RECEIVER = """
 from django.db import connections
+from django.test.utils import get_unique_databases_and_mirrors
 from django.db.models.signals import post_migrate
 def fill(using, **kwargs):
     connections[using].close()
@@ -220,6 +223,83 @@ def test_a_peer_with_a_test_database_of_its_own() -> None:
         connections.databases["a"]["NAME"] = "test_app"
         with pytest.raises(ImproperlyConfigured, match="Add 'django_proxysql' to INSTALLED_APPS"):
             creation.create_test_db(verbosity=0, autoclobber=True)
+
+
+def test_dependencies_on_peers() -> None:
+    """What waits for a peer waits for its balancer: nothing is made for a mirror."""
+    with added(
+        {
+            "a": {"ENGINE": MYSQL, **peer("a")},
+            "b": {"ENGINE": MYSQL, **peer("b")},
+            "other": {"ENGINE": MYSQL, **peer("o"), "TEST": {"DEPENDENCIES": ["a", "b", "third"]}},
+            "third": {"ENGINE": MYSQL, **peer("t"), "TEST": {"DEPENDENCIES": []}},
+            "one": entry(PEERS=["a", "b"], TEST={"DEPENDENCIES": ["b", "third"]}),
+        }
+    ):
+        # Whoever asks first.
+        assert connections["one"].alias == "one"
+        found = {
+            alias: connections[alias].settings_dict["TEST"]["DEPENDENCIES"]
+            for alias in ("other", "third", "one")
+        }
+        made, mirrors = get_unique_databases_and_mirrors({"other", "third", "one"})
+    assert found == {"other": ["third", "one"], "third": [], "one": ["third"]}
+    assert [aliases for _, aliases in made.values()] == [["third"], ["one"], ["other"]]
+    assert mirrors["a"] == mirrors["b"] == "one"
+
+
+def test_overlapping_balancers() -> None:
+    """They have a server in common, and neither's test database may be made over the other's."""
+    plain = {"ENGINE": MYSQL, **peer("b")}
+    for other in (
+        entry(PEERS=[peer("b"), peer("c")]),
+        entry(PEERS=[peer("c"), peer("b")], NAME="else", TEST={"NAME": "test_app"}),
+        plain,
+    ):
+        with added({"one": entry(PEERS=[peer("a"), peer("b")]), "two": other}):
+            creation = connections["one"].creation
+            assert creation.test_db_signature() != connections["two"].creation.test_db_signature()
+            creation._refuse_an_overlap()
+            # It has been made.
+            connections.databases["two"]["NAME"] = "test_app"
+            with pytest.raises(ImproperlyConfigured, match="'two' and 'one' would each make"):
+                creation.create_test_db(verbosity=0, autoclobber=True)
+
+
+@pytest.mark.parametrize("host", ["a", "b", "c"])
+def test_plain_alias_made_after_a_balancer(host: str) -> None:
+    """Django's own engine does not know; the balancer whose peer is there tells it."""
+    databases = {
+        "one": entry(PEERS=[peer("a"), peer("b")]),
+        "plain": {"ENGINE": MYSQL, **peer(host)},
+    }
+    with added(databases):
+        plain = connections["plain"].creation
+        connections["one"].creation._refuse_an_overlap()
+        # At the first it shares the balancer's, at the third there is none.
+        assert ("create_test_db" in vars(plain)) is (host == "b")
+        if host == "b":
+            with pytest.raises(ImproperlyConfigured, match="'plain' and 'one' would each make"):
+                plain.create_test_db(verbosity=0, autoclobber=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        entry(PEERS=[peer("c"), peer("d")]),
+        entry(PEERS=[peer("b", PORT=3307)]),
+        entry(PEERS=[peer("b")], TEST={"MIRROR": "one"}),
+        entry(PEERS=[peer("b")], PEER_ENGINE=POSTGRESQL),
+        {"ENGINE": MYSQL, **peer("c")},
+    ],
+)
+def test_no_overlap(other: dict[str, Any]) -> None:
+    """Other servers, or a mirror: nothing to refuse."""
+    with added({"one": entry(PEERS=[peer("a"), peer("b")]), "two": other}):
+        creation = connections["one"].creation
+        assert connections["two"].alias == "two"
+        connections.databases["two"]["NAME"] = "test_app"
+        creation._refuse_an_overlap()
 
 
 def test_default_alias_as_a_peer() -> None:
@@ -682,3 +762,48 @@ def test_dropped_where_it_was_made(mariadb_pair: tuple[Node, Node], tmp_path: Pa
         for node in mariadb_pair:
             for name in (DATABASE, *node.sql("SHOW DATABASES LIKE 'test%'").split()):
                 node.sql(f"DROP DATABASE {name}")
+
+
+def test_overlap(production: Production) -> None:
+    """A balancer over some of another's peers: refused, or a test database of its own."""
+    first, alive = production.peers
+    # Its signature is the least.
+    production.peers[0] = {**first, "PORT": 1}
+    production.databases = {
+        "default": production.balancer(),
+        "reports": production.balancer(PEERS=[alive]),
+    }
+    production.configure()
+    production.use_tests('{"default", "reports"}')
+    output = production.project.manage("test", "--noinput", status=1)
+    assert "'default' and 'reports' would each make a test database" in output
+    # Nothing has been made over it.
+    assert production.test_databases() == [f"test_{DATABASE}"]
+    production.databases["reports"]["TEST"] = {"NAME": f"test_{DATABASE}_reports"}
+    production.configure()
+    output = production.project.manage("test", "--noinput", "-v2")
+    assert "Ran 5 tests" in output
+    assert output.count("Creating test database") == 2
+
+
+def test_peer_that_is_made_after_its_balancer(production: Production) -> None:
+    """Without the app, and met before its balancer: its plain engine would clobber."""
+    # Its signature is the least, and that of peer1 another.
+    production.peers[0] = {**production.peers[0], "PORT": 1}
+    production.use_aliases()
+    aliases = production.databases
+    balanced = {**aliases.pop("default"), "TEST": {"DEPENDENCIES": []}}
+    for one in aliases.values():
+        one["TEST"] = {"DEPENDENCIES": ["balanced"]}
+    memory = {"ENGINE": SQLITE, "NAME": ":memory:"}
+    production.databases = {**aliases, "balanced": balanced, "default": memory}
+    production.configure()
+    production.use_tests('{"balanced", "peer1"}')
+    without = FILES["settings.py"].replace('"django_proxysql", ', "")
+    production.project.write({"settings.py": without})
+    output = production.project.manage("test", "--noinput", status=1)
+    assert "'peer1' would make a test database of its own where that of 'balanced' is" in output
+    assert "Add 'django_proxysql' to INSTALLED_APPS" in output
+    # Tests that do not ask for it run.
+    production.project.write({"shop/tests.py": UNTOUCHED.replace("default", "balanced")})
+    assert "Ran 2 tests" in production.project.manage("test", "--noinput")

@@ -95,27 +95,31 @@ def creation_class(base: type) -> type:
             # has no HOST: its signature is the least that one of its peers
             # would have alone, whatever their order. Balancers over the same
             # peers share one, and do so with a peer that is the default alias.
-            own = self.connection.settings_dict
-            alias = own.get(ALIAS_KEY)
-            if alias is None:
+            if self.connection.settings_dict.get(ALIAS_KEY) is None:
                 return super().test_db_signature()
-            engine = peer_engine(own, connections.databases)
-            registered = balancers.registered(alias)
-            stand_in = copy.copy(self.connection)
-            signatures = {}
-            for name, peer in registered.balancer.peers.items():
-                merged = merged_settings(peer.config.params, own, registered.first_read)
-                stand_in.settings_dict = {**merged, "NAME": own.get("NAME"), "ENGINE": engine}
-                signatures[name] = base(stand_in).test_db_signature()
+            signatures = self._signatures()
             if DEFAULT_DB_ALIAS in signatures:
                 return signatures[DEFAULT_DB_ALIAS]
             return min(signatures.values(), key=repr)
+
+        def _signatures(self, **settings: Any) -> dict[str, Any]:
+            """Return what the peers' signatures would be without us, with ``settings``."""
+            own = self.connection.settings_dict
+            engine = peer_engine(own, connections.databases)
+            registered = balancers.registered(own[ALIAS_KEY])
+            found = {}
+            for name, peer in registered.balancer.peers.items():
+                merged = merged_settings(peer.config.params, own, registered.first_read)
+                merged.update({"NAME": own.get("NAME"), "ENGINE": engine}, **settings)
+                found[name] = _signature(self.connection, base, merged)
+            return found
 
         #: Where the test database was made.
         _peer: Peer | None = None
 
         def create_test_db(self, *args: Any, **kwargs: Any) -> Any:
             self._refuse_a_second()
+            self._refuse_an_overlap()
             # What one statement makes the next one needs: CREATE DATABASE, the
             # tables, mysqldump. Other peers may be a moment behind.
             with on_one_peer(self.connection, self._peer):
@@ -147,6 +151,56 @@ def creation_class(base: type) -> type:
                         f"{self.connection.alias!r} is to be. "
                         "Add 'django_proxysql' to INSTALLED_APPS."
                     )
+                if theirs and peer != DEFAULT_DB_ALIAS:
+                    creation: Any = connections[peer].creation
+                    # So may one be that is to be made after us, by its DEPENDENCIES.
+                    if not isinstance(creation, _Mirror) and self._has_name_of(creation):
+                        creation.create_test_db = functools.partial(
+                            _refuse,
+                            f"{peer!r} would make a test database of its own where that of "
+                            f"{self.connection.alias!r} is. "
+                            "Add 'django_proxysql' to INSTALLED_APPS.",
+                        )
+
+        def _has_name_of(self, creation: Any) -> bool:
+            return bool(creation._get_test_db_name() == self._get_test_db_name())
+
+        def _refuse_an_overlap(self) -> None:
+            # Aliases of one signature have one test database, which is made once.
+            # These have two, on servers of which one at least is the other's.
+            own = self.connection.settings_dict
+            if self._peer or own.get(ALIAS_KEY) is None:
+                return
+            name = self._get_test_db_name()
+            plain = {"NAME": name, "TEST": {**own["TEST"], "NAME": None}}
+            ours = list(self._signatures(**plain).values())
+            databases = connections.databases
+            for alias in connections:
+                theirs = databases[alias]
+                if alias == self.connection.alias or mirrored(alias, databases) != alias:
+                    continue
+                creation: Any = connections[alias].creation
+                is_made = theirs.get("NAME") == name
+                is_plain = theirs.get(ALIAS_KEY) is None
+                if not is_made and not (is_plain and self._has_name_of(creation)):
+                    # Another balancer, to be made after us, will see this itself.
+                    continue
+                if not is_made and creation.test_db_signature() == self.test_db_signature():
+                    continue
+                if is_plain:
+                    found = [_signature(creation.connection, type(creation), {**theirs, **plain})]
+                else:
+                    found = list(creation._signatures(**plain).values())
+                if not any(signature in ours for signature in found):
+                    continue
+                message = (
+                    f"{alias!r} and {self.connection.alias!r} would each make a test database "
+                    f"{name!r}, and have a server in common. Give one of them a TEST['NAME'] of "
+                    "its own, or TEST['MIRROR'] if they are to share one."
+                )
+                if is_made:
+                    raise ImproperlyConfigured(message)
+                creation.create_test_db = functools.partial(_refuse, message)
 
         def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
             return base(self.connection.on_a_live_peer())._clone_db(*args, **kwargs)
@@ -156,11 +210,26 @@ def creation_class(base: type) -> type:
     return DatabaseCreation
 
 
+def _signature(connection: Any, base: Any, settings: dict[str, Any]) -> Any:
+    """Return the signature that ``connection`` would have by ``base`` with other settings."""
+    stand_in = copy.copy(connection)
+    stand_in.settings_dict = settings
+    return base(stand_in).test_db_signature()
+
+
+def _refuse(message: str, *args: Any, **kwargs: Any) -> None:
+    raise ImproperlyConfigured(message)
+
+
+class _Mirror:
+    """Marks the creations that know of mirrors."""
+
+
 @functools.cache
 def mirror_class(base: type) -> type:
     """Return the peer engine's creation, taking a mirror for that of the chain's end."""
 
-    class DatabaseCreation(base):  # type: ignore[misc]
+    class DatabaseCreation(_Mirror, base):  # type: ignore[misc]
         def set_as_test_mirror(self, primary_settings_dict: dict[str, Any]) -> None:
             # Django would give the last of a chain the name of production, if it
             # met that before the others, and so an alias that mirrors itself.
