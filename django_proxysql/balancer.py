@@ -41,7 +41,7 @@ from .events import (
 from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy
 from .faults import Fault
 from .locks import new_lock
-from .logger import complain, logger
+from .logger import logger
 from .logs import log_event
 from .peer import Hold, Peer
 from .probe import prober
@@ -49,13 +49,11 @@ from .ready import QUESTIONS, ready_check_from
 from .sharing import Sharing
 from .slow_start import Move, SlowStart
 from .strategies import strategy_from
-from .teller import teller
+from .teller import Teller
 
 __all__ = ["Attempt", "LoadBalancer", "PeerState"]
 
 _T = TypeVar("_T")
-
-_ONLY_LOGGING: tuple[Listener, ...] = (log_event,)
 
 
 class Attempt(NamedTuple):
@@ -194,9 +192,10 @@ class LoadBalancer:
         by_weight = getattr(self._strategy, "by_weight", False)
         #: Moves kept connections to peers that have come back.
         self.slow_start = SlowStart(config.slow_start if by_weight else None, clock, self.draw)
-        self._listeners: tuple[Listener, ...] = _ONLY_LOGGING
+        self._log = Teller(log_event, self.name)
+        self._tellers: tuple[Teller, ...] = (self._log,)
         #: Those of them, logging aside, that want to hear of each connection made.
-        self._hear_connects: tuple[Listener, ...] = ()
+        self._hear_connects: tuple[Teller, ...] = ()
         # Re-entrant: a signal handler may come here while its thread is here.
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
@@ -329,11 +328,12 @@ class LoadBalancer:
         For the thread in the background, and for operators.
 
         :param peer: one of :attr:`peers`.
-        :param now: make it also if it is not due yet, unless one is under way here.
+        :param now: make it also if it is not due yet, unless one is under way, here or, as far
+            as Redis says within a second, in another process that shares the circuit.
         :returns: whether one was made, and succeeded.
         :raises BaseException: what was raised and says nothing about the peer.
         """
-        permit = peer.breaker.acquire(last_resort=0 if now else self._hurried())
+        permit = peer.breaker.acquire(last_resort=self._hurried(), by_hand=now)
         if permit is None:
             return False
         if not permit.is_trial:
@@ -436,38 +436,39 @@ class LoadBalancer:
     def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
         """Call ``listener`` with every event from now on, outside all locks.
 
-        :param listener: called in the thread to which the thing happened.
+        :param listener: called in the thread to which the thing happened. Of what other
+            processes have found, of what a trial in the background has shown, and of
+            what happens while one of these waits to be told, in a thread of its own.
         :param connects: False spares it each :class:`~django_proxysql.events.Connected`
             that is no trial, and each connect the cost of telling it.
         """
+        teller = Teller(listener, self.name)
         with self._listeners_lock:
-            self._listeners = (*self._listeners, listener)
+            self._tellers = (*self._tellers, teller)
             if connects:
-                self._hear_connects = (*self._hear_connects, listener)
+                self._hear_connects = (*self._hear_connects, teller)
 
     def remove_listener(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
         with self._listeners_lock:
-            self._listeners = _without(self._listeners, listener)
+            self._tellers = _without(self._tellers, listener)
             self._hear_connects = _without(self._hear_connects, listener)
 
     def emit(self, event: Event) -> None:
-        """Tell the listeners of ``event``. One that raises harms nobody."""
-        if self.sharing is not None and self.sharing.link.is_here:
-            # One that hangs is not to end the sharing.
-            teller.tell(self._emit, event)
-        else:
-            self._emit(event)
-
-    def _emit(self, event: Event) -> None:
-        listeners = self._listeners
+        """Tell the listeners of ``event``. One that raises or hangs harms no circuit."""
+        tellers = self._tellers
         if type(event) is Connected and not event.trial:
-            listeners = (*_ONLY_LOGGING, *self._hear_connects)
-        for listener in listeners:
+            tellers = (self._log, *self._hear_connects)
+        # One that hangs is to end neither the trials nor the sharing.
+        elsewhere = prober.is_here or (self.sharing is not None and self.sharing.link.is_here)
+        for teller in tellers:
+            if elsewhere or teller.waiting:
+                teller.tell(event)
+                continue
             try:
-                listener(event)
+                teller.listener(event)
             except Exception:
-                complain("A listener of %r raised", self.name, extra={"alias": self.name})
+                teller.complain()
 
     # Draining
 
@@ -665,6 +666,8 @@ class LoadBalancer:
         # The circuits see to themselves.
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
+        for teller in self._tellers:
+            teller.after_fork()
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()
@@ -1095,8 +1098,8 @@ class _Transitions:
             balancer._circuit_changed(self._peer, transition)
 
 
-def _without(listeners: tuple[Listener, ...], listener: Listener) -> tuple[Listener, ...]:
-    return tuple(known for known in listeners if known != listener)
+def _without(tellers: tuple[Teller, ...], listener: Listener) -> tuple[Teller, ...]:
+    return tuple(teller for teller in tellers if teller.listener != listener)
 
 
 def _peer_config(

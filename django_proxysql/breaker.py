@@ -322,7 +322,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._on_transition = on_transition
         #: Asked, outside the lock, before an open circuit's trial is made: for how many
         #: seconds it is to be left to others, and 0 to go ahead. Not asked for a last resort.
-        self.gate: Callable[[], float] | None = None
+        #: It is told whether an operator wishes for the trial, due or not.
+        self.gate: Callable[[bool], float] | None = None
         super().__init__(
             fail_max=fail_max,
             reset_timeout=reset_timeout,
@@ -346,7 +347,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     # Admission
 
-    def acquire(self, *, last_resort: float | None = None, trial: bool = True) -> Permit | None:
+    def acquire(
+        self, *, last_resort: float | None = None, trial: bool = True, by_hand: bool = False
+    ) -> Permit | None:
         """Ask for the right to use the peer, without waiting for any other caller.
 
         Where circuits are shared between processes, one whose trial is due
@@ -355,6 +358,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         :param last_resort: if given, an open circuit's trial is due already
             this many seconds after the peer was last tried.
         :param trial: False: the caller will not make a trial.
+        :param by_hand: an operator wishes for the trial, which is due for that. Nobody is in
+            need of it: one that another process has under way goes before it.
         :returns: a permit, or None while the circuit is open or another
             caller holds the trial.
         """
@@ -366,6 +371,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             return None
         now = self._clock()
         lease = Lease(now + self._lease_seconds)
+        if by_hand:
+            last_resort = 0
 
         def admitted(circuit: Circuit) -> Circuit:
             if _is_usable(circuit) or not _trial_due(circuit, now, last_resort):
@@ -377,10 +384,12 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             before, after = self._swap(admitted)
             if after.lease is not lease:
                 return Permit(self, after.generation, None) if _is_usable(after) else None
-            if self.gate is not None and last_resort is None and after.state == HALF_OPEN:
-                held_back = self._ask_gate(self.gate)
+            asks = last_resort is None or by_hand
+            if self.gate is not None and asks and after.state == HALF_OPEN:
+                held_back = self._ask_gate(self.gate, by_hand)
                 if held_back > 0:
-                    due = self._clock() + held_back
+                    # Wished for by hand, it was not due yet.
+                    due = max(self._clock() + held_back, before.due)
                     self._swap(lambda circuit: _forsaken(circuit, lease, due), ends=lease)
                     return None
             permit = _TrialPermit(self, after.generation, lease)
@@ -391,9 +400,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             raise
         return permit
 
-    def _ask_gate(self, gate: Callable[[], float]) -> float:
+    def _ask_gate(self, gate: Callable[[bool], float], by_hand: bool) -> float:
         try:
-            return gate()
+            return gate(by_hand)
         except Exception:
             complain("The gate of the circuit of %s raised", self._name)
             return 0.0

@@ -2,8 +2,9 @@
 
 The core only emits. Logging (:mod:`django_proxysql.logs`) is one listener;
 :meth:`LoadBalancer.add_listener` adds others. A listener is called outside
-every lock, in the thread to which the thing happened; what it raises is
-logged and otherwise ignored.
+every lock, in the thread to which the thing happened, or, where it must not
+hold up that one, in a thread of its own (:mod:`django_proxysql.teller`); what
+it raises is logged and otherwise ignored.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ class _Inquiry:
         try:
             self._ask()
             found = self._is()
-        except Exception as exc:
+        except BaseException as exc:
+            # SystemExit from somebody's check, too, is an answer, and came at once.
             fault = drivers.judge(exc, connecting=not self._reachable)
             found = self._is(drivers.describe(exc), fault)
         with self._lock:

@@ -117,7 +117,8 @@ class Prober:
     def is_here(self) -> bool:
         """Whether the caller's thread is the one."""
         runner = self._runner
-        return runner is not None and runner.ident == _thread.get_ident()
+        # A thread that has ended leaves its number to another.
+        return runner is not None and not runner.over and runner.ident == _thread.get_ident()
 
     def tend(self, balancer: LoadBalancer, *, news: bool = True) -> None:
         """Have the thread look after a balancer's peers, if any needs it. Waits for nothing.

@@ -14,8 +14,10 @@ fields of an event (:mod:`django_proxysql.events`), with the balancer's name as
 ``alias``, and the event itself as ``event``. Receivers are called by
 ``send_robust()``, in the thread to which the thing happened, when the circuits
 already know of it, and with no lock held: one that raises is logged, one that
-hangs holds up its own thread and no other. Until the first receiver is
-connected nobody listens, and connections that succeed are never told of.
+hangs holds up its own thread and no other. What other processes have found, and
+what a trial in the background has shown, is sent in a thread that does nothing
+else. Until the first receiver is connected nobody listens, and connections that
+succeed are never told of.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ import threading
 from typing import Any
 
 import django
+from django.db import connections
 from django.dispatch import Signal
 
+from . import teller
 from .events import (
     CircuitClosed,
     CircuitOpened,
@@ -120,6 +124,9 @@ def _send(event: Event) -> None:
         responses = signal.send_robust(sender, alias=alias, event=event, **values)
     finally:
         _sending.signals.remove(signal)
+        if teller.is_here() and not _sending.signals:
+            # What receivers have opened; the thread keeps nothing.
+            connections.close_all()
     if django.VERSION < (4, 2):
         # Later ones log it themselves, to django.dispatch.
         for receiver, response in responses:

@@ -59,6 +59,12 @@ class Commands:
             if type(event).__name__ == kind and event.peer == peer:
                 return {"when": when, "learnt": event.learnt}
 
+    def open(self, peer: str) -> None:
+        self.db.peers[peer].breaker.open()
+
+    def close(self, peer: str) -> None:
+        self.db.peers[peer].breaker.close()
+
     def drain(self, peer: str) -> None:
         self.db.drain(peer)
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import django
 import pytest
+from django.db import connections
+from django.test import SimpleTestCase
 
 from django_proxysql.conf import ENGINE
 from django_proxysql.demo.servers import HOST, ports
-from tests.engine import MYSQL, POSTGRESQL, mysql_peer, postgres_peer
+from tests.engine import MYSQL, POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.project import Project, get
 from tests.servers import USER
 from tests.servers.mariadb import Node
@@ -227,6 +231,23 @@ def test_dbshell_on_postgresql(
     statement = "SELECT inet_server_port(), current_database(), current_user"
     output = postgres_shop.manage(*PSQL, statement, timeout=BOUND)
     assert output.split() == [str(postgres_shop.alive.port), DATABASE, USER]
+
+
+@pytest.mark.skipif(django.VERSION < (3, 2), reason="runshell() calls something else there")
+def test_dbshell_where_no_connection_is_to_be_made() -> None:
+    """In a SimpleTestCase the shell is opened on the first peer, as the plain engine's is."""
+
+    class Shells(SimpleTestCase):
+        def test_shell(self) -> None:
+            with mock.patch("subprocess.run") as run:
+                connections["balanced"].client.runshell([])
+            assert "--host=10.0.0.1" in run.call_args[0][0]
+
+    peers = [{"HOST": "10.0.0.1"}, {"HOST": "10.0.0.2"}]
+    with engine(peers, CONNECT_TIMEOUT=1):
+        result = unittest.TestResult()
+        unittest.TestSuite([Shells("test_shell")]).run(result)
+    assert (result.testsRun, result.failures, result.errors) == (1, [], [])
 
 
 def test_testserver(shop: Shop) -> None:

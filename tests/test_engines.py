@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import django
@@ -38,6 +39,7 @@ from tests.engine import (
     sqlite_peer,
 )
 from tests.servers import USER
+from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 
@@ -48,6 +50,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 without_prometheus = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11), reason="django-prometheus knows Django 4.2 to 6.0 only"
 )
+
+
+loads_extensions = hasattr(sqlite3.Connection, "enable_load_extension")
 
 
 class Subclassed(DatabaseWrapper):
@@ -327,17 +332,32 @@ def test_postgis(
             node.sql("DROP DATABASE maps")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.skipif(
+    not loads_extensions, reason="this Python's sqlite3 was built without loading of extensions"
+)
 def test_spatialite(tmp_path: pathlib.Path) -> None:
-    """SpatiaLite, where this Python's sqlite3 can load it; where it cannot, Django says so."""
-    path = tmp_path / "db"
-    with engine([sqlite_peer(path)], PEER_ENGINE=GIS + "spatialite") as connection:
+    """SpatiaLite, on two peers that are paths to one file."""
+    (tmp_path / "link").symlink_to(tmp_path / "db")
+    peers = [sqlite_peer(tmp_path / "db"), sqlite_peer(tmp_path / "link")]
+    with engine(peers, PEER_ENGINE=GIS + "spatialite", STRATEGY="round_robin") as connection:
         assert_is_like(connection, GIS + "spatialite")
-        if hasattr(sqlite3.Connection, "enable_load_extension"):
-            connection.prepare_database()
+        connection.prepare_database()
+        names = set()
+        for _ in range(2):
             assert_works(connection)
             assert_maps(connection)
-            return
+            names.add(connection.peer.name)
+            connection.close()
+        assert names == {"peer0", "peer1"}
+
+
+@pytest.mark.skipif(loads_extensions, reason="this Python's sqlite3 can load SpatiaLite")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_spatialite_that_cannot_be_loaded(tmp_path: pathlib.Path) -> None:
+    """Django says so, and it is no fault of the peer's."""
+    peer = sqlite_peer(tmp_path / "db")
+    with engine([peer], PEER_ENGINE=GIS + "spatialite") as connection:
+        assert_is_like(connection, GIS + "spatialite")
         with pytest.raises(ImproperlyConfigured, match="extension loading"):
             connection.ensure_connection()
         # It leaves SQLite's connection to the collector, which complains of that.
@@ -373,6 +393,49 @@ def test_django_prometheus(
         assert_works(connection)
         labels = metrics.connections_total.labels("balanced", connection.vendor)
         assert labels._value.get() >= 1
+
+
+@without_prometheus
+@pytest.mark.parametrize("base", ["mysql", "postgresql"])
+def test_django_prometheus_with_a_peer_that_dies(
+    base: str, request: pytest.FixtureRequest, fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    """The next peer is connected to, a read that is lost is run again: all of it is counted."""
+    from django_prometheus.db import metrics
+
+    fixture, dict_for = ("mariadb", mysql_peer) if base == "mysql" else ("postgres", postgres_peer)
+    server = request.getfixturevalue(fixture)
+    first, second = fault_proxy(server), fault_proxy(server)
+    first.refuse()
+    peers = [dict_for(first), dict_for(second, PRIORITY=1)]
+
+    def counted() -> list[float]:
+        return [
+            counter.labels("balanced", base)._value.get()
+            for counter in (
+                metrics.connections_total,
+                metrics.connection_errors_total,
+                metrics.execute_total,
+            )
+        ]
+
+    before = counted()
+    path = f"django_prometheus.db.backends.{base}"
+    with engine(peers, PEER_ENGINE=path) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            assert cursor.fetchone() == (1,)
+        assert connection.peer.name == "peer1"
+        attempts, errors, statements = (a - b for a, b in zip(counted(), before))
+        assert (attempts, errors) == (2, 1)
+        second.cut_after(b"SELECT 2")
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 2")
+            assert cursor.fetchone() == (2,)
+        assert second.cuts == 1
+        assert connection.peer.name == "peer1"
+        attempts, errors, again = (a - b for a, b in zip(counted(), before))
+        assert again - statements >= 2
 
 
 # One alias, one set of circuits

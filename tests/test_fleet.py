@@ -6,9 +6,11 @@ Forty simulated processes; docs/explanation/fleet.rst has five thousand, and rea
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
+from tests.fleet import measurement
 from tests.fleet.__main__ import table
 from tests.fleet.simulation import Outcome, Scenario, simulate
 from tests.servers.redis import RedisServer
@@ -65,3 +67,29 @@ def test_same_seed_same_outcome(redis_server: RedisServer) -> None:
         other.connects,
         other.closed,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("sharing", [True, False])
+def test_real_processes(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, sharing: bool
+) -> None:
+    """The measurement itself, with fewer processes and shorter times."""
+    interval, dead, processes = 3, 12, 20
+    monkeypatch.setattr(measurement, "INTERVAL", interval)
+    monkeypatch.setattr(measurement, "DEAD", dead)
+    monkeypatch.setattr(measurement, "AFTER", 8)
+    run = measurement._run(processes, redis_server.url if sharing else None)
+    trials = run["trials"] * dead / interval
+    assert run["without"] == 0
+    # What the dead peer saw, its clients have counted.
+    assert run["met"] == run["failed"] + trials
+    assert 0 < run["failed"] <= processes
+    if sharing:
+        # One an interval, of all together: no sooner than 10 % before its end.
+        assert 1 <= trials <= dead / (0.9 * interval) + 1
+        assert run["back"] == processes
+    else:
+        assert trials > processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -312,6 +313,15 @@ def test_ready_check_that_breaks(mariadb: Node, checking: list[Callable[[Any], o
     with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
         (one,) = found()
     assert (one.ready, one.error) == (False, "division by zero")
+
+
+def test_ready_check_that_exits(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
+    """It ends that peer's questioning, and is said; nobody takes it for a peer that is silent."""
+    checking.append(lambda connection: sys.exit("not here"))
+    with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
+        (one,) = found()
+    assert (one.reachable, one.ready) == (True, False)
+    assert (one.error, one.fault) == ("not here", Fault.OTHER)
 
 
 @pytest.mark.parametrize("kind", ["mariadb", "postgres"])

@@ -261,6 +261,22 @@ def test_drain_unknown_peer(tmp_path: Path) -> None:
     assert said == "'peer7' is no peer. Nothing was changed. Peers: balanced: peer0, peer1."
 
 
+@pytest.mark.parametrize("wish", [["--drain", ""], ["--drain="], ["--undrain", ""], ["--undrain="]])
+def test_drain_nobody(tmp_path: Path, wish: list[str]) -> None:
+    """A variable that is not set names no peer: ``peers --drain "$PEER" && stop`` stops nothing."""
+    with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
+        said = refused(*wish)
+    assert said == "'' is no peer. Nothing was changed. Peers: balanced: peer0, peer1."
+
+
+@pytest.mark.parametrize("wish", [[], ["--undrain", "peer0"]])
+def test_force_alone(tmp_path: Path, wish: list[str]) -> None:
+    """Whoever forces something is to know that nothing was drained."""
+    with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
+        said = refused("--force", *wish)
+    assert said == "--force is for --drain, which is not given. Nothing was changed."
+
+
 def test_drain_of_whose(tmp_path: Path) -> None:
     """A name that two balancers have is asked about."""
     entry = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": sqlite_peers(tmp_path, "a")}

@@ -246,11 +246,11 @@ class TestStep:
         world = background("db1", "db2")
         world.open("db1")
         world.clock.advance(30)
-        world.db.peers["db1"].breaker.gate = lambda: 5
+        world.db.peers["db1"].breaker.gate = lambda by_hand: 5
         assert stalled.step() == 5
         assert stalled.step() == 5
         assert world.driver.hosts == []
-        world.db.peers["db1"].breaker.gate = lambda: 0
+        world.db.peers["db1"].breaker.gate = lambda by_hand: 0
         world.clock.advance(5)
         assert stalled.step() is None
         assert world.driver.hosts == ["db1"]
@@ -562,6 +562,47 @@ class TestThread:
         until(lambda: len(most) >= 8)
         assert set(most) == {1}
         assert len(alive) == 1
+
+    def test_listener_that_hangs(self, prober: probe.Prober) -> None:
+        """It keeps what it is told later, and nobody: the trials go on, others hear of them."""
+        world = background("db1", "db2", "db3")
+        reached, released = threading.Event(), threading.Event()
+        heard: list[Any] = []
+        tried_by: list[int] = []
+
+        def hang(event: Any) -> None:
+            if isinstance(event, CircuitClosed):
+                reached.set()
+                released.wait(60)
+
+        def refuse() -> Exception:
+            tried_by.append(_thread.get_ident())
+            return refused_by_host()
+
+        world.db.add_listener(hang)
+        world.db.add_listener(heard.append)
+        world.driver.down["db2"] = refuse
+        world.open("db1")
+        world.open("db2")
+        runner = prober._runner
+        assert runner is not None
+
+        def later() -> None:
+            world.clock.advance(34)
+            prober.tend(world.db)
+
+        try:
+            later()
+            assert reached.wait(10)
+            tried = len(tried_by)
+            until(lambda: later() or len(tried_by) > tried + 1)
+            assert set(tried_by) == {runner.ident}
+            del world.driver.down["db2"]
+            until(lambda: later() or world.states() == "closed closed closed")
+            until(lambda: not prober.is_running)
+            until(lambda: len([told for told in heard if type(told) is CircuitClosed]) == 2)
+        finally:
+            released.set()
 
     def test_opened_by_a_signal_handler(self, prober: probe.Prober) -> None:
         """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
@@ -877,15 +918,18 @@ class TestEngine:
                     connection.ensure_connection()
                     assert connection.peer.name == "peer1"
                 me = _thread.get_ident()
+                until(lambda: [event for _, event in told if getattr(event, "trial", False)])
                 trials = [(who, type(event)) for who, event in told if getattr(event, "trial", 0)]
                 assert [kind for _, kind in trials] == [ConnectFailed]
                 assert trials[0][0] != me
                 assert set(made) == {(me, "peer1")}
+                assert prober._runner is not None
+                thread = prober._runner.ident
                 frozen.thaw()
                 clock.advance(34)
                 prober.tend(balancers["balanced"])
                 until(lambda: peer.breaker.is_available)
-                assert made[-1] == (trials[0][0], "peer0")
+                assert made[-1] == (thread, "peer0")
                 until(lambda: not prober.is_running)
                 assert peer.connections == 0
                 connection.close()
@@ -946,10 +990,12 @@ class TestEngine:
             prober.tend(db)
             until(lambda: peer.breaker.is_available)
             until(lambda: not prober.is_running)
-            assert [type(event) for event in told if getattr(event, "trial", False)] == [
-                ConnectFailed,
-                Connected,
-            ]
+            until(
+                lambda: (
+                    [type(event) for event in told if getattr(event, "trial", False)]
+                    == [ConnectFailed, Connected]
+                )
+            )
             assert peer.connections == 0
 
     def test_database_of_the_callers(self, mariadb_pair: Pair, prober: probe.Prober) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import pytest
 from django.db import connections
 
 from django_proxysql.conf import ENGINE
-from tests.engine import engine, mysql_peer
+from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.project import Project
-from tests.servers import PASSWORD
+from tests.servers import PASSWORD, USER, Address
 from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
 from tests.test_project import DATABASE, FILES
 
 RUN = """
@@ -31,14 +32,16 @@ from django_proxysql import balancers
 def states():
     return [peer.state for peer in balancers["default"].snapshot()]
 
+SESSION = {"mysql": "CONNECTION_ID()", "postgresql": "pg_backend_pid()"}[connection.vendor]
+
 def work(number):
     known = states()
     with connection.cursor() as cursor:
-        cursor.execute("SELECT %s", [number])
-        ((said,),) = cursor.fetchall()
+        cursor.execute(f"SELECT %s + 0, {SESSION}", [number])
+        ((said, session),) = cursor.fetchall()
     return {
         "right": said == number, "pid": os.getpid(), "peer": connection.peer.name,
-        "session": connection.connection.thread_id(), "known": known, "learnt": states(),
+        "session": session, "known": known, "learnt": states(),
         "driver": type(connection.connection).__module__,
     }
 
@@ -78,8 +81,16 @@ CALLABLES = {
 }
 
 
+spawns = pytest.mark.skipif(
+    django.VERSION < (4, 1), reason="spawn came to test runs with Django 4.1"
+)
+serves_forks = pytest.mark.skipif(
+    django.VERSION < (6,), reason="forkserver came to test runs with Django 6.0"
+)
+
+
 class Shop(Project):
-    def __init__(self, root: Path, pair: tuple[Node, Node], password: str) -> None:
+    def __init__(self, root: Path, pair: Sequence[Address], password: str, **balancer: Any) -> None:
         peers = [
             mysql_peer(node, NAME=DATABASE, PRIORITY=number) for number, node in enumerate(pair)
         ]
@@ -91,7 +102,7 @@ class Shop(Project):
             "    pymysql.version_info = (2, 2, 8, 'final', 0)\n"
             "    pymysql.install_as_MySQLdb()\n" + FILES["settings.py"].lstrip()
         ) + (f'import secrets_\nDATABASES["default"]["PASSWORD"] = {password}\n')
-        databases = {"default": {"ENGINE": ENGINE, "PEERS": peers}}
+        databases = {"default": {"ENGINE": ENGINE, "PEERS": peers, **balancer}}
         files = {
             **FILES,
             "settings.py": settings,
@@ -156,6 +167,41 @@ def test_children_connect_for_themselves(
     environment = {"PYMYSQL": "1"} if driver == "PyMySQL" else {}
     said = Shop(tmp_path, pair, "secrets_.password").run_with(method, "40", **environment)
     assert said["parent"]["driver"].startswith("pymysql" if environment else "MySQLdb")
+    assert_of_their_own(said, method)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"pool": {"min_size": 2}},
+            marks=pytest.mark.skipif(
+                django.VERSION < (5, 1), reason="Django's pools came with Django 5.1"
+            ),
+        ),
+    ],
+)
+def test_children_of_postgresql(
+    options: dict[str, Any],
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+    tmp_path: Path,
+) -> None:
+    """A forked child leaves its parent's connections, and those in its pool, alone."""
+    dead, alive = postgres_pair
+    dead.kill()
+    alive.create_database(DATABASE, USER)
+    settings = {"PEER_ENGINE": POSTGRESQL, "OPTIONS": options}
+    shop = Shop(tmp_path, postgres_pair, "secrets_.password", **settings)
+    try:
+        assert_of_their_own(shop.run_with("fork", "40"), "fork")
+    finally:
+        alive.terminate_connections(USER)
+        alive.sql(f"DROP DATABASE {DATABASE}")
+
+
+def assert_of_their_own(said: Any, method: str) -> None:
+    """Each process has a session of its own, and the parent's goes on."""
     parent, children = said["parent"], said["children"]
     assert (said["again"]["session"], said["again"]["right"]) == (parent["session"], True)
     assert parent["learnt"] == ["open", "closed"]
@@ -171,16 +217,21 @@ def test_children_connect_for_themselves(
     assert [child["known"] for child in first.values()] == [known] * len(first)
 
 
-@pytest.mark.skipif(django.VERSION < (4, 1), reason="spawn came to test runs with Django 4.1")
-@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(pytest.param("spawn", name, marks=spawns) for name in CALLABLES),
+        *(pytest.param("forkserver", name, marks=serves_forks) for name in CALLABLES),
+    ],
+)
 def test_test_runs_that_pickle_the_settings(
-    name: str, pair: tuple[Node, Node], tmp_path: Path
+    method: str, name: str, pair: tuple[Node, Node], tmp_path: Path
 ) -> None:
-    """spawn: test --parallel hands the settings on; a PASSWORD goes along that can be pickled."""
+    """test --parallel hands the settings on; a PASSWORD goes along that can be pickled."""
     password, error = CALLABLES[name]
     shop = Shop(tmp_path, pair, password)
     shop.manage("makemigrations", "shop")
-    output = shop.test_in_parallel("spawn", status=1 if error else 0)
+    output = shop.test_in_parallel(method, status=1 if error else 0)
     assert error in output
     assert ("Ran 2 tests" in output) is not bool(error)
     for database in pair[1].sql("SHOW DATABASES LIKE 'test_shop%'").split():

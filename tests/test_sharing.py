@@ -29,6 +29,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer
+from django_proxysql.demo.servers import ports
 from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
 from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
@@ -43,6 +44,7 @@ from tests.fakes import (
     running,
     until,
 )
+from tests.servers.certificates import certificates_for
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.redis import RedisServer
@@ -357,6 +359,47 @@ class TestCircuits:
         one.connect()
         one.step()
         assert 27 < other.sharing.may_try("db1") < 34
+
+    def test_by_hand(self, world: World) -> None:
+        """An operator's trial need not be due, and is one of the one at a time all the same."""
+        one, other = world.processes(2)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        for process in (one, other):
+            process.step()
+            process.driver.calls.clear()
+
+        def meanwhile() -> Any:
+            due = other.due_in("db1")
+            assert not other.db.try_out(other.db.peers["db1"], now=True)
+            assert other.hosts == []
+            # Its turn has not come any sooner for that.
+            assert other.due_in("db1") == due
+            assert other.states == ["open", "closed"]
+            raise refused_by_host()
+
+        one.driver.down = {"db1": meanwhile}
+        assert not one.db.try_out(one.db.peers["db1"], now=True)
+        assert one.hosts == ["db1"]
+        # It has failed, and the next one is due in half a minute; but not for an operator.
+        one.step()
+        other.step()
+        world.down.clear()
+        assert other.db.try_out(other.db.peers["db1"], now=True)
+        assert other.hosts == ["db1"]
+        other.step()
+        one.step()
+        assert one.states == ["closed", "closed"]
+
+    def test_by_hand_while_redis_is_away(self, world: World, redis_server: RedisServer) -> None:
+        """Nobody says no."""
+        (one,) = world.processes(1)
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        world.down.clear()
+        redis_server.kill()
+        assert one.db.try_out(one.db.peers["db1"], now=True)
 
     def test_last_resort_asks_nobody(self, world: World) -> None:
         """Who has no other peer left tries, whoever holds the trial."""
@@ -999,6 +1042,38 @@ class TestThread:
         finally:
             go_on.set()
 
+    def test_listener_that_hangs(self, own_url: str, caplog: pytest.LogCaptureFixture) -> None:
+        """It keeps its own later events: the log and other listeners hear of each peer."""
+        caplog.set_level("INFO", "django_proxysql")
+        db, other = (
+            LoadBalancer(peers("db1", "db2", "db3"), Driver().connect, shared_state=own_url)
+            for _ in range(2)
+        )
+        go_on = threading.Event()
+        hung: list[Any] = []
+        heard: list[Any] = []
+
+        def hang(event: Any) -> None:
+            hung.append(event)
+            go_on.wait(60)
+
+        db.add_listener(hang, connects=False)
+        db.add_listener(heard.append, connects=False)
+        assert db.sharing is not None
+        assert db.sharing.settle(10)
+        other.sharing = Sharing(other, SteppedLink(own_url))
+        other.sharing.start()
+        try:
+            for name in ("db1", "db2"):
+                other.peers[name].breaker.open()
+                assert other.sharing.settle(10)
+            until(lambda: [told.peer for told in heard] == ["db1", "db2"])
+            until(lambda: sum("another process found" in line for line in caplog.messages) == 2)
+            assert hung == heard[:1]
+        finally:
+            go_on.set()
+        until(lambda: hung == heard)
+
     def test_killed(self, own_url: str) -> None:
         """A thread that something has killed is replaced."""
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
@@ -1403,6 +1478,8 @@ class TestURL:
             "redis://host/shop",
             "redis://host/0?prefix=",
             "redis://host/0?s3cr3t=1&",
+            "redis://host/0?ssl_ca_certs=/ca.pem",
+            "rediss://host/0?ssl_ca_cert=/ca.pem",
             "unix://",
             7,
             {"host": "s3cr3t"},
@@ -1424,10 +1501,40 @@ class TestURL:
             ("redis://:p%40ss@host:6380/3?prefix=shop", "shop"),
             ("rediss://user:pass@host/0?ssl_cert_reqs=none", "django-proxysql"),
             ("unix:///run/redis.sock?db=2", "django-proxysql"),
+            ("unix://user:p%40ss@/run/redis.sock", "django-proxysql"),
+            ("redis://host?db=3&username=user&password=p%40ss&protocol=2", "django-proxysql"),
         ],
     )
     def test_good(self, url: str, prefix: str) -> None:
         assert checked_url(url)["prefix"] == prefix
+
+    def test_ways_to_a_redis(self) -> None:
+        """Those that the docs name lead there: TLS, a socket, a password and another database."""
+        secure = ports.reserve()
+        server = RedisServer()
+        socket = server.directory / "redis.sock"
+        made = certificates_for(server)
+        server.options += (
+            f"--tls-port {secure} --tls-auth-clients no --tls-ca-cert-file {made.ca}".split()
+        )
+        server.options += f"--tls-cert-file {made.certificate} --tls-key-file {made.key}".split()
+        server.options += ["--unixsocket", str(socket)]
+        with server:
+            server.ask("ACL", "SETUSER", "shop", "on", ">p@ss", "~*", "+@all")
+            plain = f"redis://{server.host}:{server.port}?"
+            urls = [
+                f"rediss://shop:p%40ss@{server.host}:{secure}/1?ssl_ca_certs={made.ca}",
+                f"unix://shop:p%40ss@{socket}?db=2",
+                f"{plain}db=3&username=shop&password=p%40ss&protocol=2",
+            ]
+            for number, url in enumerate(urls, start=1):
+                one = World(url).process()
+                assert one.sharing.is_heard, url
+                assert f"db{number}:keys=" in server.ask("INFO", "keyspace")
+            # … and a certificate of somebody else's does not.
+            wrong = World(f"rediss://{server.host}:{secure}/1").process()
+            assert not wrong.sharing.is_heard
+        ports.release(secure)
 
     def test_hidden(self) -> None:
         """No repr shows it."""

@@ -6,6 +6,7 @@ Clocks are the real ones: nothing here waits for a time to pass, but for somethi
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,23 +63,35 @@ def fleet(
         yield Fleet(stack, peers, redis_server.url)
 
 
-def test_all_know_within_a_second(fleet: Fleet) -> None:
+def test_all_know(fleet: Fleet) -> None:
     """One process's failure opens the circuit in the others, and costs them nothing."""
     one, *others = fleet.start(3)
     fleet.peers["db1"].refuse()
     for _ in range(2):
         one.do("connect")
-    found = one.do("wait", "CircuitOpened", "db1")
-    assert not found["learnt"]
+    assert not one.do("wait", "CircuitOpened", "db1")["learnt"]
     for other in others:
-        learnt = other.do("wait", "CircuitOpened", "db1")
-        assert learnt["learnt"]
-        # A round trip a second: on an idle machine it takes a second at most.
-        assert learnt["when"] - found["when"] < 5
+        assert other.do("wait", "CircuitOpened", "db1")["learnt"]
     for other in others:
         for _ in range(4):
             other.do("connect")
         assert other.do("state")["failed"] == 0
+
+
+def test_all_know_within_a_second(fleet: Fleet) -> None:
+    """Openings and closings, each at another moment of the others' seconds.
+
+    By the host's clock, which all of them go by. Any one may come late on a busy machine, so it is
+    the median that counts: it is half of the time that lies between two looks of the others.
+    """
+    one, *others = fleet.start(4)
+    late = []
+    for turn in range(8):
+        change, event = (("open", "CircuitOpened"), ("close", "CircuitClosed"))[turn % 2]
+        one.do(change, "db1")
+        found = one.do("wait", event, "db1")["when"]
+        late += [other.do("wait", event, "db1")["when"] - found for other in others]
+    assert statistics.median(late) < 1, late
 
 
 def test_one_trial_at_a_time_over_all(fleet: Fleet) -> None:

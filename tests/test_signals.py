@@ -18,9 +18,9 @@ import pytest
 from django.db import OperationalError, connections
 from django.dispatch import Signal
 
-from django_proxysql import Fault, NoPeerAvailable, balancers, events, signals
+from django_proxysql import Fault, NoPeerAvailable, balancers, events, probe, signals
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
-from tests.fakes import in_thread, lock_is_free, running
+from tests.fakes import in_thread, lock_is_free, running, until
 from tests.servers.faultproxy import FaultProxy
 from tests.site import Site, site
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 class Peers:
     """A balancer over two SQLite files; a peer is down while its file's folder is missing."""
 
-    def __init__(self, root: Path, stack: ExitStack) -> None:
+    def __init__(self, root: Path, stack: ExitStack, **options: Any) -> None:
         self.clock = Clock()
         self.folders = [root / "peer0", root / "peer1"]
         peers = [
@@ -38,7 +38,9 @@ class Peers:
             for priority, folder in enumerate(self.folders)
         ]
         self.connection = stack.enter_context(
-            engine(peers, PEER_ENGINE=SQLITE, clock=self.clock, LAST_RESORT_INTERVAL=None)
+            engine(
+                peers, PEER_ENGINE=SQLITE, clock=self.clock, LAST_RESORT_INTERVAL=None, **options
+            )
         )
         self.balancer = balancers["balanced"]
         for folder in self.folders:
@@ -315,6 +317,63 @@ def test_hangs_after_a_trial(peers: Peers, receive: Callable[..., Any]) -> None:
         finally:
             released.set()
     assert names == ["peer0"]
+
+
+def test_hangs_over_what_the_background_finds(
+    tmp_path: Path, receive: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread that makes the trials goes on with them, and the log says what they show."""
+    caplog.set_level("INFO", "django_proxysql")
+    reached, released = threading.Event(), threading.Event()
+
+    def hang(**kwargs: Any) -> None:
+        reached.set()
+        assert released.wait(60)
+
+    with ExitStack() as stack:
+        peers = Peers(tmp_path, stack, PROBE="background")
+        receive(signals.peer_closed, hang)
+        stack.callback(released.set)
+        for number in (0, 1):
+            peers.fail(number)
+        with pytest.raises(NoPeerAvailable):
+            peers.connect()
+        assert [state.state for state in peers.balancer.snapshot()] == ["open", "open"]
+        peers.restore(0)
+
+        def later() -> None:
+            peers.clock.advance(34)
+            probe.prober.tend(peers.balancer)
+
+        until(lambda: later() or reached.is_set())
+        peers.restore(1)
+        until(lambda: later() or peers.balancer.peers["peer1"].breaker.is_available)
+        until(lambda: not probe.prober.is_running)
+        until(lambda: len([line for line in caplog.messages if " closed, " in line]) == 2)
+
+
+def test_keeps_no_connection_of_a_thread_that_only_tells(
+    tmp_path: Path, receive: Callable[..., Any]
+) -> None:
+    """What a receiver opens there is closed after it, not left to whoever collects the thread."""
+    opened: list[Any] = []
+
+    def ask(alias: str, **kwargs: Any) -> None:
+        connection = connections[alias]
+        connection.ensure_connection()
+        opened.append((threading.get_ident(), connection, connection.connection))
+
+    with ExitStack() as stack:
+        peers = Peers(tmp_path, stack, PROBE="background")
+        receive(signals.peer_closed, ask)
+        peers.fail(0)
+        assert peers.connect() == "peer1"
+        peers.restore(0)
+        until(lambda: peers.clock.advance(34) or probe.prober.tend(peers.balancer) or opened)
+        (there, connection, made), *_ = opened
+        assert there != threading.get_ident()
+        assert made is not None
+        until(lambda: connection.connection is None)
 
 
 def test_asks_a_database_that_is_gone(peers: Peers, receive: Callable[..., Any]) -> None:

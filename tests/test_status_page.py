@@ -5,7 +5,9 @@ The site's database is the balancer itself, as it is with its users.
 
 from __future__ import annotations
 
+import dataclasses
 import html
+import itertools
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,23 +24,37 @@ import pytest
 from django.conf import settings
 from django.contrib import messages
 from django.core.checks import run_checks
-from django.db import close_old_connections, connections, transaction
+from django.db import (
+    InterfaceError,
+    OperationalError,
+    close_old_connections,
+    connections,
+    transaction,
+)
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
-from django_proxysql.balancer import PeerState
-from django_proxysql.breaker import CLOSED, OPEN
+from django_proxysql.balancer import LoadBalancer
+from django_proxysql.breaker import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.monitoring import views
-from django_proxysql.monitoring.status import fleet_changes
+from django_proxysql.monitoring.history import History
+from django_proxysql.monitoring.status import (
+    PeerStatus,
+    balancer_status,
+    fleet_changes,
+    laid_over,
+)
 from django_proxysql.options import OPTIONS
 from django_proxysql.registry import balancers
-from django_proxysql.sharing import Fleet, Moment
+from django_proxysql.sharing import Fleet, Moment, Sharing
 from tests.django_settings import MIDDLEWARE
 from tests.engine import SQLITE, Clock, added, engine, mysql_peer
+from tests.fakes import bad_password, raised_by, refused_by_host
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.redis import RedisServer
 from tests.shared_process import SharedProcess
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
+from tests.test_sharing import Process, SteppedLink, World
 
 NAMES = ("peer0", "peer1", "peer2")
 PAGE, OPERATE, HEALTHZ = "/peers/", "/peers/peer/", "/peers/healthz"
@@ -47,6 +64,11 @@ PAGE, OPERATE, HEALTHZ = "/peers/", "/peers/peer/", "/peers/healthz"
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database file with the apps' tables."""
     return migrated(tmp_path_factory.mktemp("status"))
+
+
+@pytest.fixture
+def world(redis_server: RedisServer) -> World:
+    return World(redis_server.url)
 
 
 @pytest.fixture
@@ -157,6 +179,40 @@ class TestWhoMaySeeIt:
         for response in (client.get(PAGE), drain(client)):
             assert response.status_code == 503
             assert "cannot be told whether you may see this page" in text_of(response)
+        assert drained(site) == []
+
+    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
+    def test_database_fails_as_it_is_asked(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    ) -> None:
+        """Whichever kind of error the driver has for that."""
+        client = site.admin()
+
+        def fails(*args: Any) -> None:
+            raise error("connection already closed")
+
+        monkeypatch.setattr(connections["default"], "cursor", fails)
+        for response in (client.get(PAGE), drain(client)):
+            assert response.status_code == 503
+            assert "cannot be told whether you may see this page" in text_of(response)
+        assert drained(site) == []
+
+    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
+    def test_permissions_cannot_be_asked_for(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    ) -> None:
+        """Whoever cannot be shown to have it is taken not to have it."""
+        from django.contrib.auth.models import User
+
+        client = site.client(is_staff=True)
+
+        def fails(*args: Any) -> None:
+            raise error("connection already closed")
+
+        monkeypatch.setattr(User, "has_perm", fails)
+        with override_settings(DJANGO_PROXYSQL={"OPERATE_PERMISSION": "auth.change_user"}):
+            assert client.get(PAGE).status_code == 200
+            assert drain(client).status_code == 403
         assert drained(site) == []
 
 
@@ -393,6 +449,27 @@ class TestButtons:
         assert permit is not None
         permit.released()
 
+    def test_retry_while_another_process_tries(self, site: Site, redis_server: RedisServer) -> None:
+        """… nor over all processes that share the circuit."""
+        client = site.admin()
+        config = dataclasses.replace(site.balancer.config, shared_state=redis_server.url)
+        other = LoadBalancer(config)
+        other.sharing = Sharing(other, SteppedLink(redis_server.url))
+        site.balancer.sharing = Sharing(site.balancer, SteppedLink(redis_server.url))
+        site.fail("peer1")
+        for balancer in (site.balancer, other):
+            assert balancer.sharing is not None
+            assert balancer.sharing.settle()
+        assert other.sharing.may_try("peer1", by_hand=True) == 0
+        site.peers.restore("peer1")
+        assert self.retry(client) == (
+            "You had peer1 not tried, for another process is trying it (load balancer default)."
+        )
+        assert site.balancer.peers["peer1"].breaker.current_state == OPEN
+        # Its trial is over, and has said nothing.
+        assert other.sharing.settle()
+        assert "it is in use again" in self.retry(client)
+
     def test_retry_that_cannot_be_made(self, site: Site, monkeypatch: Any) -> None:
         """A mistake of this process's is said, and counts for nothing."""
         site.fail("peer1")
@@ -496,15 +573,19 @@ class TestButtons:
         assert client.get(OPERATE).status_code == 405
         assert client.post(PAGE).status_code == 405
 
+    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
     def test_admin_log_that_cannot_be_written(
-        self, site: Site, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+        self,
+        site: Site,
+        monkeypatch: Any,
+        caplog: pytest.LogCaptureFixture,
+        error: type[Exception],
     ) -> None:
         """The drain holds; the log says what could not be told."""
         from django.contrib.admin.models import LogEntry
-        from django.db import OperationalError
 
         def fails(**kwargs: Any) -> None:
-            raise OperationalError("read-only")
+            raise error("read-only")
 
         monkeypatch.setattr(LogEntry.objects, "create", fails)
         assert drain(site.admin()).status_code == 302
@@ -677,6 +758,7 @@ class TestFleet:
         ("moments", "now", "changes"),
         [
             ([], CLOSED, [(0, CLOSED)]),
+            ([], "drained", [(0, "drained")]),
             ([], OPEN, [(0, OPEN)]),
             ([(5, OPEN), (9, CLOSED)], CLOSED, [(0, CLOSED), (5, OPEN), (9, CLOSED)]),
             ([(9, CLOSED)], CLOSED, [(0, OPEN), (9, CLOSED)]),
@@ -691,13 +773,115 @@ class TestFleet:
     )
     def test_changes(self, moments: Any, now: str, changes: Any) -> None:
         timeline = [moment("peer0", state, when) for when, state in moments]
-        fleet = Fleet(3, {"peer0": 1}, (*timeline, moment("peer1", OPEN, 1)))
-        assert fleet_changes(fleet, peer_state(now)) == changes
+        known = {"out": frozenset(["peer0"] if now == OPEN else [])}
+        known["drained"] = frozenset(["peer0"] if now == "drained" else [])
+        fleet = Fleet(3, {"peer0": 1}, (*timeline, moment("peer1", OPEN, 1)), **known)
+        assert fleet_changes(fleet, "peer0") == changes
 
     def test_record_that_is_full(self) -> None:
         """What was before it is not known."""
         timeline = tuple(moment("peer1", OPEN, 100 + number) for number in range(500))
-        assert fleet_changes(Fleet(1, {}, timeline), peer_state(CLOSED)) == [(100, CLOSED)]
+        assert fleet_changes(Fleet(1, {}, timeline), "peer0") == [(100, CLOSED)]
+
+    @pytest.mark.parametrize(
+        ("changes", "own", "both"),
+        [
+            # What all know, this process heard of a little later.
+            (
+                [(0, CLOSED), (50, OPEN), (70, CLOSED)],
+                [(10, CLOSED), (51, OPEN), (60, HALF_OPEN), (61, OPEN), (71, CLOSED)],
+                [(0, CLOSED), (50, OPEN), (70, CLOSED)],
+            ),
+            # It alone was refused, or is: nobody else has the peer for anything but in use.
+            ([(0, CLOSED)], [(10, CLOSED), (95, OPEN)], [(0, CLOSED), (95, OPEN)]),
+            (
+                [(0, CLOSED)],
+                [(10, CLOSED), (30, OPEN), (40, CLOSED)],
+                [(0, CLOSED), (30, OPEN), (40, CLOSED)],
+            ),
+            # It was cut off, and withdrew what it had told.
+            (
+                [(0, CLOSED), (50, OPEN), (52, CLOSED)],
+                [(10, CLOSED), (50, OPEN), (90, CLOSED)],
+                [(0, CLOSED), (50, OPEN), (90, CLOSED)],
+            ),
+            # A trial is under way: it is out as long as it was.
+            ([(0, CLOSED), (50, OPEN)], [(10, CLOSED), (51, OPEN), (99, HALF_OPEN)], None),
+            # It has it back, and the others are still to hear of that.
+            (
+                [(0, CLOSED), (50, OPEN)],
+                [(10, CLOSED), (50, OPEN), (99, CLOSED)],
+                [(0, CLOSED), (50, OPEN), (99, CLOSED)],
+            ),
+            # It has drained a peer that is out, while Redis was away.
+            (
+                [(0, CLOSED), (50, OPEN)],
+                [(10, CLOSED), (50, OPEN), (60, "drained")],
+                [(0, CLOSED), (50, OPEN), (60, "drained")],
+            ),
+            # A doubt is its own.
+            ([(0, CLOSED)], [(10, CLOSED), (98, "suspect")], [(0, CLOSED), (98, "suspect")]),
+            # It began to look when the record, which was full, did not yet reach back so far.
+            ([(60, CLOSED)], [(10, OPEN), (70, CLOSED)], [(60, OPEN), (70, CLOSED)]),
+        ],
+    )
+    def test_laid_over(self, changes: Any, own: Any, both: Any) -> None:
+        """What this process keeps to itself is seen; what it knows from all is drawn once."""
+        assert laid_over(changes, own, 100) == (changes if both is None else both)
+
+    def test_refused(self, world: World) -> None:
+        """A peer that refuses this process: since then, and not for ever."""
+        one, other = world.processes(2)
+        pages = [Page(world, process) for process in (one, other)]
+        world.clock.advance(600)
+        one.driver.down = {"db1": bad_password}
+        one.connect()
+        for process in (one, other):
+            process.step()
+        world.clock.advance(5)
+        assert pages[0].told("db1") == [(5, OPEN), (None, CLOSED)]
+        assert pages[0].since("db1") == 5
+        assert pages[1].told("db1") == [(None, CLOSED)]
+        assert pages[1].since("db1") is None
+
+    def test_outage_of_everything(self, world: World) -> None:
+        """All peers are down for everybody: nobody tells, and each page shows it all the same."""
+        fleet = world.processes(2)
+        pages = [Page(world, process) for process in fleet]
+        world.clock.advance(600)
+        world.down.update(db1=refused_by_host, db2=refused_by_host)
+        for _ in range(120):
+            for process in fleet:
+                raised_by(process.connect)
+                process.step()
+            world.clock.advance(1)
+        for page, name in itertools.product(pages, ("db1", "db2")):
+            assert page.since(name) == 120
+            assert page.told(name) == [(120, OPEN), (None, CLOSED)]
+        world.down.clear()
+        for _ in range(60):
+            for process in fleet:
+                process.connect()
+                process.step()
+            world.clock.advance(1)
+        for page, name in itertools.product(pages, ("db1", "db2")):
+            words = page.told(name)
+            assert [word for _, word in words] == [CLOSED, OPEN, CLOSED]
+            # The other one has its trial an interval after the last.
+            assert (57 if name == "db1" else 25) <= words[0][0] <= 60
+            assert words[1][0] == 180
+
+    def test_clock_of_redis(self, world: World) -> None:
+        """Another than this host's: a moment is drawn where this host's clock was then."""
+        (one,) = world.processes(1)
+        page = Page(world, one)
+        world.jump = 500.0
+        one.connect()
+        world.down["db1"] = refused_by_host
+        one.connect()
+        one.step()
+        world.clock.advance(60)
+        assert page.told("db1") == [(60, OPEN), (None, CLOSED)]
 
     def test_processes(self, site: Site, redis_server: RedisServer, mariadb_pair: Any) -> None:
         """Real ones: their connections are summed, and a drain holds in all of them."""
@@ -749,19 +933,27 @@ class TestFleet:
                 redis_server.thaw()
 
 
-def peer_state(state: str) -> PeerState:
-    return PeerState(
-        "peer0",
-        "db1:3306",
-        state=state,
-        suspect=False,
-        trial_in=None,
-        out_for=None,
-        failures=0,
-        error="",
-        fault=None,
-        connections=0,
-        weight=1,
-        priority=0,
-        drained=False,
-    )
+class Page:
+    """What the page of one of the processes says, with times as seconds before now."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        self.world = world
+        self.db = process.db
+        self.seen = History(world.clock)
+        self.seen.look_at(self.db)
+        # As the site's own does, which looks at balancers of settings.
+        self.db.add_listener(lambda event: self.seen.look_at(self.db), connects=False)
+
+    def _peer(self, name: str) -> PeerStatus:
+        now = self.world.clock()
+        peers = balancer_status(self.db, self.seen, now, now).peers
+        return next(peer for peer in peers if peer.known.name == name)
+
+    def _ago(self, moment: datetime | None) -> int | None:
+        return None if moment is None else round(self.world.clock() - moment.timestamp())
+
+    def since(self, name: str) -> int | None:
+        return self._ago(self._peer(name).since)
+
+    def told(self, name: str) -> list[Any]:
+        return [(self._ago(moment), word) for moment, word in self._peer(name).story]

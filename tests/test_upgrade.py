@@ -7,16 +7,18 @@ for a time to pass, but for connections to leave or to come.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import transaction
+from django.db import close_old_connections, connections, transaction
 
 from django_proxysql import balancers, retrying_atomic
 from django_proxysql.conf import ENGINE
+from tests import fakes
 from tests.chaos.load import TABLE, Load, Pace
 from tests.chaos.sites import admin, connected
 from tests.engine import engine, mysql_peer
@@ -83,6 +85,90 @@ def test_drain_and_pause(
             assert (code, err) == (0, "")
         # All of them have been where they are now anew.
         assert proxies[0].sessions(DB) == 4
+
+
+class Sleepers:
+    """Threads that have used a connection, keep it, and use it again when they are told to."""
+
+    #: What each of them does first, when it wakes up.
+    FIRST = ("read", "write", "block")
+
+    def __init__(self) -> None:
+        self.asleep: list[str] = []
+        self.failures: list[BaseException] = []
+        self._wake = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def lay_down(self, count: int) -> None:
+        """Have so many more of each kind connect, one after the other, and sleep."""
+        for first in self.FIRST:
+            for _ in range(count):
+                thread = threading.Thread(target=self._run, args=(first,), daemon=True)
+                self._threads.append(thread)
+                asleep = len(self.asleep)
+                thread.start()
+                fakes.until(lambda: len(self.asleep) > asleep or self.failures)  # noqa: B023
+
+    def wake_up(self) -> None:
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+    def _run(self, first: str) -> None:
+        connection: Any = connections[ALIAS]
+        try:
+            self._read()
+            # Its request is over.
+            close_old_connections()
+            self.asleep.append(connection.peer.name)
+            self._wake.wait(120)
+            getattr(self, f"_{first}")()
+        except BaseException as exc:
+            self.failures.append(exc)
+        finally:
+            connection.close()
+
+    def _read(self) -> None:
+        with connections[ALIAS].cursor() as cursor:
+            cursor.execute("SELECT value FROM chaos_row WHERE id = 1")
+            assert len(cursor.fetchall()) == 1
+
+    def _write(self) -> None:
+        with connections[ALIAS].cursor() as cursor:
+            cursor.execute("UPDATE chaos_row SET value = value WHERE id = 1")
+
+    def _block(self) -> None:
+        with transaction.atomic(using=ALIAS):
+            self._read()
+            self._write()
+
+
+def test_stopped_with_idle_connections_left(
+    mariadb: Node, haproxy: Callable[..., HAProxy], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """What is idle need not be waited for: found dead before it is used, it is replaced."""
+    proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
+    peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
+    settings = {
+        "SHARED_STATE": redis_server.url,
+        "CONN_MAX_AGE": None,
+        "STRATEGY": "round_robin",
+    }
+    project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
+    sleepers = Sleepers()
+    with under_load(mariadb, peers, **settings) as load:
+        sleepers.lay_down(2)
+        assert Counter(sleepers.asleep) == {"peer0": 3, "peer1": 3}
+        for number, proxy in enumerate(proxies):
+            assert project.run("--drain", f"peer{number}")[0] == 0
+            # The threads at work have left. The others do not know of it.
+            until(load, lambda proxy=proxy: proxy.sessions(DB) == 3)
+            proxy.disable(DB)
+            proxy.restart()
+            assert project.run("--undrain", f"peer{number}")[0] == 0
+        sleepers.wake_up()
+    assert sleepers.failures == []
 
 
 def test_pause_alone(mariadb: Node, haproxy: Callable[..., HAProxy]) -> None:

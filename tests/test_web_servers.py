@@ -1,4 +1,4 @@
-"""The site under the servers that people run: gunicorn with each of its workers, and uvicorn.
+"""The site under the servers that people run: gunicorn with each of its workers, uWSGI, uvicorn.
 
 Whoever serves it, a peer that dies fails no request, its circuit opens in each worker, and it is
 used again when it is back. No worker uses a socket of its parent's.
@@ -7,6 +7,8 @@ used again when it is back. No worker uses a socket of its parent's.
 from __future__ import annotations
 
 import signal
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +16,13 @@ import django
 import gunicorn
 import pytest
 
+from django_proxysql.demo.servers import HOST
+from tests.engine import mysql_peer
+from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
-from tests.web import Answer, Client, serving, sessions
+from tests.servers.postgresql import PostgreSQLNode
+from tests.web import Answer, Client, Web, serving, sessions
 
 Pair = tuple[Node, Node]
 
@@ -48,6 +55,17 @@ class Model(NamedTuple):
 SYNC = Model((*GUNICORN, "--worker-class", "sync"))
 GTHREAD = Model((*GUNICORN, "--worker-class", "gthread", "--threads", "4"))
 GEVENT = Model((*GUNICORN, "--worker-class", "gevent"))
+#: Loads the application before it forks its workers, unless it is told otherwise.
+UWSGI = Model(
+    (
+        "-c",
+        "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])",
+        *("--http-socket", "ADDRESS", "--module", "wsgi", "--need-app"),
+        *("--master", "--die-on-term", "--processes", "2", "--py-call-osafterfork"),
+    ),
+    is_preloaded=True,
+)
+LAZY = UWSGI._replace(command=(*UWSGI.command, "--lazy-apps"), is_preloaded=False)
 UVICORN = ("-m", "uvicorn", "asgi:application", "--port", "PORT", "--lifespan", "off")
 
 GUNICORNS = {
@@ -63,7 +81,11 @@ GUNICORNS = {
 }
 MODELS = {
     **GUNICORNS,
+    "uWSGI": UWSGI,
+    "uWSGI, background": UWSGI._replace(settings={"PROBE": "background"}),
+    "uWSGI, lazy-apps, threads": LAZY._replace(command=(*LAZY.command, "--threads", "4")),
     "uvicorn": Model(UVICORN, "/async"),
+    "uvicorn, a synchronous view": Model(UVICORN),
     "uvicorn, 2 workers": Model((*UVICORN, "--workers", "2"), "/async"),
 }
 has_async_orm = pytest.mark.skipif(
@@ -71,11 +93,14 @@ has_async_orm = pytest.mark.skipif(
 )
 
 
+has_psycopg_3 = pytest.mark.skipif(django.VERSION < (4, 2), reason="psycopg 3 came with Django 4.2")
+
+
 def pids(answers: list[Answer]) -> set[int]:
     return {answer["pid"] for answer in answers}
 
 
-def served_by(answers: list[Answer], node: Node) -> set[int]:
+def served_by(answers: list[Answer], node: Node | PostgreSQLNode) -> set[int]:
     """The workers that have had a connection to ``node``."""
     return {answer["pid"] for answer in answers if answer["port"] == node.port}
 
@@ -146,9 +171,9 @@ def assert_of_their_own(answers: list[Answer], pair: Pair) -> None:
     )
 
 
-def assert_nobody_left(pair: Pair) -> None:
+def assert_nobody_left(nodes: Sequence[Node | PostgreSQLNode]) -> None:
     """The servers forget connections as soon as they have read the goodbye."""
-    for node in pair:
+    for node in nodes:
         left = sessions(node)
         for _ in range(200):
             if not left:
@@ -157,11 +182,13 @@ def assert_nobody_left(pair: Pair) -> None:
         assert not left
 
 
-@pytest.mark.parametrize("name", ["sync", "gthread"])
+@pytest.mark.parametrize("name", ["sync", "gthread", "gevent"])
 def test_preloaded_with_kept_connections(name: str, mariadb_pair: Pair, tmp_path: Path) -> None:
     """Connections that are kept are each worker's own, too, and not the parent's."""
-    model = GUNICORNS[name].preloaded()
-    with serving(tmp_path, mariadb_pair, *model.command, CONN_MAX_AGE=None) as web:
+    model = GUNICORNS[f"{name}, preload"]
+    with serving(
+        tmp_path, mariadb_pair, *model.command, files=model.files, CONN_MAX_AGE=None
+    ) as web:
         with Client(web.port) as client:
             client.until(lambda answers: len(answers) > 200 and len(pids(answers)) == 2)
         assert client.failures == []
@@ -200,30 +227,101 @@ def test_graceful_reload(name: str, mariadb_pair: Pair, tmp_path: Path) -> None:
     assert_nobody_left(mariadb_pair)
 
 
+def assert_statements_wait_together(web: Web, holder: Any, waiting: Callable[[], int]) -> None:
+    """Six requests of one worker wait for the holder's lock at once; then go on, unmixed."""
+    with Client(web.port, "/lock", threads=6) as client:
+        while waiting() != 6:
+            assert not client.failures
+        holder.close()
+        client.until(lambda answers: len(answers) > 20)
+    assert client.failures == []
+    assert len(pids(client.answers)) == 1
+
+
 def test_greenlets_switch_in_the_driver(mariadb_pair: Pair, tmp_path: Path) -> None:
     """gevent with PyMySQL: one worker waits for several statements at once, each with its own
     connection, and mixes none of them up."""
     command = (*GEVENT.command, "--workers", "1")
     node = mariadb_pair[0]
+    query = "SELECT count(*) FROM information_schema.processlist WHERE state='User lock'"
     with serving(tmp_path, [node], *command, environment={"PYMYSQL": "1"}) as web:
-        holder = lock_holder(node)
-        with Client(web.port, "/lock", threads=6) as client:
-            waiting = "SELECT count(*) FROM information_schema.processlist WHERE state='User lock'"
-            while node.sql(waiting).strip() != "6":
-                assert not client.failures
-            holder.close()
-            client.until(lambda answers: len(answers) > 20)
-        assert client.failures == []
-        assert len(pids(client.answers)) == 1
+        assert_statements_wait_together(web, lock_holder(node), lambda: int(node.sql(query)))
+
+
+@has_psycopg_3
+def test_greenlets_switch_in_psycopg(postgres: PostgreSQLNode, tmp_path: Path) -> None:
+    """gevent with psycopg 3, which waits as gevent does."""
+    import psycopg
+
+    command = (*GEVENT.command, "--workers", "1")
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with serving(tmp_path, [postgres], *command) as web:
+        holder = psycopg.connect(
+            host=postgres.host, port=postgres.port, user=USER, password=PASSWORD, dbname=DATABASE
+        )
+        holder.execute("SELECT pg_advisory_lock(1)")
+        assert_statements_wait_together(web, holder, lambda: int(postgres.sql(query)))
 
 
 def lock_holder(node: Node) -> Any:
     import MySQLdb
-
-    from tests.servers import DATABASE, PASSWORD, USER
 
     connection = MySQLdb.connect(
         host=node.host, port=node.port, user=USER, password=PASSWORD, database=DATABASE
     )
     connection.cursor().execute("SELECT GET_LOCK('gate', 0)")
     return connection
+
+
+@has_async_orm
+@pytest.mark.parametrize(
+    "servers", ["mariadb_pair", pytest.param("postgres_pair", marks=has_psycopg_3)]
+)
+def test_asynchronous_writes(servers: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """acreate() and atomic() in sync_to_async(), while a peer is out: nothing is lost or mixed."""
+    first, second = pair = request.getfixturevalue(servers)
+    with serving(tmp_path, pair, *UVICORN, path="/write", CHECK_INTERVAL=3600) as web:
+        with Client(web.port, "/write") as client:
+            client.until(lambda answers: served_by(answers, first) and served_by(answers, second))
+        assert client.failures == []
+        first.kill()
+        with Client(web.port, "/write") as client:
+            client.until(lambda answers: len(answers) > 40)
+        assert client.failures == []
+        assert not served_by(client.answers, first)
+        assert client.answers[-1]["states"]["peer0"] == "open"
+        assert web.stop() in (0, -signal.SIGTERM)
+    assert second.sql("SELECT name FROM site__item ORDER BY 1", DATABASE).split() == ["a", "b", "c"]
+    assert_nobody_left([second])
+
+
+@pytest.mark.skipif(django.VERSION < (5,), reason="views are cancelled since Django 5.0")
+def test_a_view_that_is_cancelled_as_it_connects(
+    mariadb: Node, fault_proxy: Callable[..., FaultProxy], tmp_path: Path
+) -> None:
+    """The client goes away: its thread finishes the search, and others are served meanwhile."""
+    hangs, other = fault_proxy(mariadb), fault_proxy(mariadb)
+    peers = [mysql_peer(hangs), mysql_peer(other, PRIORITY=1)]
+    with serving(
+        tmp_path,
+        [mariadb],
+        *UVICORN,
+        path="/async",
+        peers=peers,
+        CONNECT_TIMEOUT=1,
+        CHECK_INTERVAL=3600,
+    ) as web:
+        hangs.accept_and_hang()
+        before = hangs.accepted
+        leaver = socket.create_connection((HOST, web.port))
+        leaver.sendall(f"GET /async?token=x HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+        while hangs.accepted == before:
+            assert web.process.poll() is None
+        leaver.close()
+        with Client(web.port, "/async") as client:
+            client.until(lambda answers: len(answers) > 40)
+        assert client.failures == []
+        assert client.answers[-1]["states"] == {"peer0": "open", "peer1": "closed"}
+        assert web.stop() in (0, -signal.SIGTERM)
+    assert "Traceback" not in web.log.read_text()
+    assert_nobody_left([mariadb])

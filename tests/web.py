@@ -1,4 +1,4 @@
-"""A small site on two MariaDB servers, served by real web servers, under steady requests."""
+"""A small site on MariaDB or PostgreSQL, served by real web servers, under steady requests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import Any
 
 from django_proxysql.conf import ENGINE
 from django_proxysql.demo.servers import HOST, ports
-from tests.engine import mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, mysql_peer
 from tests.project import Project
 from tests.servers import DATABASE, USER
 from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
 
 #: The longest that anything is waited for, in seconds; a test that waits that long fails.
 PATIENCE = 60
@@ -51,12 +52,8 @@ class Item(models.Model):
 import os
 from django.core.wsgi import get_wsgi_application
 application = get_wsgi_application()
-from django.db import connection
-with connection.cursor() as cursor:
-    cursor.execute("SELECT @@port")
-    (port,) = cursor.fetchone()
 import urls
-urls.LOADED = [os.getpid(), port, connection.connection.thread_id()]
+urls.LOADED = [os.getpid(), *urls.place()]
 """,
     "asgi.py": """
 from django.core.asgi import get_asgi_application
@@ -64,7 +61,7 @@ application = get_asgi_application()
 """,
     "urls.py": """
 import asyncio, os, threading
-from django.db import close_old_connections, connection
+from django.db import close_old_connections, connection, transaction
 from django.http import JsonResponse
 from django.urls import path
 from django_proxysql import balancers
@@ -72,11 +69,27 @@ from site_.models import Item
 
 LOADED = None
 
+# The server's port, its number of the session, and how one waits for a gate.
+WHERE, *GATE = {
+    "mysql": (
+        "@@port, CONNECTION_ID()", "SELECT GET_LOCK('gate', 60)", "SELECT RELEASE_LOCK('gate')",
+    ),
+    "postgresql": (
+        "inet_server_port(), pg_backend_pid()",
+        "SELECT pg_advisory_lock(1)", "SELECT pg_advisory_unlock(1)",
+    ),
+}[connection.vendor]
+
+def place():
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT {WHERE}")
+        return cursor.fetchone()
+
 def ask(token):
     with connection.cursor() as cursor:
-        cursor.execute("SELECT %s, @@port", [token])
-        said, port = cursor.fetchone()
-    return {"token": said, "port": port, "session": connection.connection.thread_id()}
+        cursor.execute(f"SELECT %s, {WHERE}", [token])
+        said, port, session = cursor.fetchone()
+    return {"token": said, "port": port, "session": session}
 
 def worker():
     states = {peer.name: peer.state for peer in balancers["default"].snapshot()}
@@ -88,8 +101,8 @@ def index(request):
 
 def lock(request):
     with connection.cursor() as cursor:
-        cursor.execute("SELECT GET_LOCK('gate', 60)")
-        cursor.execute("SELECT RELEASE_LOCK('gate')")
+        for statement in GATE:
+            cursor.execute(statement)
     return index(request)
 
 async def asynchronous(request):
@@ -109,7 +122,30 @@ async def asynchronous(request):
     mixed = there["token"] != token + " elsewhere" or len(items) != items_too
     return JsonResponse({**here, "items": -1 if mixed else items_too, **worker()})
 
-urlpatterns = [path("", index), path("lock", lock), path("async", asynchronous)]
+async def writing(request):
+    from asgiref.sync import sync_to_async
+    token = request.GET["token"]
+    @transaction.atomic
+    def in_one_transaction(fails):
+        items = Item.objects.filter(name=token)
+        Item.objects.create(name=token)
+        if fails:
+            raise LookupError(items.count())
+        # By its key each: by name, MariaDB would lock what others write.
+        return items.count(), sum(item.delete()[0] for item in items)
+    await Item.objects.acreate(name=token)
+    try:
+        await sync_to_async(in_one_transaction)(True)
+    except LookupError as exc:
+        seen = exc.args
+    seen += await sync_to_async(in_one_transaction)(False)
+    here = await sync_to_async(ask)(token)
+    # What others write meanwhile is none of this one's.
+    return JsonResponse({**here, "items": 3 if seen == (2, 2, 2) else seen, **worker()})
+
+urlpatterns = [
+    path("", index), path("lock", lock), path("async", asynchronous), path("write", writing),
+]
 """,
 }
 
@@ -225,13 +261,26 @@ class Web:
 
 @contextmanager
 def serving(
-    root: Path, nodes: Sequence[Node], *command: str, path: str = "/", **settings: Any
+    root: Path,
+    nodes: Sequence[Node | PostgreSQLNode],
+    *command: str,
+    path: str = "/",
+    peers: Sequence[dict[str, Any]] = (),
+    **settings: Any,
 ) -> Iterator[Web]:
-    """Yield a server of the site whose peers are ``nodes``, each with three rows in its table."""
+    """Yield a server of the site whose peers are ``nodes``, each with three rows in its table.
+
+    :param peers: the peers' own dicts, where these are not just the nodes'.
+    """
     for node in nodes:
+        create, key = (
+            (f"SET ROLE {USER}; CREATE", "serial")
+            if isinstance(node, PostgreSQLNode)
+            else ("CREATE", "int AUTO_INCREMENT")
+        )
         node.sql(
-            "CREATE TABLE IF NOT EXISTS site__item"
-            " (id int AUTO_INCREMENT PRIMARY KEY, name varchar(20));"
+            f"{create} TABLE IF NOT EXISTS site__item"
+            f" (id {key} PRIMARY KEY, name varchar(20));"
             "DELETE FROM site__item; INSERT INTO site__item (name) VALUES ('a'), ('b'), ('c')",
             DATABASE,
         )
@@ -239,7 +288,8 @@ def serving(
     files = settings.pop("files", {})
     entry = {
         "ENGINE": ENGINE,
-        "PEERS": [mysql_peer(node) for node in nodes],
+        "PEER_ENGINE": POSTGRESQL if isinstance(nodes[0], PostgreSQLNode) else MYSQL,
+        "PEERS": list(peers) or [mysql_peer(node) for node in nodes],
         "CHECK_INTERVAL": 1,
         **settings,
     }
@@ -252,7 +302,10 @@ def serving(
         web.stop()
 
 
-def sessions(node: Node) -> set[int]:
+def sessions(node: Node | PostgreSQLNode) -> set[int]:
     """The server's numbers of the site's connections to it."""
-    rows = node.sql(f"SELECT id FROM information_schema.processlist WHERE user = '{USER}'")
+    if isinstance(node, PostgreSQLNode):
+        rows = node.sql(f"SELECT pid FROM pg_stat_activity WHERE usename = '{USER}'")
+    else:
+        rows = node.sql(f"SELECT id FROM information_schema.processlist WHERE user = '{USER}'")
     return {int(row) for row in rows.split()}

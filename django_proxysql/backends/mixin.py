@@ -212,9 +212,13 @@ class LoadBalancedMixin(_Base):
     def on_a_live_peer(self) -> Any:
         """Return a copy of this wrapper, without a connection, whose settings are a live peer's.
 
+        Where connecting is forbidden, as Django's SimpleTestCase does, they are the first peer's:
+        the plain engine's shell makes no connection of Django's.
+
         :raises NoPeerAvailable: there is none.
         """
-        self.ensure_connection()
+        with contextlib.suppress(AssertionError):
+            self.ensure_connection()
         stand_in = copy.copy(self)
         stand_in.connection = None
         stand_in._hold = None

@@ -30,10 +30,11 @@ __all__ = ["Peers"]
 class Peers(HealthCheck):  # type: ignore[misc]
     """Ask the database a question through its load balancer.
 
-    It is unavailable if no peer can be had, and well if one can. A connection
-    is made for it, whatever the circuits say: in a process that serves nothing
-    while its checks fail, nobody else would find out that a peer has recovered.
-    What it says names peers, and never an address, a user or an error's text.
+    It is unavailable if no peer can be had, and well if one can. It asks over the
+    connection that its thread has open; where there is none it makes one, even if no
+    circuit is closed, and closes it again: in a process that serves nothing while its
+    checks fail, nobody else would find out that a peer has recovered. What it says
+    names peers, and never an address, a user or an error's text.
 
     :param alias: the balancer's.
     :param strict: fail with a warning, too, when a peer is out of use. For a

@@ -13,7 +13,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.timezone import localtime
 
 from ..balancer import LoadBalancer, PeerState
-from ..breaker import CLOSED, OPEN
+from ..breaker import CLOSED, HALF_OPEN, OPEN
 from ..registry import balancers
 from ..sharing import Fleet, Moment
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
@@ -23,14 +23,22 @@ __all__ = [
     "BalancerStatus",
     "PeerStatus",
     "Status",
+    "balancer_status",
     "fleet_changes",
     "health",
+    "laid_over",
     "process_name",
     "status",
 ]
 
 #: How much of the fleet's history Redis keeps (:class:`~django_proxysql.sharing.Fleet`).
 MOST_MOMENTS = 500
+
+#: Seconds within which all know what one has found, and some for clocks and a busy machine.
+LAG = 3.0
+
+#: What is shown where a peer is more than one of these.
+_WORST_FIRST = (DRAINED, OPEN, HALF_OPEN, SUSPECT)
 
 _LABELS = {
     "closed": "in use",
@@ -123,7 +131,7 @@ def status(seen: History = history) -> Status:
         balancers=[
             BalancerStatus(alias, problem=str(found))
             if isinstance(found, Exception)
-            else _balancer(found, seen, now, at)
+            else balancer_status(found, seen, now, at)
             for alias, found in _all()
         ],
     )
@@ -189,7 +197,13 @@ def _is_usable(state: PeerState) -> bool:
     return state.state == "closed" and not state.drained
 
 
-def _balancer(balancer: LoadBalancer, seen: History, now: float, at: float) -> BalancerStatus:
+def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float) -> BalancerStatus:
+    """Return how things stand with one balancer.
+
+    :param seen: what became of its peers here.
+    :param now: the time of day, in seconds since 1970.
+    :param at: the same moment on the clock of ``seen``.
+    """
     seen.look_at(balancer)
     states = balancer.snapshot()
     fleet = _fleet(balancer)
@@ -203,7 +217,11 @@ def _balancer(balancer: LoadBalancer, seen: History, now: float, at: float) -> B
         told = [(now - at + change.at, change.state) for change in changes]
         began = now - at + seen.began
         if fleet is not None:
-            told = fleet_changes(fleet, state)
+            # Redis's clock may be another than this host's.
+            shared = [
+                (when - fleet.now + now, word) for when, word in fleet_changes(fleet, state.name)
+            ]
+            told = laid_over(shared, told, now)
             began = told[0][0]
         its_spans = spans(told, now - SPAN, now)
         held = connections[state.name]
@@ -246,18 +264,19 @@ def _fleet(balancer: LoadBalancer) -> Fleet | None:
     return None if balancer.sharing is None else balancer.sharing.fleet()
 
 
-def fleet_changes(fleet: Fleet, state: PeerState) -> list[tuple[float, str]]:
+def fleet_changes(fleet: Fleet, peer: str) -> list[tuple[float, str]]:
     """Return when a peer came into which state, as all processes found it, oldest first.
 
     Only changes are on record. What a peer was before its first one is seen from that, and
-    one that has none has been for all that time what it is now.
+    one that has none has been for all that time what all know it to be now.
 
-    :param state: what the peer is now.
+    :param peer: its name.
+    :returns: moments on Redis's clock, and states.
     """
-    moments = [moment for moment in fleet.timeline if moment.peer == state.name]
-    circuit = _before(moments, {OPEN: CLOSED, CLOSED: OPEN}, state.state)
+    moments = [moment for moment in fleet.timeline if moment.peer == peer]
+    circuit = _before(moments, {OPEN: CLOSED, CLOSED: OPEN}, OPEN if peer in fleet.out else CLOSED)
     drained = _before(
-        moments, {DRAINED: "", "undrained": DRAINED}, DRAINED if state.drained else ""
+        moments, {DRAINED: "", "undrained": DRAINED}, DRAINED if peer in fleet.drained else ""
     )
     # Where the record is full, what was before it is not known.
     full = len(fleet.timeline) >= MOST_MOMENTS
@@ -278,6 +297,64 @@ def _before(moments: Sequence[Moment], opposites: Mapping[str, str], otherwise: 
         if moment.state in opposites:
             return opposites[moment.state]
     return otherwise
+
+
+def laid_over(
+    changes: Sequence[tuple[float, str]], own: Sequence[tuple[float, str]], now: float
+) -> list[tuple[float, str]]:
+    """Return what all processes know of a peer, with what this one alone has found laid over it.
+
+    A process keeps to itself that a peer refuses it, or that it has lost all peers; and where
+    all of them have lost all, none has told of it.
+
+    :param changes: what all know, oldest first: when a peer came into which state.
+    :param own: the same, as this process found it; its last state is what the peer is here now.
+    :param now: when the two end, on the clock of both.
+    """
+    theirs = _out(changes, now)
+    # What lies in one of theirs, but for the time that the word takes, is known to all.
+    known = _joined(theirs)
+    alone = [
+        (start, end, state)
+        for start, end, state in _out(own, now)
+        if not any(first - LAG <= start and end <= last + LAG for first, last in known)
+    ]
+    every = theirs + alone
+    begin = changes[0][0]
+    edges = [edge for span in every for edge in span[:2] if edge < now]
+    moments = {begin, *(max(begin, edge) for edge in edges)}
+    found: list[tuple[float, str]] = []
+    for moment in sorted(moments):
+        states = [state for start, end, state in every if start <= moment < end]
+        state = min(states, key=_WORST_FIRST.index, default=CLOSED)
+        if not found or found[-1][1] != state:
+            found.append((moment, state))
+    last = own[-1][1]
+    if found[-1][1] != last and (found[-1][1], last) != (OPEN, HALF_OPEN):
+        # The others are still to hear of it.
+        found.append((max(found[-1][0], own[-1][0]), last))
+    return found
+
+
+def _out(changes: Sequence[tuple[float, str]], now: float) -> list[tuple[float, float, str]]:
+    """Return from when to when a peer was anything but in use, and what."""
+    ends = [start for start, _ in changes[1:]] + [now]
+    return [
+        (start, end, state)
+        for (start, state), end in zip(changes, ends)
+        if state != CLOSED and start < end
+    ]
+
+
+def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
+    """Return the spans, those that follow upon each other as one."""
+    found: list[tuple[float, float]] = []
+    for start, end, _ in spans:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 def _meaning(state: PeerState) -> str:

@@ -18,7 +18,7 @@ from django.apps import apps
 from django.conf import settings
 from django.contrib import messages
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, connections, transaction
+from django.db import Error, connections, transaction
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import render, resolve_url
 from django.template import Engine, RequestContext
@@ -115,6 +115,7 @@ def _try(balancer: LoadBalancer, peer: Peer) -> str:
         return f"had {peer.name} not tried, for it is drained"
     if peer.breaker.is_available:
         return f"had {peer.name} not tried, for its circuit is closed"
+    before = peer.breaker.circuit.tried
     try:
         succeeded = balancer.try_out(peer, now=True)
     except Exception as exc:
@@ -122,6 +123,8 @@ def _try(balancer: LoadBalancer, peer: Peer) -> str:
         return f"had {peer.name} tried, which could not be done: {describe(exc)}"
     circuit = peer.breaker.circuit
     if not succeeded:
+        if balancer.sharing and not peer.breaker.trial and circuit.tried == before:
+            return f"had {peer.name} not tried, for another process is trying it"
         why = "another trial of it is under way" if peer.breaker.trial else circuit.error
         return f"had {peer.name} tried, without success: {why}"
     if circuit.state != CLOSED:
@@ -165,7 +168,7 @@ def _is_staff(request: HttpRequest) -> bool | None:
     try:
         # A site's own user model may know of no staff.
         return user is not None and _is(user, "is_active") and _is(user, "is_staff")
-    except DatabaseError:
+    except Error:
         return None
 
 
@@ -227,7 +230,7 @@ def _may_operate(request: HttpRequest) -> bool:
         return _is(user, "is_superuser")
     try:
         return bool(user.has_perm(permission))
-    except DatabaseError:
+    except Error:
         return False
 
 
@@ -348,7 +351,7 @@ def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, 
             action_flag=CHANGE,
             change_message=f"{said[:1].upper()}{said[1:]}{where}.",
         )
-    except DatabaseError:
+    except Error:
         # It is done and logged; the database may be what is being repaired.
         complain("%s: the admin's log could not be told", balancer.name)
 

@@ -46,7 +46,7 @@ import logging
 import socket
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from ..peer import Peer
 
 __all__ = ["Fleet", "Link", "Moment", "Sharing", "checked_url"]
+
+#: The longest that an operator waits for Redis, in seconds.
+OPERATOR_WAITS = 1.0
 
 #: Seconds for which the fleet's record of what happened goes back.
 HISTORY = 3600
@@ -94,6 +97,12 @@ class Fleet:
     connections: Mapping[str, int]
     #: What has happened within the last hour, the oldest first; 500 moments at most.
     timeline: tuple[Moment, ...]
+    #: The peers whose circuits are open, and those that are drained, as all know it. What one
+    #: process keeps to itself is not in it.
+    out: frozenset[str] = frozenset()
+    drained: frozenset[str] = frozenset()
+    #: When this was so, in seconds since 1970, on Redis's clock.
+    now: float = 0.0
 
 
 class _Agreed(NamedTuple):
@@ -137,6 +146,7 @@ class _Shared:
     __slots__ = (
         "agreed",
         "drain_at",
+        "drain_on",
         "drain_version",
         "grant",
         "left_to_others",
@@ -153,6 +163,8 @@ class _Shared:
         #: By whom a trial was put off for an answer that was late, and has not come as a no.
         self.waited = ""
         self.drain_version = 0
+        #: Whether Redis says that it is drained.
+        self.drain_on = False
         #: When what Redis says of the drain was wished for, on the balancer's clock.
         self.drain_at = float("-inf")
         #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
@@ -257,7 +269,7 @@ class Sharing:
         """Whether the last round trip to Redis, at most a second ago, went well."""
         return self.link.heard
 
-    def settle(self, seconds: float = 1.0) -> bool:
+    def settle(self, seconds: float = OPERATOR_WAITS) -> bool:
         """Wait until Redis knows what this process knows, and this process what Redis does.
 
         :param seconds: how long to wait at most.
@@ -321,21 +333,30 @@ class Sharing:
             if moment.when >= since:
                 timeline.append(moment)
         connections = {name: int(held.get(field, 0)) for name, field in self._fields.items()}
-        return Fleet(int(processes), connections, tuple(timeline))
+        shared = self._shared.items()
+        return Fleet(
+            int(processes),
+            connections,
+            tuple(timeline),
+            frozenset(name for name, known in shared if known.agreed.is_open),
+            frozenset(name for name, known in shared if known.drain_on),
+            float(now) / 1000,
+        )
 
     # What the thread does
 
-    def compose(self, bids: set[str]) -> _Request:
+    def compose(self, bids: Sequence[Question]) -> _Request:
         """Return what to tell Redis.
 
-        :param bids: the peers whose trial somebody here is ready to make.
+        :param bids: whose trials somebody here is ready to make.
         """
         request = _Request({}, {}, {}, {}, {}, self._stamp)
         balancer = self._balancer()
         if balancer is None:
             return request
         now = request.at = balancer.clock()
-        request.bids = frozenset(bids)
+        request.bids = frozenset(bid.peer for bid in bids)
+        by_hand = {bid.peer for bid in bids if bid.by_hand}
         # One that has lost all of its peers may be what is wrong itself.
         cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in balancer.peers.values())
         for name, peer in balancer.peers.items():
@@ -361,7 +382,8 @@ class Sharing:
                     fault=circuit.fault.value if circuit.fault else "",
                     q=circuit.question,
                     hold=circuit.lease is not None and now < circuit.lease.expires,
-                    bid=name in bids,
+                    bid=name in request.bids,
+                    by_hand=name in by_hand,
                     keep=self._is_kept(shared, now),
                 )
             request.circuits[field] = told
@@ -396,6 +418,8 @@ class Sharing:
             told = said["circuits"][field]
             if name in request.bids:
                 self._apply_bid(self._shared[name], request.at, told)
+                # Whatever becomes of a lease, it has to be given back.
+                agreed = False
             agreed &= self._apply_circuit(peer, seen, told)
         drains = [
             (balancer.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
@@ -474,6 +498,7 @@ class Sharing:
         was_refused = was_heard and said.get("refused") is True
         if version > shared.drain_version or was_heard:
             shared.drain_version = max(version, shared.drain_version)
+            shared.drain_on = said["on"] is True
             shared.drain_at = balancer.clock() - _bounded(said.get("age"), _WISHES)
             # A wish that has come meanwhile is younger. And first this: a wish that was heard is
             # told again, if this is broken off.
@@ -498,10 +523,12 @@ class Sharing:
         """Return for how many seconds a trial that was asked for is to be left to others."""
         return self._shared[name].left_to_others
 
-    def may_try(self, name: str) -> float:
+    def may_try(self, name: str, by_hand: bool = False) -> float:
         """Return for how many seconds a trial that is due is to be left to others; 0: go ahead.
 
         Waits 50 ms at most.
+
+        :param by_hand: an operator wishes for it, due or not, and waits for a second.
         """
         balancer, shared = self._balancer(), self._shared[name]
         # What the others do not know of is nobody else's trial; and one that has no other peer
@@ -514,6 +541,10 @@ class Sharing:
             # It goes on from now on, by the trial that is under way.
             self.link.wake()
             return 0.0
+        if by_hand:
+            answer = self.link.ask(Question(self, peer=name, by_hand=True), OPERATOR_WAITS)
+            shared.grant, shared.waited = None, ""
+            return float(answer or 0.0)
         # First: a no that comes right after we have given up is to be seen.
         waited, shared.waited = shared.waited, self.link.me
         answer = self.link.ask(Question(self, peer=name), PATIENCE)
@@ -536,8 +567,8 @@ class _Gate:
         self._sharing = sharing
         self._name = name
 
-    def __call__(self) -> float:
-        return self._sharing.may_try(self._name)
+    def __call__(self, by_hand: bool) -> float:
+        return self._sharing.may_try(self._name, by_hand)
 
 
 def _what_to_say(circuit: Circuit, agreed: _Agreed, cut_off: bool) -> str:

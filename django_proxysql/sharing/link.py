@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -63,7 +64,7 @@ def checked_url(url: object) -> dict[str, Any]:
         raise problem
     try:
         from redis.backoff import NoBackoff
-        from redis.connection import parse_url
+        from redis.connection import SSLConnection, parse_url
         from redis.retry import Retry
     except ImportError as exc:
         raise ConfigError(
@@ -89,8 +90,11 @@ def checked_url(url: object) -> dict[str, Any]:
     except ValueError:
         # urllib's message quotes the part that it stumbled on.
         raise problem from None
-    unknown = sorted(set(query) - {"db", "username", "password", "protocol"})
-    unknown = [name for name in unknown if not name.startswith("ssl_")]
+    known = {"db", "username", "password", "protocol"}
+    if parts.scheme == "rediss":
+        arguments = inspect.signature(SSLConnection.__init__).parameters
+        known.update(name for name in arguments if name.startswith("ssl_"))
+    unknown = sorted(set(query) - known)
     if any("@" in name for name in unknown):
         # The rest of a password with a question mark in it.
         raise problem
@@ -98,7 +102,8 @@ def checked_url(url: object) -> dict[str, Any]:
         raise ConfigError(
             "SHARED_STATE",
             f"has the unknown option {unknown[0]!r}",
-            "Known are prefix, db, protocol, and redis-py's ssl_… ones.",
+            "Known are prefix, db, username, password, protocol, and with rediss:// redis-py's "
+            "ssl_… ones.",
         )
     return {
         **options,
@@ -253,9 +258,9 @@ class Link:
         return living
 
     def _round_trip(self, now: float, members: list[Sharing], asked: list[Question]) -> float:
-        bids = {(id(question.of), question.peer) for question in asked if question.peer}
+        bids = [question for question in asked if question.peer]
         composed = [
-            (member, member.compose({peer for of, peer in bids if of == id(member)}))
+            (member, member.compose([bid for bid in bids if bid.of is member]))
             for member in members
         ]
         views = [question for question in asked if question.fleet]
@@ -393,7 +398,7 @@ class Link:
         now = time.monotonic()
         if now < self._retry_at:
             return None
-        if now < self._silent_until:
+        if now < self._silent_until and not question.by_hand:
             if not question.peer:
                 return None
             # Not waited for, but asked: a lease that is granted is kept.
@@ -423,11 +428,15 @@ class _Life:
 class Question:
     """Something to be asked in the thread's next round trip."""
 
-    __slots__ = ("answer", "bell", "fleet", "of", "peer")
+    __slots__ = ("answer", "bell", "by_hand", "fleet", "of", "peer")
 
-    def __init__(self, of: Sharing, *, peer: str = "", fleet: bool = False) -> None:
+    def __init__(
+        self, of: Sharing, *, peer: str = "", by_hand: bool = False, fleet: bool = False
+    ) -> None:
         self.of = of
+        #: Whose trial somebody here is ready to make; and whether that is due or not.
         self.peer = peer
+        self.by_hand = by_hand
         self.fleet = fleet
         self.answer: Any = None
         self.bell = threading.Lock()

@@ -184,7 +184,7 @@ for field, theirs in pairs(request.circuits) do
   if record and record.s == 'open' then
     local other = record.h ~= '' and record.h ~= me and record.hu > now
     if theirs.bid then
-      if not other and record.due <= now then
+      if not other and (record.due <= now or theirs.by_hand) then
         record.h, record.hu, granted, changed = me, now + theirs.lease, true, true
       end
     elseif theirs.hold then

@@ -31,11 +31,6 @@ EXPECTED = {
         "balancer has two peers with a pool each, and one that is to be had from neither is "
         "NoPeerAvailable, an OperationalError of Django's"
     ),
-    r"dbshell\.(test_mysql\.MySqlDbshellCommandTestCase\.test_sigint_handler"
-    r"|tests\.DbshellCommandTestCase\.test_command_missing)": (
-        "dbshell connects first, to open the shell on a peer that lives, and a SimpleTestCase "
-        "allows no connections"
-    ),
     r"gis_tests\.inspectapp\.tests\.OGRInspectTest\.test_time_field": (
         "it is skipped: GDAL is to connect by what stands in settings_dict, where a balancer has "
         "no HOST"

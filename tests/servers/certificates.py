@@ -44,9 +44,13 @@ def certificates_for(server: ServerProcess) -> Certificates:
 
 def _make(folder: Path) -> None:
     new_key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    # Python from 3.13 on wants the key's use and identifier in them, too.
+    use = "-addext keyUsage=critical,keyCertSign,cRLSign"
+    (folder / "names").write_text(
+        "subjectAltName=IP:127.0.0.1,DNS:localhost\nauthorityKeyIdentifier=keyid\n"
+    )
     for command in (
-        f"req -x509 {new_key} -days 2 -subj /CN=Tests-CA -keyout ca.key -out ca.pem",
+        f"req -x509 {new_key} -days 2 -subj /CN=Tests-CA {use} -keyout ca.key -out ca.pem",
         f"req {new_key} -subj /CN=127.0.0.1 -keyout server.key -out server.csr",
         "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2"
         " -extfile names -out server.pem",

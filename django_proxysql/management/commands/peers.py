@@ -144,7 +144,10 @@ class Command(BaseCommand):
         if "NO_COLOR" in os.environ and not options.get("force_color"):
             self.style = no_style()
         chosen = self._chosen(options["aliases"] or aliases)
-        if options["drain"] or options["undrain"]:
+        if options["force"] and options["drain"] is None:
+            raise CommandError("--force is for --drain, which is not given. Nothing was changed.")
+        # "" is no peer either: a script's variable that is not set must not look like success.
+        if options["drain"] is not None or options["undrain"] is not None:
             self._wish(chosen, options)
             return
         self._last: int | None = None
@@ -190,8 +193,9 @@ class Command(BaseCommand):
         """
         if options["json"] or options["watch"] is not None:
             raise CommandError("--json and --watch are for looking; leave them out to drain.")
-        name = options["drain"] or options["undrain"]
-        balancer = _owner_of(name, chosen, "--drain" if options["drain"] else "--undrain")
+        drain = options["drain"] is not None
+        name = options["drain" if drain else "undrain"]
+        balancer = _owner_of(name, chosen, "--drain" if drain else "--undrain")
         if balancer.sharing is None:
             raise CommandError(
                 f"{balancer.name!r} shares no state (it has no SHARED_STATE): what this command "
@@ -205,7 +209,7 @@ class Command(BaseCommand):
                 f"{balancer.sharing!r} does not answer: the processes cannot be told. "
                 "Nothing was changed."
             )
-        if options["undrain"]:
+        if not drain:
             balancer.undrain(name)
             said = f"{name} is drained no longer."
         else:
