@@ -246,12 +246,17 @@ def assert_maps(connection: Any) -> None:
                 editor.delete_model(Place)
 
 
-def test_gis_on_mariadb(mariadb: Node) -> None:
-    """Django's GIS engine for MySQL and MariaDB."""
-    with engine([mysql_peer(mariadb)], PEER_ENGINE=GIS + "mysql") as connection:
+def test_gis_on_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
+    """Django's GIS engine for MySQL and MariaDB, and a peer that dies."""
+    peers = [mysql_peer(node, PRIORITY=number) for number, node in enumerate(mariadb_pair)]
+    with engine(peers, PEER_ENGINE=GIS + "mysql") as connection:
         assert_is_like(connection, GIS + "mysql")
-        assert_works(connection)
-        assert_maps(connection)
+        for name in ("peer0", "peer1"):
+            assert_works(connection)
+            assert_maps(connection)
+            assert connection.peer.name == name
+            connection.close()
+            mariadb_pair[0].kill()
 
 
 def differently_numbered(
@@ -311,7 +316,7 @@ def test_types_of_extensions(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode
 def test_postgis(
     postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], options: dict[str, Any]
 ) -> None:
-    """PostGIS, on peers whose types have different numbers."""
+    """PostGIS, on peers whose types have different numbers, and of which one dies."""
     if "server_side_binding" in options and django.VERSION < (4, 2):
         pytest.skip("psycopg 3, and its option, came with Django 4.2")
     differently_numbered(postgres_pair, "geometry", "postgis", "postgis_raster")
@@ -326,7 +331,13 @@ def test_postgis(
                     assert_works(connection)
                     assert_maps(connection)
                     assert connection.peer.name == name
+            connection.close()
+            postgres_pair[0].kill()
+            assert_works(connection)
+            assert_maps(connection)
+            assert connection.peer.name == "peer1"
     finally:
+        postgres_pair[0].start()
         for node in postgres_pair:
             node.terminate_connections(USER)
             node.sql("DROP DATABASE maps")
@@ -336,9 +347,13 @@ def test_postgis(
     not loads_extensions, reason="this Python's sqlite3 was built without loading of extensions"
 )
 def test_spatialite(tmp_path: pathlib.Path) -> None:
-    """SpatiaLite, on two peers that are paths to one file."""
+    """SpatiaLite, on peers that are paths to one file, and one that leads nowhere."""
     (tmp_path / "link").symlink_to(tmp_path / "db")
-    peers = [sqlite_peer(tmp_path / "db"), sqlite_peer(tmp_path / "link")]
+    peers = [
+        sqlite_peer(tmp_path / "missing" / "db"),
+        sqlite_peer(tmp_path / "db", PRIORITY=1),
+        sqlite_peer(tmp_path / "link", PRIORITY=1),
+    ]
     with engine(peers, PEER_ENGINE=GIS + "spatialite", STRATEGY="round_robin") as connection:
         assert_is_like(connection, GIS + "spatialite")
         connection.prepare_database()
@@ -348,7 +363,7 @@ def test_spatialite(tmp_path: pathlib.Path) -> None:
             assert_maps(connection)
             names.add(connection.peer.name)
             connection.close()
-        assert names == {"peer0", "peer1"}
+        assert names == {"peer1", "peer2"}
 
 
 @pytest.mark.skipif(loads_extensions, reason="this Python's sqlite3 can load SpatiaLite")
