@@ -12,7 +12,6 @@ import contextlib
 import contextvars
 import logging
 import math
-import os
 import random
 import time
 import weakref
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
-from . import drivers
+from . import drivers, forks
 from .breaker import CLOSED, HALF_OPEN, OPEN, Lease, PeerBreaker, Permit, Transition
 from .budget import ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig
@@ -46,7 +45,7 @@ from .logs import log_event
 from .peer import Hold, Peer
 from .probe import prober
 from .ready import QUESTIONS, ready_check_from
-from .sharing import Sharing
+from .sharing import Sharing, link
 from .slow_start import Move, SlowStart
 from .strategies import strategy_from
 from .teller import Teller
@@ -230,6 +229,7 @@ class LoadBalancer:
         #: What it shares with other processes; None where that is not asked for.
         self.sharing: Sharing | None = Sharing(self) if config.shared_state else None
         _forkable.add(self)
+        forks.attend()
 
     def __repr__(self) -> str:
         peers = ", ".join(
@@ -1153,5 +1153,6 @@ def _after_fork_in_child() -> None:
         balancer._after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+# Its own module has Python call it.
+forks.also(lambda: link._after_fork_in_child())
+forks.register(_after_fork_in_child)

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import random
 import threading
 import time
@@ -52,7 +51,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pybreaker
 
-from . import drivers
+from . import drivers, forks
 from .faults import Fault
 from .locks import new_lock
 from .logger import complain
@@ -939,5 +938,4 @@ def _after_fork_in_child() -> None:
         breaker.after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.register(_after_fork_in_child)

@@ -35,12 +35,12 @@ from __future__ import annotations
 
 import _thread
 import math
-import os
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING
 
+from . import forks
 from .locks import new_lock
 from .logger import complain
 
@@ -242,5 +242,4 @@ def _is_needed(balancer: LoadBalancer) -> bool:
 #: This process's.
 prober = Prober()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=prober.after_fork)
+forks.register(prober.after_fork)

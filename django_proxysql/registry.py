@@ -8,7 +8,6 @@ A forked child goes on with what its parent knew, on locks of its own
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.signals import connection_created
 
-from . import drivers
+from . import drivers, forks
 from .balancer import Attempt, LoadBalancer
 from .conf import (
     ALIAS_KEY,
@@ -192,8 +191,7 @@ class _BackgroundTrial:
 
 balancers = Balancers()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=balancers.after_fork)
+forks.register(balancers.after_fork)
 
 
 def register(settings: dict[str, Any], alias: str) -> None:

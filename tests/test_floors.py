@@ -34,6 +34,7 @@ FLOORS = {
     # What drivers' errors mean; what happens.
     "drivers": 1,
     "events": 1,
+    "forks": 1,
     "budget": 1,
     # Parts of a balancer.
     "breaker": 2,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from django.db import connections, transaction
 from django.db.utils import Error
 
+from django_proxysql import LoadBalancer
 from tests.children import in_child
 from tests.site import Site
 
@@ -292,3 +295,44 @@ def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
     known = [reference() for reference in inherited._wrappers]
     assert here.connection in known
     assert None not in known
+
+
+def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker, once, and what was there before; tests/test_web_servers.py has the real one."""
+    from django_proxysql import forks
+
+    called: list[str] = []
+    uwsgi: Any = types.SimpleNamespace(post_fork_hook=lambda: called.append("theirs"))
+    monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
+    monkeypatch.setattr(forks, "_before_us", None)
+    monkeypatch.setattr(forks, "_in_child", [lambda: 1 / 0, lambda: called.append("ours")])
+    forks.attend()
+    forks.attend()
+    # Nothing has forked since.
+    uwsgi.post_fork_hook()
+    assert called == ["theirs"]
+    monkeypatch.setattr(forks, "_home", 0)
+    uwsgi.post_fork_hook()
+    uwsgi.post_fork_hook()
+    assert called == ["theirs", "ours", "theirs", "theirs"]
+    # Whoever takes the hook later has a chain for others.
+    decorators: Any = types.SimpleNamespace(postfork_chain=[lambda: called.append("chained")])
+    monkeypatch.setitem(sys.modules, "uwsgidecorators", decorators)
+    LoadBalancer({"db1": {"host": "db1"}})
+    LoadBalancer({"db1": {"host": "db1"}})
+    assert len(decorators.postfork_chain) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python has called in the child is not called there again."""
+    from django_proxysql import forks
+
+    called: list[str] = []
+    monkeypatch.setattr(forks, "_in_child", [lambda: called.append("ours")])
+
+    def work() -> str:
+        forks._hook()
+        return str(called)
+
+    assert in_child(work) == "[]"

@@ -61,7 +61,7 @@ UWSGI = Model(
         "-c",
         "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])",
         *("--http-socket", "ADDRESS", "--module", "wsgi", "--need-app"),
-        *("--master", "--die-on-term", "--processes", "2", "--py-call-osafterfork"),
+        *("--master", "--die-on-term", "--processes", "2"),
     ),
     is_preloaded=True,
 )
@@ -82,6 +82,8 @@ GUNICORNS = {
 MODELS = {
     **GUNICORNS,
     "uWSGI": UWSGI,
+    "uWSGI, Python is told": UWSGI._replace(command=(*UWSGI.command, "--py-call-osafterfork")),
+    "uWSGI, decorators": UWSGI._replace(files={"site_/__init__.py": "import uwsgidecorators\n"}),
     "uWSGI, background": UWSGI._replace(settings={"PROBE": "background"}),
     "uWSGI, lazy-apps, threads": LAZY._replace(command=(*LAZY.command, "--threads", "4")),
     "uvicorn": Model(UVICORN, "/async"),

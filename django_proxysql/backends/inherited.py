@@ -18,11 +18,11 @@ forks in C), that goes for the forking thread's connections only.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from typing import Any
 
+from .. import forks
 from ..logger import complain
 
 __all__ = ["remember"]
@@ -62,5 +62,4 @@ def _in_child() -> None:
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+forks.register(_in_child, before=_before, after_in_parent=_in_parent)

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import drivers, sockets
+from .. import drivers, forks, sockets
 from ..balancer import Attempt, LoadBalancer
 from ..conf import CONNECTION_KEYS, merged_settings, same
 from ..events import CircuitOpened, Event, PeerDrained
@@ -471,5 +470,4 @@ def _after_fork_in_child() -> None:
         pools._pools = {}
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.register(_after_fork_in_child)

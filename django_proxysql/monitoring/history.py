@@ -11,12 +11,12 @@ noted only if somebody looked meanwhile; trials have a record of their own.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .. import forks
 from ..balancer import LoadBalancer
 from ..events import Connected, ConnectFailed, Event
 from ..locks import new_lock
@@ -143,8 +143,7 @@ class History:
 #: This process's.
 history = History()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: history.after_fork())
+forks.register(lambda: history.after_fork())
 
 
 def watch() -> None:

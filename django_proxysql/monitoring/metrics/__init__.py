@@ -32,6 +32,7 @@ except ImportError as exc:
         'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
     ) from exc
 
+from ... import forks
 from ...balancer import LoadBalancer
 from ...events import (
     CircuitClosed,
@@ -449,12 +450,7 @@ def _after_fork_in_child() -> None:
         metrics._after_fork_in_child()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
-    )
+forks.register(_after_fork_in_child, before=_before_fork, after_in_parent=_after_fork_in_parent)
 
 
 @atexit.register
