@@ -244,7 +244,7 @@ def test_dependencies_on_peers() -> None:
         }
         made, mirrors = get_unique_databases_and_mirrors({"other", "third", "one"})
     assert found == {"other": ["third", "one"], "third": [], "one": ["third"]}
-    assert [aliases for _, aliases in made.values()] == [["third"], ["one"], ["other"]]
+    assert [list(aliases) for _, aliases in made.values()] == [["third"], ["one"], ["other"]]
     assert mirrors["a"] == mirrors["b"] == "one"
 
 
