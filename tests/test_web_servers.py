@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -301,7 +302,7 @@ def test_asynchronous_writes(servers: str, request: pytest.FixtureRequest, tmp_p
 def test_a_view_that_is_cancelled_as_it_connects(
     mariadb: Node, fault_proxy: Callable[..., FaultProxy], tmp_path: Path
 ) -> None:
-    """The client goes away: its thread finishes the search, and others are served meanwhile."""
+    """The client goes away: the view's thread finishes the connect, and what it finds counts."""
     hangs, other = fault_proxy(mariadb), fault_proxy(mariadb)
     peers = [mysql_peer(hangs), mysql_peer(other, PRIORITY=1)]
     with serving(
@@ -310,20 +311,26 @@ def test_a_view_that_is_cancelled_as_it_connects(
         *UVICORN,
         path="/async",
         peers=peers,
-        CONNECT_TIMEOUT=1,
+        CONNECT_TIMEOUT=3,
         CHECK_INTERVAL=3600,
     ) as web:
         hangs.accept_and_hang()
         before = hangs.accepted
         leaver = socket.create_connection((HOST, web.port))
-        leaver.sendall(f"GET /async?token=x HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+        leaver.sendall(f"GET /cancelled?token=x HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
         while hangs.accepted == before:
             assert web.process.poll() is None
         leaver.close()
+        while "circuit of peer0" not in web.log.read_text():
+            assert web.process.poll() is None
+            time.sleep(0.02)
+        cancelled, opened = map(web.log.read_text().find, ("was cancelled", "circuit of peer0"))
+        assert 0 < cancelled < opened
         with Client(web.port, "/async") as client:
             client.until(lambda answers: len(answers) > 40)
         assert client.failures == []
         assert client.answers[-1]["states"] == {"peer0": "open", "peer1": "closed"}
+        assert hangs.accepted == before + 1
         assert web.stop() in (0, -signal.SIGTERM)
     assert "Traceback" not in web.log.read_text()
     assert_nobody_left([mariadb])

@@ -143,8 +143,16 @@ async def writing(request):
     # What others write meanwhile is none of this one's.
     return JsonResponse({**here, "items": 3 if seen == (2, 2, 2) else seen, **worker()})
 
+async def cancelled(request):
+    try:
+        return await asynchronous(request)
+    except asyncio.CancelledError:
+        print("the view was cancelled", flush=True)
+        raise
+
 urlpatterns = [
     path("", index), path("lock", lock), path("async", asynchronous), path("write", writing),
+    path("cancelled", cancelled),
 ]
 """,
 }
