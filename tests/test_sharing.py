@@ -33,6 +33,7 @@ from django_proxysql.demo.servers import ports
 from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
 from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
+from django_proxysql.sharing.link import Question
 from tests.fakes import (
     Clock,
     Driver,
@@ -1155,6 +1156,24 @@ class TestThread:
         driver.down.clear()
         until(lambda: db.connect().host == "db1")
         until(lambda: any("is slow" in line for line in caplog.messages))
+
+    def test_operator_has_more_patience(self, own_url: str) -> None:
+        """A drain waits for Redis, although a connect has given up just now; the next one not."""
+        link = Link(own_url)
+        sharing = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url).sharing
+        assert sharing is not None
+        waits: list[float] = []
+
+        class Bell:
+            def acquire(self, timeout: float) -> bool:
+                waits.append(timeout)
+                return False
+
+        for peer, seconds in (("db1", 0.05), ("", 0.05), ("", 1.0), ("", 1.0), ("db1", 0.05)):
+            question = Question(sharing, peer=peer)
+            question.bell = Bell()  # type: ignore[assignment]
+            assert link.ask(question, seconds) is None
+        assert waits == [0.05, 1.0, 0.0]
 
     def test_no_thread_to_be_had(
         self, own_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -163,6 +163,8 @@ class Link:
         self._heard_at = float("-inf")
         #: Not before this moment is Redis tried again, and nobody waits for an answer.
         self._retry_at = self._silent_until = float("-inf")
+        #: How long somebody waited for the answer that has not come.
+        self._waited_for = 0.0
         #: Since when there is trouble, which has been logged.
         self._trouble_since: float | None = None
         #: How many round trips have been slow lately: each one counts, and each swift one takes
@@ -398,7 +400,8 @@ class Link:
         now = time.monotonic()
         if now < self._retry_at:
             return None
-        if now < self._silent_until and not question.by_hand:
+        # An operator has more patience than a connect, which may have given up just now.
+        if now < self._silent_until and seconds <= self._waited_for:
             if not question.peer:
                 return None
             # Not waited for, but asked: a lease that is granted is kept.
@@ -407,7 +410,7 @@ class Link:
         self.wake()
         if not question.bell.acquire(timeout=seconds) and seconds:
             # Whoever comes next does not wait as well.
-            self._silent_until = now + INTERVAL
+            self._silent_until, self._waited_for = now + INTERVAL, seconds
         return question.answer
 
     @property
