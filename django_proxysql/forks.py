@@ -1,7 +1,7 @@
 """What is to be done where a process has forked, also where Python is not told of it.
 
 ``os.register_at_fork`` is for forks by Python. uWSGI forks in C, and has Python's
-preparations made in its workers only if it is told so (``py-call-osafterfork``).
+preparations made in its workers only if it is told so (``py-call-uwsgi-fork-hooks``).
 Otherwise it calls ``uwsgi.post_fork_hook`` there, and that does what is ours.
 """
 

@@ -83,7 +83,7 @@ GUNICORNS = {
 MODELS = {
     **GUNICORNS,
     "uWSGI": UWSGI,
-    "uWSGI, Python is told": UWSGI._replace(command=(*UWSGI.command, "--py-call-osafterfork")),
+    "uWSGI, Python is told": UWSGI._replace(command=(*UWSGI.command, "--py-call-uwsgi-fork-hooks")),
     "uWSGI, decorators": UWSGI._replace(files={"site_/__init__.py": "import uwsgidecorators\n"}),
     "uWSGI, background": UWSGI._replace(settings={"PROBE": "background"}),
     "uWSGI, lazy-apps, threads": LAZY._replace(command=(*LAZY.command, "--threads", "4")),
