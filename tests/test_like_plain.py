@@ -695,6 +695,11 @@ def test_aliases_as_peers_share_the_test_database(production: Production) -> Non
     assert output.count("Creating test database") == 1
     assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
     assert production.test_databases() == []
+    if django.VERSION >= (4, 1):
+        # Processes that are not forked are given what serialized_rollback puts back.
+        production.project.write({"manage.py": SPAWNING})
+        assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
+        assert production.test_databases() == []
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

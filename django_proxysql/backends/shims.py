@@ -243,6 +243,14 @@ def mirror_class(base: type) -> type:
             if target != alias:
                 primary_settings_dict = connections[target].settings_dict
             super().set_as_test_mirror(primary_settings_dict)
+            if not hasattr(self.connection, "_test_serialized_contents"):
+                # Where the processes of a parallel run are not forked, Django asks each alias
+                # of a serialized_rollback for its rows. A mirror has none of its own.
+                self.connection._test_serialized_contents = None
+
+        def deserialize_db_from_string(self, data: str | None) -> None:
+            if data is not None:
+                super().deserialize_db_from_string(data)
 
     return DatabaseCreation
 
