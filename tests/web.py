@@ -69,27 +69,28 @@ from site_.models import Item
 
 LOADED = None
 
-# The server's port, its number of the session, and how one waits for a gate.
-WHERE, *GATE = {
-    "mysql": (
-        "@@port, CONNECTION_ID()", "SELECT GET_LOCK('gate', 60)", "SELECT RELEASE_LOCK('gate')",
-    ),
+# The server's port, and how one waits for a gate.
+PORT, *GATE = {
+    "mysql": ("@@port", "SELECT GET_LOCK('gate', 60)", "SELECT RELEASE_LOCK('gate')"),
     "postgresql": (
-        "inet_server_port(), pg_backend_pid()",
-        "SELECT pg_advisory_lock(1)", "SELECT pg_advisory_unlock(1)",
+        "inet_server_port()", "SELECT pg_advisory_lock(1)", "SELECT pg_advisory_unlock(1)",
     ),
 }[connection.vendor]
 
+def session():
+    # The driver is asked: what asks the server for its session is never run again.
+    its = connection.connection
+    return its.thread_id() if connection.vendor == "mysql" else its.info.backend_pid
+
 def place():
-    with connection.cursor() as cursor:
-        cursor.execute(f"SELECT {WHERE}")
-        return cursor.fetchone()
+    port = ask("")["port"]
+    return port, session()
 
 def ask(token):
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT %s, {WHERE}", [token])
-        said, port, session = cursor.fetchone()
-    return {"token": said, "port": port, "session": session}
+        cursor.execute(f"SELECT %s, {PORT}", [token])
+        said, port = cursor.fetchone()
+    return {"token": said, "port": port, "session": session()}
 
 def worker():
     states = {peer.name: peer.state for peer in balancers["default"].snapshot()}
