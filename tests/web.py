@@ -88,8 +88,10 @@ def place():
 
 def ask(token):
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT %s, {PORT}", [token])
-        said, port = cursor.fetchone()
+        # A read that may be run again: the server may be killed in the midst of it.
+        cursor.execute("SELECT %s", [token])
+        (said,) = cursor.fetchone()
+    port = int(connection.peer.address.rpartition(":")[2])
     return {"token": said, "port": port, "session": session()}
 
 def worker():
