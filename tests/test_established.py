@@ -42,6 +42,21 @@ class TestFoundBeforeSending:
         assert here.written() == ["one", "two"]
         assert not here.replayed()
 
+    @pytest.mark.parametrize("how", ["dead", "drained"])
+    def test_schema_change(self, here: Site, how: str) -> None:
+        """It stays with one peer from start to end: not with one that is gone before the start."""
+        here.read()
+        lost = here.connection.peer
+        if how == "dead":
+            here.here.refuse()
+            here.cut_idle()
+        else:
+            here.balancer.drain(lost.name)
+        with here.connection.schema_editor() as editor:
+            editor.execute("CREATE TABLE app_made (id integer)")
+            editor.execute("DROP TABLE app_made")
+            assert here.connection.peer is not lost
+
     def test_first_statement_after_idleness(self, here: Site) -> None:
         """Between BEGIN and the first statement, too: nothing has happened in it yet."""
         with transaction.atomic(here.connection.alias):

@@ -413,6 +413,17 @@ class SafePointsMixin(LoadBalancedMixin):
             cursor.cursor = self.create_cursor()
         cursor._session = session
 
+    def settle(self) -> None:
+        """Leave a lost connection, and a peer that is out, if nobody can tell.
+
+        For whoever is about to stay with this connection's peer.
+
+        :raises Exception: what connect() raised, as Django translates it: nobody can be had.
+        """
+        session = self._current()
+        if session is not None and not self.in_atomic_block:
+            self._at_safe_point(session, 0, session.clock())
+
     def _at_safe_point(self, session: Session, kind: int, now: float) -> None:
         """In autocommit, before something is sent: replace what is lost or to be left."""
         if not self._is_safe(session):

@@ -47,6 +47,8 @@ def on_one_peer(
     alias = connection.settings_dict.get(ALIAS_KEY)
     if alias is None:
         return contextlib.nullcontext()
+    # A connection that idled may be lost, and with the peer that it leads to the block would be.
+    connection.settle()
     peer = connection.peer or peer
     if peer is not None and not peer.is_available:
         peer = None
