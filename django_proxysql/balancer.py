@@ -45,7 +45,7 @@ from .logs import log_event
 from .peer import Hold, Peer
 from .probe import prober
 from .ready import QUESTIONS, ready_check_from
-from .sharing import Sharing, link
+from .sharing import Sharing
 from .slow_start import Move, SlowStart
 from .strategies import strategy_from
 from .teller import Teller
@@ -1153,6 +1153,4 @@ def _after_fork_in_child() -> None:
         balancer._after_fork()
 
 
-# Its own module has Python call it.
-forks.also(lambda: link._after_fork_in_child())
 forks.register(_after_fork_in_child)

@@ -14,7 +14,7 @@ from typing import Any
 
 from .logger import complain
 
-__all__ = ["also", "attend", "register"]
+__all__ = ["attend", "register"]
 
 _in_child: list[Callable[[], object]] = []
 #: The process in which all that has been done.
@@ -40,11 +40,6 @@ def register(
     }
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(**{name: do for name, do in named.items() if do is not None})
-    also(after_in_child)
-
-
-def also(after_in_child: Callable[[], object]) -> None:
-    """Have a function that Python calls by itself called where Python is not told, too."""
     _in_child.append(after_in_child)
 
 

@@ -8,7 +8,6 @@ import inspect
 import itertools
 import json
 import logging
-import os
 import random
 import secrets
 import socket
@@ -21,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from .. import forks
 from ..exceptions import ConfigError
 from ..logger import complain, logger
 from .scripts import BEAT, FLEET, SHA, SYNC
@@ -477,5 +477,4 @@ def _after_fork_in_child() -> None:
         link._forget_connection()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.register(_after_fork_in_child)
