@@ -36,7 +36,7 @@ from .locks import new_lock
 from .peer import Peer
 from .probe import prober
 
-__all__ = ["Registered", "balancers", "introduce_peers", "register"]
+__all__ = ["Registered", "balancers", "introduce_peers", "is_testing", "register"]
 
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
@@ -309,6 +309,12 @@ def _alias_peers(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
             yield peer, theirs
 
 
+def is_testing() -> bool:
+    """Return whether Django's test environment is set up: tests are being run."""
+    testing: Any = sys.modules.get("django.test.utils")
+    return testing is not None and hasattr(testing._TestState, "saved_data")
+
+
 def _refuse_production(connection: Any, **kwargs: Any) -> None:
     """Let no test reach production through a mirror.
 
@@ -316,10 +322,7 @@ def _refuse_production(connection: Any, **kwargs: Any) -> None:
     Django makes no test database, and that NAME is production's.
     """
     mirror = balancers._mirrors.get(connection.alias)
-    if mirror is None or connection.settings_dict["NAME"] not in mirror[1]:
-        return
-    testing: Any = sys.modules.get("django.test.utils")
-    if testing is None or not hasattr(testing._TestState, "saved_data"):
+    if mirror is None or connection.settings_dict["NAME"] not in mirror[1] or not is_testing():
         return
     connection.close()
     raise ImproperlyConfigured(

@@ -22,7 +22,8 @@ from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
 
 pytestmark = pytest.mark.skipif(
-    django.VERSION < (5, 2), reason="django-health-check 4 is for Django 5.2 and later"
+    django.VERSION < (5, 2) or sys.version_info < (3, 11),
+    reason="django-health-check 4 is for Django 5.2 and later; installed from Python 3.11 on",
 )
 
 PATH = "django_proxysql.monitoring.health_check.Peers"

@@ -11,6 +11,7 @@ import pytest
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase
+from django.test.utils import setup_test_environment, teardown_test_environment
 
 from django_proxysql import CommitOutcomeUnknown, retrying_atomic
 from tests.engine import SQLITE, engine, sqlite_peer
@@ -243,7 +244,11 @@ def test_inside_a_test_case(on_mariadb: Site) -> None:
             assert on_mariadb.read() == ["run 1", "run 1, again"]
 
     result = unittest.TestResult()
-    unittest.TestSuite([Case()]).run(result)
+    setup_test_environment()
+    try:
+        unittest.TestSuite([Case()]).run(result)
+    finally:
+        teardown_test_environment()
     assert result.wasSuccessful(), result.errors + result.failures
     assert on_mariadb.written() == []
 
