@@ -25,7 +25,8 @@ MYSQL = ["mysqlclient>=2.2.1"]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
 REDIS = ["redis>=4.2"]
 PROMETHEUS = ["prometheus_client>=0.12"]
-DOCS = ["Sphinx>=7", "furo"]
+# (The pages on metrics are made from the module, which imports prometheus_client.)
+DOCS = ["Sphinx>=7", "furo", *PROMETHEUS]
 
 # What the tests import, and nothing that ties them to a version of Django:
 # tox installs this extra beside every Django from 2.2 on.

@@ -17,10 +17,14 @@ from tests.servers import PASSWORD
 ROOT = Path(__file__).parent.parent
 
 MANAGE = """
-import os, sys
+import multiprocessing, os, sys
+import django
 from django.core.management import execute_from_command_line
 os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
 if __name__ == "__main__":
+    if django.VERSION < (6,) and multiprocessing.get_start_method() == "forkserver":
+        # Python 3.14's default, which Django's test runs do not know yet.
+        multiprocessing.set_start_method("fork", force=True)
     execute_from_command_line(sys.argv)
 """
 
