@@ -80,12 +80,12 @@ def served(work: Callable[[], object], middleware: list[str], urls: Any = ()) ->
         return HttpResponse(f"<body>{work()}</body>")
 
     with override_settings(
-        ROOT_URLCONF=Urls(path("work/", view), *urls),
+        ROOT_URLCONF=Urls(path("page/", view), *urls),
         MIDDLEWARE=middleware,
         ALLOWED_HOSTS=["*"],
         STATIC_URL="/static/",
     ):
-        response = Client().get("/work/")
+        response = Client().get("/page/")
         assert response.status_code == 200
         return response  # type: ignore[return-value]
 
@@ -207,7 +207,7 @@ class TestSilk:
             ["silk.middleware.SilkyMiddleware"],
             [path("silk/", include("silk.urls", namespace="silk"))],
         )
-        stored = Request.objects.get(path="/work/")
+        stored = Request.objects.get(path="/page/")
         sql = [query.query for query in stored.queries.all() if "app_token" in query.query]
         assert len(sql) == 2
         # It has each explained by the peer.

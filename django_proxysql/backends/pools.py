@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["PooledMixin", "close_for_good", "give_back", "has_pools", "is_pooled"]
+__all__ = ["PooledMixin", "close_for_good", "close_in_child", "give_back", "has_pools", "is_pooled"]
 
 #: Seconds for which a pool is waited for while there are other peers to go to:
 #: enough for it to grow by a connection, where the server is near.
@@ -182,6 +182,13 @@ def close_for_good(connection: Any) -> None:
     finally:
         if pool is not None:
             connection._pool = pool
+
+
+def close_in_child(connection: Any) -> None:
+    """Close, in a forked child, what has been left to the parent (:meth:`Driver.leave`)."""
+    # psycopg2's close() would wait for the thread that was at a statement when the process forked.
+    if not connection.__class__.__module__.startswith("psycopg2"):
+        close_for_good(connection)
 
 
 def give_back(connection: Any) -> None:

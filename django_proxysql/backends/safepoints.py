@@ -37,7 +37,7 @@ from ..registry import Registered
 from ..statements import READ, SCOPED, STATE, is_plain, is_provable_read, scan
 from .cursors import cursor_class, note_named
 from .mixin import LoadBalancedMixin
-from .pools import close_for_good, give_back, is_pooled
+from .pools import close_for_good, close_in_child, give_back, is_pooled
 from .sessions import Session
 
 __all__ = ["SafePointsMixin"]
@@ -923,10 +923,7 @@ class SafePointsMixin(LoadBalancedMixin):
             if is_safe:
                 self.connection = self._session = None
                 self._let_go()
-                # psycopg2's close() would wait for the thread that was at a
-                # statement when the process forked.
-                if not connection.__class__.__module__.startswith("psycopg2"):
-                    close_for_good(connection)
+                close_in_child(connection)
             else:
                 session.dead = True
                 session.poll = None

@@ -26,7 +26,7 @@ from ...conf import PEER_ALIAS_ENGINE, PeerEngine, is_balancer
 from ...registry import balancers
 from ..engines import made_over
 from ..inherited import remember
-from ..pools import close_for_good, has_pools
+from ..pools import close_in_child, has_pools
 from ..shims import peer_client_class, peer_creation_class, peer_validation_class
 
 if TYPE_CHECKING:
@@ -187,10 +187,7 @@ class DatabaseWrapper(_Base):
         if self._is_connecting or self.in_atomic_block or not self.autocommit:
             return
         self.connection = None
-        # psycopg2's close() would wait for the thread that was at a statement
-        # when the process forked.
-        if not connection.__class__.__module__.startswith("psycopg2"):
-            close_for_good(connection)
+        close_in_child(connection)
 
 
 class _Socket:
