@@ -7,6 +7,7 @@ import logging
 import platform
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.servers.redis import RedisServer
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plots", type=Path, help="a folder to draw the plots into")
     options = parser.parse_args()
+    if options.plots and find_spec("matplotlib") is None:
+        parser.error("--plots needs matplotlib: pip install matplotlib")
     logging.getLogger("django_proxysql").setLevel(logging.CRITICAL)
     print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     with RedisServer() as redis:
