@@ -13,6 +13,7 @@ from .breaker import PeerBreaker
 from .exceptions import NoPeerAvailable, NotReady
 from .faults import Fault
 from .peer import Peer
+from .urls import from_url
 
 if TYPE_CHECKING:
     from . import signals
@@ -31,6 +32,7 @@ __all__ = [
     "Peer",
     "PeerBreaker",
     "balancers",
+    "from_url",
     "retrying_atomic",
     "signals",
 ]

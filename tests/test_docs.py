@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -88,9 +89,10 @@ def test_settings_table_has_the_defaults() -> None:
 def entries(page: Path) -> Iterator[dict[str, dict[str, Any]]]:
     """Yield each DATABASES of a page, whole or only an entry of it."""
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
-        known = {"Path": Path}
+        known = {"Path": Path, "os": os, "from_url": django_proxysql.from_url}
         if "DATABASES = {" in block:
-            exec(block, known)
+            with mock.patch.dict(os.environ, DATABASE_URL="mysql://shop:x@db1,db2/shop"):
+                exec(block, known)
             yield known["DATABASES"]  # type: ignore[misc]
         elif re.match(r'"\w+": {\n', block):
             yield eval("{" + block + "}", known)
@@ -104,7 +106,7 @@ def all_entries() -> list[tuple[str, dict[str, dict[str, Any]]]]:
 def test_examples_of_settings_are_found() -> None:
     """The examples are all looked at: none hides behind its form."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    written = text.count(f'"ENGINE": "{conf.ENGINE}"')
+    written = text.count(f'"ENGINE": "{conf.ENGINE}"') + text.count("from_url(os.environ")
     looked_at = [entry for _, databases in all_entries() for entry in databases.values()]
     assert sum(conf.is_balancer(entry) for entry in looked_at) == written > 8
 

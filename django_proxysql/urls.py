@@ -1,0 +1,375 @@
+"""One URL that names several hosts, as libpq and MongoDB write it, read into a DATABASES entry.
+
+::
+
+    mysql://user:password@db1:3306,db2:3306/shop?check_interval=30&strategy=round_robin
+
+The rules are libpq's (its manual, "Connection URIs"): user, password, hosts, the database's name
+and each value are percent-decoded, each on its own, after the URL is split; an IPv6 address stands
+in brackets; a host that begins with ``/`` is the folder or path of a Unix socket. Only ``%`` is
+decoded: a ``+`` is a plus.
+
+Any part but the scheme may hold a secret, or a piece of one that was not percent-encoded. So an
+error names the part and never quotes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from .config import BalancerConfig, BreakerConfig, PeerConfig
+from .exceptions import ConfigError
+
+__all__ = ["from_url"]
+
+_ENGINE = "django_proxysql.backends.proxysql"
+_SQLITE = "django.db.backends.sqlite3"
+_ENGINES = {
+    "mysql": "django.db.backends.mysql",
+    "mariadb": "django.db.backends.mysql",
+    "mysqlgis": "django.contrib.gis.db.backends.mysql",
+    "postgres": "django.db.backends.postgresql",
+    "postgresql": "django.db.backends.postgresql",
+    "pgsql": "django.db.backends.postgresql",
+    "postgis": "django.contrib.gis.db.backends.postgis",
+    "oracle": "django.db.backends.oracle",
+    "sqlite": _SQLITE,
+    "sqlite3": _SQLITE,
+}
+
+_BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+class _Wrong(Exception):
+    """What is wrong with a URL: a problem and a remedy, without a word of its contents."""
+
+
+def _fields(config: Any, *without: str) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of a configuration by the names that they have as settings."""
+    return {
+        field.name.upper(): field
+        for field in dataclasses.fields(config)
+        if field.name not in without
+    }
+
+
+#: Settings of a balancer.
+_BALANCER = _fields(BalancerConfig, "name", "peers")
+#: Settings of a peer: one value for all, or one for each host, in their order.
+_PEER = _fields(PeerConfig, "name", "address", "breaker", "params")
+#: What BREAKER holds.
+_BREAKER = _fields(BreakerConfig)
+#: Settings of Django, and whether each is a boolean.
+_DJANGO = {
+    "ATOMIC_REQUESTS": True,
+    "AUTOCOMMIT": True,
+    "CONN_HEALTH_CHECKS": True,
+    "CONN_MAX_AGE": False,
+    "DISABLE_SERVER_SIDE_CURSORS": True,
+    "TIME_ZONE": False,
+}
+#: What MySQL's drivers take as a dict.
+_TLS = {"ssl_ca": "ca", "ssl_cert": "cert", "ssl_key": "key"}
+#: What has a place of its own in a URL.
+_PLACES = {
+    "USER": "before the @",
+    "PASSWORD": "before the @",
+    "DBNAME": "behind the first / that follows the hosts",
+    "NAME": "behind the first / that follows the hosts",
+    "PORT": "behind its host, as in db1:3306",
+}
+_KNOWN = ("PEER_ENGINE", *_BALANCER, *_DJANGO, *_PEER, *_BREAKER)
+
+
+def from_url(url: str) -> dict[str, Any]:
+    """Return the DATABASES entry of a URL that names one host or several.
+
+    ::
+
+        DATABASES = {"default": from_url(os.environ["DATABASE_URL"])}
+
+    Each host is a peer. The query holds settings of django-proxysql and Django in any case
+    (``check_interval=30``, ``conn_max_age=60``); ``weight``, ``priority`` and ``check_interval``
+    take one value for all hosts or one for each (``weight=2,1``); ``fail_max`` and
+    ``success_threshold`` are those of BREAKER. Every other key is the driver's, and goes into
+    OPTIONS. Durations are in seconds; ``none`` is None.
+
+    ``sqlite:///shop.sqlite3`` (relative), ``sqlite:////var/lib/shop.sqlite3`` and
+    ``sqlite://:memory:`` give an entry of Django's SQLite engine, for development: there is
+    nothing to balance, and settings of django-proxysql are left out.
+
+    :param url: ``scheme://user:password@host:port,host:port/name?key=value&…``.
+    :returns: a new dict; add to it what a URL cannot say (``TEST``).
+    :raises ConfigError: (a ValueError) the URL is wrong. The message says what is wrong with
+        which part, and quotes nothing that may be a password.
+    """
+    if not isinstance(url, str):
+        raise ConfigError("from_url()", f"was given a {type(url).__name__}", "Give a URL as a str.")
+    try:
+        return _entry(url.strip())
+    except _Wrong as exc:
+        problem, hint = exc.args
+        raise ConfigError("The database URL", problem, hint) from None
+
+
+def _entry(url: str) -> dict[str, Any]:
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise _Wrong("has no scheme", "Write it as mysql://user:password@db1,db2/name.")
+    engine = _ENGINES.get(scheme.lower())
+    if engine is None:
+        raise _Wrong("has a scheme that is not known", f"Known are: {', '.join(sorted(_ENGINES))}.")
+    if "#" in rest:
+        raise _Wrong("has a '#'", "Write it as %23, also within a password.")
+    rest, _, query = rest.partition("?")
+    if "@" in query and "/" not in rest:
+        raise _Wrong("has a '?' before its '@'", "Write it as %3F within a password.")
+    given = dict(_pairs(query))
+    if engine == _SQLITE:
+        return _sqlite_entry(rest, given)
+    authority, _, name = rest.partition("/")
+    if not name:
+        raise _Wrong(
+            "names no database",
+            "Write its name behind the hosts, as in mysql://db1,db2/name. "
+            "Write a / within a password as %2F.",
+        )
+    credentials, at, hosts = authority.rpartition("@")
+    user, _, password = credentials.partition(":")
+    if "host" in given:
+        if hosts:
+            raise _Wrong("names hosts in two places", "Leave out the query's host.")
+        hosts = given.pop("host").replace("/", "%2F")
+    if not hosts:
+        # One socket of the driver's own, as without HOST.
+        peers: list[dict[str, Any]] = [{}]
+    else:
+        peers = [_peer(host, place, bool(at)) for place, host in enumerate(hosts.split(","), 1)]
+    entry = {"ENGINE": _ENGINE, "PEER_ENGINE": engine, "NAME": _decoded(name, "database's name")}
+    if user:
+        entry["USER"] = _decoded(user, "user")
+    if password:
+        entry["PASSWORD"] = _decoded(password, "password")
+    return _with_settings(entry, peers, given)
+
+
+class _Said(NamedTuple):
+    """The settings of a query, by where they belong."""
+
+    entry: dict[str, Any]
+    peers: list[dict[str, Any]]
+    options: dict[str, Any]
+
+
+def _with_settings(
+    entry: dict[str, Any], peers: list[dict[str, Any]], given: Mapping[str, str]
+) -> dict[str, Any]:
+    said = _said(given, len(peers))
+    entry.update(said.entry)
+    options = said.options
+    if "mysql" in entry["PEER_ENGINE"]:
+        tls = {_TLS[key]: options.pop(key) for key in _TLS if key in options}
+        if tls:
+            options["ssl"] = tls
+    if options:
+        entry["OPTIONS"] = options
+    entry["PEERS"] = [{**peer, **own} for peer, own in zip(peers, said.peers)]
+    return entry
+
+
+def _said(given: Mapping[str, str], hosts: int) -> _Said:
+    said = _Said({}, [{} for _ in range(hosts)], {})
+    breaker: dict[str, Any] = {}
+    for key, text in given.items():
+        setting = key.upper()
+        if setting in _PLACES:
+            raise _Wrong(f"has {key!r} in its query", f"Write it {_PLACES[setting]}.")
+        if setting == "PEER_ENGINE":
+            said.entry[setting] = text
+        elif setting in _BALANCER:
+            field = _BALANCER[setting]
+            said.entry[setting] = _value(key, text, isinstance(field.default, bool))
+            _checked(BalancerConfig, field, said.entry[setting], "url", (PeerConfig("peer0"),))
+        elif setting in _DJANGO:
+            said.entry[setting] = _value(key, text, _DJANGO[setting])
+            if setting == "CONN_MAX_AGE" and isinstance(said.entry[setting], str):
+                raise _Wrong(f"has a {key!r} that is no number", "Give seconds, or none.")
+        elif setting in _PEER:
+            _spread(said, key, text)
+        elif setting in _BREAKER:
+            field = _BREAKER[setting]
+            breaker[field.name] = _value(key, text)
+            _checked(BreakerConfig, field, breaker[field.name])
+        else:
+            _refuse_a_slip(key)
+            said.options[key] = _option(text)
+    if breaker:
+        said.entry["BREAKER"] = breaker
+    return said
+
+
+def _spread(said: _Said, key: str, text: str) -> None:
+    """Hand out a setting of peers: one value for all, or one for each."""
+    setting = key.upper()
+    values = [_value(key, part) for part in text.split(",")]
+    if len(values) == 1:
+        values *= len(said.peers)
+    if len(values) != len(said.peers):
+        raise _Wrong(
+            f"has {len(values)} values of {key!r} for {_counted(len(said.peers), 'host')}",
+            "Give one for all, or one for each, in their order.",
+        )
+    for peer, value in zip(said.peers, values):
+        _checked(PeerConfig, _PEER[setting], value, "peer0")
+        peer[setting] = value
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _value(key: str, text: str, is_boolean: bool = False) -> Any:
+    """Return what a setting's text means."""
+    lowered = text.lower()
+    if is_boolean:
+        if lowered not in _BOOLEANS:
+            raise _Wrong(f"has a {key!r} that is neither true nor false", "Give one of the two.")
+        return _BOOLEANS[lowered]
+    if lowered == "none":
+        return None
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _checked(config: Any, field: dataclasses.Field[Any], value: Any, *needed: Any) -> None:
+    """Have the configuration judge one value.
+
+    :raises _Wrong: the value is out of range. The remedy is quoted, the value is not.
+    """
+    try:
+        config(*needed, **{field.name: value})
+    except ConfigError as exc:
+        raise _Wrong(f"has a wrong {field.name!r}", exc.hint) from None
+
+
+def _option(text: str) -> Any:
+    """Return a driver's option. MySQL's drivers take a number for an int, never its digits."""
+    if re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
+        return int(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _refuse_a_slip(key: str) -> None:
+    """Refuse a key that looks like one of our settings: as an option it would mean nothing."""
+    close = difflib.get_close_matches(key.upper(), _KNOWN, n=1, cutoff=0.8)
+    # A driver's own read_timeout is near connect_timeout, and no slip.
+    if close and abs(len(close[0]) - len(key)) <= 2 and key.lower() not in _LIKE_OURS:
+        raise _Wrong(f"has {key!r}, which is no setting", f"Did you mean {close[0].lower()}?")
+
+
+#: Options of drivers that look like settings of ours.
+_LIKE_OURS = frozenset({"write_timeout", "read_timeout"})
+
+
+def _pairs(query: str) -> Iterator[tuple[str, str]]:
+    """Yield the query's keys and values, decoded."""
+    seen: set[str] = set()
+    for part in query.split("&"):
+        if not part:
+            continue
+        name, equals, text = part.partition("=")
+        key = _decoded(name, "query")
+        if not equals or not key:
+            raise _Wrong("has a part in its query that is no key=value", "Write & as %26.")
+        if key.lower() in seen:
+            raise _Wrong("has a key in its query twice", f"Leave one {key!r} out.")
+        seen.add(key.lower())
+        yield key, _decoded(text, f"value of {key!r}")
+
+
+def _peer(text: str, place: int, is_behind_at: bool) -> dict[str, Any]:
+    """Read one host and its port."""
+    host, port = text, ""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise _Wrong(f"has an open bracket in host {place}", "Write it as [::1]:3306.")
+        port, has_port = rest[1:], bool(rest)
+        host = _decoded(host, f"host {place}")
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise _Wrong(
+                f"has no IPv6 address in the brackets of host {place}", "Write it as [::1]:3306."
+            ) from None
+    else:
+        host, colon, port = text.partition(":")
+        has_port = bool(colon)
+        if ":" in port:
+            raise _Wrong(
+                f"has more than one colon in host {place}",
+                "Put an IPv6 address in brackets: [::1]:3306.",
+            )
+        host = _decoded(host, f"host {place}")
+    if not host:
+        raise _Wrong(f"has no name for host {place}", "Leave out the comma, or the port.")
+    if host.startswith("@") or "," in host or any(mark.isspace() for mark in host):
+        raise _Wrong(f"has a mark in host {place} that no host has", "Percent-encode passwords.")
+    peer: dict[str, Any] = {"HOST": host}
+    if has_port:
+        if not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 0 < int(port) < 65536:
+            remedy = "Give a number from 1 to 65535."
+            if not is_behind_at:
+                remedy += " A password that holds @, / or ? must be percent-encoded."
+            raise _Wrong(f"has a port of host {place} that is none", remedy)
+        peer["PORT"] = int(port)
+    return peer
+
+
+def _decoded(text: str, part: str) -> str:
+    """Decode the percent-encoding of one part.
+
+    :raises _Wrong: the part is encoded wrongly.
+    """
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise _Wrong(f"has a % in its {part} without two hex digits", "Write a % as %25.")
+    try:
+        decoded = unquote_to_bytes(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise _Wrong(f"has a {part} that is not UTF-8", "Encode it in UTF-8.") from None
+    if "\0" in decoded:
+        raise _Wrong(f"has a %00 in its {part}", "Leave it out.")
+    return decoded
+
+
+def _sqlite_entry(path: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Return an entry of Django's own engine: there is nothing to balance."""
+    if path in ("", "/", ":memory:", "/:memory:"):
+        name = ":memory:"
+    elif path.startswith("/"):
+        name = _decoded(path[1:], "path")
+    else:
+        raise _Wrong(
+            "names a host, which SQLite has none of",
+            "Write a relative path as sqlite:///db.sqlite3, an absolute one with four slashes.",
+        )
+    entry: dict[str, Any] = {"ENGINE": _SQLITE, "NAME": name}
+    # Wrong values are wrong here, too: what is tried in development is what runs later.
+    said = _said(given, 1)
+    entry.update({key: value for key, value in said.entry.items() if key in _DJANGO})
+    if said.options:
+        entry["OPTIONS"] = said.options
+    return entry
