@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,9 @@ _BALANCER_FIELDS = {
     "PROBE": "probe",
     "SLOW_START": "slow_start",
 }
-_PEER_KEYS = (*_PEER_FIELDS, "BREAKER")
+_PEER_KEYS = (*_PEER_FIELDS, "BREAKER", "PEER_NAME")
+#: What a name may hold: it stands in logs, in metrics and on a command line.
+_PEER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", re.ASCII)
 _BALANCER_KEYS = (
     *_BALANCER_FIELDS,
     "BREAKER",
@@ -385,7 +388,7 @@ class _Reader:
                 )
 
     def _misplaced(self) -> Iterator[Problem]:
-        for key in ("WEIGHT", "PRIORITY"):
+        for key in ("WEIGHT", "PRIORITY", "PEER_NAME"):
             if key in self.entry:
                 yield self._problem(
                     "W004",
@@ -485,6 +488,24 @@ class _Reader:
                 "PEERS",
                 f"PEERS names {alias!r} more than once.",
                 "Name it once, and give it a WEIGHT.",
+            )
+        names = [name for peer in self.peers if (name := _given_name(peer)) is not None]
+        for name in sorted({name for name in names if (aliases + names).count(name) > 1}):
+            yield self._problem(
+                "E011",
+                "PEER_NAME",
+                f"PEER_NAME {name!r} is not the only peer's of that name.",
+                "Give each peer a name of its own.",
+            )
+
+    def _peer_name(self, where: str, peer: Mapping[str, Any]) -> Iterator[Problem]:
+        given = peer.get("PEER_NAME")
+        if given is not None and _given_name(peer) is None:
+            yield self._problem(
+                "E005",
+                "PEER_NAME",
+                f"PEER_NAME of peer {where} is {given!r}.",
+                "Give a name of letters, digits and the marks _ . : -",
             )
 
     def _driver_options(self, where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
@@ -589,6 +610,13 @@ class _Reader:
             )
         yield from self._misspelt(peer, entry, _PEER_KEYS)
         yield from self._peer(peer, entry)
+        if "PEER_NAME" in entry:
+            yield self._problem(
+                "W004",
+                "PEER_NAME",
+                f"PEER_NAME of peer {peer!r} has no effect: its alias is its name.",
+                "Leave it out.",
+            )
         for key, surprise in (
             ("ATOMIC_REQUESTS", "It opens a transaction on the peer itself for every request."),
             ("TEST", "A test database is made for the load balancer, by its own TEST."),
@@ -611,6 +639,7 @@ class _Reader:
     def _inline_peer(self, position: int, peer: Mapping[str, Any]) -> Iterator[Problem]:
         name = f"PEERS[{position}]"
         yield from self._misspelt(name, peer, (*_PEER_KEYS, *CONNECTION_KEYS))
+        yield from self._peer_name(name, peer)
         engine = peer.get("ENGINE", self.engine)
         if engine != self.engine:
             yield self._problem(
@@ -699,19 +728,21 @@ class _Reader:
     # What it says
 
     def _named(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Return each usable peer with its name: its alias, or peer0, peer1 … by place."""
-        taken = {peer for peer in self.peers if isinstance(peer, str)}
+        """Return each usable peer with its name: alias, PEER_NAME, or peer0, peer1 … by place."""
+        taken = {peer if isinstance(peer, str) else _given_name(peer) for peer in self.peers}
         named: list[tuple[str, Mapping[str, Any]]] = []
         for position, peer in enumerate(self.peers):
             if isinstance(peer, str):
                 if peer in self.databases:
                     named.append((peer, self.databases[peer]))
             elif isinstance(peer, Mapping):
-                name = f"peer{position}"
-                while name in taken:
-                    position += len(self.peers)
+                name = _given_name(peer)
+                if name is None:
                     name = f"peer{position}"
-                taken.add(name)
+                    while name in taken:
+                        position += len(self.peers)
+                        name = f"peer{position}"
+                    taken.add(name)
                 named.append((name, peer))
         return named
 
@@ -737,6 +768,12 @@ class _Reader:
             params={key: peer[key] for key in CONNECTION_KEYS if key in peer},
             **{field: given[key] for key, field in _PEER_FIELDS.items() if key in given},
         )
+
+
+def _given_name(peer: Any) -> str | None:
+    """Return an inline peer's PEER_NAME, if it is one."""
+    name = peer.get("PEER_NAME") if isinstance(peer, Mapping) else None
+    return name if isinstance(name, str) and _PEER_NAME.fullmatch(name) else None
 
 
 def _some_peer(**given: Any) -> PeerConfig:

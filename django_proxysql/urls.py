@@ -87,7 +87,7 @@ _PLACES = {
     "NAME": "behind the first / that follows the hosts",
     "PORT": "behind its host, as in db1:3306",
 }
-_KNOWN = ("PEER_ENGINE", *_BALANCER, *_DJANGO, *_PEER, *_BREAKER)
+_KNOWN = ("PEER_ENGINE", "PEER_NAME", *_BALANCER, *_DJANGO, *_PEER, *_BREAKER)
 
 
 def from_url(url: str) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def from_url(url: str) -> dict[str, Any]:
 
     Each host is a peer. The query holds settings of django-proxysql and Django in any case
     (``check_interval=30``, ``conn_max_age=60``); ``weight``, ``priority`` and ``check_interval``
-    take one value for all hosts or one for each (``weight=2,1``); ``fail_max`` and
+    take one value for all hosts or one for each (``weight=2,1``), ``peer_name`` one for each;
+    ``fail_max`` and
     ``success_threshold`` are those of BREAKER. Every other key is the driver's, and goes into
     OPTIONS. Durations are in seconds; ``none`` is None.
 
@@ -203,7 +204,7 @@ def _said(given: Mapping[str, str], hosts: int) -> _Said:
             said.entry[setting] = _value(key, text, _DJANGO[setting])
             if setting == "CONN_MAX_AGE" and isinstance(said.entry[setting], str):
                 raise _Wrong(f"has a {key!r} that is no number", "Give seconds, or none.")
-        elif setting in _PEER:
+        elif setting in _PEER or setting == "PEER_NAME":
             _spread(said, key, text)
         elif setting in _BREAKER:
             field = _BREAKER[setting]
@@ -220,16 +221,20 @@ def _said(given: Mapping[str, str], hosts: int) -> _Said:
 def _spread(said: _Said, key: str, text: str) -> None:
     """Hand out a setting of peers: one value for all, or one for each."""
     setting = key.upper()
-    values = [_value(key, part) for part in text.split(",")]
-    if len(values) == 1:
+    is_name = setting == "PEER_NAME"
+    values = [part if is_name else _value(key, part) for part in text.split(",")]
+    if len(values) == 1 and not is_name:
         values *= len(said.peers)
     if len(values) != len(said.peers):
         raise _Wrong(
             f"has {len(values)} values of {key!r} for {_counted(len(said.peers), 'host')}",
-            "Give one for all, or one for each, in their order.",
+            "Give one for each, in their order."
+            if is_name
+            else "Give one for all, or one for each, in their order.",
         )
     for peer, value in zip(said.peers, values):
-        _checked(PeerConfig, _PEER[setting], value, "peer0")
+        if not is_name:
+            _checked(PeerConfig, _PEER[setting], value, "peer0")
         peer[setting] = value
 
 

@@ -79,6 +79,7 @@ def test_settings_table_has_the_defaults() -> None:
         "PEERS": "required",
         "PEER_ENGINE": f'"{conf.DEFAULT_PEER_ENGINE}"',
         "BREAKER": f"{breaker.fail_max} and {breaker.success_threshold}",
+        "PEER_NAME": "peer0``, ``peer1`` …",
         "STRATEGY": f'"{balancer.strategy}"',
         "TRIAL_TIMEOUT": "as ``CONNECT_TIMEOUT",
         "READY_CHECK": "None",

@@ -56,15 +56,15 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "OPTIONS": {"unix_socket": "/run/m.sock"},
         "PEERS": [{"HOST": "db", "WEIGHT": 2}],
     },
-    "mysql://a,b/shop?WEIGHT=2,0.5&priority=0,1&fail_max=3&idle_check=none": {
+    "mysql://a,b/shop?WEIGHT=2,0.5&priority=0,1&peer_name=1,none&fail_max=3&idle_check=none": {
         "ENGINE": ENGINE,
         "PEER_ENGINE": MYSQL,
         "NAME": "shop",
         "BREAKER": {"fail_max": 3},
         "IDLE_CHECK": None,
         "PEERS": [
-            {"HOST": "a", "WEIGHT": 2, "PRIORITY": 0},
-            {"HOST": "b", "WEIGHT": 0.5, "PRIORITY": 1},
+            {"HOST": "a", "WEIGHT": 2, "PRIORITY": 0, "PEER_NAME": "1"},
+            {"HOST": "b", "WEIGHT": 0.5, "PRIORITY": 1, "PEER_NAME": "none"},
         ],
     },
     "mariadb://a/shop?conn_max_age=60&atomic_requests=on&ssl_ca=/ca.pem&read_timeout=9&charset=x": {
@@ -133,6 +133,7 @@ WRONG = {
     f"mysql://u:{SECRET}%FF@db/shop": "password that is not UTF-8",
     f"mysql://u:{SECRET}%00@db/shop": "a %00 in its password",
     f"mysql://u:{SECRET}@a,b/shop?weight=1,2,3": "3 values of 'weight' for 2 hosts",
+    f"mysql://u:{SECRET}@a,b/shop?peer_name=x": "Give one for each",
     f"mysql://u:{SECRET}@a/shop?weight={SECRET}": "a wrong 'weight'. Give a number",
     f"mysql://u:{SECRET}@a/shop?check_interval=-1": "a wrong 'check_interval'. Give a number",
     f"mysql://u:{SECRET}@a/shop?check_intervall=5": "Did you mean check_interval?",
