@@ -25,6 +25,7 @@ MYSQL = ["mysqlclient>=2.2.1"]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
 REDIS = ["redis>=4.2"]
 PROMETHEUS = ["prometheus_client>=0.12"]
+OPENTELEMETRY = ["opentelemetry-api>=1.30"]
 # (The pages on metrics are made from the module, which imports prometheus_client.)
 DOCS = ["Sphinx>=7", "furo", *PROMETHEUS]
 
@@ -56,6 +57,7 @@ TEST = [
     # An earlier one comes where Django is older; its test is for the present ones.
     'django-health-check>=3.20; python_version >= "3.11"',
     "gunicorn>=20.1",
+    'opentelemetry-sdk>=1.30; python_version >= "3.11"',
     "hypothesis>=6",
     "psycopg-pool>=3.2",
     "psycopg2-binary>=2.8",
@@ -127,6 +129,7 @@ setup(
         "postgresql": POSTGRESQL,
         "redis": REDIS,
         "prometheus": PROMETHEUS,
+        "opentelemetry": OPENTELEMETRY,
         "test": TEST,
         "docs": DOCS,
         "dev": DEV,

@@ -21,6 +21,7 @@ EXTRAS = {
     "postgresql": "psycopg[binary]",
     "redis": "redis",
     "prometheus": "prometheus_client",
+    "opentelemetry": "opentelemetry-api",
     "test": "pytest",
     "docs": "Sphinx",
 }

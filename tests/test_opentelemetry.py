@@ -1,0 +1,208 @@
+"""OpenTelemetry: metrics by its conventions for databases, and events on the current span."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from django_proxysql import Fault, NoPeerAvailable
+from django_proxysql.events import (
+    CircuitClosed,
+    ConnectionLost,
+    ConnectionReplaced,
+    StatementReplayed,
+)
+from tests.fakes import refused_by_host
+from tests.test_balancer import World
+
+sdk = pytest.importorskip("opentelemetry.sdk.metrics", reason="the SDK is not installed")
+
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
+from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import (  # noqa: E402
+    InMemorySpanExporter,
+)
+
+from django_proxysql.monitoring.opentelemetry import Telemetry  # noqa: E402
+
+
+class Watched(World):
+    """A balancer whose telemetry goes to an SDK in memory."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.reader = InMemoryMetricReader()
+        self.provider = sdk.MeterProvider([self.reader])
+        self.telemetry = Telemetry(self.db, meter_provider=self.provider)
+
+    def points(self, name: str) -> dict[tuple[tuple[str, Any], ...], Any]:
+        """Return a metric's data points by their attributes."""
+        data = self.reader.get_metrics_data()
+        return {
+            tuple(sorted(point.attributes.items())): point
+            for resource in (data.resource_metrics if data else [])
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            if metric.name == name
+            for point in metric.data.data_points
+        }
+
+    def value(self, name: str, peer: str | None, **more: Any) -> Any:
+        pool = "default" if peer is None else f"default/{peer}"
+        key = {"db.client.connection.pool.name": pool, **more}
+        point = self.points(name).get(tuple(sorted(key.items())))
+        return None if point is None else getattr(point, "value", getattr(point, "count", None))
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with provider.get_tracer("test").start_as_current_span("request"):
+        yield exporter
+
+
+def events_of(spans: InMemorySpanExporter) -> list[tuple[str, dict[str, Any]]]:
+    """End the current span; return its events."""
+    from opentelemetry import trace
+
+    trace.get_current_span().end()
+    (span,) = spans.get_finished_spans()
+    return [(event.name, dict(event.attributes or {})) for event in span.events]
+
+
+def test_a_connect_is_timed_by_peer_and_the_connection_counted() -> None:
+    world = Watched("db1")
+    connection = world.db.connect()
+    assert world.value("db.client.connection.create_time", "db1") == 1
+    state = {"db.client.connection.state": "used"}
+    assert world.value("db.client.connection.count", "db1", **state) == 1
+    del connection
+    world.driver.made.clear()
+    assert world.value("db.client.connection.count", "db1", **state) == 0
+
+
+def test_a_failed_attempt_is_counted_by_its_fault_and_opens_the_circuit_once() -> None:
+    world = Watched("db1")
+    world.driver.down["db1"] = refused_by_host
+    for _ in range(2):
+        with pytest.raises(NoPeerAvailable):
+            world.db.connect()
+    unreachable = {"error.type": Fault.UNREACHABLE.value}
+    assert world.value("django_proxysql.connect.failures", "db1", **unreachable) == 1
+    assert world.value("django_proxysql.circuit.openings", "db1") == 1
+    assert world.value("django_proxysql.circuit.open", "db1") == 1
+    assert world.value("db.client.connection.timeouts", None) == 2
+
+
+def test_losses_replacements_and_replays_are_counted() -> None:
+    world = Watched("db1", "db2")
+    world.db.emit(ConnectionLost("default", "db1", "db1:3306", Fault.LOST, "gone", False))
+    world.db.emit(ConnectionReplaced("default", "db1", "db2", True, "gone"))
+    world.db.emit(StatementReplayed("default", "db1", "db2", "gone"))
+    assert world.value("django_proxysql.connection.losses", "db1", **{"error.type": "lost"}) == 1
+    assert world.value("django_proxysql.connection.replacements", "db1") == 1
+    assert world.value("django_proxysql.statement.replays", "db1") == 1
+
+
+def test_a_failover_stands_on_the_span_of_its_request(spans: InMemorySpanExporter) -> None:
+    world = Watched("db1", "db2")
+    world.driver.down["db1"] = refused_by_host
+    world.db.connect()
+    names = [name for name, _ in events_of(spans)]
+    assert names == [
+        "django_proxysql.circuit_opened",
+        "django_proxysql.connect_failed",
+        "django_proxysql.connected",
+    ]
+
+
+def test_an_event_on_a_span_has_the_conventions_words(spans: InMemorySpanExporter) -> None:
+    world = Watched("db1")
+    world.db.emit(ConnectionLost("default", "db1", "10.0.0.1:3306", Fault.LOST, "gone", True))
+    world.db.emit(CircuitClosed("default", "db1", "/run/db.sock", 3.0))
+    assert events_of(spans) == [
+        (
+            "django_proxysql.connection_lost",
+            {
+                "django_proxysql.balancer": "default",
+                "django_proxysql.peer": "db1",
+                "django_proxysql.idle": True,
+                "server.address": "10.0.0.1",
+                "server.port": 3306,
+                "error.type": "lost",
+                "exception.message": "gone",
+            },
+        ),
+        (
+            "django_proxysql.circuit_closed",
+            {
+                "django_proxysql.balancer": "default",
+                "django_proxysql.peer": "db1",
+                "django_proxysql.seconds": 3.0,
+                "django_proxysql.learnt": False,
+                "server.address": "/run/db.sock",
+            },
+        ),
+    ]
+
+
+def test_without_a_span_nothing_is_noted_and_nothing_fails() -> None:
+    world = Watched("db1")
+    assert world.db.connect() is not None
+
+
+SITE = """
+import sys
+from django.conf import settings
+settings.configure(
+    INSTALLED_APPS={apps!r}, DATABASES={{"default": {{
+        "ENGINE": "django_proxysql.backends.proxysql", "PEER_ENGINE": "django.db.backends.sqlite3",
+        "PEERS": [{{"NAME": {path!r}}}]}}}},
+)
+import django
+django.setup()
+from django.db import connection
+connection.cursor().execute("SELECT 1")
+print("django_proxysql.monitoring.opentelemetry" in sys.modules)
+{more}
+"""
+COUNTED = """
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.metrics import set_meter_provider
+reader = InMemoryMetricReader()
+set_meter_provider(MeterProvider([reader]))
+connection.close()
+connection.cursor().execute("SELECT 1")
+print("connection.create_time" in reader.get_metrics_data().to_json())
+"""
+
+
+def run_site(path: Path, apps: list[str], more: str = "") -> list[str]:
+    code = SITE.format(path=str(path / "db.sqlite3"), apps=apps, more=more)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout.split("\n")[:-1]
+
+
+def test_one_line_in_installed_apps_switches_it_on(tmp_path: Path) -> None:
+    apps = ["django_proxysql", "django_proxysql.monitoring.opentelemetry"]
+    assert run_site(tmp_path, apps, COUNTED) == ["True", "True"]
+
+
+def test_without_that_line_nothing_of_it_is_imported(tmp_path: Path) -> None:
+    assert run_site(tmp_path, ["django_proxysql"]) == ["False"]
