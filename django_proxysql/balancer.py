@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from . import drivers, forks
-from .breaker import CLOSED, HALF_OPEN, OPEN, Lease, PeerBreaker, Permit, Transition
+from .breaker import CLOSED, HALF_OPEN, OPEN, Circuit, Lease, PeerBreaker, Permit, Transition
 from .budget import ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig
 from .events import (
@@ -41,7 +41,7 @@ from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy
 from .faults import Fault
 from .locks import new_lock
 from .logger import logger
-from .logs import log_event
+from .logs import due_in, log_event
 from .peer import Hold, Peer
 from .probe import prober
 from .ready import QUESTIONS, ready_check_from
@@ -80,7 +80,8 @@ class PeerState:
     state: str
     #: Whether it is closed, and the next connection is made as a trial.
     suspect: bool
-    #: Seconds until the next trial; None while the circuit is closed.
+    #: Seconds until the next trial; 0 while one is under way or due. None while the circuit is
+    #: closed, and while the peer is drained: there are no trials then.
     trial_in: float | None
     #: Seconds for which the peer has been out; None while the circuit is closed.
     out_for: float | None
@@ -406,19 +407,17 @@ class LoadBalancer:
         :returns: a :class:`PeerState` for each, in the order of :attr:`peers`.
         """
         now = self.clock()
-        hurried = self._hurried()
         states = []
         for peer in self.peers.values():
             circuit = peer.breaker.circuit
             out = circuit.state != CLOSED
-            due = circuit.due if hurried is None else min(circuit.due, circuit.tried + hurried)
             states.append(
                 PeerState(
                     name=peer.name,
                     address=peer.address,
                     state=circuit.state,
                     suspect=circuit.suspect,
-                    trial_in=max(0.0, due - now) if out else None,
+                    trial_in=self._trial_in(peer, circuit, now),
                     out_for=now - circuit.out_since
                     if out and circuit.out_since is not None
                     else None,
@@ -432,6 +431,22 @@ class LoadBalancer:
                 )
             )
         return states
+
+    def _trial_in(self, peer: Peer, circuit: Circuit, now: float) -> float | None:
+        """Return :attr:`PeerState.trial_in` of a peer whose circuit is ``circuit``."""
+        if circuit.state == CLOSED or peer.drained:
+            return None
+        if circuit.lease is not None and not circuit.lease.ended and now < circuit.lease.expires:
+            return 0.0
+        due, view = circuit.due, self.view()
+        if not view.tiers and not view.suspects:
+            interval = self.config.last_resort_interval
+            if interval is not None:
+                due = min(due, circuit.tried + interval)
+            elif circuit.tried == -math.inf:
+                # Another process opened it. The next connect() here tries it at once.
+                due = now
+        return max(0.0, due - now)
 
     def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
         """Call ``listener`` with every event from now on, outside all locks.
@@ -645,6 +660,11 @@ class LoadBalancer:
         if self.sharing is not None and not transition.learnt and transition.after != HALF_OPEN:
             self.sharing.has_news()
         if transition.before == CLOSED and transition.after != CLOSED:
+            # With no other peer left the trial comes sooner than the breaker alone can tell.
+            trial_in = self._trial_in(peer, peer.breaker.circuit, self.clock())
+            if trial_in is None and not peer.drained:
+                # The circuit has closed meanwhile.
+                trial_in = transition.seconds
             self.emit(
                 CircuitOpened(
                     self.name,
@@ -652,7 +672,7 @@ class LoadBalancer:
                     peer.address,
                     transition.fault,
                     transition.error,
-                    transition.seconds,
+                    trial_in,
                     transition.learnt,
                 )
             )
@@ -749,6 +769,8 @@ class _Search:
     _last_error: BaseException | None = None
     _fault_of_last = Fault.OTHER
     _over = False
+    #: The one peer that it may connect to: it is pinned, or was asked for that one.
+    _pinned: Peer | None = None
 
     def __init__(
         self,
@@ -801,6 +823,7 @@ class _Search:
 
         :raises NoPeerAvailable: its circuit is not closed.
         """
+        self._pinned = peer
         permit = None if peer.drained else peer.breaker.acquire(trial=False)
         if permit is None:
             raise self._nobody()
@@ -812,7 +835,8 @@ class _Search:
         :raises NoPeerAvailable: there is none, or no time.
         """
         if self._candidates is None:
-            self._candidates = self._in_order()
+            self._pinned = self._pin.peer if self._pin is not None else None
+            self._candidates = self._in_order(self._pinned)
         chosen = None
         if self._clock() < self._deadline:
             chosen = next(self._candidates, None)
@@ -887,6 +911,8 @@ class _Search:
         fault = self._fault_of_last = drivers.judge(exc, connecting=True)
         error = drivers.describe(exc)
         count = 0
+        # A trial that fails leaves an open circuit as it is.
+        was_closed = peer.breaker.circuit.state == CLOSED
         if fault.counts and not self._is_callers(fault):
             count = permit.failed(exc, fault)
         else:
@@ -905,18 +931,22 @@ class _Search:
                 fault,
                 error,
                 count,
-                opened=count > 0 and (permit.is_trial or count >= peer.breaker.fail_max),
+                opened=was_closed
+                and count > 0
+                and (permit.is_trial or count >= peer.breaker.fail_max),
             )
         )
 
     # Whom to try
 
-    def _in_order(self) -> Iterator[tuple[Peer, Permit]]:
-        """Yield each peer that can be had, once, with the permit to try it."""
+    def _in_order(self, pinned: Peer | None) -> Iterator[tuple[Peer, Permit]]:
+        """Yield each peer that can be had, once, with the permit to try it.
+
+        :param pinned: the one peer to try, also if it is drained; None: all.
+        """
         # Whatever befalls a peer that the thread stays with: no other is looked at.
         # One that is drained, too: the block comes to its end first.
         balancer = self._balancer
-        pinned = self._pin.peer if self._pin is not None else None
         disappointed: set[str] = set()
         while True:
             if pinned is None:
@@ -1058,14 +1088,18 @@ class _Search:
             return self._last_error
         error = self._nobody()
         error.__cause__ = self._last_error
-        balancer.emit(PeersExhausted(balancer.name, str(error), self._clock() - self._started))
+        # One peer that fails, or a replacement that was not needed, is no exhaustion: other
+        # peers may be well, and the application may still have its connection.
+        if self._pinned is None and self._trials != "never":
+            balancer.emit(PeersExhausted(balancer.name, str(error), self._clock() - self._started))
         return error
 
     def _nobody(self) -> NoPeerAvailable:
-        balancer = self._balancer
-        return balancer.no_peer_error(
-            balancer.name, [self._said(state) for state in balancer.snapshot()]
-        )
+        balancer, pinned = self._balancer, self._pinned
+        said = {state.name: self._said(state) for state in balancer.snapshot()}
+        if pinned is None:
+            return balancer.no_peer_error(balancer.name, list(said.values()))
+        return balancer.no_peer_error(balancer.name, [said[pinned.name]], pinned.name)
 
     def _said(self, state: PeerState) -> str:
         where = f"{state.name} ({state.address})" if state.address else state.name
@@ -1074,14 +1108,17 @@ class _Search:
         if state.drained:
             return f"{where}: drained"
         if state.state == CLOSED and not state.suspect:
-            return f"{where}: no time was left to try it"
-        text = "being tried by another caller" if state.state == HALF_OPEN else "circuit open"
-        if state.suspect:
-            text = "suspect"
+            if self._clock() >= self._deadline:
+                return f"{where}: no time was left to try it"
+            return f"{where}: not tried, its circuit has closed just now"
+        trial = self._balancer.peers[state.name].breaker.trial
+        text = "suspect" if state.suspect else "circuit open"
+        if trial is not None:
+            text = "being tried by another caller"
         if state.error:
             text += f", last error {state.error}"
-        if state.trial_in is not None and state.state == OPEN:
-            text += f", next trial in {state.trial_in:.0f} s"
+        if state.trial_in is not None and trial is None:
+            text += f", next trial {due_in(state.trial_in)}"
         return f"{where}: {text}"
 
 

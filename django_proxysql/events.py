@@ -70,8 +70,9 @@ class CircuitOpened:
     address: str
     fault: Fault | None
     error: str
-    #: Seconds until the first trial.
-    trial_in: float
+    #: Seconds until the first trial, as things stand: it comes sooner if the last other peer
+    #: fails meanwhile. None: the peer is drained, and gets no trial.
+    trial_in: float | None
     #: Another process found it out, and this one was told (``SHARED_STATE``).
     learnt: bool = False
 
@@ -91,7 +92,11 @@ class CircuitClosed:
 
 @dataclass(frozen=True)
 class PeersExhausted:
-    """A connect() found no peer."""
+    """A connect() found no peer.
+
+    Not emitted for a connect() that may use one peer alone (``pinned()``, ``only=``), for other
+    peers may be well; nor for a replacement that failed while the old connection still works.
+    """
 
     balancer: str
     error: str

@@ -71,12 +71,21 @@ class NoPeerAvailable(Exception):
     :param balancer: the load balancer's name (under Django: the alias).
     :param peers: one line a peer, saying its address, what it last said, and
         when it is tried next.
+    :param pinned: the name of the one peer that this connect() was allowed to
+        use (``pinned()``, ``only=``); "": all of them.
     """
 
-    def __init__(self, balancer: str, peers: Sequence[str] = ()) -> None:
-        super().__init__(balancer, tuple(peers))
+    def __init__(self, balancer: str, peers: Sequence[str] = (), pinned: str = "") -> None:
+        super().__init__(balancer, tuple(peers), *([pinned] if pinned else []))
         self.balancer = balancer
         self.peers = tuple(peers)
+        self.pinned = pinned
 
     def __str__(self) -> str:
-        return f"No peer of {self.balancer!r} can be reached. " + "; ".join(self.peers) + "."
+        said = "; ".join(self.peers)
+        if self.pinned:
+            return (
+                f"This connect() is pinned to {self.pinned!r} of {self.balancer!r}, which cannot "
+                f"be reached, and tries no other peer. {said}."
+            )
+        return f"No peer of {self.balancer!r} can be reached. {said}."

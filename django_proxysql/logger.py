@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-__all__ = ["complain", "logger"]
+__all__ = ["Limit", "complain", "logger"]
 
 logger = logging.getLogger("django_proxysql")
 
@@ -22,3 +22,31 @@ def complain(message: str, *args: object, extra: Mapping[str, object] | None = N
         logger.exception(message, *args, extra=extra)
     except Exception:  # noqa: S110
         pass
+
+
+class Limit:
+    """Lets one line of a kind through in a while, and counts those that it keeps back.
+
+    Give each kind of line a limit of its own, or one kind hides the other.
+
+    :param seconds: how far two lines lie apart at least.
+    """
+
+    __slots__ = ("_kept_back", "_last", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last = float("-inf")
+        self._kept_back = 0
+
+    def passes(self, now: float) -> int | None:
+        """Return how many lines were kept back before this one; None: keep this one back, too.
+
+        :param now: a monotonic time in seconds.
+        """
+        if now - self._last < self._seconds:
+            # Two threads may both come through, or lose a count: it is a log line.
+            self._kept_back += 1
+            return None
+        kept_back, self._kept_back, self._last = self._kept_back, 0, now
+        return kept_back

@@ -25,9 +25,9 @@ from .events import (
     StatementReplayed,
 )
 from .faults import Fault
-from .logger import logger
+from .logger import Limit, logger
 
-__all__ = ["log_event"]
+__all__ = ["due_in", "log_event"]
 
 
 def log_event(event: Event) -> None:
@@ -52,12 +52,14 @@ def log_event(event: Event) -> None:
             # The process that found it out has warned.
             logging.INFO if event.learnt else level,
             event,
-            "%s: circuit of %s (%s) opened%s, first trial in %.0f s: %s%s",
+            "%s: circuit of %s (%s) opened%s, %s: %s%s",
             event.balancer,
             event.peer,
             event.address,
             ", another process found" if event.learnt else "",
-            event.trial_in,
+            "no trial while it is drained"
+            if event.trial_in is None
+            else f"first trial {due_in(event.trial_in)}",
             "the peer refuses us, " if refused else "",
             event.error,
         )
@@ -116,8 +118,8 @@ def log_event(event: Event) -> None:
         _log(logging.DEBUG, event, "%s", event.error)
 
 
-#: When the last line on a rescue was written, and how many were kept back since.
-_rescues = {"last": float("-inf"), "kept_back": 0}
+#: One limit for each alias and kind of line: one kind never hides another.
+_rescues: dict[tuple[str, type], Limit] = {}
 
 
 def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:
@@ -132,12 +134,10 @@ def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:
             event.successor,
         )
         return
-    now = time.monotonic()
-    if now - _rescues["last"] < 1:
-        # Two threads may both come through, or lose a count: it is a log line.
-        _rescues["kept_back"] += 1
+    limit = _rescues.setdefault((event.balancer, type(event)), Limit(1))
+    kept_back = limit.passes(time.monotonic())
+    if kept_back is None:
         return
-    kept_back, _rescues["kept_back"], _rescues["last"] = _rescues["kept_back"], 0, now
     replayed = isinstance(event, StatementReplayed)
     _log(
         logging.WARNING,
@@ -147,9 +147,16 @@ def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:
         "ran a statement again," if replayed else "replaced a lost connection,",
         event.peer,
         event.successor,
-        f" (and {int(kept_back)} more)" if kept_back else "",
+        f" (and {kept_back} more)" if kept_back else "",
         event.error,
     )
+
+
+def due_in(seconds: float) -> str:
+    """Return in words when something is due: ``now``, ``in 0.4 s``, ``in 28 s``."""
+    if seconds < 0.05:
+        return "now"
+    return f"in {seconds:.1f} s" if seconds < 1 else f"in {seconds:.0f} s"
 
 
 #: What structured logging gets of an event: the record's attribute, the event's field.

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING
 
 from . import forks
 from .locks import new_lock
-from .logger import complain
+from .logger import Limit, complain
 
 if TYPE_CHECKING:
     from .balancer import LoadBalancer
@@ -55,7 +55,7 @@ __all__ = ["Prober", "prober"]
 _LOOK_AGAIN = 1.0
 #: Seconds that lie between two trials of one peer at least, whatever is set.
 _SHORTEST_PAUSE = 0.1
-#: Seconds between two complaints: what goes wrong in here may do so at each trial.
+#: Seconds between two complaints of one kind: what goes wrong in here may do so at each trial.
 _COMPLAINTS_APART = 60.0
 
 
@@ -105,7 +105,8 @@ class Prober:
         self._tended: weakref.WeakKeyDictionary[LoadBalancer, dict[str, float]] = (
             weakref.WeakKeyDictionary()
         )
-        self._complain_from = -math.inf
+        #: One limit for each complaint: one peer's trouble does not hide another's.
+        self._limits: dict[str, Limit] = {}
 
     @property
     def is_running(self) -> bool:
@@ -167,10 +168,10 @@ class Prober:
                 not_before[peer.name] = balancer.clock() + max(pause, _SHORTEST_PAUSE)
 
     def _complain(self, message: str) -> None:
-        now = time.monotonic()
-        if now >= self._complain_from:
-            self._complain_from = now + _COMPLAINTS_APART
-            complain(message)
+        limit = self._limits.setdefault(message, Limit(_COMPLAINTS_APART))
+        kept_back = limit.passes(time.monotonic())
+        if kept_back is not None:
+            complain("%s%s", message, f" (and {kept_back} times more)" if kept_back else "")
 
     # The thread
 

@@ -84,7 +84,7 @@ connection_lost = _PeerSignal()
 #: ``alias``, ``peer``, ``successor``, ``error``.
 statement_replayed = _PeerSignal()
 
-#: A connect() found no peer. ``alias``, ``error``, ``seconds``.
+#: A connect() that may use all peers found none. ``alias``, ``error``, ``seconds``.
 peers_exhausted = _PeerSignal()
 
 _SIGNALS: dict[type, _PeerSignal] = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 
-from django_proxysql import Fault, events, logs
-from tests.fakes import raised_by
+from django_proxysql import Fault, events, logs, probe
+from tests.fakes import Clock, raised_by
 from tests.test_balancer import World
 
 #: Values for every field that an event may have.
@@ -39,7 +40,7 @@ WANTED = ("balancer", "peer", "address", "successor", "fault", "seconds")
 @pytest.mark.parametrize("kind", get_args(events.Event), ids=lambda kind: str(kind.__name__))
 def test_record(kind: Any, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     """One record an event, with everything that the event knows."""
-    monkeypatch.setitem(logs._rescues, "last", float("-inf"))
+    monkeypatch.setattr(logs, "_rescues", {})
     caplog.set_level(logging.DEBUG, "django_proxysql")
     fields = [field.name for field in dataclasses.fields(kind)]
     logs.log_event(kind(**{name: VALUES[name] for name in fields}))
@@ -85,3 +86,123 @@ def test_listener_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     world.db.add_listener(broken)
     world.db.connect()
     assert vars(caplog.records[-1])["alias"] == "default"
+
+
+#: Every kind of line, as the event that it is written for; each has fixed words of its own.
+LINES: dict[str, events.Event] = {
+    "connected to db1": events.Connected("shop", "db1", "a", 0.1, trial=False),
+    "connecting to db1 (a) failed (unreachable)": events.ConnectFailed(
+        "shop", "db1", "a", 0.1, False, Fault.UNREACHABLE, "(2002)", 1, opened=True
+    ),
+    "connecting to db1 (a) failed (refused)": events.ConnectFailed(
+        "shop", "db1", "a", 0.1, False, Fault.REFUSED, "(1045)", 1, opened=False
+    ),
+    "circuit of db1 (a) opened, first trial": events.CircuitOpened(
+        "shop", "db1", "a", Fault.UNREACHABLE, "(2002)", 30
+    ),
+    "circuit of db1 (a) opened, another process found": events.CircuitOpened(
+        "shop", "db1", "a", Fault.UNREACHABLE, "(2002)", 30, learnt=True
+    ),
+    "circuit of db1 (a) closed": events.CircuitClosed("shop", "db1", "a", 3.0),
+    "circuit of db1 (a) closed, another process found": events.CircuitClosed(
+        "shop", "db1", "a", 3.0, learnt=True
+    ),
+    "No peer of 'shop'": events.PeersExhausted("shop", "No peer of 'shop' can be reached.", 1.0),
+    "a connection to db1 (a) is lost": events.ConnectionLost(
+        "shop", "db1", "a", Fault.LOST, "(2013)", idle=False
+    ),
+    "replaced a lost connection": events.ConnectionReplaced("shop", "db1", "db2", True, "(2013)"),
+    "left db1 for db2": events.ConnectionReplaced("shop", "db1", "db2", False, ""),
+    "ran a statement again": events.StatementReplayed("shop", "db1", "db2", "(2013)"),
+    "db1 (a) is drained, 3": events.PeerDrained("shop", "db1", "a", 3),
+    "db1 (a) is drained no longer": events.PeerUndrained("shop", "db1", "a"),
+}
+
+
+def test_every_kind_is_here() -> None:
+    """No event is without a line."""
+    assert {type(event) for event in LINES.values()} == set(get_args(events.Event))
+
+
+@pytest.mark.parametrize("second", LINES)
+@pytest.mark.parametrize("first", LINES)
+def test_no_kind_hides_another(
+    first: str, second: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was logged right before, a line of another kind is written."""
+    monkeypatch.setattr(logs, "_rescues", {})
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    logs.log_event(LINES[first])
+    logs.log_event(LINES[second])
+    assert first in caplog.messages[0]
+    if first == second:
+        assert len(caplog.messages) in (1, 2)
+    else:
+        assert second in caplog.messages[1]
+
+
+LIMITED = ("replaced a lost connection", "ran a statement again")
+
+
+@pytest.mark.parametrize("words", LIMITED)
+def test_limited_lines(
+    words: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line a second of each alias and kind; the next one says how many were kept back."""
+    clock = Clock(100.0)
+    monkeypatch.setattr(logs, "_rescues", {})
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=clock))
+    event = LINES[words]
+    elsewhere = dataclasses.replace(event, balancer="reports")
+    for _ in range(4):
+        logs.log_event(event)
+    logs.log_event(elsewhere)
+    clock.advance(0.9)
+    logs.log_event(event)
+    clock.advance(0.1)
+    logs.log_event(event)
+    logs.log_event(event)
+    clock.advance(1)
+    logs.log_event(event)
+    logs.log_event(elsewhere)
+    assert [line.partition(" ")[0] for line in caplog.messages] == [
+        "shop:",
+        "reports:",
+        "shop:",
+        "shop:",
+        "reports:",
+    ]
+    assert all(words in line for line in caplog.messages)
+    assert ["more)" in line for line in caplog.messages] == [False, False, True, True, False]
+    assert "(and 4 more): " in caplog.messages[2]
+    assert "(and 1 more): " in caplog.messages[3]
+
+
+def test_other_lines_have_no_limit(caplog: pytest.LogCaptureFixture) -> None:
+    """A line that is not limited is written each time."""
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    for words, event in LINES.items():
+        if words not in LIMITED:
+            caplog.clear()
+            logs.log_event(event)
+            logs.log_event(event)
+            assert len(caplog.messages) == 2
+
+
+def test_complaints_of_the_prober(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of complaint of the thread that makes trials has its own limit."""
+    clock = Clock()
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=clock))
+    prober = probe.Prober()
+    for _ in range(3):
+        prober._complain("The trial of shop/db1 raised")
+        prober._complain("The trial of shop/db2 raised")
+    clock.advance(60)
+    prober._complain("The trial of shop/db1 raised")
+    assert caplog.messages == [
+        "The trial of shop/db1 raised",
+        "The trial of shop/db2 raised",
+        "The trial of shop/db1 raised (and 2 times more)",
+    ]

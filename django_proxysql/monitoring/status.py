@@ -14,6 +14,7 @@ from django.utils.timezone import localtime
 
 from ..balancer import LoadBalancer, PeerState
 from ..breaker import CLOSED, HALF_OPEN, OPEN
+from ..logs import due_in
 from ..registry import balancers
 from ..sharing import Fleet, Moment
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
@@ -362,8 +363,7 @@ def _meaning(state: PeerState) -> str:
         also = "" if state.state == "closed" else f"; its circuit is {state.state}"
         return _LABELS[DRAINED] + also
     if state.state == "open" and state.trial_in is not None:
-        when = f"in {state.trial_in:.0f} s" if state.trial_in >= 1 else "now"
-        return f"{_LABELS['open']}, next trial due {when}"
+        return f"{_LABELS['open']}, next trial due {due_in(state.trial_in)}"
     return _LABELS[SUSPECT if state.suspect else state.state]
 
 

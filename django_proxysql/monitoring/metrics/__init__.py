@@ -150,7 +150,7 @@ class Metrics:
         )
         self._exhaustions = Counter(
             "django_proxysql_peers_exhausted_total",
-            "Calls of connect() that found no peer.",
+            "Calls of connect() that may use all peers and found none.",
             ("alias",),
             registry=None,
         )
