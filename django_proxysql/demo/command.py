@@ -147,7 +147,10 @@ class _Demo:
     def run(self) -> int:
         """Run to the end; return the exit code."""
         screen, took = self._screen, 0.0
-        screen.say(f"django-proxysql: a Django site on three {self._peers.kind} peers")
+        screen.say(
+            f"django-proxysql: a Django site on three {self._peers.kind} peers, "
+            f"for {self._seconds:g} s"
+        )
         try:
             with ExitStack() as stack:
                 databases = self._peers.start(stack)
@@ -170,7 +173,7 @@ class _Demo:
         finally:
             if took:
                 screen.end_table()
-                screen.summarize(self._load, self._tally, took, self._handler.story)
+                screen.summarize(self._load, self._tally, took)
         return 1 if self._load.errors else 0
 
     def _listen(self, stack: ExitStack) -> None:

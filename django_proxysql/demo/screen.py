@@ -24,6 +24,8 @@ WINDOW = 1.0
 
 BAR = 20
 
+TUTORIAL = "docs/tutorial/index.rst"
+
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 _STATE_COLOURS = {"closed": "green", "half-open": "yellow", "open": "red"}
 
@@ -105,7 +107,9 @@ class Screen:
         width = shutil.get_terminal_size().columns - 1
         rate, made = self._lately()
         total = sum(made.values())
-        heading = f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}  share now"
+        heading = (
+            f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}  of the last second"
+        )
         lines = [("", ""), (heading, "bold")]
         for state in sample.states:
             share = made[state.name] / total if total else 0
@@ -135,7 +139,7 @@ class Screen:
             share = made[state.name] / total if total else 0
             parts.append(
                 f"{state.name} {state.state}, holds {state.connections}, "
-                f"made {sample.connects[state.name]} ({share:.0%})"
+                f"made {sample.connects[state.name]} connects, {share:.0%} of the last second's"
             )
         return " | ".join(parts)
 
@@ -149,7 +153,7 @@ class Screen:
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def summarize(self, load: Load, tally: Tally, seconds: float, story: Sequence[str]) -> None:
+    def summarize(self, load: Load, tally: Tally, seconds: float) -> None:
         """Write the summary."""
         errors = sum(load.errors.values())
         total = sum(peer.connects for peer in tally.peers.values())
@@ -162,17 +166,15 @@ class Screen:
         for problem, count in load.errors.most_common(5):
             self.say(f"  {count} x {problem}", "red")
         self.say("")
-        self.say("peer    connects   share  failed  trials  opened  closed     out", "bold")
+        self.say("peer    connects  of all  failed  trials  opened  closed     out", "bold")
         for name in sorted(tally.peers):
             peer: PeerTally = tally.peers[name]
             self.say(
                 f"{name:8}{peer.connects:8}{peer.connects / max(total, 1):8.0%}{peer.failed:8}"
                 f"{peer.trials:8}{peer.opened:8}{peer.closed:8}{peer.out_for:6.1f} s"
             )
-        if story:
-            self.say("")
-        for line in story:
-            self.say(line)
+        self.say("")
+        self.say(f"Next, use it in a project of yours: {TUTORIAL}")
 
     def _paint(self, text: str, colour: str) -> str:
         if not (self._coloured and colour and text):
@@ -194,8 +196,6 @@ class ScreenHandler(logging.Handler):
     def __init__(self, screen: Screen) -> None:
         super().__init__(logging.INFO)
         self._screen = screen
-        #: What was logged of circuits, with the time of it, for the summary.
-        self.story: list[str] = []
         self._site_errors = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -209,8 +209,6 @@ class ScreenHandler(logging.Handler):
             line = f"{record.levelname} {record.getMessage()}"
             if record.exc_info and record.exc_info[1]:
                 line += ": " + traceback.format_exception_only(*record.exc_info[:2])[-1].strip()
-            if of_circuits:
-                self.story.append(f"{self._screen.elapsed:5.1f} s  {line}")
             bad, good = record.levelno >= logging.WARNING, record.levelno == logging.INFO
             self._screen.say(line, "red" if bad else "green" if good else "")
         except Exception:
