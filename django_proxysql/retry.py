@@ -17,7 +17,8 @@ import tenacity
 from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
-from .backends.safepoints import CommitFate, SafePointsMixin
+from .backends.safepoints import SafePointsMixin
+from .backends.state import NO_TRANSACTION
 from .registry import is_testing
 
 __all__ = ["retrying_atomic"]
@@ -115,19 +116,20 @@ def _retrying(function: _F, using: str | None, attempts: int) -> _F:
                 "that was begun by hand would be given up with the block, and only the block be "
                 "run again. Switch autocommit on, or use transaction.atomic here."
             )
-        fate = CommitFate()
+        begun = NO_TRANSACTION
 
         def once() -> Any:
-            nonlocal fate
-            fate = connection._fate = CommitFate()
+            nonlocal begun
+            begun = NO_TRANSACTION
             with transaction.atomic(using=alias):
+                begun = connection._transaction
                 return function(*args, **kwargs)
 
         return tenacity.Retrying(
             stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT),
             retry=tenacity.retry_if_exception(
-                lambda exc: isinstance(exc, Error) and connection.begins_again(exc, fate)
+                lambda exc: isinstance(exc, Error) and connection.begins_again(exc, begun)
             ),
             reraise=True,
         )(once)

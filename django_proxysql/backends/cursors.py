@@ -17,6 +17,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
 from ..statements import READ, STATE, kinds, scan
+from .state import BEGUN
 
 __all__ = ["cursor_class", "note_named"]
 
@@ -46,7 +47,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         if session is None or db._quiet or self._named or session.connection is not db.connection:
             result = plain(self, sql, params, *ignored)
             if self._named:
-                db._first = False
+                db._transaction.statement_sent()
             return result
         try:
             kind = kinds[sql]
@@ -61,7 +62,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             kind & STATE
             or self._session is not session
             or (
-                (db._first or session.dead)
+                (db._transaction.stage is BEGUN or session.dead)
                 if db.in_atomic_block
                 else (
                     kind != READ
@@ -78,20 +79,20 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         except Error as exc:
             again = db._run_again(self, session, exc, sql, params, kind, now)
             if again is None:
-                db._first = False
+                db._transaction.statement_sent()
                 raise
             session = again
             try:
                 result = plain(self, sql, params, *ignored)
             except Error:
-                db._first = False
+                db._transaction.statement_sent()
                 session.budget.bar(sql)
                 raise
         except BaseException:
-            db._first = False
+            db._transaction.statement_sent()
             raise
         session.served = True
-        db._first = False
+        db._transaction.statement_sent()
         if not kind & READ:
             session.wrote = True
         return result

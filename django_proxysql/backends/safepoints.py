@@ -39,6 +39,7 @@ from .cursors import cursor_class, note_named
 from .mixin import LoadBalancedMixin
 from .pools import close_for_good, close_in_child, give_back, is_pooled
 from .sessions import Session
+from .state import NO_TRANSACTION, Stage, Transaction
 
 __all__ = ["SafePointsMixin"]
 
@@ -71,16 +72,6 @@ _OF_THE_CONNECTION = (
 _MOST_PARAMETERS = 1_000_000
 
 
-class CommitFate:
-    """What became of one transaction's COMMIT."""
-
-    def __init__(self) -> None:
-        #: It may stand.
-        self.sent = False
-        #: It was answered: the transaction is undone, and may be begun again.
-        self.conflict = False
-
-
 class _ErrorSeam(DatabaseErrorWrapper):
     wrapper: Any
 
@@ -102,14 +93,8 @@ class SafePointsMixin(LoadBalancedMixin):
     _quiet = False
     #: A statement of Django's own is under way, which leaves no state that it does not look after.
     _of_ours = False
-    #: A transaction of atomic()'s has begun, and not ended.
-    _in_transaction = False
-    #: … and no statement has succeeded or failed in it yet.
-    _first = False
-    #: COMMIT or ROLLBACK was answered.
-    _answered = False
-    #: Where the next COMMIT's fate is to be noted, for retrying_atomic.
-    _fate: CommitFate | None = None
+    #: The transaction that is open, by an atomic block or by hand.
+    _transaction = NO_TRANSACTION
     #: The log of queries, while another is in its place.
     _own_log: Any = None
     #: close_old_connections() is called for this wrapper: it ends units of work.
@@ -121,7 +106,7 @@ class SafePointsMixin(LoadBalancedMixin):
         generation = attempt.peer.breaker.circuit.generation
         connection = super()._open_one(registered, attempt)
         self._session = None
-        self._in_transaction = self._first = False
+        self._transaction = NO_TRANSACTION
         if self._driver.WATCHED:
             self._session = self._new_session(registered, attempt, connection, generation)
             # Out of a pool: it has been one for a while, and is lost like any other.
@@ -292,7 +277,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _is_safe(self, session: Session) -> bool:
         """Return whether the connection may be replaced and nobody could tell."""
-        if self.in_atomic_block or not self.autocommit or self._in_transaction:
+        if self.in_atomic_block or not self.autocommit or self._transaction.is_of_atomic:
             return False
         if self._thread_sharing_count > 0 or session.held:  # type: ignore[attr-defined]
             return False
@@ -405,7 +390,7 @@ class SafePointsMixin(LoadBalancedMixin):
         session = self._before_statement(cursor, kind, now)
         session.used = now
         session.wrote = True
-        self._first = False
+        self._transaction.statement_sent()
 
     def _bind(self, cursor: Any, session: Session) -> None:
         """Give ``cursor`` a driver's cursor on the present connection."""
@@ -448,8 +433,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _may_restart(self, session: Session) -> bool:
         return (
-            self._first
-            and self._in_transaction
+            self._transaction.is_pending
             and not session.sticky
             and not session.held
             and not session.unbuffered
@@ -501,7 +485,7 @@ class SafePointsMixin(LoadBalancedMixin):
         old, hold = self.connection, self._hold
         state = vars(self)
         kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
-        begun = (self._in_transaction, self._first, self._answered)
+        transaction = self._transaction
         try:
             # Out of the way before connect(), which lets go of a hold. What sets
             # the new connection up is no query of the application's.
@@ -516,7 +500,7 @@ class SafePointsMixin(LoadBalancedMixin):
                     state[name] = kept[name]
             self._catch_up(session)
             if resume is not None:
-                self._in_transaction, self._first, self._answered = begun
+                self._transaction = transaction
                 self._quietly(resume)
         except BaseException:
             new = self.connection
@@ -525,7 +509,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 self._let_go()
             self.connection, self._session, self._hold = old, session, hold
             state.update(kept)
-            self._in_transaction, self._first, self._answered = begun
+            self._transaction = transaction
             raise
         finally:
             self._restore_log()
@@ -660,7 +644,7 @@ class SafePointsMixin(LoadBalancedMixin):
             return False
         first = self.in_atomic_block
         if first:
-            if not (self._first and self._in_transaction):
+            if not self._transaction.is_pending:
                 return False
         elif not self.autocommit:
             return False
@@ -713,32 +697,32 @@ class SafePointsMixin(LoadBalancedMixin):
             session.dead = session.told = True
             session.poll = None
             self.autocommit = True
-            self._in_transaction = self._first = False
+            self._transaction = NO_TRANSACTION
 
     def _change_autocommit(self, autocommit: bool, begins: bool) -> None:
         if not autocommit:
-            self._answered = False
             super().set_autocommit(autocommit, begins)
+            if self._transaction is NO_TRANSACTION:
+                self._transaction = Transaction(by_hand=not begins)
             session = self._session
             if session is not None:
                 session.used = session.clock()
-                if begins:
-                    self._in_transaction = self._first = True
-                else:
+                if not begins:
                     # Made by hand: where it ends, and what is in it, is not ours to know.
                     session.sticky = True
         else:
-            in_transaction, self._in_transaction, self._first = self._in_transaction, False, False
+            transaction = self._transaction
             session = self._session
             usable = self.connection is not None and not (
                 session is not None and session.connection is self.connection and session.dead
             )
-            if usable or not in_transaction:
+            if usable or not transaction.is_of_atomic:
                 super().set_autocommit(autocommit, begins)
                 return
             # Leaving a block with nothing to leave it on. Django would connect
             # anew, only to raise another error than the one that ended it.
             self.autocommit = True
+            self._transaction = NO_TRANSACTION
             self._run_hooks_of_the_commit()
 
     def _run_hooks_of_the_commit(self) -> None:
@@ -754,6 +738,9 @@ class SafePointsMixin(LoadBalancedMixin):
             self._end(session)
         else:
             self._begin(session)
+        if autocommit:
+            # By now, for what is run on_commit next has transactions of its own.
+            self._transaction = NO_TRANSACTION
 
     def _begin(self, session: Session) -> None:
         # What happens here has not happened before it is answered.
@@ -782,7 +769,7 @@ class SafePointsMixin(LoadBalancedMixin):
             super()._set_autocommit(True)  # type: ignore[misc]
         except Error:
             # After COMMIT or ROLLBACK was answered nothing hangs on it.
-            if not (self._answered and (session.dead or session.dropped)):
+            if not (self._transaction.has_ended and (session.dead or session.dropped)):
                 raise
             if not session.dead:
                 # It lives, without autocommit: nothing more must be written there.
@@ -797,20 +784,16 @@ class SafePointsMixin(LoadBalancedMixin):
             # A driver we do not look after; for retrying_atomic a COMMIT it is.
             return self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
         if not session.dead and self._is_lost(session):
-            if self._first:
+            if self._transaction.is_pending:
                 # Nothing happened in this transaction: nothing is lost with it.
-                self._answered = True
                 # As after any COMMIT that was answered, its hooks run, and nothing again.
-                fate, self._fate = self._fate or CommitFate(), None
-                fate.sent = True
+                self._transaction.committed()
                 return None
             assert session.loss is not None
             session.told = True
             with self.wrap_database_errors:
                 raise session.loss
-        result = self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
-        self._answered = True
-        return result
+        return self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
 
     def _sent(self, commit: Callable[[], Any]) -> Any:
         """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated."""
@@ -818,27 +801,31 @@ class SafePointsMixin(LoadBalancedMixin):
         session = self._session
         known_dead = session is not None and session.dead
         # Only this COMMIT's: one that an on_commit hook sends is another's.
-        fate, self._fate = self._fate or CommitFate(), None
+        transaction = self._transaction
         try:
-            fate.sent = True
+            transaction.commit_sent()
             result = commit()
         except Error as exc:
             cause = exc.__cause__ or exc
             if known_dead or driver.proves_not_run(cause):
                 # It never left: rolled back.
-                fate.sent = False
+                transaction.commit_not_sent()
             elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
-                fate.conflict = True
+                transaction.conflicted()
             elif driver.outcome_is_unknown(cause):
+                transaction.outcome_unknown()
                 raise CommitOutcomeUnknown(*exc.args) from cause
             raise
+        transaction.committed()
         return result
 
-    def begins_again(self, exc: BaseException, fate: CommitFate) -> bool:
+    def begins_again(self, exc: BaseException, transaction: Transaction) -> bool:
         """Return whether a transaction that ended by ``exc`` stands for certain not, and may
         come to its end if it is begun once more."""
-        if fate.sent:
-            return fate.conflict
+        if transaction.stage is Stage.CONFLICT:
+            return True
+        if transaction.may_stand:
+            return False
         cause = exc.__cause__
         if cause is None:
             return False
@@ -851,7 +838,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _rollback(self) -> Any:
         result = super()._rollback()  # type: ignore[misc]
-        self._answered = True
+        self._transaction.rolled_back()
         return result
 
     def _savepoint(self, sid: str) -> None:
@@ -866,7 +853,7 @@ class SafePointsMixin(LoadBalancedMixin):
     def _of_django(self, method: Callable[[str], object], sid: str) -> None:
         """Run SAVEPOINT and the like: made again with the transaction, they use up no first."""
         session = self._current()
-        if session is None or not self._first:
+        if session is None or not self._transaction.is_pending:
             method(sid)
             return
         try:
@@ -877,6 +864,7 @@ class SafePointsMixin(LoadBalancedMixin):
             self._of_ours = False
 
     def _quietly_heard(self, method: Callable[[str], object], sid: str) -> None:
+        transaction = self._transaction
         try:
             method(sid)
         except Error:
@@ -884,15 +872,17 @@ class SafePointsMixin(LoadBalancedMixin):
             if session is None or not session.dead:
                 raise
             # The statement's own handling took it for the application's first.
-            session.told, self._first = False, True
+            session.told = False
+            transaction.only_savepoints_sent()
             if self._may_restart(session):
                 with contextlib.suppress(Exception):
                     self._restart(session)
             if self._session is session:
-                session.told, self._first = True, False
+                session.told = True
+                transaction.statement_sent()
                 raise
             method(sid)
-        self._first = True
+        transaction.only_savepoints_sent()
 
     # Forked
 
@@ -946,7 +936,7 @@ class SafePointsMixin(LoadBalancedMixin):
         if session is not None and not self.in_atomic_block:
             self._has_units = True
             session.wrote = False
-            if self.autocommit and not self._in_transaction:
+            if self.autocommit and not self._transaction.is_of_atomic:
                 session.stays = session.stays or session.sticky
                 session.sticky = False
                 if session.dead:

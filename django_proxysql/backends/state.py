@@ -1,0 +1,118 @@
+"""Where a transaction stands: one small record, made when it begins and replaced as a whole.
+
+Nothing of a transaction is kept anywhere else, so that nothing of it outlives it.
+The engine makes a record when autocommit is switched off, and puts
+:data:`NO_TRANSACTION` in its place when autocommit is on again.
+"""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["BEGUN", "NO_TRANSACTION", "Stage", "Transaction"]
+
+
+class Stage(enum.Enum):
+    """How far a transaction has come."""
+
+    #: There is none: each statement is a transaction of its own.
+    NONE = "none"
+    #: Nothing was sent in it yet but Django's own SAVEPOINTs. It may begin again elsewhere.
+    BEGUN = "begun"
+    #: Something was sent in it.
+    ACTIVE = "active"
+    #: COMMIT was sent, and not answered: it may stand.
+    COMMITTING = "committing"
+    #: COMMIT was answered: it stands.
+    COMMITTED = "committed"
+    #: ROLLBACK was answered: it does not stand.
+    ROLLED_BACK = "rolled back"
+    #: COMMIT was answered with a conflict: it does not stand, and may be run once more.
+    CONFLICT = "conflict"
+    #: COMMIT was sent, and its answer was lost or says nothing: nobody knows.
+    UNKNOWN = "unknown"
+
+
+#: For whoever asks at each statement.
+BEGUN = Stage.BEGUN
+
+
+class Transaction:
+    """One transaction, from its beginning to the answer that ends it.
+
+    Each method is one transition. A record that has ended stays as it is, for
+    :func:`~django_proxysql.retrying_atomic`, which asks afterwards.
+    """
+
+    __slots__ = ("by_hand", "stage")
+
+    def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN) -> None:
+        #: Begun by ``set_autocommit(False)``, not by an atomic block.
+        self.by_hand = by_hand
+        self.stage = stage
+
+    def statement_sent(self) -> None:
+        """A statement was sent, or something that may have been one."""
+        if self.stage is Stage.BEGUN:
+            self.stage = Stage.ACTIVE
+
+    def only_savepoints_sent(self) -> None:
+        """What was sent last was a SAVEPOINT of Django's own, which can be made again."""
+        if self.stage is Stage.ACTIVE:
+            self.stage = Stage.BEGUN
+
+    def commit_sent(self) -> None:
+        """COMMIT is about to be sent: from here on it may stand."""
+        self._to(Stage.COMMITTING)
+
+    def committed(self) -> None:
+        """COMMIT was answered."""
+        self._to(Stage.COMMITTED)
+
+    def rolled_back(self) -> None:
+        """ROLLBACK was answered. What is known of a COMMIT before it stays known."""
+        if not self.has_ended:
+            self._to(Stage.ROLLED_BACK)
+
+    def commit_not_sent(self) -> None:
+        """COMMIT is known never to have left, or to have been refused."""
+        self._to(Stage.ACTIVE)
+
+    def conflicted(self) -> None:
+        """COMMIT was answered with a conflict."""
+        self._to(Stage.CONFLICT)
+
+    def outcome_unknown(self) -> None:
+        """The answer to COMMIT was lost, or leaves open what became of it."""
+        self._to(Stage.UNKNOWN)
+
+    def _to(self, stage: Stage) -> None:
+        if self.stage is not Stage.NONE:
+            self.stage = stage
+
+    @property
+    def is_of_atomic(self) -> bool:
+        """Whether an atomic block began it, and it has not been left yet."""
+        return self.stage is not Stage.NONE and not self.by_hand
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether nothing was sent in a transaction that an atomic block began."""
+        return self.stage is Stage.BEGUN and not self.by_hand
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing hangs on what is sent from here on."""
+        return self.stage in _ENDED
+
+    @property
+    def may_stand(self) -> bool:
+        """Whether COMMIT was sent, and not answered with a refusal."""
+        return self.stage in _MAY_STAND
+
+
+_ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN})
+_MAY_STAND = frozenset({Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN})
+
+#: What is in a record's place while there is no transaction. It never changes.
+NO_TRANSACTION = Transaction(by_hand=False, stage=Stage.NONE)
