@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 from django.utils.timezone import localtime
 
 from ..balancer import LoadBalancer, PeerState
@@ -41,26 +42,32 @@ LAG = 3.0
 #: What is shown where a peer is more than one of these.
 _WORST_FIRST = (DRAINED, OPEN, HALF_OPEN, SUSPECT)
 
+#: A state in a person's words, and what there is to say of it.
 _LABELS = {
-    "closed": "in use",
-    SUSPECT: "in doubt: the next connection is a trial",
-    "open": "left alone",
-    "half-open": "a trial is under way or due",
-    DRAINED: "no new connections",
+    CLOSED: ("In use", "closed"),
+    SUSPECT: ("In doubt", "suspect: the next connection is a trial"),
+    OPEN: ("Left alone", "open"),
+    HALF_OPEN: ("On trial", "half-open: a trial is under way or due"),
+    DRAINED: ("Drained", "no new connections"),
 }
+
+#: What stands where there is nothing to say.
+NONE = "–"  # noqa: RUF001 - a dash, for people
 
 
 class PeerStatus(NamedTuple):
     """A peer's line on the page."""
 
     known: PeerState
-    #: One word, and what it means.
+    #: The word for it in code and metrics.
     state: str
+    #: The same in a person's words, and more about it.
+    label: str
     meaning: str
     #: Since when; None: for longer than anybody has looked.
     since: datetime | None
     connections: str
-    #: Of the balancer's connections.
+    #: Of the balancer's connections, but for the one that serves this page.
     share: str
     weight: str
     priority: str
@@ -208,10 +215,14 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
     seen.look_at(balancer)
     states = balancer.snapshot()
     fleet = _fleet(balancer)
-    connections = {state.name: state.connections for state in states}
+    held = {state.name: state.connections for state in states}
     if fleet is not None:
-        connections.update(fleet.connections)
-    total = sum(connections.values())
+        held.update(fleet.connections)
+    shares = dict(held)
+    own = _of_this_page(balancer)
+    if shares.get(own):
+        shares[own] -= 1
+    total = sum(shares.values())
     peers, rows = [], []
     for state in states:
         changes, trials = seen.of(balancer.name, state.name)
@@ -225,15 +236,15 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
             told = laid_over(shared, told, now)
             began = told[0][0]
         its_spans = spans(told, now - SPAN, now)
-        held = connections[state.name]
         peers.append(
             PeerStatus(
                 known=state,
                 state=state_of(balancer.peers[state.name]),
+                label=_label(state)[0],
                 meaning=_meaning(state),
                 since=_local(told[-1][0]) if told[-1][0] > began else None,
-                connections=str(held),
-                share=f"{held / total:.0%}" if total else "none",
+                connections=str(held[state.name]),
+                share=f"{shares[state.name] / total:.0%}" if total else NONE,
                 weight=f"{state.weight:g}",
                 priority=str(state.priority),
                 can_retry=state.state != CLOSED and not state.drained,
@@ -253,7 +264,7 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
         processes="" if fleet is None else str(fleet.processes),
         peers=peers,
         usable=sum(map(_is_usable, states)),
-        connections=str(total),
+        connections=str(sum(held.values())),
         timeline=draw(rows, now - SPAN, now, _local),
         has_weights=len({state.weight for state in states}) > 1,
         has_priorities=len({state.priority for state in states}) > 1,
@@ -358,13 +369,23 @@ def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
     return found
 
 
+def _of_this_page(balancer: LoadBalancer) -> str:
+    """Return the peer that this thread's own connection leads to; "" if it has none."""
+    peer = getattr(connections[balancer.name], "peer", None)
+    return "" if peer is None else str(peer.name)
+
+
+def _label(state: PeerState) -> tuple[str, str]:
+    return _LABELS[DRAINED if state.drained else SUSPECT if state.suspect else state.state]
+
+
 def _meaning(state: PeerState) -> str:
+    meaning = _label(state)[1]
     if state.drained:
-        also = "" if state.state == "closed" else f"; its circuit is {state.state}"
-        return _LABELS[DRAINED] + also
-    if state.state == "open" and state.trial_in is not None:
-        return f"{_LABELS['open']}, next trial due {due_in(state.trial_in)}"
-    return _LABELS[SUSPECT if state.suspect else state.state]
+        return meaning + ("" if state.state == CLOSED else f"; its circuit is {state.state}")
+    if state.state == OPEN and state.trial_in is not None:
+        return f"{meaning}, next trial due {due_in(state.trial_in)}"
+    return meaning
 
 
 def _story(its_spans: Sequence[Span], start: float) -> list[tuple[datetime | None, str]]:

@@ -185,9 +185,10 @@ def _refusal(request: HttpRequest) -> HttpResponse | None:
         return _say(
             request,
             503,
-            "The database is not to be had",
-            "Your session and your account are in it, so it cannot be told whether you may see "
-            "this page. The health endpoint answers without, and so does manage.py.",
+            "The database is unavailable",
+            "Your session and your account are in it, so this page cannot tell whether you may see "
+            'it. Run "manage.py peers" on a host of the site: it asks each peer and shows its '
+            "error. The health endpoint answers without the database, too.",
         )
     user = getattr(request, "user", None)
     if user is None:
