@@ -86,6 +86,8 @@ class BalancerStatus(NamedTuple):
     is_shared: bool = False
     #: How many processes this speaks for; "" where the others cannot be asked.
     processes: str = ""
+    #: Why they cannot: what is wrong with Redis, as a sentence without its subject.
+    trouble: str = ""
     peers: Sequence[PeerStatus] = ()
     usable: int = 0
     connections: str = "0"
@@ -262,6 +264,7 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
         balancer.name,
         is_shared=balancer.sharing is not None,
         processes="" if fleet is None else str(fleet.processes),
+        trouble=balancer.sharing.trouble if balancer.sharing and fleet is None else "",
         peers=peers,
         usable=sum(map(_is_usable, states)),
         connections=str(sum(held.values())),

@@ -363,7 +363,10 @@ def _where(balancer: LoadBalancer) -> str:
         return f"in {process_name()} only"
     if balancer.sharing.settle():
         return "in all processes that share its state"
-    return f"in {process_name()}; the others will be told when Redis answers again"
+    return (
+        f"in {process_name()}; the others will be told when Redis answers again (it "
+        f"{balancer.sharing.trouble})"
+    )
 
 
 # Looks and script: served from here, so that a site needs no staticfiles, and no inline

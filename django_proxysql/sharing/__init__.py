@@ -54,6 +54,7 @@ from ..breaker import CLOSED, Circuit
 from ..faults import Fault
 from ..logger import complain
 from .link import INTERVAL, PATIENCE, Link, Question, _log, checked_url, link_to, refusal
+from .trouble import NO_ANSWER
 
 if TYPE_CHECKING:
     from ..balancer import LoadBalancer
@@ -269,6 +270,15 @@ class Sharing:
         """Whether the last round trip to Redis, at most a second ago, went well."""
         return self.link.heard
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with Redis, as a sentence without its subject; holds no secret.
+
+        ``does not answer`` where nothing is known but that.
+        """
+        trouble = self.link.trouble
+        return (NO_ANSWER if trouble is None else trouble).says
+
     def settle(self, seconds: float = OPERATOR_WAITS) -> bool:
         """Wait until Redis knows what this process knows, and this process what Redis does.
 
@@ -429,7 +439,7 @@ class Sharing:
             self._apply_drain(balancer, peer, request.wishes[peer.name], drain)
         wrong = refusal(said)
         if said.get("garbage"):
-            wrong = wrong or "what is stored there is not what was written"
+            wrong = wrong or "holds what no process of ours has written"
         # While somebody holds a trial, or this process does, each round trip is one in full.
         self._stamp = str(said["stamp"]) if agreed and not wrong and said["stamp"] else None
         return wrong

@@ -24,6 +24,7 @@ from .. import forks
 from ..exceptions import ConfigError
 from ..logger import complain, logger
 from .scripts import BEAT, FLEET, SHA, SYNC
+from .trouble import Trouble, trouble_from
 
 if TYPE_CHECKING:
     from . import Sharing
@@ -64,7 +65,7 @@ def checked_url(url: object) -> dict[str, Any]:
         raise problem
     try:
         from redis.backoff import NoBackoff
-        from redis.connection import SSLConnection, parse_url
+        from redis.connection import AbstractConnection, SSLConnection, parse_url
         from redis.retry import Retry
     except ImportError as exc:
         raise ConfigError(
@@ -105,6 +106,9 @@ def checked_url(url: object) -> dict[str, Any]:
             "Known are prefix, db, username, password, protocol, and with rediss:// redis-py's "
             "ssl_… ones.",
         )
+    if "protocol" in inspect.signature(AbstractConnection.__init__).parameters:
+        # redis-py 8 would open with HELLO, which Redis 5 does not know. Scripts need no more.
+        options.setdefault("protocol", 2)
     return {
         **options,
         "prefix": prefix,
@@ -165,8 +169,11 @@ class Link:
         self._retry_at = self._silent_until = float("-inf")
         #: How long somebody waited for the answer that has not come.
         self._waited_for = 0.0
-        #: Since when there is trouble, which has been logged.
+        #: What is wrong with Redis, as far as is known; None: nothing.
+        self.trouble: Trouble | None = None
+        #: Since when there is trouble, and what has been logged of it: each kind once.
         self._trouble_since: float | None = None
+        self._said: frozenset[str] = frozenset()
         #: How many round trips have been slow lately: each one counts, and each swift one takes
         #: one off.
         self._slow = 0
@@ -300,7 +307,17 @@ class Link:
             # A fleet that lost its Redis at one moment is not to come back at one moment.
             wait = INTERVAL * (1 + random.random())
             self._retry_at = now + wait
-            self._in_trouble(now, f"of no use: {type(exc).__name__}: {exc}")
+            self._of_no_use(
+                now,
+                trouble_from(
+                    exc,
+                    database=self._options.get("db", 0),
+                    has_password=bool(self._options.get("password")),
+                    uses_tls="SSL"
+                    in getattr(self._options.get("connection_class"), "__name__", ""),
+                    was_heard=self._heard_at > float("-inf"),
+                ),
+            )
             return wait
         self._clocked(time.monotonic() - began)
         self.heard, self._heard_at = True, now
@@ -312,14 +329,15 @@ class Link:
                 question.answer = question.of.answer_for(question.peer)
             elif not question.fleet:
                 question.answer = not said and question.of.has_told_all
+        self.trouble = None
         if said:
-            self._in_trouble(now, f"of no use: {said}")
+            self._of_no_use(now, Trouble(said))
         elif self._is_slow:
             milliseconds = int(PATIENCE * 1000)
-            self._in_trouble(now, f"slow: it took more than {milliseconds} ms {SLOW} times")
+            self._in_trouble(now, "slow", f"it took more than {milliseconds} ms {SLOW} times")
         elif self._trouble_since is not None:
             seconds = now - self._trouble_since
-            self._trouble_since = None
+            self._trouble_since, self._said = None, frozenset()
             _log(logging.INFO, "Redis at %s is of use again, after %.0f s", self.address, seconds)
         return INTERVAL
 
@@ -378,19 +396,26 @@ class Link:
             self._slow += 1
             self._is_slow |= self._slow == SLOW
 
-    def _in_trouble(self, now: float, what: str) -> None:
-        if self._trouble_since is not None:
-            return
-        self._trouble_since = now
+    def _of_no_use(self, now: float, trouble: Trouble) -> None:
         password = self._options.get("password")
         if password:
-            what = what.replace(str(password), "…")
+            trouble = Trouble(trouble.says, trouble.detail.replace(str(password), "…"))
+        self.trouble = trouble
+        self._in_trouble(now, "of no use", str(trouble), kind=trouble.says)
+
+    def _in_trouble(self, now: float, what: str, why: str, kind: str = "") -> None:
+        if self._trouble_since is None:
+            self._trouble_since = now
+        if kind in self._said:
+            return
+        self._said |= {kind}
         _log(
             logging.WARNING,
-            "Redis at %s, by which processes share their circuits, is %s. Each goes on with what "
-            "it knows itself.",
+            "Redis at %s, by which processes share their circuits, is %s: %s. Each goes on with "
+            "what it knows itself.",
             self.address,
             what,
+            why,
         )
 
     # Questions to Redis, asked by others than the thread
@@ -447,8 +472,8 @@ class Question:
 
 
 def refusal(said: Mapping[str, Any]) -> str:
-    """Return what a script says of its writes that failed."""
-    return f"it takes no writes: {said['refused']}" if said.get("refused") else ""
+    """Return what a script says of its writes that failed, as a sentence without its subject."""
+    return f"takes no writes: {said['refused']}" if said.get("refused") else ""
 
 
 def _log(level: int, message: str, *args: object) -> None:

@@ -56,6 +56,8 @@ class _Look(NamedTuple):
     shares: bool
     #: How many processes share its state, this one aside; None if that is not to be had.
     processes: int | None
+    #: What is wrong with Redis then, as a sentence without its subject.
+    trouble: str = ""
 
     @property
     def status(self) -> int:
@@ -206,8 +208,8 @@ class Command(BaseCommand):
             )
         if not balancer.sharing.settle():
             raise CommandError(
-                f"{balancer.sharing!r} does not answer: the processes cannot be told. "
-                "Nothing was changed."
+                f"Redis at {balancer.sharing.link.address} {balancer.sharing.trouble}: the "
+                "processes cannot be told. Nothing was changed."
             )
         if not drain:
             balancer.undrain(name)
@@ -220,8 +222,8 @@ class Command(BaseCommand):
                 said += f" Connections that are to leave it: {fleet.connections[name]}."
         if not balancer.sharing.settle():
             raise CommandError(
-                f"{balancer.sharing!r} has not confirmed it: look with manage.py peers, and say it "
-                "again."
+                f"Redis at {balancer.sharing.link.address} has not confirmed it, for it "
+                f"{balancer.sharing.trouble}: look with manage.py peers, and say it again."
             )
         self.stdout.write(f"{balancer.name}: {said}")
 
@@ -316,7 +318,7 @@ class Command(BaseCommand):
                 if row.found.error:
                     yield f"{alias}: {row.found.peer}: {row.found.error}"
             if look.shares and look.processes is None:
-                yield f"{alias}: what the processes know is not to be had: Redis does not answer"
+                yield f"{alias}: what the processes know is not to be had: Redis {look.trouble}"
 
     def _paints(self, options: Mapping[str, Any]) -> Any:
         if not (self.stdout.isatty() or options.get("force_color")):
@@ -357,7 +359,10 @@ def _ask(chosen: Mapping[str, LoadBalancer], timeout: float | None) -> dict[str,
             for one in found[alias]
         ]
         looks[alias] = _Look(
-            rows, balancer.sharing is not None, fleet.processes - 1 if fleet else None
+            rows,
+            balancer.sharing is not None,
+            fleet.processes - 1 if fleet else None,
+            balancer.sharing.trouble if balancer.sharing and not fleet else "",
         )
     return looks
 
