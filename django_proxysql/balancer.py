@@ -290,10 +290,7 @@ class LoadBalancer:
         if self._connect is None:
             raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
         driver = drivers.driver_of(self._connect)
-        params = dict(attempt.peer.params)
-        for key in ("password", "passwd"):
-            if callable(params.get(key)):
-                params[key] = drivers.password_from(params[key])
+        params = drivers.with_password(attempt.peer.params)
         if attempt.is_trial:
             bounds = driver.trial_options(params, attempt.timeout)
             if bounds:

@@ -553,6 +553,12 @@ class _Reader:
                         f"OPTIONS['pool']['{key}']{of} would be the same for every peer.",
                         "Leave it out: what a peer's pool connects with is the peer's settings.",
                     )
+            check = None if pool is True else pool.get("check")
+            if check is not None and not callable(check):
+                yield (
+                    f"OPTIONS['pool']['check']{of} is a {type(check).__name__}.",
+                    "Give a function that raises if the connection must not be used.",
+                )
             if self.entry.get("CONN_MAX_AGE", 0) != 0:
                 yield (
                     f"OPTIONS['pool']{of} and CONN_MAX_AGE keep connections, both of them.",

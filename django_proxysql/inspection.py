@@ -156,11 +156,11 @@ class _Inquiry:
         )
 
     def _ask(self) -> None:
-        settings = self._registered.settings_for(self._peer, self._own, self._alias)
+        settings = self._registered.to_connect_with(self._peer, self._own, self._alias)
         # A connection of its own, past a pool that may hold some from better days.
         settings["OPTIONS"].pop("pool", None)
         wrapper: Any = load_wrapper(self._engine)(settings, self._alias)
-        driver = drivers.driver_of(getattr(wrapper.Database, "__name__", ""))
+        driver = drivers.driver_of_engine(wrapper)
         params = wrapper.get_connection_params()
         params.update(driver.connect_options(params, self._seconds))
         params.update(driver.trial_options(params, self._seconds))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from . import drivers
 from .exceptions import ConfigError, NotReady
 from .strategies import imported
 
@@ -50,7 +51,7 @@ def galera(connection: Any) -> None:
 
 def writable(connection: Any) -> None:
     """Raise :class:`NotReady` if the server takes no writes (MySQL family, PostgreSQL)."""
-    if type(connection).__module__.partition(".")[0] in ("psycopg", "psycopg2"):
+    if drivers.postgresql.owns(connection):
         recovering, read_only = rows(
             connection,
             "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')",

@@ -53,10 +53,15 @@ class Registered(NamedTuple):
         return bool(changed_keys(own, self.first_read))
 
     def settings_for(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
-        """Return what to connect to ``peer`` with; a copy, with a callable PASSWORD called."""
+        """Return a copy of ``own`` as for ``peer``; a callable PASSWORD stays what it is."""
         merged = merged_settings(peer.config.params, own, self.first_read)
         if alias == NO_DB_ALIAS:
             merged["NAME"] = own.get("NAME")
+        return merged
+
+    def to_connect_with(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
+        """Return what to connect to ``peer`` with now: a callable PASSWORD is called."""
+        merged = self.settings_for(peer, own, alias)
         password = merged.get("PASSWORD")
         if callable(password):
             merged["PASSWORD"] = drivers.password_from(password)

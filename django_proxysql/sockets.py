@@ -16,7 +16,7 @@ import select
 import socket
 from collections.abc import Callable
 
-__all__ = ["harden", "sever", "watch"]
+__all__ = ["descriptor", "harden", "sever", "watch"]
 
 #: Linux's POLLRDHUP: the other side has closed its half.
 _EVENTS = (
@@ -27,6 +27,11 @@ _EVENTS = (
 
 #: The most that Linux takes for TCP_KEEPIDLE and TCP_KEEPINTVL.
 _MOST_SECONDS = 32_767
+
+
+def descriptor(number: object) -> int | None:
+    """Return ``number`` if it is a descriptor's: a connection that a test has mocked has none."""
+    return number if type(number) is int and number >= 0 else None
 
 
 def watch(descriptor: int | None) -> Callable[[int], object] | None:
@@ -45,7 +50,9 @@ def watch(descriptor: int | None) -> Callable[[int], object] | None:
     return poll.poll
 
 
-def harden(descriptor: int | None, seconds: float | None) -> None:
+def harden(
+    descriptor: int | None, seconds: float | None, leave: frozenset[str] = frozenset()
+) -> float:
     """Have the kernel give a TCP connection up whose host has not answered for ``seconds``.
 
     Sets keepalive, for a connection that waits for an answer, and, where the
@@ -54,36 +61,55 @@ def harden(descriptor: int | None, seconds: float | None) -> None:
     15 minutes, or never. Keepalive counts in seconds: what waits takes two of
     them at least. Unix sockets are left alone, and so is what is no socket.
     Linux: tcp(7).
+
+    :param seconds: None: nothing is set.
+    :param leave: names of options that stay as they are: the driver's own settings say them.
+    :returns: the seconds after which unacknowledged data ends the connection; infinity where
+        there is no such limit, or none can be set.
     """
-    if descriptor is None or descriptor < 0 or seconds is None or os.name != "posix":
-        return
+    if descriptor is None or descriptor < 0 or os.name != "posix":
+        return math.inf
     try:
         blocking = os.get_blocking(descriptor)
         # A socket object closes what it is given.
         duplicate = os.dup(descriptor)
     except OSError:
         # No socket by that number, or no number left. The connection works.
-        return
+        return math.inf
     try:
         # The C class below socket.socket, told what it would ask the kernel
         # for: each connect comes by here.
         sock = socket.SocketType(-1, socket.SOCK_STREAM, 0, duplicate)
     except OSError:
         os.close(duplicate)
-        return
+        return math.inf
     finally:
         # Python's default timeout makes a new socket object non-blocking, a
         # mode that the duplicate shares with the driver's.
         os.set_blocking(descriptor, blocking)
     try:
-        if sock.family in _INTERNET:
-            for level, option, value in _options(seconds):
+        if sock.family not in _INTERNET:
+            return math.inf
+        if seconds is not None:
+            for name, level, option, value in _options(seconds):
+                if name in leave:
+                    continue
                 try:
                     sock.setsockopt(level, option, value)
                 except OSError:
                     pass
+        return _user_timeout(sock)
     finally:
         sock.close()
+
+
+def _user_timeout(sock: socket.SocketType) -> float:
+    try:
+        milliseconds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    except (AttributeError, OSError):
+        # macOS has none.
+        return math.inf
+    return milliseconds / 1000 if milliseconds else math.inf
 
 
 #: As the C class has them: members of an enumeration compare in Python.
@@ -91,8 +117,8 @@ _INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
 
 
 @functools.cache
-def _options(seconds: float) -> tuple[tuple[int, int, int], ...]:
-    """Return levels, options and values, as far as the platform has them."""
+def _options(seconds: float) -> tuple[tuple[str, int, int, int], ...]:
+    """Return names, levels, options and values, as far as the platform has them."""
     # A silent host is probed after half the time, then ten times in what is
     # left. Linux gives up at the first probe that is due once TCP_USER_TIMEOUT
     # is over, not when it is over, nor by TCP_KEEPCNT; hence the many. A host
@@ -108,9 +134,9 @@ def _options(seconds: float) -> tuple[tuple[int, int, int], ...]:
         "TCP_USER_TIMEOUT": min(math.ceil(seconds * 1000), 2**31 - 1),
     }
     return (
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        ("SO_KEEPALIVE", socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         *(
-            (socket.IPPROTO_TCP, getattr(socket, name), value)
+            (name, socket.IPPROTO_TCP, getattr(socket, name), value)
             for name, value in values.items()
             if hasattr(socket, name)
         ),

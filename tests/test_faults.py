@@ -676,3 +676,46 @@ def test_driver_is_found(driver: str) -> None:
     connect = importlib.import_module(module).connect
     table = mysql if driver in ("mysqlclient", "PyMySQL") else postgresql
     assert drivers.driver_of(connect) is table
+
+
+class _ConnectorError(Exception):
+    """As MySQL Connector/Python's: code, text with the code in it, SQLSTATE."""
+
+
+_ConnectorError.__module__ = "mysql.connector.errors"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "connecting", "fault"),
+    [
+        ("DatabaseError", (2003, "2003: Can't connect to MySQL server", None), True, "UNREACHABLE"),
+        ("ConnectionTimeoutError", (3024, "3024: timed out", None), True, "UNREACHABLE"),
+        ("ConnectionTimeoutError", (3024, "3024: timed out", None), False, "OTHER"),
+        ("InterfaceError", (2013, "2013: Lost connection", None), True, "UNREACHABLE"),
+        (
+            "DatabaseError",
+            (1040, "1040 (08004): Too many", "08004"),
+            True,
+            "OVERLOADED",
+        ),
+        ("ProgrammingError", (1045, "1045 (28000): Access denied", "28000"), True, "REFUSED"),
+        ("DatabaseError", (1047, "1047: WSREP has not yet prepared", "08S01"), True, "NOT_READY"),
+        ("OperationalError", (-1, "anything", None), True, "UNREACHABLE"),
+        ("ProgrammingError", (1064, "1064 (42000): syntax", "42000"), False, "OTHER"),
+    ],
+)
+def test_mysql_connector(name: str, args: tuple[Any, ...], connecting: bool, fault: str) -> None:
+    error = type(name, (_ConnectorError,), {"__module__": "mysql.connector.errors"})
+    assert drivers.judge(error(*args), connecting=connecting).name == fault
+
+
+def test_mysql_connector_is_bounded() -> None:
+    """Its time-out has a name of its own; what OPTIONS say goes first, by either name."""
+    driver = drivers.driver_of("mysql.connector")
+    assert driver is drivers.driver_of("mysql.connector.django.base")
+    assert driver.connect_options({}, 2.1) == {"connection_timeout": 3}
+    assert driver.connect_options({}, 0.2) == {"connection_timeout": 1}
+    for name in ("connection_timeout", "connect_timeout"):
+        assert driver.connect_options({name: 7}, 2) == {}
+    # A package of somebody's own that is called mysql is no driver.
+    assert drivers.driver_of("mysql.helpers") is drivers.generic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -362,3 +363,48 @@ class TestSuspectsComeBack:
             here.balancer.connect(full)
         assert tries == [doubted, other, other, other]
         assert doubted.breaker.circuit.suspect
+
+
+class TestListeners:
+    """A listener may ask the database it is told about."""
+
+    @pytest.mark.parametrize("when", ["answer lost", "idle"])
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_that_asks_leaves_no_connection_behind(
+        self, here: Site, when: str, in_block: bool
+    ) -> None:
+        """Told of a loss, of a replacement, of a circuit: whatever it asks, one session is left."""
+        here.sql("SELECT 1")
+        busy: list[bool] = []
+        answers: list[Any] = []
+
+        def listen(event: Any) -> None:
+            if not busy:
+                busy.append(True)
+                try:
+                    answers.append(here.sql("SELECT 7"))
+                finally:
+                    busy.clear()
+
+        here.balancer.add_listener(listen)
+        try:
+            with transaction.atomic("balanced") if in_block else contextlib.nullcontext():
+                if when == "idle":
+                    here.idle()
+                    here.cut_idle()
+                else:
+                    here.cut("after")
+                with contextlib.suppress(OperationalError):
+                    here.sql("SELECT 42")
+        except OperationalError:
+            pass
+        finally:
+            here.balancer.remove_listener(listen)
+        assert [(7,)] in answers
+        assert here.sql("SELECT 43") == [(43,)]
+        here.settle()
+        assert here.sessions() == 1
+        here.connection.close()
+        here.settle()
+        assert here.sessions() == 0
+        assert sum(state.connections for state in here.balancer.snapshot()) == 0

@@ -727,3 +727,95 @@ def test_persistent_connections(postgres: PostgreSQLNode) -> None:
     persistent = pooled([postgres_peer(postgres)], CONN_MAX_AGE=60)
     with persistent as connection, pytest.raises(ImproperlyConfigured, match="CONN_MAX_AGE"):
         connection.ensure_connection()
+
+
+class TestOwnCheck:
+    """OPTIONS["pool"]["check"]: the site's own, of each connection that comes out of the pool."""
+
+    def checked(self, nodes: Pair, check: Any, **settings: Any) -> Any:
+        return pooled(
+            [postgres_peer(node) for node in nodes],
+            {"min_size": 1, "max_size": 2, "timeout": 3, "check": check},
+            **settings,
+        )
+
+    @pytest.mark.parametrize("health_checks", [False, True])
+    def test_is_called(self, postgres_pair: Pair, health_checks: bool) -> None:
+        calls: list[Any] = []
+        with self.checked(postgres_pair, calls.append, CONN_HEALTH_CHECKS=health_checks) as here:
+            for number in range(1, 4):
+                before = len(calls)
+                here.ensure_connection()
+                assert here.connection in calls[before:]
+                assert here.peer.name == "peer0", number
+                here.close()
+
+    def test_a_pool_s_own(self, postgres_pair: Pair) -> None:
+        """psycopg_pool's own function is one like any other."""
+        with self.checked(postgres_pair, ConnectionPool.check_connection) as here:
+            here.ensure_connection()
+            here.close()
+            here.ensure_connection()
+
+    def test_that_fails_takes_a_connection_out(self, postgres_pair: Pair) -> None:
+        """One that no longer passes is thrown away, and the peer, which is well, gives another."""
+        bad: set[int] = set()
+
+        def check(connection: Any) -> None:
+            if connection.info.backend_pid in bad:
+                raise psycopg.OperationalError("this one is stale")
+
+        with self.checked(postgres_pair, check) as here:
+            here.ensure_connection()
+            bad.add(pid(here))
+            here.close()
+            here.ensure_connection()
+            assert pid(here) not in bad
+            assert here.peer.name == "peer0"
+
+    def test_that_a_new_connection_fails_takes_the_peer_out(self, postgres_pair: Pair) -> None:
+        """What the check says of a connection that was made just now is the peer's answer."""
+        bad: set[int] = set()
+
+        def check(connection: Any) -> None:
+            if connection.info.port in bad:
+                raise psycopg.OperationalError("the writer is elsewhere by now")
+
+        with self.checked(postgres_pair, check) as here:
+            here.ensure_connection()
+            here.close()
+            bad.add(postgres_pair[0].port)
+            here.ensure_connection()
+            assert here.peer.name == "peer1"
+            state = balancers[here.alias].snapshot()[0]
+            assert (state.state, state.error) == ("open", "the writer is elsewhere by now")
+
+    def test_that_always_fails(self, postgres_pair: Pair) -> None:
+        """With no peer that passes there is none, and nothing is left behind."""
+
+        def check(connection: Any) -> None:
+            raise psycopg.OperationalError("no good")
+
+        with (
+            self.checked(postgres_pair, check) as here,
+            pytest.raises(NoPeerAvailable, match="no good"),
+        ):
+            here.ensure_connection()
+
+    def test_that_is_broken_is_the_site_s_affair(self, postgres_pair: Pair) -> None:
+        """A mistake in it is raised as it is, and no peer is blamed."""
+
+        def check(connection: Any) -> None:
+            raise KeyError("a mistake")
+
+        with self.checked(postgres_pair, check) as here:
+            with pytest.raises(KeyError):
+                here.ensure_connection()
+            assert {state.state for state in balancers[here.alias].snapshot()} == {"closed"}
+
+    def test_that_cannot_be_called(self, postgres_pair: Pair) -> None:
+        with (
+            self.checked(postgres_pair, "select 1") as here,
+            pytest.raises(ImproperlyConfigured, match="check"),
+        ):
+            here.ensure_connection()

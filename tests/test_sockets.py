@@ -164,6 +164,30 @@ class TestHarden:
         harden(pair[0].fileno(), None)
         assert options_of(pair[0].fileno()) == before
 
+    @linux
+    @pytest.mark.parametrize(
+        "name",
+        ["SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"],
+    )
+    def test_what_the_driver_s_own_settings_say_stays(
+        self, pair: tuple[socket.socket, socket.socket], name: str
+    ) -> None:
+        before = options_of(pair[0].fileno())[name]
+        harden(pair[0].fileno(), 30, frozenset({name}))
+        found = options_of(pair[0].fileno())
+        assert found.pop(name) == before
+        assert all(found.values())
+
+    @linux
+    def test_says_when_silence_ends_it(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        """The limit in force, whoever has set it; infinity where there is none."""
+        descriptor = pair[0].fileno()
+        assert harden(descriptor, None) == float("inf")
+        assert harden(descriptor, 7) == 7
+        pair[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2_500)
+        assert harden(descriptor, 7, frozenset({"TCP_USER_TIMEOUT"})) == 2.5
+        assert harden(descriptor, None) == 2.5
+
     @pytest.mark.parametrize("default", [None, 0, 5])
     @pytest.mark.parametrize("blocking", [True, False])
     def test_the_mode_stays(
@@ -489,3 +513,39 @@ class TestVanishedHost:
         assert time.monotonic() - begun < 1
         assert not away.is_at_first()
         assert away.is_suspect()
+
+
+@linux
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"tcp_user_timeout": 5_000}, {"TCP_USER_TIMEOUT": 5_000, "TCP_KEEPIDLE": 10}),
+        ({"tcp_user_timeout": "60000"}, {"TCP_USER_TIMEOUT": 60_000, "TCP_KEEPIDLE": 10}),
+        ({"keepalives_idle": 77}, {"TCP_USER_TIMEOUT": 20_000, "TCP_KEEPIDLE": 77}),
+        ({"keepalives_interval": 9}, {"TCP_KEEPINTVL": 9, "TCP_KEEPIDLE": 10}),
+        ({"keepalives_count": 3}, {"TCP_KEEPCNT": 3, "TCP_KEEPIDLE": 10}),
+        ({"keepalives": 0}, {"SO_KEEPALIVE": 0, "TCP_USER_TIMEOUT": 20_000}),
+        ({"keepalives": 1}, {"SO_KEEPALIVE": 1, "TCP_USER_TIMEOUT": 20_000}),
+    ],
+)
+@pytest.mark.parametrize("from_a_file", [False, True])
+def test_libpq_s_own_options_go_first(
+    postgres: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    expected: dict[str, int],
+    from_a_file: bool,
+) -> None:
+    """What OPTIONS, or a service file, say of libpq's socket is not overridden by us."""
+    if from_a_file:
+        lines = [f"{name}={value}" for name, value in options.items()]
+        (tmp_path / "services").write_text("\n".join(["[shop]", *lines, ""]))
+        monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+        options = {"service": "shop"}
+    with engine([mysql_peer(postgres, OPTIONS=options)], PEER_ENGINE=POSTGRESQL) as connection:
+        connection.ensure_connection()
+        found = options_of(connection.connection.fileno())
+        assert {name: found[name] for name in expected} == expected
+        limit = expected.get("TCP_USER_TIMEOUT", 20_000) / 1_000
+        assert connection._session.read_timeout == min(limit, 20)

@@ -16,6 +16,7 @@ from typing import Any
 from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
+from .. import drivers
 from ..statements import READ, STATE, kinds, scan
 from .state import BEGUN
 
@@ -119,7 +120,11 @@ class _Seam(CursorWrapper):
         # one of ours has: django-debug-toolbar does. (Ours come by no __init__.)
         super().__init__(cursor, db, *args)
         session = getattr(db, "_session", None)
-        if session is None or getattr(cursor, "connection", None) is not session.connection:
+        if session is None:
+            return
+        # A tracing proxy's cursors are the driver's, and know of no proxy.
+        theirs = drivers.unwrapped(getattr(cursor, "connection", None))
+        if theirs is not drivers.unwrapped(session.connection):
             return
         self._session = session
         if getattr(cursor, "name", None):

@@ -102,9 +102,7 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
                 {
                     "__module__": base.__module__,
                     "__doc__": base.__doc__,
-                    "_driver": drivers.driver_of(
-                        getattr(getattr(wrapper, "Database", None), "__name__", "")
-                    ),
+                    "_driver": drivers.driver_of_engine(wrapper),
                     **namespace(wrapper),
                 },
             ),

@@ -72,7 +72,8 @@ class LoadBalancedMixin(_Base):
 
     def connect(self) -> None:
         """Connect to a peer that works; see :meth:`LoadBalancer.connect`."""
-        if self._attempt is not None or self._own_settings is not None:
+        left_behind = (self._attempt, self._own_settings, self._peer_settings)
+        if left_behind != (None, None, None):
             self._recover()
         # Each connect comes by here, and nearly always finds it known.
         registered = balancers.known.get(self.settings_dict.get(ALIAS_KEY)) or self._registered()
@@ -113,7 +114,7 @@ class LoadBalancedMixin(_Base):
             self._discard()
         try:
             self._attempt = attempt
-            self._peer_settings = registered.settings_for(
+            self._peer_settings = registered.to_connect_with(
                 attempt.peer, self.settings_dict, self.alias
             )
             super().connect()
@@ -133,8 +134,19 @@ class LoadBalancedMixin(_Base):
         return self.connection
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Return what the driver's connect() is called with, for the peer at hand."""
-        params: dict[str, Any] = self._as_peer(super().get_connection_params)
+        """Return what the driver's connect() is called with, for the peer at hand.
+
+        Whoever asks while nothing is being connected (tracing does, at each query) is told
+        of the present connection's peer, else of the first. Nothing changes by that, and a
+        callable PASSWORD stays what it is: only an attempt to connect calls it.
+        """
+        if self._peer_settings is None and self.connection is not None:
+            # Engines note what they find in the settings (an isolation level), on the wrapper.
+            stand_in: Any = copy.copy(self)
+            stand_in.settings_dict = self.peer_settings()
+            params: dict[str, Any] = super(LoadBalancedMixin, stand_in).get_connection_params()
+            return params
+        params = self._as_peer(super().get_connection_params)
         if self._attempt is not None:
             params.update(self._driver.connect_options(params, self._attempt.timeout))
         return params
@@ -142,6 +154,8 @@ class LoadBalancedMixin(_Base):
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection; a trial sends a throw-away one ahead."""
         attempt = self._attempt
+        if self._peer_settings is None:
+            return self._open_directly(conn_params)
         if attempt is not None and attempt.is_trial:
             # A peer that freezes after the handshake would hold the real
             # connection for ever: it must have no read timeout, for its
@@ -150,6 +164,17 @@ class LoadBalancedMixin(_Base):
             if bounds:
                 self.Database.connect(**{**conn_params, **bounds}).close()
         return self._as_peer(super().get_new_connection, conn_params)
+
+    def _open_directly(self, conn_params: dict[str, Any]) -> Any:
+        """Open a connection for whoever calls get_new_connection() and not connect()."""
+        settings = _with_password(self.peer_settings())
+        asked = {key for key in ("password", "passwd") if callable(conn_params.get(key))}
+        params = {**conn_params, **dict.fromkeys(asked, settings.get("PASSWORD"))}
+        try:
+            self._peer_settings = settings
+            return self._as_peer(super().get_new_connection, params)
+        finally:
+            self._peer_settings = None
 
     def init_connection_state(self) -> None:
         """Set the session up, by the peer's OPTIONS."""
@@ -222,7 +247,7 @@ class LoadBalancedMixin(_Base):
         stand_in = copy.copy(self)
         stand_in.connection = None
         stand_in._hold = None
-        stand_in.settings_dict = self.peer_settings()
+        stand_in.settings_dict = _with_password(self.peer_settings())
         return stand_in
 
     def _discard(self) -> None:
@@ -242,3 +267,11 @@ class LoadBalancedMixin(_Base):
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.let_go()
+
+
+def _with_password(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a peer's settings to connect with now: a callable PASSWORD is called."""
+    password = settings.get("PASSWORD")
+    if not callable(password):
+        return settings
+    return {**settings, "PASSWORD": drivers.password_from(password)}

@@ -43,6 +43,8 @@ else:
 
 __all__ = ["PooledMixin", "close_for_good", "close_in_child", "give_back", "has_pools", "is_pooled"]
 
+_Check = Callable[[Any], object]
+
 #: Seconds for which a pool is waited for while there are other peers to go to:
 #: enough for it to grow by a connection, where the server is near.
 _A_MOMENT = 0.05
@@ -123,7 +125,7 @@ class PooledMixin(_Base):
             settings,
             functools.partial(self._make_pool, registered, attempt.peer, settings),
             attempt,
-            lambda: self.Database.connect(**conn_params).close(),
+            functools.partial(self._connect_directly, conn_params),
             self._driver,
         )
         try:
@@ -135,6 +137,14 @@ class PooledMixin(_Base):
             raise
         finally:
             self._checkout = None
+
+    def _connect_directly(self, conn_params: dict[str, Any], check: _Check | None) -> None:
+        connection = self.Database.connect(**{**conn_params, "autocommit": True})
+        try:
+            if check is not None:
+                check(connection)
+        finally:
+            connection.close()
 
     def _make_pool(self, registered: Registered, peer: Peer, settings: dict[str, Any]) -> Any:
         """Have Django make a pool for ``peer``, not opened yet.
@@ -152,6 +162,8 @@ class PooledMixin(_Base):
         pool_options.update({} if given is True else given)
         if callable(settings.get("PASSWORD")):
             pool_options["connection_class"] = _rotating(pool_options.get("connection_class"))
+        # Called by us, whatever CONN_HEALTH_CHECKS says: Django gives the pool one of its own.
+        pool_options.pop("check", None)
         options["pool"] = pool_options
         # The health check is made here: psycopg's pool waits a second after
         # each connection that fails it, and they are dead all at once.
@@ -184,10 +196,10 @@ def close_for_good(connection: Any) -> None:
             connection._pool = pool
 
 
-def close_in_child(connection: Any) -> None:
+def close_in_child(connection: Any, driver: drivers.Driver) -> None:
     """Close, in a forked child, what has been left to the parent (:meth:`Driver.leave`)."""
     # psycopg2's close() would wait for the thread that was at a statement when the process forked.
-    if not connection.__class__.__module__.startswith("psycopg2"):
+    if not driver.ends_its_cursors(connection):
         close_for_good(connection)
 
 
@@ -300,7 +312,7 @@ class _Checkout:
         settings: Mapping[str, Any],
         make: Callable[[], Any],
         attempt: Attempt,
-        ask: Callable[[], None],
+        ask: Callable[[_Check | None], None],
         driver: drivers.Driver,
     ) -> None:
         self._pools = pools
@@ -308,6 +320,10 @@ class _Checkout:
         self._make = make
         self._attempt = attempt
         self._connect_directly = ask
+        pool = settings["OPTIONS"]["pool"]
+        #: The site's own, of what comes out of a pool. A peer is well if it passes on a
+        #: connection that was made just now.
+        self._check: _Check | None = pool.get("check") if isinstance(pool, Mapping) else None
         self._driver = driver
         self._asked = False
         #: The connection, from when it has left the pool.
@@ -374,6 +390,8 @@ class _Checkout:
             known.proven = False
             self.taken = None
             give_back(connection)
+            if time.monotonic() >= ends:
+                raise PoolTimeout("none of its connections is fit for use")
 
     def _ask(self, known: _Pool) -> None:
         """Connect straight to the peer, once an attempt: what that raises is the peer's answer.
@@ -386,7 +404,7 @@ class _Checkout:
             return
         known.asked_until = now + 2 * self._attempt.timeout
         try:
-            self._connect_directly()
+            self._connect_directly(self._check)
         except Exception as exc:
             if drivers.judge(exc, connecting=True).counts:
                 self._pools.retire(self._attempt.peer.name)
@@ -399,10 +417,11 @@ class _Checkout:
         if connection.closed:
             return False
         poll = sockets.watch(self._driver.fileno(connection))
-        if not self._settings.get("CONN_HEALTH_CHECKS") and not (poll is not None and poll(0)):
-            return True
         try:
-            connection._pool.check_connection(connection)
+            if self._settings.get("CONN_HEALTH_CHECKS") or (poll is not None and poll(0)):
+                connection._pool.check_connection(connection)
+            if self._check is not None:
+                self._check(connection)
         except Exception:
             return False
         return True

@@ -127,8 +127,14 @@ class SafePointsMixin(LoadBalancedMixin):
         registered = self._registered()
         if registered is not None and self._driver.WATCHED:
             seconds = registered.balancer.config.tcp_user_timeout
-            sockets.harden(self._driver.fileno(connection), seconds)
-            self._read_timeout = math.inf if seconds is None else float(seconds)
+            self._read_timeout = min(
+                math.inf if seconds is None else float(seconds),
+                sockets.harden(
+                    self._driver.fileno(connection),
+                    seconds,
+                    self._driver.socket_options(connection, conn_params),
+                ),
+            )
             if conn_params.get("read_timeout") is not None:
                 self._read_timeout = min(self._read_timeout, float(conn_params["read_timeout"]))
             self._unbuffered = self._driver.is_unbuffered(conn_params)
@@ -193,26 +199,11 @@ class SafePointsMixin(LoadBalancedMixin):
             session.dead = True
         if fault is Fault.KILLED and driver.is_killed_connection(exc):
             session.dead = True
-        if lost:
-            if not session.dead or not session.error:
-                if not session.served and not idle and session.poll is not None:
-                    # It was of no use to anybody: as good as a failed connect.
-                    # (Where the socket cannot be looked at it may have idled.)
-                    breaker.count_failure(exc, Fault.LOST, session.generation)
-                else:
-                    breaker.suspect(drivers.describe(exc), Fault.LOST)
-                self._emit(
-                    session,
-                    ConnectionLost(
-                        session.balancer.name,
-                        session.peer.name,
-                        session.peer.address,
-                        fault,
-                        drivers.describe(exc),
-                        idle,
-                    ),
-                )
-            session.dead = True
+        is_news = lost and not (session.dead and session.error)
+        # It was of no use to anybody: as good as a failed connect.
+        # (Where the socket cannot be looked at it may have idled.)
+        is_failed_connect = not session.served and not idle and session.poll is not None
+        session.dead = session.dead or lost
         if session.dead:
             if fault is not Fault.KILLED:
                 _mark_as_end(exc)
@@ -226,6 +217,23 @@ class SafePointsMixin(LoadBalancedMixin):
             # The number of its socket may belong to another connection by now.
             session.unsure = True
             session.poll = None
+        if is_news:
+            # Last: who is told may ask the database, and is to find the connection dead.
+            if is_failed_connect:
+                breaker.count_failure(exc, Fault.LOST, session.generation)
+            else:
+                breaker.suspect(drivers.describe(exc), Fault.LOST)
+            self._emit(
+                session,
+                ConnectionLost(
+                    session.balancer.name,
+                    session.peer.name,
+                    session.peer.address,
+                    fault,
+                    drivers.describe(exc),
+                    idle,
+                ),
+            )
 
     def _is_read_only(self, session: Session) -> bool:
         """Ask the peer, on a connection of its own, whether it takes no writes.
@@ -251,7 +259,7 @@ class SafePointsMixin(LoadBalancedMixin):
         registered = self._registered()
         assert registered is not None
         own = self.settings_dict
-        settings = registered.settings_for(session.peer, own, self.alias)
+        settings = registered.to_connect_with(session.peer, own, self.alias)
         before = self._peer_settings
         try:
             self._peer_settings = settings
@@ -482,6 +490,10 @@ class SafePointsMixin(LoadBalancedMixin):
         :param resume: begins the transaction anew on the new connection.
         :raises Exception: what connect() raised, as Django translates it.
         """
+        present = self._current()
+        if present is not None and present is not session and not present.dead:
+            # Who was told of the loss has asked the database: it is replaced already.
+            return
         old, hold = self.connection, self._hold
         state = vars(self)
         kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
@@ -543,7 +555,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _close_old(self, session: Session) -> None:
         """Close the connection that was replaced."""
-        if session.connection.__class__.__module__.startswith("psycopg2") and not session.dead:
+        if self._driver.ends_its_cursors(session.connection) and not session.dead:
             # psycopg2 lets no cursor of a closed connection be read to its
             # end; it closes with the last of them.
             return
@@ -913,7 +925,7 @@ class SafePointsMixin(LoadBalancedMixin):
             if is_safe:
                 self.connection = self._session = None
                 self._let_go()
-                close_in_child(connection)
+                close_in_child(connection, self._driver)
             else:
                 session.dead = True
                 session.poll = None

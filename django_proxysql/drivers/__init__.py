@@ -11,20 +11,26 @@ import contextlib
 import errno
 import functools
 import socket
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from ..exceptions import NotReady, PoolBusy
 from ..faults import Fault
-from . import generic, mysql, oracle, postgresql, sqlite
+from . import generic, mysql, mysql_connector, oracle, postgresql, sqlite
 
 __all__ = [
     "Driver",
     "describe",
     "driver_of",
+    "driver_of_engine",
     "is_driver_error",
     "judge",
+    "layers",
     "password_from",
     "root_error",
+    "unwrapped",
+    "with_password",
 ]
 
 
@@ -79,12 +85,20 @@ class Driver(Protocol):
     def is_busy(self, connection: Any) -> bool:
         """Return whether statements have been sent whose results nobody has asked for yet."""
 
+    def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
+        """Return the names of the socket's options that the driver's own arguments set."""
+
+    def ends_its_cursors(self, connection: Any) -> bool:
+        """Return whether closing a connection ends its cursors, and waits for its statements."""
+
     def is_unbuffered(self, params: Any) -> bool:
         """Return whether cursors made with these arguments leave rows on the wire."""
 
 
 _BY_MODULE: dict[str, Driver] = {
-    module: driver for driver in (mysql, postgresql, sqlite, oracle) for module in driver.MODULES
+    module: driver
+    for driver in (mysql, mysql_connector, postgresql, sqlite, oracle)
+    for module in driver.MODULES
 }
 
 #: Exceptions of frameworks that say: the settings or the caller are wrong.
@@ -92,12 +106,82 @@ _LOCAL_CLASSES = frozenset({"ImproperlyConfigured", "ConfigError"})
 _LOCAL_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
+#: How many wrappers are looked behind. A proxy that answers every attribute has no last one.
+_DEEPEST = 20
+
+
+def layers(thing: object) -> Iterator[object]:
+    """Yield ``thing``, and what it wraps: of partials, decorated functions and tracing proxies.
+
+    The last is the driver's own. ``__wrapped__`` is the name that ``functools.wraps``
+    and wrapt give it; OpenTelemetry, Datadog, Elastic and New Relic build on wrapt.
+    """
+    for _ in range(_DEEPEST):
+        yield thing
+        inner = thing.func if isinstance(thing, functools.partial) else _wrapped(thing)
+        if inner is None or inner is thing:
+            return
+        thing = inner
+
+
+def _wrapped(thing: object) -> object:
+    try:
+        return getattr(thing, "__wrapped__", None)
+    except Exception:
+        # A lazy object that cannot be made now.
+        return None
+
+
+def unwrapped(thing: object) -> object:
+    """Return what is behind every proxy that ``thing`` may be wrapped in."""
+    *_, last = layers(thing)
+    return last
+
+
 def driver_of(thing: object) -> Driver:
-    """Return the driver that ``thing`` (a module's name, a class, a function) comes from."""
-    while isinstance(thing, functools.partial):
-        thing = thing.func
-    name = thing if isinstance(thing, str) else getattr(thing, "__module__", None) or ""
-    return _BY_MODULE.get(name.partition(".")[0], generic)
+    """Return the driver that ``thing`` comes from.
+
+    :param thing: a module or its name, a class, a function or a connection; also behind
+        proxies and decorators.
+    """
+    for layer in layers(thing):
+        for name in _origins(layer):
+            driver = _named(name)
+            if driver is not None:
+                return driver
+    return generic
+
+
+def _named(module: str) -> Driver | None:
+    """Return the driver whose package a module is in."""
+    top, _, rest = module.partition(".")
+    return _BY_MODULE.get(top) or _BY_MODULE.get(f"{top}.{rest.partition('.')[0]}")
+
+
+def _origins(thing: object) -> Iterator[str]:
+    """Yield the names of the modules that ``thing`` may come from."""
+    if isinstance(thing, str):
+        yield thing
+        return
+    if isinstance(thing, types.ModuleType):
+        yield thing.__name__
+        # A module of somebody's own that hands a driver's names on.
+        thing = getattr(thing, "OperationalError", None)
+    owner = getattr(thing, "__self__", None)
+    # A connection may be of a subclass, a bound method of one, too.
+    for cls in (thing, type(thing), owner, type(owner)):
+        for base in cls.__mro__ if isinstance(cls, type) else (cls,):
+            name = getattr(base, "__module__", None)
+            if isinstance(name, str):
+                yield name
+
+
+def driver_of_engine(wrapper: object) -> Driver:
+    """Return the driver that a Django backend connects with.
+
+    :param wrapper: the backend's DatabaseWrapper.
+    """
+    return driver_of(getattr(wrapper, "Database", None))
 
 
 def root_error(exc: BaseException) -> BaseException:
@@ -138,6 +222,17 @@ def password_from(source: Any) -> Any:
         raise
 
 
+def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of what a driver's connect() is called with, a callable password called.
+
+    :raises Exception: what the callable raised, marked as ours (:func:`password_from`).
+    """
+    return {
+        key: password_from(value) if key in ("password", "passwd") else value
+        for key, value in params.items()
+    }
+
+
 def is_driver_error(exc: BaseException) -> bool:
     """Return whether ``exc`` is an error of a driver that has a table here."""
     return _table_of(root_error(exc)) is not None
@@ -171,7 +266,7 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
 def _table_of(exc: BaseException) -> Driver | None:
     # A driver's error may be subclassed by an application: look at the bases.
     for cls in type(exc).__mro__:
-        driver = _BY_MODULE.get(cls.__module__.partition(".")[0])
+        driver = _named(cls.__module__)
         if driver is not None:
             return driver
     return None

@@ -83,6 +83,16 @@ def is_busy(connection: Any) -> bool:
     return False
 
 
+def socket_options(connection: Any, params: Any) -> frozenset[str]:
+    """Return none: there is no argument that sets one."""
+    return frozenset()
+
+
+def ends_its_cursors(connection: Any) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
 def is_unbuffered(params: Any) -> bool:
     """Return False."""
     return False

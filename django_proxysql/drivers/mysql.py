@@ -198,14 +198,15 @@ def question_of(exc: BaseException) -> str:
 def fileno(connection: Any) -> int | None:
     """Return the socket's descriptor; None with PyMySQL, which has no public one."""
     number = getattr(connection, "fileno", None)
-    return number() if callable(number) else None
+    return sockets.descriptor(number() if callable(number) else None)
 
 
 def leave(connection: Any) -> None:
     """Part this process from a connection that is another's, without a word to the server."""
-    if type(connection).__module__.partition(".")[0] == "pymysql":
-        # As its destructor: close() would send COM_QUIT.
-        connection._force_close()
+    # PyMySQL's, whatever it is wrapped in. As its destructor: close() would send COM_QUIT.
+    force_close = getattr(connection, "_force_close", None)
+    if callable(force_close):
+        force_close()
     else:
         sockets.sever(connection.fileno())
 
@@ -215,7 +216,7 @@ def ping(connection: Any) -> None:
 
     :raises Exception: the driver's error; the connection is lost.
     """
-    if type(connection).__module__.partition(".")[0] == "pymysql":
+    if hasattr(connection, "_force_close"):
         # PyMySQL's own default is to reconnect, and all session state is gone.
         connection.ping(reconnect=False)
     else:
@@ -227,9 +228,20 @@ def is_busy(connection: Any) -> bool:
     return False
 
 
+def socket_options(connection: Any, params: Any) -> frozenset[str]:
+    """Return none: there is no argument that sets one."""
+    return frozenset()
+
+
+def ends_its_cursors(connection: Any) -> bool:
+    """Return False: what has been read is in the cursor."""
+    return False
+
+
 def is_unbuffered(params: Any) -> bool:
     """Return whether cursors made with these arguments leave rows on the wire."""
-    return "SS" in getattr(params.get("cursorclass"), "__name__", "")
+    names = {cls.__name__ for cls in getattr(params.get("cursorclass"), "__mro__", ())}
+    return not names.isdisjoint({"SSCursor", "CursorUseResultMixIn"})
 
 
 def _is_connector_c() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from ..faults import Fault
 from .generic import (
     LEAVES,
+    ends_its_cursors,
     fileno,
     is_answer,
     is_busy,
@@ -20,6 +21,7 @@ from .generic import (
     ping,
     proves_not_run,
     question_of,
+    socket_options,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "WATCHED",
     "code_of",
     "connect_options",
+    "ends_its_cursors",
     "fault",
     "fileno",
     "is_answer",
@@ -40,6 +43,7 @@ __all__ = [
     "ping",
     "proves_not_run",
     "question_of",
+    "socket_options",
     "trial_options",
 ]
 

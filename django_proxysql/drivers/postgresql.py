@@ -6,6 +6,7 @@ The classes are those of PostgreSQL's Appendix A; libpq's own errors carry none.
 from __future__ import annotations
 
 import math
+import os
 import re
 from typing import Any
 
@@ -154,8 +155,46 @@ def question_of(exc: BaseException) -> str:
 
 def fileno(connection: Any) -> int | None:
     """Return the socket's descriptor."""
-    number: int = connection.fileno()
-    return number
+    return sockets.descriptor(connection.fileno())
+
+
+#: libpq's parameters, and the socket's options that they set.
+_SOCKET_OPTIONS = {
+    "keepalives": ("SO_KEEPALIVE",),
+    # macOS has the second name.
+    "keepalives_idle": ("TCP_KEEPIDLE", "TCP_KEEPALIVE"),
+    "keepalives_interval": ("TCP_KEEPINTVL",),
+    "keepalives_count": ("TCP_KEEPCNT",),
+    "tcp_user_timeout": ("TCP_USER_TIMEOUT",),
+}
+
+
+def socket_options(connection: Any, params: Any) -> frozenset[str]:
+    """Return the names of the socket options that libpq was told of."""
+    given = params
+    if "service" in params or "PGSERVICE" in os.environ:
+        # They may stand in a file.
+        ask = getattr(connection, "get_dsn_parameters", None) or connection.info.get_parameters
+        given = ask()
+    return frozenset(
+        option
+        for name, options in _SOCKET_OPTIONS.items()
+        if given.get(name) is not None
+        for option in options
+    )
+
+
+def owns(connection: Any) -> bool:
+    """Return whether ``connection`` is psycopg 3's or psycopg2's, whatever it is wrapped in."""
+    return hasattr(connection, "pgconn") or ends_its_cursors(connection)
+
+
+def ends_its_cursors(connection: Any) -> bool:
+    """Return whether closing a connection ends its cursors too, and waits for its statements.
+
+    psycopg2's does. Its connections, and no others, have this method.
+    """
+    return hasattr(connection, "get_transaction_status")
 
 
 def leave(connection: Any) -> None:

@@ -9,6 +9,7 @@ from ..faults import Fault
 from .generic import (
     LEAVES,
     code_of,
+    ends_its_cursors,
     fileno,
     is_answer,
     is_busy,
@@ -21,6 +22,7 @@ from .generic import (
     ping,
     proves_not_run,
     question_of,
+    socket_options,
 )
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "WATCHED",
     "code_of",
     "connect_options",
+    "ends_its_cursors",
     "fault",
     "fileno",
     "is_answer",
@@ -41,6 +44,7 @@ __all__ = [
     "ping",
     "proves_not_run",
     "question_of",
+    "socket_options",
     "trial_options",
 ]
 

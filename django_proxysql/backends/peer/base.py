@@ -134,11 +134,14 @@ class DatabaseWrapper(_Base):
             self._is_connecting = False
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Return the engine's own, with CONNECT_TIMEOUT, and a callable PASSWORD called."""
+        """Return the engine's own, with CONNECT_TIMEOUT.
+
+        A callable PASSWORD is called where something is being connected, and stays what it
+        is for whoever only asks, as tracing does at each query.
+        """
         params: dict[str, Any] = super().get_connection_params()
-        for key in ("password", "passwd"):
-            if key in params:
-                params[key] = drivers.password_from(params[key])
+        if self._is_connecting:
+            params = drivers.with_password(params)
         balancer = self._balancer()
         if balancer is not None:
             seconds = balancer.config.connect_timeout
@@ -147,6 +150,7 @@ class DatabaseWrapper(_Base):
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection; to a peer in doubt a throw-away one goes ahead."""
+        conn_params = drivers.with_password(conn_params)
         balancer = self._balancer()
         if balancer is not None:
             peer = balancer.peers.get(self.settings_dict["ENGINE"].peer)
@@ -187,7 +191,7 @@ class DatabaseWrapper(_Base):
         if self._is_connecting or self.in_atomic_block or not self.autocommit:
             return
         self.connection = None
-        close_in_child(connection)
+        close_in_child(connection, self._driver)
 
 
 class _Socket:

@@ -1,0 +1,81 @@
+"""MySQL Connector/Python, whose connections are not looked after: only connecting is bounded.
+
+Its errors have the server's codes, and others than mysqlclient for what it finds out itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..faults import Fault
+from . import generic, mysql
+from .generic import (
+    LEAVES,
+    WATCHED,
+    ends_its_cursors,
+    fileno,
+    is_answer,
+    is_busy,
+    is_closed,
+    is_killed_connection,
+    is_read_only_refusal,
+    is_unbuffered,
+    leave,
+    outcome_is_unknown,
+    ping,
+    proves_not_run,
+    question_of,
+    socket_options,
+    trial_options,
+)
+from .mysql import code_of
+
+__all__ = [
+    "LEAVES",
+    "WATCHED",
+    "code_of",
+    "connect_options",
+    "ends_its_cursors",
+    "fault",
+    "fileno",
+    "is_answer",
+    "is_busy",
+    "is_closed",
+    "is_killed_connection",
+    "is_read_only_refusal",
+    "is_unbuffered",
+    "leave",
+    "outcome_is_unknown",
+    "ping",
+    "proves_not_run",
+    "question_of",
+    "socket_options",
+    "trial_options",
+]
+
+MODULES = ("mysql.connector",)
+
+#: Its option, and the name that it takes for the same.
+_TIMEOUTS = ("connection_timeout", "connect_timeout")
+
+
+def fault(exc: BaseException, connecting: bool) -> Fault:
+    """Return what ``exc`` says about the peer."""
+    names = {cls.__name__ for cls in type(exc).__mro__}
+    if names & {"ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"}:
+        # Its own, with a code of the server's for a statement that took too long.
+        return Fault.UNREACHABLE if connecting else Fault.OTHER
+    # Its text is the second argument, mysqlclient's the last.
+    meaning = mysql.fault(Exception(*exc.args[:2]), connecting)
+    return generic.fault(exc, connecting) if meaning is Fault.OTHER else meaning
+
+
+def connect_options(params: Any, seconds: float) -> dict[str, Any]:
+    """Return what limits one attempt to ``seconds``, where ``params`` does not.
+
+    Whole seconds, at least one. It covers the handshake, and each wait for an answer of it.
+    """
+    if any(name in params for name in _TIMEOUTS):
+        return {}
+    return {"connection_timeout": max(1, math.ceil(seconds))}
