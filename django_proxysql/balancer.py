@@ -54,6 +54,9 @@ __all__ = ["Attempt", "LoadBalancer", "PeerState"]
 
 _T = TypeVar("_T")
 
+#: Seconds between two looks for a peer: processes that wait do not look in step.
+_WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=2)
+
 
 class Attempt(NamedTuple):
     """What the function that opens a connection is told."""
@@ -115,6 +118,11 @@ class LoadBalancer:
     :param connect_timeout: seconds for one attempt, handed to drivers that we know.
     :param trial_timeout: seconds for one attempt that is a trial.
     :param connect_deadline: seconds for a whole :meth:`connect`.
+    :param wait_for_peer: seconds for which :meth:`connect` waits for a peer when there is
+        none, 0 for not at all. It looks again after a random, growing time, at most 2 s.
+    :param wait: one of tenacity's ``wait_…`` objects, in place of these times.
+    :param stop: one of tenacity's ``stop_…`` objects, in place of ``wait_for_peer``.
+    :param sleep: how it waits; called with seconds.
     :param last_resort_interval: seconds between trials of a peer while no
         circuit is closed; None: the check interval.
     :param ready_check: ``"galera"``, ``"writable"``, a dotted path or a callable.
@@ -142,6 +150,10 @@ class LoadBalancer:
         connect_timeout: float = 5,
         trial_timeout: float | None = None,
         connect_deadline: float = 15,
+        wait_for_peer: float = 0,
+        wait: Any = None,
+        stop: Any = None,
+        sleep: Callable[[float], None] = time.sleep,
         last_resort_interval: float | None = 1,
         ready_check: Any = None,
         shared_state: str | None = None,
@@ -163,6 +175,7 @@ class LoadBalancer:
                 connect_timeout=connect_timeout,
                 trial_timeout=trial_timeout,
                 connect_deadline=connect_deadline,
+                wait_for_peer=wait_for_peer,
                 last_resort_interval=last_resort_interval,
                 ready_check=ready_check,
                 shared_state=shared_state,
@@ -172,6 +185,8 @@ class LoadBalancer:
         self.name = config.name
         self._connect = connect
         self._in_background = config.probe == "background"
+        self._waits = config.wait_for_peer > 0 or stop is not None
+        self._wait, self._stop, self._sleep = wait, stop, sleep
         #: How a background trial connects, if not by ``connect``: opens a
         #: connection as the :class:`Attempt` says, and closes it again.
         self.open_and_close: Callable[[Attempt], object] | None = None
@@ -271,12 +286,21 @@ class LoadBalancer:
         if only is not None:
             return search.connect_to(only)
         try:
-            return search.first_attempt()
-        except Exception as exc:
-            if not search.goes_on(exc):
-                raise
-        # Carrying on over the peers that are left is tenacity's work. It costs
-        # 35 µs a run, which a connect that succeeds at once need not pay.
+            try:
+                return search.first_attempt()
+            except Exception as exc:
+                if not search.goes_on(exc):
+                    raise
+            return self._carry_on(search)
+        except NoPeerAvailable as exc:
+            if self._waits and trials != "never" and search.is_over:
+                return self._wait_for_peer(exc, open_one, refusal_is_callers, trials)
+            search.tell_exhausted()
+            raise
+
+    def _carry_on(self, search: _Search) -> Any:
+        """Try the peers that are left. That is tenacity's work: it costs 35 µs a run, which a
+        connect that succeeds at once need not pay."""
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(search.goes_on),
             # Candidates run out, the deadline passes: attempt() itself says so.
@@ -285,6 +309,51 @@ class LoadBalancer:
             sleep=lambda seconds: None,
             reraise=True,
         )(search.attempt)
+
+    def _wait_for_peer(self, error: NoPeerAvailable, *how: Any) -> Any:
+        """Look again, after a random and growing time, until a peer works or time is over.
+
+        :param error: what the first look came to.
+        :param how: what each search is made with.
+        :raises NoPeerAvailable: what the last look came to.
+        """
+        until = self.clock() + self.config.wait_for_peer
+        search: _Search | None = None
+        first: NoPeerAvailable | None = error
+
+        def look() -> Any:
+            nonlocal first, search
+            if first is not None:
+                error, first = first, None
+                raise error
+            open_one, refusal_is_callers, trials = how
+            search = _Search(self, open_one or self._open_one, refusal_is_callers, trials)
+            return self._carry_on(search)
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            seconds = float((self._wait or _WAIT)(state))
+            # The last look comes when the time is over.
+            return seconds if self._stop else min(seconds, max(0.0, until - self.clock()))
+
+        logger.warning(
+            "%s: waiting for a peer%s: %s",
+            self.name,
+            "" if self._stop else f", at most {self.config.wait_for_peer:g} s",
+            error,
+            extra={"alias": self.name},
+        )
+        try:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(NoPeerAvailable),
+                stop=self._stop or (lambda state: self.clock() >= until),
+                wait=pause,
+                sleep=self._sleep,
+                reraise=True,
+            )(look)
+        except NoPeerAvailable:
+            if search is not None:
+                search.tell_exhausted()
+            raise
 
     def _open_one(self, attempt: Attempt) -> Any:
         if self._connect is None:
@@ -592,13 +661,13 @@ class LoadBalancer:
             yield
         finally:
             # Tasks that were begun in the block have a copy of their own.
-            pin.is_over = True
+            pin._over = True
             self._pins.set(None)
 
     @property
     def _pin(self) -> _Pin | None:
         pin = self._pins.get()
-        return None if pin is None or pin.is_over else pin
+        return None if pin is None or pin._over else pin
 
     def pinned_to(self, peer: Peer) -> Peer | None:
         """Return the peer that the caller is to stay with, if there is one.
@@ -697,7 +766,7 @@ class _Pin:
 
     def __init__(self, peer: Peer | None) -> None:
         self.peer = peer
-        self.is_over = False
+        self._over = False
 
 
 class _View(NamedTuple):
@@ -765,7 +834,10 @@ class _Search:
     _busy: frozenset[str] = frozenset()
     _last_error: BaseException | None = None
     _fault_of_last = Fault.OTHER
-    _over = False
+    #: No candidate is left, or no time.
+    is_over = False
+    #: What is to be told of that.
+    _exhaustion: PeersExhausted | None = None
     #: The one peer that it may connect to: it is pinned, or was asked for that one.
     _pinned: Peer | None = None
 
@@ -887,7 +959,7 @@ class _Search:
         """Return whether the next candidate may do what this one could not."""
         # Anything but the last attempt's own error is no peer's: Ctrl-C while
         # waiting for a trial, a strategy that raises.
-        if exc is not self._last_error or self._over or not self._fault_of_last.tries_next:
+        if exc is not self._last_error or self.is_over or not self._fault_of_last.tries_next:
             return False
         return not self._is_callers(self._fault_of_last)
 
@@ -1078,7 +1150,7 @@ class _Search:
     # Nobody left
 
     def _exhausted(self) -> BaseException:
-        self._over = True
+        self.is_over = True
         balancer = self._balancer
         refused = [fault for fault in self._faults.values() if fault is Fault.REFUSED]
         if self._last_error is not None and len(refused) == len(balancer.undrained()):
@@ -1088,8 +1160,16 @@ class _Search:
         # One peer that fails, or a replacement that was not needed, is no exhaustion: other
         # peers may be well, and the application may still have its connection.
         if self._pinned is None and self._trials != "never":
-            balancer.emit(PeersExhausted(balancer.name, str(error), self._clock() - self._started))
+            self._exhaustion = PeersExhausted(
+                balancer.name, str(error), self._clock() - self._started
+            )
         return error
+
+    def tell_exhausted(self) -> None:
+        """Tell of the exhaustion that this search has come to, if it has."""
+        event, self._exhaustion = self._exhaustion, None
+        if event is not None:
+            self._balancer.emit(event)
 
     def _nobody(self) -> NoPeerAvailable:
         balancer, pinned = self._balancer, self._pinned

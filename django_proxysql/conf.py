@@ -82,6 +82,7 @@ _BALANCER_FIELDS = {
     "CONNECT_TIMEOUT": "connect_timeout",
     "TRIAL_TIMEOUT": "trial_timeout",
     "CONNECT_DEADLINE": "connect_deadline",
+    "WAIT_FOR_PEER": "wait_for_peer",
     "LAST_RESORT_INTERVAL": "last_resort_interval",
     "REPLAY": "replay",
     "IDLE_CHECK": "idle_check",

@@ -116,6 +116,8 @@ class BalancerConfig:
     trial_timeout: float | None = None
     #: Seconds for a whole connect() over all peers.
     connect_deadline: float = 15
+    #: Seconds for which connect() waits for a peer when there is none (0: not at all).
+    wait_for_peer: float = 0
     #: Seconds between trials of a peer while no circuit is closed
     #: (None: the peer's full check interval).
     last_resort_interval: float | None = 1
@@ -147,6 +149,7 @@ class BalancerConfig:
         number("CONNECT_TIMEOUT", self.connect_timeout, exclusive=True)
         number("TRIAL_TIMEOUT", self.trial_timeout, exclusive=True, optional=True)
         number("CONNECT_DEADLINE", self.connect_deadline, exclusive=True)
+        number("WAIT_FOR_PEER", self.wait_for_peer)
         number("LAST_RESORT_INTERVAL", self.last_resort_interval, optional=True)
         number("IDLE_CHECK", self.idle_check, optional=True)
         number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)

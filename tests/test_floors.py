@@ -76,7 +76,7 @@ ALLOWED = {("config", "exceptions"), ("apps", "checks")}
 #: Which files may import a library.
 LIBRARIES = {
     "pybreaker": {"breaker"},
-    "tenacity": {"balancer", "retry"},
+    "tenacity": {"balancer", "management", "retry"},
     "redis": {"sharing"},
 }
 

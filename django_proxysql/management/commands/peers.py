@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import tenacity
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.management.color import no_style
@@ -29,6 +31,10 @@ __all__ = ["Command"]
 
 #: Exit codes, in the words of Nagios, which knows the same four.
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
+#: A shell's for Ctrl-C.
+INTERRUPTED = 130
+#: Seconds between two looks of --wait.
+_WAIT = tenacity.wait_random_exponential(multiplier=0.25, max=2)
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 
 
@@ -89,6 +95,10 @@ class Command(BaseCommand):
 
     _verdict: SystemExit | None = None
 
+    #: How --wait tells the time and waits, in seconds.
+    clock = staticmethod(time.monotonic)
+    sleep = staticmethod(time.sleep)
+
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the arguments."""
         parser.add_argument(
@@ -103,6 +113,13 @@ class Command(BaseCommand):
             type=_seconds,
             metavar="N",
             help="Look again every N seconds until Ctrl-C.",
+        )
+        parser.add_argument(
+            "--wait",
+            type=_seconds,
+            metavar="S",
+            help="Wait until each load balancer has a peer that can be used, S seconds at most. "
+            "Ends with 0 then, even if other peers are down, and with 2 if there is none.",
         )
         parser.add_argument(
             "--timeout",
@@ -146,24 +163,31 @@ class Command(BaseCommand):
         if "NO_COLOR" in os.environ and not options.get("force_color"):
             self.style = no_style()
         chosen = self._chosen(options["aliases"] or aliases)
+        if options["wait"] is not None and (options["watch"] is not None or _wishes(options)):
+            raise CommandError("--wait goes with neither --watch nor --drain. Nothing was changed.")
         if options["force"] and options["drain"] is None:
             raise CommandError("--force is for --drain, which is not given. Nothing was changed.")
         # "" is no peer either: a script's variable that is not set must not look like success.
-        if options["drain"] is not None or options["undrain"] is not None:
+        if _wishes(options):
             self._wish(chosen, options)
             return
         self._last: int | None = None
         try:
             self._look(chosen, options)
         except KeyboardInterrupt:
+            if options["wait"] is not None:
+                self._end(INTERRUPTED)
             if options["watch"] is None or self._last is None:
                 raise
         except BrokenPipeError:
             # Whoever read has seen enough. Python would complain once more, at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._last:
-            self._verdict = SystemExit(self._last)
-            raise self._verdict
+            self._end(self._last)
+
+    def _end(self, code: int) -> None:
+        self._verdict = SystemExit(code)
+        raise self._verdict
 
     def _chosen(self, aliases: Sequence[str]) -> dict[str, LoadBalancer]:
         """Return the load balancers that are asked for, by alias.
@@ -257,9 +281,15 @@ class Command(BaseCommand):
         interval = options["watch"]
         redraw = interval is not None and self.stdout.isatty() and not options["json"]
         while True:
-            looks = _ask(chosen, options["timeout"])
+            if options["wait"] is not None:
+                looks = self._waited(chosen, options)
+            else:
+                looks = _ask(chosen, options["timeout"])
             # First: whoever has seen a look, and ends it, is to get its exit code.
             self._last = _worst(looks)
+            if options["wait"] is not None and self._last == WARNING:
+                # What was waited for is there.
+                self._last = OK
             if options["json"]:
                 indent = 2 if interval is None else None
                 self.stdout.write(json.dumps(_as_json(looks), indent=indent))
@@ -275,6 +305,40 @@ class Command(BaseCommand):
             if interval is None:
                 return
             time.sleep(interval)
+
+    def _waited(
+        self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]
+    ) -> dict[str, _Look]:
+        """Return the first look in which each load balancer can be used, or the last one."""
+        seconds = options["wait"]
+        until = self.clock() + seconds
+        progress = _Progress(self.stderr, options["verbosity"])
+
+        def look() -> dict[str, _Look]:
+            # A first look has the time that a peer needs, however short the wait is.
+            looks = _ask(chosen, options["timeout"])
+            if _worst(looks) == CRITICAL:
+                waits = [alias for alias, one in looks.items() if one.status == CRITICAL]
+                errors = "; ".join(
+                    f"{row.found.peer}: {row.found.error or 'drained'}"
+                    for row in looks[waits[0]].rows
+                )
+                left = max(0.0, until - self.clock())
+                progress.say(f"waiting for {', '.join(waits)}, {{left}}: {errors}", left)
+            return looks
+
+        try:
+            found: dict[str, _Look] = tenacity.Retrying(
+                retry=tenacity.retry_if_result(lambda looks: _worst(looks) == CRITICAL),
+                wait=lambda state: min(float(_WAIT(state)), max(0.0, until - self.clock())),
+                stop=lambda state: self.clock() >= until,
+                sleep=self.sleep,
+                # Time is over: the last look says how things are.
+                retry_error_callback=lambda state: state.outcome.result(),  # type: ignore[union-attr]
+            )(look)
+            return found
+        finally:
+            progress.end()
 
     def _table(self, looks: Mapping[str, _Look], options: Mapping[str, Any]) -> Iterator[str]:
         """Yield the lines: the verdict first, as Nagios wants it."""
@@ -325,6 +389,43 @@ class Command(BaseCommand):
             return lambda status, text: text
         painters = (self.style.SUCCESS, self.style.WARNING, self.style.ERROR)
         return lambda status, text: painters[status](text)
+
+
+class _Progress:
+    """What is waited for, on the error stream: one line that is renewed on a terminal, elsewhere
+    a line whenever something else is waited for."""
+
+    def __init__(self, stream: Any, verbosity: int) -> None:
+        self._stream = stream
+        self._quiet = verbosity == 0
+        self._live = bool(stream.isatty())
+        self._said = ""
+
+    def say(self, text: str, left: float) -> None:
+        """Say it; ``{left}`` in the text is the time that is left, in seconds."""
+        if self._quiet:
+            return
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            line = text.replace("{left}", f"{left:.0f} s left")[:width]
+            self._stream.write(f"\r\x1b[K{line}", lambda line: line, ending="")
+            self._stream.flush()
+        elif text != self._said:
+            line = text.replace("{left}", f"at most {left:.0f} s")
+            self._stream.write(line, lambda line: line)
+            self._stream.flush()
+        self._said = text
+
+    def end(self) -> None:
+        """Take the line away."""
+        if self._live and self._said:
+            self._stream.write("\r\x1b[K", lambda line: line, ending="")
+            self._stream.flush()
+
+
+def _wishes(options: Mapping[str, Any]) -> bool:
+    """Return whether a peer is to be drained or taken back."""
+    return options["drain"] is not None or options["undrain"] is not None
 
 
 def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
