@@ -117,6 +117,7 @@ def _retrying(function: _F, using: str | None, attempts: int) -> _F:
                 "run again. Switch autocommit on, or use transaction.atomic here."
             )
         begun = NO_TRANSACTION
+        held = connection.now_holding()
 
         def once() -> Any:
             nonlocal begun
@@ -129,7 +130,11 @@ def _retrying(function: _F, using: str | None, attempts: int) -> _F:
             stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT),
             retry=tenacity.retry_if_exception(
-                lambda exc: isinstance(exc, Error) and connection.begins_again(exc, begun)
+                lambda exc: (
+                    isinstance(exc, Error)
+                    and connection.begins_again(exc, begun)
+                    and connection.still_holds(held)
+                )
             ),
             reraise=True,
         )(once)

@@ -19,14 +19,23 @@ from typing import Any
 
 from sqlparse import lexer
 
-__all__ = ["READ", "SCOPED", "STATE", "is_plain", "is_provable_read", "kinds", "scan"]
+__all__ = [
+    *("CALLS", "IDS", "READ", "RESULT", "SCOPED", "STATE"),
+    *("CALL", "GAP", "is_plain", "is_provable_read", "kinds", "makes_ids", "scan", "writes"),
+]
 
 #: Looks like a read. Only decides whether the socket is looked at first.
 READ = 1
-#: Leaves something in the session: the connection is sticky from here on.
+#: Leaves something in the session, or takes it back: see :mod:`.holdings`.
 STATE = 2
 #: Asks for a result that lives in the connection, such as LAST_INSERT_ID().
 SCOPED = 4
+#: A read that calls a function which is not known to be pure: it may write.
+CALLS = 8
+#: Of SCOPED: asks for ids that earlier statements made: LAST_INSERT_ID(), currval().
+IDS = 16
+#: Of SCOPED: asks what the statement before did: ROW_COUNT(), SHOW WARNINGS.
+RESULT = 32
 
 #: The memo of :func:`scan`, to be asked directly where a call costs too much.
 kinds: dict[Any, int] = {}
@@ -59,10 +68,24 @@ _STATELESS_HEADS = _READ_HEADS | {
     # Of a transaction, and gone with it. BEGIN and START are not here.
     *("SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT"),
 }
+#: What may stand between two words: spaces and comments, as either server ends them.
+GAP = r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|\*/|(?:--|\#)(?:[^\r\n]*[\r\n]|[^\n]*\n))"
+#: … and between a function's name and the parenthesis of its call.
+CALL = rf"""["`]?{GAP}*\("""
 _STATE = re.compile(
-    r"""get_lock|release_lock|release_all_locks|service_\w+_locks|pg_(?:try_)?advisory
-    | set_config|setseed|dblink|pg_replication_origin_session
-    | \btemp(?:orary)?\b | pg_temp
+    rf"""(?:get_lock|release_lock|release_all_locks|service_\w+_locks
+    # Those of a transaction end with it.
+    | pg_(?:try_)?advisory_(?!xact)\w+
+    | setseed|dblink\w*|pg_replication_origin_\w+
+    | pg_(?:create|copy|drop)_\w*replication_slot | pg_(?:start_backup|backup_start)
+    | pg_(?:stop_backup|backup_stop)
+    # set_config, set_limit, set_user, and the application's own set_tenant.
+    | \b(?:re)?set_\w+){CALL}
+    # A temporary table, and not a column of that name.
+    | \b(?:create|replace|local|global|drop){GAP}+temp(?:orary)?(?=\s|/|--|\#)
+    | \binto{GAP}+temp(?:orary)?{GAP}+(?!values?\b|select\b|set\b|default\b|overriding\b|as\b
+      |with\b|partition\b|using\b|from\b)[\w"`]
+    | \bpg_temp(?:_\d+)?["`]?{GAP}*\.
     # A user variable, not a system one and not PostgreSQL's @>.
     | (?<!@)@(?!@)[\w`'"$.] | :=
     # MySQL runs what stands in these comments.
@@ -75,27 +98,38 @@ _STATE = re.compile(
 )
 #: One of these is in each text that _STATE finds something in.
 _STATE_HINTS = (
-    *("lock", "advisory", "set_config", "setseed", "dblink", "replication_origin", "temp"),
+    *("lock", "advisory", "set_", "setseed", "dblink", "replication_", "backup", "temp"),
     *("@", ":=", "/*", 'u&"', ";"),
 )
-#: SETs that end with the transaction. MySQL's SET LOCAL is SET SESSION, but it
+#: Locks and SETs that end with the transaction. MySQL's SET LOCAL is SET SESSION, but it
 #: has no TO, and none of these variables.
-_LOCAL_SET = re.compile(
-    r"""\s*SET\s+(?:CONSTRAINTS\b | LOCAL\s+(?:\w+(?:\.\w+)?\s+TO\b | \w+\.\w+\s*=
+_LOCAL = re.compile(
+    r"""\s*LOCK\s+(?:TABLE\s+)?(?!TABLES?\b)[\w".]+(?:\s*,\s*[\w".]+)*\s+IN\s+[A-Z ]+\s+MODE\b
+    | \s*SET\s+(?:CONSTRAINTS\b | LOCAL\s+(?:\w+(?:\.\w+)?\s+TO\b | \w+\.\w+\s*=
     | (?:statement_timeout|lock_timeout|idle_in_transaction_session_timeout
     |transaction_timeout|work_mem|search_path|synchronous_commit|row_security|jit)\s*=))""",
     re.IGNORECASE | re.VERBOSE,
 )
 _CHAIN = re.compile(r"\bchain\b", re.IGNORECASE)
 _ANALYZE = re.compile(r"\banaly[sz]e\b", re.IGNORECASE)
-_SCOPED = re.compile(
-    r"""last_insert_id|found_rows|\blastval\b|\bcurrval\b|connection_id|pg_backend_pid
-    | wsrep_last_(?:written|seen) | row_count(?:\s|/\*.*?\*/)*\(
-    | \bprevious(?:\s|/\*.*?\*/)+value\b
-    | @@(?:(?:session|local)\s*\.\s*)?`?
-      (?:identity|insert_id|warning_count|error_count|pseudo_thread_id|rand_seed
-      |last_gtid|in_transaction)""",
-    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+#: LAST_INSERT_ID(expression) in a write gives a value, and asks for none.
+_IDS = re.compile(
+    rf"""last_insert_id{CALL}{GAP}*\) | \blastval{CALL} | \bcurrval{CALL} | \.\s*currval\b
+    | wsrep_last_(?:written|seen)\w*{CALL} | \bprevious{GAP}+value\b
+    | @@(?:(?:session|local)\s*\.\s*)?`?(?:identity|(?:last_)?insert_id|last_gtid)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_GIVEN_ID = re.compile(rf"last_insert_id{CALL}", re.IGNORECASE)
+_RESULT = re.compile(
+    rf"""(?:found_rows|row_count){CALL}
+    | @@(?:(?:session|local)\s*\.\s*)?`?(?:warning_count|error_count)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+#: Who am I? Another connection's answer is another, and true.
+_SELF = re.compile(
+    rf"""(?:connection_id|pg_backend_pid){CALL}
+    | @@(?:(?:session|local)\s*\.\s*)?`?(?:pseudo_thread_id|rand_seed|in_transaction)""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _SCOPED_HINTS = (
     *("last_insert_id", "found_rows", "lastval", "currval", "connection_id", "pg_backend_pid"),
@@ -104,6 +138,14 @@ _SCOPED_HINTS = (
 _SCOPED_SHOW = re.compile(
     r"\bshow\s+(?:count|warnings|errors|profiles?|local|session|status)\b", re.IGNORECASE
 )
+
+#: Statements that make no ids, unless they call for the next of a sequence.
+_MAKE_NO_IDS = _READ_HEADS | {
+    *("UPDATE", "DELETE", "TRUNCATE", "CREATE", "ALTER", "DROP", "RENAME", "COMMENT", "GRANT"),
+    *("SET", "USE", "BEGIN", "START", "SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT", "LISTEN"),
+    *("LOCK", "UNLOCK", "ANALYZE", "VACUUM", "NOTIFY", "GET"),
+}
+_NEXT = re.compile(rf"nextval|setval|\bnext\b|{_GIVEN_ID.pattern}", re.IGNORECASE)
 
 
 def scan(sql: Any) -> int:
@@ -131,31 +173,77 @@ def scan(sql: Any) -> int:
     return kind
 
 
-def _scan(text: str) -> int:
+def writes(kind: int) -> bool:
+    """Return whether a statement of this kind may write."""
+    return not kind & READ or bool(kind & CALLS)
+
+
+def makes_ids(sql: Any) -> bool:
+    """Return whether a statement may give LAST_INSERT_ID() or lastval() something to tell."""
+    if isinstance(sql, bytes):
+        sql = sql.decode("latin-1")
+    return (
+        not isinstance(sql, str) or _head(sql) not in _MAKE_NO_IDS or _NEXT.search(sql) is not None
+    )
+
+
+def _head(text: str) -> str:
     found = _HEAD.match(text)
-    head = (found.group(1) or "").upper() if found else ""
+    return (found.group(1) or "").upper() if found else ""
+
+
+def _scan(text: str) -> int:
+    head = _head(text)
     kind = 0
+    lowered = text.lower()
     if head in _READ_HEADS and not (head in _EXPLAIN_HEADS and _ANALYZE.search(text)):
         kind |= READ
-    lowered = text.lower()
+        if _calls_unknown(text):
+            kind |= CALLS
     if (
-        (head not in _STATELESS_HEADS and not _LOCAL_SET.match(text))
+        (head not in _STATELESS_HEADS and not _LOCAL.match(text))
         or (head in ("COMMIT", "ROLLBACK") and _CHAIN.search(text))
+        or (head in ("UPDATE", "WITH") and "pg_settings" in lowered)
         or _leaves_state(text, lowered)
     ):
         kind |= STATE
-    if (any(hint in lowered for hint in _SCOPED_HINTS) and _SCOPED.search(text)) or (
-        head == "SHOW" and _SCOPED_SHOW.search(_COMMENT.sub(" ", text))
-    ):
-        kind |= SCOPED
-    return kind
+    return kind | _scoped(text, lowered, head, kind)
+
+
+def _scoped(text: str, lowered: str, head: str, kind: int) -> int:
+    scoped = 0
+    if any(hint in lowered for hint in _SCOPED_HINTS):
+        if _IDS.search(text) or (kind & READ and _GIVEN_ID.search(text)):
+            scoped |= SCOPED | IDS
+        if _RESULT.search(text):
+            scoped |= SCOPED | RESULT
+        if _SELF.search(text):
+            scoped |= SCOPED
+    if head == "GET" or (head == "SHOW" and _SCOPED_SHOW.search(_COMMENT.sub(" ", text))):
+        scoped |= SCOPED | RESULT
+    return scoped
 
 
 def _leaves_state(text: str, lowered: str) -> bool:
     if not any(hint in lowered for hint in _STATE_HINTS):
         return False
-    # Of a statement of megabytes the hint will do: it is full of values.
-    return len(text) > _LONG or _STATE.search(text) is not None
+    if len(text) > _LONG:
+        text = _shortened(text)
+        # Of a statement of megabytes the hint will do: it is full of values.
+        return len(text) > _LONG or _STATE.search(text) is not None
+    return _STATE.search(text) is not None
+
+
+def _calls_unknown(text: str) -> bool:
+    """Return whether a read calls a function that is not known to be pure.
+
+    Less strict than the proof of a read: what it overlooks costs one node's
+    catching up, and only where two servers read a text in two ways.
+    """
+    for schema, name in _CALLED.findall(text):
+        if (schema and schema.lower() != "pg_catalog") or name.upper() not in _CALLED_PURE:
+            return True
+    return False
 
 
 # After a loss
@@ -284,6 +372,13 @@ _PURE = frozenset(
     ST_MAKEENVELOPE ST_MEMSIZE ST_GEOMETRYTYPE MBRCONTAINS MBRCOVEREDBY MBRDISJOINT MBREQUAL
     MBRINTERSECTS MBROVERLAPS MBRTOUCHES MBRWITHIN MBREQUALS MBRCOVERS""".split()
 )
+
+
+#: A call: its schema, and its name with what quotes it.
+_CALLED = re.compile(
+    r"""(?<![\w$])(?:([\w$]+)["`]?\s*\.\s*)?(["`]?[\w$]+["`]?)(?:\s|/\*[^*]*\*/)*\("""
+)
+_CALLED_PURE = _PURE | _NO_FUNCTIONS | _INFIX | _AFTER_CALLS | _TYPES | {"GROUP", "ARRAY"}
 
 
 def is_provable_read(sql: Any, *, may_lock: bool = False) -> bool:

@@ -37,6 +37,7 @@ FLOORS = {
     "events": 1,
     "forks": 1,
     "budget": 1,
+    "holdings": 1,
     # Parts of a balancer.
     "breaker": 2,
     "strategies": 2,

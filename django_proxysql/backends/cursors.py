@@ -17,7 +17,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
 from .. import drivers
-from ..statements import READ, STATE, kinds, scan
+from ..statements import READ, SCOPED, STATE, kinds, scan, writes
 from .state import BEGUN
 
 __all__ = ["cursor_class", "note_named"]
@@ -60,7 +60,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         if now > budget.next_note:
             budget.note(now)
         if (
-            kind & STATE
+            kind & (STATE | SCOPED)
             or self._session is not session
             or (
                 (db._transaction.stage is BEGUN or session.dead)
@@ -73,8 +73,10 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
                 )
             )
         ):
-            session = db._before_statement(self, kind, now)
+            session = db._before_statement(self, kind, now, sql, params)
         session.used = now
+        if kind != READ and writes(kind):
+            session.wrote = True
         try:
             result = plain(self, sql, params, *ignored)
         except Error as exc:
@@ -94,8 +96,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             raise
         session.served = True
         db._transaction.statement_sent()
-        if not kind & READ:
-            session.wrote = True
+        if kind != READ:
+            db._after_statement(session, kind, sql, params)
         return result
 
     return execute

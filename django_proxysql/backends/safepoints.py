@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
-from django.db.utils import DatabaseErrorWrapper, Error
+from django.db.utils import DatabaseErrorWrapper, Error, OperationalError
 from django.utils.functional import cached_property
 
 from .. import drivers, ready, sockets
@@ -33,8 +35,20 @@ from ..errors import CommitOutcomeUnknown
 from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from ..exceptions import NotReady
 from ..faults import Fault
+from ..holdings import Holdings, Replacing
 from ..registry import Registered
-from ..statements import READ, SCOPED, STATE, is_plain, is_provable_read, scan
+from ..statements import (
+    IDS,
+    READ,
+    RESULT,
+    SCOPED,
+    STATE,
+    is_plain,
+    is_provable_read,
+    makes_ids,
+    scan,
+    writes,
+)
 from .cursors import cursor_class, note_named
 from .mixin import LoadBalancedMixin
 from .pools import close_for_good, close_in_child, give_back, is_pooled
@@ -100,18 +114,51 @@ class SafePointsMixin(LoadBalancedMixin):
     #: close_old_connections() is called for this wrapper: it ends units of work.
     _has_units = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have an engine over this one send for each cursor what it sends."""
+        super().__init_subclass__(**kwargs)
+        theirs = cls._cursor
+        if theirs is not SafePointsMixin._cursor and not hasattr(theirs, "sets_cursors_up"):
+            cls._cursor = _setting_up(theirs)  # type: ignore[method-assign]
+
     # Made
 
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         generation = attempt.peer.breaker.circuit.generation
         connection = super()._open_one(registered, attempt)
-        self._session = None
-        self._transaction = NO_TRANSACTION
+        session = None
         if self._driver.WATCHED:
-            self._session = self._new_session(registered, attempt, connection, generation)
+            session = self._new_session(registered, attempt, connection, generation)
             # Out of a pool: it has been one for a while, and is lost like any other.
-            self._session.served = is_pooled(connection)
+            session.served = is_pooled(connection)
+            if self._session is not None:
+                self._follow(self._session, session)
+        self._session = session
+        self._transaction = NO_TRANSACTION
         return connection
+
+    def _follow(self, before: Session, session: Session) -> None:
+        """Take over from this request's last connection what the new one must know of it.
+
+        Each way from one connection to the next comes by here: a replacement, a replay,
+        and Django's own connecting after a block that was lost, or after close().
+
+        A read on another Galera node right after a write was stale in a
+        quarter of all tries (seen); once the node has caught up it is not.
+
+        :raises Exception: the node has not caught up, or was lost meanwhile: the attempt
+            to connect has failed.
+        """
+        if not self._has_units and session.clock() - before.used > before.idle:
+            before.wrote = False
+        session.wrote = before.wrote
+        session.lost_results = IDS | RESULT if before.results else before.lost_results
+        if session.wrote and self.vendor == "mysql":
+            try:
+                ready.catch_up(session.connection)
+            except BaseException:
+                self._discard()
+                raise
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection, and have the kernel notice its host's death."""
@@ -283,20 +330,23 @@ class SafePointsMixin(LoadBalancedMixin):
 
     # Asked
 
-    def _is_safe(self, session: Session) -> bool:
-        """Return whether the connection may be replaced and nobody could tell."""
+    def _is_safe(self, session: Session, why: Replacing | None = None) -> bool:
+        """Return whether the connection may be replaced and nobody could tell.
+
+        :param why: None: because it is dead, or because its peer is to be left.
+        """
         if self.in_atomic_block or not self.autocommit or self._transaction.is_of_atomic:
             return False
-        if self._thread_sharing_count > 0 or session.held:  # type: ignore[attr-defined]
+        if self._thread_sharing_count > 0:  # type: ignore[attr-defined]
+            return False
+        why = why or (Replacing.LOST if session.dead else Replacing.LEAVING)
+        if not session.holds.may_go(why, session.told):
             return False
         if session.dead and session.told:
-            # Its state is gone, and the application knows.
+            # What was in it is gone, and the application knows.
             return True
         return not (
-            session.sticky
-            or session.unbuffered
-            or session.server_side
-            or self._driver.is_busy(session.connection)
+            session.unbuffered or session.server_side or self._driver.is_busy(session.connection)
         )
 
     def _is_lost(self, session: Session) -> bool:
@@ -341,6 +391,7 @@ class SafePointsMixin(LoadBalancedMixin):
             # psycopg makes no cursor on a closed connection; and what a named
             # cursor reads cannot follow it to another one.
             self._before_cursor(session)
+        told = session is not None and session.told
         try:
             cursor = super()._cursor(name)  # type: ignore[misc]
         except Error:
@@ -353,6 +404,10 @@ class SafePointsMixin(LoadBalancedMixin):
                 session.told = True
                 raise
             cursor = super()._cursor(name)  # type: ignore[misc]
+        if session is not None and session is self._session:
+            # What the peer engine sends for each cursor may have met the loss, and the
+            # engine kept it to itself: django-tenants does.
+            session.told = told
         session = self._session
         if session is None or self._quiet:
             return cursor
@@ -372,8 +427,13 @@ class SafePointsMixin(LoadBalancedMixin):
         else:
             self._at_safe_point(session, READ, now)
 
-    def _before_statement(self, cursor: Any, kind: int, now: float) -> Session:
-        """Have ``cursor`` on a connection that is as good as can be known."""
+    def _before_statement(
+        self, cursor: Any, kind: int, now: float, sql: Any, params: Any
+    ) -> Session:
+        """Have ``cursor`` on a connection that is as good as can be known.
+
+        :raises OperationalError: what the statement asks for went with an earlier connection.
+        """
         session = self._session
         assert session is not None
         if self.in_atomic_block:
@@ -382,11 +442,26 @@ class SafePointsMixin(LoadBalancedMixin):
             self._at_safe_point(session, kind, now)
         session = self._session
         assert session is not None
-        if kind & STATE and not self._of_ours:
-            session.sticky = True
+        if kind & session.lost_results:
+            raise OperationalError(
+                f"{session.balancer.name}: what this statement asks for went with a connection "
+                "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
+                "answer for one connection only, and the new one would answer for itself."
+            )
         if cursor._session is not session:
-            self._bind(cursor, session)
+            session = self._bind(cursor)
+        if kind & STATE and not self._of_ours:
+            session.holds.sent(sql, params)
         return session
+
+    def _after_statement(self, session: Session, kind: int, sql: Any, params: Any) -> None:
+        """Take note of what a statement that succeeded, and is no plain read, has changed."""
+        if session.holds.for_life:
+            session.holds.answered(sql, params)
+        if writes(kind):
+            session.results = True
+            if session.lost_results:
+                session.lost_results &= 0 if makes_ids(sql) else ~RESULT
 
     def _before_other(self, cursor: Any, sql: Any) -> None:
         """Before what is never run again: executemany, callproc."""
@@ -395,16 +470,22 @@ class SafePointsMixin(LoadBalancedMixin):
             return
         kind = scan(sql) & ~READ
         now = session.clock()
-        session = self._before_statement(cursor, kind, now)
+        session = self._before_statement(cursor, kind, now, sql, None)
         session.used = now
-        session.wrote = True
+        session.wrote = session.results = True
+        session.lost_results = 0
         self._transaction.statement_sent()
 
-    def _bind(self, cursor: Any, session: Session) -> None:
-        """Give ``cursor`` a driver's cursor on the present connection."""
-        with self.wrap_database_errors:
-            cursor.cursor = self.create_cursor()
-        cursor._session = session
+    def _bind(self, cursor: Any) -> Session:
+        """Give ``cursor`` a driver's cursor on the present connection; return its session.
+
+        It is made as the peer engine makes one: what the engine sends for each cursor
+        (a tenant's schema, a role) is sent for this one.
+        """
+        made = self._cursor()
+        cursor.cursor = made.cursor
+        cursor._session = self._session
+        return cursor._session  # type: ignore[no-any-return]
 
     def settle(self) -> None:
         """Leave a lost connection, and a peer that is out, if nobody can tell.
@@ -420,6 +501,8 @@ class SafePointsMixin(LoadBalancedMixin):
     def _at_safe_point(self, session: Session, kind: int, now: float) -> None:
         """In autocommit, before something is sent: replace what is lost or to be left."""
         if not self._is_safe(session):
+            if session.dead and not session.told and session.holds:
+                self._raise_loss(session)
             return
         if kind & SCOPED and not session.told:
             # LAST_INSERT_ID() of another connection is an answer, and wrong.
@@ -431,6 +514,19 @@ class SafePointsMixin(LoadBalancedMixin):
             self._replace(session, "last")
         elif session.dropped or session.version is not session.balancer.version:
             self._leave_if_out(session)
+
+    def _raise_loss(self, session: Session) -> None:
+        """Raise, once, that a connection is lost and what its session held with it.
+
+        :raises OperationalError: always.
+        """
+        session.told = True
+        held = ", ".join(session.holds.for_life) or "SET, a temporary table or the like"
+        raise OperationalError(
+            f"{session.balancer.name}: the connection to {session.peer.name} is lost "
+            f"({session.error or 'it was closed'}), and with it what its session held: {held}. "
+            "The next statement gets a new connection, which holds nothing."
+        ) from session.loss
 
     def _before_first(self, session: Session, kind: int, now: float) -> None:
         """Inside a block: only before its first statement can anything be mended."""
@@ -505,12 +601,14 @@ class SafePointsMixin(LoadBalancedMixin):
             self._own_log, self.queries_log = self.queries_log, collections.deque()
             self._hold = None
             self.connection = None
+            # As Django does before it connects anew. It closes nothing here, but an engine
+            # may keep what it has set in the session, and forgets it in close().
+            self.close()
             with self.wrap_database_errors:
                 self._connect(trials)
             for name in _OF_THE_TRANSACTION:
                 if name in kept:
                     state[name] = kept[name]
-            self._catch_up(session)
             if resume is not None:
                 self._transaction = transaction
                 self._quietly(resume)
@@ -581,18 +679,6 @@ class SafePointsMixin(LoadBalancedMixin):
         finally:
             self._quiet = before
 
-    def _catch_up(self, session: Session) -> None:
-        """Make the new peer show what the old one was told in this unit of work.
-
-        A read on another Galera node right after a write was stale in a
-        quarter of all tries (seen); once the node has caught up it is not.
-        """
-        successor = self._session
-        assert successor is not None
-        successor.wrote = session.wrote
-        if session.wrote and successor.peer is not session.peer and self.vendor == "mysql":
-            ready.catch_up(successor.connection)
-
     # Run again
 
     def _run_again(
@@ -621,9 +707,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 self._restart(session)
             else:
                 self._replace(session, "last")
-            successor = self._session
-            assert successor is not None
-            self._bind(cursor, successor)
+            successor = self._bind(cursor)
         except Exception:
             # What the application is raised is what happened to its statement.
             session.told = told
@@ -817,6 +901,7 @@ class SafePointsMixin(LoadBalancedMixin):
         try:
             transaction.commit_sent()
             result = commit()
+            self._note_end_of_transaction()
         except Error as exc:
             cause = exc.__cause__ or exc
             if known_dead or driver.proves_not_run(cause):
@@ -830,6 +915,25 @@ class SafePointsMixin(LoadBalancedMixin):
             raise
         transaction.committed()
         return result
+
+    def now_holding(self) -> tuple[Session, Holdings] | None:
+        """Return what the session holds, for :meth:`still_holds`; None if it holds nothing."""
+        session = self._current()
+        if session is None or not session.holds or (session.dead and session.told):
+            return None
+        return session, session.holds.copy()
+
+    def still_holds(self, held: tuple[Session, Holdings] | None) -> bool:
+        """Return whether all that :meth:`now_holding` has seen is held now."""
+        if held is None:
+            return True
+        session, holdings = held
+        return session is self._current() and not session.dead and session.holds.include(holdings)
+
+    def _note_end_of_transaction(self) -> None:
+        session = self._current()
+        if session is not None:
+            session.holds.transaction_ended()
 
     def begins_again(self, exc: BaseException, transaction: Transaction) -> bool:
         """Return whether a transaction that ended by ``exc`` stands for certain not, and may
@@ -850,6 +954,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _rollback(self) -> Any:
         result = super()._rollback()  # type: ignore[misc]
+        self._note_end_of_transaction()
         self._transaction.rolled_back()
         return result
 
@@ -941,31 +1046,55 @@ class SafePointsMixin(LoadBalancedMixin):
         self._restore_log()
 
     def close_if_unusable_or_obsolete(self) -> None:
-        """End a unit of work: close what is not to be kept."""
+        """End a request or task: close what is not to be kept."""
         if not self.in_atomic_block:
             self._recover()
+            if self._session is not None:
+                # Of a connection that is closed by now, too: the next one follows it.
+                self._session.wrote = self._session.results = False
+                self._session.lost_results = 0
+                self._has_units = True
         session = self._current()
         if session is not None and not self.in_atomic_block:
-            self._has_units = True
-            session.wrote = False
             if self.autocommit and not self._transaction.is_of_atomic:
-                session.stays = session.stays or session.sticky
-                session.sticky = False
-                if session.dead:
-                    self.close()
+                session.holds.end_request()
+            if self._is_unannounced(session, self.errors_occurred):
+                if self.close_at is None or time.monotonic() < self.close_at:
+                    # The next statement shows the loss.
+                    return
+            elif session.dead and self.autocommit and not self._transaction.is_of_atomic:
+                self.close()
         if self._is_to_leave():
             self.close()
         super().close_if_unusable_or_obsolete()
         if session is not None and session.balancer.slow_start.returns:
             self._move(session)
 
+    def close_if_health_check_failed(self) -> None:
+        """Close a connection that is found unusable, as Django does; see CONN_HEALTH_CHECKS."""
+        session = self._current()
+        asks = self.health_check_enabled and not self.health_check_done  # type: ignore[attr-defined,has-type]
+        if session is not None and asks and self._is_unannounced(session, ask=True):
+            # The statement that is to come shows the loss.
+            self.health_check_done = True
+        super().close_if_health_check_failed()
+
+    def _is_unannounced(self, session: Session, ask: bool) -> bool:
+        """Return whether session state is lost, and the application does not know it.
+
+        :param ask: ask the driver whether the connection is usable, if it is not known dead.
+        """
+        if not session.holds or session.told or session.connection is not self.connection:
+            return False
+        return session.dead or (ask and not self.is_usable())
+
     def _move(self, session: Session) -> None:
         """Between two units of work, go to a peer that has come back, if it is our turn."""
         balancer = session.balancer
-        if session is not self._current() or session.dead or not self._is_safe(session):
+        # What an earlier request has left may be there still, and so is the peer it is on.
+        if session is not self._current() or session.dead:
             return
-        if session.stays:
-            # LISTEN, a user's lock: the peer that it is on is well, and so may that be.
+        if not self._is_safe(session, Replacing.REBALANCING):
             return
         if balancer.pinned_to(session.peer) is not None:
             return
@@ -989,7 +1118,7 @@ class SafePointsMixin(LoadBalancedMixin):
             return False
         session = self._current()
         if session is not None and (
-            session.held or session.server_side or self._driver.is_busy(session.connection)
+            session.holds or session.server_side or self._driver.is_busy(session.connection)
         ):
             # Somebody is in the middle of something that would end with it.
             return False
@@ -1036,6 +1165,32 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _emit(self, session: Session, event: Any) -> None:
         session.balancer.emit(event)
+
+
+def _setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``theirs``, the ``_cursor()`` of an engine over ours, whose statements are no state.
+
+    They are sent again for each cursor, and so for one that moves to a new connection.
+    """
+
+    @functools.wraps(theirs)
+    def _cursor(self: SafePointsMixin, *args: Any, **kwargs: Any) -> Any:
+        session, before, transaction = self._session, self._of_ours, self._transaction
+        is_pending = transaction.is_pending
+        told = session is not None and session.told
+        try:
+            self._of_ours = True
+            cursor = theirs(self, *args, **kwargs)
+        finally:
+            self._of_ours = before
+        if is_pending:
+            transaction.only_savepoints_sent()
+        if session is not None and session is self._session:
+            session.told = told
+        return cursor
+
+    _cursor.sets_cursors_up = True  # type: ignore[attr-defined]
+    return _cursor
 
 
 def _mark_as_end(exc: BaseException) -> None:

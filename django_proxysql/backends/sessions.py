@@ -8,6 +8,7 @@ from typing import Any
 
 from ..balancer import LoadBalancer
 from ..breaker import CLOSED
+from ..holdings import Holdings
 from ..peer import Peer
 
 __all__ = ["Session"]
@@ -29,16 +30,16 @@ class Session:
         "dropped",
         "error",
         "generation",
-        "held",
+        "holds",
         "idle",
         "loss",
+        "lost_results",
         "peer",
         "poll",
         "read_timeout",
+        "results",
         "served",
         "server_side",
-        "stays",
-        "sticky",
         "timed_out",
         "told",
         "unbuffered",
@@ -86,13 +87,13 @@ class Session:
         self.error = ""
         #: What the ping of a dead socket raised, to be raised in COMMIT's place.
         self.loss: BaseException | None = None
-        #: It holds session state; never replaced behind the application's back.
-        self.sticky = False
-        #: It has held such state in an earlier unit of work, and may still do so.
-        self.stays = False
-        #: Django's own ``foreign_key_checks=0`` is in force.
-        self.held = False
-        #: It has written in this unit of work.
+        #: Its session state: never lost behind the application's back.
+        self.holds = Holdings()
+        #: A statement of this request has left something to ask for: LAST_INSERT_ID(), ROW_COUNT().
+        self.results = False
+        #: IDS, RESULT: what is asked for by these went with an earlier connection.
+        self.lost_results = 0
+        #: It may have written in this unit of work.
         self.wrote = False
         #: A statement has succeeded on it.
         self.served = False
@@ -109,3 +110,21 @@ class Session:
         self.version: object = balancer.version
         if peer.drained or peer.breaker.circuit.state != CLOSED:
             self.version = None
+
+    @property
+    def sticky(self) -> bool:
+        """Whether it holds session state of the application's."""
+        return self.holds.for_request or bool(self.holds.for_life)
+
+    @sticky.setter
+    def sticky(self, value: bool) -> None:
+        self.holds.for_request = value
+
+    @property
+    def held(self) -> bool:
+        """Whether Django's own ``foreign_key_checks=0`` is in force."""
+        return self.holds.by_django
+
+    @held.setter
+    def held(self, value: bool) -> None:
+        self.holds.by_django = value

@@ -1,0 +1,273 @@
+"""What a session holds that another would not have, and for how long.
+
+Three lives, and one record of all that one session holds:
+
+* *for the transaction*: ``SET LOCAL``, ``pg_advisory_xact_lock()``. It ends with the
+  transaction, which is lost as a whole or not at all. It is not noted here.
+* *for the request or task*: ``SET``, user variables, temporary tables, ``PREPARE``.
+  ``close_old_connections()`` ends it.
+* *for the connection's life*, until it is given back: locks, ``LISTEN``, a transaction
+  that was begun by SQL. ``close_old_connections()`` does not end it.
+
+The texts are read, for no server can be asked without a round trip. Something that
+is noted and not held costs an error at the connection's loss. So a text that can be
+read in two ways takes, and does not give back.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from .statements import CALL
+
+__all__ = ["Holdings", "Replacing", "changes"]
+
+
+class Replacing(enum.Enum):
+    """Why a connection is to be replaced at a safe point."""
+
+    #: It is dead.
+    LOST = "lost"
+    #: It works. Its peer's circuit is open, or the peer is drained.
+    LEAVING = "leaving"
+    #: It works, and another peer has come back.
+    REBALANCING = "rebalancing"
+
+
+class Holdings:
+    """What one session holds. Belongs to one thread at a time."""
+
+    __slots__ = ("by_django", "earlier", "for_life", "for_request")
+
+    def __init__(self) -> None:
+        #: ``SET``, a temporary table and the like: until the request or task ends.
+        self.for_request = False
+        #: Locks and the like, by name: how often each was taken and not given back.
+        self.for_life: dict[str, int] = {}
+        #: Django's own ``foreign_key_checks=0`` is in force.
+        self.by_django = False
+        #: An earlier request left something that may still be there.
+        self.earlier = False
+
+    def __bool__(self) -> bool:
+        """Whether a new connection in its place would lack something."""
+        return self.for_request or self.by_django or bool(self.for_life)
+
+    def sent(self, sql: Any, params: Any) -> None:
+        """Note what a statement takes. Call it before the statement is sent."""
+        taken, given = _sorted(changes(sql, params))
+        for name in taken:
+            # Of locks alone it matters how often: the servers count them, too.
+            before = self.for_life.get(name, 0) if name.startswith("lock ") else 0
+            self.for_life[name] = before + 1
+        if not taken and not given:
+            self.for_request = True
+
+    def answered(self, sql: Any, params: Any) -> None:
+        """Note what a statement has given back, once it has succeeded."""
+        for name in _sorted(changes(sql, params))[1]:
+            for held in [one for one in self.for_life if _covers(name, one)]:
+                left = self.for_life[held] - 1
+                if left > 0 and not name.endswith("*"):
+                    self.for_life[held] = left
+                else:
+                    del self.for_life[held]
+
+    def transaction_ended(self) -> None:
+        """Note that COMMIT or ROLLBACK, sent by Django, was answered."""
+        self.for_life.pop("transaction", None)
+
+    def end_request(self) -> None:
+        """Note that the request or task has ended, and what it held for itself with it."""
+        self.earlier = self.earlier or bool(self)
+        self.for_request = False
+
+    def may_go(self, why: Replacing, told: bool) -> bool:
+        """Return whether the connection may be replaced without anything being lost silently.
+
+        :param told: the application has been raised the error that ended the connection.
+        """
+        if why is Replacing.LOST and told:
+            return not self.by_django
+        if why is Replacing.REBALANCING and self.earlier:
+            return False
+        return not self
+
+    def copy(self) -> Holdings:
+        """Return what is held now, to be compared with later."""
+        other = Holdings()
+        other.for_request, other.by_django = self.for_request, self.by_django
+        other.for_life = dict(self.for_life)
+        return other
+
+    def include(self, other: Holdings) -> bool:
+        """Return whether all that ``other`` has is held here too."""
+        return (
+            self.for_request >= other.for_request
+            and self.by_django >= other.by_django
+            and all(self.for_life.get(name, 0) >= count for name, count in other.for_life.items())
+        )
+
+
+def _covers(given: str, held: str) -> bool:
+    return held.startswith(given[:-1]) if given.endswith("*") else held == given
+
+
+def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
+    taken: list[str] = []
+    given: list[str] = []
+    for takes, name in found:
+        (taken if takes else given).append(name)
+    return taken, given
+
+
+_COMMENT = re.compile(r"/\*(?!M?!).*?\*/|(?:--|#)[^\r\n]*[\r\n]", re.DOTALL)
+_MORE = re.compile(r";\s*(?=\S)")
+#: Whole statements: a name, what takes it, and what gives it back.
+_STATEMENTS = [
+    (
+        name,
+        re.compile(takes, re.IGNORECASE | re.DOTALL),
+        re.compile(gives, re.IGNORECASE | re.DOTALL),
+    )
+    for name, takes, gives in (
+        (
+            "transaction",
+            r"(?:BEGIN|START\s+TRANSACTION|XA\s+(?:START|BEGIN))\b"
+            r"|(?:COMMIT|END|ABORT|ROLLBACK)\b.*\bAND\s+CHAIN\b",
+            r"(?:COMMIT|END|ABORT|ROLLBACK|PREPARE\s+TRANSACTION|XA\s+(?:COMMIT|ROLLBACK))\b"
+            r"(?!.*\b(?:TO|PREPARED)\b)",
+        ),
+        (
+            "autocommit",
+            r"SET\b.*\bautocommit`?\s*:?=\s*'?(?:0|off|false)",
+            r"SET\s+(?:SESSION\s+|@@(?:session\.)?)?autocommit\s*:?=\s*(?:1|on|true)\s*;?\s*$",
+        ),
+        (
+            "tables",
+            r"LOCK\s+TABLES\b|LOCK\s+TABLE\b.*\b(?:READ|WRITE)\b"
+            r"|FLUSH\b.*\bTABLES?\b.*\b(?:LOCK|EXPORT)\b",
+            r"UNLOCK\s+TABLES?\b",
+        ),
+        ("instance", r"LOCK\s+INSTANCE\b", r"UNLOCK\s+INSTANCE\b"),
+        ("backup", r"BACKUP\s+(?:STAGE\s+(?!END\b)|LOCK\b)", r"BACKUP\s+(?:STAGE\s+END|UNLOCK)\b"),
+    )
+]
+_LISTEN = re.compile(r"(UN)?LISTEN\s+(\*|\"[^\"]+\"|[\w$]+)", re.IGNORECASE)
+_DISCARD = re.compile(r"DISCARD\s+ALL\b", re.IGNORECASE)
+_FUNCTION = re.compile(
+    rf"""(release_all_locks|pg_advisory_unlock_all
+    |get_lock|release_lock|service_\w+_locks
+    |pg_(?:try_)?advisory_(?:un)?lock(?:_shared)?
+    |pg_(?:create|copy|drop)_\w*replication_slot
+    |pg_(?:start_backup|backup_start|stop_backup|backup_stop)){CALL}""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s")
+#: Arguments that are the same whenever they are written alike: values, and calls over values.
+_SAME_AGAIN = re.compile(
+    r"""(?:'[^'\\]*'|\d+(?!\w)|[-+]|,|\s|::\s*\w+|[A-Za-z_][\w.]*\s*\(|\)|<shared>)*"""
+)
+
+
+def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
+    """Yield what a statement takes for the connection's life, and what it gives back.
+
+    :returns: pairs: whether it takes, and the name of what it takes or gives back. A
+        name that ends in ``*`` gives back all that begin like it.
+    """
+    if isinstance(sql, bytes):
+        sql = sql.decode("latin-1")
+    if not isinstance(sql, str):
+        return
+    pieces = _MORE.split(_COMMENT.sub(" ", sql))
+    for piece in pieces:
+        for takes, name in _changes(piece, sql, params):
+            # Where a semicolon may stand in a value, nothing is sure to be given back.
+            if takes or len(pieces) == 1:
+                yield takes, name
+
+
+def _changes(piece: str, sql: str, params: Any) -> Iterator[tuple[bool, str]]:
+    text = piece.lstrip(" \t\r\n\f(")
+    for name, takes, gives in _STATEMENTS:
+        if takes.match(text):
+            yield True, name
+        elif gives.match(text):
+            yield False, name
+    if _DISCARD.match(text):
+        yield False, "*"
+    listen = _LISTEN.match(text)
+    if listen is not None:
+        yield not listen.group(1), f"listen {listen.group(2)}"
+    for call in _FUNCTION.finditer(piece):
+        yield from _call(call.group(1).lower(), piece, call.end(), params)
+
+
+def _call(function: str, text: str, start: int, params: Any) -> Iterator[tuple[bool, str]]:
+    if function in ("release_all_locks", "pg_advisory_unlock_all"):
+        yield False, "lock *"
+    elif function.startswith("service_"):
+        yield function != "service_release_locks", "service"
+    elif "backup" in function:
+        yield "start" in function, "backup"
+    else:
+        arguments = _arguments(text, start)
+        takes = "release" not in function and "unlock" not in function and "drop" not in function
+        is_slot = "slot" in function
+        if is_slot or "get_lock" in function or "release_lock" in function:
+            # The first is its name; a second says how long to wait, or what is made.
+            arguments = arguments[:1]
+        elif function.endswith("shared"):
+            arguments = ["<shared>", *arguments]
+        if "get_lock" in function or "release_lock" in function:
+            # In MySQL these quote a value, too.
+            arguments = [one.replace('"', "'") for one in arguments]
+        name = _written_out(",".join(arguments), text, start, params)
+        if name is not None:
+            yield takes, f"{'slot' if is_slot else 'lock'} {name}"
+        elif takes:
+            yield True, "lock of an unknown name"
+
+
+def _arguments(text: str, start: int) -> list[str]:
+    """Return the arguments of the call whose parenthesis opens before ``start``."""
+    depth, quoted, begun, found = 0, False, start, []
+    for i in range(start, len(text)):
+        character = text[i]
+        if character == "'":
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif character == "(":
+            depth += 1
+        elif character == ")" and depth:
+            depth -= 1
+        elif character == ")" or (character == "," and not depth):
+            found.append(text[begun:i].strip())
+            begun = i + 1
+            if character == ")":
+                break
+    return found
+
+
+def _written_out(arguments: str, text: str, start: int, params: Any) -> str | None:
+    """Return arguments with their parameters put in; None if they may differ next time."""
+    position = len(_PLACEHOLDER.findall(text[:start]))
+
+    def value(found: re.Match[str]) -> str:
+        nonlocal position
+        key = found.group(1)
+        if key is None:
+            key, position = position, position + 1
+        return repr(params[key])
+
+    try:
+        written = _PLACEHOLDER.sub(value, arguments)
+    except Exception:
+        return None
+    plain = _PLACEHOLDER.sub("0", arguments)
+    return written if _SAME_AGAIN.fullmatch(plain) else None

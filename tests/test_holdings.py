@@ -1,0 +1,191 @@
+"""What a session holds: which statement takes it, which gives it back, and what follows."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from django_proxysql.holdings import Holdings, Replacing, changes
+from django_proxysql.statements import STATE, scan
+
+#: What lives on after close_old_connections(), and how it is given back.
+PAIRS: list[tuple[tuple[Any, Any], tuple[Any, Any]]] = [
+    (("SELECT GET_LOCK('a', 0)", None), ("SELECT RELEASE_LOCK('a')", None)),
+    (("SELECT GET_LOCK(%s, %s)", ["a", 0]), ("SELECT RELEASE_LOCK(%s)", ["a"])),
+    (("SELECT GET_LOCK(%s, 0)", ("a",)), ("DO RELEASE_LOCK('a')", None)),
+    (('SELECT GET_LOCK("a", 0)', None), ("SELECT RELEASE_LOCK('a')", None)),
+    (("SELECT GET_LOCK(CONCAT('a', %s), 0)", [1]), ("DO RELEASE_LOCK(CONCAT('a', %s))", [1])),
+    (("SELECT GET_LOCK(%(n)s, 0)", {"n": "a"}), ("SELECT RELEASE_LOCK(%(n)s)", {"n": "a"})),
+    (("SELECT GET_LOCK('a', 0)", None), ("SELECT RELEASE_ALL_LOCKS()", None)),
+    (("SELECT id, GET_LOCK(name, 0) FROM t", None), ("SELECT RELEASE_ALL_LOCKS()", None)),
+    (("SELECT pg_advisory_lock(7)", None), ("SELECT pg_advisory_unlock(7)", None)),
+    (("SELECT pg_advisory_lock(%s, %s)", [1, 2]), ("SELECT pg_advisory_unlock(%s, %s)", [1, 2])),
+    (
+        ("SELECT pg_try_advisory_lock(hashtext('a')::bigint)", None),
+        ("SELECT pg_advisory_unlock(hashtext('a')::bigint)", None),
+    ),
+    (
+        ("SELECT pg_advisory_lock_shared(7)", None),
+        ("SELECT pg_advisory_unlock_shared(7)", None),
+    ),
+    (("SELECT pg_advisory_lock(7)", None), ("SELECT pg_advisory_unlock_all()", None)),
+    (("SELECT pg_advisory_lock(7)", None), ("DISCARD ALL", None)),
+    (("LISTEN jobs", None), ("UNLISTEN jobs", None)),
+    (("LISTEN jobs", None), ("UNLISTEN *", None)),
+    (('LISTEN "jobs"', None), ('UNLISTEN "jobs"', None)),
+    (("BEGIN", None), ("COMMIT", None)),
+    (("begin", None), ("rollback;", None)),
+    (("/* x */ START TRANSACTION", None), ("ROLLBACK", None)),
+    (("BEGIN", None), ("END", None)),
+    (("XA START 'x'", None), ("XA COMMIT 'x' ONE PHASE", None)),
+    (("COMMIT AND CHAIN", None), ("COMMIT AND NO CHAIN", None)),
+    (("SET autocommit = 0", None), ("SET autocommit=1", None)),
+    (("SET SESSION autocommit = OFF, sql_mode = ''", None), ("SET autocommit = ON", None)),
+    (("LOCK TABLES t WRITE", None), ("UNLOCK TABLES", None)),
+    (("LOCK TABLE t READ", None), ("UNLOCK TABLES", None)),
+    (("FLUSH TABLES WITH READ LOCK", None), ("UNLOCK TABLES", None)),
+    (("FLUSH TABLES t FOR EXPORT", None), ("UNLOCK TABLES", None)),
+    (("BACKUP STAGE START", None), ("BACKUP STAGE END", None)),
+    (
+        ("SELECT pg_create_physical_replication_slot('s', true, true)", None),
+        ("SELECT pg_drop_replication_slot('s')", None),
+    ),
+    (("SELECT pg_backup_start('x')", None), ("SELECT pg_backup_stop()", None)),
+]
+#: Something else is given back, or nothing is sure to be.
+NO_PAIRS: list[tuple[tuple[Any, Any], tuple[Any, Any]]] = [
+    (("SELECT GET_LOCK('a', 0)", None), ("SELECT RELEASE_LOCK('b')", None)),
+    (("SELECT GET_LOCK(%s, 0)", ["a"]), ("SELECT RELEASE_LOCK(%s)", ["b"])),
+    (("SELECT GET_LOCK(name, 0) FROM t", None), ("SELECT RELEASE_LOCK(name) FROM t", None)),
+    (("SELECT GET_LOCK('a', 0)", None), ("COMMIT", None)),
+    (("SELECT GET_LOCK('a', 0)", None), ("SELECT 'RELEASE_LOCK'", None)),
+    (("SELECT GET_LOCK('a', 0)", None), ("SELECT 1; SELECT RELEASE_LOCK('a')", None)),
+    (
+        ("SELECT pg_advisory_lock(id) FROM t", None),
+        ("SELECT pg_advisory_unlock(id) FROM t WHERE id = 1", None),
+    ),
+    (("SELECT pg_advisory_lock(7)", None), ("SELECT pg_advisory_unlock_shared(7)", None)),
+    (("LISTEN jobs", None), ("UNLISTEN others", None)),
+    (("BEGIN", None), ("ROLLBACK TO SAVEPOINT a", None)),
+    (("BEGIN", None), ("ROLLBACK\nTO a", None)),
+    (("BEGIN", None), ("COMMIT PREPARED 'x'", None)),
+    (("BEGIN", None), ("COMMIT AND CHAIN", None)),
+    (("BEGIN; INSERT INTO t VALUES ('; COMMIT')", None), ("SELECT 1", None)),
+    (("SET autocommit = 0", None), ("COMMIT", None)),
+]
+FOR_THE_REQUEST = [
+    *("SET @a = 1", "SET time_zone = 'UTC'", "SET ROLE a", "USE app", "PREPARE p FROM 'SELECT 1'"),
+    *("CREATE TEMPORARY TABLE t (a int)", "HANDLER t OPEN", "CALL p()", "SELECT set_limit(0.5)"),
+    *("UPDATE pg_settings SET setting = 'off' WHERE name = 'jit'", "DO $$ BEGIN END $$"),
+]
+
+
+def run(holdings: Holdings, sql: Any, params: Any = None) -> None:
+    if scan(sql) & STATE:
+        holdings.sent(sql, params)
+    holdings.answered(sql, params)
+
+
+@pytest.mark.parametrize(("takes", "gives"), PAIRS)
+def test_what_is_taken_stays_until_it_is_given_back(takes: Any, gives: Any) -> None:
+    holdings = Holdings()
+    run(holdings, *takes)
+    assert holdings
+    assert not holdings.for_request
+    holdings.end_request()
+    assert holdings
+    run(holdings, *gives)
+    assert not holdings
+
+
+@pytest.mark.parametrize(("takes", "gives"), NO_PAIRS)
+def test_what_is_not_surely_given_back_is_held(takes: Any, gives: Any) -> None:
+    holdings = Holdings()
+    run(holdings, *takes)
+    run(holdings, *gives)
+    holdings.end_request()
+    assert holdings
+
+
+@pytest.mark.parametrize("sql", FOR_THE_REQUEST)
+def test_what_is_held_for_a_request_ends_with_it(sql: str) -> None:
+    holdings = Holdings()
+    run(holdings, sql)
+    assert holdings
+    holdings.end_request()
+    assert not holdings
+    assert holdings.earlier
+
+
+def test_a_lock_that_was_taken_twice_is_given_back_twice() -> None:
+    holdings = Holdings()
+    for _ in range(2):
+        run(holdings, "SELECT GET_LOCK('a', 0)")
+        run(holdings, "BEGIN")
+    run(holdings, "COMMIT")
+    run(holdings, "SELECT RELEASE_LOCK('a')")
+    assert holdings.for_life == {"lock 'a'": 1}
+    run(holdings, "SELECT RELEASE_LOCK('a')")
+    assert not holdings
+
+
+def test_a_statement_that_failed_gives_nothing_back() -> None:
+    """The lock may be held still: only an answer gives it back."""
+    holdings = Holdings()
+    run(holdings, "SELECT GET_LOCK('a', 0)")
+    holdings.sent("SELECT RELEASE_LOCK('a')", None)
+    assert holdings
+
+
+@pytest.mark.parametrize("sql", [None, 1, object(), b"\xff", "%s", "'", "GET_LOCK(", "GET_LOCK('a"])
+def test_whatever_is_no_text_is_no_error(sql: Any) -> None:
+    list(changes(sql, None))
+    list(changes(sql, [1]))
+
+
+def test_parameters_that_cannot_be_read_give_nothing_back() -> None:
+    holdings = Holdings()
+    run(holdings, "SELECT GET_LOCK(%s, 0)", iter(["a"]))
+    run(holdings, "SELECT RELEASE_LOCK(%s)", iter(["a"]))
+    assert holdings
+
+
+@pytest.mark.parametrize("digits", ["1" * 5_000, "1" * 5_000 + "x", "(" * 5_000, "'" * 5_001])
+def test_long_names_cost_no_time(digits: str) -> None:
+    list(changes(f"SELECT GET_LOCK({digits}, 0)", None))
+
+
+def all_holdings() -> list[Holdings]:
+    found = []
+    for for_request, for_life, by_django, earlier in itertools.product(
+        (False, True), ({}, {"lock 'a'": 1}), (False, True), (False, True)
+    ):
+        holdings = Holdings()
+        holdings.for_request, holdings.by_django = for_request, by_django
+        holdings.for_life, holdings.earlier = dict(for_life), earlier
+        found.append(holdings)
+    return found
+
+
+@pytest.mark.parametrize("why", Replacing)
+@pytest.mark.parametrize("told", [False, True])
+def test_nothing_that_is_held_is_lost_without_an_error(why: Replacing, told: bool) -> None:
+    """Every record there can be: only one that holds nothing goes, or one whose loss was shown."""
+    for holdings in all_holdings():
+        was_shown = why is Replacing.LOST and told and not holdings.by_django
+        expected = was_shown or not (holdings.for_request or holdings.for_life)
+        if holdings.by_django or (why is Replacing.REBALANCING and holdings.earlier):
+            expected = False
+        assert holdings.may_go(why, told) is expected, vars
+
+
+def test_a_copy_tells_what_is_missing_later() -> None:
+    for before, after in itertools.product(all_holdings(), repeat=2):
+        has_all = (
+            after.for_request >= before.for_request
+            and after.by_django >= before.by_django
+            and after.for_life.keys() >= before.for_life.keys()
+        )
+        assert after.include(before.copy()) is has_all
