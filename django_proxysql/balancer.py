@@ -44,7 +44,15 @@ from .logger import logger
 from .logs import due_in, log_event
 from .peer import Hold, Peer
 from .probe import prober
-from .ready import QUESTIONS, ready_check_from
+from .ready import (
+    QUESTIONS,
+    Unanswered,
+    Writer,
+    galera,
+    is_unanswered,
+    ready_check_from,
+    writable,
+)
 from .sharing import Sharing
 from .slow_start import Move, SlowStart
 from .strategies import strategy_from
@@ -360,14 +368,11 @@ class LoadBalancer:
             raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
         driver = drivers.driver_of(self._connect)
         params = drivers.with_password(attempt.peer.params)
-        if attempt.is_trial:
-            bounds = driver.trial_options(params, attempt.timeout)
-            if bounds:
-                self._connect(**{**params, **bounds}).close()
+        asked = attempt.is_trial and self.send_ahead(attempt, driver, self._connect, params)
         params.update(driver.connect_options(params, attempt.timeout))
         connection = self._connect(**params)
         try:
-            self.check_ready(connection, attempt)
+            self.check_ready(connection, attempt, asked=asked)
             _count_while_alive(connection, attempt.peer)
         except BaseException:
             # The traceback would keep the socket open for as long as it lives.
@@ -449,21 +454,109 @@ class LoadBalancer:
         if self._in_background:
             prober.tend(self, news=news)
 
-    def check_ready(self, connection: Any, attempt: Attempt) -> None:
+    def send_ahead(
+        self,
+        attempt: Attempt,
+        driver: drivers.Driver,
+        connect: Callable[..., Any],
+        params: Mapping[str, Any],
+    ) -> bool:
+        """Make a trial on a throw-away connection, which has time-outs, and ask it what is to
+        be asked.
+
+        The caller's connection must have none, for its statements may take their
+        time: a peer that freezes after the handshake would hold it for ever, and a
+        proxy without servers for as long as that waits for one.
+
+        :param attempt: a trial.
+        :param driver: the driver's.
+        :param connect: the driver's ``connect``.
+        :param params: what the caller's connection is made with.
+        :returns: whether it was made. Not with drivers that have no such time-outs.
+        :raises NotReady: the peer must not be used.
+        :raises Exception: the driver's own error.
+        """
+        bounds = driver.trial_options(params, attempt.timeout)
+        if not bounds:
+            return False
+        connection = connect(**{**params, **bounds})
+        try:
+            if self._ready_check in (galera, writable):
+                self._check(connection, attempt.peer)
+            self._ask(connection, attempt.peer)
+        finally:
+            # It has served its purpose.
+            with contextlib.suppress(Exception):
+                connection.close()
+        return True
+
+    def check_ready(self, connection: Any, attempt: Attempt, *, asked: bool = False) -> None:
         """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
 
         :param connection: the driver's own, just made.
         :param attempt: what it was made for.
+        :param asked: a throw-away connection has been asked already.
         :raises NotReady: the peer must not be used.
         """
+        self._check(connection, attempt.peer)
+        if attempt.is_trial and not asked:
+            self._ask(connection, attempt.peer)
+
+    def _check(self, connection: Any, peer: Peer) -> None:
         if self._ready_check is not None:
-            self._ready_check(connection)
-        if attempt.is_trial:
-            # A peer that was taken out by a statement's error connects as well
-            # as ever: each trial would put it back into use.
-            question = QUESTIONS.get(attempt.peer.breaker.circuit.question)
-            if question is not None:
-                question(connection)
+            answer = self._ready_check(connection)
+            if isinstance(answer, Writer):
+                peer.note_server(answer.is_server)
+
+    def _ask(self, connection: Any, peer: Peer) -> None:
+        # A peer that was taken out by a statement's error connects as well as
+        # ever: each trial would put it back into use.
+        question = QUESTIONS.get(peer.breaker.circuit.question)
+        if question is None:
+            return
+        try:
+            question(connection)
+        except Unanswered:
+            # A proxy that may only be busy is better than none.
+            if self.can_spare(peer):
+                raise
+
+    @property
+    def needs_writer(self) -> bool:
+        """Whether READY_CHECK asks that a peer takes writes."""
+        return self._ready_check is writable
+
+    def can_spare(self, peer: Peer) -> bool:
+        """Return whether another peer's circuit is closed, and that peer is not drained."""
+        return any(
+            other.breaker.circuit.state == CLOSED and not other.drained
+            for other in self.peers.values()
+            if other is not peer
+        )
+
+    def count_unanswered(self, peer: Peer, exc: BaseException) -> bool:
+        """Count a question that no server behind a proxy has answered; at ``fail_max`` the
+        circuit opens, unless it is the last.
+
+        A proxy says the same whether its servers are gone or all connections to
+        them are in use. One that is busy is never given up for none.
+
+        :param peer: one of :attr:`peers`.
+        :param exc: what it said.
+        :returns: whether its circuit is open now.
+        """
+        # Of two threads that give up the last two peers one does not.
+        with self._drains_lock:
+            if not self.can_spare(peer):
+                return peer.breaker.circuit.state != CLOSED
+            peer.unanswered += 1
+            if peer.unanswered < peer.breaker.fail_max:
+                return False
+            transition = peer.breaker.trip_silently(
+                exc, Fault.NOT_READY, "backend", peer.unanswered
+            )
+        peer.breaker.tell(transition)
+        return True
 
     # Knowing
 
@@ -723,6 +816,8 @@ class LoadBalancer:
         self.look_anew()
         self._tend()
         peer = self.peers[name]
+        if transition.before != transition.after and transition.after != HALF_OPEN:
+            peer.forget_answers()
         if self.sharing is not None and not transition.learnt and transition.after != HALF_OPEN:
             self.sharing.has_news()
         if transition.before == CLOSED and transition.after != CLOSED:
@@ -980,16 +1075,21 @@ class _Search:
         fault = self._fault_of_last = drivers.judge(exc, connecting=True)
         error = drivers.describe(exc)
         count = 0
+        balancer = self._balancer
         # A trial that fails leaves an open circuit as it is.
         was_closed = peer.breaker.circuit.state == CLOSED
-        if fault.counts and not self._is_callers(fault):
+        if was_closed and is_unanswered(exc):
+            # It let us in: each good connect would reset the circuit's own count.
+            permit.released()
+            if balancer.count_unanswered(peer, exc):
+                count = peer.breaker.circuit.failures
+        elif fault.counts and not self._is_callers(fault):
             count = permit.failed(exc, fault)
         else:
             permit.released()
         self._faults = {**self._faults, peer.name: fault}
         self._errors = {**self._errors, peer.name: error}
         self._last_error = exc
-        balancer = self._balancer
         balancer.emit(
             ConnectFailed(
                 balancer.name,
@@ -1154,6 +1254,9 @@ class _Search:
         balancer = self._balancer
         refused = [fault for fault in self._faults.values() if fault is Fault.REFUSED]
         if self._last_error is not None and len(refused) == len(balancer.undrained()):
+            return self._last_error
+        if self._last_error is not None and is_unanswered(self._last_error):
+            # A proxy may be busy, and no more than that: its error is the application's.
             return self._last_error
         error = self._nobody()
         error.__cause__ = self._last_error

@@ -540,19 +540,38 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         :param fault: what that says about the peer.
         :param question: what the trials must ask, until one is answered well.
         """
+        self.tell(self.trip_silently(exc, fault, question))
+
+    def trip_silently(
+        self, exc: BaseException, fault: Fault, question: str, failures: int = 0
+    ) -> Transition | None:
+        """Open a closed circuit as :meth:`trip` does, and tell nobody.
+
+        For a caller that holds a lock. It calls :meth:`tell` once it does no longer.
+
+        :param failures: how many failures in a row these were, if they were counted.
+        :returns: what is to be told; None if the circuit was not closed.
+        """
         now = self._clock()
         due = now + self._spread_timeout()
         error = drivers.describe(exc)
-        before, _ = self._swap(
-            lambda circuit: (
-                _opened(circuit, now, due, error, fault)._replace(question=question)
-                if circuit.state == CLOSED
+
+        def tripped(circuit: Circuit) -> Circuit:
+            if circuit.state != CLOSED:
                 # Opened by a failed connect: what a statement was told is still to be asked.
-                else circuit._replace(question=circuit.question or question)
-            )
-        )
-        if before.state == CLOSED:
-            self._tell_transition(Transition(CLOSED, OPEN, fault, error, due - now))
+                return circuit._replace(question=circuit.question or question)
+            opened = _opened(circuit, now, due, error, fault)
+            return opened._replace(question=question, failures=max(circuit.failures, failures))
+
+        before, _ = self._swap(tripped)
+        if before.state != CLOSED:
+            return None
+        return Transition(CLOSED, OPEN, fault, error, due - now)
+
+    def tell(self, transition: Transition | None) -> None:
+        """Tell of what :meth:`trip_silently` has done."""
+        if transition is not None:
+            self._tell_transition(transition)
 
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
         """Count a connection lost before it was of any use as a failed connect.

@@ -26,7 +26,7 @@ from .conf import load_wrapper, peer_engine
 from .faults import Fault
 from .locks import new_lock
 from .peer import Peer
-from .ready import galera, rows
+from .ready import galera, greeting_id, rows
 from .registry import Registered, balancers
 
 __all__ = ["Inspection", "inspect"]
@@ -49,7 +49,7 @@ class Inspection:
     #: READY_CHECK, and, where it is a Galera node, belongs to its cluster.
     ready: bool
     #: What it was recognised as: ``Galera: Synced``, ``read-only``, ``standby``,
-    #: ``ProxySQL``, ``MaxScale``.
+    #: ``ProxySQL``, ``MaxScale``, ``MySQL Router``.
     notes: tuple[str, ...]
     #: Why it is not reachable or not ready; never a password.
     error: str
@@ -237,15 +237,26 @@ def _proxy(connection: Any) -> list[str]:
     """Return which proxy answers on the MySQL protocol, if one can be recognised.
 
     ProxySQL answers the mysql client's first question by itself, by its exact
-    words (``SELECT_VERSION_COMMENT`` in its ``MySQL_Session.cpp``). MaxScale has
-    a variable of its own, and names itself in the handshake unless it is told
-    what to say (``version_string``).
+    words (``SELECT_VERSION_COMMENT`` in its ``MySQL_Session.cpp``). MySQL Router
+    adds its name to the version of its greeting. Old versions of MaxScale do so,
+    too, or have a variable of their own. 24.02 greets with its server's version
+    and knows no such variable (seen); but the thread id of its greeting is its
+    own, and ``CONNECTION_ID()`` is answered by a server. That holds for every
+    proxy that makes connections of its own: MaxScale is the one that is meant.
     """
     if _value(connection, "select @@version_comment limit 1") == "(ProxySQL)":
         return ["ProxySQL"]
-    handshake = getattr(connection, "get_server_info", lambda: "")()
-    if "maxscale" in str(handshake).lower() or _value(connection, "SELECT @@maxscale_version"):
+    greeting = str(getattr(connection, "get_server_info", lambda: "")()).lower()
+    if "-router" in greeting:
+        return ["MySQL Router"]
+    if "maxscale" in greeting or _value(connection, "SELECT @@maxscale_version"):
         return ["MaxScale"]
+    greeted = greeting_id(connection)
+    for question in ("SELECT CONNECTION_ID()", "SELECT CONNECTION_ID() FOR UPDATE"):
+        # The one is a read, and the other goes where writes go.
+        answered = _value(connection, question)
+        if greeted is not None and answered and int(answered) % 2**32 != greeted % 2**32:
+            return ["MaxScale"]
     return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,13 @@ class Peer:
         #: Whether an operator wishes it to get no new connections; see
         #: :meth:`LoadBalancer.drain`. Changed by one assignment, and read without a lock.
         self.drained = False
+        #: Whether statements are answered by the server that greets us; None while that is
+        #: not known, and again when the circuit opens. One look that says no is believed.
+        self.is_server: bool | None = None
+        #: How many questions in a row no server behind this proxy has answered.
+        self.unanswered = 0
+        #: Until when, on the balancer's clock, a thread asks whether a server answers.
+        self.asked_until = -math.inf
         # Adding to and discarding from a set is atomic: no lock is needed,
         # and a finalizer that runs in the middle of anything may discard.
         self._holds: set[int] = set()
@@ -61,9 +69,20 @@ class Peer:
         """How many connections to the peer this process holds."""
         return len(self._holds)
 
+    def note_server(self, is_server: bool) -> None:
+        """Take note of who has answered: the server that greeted us, or one behind a proxy."""
+        self.is_server = is_server and self.is_server is not False
+
+    def forget_answers(self) -> None:
+        """Forget what was found out by asking; the address may lead elsewhere by now."""
+        self.is_server = None
+        self.unanswered = 0
+
     def forget_connections(self) -> None:
         """Start counting anew: in a forked child, whose parent holds the others."""
         self._holds = set()
+        # The thread that asked is the parent's.
+        self.asked_until = -math.inf
 
     def hold(self) -> Hold:
         """Count one connection as held by the calling thread, until it is let go.

@@ -6,14 +6,28 @@ raises :class:`NotReady` if the peer must not be used.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import drivers
 from .exceptions import ConfigError, NotReady
 from .strategies import imported
 
-__all__ = ["QUESTIONS", "Check", "catch_up", "galera", "ready_check_from", "rows", "writable"]
+__all__ = [
+    "QUESTIONS",
+    "Check",
+    "Unanswered",
+    "Writer",
+    "catch_up",
+    "galera",
+    "greeting_id",
+    "is_unanswered",
+    "ready_check_from",
+    "rows",
+    "writable",
+    "writer_of",
+]
 
 Check = Callable[[Any], object]
 
@@ -49,34 +63,102 @@ def galera(connection: Any) -> None:
         raise NotReady("wsrep_desync is ON")
 
 
-def writable(connection: Any) -> None:
-    """Raise :class:`NotReady` if the server takes no writes (MySQL family, PostgreSQL)."""
+class Writer(NamedTuple):
+    """What answers where a connection's writes go."""
+
+    #: Why it takes no writes; "" if it takes them.
+    refusal: str
+    #: Whether it is the server that greeted us. A proxy greets with a thread id of its own.
+    is_server: bool
+
+
+def writer_of(connection: Any) -> Writer:
+    """Ask what takes this connection's writes whether it does. Changes no state of the session.
+
+    ``FOR UPDATE`` has proxies that split reads from writes send the question
+    where writes go; without a table it locks nothing.
+
+    :raises Exception: the driver's own error, if it does not answer.
+    """
     if drivers.postgresql.owns(connection):
+        # What the application has SET is not the server's doing: reset_val is.
         recovering, read_only = rows(
             connection,
-            "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')",
+            "SELECT pg_is_in_recovery(), (SELECT reset_val FROM pg_settings"
+            " WHERE name = 'default_transaction_read_only') FOR UPDATE",
         )[0]
         if recovering:
-            raise NotReady("the server is in recovery (a standby)")
-        if read_only == "on":
-            raise NotReady("default_transaction_read_only is on")
-        return
+            return Writer("the server is in recovery (a standby)", True)
+        return Writer("default_transaction_read_only is on" if read_only == "on" else "", True)
+    value, answers = rows(connection, "SELECT @@global.read_only, CONNECTION_ID() FOR UPDATE")[0]
     # MySQL's super_read_only implies read_only. MariaDB 12 names levels.
-    (value,) = rows(connection, "SELECT @@global.read_only")[0]
-    if str(value).upper() not in ("0", "OFF"):
-        raise NotReady(f"@@global.read_only is {value}")
+    is_read_only = str(value).upper() not in ("0", "OFF")
+    greeted = greeting_id(connection)
+    # The greeting has room for four bytes.
+    is_server = greeted is not None and greeted % 2**32 == int(answers) % 2**32
+    return Writer(f"@@global.read_only is {value}" if is_read_only else "", is_server)
+
+
+def greeting_id(connection: Any) -> int | None:
+    """Return the thread id of the server's greeting (MySQL family); None if it is not known."""
+    number = getattr(connection, "thread_id", None)
+    if callable(number):
+        number = number()
+    elif number is None:
+        # MySQL Connector/Python.
+        number = getattr(connection, "connection_id", None)
+    return number if isinstance(number, int) else None
+
+
+def writable(connection: Any) -> Writer:
+    """Raise :class:`NotReady` if the server takes no writes (MySQL family, PostgreSQL).
+
+    Before a proxy is refused it is asked once more inside a transaction, which
+    MaxScale's readwritesplit and ProxySQL send to the writers. ``FOR UPDATE``
+    alone takes a query rule.
+
+    :returns: what answered.
+    """
+    writer = writer_of(connection)
+    if not drivers.postgresql.owns(connection) and (writer.refusal or not writer.is_server):
+        within = _writer_in_transaction(connection)
+        # A proxy's id may once be its server's by chance.
+        writer = within._replace(is_server=within.is_server and writer.is_server)
+    if writer.refusal:
+        raise NotReady(writer.refusal)
+    return writer
+
+
+class Unanswered(NotReady):
+    """A proxy lets us in, and none of the servers behind it has answered.
+
+    They may be gone, or all of the proxy's connections to them be in use.
+    """
 
 
 def backend(connection: Any) -> None:
-    """Ask what a proxy cannot answer by itself: a statement that reaches its backend.
+    """Ask what a proxy cannot answer by itself: a read, and what goes where writes go.
 
-    ProxySQL answers pings, USE and SET whatever its backends do.
+    ProxySQL answers pings, USE and SET whatever its servers do, and with query
+    rules that split the readers may be gone while the writers are there.
+
+    :raises Unanswered: one of the two was not answered.
     """
-    cursor = connection.cursor()
-    try:
-        cursor.execute("DO 1")
-    finally:
-        cursor.close()
+    write_side = "SELECT 1 FOR UPDATE" if drivers.postgresql.owns(connection) else "DO 1"
+    for statement in ("SELECT 1", write_side):
+        try:
+            rows(connection, statement)
+        except Exception as exc:
+            if drivers.judge(exc, connecting=True).counts:
+                raise Unanswered(
+                    f"no server behind the proxy answers {statement}: {drivers.describe(exc)}"
+                ) from exc
+            raise
+
+
+def is_unanswered(exc: BaseException) -> bool:
+    """Return whether ``exc`` says that a proxy found no server, or no connection to one."""
+    return isinstance(exc, Unanswered) or drivers.question_of(exc) == "backend"
 
 
 #: What a circuit that a statement has opened makes its trials ask.
@@ -127,7 +209,25 @@ def rows(connection: Any, statement: str) -> list[Any]:
     cursor = connection.cursor()
     try:
         cursor.execute(statement)
-        return list(cursor.fetchall())
+        if cursor.description is None:
+            return []
+        # Cursors of the user's own class may give dicts.
+        return [tuple(row.values()) if isinstance(row, dict) else row for row in cursor.fetchall()]
+    finally:
+        cursor.close()
+
+
+def _writer_in_transaction(connection: Any) -> Writer:
+    """Ask as :func:`writer_of` does, inside a transaction that is then undone."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute("START TRANSACTION")
+        try:
+            return writer_of(connection)
+        finally:
+            # The error that ends the question is the one to be raised.
+            with contextlib.suppress(Exception):
+                cursor.execute("ROLLBACK")
     finally:
         cursor.close()
 

@@ -540,16 +540,9 @@ class TestProvenNotToHaveRun:
             assert old.breaker.current_state == "open"
             assert here.written() == ["one"]
 
-    @pytest.mark.parametrize(
-        ("errno", "text"),
-        [
-            (1180, "Got error 6 during COMMIT: Not connected to Primary Component"),
-            (9001, "Max connect timeout reached while reaching hostgroup 0 after 10000ms"),
-            (9002, "Max connect failure while reaching hostgroup 0"),
-        ],
-    )
     @pytest.mark.parametrize("in_block", [False, True])
-    def test_no_proof(self, mysql: Site, errno: int, text: str, in_block: bool) -> None:
+    def test_no_proof(self, mysql: Site, in_block: bool) -> None:
+        errno, text = 1180, "Got error 6 during COMMIT: Not connected to Primary Component"
         old = mysql.connection.peer
         block = transaction.atomic(mysql.connection.alias) if in_block else contextlib.nullcontext()
         with refusing(mysql, errno, text):
@@ -558,6 +551,27 @@ class TestProvenNotToHaveRun:
             assert old.breaker.current_state == "open"
             mysql.write("two")
         assert mysql.connection.peer is not old
+        assert mysql.written() == ["two"]
+        assert not mysql.replayed()
+
+    @pytest.mark.parametrize(
+        ("errno", "text"),
+        [
+            (9001, "Max connect timeout reached while reaching hostgroup 0 after 10000ms"),
+            (9002, "Max connect failure while reaching hostgroup 0"),
+        ],
+    )
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_busy_proxy(self, mysql: Site, errno: int, text: str, in_block: bool) -> None:
+        """No proof, and no outage: a server behind it answers, by a new connection."""
+        old = mysql.connection.peer
+        block = transaction.atomic(mysql.connection.alias) if in_block else contextlib.nullcontext()
+        with refusing(mysql, errno, text):
+            with pytest.raises(DatabaseError), block:
+                mysql.write("one")
+            assert old.breaker.current_state == "closed"
+        mysql.write("two")
+        assert mysql.connection.peer is old
         assert mysql.written() == ["two"]
         assert not mysql.replayed()
 
@@ -1005,7 +1019,7 @@ class TestTransactions:
             assert done == ["two"] * (number - 1)
 
     @pytest.mark.parametrize(
-        ("code", "text", "elsewhere"), [(9001, "Max connect timeout", True), (1105, "Bad", False)]
+        ("code", "text", "elsewhere"), [(1047, WSREP, True), (1105, "Bad", False)]
     )
     def test_beginning_is_refused(
         self,

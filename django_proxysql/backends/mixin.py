@@ -43,6 +43,8 @@ class LoadBalancedMixin(_Base):
     _only: Peer | None = None
     #: The attempt under way, while connect() runs.
     _attempt: Attempt | None = None
+    #: Whether a throw-away connection has been asked what a trial must ask.
+    _asked = False
     #: What a connection to that attempt's peer is made with.
     _peer_settings: dict[str, Any] | None = None
     #: This wrapper's own settings, while the peer's are in their place.
@@ -112,6 +114,7 @@ class LoadBalancedMixin(_Base):
             # Connected meanwhile: by a listener, say, that was told of the last
             # attempt and asked the database. There is a place for one only.
             self._discard()
+        self._asked = False
         try:
             self._attempt = attempt
             self._peer_settings = registered.to_connect_with(
@@ -119,7 +122,7 @@ class LoadBalancedMixin(_Base):
             )
             super().connect()
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
-                registered.balancer.check_ready(self.connection, attempt)
+                registered.balancer.check_ready(self.connection, attempt, asked=self._asked)
             max_age = self.settings_dict["CONN_MAX_AGE"]
             if max_age:
                 # Those that were made at one moment are not to end at one moment.
@@ -156,13 +159,11 @@ class LoadBalancedMixin(_Base):
         attempt = self._attempt
         if self._peer_settings is None:
             return self._open_directly(conn_params)
-        if attempt is not None and attempt.is_trial:
-            # A peer that freezes after the handshake would hold the real
-            # connection for ever: it must have no read timeout, for its
-            # statements may take their time.
-            bounds = self._driver.trial_options(conn_params, attempt.timeout)
-            if bounds:
-                self.Database.connect(**{**conn_params, **bounds}).close()
+        registered = self._registered()
+        if attempt is not None and attempt.is_trial and registered is not None:
+            self._asked = registered.balancer.send_ahead(
+                attempt, self._driver, self.Database.connect, conn_params
+            )
         return self._as_peer(super().get_new_connection, conn_params)
 
     def _open_directly(self, conn_params: dict[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from django.utils.functional import cached_property
 
 from .. import drivers, ready, sockets
 from ..balancer import Attempt
+from ..breaker import CLOSED
 from ..errors import CommitOutcomeUnknown
 from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from ..exceptions import NotReady
@@ -52,6 +53,7 @@ from ..statements import (
 from .cursors import cursor_class, note_named
 from .mixin import LoadBalancedMixin
 from .pools import close_for_good, close_in_child, give_back, is_pooled
+from .refusals import Answer, after_read_only
 from .sessions import Session
 from .state import NO_TRANSACTION, Stage, Transaction
 
@@ -231,13 +233,10 @@ class SafePointsMixin(LoadBalancedMixin):
         breaker = session.peer.breaker
         known_dead = session.dead
         if fault is Fault.NOT_READY:
-            if driver.is_read_only_refusal(exc) and not self._is_read_only(session):
-                # The application's own: SET TRANSACTION READ ONLY.
-                return
-            session.dropped = True
-            session.error = drivers.describe(exc)
-            _mark_as_end(exc)
-            breaker.trip(exc, fault, driver.question_of(exc))
+            if self._is_given_up(session, exc):
+                session.dropped = True
+                session.error = drivers.describe(exc)
+                _mark_as_end(exc)
             return
         # psycopg knows for certain; mysqlclient's error says it.
         lost = fault is Fault.LOST
@@ -282,25 +281,98 @@ class SafePointsMixin(LoadBalancedMixin):
                 ),
             )
 
-    def _is_read_only(self, session: Session) -> bool:
-        """Ask the peer, on a connection of its own, whether it takes no writes.
+    def _is_given_up(self, session: Session, exc: BaseException) -> bool:
+        """Judge a peer that is not ready by what it says when asked; return whether the
+        connection is to be replaced."""
+        breaker = session.peer.breaker
+        question = self._driver.question_of(exc)
+        if question == "backend":
+            return breaker.circuit.state != CLOSED or self._has_no_server(session, exc)
+        # Before the circuit opens, for what is known of the peer is forgotten then.
+        writer = self._ask(session) if self._driver.SPLITS or question == "writable" else None
+        if question == "writable":
+            if not session.balancer.needs_writer:
+                # Elsewhere it is the application's own affair.
+                return False
+            own = _answer_of(writer)
+            new = Answer.UNKNOWN if own is Answer.WRITABLE else self._ask_anew(session)
+            verdict = after_read_only(own, new)
+            session.doubted = verdict.asks_later
+            if not verdict.opens:
+                return verdict.drops
+        breaker.trip(exc, Fault.NOT_READY, question)
+        return True
 
-        Only where the peers are to be writable: elsewhere a refusal is the
-        application's own affair, and so it is where the server takes writes.
-        """
-        if session.balancer.config.ready_check != "writable":
-            return False
+    def _ask(self, session: Session) -> ready.Writer | None:
+        """Ask the connection itself what takes its writes; None if it does not answer now."""
+        if session.dead or session.unbuffered or self._driver.is_busy(session.connection):
+            return None
+        try:
+            writer = ready.writer_of(session.connection)
+        except Exception:
+            session.is_server = session.peer.is_server
+            return None
+        session.peer.note_server(writer.is_server)
+        session.is_server = session.peer.is_server
+        return writer
+
+    def _ask_anew(self, session: Session) -> Answer:
+        """Ask a new connection to the same peer whether it takes writes."""
+        circuit = session.peer.breaker.circuit
+        if circuit.state != CLOSED and circuit.question == "writable":
+            # Another thread has asked just now.
+            return Answer.READ_ONLY
         try:
             connection = self._throw_away(session)
         except Exception:
-            return False
+            return Answer.UNKNOWN
         try:
             ready.writable(connection)
         except NotReady:
-            return True
+            return Answer.READ_ONLY
+        except Exception:
+            return Answer.UNKNOWN
         finally:
             connection.close()
-        return False
+        return Answer.WRITABLE
+
+    def _has_no_server(self, session: Session, exc: BaseException) -> bool:
+        """Ask a proxy, on a new connection, whether a server behind it answers.
+
+        It says the same where all its connections to them are in use. The last
+        peer is not asked: it is kept whatever it says.
+
+        :returns: whether the circuit is open now.
+        """
+        balancer, peer = session.balancer, session.peer
+        now = session.clock()
+        # One thread at a time: each who asks takes one more connection.
+        if now < peer.asked_until or not balancer.can_spare(peer):
+            return False
+        peer.asked_until = now + 2 * balancer.config.connect_timeout
+        try:
+            connection = self._throw_away(session)
+            try:
+                ready.backend(connection)
+            finally:
+                connection.close()
+        except Exception as error:
+            if not drivers.judge(error, connecting=True).counts:
+                # Full, or the trouble is on this side.
+                return False
+        else:
+            peer.unanswered = 0
+            return False
+        finally:
+            peer.asked_until = -math.inf
+        return balancer.count_unanswered(peer, exc)
+
+    def _settle_doubt(self, session: Session) -> None:
+        """Ask a connection that could not be asked when a write was refused on it."""
+        session.doubted = False
+        if _answer_of(self._ask(session)) is Answer.READ_ONLY:
+            session.dropped = True
+            session.error = session.error or "the server takes no writes"
 
     def _throw_away(self, session: Session) -> Any:
         registered = self._registered()
@@ -313,7 +385,8 @@ class SafePointsMixin(LoadBalancedMixin):
             params = self.get_connection_params()
         finally:
             self._peer_settings = before
-        seconds = session.balancer.config.connect_timeout
+        config = session.balancer.config
+        seconds = config.trial_timeout or config.connect_timeout
         params.update(self._driver.connect_options(params, seconds))
         params.update(self._driver.trial_options(params, seconds))
         return self.Database.connect(**params)
@@ -507,6 +580,8 @@ class SafePointsMixin(LoadBalancedMixin):
         if kind & SCOPED and not session.told:
             # LAST_INSERT_ID() of another connection is an answer, and wrong.
             return
+        if session.doubted:
+            self._settle_doubt(session)
         idle = now - session.used > session.idle
         if idle and not self._has_units:
             session.wrote = False
@@ -753,8 +828,7 @@ class SafePointsMixin(LoadBalancedMixin):
     def _text_allows(
         self, session: Session, cause: BaseException, sql: Any, first: bool, started: float
     ) -> bool:
-        driver = self._driver
-        if driver.proves_not_run(cause):
+        if self._proves_not_run(session, cause):
             return is_plain(sql)
         fault = drivers.judge(cause, connecting=False)
         if fault not in (Fault.LOST, Fault.NOT_READY) and not session.dead:
@@ -767,6 +841,21 @@ class SafePointsMixin(LoadBalancedMixin):
             return not session.wrote or session.balancer.config.synchronous_peers
         # COMMIT was never sent, and every table of PostgreSQL is transactional.
         return first and session.dead and self.vendor == "postgresql" and is_plain(sql)
+
+    def _proves_not_run(self, session: Session | None, cause: BaseException) -> bool:
+        """Return whether an error proves that its statement did not run.
+
+        What a server refuses has not run. A proxy in front of it may say so of
+        what has, and is known by the thread id of its greeting.
+        """
+        driver = self._driver
+        if not driver.proves_not_run(cause):
+            return False
+        if session is None or not driver.SPLITS or not driver.is_answer(cause):
+            return True
+        if session.is_server is None:
+            self._ask(session)
+        return bool(session.is_server)
 
     # Transactions
 
@@ -904,12 +993,12 @@ class SafePointsMixin(LoadBalancedMixin):
             self._note_end_of_transaction()
         except Error as exc:
             cause = exc.__cause__ or exc
-            if known_dead or driver.proves_not_run(cause):
+            if known_dead or self._proves_not_run(session, cause):
                 # It never left: rolled back.
                 transaction.commit_not_sent()
             elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
                 transaction.conflicted()
-            elif driver.outcome_is_unknown(cause):
+            elif driver.outcome_is_unknown(cause) or driver.proves_not_run(cause):
                 transaction.outcome_unknown()
                 raise CommitOutcomeUnknown(*exc.args) from cause
             raise
@@ -949,6 +1038,11 @@ class SafePointsMixin(LoadBalancedMixin):
         if fault is Fault.CONFLICT:
             return True
         session = self._session
+        if session is not None and session.doubted:
+            # The transaction in which it could not be asked has ended.
+            self._settle_doubt(session)
+            if session.dropped:
+                return True
         # After a time-out the server may be at it still, and in the way.
         return session is not None and _is_end(cause) and not session.timed_out
 
@@ -1197,6 +1291,16 @@ def _mark_as_end(exc: BaseException) -> None:
     """Note on a driver's error that it ended its connection's use."""
     with contextlib.suppress(AttributeError, TypeError):
         exc._django_proxysql_end = True  # type: ignore[attr-defined]
+
+
+def _answer_of(writer: ready.Writer | None) -> Answer:
+    """Return what a connection has said of itself.
+
+    What a proxy's servers say is not of this connection: what the proxy said, it said of it.
+    """
+    if writer is None:
+        return Answer.UNKNOWN
+    return Answer.READ_ONLY if writer.refusal or not writer.is_server else Answer.WRITABLE
 
 
 def _is_end(exc: BaseException) -> bool:

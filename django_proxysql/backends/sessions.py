@@ -27,11 +27,13 @@ class Session:
         "clock",
         "connection",
         "dead",
+        "doubted",
         "dropped",
         "error",
         "generation",
         "holds",
         "idle",
+        "is_server",
         "loss",
         "lost_results",
         "peer",
@@ -79,6 +81,11 @@ class Session:
         self.dead = False
         #: It works, but its peer is not ready: replaced at the next safe point.
         self.dropped = False
+        #: A write was refused on it, and it could not be asked why: asked at the next safe point.
+        self.doubted = False
+        #: Whether it leads to the server that greeted it, and not to one behind a proxy (MySQL
+        #: family); None if it has not been asked.
+        self.is_server: bool | None = None
         #: The application has been raised an error that ended the connection.
         self.told = False
         #: It was given up for its silence, which may not have been its end.

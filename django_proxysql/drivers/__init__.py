@@ -28,6 +28,7 @@ __all__ = [
     "judge",
     "layers",
     "password_from",
+    "question_of",
     "root_error",
     "unwrapped",
     "with_password",
@@ -39,6 +40,7 @@ class Driver(Protocol):
 
     WATCHED: bool
     LEAVES: bool
+    SPLITS: bool
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
         """Return what ``exc`` says about the peer."""
@@ -65,7 +67,7 @@ class Driver(Protocol):
         """Return whether the server refused a write for being read-only."""
 
     def proves_not_run(self, exc: BaseException) -> bool:
-        """Return whether one plain statement answered with ``exc`` did not run."""
+        """Return whether one plain statement that a server answered with ``exc`` did not run."""
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         """Return whether a COMMIT that was sent and met ``exc`` may stand or not."""
@@ -236,6 +238,13 @@ def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
 def is_driver_error(exc: BaseException) -> bool:
     """Return whether ``exc`` is an error of a driver that has a table here."""
     return _table_of(root_error(exc)) is not None
+
+
+def question_of(exc: BaseException) -> str:
+    """Return what a trial must ask a peer that answered with ``exc``; "" if nothing."""
+    exc = root_error(exc)
+    table = _table_of(exc)
+    return "" if table is None else table.question_of(exc)
 
 
 def judge(exc: BaseException, connecting: bool) -> Fault:

@@ -12,6 +12,9 @@ WATCHED = False
 #: Whether :func:`leave` parts a process from a connection.
 LEAVES = False
 
+#: Whether a proxy may answer for a server.
+SPLITS = False
+
 
 def fault(exc: BaseException, connecting: bool) -> Fault:
     """Return what ``exc`` says about the peer.

@@ -23,6 +23,10 @@ WATCHED = True
 #: Whether :func:`leave` parts a process from a connection.
 LEAVES = True
 
+#: Whether a proxy may answer for a server. MaxScale was seen to say 1290 of an INSERT whose
+#: row stood, and ProxySQL may send a statement a second time.
+SPLITS = True
+
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
     # The client's own: no socket, no TCP, no such host, out of sockets.
@@ -164,7 +168,8 @@ def is_read_only_refusal(exc: BaseException) -> bool:
 
 
 def proves_not_run(exc: BaseException) -> bool:
-    """Return whether ``exc`` proves that one plain statement did not run.
+    """Return whether ``exc``, answered by a server itself, proves that one plain statement did
+    not run. See :data:`SPLITS`.
 
     2006 is Connector/C's for "not sent" (seen over TCP and TLS); other clients
     say it after sending, too. 1180, 9001 and 9002 prove nothing.

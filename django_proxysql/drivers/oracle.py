@@ -8,6 +8,7 @@ from typing import Any
 from ..faults import Fault
 from .generic import (
     LEAVES,
+    SPLITS,
     ends_its_cursors,
     fileno,
     is_answer,
@@ -26,6 +27,7 @@ from .generic import (
 
 __all__ = [
     "LEAVES",
+    "SPLITS",
     "WATCHED",
     "code_of",
     "connect_options",

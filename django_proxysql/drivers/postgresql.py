@@ -21,6 +21,9 @@ WATCHED = True
 #: Whether :func:`leave` parts a process from a connection.
 LEAVES = True
 
+#: Whether a proxy may answer for a server. PgBouncer and its like pass on what the server says.
+SPLITS = False
+
 BY_SQLSTATE = {
     **dict.fromkeys(("08001", "08004"), Fault.UNREACHABLE),
     **dict.fromkeys(("28000", "28P01", "3D000"), Fault.REFUSED),

@@ -8,6 +8,7 @@ from typing import Any
 from ..faults import Fault
 from .generic import (
     LEAVES,
+    SPLITS,
     code_of,
     ends_its_cursors,
     fileno,
@@ -27,6 +28,7 @@ from .generic import (
 
 __all__ = [
     "LEAVES",
+    "SPLITS",
     "WATCHED",
     "code_of",
     "connect_options",

@@ -1,0 +1,608 @@
+"""ProxySQL and MaxScale as peers, by scripted servers that do what those were seen to do."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import MySQLdb
+import pymysql
+import pytest
+from django.db import (
+    DatabaseError,
+    OperationalError,
+    close_old_connections,
+    connections,
+    transaction,
+)
+
+from django_proxysql import (
+    CommitOutcomeUnknown,
+    LoadBalancer,
+    NoPeerAvailable,
+    NotReady,
+    ready,
+    retrying_atomic,
+)
+from django_proxysql.events import (
+    PeersExhausted,
+)
+from django_proxysql.inspection import inspect
+from django_proxysql.registry import balancers
+from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, postgres_peer
+from tests.fakes import running
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.scripted import NO_SERVER, READ_ONLY, MaxScale, ProxySQL, Refusal, ScriptedServer
+from tests.site import with_table
+
+DRIVERS = [MySQLdb, pymysql]
+INSERT = "INSERT INTO app_token (value) VALUES ('one')"
+
+
+def connected(driver: Any, server: Any, **params: Any) -> Any:
+    return driver.connect(
+        host=server.host, port=server.port, user="app", password="x", database="app", **params
+    )
+
+
+def execute(connection: Any, statement: str) -> Any:
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+        return cursor.fetchall() if cursor.description else None
+
+
+@contextlib.contextmanager
+def started(*classes: type[ScriptedServer], **options: Any) -> Iterator[list[Any]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(cls(**options)) for cls in classes]
+
+
+def states(alias: str = "balanced") -> list[str]:
+    return [peer.breaker.current_state for peer in balancers[alias].peers.values()]
+
+
+class TestWhoIsIt:
+    """``manage.py peers`` names the proxy, and takes no server's word for it."""
+
+    @pytest.mark.parametrize(
+        ("cls", "notes"),
+        [(ScriptedServer, ()), (ProxySQL, ("ProxySQL",)), (MaxScale, ("MaxScale",))],
+    )
+    def test_name(self, cls: Any, notes: tuple[str, ...]) -> None:
+        with cls() as peer, engine([mysql_peer(peer)]):
+            (one,) = inspect(["balanced"])["balanced"]
+            assert (one.ready, one.notes, one.error) == (True, notes, "")
+
+    def test_router(self) -> None:
+        with ScriptedServer("8.0.36-router") as peer, engine([mysql_peer(peer)]):
+            (one,) = inspect(["balanced"])["balanced"]
+            assert one.notes == ("MySQL Router",)
+
+    def test_ids_that_are_equal_by_chance(self) -> None:
+        """A reader's thread may have the number of MaxScale's own."""
+        with MaxScale() as peer, engine([mysql_peer(peer)]):
+            assert peer.reader is not None
+            peer.reader.ids = iter([11])
+            (one,) = inspect(["balanced"])["balanced"]
+            assert one.notes == ("MaxScale",)
+
+    def test_read_only_server_behind_it_is_no_verdict(self) -> None:
+        with MaxScale() as peer, engine([mysql_peer(peer)]):
+            (one,) = inspect(["balanced"])["balanced"]
+            assert "read-only" not in one.notes
+
+    def test_writable_is_asked_of_the_writers(self) -> None:
+        with MaxScale() as peer, engine([mysql_peer(peer)], READY_CHECK="writable"):
+            (one,) = inspect(["balanced"])["balanced"]
+            assert (one.ready, one.notes) == (True, ("MaxScale",))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+class TestWritable:
+    """READY_CHECK "writable" asks what takes the writes."""
+
+    @pytest.mark.parametrize("cls", [MaxScale, ProxySQL])
+    def test_service_that_splits_passes(self, driver: Any, cls: Any) -> None:
+        with cls() as peer, contextlib.closing(connected(driver, peer)) as connection:
+            writer = ready.writable(connection)
+            assert writer == ready.Writer("", is_server=False)
+
+    def test_without_a_query_rule_for_update(self, driver: Any) -> None:
+        """ProxySQL keeps to one hostgroup inside a transaction."""
+        with ProxySQL() as peer, contextlib.closing(connected(driver, peer)) as connection:
+            peer.for_update_rule = False
+            ready.writable(connection)
+            assert peer.statements()[-1] == "ROLLBACK"
+
+    @pytest.mark.parametrize("cls", [MaxScale, ProxySQL])
+    def test_writer_that_is_read_only_does_not_pass(self, driver: Any, cls: Any) -> None:
+        with cls() as peer, contextlib.closing(connected(driver, peer)) as connection:
+            peer.writer.read_only, peer.reader.read_only = True, False
+            with pytest.raises(NotReady, match="read_only is 1"):
+                ready.writable(connection)
+
+    def test_server_is_asked_once(self, driver: Any) -> None:
+        with ScriptedServer() as peer, contextlib.closing(connected(driver, peer)) as connection:
+            before = len(peer.said)
+            assert ready.writable(connection) == ready.Writer("", is_server=True)
+            assert len(peer.said) == before + 1
+
+    def test_server_that_is_read_only(self, driver: Any) -> None:
+        with ScriptedServer() as peer, contextlib.closing(connected(driver, peer)) as connection:
+            peer.read_only = True
+            with pytest.raises(NotReady, match="read_only is 1"):
+                ready.writable(connection)
+
+    def test_cursors_that_give_dicts(self, driver: Any) -> None:
+        cursors = __import__(f"{driver.__name__}.cursors").cursors
+        with (
+            ScriptedServer() as peer,
+            contextlib.closing(
+                connected(driver, peer, cursorclass=cursors.DictCursor)
+            ) as connection,
+        ):
+            assert ready.writable(connection) == ready.Writer("", is_server=True)
+            peer.read_only = True
+            with pytest.raises(NotReady, match="read_only is 1"):
+                ready.writable(connection)
+
+
+class TestRefusalsOfAProxy:
+    """1290, 1836 and 1047 prove that a statement did not run only where a server says so itself."""
+
+    @pytest.fixture
+    def pair(self) -> Iterator[list[MaxScale]]:
+        with (
+            started(MaxScale, MaxScale) as proxies,
+            engine(
+                [mysql_peer(proxy) for proxy in proxies],
+                clock=Clock(),
+                READY_CHECK="writable",
+                CONN_MAX_AGE=None,
+            ),
+        ):
+            yield proxies
+
+    def test_row_that_stands_is_not_written_twice(self, pair: list[MaxScale]) -> None:
+        connection = connections["balanced"]
+        connection.ensure_connection()
+        for proxy in pair:
+            proxy.error_on_write = True
+        with pytest.raises(OperationalError, match="1290"):
+            execute(connection, INSERT)
+        assert [len(proxy.ran) for proxy in pair].count(1) == 1
+        assert sum(len(proxy.ran) for proxy in pair) == 1
+
+    @pytest.mark.parametrize(
+        ("code", "text"),
+        [
+            (1290, READ_ONLY),
+            (1836, "Running in read-only mode"),
+            (1047, "WSREP has not yet prepared node for application use"),
+        ],
+    )
+    @pytest.mark.parametrize("in_block", [False, True])
+    @pytest.mark.parametrize("cls", [ScriptedServer, ProxySQL, MaxScale])
+    def test_statement_is_run_again_only_if_a_server_refused_it(
+        self, cls: Any, in_block: bool, code: int, text: str
+    ) -> None:
+        with (
+            started(cls, cls) as pair,
+            engine(
+                [mysql_peer(one) for one in pair], clock=Clock(), READY_CHECK="writable"
+            ) as connection,
+        ):
+            connection.ensure_connection()
+            old = pair[int(connection.peer.name[-1])]
+            (other,) = [one for one in pair if one is not old]
+            old.refusals["INSERT"] = Refusal(code, text)
+            # … and for new connections, too.
+            for server in (old, getattr(old, "writer", old)):
+                server.read_only = True
+            block = transaction.atomic("balanced") if in_block else contextlib.nullcontext()
+            fails = (
+                contextlib.nullcontext() if cls is ScriptedServer else pytest.raises(DatabaseError)
+            )
+            with fails, block:
+                execute(connection, INSERT)
+            assert (len(old.ran), len(other.ran)) == (0, int(cls is ScriptedServer))
+
+    def test_kept_connection_that_refuses_is_dropped(self, pair: list[MaxScale]) -> None:
+        """Its error is raised, and the next write goes by a new connection."""
+        connection = connections["balanced"]
+        connection.ensure_connection()
+        first = connection.connection
+        old = pair[int(connection.peer.name[-1])]
+        old.error_on_write = True
+        with pytest.raises(OperationalError, match="1290"):
+            execute(connection, INSERT)
+        old.error_on_write = False
+        execute(connection, INSERT)
+        assert connection.connection is not first
+        # New connections there take writes.
+        assert states() == ["closed", "closed"]
+
+    def test_commit_that_a_proxy_refuses_is_unknown(self, pair: list[MaxScale]) -> None:
+        connection = connections["balanced"]
+        with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
+            execute(connection, INSERT)
+            for proxy in pair:
+                proxy.refusals["^COMMIT"] = Refusal(1290, READ_ONLY)
+        runs: list[int] = []
+
+        @retrying_atomic(using="balanced")
+        def work() -> None:
+            runs.append(1)
+            execute(connection, INSERT)
+
+        with pytest.raises(CommitOutcomeUnknown):
+            work()
+        assert runs == [1]
+
+    def test_commit_that_a_server_refuses_is_undone(self) -> None:
+        """READY_CHECK or not, whoever answers is asked who it is."""
+        with ScriptedServer() as peer, engine([mysql_peer(peer)], clock=Clock()) as connection:
+            peer.refusals["^COMMIT"] = Refusal(1290, READ_ONLY)
+            with (
+                pytest.raises(OperationalError, match="1290") as raised,
+                transaction.atomic("balanced"),
+            ):
+                execute(connection, INSERT)
+            assert not isinstance(raised.value, CommitOutcomeUnknown)
+
+    def test_chance_does_not_make_a_proxy_a_server(self, pair: list[MaxScale]) -> None:
+        """One look that shows a proxy is believed, whatever another shows."""
+        connection = connections["balanced"]
+        connection.ensure_connection()
+        old = pair[int(connection.peer.name[-1])]
+        assert connection.peer.is_server is False
+        old.writer.ids = old.reader.ids = iter([connection.connection.thread_id()] * 9)
+        old.error_on_write = True
+        with pytest.raises(OperationalError, match="1290"):
+            execute(connection, INSERT)
+        assert sum(len(proxy.ran) for proxy in pair) == 1
+
+    def test_what_is_known_is_forgotten_when_the_circuit_opens(self, pair: list[MaxScale]) -> None:
+        connections["balanced"].ensure_connection()
+        peer = connections["balanced"].peer
+        peer.breaker.open()
+        assert peer.is_server is None
+
+
+class TestBusyProxySQL:
+    """9001 may say that all servers are gone, or that all connections to them are in use."""
+
+    @pytest.fixture
+    def pair(self) -> Iterator[list[ProxySQL]]:
+        with started(ProxySQL, ProxySQL) as proxies:
+            yield proxies
+
+    @contextlib.contextmanager
+    def site(self, pair: list[ProxySQL], **settings: Any) -> Iterator[Any]:
+        settings = {"CONN_MAX_AGE": None, "TRIAL_TIMEOUT": 1, **settings}
+        with engine([mysql_peer(one) for one in pair], clock=Clock(), **settings) as connection:
+            connection.ensure_connection()
+            self.events: list[Any] = []
+            balancers["balanced"].add_listener(self.events.append)
+            yield connection
+
+    def told(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def test_answered_question_leaves_the_circuit_closed(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair) as connection:
+            old = pair[int(connection.peer.name[-1])]
+            old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
+            first = connection.connection
+            for _ in range(3):
+                with pytest.raises(DatabaseError, match="9001"):
+                    execute(connection, INSERT)
+            assert states() == ["closed", "closed"]
+            assert connection.connection is first
+            assert connection.peer.unanswered == 0
+            assert "DO 1" in old.statements()
+
+    @pytest.mark.parametrize("gone", ["writer", "reader"])
+    def test_unanswered_question_opens_the_circuit(self, pair: list[ProxySQL], gone: str) -> None:
+        with self.site(pair) as connection:
+            peer = connection.peer
+            old = pair[int(peer.name[-1])]
+            setattr(old, gone, None)
+            statement = INSERT if gone == "writer" else "SELECT @@version"
+            raises = (
+                pytest.raises(DatabaseError, match="9001")
+                if gone == "writer"
+                # A read is run again on the other.
+                else contextlib.nullcontext()
+            )
+            with raises:
+                execute(connection, statement)
+            assert peer.breaker.current_state == "open"
+            assert peer.breaker.circuit.question == "backend"
+            execute(connection, statement)
+            assert connection.peer is not peer
+
+    def test_fail_max_questions_in_a_row(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair, BREAKER={"fail_max": 3}) as connection:
+            peer = connection.peer
+            old = pair[int(peer.name[-1])]
+            for number, state in [(1, "closed"), (2, "closed"), (0, "closed"), (1, "closed")]:
+                if number:
+                    old.writer.up = False
+                    with pytest.raises(DatabaseError, match="9001"):
+                        execute(connection, INSERT)
+                    old.writer.up = True
+                else:
+                    old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
+                    with pytest.raises(DatabaseError, match="9001"):
+                        execute(connection, INSERT)
+                    del old.refusals["INSERT"]
+                assert (peer.unanswered, peer.breaker.current_state) == (number, state)
+            old.writer.up = False
+            for _ in range(2):
+                with pytest.raises(DatabaseError, match="9001"):
+                    execute(connection, INSERT)
+            assert peer.breaker.current_state == "open"
+            assert peer.breaker.circuit.failures == 3
+
+    def test_last_peer_is_kept_and_its_errors_are_plain(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair, CONN_MAX_AGE=0) as connection:
+            for proxy in pair:
+                proxy.writer.busy = proxy.reader.busy = True
+            for _ in range(6):
+                with pytest.raises(DatabaseError, match="9001") as raised:
+                    execute(connection, INSERT)
+                assert not isinstance(raised.value, NoPeerAvailable)
+                connection.close()
+            assert sorted(states()) == ["closed", "open"]
+            assert not self.told(PeersExhausted)
+            for proxy in pair:
+                proxy.writer.busy = proxy.reader.busy = False
+            execute(connection, INSERT)
+
+    def test_last_peer_is_not_asked(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair[:1]) as connection:
+            pair[0].writer.busy = True
+            before = pair[0].connections
+            with pytest.raises(DatabaseError, match="9001"):
+                execute(connection, INSERT)
+            assert pair[0].connections == before
+            assert "DO 1" not in pair[0].statements()
+
+    def test_two_threads_do_not_give_up_the_last_two(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair):
+            balancer = balancers["balanced"]
+            exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
+            barrier = threading.Barrier(2)
+
+            def give_up(name: str) -> Callable[[], None]:
+                def run() -> None:
+                    barrier.wait(10)
+                    balancer.count_unanswered(balancer.peers[name], exc)
+
+                return run
+
+            for _ in range(20):
+                for peer in balancer.peers.values():
+                    peer.breaker.close()
+                with running(give_up("peer0"), give_up("peer1")):
+                    pass
+                assert sorted(states()) == ["closed", "open"]
+
+    def test_one_thread_asks_at_a_time(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair) as connection:
+            peer = connection.peer
+            old = pair[int(peer.name[-1])]
+            old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
+            peer.asked_until = balancers["balanced"].clock() + 1
+            with pytest.raises(DatabaseError, match="9001"):
+                execute(connection, INSERT)
+            assert "DO 1" not in old.statements()
+            peer.asked_until = balancers["balanced"].clock()
+            with pytest.raises(DatabaseError, match="9001"):
+                execute(connection, INSERT)
+            assert "DO 1" in old.statements()
+
+    def test_9001_in_the_middle_of_a_connect(self, pair: list[ProxySQL]) -> None:
+        """Django asks the server something as it connects: the same rules hold there."""
+        check = "tests.test_proxies.reaches_a_server"
+        with self.site(pair, READY_CHECK=check) as connection:
+            connection.close()
+            for proxy in pair:
+                proxy.writer.busy = True
+            for _ in range(4):
+                with pytest.raises(OperationalError, match="9001") as raised:
+                    connection.ensure_connection()
+                assert not isinstance(raised.value, NoPeerAvailable)
+            assert sorted(states()) == ["closed", "open"]
+            for proxy in pair:
+                proxy.writer.busy = False
+            connection.ensure_connection()
+
+    def test_full_frontend_is_no_answer(self, pair: list[ProxySQL]) -> None:
+        """A question that cannot be put counts for nothing."""
+        with self.site(pair) as connection:
+            peer = connection.peer
+            old = pair[int(peer.name[-1])]
+            old.writer.up = False
+            old.limit = 1
+            with pytest.raises(DatabaseError, match="9001"):
+                execute(connection, INSERT)
+            assert (peer.breaker.current_state, peer.unanswered) == ("closed", 0)
+
+
+def reaches_a_server(connection: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("DO 1")
+    cursor.close()
+
+
+class TestTrial:
+    """What a trial asks it asks on its throw-away connection."""
+
+    @contextlib.contextmanager
+    def open_one(self, **settings: Any) -> Iterator[tuple[Any, ProxySQL, ProxySQL, Clock]]:
+        """A balancer whose peer0, a ProxySQL, was taken out for having no server."""
+        with started(ProxySQL, ProxySQL, patience=30) as (bad, good):
+            clock = Clock()
+            settings = {"TRIAL_TIMEOUT": 1, "CHECK_INTERVAL": 30, **settings}
+            peers = [mysql_peer(bad), mysql_peer(good)]
+            with engine(peers, clock=clock, **settings) as connection:
+                exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
+                assert balancers["balanced"].count_unanswered(
+                    balancers["balanced"].peers["peer0"], exc
+                )
+                clock.advance(60)
+                yield connection, bad, good, clock
+
+    @pytest.mark.parametrize("gone", ["writer", "reader"])
+    @pytest.mark.parametrize("check", [None, "writable"])
+    def test_no_server_on_one_side(self, gone: str, check: str | None) -> None:
+        with self.open_one(READY_CHECK=check) as (connection, bad, _, _):
+            setattr(bad, gone, None)
+            began = time.monotonic()
+            connection.ensure_connection()
+            # Bounded by TRIAL_TIMEOUT: the proxy would have kept it for 30 s.
+            assert time.monotonic() - began < 15
+            assert connection.peer.name == "peer1"
+            assert states() == ["open", "closed"]
+            # Nothing else was asked, and no other connection made.
+            assert len({number for number, _ in bad.said}) <= 1
+
+    def test_both_sides_answer(self) -> None:
+        with self.open_one() as (connection, bad, _, _):
+            connection.ensure_connection()
+            assert connection.peer.name == "peer0"
+            assert states() == ["closed", "closed"]
+            asked = [number for number, said in bad.said if said in ("SELECT 1", "DO 1")]
+            # On the throw-away connection, and on that alone.
+            assert len(asked) == 2
+            assert set(asked) == {min(number for number, _ in bad.said)}
+            assert connection.connection.thread_id() not in asked
+
+    def test_last_peer_passes_though_it_may_be_busy(self) -> None:
+        with self.open_one() as (connection, bad, good, clock):
+            bad.writer = None
+            balancers["balanced"].peers["peer1"].breaker.open()
+            good.close()
+            clock.advance(1)
+            connection.ensure_connection()
+            assert connection.peer.name == "peer0"
+
+    def test_outside_django(self) -> None:
+        with started(ProxySQL, ProxySQL, patience=30) as (bad, good):
+            clock = Clock()
+            db = LoadBalancer(
+                {
+                    name: {"host": one.host, "port": one.port, "user": "app", "password": "x"}
+                    for name, one in (("bad", bad), ("good", good))
+                },
+                connect=MySQLdb.connect,
+                trial_timeout=1,
+                clock=clock,
+            )
+            assert db.count_unanswered(
+                db.peers["bad"], MySQLdb.OperationalError(9001, NO_SERVER.format(0))
+            )
+            bad.reader = None
+            clock.advance(60)
+            db.connect().close()
+            assert db.peers["bad"].breaker.current_state == "open"
+            assert (
+                "no server behind the proxy answers SELECT 1"
+                in db.peers["bad"].breaker.circuit.error
+            )
+
+
+class TestDemotedPrimary:
+    """Two proxies that lead to a server; it is made read-only, and they lead to another then."""
+
+    @pytest.fixture(params=["mariadb_pair", "postgres_pair"])
+    def moved(self, request: Any, fault_proxy: Callable[..., FaultProxy]) -> Iterator[Any]:
+        old, new = request.getfixturevalue(request.param)
+        is_mysql = request.param == "mariadb_pair"
+        proxies = [fault_proxy(old), fault_proxy(old)]
+        settings: dict[str, Any] = {} if is_mysql else {"PEER_ENGINE": POSTGRESQL}
+        peers = [postgres_peer(proxy) for proxy in proxies]
+        for node in (new, old):
+            with engine([postgres_peer(node)], alias="straight", **settings) as straight:
+                with_table(straight)
+        with engine(
+            peers, READY_CHECK="writable", CONN_MAX_AGE=None, clock=Clock(), **settings
+        ) as connection:
+            connection.ensure_connection()
+
+            def move() -> None:
+                if is_mysql:
+                    old.set_global("read_only", 1)
+                else:
+                    old.set_global("default_transaction_read_only = on")
+                    driver = connection.connection
+                    while (
+                        driver.execute("SHOW default_transaction_read_only").fetchone()[0] != "on"
+                    ):
+                        pass
+                for proxy in proxies:
+                    proxy._ask(lambda proxy=proxy: setattr(proxy, "target", new))
+
+            yield connection, move
+
+    def test_write_in_autocommit_goes_to_the_new_one(self, moved: Any) -> None:
+        connection, move = moved
+        move()
+        execute(connection, INSERT)
+        assert execute(connection, "SELECT count(*) FROM app_token") in [((1,),), [(1,)]]
+        assert states() == ["closed", "closed"]
+
+    def test_kept_connection_fails_once_at_most(self, moved: Any) -> None:
+        """Inside a block PostgreSQL cannot be asked: then once the block has ended."""
+        connection, move = moved
+        first = connection.connection
+        with pytest.raises(DatabaseError), transaction.atomic("balanced"):
+            execute(connection, "SELECT 1")
+            move()
+            if connection.vendor == "postgresql":
+                # What a transaction may do is settled as it begins.
+                connection.connection.execute("SET TRANSACTION READ ONLY")
+            execute(connection, INSERT)
+        close_old_connections()
+        with transaction.atomic("balanced"):
+            execute(connection, INSERT)
+        assert connection.connection is not first
+        assert states() == ["closed", "closed"]
+
+    def test_block_is_run_again(self, moved: Any) -> None:
+        connection, move = moved
+        runs: list[int] = []
+
+        @retrying_atomic(using="balanced")
+        def work() -> None:
+            runs.append(1)
+            execute(connection, "SELECT 1")
+            if len(runs) == 1:
+                move()
+                if connection.vendor == "postgresql":
+                    connection.connection.execute("SET TRANSACTION READ ONLY")
+            execute(connection, INSERT)
+
+        work()
+        assert runs == [1, 1]
+
+
+def test_what_the_application_has_set_is_its_own(postgres: Any) -> None:
+    """No server's doing: the connection stays. (On MySQL it is another error, 1792.)"""
+    peers = [postgres_peer(postgres)]
+    settings: dict[str, Any] = {"PEER_ENGINE": POSTGRESQL, "READY_CHECK": "writable"}
+    with engine(peers, **settings) as connection:
+        with_table(connection)
+        first = connection.connection
+        execute(connection, "SET default_transaction_read_only = on")
+        for _ in range(2):
+            with pytest.raises(DatabaseError):
+                execute(connection, INSERT)
+        assert connection.connection is first
+        assert not connection._session.dropped
+        assert not connection._session.doubted
