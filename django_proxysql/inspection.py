@@ -9,6 +9,7 @@ whose socket is shut down, for no driver bounds everything.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
@@ -22,6 +23,7 @@ from django.db import connections
 
 from . import drivers
 from .balancer import Attempt
+from .comparison import Ask, Facts, mysql_facts, postgresql_facts
 from .conf import load_wrapper, peer_engine
 from .faults import Fault
 from .locks import new_lock
@@ -55,6 +57,8 @@ class Inspection:
     error: str
     #: What that error says about the peer.
     fault: Fault | None
+    #: What it says of itself, to be compared with the others; None behind a proxy.
+    facts: Facts | None = None
 
 
 def inspect(
@@ -100,6 +104,7 @@ class _Inquiry:
         self._latency: float | None = None
         self.version = ""
         self.notes: list[str] = []
+        self.facts: Facts | None = None
         #: A second descriptor of the connection's socket. Its number is ours,
         #: so that it cannot become another connection's behind our back.
         self._socket: socket.socket | None = None
@@ -153,7 +158,12 @@ class _Inquiry:
             tuple(self.notes),
             error,
             fault,
+            self.facts,
         )
+
+    def note_facts(self, facts: Callable[[str, Ask], Facts], connection: Any) -> None:
+        """Ask the server for its facts, to be compared with the other peers'."""
+        self.facts = facts(self._peer.name, functools.partial(_described, connection))
 
     def _ask(self) -> None:
         settings = self._registered.to_connect_with(self._peer, self._own, self._alias)
@@ -270,6 +280,7 @@ def _mysql(connection: Any, found: _Inquiry) -> None:
         return
     if _value(connection, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
         found.notes.append("read-only")
+    found.note_facts(mysql_facts, connection)
     variables = dict(
         _unless_refused(
             connection, "SHOW VARIABLES WHERE Variable_name IN ('wsrep_on', 'wsrep_provider')"
@@ -290,6 +301,7 @@ def _postgresql(connection: Any, found: _Inquiry) -> None:
         found.notes.append("standby")
     elif _value(connection, "SHOW default_transaction_read_only") == "on":
         found.notes.append("read-only")
+    found.note_facts(postgresql_facts, connection)
 
 
 def _sqlite(connection: Any, found: _Inquiry) -> None:
@@ -321,12 +333,31 @@ def _unless_refused(connection: Any, statement: str) -> list[Any]:
 
     A user may lack the right, and a proxy or an old server not know the words.
     """
+    return _answer(lambda: rows(connection, statement)) or []
+
+
+def _described(connection: Any, statement: str) -> list[dict[str, Any]] | None:
+    """Return a statement's rows by their columns' names; None if the server will not say."""
+
+    def run() -> list[dict[str, Any]]:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(statement)
+            names = [column[0].lower() for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor.fetchall()]
+        finally:
+            cursor.close()
+
+    return _answer(run)
+
+
+def _answer(ask: Callable[[], list[Any]]) -> list[Any] | None:
     try:
-        return rows(connection, statement)
+        return ask()
     except Exception as exc:
         if not drivers.is_driver_error(exc) or drivers.judge(exc, connecting=False) in _IN_EARNEST:
             raise
-        return []
+        return None
 
 
 #: What no other question would get a better answer after.

@@ -33,6 +33,7 @@ FLOORS = {
     "statements": 0,
     # What drivers' errors mean; what happens.
     "drivers": 1,
+    "comparison": 1,
     "urls": 1,
     "events": 1,
     "forks": 1,

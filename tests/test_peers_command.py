@@ -119,7 +119,13 @@ def test_json(tmp_path: Path) -> None:
         "status": "warning",
         "exit_code": 1,
         "balancers": [
-            {"alias": "balanced", "status": "warning", "shared": False, "processes": None}
+            {
+                "alias": "balanced",
+                "status": "warning",
+                "shared": False,
+                "processes": None,
+                "warnings": [],
+            }
         ],
     }
     assert 0 < one.pop("latency") < 60

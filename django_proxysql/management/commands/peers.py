@@ -23,6 +23,7 @@ from django.core.management.color import no_style
 from django.db import connections
 
 from ...balancer import LoadBalancer, PeerState
+from ...comparison import warnings
 from ...exceptions import DrainRefused
 from ...inspection import Inspection, inspect
 from ...registry import balancers
@@ -60,16 +61,19 @@ class _Look(NamedTuple):
 
     rows: Sequence[_Row]
     shares: bool
-    #: How many processes share its state, this one aside; None if that is not to be had.
+    #: How many processes share its state, this one aside; None if that is unknown.
     processes: int | None
     #: What is wrong with Redis then, as a sentence without its subject.
     trouble: str = ""
+    #: What is wrong with the peers together, each with its remedy.
+    warnings: Sequence[str] = ()
 
     @property
     def status(self) -> int:
         if not any(row.is_usable for row in self.rows):
             return CRITICAL
-        return OK if all(row.found.ready or row.is_drained for row in self.rows) else WARNING
+        well = all(row.found.ready or row.is_drained for row in self.rows)
+        return OK if well and not self.warnings else WARNING
 
     @property
     def summary(self) -> str:
@@ -78,7 +82,10 @@ class _Look(NamedTuple):
         if self.status == CRITICAL:
             said = "no peer can be used"
         else:
-            said = f"{', '.join(down)} down" if down else "all well"
+            said = f"{', '.join(down)} down" if down else "all up" if self.warnings else "all well"
+        if self.warnings:
+            count = len(self.warnings)
+            said += f", {count} warning{'' if count == 1 else 's'}"
         return f"{said}, {', '.join(drained)} drained" if drained else said
 
 
@@ -381,6 +388,8 @@ class Command(BaseCommand):
             for row in look.rows:
                 if row.found.error:
                     yield f"{alias}: {row.found.peer}: {row.found.error}"
+            for warning in look.warnings:
+                yield paint(WARNING, f"{alias}: {warning}")
             if look.shares and look.processes is None:
                 yield f"{alias}: what the processes know is not to be had: Redis {look.trouble}"
 
@@ -464,6 +473,7 @@ def _ask(chosen: Mapping[str, LoadBalancer], timeout: float | None) -> dict[str,
             balancer.sharing is not None,
             fleet.processes - 1 if fleet else None,
             balancer.sharing.trouble if balancer.sharing and not fleet else "",
+            warnings(balancer.config, [row.found.facts for row in rows if row.found.facts]),
         )
     return looks
 
@@ -485,6 +495,7 @@ def _as_json(looks: Mapping[str, _Look]) -> dict[str, Any]:
                 "status": _WORDS[look.status].lower(),
                 "shared": look.shares,
                 "processes": look.processes,
+                "warnings": list(look.warnings),
                 "peers": [
                     {
                         "peer": row.found.peer,

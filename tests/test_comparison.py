@@ -1,0 +1,217 @@
+"""Peers that are not what they must be: each kind is a warning with its remedy."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from django.core.management import call_command
+
+from django_proxysql.comparison import Facts, Source, warnings
+from django_proxysql.config import BalancerConfig, PeerConfig
+from django_proxysql.demo.servers import start_together
+from django_proxysql.inspection import inspect
+from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
+from tests.servers import ADMIN, ADMIN_PASSWORD, PASSWORD, USER
+from tests.servers.galera import GaleraCluster
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
+
+REPLICATES = (Source("10.0.0.1:3306", True, 0.0),)
+
+
+def config(*priorities: int, **settings: Any) -> BalancerConfig:
+    peers = tuple(
+        PeerConfig(f"peer{place}", priority=priority) for place, priority in enumerate(priorities)
+    )
+    return BalancerConfig("default", peers, **settings)
+
+
+def facts(place: int, **said: Any) -> Facts:
+    return Facts(f"peer{place}", **{"server": f"db{place}:3306/{place}", "sources": (), **said})
+
+
+def said_of(*known: Facts, asked: BalancerConfig | None = None) -> str:
+    return "\n".join(warnings(asked or config(*(0 for _ in known)), known))
+
+
+def test_peers_of_which_nothing_is_known_are_not_warned_of() -> None:
+    assert said_of(Facts("peer0"), Facts("peer1")) == ""
+
+
+def test_several_proxies_before_one_server_are_equivalent() -> None:
+    one = {"server": "db:3306/1", "sources": REPLICATES}
+    assert said_of(facts(0, **one), facts(1, **one)) == ""
+
+
+def test_a_cluster_is_equivalent() -> None:
+    assert said_of(facts(0, lineage="uuid"), facts(1, lineage="uuid")) == ""
+
+
+def test_two_writers_that_replicate_to_each_other_drift_apart() -> None:
+    said = said_of(facts(0, sources=REPLICATES), facts(1, sources=REPLICATES))
+    assert "peer0 and peer1 are replicas that may lag" in said
+    assert "Give each stand-by a PRIORITY of its own" in said
+    assert "SYNCHRONOUS_PEERS: False" in said
+
+
+def test_a_writer_and_a_stand_by_with_the_right_settings_are_well() -> None:
+    asked = config(0, 1, synchronous_peers=False)
+    known = facts(0, sources=REPLICATES), facts(1, sources=REPLICATES)
+    assert said_of(*known, asked=asked) == ""
+
+
+def test_a_read_only_replica_takes_no_writes_and_needs_no_priority() -> None:
+    asked = config(0, 0, synchronous_peers=False)
+    known = facts(0), facts(1, sources=REPLICATES, is_read_only=True)
+    assert said_of(*known, asked=asked) == ""
+
+
+def test_a_stopped_replication_says_why_it_stopped() -> None:
+    asked = config(0, 1, synchronous_peers=False)
+    stopped = (Source("10.0.0.1:3306", False, None, "Duplicate entry '7'"),)
+    said = said_of(facts(0), facts(1, sources=stopped), asked=asked)
+    assert said == (
+        "peer1 no longer replicates from 10.0.0.1:3306: Duplicate entry '7'. "
+        "Drain it until it does."
+    )
+
+
+@pytest.mark.parametrize(("lag", "warned"), [(None, False), (10.0, False), (11.0, True)])
+def test_a_lag_is_worth_a_word_beyond_ten_seconds(lag: float | None, warned: bool) -> None:
+    asked = config(0, 1, synchronous_peers=False)
+    behind = (Source("10.0.0.1:3306", True, lag),)
+    assert bool(said_of(facts(0), facts(1, sources=behind), asked=asked)) is warned
+
+
+def test_clusters_with_nothing_in_common_are_named() -> None:
+    said = said_of(facts(0, lineage="a"), facts(1, lineage="b"), facts(2, lineage="a"))
+    assert said.startswith("peer0 and peer2 and peer1 are not the same database")
+
+
+def test_servers_that_do_not_replicate_are_databases_of_their_own() -> None:
+    assert said_of(facts(0), facts(1)).startswith("peer0 and peer1 do not replicate")
+    # One of them may say nothing for want of a right.
+    assert said_of(facts(0), facts(1, sources=None)) == ""
+
+
+@pytest.mark.parametrize(("ahead", "warned"), [(0.9, False), (-0.9, False), (1.5, True)])
+def test_clocks_more_than_a_second_apart_are_named(ahead: float, warned: bool) -> None:
+    said = said_of(facts(0, clock=5.0, lineage="a"), facts(1, clock=5.0 + ahead, lineage="a"))
+    assert ("The clock of peer1 is 1.5 s ahead of that of peer0" in said) is warned
+
+
+def test_settings_that_differ_are_named_with_their_peers() -> None:
+    said = said_of(
+        facts(0, lineage="a", settings={"sql_mode": "ANSI", "time zone": "UTC"}),
+        facts(1, lineage="a", settings={"sql_mode": "STRICT", "time zone": "UTC"}),
+        facts(2, lineage="a", settings={"sql_mode": "STRICT"}),
+    )
+    assert said == "The peers differ in their sql_mode: peer0: ANSI; peer1 and peer2: STRICT."
+
+
+# On servers
+
+
+def looks_of(*peers: dict[str, Any], status: int = 0, **settings: Any) -> str:
+    """Return what ``manage.py peers`` prints of the peers, below its table."""
+    out = io.StringIO()
+    with engine(list(peers), alias="default", **settings):
+        if status:
+            with pytest.raises(SystemExit) as ended:
+                call_command("peers", stdout=out)
+            assert ended.value.code == status
+        else:
+            call_command("peers", stdout=out)
+    printed = out.getvalue()
+    assert PASSWORD not in printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def replicas() -> Iterator[tuple[Node, Node]]:
+    """Two MariaDB servers that replicate to each other, asynchronously."""
+    with ExitStack() as stack:
+        nodes = tuple(
+            stack.enter_context(
+                Node(f"replica-{number}", options=[f"--server-id={number}", "--log-bin"])
+            )
+            for number in (1, 2)
+        )
+        start_together(*nodes)
+        for node in nodes:
+            node.set_up()
+            node.sql("RESET MASTER")
+        for node, source in (nodes, nodes[::-1]):
+            node.sql(
+                f"CHANGE MASTER TO master_host='{source.host}', master_port={source.port}, "
+                f"master_user='{ADMIN}', master_password='{ADMIN_PASSWORD}', "
+                "master_use_gtid=slave_pos, master_connect_retry=1; START SLAVE"
+            )
+            node.sql(f"GRANT SLAVE MONITOR ON *.* TO '{USER}'")
+        yield nodes  # type: ignore[misc]
+
+
+@pytest.mark.server
+def test_servers_that_replicate_to_each_other_are_a_warning(replicas: tuple[Node, Node]) -> None:
+    peers = [mysql_peer(node) for node in replicas]
+    printed = looks_of(*peers, status=1)
+    assert printed.startswith("WARNING: default: all up, 2 warnings\n")
+    assert "default: peer0 and peer1 are replicas that may lag, and several peers" in printed
+
+    peers[1]["PRIORITY"] = 1
+    printed = looks_of(*peers, SYNCHRONOUS_PEERS=False)
+    assert printed.startswith("OK: default: all well\n")
+
+
+@pytest.mark.server
+def test_a_replica_that_has_stopped_is_a_warning(replicas: tuple[Node, Node]) -> None:
+    replicas[1].sql("STOP SLAVE")
+    try:
+        peers = [mysql_peer(replicas[0]), mysql_peer(replicas[1], PRIORITY=1)]
+        printed = looks_of(*peers, status=1, SYNCHRONOUS_PEERS=False)
+        assert f"default: peer1 no longer replicates from 127.0.0.1:{replicas[0].port}" in printed
+    finally:
+        replicas[1].sql("START SLAVE")
+
+
+def test_a_user_without_the_right_to_see_replication_is_not_warned(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    assert looks_of(*(mysql_peer(node) for node in mariadb_pair)).startswith("OK: default")
+
+
+def test_servers_with_nothing_in_common_are_a_warning(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    peers = [mysql_peer(node, USER=ADMIN, PASSWORD=ADMIN_PASSWORD) for node in mariadb_pair]
+    assert "peer0 and peer1 do not replicate to each other" in looks_of(*peers, status=1)
+
+
+def test_settings_that_differ_are_a_warning_on_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
+    mariadb_pair[1].set_global("sql_mode", "ANSI")
+    printed = looks_of(*(mysql_peer(node) for node in mariadb_pair), status=1)
+    assert "default: The peers differ in their sql_mode: peer0: " in printed
+
+
+def test_galera_nodes_are_equivalent(galera: GaleraCluster) -> None:
+    assert looks_of(*map(mysql_peer, galera.nodes)).startswith("OK: default: all well\n")
+
+
+def test_a_postgresql_server_says_which_database_it_is(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+) -> None:
+    """(The tests' servers are copies of one, so they are of one lineage.)"""
+    peers = [postgres_peer(node) for node in postgres_pair]
+    with engine(peers, alias="default", PEER_ENGINE=POSTGRESQL):
+        (one, other) = (found.facts for found in inspect(["default"])["default"])
+    assert one is not None
+    assert other is not None
+    assert one.lineage == other.lineage != ""
+    assert one.server != other.server
+    assert one.sources == ()
+    assert abs(one.clock or 0) < 60
+    assert one.settings["character set"].startswith("UTF8")
