@@ -25,7 +25,7 @@ import tenacity
 from . import drivers, forks
 from .breaker import CLOSED, HALF_OPEN, OPEN, Circuit, Lease, PeerBreaker, Permit, Transition
 from .budget import ReplayBudget
-from .config import BalancerConfig, BreakerConfig, PeerConfig
+from .config import BalancerConfig, BreakerConfig, PeerConfig, function
 from .events import (
     CircuitClosed,
     CircuitOpened,
@@ -37,7 +37,7 @@ from .events import (
     PeersExhausted,
     PeerUndrained,
 )
-from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy
+from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy, UnknownPeer
 from .faults import Fault
 from .locks import new_lock
 from .logger import logger
@@ -64,6 +64,13 @@ _T = TypeVar("_T")
 
 #: Seconds between two looks for a peer: processes that wait do not look in step.
 _WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=2)
+
+#: What ``connect()`` may be told of trials.
+_TRIALS = ("first", "last", "never")
+
+_PEERS_HINT = (
+    "Give a dict of names and of what connect() takes, such as {'db1': {'host': '10.0.0.1'}}."
+)
 
 
 class Attempt(NamedTuple):
@@ -169,9 +176,16 @@ class LoadBalancer:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] | None = None,
     ) -> None:
+        function("connect", connect, "Give the driver's connect function.", optional=True)
+        function("clock", clock, "Give a function that returns seconds.")
+        function("jitter", jitter, "Give a function that returns [0, 1).", optional=True)
         if isinstance(peers, BalancerConfig):
             config = peers
         else:
+            if not isinstance(name, str):
+                raise ConfigError("name", f"is a {type(name).__name__}", "Give a str.")
+            if not isinstance(peers, Mapping):
+                raise ConfigError("peers", f"is a {type(peers).__name__}", _PEERS_HINT)
             thresholds = BreakerConfig.of(breaker, over=BreakerConfig())
             config = BalancerConfig(
                 name=name,
@@ -251,7 +265,9 @@ class LoadBalancer:
             for peer in config.peers
         }
         #: What it shares with other processes; None where that is not asked for.
-        self.sharing: Sharing | None = Sharing(self) if config.shared_state else None
+        self.sharing: Sharing | None = None
+        if config.shared_state is not None:
+            self.sharing = Sharing(self)
         _forkable.add(self)
         forks.attend()
 
@@ -269,7 +285,7 @@ class LoadBalancer:
         *,
         refusal_is_callers: bool | Callable[[], bool] = False,
         trials: str = "first",
-        only: Peer | None = None,
+        only: Peer | str | None = None,
     ) -> Any:
         """Return a connection to a peer that works.
 
@@ -283,16 +299,23 @@ class LoadBalancer:
         :param trials: ``"first"``: a peer whose trial is due goes before the
             others; ``"last"``: it is tried when nothing else is left;
             ``"never"``: only closed circuits are used.
-        :param only: connect to this peer, if its circuit is closed, or not at all.
+        :param only: connect to this peer, or the one of this name, if its circuit is closed,
+            or not at all.
         :raises NoPeerAvailable: no peer could be had within the deadline.
-        :raises ConfigError: the balancer was made without ``connect``, or a
-            strategy of one's own yields what is no peer.
+        :raises ConfigError: an argument is wrong, the balancer was made without ``connect``, or
+            a strategy of one's own yields what is no peer.
         :raises Exception: the driver's own error, where it is not the peer's
             fault, or where every peer was attempted and refused us.
         """
-        search = _Search(self, open_one or self._open_one, refusal_is_callers, trials)
+        if trials not in _TRIALS:
+            raise ConfigError("trials", f"is {trials!r}", f"Give one of {', '.join(_TRIALS)}.")
+        if open_one is None:
+            open_one = self._open_one
+        elif not callable(open_one):
+            function("open_one", open_one, "Give a function that takes an Attempt.")
+        search = _Search(self, open_one, refusal_is_callers, trials)
         if only is not None:
-            return search.connect_to(only)
+            return search.connect_to(self.named(only, "only"))
         try:
             try:
                 return search.first_attempt()
@@ -382,29 +405,33 @@ class LoadBalancer:
 
     # Trials
 
-    def next_trial(self, peer: Peer) -> float | None:
+    def next_trial(self, peer: Peer | str) -> float | None:
         """Return when the peer's next trial may begin, on :attr:`clock`.
 
-        :param peer: one of :attr:`peers`.
+        :param peer: one of :attr:`peers`, or its name.
         :returns: None while it needs none; minus infinity if it needs one at once.
+        :raises UnknownPeer: it is none of this balancer's.
         """
+        peer = self.named(peer)
         circuit = peer.breaker.circuit
         if circuit.state == CLOSED:
             return circuit.due if circuit.suspect else None
         interval = self._hurried()
         return circuit.due if interval is None else min(circuit.due, circuit.tried + interval)
 
-    def try_out(self, peer: Peer, *, now: bool = False) -> bool:
+    def try_out(self, peer: Peer | str, *, now: bool = False) -> bool:
         """Make the peer's trial if it is due, and keep no connection.
 
         For the thread in the background, and for operators.
 
-        :param peer: one of :attr:`peers`.
+        :param peer: one of :attr:`peers`, or its name.
         :param now: make it also if it is not due yet, unless one is under way, here or, as far
             as Redis says within a second, in another process that shares the circuit.
         :returns: whether one was made, and succeeded.
+        :raises UnknownPeer: it is none of this balancer's.
         :raises BaseException: what was raised and says nothing about the peer.
         """
+        peer = self.named(peer)
         permit = peer.breaker.acquire(last_resort=self._hurried(), by_hand=now)
         if permit is None:
             return False
@@ -615,7 +642,9 @@ class LoadBalancer:
             what happens while one of these waits to be told, in a thread of its own.
         :param connects: False spares it each :class:`~django_proxysql.events.Connected`
             that is no trial, and each connect the cost of telling it.
+        :raises ConfigError: ``listener`` cannot be called.
         """
+        function("listener", listener, "Give a function that takes an event.")
         teller = Teller(listener, self.name)
         with self._listeners_lock:
             self._tellers = (*self._tellers, teller)
@@ -646,7 +675,7 @@ class LoadBalancer:
 
     # Draining
 
-    def drain(self, name: str, *, force: bool = False) -> None:
+    def drain(self, name: str | Peer, *, force: bool = False) -> None:
         """Give a peer no new connections; those it has leave at their safe points.
 
         For an upgrade of its server, say. In this process only, unless the
@@ -656,13 +685,14 @@ class LoadBalancer:
         whether they have been told. What its circuit knows stays known.
         Draining a drained peer changes nothing.
 
-        :param name: the peer's, as in :attr:`peers`.
+        :param name: the peer's, as in :attr:`peers`, or the peer.
         :param force: drain it even if no other takes connections.
-        :raises KeyError: the balancer has no such peer.
+        :raises UnknownPeer: a KeyError: the balancer has no such peer.
         :raises DrainRefused: no other peer takes connections: its circuit is
             open, or it is drained itself, or another process drains it just now.
         """
-        peer = self.peers[name]
+        peer = self.named(name, "name")
+        name = peer.name
         if self.sharing is not None:
             # A process that has just begun is to know what the others do.
             self.sharing.settle()
@@ -681,13 +711,13 @@ class LoadBalancer:
                 "process has drained the others just now."
             )
 
-    def undrain(self, name: str) -> None:
+    def undrain(self, name: str | Peer) -> None:
         """Let a peer have new connections again.
 
-        :param name: the peer's, as in :attr:`peers`.
-        :raises KeyError: the balancer has no such peer.
+        :param name: the peer's, as in :attr:`peers`, or the peer.
+        :raises UnknownPeer: a KeyError: the balancer has no such peer.
         """
-        peer = self.peers[name]
+        peer = self.named(name, "name")
         with self._drains_lock:
             changed, peer.drained = peer.drained, False
         self._wish_drained(peer, False, changed)
@@ -728,7 +758,7 @@ class LoadBalancer:
     # Staying with one peer
 
     @contextlib.contextmanager
-    def pinned(self, peer: Peer | None = None) -> Iterator[None]:
+    def pinned(self, peer: Peer | str | None = None) -> Iterator[None]:
         """Stay with one peer for the block, whichever is connected to first.
 
         It holds for the thread, greenlet or asyncio task that enters the block,
@@ -739,14 +769,16 @@ class LoadBalancer:
         connecting fails rather than going elsewhere. Inside another such block
         it changes nothing.
 
-        :param peer: the peer to stay with, such as ``connection.peer``.
+        :param peer: the peer to stay with, such as ``connection.peer``, or its name.
+        :raises UnknownPeer: it is none of this balancer's.
         :raises NoPeerAvailable: out of whatever connects in the block, when the
             peer cannot be had.
         """
+        known = None if peer is None else self.named(peer)
         if self._pin is not None:
             yield
             return
-        pin = _Pin(peer)
+        pin = _Pin(known)
         try:
             self._pins.set(pin)
             # Connections that are there already are to see that something is new.
@@ -787,6 +819,25 @@ class LoadBalancer:
     def has_usable(self) -> bool:
         """Return whether any circuit is closed, and its peer no suspect."""
         return bool(self.view().tiers)
+
+    def named(self, peer: Peer | str, argument: str = "peer") -> Peer:
+        """Return one of this balancer's peers.
+
+        :param peer: the peer, or its name.
+        :param argument: what the caller calls it, for the error.
+        :raises UnknownPeer: it is none of this balancer's.
+        """
+        if isinstance(peer, Peer):
+            if self.peers.get(peer.name) is peer:
+                return peer
+        elif isinstance(peer, str) and peer in self.peers:
+            return self.peers[peer]
+        said = repr(peer) if isinstance(peer, (str, Peer)) else f"a {type(peer).__name__}"
+        raise UnknownPeer(
+            argument,
+            f"is {said}, which is no peer of {self.name!r}",
+            f"Give one of its peers or their names: {', '.join(self.peers)}.",
+        )
 
     # What the search asks
 
@@ -1322,6 +1373,10 @@ def _without(tellers: tuple[Teller, ...], listener: Listener) -> tuple[Teller, .
 def _peer_config(
     name: str, params: Mapping[str, Any], check_interval: float, thresholds: BreakerConfig
 ) -> PeerConfig:
+    if not isinstance(name, str):
+        raise ConfigError("peers", f"has a name that is a {type(name).__name__}", _PEERS_HINT)
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"peers[{name!r}]", f"is a {type(params).__name__}", _PEERS_HINT)
     rest = dict(params)
     weight = rest.pop("weight", 1)
     priority = rest.pop("priority", 0)

@@ -52,6 +52,7 @@ from typing import Any, NamedTuple, TypeVar
 import pybreaker
 
 from . import drivers, forks
+from .config import function, number
 from .faults import Fault
 from .locks import new_lock
 from .logger import complain
@@ -295,6 +296,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     :param clock: a monotonic clock, in seconds.
     :param jitter: draws from [0, 1).
     :param on_transition: called with each :class:`Transition`, outside the lock.
+    :raises ConfigError: a number or function that is none; the message names the argument.
     """
 
     def __init__(
@@ -312,6 +314,14 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         jitter: Callable[[], float] = random.random,
         on_transition: Callable[[Transition], object] | None = None,
     ) -> None:
+        number("fail_max", fail_max, minimum=1, whole=True)
+        number("success_threshold", success_threshold, minimum=1, whole=True)
+        number("reset_timeout", reset_timeout)
+        number("release_interval", release_interval)
+        number("lease", lease)
+        function("clock", clock, "Give a function that returns seconds.")
+        function("jitter", jitter, "Give a function that returns [0, 1).")
+        function("on_transition", on_transition, "Give a function.", optional=True)
         self._circuit = Circuit()
         #: Seconds after which a trial that said nothing may be made again.
         self.release_interval = release_interval

@@ -397,6 +397,19 @@ class _Reader:
                     f"{key} is a peer's setting, and has no effect here.",
                     f"Move {key} into the peers.",
                 )
+        named = self._named()
+        # Not NAME: the test database's is made from it.
+        for key in ("HOST", "PORT", "USER", "PASSWORD"):
+            own = self.entry.get(key)
+            if own in ("", None) or not named:
+                continue
+            if all(peer.get(key) not in ("", None) for _, peer in named):
+                yield self._problem(
+                    "W004",
+                    key,
+                    f"{key} has no effect here: every peer has its own.",
+                    f"Remove {key} here, or leave it out of the peers that are to have this one.",
+                )
         for position, peer in enumerate(self.peers):
             if not isinstance(peer, Mapping):
                 continue

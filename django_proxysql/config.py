@@ -12,7 +12,7 @@ from typing import Any
 
 from .exceptions import ConfigError
 
-__all__ = ["BalancerConfig", "BreakerConfig", "PeerConfig", "number"]
+__all__ = ["BalancerConfig", "BreakerConfig", "PeerConfig", "function", "number"]
 
 
 def number(
@@ -41,6 +41,17 @@ def number(
     if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
         raise ConfigError(setting, f"is {value!r}", hint)
     return value
+
+
+def function(setting: str, value: object, hint: str, *, optional: bool = False) -> Any:
+    """Return ``value`` if it can be called.
+
+    :param hint: what to give instead.
+    :raises ConfigError: it cannot; the message names the setting, and not the value.
+    """
+    if callable(value) or (optional and value is None):
+        return value
+    raise ConfigError(setting, f"is a {type(value).__name__}, which cannot be called", hint)
 
 
 @dataclass(frozen=True)

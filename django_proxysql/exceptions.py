@@ -4,7 +4,8 @@
 
     Exception
     ├── ValueError
-    │   ├── ConfigError            a wrong setting, with its name and a remedy
+    │   ├── ConfigError            a wrong setting or argument, with its name and a remedy
+    │   │   └── UnknownPeer        a name or peer that is none of the balancer's; a KeyError, too
     │   └── DrainRefused           a drain that would leave no peer to connect to
     ├── NotReady                   a READY_CHECK's verdict: connected, but not usable
     ├── PoolBusy                   our own pool for a peer has no connection to spare
@@ -26,7 +27,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ConfigError", "DrainRefused", "NoPeerAvailable", "NotReady", "PoolBusy"]
+__all__ = [
+    "ConfigError",
+    "DrainRefused",
+    "NoPeerAvailable",
+    "NotReady",
+    "PoolBusy",
+    "UnknownPeer",
+]
 
 
 class ConfigError(ValueError):
@@ -46,6 +54,10 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         text = f"{self.setting} {self.problem}."
         return f"{text} {self.hint}" if self.hint else text
+
+
+class UnknownPeer(ConfigError, KeyError):
+    """A peer that the load balancer does not have; a ``KeyError`` as well."""
 
 
 class DrainRefused(ValueError):
@@ -76,6 +88,8 @@ class NoPeerAvailable(Exception):
     """
 
     def __init__(self, balancer: str, peers: Sequence[str] = (), pinned: str = "") -> None:
+        if isinstance(peers, str):
+            peers = (peers,)
         super().__init__(balancer, tuple(peers), *([pinned] if pinned else []))
         self.balancer = balancer
         self.peers = tuple(peers)

@@ -95,7 +95,10 @@ class Balancers(Mapping[str, LoadBalancer]):
         alias = entry.get(ALIAS_KEY, alias)
         if alias not in self._entries:
             if not is_balancer(entry):
-                raise KeyError(alias)
+                raise KeyError(
+                    f"{alias!r} is no load balancer. Load balancers in DATABASES: "
+                    f"{', '.join(self) or 'none'}."
+                )
             register(entry, alias)
         return self.registered(alias).balancer
 

@@ -73,21 +73,28 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
         again. (Inside the blocks of Django's TestCase it runs once, in a
         savepoint.)
     :raises ValueError: ``attempts`` is no int of at least 1.
-    :raises TypeError: the function is a coroutine function or a generator
-        function, which would run after its block has ended.
+    :raises TypeError: ``using`` is no alias; or the function is none, or is a
+        coroutine function or a generator function, which would run after its
+        block has ended.
     :raises Exception: what the function or the last attempt's COMMIT raised:
         the database's own errors, and :class:`CommitOutcomeUnknown`.
     """
-    if callable(using):
-        return _retrying(using, None, attempts)
+    if not (using is None or isinstance(using, str) or callable(using)):
+        raise TypeError(
+            f"retrying_atomic: using must be an alias of DATABASES, or the function, not {using!r}"
+        )
     if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
         raise ValueError(
             f"retrying_atomic: attempts must be an int of at least 1, not {attempts!r}"
         )
+    if callable(using):
+        return _retrying(using, None, attempts)
     return functools.partial(_retrying, using=using, attempts=attempts)
 
 
 def _retrying(function: _F, using: str | None, attempts: int) -> _F:
+    if not callable(function):
+        raise TypeError(f"retrying_atomic: {function!r} is no function. Give it the one to run.")
     if (
         inspect.iscoroutinefunction(function)
         or inspect.isgeneratorfunction(function)

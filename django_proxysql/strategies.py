@@ -25,6 +25,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .config import function
 from .exceptions import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class Random:
     by_weight = True
 
     def __init__(self, draw: Callable[[], float] | None = None) -> None:
-        self._draw = draw or random.random
+        self._draw = random.random
+        if draw is not None:
+            self._draw = function("draw", draw, "Give a function that returns [0, 1).")
         # Peers and their running sum of weights (None: all weights equal).
         # One attribute, replaced whole, so that threads see a matching pair.
         self._sums: tuple[Sequence[Peer], list[float] | None] = ((), None)
@@ -135,7 +138,14 @@ def strategy_from(setting: Any) -> Strategy:
     """
     if isinstance(setting, str):
         setting = _BY_NAME.get(setting) or imported("STRATEGY", setting, known=_BY_NAME)
-    strategy = setting() if isinstance(setting, type) else setting
+    try:
+        strategy = setting() if isinstance(setting, type) else setting
+    except TypeError as exc:
+        raise ConfigError(
+            "STRATEGY",
+            f"is {setting!r}, which cannot be made ({exc})",
+            "Give a class without arguments, or an object made from it.",
+        ) from exc
     if not callable(getattr(strategy, "order", None)):
         raise ConfigError(
             "STRATEGY",

@@ -193,6 +193,26 @@ MISTAKES: list[Any] = [
         "A test run is refused",
     ),
     ("W004", {"PEERS": [ONE], "WEIGHT": 3}, "WEIGHT is a peer's setting", "into the peers"),
+    ("W004", {"PEERS": [ONE, TWO], "HOST": "db"}, "HOST has no effect here", "Remove HOST"),
+    ("W004", {"PEERS": ["one", TWO], "HOST": "db"}, "HOST has no effect here", "Remove HOST"),
+    (
+        "W004",
+        {"PEERS": [{**ONE, "PORT": 3306}, {**TWO, "PORT": "3307"}], "PORT": 3308},
+        "PORT has no effect here",
+        "leave it out",
+    ),
+    (
+        "W004",
+        {"PEERS": [{**ONE, "USER": "a"}], "USER": "b"},
+        "USER has no effect here",
+        "leave it out",
+    ),
+    (
+        "W004",
+        {"PEERS": [{**ONE, "PASSWORD": "sesame"}], "PASSWORD": "sesame"},
+        "PASSWORD has no effect here",
+        "leave it out",
+    ),
     ("W004", {"PEERS": [{**ONE, "CONN_MAX_AGE": 3}]}, "CONN_MAX_AGE of peer", "to 'balanced'"),
     ("W004", {"PEERS": [{**ONE, "REPLAY": None}]}, "REPLAY of peer", "to 'balanced'"),
     ("W004", {"PEERS": [{**ONE, "STRATEGY": "random"}]}, "STRATEGY of peer", "to 'balanced'"),
@@ -212,6 +232,22 @@ def run_checks() -> list[checks.CheckMessage]:
 
 def entry(settings: dict[str, Any]) -> dict[str, Any]:
     return {"ENGINE": ENGINE, **settings}
+
+
+@pytest.mark.parametrize("key", ["HOST", "PORT", "USER", "PASSWORD"])
+@pytest.mark.parametrize("peers", [[{}, {"own": 1}], ["bare"], ["bare", {"own": 1}]], ids=str)
+def test_setting_that_some_peer_reads(key: str, peers: list[Any]) -> None:
+    """A setting of the balancer's that a single peer takes from it is no mistake."""
+    peers = [
+        peer
+        if isinstance(peer, str)
+        else ({**ONE, "HOST": "h9", key: 7} if peer else {"OPTIONS": {}})
+        for peer in peers
+    ]
+    bare = {"ENGINE": MYSQL, "NAME": "x"}
+    with added({"bare": bare, "balanced": entry({"PEERS": peers, key: 1})}):
+        said = [m.msg for m in run_checks() if m.id == "django_proxysql.W004"]
+    assert said == []
 
 
 @pytest.mark.parametrize(("id_", "settings", "message", "hint"), MISTAKES)

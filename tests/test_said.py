@@ -20,7 +20,7 @@ from django_proxysql.logs import due_in
 from django_proxysql.monitoring.status import health
 from django_proxysql.registry import balancers
 from tests.engine import engine, mysql_peer
-from tests.fakes import raised_by, refused_by_host, too_many
+from tests.fakes import bad_password, raised_by, refused_by_host, too_many
 from tests.servers import ADMIN, ADMIN_PASSWORD
 from tests.servers.mariadb import Node
 from tests.test_balancer import World
@@ -167,6 +167,60 @@ def test_commands_with_one_of_two_peers_down(mariadb_pair: tuple[Node, Node], do
         connection.creation.destroy_test_db(name, verbosity=0)
     assert [event for event in told if type(event) is CircuitOpened]
     assert not [event for event in told if type(event) is PeersExhausted]
+
+
+class TestPasswordThatRaises:
+    """A PASSWORD that raises is this side's trouble, whatever the exception looks like."""
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ConnectionRefusedError(111, "the token service is down"),
+            TimeoutError("timed out"),
+            refused_by_host(),
+            bad_password(),
+            LookupError("no such secret"),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    @pytest.mark.parametrize("key", ["password", "passwd"])
+    def test_raised_as_it_is(
+        self, key: str, error: Exception, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is raised at once, counts for nothing, and the next peer is not tried."""
+        caplog.set_level(logging.DEBUG, "django_proxysql")
+
+        def password() -> str:
+            raise error
+
+        world = World(peers={"db1": {"host": "db1", key: password}, "db2": {"host": "db2"}})
+        assert raised_by(world.connect) is error
+        assert world.driver.calls == []
+        assert world.states() == "closed closed"
+        (event,) = world.events
+        assert (type(event), event.fault, event.count) == (ConnectFailed, Fault.LOCAL, 0)
+        (record,) = caplog.records
+        assert record.levelno == logging.DEBUG
+        assert "connecting to db1 (db1) failed (local): " in record.getMessage()
+
+    def test_in_a_trial(self) -> None:
+        """A trial that it ends is due again soon; the peer is as it was."""
+        tokens: list[Any] = [LookupError("no such secret"), "right"]
+
+        def password() -> str:
+            token = tokens.pop(0)
+            if isinstance(token, Exception):
+                raise token
+            return str(token)
+
+        world = World(peers={"db1": {"host": "db1", "password": password}})
+        world.open("db1")
+        world.clock.advance(30)
+        assert isinstance(raised_by(world.connect), LookupError)
+        assert world.db.snapshot()[0].trial_in == 1
+        world.clock.advance(1)
+        assert world.connect() == "db1"
+        assert world.states() == "closed"
 
 
 class TestNextTrial:

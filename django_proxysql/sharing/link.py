@@ -489,6 +489,9 @@ _links: dict[str, Link] = {}
 
 
 def link_to(url: str) -> Link:
+    if not isinstance(url, str):
+        # Says what is wrong: it is no URL.
+        checked_url(url)
     link = _links.get(url)
     # Of two threads that come here at once, one's is kept.
     return link if link is not None else _links.setdefault(url, Link(url))

@@ -84,12 +84,19 @@ class Metrics:
     :param sources: the :class:`LoadBalancer` s, each with a name of its own, or Django's
         ``balancers``: all of them, present and future.
     :param registry: where it is registered; None: nowhere.
+    :raises TypeError: a source is neither.
     :raises ValueError: the registry has it, or another of the same names, already; or two balancers
         have one name.
     :raises NotADirectoryError: ``PROMETHEUS_MULTIPROC_DIR`` names no directory.
     """
 
     def __init__(self, *sources: Source, registry: CollectorRegistry | None = REGISTRY) -> None:
+        for source in sources:
+            if not hasattr(source, "add_listener"):
+                raise TypeError(
+                    f"Metrics takes load balancers, or Django's balancers, and not a "
+                    f"{type(source).__name__}."
+                )
         names = [source.name for source in sources if isinstance(source, LoadBalancer)]
         if len(set(names)) < len(names):
             raise ValueError(f"Balancers need names of their own to be told apart: {names}")

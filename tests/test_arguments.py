@@ -1,0 +1,265 @@
+"""Every public constructor and function says which argument is wrong, and what to give instead."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any, Callable
+
+import pytest
+
+import django_proxysql
+from django_proxysql import LoadBalancer, NoPeerAvailable, PeerBreaker, balancers, retrying_atomic
+from django_proxysql.exceptions import ConfigError, UnknownPeer
+from django_proxysql.monitoring.metrics import Metrics
+from django_proxysql.strategies import Random
+from tests.fakes import Driver, peers, raised_by
+from tests.test_balancer import World
+
+SECRET = "s3cr3t-in-a-wrong-place"
+
+#: One of each type that somebody may give by mistake. A password may be in any of them.
+WRONG: list[Any] = [
+    SECRET,
+    SECRET.encode(),
+    -1,
+    0,
+    2.5,
+    True,
+    float("nan"),
+    [{"host": "db1", "password": SECRET}],
+    (SECRET,),
+    {"password": SECRET},
+    {SECRET},
+    object(),
+    lambda: None,
+]
+
+#: What an argument may be of these: what is then no error.
+NUMBERS = (0, 2.5)
+GOOD: dict[str, tuple[Any, ...]] = {
+    "connect": (WRONG[-1],),
+    "name": (SECRET,),
+    "clock": (WRONG[-1],),
+    "jitter": (WRONG[-1],),
+    "ready_check": (WRONG[-1],),
+    "last_resort_interval": NUMBERS,
+    "check_interval": (2.5,),
+    "connect_timeout": (2.5,),
+    "trial_timeout": (2.5,),
+    "connect_deadline": (2.5,),
+}
+
+
+def is_good(argument: str, value: Any) -> bool:
+    return any(value is good for good in GOOD.get(argument, ()))
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("argument", parameters(LoadBalancer.__init__))
+def test_load_balancer(argument: str, value: Any) -> None:
+    """A wrong argument is a ConfigError that names it and a remedy, and quotes no password."""
+    if is_good(argument, value):
+        return
+    arguments: dict[str, Any] = {"peers": peers("db1"), "connect": Driver().connect}
+    arguments[argument] = value
+    error = raised_by(lambda: LoadBalancer(**arguments))
+    assert isinstance(error, ConfigError), error
+    assert argument in re.sub(r"\W", "_", str(error)).lower()
+    assert error.hint
+    if argument in ("peers", "shared_state", "connect"):
+        assert SECRET not in str(error)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"db1": "10.0.0.1"},
+        {"db1": None},
+        {"db1": ["host"]},
+        {1: {"host": "db1"}},
+        {"db1": {"host": "db1", "weight": "2"}},
+        {"db1": {"host": "db1", "priority": 1.5}},
+        {"db1": {"host": "db1", "breaker": 3}},
+        {"db1": {"host": "db1", "check_interval": None}},
+        {},
+    ],
+    ids=repr,
+)
+def test_peers(wrong: Any) -> None:
+    """So is what is wrong inside of it."""
+    error = raised_by(lambda: LoadBalancer(wrong, Driver().connect))
+    assert isinstance(error, ConfigError)
+    assert error.hint
+
+
+@pytest.mark.parametrize("value", [*WRONG, None, "db9"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("method", ["pinned", "only", "drain", "undrain", "try_out", "next_trial"])
+def test_a_peer_that_is_none(method: str, value: Any) -> None:
+    """Whatever takes a peer says that this is none, and which there are."""
+    world = World("db1", "db2")
+    other = World("db1").db.peers["db1"]
+
+    def call(value: Any) -> None:
+        if method == "pinned":
+            with world.db.pinned(value):
+                pass
+        elif method == "only":
+            world.db.connect(only=value)
+        else:
+            getattr(world.db, method)(value)
+
+    if value is None and method in ("pinned", "only"):
+        call(value)
+        return
+    for wrong in (value, other):
+        error = raised_by(lambda wrong=wrong: call(wrong))  # type: ignore[misc]
+        assert isinstance(error, UnknownPeer)
+        assert isinstance(error, (ConfigError, KeyError))
+        assert str(error).endswith("Give one of its peers or their names: db1, db2.")
+    assert not world.db.peers["db1"].drained
+
+
+@pytest.mark.parametrize("give", ["name", "peer"])
+def test_a_peer_by_its_name(give: str) -> None:
+    """Whatever takes a peer takes its name."""
+    world = World("db1", "db2")
+    db1: Any = "db1" if give == "name" else world.db.peers["db1"]
+    db2: Any = "db2" if give == "name" else world.db.peers["db2"]
+    with world.db.pinned(db2):
+        assert world.connect() == "db2"
+    assert world.db.connect(only=db2).host == "db2"
+    world.db.drain(db1)
+    assert world.db.peers["db1"].drained
+    world.db.undrain(db1)
+    assert not world.db.peers["db1"].drained
+    assert world.db.next_trial(db1) is None
+    world.open("db1")
+    assert world.db.next_trial(db1) == 30
+    assert world.db.try_out(db1, now=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("open_one", 5), ("open_one", "connect"), ("trials", "sometimes"), ("trials", None)],
+)
+def test_connect(argument: str, value: Any) -> None:
+    """connect() names what it cannot use, before it tries any peer."""
+    world = World("db1")
+    error = raised_by(lambda: world.db.connect(**{argument: value}))
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(f"{argument} is ")
+    assert world.hosts() == ["db1"]
+    assert world.states() == "closed"
+
+
+@pytest.mark.parametrize("value", [None, 5, "log", ["log"]])
+def test_listener(value: Any) -> None:
+    """What cannot be called is no listener, and is not added."""
+    world = World("db1")
+    error = raised_by(lambda: world.db.add_listener(value))
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("listener is a ")
+    assert world.connect() == "db1"
+
+
+@pytest.mark.parametrize("value", [*WRONG, None], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "argument", ["fail_max", "reset_timeout", "success_threshold", "release_interval", "lease"]
+)
+def test_breaker(argument: str, value: Any) -> None:
+    """A PeerBreaker's numbers are numbers."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        whole = argument in ("fail_max", "success_threshold")
+        if not whole or (isinstance(value, int) and value > 0):
+            return
+    error = raised_by(lambda: PeerBreaker(**{argument: value}))
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(f"{argument} is ")
+
+
+@pytest.mark.parametrize("argument", ["clock", "jitter", "on_transition"])
+def test_breaker_functions(argument: str) -> None:
+    """… and its functions are functions."""
+    error = raised_by(lambda: PeerBreaker(**{argument: 5}))  # type: ignore[arg-type]
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(f"{argument} is a int, which cannot be called")
+
+
+@pytest.mark.parametrize("value", [5, 2.5, b"default", ["default"], {"default": 1}])
+def test_retrying_atomic(value: Any) -> None:
+    """It says where it is written that neither an alias nor a function was given."""
+    error = raised_by(lambda: retrying_atomic(using=value))
+    assert isinstance(error, TypeError)
+    assert "using must be an alias of DATABASES" in str(error)
+    error = raised_by(lambda: retrying_atomic(using="default")(value))
+    assert isinstance(error, TypeError)
+    assert "is no function" in str(error)
+
+
+@pytest.mark.parametrize("attempts", [0, -1, "3", 2.5, None, True])
+def test_attempts(attempts: Any) -> None:
+    """Whether a function is given at once or later, attempts is looked at."""
+    for give in (
+        lambda: retrying_atomic(lambda: None, attempts),
+        lambda: retrying_atomic(attempts=attempts),
+    ):
+        assert isinstance(raised_by(give), ValueError)
+
+
+@pytest.mark.parametrize("value", ["nope", 5, None, ("default",)])
+def test_balancers(value: Any) -> None:
+    """What is no load balancer's alias is a KeyError that says which there are."""
+    error = raised_by(lambda: balancers[value])
+    assert isinstance(error, KeyError)
+    assert "is no load balancer. Load balancers in DATABASES: " in str(error)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+def test_metrics(value: Any) -> None:
+    """Metrics says what it takes."""
+    error = raised_by(lambda: Metrics(value, registry=None))
+    assert isinstance(error, TypeError)
+    assert "Metrics takes load balancers" in str(error)
+
+
+def test_strategies() -> None:
+    """A strategy's own argument, and a class that takes some."""
+    assert "draw is a int" in str(raised_by(lambda: Random(5)))  # type: ignore[arg-type]
+
+    class Nearest:
+        def __init__(self, where: str) -> None:
+            self.where = where
+
+    error = raised_by(lambda: LoadBalancer(peers("db1"), strategy=Nearest))
+    assert isinstance(error, ConfigError)
+    assert "Give a class without arguments" in str(error)
+
+
+def test_peers_in_one_line() -> None:
+    """NoPeerAvailable takes one line for one peer."""
+    assert str(NoPeerAvailable("default", "db1: refused")).endswith("reached. db1: refused.")
+
+
+def test_every_public_callable_is_here() -> None:
+    """Nothing is public and left out."""
+    public = {
+        name
+        for name in django_proxysql.__all__
+        if callable(getattr(django_proxysql, name)) and name not in ("balancers", "signals")
+    }
+    assert public - {"from_url"} == {
+        "CommitOutcomeUnknown",
+        "Fault",
+        "LoadBalancer",
+        "NoPeerAvailable",
+        "NotReady",
+        # Made by its balancer only.
+        "Peer",
+        "PeerBreaker",
+        "retrying_atomic",
+    }
