@@ -179,6 +179,9 @@ class LoadBalancer:
         function("connect", connect, "Give the driver's connect function.", optional=True)
         function("clock", clock, "Give a function that returns seconds.")
         function("jitter", jitter, "Give a function that returns [0, 1).", optional=True)
+        function("wait", wait, "Give one of tenacity's wait_… objects.", optional=True)
+        function("stop", stop, "Give one of tenacity's stop_… objects.", optional=True)
+        function("sleep", sleep, "Give a function that takes seconds.")
         if isinstance(peers, BalancerConfig):
             config = peers
         else:
