@@ -557,7 +557,10 @@ class LoadBalancer:
         return self._ready_check is writable
 
     def can_spare(self, peer: Peer) -> bool:
-        """Return whether another peer's circuit is closed, and that peer is not drained."""
+        """Return whether another peer's circuit is closed, and that peer is not drained.
+
+        :param peer: one of :attr:`peers`.
+        """
         return any(
             other.breaker.circuit.state == CLOSED and not other.drained
             for other in self.peers.values()

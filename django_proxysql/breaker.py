@@ -559,6 +559,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
         For a caller that holds a lock. It calls :meth:`tell` once it does no longer.
 
+        :param exc: what the peer said.
+        :param fault: what that says about the peer.
+        :param question: what the trials must ask, until one is answered well.
         :param failures: how many failures in a row these were, if they were counted.
         :returns: what is to be told; None if the circuit was not closed.
         """
@@ -579,7 +582,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         return Transition(CLOSED, OPEN, fault, error, due - now)
 
     def tell(self, transition: Transition | None) -> None:
-        """Tell of what :meth:`trip_silently` has done."""
+        """Tell of what :meth:`trip_silently` has done.
+
+        :param transition: what it returned.
+        """
         if transition is not None:
             self._tell_transition(transition)
 
