@@ -513,7 +513,7 @@ class LoadBalancer:
         try:
             if self._ready_check in (galera, writable):
                 self._check(connection, attempt.peer)
-            self._ask(connection, attempt.peer)
+            self._ask_unless_last(connection, attempt.peer)
         finally:
             # It has served its purpose.
             with contextlib.suppress(Exception):
@@ -530,7 +530,20 @@ class LoadBalancer:
         """
         self._check(connection, attempt.peer)
         if attempt.is_trial and not asked:
-            self._ask(connection, attempt.peer)
+            self._ask_unless_last(connection, attempt.peer)
+
+    def ask(self, connection: Any, peer: Peer) -> None:
+        """Ask what the peer was taken out for: a statement's error, if it was one.
+
+        Such a peer connects as well as ever. Each trial would put it back into use.
+
+        :param connection: a driver's own to the peer.
+        :param peer: one of :attr:`peers`.
+        :raises NotReady: it is as it was.
+        """
+        question = QUESTIONS.get(peer.breaker.circuit.question)
+        if question is not None:
+            question(connection)
 
     def _check(self, connection: Any, peer: Peer) -> None:
         if self._ready_check is not None:
@@ -538,14 +551,9 @@ class LoadBalancer:
             if isinstance(answer, Writer):
                 peer.note_server(answer.is_server)
 
-    def _ask(self, connection: Any, peer: Peer) -> None:
-        # A peer that was taken out by a statement's error connects as well as
-        # ever: each trial would put it back into use.
-        question = QUESTIONS.get(peer.breaker.circuit.question)
-        if question is None:
-            return
+    def _ask_unless_last(self, connection: Any, peer: Peer) -> None:
         try:
-            question(connection)
+            self.ask(connection, peer)
         except Unanswered:
             # A proxy that may only be busy is better than none.
             if self.can_spare(peer):

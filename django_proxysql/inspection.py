@@ -28,7 +28,7 @@ from .conf import load_wrapper, peer_engine
 from .faults import Fault
 from .locks import new_lock
 from .peer import Peer
-from .ready import galera, greeting_id, rows
+from .ready import backend, galera, greeting_id, rows
 from .registry import Registered, balancers
 
 __all__ = ["Inspection", "inspect"]
@@ -193,10 +193,9 @@ class _Inquiry:
             recognise = _BY_VENDOR.get(wrapper.vendor)
             if recognise is not None:
                 recognise(connection, self)
-            # As a trial, so that a circuit's own question is asked as well.
-            self._registered.balancer.check_ready(
-                connection, Attempt(self._peer, self._seconds, is_trial=True)
-            )
+            balancer = self._registered.balancer
+            balancer.check_ready(connection, Attempt(self._peer, self._seconds, is_trial=False))
+            balancer.ask(connection, self._peer)
         finally:
             self._no_longer_shut_down()
             try:
@@ -277,6 +276,7 @@ def _mysql(connection: Any, found: _Inquiry) -> None:
     found.version = f"{name} {number[1]}" if number else version
     if found.notes:
         # A proxy: what one of the servers behind it says of itself is no verdict on it.
+        backend(connection)
         return
     if _value(connection, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
         found.notes.append("read-only")

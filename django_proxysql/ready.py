@@ -19,6 +19,7 @@ __all__ = [
     "Check",
     "Unanswered",
     "Writer",
+    "backend",
     "catch_up",
     "galera",
     "greeting_id",

@@ -94,6 +94,15 @@ class TestWhoIsIt:
             (one,) = inspect(["balanced"])["balanced"]
             assert "read-only" not in one.notes
 
+    @pytest.mark.parametrize("gone", ["writer", "reader"])
+    def test_one_side_without_servers_is_not_ready(self, gone: str) -> None:
+        """Also the last peer, which is used all the same."""
+        with ProxySQL() as peer, engine([mysql_peer(peer)]):
+            setattr(peer, gone, None)
+            (one,) = inspect(["balanced"])["balanced"]
+            assert (one.reachable, one.ready, one.notes) == (True, False, ("ProxySQL",))
+            assert "while reaching hostgroup" in one.error
+
     def test_writable_is_asked_of_the_writers(self) -> None:
         with MaxScale() as peer, engine([mysql_peer(peer)], READY_CHECK="writable"):
             (one,) = inspect(["balanced"])["balanced"]

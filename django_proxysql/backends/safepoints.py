@@ -289,7 +289,8 @@ class SafePointsMixin(LoadBalancedMixin):
         if question == "backend":
             return breaker.circuit.state != CLOSED or self._has_no_server(session, exc)
         # Before the circuit opens, for what is known of the peer is forgotten then.
-        writer = self._ask(session) if self._driver.SPLITS or question == "writable" else None
+        asks = question == "writable" or (self._driver.SPLITS and self._driver.proves_not_run(exc))
+        writer = self._ask(session) if asks else None
         if question == "writable":
             if not session.balancer.needs_writer:
                 # Elsewhere it is the application's own affair.
