@@ -24,7 +24,7 @@ import tenacity
 
 from . import drivers, forks
 from .breaker import CLOSED, HALF_OPEN, OPEN, Circuit, Lease, PeerBreaker, Permit, Transition
-from .budget import ReplayBudget
+from .budget import LossMemory, ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig, function
 from .events import (
     CircuitClosed,
@@ -38,7 +38,7 @@ from .events import (
     PeerUndrained,
 )
 from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy, UnknownPeer
-from .faults import Fault
+from .faults import Count, Fault, Verdict, verdict_on
 from .locks import new_lock
 from .logger import logger
 from .logs import due_in, log_event
@@ -85,6 +85,8 @@ class Attempt(NamedTuple):
     #: Whether to wait for our own pool of connections to that peer, where it
     #: has none to spare: False as long as other peers have not been asked.
     may_wait: bool = True
+    #: The permit that the attempt is made with.
+    permit: Permit | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ class LoadBalancer:
         #: The clock that everything about this balancer is timed by, in seconds.
         self.clock = clock
         self.budget = ReplayBudget(clock)
+        #: Which statements and callers have lost connections.
+        self.losses = LossMemory(clock)
         # Of a context, so that greenlets and asyncio's tasks have their own, and
         # what sync_to_async() runs in a thread has its task's.
         self._pins: contextvars.ContextVar[_Pin | None] = contextvars.ContextVar(
@@ -317,9 +321,9 @@ class LoadBalancer:
         elif not callable(open_one):
             function("open_one", open_one, "Give a function that takes an Attempt.")
         search = _Search(self, open_one, refusal_is_callers, trials)
-        if only is not None:
-            return search.connect_to(self.named(only, "only"))
         try:
+            if only is not None:
+                return search.connect_to(self.named(only, "only"))
             try:
                 return search.first_attempt()
             except Exception as exc:
@@ -327,22 +331,31 @@ class LoadBalancer:
                     raise
             return self._carry_on(search)
         except NoPeerAvailable as exc:
+            if only is not None:
+                raise
             if self._waits and trials != "never" and search.is_over:
                 return self._wait_for_peer(exc, open_one, refusal_is_callers, trials)
             search.tell_exhausted()
+            raise
+        except BaseException as exc:
+            search.failed(exc)
             raise
 
     def _carry_on(self, search: _Search) -> Any:
         """Try the peers that are left. That is tenacity's work: it costs 35 µs a run, which a
         connect that succeeds at once need not pay."""
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(search.goes_on),
-            # Candidates run out, the deadline passes: attempt() itself says so.
-            stop=tenacity.stop_never,
-            wait=tenacity.wait_none(),
-            sleep=lambda seconds: None,
-            reraise=True,
-        )(search.attempt)
+        try:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception(search.goes_on),
+                # Candidates run out, the deadline passes: attempt() itself says so.
+                stop=tenacity.stop_never,
+                wait=tenacity.wait_none(),
+                sleep=lambda seconds: None,
+                reraise=True,
+            )(search.attempt)
+        except BaseException as exc:
+            search.failed(exc)
+            raise
 
     def _wait_for_peer(self, error: NoPeerAvailable, *how: Any) -> Any:
         """Look again, after a random and growing time, until a peer works or time is over.
@@ -448,6 +461,7 @@ class LoadBalancer:
         except Exception as exc:
             if search.is_of_the_peer(exc):
                 return False
+            search.failed(exc)
             raise
         finally:
             # As long as the two hold each other, so does the failed attempt's socket.
@@ -917,6 +931,7 @@ class LoadBalancer:
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()
+        self.losses.after_fork()
         self.slow_start.after_fork()
         self.look_anew()
 
@@ -980,6 +995,19 @@ class _View(NamedTuple):
         return any(not peer.breaker.circuit.suspect for peer in self.suspects)
 
 
+#: What follows where our own pool has no connection to spare.
+_BUSY = Verdict(True, Count.NO, Fault.OVERLOADED)
+
+
+class _Undecided(NamedTuple):
+    """A failed attempt that another peer's success makes the peer's fault."""
+
+    peer: Peer
+    permit: Permit
+    exc: BaseException
+    seconds: float
+
+
 class _Search:
     """One connect(): which peers were attempted, and what is left."""
 
@@ -993,11 +1021,17 @@ class _Search:
     #: Whose pool had no connection to spare: asked again after all others.
     _busy: frozenset[str] = frozenset()
     _last_error: BaseException | None = None
-    _fault_of_last = Fault.OTHER
     #: No candidate is left, or no time.
     is_over = False
     #: What is to be told of that.
     _exhaustion: PeersExhausted | None = None
+    _verdict = Verdict(False, Count.NO, Fault.OTHER)
+    #: Where the last error was met.
+    _peer_of_last: Peer | None = None
+    #: Failed attempts that count if another peer lets us in.
+    _undecided: tuple[_Undecided, ...] = ()
+    #: Peers that refuse us, or that the driver cannot be asked to connect to.
+    _refused: frozenset[str] = frozenset()
     #: The one peer that it may connect to: it is pinned, or was asked for that one.
     _pinned: Peer | None = None
 
@@ -1085,6 +1119,7 @@ class _Search:
             timeout if timeout < remaining else remaining,
             is_trial,
             is_trial or peer.name in self._busy,
+            permit,
         )
         try:
             connection = self._open_one(attempt)
@@ -1094,6 +1129,8 @@ class _Search:
         # It and its traceback's frames, this search among them, hold each other.
         self._last_error = None
         permit.succeeded()
+        if self._undecided:
+            self._decide(alone=True)
         if self._pin is not None:
             self._pin.peer = peer
         # Each connect comes by here: see first that somebody would hear of it.
@@ -1113,48 +1150,79 @@ class _Search:
 
     def is_of_the_peer(self, exc: BaseException) -> bool:
         """Return whether ``exc``, which an attempt raised, says something about the peer."""
-        return exc is self._last_error and self._fault_of_last.tries_next
+        return exc is self._last_error and self._verdict.goes_on
 
     def goes_on(self, exc: BaseException) -> bool:
         """Return whether the next candidate may do what this one could not."""
         # Anything but the last attempt's own error is no peer's: Ctrl-C while
         # waiting for a trial, a strategy that raises.
-        if exc is not self._last_error or self.is_over or not self._fault_of_last.tries_next:
-            return False
-        return not self._is_callers(self._fault_of_last)
+        return exc is self._last_error and not self.is_over and self._verdict.goes_on
 
-    def _is_callers(self, fault: Fault) -> bool:
-        if fault is not Fault.REFUSED:
-            return False
+    def failed(self, exc: BaseException) -> None:
+        """Take note of what the whole search raises: name the peer, where that names none."""
+        self._decide(alone=False)
+        peer, verdict = self._peer_of_last, self._verdict
+        if exc is not self._last_error or peer is None:
+            return
+        if verdict.counts is Count.IF_ALONE or verdict.fault is not Fault.REFUSED:
+            drivers.name_peer(exc, f"to {self._said_of(peer)} of {self._balancer.name!r}")
+
+    def _is_callers(self) -> bool:
         callers = self._refusal_is_callers
         return callers() if callable(callers) else callers
 
     def _failed(self, peer: Peer, permit: Permit, exc: BaseException, seconds: float) -> None:
+        self._peer_of_last = peer
         if isinstance(exc, PoolBusy) and not (permit.is_trial or peer.name in self._busy):
             # It was not asked, and nothing has failed: it stays among the candidates.
             permit.released()
             self._busy |= {peer.name}
             self._errors = {**self._errors, peer.name: drivers.describe(exc)}
-            self._last_error, self._fault_of_last = exc, Fault.OVERLOADED
+            self._last_error, self._verdict = exc, _BUSY
             return
-        fault = self._fault_of_last = drivers.judge(exc, connecting=True)
-        error = drivers.describe(exc)
+        fault = drivers.judge(exc, connecting=True)
+        refused = fault in (Fault.REFUSED, Fault.OTHER)
+        verdict = self._verdict = verdict_on(
+            fault,
+            by_server=refused and drivers.is_by_server(exc),
+            of_settings=not fault.tries_next and drivers.is_of_settings(exc),
+            is_callers=refused and self._is_callers(),
+            is_trial=permit.is_trial,
+        )
+        self._faults = {**self._faults, peer.name: verdict.fault}
+        self._errors = {**self._errors, peer.name: drivers.describe(exc)}
+        self._last_error = exc
+        if verdict.fault in (Fault.REFUSED, Fault.LOCAL):
+            self._refused |= {peer.name}
+        attempt = _Undecided(peer, permit, exc, seconds)
+        if verdict.counts is Count.IF_ALONE:
+            self._undecided = (*self._undecided, attempt)
+        else:
+            self._report(attempt, counts=verdict.counts is Count.NOW)
+
+    def _decide(self, alone: bool) -> None:
+        """Count the attempts that were undecided, if another peer has let us in."""
+        undecided, self._undecided = self._undecided, ()
+        for attempt in undecided:
+            self._report(attempt, counts=alone)
+
+    def _report(self, attempt: _Undecided, counts: bool) -> None:
+        """End a failed attempt's permit, and tell of the failure."""
+        peer, permit, exc, seconds = attempt
+        fault = self._faults[peer.name]
         count = 0
         balancer = self._balancer
         # A trial that fails leaves an open circuit as it is.
         was_closed = peer.breaker.circuit.state == CLOSED
-        if was_closed and is_unanswered(exc):
+        if counts and was_closed and is_unanswered(exc):
             # It let us in: each good connect would reset the circuit's own count.
             permit.released()
             if balancer.count_unanswered(peer, exc):
                 count = peer.breaker.circuit.failures
-        elif fault.counts and not self._is_callers(fault):
+        elif counts:
             count = permit.failed(exc, fault)
         else:
             permit.released()
-        self._faults = {**self._faults, peer.name: fault}
-        self._errors = {**self._errors, peer.name: error}
-        self._last_error = exc
         balancer.emit(
             ConnectFailed(
                 balancer.name,
@@ -1163,7 +1231,7 @@ class _Search:
                 seconds,
                 permit.is_trial,
                 fault,
-                error,
+                self._errors[peer.name],
                 count,
                 opened=was_closed
                 and count > 0
@@ -1316,9 +1384,9 @@ class _Search:
 
     def _exhausted(self) -> BaseException:
         self.is_over = True
+        self._decide(alone=False)
         balancer = self._balancer
-        refused = [fault for fault in self._faults.values() if fault is Fault.REFUSED]
-        if self._last_error is not None and len(refused) == len(balancer.undrained()):
+        if self._last_error is not None and len(self._refused) == len(balancer.undrained()):
             return self._last_error
         if self._last_error is not None and is_unanswered(self._last_error):
             # A proxy may be busy, and no more than that: its error is the application's.
@@ -1346,8 +1414,12 @@ class _Search:
             return balancer.no_peer_error(balancer.name, list(said.values()))
         return balancer.no_peer_error(balancer.name, [said[pinned.name]], pinned.name)
 
+    @staticmethod
+    def _said_of(peer: Peer | PeerState) -> str:
+        return f"{peer.name} ({peer.address})" if peer.address else peer.name
+
     def _said(self, state: PeerState) -> str:
-        where = f"{state.name} ({state.address})" if state.address else state.name
+        where = self._said_of(state)
         if state.name in self._errors:
             return f"{where}: {self._errors[state.name]}, tried just now"
         if state.drained:

@@ -209,11 +209,13 @@ class Permit:
     What is called after the first end is ignored.
     """
 
-    __slots__ = ("_breaker", "_ended", "_generation", "_lease", "is_trial")
+    __slots__ = ("_breaker", "_ended", "_lease", "generation", "is_trial")
 
     def __init__(self, breaker: PeerBreaker, generation: int, lease: Lease | None) -> None:
         self._breaker = breaker
-        self._generation = generation
+        #: The circuit's generation that what was made with the permit belongs to. A trial that
+        #: closes the circuit belongs to the generation that it begins.
+        self.generation = generation
         self._lease = lease
         #: Whether this is the one attempt that a half-open or suspect circuit allows.
         self.is_trial = lease is not None
@@ -231,7 +233,7 @@ class Permit:
             if breaker._listeners:
                 breaker._tell("success")
             return
-        breaker._record_success(self._generation, self._lease)
+        self.generation = breaker._record_success(self.generation, self._lease)
 
     def failed(self, exc: BaseException, fault: Fault | None = None) -> int:
         """The peer failed, by ``exc``.
@@ -240,12 +242,12 @@ class Permit:
         """
         if not self._end():
             return 0
-        return self._breaker._record_failure(self._generation, self._lease, exc, fault)
+        return self._breaker._record_failure(self.generation, self._lease, exc, fault)
 
     def released(self) -> None:
         """What happened says nothing about the peer. A trial becomes due again soon."""
         if self._end() and self._lease is not None:
-            self._breaker._record_release(self._generation, self._lease)
+            self._breaker._record_release(self.generation, self._lease)
 
     def judge(self, exc: BaseException) -> None:
         """End the permit as ``exc``, raised by the guarded call, demands."""
@@ -726,7 +728,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     # What permits report
 
-    def _record_success(self, generation: int, lease: Lease | None) -> None:
+    def _record_success(self, generation: int, lease: Lease | None) -> int:
+        """Record it; return the generation that the success belongs to."""
         now = self._clock()
 
         def succeeded(circuit: Circuit) -> Circuit:
@@ -745,6 +748,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         if self._listeners:
             self._tell("success")
         self._tell_change(before, after, now)
+        return generation if _is_late(before, generation, lease) else after.generation
 
     def _record_failure(
         self,
@@ -763,7 +767,9 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             if late:
                 return circuit
             circuit = circuit._replace(failures=circuit.failures + 1)
-            if lease is not None or circuit.failures >= self._fail_max:
+            # Half-open: the connection of a good trial, one of several that are asked for.
+            is_trials = lease is not None or circuit.state == HALF_OPEN
+            if is_trials or circuit.failures >= self._fail_max:
                 return _opened(circuit, now, due, error, fault)
             return circuit._replace(tried=now, error=error, fault=fault)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from .locks import new_lock
 
-__all__ = ["ReplayBudget"]
+__all__ = ["LossMemory", "ReplayBudget"]
 
 #: Replays are at most this share of the statements of the last minute …
 SHARE = 0.1
@@ -21,6 +22,12 @@ WINDOW = 60.0
 #: Seconds between two notes of how many statements there have been.
 NOTE_EVERY = 5.0
 _MOST_BARRED = 1_000
+
+#: Seconds for which a statement that has lost its connection is remembered …
+STATEMENT_REMEMBERED = 600.0
+#: … and for which a caller is, whatever its next statement.
+CALLER_REMEMBERED = 60.0
+_MOST_REMEMBERED = 1_000
 
 
 class ReplayBudget:
@@ -94,6 +101,59 @@ class ReplayBudget:
             self._barred[hash(sql)] = now + WINDOW
             while len(self._barred) > _MOST_BARRED or next(iter(self._barred.values())) <= now:
                 del self._barred[next(iter(self._barred))]
+
+    def after_fork(self) -> None:
+        """In the child: a lock that nobody holds."""
+        self._lock = new_lock()
+
+
+class LossMemory:
+    """Remembers which statements and which callers have lost a connection, and to which peer.
+
+    A statement that ends its connection wherever it runs, and a caller that runs one after the
+    other, are to take out one peer at most. The memory is this process's, and bounded.
+
+    :param clock: a monotonic clock, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = new_lock()
+        #: By a statement's hash, and by a caller's number: the first peer, and until when.
+        #: The oldest come first.
+        self._statements: dict[int, tuple[str, float]] = {}
+        self._callers: dict[int, tuple[str, float]] = {}
+
+    def note(self, peer: str, statement: Any, caller: int) -> bool:
+        """Remember a loss; return whether the statement, or the caller, had one elsewhere.
+
+        :param peer: the name of the peer that the connection led to.
+        :param statement: the statement's text; None where it is not known.
+        :param caller: a number that one thread or task has, and no other.
+        """
+        # critical section: two dicts, nothing that waits
+        with self._lock:
+            now = self._clock()
+            first = self._note(self._callers, caller, peer, now, CALLER_REMEMBERED)
+            elsewhere = first != peer
+            if statement is not None:
+                text = statement if isinstance(statement, (str, bytes)) else repr(statement)
+                first = self._note(self._statements, hash(text), peer, now, STATEMENT_REMEMBERED)
+                elsewhere = elsewhere or first != peer
+            return elsewhere
+
+    @staticmethod
+    def _note(
+        memory: dict[int, tuple[str, float]], key: int, peer: str, now: float, seconds: float
+    ) -> str:
+        """Return the peer that the first of the losses remembered for ``key`` was to."""
+        first, until = memory.pop(key, (peer, now))
+        if until < now:
+            first = peer
+        memory[key] = (first, now + seconds)
+        while len(memory) > _MOST_REMEMBERED or memory[next(iter(memory))][1] < now:
+            del memory[next(iter(memory))]
+        return first
 
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds."""

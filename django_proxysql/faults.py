@@ -8,8 +8,9 @@ an error code itself.
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
-__all__ = ["Fault"]
+__all__ = ["Count", "Fault", "Loss", "Verdict", "loss_counts", "verdict_on"]
 
 
 class Fault(enum.Enum):
@@ -51,3 +52,82 @@ class Fault(enum.Enum):
 
 _COUNTS = frozenset({Fault.UNREACHABLE, Fault.REFUSED, Fault.NOT_READY, Fault.LOST})
 _TRIES_NEXT = _COUNTS | {Fault.OVERLOADED, Fault.KILLED}
+
+
+class Count(enum.Enum):
+    """Whether, and when, a failed attempt counts against its peer's circuit."""
+
+    NO = "no"
+    NOW = "now"
+    #: Once another peer has let the same search in: then the trouble is this peer's alone.
+    IF_ALONE = "if alone"
+
+
+class Verdict(NamedTuple):
+    """What a failed attempt means for the search, and for its peer's circuit."""
+
+    #: Whether ``connect()`` tries the next peer; otherwise the error is raised.
+    goes_on: bool
+    counts: Count
+    #: The fault that the circuit, the events and the logs show.
+    fault: Fault
+
+
+def verdict_on(
+    fault: Fault, *, by_server: bool, of_settings: bool, is_callers: bool, is_trial: bool
+) -> Verdict:
+    """Return what follows from a failed attempt to connect.
+
+    :param fault: what the driver's table says.
+    :param by_server: the error is a driver's, whether the table lists it or not.
+    :param of_settings: the driver cannot take the peer's settings.
+    :param is_callers: the caller asks for another database than the settings name.
+    :param is_trial: it was the one attempt that an open circuit allows.
+    """
+    if fault is Fault.REFUSED and is_callers:
+        return Verdict(False, Count.NO, fault)
+    if fault.counts:
+        return Verdict(True, Count.NOW, fault)
+    if fault.tries_next:
+        return Verdict(True, Count.NO, fault)
+    if of_settings:
+        # One peer's typo fails no connect that another peer can serve. It says nothing about
+        # the server, so its circuit stays as it is.
+        return Verdict(True, Count.NO, Fault.LOCAL)
+    if fault is Fault.OTHER and by_server:
+        # No list names all that servers say to a client. If every peer says the same, what we
+        # ask for is wrong; if another peer lets us in, this one is.
+        if is_callers:
+            return Verdict(True, Count.NO, Fault.REFUSED)
+        return Verdict(True, Count.NOW if is_trial else Count.IF_ALONE, Fault.REFUSED)
+    return Verdict(False, Count.NO, fault)
+
+
+class Loss(NamedTuple):
+    """What is known of a connection that was lost."""
+
+    #: A statement has succeeded on it.
+    served: bool
+    #: It was found lost before anything was sent: it may have been lost for long.
+    idle: bool
+    #: Its socket could be looked at until then.
+    watched: bool
+    #: It was given up for its silence: the statement may be running still.
+    timed_out: bool
+    #: The statement is so large that a server may refuse to read it, and hang up.
+    large: bool
+    #: The same statement, or the same caller, has lost a connection to another peer lately.
+    elsewhere: bool
+    #: No other peer's circuit is closed.
+    last: bool
+
+
+def loss_counts(loss: Loss) -> bool:
+    """Return whether a lost connection counts as a failed connect.
+
+    It does if it was of no use to anybody, and nothing suggests that its statement is the cause.
+    Every other loss makes the peer suspect: the next connect is a trial, and finds a dead peer.
+    """
+    return loss.watched and not (
+        loss.served or loss.idle or loss.timed_out or loss.large or loss.elsewhere or loss.last
+    )

@@ -78,14 +78,15 @@ def log_event(event: Event) -> None:
         # Below fail_max no circuit opens to speak of it, and a password that
         # is wrong does not get better by being tried again.
         first_refusal = event.fault is Fault.REFUSED and event.count == 1 and not event.opened
+        ours = event.fault is Fault.LOCAL and _is_new(event)
         _log(
-            logging.ERROR if first_refusal else logging.DEBUG,
+            logging.ERROR if first_refusal or ours else logging.DEBUG,
             event,
             "%s: connecting to %s (%s) failed (%s%s): %s",
             event.balancer,
             event.peer,
             event.address,
-            event.fault.value,
+            "settings, or this process" if event.fault is Fault.LOCAL else event.fault.value,
             ", trial" if event.trial else "",
             event.error,
         )
@@ -120,6 +121,18 @@ def log_event(event: Event) -> None:
 
 #: One limit for each alias and kind of line: one kind never hides another.
 _rescues: dict[tuple[str, type], Limit] = {}
+#: What was wrong on this side for each peer, and one limit for each: every connect may meet it.
+_ours: dict[tuple[str, str], tuple[str, Limit]] = {}
+
+
+def _is_new(event: ConnectFailed) -> bool:
+    """Return whether the last minute's log does not say so already."""
+    key = (event.balancer, event.peer)
+    error, limit = _ours.get(key, ("", None))
+    if limit is None or error != event.error:
+        limit = Limit(60)
+        _ours[key] = (event.error, limit)
+    return limit.passes(time.monotonic()) is not None
 
 
 def _log_rescue(event: ConnectionReplaced | StatementReplayed) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import psycopg
 import pybreaker
 import pytest
 import tenacity
@@ -467,6 +468,136 @@ class TestFaults:
             "ValueError",
             "KeyboardInterrupt",
         }
+
+
+def of_driver(module: str, name: str, *args: Any, **attributes: Any) -> Exception:
+    """Return an error as a driver raises it, whether that is installed or not."""
+    error: Exception = type(name, (Exception,), {"__module__": module})(*args)
+    for key, value in attributes.items():
+        setattr(error, key, value)
+    return error
+
+
+#: Two transactions met: of a connect's own, the application's.
+CONFLICTS = {1020, 1205, 1213, 1614, 3101}
+
+
+class TestEveryError:
+    """Whatever a driver says of one peer while connecting, the next peer is tried."""
+
+    @pytest.mark.parametrize("name", ["OperationalError", "InternalError", "InterfaceError"])
+    def test_mysql(self, name: str) -> None:
+        world = World("db1", "db2")
+        for code in range(1000, 5000):
+            error = of_driver("MySQLdb", name, code, "text")
+            world.driver.down["db1"] = error
+            if code in CONFLICTS:
+                assert raised_by(world.connect) is error
+            else:
+                assert world.connect() == "db2", code
+            world.db.peers["db1"].breaker.close()
+
+    def test_mysql_counts_what_no_table_lists(self) -> None:
+        world = World("db1", "db2")
+        world.driver.down["db1"] = of_driver("pymysql.err", "OperationalError", 4999, "text")
+        assert world.connect() == "db2"
+        assert world.states() == "open closed"
+        (opened,) = world.told(CircuitOpened)
+        assert (opened.peer, opened.fault) == ("db1", Fault.REFUSED)
+
+    def test_mysql_of_all_peers(self) -> None:
+        """Said by all of them alike, it is raised, and counts for none."""
+        for code in (*range(1054, 1129), *range(3300, 3400)):
+            world = World("db1", "db2")
+            errors = [of_driver("MySQLdb", "OperationalError", code, "text") for _ in range(2)]
+            world.driver.down.update(db1=errors[0], db2=errors[1])
+            raised = raised_by(world.connect)
+            assert raised in errors, code
+            assert raised.args[0] == code
+            assert "of 'default'" in str(raised)
+            assert world.states() == "closed closed"
+            assert not world.told(PeersExhausted)
+            assert [event.count for event in world.told(ConnectFailed)] == [0, 0]
+
+    @pytest.mark.parametrize(
+        "cls",
+        [
+            cls
+            for cls in vars(psycopg.errors).values()
+            if isinstance(cls, type) and issubclass(cls, psycopg.Error) and cls.sqlstate
+        ],
+        ids=lambda cls: cls.sqlstate,
+    )
+    def test_postgresql(self, cls: Any) -> None:
+        world = World("db1", "db2")
+        world.driver.down["db1"] = cls("FATAL: text")
+        is_applications = issubclass(cls, psycopg.IntegrityError)
+        if is_applications or cls.sqlstate in ("40001", "40P01"):
+            assert isinstance(raised_by(world.connect), cls)
+        else:
+            assert world.connect() == "db2"
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            of_driver("psycopg2", "OperationalError", "something without a code"),
+            of_driver("psycopg", "InterfaceError", "something without a code"),
+            of_driver("psycopg", "ProgrammingError", 'invalid connection option "hots"'),
+            of_driver("psycopg2", "OperationalError", 'invalid integer value "abc" for "port"'),
+            of_driver("MySQLdb", "OperationalError", "something without a code"),
+            of_driver("MySQLdb", "NotSupportedError", 1235, "not supported"),
+            of_driver("pymysql.err", "InternalError", "Packet sequence number wrong"),
+            of_driver("sqlite3", "OperationalError", "near SELEKT: syntax error"),
+            of_driver("sqlite3", "DatabaseError", "file is not a database"),
+            of_driver("oracledb", "DatabaseError", "ORA-28000: the account is locked"),
+            of_driver("oracledb", "OperationalError", "DPY-9999: of another kind"),
+            of_driver("somedriver", "InternalError", "of another kind"),
+            of_driver("somedriver", "OperationalError", "of another kind"),
+        ],
+        ids=str,
+    )
+    def test_others(self, error: Exception) -> None:
+        world = World("db1", "db2")
+        world.driver.down["db1"] = error
+        assert world.connect() == "db2"
+
+    @pytest.mark.parametrize("fail_max", [1, 3])
+    def test_log(self, fail_max: int, caplog: pytest.LogCaptureFixture) -> None:
+        """The first one is an ERROR that names alias and peer, whether the circuit opens or not."""
+        world = World("db1", "db2", breaker={"fail_max": fail_max})
+        world.driver.down["db1"] = of_driver("MySQLdb", "OperationalError", 4999, "text")
+        for _ in range(3):
+            assert world.connect() == "db2"
+        first, *others = [r for r in caplog.records if r.levelno == logging.ERROR]
+        assert "default: " in first.getMessage()
+        assert "db1 (db1:3306)" in first.getMessage()
+        assert len(others) == (1 if fail_max == 3 else 0)
+
+    def test_trial_by_hand(self) -> None:
+        """A trial that ends so has failed."""
+        world = World("db1", "db2")
+        world.open("db1")
+        world.driver.down["db1"] = of_driver("MySQLdb", "OperationalError", 4999, "text")
+        assert not world.db.try_out(world.db.peers["db1"], now=True)
+        assert world.states() == "open closed"
+
+    def test_with_another_peer_down(self) -> None:
+        """Where the others do not refuse but are gone, each is named, and counted as it is."""
+        world = World("db1", "db2")
+        world.driver.down.update(
+            db1=of_driver("MySQLdb", "OperationalError", 4999, "text"), db2=refused_by_host
+        )
+        error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable)
+        assert "4999" in str(error)
+        assert world.states() == "closed open"
+
+    def test_what_the_caller_asks_for(self) -> None:
+        """Asked for another database, no peer is blamed for an error that no table lists."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = of_driver("MySQLdb", "OperationalError", 4999, "text")
+        assert world.db.connect(refusal_is_callers=True).host == "db2"
+        assert world.states() == "closed closed"
 
 
 class TestLastResort:

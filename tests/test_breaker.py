@@ -302,6 +302,55 @@ class TestLateResults:
         assert breaker.fail_counter == 1
 
 
+class TestConnectionOfATrial:
+    """What is made with a trial's permit belongs to the circuit that the trial has closed."""
+
+    def test_lost_at_once(self, breaker: PeerBreaker, clock: Clock) -> None:
+        opened(breaker)
+        clock.advance(100)
+        permit = breaker.acquire()
+        assert permit is not None
+        permit.succeeded()
+        assert breaker.current_state == "closed"
+        breaker.count_failure(Boom(), Fault.LOST, permit.generation)
+        assert breaker.circuit.failures == 1
+
+    @pytest.mark.parametrize("fail_max", [1, 3])
+    def test_lost_before_the_threshold(self, clock: Clock, fail_max: int) -> None:
+        """One good trial of two, whose connection is of no use: the trial has failed."""
+        breaker = PeerBreaker(
+            fail_max=fail_max, success_threshold=2, reset_timeout=30, clock=clock, jitter=even
+        )
+        breaker.open()
+        clock.advance(30)
+        permit = breaker.acquire()
+        assert permit is not None
+        permit.succeeded()
+        assert breaker.current_state == "half-open"
+        breaker.count_failure(Boom(), Fault.LOST, permit.generation)
+        assert breaker.current_state == "open"
+        assert breaker.acquire() is None
+
+    def test_of_a_suspect(self, breaker: PeerBreaker) -> None:
+        breaker.suspect()
+        permit = breaker.acquire()
+        assert permit is not None
+        assert permit.is_trial
+        permit.succeeded()
+        breaker.count_failure(Boom(), Fault.LOST, permit.generation)
+        assert breaker.circuit.failures == 1
+
+    def test_late(self, breaker: PeerBreaker, clock: Clock) -> None:
+        """Closed by hand meanwhile, or opened and closed: it is of another time."""
+        for change in (breaker.close, lambda: (breaker.open(), breaker.close())):
+            permit = breaker.acquire()
+            assert permit is not None
+            change()
+            permit.succeeded()
+            breaker.count_failure(Boom(), Fault.LOST, permit.generation)
+            assert breaker.circuit.failures == 0
+
+
 def test_a_question_for_an_open_circuit() -> None:
     """A statement's answer is remembered, too, where a connect was quicker to fail."""
     breaker = PeerBreaker(name="db1")

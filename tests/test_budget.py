@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from django_proxysql.budget import ALWAYS, NOTE_EVERY, SHARE, WINDOW, ReplayBudget
+from django_proxysql.budget import (
+    ALWAYS,
+    CALLER_REMEMBERED,
+    NOTE_EVERY,
+    SHARE,
+    STATEMENT_REMEMBERED,
+    WINDOW,
+    LossMemory,
+    ReplayBudget,
+)
 from django_proxysql.registry import balancers
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
 
@@ -260,3 +270,76 @@ def test_a_fork_while_it_is_held(tmp_path: Any) -> None:
             release.set()
             thread.join()
         assert sum(budget.spend("SELECT 1") for _ in range(20)) == 9
+
+
+#: Numbers of callers that nobody else has.
+someone = itertools.count()
+
+
+class TestLosses:
+    """Which statements and callers have lost connections."""
+
+    def test_a_statement_elsewhere(self) -> None:
+        """Whoever runs it: the first peer that it was lost on stays its own."""
+        losses = LossMemory(Clock())
+        assert not losses.note("one", "SELECT 1", next(someone))
+        assert not losses.note("one", "SELECT 1", next(someone))
+        assert losses.note("two", "SELECT 1", next(someone))
+        assert losses.note("two", "SELECT 1", next(someone))
+        assert not losses.note("one", "SELECT 1", next(someone))
+        assert not losses.note("two", "SELECT 2", next(someone))
+
+    def test_a_caller_elsewhere(self) -> None:
+        """Whatever it runs, and whether that is known or not."""
+        losses, caller = LossMemory(Clock()), next(someone)
+        assert not losses.note("one", "SELECT 1", caller)
+        assert losses.note("two", "SELECT 2", caller)
+        assert losses.note("two", None, caller)
+        assert not losses.note("one", None, caller)
+
+    def test_forgets_in_time(self) -> None:
+        """A caller is forgotten sooner than a statement; each loss renews it."""
+        clock = Clock()
+        losses, caller = LossMemory(clock), next(someone)
+        losses.note("one", "SELECT 1", caller)
+        clock.advance(CALLER_REMEMBERED + 1)
+        assert not losses.note("two", "SELECT 2", caller)
+        clock.advance(STATEMENT_REMEMBERED - CALLER_REMEMBERED - 2)
+        assert losses.note("two", "SELECT 1", next(someone))
+        clock.advance(STATEMENT_REMEMBERED - 1)
+        assert losses.note("two", "SELECT 1", next(someone))
+        clock.advance(STATEMENT_REMEMBERED + 1)
+        assert not losses.note("two", "SELECT 1", next(someone))
+
+    def test_memory_is_bounded(self) -> None:
+        clock = Clock()
+        losses = LossMemory(clock)
+        for number in range(3000):
+            losses.note("one", f"SELECT {number}", next(someone))
+        assert len(losses._statements) == len(losses._callers) == 1000
+        assert losses.note("two", "SELECT 2999", next(someone))
+        assert not losses.note("two", "SELECT 0", next(someone))
+        clock.advance(STATEMENT_REMEMBERED + 1)
+        losses.note("one", "SELECT 1", next(someone))
+        assert len(losses._statements) == len(losses._callers) == 1
+
+    @pytest.mark.parametrize("statement", [b"SELECT 1", ["SELECT 1"], {"SELECT": 1}])
+    def test_statements_that_are_no_text(self, statement: Any) -> None:
+        """psycopg's are objects, some of which have no hash."""
+        losses = LossMemory(Clock())
+        assert not losses.note("one", statement, next(someone))
+        assert losses.note("two", statement, next(someone))
+
+    def test_under_threads(self) -> None:
+        losses = LossMemory(Clock())
+        seen: list[bool] = []
+
+        def lose() -> None:
+            seen.extend(losses.note("one", f"SELECT {n % 7}", next(someone)) for n in range(2000))
+
+        threads = [threading.Thread(target=lose) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert seen == [False] * 8000

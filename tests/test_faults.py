@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import importlib
+import itertools
 import socket
 import sqlite3
 import threading
@@ -29,6 +30,7 @@ import sqlalchemy.exc
 from django_proxysql import Fault, NotReady, drivers
 from django_proxysql.drivers import mysql, postgresql
 from django_proxysql.exceptions import ConfigError
+from django_proxysql.faults import Count, Loss, Verdict, loss_counts, verdict_on
 
 MySQLdb = pytest.importorskip("MySQLdb")
 
@@ -72,6 +74,56 @@ class TestFault:
     def test_all_are_listed(self) -> None:
         """There are no others."""
         assert len(Fault) == 9
+
+
+class TestVerdict:
+    @pytest.mark.parametrize("fault", list(Fault))
+    def test_every_combination(self, fault: Fault) -> None:
+        """What follows from a failed attempt, for each fault and each circumstance."""
+        for by_server, of_settings, is_callers, is_trial in itertools.product(
+            [False, True], repeat=4
+        ):
+            verdict = verdict_on(
+                fault,
+                by_server=by_server,
+                of_settings=of_settings,
+                is_callers=is_callers,
+                is_trial=is_trial,
+            )
+            if fault is REFUSED and is_callers:
+                expected = Verdict(False, Count.NO, REFUSED)
+            elif fault in (UNREACHABLE, REFUSED, NOT_READY, LOST):
+                expected = Verdict(True, Count.NOW, fault)
+            elif fault in (OVERLOADED, KILLED):
+                expected = Verdict(True, Count.NO, fault)
+            elif of_settings:
+                expected = Verdict(True, Count.NO, LOCAL)
+            elif fault is OTHER and by_server and is_callers:
+                expected = Verdict(True, Count.NO, REFUSED)
+            elif fault is OTHER and by_server:
+                expected = Verdict(True, Count.NOW if is_trial else Count.IF_ALONE, REFUSED)
+            else:
+                expected = Verdict(False, Count.NO, fault)
+            assert verdict == expected
+
+    def test_loss(self) -> None:
+        """Of all losses one kind counts: of no use, and with no other cause to be seen."""
+        counting = [
+            loss
+            for loss in itertools.starmap(Loss, itertools.product([False, True], repeat=7))
+            if loss_counts(loss)
+        ]
+        assert counting == [
+            Loss(
+                served=False,
+                idle=False,
+                watched=True,
+                timed_out=False,
+                large=False,
+                elsewhere=False,
+                last=False,
+            )
+        ]
 
 
 # The MySQL family
@@ -119,6 +171,7 @@ MYSQL: list[tuple[int, str, Fault, Fault]] = [
         (code, "Access denied, and the like", REFUSED, REFUSED)
         for code in (1044, 1045, 1049, 1251, 1524, 1698, 1820, 1862, 2049, 2054, 2059, 2061)
     ),
+    *((code, "Locked, and the like", REFUSED, REFUSED) for code in (1184, 3118, 3159, 3955, 4151)),
     (
         1045,
         "ProxySQL Error: Access denied for user 'app'@'' (using password: YES)",
@@ -145,6 +198,7 @@ MYSQL: list[tuple[int, str, Fault, Fault]] = [
     *((code, "too many", OVERLOADED, OVERLOADED) for code in (1040, 1203, 1226)),
     # Ended on purpose.
     *((code, "killed", KILLED, KILLED) for code in (1927, 3169, 1317, 1907, 1969, 3024)),
+    (1153, "Got a packet bigger than 'max_allowed_packet' bytes", KILLED, KILLED),
     (4031, "The client was disconnected by the server because of inactivity", KILLED, KILLED),
     (4031, "Referenced trigger 't' for the given action time does not exist", OTHER, OTHER),
     # Two transactions met.
@@ -208,7 +262,7 @@ class TestMySQL:
         for code, text, _, established in MYSQL:
             if established is KILLED:
                 ended = mysql.is_killed_connection(MySQLdb.OperationalError(code, text))
-                assert ended is (code in (1927, 3169, 4031)), code
+                assert ended is (code in (1153, 1927, 3169, 4031)), code
 
     @pytest.mark.parametrize(
         ("code", "text", "answer"),
@@ -293,20 +347,20 @@ SQLSTATES: list[tuple[str, Fault, Fault]] = [
 ]
 
 
-def by_psycopg(sqlstate: str) -> Exception:
+def by_psycopg(sqlstate: str, text: str = "as the server says") -> Exception:
     try:
-        return psycopg.errors.lookup(sqlstate)("as the server says")
+        return psycopg.errors.lookup(sqlstate)(text)
     except KeyError:
-        error = psycopg.OperationalError("as the server says")
+        error = psycopg.OperationalError(text)
         error.sqlstate = sqlstate
         return error
 
 
-def by_psycopg2(sqlstate: str) -> Exception:
+def by_psycopg2(sqlstate: str, text: str = "as the server says") -> Exception:
     try:
-        error = psycopg2.errors.lookup(sqlstate)("as the server says")
+        error = psycopg2.errors.lookup(sqlstate)(text)
     except KeyError:
-        error = psycopg2.OperationalError("as the server says")
+        error = psycopg2.OperationalError(text)
     error.__setstate__({"pgcode": sqlstate})
     assert error.pgcode == sqlstate
     return error
@@ -348,6 +402,81 @@ LOST_TEXTS = [
     "the connection is lost",
     "connection already closed",
 ]
+#: What poolers say: the words, the SQLSTATE, what it means at connect, and later.
+POOLERS: list[tuple[str, str, Fault, Fault]] = [
+    # PgBouncer
+    ("no more connections allowed (max_client_conn)", "08P01", OVERLOADED, OVERLOADED),
+    (
+        "client connections exceeded (max_db_client_connections)",
+        "08P01",
+        OVERLOADED,
+        OVERLOADED,
+    ),
+    ("query_wait_timeout", "08P01", OVERLOADED, OVERLOADED),
+    (
+        "server login has been failing, try again later (server_login_retry)",
+        "08P01",
+        NOT_READY,
+        NOT_READY,
+    ),
+    (
+        "server login has been failing, cached error: connect failed (server_login_retry)",
+        "08P01",
+        NOT_READY,
+        NOT_READY,
+    ),
+    ("server login failed: wrong password type", "08P01", NOT_READY, NOT_READY),
+    ("client_login_timeout (server down)", "08P01", NOT_READY, NOT_READY),
+    ("no such database: tenant_7", "08P01", REFUSED, REFUSED),
+    ("no such user", "08P01", REFUSED, REFUSED),
+    ('database "shop" is disabled', "08P01", REFUSED, REFUSED),
+    ("password authentication failed", "08P01", REFUSED, OTHER),
+    ("SASL authentication failed", "08P01", REFUSED, REFUSED),
+    ("unsupported startup parameter: search_path", "08P01", REFUSED, REFUSED),
+    ("server conn crashed?", "08P01", LOST, LOST),
+    ("query timeout", "08P01", KILLED, KILLED),
+    ("idle transaction timeout", "08P01", KILLED, KILLED),
+    ("client_idle_timeout", "08P01", KILLED, KILLED),
+    # pgcat
+    ("could not get connection from the pool - AllServersDown", "58000", NOT_READY, NOT_READY),
+    ('Pool down for database: "shop", user: "app"', "58000", NOT_READY, NOT_READY),
+    ('No pool configured for database: "x", user: "app"', "58000", REFUSED, REFUSED),
+    ("checkout failure limit reached (3 / 3)", "58000", OVERLOADED, OVERLOADED),
+    ("pool statement timeout", "58000", KILLED, KILLED),
+    ("error receiving data from server: SocketError(..)", "58000", LOST, LOST),
+    ("terminating connection due to administrator command", "58000", LOST, LOST),
+    # Odyssey
+    ("odyssey: c1: failed to get remote server connection", "08006", NOT_READY, NOT_READY),
+    ("odyssey: c1: failed to connect to remote server s2", "08006", NOT_READY, NOT_READY),
+    ("odyssey: c1: Odyssey is gracefully shutting down", "08006", NOT_READY, NOT_READY),
+    ("odyssey: c1: remote server read/write error s2: eof", "08006", LOST, LOST),
+    (
+        "odyssey: c1: too many tcp connections (global client_max 9)",
+        "53300",
+        OVERLOADED,
+        OVERLOADED,
+    ),
+    (
+        "odyssey: c1: too many active clients for user (pool_size for user shop.app reached 5)",
+        "53300",
+        OVERLOADED,
+        OVERLOADED,
+    ),
+    ("odyssey: c1: route for 'x.app' is not found", "3D000", REFUSED, REFUSED),
+    ("odyssey: c1: user blocked: shop app", "28000", REFUSED, REFUSED),
+    # pgpool-II
+    ("Sorry, too many clients already", "53300", OVERLOADED, OVERLOADED),
+    ("pgpool is not accepting any new connections", "08S01", NOT_READY, NOT_READY),
+    (
+        "all backend nodes are down, pgpool requires at least one valid node",
+        "XX000",
+        NOT_READY,
+        NOT_READY,
+    ),
+    ("failed to create a backend 0 connection", "XX000", NOT_READY, NOT_READY),
+    ("unable to read message kind from backend", "XX000", LOST, LOST),
+    ("connection terminated due to online recovery", "57000", LOST, LOST),
+]
 POSTGRES_PACKAGES = pytest.mark.parametrize(
     "package", [psycopg, psycopg2], ids=["psycopg", "psycopg2"]
 )
@@ -381,6 +510,47 @@ class TestPostgreSQL:
     def test_lost_connection(self, package: Any, text: str) -> None:
         """So are its words on a connection that is lost."""
         assert drivers.judge(package.OperationalError(text), connecting=False) is LOST
+
+    @POSTGRES_PACKAGES
+    @pytest.mark.parametrize(("text", "sqlstate", "connecting", "established"), POOLERS)
+    def test_pooler(
+        self, package: Any, text: str, sqlstate: str, connecting: Fault, established: Fault
+    ) -> None:
+        """Poolers have one code for everything: their words are read."""
+        failed = package.OperationalError(f'connection to "10.0.0.1" failed: FATAL:  {text}')
+        assert drivers.judge(failed, connecting=True) is connecting
+        said = (by_psycopg if package is psycopg else by_psycopg2)(sqlstate, text)
+        assert drivers.judge(said, connecting=False) is established
+        assert postgresql.question_of(said) == ("backend" if established is NOT_READY else "")
+
+    @POSTGRES_PACKAGES
+    @pytest.mark.parametrize(
+        ("text", "sqlstate", "proven"),
+        [
+            ("server login has been failing, try again later (server_login_retry)", "08P01", True),
+            ("query_wait_timeout", "08P01", True),
+            ("could not get connection from the pool - AllServersDown", "58000", True),
+            ("odyssey: c1: failed to connect to remote server s1", "08006", True),
+            ("server conn crashed?", "08P01", False),
+            ("odyssey: c1: remote server read/write error s1", "08006", False),
+            ("error receiving data from server: SocketError", "58000", False),
+            ("query_wait_timeout", "P0001", False),
+            ("text\nLINE 1: SELECT 'query_wait_timeout'", "08P01", False),
+        ],
+    )
+    def test_statement_of_a_pooler_without_a_server(
+        self, package: Any, text: str, sqlstate: str, proven: bool
+    ) -> None:
+        """A statement that waited for a server in vain was sent to none."""
+        said = (by_psycopg if package is psycopg else by_psycopg2)(sqlstate, text)
+        assert postgresql.proves_not_run(said) is proven
+
+    @POSTGRES_PACKAGES
+    def test_text_of_a_statement_is_no_poolers(self, package: Any) -> None:
+        """What a statement quotes is not taken for what a pooler says."""
+        text = "invalid message format\nLINE 1: SELECT 'no such database'"
+        said = (by_psycopg if package is psycopg else by_psycopg2)("08P01", text)
+        assert drivers.judge(said, connecting=False) is OTHER
 
     @POSTGRES_PACKAGES
     def test_application(self, package: Any) -> None:

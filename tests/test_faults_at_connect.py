@@ -8,6 +8,9 @@ that refuses one port, and is otherwise the real one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any, Callable
@@ -16,10 +19,16 @@ from unittest import mock
 import MySQLdb
 import pymysql
 import pytest
-from django.db import DatabaseError, InterfaceError, OperationalError
+from django.db import (
+    DatabaseError,
+    IntegrityError,
+    InterfaceError,
+    NotSupportedError,
+    OperationalError,
+)
 
-from django_proxysql import Fault, NoPeerAvailable
-from tests.engine import POSTGRESQL, Clock, mysql_peer, nodb_cursor, postgres_peer
+from django_proxysql import Fault, NoPeerAvailable, balancers
+from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, nodb_cursor, postgres_peer
 from tests.servers import PASSWORD, USER
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
@@ -225,14 +234,8 @@ class Timeout(BaseException):
         (mysql(2002, "Can't create TCP/IP socket (24)"), OperationalError),
         (mysql(2001, "Can't create UNIX socket (23)"), OperationalError),
         (mysql(1213, "Deadlock found"), OperationalError),
-        (mysql(2014, "Commands out of sync"), OperationalError),
-        (mysql(1047, "Unknown command"), OperationalError),
-        (mysql(1815, "Internal error: of another kind"), OperationalError),
-        (mysql(4031, "Referenced trigger does not exist"), OperationalError),
-        (MySQLdb.ProgrammingError(1064, "You have an error in your SQL syntax"), DatabaseError),
-        (MySQLdb.InterfaceError(-1, "of another kind"), InterfaceError),
+        (MySQLdb.IntegrityError(1062, "Duplicate entry"), IntegrityError),
         (OSError(24, "Too many open files"), OSError),
-        (TypeError("'nonesuch' is an invalid keyword argument"), TypeError),
         (SoftTimeLimitExceeded(), SoftTimeLimitExceeded),
         (Timeout(), Timeout),
         (KeyboardInterrupt(), KeyboardInterrupt),
@@ -266,6 +269,119 @@ def test_raised_at_once(
         connection.ensure_connection()
         assert connection.peer.name == "peer0"
         assert state().state == "closed"
+
+
+#: Errors that no table lists, made anew for each test: they get the peer's name.
+ODD: dict[str, Callable[[], Exception]] = {
+    **{
+        str(code): functools.partial(mysql, code, "text")
+        for code in (1047, 1064, 1184, 1193, 1231, 1815, 2014, 3118, 4031, 4151)
+    },
+    "ProgrammingError": lambda: MySQLdb.ProgrammingError(1064, "You have an error in your SQL"),
+    "NotSupportedError": lambda: MySQLdb.NotSupportedError(1235, "not supported"),
+    "InternalError": lambda: pymysql.err.InternalError("Packet sequence number wrong"),
+    "InterfaceError": lambda: MySQLdb.InterfaceError(-1, "of another kind"),
+    "Django's": lambda: NotSupportedError("MySQL 8.0.11 or later is required (found 5.7)."),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
+def test_error_that_no_table_lists(mariadb_pair: Pair, kind: str, trial: bool) -> None:
+    """What a driver says of its server is this peer's, once the next peer has let us in."""
+    bad, good = mariadb_pair
+    clock = Clock()
+    with first_then_second(mysql_peer(bad), mysql_peer(good), clock=clock) as connection:
+        if trial:
+            with failing(connection, bad.port, mysql(2003)):
+                connection.ensure_connection()
+            connection.close()
+            clock.advance(60)
+        with failing(connection, bad.port, ODD[kind]()):
+            connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().failures) == ("open", 1 + trial)
+        assert state().fault in (Fault.REFUSED, Fault.UNREACHABLE)
+        assert connection.peer.breaker.circuit.failures == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "InternalError"])
+def test_error_that_all_peers_say_alike(mariadb_pair: Pair, kind: str) -> None:
+    """Where every peer says the same, its error is raised: what we ask for is wrong."""
+    error = ODD[kind]()
+    code = error.args[0]
+    with (
+        engine([mysql_peer(node) for node in mariadb_pair]) as connection,
+        mock.patch.object(connection.Database, "connect", side_effect=error) as connect,
+        pytest.raises(DatabaseError if kind != "InterfaceError" else InterfaceError) as raised,
+    ):
+        connection.ensure_connection()
+    assert connect.call_count == 2
+    assert not isinstance(raised.value, NoPeerAvailable)
+    assert error in (raised.value, raised.value.__cause__)
+    assert str(raised.value.args[0]).startswith(str(code).rstrip())
+
+
+def test_what_all_peers_say_alike_names_one_and_counts_for_none(mariadb_pair: Pair) -> None:
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, OPTIONS={"init_command": "SET nonesuch = 1"}) as connection:
+        with pytest.raises(OperationalError) as raised:
+            connection.ensure_connection()
+        assert raised.value.args[0] == 1193
+        assert re.search(r"'nonesuch'.*to peer[01] \(.*\) of 'balanced'", str(raised.value))
+        assert [(s.state, s.failures) for s in balancers["balanced"].snapshot()] == [
+            ("closed", 0)
+        ] * 2
+
+
+#: One peer's settings that its driver cannot take, or its server.
+TYPOS: list[dict[str, Any]] = [
+    {"OPTIONS": {"nonesuch": 1}},
+    {"OPTIONS": {"isolation_level": "repeatable"}},
+    {"OPTIONS": {"init_command": "SET nonesuch = 1"}},
+    {"OPTIONS": {"init_command": "SELEKT 1"}},
+    {"USER": 1},
+]
+
+
+@pytest.mark.parametrize("typo", TYPOS, ids=str)
+def test_typo_of_one_peer(
+    mariadb_pair: Pair, typo: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A typo in one peer's settings fails no connect, and is an ERROR that names the peer."""
+    wrong, good = mariadb_pair
+    with first_then_second(mysql_peer(wrong, **typo), mysql_peer(good)) as connection:
+        for _ in range(5):
+            connection.ensure_connection()
+            assert connection.peer.name == "peer1"
+            connection.close()
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(errors) == 1
+    assert re.search(r"balanced.*peer0 \(", errors[0])
+
+
+@pytest.mark.parametrize("typo", TYPOS, ids=str)
+def test_typo_of_all_peers(mariadb_pair: Pair, typo: dict[str, Any]) -> None:
+    """The same typo in all of them is raised as the driver says it, with alias and peer named."""
+    with engine([mysql_peer(node, **typo) for node in mariadb_pair]) as connection:
+        for _ in range(3):
+            with pytest.raises(Exception, match=r"to peer[01] \(.*\) of 'balanced'") as raised:
+                connection.ensure_connection()
+            assert not isinstance(raised.value, NoPeerAvailable)
+            assert connection.connection is None
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), PermissionError(13, "no")])
+def test_file_of_one_peer(mariadb_pair: Pair, error: OSError) -> None:
+    """A certificate that is missing on this machine for one peer: the other is used."""
+    bad, good = mariadb_pair
+    with (
+        first_then_second(mysql_peer(bad), mysql_peer(good)) as connection,
+        failing(connection, bad.port, error),
+    ):
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().failures) == ("closed", 0)
 
 
 def test_pymysqls_errors_are_known_by_their_module(mariadb_pair: Pair) -> None:

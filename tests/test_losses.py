@@ -12,9 +12,18 @@ import pytest
 from django.db import OperationalError, close_old_connections, connections, transaction
 from django.db.utils import Error, InternalError
 
+from django_proxysql import retrying_atomic
 from django_proxysql.events import CircuitClosed, CircuitOpened
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
+from tests.fakes import in_thread
 from tests.site import Site, site, with_table
+
+
+@pytest.fixture(params=["mariadb", "postgres"])
+def plain(request: pytest.FixtureRequest, fault_proxy: Any) -> Iterator[Site]:
+    """A site whose packets a proxy can read: without TLS."""
+    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
 
 
 def opened(here: Site) -> list[CircuitOpened]:
@@ -135,6 +144,197 @@ class TestSuspects:
                 here.sql("SELECT 42")
             waiting.join()
             assert not here.replayed()
+
+
+@contextlib.contextmanager
+def poisoned(here: Site, matching: bytes) -> Iterator[None]:
+    """Have each statement that contains ``matching`` end its connection, wherever it runs."""
+    for proxy in here.proxies:
+        for _ in range(20):
+            proxy.cut_before(matching)
+    yield
+    for proxy in here.proxies:
+        proxy.disarm()
+
+
+def states(here: Site) -> list[str]:
+    return sorted(peer.breaker.current_state for peer in here.balancer.peers.values())
+
+
+class TestStatementsOwnFault:
+    """One statement, or one caller, never takes out a second peer."""
+
+    @pytest.mark.parametrize("served", [False, True], ids=["first", "served"])
+    @pytest.mark.parametrize("in_block", [False, True], ids=["", "block"])
+    def test_read_that_ends_its_connection(self, plain: Site, served: bool, in_block: bool) -> None:
+        """Run again on the other peer it is lost again; the others are served all the same."""
+        here = plain
+        with poisoned(here, b"poison"):
+            for _ in range(4):
+                here.connection.close()
+                here.connection.ensure_connection()
+                if served:
+                    here.sql("SELECT 1")
+                with (
+                    pytest.raises(OperationalError),
+                    transaction.atomic(here.connection.alias)
+                    if in_block
+                    else contextlib.nullcontext(),
+                ):
+                    here.sql("SELECT 'poison'")
+                assert states(here).count("closed") >= 1
+                assert here.sql("SELECT 1") == [(1,)]
+        assert len(opened(here)) <= 1
+
+    def test_two_tasks_with_one_statement(self, plain: Site) -> None:
+        """Each task has a thread and a connection of its own."""
+        here = plain
+        alias = here.connection.alias
+
+        def task() -> None:
+            try:
+                with connections[alias].cursor() as cursor, pytest.raises(OperationalError):
+                    cursor.execute("INSERT INTO app_token (value) VALUES (%s)", ["poison"])
+            finally:
+                connections[alias].close()
+
+        with poisoned(here, b"poison"):
+            for _ in range(6):
+                in_thread(task)
+                # Both peers are asked in turn, a suspect one too.
+                here.idle(2)
+        assert len(opened(here)) == 1
+        assert here.written() == []
+
+    def test_one_caller_with_many_statements(self, plain: Site) -> None:
+        """A loop of one thread that tries again and again, with another text each time."""
+        here = plain
+        with poisoned(here, b"poison"):
+            for number in range(6):
+                close_old_connections()
+                here.connection.close()
+                with pytest.raises(OperationalError):
+                    here.sql(f"INSERT INTO app_token (value) VALUES ('poison {number}')")
+                here.idle(2)
+        assert len(opened(here)) == 1
+
+    def test_retrying_atomic(self, plain: Site) -> None:
+        here = plain
+
+        @retrying_atomic(using=here.connection.alias, attempts=4)
+        def block() -> None:
+            here.sql("SELECT 'poison' FOR UPDATE")
+
+        here.connection.close()
+        with poisoned(here, b"poison"), pytest.raises(OperationalError):
+            block()
+        assert len(opened(here)) <= 1
+        assert here.sql("SELECT 1") == [(1,)]
+
+    def test_large_statement(self, plain: Site) -> None:
+        """It may be over max_allowed_packet: no peer is blamed, whoever sends it."""
+        here = plain
+        with poisoned(here, b"poison"):
+            for number in range(4):
+                here.connection.close()
+                with pytest.raises(OperationalError):
+                    here.sql(
+                        f"INSERT INTO app_token (value) VALUES (concat('poison {number}', %s))",
+                        ["x" * 300_000],
+                    )
+        assert not opened(here)
+
+    def test_packet_over_the_limit(self, mariadb: Any, fault_proxy: Any) -> None:
+        """1153, 2006 or 2013, as it happens: the server hangs up, and is well."""
+        before = mariadb.sql("SELECT @@global.max_allowed_packet").strip()
+        mariadb.set_global("max_allowed_packet", 1024 * 1024)
+        try:
+            with site(mariadb, fault_proxy) as here:
+                for size in (1_100_000, 1_500_000, 5_000_000):
+                    for served in (False, True):
+                        here.connection.close()
+                        here.connection.ensure_connection()
+                        if served:
+                            here.sql("SELECT 1")
+                        with pytest.raises(OperationalError):
+                            here.sql("SELECT length(%s)", ["x" * size])
+                        assert here.sql("SELECT 1") == [(1,)]
+                assert not opened(here)
+        finally:
+            mariadb.set_global("max_allowed_packet", before)
+
+    def test_refused_packet_ends_the_connection(self, mariadb: Any, fault_proxy: Any) -> None:
+        """After 1153 the server hangs up: the next statement gets another connection at once."""
+        with site(mariadb, fault_proxy) as here:
+            driver = here.connection.connection
+            here.connection._saw(here.connection.Database.OperationalError(1153, "Got a packet"))
+            assert here.session.dead
+            here.write("one")
+            assert here.connection.connection is not driver
+            assert not here.losses()
+            assert not here.session.peer.breaker.circuit.suspect
+
+    def test_last_peer(self, mariadb: Any, fault_proxy: Any) -> None:
+        """The only peer stays in use; whether it is dead the next connect finds out."""
+        with site(mariadb, fault_proxy, number=1) as here:
+            here.connection.close()
+            here.connection.ensure_connection()
+            here.cut("before")
+            with pytest.raises(OperationalError):
+                here.write("one")
+            assert states(here) == ["closed"]
+            here.write("two")
+            assert here.written() == ["two"]
+
+    def test_peer_that_dies_under_its_first_statement(self, plain: Site) -> None:
+        """Whatever the statement has done before: a peer that is dead is found at once."""
+        here = plain
+        dead = here.connection.peer
+        here.balancer.losses.note("another", "SELECT 1", -1)
+        here.connection.close()
+        with here.balancer.pinned(dead):
+            here.connection.ensure_connection()
+        proxy = here.here
+        proxy.cut_before(b"SELECT 1")
+        proxy.refuse()
+        assert here.sql("SELECT 1") == [(1,)]
+        assert here.connection.peer is not dead
+        here.connection.close()
+        with here.balancer.pinned(dead), pytest.raises(OperationalError):
+            here.connection.ensure_connection()
+        assert dead.breaker.current_state == "open"
+
+    @pytest.mark.parametrize("option", ["read_timeout", "write_timeout"])
+    def test_time_out_of_the_first_statement(
+        self, mariadb: Any, fault_proxy: Any, option: str
+    ) -> None:
+        """A slow report is no loss, wherever it is run first."""
+        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1, option: 1}) as here:
+            for _ in range(2):
+                here.connection.close()
+                here.connection.ensure_connection()
+                waiting = threading.Timer(0.5, here.clock.advance, [1])
+                waiting.start()
+                with pytest.raises(OperationalError):
+                    here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
+                waiting.join()
+            assert not opened(here)
+            assert states(here) == ["closed", "closed"]
+
+    def test_trial_whose_connection_is_lost_at_once(self, plain: Site) -> None:
+        """The trial has closed the circuit; its own connection is of no use: that counts."""
+        here = plain
+        peer = here.connection.peer
+        here.connection.close()
+        peer.breaker.open()
+        here.clock.advance(60)
+        here.connection.ensure_connection()
+        assert here.connection.peer is peer
+        assert peer.breaker.current_state == "closed"
+        here.here.cut_before(b"app_token")
+        with pytest.raises(OperationalError):
+            here.write("one")
+        assert peer.breaker.current_state == "open"
 
 
 class TestReadOnly:

@@ -46,9 +46,13 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         # No function is called on the way of a read, or of a statement inside
         # a transaction: what they cost is what this method costs.
         if session is None or db._quiet or self._named or session.connection is not db.connection:
+            if self._named and session is not None:
+                session.sending = (sql, params)
             result = plain(self, sql, params, *ignored)
             if self._named:
                 db._transaction.statement_sent()
+                if session is not None:
+                    session.sending = None
             return result
         try:
             kind = kinds[sql]
@@ -75,6 +79,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         ):
             session = db._before_statement(self, kind, now, sql, params)
         session.used = now
+        session.sending = (sql, params)
         if kind != READ and writes(kind):
             session.wrote = True
         try:
@@ -85,6 +90,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
                 db._transaction.statement_sent()
                 raise
             session = again
+            session.sending = (sql, params)
             try:
                 result = plain(self, sql, params, *ignored)
             except Error:
@@ -95,6 +101,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             db._transaction.statement_sent()
             raise
         session.served = True
+        session.sending = None
         db._transaction.statement_sent()
         if kind != READ:
             db._after_statement(session, kind, sql, params)

@@ -161,8 +161,12 @@ class LoadBalancedMixin(_Base):
             return self._open_directly(conn_params)
         registered = self._registered()
         if attempt is not None and attempt.is_trial and registered is not None:
-            self._asked = registered.balancer.send_ahead(
-                attempt, self._driver, self.Database.connect, conn_params
+            self._asked = self._as_peer(
+                registered.balancer.send_ahead,
+                attempt,
+                self._driver,
+                self.Database.connect,
+                conn_params,
             )
         return self._as_peer(super().get_new_connection, conn_params)
 
@@ -220,6 +224,9 @@ class LoadBalancedMixin(_Base):
             self._own_settings = own
             self.settings_dict = settings
             return method(*args)
+        except Exception as exc:
+            drivers.mark_of_settings(exc)
+            raise
         finally:
             self.settings_dict = own
             self._own_settings = None

@@ -21,6 +21,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from ..breaker import CLOSED
 from ..errors import CommitOutcomeUnknown
 from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from ..exceptions import NotReady
-from ..faults import Fault
+from ..faults import Fault, Loss, loss_counts
 from ..holdings import Holdings, Replacing
 from ..registry import Registered
 from ..statements import (
@@ -83,6 +84,10 @@ _OF_THE_CONNECTION = (
     "isolation_level",
 )
 
+#: A statement with more than this may be over the server's max_allowed_packet (MySQL's least
+#: default is 1 MB, and what is escaped grows): its connection's end may be its own doing.
+_LARGE_PACKET = 250_000
+
 #: A statement with more than this in its parameters is not sent twice: one
 #: 2006 can also mean a packet over max_allowed_packet.
 _MOST_PARAMETERS = 1_000_000
@@ -123,14 +128,21 @@ class SafePointsMixin(LoadBalancedMixin):
         if theirs is not SafePointsMixin._cursor and not hasattr(theirs, "sets_cursors_up"):
             cls._cursor = _setting_up(theirs)  # type: ignore[method-assign]
 
+    #: Numbers for wrappers, each of which is one thread's or task's.
+    _callers = itertools.count()
+
+    @cached_property
+    def _caller(self) -> int:
+        """Tell this wrapper's thread or task from all others of the process."""
+        return next(self._callers)
+
     # Made
 
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
-        generation = attempt.peer.breaker.circuit.generation
         connection = super()._open_one(registered, attempt)
         session = None
         if self._driver.WATCHED:
-            session = self._new_session(registered, attempt, connection, generation)
+            session = self._new_session(registered, attempt, connection)
             # Out of a pool: it has been one for a while, and is lost like any other.
             session.served = is_pooled(connection)
             if self._session is not None:
@@ -184,21 +196,20 @@ class SafePointsMixin(LoadBalancedMixin):
                     self._driver.socket_options(connection, conn_params),
                 ),
             )
-            if conn_params.get("read_timeout") is not None:
-                self._read_timeout = min(self._read_timeout, float(conn_params["read_timeout"]))
+            for option in ("read_timeout", "write_timeout"):
+                if conn_params.get(option) is not None:
+                    self._read_timeout = min(self._read_timeout, float(conn_params[option]))
             self._unbuffered = self._driver.is_unbuffered(conn_params)
 
     _read_timeout = math.inf
     _unbuffered = False
 
-    def _new_session(
-        self, registered: Registered, attempt: Attempt, connection: Any, generation: int
-    ) -> Session:
+    def _new_session(self, registered: Registered, attempt: Attempt, connection: Any) -> Session:
         return Session(
             connection,
             attempt.peer,
             registered.balancer,
-            generation,
+            attempt.permit,
             sockets.watch(self._driver.fileno(connection)),
             self._read_timeout,
             self._unbuffered,
@@ -233,22 +244,28 @@ class SafePointsMixin(LoadBalancedMixin):
         breaker = session.peer.breaker
         known_dead = session.dead
         if fault is Fault.NOT_READY:
+            if driver.is_closed(session.connection):
+                # A pooler without a server says so, and hangs up.
+                session.dead, session.poll = True, None
+                session.error = drivers.describe(exc)
+                _mark_as_end(exc)
             if self._is_given_up(session, exc):
                 session.dropped = True
                 session.error = drivers.describe(exc)
                 _mark_as_end(exc)
+            elif session.dead:
+                # It may be busy: the next connect goes elsewhere first.
+                breaker.suspect(drivers.describe(exc), fault)
             return
         # psycopg knows for certain; mysqlclient's error says it.
         lost = fault is Fault.LOST
         if driver.is_closed(session.connection):
-            lost = fault is not Fault.KILLED
+            lost = fault not in (Fault.KILLED, Fault.OVERLOADED)
             session.dead = True
         if fault is Fault.KILLED and driver.is_killed_connection(exc):
             session.dead = True
         is_news = lost and not (session.dead and session.error)
-        # It was of no use to anybody: as good as a failed connect.
-        # (Where the socket cannot be looked at it may have idled.)
-        is_failed_connect = not session.served and not idle and session.poll is not None
+        is_failed_connect = is_news and loss_counts(self._loss(session, idle))
         session.dead = session.dead or lost
         if session.dead:
             if fault is not Fault.KILLED:
@@ -257,16 +274,18 @@ class SafePointsMixin(LoadBalancedMixin):
             session.poll = None
             if not known_dead:
                 # What is raised of it later says nothing of how it ended.
-                waited = session.clock() - session.used
-                session.timed_out = not idle and waited >= session.read_timeout * 0.98
+                session.timed_out = not idle and session.has_timed_out()
         elif not driver.is_answer(exc):
             # The number of its socket may belong to another connection by now.
             session.unsure = True
             session.poll = None
+        if fault is Fault.OVERLOADED and session.dead:
+            # A pooler without a server to spare hangs up: the next connect goes elsewhere.
+            breaker.suspect(drivers.describe(exc), fault)
         if is_news:
             # Last: who is told may ask the database, and is to find the connection dead.
-            if is_failed_connect:
-                breaker.count_failure(exc, Fault.LOST, session.generation)
+            if is_failed_connect and session.permit is not None:
+                breaker.count_failure(exc, Fault.LOST, session.permit.generation)
             else:
                 breaker.suspect(drivers.describe(exc), Fault.LOST)
             self._emit(
@@ -303,6 +322,24 @@ class SafePointsMixin(LoadBalancedMixin):
                 return verdict.drops
         breaker.trip(exc, Fault.NOT_READY, question)
         return True
+
+    def _loss(self, session: Session, idle: bool) -> Loss:
+        """Return what is known of a connection that is lost now."""
+        peer, balancer = session.peer, session.balancer
+        sql, params = session.sending or (None, None)
+        timed_out = not idle and session.has_timed_out()
+        elsewhere = False
+        if not (idle or timed_out):
+            elsewhere = balancer.losses.note(peer.name, sql, self._caller)
+        return Loss(
+            served=session.served,
+            idle=idle,
+            watched=session.poll is not None,
+            timed_out=timed_out,
+            large=not _is_small(params, _LARGE_PACKET) or not _is_small((sql,), _LARGE_PACKET),
+            elsewhere=elsewhere,
+            last=not balancer.can_spare(peer),
+        )
 
     def _ask(self, session: Session) -> ready.Writer | None:
         """Ask the connection itself what takes its writes; None if it does not answer now."""
@@ -1308,8 +1345,8 @@ def _is_end(exc: BaseException) -> bool:
     return getattr(exc, "_django_proxysql_end", False)
 
 
-def _is_small(params: Any) -> bool:
-    """Return whether parameters are there to be sent again, and not too many."""
+def _is_small(params: Any, most: int = _MOST_PARAMETERS) -> bool:
+    """Return whether parameters are there to be sent again, and hold at most ``most``."""
     if params is None:
         return True
     if isinstance(params, dict):
@@ -1318,4 +1355,4 @@ def _is_small(params: Any) -> bool:
         # An iterator has been used up by now.
         return False
     size = sum(len(value) for value in params if isinstance(value, (str, bytes, bytearray)))
-    return size <= _MOST_PARAMETERS
+    return size <= most

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..balancer import LoadBalancer
-from ..breaker import CLOSED
+from ..breaker import CLOSED, Permit
 from ..holdings import Holdings
 from ..peer import Peer
 
@@ -30,16 +30,17 @@ class Session:
         "doubted",
         "dropped",
         "error",
-        "generation",
         "holds",
         "idle",
         "is_server",
         "loss",
         "lost_results",
         "peer",
+        "permit",
         "poll",
         "read_timeout",
         "results",
+        "sending",
         "served",
         "server_side",
         "timed_out",
@@ -56,7 +57,7 @@ class Session:
         connection: Any,
         peer: Peer,
         balancer: LoadBalancer,
-        generation: int,
+        permit: Permit | None,
         poll: Callable[[int], object] | None,
         read_timeout: float,
         unbuffered: bool,
@@ -66,8 +67,10 @@ class Session:
         self.balancer = balancer
         self.budget = balancer.budget
         self.clock = balancer.clock
-        #: The circuit's, when the connection was made.
-        self.generation = generation
+        #: What the connection was made with: it knows the circuit's generation.
+        self.permit = permit
+        #: The statement and its parameters that are under way; None between two statements.
+        self.sending: tuple[Any, Any] | None = None
         #: Looks at the socket; None where that cannot be done, or no longer.
         self.poll = poll
         #: Seconds after which a loss may be a time-out: the two read alike.
@@ -135,3 +138,7 @@ class Session:
     @held.setter
     def held(self, value: bool) -> None:
         self.holds.by_django = value
+
+    def has_timed_out(self) -> bool:
+        """Return whether a loss now may be the end of somebody's patience: the two read alike."""
+        return self.clock() - self.used >= self.read_timeout * 0.98

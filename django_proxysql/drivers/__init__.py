@@ -24,9 +24,13 @@ __all__ = [
     "describe",
     "driver_of",
     "driver_of_engine",
+    "is_by_server",
     "is_driver_error",
+    "is_of_settings",
     "judge",
     "layers",
+    "mark_of_settings",
+    "name_peer",
     "password_from",
     "question_of",
     "root_error",
@@ -53,6 +57,9 @@ class Driver(Protocol):
 
     def code_of(self, exc: BaseException) -> Any:
         """Return the error's code, if it has one."""
+
+    def is_option_error(self, exc: BaseException) -> bool:
+        """Return whether the driver says that it cannot take an option."""
 
     def is_closed(self, connection: Any) -> bool:
         """Return whether the driver knows that the connection is gone."""
@@ -106,6 +113,8 @@ _BY_MODULE: dict[str, Driver] = {
 #: Exceptions of frameworks that say: the settings or the caller are wrong.
 _LOCAL_CLASSES = frozenset({"ImproperlyConfigured", "ConfigError"})
 _LOCAL_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+#: What drivers, and Django's engines, raise about a setting that they cannot take.
+_OF_SETTINGS = (TypeError, ValueError, AttributeError, LookupError, OSError)
 
 
 #: How many wrappers are looked behind. A proxy that answers every attribute has no last one.
@@ -235,6 +244,79 @@ def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def mark_of_settings(exc: Exception) -> None:
+    """Note on ``exc`` that it was raised while a driver was given one peer's settings."""
+    with contextlib.suppress(AttributeError):
+        exc._django_proxysql_of_settings = True  # type: ignore[attr-defined]
+
+
+def is_of_settings(exc: BaseException) -> bool:
+    """Return whether ``exc`` says that a peer's settings are such as the driver cannot take."""
+    exc = root_error(exc)
+    table = _table_of(exc)
+    if table is not None:
+        return table.is_option_error(exc)
+    if getattr(exc, "_django_proxysql_is_ours", False):
+        # A token service that cannot be reached.
+        return False
+    if not getattr(exc, "_django_proxysql_of_settings", False):
+        return False
+    if _is_local_class(exc):
+        return True
+    # A bare TimeoutError may be an alarm of the application's own.
+    return (
+        isinstance(exc, _OF_SETTINGS)
+        and not isinstance(exc, (TimeoutError, socket.timeout))
+        and getattr(exc, "errno", None) not in _LOCAL_ERRNOS
+    )
+
+
+def is_by_server(exc: BaseException) -> bool:
+    """Return whether ``exc``, raised while connecting, is what a driver reports of its server.
+
+    A broken constraint is not: an application's own statement broke it.
+    """
+    exc = root_error(exc)
+    names = {cls.__name__ for cls in type(exc).__mro__}
+    if "IntegrityError" in names:
+        return False
+    if names & {"OperationalError", "InternalError", "InterfaceError"}:
+        return True
+    if not names & {"DatabaseError", "ProgrammingError", "NotSupportedError", "DataError"}:
+        return False
+    if type(exc).__module__ == "django.db.utils":
+        # Django's own: the server's version is too old.
+        return True
+    table = _table_of(exc)
+    return table is not None and table.code_of(exc) is not None
+
+
+def name_peer(exc: BaseException, where: str) -> None:
+    """Name the peer in an error that names none, and keep the error's class and code.
+
+    An application's own exception gets a note, where Python has notes (3.11).
+
+    :param where: the alias, the peer and its address, as people read it.
+    """
+    if not isinstance(exc, Exception) or getattr(exc, "_django_proxysql_is_named", False):
+        return
+    said = f" [while connecting {where}]"
+    root = root_error(exc)
+    for error in (exc,) if root is exc else (exc, root):
+        with contextlib.suppress(Exception):
+            error._django_proxysql_is_named = True  # type: ignore[attr-defined]
+            if not (
+                is_driver_error(error)
+                or is_by_server(error)
+                or getattr(root, "_django_proxysql_of_settings", False)
+            ):
+                error.add_note(said.strip())  # type: ignore[attr-defined]
+            elif isinstance(error, OSError) and isinstance(error.strerror, str):
+                error.strerror += said
+            elif error.args and isinstance(error.args[-1], str):
+                error.args = (*error.args[:-1], error.args[-1].rstrip() + said)
+
+
 def is_driver_error(exc: BaseException) -> bool:
     """Return whether ``exc`` is an error of a driver that has a table here."""
     return _table_of(root_error(exc)) is not None
@@ -262,7 +344,7 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
         return Fault.OVERLOADED
     if getattr(exc, "_django_proxysql_is_ours", False):
         return Fault.LOCAL
-    if any(cls.__name__ in _LOCAL_CLASSES for cls in type(exc).__mro__):
+    if _is_local_class(exc):
         return Fault.LOCAL
     table = _table_of(exc)
     if table is not None:
@@ -270,6 +352,10 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
     if isinstance(exc, OSError):
         return _fault_of_oserror(exc, connecting)
     return generic.fault(exc, connecting)
+
+
+def _is_local_class(exc: BaseException) -> bool:
+    return any(cls.__name__ in _LOCAL_CLASSES for cls in type(exc).__mro__)
 
 
 def _table_of(exc: BaseException) -> Driver | None:

@@ -38,6 +38,11 @@ def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     return {}
 
 
+def is_option_error(exc: BaseException) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
 def is_killed_connection(exc: BaseException) -> bool:
     """Return False: nothing is assumed."""
     return False

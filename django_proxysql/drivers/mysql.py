@@ -37,6 +37,9 @@ BY_CODE = {
     # Database denied, user denied, unknown database, old protocol, unknown
     # plugin, socket plugin denied, password expired; and the client's own.
     **dict.fromkeys((1044, 1045, 1049, 1251, 1524, 1698, 1820, 1862), Fault.REFUSED),
+    # A broken init_connect, TLS required, account locked: MySQL's, after too many wrong
+    # passwords, MariaDB's.
+    **dict.fromkeys((1184, 3159, 3118, 3955, 4151), Fault.REFUSED),
     **dict.fromkeys((2049, 2054, 2059, 2061), Fault.REFUSED),
     **dict.fromkeys(
         # Server shutting down, offline mode, ProxySQL without a backend.
@@ -46,6 +49,8 @@ BY_CODE = {
     **dict.fromkeys((1040, 1203, 1226), Fault.OVERLOADED),
     **dict.fromkeys((2006, 2013, 2027, 2045, 2055), Fault.LOST),
     **dict.fromkeys((1927, 3169, 1317, 1907, 1969, 3024), Fault.KILLED),
+    # The packet is larger than max_allowed_packet: the server hangs up.
+    1153: Fault.KILLED,
     **dict.fromkeys((1205, 1213, 1020, 1614, 3101), Fault.CONFLICT),
 }
 
@@ -71,6 +76,10 @@ _NO_DESCRIPTORS = re.compile(r"[(\[](?:Errno )?(?:24|23|12)[)\]]")
 #: These two say that the resolver itself had no descriptor or no memory left.
 _RESOLVER_FAILED = {getattr(socket, name, None) for name in ("EAI_SYSTEM", "EAI_MEMORY")}
 _CODE_AT_END = re.compile(r"\((-?\d+)\)$")
+
+#: PyMySQL's, without a number: an answer that is none of the handshake's. (ProxySQL at its
+#: connection limit, over TLS)
+_OUT_OF_STEP = re.compile("Packet sequence number wrong")
 
 _PROXYSQL_NO_BACKEND = "while reaching hostgroup"
 
@@ -107,6 +116,8 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
             return meaning
     if code is not None and code in BY_CODE:
         return BY_CODE[code]
+    if connecting and code is None and _OUT_OF_STEP.search(text):
+        return Fault.UNREACHABLE
     # PyMySQL, and mysqlclient on a closed handle, raise InterfaceError(0, '').
     names = {cls.__name__ for cls in type(exc).__mro__}
     if "InterfaceError" in names and (code == 0 or not exc.args):
@@ -147,9 +158,14 @@ def is_closed(connection: Any) -> bool:
     return False
 
 
+def is_option_error(exc: BaseException) -> bool:
+    """Return False: both drivers raise Python's TypeError and ValueError."""
+    return False
+
+
 def is_killed_connection(exc: BaseException) -> bool:
     """Return whether ``exc`` says that the connection itself was ended on purpose."""
-    return code_of(exc) in (1927, 3169, 4031)
+    return code_of(exc) in (1153, 1927, 3169, 4031)
 
 
 def is_answer(exc: BaseException) -> bool:

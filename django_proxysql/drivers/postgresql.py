@@ -51,6 +51,89 @@ _QUOTED = (
     (re.compile(r"too many (?:clients|connections)|remaining connection slots"), Fault.OVERLOADED),
     (re.compile("Too many open files"), Fault.LOCAL),
 )
+
+#: What poolers say, by text: PgBouncer has one SQLSTATE for everything (08P01), pgcat another
+#: (58000), and a failed connect of libpq's shows none. From the sources of PgBouncer 1.25,
+#: pgcat 1.3, Odyssey 1.4 and pgpool-II 4.6; PgBouncer's were seen, too.
+_POOLERS = (
+    # The pooler has room for no more clients, or no server to spare for this one.
+    (
+        re.compile(
+            r"no more connections allowed|client connections exceeded|query_wait_timeout|"
+            r"bouncer resources exhaustion|"
+            # Odyssey
+            r"too many (?:tcp connections|client tcp connections|active clients)|"
+            r"soft out of memory|"
+            # pgcat
+            r"checkout failure limit reached"
+        ),
+        Fault.OVERLOADED,
+    ),
+    # It lets clients in and has no server.
+    (
+        re.compile(
+            r"server login has been failing|server_login_retry|server login failed|"
+            r"client_login_timeout \(server down\)|server shutting down|"
+            # Odyssey
+            r"failed to get remote server connection|failed to connect to remote server|"
+            r"can't find suitable host|is gracefully shutting down|client routing failed|"
+            # pgcat
+            r"could not get connection from the pool|Pool down for database|"
+            # pgpool-II
+            r"pgpool is not accepting any new connections|all backend nodes are down|"
+            r"failed to create a backend (?:\d+ )?connection|"
+            r"unable to connect to backend"
+        ),
+        Fault.NOT_READY,
+    ),
+    # It does not know what we ask for, or who we are.
+    (
+        re.compile(
+            r"no such database|no such user|database \".*\" is disabled|login rejected|"
+            r"(?:SASL|certificate|\"trust\"|LDAP) authentication failed|SSL required|"
+            r"unsupported (?:options )?startup parameter|"
+            # Odyssey
+            r"route for '.*' is not found|incorrect user|user blocked|"
+            r"host based authentication rejected|SSL is required|"
+            # pgcat
+            r"No pool configured for"
+        ),
+        Fault.REFUSED,
+    ),
+    # The statement, or the connection, has lasted longer than it may.
+    (
+        re.compile(
+            r"query[_ ]timeout|(?:idle )?transaction[_ ]timeout|client_idle_timeout|"
+            r"admin forced disconnect|pool statement timeout|idle transaction timeout"
+        ),
+        Fault.KILLED,
+    ),
+    # Its server is gone, or it is going itself.
+    (
+        re.compile(
+            r"server conn crashed|server connection closed|"
+            r"error receiving data from server|terminating connection due to administrator|"
+            r"remote server read/write error|unable to read (?:data from|message (?:kind|length))|"
+            r"connection terminated due to online recovery"
+        ),
+        Fault.LOST,
+    ),
+)
+_POOLERS_STATES = frozenset({None, "08P01", "08S01", "08006", "53200", "57000", "58000", "XX000"})
+
+#: A statement that met one of these waited for a server, and was sent to none.
+_WAITED = re.compile(
+    r"server login has been failing|server_login_retry|query_wait_timeout|"
+    r"client_login_timeout \(server down\)|no more connections allowed|"
+    r"failed to get remote server connection|failed to connect to remote server|"
+    r"could not get connection from the pool"
+)
+
+#: libpq's words for an option that it does not know or cannot read.
+_BAD_OPTION = re.compile(
+    r"invalid connection option|invalid dsn|invalid integer value|invalid port number|"
+    r"invalid \w+ value: |missing \"=\" after"
+)
 _LOST_TEXT = re.compile(
     r"server closed the connection|connection already closed|the connection is (?:closed|lost)|"
     r"consuming input failed|sending (?:query|prepared query) failed|"
@@ -74,22 +157,27 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
         # Our pool had nothing to give; the peer was not asked.
         return Fault.OVERLOADED
     state = sqlstate_of(exc)
+    # Later a text goes on after its first line with the statement, which may quote anything.
+    text = str(exc) if connecting else str(exc).partition("\n")[0]
+    if state in _POOLERS_STATES and names & {"OperationalError", "InternalError", "DatabaseError"}:
+        for pattern, meaning in _POOLERS:
+            if pattern.search(text):
+                return meaning
     if state == "08006" and connecting:
         return Fault.UNREACHABLE
     if state in BY_SQLSTATE:
         return BY_SQLSTATE[state]
+    if connecting and is_option_error(exc):
+        # libpq parsed the options and went nowhere.
+        return Fault.LOCAL
     if state is not None or not names & {"OperationalError", "InterfaceError"}:
         return Fault.OTHER
-    text = str(exc)
     if connecting:
         if "InterfaceError" in names:
             return Fault.OTHER
         for pattern, meaning in _QUOTED:
             if pattern.search(text):
                 return meaning
-        # A wrong OPTIONS key: libpq parsed the string and went nowhere.
-        if "invalid connection option" in text or "invalid dsn" in text:
-            return Fault.LOCAL
         return Fault.UNREACHABLE
     return Fault.LOST if _LOST_TEXT.search(text) else Fault.OTHER
 
@@ -120,6 +208,11 @@ def is_closed(connection: Any) -> bool:
     return bool(connection.closed)
 
 
+def is_option_error(exc: BaseException) -> bool:
+    """Return whether libpq says that it does not know an option, or cannot read its value."""
+    return sqlstate_of(exc) is None and _BAD_OPTION.search(str(exc)) is not None
+
+
 def is_killed_connection(exc: BaseException) -> bool:
     """Return whether ``exc`` says that the connection itself was ended on purpose."""
     return sqlstate_of(exc) in ("57P05", "25P03", "25P04")
@@ -137,8 +230,11 @@ def is_read_only_refusal(exc: BaseException) -> bool:
 
 
 def proves_not_run(exc: BaseException) -> bool:
-    """Return whether ``exc`` proves that one plain statement did not run."""
-    return is_read_only_refusal(exc)
+    """Return whether ``exc`` proves that one plain statement did not run.
+
+    A pooler's statement that waited for a server, and got none, did not.
+    """
+    return is_read_only_refusal(exc) or _waited_in_vain(exc)
 
 
 def outcome_is_unknown(exc: BaseException) -> bool:
@@ -153,7 +249,25 @@ def outcome_is_unknown(exc: BaseException) -> bool:
 
 def question_of(exc: BaseException) -> str:
     """Return what a trial must ask a peer that answered a statement with ``exc``."""
-    return "writable" if is_read_only_refusal(exc) else ""
+    if is_read_only_refusal(exc):
+        return "writable"
+    # A pooler without a server lets clients in.
+    return "backend" if _is_poolers(exc) else ""
+
+
+def _is_poolers(exc: BaseException) -> bool:
+    """Return whether a pooler says that it has no server."""
+    return _first_line_says(_POOLERS[1][0], exc)
+
+
+def _waited_in_vain(exc: BaseException) -> bool:
+    return _first_line_says(_WAITED, exc)
+
+
+def _first_line_says(pattern: re.Pattern[str], exc: BaseException) -> bool:
+    if sqlstate_of(exc) not in _POOLERS_STATES:
+        return False
+    return pattern.search(str(exc).partition("\n")[0]) is not None
 
 
 def fileno(connection: Any) -> int | None:
