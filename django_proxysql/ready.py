@@ -169,7 +169,10 @@ QUESTIONS: dict[str, Check] = {"galera": galera, "writable": writable, "backend"
 def catch_up(connection: Any) -> None:
     """Have a Galera node apply all that the cluster has committed; others are left alone.
 
-    Galera's documentation of ``wsrep_sync_wait``: with 1, a read waits for it.
+    Galera's documentation of ``wsrep_sync_wait``: with 1, a read waits for it. The node
+    bounds the wait by its ``repl.causal_read_timeout`` (30 s by default).
+
+    :raises Exception: the driver's own error: 1205 if the node could not in that time.
     """
     names = "('wsrep_on', 'wsrep_sync_wait')"
     session = _pairs(connection, f"SHOW SESSION VARIABLES WHERE Variable_name IN {names}")

@@ -81,7 +81,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         session.used = now
         session.sending = (sql, params)
         if kind != READ and writes(kind):
-            session.wrote = True
+            session.wrote = session.results = True
         try:
             result = plain(self, sql, params, *ignored)
         except Error as exc:

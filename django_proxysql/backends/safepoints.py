@@ -160,14 +160,12 @@ class SafePointsMixin(LoadBalancedMixin):
         A read on another Galera node right after a write was stale in a
         quarter of all tries (seen); once the node has caught up it is not.
 
-        :raises Exception: the node has not caught up, or was lost meanwhile: the attempt
-            to connect has failed.
+        :raises Exception: the driver's: the node was lost meanwhile, or could not catch up
+            in time. The attempt to connect has failed then.
         """
-        if not self._has_units and session.clock() - before.used > before.idle:
-            before.wrote = False
         session.wrote = before.wrote
         session.lost_results = IDS | RESULT if before.results else before.lost_results
-        if session.wrote and self.vendor == "mysql":
+        if (before.results or before.lost_results) and self.vendor == "mysql":
             try:
                 ready.catch_up(session.connection)
             except BaseException:
@@ -569,10 +567,8 @@ class SafePointsMixin(LoadBalancedMixin):
         """Take note of what a statement that succeeded, and is no plain read, has changed."""
         if session.holds.for_life:
             session.holds.answered(sql, params)
-        if writes(kind):
-            session.results = True
-            if session.lost_results:
-                session.lost_results &= 0 if makes_ids(sql) else ~RESULT
+        if session.lost_results and writes(kind):
+            session.lost_results &= 0 if makes_ids(sql) else ~RESULT
 
     def _before_other(self, cursor: Any, sql: Any) -> None:
         """Before what is never run again: executemany, callproc."""

@@ -99,7 +99,8 @@ class Session:
         self.loss: BaseException | None = None
         #: Its session state: never lost behind the application's back.
         self.holds = Holdings()
-        #: A statement of this request has left something to ask for: LAST_INSERT_ID(), ROW_COUNT().
+        #: It may have written in this request, and so left something to ask for: LAST_INSERT_ID().
+        #: Unlike :attr:`wrote`, idleness does not end this.
         self.results = False
         #: IDS, RESULT: what is asked for by these went with an earlier connection.
         self.lost_results = 0
