@@ -232,8 +232,9 @@ def load_wrapper(path: str) -> type[BaseDatabaseWrapper]:
         # TypeError: a relative path.
         said = " ".join(str(exc).split()).rstrip(".")
         raise ConfigError("PEER_ENGINE", f"is {path!r}, which cannot be loaded: {said}") from exc
-    # Our own engine is none before an instance of it is made.
-    if not issubclass(wrapper, BaseDatabaseWrapper) or issubclass(wrapper, DummyWrapper):
+    # Our own engine has a peer's below it; it is none to be below one.
+    is_ours = not getattr(wrapper, "_is_made", True)
+    if is_ours or not issubclass(wrapper, BaseDatabaseWrapper) or issubclass(wrapper, DummyWrapper):
         raise ConfigError("PEER_ENGINE", f"is {path!r}, which is no database's")
     return wrapper
 

@@ -24,15 +24,10 @@ from ... import drivers
 from ...balancer import LoadBalancer
 from ...conf import PEER_ALIAS_ENGINE, PeerEngine, is_balancer
 from ...registry import balancers
-from ..engines import made_over
+from ..engines import EngineType, EngineUnknown, made_over
 from ..inherited import remember
 from ..pools import close_in_child, has_pools
 from ..shims import peer_client_class, peer_creation_class, peer_validation_class
-
-if TYPE_CHECKING:
-    _Base = BaseDatabaseWrapper
-else:
-    _Base = object
 
 __all__ = ["DatabaseWrapper"]
 
@@ -46,8 +41,14 @@ FACTS = (
 )
 
 
-class DatabaseWrapper(_Base):
-    """A connection to one peer: an instance of this and of the peer's own engine's class."""
+class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
+    """A connection to one peer: an instance of this and of the peer's own engine's class.
+
+    As a class it has the attributes of the engine of the first alias that is a peer.
+    """
+
+    #: Whether the peer's own engine is mixed in.
+    _is_made = False
 
     #: The driver's module, and what is known of it; set in the class made.
     Database: Any
@@ -70,7 +71,7 @@ class DatabaseWrapper(_Base):
         **kwargs: Any,
     ) -> DatabaseWrapper:
         # copy.copy() calls the finished class without arguments.
-        if not issubclass(cls, BaseDatabaseWrapper):
+        if not cls._is_made:
             engine = (settings_dict or {}).get("ENGINE")
             if not isinstance(engine, PeerEngine):
                 raise ImproperlyConfigured(
@@ -79,6 +80,14 @@ class DatabaseWrapper(_Base):
                 )
             cls = made_over(load_backend(engine.path).DatabaseWrapper, cls, _namespace)
         return super().__new__(cls)
+
+    @classmethod
+    def _class_for_settings(cls) -> type:
+        for entry in connections.databases.values():
+            engine = entry.get("ENGINE")
+            if isinstance(engine, PeerEngine):
+                return made_over(load_backend(engine.path).DatabaseWrapper, cls, _namespace)
+        raise EngineUnknown("The engine of the peers is not known: no alias is a peer.")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

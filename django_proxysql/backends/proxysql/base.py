@@ -7,18 +7,26 @@ from typing import Any
 from django.db import DEFAULT_DB_ALIAS
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from ..engines import engine_class
+from ..engines import EngineType, engine_class, first_class
 from ..safepoints import SafePointsMixin
 
 __all__ = ["DatabaseWrapper"]
 
 
-class DatabaseWrapper(SafePointsMixin):
+class DatabaseWrapper(SafePointsMixin, BaseDatabaseWrapper, metaclass=EngineType):
     """A load-balanced connection: an instance of this and of the peer engine's own class.
 
     Subclass it like any other backend's; the peer engine is mixed in when an
-    instance is made, from what its settings say.
+    instance is made, from what its settings say. As a class it has the attributes of the
+    peers' engine of the first balancer that has it for its ENGINE.
     """
+
+    #: Whether the peer engine is mixed in.
+    _is_made = False
+
+    @classmethod
+    def _class_for_settings(cls) -> type:
+        return first_class(cls)
 
     def __new__(
         cls,
@@ -28,6 +36,6 @@ class DatabaseWrapper(SafePointsMixin):
         **kwargs: Any,
     ) -> DatabaseWrapper:
         # copy.copy() calls the finished class without arguments.
-        if not issubclass(cls, BaseDatabaseWrapper):
+        if not cls._is_made:
             cls = engine_class(cls, settings_dict or {}, alias)
         return super().__new__(cls)
