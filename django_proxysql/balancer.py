@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import tenacity
 
@@ -55,8 +55,12 @@ from .ready import (
 )
 from .sharing import Sharing
 from .slow_start import Move, SlowStart
+from .sqlalchemy_engine import sqlalchemy_engine
 from .strategies import strategy_from
 from .teller import Teller
+
+if TYPE_CHECKING:
+    import sqlalchemy.engine
 
 __all__ = ["Attempt", "LoadBalancer", "PeerState"]
 
@@ -402,14 +406,44 @@ class LoadBalancer:
                 search.tell_exhausted()
             raise
 
+    def sqlalchemy_engine(self, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
+        """Return a SQLAlchemy engine whose connections lead to the peers.
+
+        It takes SQLAlchemy 1.4 or 2. What its dialect passes to the driver is kept, and a
+        peer's arguments are laid over it. :class:`NoPeerAvailable` comes as SQLAlchemy's
+        ``OperationalError``, whose ``orig`` it is.
+
+        :param url: names the dialect and the driver, which is that of the balancer's
+            ``connect``; what else it says holds for all peers.
+        :param options: what ``sqlalchemy.create_engine`` takes, but for ``creator`` and ``pool``.
+        :raises ConfigError: one of these two was given, or a driver for asyncio.
+        """
+        return sqlalchemy_engine(self, url, **options)
+
+    @property
+    def connect_function(self) -> Callable[..., Any] | None:
+        """The driver's ``connect`` that the balancer was made with."""
+        return self._connect
+
     def _open_one(self, attempt: Attempt) -> Any:
         if self._connect is None:
             raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
-        driver = drivers.driver_of(self._connect)
-        params = drivers.with_password(attempt.peer.params)
-        asked = attempt.is_trial and self.send_ahead(attempt, driver, self._connect, params)
+        return self.open_with(self._connect, attempt, attempt.peer.params)
+
+    def open_with(
+        self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
+    ) -> Any:
+        """Open and check a connection as ``attempt`` says, and count it for its peer.
+
+        :param connect: a driver's connect function.
+        :param params: what to call it with; a callable password is called.
+        :raises Exception: what connecting, or READY_CHECK, raised; nothing stays open.
+        """
+        driver = drivers.driver_of(connect)
+        params = drivers.with_password(params)
+        asked = attempt.is_trial and self.send_ahead(attempt, driver, connect, params)
         params.update(driver.connect_options(params, attempt.timeout))
-        connection = self._connect(**params)
+        connection = connect(**params)
         try:
             self.check_ready(connection, attempt, asked=asked)
             _count_while_alive(connection, attempt.peer)

@@ -53,6 +53,7 @@ import pybreaker
 
 from . import drivers, forks
 from .config import function, number
+from .exceptions import ConfigError
 from .faults import Fault
 from .locks import new_lock
 from .logger import complain
@@ -285,12 +286,17 @@ class _TrialPermit(Permit):
 class PeerBreaker(pybreaker.CircuitBreaker):
     """A ``pybreaker.CircuitBreaker`` that holds under threads, forks and kills.
 
+    It takes what pybreaker's takes, in the same order, and keyword arguments of its own.
+
     :param fail_max: failures in a row after which the circuit opens.
     :param reset_timeout: seconds for which it stays open before a trial, ±10 %.
     :param success_threshold: good trials in a row after which it closes.
     :param exclude: exception classes, or predicates, that count for nothing.
     :param listeners: ``pybreaker.CircuitBreakerListener`` objects; called outside the lock.
+    :param state_storage: a fresh ``pybreaker.CircuitMemoryStorage``, whose state the circuit
+        begins in. No other can hold: the circuit is one record of this process.
     :param name: for logs and ``repr``.
+    :param throw_new_error_on_trip: False. What the guarded call raised is always raised as it is.
     :param release_interval: seconds after which a trial that ended in neither
         success nor failure may be made again.
     :param lease: seconds after which a trial that never reported back is given
@@ -298,7 +304,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     :param clock: a monotonic clock, in seconds.
     :param jitter: draws from [0, 1).
     :param on_transition: called with each :class:`Transition`, outside the lock.
-    :raises ConfigError: a number or function that is none; the message names the argument.
+    :raises ConfigError: a number or function that is none, or an argument of pybreaker's
+        that cannot hold; the message names the argument.
     """
 
     def __init__(
@@ -307,8 +314,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         reset_timeout: float = 30,
         success_threshold: int = 1,
         exclude: Iterable[Any] | None = None,
-        listeners: Iterable[pybreaker.CircuitBreakerListener] = (),
+        listeners: Iterable[pybreaker.CircuitBreakerListener] | None = None,
+        state_storage: pybreaker.CircuitBreakerStorage | None = None,
         name: str | None = None,
+        throw_new_error_on_trip: bool = False,
         *,
         release_interval: float = 1,
         lease: float = 60,
@@ -324,7 +333,13 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         function("clock", clock, "Give a function that returns seconds.")
         function("jitter", jitter, "Give a function that returns [0, 1).")
         function("on_transition", on_transition, "Give a function.", optional=True)
-        self._circuit = Circuit()
+        if throw_new_error_on_trip:
+            raise ConfigError(
+                "throw_new_error_on_trip",
+                "cannot be True: the call that opens the circuit raises what its function raised",
+                "Leave it out. An open circuit's calls raise CircuitBreakerError.",
+            )
+        self._circuit = _begun(state_storage, clock(), reset_timeout)
         #: Seconds after which a trial that said nothing may be made again.
         self.release_interval = release_interval
         self._lease_seconds = lease
@@ -340,7 +355,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             reset_timeout=reset_timeout,
             success_threshold=success_threshold,
             exclude=exclude,
-            listeners=list(listeners),
+            listeners=list(listeners or ()),
             state_storage=_CircuitView(self),
             name=name,
             throw_new_error_on_trip=False,
@@ -915,6 +930,36 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         if circuit.lease is not None:
             state = OPEN if circuit.state == HALF_OPEN else circuit.state
             self._circuit = circuit._replace(state=state, lease=None)
+
+
+def _begun(
+    storage: pybreaker.CircuitBreakerStorage | None, now: float, reset_timeout: float
+) -> Circuit:
+    """Return the circuit that begins as ``storage`` says."""
+    if storage is None:
+        return Circuit()
+    if type(storage) is not pybreaker.CircuitMemoryStorage:
+        raise ConfigError(
+            "state_storage",
+            f"is a {type(storage).__name__}, which cannot hold the circuit: it is one record of "
+            "this process, replaced at once",
+            "Leave it out. A load balancer's shared_state= shares circuits between processes.",
+        )
+    circuit = Circuit(failures=storage.counter, successes=storage.success_counter)
+    if storage.state == CLOSED:
+        return circuit
+    # As with pybreaker, an opening that nobody has noted the time of is over.
+    opened_at = storage.opened_at
+    age = reset_timeout
+    if opened_at is not None and storage.state == OPEN:
+        age = (datetime.now(timezone.utc) - opened_at.astimezone(timezone.utc)).total_seconds()
+    return circuit._replace(
+        state=storage.state,
+        out_since=now - age,
+        tried=now - age,
+        due=now - age + reset_timeout,
+        opened_at=opened_at,
+    )
 
 
 def _is_usable(circuit: Circuit) -> bool:

@@ -48,6 +48,7 @@ FLOORS = {
     "ready": 3,
     "sharing": 3,
     "slow_start": 3,
+    "sqlalchemy_engine": 3,
     "teller": 2,
     "balancer": 4,
     # The Django line: nothing above imports Django.
@@ -80,6 +81,7 @@ LIBRARIES = {
     "pybreaker": {"breaker"},
     "tenacity": {"balancer", "management", "retry"},
     "redis": {"sharing"},
+    "sqlalchemy": {"sqlalchemy_engine"},
 }
 
 

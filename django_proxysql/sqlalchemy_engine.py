@@ -1,0 +1,92 @@
+"""A SQLAlchemy engine over a load balancer: pool and dialect are SQLAlchemy's, the peer is ours.
+
+``creator=`` hides from the driver what SQLAlchemy's dialect passes to it (MySQL's
+``client_flag``, without which its ORM takes an UPDATE that changes nothing for one that
+found no row), and what a creator raises is an error of no driver's to it. The event
+``do_connect`` has neither fault.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .exceptions import ConfigError, NoPeerAvailable
+
+if TYPE_CHECKING:
+    import sqlalchemy.engine
+
+    from .balancer import Attempt, LoadBalancer
+
+__all__ = ["sqlalchemy_engine"]
+
+#: Names that drivers take for the same argument.
+_SAME = (
+    frozenset({"passwd", "password"}),
+    frozenset({"database", "db", "dbname"}),
+    frozenset({"user", "username"}),
+)
+
+
+def sqlalchemy_engine(db: LoadBalancer, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
+    """Return an engine whose connections lead to the peers of ``db``.
+
+    See :meth:`LoadBalancer.sqlalchemy_engine`.
+    """
+    from sqlalchemy import create_engine, event
+
+    for name in ("creator", "pool"):
+        if options.get(name) is not None:
+            raise ConfigError(
+                name,
+                "would connect past the load balancer",
+                "Leave it out; poolclass= says which pool to make.",
+            )
+    engine = create_engine(url, **options)
+    if getattr(engine.dialect, "is_async", False):
+        raise ConfigError(
+            "url", "names a driver for asyncio", "Name one that is not, such as mysql+pymysql://."
+        )
+
+    def do_connect(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> Any:
+        dbapi = getattr(dialect, "loaded_dbapi", None) or dialect.dbapi
+
+        def open_one(attempt: Attempt) -> Any:
+            # The balancer's own connect function may hold more arguments.
+            connect = functools.partial(db.connect_function or dbapi.connect, *args)
+            return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
+
+        try:
+            return db.connect(open_one)
+        except NoPeerAvailable as exc:
+            raise _of_driver(dbapi, exc) from exc.__cause__
+
+    event.listen(engine, "do_connect", do_connect)
+    return engine
+
+
+def _laid_over(params: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the dialect connects with, the peer's own arguments laid over it."""
+    said = {name for names in _SAME if names & peer.keys() for name in names}
+    merged = {key: value for key, value in params.items() if key not in said}
+    merged.update(peer)
+    theirs, ours = params.get("client_flag"), peer.get("client_flag")
+    if isinstance(theirs, int) and isinstance(ours, int):
+        # A set of bits, of which the dialect cannot do without its own.
+        merged["client_flag"] = theirs | ours
+    return merged
+
+
+def _of_driver(dbapi: Any, exc: Any) -> NoPeerAvailable:
+    """Return ``exc`` as an OperationalError of the driver's, which SQLAlchemy takes for its own."""
+    base: Any = type(exc)
+    made: NoPeerAvailable = _class_over(base, dbapi.OperationalError)(
+        exc.balancer, exc.peers, exc.pinned
+    )
+    return made
+
+
+@functools.cache
+def _class_over(base: Any, error: Any) -> Any:
+    return type(base.__name__, (base, error), {"__module__": base.__module__})
