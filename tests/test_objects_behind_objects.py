@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import unittest
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ import psycopg2
 import pymysql
 import pymysql.cursors
 import pytest
-from django.db import connections
+from django.db import OperationalError, connections, transaction
+from django.test import SimpleTestCase
 
 from django_proxysql import LoadBalancer, drivers, ready
 from django_proxysql.exceptions import NotReady
@@ -337,3 +339,92 @@ def test_without_a_balancer() -> None:
     """A wrapper made from a bare dict says what its own settings are."""
     with added({}), engine([{"HOST": "db1"}]) as connection:
         assert connection.get_connection_params()["host"] == "db1"
+
+
+class TestMocked:
+    """A test that puts a mock into the driver's place sees its mock, and no error of ours."""
+
+    def mocked(self, kind: type[mock.Mock]) -> Any:
+        connection = kind(name="a driver's connection")
+        row = ("8.0.36", "", 1, 0, 1, "utf8mb4", 0, "")
+        connection.cursor.return_value = mock.MagicMock()
+        connection.cursor.return_value.fetchone.return_value = row
+        connection.cursor.return_value.fetchall.return_value = [row]
+        connection.info.server_version = 150_000
+        connection.pgconn.pipeline_status = 0
+        connection.closed = False
+        return connection
+
+    @pytest.mark.parametrize("kind", [mock.Mock, mock.MagicMock])
+    @pytest.mark.parametrize(("path", "connect"), [(MYSQL, "MySQLdb.connect")])
+    @pytest.mark.parametrize("alias", ["balanced", "own"])
+    def test_through_django(
+        self, kind: type[mock.Mock], path: str, connect: str, alias: str
+    ) -> None:
+        made = self.mocked(kind)
+        entries = {"own": {"ENGINE": path, "NAME": "x", "HOST": "db1"}}
+        with mock.patch(connect, return_value=made), engine(["own"], databases=entries):
+            introduce_peers()
+            connection: Any = connections[alias]
+            for _ in range(2):
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT 1")
+                    assert cursor.fetchone()[0] == "8.0.36"
+                with transaction.atomic(alias), connection.cursor() as cursor:
+                    cursor.execute("INSERT INTO t VALUES (1)")
+                assert connection.connection is made
+                connection.close_if_unusable_or_obsolete()
+        assert made.close.called
+
+    @pytest.mark.parametrize("kind", [mock.Mock, mock.MagicMock])
+    def test_an_error_on_it(self, kind: type[mock.Mock]) -> None:
+        """A mock that raises the driver's error is judged like a connection that does."""
+        made = self.mocked(kind)
+        entries = {"own": {"ENGINE": MYSQL, "NAME": "x", "HOST": "db1"}}
+        lost = MySQLdb.OperationalError(2013, "Lost connection")
+        with mock.patch("MySQLdb.connect", return_value=made), engine(["own"], databases=entries):
+            connection = connections["balanced"]
+            with connection.cursor() as cursor:
+                made.cursor.return_value.execute.side_effect = lost
+                with pytest.raises(OperationalError):
+                    cursor.execute("INSERT INTO t VALUES (1)")
+
+    @pytest.mark.parametrize("kind", [mock.Mock, mock.MagicMock])
+    def test_in_the_core(self, kind: type[mock.Mock]) -> None:
+        connect = kind()
+        db = LoadBalancer({"db1": {"host": "db1"}}, connect)
+        assert db.connect() is connect.return_value
+
+    @pytest.mark.parametrize("number", [None, -1, "7", 7.5, True, mock.Mock(), mock.MagicMock()])
+    def test_what_is_no_descriptor(self, number: Any) -> None:
+        connection = mock.Mock()
+        connection.fileno.return_value = number
+        for driver in (drivers.mysql, drivers.postgresql):
+            assert driver.fileno(connection) is None
+
+
+@pytest.mark.parametrize("kind", list(ENGINES))
+def test_a_check_of_all_aliases_in_a_test_that_names_one(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    """``check --database`` passes an alias by that is a peer and that a test does not name."""
+    peer = {"ENGINE": ENGINES[kind], **mysql_peer(request.getfixturevalue(kind))}
+
+    class OnlyTheBalancer(SimpleTestCase):
+        databases = {"balanced"}
+
+        def test_checks(self) -> None:
+            found = [
+                message.id
+                for alias in ("own", "balanced")
+                for message in connections[alias].validation.check()
+            ]
+            assert "django_proxysql.W007" not in found
+            for connection in connections.all():
+                assert connection.features.supports_transactions in (True, False)
+
+    with engine(["own"], databases={"own": peer}):
+        introduce_peers()
+        result = unittest.TestResult()
+        unittest.TestSuite([OnlyTheBalancer("test_checks")]).run(result)
+    assert (result.testsRun, result.failures, result.errors) == (1, [], [])

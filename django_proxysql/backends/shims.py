@@ -327,6 +327,9 @@ def peer_validation_class(base: type) -> type:
                 return list(super().check(**kwargs))
             try:
                 connection.ensure_connection()
+            except AssertionError:
+                # A test that does not name the alias: Django's TestCase allows it no connection.
+                return []
             except OperationalError as exc:
                 return [
                     Warning(
