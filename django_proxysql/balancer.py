@@ -436,6 +436,7 @@ class LoadBalancer:
         """Open and check a connection as ``attempt`` says, and count it for its peer.
 
         :param connect: a driver's connect function.
+        :param attempt: what the connection is for.
         :param params: what to call it with; a callable password is called.
         :raises Exception: what connecting, or READY_CHECK, raised; nothing stays open.
         """

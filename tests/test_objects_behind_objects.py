@@ -225,15 +225,16 @@ class TestTraced:
         self, proxy: Any, driver: str, postgres: PostgreSQLNode
     ) -> None:
         module = {"psycopg": psycopg, "psycopg2": psycopg2}[driver]
-        plain = module.connect(
-            host=postgres.host, port=postgres.port, user=USER, password=PASSWORD, dbname=DATABASE
-        )
-        with contextlib.closing(plain):
+        arguments = {"host": postgres.host, "port": postgres.port, "user": USER}
+        arguments.update(password=PASSWORD, dbname=DATABASE)
+        with contextlib.closing(module.connect(**arguments)) as plain:
             ready.writable(proxy(plain))
-            with plain.cursor() as cursor:
-                cursor.execute("SET default_transaction_read_only = on")
-            with pytest.raises(NotReady):
-                ready.writable(proxy(plain))
+        options = "-c default_transaction_read_only=on"
+        with (
+            contextlib.closing(module.connect(**arguments, options=options)) as plain,
+            pytest.raises(NotReady),
+        ):
+            ready.writable(proxy(plain))
 
     def test_the_core_s_time_outs(self, proxy: Any) -> None:
         """LoadBalancer bounds an attempt of a traced connect(), too."""
