@@ -23,6 +23,7 @@ from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
+from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQLNode
 from tests.servers.redis import RedisServer
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 #: The fixtures that start a server, or the browser.
 SERVERS = frozenset(
-    "servers_session haproxy mariadb mariadb_pair mariadb_third mariadb_tls galera "
+    "servers_session haproxy pgbouncer mariadb mariadb_pair mariadb_third mariadb_tls galera "
     "postgres postgres_pair postgres_tls redis_server chromium_session".split()
 )
 
@@ -184,6 +185,17 @@ def haproxy() -> Iterator[Callable[..., HAProxy]]:
 
         def start(**targets: Address | Sequence[Address]) -> HAProxy:
             return stack.enter_context(HAProxy(targets))
+
+        yield start
+
+
+@pytest.fixture
+def pgbouncer() -> Iterator[Callable[..., PgBouncer]]:
+    """``pgbouncer(node, max_client_conn=3)`` starts a pooler in front of a server."""
+    with ExitStack() as stack:
+
+        def start(target: Address, **options: object) -> PgBouncer:
+            return stack.enter_context(PgBouncer(target, **options))
 
         yield start
 
