@@ -6,10 +6,13 @@ replay, and must not miss any, which would cost a lock. :func:`is_provable_read`
 and :func:`is_plain` are asked only after a loss, split the text with sqlparse's
 lexer, and answer no whenever they are not sure.
 
-Neither knows the server's dialect or its sql_mode: what they say holds for
-MySQL and for PostgreSQL. What a text does not show they cannot see: views,
-operators and casts that call functions, and functions of the application's
-that are named like pure ones of the server's.
+:func:`scan` knows no dialect. The others are given one, for a function, an
+operator or a keyword of one dialect may be anybody's function in another. They
+do not know the server's sql_mode: what they say holds in each. What a text
+does not show they cannot see: views whose functions write, PostgreSQL's
+functions that are written like columns (``t.f``), and functions of the
+application's that are named like built-in ones. What is taken for a read is
+therefore run again in a READ ONLY transaction.
 """
 
 from __future__ import annotations
@@ -19,9 +22,29 @@ from typing import Any
 
 from sqlparse import lexer
 
+from .dialects import (
+    AFTER_CALLS,
+    BEFORE_BY,
+    BEFORE_STRINGS,
+    CAST_TO,
+    INFIX,
+    INFIX_OF_MYSQL,
+    INFIX_OF_POSTGRESQL,
+    KEEPS_SIGN,
+    NO_FUNCTIONS,
+    NO_OPERANDS,
+    OF_MYSQL,
+    OF_POSTGRESQL,
+    OPERATORS,
+    TYPES,
+    functions_of,
+)
+from .dialects import PURE as _PURE
+
 __all__ = [
     *("CALLS", "IDS", "READ", "RESULT", "SCOPED", "STATE"),
     *("CALL", "GAP", "is_plain", "is_provable_read", "kinds", "makes_ids", "scan", "writes"),
+    *("without_lock", "without_tail"),
 ]
 
 #: Looks like a read. Only decides whether the socket is looked at first.
@@ -193,6 +216,8 @@ def _head(text: str) -> str:
 
 
 def _scan(text: str) -> int:
+    if text.endswith(("/", ";")):
+        text = without_tail(text)
     head = _head(text)
     kind = 0
     lowered = text.lower()
@@ -257,7 +282,7 @@ _READ_LENGTH = 20_000
 #: The lexer takes some 10 us for each, while somebody waits.
 _MOST_TOKENS = 2_500
 
-_PROVABLE_HEADS = frozenset({"SELECT", "SHOW", "DESCRIBE", "DESC", "EXPLAIN"})
+_PROVABLE_HEADS = frozenset({"SELECT", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "WITH"})
 _PLAIN_HEADS = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "REPLACE"})
 
 #: A list of placeholders or numbers may be long, and much indented; one stands for all.
@@ -286,11 +311,12 @@ _WORD, _VALUE, _SIGNS = "word", "value", "sign"
 #: What no statement that is run again has outside of quotes: comments,
 #: assignments, user variables.
 _NEVER = re.compile(r"--|/\*|\*/|:=|(?<!@)@(?!@)[\w']|\#(?![>-])")
-#: Sequences. In Oracle's sql_mode a column so named is one of MariaDB's.
-_SEQUENCES = re.compile(r"nextval|setval", re.IGNORECASE)
+#: Sequences: in Oracle's sql_mode a column so named is one of MariaDB's. And
+#: tables of MySQL's that are emptied by being read.
+_SEQUENCES = re.compile(r"nextval|setval|innodb_cmp\w*_reset", re.IGNORECASE)
 #: Words that make a SELECT more than a read.
 _FORBIDDEN_IN_READS = frozenset(
-    """INTO LOCK FOR ANALYZE ANALYSE NEXT PREVIOUS WITH PROCEDURE OUTFILE DUMPFILE
+    """INTO LOCK FOR ANALYZE ANALYSE NEXT PREVIOUS FETCH PROCEDURE OUTFILE DUMPFILE
     INSERT UPDATE DELETE REPLACE MERGE CALL DO SET TRUNCATE EXECUTE COPY LOAD HANDLER
     CREATE ALTER DROP RENAME GRANT REVOKE BEGIN COMMIT ROLLBACK SAVEPOINT RELEASE USE KILL
     FLUSH RESET TEMP TEMPORARY WARNINGS ERRORS PROFILE PROFILES""".split()
@@ -307,106 +333,74 @@ _LOCKING = re.compile(
     | LOCK\s+IN\s+SHARE\s+MODE)$""".replace("NAME", r'(?:"\w+"|`\w+`|\w+)'),
     re.IGNORECASE | re.VERBOSE,
 )
-#: Words before a parenthesis that name no function in either language.
-_NO_FUNCTIONS = frozenset(
-    """IN AND OR NOT EXISTS ON WHERE FROM SELECT DISTINCT BY HAVING WHEN THEN ELSE CASE
-    UNION ALL ANY SOME EXCEPT INTERSECT BETWEEN AS VALUES USING LIMIT OFFSET INTERVAL SET
-    RETURNING DEFAULT LATERAL ROW TO COLLATE EXPLAIN MATCH""".split()
-)
-#: … if they stand between two operands.
-_INFIX = frozenset("LIKE ILIKE REGEXP RLIKE IS DIV MOD XOR ESCAPE JOIN STRAIGHT_JOIN".split())
-#: … after a call.
-_AFTER_CALLS = frozenset({"OVER", "FILTER", "AGAINST"})
-#: … after AS or ::.
-_TYPES = frozenset(
-    """CHAR CHARACTER VARCHAR VARYING NCHAR BINARY VARBINARY DECIMAL NUMERIC FLOAT DOUBLE REAL
-    INT INTEGER BIGINT SMALLINT SIGNED UNSIGNED BIT TEXT DATETIME TIME TIMESTAMP TIMESTAMPTZ
-    INTERVAL VECTOR""".split()
-)
-#: Functions that change nothing and hang on nothing in the session.
-_PURE = frozenset(
-    """COUNT SUM AVG MIN MAX STD STDDEV STDDEV_POP STDDEV_SAMP VARIANCE VAR_POP VAR_SAMP
-    BIT_AND BIT_OR BIT_XOR BOOL_AND BOOL_OR EVERY CORR COVAR_POP COVAR_SAMP REGR_SLOPE
-    GROUP_CONCAT STRING_AGG ARRAY_AGG JSON_AGG JSONB_AGG JSON_ARRAYAGG JSON_OBJECTAGG
-    ROW_NUMBER RANK DENSE_RANK PERCENT_RANK CUME_DIST NTILE LAG LEAD FIRST_VALUE LAST_VALUE
-    NTH_VALUE COALESCE IFNULL NULLIF ISNULL IF NVL GREATEST LEAST CAST CONVERT TRY_CAST
-    LOWER UPPER LCASE UCASE INITCAP LENGTH CHAR_LENGTH CHARACTER_LENGTH OCTET_LENGTH BIT_LENGTH
-    CONCAT CONCAT_WS SUBSTRING SUBSTR MID TRIM LTRIM RTRIM BTRIM LPAD RPAD LEFT RIGHT REPEAT
-    REVERSE SPACE STRPOS POSITION LOCATE INSTR TRANSLATE ASCII ORD CHR HEX UNHEX TO_HEX MD5 SHA
-    SHA1 SHA2 SHA224 SHA256 SHA384 SHA512 CRC32 FIELD ELT FIND_IN_SET FORMAT STRCMP QUOTE
-    SOUNDEX SPLIT_PART REGEXP_SUBSTR REGEXP_INSTR REGEXP_LIKE REGEXP_MATCHES REGEXP_REPLACE
-    ABS CEIL CEILING FLOOR ROUND TRUNC MOD POW POWER SQRT CBRT EXP LN LOG LOG2 LOG10 SIGN PI
-    RAND RANDOM SIN COS TAN COT ASIN ACOS ATAN ATAN2 DEGREES RADIANS
-    NOW CURRENT_TIMESTAMP CURRENT_DATE CURRENT_TIME LOCALTIME LOCALTIMESTAMP UTC_DATE UTC_TIME
-    UTC_TIMESTAMP CURDATE CURTIME STATEMENT_TIMESTAMP CLOCK_TIMESTAMP TRANSACTION_TIMESTAMP
-    DATE_FORMAT TIME_FORMAT STR_TO_DATE TO_CHAR TO_DATE TO_NUMBER TO_TIMESTAMP DATE_TRUNC
-    DATE_PART EXTRACT DATE_ADD DATE_SUB ADDDATE SUBDATE ADDTIME SUBTIME DATEDIFF TIMEDIFF
-    TIMESTAMPDIFF TIMESTAMPADD AGE LAST_DAY MAKEDATE MAKETIME MAKE_DATE MAKE_INTERVAL
-    MONTH DAY DAYOFMONTH DAYOFWEEK DAYOFYEAR WEEK WEEKDAY WEEKOFYEAR YEARWEEK QUARTER HOUR
-    MINUTE SECOND MICROSECOND DAYNAME MONTHNAME UNIX_TIMESTAMP FROM_UNIXTIME FROM_DAYS TO_DAYS
-    SEC_TO_TIME TIME_TO_SEC CONVERT_TZ TIMEZONE
-    JSON_EXTRACT JSON_UNQUOTE JSON_CONTAINS JSON_CONTAINS_PATH JSON_VALUE JSON_QUERY JSON_VALID
-    JSON_TYPE JSON_LENGTH JSON_KEYS JSON_OBJECT JSON_ARRAY JSON_OVERLAPS JSON_SEARCH
-    JSONB_BUILD_OBJECT JSONB_BUILD_ARRAY JSONB_EXTRACT_PATH JSONB_EXTRACT_PATH_TEXT
-    JSONB_ARRAY_LENGTH JSONB_TYPEOF JSONB_ARRAY_ELEMENTS TO_JSON TO_JSONB ROW_TO_JSON
-    ARRAY_LENGTH ARRAY_POSITION CARDINALITY UNNEST GENERATE_SERIES TO_TSVECTOR TO_TSQUERY
-    PLAINTO_TSQUERY PHRASETO_TSQUERY WEBSEARCH_TO_TSQUERY TS_RANK TS_RANK_CD TS_HEADLINE
-    SETWEIGHT SIMILARITY WORD_SIMILARITY UNACCENT VERSION INET_ATON INET_NTOA UUID
-    GEN_RANDOM_UUID DATABASE CURRENT_DATABASE CURRENT_SCHEMA DATE TIME TIMESTAMP YEAR CHAR
-    REPLACE TRUNCATE ANY_VALUE ENCODE DECODE DIGEST BIT_COUNT NUM_NONNULLS JSON_QUOTE
-    JSON_MERGE_PATCH JSON_MERGE_PRESERVE JSON_ARRAY_LENGTH JSON_TYPEOF JSONB_AGG_STRICT
-    JSONB_OBJECT_AGG JSONB_PATH_EXISTS JSONB_PATH_QUERY JSONB_PATH_QUERY_FIRST ARRAY_TO_STRING
-    ARRAY_APPEND ARRAY_REMOVE STRING_TO_ARRAY LOWER_INF UPPER_INF LOWER_INC UPPER_INC ISEMPTY
-    RANGE_MERGE TSRANGE TSTZRANGE DATERANGE INT4RANGE INT8RANGE NUMRANGE STRICT_WORD_SIMILARITY
-    TRIGRAM_SIMILARITY MAKE_TIMESTAMP MAKE_TIME DATE_BIN JUSTIFY_DAYS JUSTIFY_HOURS TO_SECONDS
-    ST_ASBINARY ST_ASEWKB ST_ASTEXT ST_ASEWKT ST_ASGEOJSON ST_ASKML ST_ASSVG ST_ASGML ST_GEOHASH
-    ST_GEOMFROMTEXT ST_GEOMFROMWKB ST_GEOMFROMEWKB ST_GEOMFROMEWKT ST_GEOMFROMGEOJSON
-    ST_GEOGFROMWKB ST_GEOMETRYFROMTEXT ST_CONTAINS ST_CONTAINSPROPERLY ST_COVEREDBY ST_COVERS
-    ST_CROSSES ST_DISJOINT ST_EQUALS ST_INTERSECTS ST_OVERLAPS ST_RELATE ST_TOUCHES ST_WITHIN
-    ST_DWITHIN ST_DFULLYWITHIN ST_DISTANCE ST_DISTANCESPHERE ST_DISTANCE_SPHERE
-    ST_DISTANCESPHEROID ST_AREA ST_LENGTH ST_LENGTHSPHEROID ST_PERIMETER ST_NPOINTS ST_NUMPOINTS
-    ST_NUMGEOMETRIES ST_ISVALID ST_ISEMPTY ST_ISCLOSED ST_SRID ST_TRANSFORM ST_CENTROID
-    ST_POINTONSURFACE ST_ENVELOPE ST_BUFFER ST_UNION ST_INTERSECTION ST_DIFFERENCE
-    ST_SYMDIFFERENCE ST_EXTENT ST_COLLECT ST_MAKELINE ST_MAKEVALID ST_X ST_Y ST_Z ST_SCALE
-    ST_TRANSLATE ST_SNAPTOGRID ST_REVERSE ST_FORCE2D ST_AZIMUTH ST_CLOSESTPOINT
-    ST_MAKEENVELOPE ST_MEMSIZE ST_GEOMETRYTYPE MBRCONTAINS MBRCOVEREDBY MBRDISJOINT MBREQUAL
-    MBRINTERSECTS MBROVERLAPS MBRTOUCHES MBRWITHIN MBREQUALS MBRCOVERS""".split()
-)
 
 
 #: A call: its schema, and its name with what quotes it.
 _CALLED = re.compile(
     r"""(?<![\w$])(?:([\w$]+)["`]?\s*\.\s*)?(["`]?[\w$]+["`]?)(?:\s|/\*[^*]*\*/)*\("""
 )
-_CALLED_PURE = _PURE | _NO_FUNCTIONS | _INFIX | _AFTER_CALLS | _TYPES | {"GROUP", "ARRAY"}
+_CALLED_PURE = (
+    (_PURE | NO_OPERANDS | AFTER_CALLS | TYPES | {"GROUP", "ARRAY"})
+    | (INFIX | INFIX_OF_MYSQL | INFIX_OF_POSTGRESQL)
+) - {"FIRST", "ROWS", "RANGE", "GROUPS"}
 
 
-def is_provable_read(sql: Any, *, may_lock: bool = False) -> bool:
-    """Return whether running ``sql`` a second time certainly changes nothing.
+def is_provable_read(sql: Any, *, may_lock: bool = False, dialect: str | None = None) -> bool:
+    """Return whether running ``sql`` a second time changes nothing, as far as a text can tell.
 
     :param may_lock: allow SELECT … FOR UPDATE or FOR SHARE: inside a
         transaction that is started anew, its locks are taken anew.
+    :param dialect: "mysql", "mariadb" or "postgresql". None allows the
+        functions and keywords of each: for a look, not for a replay.
     """
     if not isinstance(sql, str) or len(sql) > _MOST:
         return False
-    sql = _shortened(sql)
+    sql = _shortened(without_tail(sql))
     if len(sql) > _READ_LENGTH:
         return False
     if may_lock:
-        sql = sql.rstrip()
-        end = max(0, len(sql) - _LOCKING_LENGTH)
-        sql = sql[:end] + _LOCKING.sub("", sql[end:])
-    return _judged(sql, _PROVABLE_HEADS, _FORBIDDEN_IN_READS)
+        sql = without_lock(sql)
+    return _judged(sql, _PROVABLE_HEADS, _FORBIDDEN_IN_READS, dialect)
 
 
-def is_plain(sql: Any) -> bool:
+def without_lock(sql: str) -> str:
+    """Return a SELECT without its FOR UPDATE or FOR SHARE, and what comes after that."""
+    sql = without_tail(sql)
+    end = max(0, len(sql) - _LOCKING_LENGTH)
+    return sql[:end] + _LOCKING.sub("", sql[end:])
+
+
+def is_plain(sql: Any, *, dialect: str | None = None) -> bool:
     """Return whether ``sql`` is one plain SELECT, INSERT, UPDATE, DELETE or REPLACE.
 
     One that a server either runs as a whole or, by its error, not at all.
     """
     if not isinstance(sql, str) or len(sql) > _MOST:
         return False
-    return _judged(_shortened(sql), _PLAIN_HEADS, _FORBIDDEN_IN_PLAIN)
+    return _judged(_shortened(without_tail(sql)), _PLAIN_HEADS, _FORBIDDEN_IN_PLAIN, dialect)
+
+
+#: A comment that each server ends at the same place, and that none runs. No
+#: placeholder is in it: a value could end it.
+_REMARK = re.compile(r"/\*(?!\w{0,3}[!+])(?:[^*/%\\\r\n]|%%|/(?!\*))*\*/")
+_REMARK_LENGTH = 2_000
+
+
+def without_tail(sql: str) -> str:
+    """Return a statement without what may come after it: a semicolon, a comment of sqlcommenter's.
+
+    If it is no comment, for a quote or another comment was open, what is left
+    is cut in the middle and is no statement to :func:`_split`.
+    """
+    sql = sql.rstrip(" \t\r\n\f")
+    if sql.endswith(";"):
+        sql = sql[:-1].rstrip(" \t\r\n\f")
+    while sql.endswith("*/"):
+        start = sql.rfind("/*", max(0, len(sql) - _REMARK_LENGTH))
+        if start < 0 or not _REMARK.fullmatch(sql, start):
+            break
+        sql = sql[:start].rstrip(" \t\r\n\f")
+    return sql
 
 
 def _shortened(sql: str) -> str:
@@ -414,12 +408,14 @@ def _shortened(sql: str) -> str:
     return _ROWS.sub("(%s)", _PLACEHOLDERS.sub("%s", sql))
 
 
-def _judged(sql: str, heads: frozenset[str], forbidden: frozenset[str]) -> bool:
+def _judged(
+    sql: str, heads: frozenset[str], forbidden: frozenset[str], dialect: str | None
+) -> bool:
     try:
         if "\\" in sql or _SEQUENCES.search(sql) or _scan(sql) & (STATE | SCOPED):
             return False
-        tokens = _split(sql)
-        return tokens is not None and _all_allowed(tokens, heads, forbidden)
+        tokens = _split(sql, dialect)
+        return tokens is not None and _all_allowed(tokens, heads, forbidden, dialect)
     except Exception:
         # Whatever the lexer cannot read is not proven to be anything.
         return False
@@ -429,7 +425,7 @@ def _judged(sql: str, heads: frozenset[str], forbidden: frozenset[str]) -> bool:
 _Token = tuple[str, str, bool]
 
 
-def _split(sql: str) -> list[_Token] | None:
+def _split(sql: str, dialect: str | None) -> list[_Token] | None:
     """Split a statement; None if the servers might split it otherwise."""
     tokens: list[_Token] = []
     code: list[str] = []
@@ -459,7 +455,7 @@ def _split(sql: str) -> list[_Token] | None:
         elif _SUBSCRIPT.fullmatch(value):
             tokens.append((_SIGNS, "]", space))
         elif _ZONE.fullmatch(value):
-            tokens.append((_VALUE, "'", space))
+            tokens += [(_WORD, "ZONE", space), (_VALUE, "'", True)]
             value = " ''"
         else:
             return None
@@ -470,14 +466,33 @@ def _split(sql: str) -> list[_Token] | None:
     # To MySQL # begins a comment: one that nothing comes after is no harm.
     if _NEVER.search(text) or ("#" in text and "\n" in sql):
         return None
+    if dialect == "postgresql" and not _has_known_operators(text):
+        return None
     return tokens
+
+
+_OPERATOR = re.compile(r"[-+*/<>=~!@#%^&|`?:]+")
+
+
+def _has_known_operators(text: str) -> bool:
+    """Return whether all operators are PostgreSQL's own; others may call anybody's function."""
+    for found in _OPERATOR.finditer(_PLACEHOLDER.sub("0", text).replace("%%", "%")):
+        operator = found.group()
+        while len(operator) > 1 and operator[-1] in "+-" and not KEEPS_SIGN & set(operator):
+            # a *-1: PostgreSQL's lexer takes the sign for one of its own.
+            operator = operator[:-1]
+        if operator not in OPERATORS:
+            return False
+    return True
 
 
 def _is_of_word(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _all_allowed(tokens: list[_Token], heads: frozenset[str], forbidden: frozenset[str]) -> bool:
+def _all_allowed(
+    tokens: list[_Token], heads: frozenset[str], forbidden: frozenset[str], dialect: str | None
+) -> bool:
     # Parentheses may stand before a SELECT: (SELECT …) UNION (SELECT …).
     start = next((i for i, token in enumerate(tokens) if token[1] != "("), None)
     if start is None or tokens[start][1] not in heads:
@@ -485,6 +500,10 @@ def _all_allowed(tokens: list[_Token], heads: frozenset[str], forbidden: frozens
     into = columns = -1
     if tokens[start][1] in ("INSERT", "REPLACE"):
         into, columns = _column_list(tokens, start)
+    elif tokens[start][1] == "WITH":
+        columns = _list_of_with(tokens, start)
+    elif tokens[start][1] == "EXPLAIN":
+        columns = start + 1
     for i in range(start + 1, len(tokens)):
         shape, text, _space = tokens[i]
         if shape is _WORD:
@@ -492,17 +511,64 @@ def _all_allowed(tokens: list[_Token], heads: frozenset[str], forbidden: frozens
                 text == "INTO" and i != into
             ):
                 return False
-        elif text == "(" and i != columns and not _opens_no_call(tokens, i):
+        elif text == "(":
+            if i != columns and not _opens_no_call(tokens, i, dialect):
+                return False
+            if tokens[i - 1][1] == "CAST" and not _casts_to_known(tokens, i):
+                return False
+        elif (text == "::" and (i + 1 >= len(tokens) or tokens[i + 1][1] not in CAST_TO)) or (
+            (shape is _VALUE and text == "'")
+            and dialect == "postgresql"
+            and not _is_no_cast(tokens[i - 1])
+        ):
             return False
     return True
 
 
+def _casts_to_known(tokens: list[_Token], opening: int) -> bool:
+    """Return whether CAST(… AS type) names a type that is no domain."""
+    depth = 0
+    for i in range(opening, len(tokens)):
+        text = tokens[i][1] if tokens[i][0] is not _VALUE else ""
+        depth += (text == "(") - (text == ")")
+        if depth == 0:
+            return False
+        if depth == 1 and text == "AS":
+            return i + 1 < len(tokens) and tokens[i + 1][1] in CAST_TO
+    return False
+
+
+def _is_no_cast(before: _Token) -> bool:
+    """Return whether a string after this token is no value of a domain, as in ``mail 'x'``."""
+    shape, text, _space = before
+    return shape is _SIGNS or (shape is _WORD and text in BEFORE_STRINGS)
+
+
+def _list_of_with(tokens: list[_Token], start: int) -> int:
+    """Return where WITH's first name opens its list of columns, if it has one."""
+    i = start + 1
+    if tokens[i][1] == "RECURSIVE":
+        i += 1
+    opening = i + 1
+    if tokens[opening][1] != "(":
+        return -1
+    closing = next(j for j in range(opening, len(tokens)) if tokens[j][1] == ")")
+    return opening if tokens[closing + 1][1] == "AS" else -1
+
+
 def _is_harmless(tokens: list[_Token], i: int) -> bool:
-    """Return whether a forbidden word is a function of that name, or part of a type's name."""
+    """Return whether a forbidden word is a function of that name, or part of something else."""
     word = tokens[i][1]
     following = tokens[i + 1 : i + 3]
     if word in ("REPLACE", "TRUNCATE"):
         return bool(following) and following[0] == (_SIGNS, "(", False)
+    if word == "FETCH":
+        # FETCH FIRST 5 ROWS ONLY; without a number, 1.
+        return (
+            [token[1] for token in following[:1]] == ["FIRST"]
+            and len(following) == 2
+            and (following[1][1] in ("0", "ROW", "ROWS"))
+        )
     return word == "WITH" and [token[1] for token in following] == ["TIME", "ZONE"]
 
 
@@ -518,7 +584,7 @@ def _column_list(tokens: list[_Token], start: int) -> tuple[int, int]:
     return into, i + 1
 
 
-def _opens_no_call(tokens: list[_Token], i: int) -> bool:
+def _opens_no_call(tokens: list[_Token], i: int, dialect: str | None) -> bool:
     """Return whether the parenthesis at ``i`` opens no call of an unknown function."""
     shape, word, _space = tokens[i - 1]
     if shape is _VALUE:
@@ -530,26 +596,52 @@ def _opens_no_call(tokens: list[_Token], i: int) -> bool:
     if before[1] == ".":
         # A function of somebody's schema, whatever its name.
         return False
-    if word in _NO_FUNCTIONS:
+    if word in NO_FUNCTIONS or _is_keyword(tokens, i, word, before, dialect):
         return True
-    if word in _TYPES and before[1] in ("AS", "::", "CHARACTER"):
+    if word in TYPES and before[1] in ("AS", "::", "CHARACTER"):
         return True
-    if word in _PURE and not tokens[i][2]:
+    if word in functions_of(dialect) and not tokens[i][2]:
         # With a space between, some of MySQL's are anybody's functions.
         return True
-    if word in _INFIX:
-        return _is_operand(before)
-    if word in _AFTER_CALLS:
+    if word in AFTER_CALLS:
         return before[1] == ")"
-    following = tokens[i + 1][1] if i + 1 < len(tokens) else ""
-    return (word, before[1]) in (("GROUP", "WITHIN"), ("CONFLICT", "ON")) or (
-        (word == "ARRAY" and following == "SELECT")
-        or (word == "VALUE" and any(token[1] == "DUPLICATE" for token in tokens[:i]))
-    )
+    return (word, before[1]) == ("GROUP", "WITHIN")
+
+
+def _is_keyword(
+    tokens: list[_Token], i: int, word: str, before: _Token, dialect: str | None
+) -> bool:
+    """Return whether a word of one dialect's, or at one place only, is no function here."""
+    if word in INFIX:
+        return _is_operand(before)
+    if word == "CONFLICT":
+        joins = any(token[1] == "JOIN" for token in tokens[:i])
+        return before[1] == "ON" and not joins and tokens[0][1] == "INSERT"
+    if word == "BY" and before[1] in BEFORE_BY:
+        return True
+    if dialect != "mysql" and dialect != "mariadb":
+        if word in OF_POSTGRESQL:
+            return True
+        if word in INFIX_OF_POSTGRESQL:
+            return _is_operand(before)
+        if word == "ARRAY" and tokens[i + 1][1] == "SELECT":
+            return True
+    elif word in ("ANY", "SOME"):
+        return before[0] is _SIGNS and before[1] not in ("(", ",", ")")
+    elif word == "LATERAL":
+        return dialect == "mysql"
+    if dialect != "postgresql":
+        if word in OF_MYSQL:
+            return True
+        if word in INFIX_OF_MYSQL:
+            return _is_operand(before)
+        if word == "VALUE":
+            return any(token[1] == "DUPLICATE" for token in tokens[:i])
+    return False
 
 
 def _is_operand(token: _Token) -> bool:
     shape, text, _space = token
     if shape is _SIGNS:
         return text in (")", "]")
-    return shape is _VALUE or text not in _NO_FUNCTIONS
+    return shape is _VALUE or text not in NO_OPERANDS

@@ -30,7 +30,10 @@ FLOORS = {
     "locks": 0,
     "logger": 0,
     "sockets": 0,
-    "statements": 0,
+    "dialects": 0,
+    "parameters": 0,
+    "statements": 1,
+    "texts": 2,
     # What drivers' errors mean; what happens.
     "drivers": 1,
     "comparison": 1,
@@ -38,7 +41,7 @@ FLOORS = {
     "events": 1,
     "forks": 1,
     "budget": 1,
-    "holdings": 1,
+    "holdings": 2,
     # Parts of a balancer.
     "breaker": 2,
     "strategies": 2,

@@ -17,6 +17,7 @@ from django.test.utils import isolate_apps
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from django_proxysql.dialects import PURE
 from django_proxysql.statements import (
     READ,
     SCOPED,
@@ -60,7 +61,84 @@ READS = [
     "DESCRIBE t",
     "EXPLAIN SELECT 1",
     "EXPLAIN (FORMAT JSON) SELECT 1",
+    # What sqlcommenter puts behind, and semicolons.
+    "SELECT 1;",
+    "SELECT 1 ; \n",
+    "SELECT 1 /* x */",
+    "SELECT a FROM t WHERE b = %s /*route='a%%2Fb',controller='c',db_driver='django.db'*/",
+    "SELECT 1 /*traceparent='00-5bd66ef5095369c7b0d1f8f4bd33716a-c532cb4098ac3dd2-01'*/;",
+    "SELECT 1 /* get_lock('a', 0) */ /* app/views.py:12, temp, a@b.c */",
+    # Under READ ONLY.
+    "WITH a AS (SELECT 1) SELECT * FROM a",
+    "WITH RECURSIVE a (b) AS (SELECT 1 UNION ALL SELECT b + 1 FROM a WHERE b < 3) SELECT 1",
+    "WITH a AS MATERIALIZED (SELECT 1), b AS NOT MATERIALIZED (SELECT 2) SELECT * FROM a, b",
+    'SELECT * FROM (WITH "a" AS (SELECT 1) SELECT * FROM "a") b',
+    "SELECT a FROM t FETCH FIRST 5 ROWS ONLY",
 ]
+
+#: By dialect: what is built in there and nowhere else is anybody's elsewhere.
+OF_ONE = {
+    "postgresql": [
+        "SELECT TRUNC(a), STRPOS(a, 'b'), TO_CHAR(b, 'YYYY') FROM t",
+        "SELECT DATE_TRUNC('day', a AT TIME ZONE 'UTC')::date, (a)::varchar(10) FROM t",
+        "SELECT a FROM t WHERE b = ANY(%s) AND c ILIKE ('a') OFFSET (3)",
+        "SELECT a FROM t, LATERAL (SELECT 1) b",
+        "SELECT ARRAY_AGG(a ORDER BY b), STRING_AGG(a, ',') FILTER (WHERE a > 1) FROM t",
+        "SELECT 'a' <-> b, c @@ to_tsquery('x') FROM t WHERE a && %s AND b ?| %s",
+        "SELECT date '2020-01-01', interval '1 day', a LIKE 'b' ESCAPE 'c', N'x' FROM t",
+        "SELECT CAST(a AS jsonb), CAST(b AS timestamp with time zone) FROM t",
+        "SELECT ARRAY(SELECT 1)",
+        "SELECT a *-1, b=-1, c -> 'd' ->> 'e' FROM t",
+        "SELECT REGR_AVGX(a, b) FROM t",
+    ],
+    "mysql": [
+        "SELECT a FROM t WHERE b REGEXP ('x') AND c DIV (2) = 1 AND d XOR (1)",
+        "SELECT MATCH (a, b) AGAINST (%s IN BOOLEAN MODE) FROM t",
+        "SELECT TRUNCATE(a, 1), IF(a, b, c), GROUP_CONCAT(a SEPARATOR ','), a 'alias' FROM t",
+        "SELECT a FROM t WHERE b = ANY (SELECT 1) AND REGEXP_LIKE(a, 'b', 'c')",
+        "SELECT ANY_VALUE(a) FROM t",
+    ],
+    "mariadb": [
+        "SELECT a FROM t WHERE b RLIKE ('x') AND c MOD (2) = 1",
+        "SELECT NVL(a, b), JSON_QUERY(a, '$.b') FROM t",
+    ],
+}
+#: By dialect: what calls a function that is not the server's.
+OTHERS = {
+    "postgresql": [
+        *("SELECT truncate('x')", "SELECT if(1)", "SELECT sha1('a')", "SELECT crc32('a')"),
+        *("SELECT by(1)", "SELECT set(1)", "SELECT explain(1)", "SELECT match(1)"),
+        *("SELECT 1 AS a, div(1)", "SELECT 1 FETCH FIRST xor(1) ROWS ONLY", "SELECT a mod (1)"),
+        *("SELECT a rlike (1)", "SELECT straight_join(1)", "SELECT a FROM t ORDER BY a, by(1)"),
+        *("SELECT 1 ### 2", "SELECT a |> b", "SELECT !! 1", "SELECT a +* b"),
+        *("SELECT 1 +@ 2", "SELECT a %%%% b", "SELECT @#@ 2"),
+        *("SELECT 'x'::dom", "SELECT CAST('x' AS dom)", "SELECT 'x'::app.dom", 'SELECT a::"dom"'),
+        *("SELECT dom 'x'", "SELECT dom'x'", "SELECT a FROM t WHERE b = dom 'x'"),
+        *("SELECT CAST(CAST(1 AS dom) AS text)", 'SELECT CAST(a AS "dom")', "SELECT (a)::dom"),
+        *("SELECT 1 FETCH FIRST like(1, 2) ROWS ONLY", "SELECT a FROM t JOIN b ON conflict(1)"),
+        *(
+            "SELECT group_concat(a) FROM t",
+            "SELECT uuid()",
+            "SELECT database()",
+            "SELECT curdate()",
+        ),
+        *("SELECT a LIKE lower(1) AND date_format(b, 'c') FROM t", "SELECT char(1)"),
+    ],
+    "mysql": [
+        *("SELECT trunc(1)", "SELECT strpos(1)", "SELECT random()", "SELECT to_json(1)"),
+        *("SELECT any(1)", "SELECT some(1)", "SELECT offset(1)", "SELECT returning(1)"),
+        *("SELECT 1, array(SELECT 1)", "SELECT array_agg(1)", "SELECT digest(1)"),
+        *("SELECT nvl(1)", "SELECT chr(1)", "SELECT decode(1)", "SELECT date_trunc('a', b)"),
+        *("SELECT gen_random_uuid()", "SELECT split_part(1)", "SELECT md5(a), unnest(b)"),
+        *("SELECT a FROM t JOIN b ON conflict(1)", "SELECT * FROM innodb_cmp_reset"),
+        *("SELECT * FROM information_schema.INNODB_CMPMEM_RESET", "SELECT to_char(1)"),
+    ],
+    "mariadb": [
+        *("SELECT regexp_like(1)", "SELECT any_value(1)", "SELECT lateral(1)", "SELECT trunc(1)"),
+        *("SELECT any(1)", "SELECT similarity(1)", "SELECT string_agg(1)", "SELECT st_isvalid(1)"),
+    ],
+}
+DIALECTS = ["postgresql", "mysql", "mariadb"]
 
 #: Each of them does more than read, may do so, or is not certain to be one statement.
 NOT_READS = [
@@ -79,13 +157,13 @@ NOT_READS = [
     "",
     " ",
     "INSERT INTO z VALUES (1)",
-    "WITH a AS (SELECT 1) SELECT * FROM a",
     "TABLE z",
     "VALUES (1)",
     "CALL p()",
     "DO 1",
     "SELECT 1; SELECT 2",
-    "SELECT 1;",
+    "SELECT 1;;",
+    "SELECT 1; /* x */ DELETE FROM z",
     "SELECT 1 ; -- done",
     "EXPLAIN DELETE FROM z",
     "EXPLAIN (ANALYZE) SELECT 1",
@@ -173,7 +251,7 @@ NOT_READS = [
     "SELECT 1 &#1",
     "SELECT 1 # x",
     "SELECT 1 #> '\n, f(), '",
-    "SELECT 1 /* x */",
+    "SELECT 1 /* x */ /*! , f() */",
     "/* x */ SELECT 1",
     "/* /* */ SELECT */ DELETE FROM z",
     "SELECT 1 /*+ x */",
@@ -236,6 +314,43 @@ NOT_EVEN_LOCKING = [
     "SELECT NEXT VALUE FOR UPDATE",
     "SELECT f() FOR UPDATE",
 ]
+
+
+class TestDialects:
+    @pytest.mark.parametrize(
+        ("dialect", "sql"), [(d, sql) for d, several in OF_ONE.items() for sql in several]
+    )
+    def test_what_one_dialect_has_is_a_read_there(self, dialect: str, sql: str) -> None:
+        assert is_provable_read(sql, dialect=dialect)
+
+    @pytest.mark.parametrize(
+        ("dialect", "sql"), [(d, sql) for d, several in OTHERS.items() for sql in several]
+    )
+    def test_what_another_dialect_has_is_no_read(self, dialect: str, sql: str) -> None:
+        assert not is_provable_read(sql, dialect=dialect)
+        assert not is_provable_read(f"{sql} FOR UPDATE", may_lock=True, dialect=dialect)
+        assert not is_plain(sql, dialect=dialect)
+
+    @pytest.mark.parametrize("dialect", DIALECTS)
+    @pytest.mark.parametrize("sql", NOT_READS)
+    def test_what_is_no_read_in_any_dialect(self, sql: str, dialect: str) -> None:
+        assert not is_provable_read(sql, dialect=dialect)
+
+    def test_the_functions_of_django_are_known(self) -> None:
+        """Each function that Django has an expression for is on some server's list."""
+        import django.contrib.postgres.aggregates as of_aggregates
+        import django.contrib.postgres.functions as of_functions
+        import django.contrib.postgres.search as of_search
+
+        missing = {
+            value.function.upper()
+            for module in (f, of_aggregates, of_functions, of_search)
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, models.Func)
+            and getattr(value, "function", None)
+        } - PURE
+        assert missing <= {"COLLATE"}
 
 
 class TestProvableReads:

@@ -22,6 +22,8 @@ from .state import BEGUN
 
 __all__ = ["cursor_class", "note_named"]
 
+_SEQUENCES = frozenset({tuple, list})
+
 
 @functools.cache
 def cursor_class(base: type) -> type:
@@ -58,6 +60,10 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             kind = kinds[sql]
         except (KeyError, TypeError):
             kind = scan(sql)
+        if params and not (
+            params.__class__ in _SEQUENCES and db._known_types.issuperset(map(type, params))
+        ):
+            kind |= db._kind_of_params(session, params)
         now = session.clock()
         budget = session.budget
         budget.statements += 1
@@ -85,18 +91,12 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = plain(self, sql, params, *ignored)
         except Error as exc:
-            again = db._run_again(self, session, exc, sql, params, kind, now)
-            if again is None:
+            run = functools.partial(plain, self, sql, params, *ignored)
+            done = db._run_again(self, session, exc, sql, params, kind, now, run)
+            if done is None:
                 db._transaction.statement_sent()
                 raise
-            session = again
-            session.sending = (sql, params)
-            try:
-                result = plain(self, sql, params, *ignored)
-            except Error:
-                db._transaction.statement_sent()
-                session.budget.bar(sql)
-                raise
+            session, result = done
         except BaseException:
             db._transaction.statement_sent()
             raise

@@ -38,6 +38,7 @@ from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from ..exceptions import NotReady
 from ..faults import Fault, Loss, loss_counts
 from ..holdings import Holdings, Replacing
+from ..parameters import VALUES, are_small, are_values, may_be_sql
 from ..registry import Registered
 from ..statements import (
     IDS,
@@ -45,16 +46,18 @@ from ..statements import (
     RESULT,
     SCOPED,
     STATE,
-    is_plain,
-    is_provable_read,
     makes_ids,
     scan,
+    without_lock,
     writes,
 )
+from ..texts import text_of
 from .cursors import cursor_class, note_named
+from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .mixin import LoadBalancedMixin
 from .pools import close_for_good, close_in_child, give_back, is_pooled
 from .refusals import Answer, after_read_only
+from .replays import ReadOnly, Refused, is_undone, refuses
 from .sessions import Session
 from .state import NO_TRANSACTION, Stage, Transaction
 
@@ -88,10 +91,6 @@ _OF_THE_CONNECTION = (
 #: default is 1 MB, and what is escaped grows): its connection's end may be its own doing.
 _LARGE_PACKET = 250_000
 
-#: A statement with more than this in its parameters is not sent twice: one
-#: 2006 can also mean a packet over max_allowed_packet.
-_MOST_PARAMETERS = 1_000_000
-
 
 class _ErrorSeam(DatabaseErrorWrapper):
     wrapper: Any
@@ -112,6 +111,8 @@ class SafePointsMixin(LoadBalancedMixin):
     _session: Session | None = None
     #: Statements of our own are under way: nothing is to be seen.
     _quiet = False
+    #: A statement is run again in a READ ONLY transaction of our own.
+    _read_only = False
     #: A statement of Django's own is under way, which leaves no state that it does not look after.
     _of_ours = False
     #: The transaction that is open, by an atomic block or by hand.
@@ -242,6 +243,9 @@ class SafePointsMixin(LoadBalancedMixin):
         breaker = session.peer.breaker
         known_dead = session.dead
         if fault is Fault.NOT_READY:
+            if self._read_only and driver.is_read_only_refusal(exc):
+                # What is run again as a read was none: that says nothing of the peer.
+                return
             if driver.is_closed(session.connection):
                 # A pooler without a server says so, and hangs up.
                 session.dead, session.poll = True, None
@@ -334,7 +338,7 @@ class SafePointsMixin(LoadBalancedMixin):
             idle=idle,
             watched=session.poll is not None,
             timed_out=timed_out,
-            large=not _is_small(params, _LARGE_PACKET) or not _is_small((sql,), _LARGE_PACKET),
+            large=not are_small(params, _LARGE_PACKET) or not are_small((sql,), _LARGE_PACKET),
             elsewhere=elsewhere,
             last=not balancer.can_spare(peer),
         )
@@ -768,9 +772,18 @@ class SafePointsMixin(LoadBalancedMixin):
             return
         give_back(session.connection)
 
-    def _restart(self, session: Session) -> None:
-        """Begin the transaction, in which nothing has happened yet, on another connection."""
-        self._replace(session, "last", resume=self._begin_anew)
+    def _restart(self, session: Session, prove: Callable[[], None] | None = None) -> None:
+        """Begin the transaction, in which nothing has happened yet, on another connection.
+
+        :param prove: asks there, before it begins, what must be known; raises if it must not.
+        """
+
+        def resume() -> None:
+            if prove is not None:
+                prove()
+            self._begin_anew()
+
+        self._replace(session, "last", resume=resume)
 
     def _begin_anew(self) -> None:
         super()._set_autocommit(False)  # type: ignore[misc]
@@ -799,21 +812,26 @@ class SafePointsMixin(LoadBalancedMixin):
         params: Any,
         kind: int,
         started: float,
-    ) -> Session | None:
-        """Return the session to run a statement again on; None if it must not be.
+        run: Callable[[], Any],
+    ) -> tuple[Session, Any] | None:
+        """Run a lost statement again, if it may be; None if ``exc`` is to be raised.
 
-        ``cursor`` is then bound to it, and the transaction, if there is one,
-        begun anew.
+        ``cursor`` is then bound to another connection, and the transaction, if
+        there is one, begun anew.
+
+        :param run: runs the statement on what ``cursor`` is bound to.
+        :raises Error: what became of the second run, unless it was refused.
         """
-        if not session.dead and not session.dropped:
-            return None
         cause = exc.__cause__
-        if cause is None or not self._may_run_again(session, cause, sql, params, kind, started):
+        if not (session.dead or session.dropped) or cause is None:
+            return None
+        replay = may_replay(self._lost(session, cause, sql, params, kind, started))
+        if replay.how is How.NEVER or not session.budget.spend(sql):
             return None
         told, session.told = session.told, False
         try:
             if self.in_atomic_block:
-                self._restart(session)
+                self._restart(session, lambda: self._prove(replay, sql, params))
             else:
                 self._replace(session, "last")
             successor = self._bind(cursor)
@@ -822,16 +840,92 @@ class SafePointsMixin(LoadBalancedMixin):
             session.told = told
             return None
         successor.used = started
+        successor.sending = (sql, params)
         balancer = session.balancer
-        self._emit(
-            successor,
-            StatementReplayed(
-                balancer.name, session.peer.name, successor.peer.name, drivers.describe(cause)
-            ),
-        )
-        return successor
+        names = balancer.name, session.peer.name, successor.peer.name
+        event = StatementReplayed(*names, drivers.describe(cause))
+        try:
+            result = run() if replay.how is How.AS_IT_IS else self._run_read_only(run)
+        except Refused:
+            # It was no read: what was lost is raised, and not what it is.
+            if self.in_atomic_block:
+                self._give_up()
+            return None
+        except Error:
+            self._transaction.statement_sent()
+            session.budget.bar(sql)
+            self._emit(successor, event)
+            raise
+        self._emit(successor, event)
+        return successor, result
 
-    def _may_run_again(
+    def _run_read_only(self, run: Callable[[], Any]) -> Any:
+        """Run a statement within a READ ONLY transaction of its own, and end that.
+
+        :raises Refused: the server does not take it for a read.
+        """
+        session = self._session
+        assert session is not None
+        frame = ReadOnly(self.connection, self.in_atomic_block)
+        begun = False
+        try:
+            self._read_only = True
+            with self.wrap_database_errors:
+                frame.begin()
+            begun = True
+            result = run()
+        except Error as exc:
+            refused = not session.dead and (not begun or refuses(exc.__cause__ or exc))
+            self._end_read_only(session, frame, answered=False)
+            if refused:
+                raise Refused from exc
+            raise
+        except BaseException:
+            # What was sent may be under way still.
+            self._give_up()
+            raise
+        finally:
+            self._read_only = False
+        self._end_read_only(session, frame, answered=True)
+        return result
+
+    def _end_read_only(self, session: Session, frame: ReadOnly, answered: bool) -> None:
+        if not session.dead:
+            try:
+                frame.end(answered)
+            except BaseException as exc:
+                # The rows are there. What follows must not be read only.
+                self._give_up()
+                if not isinstance(exc, Exception):
+                    raise
+
+    def _give_up(self) -> None:
+        """Close the connection for good; what follows in a block fails, as on a lost one."""
+        session = self._session
+        if session is not None and session.connection is self.connection:
+            session.dead = session.told = True
+            session.poll = None
+            close_for_good(session.connection)
+
+    def _prove(self, replay: Replay, sql: str, params: Any) -> None:
+        """Ask the new peer what must be known before a statement is run again there.
+
+        :raises Exception: what the answer was, or what kept it from coming.
+        """
+        connection = self.connection
+        if replay.is_undone and not is_undone(connection, self.vendor, sql):
+            raise NotReady("not all that the statement may change is undone by a rollback")
+        if replay.rehearse:
+            frame = ReadOnly(connection, in_block=False)
+            frame.begin()
+            cursor = self.create_cursor()
+            try:
+                cursor.execute(without_lock(sql), params)
+            finally:
+                cursor.close()
+            frame.end(answered=True)
+
+    def _lost(
         self,
         session: Session,
         cause: BaseException,
@@ -839,42 +933,76 @@ class SafePointsMixin(LoadBalancedMixin):
         params: Any,
         kind: int,
         started: float,
-    ) -> bool:
+    ) -> Lost:
+        """Return what counts for whether a lost statement may be run again."""
         config = session.balancer.config
-        if config.replay is None or kind & (STATE | SCOPED):
-            return False
-        if session.sticky or session.held or session.unbuffered or session.server_side:
-            return False
-        if self._driver.is_busy(session.connection):
-            return False
-        first = self.in_atomic_block
-        if first:
-            if not self._transaction.is_pending:
-                return False
-        elif not self.autocommit:
-            return False
-        if self._thread_sharing_count > 0 or not _is_small(params):  # type: ignore[attr-defined]
-            return False
-        if not self._text_allows(session, cause, sql, first, started):
-            return False
-        return session.budget.spend(sql)
+        return Lost(
+            place=self._place(),
+            cause=self._cause_of(session, cause, started),
+            text=text_of(sql, self._dialect()),
+            dialect=self._dialect(),
+            enabled=config.replay is not None,
+            holds_state=bool(
+                kind & (STATE | SCOPED)
+                or session.sticky
+                or session.held
+                or session.unbuffered
+                or session.server_side
+                or self._thread_sharing_count > 0  # type: ignore[attr-defined]
+                or self._driver.is_busy(session.connection)
+            ),
+            sendable=are_small(params) and self._are_values(session, params),
+            may_be_stale=session.wrote and not config.synchronous_peers,
+        )
 
-    def _text_allows(
-        self, session: Session, cause: BaseException, sql: Any, first: bool, started: float
-    ) -> bool:
+    def _place(self) -> Place:
+        if not self.in_atomic_block:
+            return Place.AUTOCOMMIT if self.autocommit else Place.LATER
+        return Place.FIRST if self._transaction.is_pending else Place.LATER
+
+    def _cause_of(self, session: Session, cause: BaseException, started: float) -> Cause:
         if self._proves_not_run(session, cause):
-            return is_plain(sql)
-        fault = drivers.judge(cause, connecting=False)
-        if fault not in (Fault.LOST, Fault.NOT_READY) and not session.dead:
-            return False
+            return Cause.NOT_RUN
         # The same words for a closed socket and for a time-out, after which
         # the statement may be running still. (mysqlclient)
         if session.dead and session.clock() - started >= session.read_timeout * 0.98:
+            return Cause.TIMED_OUT
+        if session.dead:
+            return Cause.CLOSED
+        fault = drivers.judge(cause, connecting=False)
+        return Cause.NO_SERVICE if fault in (Fault.LOST, Fault.NOT_READY) else Cause.ANSWERED
+
+    @cached_property
+    def _known_types(self) -> set[type]:
+        """Types of parameters that are quoted by the driver: no SQL of its own is in them."""
+        return set(VALUES)
+
+    def _kind_of_params(self, session: Session, params: Any) -> int:
+        """Return STATE if what the parameters put into the statement cannot be known."""
+        connection = drivers.unwrapped(session.connection)
+        try:
+            hidden = may_be_sql(
+                params, self._known_types, lambda cls: self._driver.is_usual(connection, cls)
+            )
+        except Exception:
+            # The driver will not know it either.
+            hidden = True
+        return STATE if hidden else 0
+
+    def _are_values(self, session: Session, params: Any) -> bool:
+        connection = drivers.unwrapped(session.connection)
+        try:
+            return are_values(params, lambda cls: self._driver.is_usual(connection, cls))
+        except Exception:
+            # A type that the driver does not know, an object that answers with an error.
             return False
-        if is_provable_read(sql, may_lock=first):
-            return not session.wrote or session.balancer.config.synchronous_peers
-        # COMMIT was never sent, and every table of PostgreSQL is transactional.
-        return first and session.dead and self.vendor == "postgresql" and is_plain(sql)
+
+    def _dialect(self) -> str:
+        if self.vendor != "mysql":
+            return str(self.vendor)
+        # Django has asked for it when it set the connection up.
+        data = vars(self).get("mysql_server_data") or {}
+        return "mariadb" if "mariadb" in str(data.get("version", "")).lower() else "mysql"
 
     def _proves_not_run(self, session: Session | None, cause: BaseException) -> bool:
         """Return whether an error proves that its statement did not run.
@@ -1339,16 +1467,3 @@ def _answer_of(writer: ready.Writer | None) -> Answer:
 
 def _is_end(exc: BaseException) -> bool:
     return getattr(exc, "_django_proxysql_end", False)
-
-
-def _is_small(params: Any, most: int = _MOST_PARAMETERS) -> bool:
-    """Return whether parameters are there to be sent again, and hold at most ``most``."""
-    if params is None:
-        return True
-    if isinstance(params, dict):
-        params = params.values()
-    elif not isinstance(params, (list, tuple)):
-        # An iterator has been used up by now.
-        return False
-    size = sum(len(value) for value in params if isinstance(value, (str, bytes, bytearray)))
-    return size <= most

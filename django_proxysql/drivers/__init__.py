@@ -103,6 +103,9 @@ class Driver(Protocol):
     def is_unbuffered(self, params: Any) -> bool:
         """Return whether cursors made with these arguments leave rows on the wire."""
 
+    def is_usual(self, connection: Any, cls: type) -> bool:
+        """Return whether values of type ``cls`` become SQL in the driver's own way or Django's."""
+
 
 _BY_MODULE: dict[str, Driver] = {
     module: driver

@@ -114,3 +114,8 @@ def is_closed(connection: Any) -> bool:
 def code_of(exc: BaseException) -> Any:
     """Return None: nothing is assumed."""
     return None
+
+
+def is_usual(connection: Any, cls: type) -> bool:
+    """Return False: nothing is assumed."""
+    return False

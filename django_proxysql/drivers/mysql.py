@@ -265,6 +265,20 @@ def is_unbuffered(params: Any) -> bool:
     return not names.isdisjoint({"SSCursor", "CursorUseResultMixIn"})
 
 
+def is_usual(connection: Any, cls: type) -> bool:
+    """Return whether values of type ``cls`` are quoted by the driver's own function or Django's.
+
+    A type without one is quoted as a text. The option ``conv`` may name others.
+    """
+    encoder = connection.encoders.get(cls)
+    return encoder is None or _root_of(encoder) in ("MySQLdb", "pymysql", "django", "builtins")
+
+
+def _root_of(function: Any) -> str:
+    owner = getattr(function, "__module__", None) or type(function.__self__).__module__
+    return str(owner).partition(".")[0]
+
+
 def _is_connector_c() -> bool:
     try:
         import MySQLdb

@@ -348,3 +348,30 @@ def is_busy(connection: Any) -> bool:
 def is_unbuffered(params: Any) -> bool:
     """Return False: named cursors are known by their names."""
     return False
+
+
+def is_usual(connection: Any, cls: type) -> bool:
+    """Return whether values of type ``cls`` become SQL by an adapter of the driver's or Django's.
+
+    Applications may register their own, psycopg2's ``AsIs`` among them.
+    """
+    if any(base.__module__.startswith("psycopg2") for base in type(connection).__mro__):
+        from psycopg2 import extensions
+
+        known = (
+            extensions.adapters.get((base, extensions.ISQLQuote))
+            for base in cls.__mro__
+            if base is not object
+        )
+        adapter = next((one for one in known if one is not None), None)
+        if adapter is None:
+            # It quotes itself, if it is the driver's; nothing else can be sent.
+            return cls.__module__.partition(".")[0] in _OWN
+    else:
+        from psycopg.adapt import PyFormat
+
+        adapter = connection.adapters.get_dumper(cls, PyFormat.TEXT)
+    return str(adapter.__module__).partition(".")[0] in _OWN
+
+
+_OWN = frozenset({"psycopg", "psycopg_c", "psycopg_binary", "psycopg2", "django"})

@@ -1,0 +1,107 @@
+"""What a statement's text is for a replay: a read, a write, a change of the schema, a setting.
+
+Asked only after a loss; see :mod:`django_proxysql.statements`.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Any
+
+from .statements import is_plain, is_provable_read, without_tail
+
+__all__ = ["Text", "names_in", "text_of"]
+
+#: Longer texts are values, and no setting.
+_LENGTH = 20_000
+
+
+class Text(enum.Enum):
+    """What a statement's text is, for a replay."""
+
+    #: Running it twice changes nothing.
+    READ = "read"
+    #: The same, but for locks that end with the transaction.
+    LOCKING = "locking read"
+    #: One plain statement: it runs as a whole or not at all.
+    PLAIN = "plain write"
+    #: PostgreSQL's CREATE, ALTER and the like, which are undone with the transaction.
+    SCHEMA = "schema change"
+    #: Sets or locks something until PostgreSQL's transaction ends, and no longer.
+    OF_TRANSACTION = "of the transaction"
+    #: Sets what a session that held nothing holds from here on, to a value in the text.
+    SETTING = "setting"
+    #: Anything else: nothing is known of it.
+    OTHER = "other"
+
+
+def text_of(sql: Any, dialect: str | None) -> Text:
+    """Return what ``sql`` is on servers of ``dialect``; OTHER where that is not certain."""
+    if is_provable_read(sql, dialect=dialect):
+        return Text.READ
+    if is_provable_read(sql, may_lock=True, dialect=dialect):
+        return Text.LOCKING
+    if is_plain(sql, dialect=dialect):
+        return Text.PLAIN
+    if not isinstance(sql, str) or len(sql) > _LENGTH or "\\" in sql:
+        return Text.OTHER
+    text = without_tail(sql)
+    if _SETTING.fullmatch(text):
+        return Text.SETTING
+    if dialect == "postgresql":
+        if _TRANSACTION_LOCK.fullmatch(text) or _TRANSACTION_SETTING.fullmatch(text):
+            return Text.OF_TRANSACTION
+        if _SCHEMA.match(text) and ";" not in text and not _NO_SCHEMA.search(text):
+            return Text.SCHEMA
+    return Text.OTHER
+
+
+#: Values that are the same whenever they are set: no call, no other variable.
+_SETTING = re.compile(
+    r"""SET\s+(?:SESSION\s+|@@(?:session\.)?)?
+    (?!(?:SESSION|LOCAL|GLOBAL|PERSIST|PERSIST_ONLY|autocommit|TRANSACTION|PASSWORD|CONSTRAINTS)\b)
+    (?:
+      (?:[a-z_]\w*(?:\.[a-z_]\w*)?|@[a-z_]\w*)\s*(?:=|\bTO\b)\s*VALUE(?:\s*,\s*VALUE)*
+      | (?:NAMES|ROLE|TIME\s+ZONE)\s+VALUE(?:\s+COLLATE\s+VALUE)?
+    )
+    | (?:UN)?LISTEN\s+(?:[a-z_]\w*|"[^"%]+")
+    | PREPARE\s+\w+\s+FROM\s+'[^'%]*'
+    | PREPARE\s+\w+(?:\s*\([\w\s,]*\))?\s+AS\s+(?:SELECT|INSERT|UPDATE|DELETE)\b[^;%]*
+    """.replace("VALUE", r"""(?:'[^'%]*'|"[^"%]*"|-?\d+(?:\.\d+)?|[a-z_]\w*|%s)"""),
+    re.IGNORECASE | re.VERBOSE | re.ASCII,
+)
+_TRANSACTION_LOCK = re.compile(
+    r"SELECT\s+pg_(?:try_)?advisory_xact_lock(?:_shared)?\((?:-?\d+|%s)(?:,\s*(?:-?\d+|%s))?\)",
+    re.IGNORECASE | re.ASCII,
+)
+_TRANSACTION_SETTING = re.compile(
+    r"""SET\s+TRANSACTION\s+[a-z\s,]+
+    | SET\s+CONSTRAINTS\s+[\w\s,".]+
+    | SET\s+LOCAL\s+\w+(?:\.\w+)?\s*(?:=|\bTO\b)\s*(?:'[^'%]*'|\w+|%s)(?:,\s*\w+)*""",
+    re.IGNORECASE | re.VERBOSE | re.ASCII,
+)
+_SCHEMA = re.compile(r"(?:CREATE|ALTER|DROP|COMMENT|GRANT|REVOKE|TRUNCATE)\s", re.IGNORECASE)
+#: What is done outside of the database, or at another.
+_NO_SCHEMA = re.compile(
+    r"\b(?:SUBSCRIPTION|SERVER|DATABASE|TABLESPACE|SYSTEM|FOREIGN|MAPPING|EXTENSION|LANGUAGE)\b"
+    r"|\bCONCURRENTLY\b|--|/\*",
+    re.IGNORECASE,
+)
+
+_WORD_OR_QUOTED = re.compile(r'[^\W\d][\w$]*|"((?:[^"]|"")+)"|`([^`]+)`')
+
+
+def names_in(sql: str) -> set[str]:
+    """Return all that may be a name in a statement: its words, and what it quotes.
+
+    Each as it stands and in small letters. A table, a function or a type that
+    the statement names is among them, and so is much else.
+    """
+    names: set[str] = set()
+    for found in _WORD_OR_QUOTED.finditer(sql):
+        name = (found.group(1) or "").replace('""', '"') or found.group(2) or found.group(0)
+        names.update((name, name.lower()))
+        # What looks like a string to one mode is a name to another.
+        names.update(re.findall(r"\w+", name.lower()))
+    return names

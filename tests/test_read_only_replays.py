@@ -1,0 +1,234 @@
+"""What is run again as a read and is none: nothing is done twice, and the loss is raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import transaction
+from django.db.utils import Error, OperationalError
+
+from tests.site import Site
+
+#: What leaves a mark in ``effect`` (a row) or in the sequence ``effects``.
+ON_POSTGRESQL = [
+    "CREATE TABLE effect (n int)",
+    "CREATE SEQUENCE effects",
+    "SELECT nextval('effects')",
+    """CREATE FUNCTION evil(a int) RETURNS int LANGUAGE plpgsql AS
+    $$ BEGIN INSERT INTO effect VALUES (a); RETURN a; END $$""",
+    "CREATE FUNCTION count_up() RETURNS bigint LANGUAGE sql AS $$ SELECT nextval('effects') $$",
+    "CREATE TABLE things (a int)",
+    "INSERT INTO things VALUES (1)",
+    "CREATE VIEW writes AS SELECT evil(1) AS a",
+    "CREATE VIEW counts AS SELECT count_up() AS a",
+    "CREATE FUNCTION af(things) RETURNS int LANGUAGE sql AS $$ SELECT evil(2) $$",
+    "CREATE FUNCTION lower(int) RETURNS int LANGUAGE sql AS $$ SELECT evil($1) $$",
+    "CREATE FUNCTION digest(int) RETURNS int LANGUAGE sql AS $$ SELECT evil($1) $$",
+    "CREATE FUNCTION truncate(int, int) RETURNS int LANGUAGE sql AS $$ SELECT evil($1) $$",
+    "CREATE OPERATOR ### (FUNCTION = int4_evil, LEFTARG = int, RIGHTARG = int)",
+    "CREATE DOMAIN dom AS int CHECK (evil(value) > 0)",
+]
+ON_MARIADB = [
+    "CREATE TABLE effect (n int) ENGINE = MyISAM",
+    "CREATE SEQUENCE effects NOCACHE",
+    "CREATE FUNCTION evil(a int) RETURNS int BEGIN INSERT INTO effect VALUES (a); RETURN a; END",
+    "CREATE TABLE things (a int)",
+    "INSERT INTO things VALUES (1)",
+    "CREATE VIEW writes AS SELECT evil(1) AS a",
+    "CREATE VIEW counts AS SELECT NEXT VALUE FOR effects AS a",
+    "CREATE FUNCTION digest(a int) RETURNS int RETURN evil(a)",
+    "CREATE FUNCTION strpos(a int) RETURNS int RETURN evil(a)",
+    "CREATE FUNCTION any_value(a int) RETURNS int RETURN evil(a)",
+]
+STATEMENTS = {
+    "postgresql": [
+        *("SELECT a FROM writes", "SELECT a FROM counts", "SELECT t.af FROM things t"),
+        *("SELECT (t).af FROM things t", "SELECT lower(1)", "SELECT digest(1)"),
+        *("SELECT truncate(1, 2)", "SELECT 1 ### 2", "SELECT 1::dom", "SELECT CAST(1 AS dom)"),
+        *(
+            "SELECT evil(1)",
+            "SELECT public.evil(1)",
+            'SELECT "evil"(1)',
+            "SELECT nextval('effects')",
+        ),
+        *("WITH x AS (SELECT a FROM writes) SELECT * FROM x", "SELECT count_up() /* x */"),
+        *("SELECT a FROM writes /*route='x'*/", "SELECT a FROM counts;"),
+        *("WITH x AS (INSERT INTO effect VALUES (1) RETURNING n) SELECT * FROM x",),
+        *("SELECT a FROM things WHERE lower(a) > 0", "SELECT max(lower(a)) FROM things"),
+        *("SELECT t.af FROM things t WHERE t.af = 2", "EXPLAIN ANALYZE SELECT evil(1)"),
+    ],
+    "mysql": [
+        *("SELECT a FROM writes", "SELECT a FROM counts", "SELECT digest(1)", "SELECT strpos(1)"),
+        *("SELECT any_value(1)", "SELECT evil(1)", "SELECT `evil`(1)", "SELECT evil (1)"),
+        *(
+            "SELECT NEXT VALUE FOR effects",
+            "SELECT nextval(effects)",
+            "EXPLAIN SELECT * FROM writes",
+        ),
+        *("WITH x AS (SELECT a FROM writes) SELECT * FROM x", "SELECT a FROM writes /* x */"),
+        *("SELECT a FROM counts;", "SELECT a FROM things WHERE (SELECT a FROM writes) > 0"),
+    ],
+}
+
+
+@pytest.fixture
+def evil(here: Site) -> Iterator[Site]:
+    """A site whose database has functions that write, and views that call them."""
+    _drop(here)
+    with here.plain.cursor() as cursor:
+        for statement in ON_MARIADB if here.is_mysql else ON_POSTGRESQL:
+            if "int4_evil" in statement:
+                cursor.execute(
+                    "CREATE FUNCTION int4_evil(int, int) RETURNS int LANGUAGE sql"
+                    " AS $$ SELECT evil($1) $$"
+                )
+            cursor.execute(statement)
+    yield here
+    _drop(here)
+
+
+def _drop(here: Site) -> None:
+    with here.plain.cursor() as cursor:
+        if here.is_mysql:
+            for name in ("evil", "digest", "strpos", "any_value"):
+                cursor.execute(f"DROP FUNCTION IF EXISTS {name}")
+            cursor.execute("DROP VIEW IF EXISTS writes, counts")
+            cursor.execute("DROP TABLE IF EXISTS things, effect")
+            cursor.execute("DROP SEQUENCE IF EXISTS effects")
+            return
+        cursor.execute("DROP DOMAIN IF EXISTS dom")
+        cursor.execute("DROP VIEW IF EXISTS writes, counts")
+        cursor.execute("DROP OPERATOR IF EXISTS ### (int, int)")
+        cursor.execute("DROP FUNCTION IF EXISTS evil, count_up, lower(int), digest, int4_evil")
+        cursor.execute("DROP FUNCTION IF EXISTS truncate(int, int)")
+        cursor.execute("DROP TABLE IF EXISTS things, effect CASCADE")
+        cursor.execute("DROP SEQUENCE IF EXISTS effects")
+
+
+def effects(here: Site) -> int:
+    """How much has been left behind so far."""
+    here.settle()
+    counter = "next_not_cached_value" if here.is_mysql else "last_value"
+    with here.plain.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM effect")
+        [(rows,)] = cursor.fetchall()
+        cursor.execute(f"SELECT {counter} FROM effects")
+        [(count,)] = cursor.fetchall()
+        return int(rows) + int(count)
+
+
+def effect_of(here: Site, statement: str) -> int:
+    before = effects(here)
+    with here.plain.cursor() as cursor:
+        cursor.execute(statement)
+    return effects(here) - before
+
+
+def lose(here: Site, statement: str, params: Any = None) -> bool:
+    """Run a statement whose answer is lost; return whether it was saved."""
+    # Each is a minute of its own: the budget of replays is not what is looked at.
+    here.idle(70)
+    here.sql("SELECT 1")
+    here.cut("after")
+    raised: BaseException | None = None
+    try:
+        here.sql(statement, params)
+    except OperationalError as exc:
+        raised = exc.__cause__
+    # What was lost is raised, and not what the server has said of the second run.
+    assert raised is None or here.connection._driver.code_of(raised) not in (1792, "25006")
+    return raised is None
+
+
+class TestNothingTwice:
+    def test_in_autocommit(self, evil: Site) -> None:
+        for statement in STATEMENTS[evil.connection.vendor]:
+            once = effect_of(evil, statement)
+            before = effects(evil)
+            saved = lose(evil, statement)
+            assert effects(evil) - before <= once, statement
+            assert not (saved and once), statement
+            evil.sql("DELETE FROM effect WHERE n = -1")
+
+    def test_as_the_first_of_a_block(self, evil: Site) -> None:
+        """A row that a rollback undoes is none; what it does not undo is not done twice."""
+        for statement in STATEMENTS[evil.connection.vendor]:
+            once = effect_of(evil, statement)
+            evil.idle(70)
+            evil.sql("SELECT 1")
+            before = effects(evil)
+            # After what begins the transaction, where that is sent for itself.
+            evil.cut("after", 2)
+            saved = True
+            try:
+                with transaction.atomic(evil.connection.alias):
+                    evil.sql(statement)
+            except Error:
+                saved = False
+            done = effects(evil) - before
+            assert done <= once, statement
+            assert done == once or not saved, statement
+
+    def test_the_loss_is_raised_in_a_block_and_nothing_follows(self, evil: Site) -> None:
+        evil.sql("SELECT 1")
+        evil.cut("after", 2)
+        with pytest.raises(Error), transaction.atomic(evil.connection.alias):
+            with pytest.raises(OperationalError):
+                evil.sql("SELECT a FROM writes")
+            # The block is lost as a whole: no half of it is written on another connection.
+            evil.write("half")
+        assert evil.written() == []
+        evil.write("after")
+        assert evil.written() == ["after"]
+
+    def test_a_real_read_is_saved_and_leaves_no_trace(self, here: Site) -> None:
+        here.write("one")
+        assert lose(here, "SELECT value FROM app_token")
+        # Nothing is left read only, and no transaction is open.
+        here.write("two")
+        assert here.written() == ["one", "two"]
+        assert len(here.replayed()) == 1
+
+    def test_the_rows_of_a_replayed_read_are_there(self, here: Site) -> None:
+        here.write("one")
+        here.sql("SELECT 1")
+        here.cut("after")
+        with here.connection.cursor() as cursor:
+            cursor.execute("SELECT value FROM app_token")
+            assert [tuple(row) for row in cursor.fetchall()] == [("one",)]
+
+    def test_a_block_whose_first_read_is_replayed_still_writes(self, here: Site) -> None:
+        here.write("one")
+        here.cut("after", 2)
+        with transaction.atomic(here.connection.alias):
+            assert here.read() == ["one"]
+            with transaction.atomic(here.connection.alias):
+                here.write("two")
+        assert here.written() == ["one", "two"]
+        assert len(here.replayed()) == 1
+
+    def test_a_locking_read_is_replayed_with_its_lock(self, here: Site) -> None:
+        here.write("one")
+        here.cut("after", 2)
+        with transaction.atomic(here.connection.alias):
+            here.sql("SELECT value FROM app_token FOR UPDATE")
+            with here.plain.cursor() as cursor, pytest.raises(Error):
+                cursor.execute("SELECT value FROM app_token FOR UPDATE NOWAIT")
+            here.write("two")
+        assert here.written() == ["one", "two"]
+
+    def test_an_answer_to_the_replay_is_raised_as_it_is(self, here: Site) -> None:
+        here.sql("SELECT 1")
+        here.cut("before")
+        with pytest.raises(Error) as caught:
+            here.sql("SELECT nothing FROM app_token")
+        assert type(caught.value) is not OperationalError or "1054" in str(caught.value)
+        here.write("one")
+        assert here.written() == ["one"]
+
+    def test_a_server_that_refuses_costs_no_circuit(self, evil: Site) -> None:
+        assert not lose(evil, "SELECT a FROM writes")
+        states = {p.breaker.circuit.state for p in evil.balancer.peers.values()}
+        assert states == {"closed"}
