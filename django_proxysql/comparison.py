@@ -171,7 +171,7 @@ def mysql_facts(peer: str, ask: Ask) -> Facts:
         " CAST(TIMEDIFF(NOW(), UTC_TIMESTAMP()) AS CHAR) AS zone,"
         " @@global.read_only AS read_only, @@server_id AS id, @@hostname AS host, @@port AS port",
     )
-    if not one:
+    if "host" not in one:
         return Facts(peer, clock=clock)
     galera = _row(ask, "SHOW GLOBAL STATUS LIKE 'wsrep_cluster_state_uuid'").get("value")
     group = _value(ask, "SELECT @@group_replication_group_name")
@@ -238,7 +238,7 @@ def postgresql_facts(peer: str, ask: Ask) -> Facts:
                 "character set": f"{one['encoding']}, {one['collation']}",
                 "time zone": str(one["zone"]),
             }
-            if one
+            if "encoding" in one
             else {}
         ),
     )

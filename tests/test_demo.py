@@ -142,7 +142,7 @@ def test_serves_the_status_page(demo: Runs) -> None:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status/", url)
         page = browser.open(url, timeout=60).read().decode()
         assert "Load balancer default" in page
-        assert page.count("in use") > 2
+        assert page.count("In use") > 2
         token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
         assert token
         form = {
