@@ -1538,11 +1538,11 @@ def _count_while_alive(connection: Any, peer: Peer) -> None:
 
 
 # The child of a fork holds none of its parent's connections.
-_forkable: weakref.WeakSet[LoadBalancer] = weakref.WeakSet()
+_forkable: forks.Living[LoadBalancer] = forks.Living()
 
 
 def _after_fork_in_child() -> None:
-    for balancer in list(_forkable):
+    for balancer in _forkable.all():
         balancer._after_fork()
 
 

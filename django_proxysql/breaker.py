@@ -44,7 +44,6 @@ import random
 import threading
 import time
 import types
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple, TypeVar
@@ -94,7 +93,7 @@ class Lease:
     def end(self) -> None:
         """Wake those who wait for the trial's result."""
         self.ended = True
-        for bell in tuple(self._bells):
+        for bell in self._bells.copy():
             try:
                 bell.release()
             except RuntimeError:
@@ -1016,11 +1015,11 @@ def _closed(circuit: Circuit, now: float) -> Circuit:
 
 # After a fork the child needs locks that nobody holds: the parent's other
 # threads, which may hold them, are not there to release them.
-_forkable: weakref.WeakSet[PeerBreaker] = weakref.WeakSet()
+_forkable: forks.Living[PeerBreaker] = forks.Living()
 
 
 def _after_fork_in_child() -> None:
-    for breaker in list(_forkable):
+    for breaker in _forkable.all():
         breaker.after_fork()
 
 

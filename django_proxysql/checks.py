@@ -43,4 +43,4 @@ def _unless_said(check: object, databases: object) -> list[CheckMessage]:
             _spoke = None
             return []
     _spoke = check, databases
-    return [message for alias in connections.databases for message in messages(alias)]
+    return [message for alias in list(connections.databases) for message in messages(alias)]

@@ -376,7 +376,7 @@ class _Reader:
                 continue
             # Entries carry keys of other packages too: only what looks like
             # one of ours is taken for a slip. An inline peer is all ours.
-            inline = where not in (self.alias, *self.databases)
+            inline = where != self.alias and where not in self.databases
             close = difflib.get_close_matches(
                 key.upper(), sorted(own), n=1, cutoff=0.7 if inline else 0.8
             )

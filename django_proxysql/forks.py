@@ -9,18 +9,41 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from .logger import complain
 
-__all__ = ["attend", "register"]
+__all__ = ["Living", "attend", "register"]
+
+_T = TypeVar("_T")
 
 _in_child: list[Callable[[], object]] = []
 #: The process in which all that has been done.
 _home = os.getpid()
 #: What uWSGI would have called without us.
 _before_us: Callable[[], object] | None = None
+
+
+class Living(Generic[_T]):
+    """The objects that a fork concerns, none of which is kept alive by this.
+
+    Not a WeakSet: to list that runs Python code, and fails where another thread adds meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._references: set[weakref.ref[_T]] = set()
+
+    def add(self, thing: _T) -> None:
+        """Have ``thing`` listed for as long as it lives."""
+        self._references.add(weakref.ref(thing, self._references.discard))
+
+    def all(self) -> list[_T]:
+        """Return those that live."""
+        # The copy is made in one step, whichever threads add and discard.
+        found = [reference() for reference in self._references.copy()]
+        return [thing for thing in found if thing is not None]
 
 
 def register(
@@ -72,7 +95,7 @@ def _unless_told() -> None:
         # Python was told; or this process has loaded the application for itself.
         return
     _is_home()
-    for do in _in_child:
+    for do in _in_child.copy():
         try:
             do()
         except Exception:

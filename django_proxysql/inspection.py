@@ -155,7 +155,7 @@ class _Inquiry:
             self._latency,
             self.version,
             self._reachable and not error,
-            tuple(self.notes),
+            tuple(self.notes.copy()),
             error,
             fault,
             self.facts,

@@ -106,7 +106,9 @@ class Balancers(Mapping[str, LoadBalancer]):
         return alias in self._entries or is_balancer(connections.databases.get(str(alias), {}))
 
     def __iter__(self) -> Iterator[str]:
-        return (alias for alias, entry in connections.databases.items() if is_balancer(entry))
+        # A list: an application may add aliases in another thread.
+        entries = list(connections.databases.items())
+        return (alias for alias, entry in entries if is_balancer(entry))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -148,14 +150,14 @@ class Balancers(Mapping[str, LoadBalancer]):
             if listener in [known for known, _ in self._listeners]:
                 return
             self._listeners = (*self._listeners, (listener, connects))
-            for registered in tuple(self.known.values()):
+            for registered in list(self.known.values()):
                 registered.balancer.add_listener(listener, connects=connects)
 
     def remove_listener(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
         with self._listeners_lock:
             self._listeners = tuple(known for known in self._listeners if known[0] != listener)
-            for registered in tuple(self.known.values()):
+            for registered in list(self.known.values()):
                 registered.balancer.remove_listener(listener)
 
     def after_fork(self) -> None:
@@ -164,7 +166,7 @@ class Balancers(Mapping[str, LoadBalancer]):
 
     def forget(self) -> None:
         """Drop everything, so that it is read anew. For tests that change DATABASES."""
-        for entry in connections.databases.values():
+        for entry in list(connections.databases.values()):
             entry.pop(NAME_KEY, None)
         self._first_read.clear()
         self._entries.clear()
@@ -242,7 +244,7 @@ def introduce_peers() -> None:
     database for each of them, on the same servers, under the same name.
     """
     databases = connections.databases
-    entries = [(alias, entry) for alias, entry in databases.items() if is_balancer(entry)]
+    entries = [(alias, entry) for alias, entry in list(databases.items()) if is_balancer(entry)]
     for alias, entry in entries:
         if entry.get("NAME", "") == "":
             # Others ask for it, too: pytest-django makes the test database's name from it.
@@ -300,7 +302,7 @@ def _depend_on(target: str, mirror: str) -> None:
 
     Django takes a dependency on a mirror for one that is never fulfilled.
     """
-    for alias, entry in connections.databases.items():
+    for alias, entry in list(connections.databases.items()):
         test: Any = entry.get("TEST")
         given = test.get("DEPENDENCIES") if isinstance(test, dict) else None
         if isinstance(given, (list, tuple)) and mirror in given:

@@ -233,7 +233,9 @@ class _Pools:
     def __init__(self) -> None:
         # Re-entrant: a signal handler may ask the database while its thread is here.
         self._lock = new_lock()
-        self._pools: dict[str, tuple[_Pool, ...]] = {}
+        #: Never changed, but replaced by another, under the lock: so it can be looked through
+        #: without the lock.
+        self._pools: Mapping[str, tuple[_Pool, ...]] = {}
 
     def get(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """Return the psycopg pool for ``settings``; see :meth:`find`."""
@@ -251,7 +253,7 @@ class _Pools:
                 found = self._find(peer, key)
                 if found is None:
                     found = made
-                    self._pools[peer] = (*self._pools.get(peer, ()), made)
+                    self._replace(peer, (*self._pools.get(peer, ()), made))
         return found
 
     def _find(self, peer: str, key: Mapping[str, Any]) -> _Pool | None:
@@ -262,12 +264,17 @@ class _Pools:
 
     def has(self, pool: _Pool) -> bool:
         """Return whether ``pool`` is still one of them."""
-        return any(pool in pools for pools in tuple(self._pools.values()))
+        return any(pool in pools for pools in self._pools.values())
 
     def discard(self, peer: str, pool: _Pool) -> None:
         """Have no more to do with one pool that somebody has closed."""
         with self._lock:
-            self._pools[peer] = tuple(one for one in self._pools.get(peer, ()) if one is not pool)
+            known = self._pools.get(peer, ())
+            self._replace(peer, tuple(one for one in known if one is not pool))
+
+    def _replace(self, peer: str, pools: tuple[_Pool, ...]) -> None:
+        others = {name: known for name, known in self._pools.items() if name != peer}
+        self._pools = {**others, peer: pools} if pools else others
 
     def close(self) -> None:
         """Close all pools, and return when their workers are done."""
@@ -279,7 +286,8 @@ class _Pools:
     def retire(self, peer: str) -> None:
         """Have no more to do with a peer's pools, which close on their own."""
         with self._lock:
-            known = self._pools.pop(peer, ())
+            known = self._pools.get(peer, ())
+            self._replace(peer, ())
         if known:
             try:
                 threading.Thread(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -243,8 +244,10 @@ class Link:
         # What is asked from here on is the next step's, whether this one fails or not.
         asked: list[Question] = []
         try:
-            while self._asked:
-                asked.append(self._asked.popleft())
+            # For a moment there may be two threads: one may take what the other has seen.
+            with contextlib.suppress(IndexError):
+                while True:
+                    asked.append(self._asked.popleft())
             members = self._living()
             if not members:
                 self._client = None
@@ -497,11 +500,11 @@ def link_to(url: str) -> Link:
     return link if link is not None else _links.setdefault(url, Link(url))
 
 
-_forkable: weakref.WeakSet[Link] = weakref.WeakSet()
+_forkable: forks.Living[Link] = forks.Living()
 
 
 def _after_fork_in_child() -> None:
-    for link in list(_forkable):
+    for link in _forkable.all():
         link._forget_connection()
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -267,13 +266,13 @@ class Metrics:
 
     def _take(self, item: Any) -> None:
         if item is _LOOK_AT_HELD:
-            for key in tuple(self._held):
+            for key in self._held.copy():
                 self._show(key)
         elif item is _LOOK_AT_ALL:
             for balancer in self._balancers():
                 self._introduce(balancer)
             self._has_looked_at_all = True
-            for key in tuple(self._peers):
+            for key in list(self._peers):
                 self._show(key)
         elif type(item) is PeersExhausted:
             self._child(self._exhaustions, item.balancer).inc()
@@ -411,7 +410,8 @@ class Metrics:
 
     def _leave(self) -> None:
         """Write that this process has nothing, for nobody may come to remove what it wrote."""
-        for key in self._shown:
+        # A thread that goes on may count meanwhile.
+        for key in list(self._shown):
             self._child(self._connections, *key).set(0)
             self._child(self._drains, *key).set(0)
             for state in STATES:
@@ -437,13 +437,13 @@ def _multiprocess_directory() -> str | None:
     return os.environ.get(name, os.environ.get(name.lower()))
 
 
-_all: weakref.WeakSet[Metrics] = weakref.WeakSet()
+_all: forks.Living[Metrics] = forks.Living()
 #: The locks that the thread holds which is about to fork.
 _forking = threading.local()
 
 
 def _before_fork() -> None:
-    _forking.held = [metrics._hold_for_fork() for metrics in list(_all)]
+    _forking.held = [metrics._hold_for_fork() for metrics in _all.all()]
 
 
 def _after_fork_in_parent() -> None:
@@ -453,7 +453,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    for metrics in list(_all):
+    for metrics in _all.all():
         metrics._after_fork_in_child()
 
 
@@ -463,7 +463,7 @@ forks.register(_after_fork_in_child, before=_before_fork, after_in_parent=_after
 @atexit.register
 def _at_exit() -> None:
     if _multiprocess_directory() is not None:
-        for metrics in list(_all):
+        for metrics in _all.all():
             metrics._leave()
 
 

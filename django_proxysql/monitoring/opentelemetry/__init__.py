@@ -161,7 +161,7 @@ class Telemetry:
                 balancers = [source]
             else:
                 # Those that were used: one whose settings are wrong is none of ours.
-                balancers = [registered.balancer for registered in tuple(source.known.values())]
+                balancers = [registered.balancer for registered in list(source.known.values())]
             for balancer in balancers:
                 for name, peer in balancer.peers.items():
                     yield f"{balancer.name}/{name}", peer
