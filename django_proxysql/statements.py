@@ -135,7 +135,7 @@ _LOCAL = re.compile(
 )
 _CHAIN = re.compile(r"\bchain\b", re.IGNORECASE)
 _ANALYZE = re.compile(r"\banaly[sz]e\b", re.IGNORECASE)
-#: LAST_INSERT_ID(expression) in a write gives a value, and asks for none.
+#: LAST_INSERT_ID(expression) gives a value, and asks for none.
 _IDS = re.compile(
     rf"""last_insert_id{CALL}{GAP}*\) | \blastval{CALL} | \bcurrval{CALL} | \.\s*currval\b
     | wsrep_last_(?:written|seen)\w*{CALL} | \bprevious{GAP}+value\b
@@ -232,17 +232,17 @@ def _scan(text: str) -> int:
         or _leaves_state(text, lowered)
     ):
         kind |= STATE
-    return kind | _scoped(text, lowered, head, kind)
+    return kind | _scoped(text, lowered, head)
 
 
-def _scoped(text: str, lowered: str, head: str, kind: int) -> int:
+def _scoped(text: str, lowered: str, head: str) -> int:
     scoped = 0
     if any(hint in lowered for hint in _SCOPED_HINTS):
-        if _IDS.search(text) or (kind & READ and _GIVEN_ID.search(text)):
+        if _IDS.search(text):
             scoped |= SCOPED | IDS
         if _RESULT.search(text):
             scoped |= SCOPED | RESULT
-        if _SELF.search(text):
+        if _SELF.search(text) or _GIVEN_ID.search(text):
             scoped |= SCOPED
     if head == "GET" or (head == "SHOW" and _SCOPED_SHOW.search(_COMMENT.sub(" ", text))):
         scoped |= SCOPED | RESULT
