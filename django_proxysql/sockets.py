@@ -14,9 +14,10 @@ import math
 import os
 import select
 import socket
+import sys
 from collections.abc import Callable
 
-__all__ = ["descriptor", "harden", "sever", "watch"]
+__all__ = ["descriptor", "harden", "sent", "sever", "watch"]
 
 #: Linux's POLLRDHUP: the other side has closed its half.
 _EVENTS = (
@@ -141,6 +142,62 @@ def _options(seconds: float) -> tuple[tuple[str, int, int, int], ...]:
             if hasattr(socket, name)
         ),
     )
+
+
+def sent(descriptor: int | None) -> object:
+    """Return a value that changes when something is sent over a TCP connection.
+
+    It is the socket's own number and the count of bytes that the other side
+    has acknowledged, as the kernel knows them: whoever sent them, and by
+    whichever way. It costs two microseconds. None where nothing is known: no
+    descriptor, no TCP, another system than Linux.
+
+    A statement that was answered is acknowledged with its answer.
+    """
+    ask = _acknowledged()
+    if descriptor is None or ask is None:
+        return None
+    acknowledged = ask(descriptor)
+    if not acknowledged:
+        # Something that only looks like Linux: it does not count.
+        return None
+    try:
+        return os.fstat(descriptor).st_ino, acknowledged
+    except OSError:
+        return None
+
+
+@functools.cache
+def _acknowledged() -> Callable[[int], int | None] | None:
+    """Return what reads a socket's tcpi_bytes_acked (Linux 4.1, <linux/tcp.h>), where there is
+    such a thing.
+
+    By the C library's getsockopt(): Python's needs a socket object, which
+    closes what it is given, and costs twice the time.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        import ctypes
+
+        getsockopt = ctypes.CDLL(None).getsockopt
+    except Exception:
+        # A Python without ctypes.
+        return None
+    byref, size_t, level, name = ctypes.byref, ctypes.c_uint32, int(socket.IPPROTO_TCP), 11
+
+    class Info(ctypes.Structure):
+        _fields_ = [("before", ctypes.c_ubyte * 120), ("bytes_acked", ctypes.c_uint64)]
+
+    size = ctypes.sizeof(Info)
+
+    def ask(descriptor: int) -> int | None:
+        info, length = Info(), size_t(size)
+        if getsockopt(descriptor, level, name, byref(info), byref(length)) or length.value < size:
+            return None
+        return int(info.bytes_acked)
+
+    return ask
 
 
 def sever(descriptor: int) -> None:

@@ -80,6 +80,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
                     or session.dead
                     or session.version is not session.balancer.version
                     or now - session.used > session.idle
+                    or (session.status is not None and session.status())
                 )
             )
         ):
@@ -102,7 +103,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             raise
         session.served = True
         session.sending = None
-        db._transaction.statement_sent()
+        if db._transaction.stage is BEGUN:
+            db._transaction.statement_sent()
         if kind != READ:
             db._after_statement(session, kind, sql, params)
         return result
@@ -116,6 +118,21 @@ def note_named(cursor: Any, session: Any) -> None:
     if not session.server_side:
         session.server_side = weakref.WeakSet()
     session.server_side.add(cursor)
+
+
+#: A driver's cursor's attributes that send nothing, or read on in a result that was asked for.
+_HARMLESS = frozenset(
+    # PEP 249.
+    "arraysize description fetchall fetchmany fetchone lastrowid messages nextset next "
+    "rowcount rownumber scroll setinputsizes setoutputsize setoutputsizes "
+    # mysqlclient and PyMySQL.
+    "_executed _last_executed _result _rows description_flags max_stmt_length mogrify "
+    "warning_count "
+    # psycopg and psycopg2.
+    "_last_query _query adapters binary_types cast closed format itersize name pgresult query "
+    "results row_factory scrollable set_result statusmessage string_types timestamp "
+    "tzinfo_factory withhold".split()
+)
 
 
 class _Seam(CursorWrapper):
@@ -138,6 +155,12 @@ class _Seam(CursorWrapper):
         self._session = session
         if getattr(cursor, "name", None):
             note_named(self, session)
+
+    def __getattr__(self, attr: str) -> Any:
+        if attr not in _HARMLESS:
+            # copy(), stream(), the driver's own connection: what is done with it passes by us.
+            self.__dict__["db"]._unseen()
+        return super().__getattr__(attr)
 
     def close(self) -> None:
         """Close the driver's cursor."""

@@ -92,6 +92,23 @@ _OF_THE_CONNECTION = (
 _LARGE_PACKET = 250_000
 
 
+#: What a driver, or what it calls, raises of the arguments it was given. All else that is no
+#: error of a driver comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
+_OF_THE_CALL = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    Warning,
+    Error,
+)
+
+
 class _ErrorSeam(DatabaseErrorWrapper):
     wrapper: Any
 
@@ -101,6 +118,8 @@ class _ErrorSeam(DatabaseErrorWrapper):
             return
         if isinstance(exc_value, self.wrapper.Database.Error):
             self.wrapper._saw(exc_value)
+        elif exc_type is not GeneratorExit:
+            self.wrapper._interrupted(exc_value)
         super().__exit__(exc_type, exc_value, traceback)
 
 
@@ -149,7 +168,10 @@ class SafePointsMixin(LoadBalancedMixin):
             if self._session is not None:
                 self._follow(self._session, session)
         self._session = session
-        self._transaction = NO_TRANSACTION
+        # Without autocommit in the settings there is one at once, and what is in it not known.
+        self._transaction = (
+            NO_TRANSACTION if self.autocommit else Transaction(by_hand=True, stage=Stage.ACTIVE)
+        )
         return connection
 
     def _follow(self, before: Session, session: Session) -> None:
@@ -212,6 +234,7 @@ class SafePointsMixin(LoadBalancedMixin):
             sockets.watch(self._driver.fileno(connection)),
             self._read_timeout,
             self._unbuffered,
+            self._driver.status(connection),
         )
 
     def _current(self) -> Session | None:
@@ -236,6 +259,28 @@ class SafePointsMixin(LoadBalancedMixin):
                 self._judge(session, exc)
             if session.dead:
                 session.told = True
+
+    def _interrupted(self, exc: BaseException) -> None:
+        """Take note of an exception out of a driver's method that is no error of the driver's."""
+        session = self._current()
+        if session is None:
+            return
+        if isinstance(exc, _OF_THE_CALL) and self._driver.is_in_step(session.connection, exc):
+            return
+        self._abandon(session, exc)
+
+    def _abandon(self, session: Session, exc: BaseException) -> None:
+        """Never use a connection again: its next answer may be an interrupted statement's.
+
+        It is closed at once, so that no statement can be sent over it, and
+        replaced at the next safe point. If it held session state, the next
+        statement is an error: nobody has said so far that the state is gone.
+        """
+        self._transaction.statement_sent()
+        session.poll = None
+        session.error = session.error or f"interrupted by {drivers.describe(exc)}"
+        session.dead = True
+        close_for_good(session.connection)
 
     def _judge(self, session: Session, exc: BaseException, idle: bool = False) -> None:
         driver = self._driver
@@ -433,6 +478,9 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def is_usable(self) -> bool:
         """Ask the driver; what it says counts for the peer, too."""
+        session = self._current()
+        if session is not None:
+            self._notice_unseen(session)
         usable: bool = super().is_usable()
         session = self._current()
         if session is not None and not usable and not session.dead:
@@ -459,8 +507,41 @@ class SafePointsMixin(LoadBalancedMixin):
             # What was in it is gone, and the application knows.
             return True
         return not (
-            session.unbuffered or session.server_side or self._driver.is_busy(session.connection)
+            session.unbuffered
+            or session.server_side
+            or self._driver.is_busy(session.connection)
+            or not (session.dead or self._driver.is_at_rest(session.connection))
         )
+
+    def _notice_unseen(self, session: Session) -> None:
+        """Take note of what was sent in a transaction and is not known to be nothing.
+
+        The driver's own cursor and connection, and psycopg's, are anybody's:
+        nothing that is done by them passes here. To be asked before the loss
+        of a connection is noticed.
+        """
+        transaction = self._transaction
+        if (
+            transaction.stage is Stage.BEGUN
+            and not session.dead
+            and not self._is_untouched(session, transaction)
+        ):
+            transaction.statement_sent()
+
+    def _is_untouched(self, session: Session, transaction: Transaction) -> bool:
+        """Return whether nothing was sent in a transaction but Django's own SAVEPOINTs."""
+        driver, connection = self._driver, session.connection
+        if driver.is_closed(connection):
+            return False
+        if transaction.mark is None:
+            return driver.in_transaction(connection) is False
+        return bool(transaction.mark == driver.sent(connection))
+
+    def _mark(self, session: Session) -> None:
+        """Take note of what has been sent, unless the driver can tell that nothing was."""
+        driver, connection = self._driver, session.connection
+        knows = driver.in_transaction(connection) is False
+        self._transaction.mark = None if knows else driver.sent(connection)
 
     def _is_lost(self, session: Session) -> bool:
         """Look at the socket, and ask the driver if there is something to be read."""
@@ -474,7 +555,11 @@ class SafePointsMixin(LoadBalancedMixin):
             return False
         try:
             self._driver.ping(session.connection)
-        except Exception as exc:
+        except BaseException as exc:
+            if not isinstance(exc, (self.Database.Error, ConnectionError, *_OF_THE_CALL)):
+                # Its answer may come yet.
+                self._abandon(session, exc)
+                raise
             if drivers.judge(exc, connecting=False) is Fault.OTHER and self._driver.is_answer(exc):
                 return False
             if self._driver.code_of(exc) == 2014:
@@ -488,6 +573,8 @@ class SafePointsMixin(LoadBalancedMixin):
             session.loss = exc.with_traceback(None)
             session.poll = None
             return True
+        if self._transaction.stage is Stage.BEGUN:
+            self._mark(session)
         if session.unsure:
             session.unsure = False
             session.poll = sockets.watch(self._driver.fileno(session.connection))
@@ -552,6 +639,15 @@ class SafePointsMixin(LoadBalancedMixin):
         if self.in_atomic_block:
             self._before_first(session, kind, now)
         else:
+            if (
+                session.status is not None
+                and self.autocommit
+                and not session.dead
+                and not self._driver.is_at_rest(session.connection)
+            ):
+                # A transaction that was begun past us is state like a raw BEGIN's.
+                # Once the connection is lost the driver knows no longer.
+                session.sticky = True
             self._at_safe_point(session, kind, now)
         session = self._session
         assert session is not None
@@ -583,9 +679,15 @@ class SafePointsMixin(LoadBalancedMixin):
         now = session.clock()
         session = self._before_statement(cursor, kind, now, sql, None)
         session.used = now
-        session.wrote = session.results = True
         session.lost_results = 0
+        self._unseen()
+
+    def _unseen(self) -> None:
+        """Take note of what may be sent and will not be seen: it counts as a write."""
         self._transaction.statement_sent()
+        session = self._session
+        if session is not None:
+            session.wrote = session.results = True
 
     def _bind(self, cursor: Any) -> Session:
         """Give ``cursor`` a driver's cursor on the present connection; return its session.
@@ -643,6 +745,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _before_first(self, session: Session, kind: int, now: float) -> None:
         """Inside a block: only before its first statement can anything be mended."""
+        self._notice_unseen(session)
         if not self._may_restart(session) or kind & (SCOPED | STATE):
             return
         if session.dead or (now - session.used > session.idle and self._is_lost(session)):
@@ -717,6 +820,8 @@ class SafePointsMixin(LoadBalancedMixin):
             # As Django does before it connects anew. It closes nothing here, but an engine
             # may keep what it has set in the session, and forgets it in close().
             self.close()
+            # connect() switches autocommit on, and Django runs hooks there.
+            self.run_commit_hooks_on_set_autocommit_on = False
             with self.wrap_database_errors:
                 self._connect(trials)
             for name in _OF_THE_TRANSACTION:
@@ -788,9 +893,10 @@ class SafePointsMixin(LoadBalancedMixin):
     def _begin_anew(self) -> None:
         super()._set_autocommit(False)  # type: ignore[misc]
         self.autocommit = False
-        for sid in self.savepoint_ids:
-            if sid is not None:
-                super()._savepoint(sid)  # type: ignore[misc]
+        for sid in self._transaction.savepoints:
+            super()._savepoint(sid)  # type: ignore[misc]
+        assert self._session is not None
+        self._mark(self._session)
 
     def _quietly(self, work: Callable[..., Any], *args: Any) -> Any:
         """Run statements of our own or of Django's, which mean nothing to the session."""
@@ -950,6 +1056,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 or session.server_side
                 or self._thread_sharing_count > 0  # type: ignore[attr-defined]
                 or self._driver.is_busy(session.connection)
+                or (self.autocommit and not self._driver.is_at_rest(session.connection))
             ),
             sendable=are_small(params) and self._are_values(session, params),
             may_be_stale=session.wrote and not config.synchronous_peers,
@@ -1032,50 +1139,59 @@ class SafePointsMixin(LoadBalancedMixin):
             self._change_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
         except BaseException as exc:
             if self.autocommit is not autocommit and not isinstance(exc, Error):
-                # Ctrl-C, or a task's time-out: what the server has done of it
+                # Ctrl-C, or a task's time limit: what the server has done of it
                 # is not known, and what follows must not depend on it.
-                self._abandon()
+                session = self._session
+                if session is not None and session.connection is self.connection:
+                    self._abandon(session, exc)
+                    self._leave(hooks=0)
             raise
 
-    def _abandon(self) -> None:
-        """Never use the connection again."""
-        session = self._session
-        if session is not None and session.connection is self.connection:
-            session.dead = session.told = True
-            session.poll = None
-            self.autocommit = True
-            self._transaction = NO_TRANSACTION
-
     def _change_autocommit(self, autocommit: bool, begins: bool) -> None:
-        if not autocommit:
-            super().set_autocommit(autocommit, begins)
-            if self._transaction is NO_TRANSACTION:
-                self._transaction = Transaction(by_hand=not begins)
-            session = self._session
-            if session is not None:
-                session.used = session.clock()
-                if not begins:
-                    # Made by hand: where it ends, and what is in it, is not ours to know.
-                    session.sticky = True
-        else:
-            transaction = self._transaction
-            session = self._session
-            usable = self.connection is not None and not (
-                session is not None and session.connection is self.connection and session.dead
-            )
-            if usable or not transaction.is_of_atomic:
-                super().set_autocommit(autocommit, begins)
-                return
-            # Leaving a block with nothing to leave it on. Django would connect
-            # anew, only to raise another error than the one that ended it.
-            self.autocommit = True
-            self._transaction = NO_TRANSACTION
-            self._run_hooks_of_the_commit()
-
-    def _run_hooks_of_the_commit(self) -> None:
-        if self.run_commit_hooks_on_set_autocommit_on:
-            self.run_and_clear_commit_hooks()
+        if autocommit:
+            self._switch_on(begins)
+            return
+        if self.autocommit:
+            # A hook that raised leaves the mark behind by which the next connect() runs hooks.
+            self.run_on_commit = []
             self.run_commit_hooks_on_set_autocommit_on = False
+        super().set_autocommit(autocommit, begins)
+        if self._transaction is NO_TRANSACTION:
+            self._open(Transaction(by_hand=not begins))
+
+    def _open(self, transaction: Transaction) -> None:
+        """Put a transaction's record in place, in which nothing was sent yet."""
+        self._transaction = transaction
+        session = self._current()
+        if session is not None:
+            session.used = session.clock()
+            if not session.dead:
+                self._mark(session)
+
+    def _switch_on(self, begins: bool) -> None:
+        transaction, session = self._transaction, self._session
+        is_dead = self.connection is None or (
+            session is not None and session.connection is self.connection and session.dead
+        )
+        if is_dead and (transaction.is_of_atomic or transaction.stage is Stage.BEGUN):
+            # Leaving a transaction with nothing to leave it on. Django would connect
+            # anew, only to raise another error than the one that ended it.
+            is_committed = transaction.stage is Stage.COMMITTED or transaction.by_hand
+            self._leave(hooks=len(self.run_on_commit) if is_committed else 0)
+            if self.run_commit_hooks_on_set_autocommit_on:
+                self.run_and_clear_commit_hooks()
+                self.run_commit_hooks_on_set_autocommit_on = False
+            return
+        super().set_autocommit(True, begins)
+
+    def _leave(self, hooks: int) -> None:
+        """Be in autocommit again, without the server's doing.
+
+        :param hooks: how many of the on_commit hooks were earned by a COMMIT.
+        """
+        self.autocommit = True
+        self._transaction = NO_TRANSACTION
+        self.run_on_commit = self.run_on_commit[:hooks]
 
     def _set_autocommit(self, autocommit: bool) -> None:
         session = self._current()
@@ -1112,35 +1228,94 @@ class SafePointsMixin(LoadBalancedMixin):
             raise
 
     def _end(self, session: Session) -> None:
+        switch_on = functools.partial(super()._set_autocommit, True)  # type: ignore[misc]
+        transaction, told = self._transaction, session.told
+        self._notice_unseen(session)
         try:
-            super()._set_autocommit(True)  # type: ignore[misc]
+            if transaction.by_hand and transaction.stage is Stage.ACTIVE and self.vendor == "mysql":
+                # What is open is committed by it.
+                self._sent(switch_on)
+            else:
+                switch_on()
         except Error:
             # After COMMIT or ROLLBACK was answered nothing hangs on it.
-            if not (self._transaction.has_ended and (session.dead or session.dropped)):
+            ends_nothing = (
+                transaction.has_ended
+                if not transaction.by_hand
+                else (transaction.stage is Stage.BEGUN)
+            )
+            if not (ends_nothing and (session.dead or session.dropped)):
+                if session.dead or transaction.has_ended:
+                    self._ended_by_hand()
                 raise
             if not session.dead:
                 # It lives, without autocommit: nothing more must be written there.
-                if session.sticky or session.held:
-                    raise
-                session.dead = session.told = True
+                close_for_good(session.connection)
+                session.dead = True
                 session.poll = None
+            self._passed_over(session, told)
+        if transaction.by_hand and self.run_on_commit:
+            # Django has seen no commit().
+            self.run_commit_hooks_on_set_autocommit_on = True
+
+    def _passed_over(self, session: Session, told: bool) -> None:
+        """An error that the application is not raised has told it nothing: what else the
+        connection held is announced by the next statement's."""
+        session.told = told or not (session.sticky or session.held)
 
     def _commit(self) -> Any:
         session = self._current()
+        commit = super()._commit  # type: ignore[misc]
         if session is None:
             # A driver we do not look after; for retrying_atomic a COMMIT it is.
-            return self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
-        if not session.dead and self._is_lost(session):
-            if self._transaction.is_pending:
-                # Nothing happened in this transaction: nothing is lost with it.
-                # As after any COMMIT that was answered, its hooks run, and nothing again.
-                self._transaction.committed()
-                return None
-            assert session.loss is not None
-            session.told = True
-            with self.wrap_database_errors:
-                raise session.loss
-        return self._sent(lambda: super(SafePointsMixin, self)._commit())  # type: ignore[misc]
+            return self._sent(commit)
+        if self._transaction is NO_TRANSACTION:
+            return self._end_of_nothing(session, self._sent, commit)
+        self._notice_unseen(session)
+        nothing_sent = self._transaction.stage is Stage.BEGUN
+        told = session.told
+        try:
+            # Nothing happened in this transaction: nothing is lost with it. As after
+            # any COMMIT that was answered its hooks run, and nothing again.
+            result = None
+            if not (self._is_lost(session) and nothing_sent):
+                if session.dead and session.loss is not None and not session.told:
+                    with self.wrap_database_errors:
+                        raise session.loss
+                result = self._sent(commit)
+        except Error:
+            if not (nothing_sent and session.dead):
+                if session.dead or self._transaction.has_ended:
+                    self._ended_by_hand()
+                raise
+            result = None
+            self._passed_over(session, told)
+        self._transaction.committed()
+        self._ended_by_hand()
+        return result
+
+    def _end_of_nothing(
+        self, session: Session, send: Callable[..., Any], end: Callable[[], Any]
+    ) -> Any:
+        """COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
+        self._at_safe_point(session, 0, session.clock())
+        session = self._session or session
+        is_safe, told = self._is_safe(session), session.told
+        try:
+            return send(end)
+        except Error:
+            if not (is_safe and session.dead):
+                raise
+            self._passed_over(session, told)
+            return None
+
+    def _ended_by_hand(self) -> None:
+        """After COMMIT or ROLLBACK by hand the next transaction begins by itself."""
+        transaction = self._transaction
+        if transaction.by_hand and not self.in_atomic_block:
+            if transaction.stage is not Stage.COMMITTED:
+                self.run_on_commit = self.run_on_commit[: transaction.hooks]
+            self._open(Transaction(by_hand=True, hooks=len(self.run_on_commit)))
 
     def _sent(self, commit: Callable[[], Any]) -> Any:
         """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated."""
@@ -1209,40 +1384,94 @@ class SafePointsMixin(LoadBalancedMixin):
         return session is not None and _is_end(cause) and not session.timed_out
 
     def _rollback(self) -> Any:
-        result = super()._rollback()  # type: ignore[misc]
+        session = self._current()
+        rollback = super()._rollback  # type: ignore[misc]
+        if session is None:
+            result = rollback()
+        elif self._transaction is NO_TRANSACTION:
+            result = self._end_of_nothing(session, lambda end: end(), rollback)
+        elif self._transaction.by_hand:
+            try:
+                result = rollback()
+            except Error:
+                if session.dead:
+                    self._ended_by_hand()
+                raise
+            # As Django does next.
+            self.run_on_commit = []
+        else:
+            result = self._lost_is_rolled_back(session, rollback)
         self._note_end_of_transaction()
         self._transaction.rolled_back()
+        self._ended_by_hand()
         return result
 
+    def _lost_is_rolled_back(self, session: Session, rollback: Callable[[], Any]) -> Any:
+        """Run a ROLLBACK, TO SAVEPOINT too. A connection that is lost has done it by that.
+
+        Were it an error, Django would give the whole block up without one: a
+        failed ROLLBACK TO is an outer block that ends well, and nothing stands.
+        """
+        told = session.told
+        if session.dead:
+            return None
+        try:
+            return rollback()
+        except Error:
+            session = self._session or session
+            if not session.dead:
+                raise
+            self._passed_over(session, told)
+            return None
+
     def _savepoint(self, sid: str) -> None:
+        self._transaction.savepoint_made(sid)
         self._of_django(super()._savepoint, sid)  # type: ignore[misc]
 
     def _savepoint_rollback(self, sid: str) -> None:
-        self._of_django(super()._savepoint_rollback, sid)  # type: ignore[misc]
+        transaction, session = self._transaction, self._current()
+        transaction.savepoint_restored(sid)
+        restore = functools.partial(self._of_django, super()._savepoint_rollback, sid)  # type: ignore[misc]
+        if session is None:
+            restore()
+            return
+        self._lost_is_rolled_back(session, restore)
+        session = self._session
+        if session is not None and session.dead:
+            transaction.savepoint_gone(sid)
 
     def _savepoint_commit(self, sid: str) -> None:
+        if sid in self._transaction.undone:
+            # Django releases what it has rolled back to, and it is gone with the connection.
+            return
+        self._transaction.savepoint_released(sid)
         self._of_django(super()._savepoint_commit, sid)  # type: ignore[misc]
 
     def _of_django(self, method: Callable[[str], object], sid: str) -> None:
-        """Run SAVEPOINT and the like: made again with the transaction, they use up no first."""
+        """Run SAVEPOINT and the like: made again with the transaction, they use up no first.
+
+        The record says which there are to be afterwards: where the transaction
+        is begun anew, they are made by that.
+        """
         session = self._current()
         if session is None or not self._transaction.is_pending:
             method(sid)
             return
         try:
             self._before_first(session, READ, session.clock())
-            self._of_ours = True
-            self._quietly_heard(method, sid)
+            if self._session is session:
+                self._of_ours = True
+                self._quietly_heard(session, method, sid)
         finally:
             self._of_ours = False
 
-    def _quietly_heard(self, method: Callable[[str], object], sid: str) -> None:
+    def _quietly_heard(self, session: Session, method: Callable[[str], object], sid: str) -> None:
         transaction = self._transaction
+        is_pending = transaction.is_pending
         try:
             method(sid)
         except Error:
-            session = self._session
-            if session is None or not session.dead:
+            if not (is_pending and session.dead):
                 raise
             # The statement's own handling took it for the application's first.
             session.told = False
@@ -1254,8 +1483,10 @@ class SafePointsMixin(LoadBalancedMixin):
                 session.told = True
                 transaction.statement_sent()
                 raise
-            method(sid)
-        transaction.only_savepoints_sent()
+            return
+        if is_pending:
+            transaction.only_savepoints_sent()
+            self._mark(session)
 
     # Forked
 
@@ -1391,8 +1622,14 @@ class SafePointsMixin(LoadBalancedMixin):
             if session.dead and is_pooled(self.connection):
                 # The driver need not know of it: nobody is to have it out of the pool.
                 close_for_good(self.connection)
+            was_dead = session.dead
             session.dead = session.told = True
             session.poll = None
+            if was_dead:
+                # It may be closed already, which mysqlclient and PyMySQL complain of.
+                with contextlib.suppress(Error):
+                    return super()._close()
+                return None
         return super()._close()
 
     # Django's own session state

@@ -43,6 +43,7 @@ class Session:
         "sending",
         "served",
         "server_side",
+        "status",
         "timed_out",
         "told",
         "unbuffered",
@@ -61,6 +62,7 @@ class Session:
         poll: Callable[[int], object] | None,
         read_timeout: float,
         unbuffered: bool,
+        status: Callable[[], object] | None = None,
     ) -> None:
         self.connection = connection
         self.peer = peer
@@ -77,6 +79,8 @@ class Session:
         self.read_timeout = read_timeout
         #: Rows may lie on the wire between two statements.
         self.unbuffered = unbuffered
+        #: Asks the driver whether a transaction is open, where it knows only before a loss.
+        self.status = status
         idle = balancer.config.idle_check
         #: Seconds of idleness after which a read, too, looks first.
         self.idle = math.inf if idle is None else idle

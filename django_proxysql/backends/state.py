@@ -1,8 +1,9 @@
 """Where a transaction stands: one small record, made when it begins and replaced as a whole.
 
 Nothing of a transaction is kept anywhere else, so that nothing of it outlives it.
-The engine makes a record when autocommit is switched off, and puts
-:data:`NO_TRANSACTION` in its place when autocommit is on again.
+The engine makes a record when autocommit is switched off, another after each
+COMMIT and ROLLBACK by hand, and puts :data:`NO_TRANSACTION` in its place when
+autocommit is on again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Stage(enum.Enum):
     COMMITTING = "committing"
     #: COMMIT was answered: it stands.
     COMMITTED = "committed"
-    #: ROLLBACK was answered: it does not stand.
+    #: ROLLBACK was answered, or the connection ended before COMMIT: it does not stand.
     ROLLED_BACK = "rolled back"
     #: COMMIT was answered with a conflict: it does not stand, and may be run once more.
     CONFLICT = "conflict"
@@ -36,20 +37,37 @@ class Stage(enum.Enum):
 #: For whoever asks at each statement.
 BEGUN = Stage.BEGUN
 
+_ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN})
+_MAY_STAND = frozenset({Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN})
+
 
 class Transaction:
     """One transaction, from its beginning to the answer that ends it.
 
     Each method is one transition. A record that has ended stays as it is, for
     :func:`~django_proxysql.retrying_atomic`, which asks afterwards.
+
+    :param by_hand: ``set_autocommit(False)`` began it, or AUTOCOMMIT in the
+        settings, not an atomic block.
+    :param hooks: how many of the wrapper's on_commit hooks belong to earlier
+        transactions by hand, whose COMMIT was answered.
     """
 
-    __slots__ = ("by_hand", "stage")
+    __slots__ = ("by_hand", "hooks", "mark", "savepoints", "stage", "undone")
 
-    def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN) -> None:
-        #: Begun by ``set_autocommit(False)``, not by an atomic block.
+    def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN, hooks: int = 0) -> None:
         self.by_hand = by_hand
         self.stage = stage
+        self.hooks = hooks
+        #: What the socket had sent when the transaction was last known to hold nothing;
+        #: None where the driver knows that by itself, or nobody can.
+        self.mark: object = None
+        #: Django's SAVEPOINTs in it, while it holds nothing else: made again with it.
+        self.savepoints: list[str] = []
+        #: SAVEPOINTs that went with the connection when Django rolled back to them.
+        self.undone: set[str] = set()
+
+    # Statements
 
     def statement_sent(self) -> None:
         """A statement was sent, or something that may have been one."""
@@ -60,6 +78,29 @@ class Transaction:
         """What was sent last was a SAVEPOINT of Django's own, which can be made again."""
         if self.stage is Stage.ACTIVE:
             self.stage = Stage.BEGUN
+
+    def savepoint_made(self, sid: str) -> None:
+        """Django is about to make a SAVEPOINT."""
+        self.undone.discard(sid)
+        if self.stage is Stage.BEGUN:
+            self.savepoints.append(sid)
+
+    def savepoint_released(self, sid: str) -> None:
+        """Django is about to release a SAVEPOINT, and those made after it."""
+        if sid in self.savepoints:
+            del self.savepoints[self.savepoints.index(sid) :]
+
+    def savepoint_restored(self, sid: str) -> None:
+        """Django is about to roll back to a SAVEPOINT, which ends those made after it."""
+        if sid in self.savepoints:
+            del self.savepoints[self.savepoints.index(sid) + 1 :]
+
+    def savepoint_gone(self, sid: str) -> None:
+        """Django has rolled back to a SAVEPOINT on a connection that is lost."""
+        if self.stage is not Stage.NONE:
+            self.undone.add(sid)
+
+    # Its end
 
     def commit_sent(self) -> None:
         """COMMIT is about to be sent: from here on it may stand."""
@@ -90,6 +131,8 @@ class Transaction:
         if self.stage is not Stage.NONE:
             self.stage = stage
 
+    # Asked
+
     @property
     def is_of_atomic(self) -> bool:
         """Whether an atomic block began it, and it has not been left yet."""
@@ -110,9 +153,6 @@ class Transaction:
         """Whether COMMIT was sent, and not answered with a refusal."""
         return self.stage in _MAY_STAND
 
-
-_ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN})
-_MAY_STAND = frozenset({Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN})
 
 #: What is in a record's place while there is no transaction. It never changes.
 NO_TRANSACTION = Transaction(by_hand=False, stage=Stage.NONE)

@@ -12,7 +12,7 @@ import errno
 import functools
 import socket
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from ..exceptions import NotReady, PoolBusy
@@ -105,6 +105,24 @@ class Driver(Protocol):
 
     def is_usual(self, connection: Any, cls: type) -> bool:
         """Return whether values of type ``cls`` become SQL in the driver's own way or Django's."""
+
+    def status(self, connection: Any) -> Callable[[], object] | None:
+        """Return what tells, without a round trip, whether a transaction is open; None where
+        the driver still knows that after the loss of the connection, or never does."""
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        """Return whether something was sent in an open transaction, as of the last answer; None:
+        the driver does not know."""
+
+    def is_at_rest(self, connection: Any) -> bool:
+        """Return whether, as far as the driver knows, autocommit is on and no transaction open."""
+
+    def sent(self, connection: Any) -> object:
+        """Return a value that changes with whatever is sent over the connection; None: unknown."""
+
+    def is_in_step(self, connection: Any, exc: BaseException) -> bool:
+        """Return whether no answer is outstanding after ``exc``, which is no error of the
+        driver's, came out of one of its methods."""
 
 
 _BY_MODULE: dict[str, Driver] = {

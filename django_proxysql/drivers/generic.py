@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..faults import Fault
@@ -104,6 +105,31 @@ def ends_its_cursors(connection: Any) -> bool:
 def is_unbuffered(params: Any) -> bool:
     """Return False."""
     return False
+
+
+def status(connection: Any) -> Callable[[], object] | None:
+    """Return None: nothing is assumed."""
+    return None
+
+
+def in_transaction(connection: Any) -> bool | None:
+    """Return None: nothing is assumed."""
+    return None
+
+
+def is_at_rest(connection: Any) -> bool:
+    """Return True: nothing is assumed."""
+    return True
+
+
+def sent(connection: Any) -> object:
+    """Return None: there is no socket that we know of."""
+    return None
+
+
+def is_in_step(connection: Any, exc: BaseException) -> bool:
+    """Return True: nothing is assumed."""
+    return True
 
 
 def is_closed(connection: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from .. import sockets
@@ -154,8 +155,8 @@ def trial_options(params: Any, seconds: float) -> dict[str, Any]:
 
 
 def is_closed(connection: Any) -> bool:
-    """Return False: neither driver says so of itself."""
-    return False
+    """Return whether the connection was closed on this side: that is all that the drivers know."""
+    return getattr(connection, "open", True) in (False, 0)
 
 
 def is_option_error(exc: BaseException) -> bool:
@@ -277,6 +278,75 @@ def is_usual(connection: Any, cls: type) -> bool:
 def _root_of(function: Any) -> str:
     owner = getattr(function, "__module__", None) or type(function.__self__).__module__
     return str(owner).partition(".")[0]
+
+
+def status(connection: Any) -> Callable[[], object] | None:
+    """Return None: what the server said last is still known when the connection is lost."""
+    return None
+
+
+#: The protocol's SERVER_STATUS_IN_TRANS.
+_IN_TRANSACTION = 1
+
+
+def in_transaction(connection: Any) -> bool | None:
+    """Return True if the server's last answer says that a transaction is open, else None.
+
+    PyMySQL keeps the answer's status flags; they do not tell of reads.
+    mysqlclient tells of them nothing but whether autocommit is on.
+    """
+    flags = getattr(connection, "server_status", None)
+    return True if type(flags) is int and flags & _IN_TRANSACTION else None
+
+
+def is_at_rest(connection: Any) -> bool:
+    """Return whether the server's last answer says that autocommit is on and, with PyMySQL, that
+    no transaction is open."""
+    autocommit = getattr(connection, "get_autocommit", None)
+    try:
+        if callable(autocommit) and autocommit() in (False, 0):
+            return False
+    except Exception:  # noqa: S110 - mysqlclient's, of a connection that was closed
+        pass
+    return not in_transaction(connection)
+
+
+def sent(connection: Any) -> object:
+    """Return what the kernel knows to have been sent over the connection's socket."""
+    number = fileno(connection)
+    if number is None:
+        # PyMySQL has no public name for it. Without one nothing is known, and nothing done.
+        number = sockets.descriptor(_fileno_of(getattr(connection, "_sock", None)))
+    return sockets.sent(number)
+
+
+def _fileno_of(sock: Any) -> object:
+    number = getattr(sock, "fileno", None)
+    return number() if callable(number) else None
+
+
+#: The drivers' own methods in which an answer may be outstanding.
+_IN_FLIGHT = frozenset(
+    "_query query nextset _nextset _discard _do_get_result commit rollback autocommit "
+    "_send_autocommit_mode _execute_command next_result ping select_db".split()
+)
+
+
+def is_in_step(connection: Any, exc: BaseException) -> bool:
+    """Return whether no answer is outstanding after ``exc`` came out of a driver's method.
+
+    Neither driver knows. Where it was raised tells: before the statement was
+    sent, or after its result was read.
+    """
+    traceback = exc.__traceback__
+    in_flight = False
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_globals.get("__name__", "").startswith(("MySQLdb.", "pymysql.")):
+            name = frame.f_code.co_name
+            in_flight = name in _IN_FLIGHT or (in_flight and name != "_post_get_result")
+        traceback = traceback.tb_next
+    return not in_flight
 
 
 def _is_connector_c() -> bool:

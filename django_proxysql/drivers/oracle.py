@@ -11,9 +11,12 @@ from .generic import (
     SPLITS,
     ends_its_cursors,
     fileno,
+    in_transaction,
     is_answer,
+    is_at_rest,
     is_busy,
     is_closed,
+    is_in_step,
     is_killed_connection,
     is_option_error,
     is_read_only_refusal,
@@ -24,7 +27,9 @@ from .generic import (
     ping,
     proves_not_run,
     question_of,
+    sent,
     socket_options,
+    status,
 )
 
 __all__ = [
@@ -36,9 +41,12 @@ __all__ = [
     "ends_its_cursors",
     "fault",
     "fileno",
+    "in_transaction",
     "is_answer",
+    "is_at_rest",
     "is_busy",
     "is_closed",
+    "is_in_step",
     "is_killed_connection",
     "is_option_error",
     "is_read_only_refusal",
@@ -49,7 +57,9 @@ __all__ = [
     "ping",
     "proves_not_run",
     "question_of",
+    "sent",
     "socket_options",
+    "status",
     "trial_options",
 ]
 

@@ -5,9 +5,11 @@ The classes are those of PostgreSQL's Appendix A; libpq's own errors carry none.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .. import sockets
@@ -375,3 +377,50 @@ def is_usual(connection: Any, cls: type) -> bool:
 
 
 _OWN = frozenset({"psycopg", "psycopg_c", "psycopg_binary", "psycopg2", "django"})
+
+
+def status(connection: Any) -> Callable[[], object] | None:
+    """Return what asks libpq for PQtransactionStatus, of which 0 is idle.
+
+    Once a connection is lost libpq knows no longer. No Python function is
+    called: each statement asks.
+    """
+    pgconn = getattr(connection, "pgconn", None)
+    if pgconn is not None:
+        return functools.partial(getattr, pgconn, "transaction_status")
+    ask: Callable[[], object] | None = getattr(connection, "get_transaction_status", None)
+    return ask
+
+
+#: libpq's PQTRANS_ACTIVE, PQTRANS_INTRANS and PQTRANS_INERROR.
+_ACTIVE, _OPEN = 1, (1, 2, 3)
+
+
+def in_transaction(connection: Any) -> bool | None:
+    """Return whether a transaction is open; None where libpq does not know (any more)."""
+    ask = status(connection)
+    known = None if ask is None else _number(ask())
+    if known in _OPEN:
+        return True
+    return False if known == 0 else None
+
+
+def _number(known: Any) -> int | None:
+    """Return libpq's number: psycopg has an enumeration of them, a mock none."""
+    return int(known) if isinstance(known, int) else None
+
+
+def is_at_rest(connection: Any) -> bool:
+    """Return whether autocommit is on and no transaction open, as far as libpq knows."""
+    return not in_transaction(connection) and getattr(connection, "autocommit", True) is not False
+
+
+def sent(connection: Any) -> object:
+    """Return what the kernel knows to have been sent over the connection's socket."""
+    return None if is_closed(connection) else sockets.sent(fileno(connection))
+
+
+def is_in_step(connection: Any, exc: BaseException) -> bool:
+    """Return whether libpq waits for no answer."""
+    ask = status(connection)
+    return ask is None or _number(ask()) != _ACTIVE

@@ -12,9 +12,12 @@ from .generic import (
     code_of,
     ends_its_cursors,
     fileno,
+    in_transaction,
     is_answer,
+    is_at_rest,
     is_busy,
     is_closed,
+    is_in_step,
     is_killed_connection,
     is_option_error,
     is_read_only_refusal,
@@ -25,7 +28,9 @@ from .generic import (
     ping,
     proves_not_run,
     question_of,
+    sent,
     socket_options,
+    status,
 )
 
 __all__ = [
@@ -37,9 +42,12 @@ __all__ = [
     "ends_its_cursors",
     "fault",
     "fileno",
+    "in_transaction",
     "is_answer",
+    "is_at_rest",
     "is_busy",
     "is_closed",
+    "is_in_step",
     "is_killed_connection",
     "is_option_error",
     "is_read_only_refusal",
@@ -50,7 +58,9 @@ __all__ = [
     "ping",
     "proves_not_run",
     "question_of",
+    "sent",
     "socket_options",
+    "status",
     "trial_options",
 ]
 
