@@ -1178,6 +1178,9 @@ class SafePointsMixin(LoadBalancedMixin):
             # anew, only to raise another error than the one that ended it.
             is_committed = transaction.stage is Stage.COMMITTED or transaction.by_hand
             self._leave(hooks=len(self.run_on_commit) if is_committed else 0)
+            if not is_committed and (session is None or session.told or not session.holds):
+                # As Django does where ROLLBACK fails.
+                self.close()
             if self.run_commit_hooks_on_set_autocommit_on:
                 self.run_and_clear_commit_hooks()
                 self.run_commit_hooks_on_set_autocommit_on = False
