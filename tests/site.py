@@ -80,7 +80,8 @@ class Site:
 
     def settle(self) -> None:
         """Return when the server is done with connections that are gone."""
-        mine = 1 if self.connection.connection is not None else 0
+        # A dead connection stays in place until the next safe point: its session is gone, or going.
+        mine = 1 if self.connection.connection is not None and not self.session.dead else 0
         deadline = time.monotonic() + 10
         while self.sessions() > mine and time.monotonic() < deadline:
             time.sleep(0.005)
