@@ -105,7 +105,15 @@ _BALANCER_KEYS = (
     "STRATEGY",
 )
 #: Packages whose backends take connections out of a pool that they keep by alias.
-_POOLS_BY_ALIAS = frozenset({"dj_db_conn_pool", "django_db_geventpool", "django_mongodb_backend"})
+#: (Known before they connect. Of others it is found out where they do: backends.origins.)
+_POOLS_BY_ALIAS = frozenset(
+    {
+        "dj_db_conn_pool",
+        "django_db_geventpool",
+        "django_mongodb_backend",
+        "django_mysql_geventpool",
+    }
+)
 _DJANGO_KEYS = (
     "ATOMIC_REQUESTS",
     "AUTOCOMMIT",

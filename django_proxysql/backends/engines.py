@@ -24,6 +24,7 @@ from ..conf import ALIAS_KEY, engine_path, is_balancer, load_wrapper, peer_engin
 from ..exceptions import ConfigError
 from ..registry import balancers
 from .mixin import LoadBalancedMixin
+from .origins import OriginsMixin, is_of_another_package
 from .pools import PooledMixin, has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
 from .types_of_peers import (
@@ -177,6 +178,8 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
         bases: list[Any] = [base, wrapper]
         # What an engine keeps by alias is kept apart where there is a peer to do it by.
         if issubclass(base, LoadBalancedMixin):
+            if is_of_another_package(wrapper) and wrapper is not _Unknown:
+                bases.insert(1, OriginsMixin)
             if has_geometries(wrapper):
                 bases.insert(1, GeometriesOfPeersMixin)
             if has_types(wrapper):

@@ -94,6 +94,9 @@ class Driver(Protocol):
     def is_busy(self, connection: Any) -> bool:
         """Return whether statements have been sent whose results nobody has asked for yet."""
 
+    def leads_to(self, connection: Any) -> tuple[str, str] | None:
+        """Return the host and port that a connection was opened to, where it knows them."""
+
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
         """Return the names of the socket's options that the driver's own arguments set."""
 

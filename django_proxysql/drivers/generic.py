@@ -92,6 +92,11 @@ def is_busy(connection: Any) -> bool:
     return False
 
 
+def leads_to(connection: Any) -> tuple[str, str] | None:
+    """Return None: nothing is assumed."""
+    return None
+
+
 def socket_options(connection: Any, params: Any) -> frozenset[str]:
     """Return none: there is no argument that sets one."""
     return frozenset()

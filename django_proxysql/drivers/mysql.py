@@ -250,6 +250,18 @@ def is_busy(connection: Any) -> bool:
     return False
 
 
+def leads_to(connection: Any) -> tuple[str, str] | None:
+    """Return the host and port that a connection was opened to; None for a unix socket."""
+    host = getattr(connection, "host", None)
+    if host is None:
+        # mysqlclient: "db1 via TCP/IP". PyMySQL has the host.
+        host, way, _ = str(connection.get_host_info()).partition(" via TCP/IP")
+        host = host if way else None
+    elif getattr(connection, "unix_socket", None):
+        return None
+    return (host, str(connection.port)) if isinstance(host, str) else None
+
+
 def socket_options(connection: Any, params: Any) -> frozenset[str]:
     """Return none: there is no argument that sets one."""
     return frozenset()

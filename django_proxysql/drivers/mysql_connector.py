@@ -57,6 +57,7 @@ __all__ = [
     "is_read_only_refusal",
     "is_unbuffered",
     "is_usual",
+    "leads_to",
     "leave",
     "outcome_is_unknown",
     "ping",
@@ -93,3 +94,11 @@ def connect_options(params: Any, seconds: float) -> dict[str, Any]:
     if any(name in params for name in _TIMEOUTS):
         return {}
     return {"connection_timeout": max(1, math.ceil(seconds))}
+
+
+def leads_to(connection: Any) -> tuple[str, str] | None:
+    """Return the host and port that a connection was opened to; None for a unix socket."""
+    if getattr(connection, "unix_socket", None):
+        return None
+    host = getattr(connection, "server_host", None)
+    return (host, str(connection.server_port)) if isinstance(host, str) and host else None

@@ -277,6 +277,12 @@ def fileno(connection: Any) -> int | None:
     return sockets.descriptor(connection.fileno())
 
 
+def leads_to(connection: Any) -> tuple[str, str] | None:
+    """Return the host and port that a connection was opened to."""
+    host, port = connection.info.host, connection.info.port
+    return (host, str(port)) if isinstance(host, str) and host else None
+
+
 #: libpq's parameters, and the socket's options that they set.
 _SOCKET_OPTIONS = {
     "keepalives": ("SO_KEEPALIVE",),
