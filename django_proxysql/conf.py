@@ -694,36 +694,56 @@ class _Reader:
                     "The driver would take it for a list of its own and go round the circuits: "
                     "make each host a peer.",
                 )
-        given = options.get("connect_timeout")
-        if given is not None and self._whole_seconds:
+        for key in ("connect_timeout", "connection_timeout"):
+            given = options.get(key)
+            bound = self._driver.connect_options
+            if given is None or not bound({}, 1) or bound({key: given}, 1):
+                # Not given, or none of this driver's.
+                continue
             # libpq takes digits, as from an environment variable.
-            if isinstance(given, str) and given.isdigit() and "postg" in self.engine:
+            if isinstance(given, str) and given.isdigit() and self._is_postgresql:
                 given = int(given)
             if isinstance(given, bool) or not isinstance(given, int) or given < 1:
                 yield self._problem(
                     "E010",
                     "OPTIONS",
-                    f"OPTIONS['connect_timeout'] of peer {name} is {given!r}.",
+                    f"OPTIONS[{key!r}] of peer {name} is {given!r}.",
                     "The driver takes whole seconds, at least 1.",
                 )
 
+    @functools.cached_property
+    def _driver(self) -> drivers.Driver:
+        """The driver of the peers' engine; a guess by its name if it cannot be loaded."""
+        try:
+            return drivers.driver_of_engine(load_wrapper(self.engine))
+        except ConfigError:
+            named = {"mysql": drivers.mysql, "postg": drivers.postgresql}
+            known = (driver for name, driver in named.items() if name in self.engine)
+            return next(known, drivers.generic)
+
     @property
-    def _whole_seconds(self) -> bool:
-        return "mysql" in self.engine or "postg" in self.engine
+    def _default_port(self) -> str:
+        if self._is_postgresql:
+            return "5432"
+        return "3306" if self._driver in (drivers.mysql, drivers.mysql_connector) else ""
+
+    @property
+    def _is_postgresql(self) -> bool:
+        return self._driver is drivers.postgresql
 
     def _timeouts(self) -> Iterator[Problem]:
         named = self._named()
         own = [merged_settings(entry, self.entry, self.entry)["OPTIONS"] for _name, entry in named]
-        if not self._whole_seconds or (own and all("connect_timeout" in given for given in own)):
+        driver = self._driver
+        if not any(driver.connect_options(given, 1) for given in own or [{}]):
             return
-        driver = drivers.driver_of("psycopg" if "postg" in self.engine else "MySQLdb")
         for setting in ("CONNECT_TIMEOUT", "TRIAL_TIMEOUT"):
             seconds = self.entry.get(setting)
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
                 continue
             if not 0 < seconds < math.inf:
                 continue
-            taken = driver.connect_options({}, seconds)["connect_timeout"]
+            (taken,) = driver.connect_options({}, seconds).values()
             if taken != seconds:
                 yield self._problem(
                     "W003",
@@ -738,7 +758,7 @@ class _Reader:
             settings = merged_settings(entry, self.entry, self.entry)
             options = settings["OPTIONS"]
             host = settings.get("HOST") or options.get("host") or options.get("unix_socket")
-            port = settings.get("PORT") or options.get("port") or _default_port(self.engine)
+            port = settings.get("PORT") or options.get("port") or self._default_port
             where = (
                 str(host or "").lower(),
                 str(port),
@@ -820,10 +840,6 @@ def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
         # Nearly always; to ask for a Mapping costs ten times as much.
         return options.copy()
     return dict(options) if isinstance(options, Mapping) else {}
-
-
-def _default_port(engine: str) -> str:
-    return "3306" if "mysql" in engine else "5432" if "postg" in engine else ""
 
 
 def _elsewhere(options: Mapping[str, Any]) -> Iterator[str]:

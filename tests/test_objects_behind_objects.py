@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import unittest
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -22,12 +23,14 @@ import pymysql
 import pymysql.cursors
 import pytest
 from django.db import OperationalError, connections, transaction
+from django.db.utils import load_backend
 from django.test import SimpleTestCase
 
 from django_proxysql import LoadBalancer, drivers, ready
+from django_proxysql.conf import problems
 from django_proxysql.exceptions import NotReady
 from django_proxysql.registry import introduce_peers
-from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer, postgres_peer
+from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, postgres_peer
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
@@ -429,3 +432,27 @@ def test_a_check_of_all_aliases_in_a_test_that_names_one(
         result = unittest.TestResult()
         unittest.TestSuite([OnlyTheBalancer("test_checks")]).run(result)
     assert (result.testsRun, result.failures, result.errors) == (1, [], [])
+
+
+@pytest.mark.parametrize("path", [MYSQL, POSTGRESQL, SQLITE])
+def test_checks_know_an_engine_s_driver_whatever_it_is_called(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time-outs and default ports are the driver's, and not those of the engine's name."""
+    named = "shop.mysql" if path == SQLITE else "shop.databases"
+    module = type(os)(f"{named}.base")
+    real: Any = load_backend(path).DatabaseWrapper
+    module.DatabaseWrapper = type("DatabaseWrapper", (real,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, f"{named}.base", module)
+    port = {MYSQL: 3306, POSTGRESQL: 5432, SQLITE: 3306}[path]
+    entry = {
+        "PEERS": [{"HOST": "db1"}, {"HOST": "db1", "PORT": port}],
+        "PEER_ENGINE": named,
+        "CONNECT_TIMEOUT": 2.5,
+        "OPTIONS": {"connect_timeout": 2.5},
+    }
+    known = {problem.id for problem in problems("balanced", entry, {"balanced": entry})}
+    assert known == (set() if path == SQLITE else {"E010", "W001"})
+    del entry["OPTIONS"]
+    known = {problem.id for problem in problems("balanced", entry, {"balanced": entry})}
+    assert known == (set() if path == SQLITE else {"W001", "W003"})
