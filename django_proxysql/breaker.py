@@ -885,8 +885,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         permit = self.acquire()
         if permit is None:
             circuit = self._circuit
+            under_way = self.trial is not None
             raise CircuitBreakerError(
-                f"The circuit of {self._name or 'this breaker'} is {circuit.state}"
+                f"The circuit of {self._name or 'this breaker'} is "
+                + ("being tried by another caller" if under_way else circuit.state)
                 + (f": {circuit.error}" if circuit.error else "")
             )
         if self._listeners:

@@ -48,11 +48,12 @@ def log_event(event: Event) -> None:
     elif isinstance(event, CircuitOpened):
         refused = event.fault is Fault.REFUSED
         level = logging.ERROR if refused else logging.WARNING
+        said = ("the peer refuses us, " if refused else "") + event.error
         _log(
             # The process that found it out has warned.
             logging.INFO if event.learnt else level,
             event,
-            "%s: circuit of %s (%s) opened%s, %s: %s%s",
+            "%s: circuit of %s (%s) opened%s, %s%s",
             event.balancer,
             event.peer,
             event.address,
@@ -60,8 +61,8 @@ def log_event(event: Event) -> None:
             "no trial while it is drained"
             if event.trial_in is None
             else f"first trial {due_in(event.trial_in)}",
-            "the peer refuses us, " if refused else "",
-            event.error,
+            # Half-opened by hand, it has none.
+            f": {said}" if said else "",
         )
     elif isinstance(event, CircuitClosed):
         _log(

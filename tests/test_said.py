@@ -14,7 +14,7 @@ from django.core.management import call_command
 
 from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.backends.versions import different_versions
-from django_proxysql.breaker import CLOSED
+from django_proxysql.breaker import CLOSED, CircuitBreakerError
 from django_proxysql.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.logs import due_in
 from django_proxysql.monitoring.status import health
@@ -200,8 +200,8 @@ class TestPasswordThatRaises:
         (event,) = world.events
         assert (type(event), event.fault, event.count) == (ConnectFailed, Fault.LOCAL, 0)
         (record,) = caplog.records
-        assert record.levelno == logging.DEBUG
-        assert "connecting to db1 (db1) failed (local): " in record.getMessage()
+        assert record.levelno == logging.ERROR
+        assert "connecting to db1 (db1) failed (settings, or this process)" in record.getMessage()
 
     def test_in_a_trial(self) -> None:
         """A trial that it ends is due again soon; the peer is as it was."""
@@ -302,3 +302,32 @@ class TestNextTrial:
         """A time is said as exactly as it matters."""
         said = {0: "now", 0.01: "now", 0.4: "in 0.4 s", 1: "in 1 s", 27.6: "in 28 s"}
         assert {seconds: due_in(seconds) for seconds in said} == said
+
+    def test_by_hand(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A circuit that somebody opens or half-opens by hand says so, and when its trial is."""
+        caplog.set_level(logging.WARNING, "django_proxysql")
+        world = World("db1", "db2")
+        world.db.peers["db1"].breaker.open()
+        world.db.peers["db2"].breaker.half_open()
+        assert caplog.messages == [
+            "default: circuit of db1 (db1:3306) opened, first trial in 30 s: opened by hand",
+            "default: circuit of db2 (db2:3306) opened, first trial now",
+        ]
+
+
+@pytest.mark.parametrize("state", ["open", "half-open", "suspect"])
+def test_guard_says_what_keeps_it(state: str) -> None:
+    """A guarded call that is not made says why: the circuit is open, or somebody is trying it."""
+    breaker = World("db1").db.peers["db1"].breaker
+    if state == "suspect":
+        breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
+    else:
+        breaker.open()
+    if state != "open":
+        if state == "half-open":
+            breaker.half_open()
+        assert breaker.acquire() is not None
+    error = raised_by(lambda: breaker.call(lambda: None))
+    assert isinstance(error, CircuitBreakerError)
+    why = "open" if state == "open" else "being tried by another caller"
+    assert str(error).startswith(f"The circuit of default/db1 is {why}")
