@@ -323,11 +323,11 @@ def test_guard_says_what_keeps_it(state: str) -> None:
         breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
     else:
         breaker.open()
-    if state != "open":
-        if state == "half-open":
-            breaker.half_open()
-        assert breaker.acquire() is not None
+    if state == "half-open":
+        breaker.half_open()
+    trial = None if state == "open" else breaker.acquire()
     error = raised_by(lambda: breaker.call(lambda: None))
     assert isinstance(error, CircuitBreakerError)
     why = "open" if state == "open" else "being tried by another caller"
     assert str(error).startswith(f"The circuit of default/db1 is {why}")
+    assert (trial is None) is (state == "open")

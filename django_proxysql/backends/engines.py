@@ -79,7 +79,9 @@ def first_class(cls: type) -> type:
     :raises EngineUnknown: there is none, or what its peers' engine is cannot be said.
     """
     try:
-        entries = {a: entry for a, entry in connections.databases.items() if is_balancer(entry)}
+        entries = {
+            a: entry for a, entry in list(connections.databases.items()) if is_balancer(entry)
+        }
     except ImproperlyConfigured as exc:
         raise EngineUnknown(f"The engine of the peers is not known: {exc}") from exc
     if not entries:

@@ -83,7 +83,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
 
     @classmethod
     def _class_for_settings(cls) -> type:
-        for entry in connections.databases.values():
+        for entry in list(connections.databases.values()):
             engine = entry.get("ENGINE")
             if isinstance(engine, PeerEngine):
                 return made_over(load_backend(engine.path).DatabaseWrapper, cls, _namespace)
