@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -126,11 +127,18 @@ _DJANGO_KEYS = (
 )
 
 
+#: The id of what a driver cannot take in one peer's settings.
+_OF_ONE_PEER = "E018"
+
+#: A host, and a port behind one colon; an IPv6 address has more of them, or brackets.
+_HOST_AND_PORT = re.compile(r"(?:[^:\[\]/]+|\[[^\]/]*\]):\d+")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with an entry of DATABASES."""
 
-    #: The system check's id without its prefix; E… stops connections, W… does not.
+    #: The system check's id without its prefix: E… for errors, W… for warnings.
     id: str
     alias: str
     setting: str
@@ -139,8 +147,13 @@ class Problem:
 
     @property
     def is_error(self) -> bool:
-        """Whether no connection can be made with it."""
+        """Whether the checks call it an error."""
         return self.id.startswith("E")
+
+    @property
+    def stops_connections(self) -> bool:
+        """Whether no connection is made with it. One peer's typo does not stop the others."""
+        return self.is_error and self.id != _OF_ONE_PEER
 
     def __str__(self) -> str:
         return f"DATABASES[{self.alias!r}]: {self.message} {self.hint}".rstrip()
@@ -264,7 +277,7 @@ def balancer_config(
         alias, the setting and a remedy.
     """
     for problem in problems(alias, entry, databases):
-        if problem.is_error:
+        if problem.stops_connections:
             raise ImproperlyConfigured(str(problem))
     return _Reader(alias, entry, databases).config()
 
@@ -387,14 +400,28 @@ class _Reader:
             inline = where != self.alias and where not in self.databases
             close = difflib.get_close_matches(
                 key.upper(), sorted(own), n=1, cutoff=0.7 if inline else 0.8
-            )
+            ) or [name for name in sorted(own) if len(name) > 8 and name in key.upper()]
+            at = "" if where == self.alias else f" of peer {where}"
             if close:
-                at = "" if where == self.alias else f" of peer {where}"
                 yield self._problem(
                     "E006",
                     key,
                     f"{key}{at} is not a setting.",
                     f"Did you mean {close[0]}?",
+                )
+            elif key.lower() in ("fail_max", "success_threshold"):
+                yield self._problem(
+                    "E006",
+                    key,
+                    f"{key}{at} is not a setting.",
+                    f'Give BREAKER: {{"{key.lower()}": …}}.',
+                )
+            elif inline and key not in _BALANCER_KEYS:
+                yield self._problem(
+                    "W004",
+                    key,
+                    f"{key}{at} is not a setting, and has no effect.",
+                    "Leave it out.",
                 )
 
     def _misplaced(self) -> Iterator[Problem]:
@@ -442,6 +469,14 @@ class _Reader:
         if entry.get("SHARED_STATE") is not None:
             yield from self._caught("E015", lambda: checked_url(entry["SHARED_STATE"]))
         yield from self._driver_options(self.alias, entry)
+        age = entry.get("CONN_MAX_AGE", 0)
+        if age is not None and not _is_number(age):
+            yield self._problem(
+                "E005",
+                "CONN_MAX_AGE",
+                f"CONN_MAX_AGE is {age!r}, not a number.",
+                "Give seconds, 0 or None.",
+            )
 
     def _numbers(
         self,
@@ -694,6 +729,9 @@ class _Reader:
                     "The driver would take it for a list of its own and go round the circuits: "
                     "make each host a peer.",
                 )
+        for setting, message, hint in self._not_for_the_driver(merged):
+            yield self._problem(_OF_ONE_PEER, setting, f"{setting} of peer {name} {message}.", hint)
+        yield from self._unknown_options(name, options)
         for key in ("connect_timeout", "connection_timeout"):
             given = options.get(key)
             bound = self._driver.connect_options
@@ -720,6 +758,59 @@ class _Reader:
             named = {"mysql": drivers.mysql, "postg": drivers.postgresql}
             known = (driver for name, driver in named.items() if name in self.engine)
             return next(known, drivers.generic)
+
+    def _not_for_the_driver(self, merged: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+        """Yield the settings that the driver cannot take, what they are, and a remedy."""
+        is_mysql = self._driver in (drivers.mysql, drivers.mysql_connector)
+        if not (is_mysql or self._is_postgresql):
+            # An engine whose settings we do not know.
+            return
+        options = merged["OPTIONS"]
+        host = merged.get("HOST")
+        takes = (str,) if is_mysql else (str, os.PathLike)
+        if not isinstance(host, takes) and (is_mysql or host):
+            yield "HOST", f"is a {type(host).__name__}", "Give the host's name as a string."
+        for setting, value in (("HOST", host), ("OPTIONS['host']", options.get("host"))):
+            if isinstance(value, str) and _HOST_AND_PORT.fullmatch(value.strip()):
+                yield setting, f"is {value!r}, with a port in it", "Move the port into PORT."
+        for setting, value in (
+            ("PORT", merged.get("PORT")),
+            ("OPTIONS['port']", options.get("port")),
+        ):
+            if value and not _is_port(value, or_text=setting == "PORT" or not is_mysql):
+                yield setting, f"is {value!r}", "Give a number from 1 to 65535."
+        if is_mysql:
+            for setting in ("USER", "PASSWORD", "NAME"):
+                value = merged.get(setting)
+                if value and isinstance(value, (int, float)):
+                    # Never its value.
+                    yield setting, f"is a {type(value).__name__}", "Put it in quotes: a string."
+            for option in ("read_timeout", "write_timeout"):
+                value = options.get(option)
+                if value is not None and not _is_number(value):
+                    yield f"OPTIONS[{option!r}]", f"is {value!r}", "Give seconds as a number."
+
+    def _unknown_options(self, name: str, options: Mapping[str, Any]) -> Iterator[Problem]:
+        """Yield keys of OPTIONS that the driver is not known to take."""
+        known = self._driver.known_options()
+        if known is None:
+            return
+        # Another package's engine may have options of its own: only what looks like a slip.
+        is_djangos = self.engine.startswith("django.")
+        for key in options:
+            # Of pools more is said elsewhere.
+            if not isinstance(key, str) or key in known or key.startswith("pool"):
+                continue
+            close = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.75)
+            if close or is_djangos:
+                yield self._problem(
+                    "W008",
+                    "OPTIONS",
+                    f"OPTIONS[{key!r}] of peer {name} is none that the driver is known to take.",
+                    f"Did you mean {close[0]!r}?"
+                    if close
+                    else "Leave it out, or see the driver's documentation.",
+                )
 
     @property
     def _default_port(self) -> str:
@@ -823,6 +914,23 @@ def _given_name(peer: Any) -> str | None:
     """Return an inline peer's PEER_NAME, if it is one."""
     name = peer.get("PEER_NAME") if isinstance(peer, Mapping) else None
     return name if isinstance(name, str) and _PEER_NAME.fullmatch(name) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _is_port(value: Any, or_text: bool) -> bool:
+    """Return whether a driver takes it for a port.
+
+    :param or_text: digits will do, as from an environment variable.
+    """
+    if or_text and isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            return False
+    return type(value) is int and 0 < value < 65536
 
 
 def _some_peer(**given: Any) -> PeerConfig:

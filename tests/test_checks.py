@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import django
+import MySQLdb.connections as mysqlclient
+import psycopg
+import pymysql
 import pytest
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connections
+from django.db.utils import load_backend
 
 from django_proxysql import balancers
 from django_proxysql.conf import ENGINE, balancer_config, problems
+from django_proxysql.drivers import driver_of_engine
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +226,43 @@ MISTAKES: list[Any] = [
 ]
 
 
+MORE_MISTAKES: list[Any] = [
+    ("E005", {"PEERS": [ONE], "CONN_MAX_AGE": "60"}, "CONN_MAX_AGE is '60'", "seconds"),
+    ("E005", {"PEERS": [ONE], "CONN_MAX_AGE": True}, "CONN_MAX_AGE is True", "seconds"),
+    ("E006", {"PEERS": [ONE], "CHECK_INTERVAL_SECONDS": 5}, "is not a", "CHECK_INTERVAL?"),
+    ("E006", {"PEERS": [ONE], "FAIL_MAX": 3}, "FAIL_MAX is not a setting", "BREAKER"),
+    ("E006", {"PEERS": [{**ONE, "fail_max": 3}]}, "fail_max of peer PEERS[0]", "BREAKER"),
+    ("W004", {"PEERS": [{**ONE, "PRIO": 3}]}, "PRIO of peer PEERS[0] is not", "Leave it out"),
+    ("W008", {"PEERS": [ONE], "OPTIONS": {"charst": "utf8"}}, "['charst'] of peer", "'charset'?"),
+    ("W008", {"PEERS": [ONE], "OPTIONS": {"xyzzy": 1}}, "['xyzzy'] of peer", "Leave it out"),
+    (
+        "W008",
+        {"PEERS": [{**ONE, "OPTIONS": {"aplication_name": "x"}}], "PEER_ENGINE": POSTGRESQL},
+        "['aplication_name'] of peer PEERS[0]",
+        "'application_name'?",
+    ),
+]
+MISTAKES += MORE_MISTAKES
+
+#: What a driver cannot take in one peer's settings: an error of the checks, and of that peer.
+OF_ONE_PEER: list[Any] = [
+    *(
+        ({"PORT": port}, f"PORT of peer PEERS[0] is {port!r}", "from 1 to 65535")
+        for port in ("abc", "3306/tcp", "33O6", 99999, "99999", -1, 3306.5, True, [3306])
+    ),
+    ({"HOST": 1}, "HOST of peer PEERS[0] is a int", "string"),
+    ({"HOST": b"db1"}, "HOST of peer PEERS[0] is a bytes", "string"),
+    ({"HOST": "10.0.0.1:3307"}, "HOST of peer PEERS[0] is '10.0.0.1:3307', with a port", "PORT"),
+    ({"HOST": "db1.example:3307"}, "with a port", "PORT"),
+    ({"HOST": "[::1]:3307"}, "with a port", "PORT"),
+    ({"OPTIONS": {"host": "db1:3307"}}, "OPTIONS['host'] of peer", "PORT"),
+    ({"OPTIONS": {"port": "3307"}}, "OPTIONS['port'] of peer PEERS[0] is '3307'", "65535"),
+    ({"USER": 1}, "USER of peer PEERS[0] is a int", "string"),
+    ({"PASSWORD": 5354}, "PASSWORD of peer PEERS[0] is a int", "string"),
+    ({"OPTIONS": {"read_timeout": "5"}}, "OPTIONS['read_timeout'] of peer", "seconds"),
+]
+
+
 def ids(messages: list[checks.CheckMessage]) -> list[str]:
     return [m.id.partition(".")[2] for m in messages if (m.id or "").startswith("django_proxysql")]
 
@@ -277,6 +321,66 @@ def test_mistake_is_said_by_the_checks_and_at_connect(
                     connection.cursor()
         else:
             balancer_config("balanced", connection.settings_dict, connections.databases)
+
+
+@pytest.mark.parametrize(("settings", "message", "hint"), OF_ONE_PEER, ids=str)
+@pytest.mark.parametrize("inline", [False, True], ids=["alias", "inline"])
+def test_what_the_driver_cannot_take(
+    settings: dict[str, Any], message: str, hint: str, inline: bool
+) -> None:
+    """The checks read each peer's settings as the driver will, and do not stop the other peers."""
+    peer = {**ONE, **settings}
+    aliases = {"wrong": {"ENGINE": MYSQL, **peer}}
+    peers = [peer, TWO] if inline else ["wrong", TWO]
+    with added({**aliases, "balanced": entry({"PEERS": peers})}):
+        found = [m for m in run_checks() if (m.id or "").startswith("django_proxysql")]
+        assert ids(found) == ["E018"]
+        assert message.replace("PEERS[0]", "PEERS[0]" if inline else "wrong") in found[0].msg
+        assert hint in (found[0].hint or "")
+        assert "5354" not in str(found[0])
+        assert balancers["balanced"].peers.keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(
+            {"HOST": host}
+            for host in ("::1", "fe80::1%eth0", "2001:db8::7", "/run/mysqld.sock", "")
+        ),
+        *({"PORT": port} for port in (3307, "3307", " 3307 ", "", 0, None)),
+        {"PASSWORD": lambda: "sesame"},
+        {
+            "OPTIONS": {
+                "port": 3307,
+                "read_timeout": 5,
+                "ssl_mode": "REQUIRED",
+                "isolation_level": "",
+            }
+        },
+    ],
+    ids=str,
+)
+def test_what_the_driver_can_take(settings: dict[str, Any]) -> None:
+    with added({"balanced": entry({"PEERS": [{**ONE, **settings}]})}):
+        assert ids(run_checks()) == []
+
+
+@pytest.mark.parametrize("engine_path", [MYSQL, POSTGRESQL])
+def test_known_options(engine_path: str) -> None:
+    """What the drivers that are installed take by name is known, all of it."""
+    driver = driver_of_engine(load_backend(engine_path).DatabaseWrapper)
+    known = driver.known_options()
+    assert known is not None
+    if engine_path == MYSQL:
+        taken = set(inspect.signature(pymysql.connections.Connection.__init__).parameters) - {
+            "self"
+        }
+        taken |= set(re.findall(r'kwargs2\.(?:pop|get)\("(\w+)"', inspect.getsource(mysqlclient)))
+    else:
+        taken = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+        taken |= set(inspect.signature(psycopg.connect).parameters) - {"kwargs"}
+    assert taken <= known
 
 
 def test_right_settings_have_no_message() -> None:
@@ -454,7 +558,7 @@ def test_every_id_is_in_the_docs() -> None:
     anchors = {line[20:24] for line in docs.splitlines() if line.startswith(".. _django_proxysql.")}
     headings = {line[16:] for line in docs.splitlines() if line.startswith("django_proxysql.")}
     assert said | asking == anchors == headings
-    assert said == {mistake[0] for mistake in MISTAKES}
+    assert said == {mistake[0] for mistake in MISTAKES} | {"E018"}
 
 
 def _words(path: Path) -> list[str]:
@@ -483,5 +587,5 @@ def test_strange_entries_break_nothing() -> None:
             ):
                 databases = {"one": dict(ALIASES["one"]), "balanced": values}
                 found = problems("balanced", values, databases)
-                if not any(problem.is_error for problem in found):
+                if not any(problem.stops_connections for problem in found):
                     balancer_config("balanced", values, databases)

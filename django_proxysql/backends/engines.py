@@ -212,4 +212,5 @@ def _is_misconfigured(settings: dict[str, Any], alias: str) -> bool:
     # cannot be imported now may be a moment later.
     if settings.get(ALIAS_KEY) in balancers.known or not apps.ready or not is_balancer(settings):
         return False
-    return any(problem.is_error for problem in problems(alias, settings, connections.databases))
+    found = problems(alias, settings, connections.databases)
+    return any(problem.stops_connections for problem in found)

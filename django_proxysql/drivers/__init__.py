@@ -55,6 +55,9 @@ class Driver(Protocol):
     def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
         """Return connect() arguments that bound a throw-away connection too."""
 
+    def known_options(self) -> frozenset[str] | None:
+        """Return what connect() takes by name, and Django's engine in OPTIONS; None: not known."""
+
     def code_of(self, exc: BaseException) -> Any:
         """Return the error's code, if it has one."""
 

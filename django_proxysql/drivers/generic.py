@@ -39,6 +39,11 @@ def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     return {}
 
 
+def known_options() -> frozenset[str] | None:
+    """Return None: nothing is assumed."""
+    return None
+
+
 def is_option_error(exc: BaseException) -> bool:
     """Return False: nothing is assumed."""
     return False

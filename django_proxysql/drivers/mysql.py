@@ -159,6 +159,30 @@ def is_closed(connection: Any) -> bool:
     return getattr(connection, "open", True) in (False, 0)
 
 
+#: What mysqlclient and PyMySQL take by name, and Django's engine in OPTIONS.
+_OPTIONS = frozenset(
+    # Both.
+    "host user password passwd database db port unix_socket conv connect_timeout compress "
+    "named_pipe init_command read_default_file read_default_group cursorclass use_unicode "
+    "charset collation sql_mode client_flag ssl local_infile read_timeout write_timeout "
+    "autocommit binary_prefix "
+    # mysqlclient's.
+    "auth_plugin ssl_mode multi_statements server_public_key_path local_infile_dir "
+    "executemany_fallback "
+    # PyMySQL's.
+    "max_allowed_packet defer_connect auth_plugin_map bind_address program_name "
+    "server_public_key ssl_ca ssl_cert ssl_disabled ssl_key ssl_key_password ssl_verify_cert "
+    "ssl_verify_identity "
+    # Django's.
+    "isolation_level".split()
+)
+
+
+def known_options() -> frozenset[str] | None:
+    """Return what the two drivers take by name, and Django's engine in OPTIONS."""
+    return _OPTIONS
+
+
 def is_option_error(exc: BaseException) -> bool:
     """Return False: both drivers raise Python's TypeError and ValueError."""
     return False

@@ -210,6 +210,31 @@ def is_closed(connection: Any) -> bool:
     return bool(connection.closed)
 
 
+#: What libpq takes by name (its documentation, up to 18), psycopg's connect(), and Django's
+#: engine in OPTIONS.
+_OPTIONS = frozenset(
+    "host hostaddr port dbname user password passfile require_auth channel_binding "
+    "connect_timeout client_encoding options application_name fallback_application_name "
+    "keepalives keepalives_idle keepalives_interval keepalives_count tcp_user_timeout replication "
+    "gssencmode gsslib gssdelegation krbsrvname sslmode requiressl sslnegotiation sslcompression "
+    "sslcert sslkey sslkeylogfile sslpassword sslcertmode sslrootcert sslcrl sslcrldir sslsni "
+    "requirepeer min_protocol_version max_protocol_version ssl_min_protocol_version "
+    "ssl_max_protocol_version service servicefile target_session_attrs load_balance_hosts "
+    "scram_client_key scram_server_key oauth_issuer oauth_client_id oauth_client_secret "
+    "oauth_scope "
+    # psycopg's.
+    "conninfo dsn autocommit prepare_threshold context row_factory cursor_factory "
+    "connection_factory database async async_ "
+    # Django's.
+    "isolation_level assume_role server_side_binding pool".split()
+)
+
+
+def known_options() -> frozenset[str] | None:
+    """Return what libpq and psycopg take by name, and Django's engine in OPTIONS."""
+    return _OPTIONS
+
+
 def is_option_error(exc: BaseException) -> bool:
     """Return whether libpq says that it does not know an option, or cannot read its value."""
     return sqlstate_of(exc) is None and _BAD_OPTION.search(str(exc)) is not None
