@@ -23,7 +23,7 @@ from typing import Any
 
 from .statements import CALL
 
-__all__ = ["Holdings", "Replacing", "changes"]
+__all__ = ["Holdings", "Replacing", "asks_for_a_lock", "changes"]
 
 
 class Replacing(enum.Enum):
@@ -69,12 +69,21 @@ class Holdings:
     def answered(self, sql: Any, params: Any) -> None:
         """Note what a statement has given back, once it has succeeded."""
         for name in _sorted(changes(sql, params))[1]:
-            for held in [one for one in self.for_life if _covers(name, one)]:
-                left = self.for_life[held] - 1
-                if left > 0 and not name.endswith("*"):
-                    self.for_life[held] = left
-                else:
+            if name.endswith("*"):
+                for held in [one for one in self.for_life if one.startswith(name[:-1])]:
                     del self.for_life[held]
+            else:
+                self._give_back(name)
+
+    def refused(self, sql: Any, params: Any) -> None:
+        """Note that a lock that was asked for was not granted."""
+        for name in _sorted(changes(sql, params))[0]:
+            self._give_back(name)
+
+    def _give_back(self, name: str) -> None:
+        left = self.for_life.pop(name, 0) - 1
+        if left > 0:
+            self.for_life[name] = left
 
     def transaction_ended(self) -> None:
         """Note that COMMIT or ROLLBACK, sent by Django, was answered."""
@@ -110,10 +119,6 @@ class Holdings:
             and self.by_django >= other.by_django
             and all(self.for_life.get(name, 0) >= count for name, count in other.for_life.items())
         )
-
-
-def _covers(given: str, held: str) -> bool:
-    return held.startswith(given[:-1]) if given.endswith("*") else held == given
 
 
 def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
@@ -171,6 +176,18 @@ _PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s")
 _SAME_AGAIN = re.compile(
     r"""(?:'[^'\\]*'|\d+(?!\w)|[-+]|,|\s|::\s*\w+|[A-Za-z_][\w.]*\s*\(|\)|<shared>)*"""
 )
+
+
+#: A statement that asks for one lock, without waiting for ever, and answers whether it is granted.
+_ASKS = re.compile(
+    r"\s*SELECT\s+(?:get_lock|pg_try_advisory_lock(?:_shared)?)\s*\([^()]*\)\s*(?:AS\s+\S+\s*)?;?\s*",
+    re.IGNORECASE,
+)
+
+
+def asks_for_a_lock(sql: Any) -> bool:
+    """Return whether a statement's one answer is whether a lock is granted."""
+    return isinstance(sql, str) and _ASKS.fullmatch(sql) is not None
 
 
 def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:

@@ -125,6 +125,26 @@ class TestGivenBack:
         on_postgres.idle()
         assert on_postgres.sql("SELECT 1") == [(1,)]
 
+    @pytest.mark.parametrize("alone", [True, False])
+    def test_a_lock_that_was_not_granted_is_not_held(self, here: Site, alone: bool) -> None:
+        """One who asks for a lock again and again, in vain, stays free to leave a peer."""
+        lock = "GET_LOCK('a', 0)" if here.is_mysql else "pg_try_advisory_lock(7)"
+        with here.plain.cursor() as cursor:
+            cursor.execute(f"SELECT {lock}")
+            cursor.fetchall()
+        try:
+            ((granted, *_),) = here.sql(f"SELECT {lock}" if alone else f"SELECT {lock}, 1")
+            assert not granted
+            assert bool(here.session.holds) is not alone
+        finally:
+            here.plain.close()
+
+    def test_a_lock_that_was_granted_is_held(self, here: Site) -> None:
+        lock = "GET_LOCK(%s, 0)" if here.is_mysql else "pg_try_advisory_lock(%s)"
+        name: Any = "7" if here.is_mysql else 7
+        assert here.sql(f"SELECT {lock} AS granted", [name]) in ([(1,)], [(True,)])
+        assert here.session.holds
+
     @pytest.mark.parametrize("column", ["temp", "connection_id", "get_lock"])
     def test_a_column_is_no_state(self, here: Site, column: str) -> None:
         here.sql(f"SELECT {column} FROM (SELECT 1 AS {column}) AS t")

@@ -106,7 +106,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         if db._transaction.stage is BEGUN:
             db._transaction.statement_sent()
         if kind != READ:
-            db._after_statement(session, kind, sql, params)
+            db._after_statement(self, session, kind, sql, params)
         return result
 
     return execute

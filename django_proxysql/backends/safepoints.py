@@ -37,7 +37,7 @@ from ..errors import CommitOutcomeUnknown
 from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from ..exceptions import NotReady
 from ..faults import Fault, Loss, loss_counts
-from ..holdings import Holdings, Replacing
+from ..holdings import Holdings, Replacing, asks_for_a_lock
 from ..parameters import VALUES, are_small, are_values, may_be_sql
 from ..registry import Registered
 from ..statements import (
@@ -663,10 +663,14 @@ class SafePointsMixin(LoadBalancedMixin):
             session.holds.sent(sql, params)
         return session
 
-    def _after_statement(self, session: Session, kind: int, sql: Any, params: Any) -> None:
+    def _after_statement(
+        self, cursor: Any, session: Session, kind: int, sql: Any, params: Any
+    ) -> None:
         """Take note of what a statement that succeeded, and is no plain read, has changed."""
         if session.holds.for_life:
             session.holds.answered(sql, params)
+            if kind & STATE and asks_for_a_lock(sql) and _answers_no(cursor.cursor):
+                session.holds.refused(sql, params)
         if session.lost_results and writes(kind):
             session.lost_results &= 0 if makes_ids(sql) else ~RESULT
 
@@ -1564,8 +1568,9 @@ class SafePointsMixin(LoadBalancedMixin):
         """Close a connection that is found unusable, as Django does; see CONN_HEALTH_CHECKS."""
         session = self._current()
         asks = self.health_check_enabled and not self.health_check_done  # type: ignore[attr-defined,has-type]
-        if session is not None and asks and self._is_unannounced(session, ask=True):
-            # The statement that is to come shows the loss.
+        if session is not None and asks and session.holds and not session.told:
+            # If it is not usable it is marked, and the statement that is to come shows the loss.
+            self.is_usable()
             self.health_check_done = True
         super().close_if_health_check_failed()
 
@@ -1687,6 +1692,17 @@ def _setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     _cursor.sets_cursors_up = True  # type: ignore[attr-defined]
     return _cursor
+
+
+def _answers_no(cursor: Any) -> bool:
+    """Return whether a driver's cursor has one value, which is false, and put it back."""
+    try:
+        row = cursor.fetchone()
+        cursor.scroll(0, mode="absolute")
+        return len(row) == 1 and not row[0]
+    except Exception:
+        # Not all cursors go back. Their users will see what there is.
+        return False
 
 
 def _mark_as_end(exc: BaseException) -> None:
