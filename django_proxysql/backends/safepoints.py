@@ -59,7 +59,7 @@ from .pools import close_for_good, close_in_child, give_back, is_pooled
 from .refusals import Answer, after_read_only
 from .replays import ReadOnly, Refused, is_undone, refuses
 from .sessions import Session
-from .state import NO_TRANSACTION, Stage, Transaction
+from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
 __all__ = ["SafePointsMixin"]
 
@@ -592,6 +592,7 @@ class SafePointsMixin(LoadBalancedMixin):
             # cursor reads cannot follow it to another one.
             self._before_cursor(session)
         told = session is not None and session.told
+        pending = self._pending(session)
         try:
             cursor = super()._cursor(name)  # type: ignore[misc]
         except Error:
@@ -608,6 +609,8 @@ class SafePointsMixin(LoadBalancedMixin):
             # What the peer engine sends for each cursor may have met the loss, and the
             # engine kept it to itself: django-tenants does.
             session.told = told
+        if pending is not None:
+            self._was_set_up(pending)
         session = self._session
         if session is None or self._quiet:
             return cursor
@@ -619,6 +622,20 @@ class SafePointsMixin(LoadBalancedMixin):
         if name is not None:
             note_named(cursor, session)
         return cursor
+
+    def _pending(self, session: Session | None) -> Transaction | None:
+        """Return the transaction that has only begun, if making a cursor may send something."""
+        if session is None or self._transaction.stage is not BEGUN or not _sets_up(self.__class__):  # type: ignore[arg-type]
+            return None
+        self._notice_unseen(session)
+        return self._transaction if self._transaction.stage is BEGUN else None
+
+    def _was_set_up(self, pending: Transaction) -> None:
+        """Note that what was sent for a cursor is no statement: it is sent for each one."""
+        session = self._current()
+        if pending is self._transaction and session is not None and not session.dead:
+            pending.only_savepoints_sent()
+            self._mark(session)
 
     def _before_cursor(self, session: Session) -> None:
         now = session.clock()
@@ -1676,22 +1693,33 @@ def _setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(theirs)
     def _cursor(self: SafePointsMixin, *args: Any, **kwargs: Any) -> Any:
-        session, before, transaction = self._session, self._of_ours, self._transaction
-        is_pending = transaction.is_pending
+        session, before = self._session, self._of_ours
+        pending = self._pending(self._current())
         told = session is not None and session.told
         try:
             self._of_ours = True
             cursor = theirs(self, *args, **kwargs)
         finally:
             self._of_ours = before
-        if is_pending:
-            transaction.only_savepoints_sent()
+        if pending is not None:
+            self._was_set_up(pending)
         if session is not None and session is self._session:
             session.told = told
         return cursor
 
     _cursor.sets_cursors_up = True  # type: ignore[attr-defined]
     return _cursor
+
+
+@functools.cache
+def _sets_up(cls: type) -> bool:
+    """Return whether an engine other than Django's own has a hand in how cursors are made."""
+    ours = ("django.db.backends.", "django.contrib.gis.", "django_proxysql.")
+    return any(
+        not {"_cursor", "create_cursor", "make_cursor"}.isdisjoint(vars(base))
+        for base in cls.__mro__
+        if not base.__module__.startswith(ours)
+    )
 
 
 def _answers_no(cursor: Any) -> bool:
