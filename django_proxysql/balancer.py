@@ -51,6 +51,7 @@ from .ready import (
     galera,
     is_unanswered,
     ready_check_from,
+    throw_away,
     writable,
 )
 from .sharing import Sharing
@@ -540,8 +541,7 @@ class LoadBalancer:
         connect: Callable[..., Any],
         params: Mapping[str, Any],
     ) -> bool:
-        """Make a trial on a throw-away connection, which has time-outs, and ask it what is to
-        be asked.
+        """Make a trial on a throw-away connection, which is bounded, and ask what is to be asked.
 
         The caller's connection must have none, for its statements may take their
         time: a peer that freezes after the handshake would hold it for ever, and a
@@ -551,22 +551,20 @@ class LoadBalancer:
         :param driver: the driver's.
         :param connect: the driver's ``connect``.
         :param params: what the caller's connection is made with.
-        :returns: whether it was made. Not with drivers that have no such time-outs.
+        :returns: whether it was made. Not where there is nothing to ask, with drivers whose
+            ``connect_timeout`` bounds all of a connect.
         :raises NotReady: the peer must not be used.
         :raises Exception: the driver's own error.
         """
-        bounds = driver.trial_options(params, attempt.timeout)
-        if not bounds:
+        # A check of the user's own is made for the caller's connection.
+        checks = self._ready_check in (galera, writable)
+        asks = driver.WATCHED and (checks or attempt.peer.breaker.circuit.question)
+        if not asks and not driver.trial_options(params, attempt.timeout):
             return False
-        connection = connect(**{**params, **bounds})
-        try:
-            if self._ready_check in (galera, writable):
+        with throw_away(driver, connect, params, attempt.timeout) as connection:
+            if checks:
                 self._check(connection, attempt.peer)
             self._ask_unless_last(connection, attempt.peer)
-        finally:
-            # It has served its purpose.
-            with contextlib.suppress(Exception):
-                connection.close()
         return True
 
     def check_ready(self, connection: Any, attempt: Attempt, *, asked: bool = False) -> None:
@@ -1423,7 +1421,7 @@ class _Search:
         balancer = self._balancer
         if self._last_error is not None and len(self._refused) == len(balancer.undrained()):
             return self._last_error
-        if self._last_error is not None and is_unanswered(self._last_error):
+        if self._last_error is not None and is_unanswered(self._last_error) and not balancer._waits:
             # A proxy may be busy, and no more than that: its error is the application's.
             return self._last_error
         error = self._nobody()

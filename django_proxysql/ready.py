@@ -7,10 +7,10 @@ raises :class:`NotReady` if the peer must not be used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from . import drivers
+from . import drivers, sockets
 from .exceptions import ConfigError, NotReady
 from .strategies import imported
 
@@ -26,6 +26,7 @@ __all__ = [
     "is_unanswered",
     "ready_check_from",
     "rows",
+    "throw_away",
     "writable",
     "writer_of",
 ]
@@ -143,15 +144,18 @@ def backend(connection: Any) -> None:
     ProxySQL answers pings, USE and SET whatever its servers do, and with query
     rules that split the readers may be gone while the writers are there.
 
-    :raises Unanswered: one of the two was not answered.
+    :raises NotReady: one of the two was not answered. It is :class:`Unanswered` in the MySQL
+        family; poolers of PostgreSQL say whether they are full.
     """
-    write_side = "SELECT 1 FOR UPDATE" if drivers.postgresql.owns(connection) else "DO 1"
+    is_postgresql = drivers.postgresql.owns(connection)
+    write_side = "SELECT 1 FOR UPDATE" if is_postgresql else "DO 1"
+    error = NotReady if is_postgresql else Unanswered
     for statement in ("SELECT 1", write_side):
         try:
             rows(connection, statement)
         except Exception as exc:
             if drivers.judge(exc, connecting=True).counts:
-                raise Unanswered(
+                raise error(
                     f"no server behind the proxy answers {statement}: {drivers.describe(exc)}"
                 ) from exc
             raise
@@ -159,7 +163,34 @@ def backend(connection: Any) -> None:
 
 def is_unanswered(exc: BaseException) -> bool:
     """Return whether ``exc`` says that a proxy found no server, or no connection to one."""
-    return isinstance(exc, Unanswered) or drivers.question_of(exc) == "backend"
+    return isinstance(exc, Unanswered) or drivers.may_be_busy(exc)
+
+
+@contextlib.contextmanager
+def throw_away(
+    driver: drivers.Driver, connect: Callable[..., Any], params: Mapping[str, Any], seconds: float
+) -> Iterator[Any]:
+    """Yield a connection that is there to be asked, and close it.
+
+    :param driver: the driver's.
+    :param connect: its ``connect``.
+    :param params: what a connection is made with, without time-outs.
+    :param seconds: for connecting, and then for all answers together.
+    """
+    connection = connect(
+        **{
+            **params,
+            **driver.connect_options(params, seconds),
+            **driver.trial_options(params, seconds),
+        }
+    )
+    try:
+        with sockets.limited(driver.fileno(connection), seconds):
+            yield connection
+    finally:
+        # It has served its purpose.
+        with contextlib.suppress(Exception):
+            connection.close()
 
 
 #: What a circuit that a statement has opened makes its trials ask.

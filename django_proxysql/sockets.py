@@ -9,15 +9,18 @@ over TCP, unix sockets and TLS 1.3.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import functools
 import math
 import os
 import select
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
-__all__ = ["descriptor", "harden", "sent", "sever", "watch"]
+__all__ = ["descriptor", "harden", "limited", "sent", "sever", "watch"]
 
 #: Linux's POLLRDHUP: the other side has closed its half.
 _EVENTS = (
@@ -198,6 +201,45 @@ def _acknowledged() -> Callable[[int], int | None] | None:
         return int(info.bytes_acked)
 
     return ask
+
+
+@contextlib.contextmanager
+def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
+    """Have the socket shut down if the block takes longer: for drivers that wait without a limit.
+
+    What the driver waits for then ends in its error for a lost connection.
+
+    :param descriptor: the socket's; None where it is not known, and nothing is limited.
+    :param seconds: how long the block may take.
+    """
+    bell = threading.Lock()
+    bell.acquire()
+    if descriptor is not None:
+        blocking = os.get_blocking(descriptor)
+        # Its number is ours: the driver may close its own, and another connection get that.
+        duplicate = socket.socket(fileno=os.dup(descriptor))
+        # Python's default timeout would change the mode that both share.
+        os.set_blocking(descriptor, blocking)
+        try:
+            _thread.start_new_thread(_shut_down_unless, (bell, duplicate, seconds))
+        except RuntimeError:
+            # No thread can be started: nothing is limited.
+            duplicate.close()
+    try:
+        yield
+    finally:
+        bell.release()
+
+
+def _shut_down_unless(bell: threading.Lock, duplicate: socket.socket, seconds: float) -> None:
+    try:
+        if not bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+            duplicate.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        # It has ended by itself.
+        pass
+    finally:
+        duplicate.close()
 
 
 def sever(descriptor: int) -> None:

@@ -30,6 +30,7 @@ from django_proxysql import (
 from django_proxysql.events import (
     PeersExhausted,
 )
+from django_proxysql.faults import Fault
 from django_proxysql.inspection import inspect
 from django_proxysql.registry import balancers
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, postgres_peer
@@ -281,6 +282,23 @@ class TestRefusalsOfAProxy:
         assert peer.is_server is None
 
 
+@pytest.mark.parametrize("check", ["writable", "django_proxysql.ready.writable", ready.writable])
+def test_check_is_known_by_what_it_is(check: Any) -> None:
+    """However READY_CHECK names it."""
+    with (
+        MaxScale() as peer,
+        engine([mysql_peer(peer)], READY_CHECK=check, CONN_MAX_AGE=None) as one,
+    ):
+        one.ensure_connection()
+        first = one.connection
+        peer.error_on_write = True
+        with pytest.raises(OperationalError, match="1290"):
+            execute(one, INSERT)
+        peer.error_on_write = False
+        execute(one, INSERT)
+        assert one.connection is not first
+
+
 class TestBusyProxySQL:
     """9001 may say that all servers are gone, or that all connections to them are in use."""
 
@@ -449,6 +467,26 @@ def reaches_a_server(connection: Any) -> None:
     cursor.close()
 
 
+def test_waiting_for_a_peer_waits_for_a_server_behind_a_proxy() -> None:
+    with ProxySQL() as peer:
+        waited: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            peer.writer.busy = False
+
+        db = LoadBalancer(
+            {"proxy": {"host": peer.host, "port": peer.port, "user": "app", "password": "x"}},
+            connect=MySQLdb.connect,
+            ready_check=reaches_a_server,
+            wait_for_peer=60,
+            sleep=sleep,
+        )
+        peer.writer.busy = True
+        db.connect().close()
+        assert len(waited) == 1
+
+
 class TestTrial:
     """What a trial asks it asks on its throw-away connection."""
 
@@ -524,6 +562,37 @@ class TestTrial:
                 "no server behind the proxy answers SELECT 1"
                 in db.peers["bad"].breaker.circuit.error
             )
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+def test_question_of_a_trial_is_bounded(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the driver has for time-outs, and however many answers come in time."""
+    server = request.getfixturevalue(kind)
+    asked: list[Any] = []
+
+    def sleep(connection: Any) -> None:
+        asked.append(connection)
+        statement = "SELECT SLEEP(0.4)" if kind == "mariadb" else "SELECT pg_sleep(0.4)"
+        for _ in range(100):
+            ready.rows(connection, statement)
+
+    monkeypatch.setitem(ready.QUESTIONS, "writable", sleep)
+    settings: dict[str, Any] = {} if kind == "mariadb" else {"PEER_ENGINE": POSTGRESQL}
+    peers = [mysql_peer(server), mysql_peer(server)]
+    clock = Clock()
+    with engine(peers, TRIAL_TIMEOUT=1, clock=clock, **settings) as connection:
+        breaker = balancers["balanced"].peers["peer0"].breaker
+        breaker.trip(NotReady("read-only"), Fault.NOT_READY, "writable")
+        clock.advance(60)
+        began = time.monotonic()
+        connection.ensure_connection()
+        assert time.monotonic() - began < 20
+        assert connection.peer.name == "peer1"
+        assert breaker.current_state == "open"
+        # Once, and not on the connection that the caller gets.
+        assert len(asked) == 1
 
 
 class TestDemotedPrimary:

@@ -352,7 +352,7 @@ class SafePointsMixin(LoadBalancedMixin):
         connection is to be replaced."""
         breaker = session.peer.breaker
         question = self._driver.question_of(exc)
-        if question == "backend":
+        if self._driver.may_be_busy(exc):
             return breaker.circuit.state != CLOSED or self._has_no_server(session, exc)
         # Before the circuit opens, for what is known of the peer is forgotten then.
         asks = question == "writable" or (self._driver.SPLITS and self._driver.proves_not_run(exc))
@@ -408,17 +408,12 @@ class SafePointsMixin(LoadBalancedMixin):
             # Another thread has asked just now.
             return Answer.READ_ONLY
         try:
-            connection = self._throw_away(session)
-        except Exception:
-            return Answer.UNKNOWN
-        try:
-            ready.writable(connection)
+            with self._throw_away(session) as connection:
+                ready.writable(connection)
         except NotReady:
             return Answer.READ_ONLY
         except Exception:
             return Answer.UNKNOWN
-        finally:
-            connection.close()
         return Answer.WRITABLE
 
     def _has_no_server(self, session: Session, exc: BaseException) -> bool:
@@ -436,11 +431,8 @@ class SafePointsMixin(LoadBalancedMixin):
             return False
         peer.asked_until = now + 2 * balancer.config.connect_timeout
         try:
-            connection = self._throw_away(session)
-            try:
+            with self._throw_away(session) as connection:
                 ready.backend(connection)
-            finally:
-                connection.close()
         except Exception as error:
             if not drivers.judge(error, connecting=True).counts:
                 # Full, or the trouble is on this side.
@@ -459,7 +451,7 @@ class SafePointsMixin(LoadBalancedMixin):
             session.dropped = True
             session.error = session.error or "the server takes no writes"
 
-    def _throw_away(self, session: Session) -> Any:
+    def _throw_away(self, session: Session) -> contextlib.AbstractContextManager[Any]:
         registered = self._registered()
         assert registered is not None
         own = self.settings_dict
@@ -472,9 +464,7 @@ class SafePointsMixin(LoadBalancedMixin):
             self._peer_settings = before
         config = session.balancer.config
         seconds = config.trial_timeout or config.connect_timeout
-        params.update(self._driver.connect_options(params, seconds))
-        params.update(self._driver.trial_options(params, seconds))
-        return self.Database.connect(**params)
+        return ready.throw_away(self._driver, self.Database.connect, params, seconds)
 
     def is_usable(self) -> bool:
         """Ask the driver; what it says counts for the peer, too."""

@@ -30,9 +30,9 @@ __all__ = [
     "judge",
     "layers",
     "mark_of_settings",
+    "may_be_busy",
     "name_peer",
     "password_from",
-    "question_of",
     "root_error",
     "unwrapped",
     "with_password",
@@ -84,6 +84,10 @@ class Driver(Protocol):
 
     def question_of(self, exc: BaseException) -> str:
         """Return what a trial must ask a peer that answered with ``exc``."""
+
+    def may_be_busy(self, exc: BaseException) -> bool:
+        """Return whether a proxy says ``exc`` both without a server and when all its
+        connections are in use."""
 
     def fileno(self, connection: Any) -> int | None:
         """Return the descriptor of the connection's socket, where it is public."""
@@ -349,11 +353,11 @@ def is_driver_error(exc: BaseException) -> bool:
     return _table_of(root_error(exc)) is not None
 
 
-def question_of(exc: BaseException) -> str:
-    """Return what a trial must ask a peer that answered with ``exc``; "" if nothing."""
+def may_be_busy(exc: BaseException) -> bool:
+    """Return whether a proxy says by ``exc`` that it has no server, or no connection to spare."""
     exc = root_error(exc)
     table = _table_of(exc)
-    return "" if table is None else table.question_of(exc)
+    return table is not None and table.may_be_busy(exc)
 
 
 def judge(exc: BaseException, connecting: bool) -> Fault:

@@ -79,6 +79,11 @@ def question_of(exc: BaseException) -> str:
     return ""
 
 
+def may_be_busy(exc: BaseException) -> bool:
+    """Return False: nothing is assumed."""
+    return False
+
+
 def fileno(connection: Any) -> int | None:
     """Return None: there is no socket to look at that we know of."""
     return None

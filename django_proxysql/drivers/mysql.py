@@ -231,12 +231,17 @@ def outcome_is_unknown(exc: BaseException) -> bool:
     return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
 
 
+def may_be_busy(exc: BaseException) -> bool:
+    """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
+    return code_of(exc) in (9001, 9002) or _PROXYSQL_NO_BACKEND in text_of(exc)
+
+
 def question_of(exc: BaseException) -> str:
     """Return what a trial must ask a peer that answered a statement with ``exc``."""
     code = code_of(exc)
     if code in (1047, 1180):
         return "galera"
-    if code in (9001, 9002) or _PROXYSQL_NO_BACKEND in text_of(exc):
+    if may_be_busy(exc):
         return "backend"
     return "writable" if is_read_only_refusal(exc) else ""
 

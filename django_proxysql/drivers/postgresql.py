@@ -297,6 +297,11 @@ def _first_line_says(pattern: re.Pattern[str], exc: BaseException) -> bool:
     return pattern.search(str(exc).partition("\n")[0]) is not None
 
 
+def may_be_busy(exc: BaseException) -> bool:
+    """Return False: a pooler that is full says so in words of its own."""
+    return False
+
+
 def fileno(connection: Any) -> int | None:
     """Return the socket's descriptor."""
     return sockets.descriptor(connection.fileno())

@@ -106,8 +106,8 @@ class ScriptedServer:
         """Return what ``server`` answers, whose thread ``thread_id`` this is."""
         text = statement.rstrip(";").upper()
         if text.startswith("SELECT"):
-            text = text.replace(" FOR UPDATE", "")
-            return selected(text[len("SELECT") :], server, thread_id)
+            columns = re.sub(" FOR UPDATE$", "", statement[len("SELECT") :], flags=re.IGNORECASE)
+            return selected(columns, server, thread_id)
         if text.startswith("SHOW"):
             return Rows(["Variable_name", "Value"], [])
         if text.startswith(("INSERT", "UPDATE", "DELETE", "REPLACE")):
@@ -217,20 +217,25 @@ class ScriptedServer:
 def selected(columns: str, server: Any, thread_id: int) -> Rows:
     """Return one row of what a server says of itself."""
     known: dict[str, Any] = {
-        "CONNECTION_ID()": thread_id,
+        "CONNECTION_ID…": thread_id,
         "@@GLOBAL.READ_ONLY": int(server.read_only),
-        "VERSION()": VERSION,
+        "VERSION…": VERSION,
         "@@SQL_AUTO_IS_NULL": 0,
         "@@LOWER_CASE_TABLE_NAMES": 0,
         "@@SQL_MODE": "STRICT_TRANS_TABLES",
         "@@DEFAULT_STORAGE_ENGINE": "InnoDB",
         "@@VERSION_COMMENT LIMIT 1": "mariadb.org binary distribution",
     }
-    if "@@MAXSCALE_VERSION" in columns:
+    if "@@maxscale_version" in columns.lower():
         raise Refusal(1193, "Unknown system variable 'maxscale_version'")
-    # CONVERT_TZ('2001-01-01 01:00:00', 'UTC', 'UTC') IS NOT NULL is one column.
-    names = [name.strip() for name in re.sub(r"\([^()]+\)", "(…)", columns).split(",")]
-    return Rows(names, [[known.get(name, 1) for name in names]])
+    while "(" in columns:
+        # A call's arguments are no columns.
+        columns = re.sub(r"\([^()]*\)", "…", columns)
+    values = {}
+    for column in columns.split(","):
+        what, _, name = column.strip().partition(" AS ")
+        values[name or what] = known.get(what.upper(), 1)
+    return Rows(list(values), [list(values.values())])
 
 
 class Behind:
