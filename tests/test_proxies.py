@@ -282,6 +282,30 @@ class TestRefusalsOfAProxy:
         assert peer.is_server is None
 
 
+@pytest.mark.parametrize("struck", [KeyboardInterrupt(), RuntimeError("a time limit")])
+def test_connection_whose_question_was_interrupted_is_not_used_again(
+    struck: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer that comes next may be the question's."""
+
+    def writer_of(connection: Any) -> ready.Writer:
+        connection.query("SELECT CONNECTION_ID()")
+        raise struck
+
+    with ScriptedServer() as peer, engine([mysql_peer(peer)], CONN_MAX_AGE=None) as one:
+        one.ensure_connection()
+        first = one.connection
+        peer.refusals["INSERT"] = Refusal(1047, "WSREP has not yet prepared node")
+        with monkeypatch.context() as patched:
+            patched.setattr(ready, "writer_of", writer_of)
+            with pytest.raises((DatabaseError, KeyboardInterrupt)):
+                execute(one, INSERT)
+        del peer.refusals["INSERT"]
+        close_old_connections()
+        assert execute(one, "SELECT 1") == ((1,),)
+        assert one.connection is not first
+
+
 @pytest.mark.parametrize("check", ["writable", "django_proxysql.ready.writable", ready.writable])
 def test_check_is_known_by_what_it_is(check: Any) -> None:
     """However READY_CHECK names it."""

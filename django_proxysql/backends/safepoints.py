@@ -394,9 +394,13 @@ class SafePointsMixin(LoadBalancedMixin):
             return None
         try:
             writer = ready.writer_of(session.connection)
-        except Exception:
+        except BaseException as exc:
             session.is_server = session.peer.is_server
-            return None
+            if drivers.is_driver_error(exc):
+                return None
+            # A time limit, say: the answer that comes next may be this question's.
+            self._interrupted(exc)
+            raise
         session.peer.note_server(writer.is_server)
         session.is_server = session.peer.is_server
         return writer
