@@ -94,8 +94,9 @@ class TestPatched:
 
     @pytest.mark.parametrize("early", [True, False])
     @pytest.mark.parametrize("cls", [DatabaseWrapper, PeerWrapper])
-    def test_schema_editor(self, cls: Any, early: bool) -> None:
-        entries = {"own": {"ENGINE": SQLITE, "NAME": ":memory:"}}
+    def test_schema_editor(self, cls: Any, early: bool, tmp_path: pathlib.Path) -> None:
+        # A file: Django never closes a database in memory.
+        entries = {"own": {"ENGINE": SQLITE, "NAME": str(tmp_path / "db")}}
         balanced = {"ENGINE": ENGINE, "PEERS": ["own"]}
         alias = "own" if cls is PeerWrapper else "balanced"
         with added({**entries, "balanced": balanced}):
@@ -129,11 +130,11 @@ class TestPatched:
                 assert issubclass(DatabaseWrapper.SchemaEditorClass, patched)
             assert not issubclass(connection.SchemaEditorClass, patched)
 
-    def test_stays_on_one_peer(self) -> None:
+    def test_stays_on_one_peer(self, tmp_path: pathlib.Path) -> None:
         """A patched editor is ours all the same: a migration stays on one peer."""
         real: Any = load_backend(SQLITE).DatabaseWrapper
         plain = type("DatabaseSchemaEditor", (real.SchemaEditorClass,), {})
-        peers = [sqlite_peer(":memory:"), sqlite_peer(":memory:")]
+        peers = [sqlite_peer(tmp_path / "one"), sqlite_peer(tmp_path / "two")]
         with (
             engine(peers, PEER_ENGINE=SQLITE, STRATEGY="round_robin") as connection,
             mock.patch.object(DatabaseWrapper, "SchemaEditorClass", plain),
