@@ -130,21 +130,23 @@ class TestPatched:
                 assert issubclass(DatabaseWrapper.SchemaEditorClass, patched)
             assert not issubclass(connection.SchemaEditorClass, patched)
 
-    def test_stays_on_one_peer(self, tmp_path: pathlib.Path) -> None:
+    def test_stays_on_one_peer(self) -> None:
         """A patched editor is ours all the same: a migration stays on one peer."""
         real: Any = load_backend(SQLITE).DatabaseWrapper
         plain = type("DatabaseSchemaEditor", (real.SchemaEditorClass,), {})
-        peers = [sqlite_peer(tmp_path / "one"), sqlite_peer(tmp_path / "two")]
-        with (
-            engine(peers, PEER_ENGINE=SQLITE, STRATEGY="round_robin") as connection,
-            mock.patch.object(DatabaseWrapper, "SchemaEditorClass", plain),
-            connection.schema_editor() as editor,
-        ):
-            assert isinstance(editor, plain)
-            peer = connection.peer
-            connection.close()
-            connection.ensure_connection()
-            assert connection.peer is peer
+        peers = [sqlite_peer(":memory:"), sqlite_peer(":memory:")]
+        with engine(peers, PEER_ENGINE=SQLITE, STRATEGY="round_robin") as connection:
+            with (
+                mock.patch.object(DatabaseWrapper, "SchemaEditorClass", plain),
+                connection.schema_editor() as editor,
+            ):
+                assert isinstance(editor, plain)
+                peer = connection.peer
+                connection.close()
+                connection.ensure_connection()
+                assert connection.peer is peer
+            # Django never closes a database in memory.
+            connection.connection.close()
 
     @pytest.mark.parametrize("name", HELPERS)
     def test_of_a_subclass(self, name: str) -> None:
