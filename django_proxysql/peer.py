@@ -42,6 +42,8 @@ class Peer:
         #: Whether statements are answered by the server that greets us; None while that is
         #: not known, and again when the circuit opens. One look that says no is believed.
         self.is_server: bool | None = None
+        #: The version that the server greets with, and what Django then asked it about itself.
+        self.server_facts: tuple[str, Any] | None = None
         #: How many questions in a row no server behind this proxy has answered.
         self.unanswered = 0
         #: Until when, on the balancer's clock, a thread asks whether a server answers.
@@ -76,6 +78,7 @@ class Peer:
     def forget_answers(self) -> None:
         """Forget what was found out by asking; the address may lead elsewhere by now."""
         self.is_server = None
+        self.server_facts = None
         self.unanswered = 0
 
     def forget_connections(self) -> None:

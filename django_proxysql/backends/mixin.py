@@ -29,6 +29,11 @@ else:
 __all__ = ["LoadBalancedMixin"]
 
 
+#: What Django's MySQL backend asks a server once for each wrapper, which is each thread: its
+#: version, sql_mode and the like. That of PostgreSQL asks nothing.
+_FACTS = "mysql_server_data"
+
+
 class LoadBalancedMixin(_Base):
     """Connects to whichever peer of its load balancer can be had."""
 
@@ -120,7 +125,10 @@ class LoadBalancedMixin(_Base):
             self._peer_settings = registered.to_connect_with(
                 attempt.peer, self.settings_dict, self.alias
             )
+            knew = _FACTS in self.__dict__
             super().connect()
+            if not knew:
+                self._note_facts(registered, attempt.peer)
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
                 registered.balancer.check_ready(self.connection, attempt, asked=self._asked)
             max_age = self.settings_dict["CONN_MAX_AGE"]
@@ -152,6 +160,8 @@ class LoadBalancedMixin(_Base):
         params = self._as_peer(super().get_connection_params)
         if self._attempt is not None:
             params.update(self._driver.connect_options(params, self._attempt.timeout))
+            autocommit = self.settings_dict["AUTOCOMMIT"]
+            params.update(self._driver.session_options(params, autocommit))
         return params
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
@@ -168,7 +178,25 @@ class LoadBalancedMixin(_Base):
                 self.Database.connect,
                 conn_params,
             )
-        return self._as_peer(super().get_new_connection, conn_params)
+        connection = self._as_peer(super().get_new_connection, conn_params)
+        if attempt is not None and _FACTS not in self.__dict__:
+            self._recall_facts(attempt.peer, connection)
+        return connection
+
+    def _recall_facts(self, peer: Peer, connection: Any) -> None:
+        """Hand Django what another wrapper has found out about this very server."""
+        known = peer.server_facts
+        if known is not None and known[0] == self._driver.greeting(connection):
+            self.__dict__[_FACTS] = known[1]
+
+    def _note_facts(self, registered: Registered, peer: Peer) -> None:
+        """Note what Django has asked the server just now, for the wrappers of other threads.
+
+        What it asks hangs on OPTIONS as well, which may have been changed for this wrapper.
+        """
+        facts = self.__dict__.get(_FACTS)
+        if facts is not None and not registered.is_changed(self.settings_dict):
+            peer.server_facts = (self._driver.greeting(self.connection), facts)
 
     def _open_directly(self, conn_params: dict[str, Any]) -> Any:
         """Open a connection for whoever calls get_new_connection() and not connect()."""

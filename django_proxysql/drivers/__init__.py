@@ -52,6 +52,12 @@ class Driver(Protocol):
     def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
         """Return connect() arguments that bound one attempt to ``seconds``."""
 
+    def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
+        """Return connect() arguments that spare the session a round trip later."""
+
+    def greeting(self, connection: Any) -> str:
+        """Return the version that the server has greeted with; "" if none is known."""
+
     def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
         """Return connect() arguments that bound a throw-away connection too."""
 

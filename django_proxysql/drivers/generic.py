@@ -34,6 +34,16 @@ def connect_options(params: Any, seconds: float) -> dict[str, Any]:
     return {}
 
 
+def session_options(params: Any, autocommit: bool) -> dict[str, Any]:
+    """Return nothing: whether such an option exists is not known."""
+    return {}
+
+
+def greeting(connection: Any) -> str:
+    """Return "": nothing is assumed."""
+    return ""
+
+
 def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     """Return nothing."""
     return {}

@@ -137,6 +137,20 @@ def connect_options(params: Any, seconds: float) -> dict[str, Any]:
     return {"connect_timeout": max(1, math.ceil(seconds))}
 
 
+def session_options(params: Any, autocommit: bool) -> dict[str, Any]:
+    """Return ``autocommit`` as connect() takes it, unless the user's OPTIONS have it.
+
+    mysqlclient and PyMySQL switch autocommit off by themselves where they are told nothing
+    (PEP 249), and Django switches it on again: two round trips that change nothing.
+    """
+    return {} if "autocommit" in params else {"autocommit": autocommit}
+
+
+def greeting(connection: Any) -> str:
+    """Return the version that the server has greeted with."""
+    return str(connection.get_server_info())
+
+
 def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     """Return what bounds a throw-away connection whose peer may freeze half-way.
 

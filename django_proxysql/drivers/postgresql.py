@@ -194,6 +194,16 @@ def connect_options(params: Any, seconds: float) -> dict[str, Any]:
     return {"connect_timeout": max(2, math.ceil(seconds))}
 
 
+def session_options(params: Any, autocommit: bool) -> dict[str, Any]:
+    """Return nothing: autocommit costs no round trip in psycopg."""
+    return {}
+
+
+def greeting(connection: Any) -> str:
+    """Return "": Django asks the connection, and not the server, which version it has."""
+    return ""
+
+
 def trial_options(params: Any, seconds: float) -> dict[str, Any]:
     """Return nothing: ``connect_timeout`` covers the whole of a libpq connect."""
     return {}

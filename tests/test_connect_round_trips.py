@@ -1,0 +1,189 @@
+"""A connect sends nothing that changes nothing, and leaves the session as the plain engine does."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+from django.db import connections
+
+from django_proxysql import balancers
+from tests.engine import MYSQL, added, engine, mysql_peer
+from tests.servers.mariadb import Node
+
+SESSION = (
+    "SELECT @@autocommit, @@sql_mode, @@tx_isolation, @@character_set_client,"
+    " @@collation_connection, @@sql_auto_is_null, @@time_zone, @@tx_read_only"
+)
+
+
+class Log:
+    """The server's own log of what it was sent."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        node.set_global("log_output", "TABLE")
+        node.sql("TRUNCATE mysql.general_log")
+        node.set_global("general_log", "1")
+
+    def of(self, connection: Any) -> list[str]:
+        """Return what one connection has sent since it was greeted, but for this question."""
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT CONNECTION_ID()")
+            (number,) = cursor.fetchone()
+        said = self.node.sql(
+            "SELECT REPLACE(CONVERT(argument USING utf8mb4), '\\n', ' ') FROM mysql.general_log "
+            f"WHERE thread_id = {number} AND command_type IN ('Query', 'Init DB') "
+            "ORDER BY event_time"
+        )
+        return said.splitlines()[:-1]
+
+
+@pytest.fixture
+def log(mariadb: Node) -> Log:
+    return Log(mariadb)
+
+
+def plain(node: Node, **settings: Any) -> dict[str, Any]:
+    return {"ENGINE": MYSQL, **mysql_peer(node), **settings}
+
+
+def connected(alias: str) -> Any:
+    connection = connections[alias]
+    connection.ensure_connection()
+    return connection
+
+
+def test_a_connect_sends_what_the_plain_engine_sends_but_for_autocommit(
+    mariadb: Node, log: Log
+) -> None:
+    with added({"plain": plain(mariadb)}), engine([mysql_peer(mariadb)]):
+        theirs, ours = log.of(connected("plain")), log.of(connected("balanced"))
+    assert [said for said in theirs if "autocommit" not in said.lower()] == ours
+    assert len(theirs) - len(ours) == 2
+
+
+@pytest.mark.parametrize("of_the_server", [0, 1])
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize("setting", [True, False])
+@pytest.mark.parametrize("first", ["", "SET autocommit=0", "SET autocommit=1, sql_mode='ANSI'"])
+def test_the_session_ends_up_as_the_plain_engines(
+    mariadb: Node, of_the_server: int, given: bool | None, setting: bool, first: str
+) -> None:
+    options: dict[str, Any] = {} if given is None else {"autocommit": given}
+    if first:
+        options["init_command"] = first
+    mariadb.set_global("autocommit", of_the_server)
+    settings = {"AUTOCOMMIT": setting, "OPTIONS": options}
+    seen = []
+    with added({"plain": plain(mariadb, **settings)}), engine([mysql_peer(mariadb)], **settings):
+        for alias in ("plain", "balanced"):
+            connection = connected(alias)
+            assert connection.autocommit is setting
+            with connection.cursor() as cursor:
+                cursor.execute(SESSION)
+                seen.append(cursor.fetchone())
+    assert seen[0] == seen[1]
+
+
+def in_new_thread(log: Log) -> list[str]:
+    """Return what a new thread's first connection sends."""
+    found: list[list[str]] = []
+
+    def run() -> None:
+        connection = connected("balanced")
+        found.append(log.of(connection))
+        connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return found[0]
+
+
+def asks(said: list[str]) -> bool:
+    return any("VERSION()" in statement for statement in said)
+
+
+def test_a_new_thread_does_not_ask_again_what_the_server_is(mariadb: Node, log: Log) -> None:
+    with engine([mysql_peer(mariadb)]):
+        assert asks(in_new_thread(log))
+        assert not asks(in_new_thread(log))
+
+
+def test_a_peer_is_asked_anew_once_its_circuit_has_opened(mariadb: Node, log: Log) -> None:
+    with engine([mysql_peer(mariadb)], LAST_RESORT_INTERVAL=0):
+        in_new_thread(log)
+        peer = balancers["balanced"].peers["peer0"]
+        peer.breaker.open()
+        peer.breaker.close()
+        assert asks(in_new_thread(log))
+
+
+def test_a_server_of_another_version_is_asked_anew(mariadb: Node, log: Log) -> None:
+    with engine([mysql_peer(mariadb)]):
+        in_new_thread(log)
+        peer = balancers["balanced"].peers["peer0"]
+        assert peer.server_facts is not None
+        peer.server_facts = ("5.5.5-10.4.1-MariaDB", peer.server_facts[1])
+        assert asks(in_new_thread(log))
+
+
+def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> None:
+    """What one says of itself is not taken for the other's."""
+    mariadb_pair[1].set_global("sql_mode", "ANSI")
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, STRATEGY="round_robin"):
+        modes = {}
+        for _ in range(4):
+            found: list[Any] = []
+
+            def run(found: list[Any] = found) -> None:
+                connection = connected("balanced")
+                found += [connection.peer.name, frozenset(connection.sql_mode)]
+                connection.close()
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join(60)
+            modes.setdefault(found[0], set()).add(found[1])
+    assert ["ANSI" in mode for mode in itertools.chain(*(modes[n] for n in sorted(modes)))] == [
+        False,
+        True,
+    ]
+
+
+def test_changed_options_are_not_taken_for_the_peers_own(mariadb: Node) -> None:
+    """A wrapper whose settings were changed asks for itself, and tells nobody."""
+    with engine([mysql_peer(mariadb)]):
+        peer = balancers["balanced"].peers["peer0"]
+        other = connections["balanced"].copy("balanced")
+        other.settings_dict["OPTIONS"] = {"init_command": "SET sql_mode='ANSI'"}
+        other.ensure_connection()
+        other.close()
+        assert peer.server_facts is None
+
+
+WITH_PYMYSQL = """
+import sys
+import pymysql
+pymysql.version_info = (2, 2, 1, "final", 0)
+pymysql.install_as_MySQLdb()
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not pymysql", sys.argv[1]]))
+"""
+
+
+@pytest.mark.server
+def test_all_of_this_holds_with_pymysql() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_PYMYSQL, __file__],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
