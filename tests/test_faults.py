@@ -27,7 +27,7 @@ import pymysql
 import pytest
 import sqlalchemy.exc
 
-from django_proxysql import Fault, NotReady, drivers
+from django_proxysql import Fault, NoPeerAvailable, NotReady, drivers, errors
 from django_proxysql.drivers import mysql, postgresql
 from django_proxysql.exceptions import ConfigError
 from django_proxysql.faults import Count, Loss, Verdict, loss_counts, verdict_on
@@ -737,6 +737,8 @@ class TestNoDrivers:
             (PermissionError(errno.EACCES, "key.pem"), OTHER, OTHER),
             (NotReady("wsrep_ready is OFF"), NOT_READY, NOT_READY),
             (ConfigError("PEERS", "is empty"), LOCAL, LOCAL),
+            (NoPeerAvailable("another", ["db9: refused"]), OTHER, OTHER),
+            (errors.NoPeerAvailable("another", ["db9: refused"]), OTHER, OTHER),
             (django.core.exceptions.ImproperlyConfigured("no"), LOCAL, LOCAL),
             (TypeError("'nonsense' is an invalid keyword argument"), OTHER, OTHER),
             (ValueError("no"), OTHER, OTHER),

@@ -274,6 +274,17 @@ class TestStatementsOwnFault:
             assert not here.losses()
             assert not here.session.peer.breaker.circuit.suspect
 
+    def test_error_of_the_application_before(self, plain: Site) -> None:
+        """A statement that has failed is not the one that loses its connection later."""
+        here = plain
+        here.connection.close()
+        here.connection.ensure_connection()
+        with pytest.raises(Error):
+            here.sql("SELECT nonesuch")
+        assert here.session.sending is None
+        here.sql("SELECT 1")
+        assert here.session.sending is None
+
     def test_last_peer(self, mariadb: Any, fault_proxy: Any) -> None:
         """The only peer stays in use; whether it is dead the next connect finds out."""
         with site(mariadb, fault_proxy, number=1) as here:

@@ -257,6 +257,7 @@ class SafePointsMixin(LoadBalancedMixin):
         if session is not None:
             with contextlib.suppress(Exception):
                 self._judge(session, exc)
+            session.sending = None
             if session.dead:
                 session.told = True
 

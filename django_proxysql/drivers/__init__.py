@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from ..exceptions import NotReady, PoolBusy
+from ..exceptions import NoPeerAvailable, NotReady, PoolBusy
 from ..faults import Fault
 from . import generic, mysql, mysql_connector, oracle, postgresql, sqlite
 
@@ -315,7 +315,7 @@ def is_by_server(exc: BaseException) -> bool:
     """
     exc = root_error(exc)
     names = {cls.__name__ for cls in type(exc).__mro__}
-    if "IntegrityError" in names:
+    if "IntegrityError" in names or isinstance(exc, NoPeerAvailable):
         return False
     if names & {"OperationalError", "InternalError", "InterfaceError"}:
         return True
@@ -379,6 +379,9 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
         return Fault.NOT_READY
     if isinstance(exc, PoolBusy):
         return Fault.OVERLOADED
+    if isinstance(exc, NoPeerAvailable):
+        # Another balancer's, that a receiver of ours has asked.
+        return Fault.OTHER
     if getattr(exc, "_django_proxysql_is_ours", False):
         return Fault.LOCAL
     if _is_local_class(exc):
