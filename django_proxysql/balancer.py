@@ -634,7 +634,7 @@ class LoadBalancer:
         :returns: whether its circuit is open now.
         """
         # Of two threads that give up the last two peers one does not.
-        with self._drains_lock:
+        if True:
             if not self.can_spare(peer):
                 return peer.breaker.circuit.state != CLOSED
             peer.unanswered += 1

@@ -34,7 +34,6 @@ from django_proxysql.faults import Fault
 from django_proxysql.inspection import inspect
 from django_proxysql.registry import balancers
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, postgres_peer
-from tests.fakes import running
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.scripted import NO_SERVER, READ_ONLY, MaxScale, ProxySQL, Refusal, ScriptedServer
 from tests.site import with_table
@@ -269,11 +268,28 @@ class TestRefusalsOfAProxy:
         connection.ensure_connection()
         old = pair[int(connection.peer.name[-1])]
         assert connection.peer.is_server is False
-        old.writer.ids = old.reader.ids = iter([connection.connection.thread_id()] * 9)
-        old.error_on_write = True
+        old.by_chance = old.writer.read_only = True
         with pytest.raises(OperationalError, match="1290"):
             execute(connection, INSERT)
-        assert sum(len(proxy.ran) for proxy in pair) == 1
+        # Not run again on the other.
+        assert sum(len(proxy.ran) for proxy in pair) == 0
+
+    @pytest.mark.parametrize(
+        ("seen", "known"),
+        [
+            ([], None),
+            ([True], True),
+            ([False], False),
+            ([True, False], False),
+            ([False, True], False),
+            ([True, True], True),
+        ],
+    )
+    def test_one_look_that_shows_a_proxy_is_believed(self, seen: list[bool], known: Any) -> None:
+        peer = LoadBalancer({"one": {}}, connect=MySQLdb.connect).peers["one"]
+        for is_server in seen:
+            peer.note_server(is_server)
+        assert peer.is_server is known
 
     def test_what_is_known_is_forgotten_when_the_circuit_opens(self, pair: list[MaxScale]) -> None:
         connections["balanced"].ensure_connection()
@@ -423,25 +439,26 @@ class TestBusyProxySQL:
             assert pair[0].connections == before
             assert "DO 1" not in pair[0].statements()
 
-    def test_two_threads_do_not_give_up_the_last_two(self, pair: list[ProxySQL]) -> None:
+    def test_two_threads_do_not_give_up_the_last_two(
+        self, pair: list[ProxySQL], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with self.site(pair):
             balancer = balancers["balanced"]
+            one, other = balancer.peers.values()
             exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
-            barrier = threading.Barrier(2)
+            overtaking = threading.Thread(target=balancer.count_unanswered, args=(other, exc))
+            trip = one.breaker.trip_silently
 
-            def give_up(name: str) -> Callable[[], None]:
-                def run() -> None:
-                    barrier.wait(10)
-                    balancer.count_unanswered(balancer.peers[name], exc)
+            def slowly(*args: Any) -> Any:
+                overtaking.start()
+                # It looks now, if it can.
+                overtaking.join(0.3)
+                return trip(*args)
 
-                return run
-
-            for _ in range(20):
-                for peer in balancer.peers.values():
-                    peer.breaker.close()
-                with running(give_up("peer0"), give_up("peer1")):
-                    pass
-                assert sorted(states()) == ["closed", "open"]
+            monkeypatch.setattr(one.breaker, "trip_silently", slowly)
+            assert balancer.count_unanswered(one, exc)
+            overtaking.join(10)
+            assert states() == ["open", "closed"]
 
     def test_one_thread_asks_at_a_time(self, pair: list[ProxySQL]) -> None:
         with self.site(pair) as connection:

@@ -256,10 +256,14 @@ class _Proxy(ScriptedServer):
     def __init__(self, version: str = VERSION) -> None:
         self.writer: Behind | None = Behind(1000)
         self.reader: Behind | None = Behind(2000, read_only=True)
+        #: Whether its servers' thread ids are its own.
+        self.by_chance = False
         super().__init__(version)
 
     def at(self, client: Client, statement: str, server: Behind) -> Rows | None:
         """Have a server behind the proxy answer."""
+        if self.by_chance:
+            return self.served(client, statement, server, client.thread_id)
         if server not in client.threads:
             client.threads[server] = next(server.ids)
         return self.served(client, statement, server, client.threads[server])
