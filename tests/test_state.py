@@ -1,0 +1,116 @@
+"""A transaction's record: every transition from every stage, and nothing of it lasts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from django_proxysql.backends.state import NO_TRANSACTION, Stage, Transaction
+
+TRANSITIONS = [
+    "statement_sent",
+    "only_savepoints_sent",
+    "commit_sent",
+    "committed",
+    "rolled_back",
+    "commit_not_sent",
+    "conflicted",
+    "outcome_unknown",
+]
+
+#: Where a transition leads, where it does not lead to the same stage from everywhere.
+LEADS_TO = {
+    ("statement_sent", Stage.BEGUN): Stage.ACTIVE,
+    ("only_savepoints_sent", Stage.ACTIVE): Stage.BEGUN,
+    **{
+        ("rolled_back", stage): Stage.ROLLED_BACK
+        for stage in (Stage.BEGUN, Stage.ACTIVE, Stage.COMMITTING, Stage.ROLLED_BACK)
+    },
+}
+ALWAYS = {
+    "commit_sent": Stage.COMMITTING,
+    "committed": Stage.COMMITTED,
+    "commit_not_sent": Stage.ACTIVE,
+    "conflicted": Stage.CONFLICT,
+    "outcome_unknown": Stage.UNKNOWN,
+}
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+@pytest.mark.parametrize("stage", Stage)
+def test_every_transition_from_every_stage(transition: str, stage: Stage) -> None:
+    if stage is Stage.NONE:
+        expected = stage
+    else:
+        expected = ALWAYS.get(transition) or LEADS_TO.get((transition, stage), stage)
+    transaction = Transaction(by_hand=False, stage=stage)
+    getattr(transaction, transition)()
+    assert transaction.stage is expected
+
+
+def test_what_is_in_a_transactions_place_never_changes() -> None:
+    for transition in TRANSITIONS:
+        getattr(NO_TRANSACTION, transition)()
+    NO_TRANSACTION.savepoint_made("a")
+    NO_TRANSACTION.savepoint_gone("a")
+    assert NO_TRANSACTION.stage is Stage.NONE
+    assert not NO_TRANSACTION.savepoints
+    assert not NO_TRANSACTION.undone
+
+
+@pytest.mark.parametrize(("by_hand", "stage"), [*itertools.product([False, True], Stage)])
+def test_only_an_atomic_block_in_which_nothing_was_sent_begins_again(
+    by_hand: bool, stage: Stage
+) -> None:
+    transaction = Transaction(by_hand, stage)
+    assert transaction.is_pending is (stage is Stage.BEGUN and not by_hand)
+    assert transaction.is_of_atomic is (stage is not Stage.NONE and not by_hand)
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_a_commit_that_was_sent_and_not_refused_may_stand(stage: Stage) -> None:
+    transaction = Transaction(by_hand=False, stage=stage)
+    assert transaction.may_stand is (stage in (Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN))
+    assert transaction.has_ended is (
+        stage in (Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN)
+    )
+
+
+def test_a_rollback_does_not_make_an_unknown_commit_known() -> None:
+    transaction = Transaction(by_hand=False)
+    for transition in ("statement_sent", "commit_sent", "outcome_unknown", "rolled_back"):
+        getattr(transaction, transition)()
+    assert transaction.may_stand
+
+
+def test_a_new_record_knows_nothing_of_the_one_before() -> None:
+    before = Transaction(by_hand=True, hooks=3)
+    before.savepoint_made("a")
+    before.statement_sent()
+    before.mark = 7
+    after = Transaction(by_hand=True)
+    assert (after.stage, after.hooks, after.mark) == (Stage.BEGUN, 0, None)
+    assert not after.savepoints
+
+
+@pytest.mark.parametrize(
+    ("done", "left"),
+    [
+        (["made a", "made b"], ["a", "b"]),
+        (["made a", "made b", "released b"], ["a"]),
+        (["made a", "made b", "released a"], []),
+        (["made a", "made b", "restored a"], ["a"]),
+        (["made a", "made b", "restored b", "released b"], ["a"]),
+        (["released a"], []),
+        (["restored a"], []),
+    ],
+)
+def test_a_transaction_begun_anew_makes_the_savepoints_that_are_left(
+    done: list[str], left: list[str]
+) -> None:
+    transaction = Transaction(by_hand=False)
+    for step in done:
+        what, sid = step.split()
+        getattr(transaction, f"savepoint_{what}")(sid)
+    assert transaction.savepoints == left
