@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import operator
 import os
@@ -611,6 +612,14 @@ class _Reader:
                         f"OPTIONS['pool']['{key}']{of} would be the same for every peer.",
                         "Leave it out: what a peer's pool connects with is the peer's settings.",
                     )
+            takes = _pool_takes()
+            for key in known:
+                if takes and key not in takes:
+                    close = difflib.get_close_matches(str(key), takes, n=1)
+                    yield (
+                        f"OPTIONS['pool'][{key!r}]{of} is nothing that psycopg's pool takes.",
+                        f"Did you mean {close[0]!r}?" if close else "Leave it out.",
+                    )
             check = None if pool is True else pool.get("check")
             if check is not None and not callable(check):
                 yield (
@@ -931,6 +940,15 @@ def _is_port(value: Any, or_text: bool) -> bool:
         except ValueError:
             return False
     return type(value) is int and 0 < value < 65536
+
+
+def _pool_takes() -> list[str]:
+    """Return the names of what psycopg's pool takes; none where it is not installed."""
+    try:
+        from psycopg_pool import ConnectionPool
+    except ImportError:
+        return []
+    return list(inspect.signature(ConnectionPool.__init__).parameters)
 
 
 def _some_peer(**given: Any) -> PeerConfig:

@@ -89,4 +89,9 @@ def _of_driver(dbapi: Any, exc: Any) -> NoPeerAvailable:
 
 @functools.cache
 def _class_over(base: Any, error: Any) -> Any:
-    return type(base.__name__, (base, error), {"__module__": base.__module__})
+    def reduced(exc: Any) -> Any:
+        # To another process, which may not have the driver, it goes as what it is to us.
+        return base, (exc.balancer, exc.peers, exc.pinned)
+
+    namespace = {"__module__": base.__module__, "__reduce__": reduced}
+    return type(base.__name__, (base, error), namespace)

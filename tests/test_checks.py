@@ -151,6 +151,16 @@ MISTAKES: list[Any] = [
                 "Leave it out",
             ),
             (
+                {"OPTIONS": {"pool": {"min_sise": 2}}},
+                "OPTIONS['pool']['min_sise'] is nothing that psycopg's pool takes",
+                "Did you mean 'min_size'?",
+            ),
+            (
+                {"OPTIONS": {"pool": {"check": "SELECT 1"}}},
+                "OPTIONS['pool']['check'] is a str",
+                "Give a function",
+            ),
+            (
                 {"OPTIONS": {"pool": {"min_size": 2}}, "CONN_MAX_AGE": 60},
                 "OPTIONS['pool'] and CONN_MAX_AGE",
                 "goes back to its pool",

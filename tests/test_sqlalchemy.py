@@ -6,6 +6,7 @@ The promises are those of its documentation, "Dealing with Disconnects". They ho
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,6 +224,8 @@ class TestNoPeer:
         assert "db1" in str(caught.value)
         assert "db2" in str(caught.value)
         assert PASSWORD not in str(caught.value) + repr(caught.value)
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), again.peers) == (NoPeerAvailable, error.peers)
 
     def test_out_of_an_orm_session(self, site: Site) -> None:
         engine = site.engine()

@@ -351,15 +351,16 @@ def socket_options(connection: Any, params: Any) -> frozenset[str]:
 
 def owns(connection: Any) -> bool:
     """Return whether ``connection`` is psycopg 3's or psycopg2's, whatever it is wrapped in."""
-    return hasattr(connection, "pgconn") or ends_its_cursors(connection)
+    return hasattr(connection, "pgconn") or is_psycopg2(connection)
 
 
-def ends_its_cursors(connection: Any) -> bool:
-    """Return whether closing a connection ends its cursors too, and waits for its statements.
-
-    psycopg2's does. Its connections, and no others, have this method.
-    """
+def is_psycopg2(connection: Any) -> bool:
+    """Return whether ``connection`` is psycopg2's: no other driver's has this method."""
     return hasattr(connection, "get_transaction_status")
+
+
+#: Closing a connection of psycopg2's ends its cursors too, and waits for its statements.
+ends_its_cursors = is_psycopg2
 
 
 def leave(connection: Any) -> None:
@@ -403,7 +404,7 @@ def is_usual(connection: Any, cls: type) -> bool:
 
     Applications may register their own, psycopg2's ``AsIs`` among them.
     """
-    if any(base.__module__.startswith("psycopg2") for base in type(connection).__mro__):
+    if is_psycopg2(connection):
         from psycopg2 import extensions
 
         known = (
