@@ -587,7 +587,9 @@ class SafePointsMixin(LoadBalancedMixin):
             # cursor reads cannot follow it to another one.
             self._before_cursor(session)
         told = session is not None and session.told
-        pending = self._pending(session)
+        pending = None
+        if self._transaction.stage is BEGUN:
+            pending = self._pending(session)
         try:
             cursor = super()._cursor(name)  # type: ignore[misc]
         except Error:
@@ -620,7 +622,7 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _pending(self, session: Session | None) -> Transaction | None:
         """Return the transaction that has only begun, if making a cursor may send something."""
-        if session is None or self._transaction.stage is not BEGUN or not _sets_up(self.__class__):  # type: ignore[arg-type]
+        if session is None or not _sets_up(self.__class__):  # type: ignore[arg-type]
             return None
         self._notice_unseen(session)
         return self._transaction if self._transaction.stage is BEGUN else None
