@@ -151,5 +151,15 @@ def are_small(params: Any, most: int = _MOST) -> bool:
         params = params.values()
     elif not isinstance(params, (list, tuple)):
         return params is None
-    size = sum(len(value) for value in params if isinstance(value, (str, bytes, bytearray)))
-    return size <= most
+    return sum(map(_size, params)) <= most
+
+
+def _size(value: Any) -> int:
+    """Return the length of the texts in a parameter, or in a row of executemany()'s."""
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(map(_size, value))

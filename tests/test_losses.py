@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, close_old_connections, connections, transaction
-from django.db.utils import Error, InternalError
+from django.db.utils import DataError, Error, InternalError
 
 from django_proxysql import retrying_atomic
 from django_proxysql.events import CircuitClosed, CircuitOpened
@@ -205,6 +205,39 @@ class TestStatementsOwnFault:
                 here.idle(2)
         assert len(opened(here)) == 1
         assert here.written() == []
+
+    def test_executemany(self, plain: Site) -> None:
+        """Two tasks, each with rows of its own."""
+        here = plain
+        alias = here.connection.alias
+
+        def task() -> None:
+            rows = [(f"poison {number}",) for number in range(3)]
+            try:
+                with connections[alias].cursor() as cursor, pytest.raises(OperationalError):
+                    cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
+            finally:
+                connections[alias].close()
+
+        with poisoned(here, b"poison"):
+            for _ in range(4):
+                in_thread(task)
+                here.idle(2)
+        assert len(opened(here)) == 1
+
+    def test_large_executemany(self, plain: Site) -> None:
+        """Its rows together are the packet."""
+        here = plain
+        with poisoned(here, b"poison"):
+            for number in range(3):
+                here.connection.close()
+                rows = [(f"poison {number} {'x' * 100}",) for _ in range(4000)]
+                with (
+                    here.connection.cursor() as cursor,
+                    contextlib.suppress(OperationalError, DataError),
+                ):
+                    cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
+        assert not opened(here)
 
     def test_one_caller_with_many_statements(self, plain: Site) -> None:
         """A loop of one thread that tries again and again, with another text each time."""

@@ -176,13 +176,18 @@ class _Seam(CursorWrapper):
                 raise
 
     def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
-        self.db._before_other(self, sql)
-        return super()._executemany(sql, param_list, *ignored)  # type: ignore[misc]
+        session = self.db._before_other(self, sql, param_list)
+        result = super()._executemany(sql, param_list, *ignored)  # type: ignore[misc]
+        if session is not None:
+            session.sending = None
+        return result
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
         """Call a stored procedure; what it does in the session nobody knows."""
-        self.db._before_other(self, "CALL")
-        if kparams is None:
-            # Django 2.2's takes no third argument.
-            return super().callproc(procname, params)
-        return super().callproc(procname, params, kparams)
+        session = self.db._before_other(self, f"CALL {procname}", params)
+        # Django 2.2's takes no third argument.
+        arguments = (params,) if kparams is None else (params, kparams)
+        result = super().callproc(procname, *arguments)
+        if session is not None:
+            session.sending = None
+        return result

@@ -688,17 +688,22 @@ class SafePointsMixin(LoadBalancedMixin):
         if session.lost_results and writes(kind):
             session.lost_results &= 0 if makes_ids(sql) else ~RESULT
 
-    def _before_other(self, cursor: Any, sql: Any) -> None:
-        """Before what is never run again: executemany, callproc."""
+    def _before_other(self, cursor: Any, sql: Any, params: Any) -> Session | None:
+        """Before what is never run again: executemany, callproc.
+
+        :returns: the session that it is sent on, where that is looked after.
+        """
         session = self._current()
         if session is None or cursor._named:
-            return
+            return None
         kind = scan(sql) & ~READ
         now = session.clock()
         session = self._before_statement(cursor, kind, now, sql, None)
         session.used = now
+        session.sending = (sql, params)
         session.lost_results = 0
         self._unseen()
+        return session
 
     def _unseen(self) -> None:
         """Take note of what may be sent and will not be seen: it counts as a write."""
