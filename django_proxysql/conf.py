@@ -135,6 +135,15 @@ _OF_ONE_PEER = "E018"
 _HOST_AND_PORT = re.compile(r"(?:[^:\[\]/]+|\[[^\]/]*\]):\d+")
 
 
+#: What is written in a settings file in place of a string.
+_NO_TEXT = (int, float, list, tuple, dict, set)
+
+#: What Django's engine for MySQL takes.
+_ISOLATION_LEVELS = frozenset(
+    ("read uncommitted", "read committed", "repeatable read", "serializable")
+)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with an entry of DATABASES."""
@@ -788,12 +797,21 @@ class _Reader:
         ):
             if value and not _is_port(value, or_text=setting == "PORT" or not is_mysql):
                 yield setting, f"is {value!r}", "Give a number from 1 to 65535."
+        for setting in ("USER", "PASSWORD", "NAME"):
+            value = merged.get(setting)
+            if (is_mysql or setting == "NAME") and value and isinstance(value, _NO_TEXT):
+                # Never its value.
+                yield setting, f"is a {type(value).__name__}", "Put it in quotes: a string."
+        level = options.get("isolation_level")
+        if level and not _is_isolation_level(level, is_mysql):
+            yield (
+                "OPTIONS['isolation_level']",
+                f"is {level!r}",
+                "Give 'read committed' or another of MySQL's levels."
+                if is_mysql
+                else "Give one of psycopg.IsolationLevel.",
+            )
         if is_mysql:
-            for setting in ("USER", "PASSWORD", "NAME"):
-                value = merged.get(setting)
-                if value and isinstance(value, (int, float)):
-                    # Never its value.
-                    yield setting, f"is a {type(value).__name__}", "Put it in quotes: a string."
             for option in ("read_timeout", "write_timeout"):
                 value = options.get(option)
                 if value is not None and not _is_number(value):
@@ -927,6 +945,13 @@ def _given_name(peer: Any) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _is_isolation_level(value: Any, is_mysql: bool) -> bool:
+    if is_mysql:
+        return isinstance(value, str) and value.lower() in _ISOLATION_LEVELS
+    # psycopg's enumeration, and psycopg2's numbers.
+    return isinstance(value, int) and 1 <= value <= 4
 
 
 def _is_port(value: Any, or_text: bool) -> bool:

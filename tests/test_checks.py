@@ -268,6 +268,12 @@ OF_ONE_PEER: list[Any] = [
     ({"OPTIONS": {"host": "db1:3307"}}, "OPTIONS['host'] of peer", "PORT"),
     ({"OPTIONS": {"port": "3307"}}, "OPTIONS['port'] of peer PEERS[0] is '3307'", "65535"),
     ({"USER": 1}, "USER of peer PEERS[0] is a int", "string"),
+    ({"NAME": 5}, "NAME of peer PEERS[0] is a int", "string"),
+    (
+        {"OPTIONS": {"isolation_level": "repeatable"}},
+        "OPTIONS['isolation_level'] of peer PEERS[0] is 'repeatable'",
+        "MySQL's levels",
+    ),
     ({"PASSWORD": 5354}, "PASSWORD of peer PEERS[0] is a int", "string"),
     ({"OPTIONS": {"read_timeout": "5"}}, "OPTIONS['read_timeout'] of peer", "seconds"),
 ]
@@ -374,6 +380,28 @@ def test_what_the_driver_cannot_take(
 def test_what_the_driver_can_take(settings: dict[str, Any]) -> None:
     with added({"balanced": entry({"PEERS": [{**ONE, **settings}]})}):
         assert ids(run_checks()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "right"),
+    [
+        ({"PORT": "abc"}, False),
+        ({"PORT": "5433"}, True),
+        ({"OPTIONS": {"port": "5433"}}, True),
+        ({"HOST": 1}, False),
+        ({"HOST": Path("/run/postgresql")}, True),
+        ({"HOST": "10.0.0.1:5433"}, False),
+        ({"NAME": 5}, False),
+        ({"PASSWORD": 5}, True),
+        ({"OPTIONS": {"isolation_level": 99}}, False),
+        ({"OPTIONS": {"isolation_level": psycopg.IsolationLevel.SERIALIZABLE}}, True),
+    ],
+    ids=str,
+)
+def test_what_psycopg_can_take(settings: dict[str, Any], right: bool) -> None:
+    balanced = {"PEERS": [{**ONE, "NAME": "shop", **settings}], "PEER_ENGINE": POSTGRESQL}
+    with added({"balanced": entry(balanced)}):
+        assert ids(run_checks()) == ([] if right else ["E018"])
 
 
 @pytest.mark.parametrize("engine_path", [MYSQL, POSTGRESQL])

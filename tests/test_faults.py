@@ -369,6 +369,12 @@ def by_psycopg2(sqlstate: str, text: str = "as the server says") -> Exception:
 #: What libpq writes, without a SQLSTATE, when a connect fails …
 LIBPQ = 'connection to server at "127.0.0.1", port 5432 failed: '
 CONNECT_TEXTS: list[tuple[str, Fault]] = [
+    (LIBPQ + 'FATAL:  permission denied for database "shop"', REFUSED),
+    (LIBPQ + 'FATAL:  role "app" is not permitted to log in', REFUSED),
+    (LIBPQ + 'FATAL:  database "shop" is not currently accepting connections', REFUSED),
+    (LIBPQ + 'FATAL:  PAM authentication failed for user "app"', REFUSED),
+    (LIBPQ + 'FATAL:  pg_hba.conf rejects connection for host "10.0.0.9"', REFUSED),
+    (LIBPQ + 'FATAL:  unrecognized configuration parameter "nonesuch"', OTHER),
     (LIBPQ + "Connection refused\n\tIs the server running on that host?", UNREACHABLE),
     ('could not translate host name "nohost" to address: Name not known', UNREACHABLE),
     (LIBPQ + "timeout expired", UNREACHABLE),

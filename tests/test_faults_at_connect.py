@@ -360,6 +360,44 @@ def test_typo_of_one_peer(
     assert re.search(r"balanced.*peer0 \(", errors[0])
 
 
+def test_libpqs_answer_that_no_table_lists(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], caplog: pytest.LogCaptureFixture
+) -> None:
+    """libpq shows no code of a failed connect: one peer's, or, said by all, raised as it is."""
+    wrong = {"OPTIONS": {"options": "-c nonesuch=1"}}
+    peers = postgres_peer(postgres_pair[0], **wrong), postgres_peer(postgres_pair[1])
+    with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert (state().state, state().fault) == ("open", Fault.REFUSED)
+    assert [r.levelname for r in caplog.records if r.levelno >= logging.WARNING] == ["ERROR"]
+    peers = tuple(postgres_peer(node, **wrong) for node in postgres_pair)
+    with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
+        with pytest.raises(OperationalError, match=r"nonesuch.* of 'balanced'") as raised:
+            connection.ensure_connection()
+        assert not isinstance(raised.value, NoPeerAvailable)
+        assert state().state == "closed"
+
+
+def test_tenant_that_may_not_connect(
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+) -> None:
+    """42501 for a database that the caller asks for takes no peer out."""
+    for node in postgres_pair:
+        node.sql("CREATE DATABASE closed_shop; REVOKE CONNECT ON DATABASE closed_shop FROM PUBLIC")
+    try:
+        peers = tuple(postgres_peer(node) for node in postgres_pair)
+        with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
+            connection.settings_dict["NAME"] = "closed_shop"
+            for _ in range(3):
+                with pytest.raises(OperationalError, match="permission denied for database"):
+                    connection.ensure_connection()
+            assert [s.state for s in balancers["balanced"].snapshot()] == ["closed"] * 2
+    finally:
+        for node in postgres_pair:
+            node.sql("DROP DATABASE closed_shop")
+
+
 @pytest.mark.parametrize("typo", TYPOS, ids=str)
 def test_typo_of_all_peers(mariadb_pair: Pair, typo: dict[str, Any]) -> None:
     """The same typo in all of them is raised as the driver says it, with alias and peer named."""

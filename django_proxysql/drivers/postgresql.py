@@ -45,6 +45,14 @@ _QUOTED = (
     (re.compile(r'(?:database|role) ".*" does not exist'), Fault.REFUSED),
     (
         re.compile(
+            r"authentication failed for user|pg_hba\.conf rejects|"
+            r"permission denied for database|is not permitted to log in|"
+            r"is not currently accepting connections"
+        ),
+        Fault.REFUSED,
+    ),
+    (
+        re.compile(
             r"the database system is (?:starting up|shutting down|in recovery)|"
             r"not (?:yet )?accepting connections"
         ),
@@ -131,6 +139,9 @@ _WAITED = re.compile(
     r"could not get connection from the pool"
 )
 
+#: The severity before what a server answers to a connect.
+_ANSWERED = re.compile(r"\b(?:FATAL|PANIC): ")
+
 #: libpq's words for an option that it does not know or cannot read.
 _BAD_OPTION = re.compile(
     r"invalid connection option|invalid dsn|invalid integer value|invalid port number|"
@@ -180,7 +191,8 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
         for pattern, meaning in _QUOTED:
             if pattern.search(text):
                 return meaning
-        return Fault.UNREACHABLE
+        # It was reached, and says what no table lists.
+        return Fault.OTHER if _ANSWERED.search(text) else Fault.UNREACHABLE
     return Fault.LOST if _LOST_TEXT.search(text) else Fault.OTHER
 
 
