@@ -622,7 +622,7 @@ class LoadBalancer:
             if other is not peer
         )
 
-    def count_unanswered(self, peer: Peer, exc: BaseException) -> bool:
+    def count_unanswered(self, peer: Peer, exc: BaseException, since: float = -math.inf) -> bool:
         """Count a question that no server behind a proxy has answered; at ``fail_max`` the
         circuit opens, unless it is the last.
 
@@ -631,10 +631,15 @@ class LoadBalancer:
 
         :param peer: one of :attr:`peers`.
         :param exc: what it said.
+        :param since: when the statement was begun, on :attr:`clock`. If another was answered
+            that was begun later, the servers are there.
         :returns: whether its circuit is open now.
         """
+        if peer.has_served(since):
+            peer.unanswered = 0
+            return False
         # Of two threads that give up the last two peers one does not.
-        if True:
+        with self._drains_lock:
             if not self.can_spare(peer):
                 return peer.breaker.circuit.state != CLOSED
             peer.unanswered += 1
@@ -1054,6 +1059,8 @@ class _Search:
     #: Whose pool had no connection to spare: asked again after all others.
     _busy: frozenset[str] = frozenset()
     _last_error: BaseException | None = None
+    #: What a proxy said that may be busy, and no more than that.
+    _plain_error: BaseException | None = None
     #: No candidate is left, or no time.
     is_over = False
     #: What is to be told of that.
@@ -1160,7 +1167,7 @@ class _Search:
             self._failed(peer, permit, exc, self._clock() - started)
             raise
         # It and its traceback's frames, this search among them, hold each other.
-        self._last_error = None
+        self._last_error = self._plain_error = None
         permit.succeeded()
         if self._undecided:
             self._decide(alone=True)
@@ -1179,7 +1186,7 @@ class _Search:
 
     def forget(self) -> None:
         """Let go of the last error."""
-        self._last_error = None
+        self._last_error = self._plain_error = None
 
     def is_of_the_peer(self, exc: BaseException) -> bool:
         """Return whether ``exc``, which an attempt raised, says something about the peer."""
@@ -1225,6 +1232,8 @@ class _Search:
         self._faults = {**self._faults, peer.name: verdict.fault}
         self._errors = {**self._errors, peer.name: drivers.describe(exc)}
         self._last_error = exc
+        if drivers.may_be_busy(exc):
+            self._plain_error = exc
         if verdict.fault in (Fault.REFUSED, Fault.LOCAL):
             self._refused |= {peer.name}
         attempt = _Undecided(peer, permit, exc, seconds)
@@ -1250,7 +1259,7 @@ class _Search:
         if counts and was_closed and is_unanswered(exc):
             # It let us in: each good connect would reset the circuit's own count.
             permit.released()
-            if balancer.count_unanswered(peer, exc):
+            if balancer.count_unanswered(peer, exc, self._clock() - seconds):
                 count = peer.breaker.circuit.failures
         elif counts:
             count = permit.failed(exc, fault)
@@ -1421,9 +1430,9 @@ class _Search:
         balancer = self._balancer
         if self._last_error is not None and len(self._refused) == len(balancer.undrained()):
             return self._last_error
-        if self._last_error is not None and is_unanswered(self._last_error) and not balancer._waits:
-            # A proxy may be busy, and no more than that: its error is the application's.
-            return self._last_error
+        if self._plain_error is not None and not balancer._waits:
+            # The proxy is there: its error is the application's.
+            return self._plain_error
         error = self._nobody()
         error.__cause__ = self._last_error
         # One peer that fails, or a replacement that was not needed, is no exhaustion: other

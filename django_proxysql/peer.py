@@ -44,6 +44,8 @@ class Peer:
         self.is_server: bool | None = None
         #: The version that the server greets with, and what Django then asked it about itself.
         self.server_facts: tuple[str, Any] | None = None
+        #: When the last statement that was answered here was begun, on the balancer's clock.
+        self.served = -math.inf
         #: How many questions in a row no server behind this proxy has answered.
         self.unanswered = 0
         #: Until when, on the balancer's clock, a thread asks whether a server answers.
@@ -74,6 +76,10 @@ class Peer:
     def note_server(self, is_server: bool) -> None:
         """Take note of who has answered: the server that greeted us, or one behind a proxy."""
         self.is_server = is_server and self.is_server is not False
+
+    def has_served(self, since: float) -> bool:
+        """Return whether a statement was answered that was begun after ``since``."""
+        return since > -math.inf and self.served > since
 
     def forget_answers(self) -> None:
         """Forget what was found out by asking; the address may lead elsewhere by now."""

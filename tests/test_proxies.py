@@ -430,6 +430,48 @@ class TestBusyProxySQL:
                 proxy.writer.busy = proxy.reader.busy = False
             execute(connection, INSERT)
 
+    @pytest.mark.parametrize("before", [True, False])
+    def test_peer_that_serves_others_is_not_given_up(
+        self, pair: list[ProxySQL], before: bool
+    ) -> None:
+        """A statement that was begun later was answered: the servers are there."""
+        with self.site(pair) as connection:
+            peer, clock = connection.peer, balancers["balanced"].clock
+            old = pair[int(peer.name[-1])]
+            old.writer.up = False
+            if before:
+                peer.served = clock() + 1
+            else:
+                # While the question is waiting.
+                old.on_question = lambda: setattr(peer, "served", clock() + 1)
+            peer.unanswered = 5
+            with pytest.raises(DatabaseError, match="9001"):
+                execute(connection, INSERT)
+            assert (peer.breaker.current_state, peer.unanswered) == ("closed", 0)
+            assert ("DO 1" in old.statements()) is not before
+
+    def test_what_was_served_before_proves_nothing(self, pair: list[ProxySQL]) -> None:
+        with self.site(pair) as connection:
+            peer = connection.peer
+            execute(connection, INSERT)
+            assert peer.served == balancers["balanced"].clock()
+            pair[int(peer.name[-1])].writer.up = False
+            with pytest.raises(DatabaseError, match="9001"):
+                execute(connection, INSERT)
+            assert peer.breaker.current_state == "open"
+
+    def test_error_of_a_busy_proxy_is_the_drivers(self, pair: list[ProxySQL]) -> None:
+        """Also if the other's trial was the last that failed."""
+        check = "tests.test_proxies.reaches_a_server"
+        with self.site(pair, READY_CHECK=check, CONN_MAX_AGE=0) as connection:
+            for proxy in pair:
+                proxy.writer.busy = True
+            for _ in range(8):
+                connection.close()
+                balancers["balanced"].clock.advance(20)
+                with pytest.raises(OperationalError, match="9001"):
+                    connection.ensure_connection()
+
     def test_last_peer_is_not_asked(self, pair: list[ProxySQL]) -> None:
         with self.site(pair[:1]) as connection:
             pair[0].writer.busy = True

@@ -102,6 +102,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             db._transaction.statement_sent()
             raise
         session.served = True
+        session.peer.served = now
         session.sending = None
         if db._transaction.stage is BEGUN:
             db._transaction.statement_sent()

@@ -434,6 +434,11 @@ class SafePointsMixin(LoadBalancedMixin):
         # One thread at a time: each who asks takes one more connection.
         if now < peer.asked_until or not balancer.can_spare(peer):
             return False
+        since = session.used
+        if peer.has_served(since):
+            # Others are being served, and this one was unlucky.
+            peer.unanswered = 0
+            return False
         peer.asked_until = now + 2 * balancer.config.connect_timeout
         try:
             with self._throw_away(session) as connection:
@@ -447,7 +452,7 @@ class SafePointsMixin(LoadBalancedMixin):
             return False
         finally:
             peer.asked_until = -math.inf
-        return balancer.count_unanswered(peer, exc)
+        return balancer.count_unanswered(peer, exc, since)
 
     def _settle_doubt(self, session: Session) -> None:
         """Ask a connection that could not be asked when a write was refused on it."""

@@ -18,7 +18,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -276,6 +276,8 @@ class ProxySQL(_Proxy):
     def __init__(self, patience: float = 0.05) -> None:
         #: Seconds for which a statement waits for a server.
         self.patience = patience
+        #: Called when an engine asks for an answer of the writers.
+        self.on_question: Callable[[], object] = lambda: None
         #: Whether there is the first of the two rules.
         self.for_update_rule = True
         super().__init__("8.0.11")
@@ -296,6 +298,8 @@ class ProxySQL(_Proxy):
             client.in_transaction or locks
         )
         server = self.reader if reads else self.writer
+        if statement == "DO 1":
+            self.on_question()
         if server is None or not server.up or server.busy:
             self._closed.wait(self.patience)
             # One may have become free meanwhile.
