@@ -69,6 +69,21 @@ def keeps_past_django(real: Real) -> Any:
     return DatabaseWrapper
 
 
+def keeps_the_first_peer_s(real: Real) -> Any:
+    """A pool that is made with the wrapper, before anything is connected."""
+    arguments: dict[str, Any] = {}
+
+    class DatabaseWrapper(real):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            arguments.setdefault(self.alias, self.get_connection_params())
+
+        def get_new_connection(self, params: dict[str, Any]) -> Any:
+            return super().get_new_connection(arguments[self.alias])
+
+    return DatabaseWrapper
+
+
 def keeps_nothing(real: Real) -> Any:
     class DatabaseWrapper(real):  # type: ignore[misc]
         def get_new_connection(self, params: dict[str, Any]) -> Any:
@@ -116,7 +131,9 @@ def served_by(connection: Any) -> int:
         return int(cursor.fetchone()[0])
 
 
-@pytest.mark.parametrize("make", [keeps_connections, keeps_arguments, keeps_past_django])
+@pytest.mark.parametrize(
+    "make", [keeps_connections, keeps_arguments, keeps_past_django, keeps_the_first_peer_s]
+)
 def test_is_never_taken_for_another_peer(make: Any, nodes: Any, named: Any) -> None:
     """No statement reaches a server that is not the peer's, and what is wrong is raised."""
     peers = [mysql_peer(node) for node in nodes]

@@ -80,14 +80,18 @@ class OriginsMixin(_Base):
             return
         seen = _seen.setdefault(registered.balancer, {})
         name = attempt.peer.name
-        if not _is_asked_for(found, settings):
-            # An engine may go another way than its settings say (by a tunnel), but not the
-            # same one for two peers.
-            for other, where in tuple(seen.items()):
-                if other != name and where == found:
+        if not _leads_to(settings, found):
+            # An engine may go another way than its settings say (by a tunnel), but not to
+            # another peer, nor the same way for two.
+            own = self._own_settings or self.settings_dict
+            for other in registered.balancer.peers.values():
+                if other is attempt.peer:
+                    continue
+                theirs = registered.settings_for(other, own, self.alias)
+                if seen.get(other.name) == found or (_hosts(theirs) and _leads_to(theirs, found)):
                     wrong = _wrong[registered.balancer] = (
                         f"DATABASES[{registered.balancer.name!r}]: PEER_ENGINE gave for peer "
-                        f"{name!r} a connection to {other!r} ({':'.join(found)}): "
+                        f"{name!r} a connection to {other.name!r} ({':'.join(found)}): "
                         f"{_backend_of(type(self))} keeps connections that it does not tell apart "
                         "by peer. Give the backend that it builds on; CONN_MAX_AGE keeps "
                         "connections, each to its own peer."
@@ -96,13 +100,20 @@ class OriginsMixin(_Base):
         seen[name] = found
 
 
-def _is_asked_for(found: _Endpoint, settings: Mapping[str, Any]) -> bool:
-    """Return whether a peer's settings say that its connections lead there, as far as they say."""
-    options = settings["OPTIONS"]
-    hosts = [str(h).lower() for h in (settings.get("HOST"), options.get("host")) if h]
-    ports = [str(p) for p in (settings.get("PORT"), options.get("port")) if p]
+def _leads_to(settings: Mapping[str, Any], found: _Endpoint) -> bool:
+    """Return whether a peer's settings lead to an endpoint, as far as they say where."""
     host, port = found
+    hosts, ports = _hosts(settings), _given(settings, "PORT", "port")
     return (not hosts or host.lower() in hosts) and (not ports or port in ports)
+
+
+def _hosts(settings: Mapping[str, Any]) -> set[str]:
+    return _given(settings, "HOST", "host")
+
+
+def _given(settings: Mapping[str, Any], key: str, option: str) -> set[str]:
+    given = settings.get(key), settings["OPTIONS"].get(option)
+    return {str(value).lower() for value in given if value}
 
 
 def _backend_of(made: type) -> str:
