@@ -338,6 +338,10 @@ def test_what_all_peers_say_alike_names_one_and_counts_for_none(mariadb_pair: Pa
 TYPOS: list[dict[str, Any]] = [
     {"OPTIONS": {"nonesuch": 1}},
     {"OPTIONS": {"isolation_level": "repeatable"}},
+    {"OPTIONS": {"ssl_mode": "WRONG"}},
+    {"OPTIONS": {"charset": "nonesuch"}},
+    {"PORT": "abc"},
+    {"HOST": 1},
     {"OPTIONS": {"init_command": "SET nonesuch = 1"}},
     {"OPTIONS": {"init_command": "SELEKT 1"}},
     {"USER": 1},

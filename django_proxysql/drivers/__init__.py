@@ -290,13 +290,19 @@ def mark_of_settings(exc: Exception) -> None:
 def is_of_settings(exc: BaseException) -> bool:
     """Return whether ``exc`` says that a peer's settings are such as the driver cannot take."""
     exc = root_error(exc)
+    is_marked = getattr(exc, "_django_proxysql_of_settings", False)
     table = _table_of(exc)
     if table is not None:
-        return table.is_option_error(exc)
+        # mysqlclient's of an ssl_mode that it does not know: it asked no server.
+        is_drivers_own = is_marked and table.code_of(exc) is None
+        names = {cls.__name__ for cls in type(exc).__mro__}
+        return table.is_option_error(exc) or (
+            is_drivers_own and not names.isdisjoint({"NotSupportedError", "ProgrammingError"})
+        )
     if getattr(exc, "_django_proxysql_is_ours", False):
         # A token service that cannot be reached.
         return False
-    if not getattr(exc, "_django_proxysql_of_settings", False):
+    if not is_marked:
         return False
     if _is_local_class(exc):
         return True
