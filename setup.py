@@ -155,6 +155,7 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Programming Language :: Python :: 3.14",
+        "Programming Language :: Python :: 3.15",
         "Topic :: Database",
         "Topic :: System :: Clustering",
         "Topic :: System :: Networking",

@@ -243,4 +243,6 @@ class TestMade:
             assert type(made) is Deeper
             assert Deeper.vendor == made.vendor == "sqlite"
             made.ensure_connection()
+            # Django never closes a database in memory.
+            made.connection.close()
             made.close()
