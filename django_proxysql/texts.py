@@ -11,7 +11,7 @@ from typing import Any
 
 from .statements import is_plain, is_provable_read, without_tail
 
-__all__ = ["Text", "names_in", "text_of"]
+__all__ = ["Text", "is_of_transaction", "names_in", "tells_time", "text_of"]
 
 #: Longer texts are values, and no setting.
 _LENGTH = 20_000
@@ -50,11 +50,28 @@ def text_of(sql: Any, dialect: str | None) -> Text:
     if _SETTING.fullmatch(text):
         return Text.SETTING
     if dialect == "postgresql":
-        if _TRANSACTION_LOCK.fullmatch(text) or _TRANSACTION_SETTING.fullmatch(text):
+        if _TRANSACTION_LOCK.fullmatch(text) or is_of_transaction(text):
             return Text.OF_TRANSACTION
         if _SCHEMA.match(text) and ";" not in text and not _NO_SCHEMA.search(text):
             return Text.SCHEMA
     return Text.OTHER
+
+
+def is_of_transaction(sql: Any) -> bool:
+    """Return whether ``sql`` sets something until PostgreSQL's transaction ends, and no longer."""
+    return isinstance(sql, str) and _TRANSACTION_SETTING.fullmatch(without_tail(sql)) is not None
+
+
+_TIME = re.compile(
+    r"\bnow\b|current_(?:date|time)|localtime|transaction_timestamp|\bage\b"
+    r"|today|tomorrow|yesterday",
+    re.IGNORECASE,
+)
+
+
+def tells_time(sql: str) -> bool:
+    """Return whether a read may tell when PostgreSQL's transaction began."""
+    return _TIME.search(sql) is not None
 
 
 #: Values that are the same whenever they are set: no call, no other variable.

@@ -7,13 +7,21 @@ from dataclasses import replace
 
 import pytest
 
-from django_proxysql.backends.decisions import Cause, How, Lost, Place, Replay, may_replay
+from django_proxysql.backends.decisions import (
+    Cause,
+    How,
+    Lost,
+    Place,
+    Replay,
+    leaves_no_trace,
+    may_replay,
+)
 from django_proxysql.texts import Text
 
 DIALECTS = ("mysql", "mariadb", "postgresql")
 EVERY = [
     Lost(*combination)
-    for combination in itertools.product(Place, Cause, Text, DIALECTS, *[(True, False)] * 4)
+    for combination in itertools.product(Place, Cause, Text, DIALECTS, *[(True, False)] * 5)
 ]
 NEVER = Replay(How.NEVER)
 
@@ -39,6 +47,12 @@ class TestEveryCombination:
             {"holds_state": True},
             {"sendable": False},
             {"place": Place.LATER},
+            # executemany() has sent some of its rows, whatever the error says of the last.
+            *(
+                {"single": False, "place": Place.AUTOCOMMIT},
+                {"single": False, "text": Text.READ},
+                {"single": False, "text": Text.SETTING},
+            ),
             {"cause": Cause.TIMED_OUT},
             {"cause": Cause.ANSWERED},
             {"text": Text.OTHER},
@@ -73,7 +87,7 @@ class TestEveryCombination:
     def test_a_lost_write_is_asked_about(self) -> None:
         for text in (Text.PLAIN, Text.SCHEMA):
             for lost in allowed(text=text):
-                if lost.cause is not Cause.NOT_RUN:
+                if lost.cause is not Cause.NOT_RUN or not lost.single:
                     assert may_replay(lost).is_undone
                     assert lost.place is not Place.AUTOCOMMIT
 
@@ -84,12 +98,13 @@ class TestEveryCombination:
 
     def test_what_did_not_run_is_run_as_it_is(self) -> None:
         for lost in allowed(cause=Cause.NOT_RUN):
-            if lost.text in (Text.READ, Text.LOCKING, Text.PLAIN):
+            if lost.single and lost.text in (Text.READ, Text.LOCKING, Text.PLAIN):
                 assert may_replay(lost).how is How.AS_IT_IS
 
     def test_less_known_never_allows_more(self) -> None:
         """Whatever is turned to its worse side, no replay comes of it."""
-        worse = {"enabled": False, "holds_state": True, "sendable": False, "may_be_stale": True}
+        worse = {"enabled": False, "holds_state": True, "sendable": False, "single": False}
+        worse["may_be_stale"] = True
         for lost in EVERY:
             for name, value in worse.items():
                 if may_replay(lost) == NEVER:
@@ -97,3 +112,7 @@ class TestEveryCombination:
 
     def test_the_rules_leave_something(self) -> None:
         assert {lost.text for lost in allowed(cause=Cause.CLOSED)} == set(Text) - {Text.OTHER}
+
+    def test_a_lost_commit_of_reads_alone_leaves_no_trace(self) -> None:
+        combinations = itertools.product((True, False), (True, False, None))
+        assert [known for known in combinations if leaves_no_trace(*known)] == [(True, False)]

@@ -46,7 +46,7 @@ def replayed_read(here: Site) -> None:
 def lost_block(here: Site) -> None:
     here.write("one")
     with pytest.raises(Error), transaction.atomic(here.connection.alias):
-        here.read()
+        here.sql("SELECT value FROM app_token FOR UPDATE")
         here.kill()
         here.read()
 

@@ -157,6 +157,9 @@ with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as 
         with django.db.transaction.atomic("balanced"):
             cursor.execute("SELECT 1")
             kill()
+            cursor.execute("SELECT 2")
+            cursor.execute("SELECT 1 FOR UPDATE")
+            kill()
             try:
                 cursor.execute("SELECT 2")
             except django.db.OperationalError:

@@ -152,7 +152,7 @@ class TestSwaps:
             stack.enter_context(refusing(here, 1047, WSREP))
             stack.enter_context(pytest.raises(OperationalError))
             stack.enter_context(transaction.atomic(here.connection.alias))
-            here.sql("SELECT 1")
+            here.sql("SELECT value FROM app_token FOR UPDATE")
             here.write("one")
 
     def test_optional_one_waits_for_the_units_end(self, here: Site) -> None:
@@ -831,7 +831,7 @@ class TestTransactions:
         assert here.read() == []
 
     @pytest.mark.parametrize("kind", CUTS)
-    @pytest.mark.parametrize("first", ["SELECT value FROM app_token", "executemany"])
+    @pytest.mark.parametrize("first", ["SELECT value FROM app_token FOR UPDATE", "executemany"])
     def test_what_uses_up_the_first_statement(self, here: Site, kind: str, first: str) -> None:
         alias = here.connection.alias
         here.sql("SELECT 1")
@@ -890,7 +890,7 @@ class TestTransactions:
         here.write("one")
         with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
             with here.connection.chunked_cursor() as rows:
-                rows.execute("SELECT value FROM app_token")
+                rows.execute("SELECT value FROM app_token FOR UPDATE")
                 assert rows.fetchall() == [("one",)]
             here.cut("after")
             here.read()

@@ -196,7 +196,7 @@ class TestAnswersOfOneConnection:
     def test_after_a_loss_that_was_raised(self, here: Site) -> None:
         here.write("one")
         with pytest.raises(Error), transaction.atomic(here.connection.alias):
-            here.read()
+            here.sql("SELECT value FROM app_token FOR UPDATE")
             here.kill()
             here.read()
         here.read()

@@ -18,7 +18,6 @@ from django.db.utils import Error
 
 from .. import drivers
 from ..statements import READ, SCOPED, STATE, kinds, scan, writes
-from .state import BEGUN
 
 __all__ = ["cursor_class", "note_named"]
 
@@ -49,13 +48,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         # a transaction: what they cost is what this method costs.
         if session is None or db._quiet or self._named or session.connection is not db.connection:
             if self._named and session is not None:
-                session.sending = (sql, params)
-            result = plain(self, sql, params, *ignored)
-            if self._named:
-                db._transaction.statement_sent()
-                if session is not None:
-                    session.sending = None
-            return result
+                return db._declare(self, session, sql, params, plain, ignored)
+            return plain(self, sql, params, *ignored)
         try:
             kind = kinds[sql]
         except (KeyError, TypeError):
@@ -73,7 +67,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             kind & (STATE | SCOPED)
             or self._session is not session
             or (
-                (db._transaction.stage is BEGUN or session.dead)
+                (db._transaction.reads is not None or session.dead)
                 if db.in_atomic_block
                 else (
                     kind != READ
@@ -104,8 +98,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         session.served = True
         session.peer.served = now
         session.sending = None
-        if db._transaction.stage is BEGUN:
-            db._transaction.statement_sent()
+        if db._transaction.reads is not None:
+            db._note_answered(session, kind, sql, params)
         if kind != READ:
             db._after_statement(self, session, kind, sql, params)
         return result
@@ -119,6 +113,9 @@ def note_named(cursor: Any, session: Any) -> None:
     if not session.server_side:
         session.server_side = weakref.WeakSet()
     session.server_side.add(cursor)
+    for name in ("fetchone", "fetchmany", "fetchall"):
+        # Its first rows may be fetched again, and no others.
+        setattr(cursor, name, functools.partial(cursor._fetch, name))
 
 
 #: A driver's cursor's attributes that send nothing, or read on in a result that was asked for.
@@ -141,6 +138,8 @@ class _Seam(CursorWrapper):
     _session: Any = None
     #: Whether the driver's cursor is a server-side one, with a name.
     _named = False
+    #: What a server-side cursor was declared with, until its first rows are there.
+    _declared: Any = None
 
     def __init__(self, cursor: Any, db: Any, *args: Any) -> None:
         # Others make wrappers of our cursors' class over the driver's cursor that
@@ -170,18 +169,29 @@ class _Seam(CursorWrapper):
             session.server_side.discard(self)
         try:
             self.cursor.close()
-        except self.db.Database.Error:
+        except self.db.Database.Error as exc:
             # mysqlclient asks the server for more results, there, too, where
             # there is no server any more: what could be read has been read.
-            if session is None or not (session.dead or session is not self.db._session):
+            if session is None or not (
+                session.dead or session is not self.db._session or self.db._is_end_of(session, exc)
+            ):
                 raise
 
+    def _fetch(self, method: str, *args: Any) -> Any:
+        """Fetch from a server-side cursor; the first rows again, if they were lost."""
+
+        def fetch() -> Any:
+            with self.db.wrap_database_errors:
+                return getattr(self.cursor, method)(*args)
+
+        declared, self._declared = self._declared, None
+        if declared is None:
+            return fetch()
+        return self.db._fetch_first(self, declared, fetch)
+
     def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
-        session = self.db._before_other(self, sql, param_list)
-        result = super()._executemany(sql, param_list, *ignored)  # type: ignore[misc]
-        if session is not None:
-            session.sending = None
-        return result
+        run = functools.partial(super()._executemany, sql, param_list, *ignored)  # type: ignore[misc]
+        return self.db._run_many(self, sql, param_list, run)
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
         """Call a stored procedure; what it does in the session nobody knows."""

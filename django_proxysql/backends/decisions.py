@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..texts import Text
 
-__all__ = ["Cause", "How", "Lost", "Place", "Replay", "may_replay"]
+__all__ = ["Cause", "How", "Lost", "Place", "Replay", "leaves_no_trace", "may_replay"]
 
 
 class Place(enum.Enum):
@@ -67,6 +67,8 @@ class Lost:
     holds_state: bool
     #: The parameters are plain values, and not too many.
     sendable: bool
+    #: It is one execute(), and not executemany(), which sends several.
+    single: bool
     #: The request has written, and other peers may not show it yet.
     may_be_stale: bool
 
@@ -98,12 +100,18 @@ def may_replay(lost: Lost) -> Replay:
         return _NEVER
     if lost.cause in (Cause.TIMED_OUT, Cause.ANSWERED):
         return _NEVER
+    if not lost.single and lost.text is not Text.PLAIN:
+        return _NEVER
     in_block = lost.place is not Place.AUTOCOMMIT
     after_reads = lost.place is Place.AFTER_READS
     # What the block has read must not be older on another peer.
     if after_reads and lost.may_be_stale:
         return _NEVER
-    if lost.cause is Cause.NOT_RUN and lost.text in (Text.READ, Text.LOCKING, Text.PLAIN):
+    if (
+        lost.cause is Cause.NOT_RUN
+        and lost.single
+        and lost.text in (Text.READ, Text.LOCKING, Text.PLAIN)
+    ):
         return Replay(How.AS_IT_IS, reads_anew=after_reads)
     if lost.text is Text.READ and not lost.may_be_stale:
         if in_block and lost.dialect != "postgresql":
@@ -112,7 +120,7 @@ def may_replay(lost: Lost) -> Replay:
         return Replay(How.READ_ONLY, reads_anew=after_reads)
     if lost.text is Text.LOCKING and in_block and not lost.may_be_stale:
         return Replay(How.AS_IT_IS, rehearse=True, reads_anew=after_reads)
-    if lost.cause is not Cause.CLOSED:
+    if lost.cause is not Cause.CLOSED and not (lost.cause is Cause.NOT_RUN and not lost.single):
         return _NEVER
     # COMMIT was never sent: what a rollback undoes has not happened.
     if lost.text is Text.PLAIN and in_block:
@@ -126,3 +134,13 @@ def may_replay(lost: Lost) -> Replay:
     if lost.text is Text.SETTING and not in_block:
         return Replay(How.AS_IT_IS)
     return _NEVER
+
+
+def leaves_no_trace(only_read: bool, serializable: bool | None) -> bool:
+    """Return whether a transaction whose COMMIT is lost is as good as committed.
+
+    :param only_read: all that was answered in it is proven to be reads without locks.
+    :param serializable: COMMIT itself may find that what was read never was so; None if
+        that is not known.
+    """
+    return only_read and serializable is False

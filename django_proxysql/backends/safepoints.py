@@ -46,18 +46,19 @@ from ..statements import (
     RESULT,
     SCOPED,
     STATE,
+    is_provable_read,
     makes_ids,
     scan,
     without_lock,
     writes,
 )
-from ..texts import text_of
+from ..texts import Text, is_of_transaction, tells_time, text_of
 from .cursors import cursor_class, note_named
-from .decisions import Cause, How, Lost, Place, Replay, may_replay
+from .decisions import Cause, How, Lost, Place, Replay, leaves_no_trace, may_replay
 from .mixin import LoadBalancedMixin
 from .pools import close_for_good, close_in_child, give_back, is_pooled
 from .refusals import Answer, after_read_only
-from .replays import ReadOnly, Refused, is_undone, refuses
+from .replays import ReadOnly, Refused, is_undone, reads_anew, refuses
 from .sessions import Session
 from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
@@ -86,6 +87,12 @@ _OF_THE_CONNECTION = (
     "health_check_enabled",
     "isolation_level",
 )
+
+#: Rows of an executemany() that are sent again, and the most that each may hold.
+_MOST_ROWS = 10_000
+
+#: psycopg 3's names, psycopg2's numbers.
+_NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 
 #: A statement with more than this may be over the server's max_allowed_packet (MySQL's least
 #: default is 1 MB, and what is escaped grows): its connection's end may be its own doing.
@@ -521,11 +528,14 @@ class SafePointsMixin(LoadBalancedMixin):
         of a connection is noticed.
         """
         transaction = self._transaction
-        if (
-            transaction.stage is Stage.BEGUN
-            and not session.dead
-            and not self._is_untouched(session, transaction)
-        ):
+        if transaction.reads is None or session.dead:
+            return
+        if transaction.reads:
+            mark = transaction.mark
+            untouched = mark is not None and mark == self._driver.sent(session.connection)
+        else:
+            untouched = self._is_untouched(session, transaction)
+        if not untouched:
             transaction.statement_sent()
 
     def _is_untouched(self, session: Session, transaction: Transaction) -> bool:
@@ -575,6 +585,8 @@ class SafePointsMixin(LoadBalancedMixin):
             return True
         if self._transaction.stage is Stage.BEGUN:
             self._mark(session)
+        elif self._transaction.reads:
+            self._transaction.mark = self._driver.sent(session.connection)
         if session.unsure:
             session.unsure = False
             session.poll = sockets.watch(self._driver.fileno(session.connection))
@@ -655,6 +667,8 @@ class SafePointsMixin(LoadBalancedMixin):
         """
         session = self._session
         assert session is not None
+        if self._read_only:
+            self._give_up()
         if self.in_atomic_block:
             self._before_first(session, kind, now)
         else:
@@ -678,9 +692,29 @@ class SafePointsMixin(LoadBalancedMixin):
             )
         if cursor._session is not session:
             session = self._bind(cursor)
-        if kind & STATE and not self._of_ours:
-            session.holds.sent(sql, params)
+        if kind & STATE:
+            # For a replay of it, alone.
+            self._held_before = bool(session.holds)
+            if not self._of_ours and not self._ends_with_block(sql):
+                session.holds.sent(sql, params)
         return session
+
+    #: Whether the session held anything when the last statement that takes something was sent.
+    _held_before = True
+
+    def _ends_with_block(self, sql: Any) -> bool:
+        """Return whether what a statement sets ends with the atomic block: SET TRANSACTION."""
+        in_block = self._transaction.is_of_atomic and self.vendor == "postgresql"
+        return in_block and is_of_transaction(sql)
+
+    def _note_answered(self, session: Session, kind: int, sql: Any, params: Any) -> None:
+        """Take note of a statement that was answered in a block that has only read so far."""
+        transaction = self._transaction
+        if kind != READ:
+            transaction.statement_sent()
+            return
+        transaction.read_answered(sql, params)
+        transaction.mark = self._driver.sent(session.connection)
 
     def _after_statement(
         self, cursor: Any, session: Session, kind: int, sql: Any, params: Any
@@ -694,10 +728,16 @@ class SafePointsMixin(LoadBalancedMixin):
             session.lost_results &= 0 if makes_ids(sql) else ~RESULT
 
     def _before_other(self, cursor: Any, sql: Any, params: Any) -> Session | None:
-        """Before what is never run again: executemany, callproc.
+        """Before what is never run again: callproc.
 
         :returns: the session that it is sent on, where that is looked after.
         """
+        session = self._before_many(cursor, sql, params)
+        if session is not None:
+            self._unseen()
+        return session
+
+    def _before_many(self, cursor: Any, sql: Any, params: Any) -> Session | None:
         session = self._current()
         if session is None or cursor._named:
             return None
@@ -706,8 +746,8 @@ class SafePointsMixin(LoadBalancedMixin):
         session = self._before_statement(cursor, kind, now, sql, None)
         session.used = now
         session.sending = (sql, params)
+        session.wrote = session.results = True
         session.lost_results = 0
-        self._unseen()
         return session
 
     def _unseen(self) -> None:
@@ -717,15 +757,21 @@ class SafePointsMixin(LoadBalancedMixin):
         if session is not None:
             session.wrote = session.results = True
 
-    def _bind(self, cursor: Any) -> Session:
+    def _bind(self, cursor: Any, name: str | None = None) -> Session:
         """Give ``cursor`` a driver's cursor on the present connection; return its session.
 
         It is made as the peer engine makes one: what the engine sends for each cursor
         (a tenant's schema, a role) is sent for this one.
         """
-        made = self._cursor()
+        made = self._cursor(name)
+        if name is not None:
+            # psycopg complains about a server-side cursor that nobody has closed.
+            with contextlib.suppress(Exception):
+                cursor.cursor.close()
         cursor.cursor = made.cursor
         cursor._session = self._session
+        if name is not None:
+            note_named(cursor, cursor._session)
         return cursor._session  # type: ignore[no-any-return]
 
     def settle(self) -> None:
@@ -905,16 +951,26 @@ class SafePointsMixin(LoadBalancedMixin):
             return
         give_back(session.connection)
 
-    def _restart(self, session: Session, prove: Callable[[], None] | None = None) -> None:
-        """Begin the transaction, in which nothing has happened yet, on another connection.
+    def _restart(
+        self,
+        session: Session,
+        replay: Replay | None = None,
+        sql: Any = None,
+        params: Any = None,
+    ) -> None:
+        """Begin the transaction, in which nothing has changed yet, on another connection.
 
-        :param prove: asks there, before it begins, what must be known; raises if it must not.
+        :param replay: what must be known there before ``sql`` is run again.
         """
 
         def resume() -> None:
-            if prove is not None:
-                prove()
+            if replay is not None:
+                self._prove(replay, sql, params)
             self._begin_anew()
+            if replay is None or not replay.reads_anew:
+                return
+            if not reads_anew(self.connection, self.vendor):
+                raise NotReady("the transaction must see what it has read before")
 
         self._replace(session, "last", resume=resume)
 
@@ -947,6 +1003,7 @@ class SafePointsMixin(LoadBalancedMixin):
         kind: int,
         started: float,
         run: Callable[[], Any],
+        single: bool = True,
     ) -> tuple[Session, Any] | None:
         """Run a lost statement again, if it may be; None if ``exc`` is to be raised.
 
@@ -954,21 +1011,26 @@ class SafePointsMixin(LoadBalancedMixin):
         there is one, begun anew.
 
         :param run: runs the statement on what ``cursor`` is bound to.
+        :param single: it is not executemany().
         :raises Error: what became of the second run, unless it was refused.
         """
         cause = exc.__cause__
         if not (session.dead or session.dropped) or cause is None:
             return None
-        replay = may_replay(self._lost(session, cause, sql, params, kind, started))
+        lost = self._lost(cursor, session, cause, sql, params, kind, started, single)
+        replay = may_replay(lost)
         if replay.how is How.NEVER or not session.budget.spend(sql):
             return None
+        name = cursor.cursor.name if cursor._named else None
         told, session.told = session.told, False
         try:
             if self.in_atomic_block:
-                self._restart(session, lambda: self._prove(replay, sql, params))
+                self._restart(session, replay, sql, params)
             else:
                 self._replace(session, "last")
-            successor = self._bind(cursor)
+            successor = self._bind(cursor, name)
+            if kind & STATE and not self._of_ours and not self._ends_with_block(sql):
+                successor.holds.sent(sql, params)
         except Exception:
             # What the application is raised is what happened to its statement.
             session.told = told
@@ -1001,40 +1063,43 @@ class SafePointsMixin(LoadBalancedMixin):
         session = self._session
         assert session is not None
         frame = ReadOnly(self.connection, self.in_atomic_block)
-        begun = False
+        begun = is_well = False
         try:
             self._read_only = True
+            # An interrupt may come at any line: until all is well the next statement asks.
+            version, session.version = session.version, None
             with self.wrap_database_errors:
                 frame.begin()
             begun = True
             result = run()
+            is_well = self._ends(session, frame, answered=True)
+            return result
         except Error as exc:
             refused = not session.dead and (not begun or refuses(exc.__cause__ or exc))
-            self._end_read_only(session, frame, answered=False)
+            is_well = session.dead or self._ends(session, frame, answered=False)
             if refused:
                 raise Refused from exc
             raise
-        except BaseException:
-            # What was sent may be under way still.
-            self._give_up()
-            raise
         finally:
-            self._read_only = False
-        self._end_read_only(session, frame, answered=True)
-        return result
+            if is_well:
+                session.version = version
+                self._read_only = False
+            else:
+                self._give_up()
 
-    def _end_read_only(self, session: Session, frame: ReadOnly, answered: bool) -> None:
+    def _ends(self, session: Session, frame: ReadOnly, answered: bool) -> bool:
+        """End a READ ONLY transaction; return whether that was answered, or the connection lost."""
         if not session.dead:
             try:
                 frame.end(answered)
-            except BaseException as exc:
+            except Exception:
                 # The rows are there. What follows must not be read only.
-                self._give_up()
-                if not isinstance(exc, Exception):
-                    raise
+                return False
+        return True
 
     def _give_up(self) -> None:
         """Close the connection for good; what follows in a block fails, as on a lost one."""
+        self._read_only = False
         session = self._session
         if session is not None and session.connection is self.connection:
             session.dead = session.told = True
@@ -1047,6 +1112,9 @@ class SafePointsMixin(LoadBalancedMixin):
         :raises Exception: what the answer was, or what kept it from coming.
         """
         connection = self.connection
+        if replay.reads_anew and self.vendor == "mysql":
+            # What the block has read is not older here.
+            ready.catch_up(connection)
         if replay.is_undone and not is_undone(connection, self.vendor, sql):
             raise NotReady("not all that the statement may change is undone by a rollback")
         if replay.rehearse:
@@ -1061,39 +1129,69 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _lost(
         self,
+        cursor: Any,
         session: Session,
         cause: BaseException,
         sql: Any,
         params: Any,
         kind: int,
         started: float,
+        single: bool,
     ) -> Lost:
         """Return what counts for whether a lost statement may be run again."""
         config = session.balancer.config
+        text = text_of(sql, self._dialect())
+        holds = bool(kind & STATE or session.holds)
+        if kind & STATE and text is Text.SETTING:
+            # What it sets is all that was held, and is set again.
+            holds = self._held_before
+        elif text is Text.OF_TRANSACTION and self.in_atomic_block:
+            holds = bool(session.holds)
         return Lost(
-            place=self._place(),
+            place=self._place(session),
             cause=self._cause_of(session, cause, started),
-            text=text_of(sql, self._dialect()),
+            text=text,
             dialect=self._dialect(),
             enabled=config.replay is not None,
             holds_state=bool(
-                kind & (STATE | SCOPED)
-                or session.sticky
-                or session.held
+                holds
+                or kind & SCOPED
                 or session.unbuffered
-                or session.server_side
+                or any(other is not cursor for other in session.server_side)
                 or self._thread_sharing_count > 0  # type: ignore[attr-defined]
-                or self._driver.is_busy(session.connection)
+                # psycopg's executemany() is busy itself; see _run_many().
+                or (single and self._driver.is_busy(session.connection))
                 or (self.autocommit and not self._driver.is_at_rest(session.connection))
             ),
-            sendable=are_small(params) and self._are_values(session, params),
-            may_be_stale=session.wrote and not config.synchronous_peers,
+            sendable=self._are_sendable(session, params, single),
+            single=single,
+            may_be_stale=(
+                (session.wrote or self._transaction.has_only_read) and not config.synchronous_peers
+            ),
         )
 
-    def _place(self) -> Place:
+    def _place(self, session: Session) -> Place:
         if not self.in_atomic_block:
             return Place.AUTOCOMMIT if self.autocommit else Place.LATER
-        return Place.FIRST if self._transaction.is_pending else Place.LATER
+        if self._transaction.is_pending:
+            return Place.FIRST
+        return Place.AFTER_READS if self._has_only_read(session, anew=True) else Place.LATER
+
+    def _has_only_read(self, session: Session, anew: bool) -> bool:
+        """Return whether all that the transaction has done is proven to be reads without locks.
+
+        :param anew: it is to begin anew: then what it was told of its own time counts, too.
+        """
+        transaction = self._transaction
+        if not transaction.has_only_read:
+            return False
+        dialect = self._dialect()
+        return all(
+            is_provable_read(sql, dialect=dialect)
+            and self._are_sendable(session, params, single=True)
+            and not (anew and dialect == "postgresql" and tells_time(sql))
+            for sql, params in transaction.reads or ()
+        )
 
     def _cause_of(self, session: Session, cause: BaseException, started: float) -> Cause:
         if self._proves_not_run(session, cause):
@@ -1124,13 +1222,109 @@ class SafePointsMixin(LoadBalancedMixin):
             hidden = True
         return STATE if hidden else 0
 
-    def _are_values(self, session: Session, params: Any) -> bool:
+    def _are_sendable(self, session: Session, params: Any, single: bool) -> bool:
+        """Return whether the parameters are there still, are plain values, and not too many."""
         connection = drivers.unwrapped(session.connection)
+
+        def is_usual(cls: type) -> bool:
+            return self._driver.is_usual(connection, cls)
+
         try:
-            return are_values(params, lambda cls: self._driver.is_usual(connection, cls))
+            if single:
+                return are_small(params) and are_values(params, is_usual)
+            return (
+                isinstance(params, (list, tuple))
+                and len(params) <= _MOST_ROWS
+                and all(are_values(row, is_usual) and are_small(row, _MOST_ROWS) for row in params)
+            )
         except Exception:
             # A type that the driver does not know, an object that answers with an error.
             return False
+
+    def _run_many(self, cursor: Any, sql: Any, param_list: Any, run: Callable[[], Any]) -> Any:
+        """Run executemany(); again from its beginning, if it is the first of a block and lost."""
+        session = self._before_many(cursor, sql, param_list)
+        if session is None or self._driver.is_busy(session.connection):
+            try:
+                return run()
+            finally:
+                self._transaction.statement_sent()
+        started = session.used
+        try:
+            result = run()
+        except Error as exc:
+            kind = scan(sql) & ~READ
+            done = self._run_again(
+                cursor, session, exc, sql, param_list, kind, started, run, single=False
+            )
+            if done is None:
+                raise
+            session, result = done
+        finally:
+            self._unseen()
+        session.sending = None
+        return result
+
+    # Server-side cursors
+
+    def _declare(
+        self,
+        cursor: Any,
+        session: Session,
+        sql: Any,
+        params: Any,
+        plain: Callable[..., Any],
+        ignored: Any,
+    ) -> Any:
+        """Run the statement of a server-side cursor, which sends DECLARE."""
+        run = functools.partial(plain, cursor, sql, params, *ignored)
+        if self._quiet or session.connection is not self.connection:
+            self._transaction.statement_sent()
+            return run()
+        kind, started = scan(sql), session.clock()
+        session.used, session.sending = started, (sql, params)
+        try:
+            result = run()
+        except Error as exc:
+            done = self._run_again(cursor, session, exc, sql, params, kind, started, run)
+            if done is None:
+                self._transaction.statement_sent()
+                raise
+            session, result = done
+        except BaseException:
+            self._transaction.statement_sent()
+            raise
+        session.sending = None
+        self._note_answered(session, kind, sql, params)
+        cursor._declared = (session, sql, params, kind, run)
+        return result
+
+    def _fetch_first(self, cursor: Any, declared: Any, fetch: Callable[[], Any]) -> Any:
+        """Fetch the first rows of a server-side cursor: if they are lost, none was given out."""
+        session: Session
+        session, sql, params, kind, run = declared
+        if session is not self._current():
+            return fetch()
+        started = session.clock()
+
+        def run_and_fetch() -> Any:
+            run()
+            return fetch()
+
+        try:
+            return fetch()
+        except Error as exc:
+            done = self._run_again(cursor, session, exc, sql, params, kind, started, run_and_fetch)
+            if done is None:
+                raise
+            return done[1]
+
+    def _is_end_of(self, session: Session, exc: BaseException) -> bool:
+        """Return whether closing a cursor has found its connection lost: nothing is, with it."""
+        if session is self._current():
+            with contextlib.suppress(Exception):
+                self._judge(session, exc)
+        return session.dead
 
     def _dialect(self) -> str:
         if self.vendor != "mysql":
@@ -1221,6 +1415,7 @@ class SafePointsMixin(LoadBalancedMixin):
         :param hooks: how many of the on_commit hooks were earned by a COMMIT.
         """
         self.autocommit = True
+        self._read_only = False
         self._transaction = NO_TRANSACTION
         self.run_on_commit = self.run_on_commit[:hooks]
 
@@ -1315,7 +1510,7 @@ class SafePointsMixin(LoadBalancedMixin):
                         raise session.loss
                 result = self._sent(commit)
         except Error:
-            if not (nothing_sent and session.dead):
+            if not (session.dead and (nothing_sent or self._leaves_no_trace(session))):
                 if session.dead or self._transaction.has_ended:
                     self._ended_by_hand()
                 raise
@@ -1372,6 +1567,29 @@ class SafePointsMixin(LoadBalancedMixin):
             raise
         transaction.committed()
         return result
+
+    def _leaves_no_trace(self, session: Session) -> bool:
+        """Return whether the transaction, whose end is lost, is as good as committed."""
+        if not self._transaction.reads or not self._has_only_read(session, anew=False):
+            return False
+        try:
+            serializable = self._is_serializable(session)
+        except Exception:
+            serializable = None
+        return leaves_no_trace(only_read=True, serializable=serializable)
+
+    def _is_serializable(self, session: Session) -> bool:
+        """Ask, on a connection of its own, whether COMMIT may find a conflict of reads alone."""
+        if self.vendor == "mysql":
+            # Its reads take locks, then: a conflict is found before.
+            return False
+        level = getattr(session.connection, "isolation_level", None)
+        if level is not None:
+            # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
+            return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
+        with self._throw_away(session) as connection:
+            [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
+        return str(name) == "serializable"
 
     def now_holding(self) -> tuple[Session, Holdings] | None:
         """Return what the session holds, for :meth:`still_holds`; None if it holds nothing."""
@@ -1486,7 +1704,12 @@ class SafePointsMixin(LoadBalancedMixin):
         """
         session = self._current()
         if session is None or not self._transaction.is_pending:
+            transaction = self._transaction
+            reads = transaction.reads
             method(sid)
+            if session is not None and reads:
+                transaction.only_savepoints_sent(reads)
+                transaction.mark = self._driver.sent(session.connection)
             return
         try:
             self._before_first(session, READ, session.clock())
@@ -1558,6 +1781,9 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def _recover(self) -> None:
         super()._recover()
+        if self._read_only:
+            # An interrupt has left it so.
+            self._give_up()
         self._quiet = self._of_ours = False
         self._trials = "first"
         self._only = None

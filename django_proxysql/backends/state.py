@@ -9,6 +9,7 @@ autocommit is on again.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 __all__ = ["BEGUN", "NO_TRANSACTION", "Stage", "Transaction"]
 
@@ -34,10 +35,14 @@ class Stage(enum.Enum):
     UNKNOWN = "unknown"
 
 
+#: Each is proven to be a read before it counts, while somebody waits.
+_MOST_READS = 20
+
 #: For whoever asks at each statement.
 BEGUN = Stage.BEGUN
 
 _ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN})
+_SENT = frozenset({Stage.ACTIVE, Stage.COMMITTING, Stage.UNKNOWN})
 _MAY_STAND = frozenset({Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN})
 
 
@@ -53,7 +58,7 @@ class Transaction:
         transactions by hand, whose COMMIT was answered.
     """
 
-    __slots__ = ("by_hand", "hooks", "mark", "savepoints", "stage", "undone")
+    __slots__ = ("by_hand", "hooks", "mark", "reads", "savepoints", "stage", "undone")
 
     def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN, hooks: int = 0) -> None:
         self.by_hand = by_hand
@@ -62,7 +67,10 @@ class Transaction:
         #: What the socket had sent when the transaction was last known to hold nothing;
         #: None where the driver knows that by itself, or nobody can.
         self.mark: object = None
-        #: Django's SAVEPOINTs in it, while it holds nothing else: made again with it.
+        #: What was answered in it, texts and parameters, as long as all of it looks like
+        #: reads; None once anything else was sent.
+        self.reads: list[tuple[Any, Any]] | None = None if stage is Stage.NONE else []
+        #: SAVEPOINTs in it, while it holds nothing else but reads: made again with it.
         self.savepoints: list[str] = []
         #: SAVEPOINTs that went with the connection when Django rolled back to them.
         self.undone: set[str] = set()
@@ -73,16 +81,31 @@ class Transaction:
         """A statement was sent, or something that may have been one."""
         if self.stage is Stage.BEGUN:
             self.stage = Stage.ACTIVE
+        self.reads = None
 
-    def only_savepoints_sent(self) -> None:
-        """What was sent last was a SAVEPOINT of Django's own, which can be made again."""
+    def read_answered(self, sql: Any, params: Any) -> None:
+        """A statement that looks like a read was answered."""
+        if self.reads is None or self.by_hand or len(self.reads) >= _MOST_READS:
+            self.statement_sent()
+            return
+        if self.stage is Stage.BEGUN:
+            self.stage = Stage.ACTIVE
+        self.reads.append((sql, params))
+
+    def only_savepoints_sent(self, reads: list[tuple[Any, Any]] | None = None) -> None:
+        """What was sent last was a SAVEPOINT of Django's own, which can be made again.
+
+        :param reads: what had been answered before.
+        """
         if self.stage is Stage.ACTIVE:
-            self.stage = Stage.BEGUN
+            self.reads = reads or []
+            if not reads:
+                self.stage = Stage.BEGUN
 
     def savepoint_made(self, sid: str) -> None:
         """Django is about to make a SAVEPOINT."""
         self.undone.discard(sid)
-        if self.stage is Stage.BEGUN:
+        if self.reads is not None:
             self.savepoints.append(sid)
 
     def savepoint_released(self, sid: str) -> None:
@@ -142,6 +165,11 @@ class Transaction:
     def is_pending(self) -> bool:
         """Whether nothing was sent in a transaction that an atomic block began."""
         return self.stage is Stage.BEGUN and not self.by_hand
+
+    @property
+    def has_only_read(self) -> bool:
+        """Whether an atomic block began it, and all that was answered in it looks like reads."""
+        return self.stage in _SENT and not self.by_hand and bool(self.reads)
 
     @property
     def has_ended(self) -> bool:
