@@ -19,7 +19,7 @@ import pytest
 from django.db import OperationalError, connections, transaction
 
 from django_proxysql.registry import balancers
-from django_proxysql.sockets import harden, watch
+from django_proxysql.sockets import harden, limited, watch
 from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
 from tests.servers.namespace import Host, host_for, why_not
 from tests.site import with_table
@@ -549,3 +549,54 @@ def test_libpq_s_own_options_go_first(
         assert {name: found[name] for name in expected} == expected
         limit = expected.get("TCP_USER_TIMEOUT", 20_000) / 1_000
         assert connection._session.read_timeout == min(limit, 20)
+
+
+class TestLimited:
+    """A block that waits for an answer, and for how long."""
+
+    def test_wait_ends_with_the_time(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        here, _ = pair
+        with limited(here.fileno(), 0.05):
+            assert here.recv(1) == b""
+
+    @pytest.mark.parametrize("default", [None, 5.0])
+    def test_block_that_ends_in_time_leaves_the_socket_as_it_is(
+        self, pair: tuple[socket.socket, socket.socket], default: float | None
+    ) -> None:
+        here, there = pair
+        blocking = os.get_blocking(here.fileno())
+        with default_timeout(default), limited(here.fileno(), 60):
+            pass
+        there.sendall(b"x")
+        assert here.recv(1) == b"x"
+        assert os.get_blocking(here.fileno()) is blocking
+
+    def test_number_that_is_anothers_by_then_is_left_alone(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        """The driver closes its descriptor, and another connection gets the number."""
+        here, there = pair
+        number = here.fileno()
+        bystander, other = socket.socketpair()
+        with other, bystander, limited(number, 0.05):
+            os.dup2(bystander.fileno(), number)
+            # The connection itself is shut down.
+            assert there.recv(1) == b""
+            other.sendall(b"x")
+            assert bystander.recv(1) == b"x"
+
+    def test_without_a_descriptor(self) -> None:
+        with limited(None, 0):
+            pass
+
+    def test_without_a_thread(
+        self, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def start(*args: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr("_thread.start_new_thread", start)
+        here, there = pair
+        with limited(here.fileno(), 0):
+            there.sendall(b"x")
+            assert here.recv(1) == b"x"
