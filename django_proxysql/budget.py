@@ -110,8 +110,8 @@ class ReplayBudget:
 class LossMemory:
     """Remembers which statements and which callers have lost a connection, and to which peer.
 
-    A statement that ends its connection wherever it runs, and a caller that runs one after the
-    other, are to take out one peer at most. The memory is this process's, and bounded.
+    A statement that ends its connection wherever it runs takes out one peer at most, and so does
+    a caller that runs several such statements. The memory is this process's, and bounded.
 
     :param clock: a monotonic clock, in seconds.
     """

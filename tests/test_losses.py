@@ -21,8 +21,8 @@ from tests.site import Site, site, with_table
 
 @pytest.fixture(params=["mariadb", "postgres"])
 def plain(request: pytest.FixtureRequest, fault_proxy: Any) -> Iterator[Site]:
-    """A site whose packets a proxy can read: without TLS."""
-    with site(request.getfixturevalue(request.param), fault_proxy) as made:
+    """A site whose packets a proxy can read: without TLS. It has three peers: the last stays."""
+    with site(request.getfixturevalue(request.param), fault_proxy, number=3) as made:
         yield made
 
 
