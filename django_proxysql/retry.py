@@ -52,6 +52,9 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
 
         retrying_atomic(transfer)(source, target, amount)
 
+    It is not run again without what the session held when it was first run: a lock, a
+    ``SET``, a temporary table. Then the loss is raised.
+
     It is run again after a CONFLICT (deadlock, lock wait timeout, Galera
     certification, serialization failure) and after a connection lost before
     COMMIT was sent; never after a COMMIT whose outcome is unknown, nor because

@@ -19,13 +19,16 @@ from hypothesis import strategies as st
 
 from django_proxysql.dialects import PURE
 from django_proxysql.statements import (
+    IDS,
     READ,
+    RESULT,
     SCOPED,
     STATE,
     is_plain,
     is_provable_read,
     kinds,
     scan,
+    writes,
 )
 from tests.engine import MYSQL, POSTGRESQL, added
 from tests.servers import DATABASE, PASSWORD, USER
@@ -488,6 +491,14 @@ LEAVES_STATE = [
         "-- x\rBEGIN\nSELECT 1",
         "COPY t FROM STDIN",
     ),
+    *("SELECT set_limit(0.9)", "SELECT app.set_tenant(1)", "SELECT pg_backup_start('a')"),
+    *("UPDATE pg_settings SET setting = 'off'", 'UPDATE "pg_settings" SET setting = 1'),
+    *("SELECT pg_create_physical_replication_slot('a', true, true)", "SELECT get_lock ('a', 0)"),
+    *(
+        "SELECT get_lock/* x */('a', 0)",
+        "SELECT get_lock -- x\n('a', 0)",
+        "SELECT 1 INTO TEMP TABLE t",
+    ),
     *("", "%s", ";", "LOAD 'x'", "WHATEVER"),
 ]
 LEAVES_NONE = [
@@ -499,6 +510,13 @@ LEAVES_NONE = [
     *("SET LOCAL search_path TO a, b", " set local work_mem to '8MB'"),
     *("SELECT a @> b, a <@ b, @@version, a @@ b FROM t", "SELECT clock, temperature FROM t"),
     *("SELECT a FROM t WHERE b = %s AND c = %(name)s", "SELECT 1 /* x */ /*+ y */"),
+    # Names, and not what they name elsewhere.
+    *("SELECT temp, t.temporary, `temp` FROM t", "INSERT INTO temp (a) VALUES (1)"),
+    *("INSERT INTO temp SELECT 1", "CREATE TABLE temp (a int)", "UPDATE t SET temp = 1"),
+    *("SELECT get_lock, set_limit FROM t", "SELECT * FROM pg_settings", "SELECT set_config FROM t"),
+    # Of the transaction.
+    *("SELECT pg_advisory_xact_lock(1)", "SELECT pg_try_advisory_xact_lock(1)"),
+    *("LOCK TABLE t IN SHARE MODE", "LOCK a, b IN ACCESS EXCLUSIVE MODE"),
 ]
 IN_THE_CONNECTION = [
     *("SELECT LAST_INSERT_ID()", "SELECT last_insert_id(5)", "SELECT @@last_insert_id"),
@@ -517,6 +535,7 @@ IN_THE_CONNECTION = [
 NOT_IN_THE_CONNECTION = [
     *("SELECT row_count FROM t", "SHOW TABLES", "SHOW GLOBAL STATUS", "SHOW TABLE STATUS"),
     *("SELECT warnings, errors FROM t", "SELECT previous FROM t", "SELECT @@version"),
+    *("SELECT connection_id, last_insert_id FROM t", "SELECT t.found_rows FROM t"),
 ]
 
 
@@ -571,6 +590,38 @@ class TestScan:
     def test_no_read(self, sql: str) -> None:
         for text in disguised(sql):
             assert scan(text) == 0, text
+
+    @pytest.mark.parametrize(
+        ("sql", "flag"),
+        [
+            ("SELECT LAST_INSERT_ID()", IDS),
+            ("SELECT currval('s')", IDS),
+            ("SELECT ROW_COUNT()", RESULT),
+            ("SHOW WARNINGS", RESULT),
+            ("GET DIAGNOSTICS @a = ROW_COUNT", RESULT),
+            ("SELECT CONNECTION_ID()", 0),
+            ("UPDATE t SET a = LAST_INSERT_ID(a + 1)", 0),
+        ],
+    )
+    def test_what_is_asked_of_a_connection(self, sql: str, flag: int) -> None:
+        for text in disguised(sql):
+            assert scan(text) & SCOPED, text
+            assert scan(text) & (IDS | RESULT) == flag, text
+
+    @pytest.mark.parametrize(
+        "sql",
+        [
+            *("SELECT f(1)", "SELECT app.count(1)", 'SELECT "count"(1)', "SELECT nextval('s')"),
+            *("SELECT a FROM t WHERE f (a) = 1", "SELECT f/* x */(1)", "TABLE t WHERE f()"),
+        ],
+    )
+    def test_a_read_that_calls_what_is_not_known_may_write(self, sql: str) -> None:
+        for text in disguised(sql):
+            assert writes(scan(text)), text
+
+    @pytest.mark.parametrize("sql", [one for one in READS if one.startswith("SELECT")])
+    def test_a_read_writes_nothing(self, sql: str) -> None:
+        assert not writes(scan(sql))
 
     @pytest.mark.parametrize("length", [10, 5_000, 20_000, 100_000, 1_000_000])
     def test_state_in_the_middle_of_a_long_text(self, length: int) -> None:
