@@ -39,10 +39,11 @@ from .generic import (
     status,
     trial_options,
 )
-from .mysql import code_of
+from .mysql import SPLITS, code_of
 
 __all__ = [
     "LEAVES",
+    "SPLITS",
     "WATCHED",
     "code_of",
     "connect_options",
@@ -64,6 +65,7 @@ __all__ = [
     "known_options",
     "leads_to",
     "leave",
+    "may_be_busy",
     "outcome_is_unknown",
     "ping",
     "proves_not_run",
@@ -87,9 +89,18 @@ def fault(exc: BaseException, connecting: bool) -> Fault:
     if names & {"ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"}:
         # Its own, with a code of the server's for a statement that took too long.
         return Fault.UNREACHABLE if connecting else Fault.OTHER
-    # Its text is the second argument, mysqlclient's the last.
-    meaning = mysql.fault(Exception(*exc.args[:2]), connecting)
+    meaning = mysql.fault(_as_of_mysqlclient(exc), connecting)
     return generic.fault(exc, connecting) if meaning is Fault.OTHER else meaning
+
+
+def may_be_busy(exc: BaseException) -> bool:
+    """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
+    return mysql.may_be_busy(_as_of_mysqlclient(exc))
+
+
+def _as_of_mysqlclient(exc: BaseException) -> BaseException:
+    # Its text is the second argument, mysqlclient's the last.
+    return Exception(*exc.args[:2])
 
 
 def connect_options(params: Any, seconds: float) -> dict[str, Any]:
