@@ -265,7 +265,7 @@ class TestStatementsOwnFault:
         assert here.sql("SELECT 1") == [(1,)]
 
     def test_large_statement(self, plain: Site) -> None:
-        """It may be over max_allowed_packet: no peer is blamed, whoever sends it."""
+        """It may be over max_allowed_packet: the loss counts against no peer."""
         here = plain
         with poisoned(here, b"poison"):
             for number in range(4):
