@@ -134,17 +134,22 @@ def functions_of(dialect: str | None) -> frozenset[str]:
 NO_FUNCTIONS = frozenset(
     """IN AND OR NOT EXISTS ON WHERE FROM SELECT DISTINCT HAVING WHEN THEN ELSE CASE
     UNION ALL EXCEPT INTERSECT BETWEEN AS VALUES USING LIMIT INTERVAL
-    DEFAULT ROW TO COLLATE MATERIALIZED""".split()
+    DEFAULT ROW TO COLLATE""".split()
 )
 OF_POSTGRESQL = frozenset("ANY SOME OFFSET LATERAL RETURNING".split())
 OF_MYSQL = frozenset("BY SET EXPLAIN MATCH".split())
 BEFORE_BY = frozenset("GROUP ORDER PARTITION".split())
-#: Words that are no operand, so that an operator's name after them is a function's.
-NO_OPERANDS = NO_FUNCTIONS | OF_POSTGRESQL | OF_MYSQL | {"FIRST", "ROWS", "RANGE", "GROUPS"}
-#: … if they stand between two operands.
-INFIX = frozenset("LIKE IS ESCAPE JOIN".split())
+#: Operators, which name no function if they stand between two operands.
+INFIX = frozenset("LIKE IS JOIN".split())
 INFIX_OF_POSTGRESQL = frozenset({"ILIKE"})
 INFIX_OF_MYSQL = frozenset("REGEXP RLIKE DIV MOD XOR STRAIGHT_JOIN".split())
+#: Words that are no operand, so that an operator's name after them is a function's.
+NO_OPERANDS = (
+    (NO_FUNCTIONS | OF_POSTGRESQL | OF_MYSQL | INFIX | INFIX_OF_POSTGRESQL | INFIX_OF_MYSQL)
+    | frozenset("FIRST ROWS RANGE GROUPS ESCAPE SIMILAR BINARY SEPARATOR DISTINCTROW".split())
+    | frozenset("SQL_CACHE SQL_NO_CACHE HIGH_PRIORITY SQL_CALC_FOUND_ROWS".split())
+    | frozenset("SQL_SMALL_RESULT SQL_BIG_RESULT SQL_BUFFER_RESULT".split())
+)
 #: … after a call.
 AFTER_CALLS = frozenset({"OVER", "FILTER", "AGAINST"})
 #: … after AS or ::. Any other may be a domain, whose check may call a function.

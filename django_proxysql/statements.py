@@ -342,6 +342,7 @@ _CALLED = re.compile(
 _CALLED_PURE = (
     (_PURE | NO_OPERANDS | AFTER_CALLS | TYPES | {"GROUP", "ARRAY"})
     | (INFIX | INFIX_OF_MYSQL | INFIX_OF_POSTGRESQL)
+    | {"ESCAPE", "MATERIALIZED"}
 ) - {"FIRST", "ROWS", "RANGE", "GROUPS"}
 
 
@@ -619,6 +620,9 @@ def _is_keyword(
         return before[1] == "ON" and not joins and tokens[0][1] == "INSERT"
     if word == "BY" and before[1] in BEFORE_BY:
         return True
+    if word == "MATERIALIZED":
+        # WITH a AS [NOT] MATERIALIZED (
+        return before[1] == "AS" or [token[1] for token in tokens[i - 3 : i - 1]] == ["AS", "NOT"]
     if dialect != "mysql" and dialect != "mariadb":
         if word in OF_POSTGRESQL:
             return True

@@ -109,6 +109,7 @@ OF_ONE = {
 #: By dialect: what calls a function that is not the server's.
 OTHERS = {
     "postgresql": [
+        *("SELECT materialized(1)", "SELECT a FROM t WHERE NOT materialized(1)"),
         *("SELECT truncate('x')", "SELECT if(1)", "SELECT sha1('a')", "SELECT crc32('a')"),
         *("SELECT by(1)", "SELECT set(1)", "SELECT explain(1)", "SELECT match(1)"),
         *("SELECT 1 AS a, div(1)", "SELECT 1 FETCH FIRST xor(1) ROWS ONLY", "SELECT a mod (1)"),
@@ -128,6 +129,7 @@ OTHERS = {
         *("SELECT a LIKE lower(1) AND date_format(b, 'c') FROM t", "SELECT char(1)"),
     ],
     "mysql": [
+        *("SELECT a LIKE escape(1)", "SELECT SQL_NO_CACHE escape(1)", "SELECT materialized(1)"),
         *("SELECT trunc(1)", "SELECT strpos(1)", "SELECT random()", "SELECT to_json(1)"),
         *("SELECT any(1)", "SELECT some(1)", "SELECT offset(1)", "SELECT returning(1)"),
         *("SELECT 1, array(SELECT 1)", "SELECT array_agg(1)", "SELECT digest(1)"),
