@@ -5,6 +5,7 @@ A block that raises runs none. Whatever is lost, at each step of a block, with e
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -321,6 +322,34 @@ def test_set_rollback_leaves_nothing_and_runs_no_hook(here: Site) -> None:
     assert here.written() == []
     assert not hooks
     works_again(here)
+
+
+@pytest.mark.parametrize("how", LOSSES)
+@pytest.mark.parametrize("then", ["read", "COMMIT", "nothing", "SAVEPOINT"])
+def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then: str) -> None:
+    for unseen in (driver_connection, driver_cursor):
+        prepare(here)
+        hooks: list[int] = []
+        with pytest.raises(Error), transaction.atomic("balanced"):
+            transaction.on_commit(functools.partial(hooks.append, 1), using="balanced")
+            here.sql("SELECT 1")
+            unseen(here, "one")
+            if then == "SAVEPOINT":
+                with transaction.atomic("balanced"):
+                    pass
+            if how == "idle":
+                here.idle()
+                cut_idle(here)
+            else:
+                packet = b"COMMIT" if then == "COMMIT" else b"SELECT 2"
+                (here.here.cut_before if how == "before" else here.here.cut_after)(packet)
+            if then != "COMMIT":
+                here.sql("SELECT 2")
+            if then == "read":
+                here.write("two")
+        assert here.written() in ([], ["one"] if (how, then) == ("after", "COMMIT") else [])
+        assert not hooks
+        works_again(here)
 
 
 # Hooks

@@ -1705,6 +1705,8 @@ class SafePointsMixin(LoadBalancedMixin):
         session = self._current()
         if session is None or not self._transaction.is_pending:
             transaction = self._transaction
+            if session is not None:
+                self._notice_unseen(session)
             reads = transaction.reads
             method(sid)
             if session is not None and reads:
