@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import logging
 import math
 import random
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,7 +25,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import tenacity
 
 from . import drivers, forks
-from .breaker import CLOSED, HALF_OPEN, OPEN, Circuit, Lease, PeerBreaker, Permit, Transition
+from .breaker import (
+    CLOSED,
+    HALF_OPEN,
+    OPEN,
+    Circuit,
+    Lease,
+    PeerBreaker,
+    Permit,
+    Transition,
+    trial_of,
+)
 from .budget import LossMemory, ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig, function
 from .events import (
@@ -58,7 +70,7 @@ from .sharing import Sharing
 from .slow_start import Move, SlowStart
 from .sqlalchemy_engine import sqlalchemy_engine
 from .strategies import strategy_from
-from .teller import Teller
+from .teller import Teller, is_spared
 
 if TYPE_CHECKING:
     import sqlalchemy.engine
@@ -122,6 +134,8 @@ class PeerState:
     priority: int
     #: Whether an operator wishes it to get no new connections.
     drained: bool
+    #: Whether another process drained it and this one does not, whose last undrained peer it is.
+    drain_refused: bool = False
 
 
 class LoadBalancer:
@@ -248,6 +262,8 @@ class LoadBalancer:
         # Re-entrant: a signal handler may come here while its thread is here.
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
+        #: Changes of circuits that were noted, and not seen to yet.
+        self._changes: deque[tuple[str, Transition]] = deque()
         self._view: _View | None = None
         #: Another object whenever a circuit changes.
         self.version = object()
@@ -645,10 +661,10 @@ class LoadBalancer:
             peer.unanswered += 1
             if peer.unanswered < peer.breaker.fail_max:
                 return False
-            transition = peer.breaker.trip_silently(
+            has_tripped = peer.breaker.trip_silently(
                 exc, Fault.NOT_READY, "backend", peer.unanswered
             )
-        peer.breaker.tell(transition)
+        peer.breaker.tell(has_tripped)
         return True
 
     # Knowing
@@ -680,6 +696,7 @@ class LoadBalancer:
                     weight=peer.weight,
                     priority=peer.priority,
                     drained=peer.drained,
+                    drain_refused=peer.drain_refused,
                 )
             )
         return states
@@ -688,7 +705,7 @@ class LoadBalancer:
         """Return :attr:`PeerState.trial_in` of a peer whose circuit is ``circuit``."""
         if circuit.state == CLOSED or peer.drained:
             return None
-        if circuit.lease is not None and not circuit.lease.ended and now < circuit.lease.expires:
+        if trial_of(circuit, now) is not None:
             return 0.0
         due, view = circuit.due, self.view()
         if not view.tiers and not view.suspects:
@@ -729,15 +746,33 @@ class LoadBalancer:
         if type(event) is Connected and not event.trial:
             tellers = (self._log, *self._hear_connects)
         # One that hangs is to end neither the trials nor the sharing.
-        elsewhere = prober.is_here or (self.sharing is not None and self.sharing.link.is_here)
+        elsewhere = is_spared()
         for teller in tellers:
-            if elsewhere or teller.waiting:
-                teller.tell(event)
-                continue
-            try:
-                teller.listener(event)
-            except Exception:
-                teller.complain()
+            if teller.is_free and not elsewhere:
+                try:
+                    teller.listener(event)
+                except Exception:
+                    teller.complain()
+            else:
+                teller.put(event)
+                teller.go()
+
+    def _put(self, event: Event) -> None:
+        """Have the listeners told of a change, in its place: call it in the change's lock."""
+        for teller in self._tellers:
+            teller.put(event)
+
+    def _tell_changes(self) -> None:
+        """Tell the listeners of the changes that were put, whoever put them. Needs no lock."""
+        tellers = self._tellers
+        try:
+            for teller in tellers:
+                teller.go()
+        except BaseException:
+            for teller in tellers:
+                if teller.waiting:
+                    teller.leave()
+            raise
 
     # Draining
 
@@ -762,15 +797,15 @@ class LoadBalancer:
         if self.sharing is not None:
             # A process that has just begun is to know what the others do.
             self.sharing.settle()
-        others = [other for other in self.peers.values() if other is not peer]
         # Of two threads that drain the last two peers one is refused.
         with self._drains_lock:
+            others = [other for other in self.peers.values() if other is not peer]
             if not (force or peer.drained or any(other.is_available for other in others)):
                 raise DrainRefused(
                     f"{name!r} is the last peer of {self.name!r} that takes connections: none "
                     "could be made after it is drained."
                 )
-            changed, peer.drained = not peer.drained, True
+            changed = self._set_drained(peer, True, learnt=False)
         if self._wish_drained(peer, True, changed, force):
             raise DrainRefused(
                 f"{name!r} is the last peer of {self.name!r} that takes connections: another "
@@ -785,12 +820,12 @@ class LoadBalancer:
         """
         peer = self.named(name, "name")
         with self._drains_lock:
-            changed, peer.drained = peer.drained, False
+            changed = self._set_drained(peer, False, learnt=False)
         self._wish_drained(peer, False, changed)
 
     def _wish_drained(self, peer: Peer, drained: bool, changed: bool, force: bool = False) -> bool:
         """Tell of what an operator wishes; return whether it was refused, and taken back."""
-        self._drain_changed(peer, drained, changed, learnt=False)
+        self._drain_changed(peer, drained, changed)
         if self.sharing is None:
             return False
         wish = self.sharing.wish(peer, drained, forced=force)
@@ -798,28 +833,58 @@ class LoadBalancer:
         self.sharing.settle()
         return wish.was_refused
 
-    def learn_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> None:
+    def learn_drained(
+        self, peer: Peer, drained: bool, *, learnt: bool, forced: bool = False
+    ) -> bool:
         """Take over what another process, or this one, has wished for.
+
+        Another process never drains the last peer that is not drained here: this process may have
+        fewer peers than that one. The peer is drained as soon as another is not.
 
         :param peer: one of :attr:`peers`.
         :param drained: whether it is to get no new connections.
         :param learnt: it was another.
+        :param forced: an operator wishes it, though it leaves no peer.
+        :returns: whether that is refused from now on.
         """
         with self._drains_lock:
-            changed, peer.drained = peer.drained is not drained, drained
-        self._drain_changed(peer, drained, changed, learnt)
+            others = [other for other in self.undrained() if other is not peer]
+            refused = drained and learnt and not (peer.drained or forced or others)
+            was_refused = peer.drain_refused
+            changed = not refused and self._set_drained(peer, drained, learnt=learnt)
+            peer.drain_refused = refused
+        self._drain_changed(peer, drained, changed)
+        return refused and not was_refused
 
-    def _drain_changed(self, peer: Peer, drained: bool, changed: bool, learnt: bool) -> None:
+    def _set_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> bool:
+        """Drain or undrain a peer, within the drains' lock; return whether that is a change."""
+        peer.drain_refused = False
+        if peer.drained is drained:
+            return False
+        peer.drained = drained
+        where = (self.name, peer.name, peer.address)
+        self._put(
+            PeerDrained(*where, peer.connections, learnt)
+            if drained
+            else PeerUndrained(*where, learnt)
+        )
+        return True
+
+    def _drain_changed(self, peer: Peer, drained: bool, changed: bool) -> None:
         # Even if nothing has changed: who did it before may have been killed
         # on the way from one line to the other.
         self.look_anew()
         self._tend()
         if changed and not drained:
             self.slow_start.begin(peer)
-        if changed and drained:
-            self.emit(PeerDrained(self.name, peer.name, peer.address, peer.connections, learnt))
-        elif changed:
-            self.emit(PeerUndrained(self.name, peer.name, peer.address, learnt))
+            self._drain_refused()
+        self._tell_changes()
+
+    def _drain_refused(self) -> None:
+        """Drain what others have drained, where it is not the last peer any more."""
+        for peer in self.peers.values():
+            if peer.drain_refused:
+                self.learn_drained(peer, True, learnt=True)
 
     # Staying with one peer
 
@@ -929,41 +994,59 @@ class LoadBalancer:
         # A fresh object rather than a counter: assigning it is atomic.
         self.version = object()
 
-    def _circuit_changed(self, name: str, transition: Transition) -> None:
+    def _note_change(self, name: str, change: Transition) -> None:
+        """Note that a circuit has changed. Within its lock: waits for nothing, calls nobody."""
         self.look_anew()
-        self._tend()
+        self._changes.append((name, change))
         peer = self.peers[name]
-        if transition.before != transition.after and transition.after != HALF_OPEN:
+        if change.before != change.after and change.after != HALF_OPEN:
             peer.forget_answers()
-        if self.sharing is not None and not transition.learnt and transition.after != HALF_OPEN:
-            self.sharing.has_news()
-        if transition.before == CLOSED and transition.after != CLOSED:
-            # With no other peer left the trial comes sooner than the breaker alone can tell.
-            trial_in = self._trial_in(peer, peer.breaker.circuit, self.clock())
-            if trial_in is None and not peer.drained:
-                # The circuit has closed meanwhile.
-                trial_in = transition.seconds
-            self.emit(
+        if change.before == CLOSED and change.after != CLOSED:
+            self._put(
                 CircuitOpened(
                     self.name,
                     name,
                     peer.address,
-                    transition.fault,
-                    transition.error,
-                    trial_in,
-                    transition.learnt,
+                    change.fault,
+                    change.error,
+                    self._first_trial_in(peer, change),
+                    change.learnt,
                 )
             )
-        elif transition.after == CLOSED and transition.before != CLOSED:
-            self.slow_start.begin(peer)
-            self.emit(
-                CircuitClosed(self.name, name, peer.address, transition.seconds, transition.learnt)
-            )
+        elif change.after == CLOSED and change.before != CLOSED:
+            self._put(CircuitClosed(self.name, name, peer.address, change.seconds, change.learnt))
+
+    def _first_trial_in(self, peer: Peer, opened: Transition) -> float | None:
+        """Return the seconds until the first trial of a peer whose circuit opens just now."""
+        if peer.drained:
+            return None
+        if any(other.breaker.circuit.state == CLOSED for other in self.undrained()):
+            return opened.seconds
+        # With no other peer left the trial comes sooner than the breaker alone can tell; and
+        # what another process found was not tried here.
+        interval = 0.0 if opened.learnt else self.config.last_resort_interval
+        return opened.seconds if interval is None else min(opened.seconds, interval)
+
+    def _circuits_changed(self) -> None:
+        """Do what the noted changes demand, whoever noted them. Needs no lock."""
+        while self._changes:
+            try:
+                name, change = self._changes.popleft()
+            except IndexError:
+                break
+            self._tend()
+            told = change.learnt or change.after == HALF_OPEN
+            if self.sharing is not None and not told:
+                self.sharing.has_news()
+            if change.after == CLOSED and change.before != CLOSED:
+                self.slow_start.begin(self.peers[name])
+        self._tell_changes()
 
     def _after_fork(self) -> None:
         # The circuits see to themselves.
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
+        self._changes.clear()
         for teller in self._tellers:
             teller.after_fork()
         for peer in self.peers.values():
@@ -1141,34 +1224,52 @@ class _Search:
             self._pinned = self._pin.peer if self._pin is not None else None
             self._candidates = self._in_order(self._pinned)
         chosen = None
-        if self._clock() < self._deadline:
-            chosen = next(self._candidates, None)
-        if chosen is None:
-            raise self._exhausted()
-        return self._attempt(*chosen, self._clock())
+        try:
+            if self._clock() < self._deadline:
+                chosen = next(self._candidates, None)
+            if chosen is None:
+                raise self._exhausted()
+            return self._attempt(*chosen, self._clock())
+        finally:
+            # tenacity keeps the exception, and with it the frames, until the garbage collector
+            # comes by: however this is broken off, the trial is over.
+            if chosen is not None and chosen[1]._lease is not None:
+                chosen[1]._lease.ended = True
 
     def _attempt(self, peer: Peer, permit: Permit, started: float) -> Any:
         balancer = self._balancer
-        is_trial = permit.is_trial
-        timeout = balancer.config.connect_timeout
-        if is_trial and balancer.config.trial_timeout is not None:
-            timeout = balancer.config.trial_timeout
-        remaining = self._deadline - started
-        attempt = Attempt(
-            peer,
-            timeout if timeout < remaining else remaining,
-            is_trial,
-            is_trial or peer.name in self._busy,
-            permit,
-        )
+        is_trial, lease = permit.is_trial, permit._lease
+        serial = next(_serials)
         try:
-            connection = self._open_one(attempt)
-        except BaseException as exc:
-            self._failed(peer, permit, exc, self._clock() - started)
-            raise
-        # It and its traceback's frames, this search among them, hold each other.
-        self._last_error = self._plain_error = None
-        permit.succeeded()
+            timeout = balancer.config.connect_timeout
+            if is_trial and balancer.config.trial_timeout is not None:
+                timeout = balancer.config.trial_timeout
+            remaining = self._deadline - started
+            attempt = Attempt(
+                peer,
+                timeout if timeout < remaining else remaining,
+                is_trial,
+                is_trial or peer.name in self._busy,
+                permit,
+            )
+            try:
+                peer._connecting[serial] = weakref.ref(self)
+                connection = self._open_one(attempt)
+            except BaseException as exc:
+                self._failed(peer, permit, exc, self._clock() - started)
+                raise
+            finally:
+                peer._connecting.pop(serial, None)
+            # It and its traceback's frames, this search among them, hold each other.
+            self._last_error = self._plain_error = None
+            permit.succeeded()
+        finally:
+            # Once more, and without a call: an asynchronous exception may have struck above, or
+            # the recursion limit. The connect is counted no longer, and the trial is over.
+            if serial in peer._connecting:
+                del peer._connecting[serial]
+            if lease is not None:
+                lease.ended = True
         if self._undecided:
             self._decide(alone=True)
         if self._pin is not None:
@@ -1293,16 +1394,16 @@ class _Search:
         balancer = self._balancer
         disappointed: set[str] = set()
         while True:
+            peers = balancer.undrained() if pinned is None else [pinned]
+            before = {peer.name: _seen(peer) for peer in peers}
             if pinned is None:
                 yield from self._once_over()
                 if self._trials == "never":
                     return
             elif pinned.name not in self._faults:
-                permit = pinned.breaker.acquire(last_resort=0)
-                if permit is not None:
-                    yield pinned, permit
+                yield from self._permitted(pinned, out=None, last_resort=0)
             peers = balancer.undrained() if pinned is None else [pinned]
-            if not self._await_a_trial(peers, disappointed):
+            if not self._await_a_trial(peers, before, disappointed):
                 return
             if self._clock() >= self._deadline:
                 return
@@ -1376,22 +1477,38 @@ class _Search:
         return peer
 
     def _permitted(
-        self, peer: Peer, *, out: bool = False, last_resort: float | None = None
+        self, peer: Peer, *, out: bool | None = False, last_resort: float | None = None
     ) -> Iterator[tuple[Peer, Permit]]:
+        """Yield the peer and the permit to try it, if it can be had.
+
+        :param out: whether the view has the peer for out or suspect; None: no view was looked at.
+        """
         if peer.name in self._faults:
             return
-        # A peer that has become suspect since we looked comes last all the same.
-        permit = peer.breaker.acquire(last_resort=last_resort, trial=out)
-        if out is not (permit is None or permit.is_trial):
-            # The view is older than the circuit. It is renewed by whoever
-            # changes a circuit, unless that thread was killed on the way.
-            self._balancer.look_anew()
-        if permit is not None:
-            yield peer, permit
+        # This search and its generators hold each other, and an exception's traceback holds its
+        # frames. A permit is to go at once when nobody uses it any more: none is kept here.
+        permits: list[Permit | None] = []
+        try:
+            # A peer that has become suspect since we looked comes last all the same.
+            permits.append(peer.breaker.acquire(last_resort=last_resort, trial=out is not False))
+            if out is not None and out is not (permits[0] is None or permits[0].is_trial):
+                # The view is older than the circuit. It is renewed by whoever
+                # changes a circuit, unless that thread was killed on the way.
+                self._balancer.look_anew()
+            if permits[0] is not None:
+                yield peer, permits.pop()  # type: ignore[misc]
+        finally:
+            permits.clear()
 
-    def _await_a_trial(self, peers: Sequence[Peer], disappointed: set[str]) -> bool:
+    def _await_a_trial(
+        self,
+        peers: Sequence[Peer],
+        before: Mapping[str, tuple[Circuit, Lease | None]],
+        disappointed: set[str],
+    ) -> bool:
         """Wait for the result of somebody else's trial of one of ``peers``, within the deadline.
 
+        :param before: by the peer's name, what there was before the look at the peers.
         :returns: whether there was one, so that another look is worth it. A
             peer whose trial failed is not waited for a second time.
         """
@@ -1399,18 +1516,15 @@ class _Search:
         for peer in peers:
             if peer.name in self._faults or peer.name in disappointed:
                 continue
-            breaker = peer.breaker
-            lease = breaker.trial
+            circuit, lease = now = _seen(peer)
             if lease is not None:
                 leases[peer.name] = lease
-            else:
-                circuit = breaker.circuit
-                # The trial ended between our look at the peers and now. One whose lease has
-                # run out is looked at no sooner than the next is due: nothing has changed.
-                if circuit.state != OPEN and (
-                    circuit.lease is None or self._clock() >= circuit.due
-                ):
-                    return True
+            elif peer.breaker.is_available or (
+                circuit.state != OPEN and now != before.get(peer.name)
+            ):
+                # The trial ended between our look at the peers and now. Where nothing has
+                # changed, another look would find nothing else.
+                return True
         if not leases:
             return False
         until = min(self._deadline, *(lease.expires for lease in leases.values()))
@@ -1481,6 +1595,12 @@ class _Search:
         return f"{where}: {text}"
 
 
+def _seen(peer: Peer) -> tuple[Circuit, Lease | None]:
+    """Return a peer's circuit, and the trial of it that is under way."""
+    lease = peer.breaker.trial
+    return peer.breaker.circuit, lease
+
+
 class _Transitions:
     """Hands a breaker's transitions to its balancer, without keeping that alive."""
 
@@ -1488,10 +1608,15 @@ class _Transitions:
         self._balancer = weakref.ref(balancer)
         self._peer = peer
 
-    def __call__(self, transition: Transition) -> None:
+    def put(self, change: Transition) -> None:
         balancer = self._balancer()
         if balancer is not None:
-            balancer._circuit_changed(self._peer, transition)
+            balancer._note_change(self._peer, change)
+
+    def go(self) -> None:
+        balancer = self._balancer()
+        if balancer is not None:
+            balancer._circuits_changed()
 
 
 def _without(tellers: tuple[Teller, ...], listener: Listener) -> tuple[Teller, ...]:
@@ -1534,8 +1659,8 @@ def address_of(params: Mapping[str, Any]) -> str:
 
 
 def _count_while_alive(connection: Any, peer: Peer) -> None:
-    """Count ``connection`` as held until it is collected or its thread ends."""
-    hold = peer.hold()
+    """Count ``connection`` as held until it is collected, whichever threads come and go."""
+    hold = peer.hold(of_thread=False)
     try:
         weakref.finalize(connection, Hold.let_go, hold).atexit = False
     except TypeError:
@@ -1543,6 +1668,9 @@ def _count_while_alive(connection: Any, peer: Peer) -> None:
         # cannot be followed, so it is not counted.
         hold.let_go()
 
+
+#: Numbers for the connects under way.
+_serials = itertools.count()
 
 # The child of a fork holds none of its parent's connections.
 _forkable: forks.Living[LoadBalancer] = forks.Living()

@@ -44,9 +44,10 @@ import random
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pybreaker
 
@@ -56,8 +57,18 @@ from .exceptions import ConfigError
 from .faults import Fault
 from .locks import new_lock
 from .logger import complain
+from .teller import Teller
 
-__all__ = ["Circuit", "CircuitBreakerError", "Lease", "PeerBreaker", "Permit", "Transition"]
+__all__ = [
+    "Circuit",
+    "CircuitBreakerError",
+    "Hearer",
+    "Lease",
+    "PeerBreaker",
+    "Permit",
+    "Transition",
+    "trial_of",
+]
 
 CircuitBreakerError = pybreaker.CircuitBreakerError
 
@@ -66,6 +77,9 @@ _T = TypeVar("_T")
 CLOSED = pybreaker.STATE_CLOSED
 OPEN = pybreaker.STATE_OPEN
 HALF_OPEN = pybreaker.STATE_HALF_OPEN
+
+#: Seconds after which a thread that waits for a trial's end looks whether it has missed it.
+_LOOK_AGAIN = 1.0
 
 #: A fleet that saw a peer fail at one moment must not try it again at one moment.
 JITTER = 0.1
@@ -77,16 +91,35 @@ _STATES = {
 }
 
 
-class Lease:
-    """A trial under way."""
+class Hearer(Protocol):
+    """Who hears of a circuit's changes, in their order: a :class:`~.teller.Teller`, or as one."""
 
-    __slots__ = ("_bells", "ended", "expires")
+    def put(self, change: Transition, /) -> None:
+        """Note the change. Called within the circuit's lock: waits for nothing, calls nobody."""
+
+    def go(self) -> None:
+        """Do what the noted changes demand. Called without a lock."""
+
+
+def _nobody() -> None:
+    """Hold a lease that no permit has."""
+
+
+class Lease:
+    """A trial. :func:`trial_of` says whether it is under way.
+
+    :param expires: the moment, on the breaker's clock, from which it counts as abandoned.
+    """
+
+    __slots__ = ("_bells", "ended", "expires", "holder")
 
     def __init__(self, expires: float) -> None:
-        #: The moment, on the breaker's clock, from which it counts as abandoned.
         self.expires = expires
         #: Whether the trial is over.
         self.ended = False
+        #: The permit of the trial. When that is gone, no thread can report a result. No code has
+        #: to run for this: at the recursion limit a finalizer does not.
+        self.holder: Callable[[], Permit | None] = _nobody
         #: A lock for each who waits for the trial's result, released to wake them.
         self._bells: list[threading.Lock] = []
 
@@ -107,9 +140,12 @@ class Lease:
         bell.acquire()
         for lease in leases:
             lease._bells.append(bell)
-        # A trial that ended before its bell was hung up does not ring it.
-        if not any(lease.ended for lease in leases):
-            bell.acquire(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
+        # A trial that ended before its bell was hung up does not ring it, and one whose end is
+        # interrupted may not either.
+        while seconds > 0 and not any(lease.ended or lease.holder() is None for lease in leases):
+            if bell.acquire(timeout=min(seconds, _LOOK_AGAIN)):
+                return
+            seconds -= _LOOK_AGAIN
 
 
 class Circuit(NamedTuple):
@@ -138,6 +174,9 @@ class Circuit(NamedTuple):
     question: str = ""
     #: Wall-clock time, for pybreaker's ``opened_at``.
     opened_at: datetime | None = None
+    #: The changes that no listener's queue holds yet, in their order. A part of the record: a
+    #: change and its place in the order are one assignment.
+    untold: tuple[Transition, ...] = ()
 
 
 class Transition(NamedTuple):
@@ -206,7 +245,8 @@ class _CircuitView(pybreaker.CircuitBreakerStorage):
 class Permit:
     """The right to use a peer once. End it by exactly one of its methods.
 
-    What is called after the first end is ignored.
+    What is called after the first end is ignored. However a trial's end is broken off, the
+    trial is over: its lease is marked without a call, which the recursion limit might refuse.
     """
 
     __slots__ = ("_breaker", "_ended", "_lease", "generation", "is_trial")
@@ -216,6 +256,7 @@ class Permit:
         #: The circuit's generation that what was made with the permit belongs to. A trial that
         #: closes the circuit belongs to the generation that it begins.
         self.generation = generation
+        #: The trial's; None where this is none.
         self._lease = lease
         #: Whether this is the one attempt that a half-open or suspect circuit allows.
         self.is_trial = lease is not None
@@ -223,31 +264,46 @@ class Permit:
 
     def succeeded(self) -> None:
         """The peer did what it was asked to do."""
-        if self._ended:
-            return
-        self._ended = True
-        breaker = self._breaker
+        breaker, lease = self._breaker, self._lease
         # The healthy peer's way, hundreds of times a second: nothing to
         # write, so no lock to take.
-        if self._lease is None and not breaker._circuit.failures:
+        if lease is None and not breaker._circuit.failures:
+            if self._ended:
+                return
+            self._ended = True
             if breaker._listeners:
                 breaker._tell("success")
             return
-        self.generation = breaker._record_success(self.generation, self._lease)
+        try:
+            if self._end():
+                self.generation = breaker._record_success(self.generation, lease)
+        finally:
+            if lease is not None:
+                lease.ended = True
 
     def failed(self, exc: BaseException, fault: Fault | None = None) -> int:
         """The peer failed, by ``exc``.
 
         :returns: which failure in a row this was; 0 when it came too late to count.
         """
-        if not self._end():
-            return 0
-        return self._breaker._record_failure(self.generation, self._lease, exc, fault)
+        lease = self._lease
+        try:
+            if not self._end():
+                return 0
+            return self._breaker._record_failure(self.generation, lease, exc, fault)
+        finally:
+            if lease is not None:
+                lease.ended = True
 
     def released(self) -> None:
         """What happened says nothing about the peer. A trial becomes due again soon."""
-        if self._end() and self._lease is not None:
-            self._breaker._record_release(self.generation, self._lease)
+        lease = self._lease
+        try:
+            if self._end() and lease is not None:
+                self._breaker._record_release(self.generation, lease)
+        finally:
+            if lease is not None:
+                lease.ended = True
 
     def judge(self, exc: BaseException) -> None:
         """End the permit as ``exc``, raised by the guarded call, demands."""
@@ -274,12 +330,12 @@ class Permit:
 class _TrialPermit(Permit):
     """A trial's permit: released when it is lost, by a thread killed at the wrong line."""
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     def __del__(self) -> None:
-        # A permit that was never finished is seen to by acquire().
-        if not getattr(self, "_ended", True) and self._lease is not None:
-            self._breaker._forsake(self._lease)
+        lease = getattr(self, "_lease", None)
+        if lease is not None and not lease.ended:
+            self._breaker._forsake(lease)
 
 
 class PeerBreaker(pybreaker.CircuitBreaker):
@@ -322,7 +378,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         lease: float = 60,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
-        on_transition: Callable[[Transition], object] | None = None,
+        on_transition: Callable[[Transition], object] | Hearer | None = None,
     ) -> None:
         number("fail_max", fail_max, minimum=1, whole=True)
         number("success_threshold", success_threshold, minimum=1, whole=True)
@@ -331,20 +387,32 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         number("lease", lease)
         function("clock", clock, "Give a function that returns seconds.")
         function("jitter", jitter, "Give a function that returns [0, 1).")
-        function("on_transition", on_transition, "Give a function.", optional=True)
+        if not hasattr(on_transition, "put"):
+            function("on_transition", on_transition, "Give a function.", optional=True)
         if throw_new_error_on_trip:
             raise ConfigError(
                 "throw_new_error_on_trip",
                 "cannot be True: the call that opens the circuit raises what its function raised",
                 "Leave it out. An open circuit's calls raise CircuitBreakerError.",
             )
-        self._circuit = _begun(state_storage, clock(), reset_timeout)
+        self._circuit = _stored(state_storage, clock(), reset_timeout)
         #: Seconds after which a trial that said nothing may be made again.
         self.release_interval = release_interval
         self._lease_seconds = lease
         self._clock = clock
         self._jitter = jitter
-        self._on_transition = on_transition
+        #: Who hears of changes first.
+        self._on_transition: Hearer | None = None
+        if on_transition is not None:
+            hearer: Any = on_transition
+            if not hasattr(hearer, "put"):
+                what = "What was to be told of the circuit of %s raised"
+                hearer = Teller(hearer, name or "", what)
+            self._on_transition = hearer
+        #: One for each of pybreaker's listeners.
+        self._tellers: tuple[Teller, ...] = ()
+        #: Alive while a thread hands out what the record has to tell.
+        self._handing: weakref.ref[_Life] | None = None
         #: Asked, outside the lock, before an open circuit's trial is made: for how many
         #: seconds it is to be left to others, and 0 to go ahead. Not asked for a last resort.
         #: It is told whether an operator wishes for the trial, due or not.
@@ -367,7 +435,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         return (
             f"<PeerBreaker {self._name!r} {circuit.state}"
             f"{', suspect' if circuit.suspect else ''}"
-            f"{', trial under way' if circuit.lease else ''}>"
+            f"{', trial under way' if self.trial else ''}>"
         )
 
     # Admission
@@ -395,35 +463,49 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         if not trial:
             return None
         now = self._clock()
-        lease = Lease(now + self._lease_seconds)
         if by_hand:
             last_resort = 0
+        if not _is_usable(circuit) and not _trial_due(circuit, now, last_resort):
+            return None
+        lease = Lease(now + self._lease_seconds)
+        permit = _TrialPermit(self, circuit.generation, lease)
+        lease.holder = weakref.ref(permit)
+        gate = self.gate if last_resort is None or by_hand else None
 
         def admitted(circuit: Circuit) -> Circuit:
             if _is_usable(circuit) or not _trial_due(circuit, now, last_resort):
                 return circuit
-            after = circuit.state if circuit.suspect else HALF_OPEN
-            return circuit._replace(lease=lease, state=after)
+            asks_first = gate is not None and not circuit.suspect
+            return circuit._replace(lease=lease) if asks_first else _begun(circuit, lease)
 
         try:
-            before, after = self._swap(admitted)
-            if after.lease is not lease:
-                return Permit(self, after.generation, None) if _is_usable(after) else None
-            asks = last_resort is None or by_hand
-            if self.gate is not None and asks and after.state == HALF_OPEN:
-                held_back = self._ask_gate(self.gate, by_hand)
-                if held_back > 0:
-                    # Wished for by hand, it was not due yet.
-                    due = max(self._clock() + held_back, before.due)
-                    self._swap(lambda circuit: _forsaken(circuit, lease, due), ends=lease)
-                    return None
-            permit = _TrialPermit(self, after.generation, lease)
-            self._tell_transition(Transition(before.state, after.state))
+            before, after = self._swap(admitted, now=now)
+            if after.lease is lease and gate is not None and not after.suspect:
+                held_back = self._ask_gate(gate, by_hand)
+                asked = self._clock()
+
+                def answered(circuit: Circuit) -> Circuit:
+                    # The circuit may have closed, or opened anew, while the gate was asked.
+                    if circuit.lease is not lease or circuit.generation != before.generation:
+                        return _without(circuit, lease)
+                    if held_back > 0:
+                        # Wished for by hand, it was not due yet.
+                        due = max(asked + held_back, before.due)
+                        return circuit._replace(lease=None, state=OPEN, due=due)
+                    return _begun(circuit, lease)
+
+                _, after = self._swap(answered, now=asked)
+            self._tell_untold()
+            permit.generation = after.generation
+            if after.lease is lease:
+                return permit
+            lease.end()
+            return Permit(self, after.generation, None) if _is_usable(after) else None
         except BaseException:
             # Interrupted before the caller had it: nobody else would end it.
+            lease.ended = True
             self._forsake(lease)
             raise
-        return permit
 
     def _ask_gate(self, gate: Callable[[bool], float], by_hand: bool) -> float:
         try:
@@ -450,8 +532,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     @property
     def trial(self) -> Lease | None:
         """The trial under way, if there is one."""
-        lease = self._circuit.lease
-        return lease if lease is not None and self._clock() < lease.expires else None
+        return trial_of(self._circuit, self._clock())
 
     # pybreaker's own interface, with the guarantees of this class
 
@@ -544,17 +625,16 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         :param fault: what that says about the peer.
         """
         now = self._clock()
-        before, after = self._swap(
+        self._change(
+            now,
             lambda circuit: (
                 circuit._replace(
                     suspect=True, tried=now, due=float("-inf"), error=error, fault=fault
                 )
                 if _is_usable(circuit)
                 else circuit
-            )
+            ),
         )
-        if after is not before:
-            self._tell_transition(Transition(CLOSED, CLOSED, fault, error))
 
     def trip(self, exc: BaseException, fault: Fault, question: str = "") -> None:
         """Open a closed circuit at once, whatever ``fail_max`` says.
@@ -570,7 +650,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
 
     def trip_silently(
         self, exc: BaseException, fault: Fault, question: str, failures: int = 0
-    ) -> Transition | None:
+    ) -> bool:
         """Open a closed circuit as :meth:`trip` does, and tell nobody.
 
         For a caller that holds a lock. It calls :meth:`tell` once it does no longer.
@@ -579,7 +659,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         :param fault: what that says about the peer.
         :param question: what the trials must ask, until one is answered well.
         :param failures: how many failures in a row these were, if they were counted.
-        :returns: what is to be told; None if the circuit was not closed.
+        :returns: whether there is something to tell: the circuit was closed.
         """
         now = self._clock()
         due = now + self._spread_timeout()
@@ -592,18 +672,16 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             opened = _opened(circuit, now, due, error, fault)
             return opened._replace(question=question, failures=max(circuit.failures, failures))
 
-        before, _ = self._swap(tripped)
-        if before.state != CLOSED:
-            return None
-        return Transition(CLOSED, OPEN, fault, error, due - now)
+        before, _ = self._swap(tripped, now=now)
+        return before.state == CLOSED
 
-    def tell(self, transition: Transition | None) -> None:
+    def tell(self, has_tripped: bool) -> None:
         """Tell of what :meth:`trip_silently` has done.
 
-        :param transition: what it returned.
+        :param has_tripped: what it returned.
         """
-        if transition is not None:
-            self._tell_transition(transition)
+        if has_tripped:
+            self._tell_untold()
 
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
         """Count a connection lost before it was of any use as a failed connect.
@@ -646,7 +724,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         due = now + due_in + self._reset_timeout * 2 * JITTER * self._jitter()
 
         def learnt(circuit: Circuit) -> Circuit:
-            trying = circuit.lease is not None and now < circuit.lease.expires
+            trying = trial_of(circuit, now) is not None
             if circuit.generation != generation or (trying and circuit.state != CLOSED):
                 return circuit
             if circuit.state == CLOSED:
@@ -698,11 +776,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         )
 
     def _learn(self, now: float, change: Callable[[Circuit], Circuit]) -> Circuit | None:
-        before, after = self._swap(change)
-        if after is before:
-            return None
-        self._tell_change(before, after, now, learnt=True)
-        return after
+        before, after = self._change(now, change, learnt=True)
+        return None if after is before else after
 
     @property
     def reset_timeout(self) -> float:
@@ -758,10 +833,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
                 return _closed(circuit, now)
             return circuit._replace(successes=circuit.successes + 1, lease=None, due=now, tried=now)
 
-        before, after = self._swap(succeeded, ends=lease)
+        before, after = self._swap(succeeded, now=now, ends=lease)
         if self._listeners:
             self._tell("success")
-        self._tell_change(before, after, now)
+        self._tell_untold()
         return generation if _is_late(before, generation, lease) else after.generation
 
     def _record_failure(
@@ -787,10 +862,10 @@ class PeerBreaker(pybreaker.CircuitBreaker):
                 return _opened(circuit, now, due, error, fault)
             return circuit._replace(tried=now, error=error, fault=fault)
 
-        before, after = self._swap(failed, ends=lease)
+        before, after = self._swap(failed, now=now, ends=lease)
         if self._listeners:
             self._tell("failure", exc)
-        self._tell_change(before, after, now)
+        self._tell_untold()
         return 0 if _is_late(before, generation, lease) else after.failures
 
     def _record_release(self, generation: int, lease: Lease) -> None:
@@ -807,14 +882,15 @@ class PeerBreaker(pybreaker.CircuitBreaker):
                 return circuit._replace(tried=now)
             return circuit._replace(state=OPEN, tried=now, due=due)
 
-        self._tell_change(*self._swap(released, ends=lease), now)
+        self._swap(released, now=now, ends=lease)
+        self._tell_untold()
 
     def _forsake(self, lease: Lease) -> None:
         """Take back a trial of which nobody will report. Waits for nothing."""
-        now = self._clock()
         # Should another thread be at the record just now: the next caller finds
-        # the lease run out.
-        lease.expires = float("-inf")
+        # a lease that has ended.
+        lease.ended = True
+        now = self._clock()
         lock = self._lock
         try:
             # Struck right after acquire() we have the lock and do not know it: it
@@ -822,7 +898,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             try:
                 if lock.acquire(blocking=False):
                     self._swap(
-                        lambda circuit: _forsaken(circuit, lease, now + self.release_interval)
+                        lambda circuit: _forsaken(circuit, lease, now + self.release_interval),
+                        now=now,
                     )
             finally:
                 lock.release()
@@ -831,42 +908,39 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         lease.end()
 
     def _swap(
-        self, change: Callable[[Circuit], Circuit], *, ends: Lease | None = None
+        self,
+        change: Callable[[Circuit], Circuit],
+        *,
+        now: float = 0.0,
+        learnt: bool = False,
+        ends: Lease | None = None,
     ) -> tuple[Circuit, Circuit]:
-        """Replace the record by what ``change`` makes of it; return both.
+        """Replace the record by what ``change`` makes of it; return both. Tells nobody yet.
 
+        :param now: the time, on the breaker's clock, where the circuit may open or close.
+        :param learnt: another process found it out.
         :param ends: the trial that is over with it; those who wait for it are woken.
         """
         try:
             with self._lock:
                 while True:
                     before = self._circuit
-                    after = change(before)
+                    after = _telling(before, change(before), now, learnt)
                     if self._circuit is before:
                         self._circuit = after
-                        return before, after
+                        break
                     # This very thread has changed it, in a signal handler or finalizer.
         finally:
             if ends is not None:
                 ends.end()
+        return before, after
 
-    def _change(self, now: float, change: Callable[[Circuit], Circuit]) -> None:
-        self._tell_change(*self._swap(change), now)
-
-    def _tell_change(
-        self, before: Circuit, after: Circuit, now: float, *, learnt: bool = False
-    ) -> None:
-        """Tell of the transition from one record to the other, if it is one."""
-        if before.state == after.state and before.suspect == after.suspect:
-            return
-        seconds = 0.0
-        if after.state == OPEN:
-            seconds = after.due - now
-        elif after.state == CLOSED and before.out_since is not None:
-            seconds = now - before.out_since
-        self._tell_transition(
-            Transition(before.state, after.state, after.fault, after.error, seconds, learnt)
-        )
+    def _change(
+        self, now: float, change: Callable[[Circuit], Circuit], *, learnt: bool = False
+    ) -> tuple[Circuit, Circuit]:
+        changed = self._swap(change, now=now, learnt=learnt)
+        self._tell_untold()
+        return changed
 
     def _spread_timeout(self) -> float:
         return self._reset_timeout * (1 + JITTER * (2 * self._jitter() - 1))
@@ -906,16 +980,61 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         permit.succeeded()
         return result
 
-    def _tell_transition(self, transition: Transition) -> None:
-        if self._on_transition is not None:
-            try:
-                self._on_transition(transition)
-            except Exception:
-                complain("What was to be told of the circuit of %s raised", self._name)
-        if self._listeners and transition.before != transition.after:
-            before = _STATES[transition.before](self, None, notify=False)
-            after = _STATES[transition.after](self, None, notify=False)
-            self._tell("state_change", before, after)
+    def _tell_untold(self) -> None:
+        """Tell of the changes that the record holds for that, whichever thread made them."""
+        if self._circuit.untold:
+            hearers = self._hand_out()
+            for hearer in hearers:
+                hearer.go()
+
+    def _hand_out(self) -> Sequence[Hearer]:
+        """Put each change into the queues of those who hear of it, in the order of the changes.
+
+        The critical section appends to queues; nothing in it waits or calls out.
+
+        :returns: those who are to :meth:`Hearer.go`.
+        """
+        with self._lock:
+            handing = self._handing
+            # A signal handler or finalizer within the loop leaves its change to that.
+            if handing is not None and handing() is not None:
+                return ()
+            self._hand_out_in_order()
+            return self._hearers()
+
+    def _hand_out_in_order(self) -> None:
+        life = _Life()
+        try:
+            self._handing = weakref.ref(life)
+            while self._circuit.untold:
+                before = self._circuit
+                after = before._replace(untold=before.untold[1:])
+                if self._circuit is before:
+                    self._circuit = after
+                    self._tell_transition(before.untold[0])
+        finally:
+            self._handing = None
+
+    def _tell_transition(self, change: Transition) -> None:
+        for hearer in self._hearers():
+            hearer.put(change)
+
+    def _hearers(self) -> Sequence[Hearer]:
+        """Return whom changes are told: ``on_transition``, and pybreaker's listeners."""
+        own = () if self._on_transition is None else (self._on_transition,)
+        if not self._listeners and not self._tellers:
+            return own
+        known = {id(teller.listener.of): teller for teller in self._tellers}  # type: ignore[attr-defined]
+        self._tellers = tuple(
+            known.get(id(listener))
+            or Teller(
+                _StateChange(self, listener),
+                self._name or "",
+                "A listener of the circuit of %s raised",
+            )
+            for listener in self._listeners
+        )
+        return (*own, *self._tellers)
 
     def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
         for listener in self.listeners:
@@ -927,13 +1046,18 @@ class PeerBreaker(pybreaker.CircuitBreaker):
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds, and no trial of the parent's."""
         self._lock = new_lock()
-        circuit = self._circuit
+        self._handing = None
+        for teller in (self._on_transition, *self._tellers):
+            if isinstance(teller, Teller):
+                teller.after_fork()
+        # What its parent has to tell is none of the child's.
+        circuit = self._circuit = self._circuit._replace(untold=())
         if circuit.lease is not None:
             state = OPEN if circuit.state == HALF_OPEN else circuit.state
             self._circuit = circuit._replace(state=state, lease=None)
 
 
-def _begun(
+def _stored(
     storage: pybreaker.CircuitBreakerStorage | None, now: float, reset_timeout: float
 ) -> Circuit:
     """Return the circuit that begins as ``storage`` says."""
@@ -963,12 +1087,67 @@ def _begun(
     )
 
 
+class _Life:
+    """Ends with the frame that alone refers to it, whatever that is killed by."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _StateChange:
+    """Tells one of pybreaker's listeners of a circuit's changes of state."""
+
+    def __init__(self, breaker: PeerBreaker, listener: pybreaker.CircuitBreakerListener) -> None:
+        self._breaker = breaker
+        self.of = listener
+
+    def __call__(self, transition: Transition) -> None:
+        if transition.before != transition.after:
+            before = _STATES[transition.before](self._breaker, None, notify=False)
+            after = _STATES[transition.after](self._breaker, None, notify=False)
+            self.of.state_change(self._breaker, before, after)
+
+
+def trial_of(circuit: Circuit, now: float) -> Lease | None:
+    """Return the trial of ``circuit`` that is under way, if there is one.
+
+    The one place that decides: a lease that has ended, has run out or lost its permit is none,
+    though the record still has it.
+
+    :param now: the time, on the breaker's clock.
+    """
+    lease = circuit.lease
+    if lease is None or lease.ended or now >= lease.expires or lease.holder() is None:
+        return None
+    return lease
+
+
+def _telling(before: Circuit, after: Circuit, now: float, learnt: bool) -> Circuit:
+    """Return ``after`` with what is to be told: what was, and the change from ``before``."""
+    if after is before:
+        return after
+    untold = before.untold
+    if before.state != after.state or before.suspect != after.suspect:
+        seconds = 0.0
+        if after.state == OPEN:
+            seconds = after.due - now
+        elif after.state == CLOSED and before.out_since is not None:
+            seconds = now - before.out_since
+        change = Transition(before.state, after.state, after.fault, after.error, seconds, learnt)
+        untold = (*untold, change)
+    return after if after.untold is untold else after._replace(untold=untold)
+
+
+def _begun(circuit: Circuit, lease: Lease) -> Circuit:
+    """Return the record with ``lease`` for its trial."""
+    return circuit._replace(lease=lease, state=circuit.state if circuit.suspect else HALF_OPEN)
+
+
 def _is_usable(circuit: Circuit) -> bool:
     return circuit.state == CLOSED and not circuit.suspect
 
 
 def _trial_due(circuit: Circuit, now: float, last_resort: float | None) -> bool:
-    if circuit.lease is not None and now < circuit.lease.expires:
+    if trial_of(circuit, now) is not None:
         return False
     if now >= circuit.due:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,14 @@ class Peer:
         self.unanswered = 0
         #: Until when, on the balancer's clock, a thread asks whether a server answers.
         self.asked_until = -math.inf
+        #: Whether another process drained it and this one does not, whose last undrained peer it
+        #: is. It is drained as soon as another one is not.
+        self.drain_refused = False
         # Adding to and discarding from a set is atomic: no lock is needed,
         # and a finalizer that runs in the middle of anything may discard.
         self._holds: set[int] = set()
+        #: By a number of its own, who makes each connect that is under way.
+        self._connecting: dict[int, weakref.ref[Any]] = {}
 
     def __repr__(self) -> str:
         drained = ", drained" if self.drained else ""
@@ -87,39 +93,53 @@ class Peer:
         self.server_facts = None
         self.unanswered = 0
 
+    @property
+    def connecting(self) -> int:
+        """How many connects to the peer are under way in this process."""
+        if not self._connecting:
+            return 0
+        # A connect that was killed at the wrong line is gone, and still in the dictionary.
+        return sum(who() is not None for who in tuple(self._connecting.values()))
+
     def forget_connections(self) -> None:
         """Start counting anew: in a forked child, whose parent holds the others."""
         self._holds = set()
         # The thread that asked is the parent's.
         self.asked_until = -math.inf
+        self._connecting = {}
 
-    def hold(self) -> Hold:
-        """Count one connection as held by the calling thread, until it is let go.
+    def hold(self, *, of_thread: bool = True) -> Hold:
+        """Count one connection as held, until it is let go.
 
-        :returns: what lets it go; its end, or the thread's, does so too.
+        :param of_thread: the calling thread holds it, and its end lets go of it. False: it may
+            outlive the thread, in a pool.
+        :returns: what lets it go; its end does so too.
         """
-        return Hold(self)
+        return Hold(self, of_thread=of_thread)
 
 
 class Hold:
     """One connection's place in its peer's count.
 
-    It ends with :meth:`let_go`, with its own destruction, or with the thread
+    It ends with :meth:`let_go`, with its own destruction, or, ``of_thread``, with the thread
     that made it: a thread that dies without closing is not counted on.
     """
 
     __slots__ = ("_of_thread", "_serial", "peer")
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, *, of_thread: bool = True) -> None:
         #: The peer that the connection leads to.
         self.peer = peer
         self._serial = serial = next(_serials)
-        try:
-            end = _local.end
-        except AttributeError:
-            end = _local.end = _ThreadEnd()
-        self._of_thread = end.holds
-        self._of_thread[serial] = peer
+        self._of_thread: dict[int, Peer] = {}
+        if of_thread:
+            try:
+                end = _local.end
+            except AttributeError:
+                end = _local.end = _ThreadEnd()
+            self._of_thread = end.holds
+            self._of_thread[serial] = peer
+        # Last: it is counted only where let_go() finds all that it needs.
         peer._holds.add(serial)
 
     def let_go(self) -> None:
@@ -128,7 +148,11 @@ class Hold:
         self._of_thread.pop(self._serial, None)
 
     def __del__(self) -> None:
-        self.let_go()
+        try:
+            self.let_go()
+        except AttributeError:
+            # Interrupted in __init__, before it was counted.
+            pass
 
 
 class _ThreadEnd:
@@ -138,11 +162,12 @@ class _ThreadEnd:
         self.holds: dict[int, Peer] = {}
 
     def __del__(self) -> None:
-        while self.holds:
+        holds: dict[int, Peer] = getattr(self, "holds", {})
+        while holds:
             # Other threads may let go of these at the same time: popitem is
             # atomic where iteration is not.
             try:
-                serial, peer = self.holds.popitem()
+                serial, peer = holds.popitem()
             except KeyError:
                 return
             peer._holds.discard(serial)

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING
 from . import forks
 from .locks import new_lock
 from .logger import Limit, complain
+from .teller import spare_this_thread
 
 if TYPE_CHECKING:
     from .balancer import LoadBalancer
@@ -91,7 +92,9 @@ class _End:
     def __del__(self) -> None:
         # Whoever connects next starts another. Not from here: this may be the
         # failure to start one.
-        self._runner.over = True
+        runner = getattr(self, "_runner", None)
+        if runner is not None:
+            runner.over = True
 
 
 class Prober:
@@ -179,7 +182,10 @@ class Prober:
         runner = _Runner()
         try:
             with self._lock:
-                if self.is_running:
+                running = self._runner
+                if running is not None and not running.over:
+                    # Another thread has started it: it may have looked before our news.
+                    running.ring()
                     return
                 self._runner = runner
             _thread.start_new_thread(self._run, (runner, _End(runner)))
@@ -194,6 +200,7 @@ class Prober:
     def _run(self, runner: _Runner, end: _End) -> None:
         try:
             runner.ident = _thread.get_ident()
+            spare_this_thread()
             # After a fork within a trial this may be the child.
             while self._runner is runner and not runner.over:
                 pause = self._guarded_step()
@@ -228,7 +235,7 @@ def _due(balancer: LoadBalancer, not_before: dict[str, float]) -> list[tuple[flo
     for peer in balancer.undrained():
         due = balancer.next_trial(peer)
         if due is not None:
-            lease = peer.breaker.circuit.lease
+            lease = peer.breaker.trial
             if lease is not None:
                 # Somebody is at it; the end of that rings.
                 due = max(due, lease.expires)

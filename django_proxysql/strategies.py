@@ -105,14 +105,20 @@ class RoundRobin:
 
 
 class LeastConnections:
-    """A connection goes to the peer that holds fewest of this process's, by weight."""
+    """A connection goes to the peer that has fewest of this process's, by weight.
+
+    Those that are being made count: a peer that is slow to accept would get all of them.
+    """
 
     by_weight = True
 
     def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
         # Counts move while others connect: read each once, break ties by
         # chance, or a fresh process would send everything to the first.
-        keyed = [(peer.connections / peer.weight, random.random(), peer) for peer in peers]
+        keyed = [
+            ((peer.connections + peer.connecting) / peer.weight, random.random(), peer)
+            for peer in peers
+        ]
         yield min(keyed, key=_load_and_chance)[2]
         for _load, _chance, peer in sorted(keyed, key=_load_and_chance):
             yield peer

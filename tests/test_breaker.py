@@ -1053,3 +1053,91 @@ class TestPybreakersOwnInterface:
             assert "trial under way" in repr(breaker)
         assert repr(breaker).startswith("<PeerBreaker 'db1' ")
         assert state in repr(breaker)
+
+
+class TestGate:
+    """Who is asked before a trial, while others change the circuit."""
+
+    @pytest.fixture
+    def told(self) -> Recorder:
+        return Recorder()
+
+    @pytest.fixture
+    def due(self, clock: Clock, told: Recorder) -> PeerBreaker:
+        breaker = PeerBreaker(clock=clock, jitter=even, listeners=[told], reset_timeout=30)
+        breaker.open()
+        clock.advance(30)
+        return breaker
+
+    def test_circuit_that_closes_meanwhile_is_not_tried(
+        self, due: PeerBreaker, told: Recorder
+    ) -> None:
+        """What another process's trial has closed is used, and not tried."""
+
+        def gate(by_hand: bool) -> float:
+            assert due.trial is not None
+            due.learn_closed(due.circuit.generation)
+            return 0.0
+
+        due.gate = gate
+        permit = due.acquire()
+        assert permit is not None
+        assert not permit.is_trial
+        assert due.trial is None
+        permit.succeeded()
+        assert told.told == [("closed", "open"), ("open", "closed"), "success"]
+
+    @pytest.mark.parametrize("change", ["open", "learn_open"])
+    def test_circuit_that_opens_anew_meanwhile_is_not_tried(
+        self, due: PeerBreaker, change: str
+    ) -> None:
+        """Nor is one that another caller has opened meanwhile."""
+
+        def gate(by_hand: bool) -> float:
+            due.close()
+            due.open()
+            return 0.0
+
+        due.gate = gate
+        assert due.acquire() is None
+        assert due.trial is None
+        assert due.current_state == "open"
+
+    @pytest.mark.parametrize("held_back", [0.0, 5.0])
+    def test_a_suspect_is_left_to_the_next_caller(self, due: PeerBreaker, held_back: float) -> None:
+        """A circuit that has become suspect while the gate was asked gets a trial of its own."""
+
+        def gate(by_hand: bool) -> float:
+            due.close()
+            due.suspect()
+            return held_back
+
+        due.gate = gate
+        assert due.acquire() is None
+        trial = due.acquire()
+        assert trial is not None
+        assert trial.is_trial
+
+    def test_who_is_held_back_uses_a_closed_circuit(self, due: PeerBreaker) -> None:
+        """The others say no, and close it in the same breath."""
+
+        def gate(by_hand: bool) -> float:
+            due.learn_closed(due.circuit.generation)
+            return 5.0
+
+        due.gate = gate
+        permit = due.acquire()
+        assert permit is not None
+        assert not permit.is_trial
+
+    def test_listeners_hear_of_no_trial_that_is_held_back(
+        self, due: PeerBreaker, told: Recorder, clock: Clock
+    ) -> None:
+        """The circuit is open until the gate lets the caller through."""
+        due.gate = lambda by_hand: 5.0
+        assert due.acquire() is None
+        assert told.told == [("closed", "open")]
+        clock.advance(5)
+        due.gate = lambda by_hand: 0.0
+        assert due.acquire() is not None
+        assert told.told == [("closed", "open"), ("open", "half-open")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import linecache
 import os
 import random
 import signal
@@ -34,6 +33,7 @@ from tests.fakes import (
     raised_by,
     refused_by_host,
     running,
+    struck_at,
 )
 
 
@@ -530,43 +530,8 @@ class TestExceptionsOutOfNowhere:
         work: Callable[[], object],
         files: Collection[str] = (breaker.__file__, balancer.__file__),
     ) -> tuple[bool, str]:
-        """Run ``work`` and raise Injected at the step-th line that it runs of the core.
-
-        Returns whether there was such a line, and where it is. The line event at which a
-        ``with`` statement is left is no step: the interpreter asks for signals where functions
-        are called and loops turn round, which it does not between a block's end and ``__exit__``.
-        """
-        left = step
-        where = ""
-        entered: set[tuple[int, int]] = set()
-
-        def trace(frame: Any, event: str, arg: Any) -> Any:
-            nonlocal left, where
-            if frame.f_code.co_filename not in files:
-                return None
-            if event == "line":
-                line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-                if line.startswith("with "):
-                    key = (id(frame), frame.f_lineno)
-                    if key in entered:
-                        return trace
-                    entered.add(key)
-                left -= 1
-                if left == 0:
-                    where = f"{frame.f_code.co_name}:{frame.f_lineno}: {line}"
-                    raise Injected
-            return trace
-
-        sys.settrace(trace)
-        try:
-            work()
-        except Injected:
-            pass
-        except Exception:
-            pass
-        finally:
-            sys.settrace(None)
-        return left <= 0, where
+        """Run ``work`` and raise Injected at the step-th line that it runs of the core."""
+        return struck_at(step, work, Injected, None, files)
 
     @staticmethod
     def scenes() -> dict[str, Callable[[LoadBalancer, Clock], object]]:
@@ -631,7 +596,8 @@ class TestExceptionsOutOfNowhere:
                     clock.advance(30)
                 there, where = self.interrupted_at(step, lambda: scene(db, clock))  # noqa: B023
                 try:
-                    works_again(db, clock, after=33)
+                    # The failures of a scene count: those peers are left alone for longer.
+                    works_again(db, clock, after=33 if "bad" in name or "down" in name else 1)
                 except AssertionError as exc:
                     raise AssertionError(f"after an exception at {where}") from exc
                 if not there:
@@ -639,6 +605,116 @@ class TestExceptionsOutOfNowhere:
         finally:
             gc.enable()
         assert step > 25
+
+    @pytest.mark.parametrize("error", [Injected, RecursionError, MemoryError])
+    @pytest.mark.parametrize("end", ["succeeded", "failed", "released"])
+    @pytest.mark.parametrize("suspect", [False, True])
+    def test_trial_whose_end_is_interrupted_is_over(
+        self, end: str, error: type[BaseException], suspect: bool
+    ) -> None:
+        """At whichever line: the next trial is made at once or after release_interval.
+
+        The traceback is kept, and the permit with it: nothing is left to the garbage collector.
+        """
+        kept: list[BaseException] = []
+        step, there = 0, True
+        while there:
+            step += 1
+            clock = Clock()
+            circuit = PeerBreaker(clock=clock, jitter=even, lease=31, reset_timeout=30)
+            if suspect:
+                circuit.suspect()
+            else:
+                circuit.open()
+                clock.advance(30)
+            permit = circuit.acquire()
+            assert permit is not None
+            arguments = [refused_by_host()] if end == "failed" else []
+            there, where = struck_at(
+                step,
+                lambda: getattr(permit, end)(*arguments),  # noqa: B023
+                error,
+                kept,
+                [breaker.__file__],
+            )
+            if where.startswith(end):
+                # Before it had begun to end.
+                kept.clear()
+                del permit
+            assert circuit.trial is None, where
+            clock.advance(31 if circuit.circuit.failures else 1)
+            assert circuit.acquire() is not None, where
+        assert step > 10
+
+    @pytest.mark.parametrize("works", [True, False])
+    def test_interrupted_connect_leaves_no_trial_and_nobody_spins(
+        self, works: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The next connect is made after a second, within two looks at the peers."""
+        looks: list[int] = []
+        once_over = balancer._Search._once_over
+
+        def counted(self: Any) -> Any:
+            looks.append(1)
+            return once_over(self)
+
+        monkeypatch.setattr(balancer._Search, "_once_over", counted)
+        kept: list[BaseException] = []
+        step, there = 0, True
+        while there:
+            step += 1
+            clock = Clock()
+            db = LoadBalancer(peers("db1"), clock=clock, jitter=even)
+            db.remove_listener(balancer.log_event)
+            db.peers["db1"].breaker.open()
+            clock.advance(30)
+            there, where = struck_at(
+                step,
+                lambda: db.connect(lambda _: works or fail_as_host()),  # noqa: B023
+                Injected,
+                kept,
+                [breaker.__file__, balancer.__file__],
+            )
+            # What was struck before anybody had the permit is the garbage collector's.
+            kept.clear()
+            clock.advance(1)
+            looks.clear()
+            assert db.connect(lambda _: "connected") == "connected", where
+            assert len(looks) <= 2, where
+        assert step > 50
+
+    def test_at_the_recursion_limit(self) -> None:
+        """Wherever a connect hits it: the next one is made after a second."""
+
+        def nested(depth: int, function: Callable[[], object]) -> object:
+            return function() if depth == 0 else nested(depth - 1, function)
+
+        left: list[tuple[bool, int]] = []
+        frame, here = sys._getframe(), 0
+        while frame is not None:
+            here, frame = here + 1, frame.f_back  # type: ignore[assignment]
+        limit = sys.getrecursionlimit()
+        for works in (True, False):
+            for room in range(5, 60):
+                clock = Clock()
+                db = LoadBalancer(
+                    peers("db1"),
+                    lambda works=works, **_: Connection("db1") if works else fail_as_host(),
+                    clock=clock,
+                )
+                db.peers["db1"].breaker.open()
+                clock.advance(40)
+                sys.setrecursionlimit(here + 100)
+                try:
+                    nested(100 - room, db.connect)
+                except (RecursionError, NoPeerAvailable):
+                    pass
+                finally:
+                    sys.setrecursionlimit(limit)
+                gc.collect()
+                if db.peers["db1"].breaker.trial is not None:
+                    left.append((works, room))
+        assert left == []
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
     @pytest.mark.parametrize("name", ["trials, bad", "suspects"])

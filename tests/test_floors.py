@@ -52,7 +52,7 @@ FLOORS = {
     "sharing": 3,
     "slow_start": 3,
     "sqlalchemy_engine": 3,
-    "teller": 2,
+    "teller": 1,
     "balancer": 4,
     # The Django line: nothing above imports Django.
     "conf": 6,

@@ -1070,7 +1070,7 @@ class TestThread:
                 assert other.sharing.settle(10)
             until(lambda: [told.peer for told in heard] == ["db1", "db2"])
             until(lambda: sum("another process found" in line for line in caplog.messages) == 2)
-            assert hung == heard[:1]
+            until(lambda: hung == heard[:1])
         finally:
             go_on.set()
         until(lambda: hung == heard)
@@ -1445,6 +1445,94 @@ class TestDrains:
         other.step()
         for process in (one, other):
             assert [peer.drained for peer in process.db.snapshot()] == [False, True]
+
+
+class TestLastPeer:
+    """Another process never drains the last peer of this one."""
+
+    @pytest.fixture(autouse=True)
+    def logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO", "django_proxysql")
+
+    def refusals(self, caplog: pytest.LogCaptureFixture) -> list[str]:
+        return [line for line in caplog.messages if "this one does not" in line]
+
+    def test_of_a_process_with_fewer_peers(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Half of the fleet was restarted with a peer more; the other half keeps its only one."""
+        old, new = world.process("db1"), world.process("db1", "db2")
+        new.db.drain("db1")
+        for _ in range(3):
+            old.step()
+        assert old.connect() == "db1"
+        assert new.connect() == "db2"
+        (state,) = old.db.snapshot()
+        assert state.drain_refused
+        assert not state.drained
+        assert len(self.refusals(caplog)) == 1
+        assert not [event for event in old.events if isinstance(event, PeerDrained)]
+        with pytest.raises(DrainRefused):
+            old.db.drain("db1")
+        new.db.undrain("db1")
+        old.step()
+        assert not old.db.snapshot()[0].drain_refused
+
+    def test_is_drained_as_soon_as_another_is_not(self, world: World) -> None:
+        """What was refused is not forgotten."""
+        one = world.process("db1", "db2")
+        fewer = world.process("db2", "db3")
+        three = world.process("db1", "db2", "db3")
+        one.db.drain("db1")
+        fewer.step()
+        fewer.db.drain("db3")
+        three.step()
+        three.db.undrain("db3")
+        three.db.drain("db2")
+        one.step()
+        assert [state.drained for state in one.db.snapshot()] == [True, False]
+        assert [state.drain_refused for state in one.db.snapshot()] == [False, True]
+        one.db.undrain("db1")
+        assert [state.drained for state in one.db.snapshot()] == [False, True]
+        assert isinstance(one.events[-1], PeerDrained)
+
+    def test_is_not_undone_for_the_others(self, world: World, redis_server: RedisServer) -> None:
+        """A process that refuses a drain does not take it back when Redis has lost it."""
+        old, new = world.process("db1"), world.process("db1", "db2")
+        new.db.drain("db1")
+        old.step()
+        redis_server.ask("FLUSHALL")
+        old.step()
+        new.step()
+        later = world.process("db1", "db2")
+        assert [state.drained for state in new.db.snapshot()] == [True, False]
+        assert [state.drained for state in later.db.snapshot()] == [True, False]
+
+    @pytest.mark.parametrize("names", [("db1",), ("db1", "db2"), ("db1", "db2", "db3")])
+    def test_redis_says_that_all_are_drained(
+        self, world: World, redis_server: RedisServer, names: tuple[str, ...]
+    ) -> None:
+        """Or any other nonsense: one connects all the same."""
+        one = world.process(*names)
+        drains = next(key for key in one.sharing.keys if key.endswith(":drains"))
+        for value in ('{"v":7,"on":true}', '{"v":8,"on":true,"at":"x"}', "[]", "{", '{"v":9}'):
+            for name in names:
+                redis_server.ask("HSET", drains, f"{name}:3306", value)
+            redis_server.ask("HSET", drains, "*", secrets.token_hex(4))
+            world.clock.advance(2)
+            one.step()
+            assert one.connect() in names
+        assert sum(state.drained for state in one.db.snapshot()) == len(names) - 1
+
+    def test_forced_is_forced(self, world: World) -> None:
+        """An operator who insists has all peers drained; one who need not insist has not."""
+        one, other, fewer = world.process(), world.process(), world.process("db1")
+        one.db.drain("db1", force=True)
+        fewer.step()
+        assert fewer.connect() == "db1"
+        one.db.drain("db2", force=True)
+        other.step()
+        assert [state.drained for state in other.db.snapshot()] == [True, True]
 
 
 class TestFleet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 
 from django_proxysql import LoadBalancer, Peer
+from django_proxysql import balancer as balancer_module
+from django_proxysql import peer as peer_module
 from django_proxysql.exceptions import ConfigError
+from django_proxysql.peer import Hold, _ThreadEnd
+from django_proxysql.probe import _End
 from django_proxysql.strategies import (
     LeastConnections,
     Random,
@@ -27,6 +32,7 @@ from tests.fakes import (
     peers,
     refused_by_host,
     running,
+    struck_at,
     until,
 )
 
@@ -224,13 +230,29 @@ class TestLeastConnections:
         db, _ = balancer("least_connections", weights)
         assert_within_three_deviations(shares(db), (1, 1, 1))
 
-    def test_thread_that_dies_without_closing(self) -> None:
-        """Connections of a thread that has ended are not counted, even if somebody keeps them."""
+    def test_pooled_connection_outlives_its_thread(self) -> None:
+        """A connection that a pool keeps counts, though the thread that made it has ended."""
         db, _ = balancer("least_connections")
         kept: list[Connection] = []
         in_thread(lambda: kept.extend(db.connect() for _ in range(30)))
-        assert len(kept) == 30
-        # Where and when what is a thread's ends is the interpreter's affair.
+        assert [state.connections for state in db.snapshot()] == [10, 10, 10]
+        del kept[:10]
+        gc.collect()
+        until(lambda: sum(held(db)) == 20)
+
+    def test_thread_that_dies_without_closing(self) -> None:
+        """Connections of a thread that has ended are not counted, where the thread kept them."""
+        db, _ = balancer("least_connections")
+        local = threading.local()
+        kept: list[Hold] = []
+
+        def work() -> None:
+            local.connections = [db.connect() for _ in range(30)]
+            # What the engine counts is its thread's, even if somebody keeps the wrapper.
+            kept.extend(peer.hold() for peer in db.peers.values())
+
+        in_thread(work)
+        gc.collect()
         until(lambda: held(db) == [0, 0, 0])
         mine = [db.connect() for _ in range(6)]
         assert Counter(connection.host for connection in mine) == {"db1": 2, "db2": 2, "db3": 2}
@@ -257,7 +279,48 @@ class TestLeastConnections:
             gc.collect()
             until(lambda: sum(held(db)) == 2)
             go.set()
+        assert sum(state.connections for state in db.snapshot()) == 2
+        kept.clear()
+        gc.collect()
         until(lambda: held(db) == [0, 0])
+
+    def test_connects_under_way_count(self) -> None:
+        """A peer that is slow to accept gets no more connects than the others."""
+        db, _ = balancer("least_connections", (1, 2))
+        began = threading.Semaphore(0)
+        go = threading.Event()
+
+        def slowly(attempt: Any) -> str:
+            began.release()
+            assert go.wait(30)
+            return str(attempt.peer.name)
+
+        got: list[str] = []
+        with running(*[lambda: got.append(db.connect(slowly))] * 9):
+            for _ in range(9):
+                # One after the other: each sees those before it.
+                assert began.acquire(timeout=30)
+            assert sum(peer.connecting for peer in db.peers.values()) == 9
+            go.set()
+        assert [peer.connecting for peer in db.peers.values()] == [0, 0]
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RecursionError, MemoryError])
+    def test_killed_connect_counts_no_longer(self, error: type[BaseException]) -> None:
+        """A connect that ends at any line is not under way, even if somebody keeps the error."""
+        kept: list[BaseException] = []
+        step, there = 0, True
+        while there:
+            step += 1
+            db, _ = balancer("least_connections", (1, 1))
+            there, where = struck_at(
+                step,
+                lambda: db.connect(lambda _: "connected"),  # noqa: B023
+                error,
+                kept,
+                [balancer_module.__file__],
+            )
+            assert [peer.connecting for peer in db.peers.values()] == [0, 0], where
+        assert step > 20
 
     def test_failed_connects_are_not_counted(self) -> None:
         """Only connections that were made are held."""
@@ -384,3 +447,33 @@ class TestOnesOwn:
         assert type(strategy_from("random")) is Random
         assert type(strategy_from("round_robin")) is RoundRobin
         assert type(strategy_from("least_connections")) is LeastConnections
+
+
+@pytest.mark.parametrize("kind", [Hold, _ThreadEnd, _End])
+def test_finalizer_of_what_was_never_made_is_silent(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An asynchronous exception may strike before the first line of __init__."""
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    kind.__new__(kind)
+    gc.collect()
+    assert complaints == []
+
+
+def test_hold_that_is_struck_is_not_counted() -> None:
+    """At any line of its making; and nothing is said on stderr."""
+    step, there = 0, True
+    while there:
+        step += 1
+        db, _ = balancer(weights=(1,))
+        (peer,) = db.peers.values()
+        there, where = struck_at(
+            step,
+            lambda: setattr(peer, "kept", peer.hold()),  # noqa: B023
+            KeyboardInterrupt,
+            None,
+            [peer_module.__file__],
+        )
+        assert peer.connections == (0 if there else 1), where
+    assert step > 5

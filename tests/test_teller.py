@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from django_proxysql import LoadBalancer
+from django_proxysql import LoadBalancer, breaker
 from django_proxysql import teller as module
-from django_proxysql.events import PeersExhausted
+from django_proxysql.events import CircuitClosed, CircuitOpened, PeersExhausted
+from django_proxysql.logs import log_event
 from django_proxysql.teller import MOST, Teller
 from tests.children import in_child
-from tests.fakes import until
+from tests.fakes import Recorder, in_thread, raised_by, running, until
 from tests.test_breaker_threads import TestExceptionsOutOfNowhere, hurried  # noqa: F401
 
 interrupted_at = TestExceptionsOutOfNowhere.interrupted_at
@@ -249,3 +253,232 @@ def test_fork(where: str) -> None:
     go_on.set()
     until(lambda: results and "2" in told)
     assert results == ["['3'] 0"]
+
+
+# Changes of circuits, in their order
+
+
+class Pager:
+    """Notes the changes of a circuit that it has been told of, to the end."""
+
+    def __init__(self) -> None:
+        self.began: list[type] = []
+        self.ended: list[type] = []
+        self.inside = threading.Event()
+        self.go_on = threading.Event()
+        self.hangs_at: type | None = None
+
+    def __call__(self, told: Any) -> None:
+        if type(told) not in (CircuitOpened, CircuitClosed):
+            return
+        self.began.append(type(told))
+        if type(told) is self.hangs_at:
+            self.inside.set()
+            assert self.go_on.wait(30)
+        self.ended.append(type(told))
+
+
+def test_change_waits_for_the_one_before_it() -> None:
+    """A change that is made while the thread tells an older one is told after that."""
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    pager = Pager()
+    pager.hangs_at = CircuitClosed
+    db.add_listener(pager)
+    (teller,) = (teller for teller in db._tellers if teller.listener is pager)
+    teller.tell(CircuitClosed("default", "db1", "db1", 1.0, True))
+    assert pager.inside.wait(30)
+    in_thread(db.peers["db1"].breaker.open)
+    pager.go_on.set()
+    until(lambda: len(pager.ended) == 2)
+    assert pager.ended == [CircuitClosed, CircuitOpened]
+
+
+def test_change_that_is_told_here_holds_up_nobody() -> None:
+    """A second thread's change waits behind a listener that hangs in the first; it does not."""
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    pager, heard = Pager(), Pager()
+    pager.hangs_at = CircuitOpened
+    db.add_listener(pager)
+    db.add_listener(heard)
+    circuit = db.peers["db1"].breaker
+    with running(circuit.open):
+        assert pager.inside.wait(30)
+        circuit.close()
+        assert pager.began == [CircuitOpened]
+        pager.go_on.set()
+    until(lambda: len(pager.ended) == 2 and len(heard.ended) == 2)
+    assert pager.ended == heard.ended == [CircuitOpened, CircuitClosed]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Each listener, the log and pybreaker's listeners hear of the changes in turn."""
+    caplog.set_level("INFO", "django_proxysql")
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    circuit = db.peers["db1"].breaker
+    pager, recorder = Pager(), Recorder()
+    db.add_listener(pager)
+    circuit.add_listener(recorder)
+
+    def flap() -> None:
+        for number in range(50):
+            (circuit.open, circuit.close)[number % 2]()
+
+    with running(*[flap] * 4):
+        pass
+    tellers = [*db._tellers, *circuit._tellers]
+    until(lambda: not any(teller.waiting or teller.is_running for teller in tellers))
+    turn = [CircuitOpened, CircuitClosed]
+    assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))]
+    last = {"open": CircuitOpened, "closed": CircuitClosed}[circuit.current_state]
+    assert pager.ended[-1] is last
+    words = [re.search("opened|closed", line)[0] for line in caplog.messages]  # type: ignore[index]
+    assert words == [("opened", "closed")[number % 2] for number in range(len(pager.ended))]
+    states = [told for told in recorder.told if isinstance(told, tuple)]
+    assert len(states) == len(pager.ended)
+    assert all(one[1] == other[0] for one, other in zip(states, states[1:]))
+
+
+def test_listener_that_changes_the_circuit() -> None:
+    """What a listener itself leads to is told after what it is being told; in the same thread."""
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    circuit = db.peers["db1"].breaker
+    pager = Pager()
+    threads: list[int] = []
+
+    def close(told: Any) -> None:
+        threads.append(threading.get_ident())
+        if type(told) is CircuitOpened:
+            circuit.close()
+
+    db.add_listener(close)
+    db.add_listener(pager)
+    circuit.open()
+    assert pager.ended == [CircuitOpened, CircuitClosed]
+    assert threads == [threading.get_ident()] * 2
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_listener_that_raises_keeps_the_order(error: type[BaseException]) -> None:
+    """Nobody misses a change for it."""
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    circuit = db.peers["db1"].breaker
+    pager = Pager()
+
+    def fail(told: Any) -> None:
+        raise error
+
+    db.add_listener(fail)
+    db.add_listener(pager)
+    for change in (circuit.open, circuit.close) * 2:
+        raised_by(change)
+    until(lambda: len(pager.ended) == 4)
+    assert pager.ended == [CircuitOpened, CircuitClosed] * 2
+
+
+def test_change_within_a_change() -> None:
+    """A signal handler that closes a circuit, at any line of its opening: both in their order."""
+    step, there = 0, True
+    while there:
+        step += 1
+        db = LoadBalancer({"db1": {"host": "db1"}})
+        db.remove_listener(log_event)
+        circuit = db.peers["db1"].breaker
+        pager = Pager()
+        db.add_listener(pager)
+        left, there = step, False
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal left, there
+            if frame.f_code.co_filename != breaker.__file__:
+                return None
+            # As signals do: where functions are called, and not between a test and what follows.
+            if event == "call":
+                left -= 1
+                if left == 0:
+                    there = True
+                    sys.settrace(None)
+                    circuit.open()  # noqa: B023
+                    circuit.close()  # noqa: B023
+            return trace
+
+        sys.settrace(trace)
+        try:
+            circuit.open()
+        finally:
+            sys.settrace(None)
+        turn = [CircuitOpened, CircuitClosed]
+        assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))], step
+        last = {"open": CircuitOpened, "closed": CircuitClosed}[circuit.current_state]
+        assert pager.ended[-1] is last, step
+    assert step > 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_fork_while_a_change_is_told() -> None:
+    """The child tells its own changes, in their order, and none of its parent's."""
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    circuit = db.peers["db1"].breaker
+    pager = Pager()
+    pager.hangs_at = CircuitOpened
+    db.add_listener(pager)
+
+    def child() -> str:
+        pager.ended.clear()
+        pager.go_on.set()
+        circuit.close()
+        circuit.open()
+        return str([kind.__name__ for kind in pager.ended])
+
+    with running(circuit.open):
+        assert pager.inside.wait(30)
+        try:
+            assert in_child(child) == "['CircuitClosed', 'CircuitOpened']"
+        finally:
+            pager.go_on.set()
+
+
+# The process's end
+
+
+EXIT = """
+import sys, threading, time
+from django_proxysql import LoadBalancer, teller
+
+db = LoadBalancer({"db1": {"host": "db1"}})
+begun = threading.Event()
+
+def write(event):
+    begun.set()
+    {work}
+    print("written", type(event).__name__, flush=True)
+
+db.add_listener(write)
+(mine,) = (one for one in db._tellers if one.listener is write)
+from django_proxysql.events import CircuitClosed
+mine.tell(CircuitClosed("default", "db1", "db1", 1.0, True))
+begun.wait(30)
+teller.AT_EXIT = {seconds}
+"""
+
+
+def at_exit(work: str, seconds: float = 5) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT.replace("{work}", work).replace("{seconds}", str(seconds))],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_process_ends_when_what_was_begun_is_written() -> None:
+    """A listener in the middle of its work, in a thread, is not cut off."""
+    assert at_exit("time.sleep(0.3)") == "written CircuitClosed\n"
+
+
+def test_listener_that_hangs_does_not_hold_the_exit() -> None:
+    """The process's end waits for a while and goes on."""
+    assert at_exit("threading.Event().wait()", 0.1) == ""

@@ -50,7 +50,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..breaker import CLOSED, Circuit
+from ..breaker import CLOSED, Circuit, trial_of
 from ..faults import Fault
 from ..logger import complain
 from .link import INTERVAL, PATIENCE, Link, Question, _log, checked_url, link_to, refusal
@@ -147,6 +147,7 @@ class _Shared:
     __slots__ = (
         "agreed",
         "drain_at",
+        "drain_forced",
         "drain_on",
         "drain_version",
         "grant",
@@ -166,6 +167,8 @@ class _Shared:
         self.drain_version = 0
         #: Whether Redis says that it is drained.
         self.drain_on = False
+        #: Whether an operator forced that, and it leaves no peer undrained.
+        self.drain_forced = False
         #: When what Redis says of the drain was wished for, on the balancer's clock.
         self.drain_at = float("-inf")
         #: Operators' wishes that Redis has not heard of. Others add, the thread removes.
@@ -391,7 +394,7 @@ class Sharing:
                     err=circuit.error[:500].encode(errors="replace").decode(),
                     fault=circuit.fault.value if circuit.fault else "",
                     q=circuit.question,
-                    hold=circuit.lease is not None and now < circuit.lease.expires,
+                    hold=trial_of(circuit, now) is not None,
                     bid=name in request.bids,
                     by_hand=name in by_hand,
                     keep=self._is_kept(shared, now),
@@ -400,9 +403,11 @@ class Sharing:
             wishes = request.wishes[name] = list(shared.wishes.copy())
             request.drains[field] = {
                 "v": str(shared.drain_version),
-                "on": wishes[-1].drained if wishes else peer.drained,
+                # As it is stored: what this process refuses is not taken back for the others.
+                "on": wishes[-1].drained if wishes else shared.drain_on,
                 "wish": bool(wishes),
                 "force": bool(wishes) and wishes[-1].forced,
+                "forced": shared.drain_forced,
                 "age": _ms(now - (wishes[-1].made if wishes else shared.drain_at), _WISHES),
             }
             request.beat[field] = peer.connections
@@ -430,13 +435,17 @@ class Sharing:
                 self._apply_bid(self._shared[name], request.at, told)
                 # Whatever becomes of a lease, it has to be given back.
                 agreed = False
-            agreed &= self._apply_circuit(peer, seen, told)
+            # A lease that is held has to be given back.
+            is_held = bool(request.circuits[field].get("hold"))
+            agreed &= self._apply_circuit(peer, seen, told) and not is_held
         drains = [
             (balancer.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
         ]
+        # An operator who has forced one drain has wished for all of them together.
+        forced = any(drain and drain.get("forced") is True for _, drain in drains)
         # Those that take connections again come first: at no moment is everything drained.
         for peer, drain in sorted(drains, key=lambda one: one[1] is None or one[1]["on"] is True):
-            self._apply_drain(balancer, peer, request.wishes[peer.name], drain)
+            self._apply_drain(balancer, peer, request.wishes[peer.name], drain, forced)
         wrong = refusal(said)
         if said.get("garbage"):
             wrong = wrong or "holds what no process of ours has written"
@@ -471,12 +480,12 @@ class Sharing:
         if said["done"]:
             # What was said here.
             shared.agreed = _Agreed(version, is_open, seen.generation)
-            return not held_for and seen.lease is None
+            return not held_for
         if version <= shared.agreed.version:
             if is_open and held_for:
                 # Somebody is at it: to ask for the trial would be of no use.
                 breaker.put_off(seen.generation, held_for)
-            return not held_for and seen.lease is None
+            return not held_for
         after: Circuit | None = seen
         if is_open:
             after = breaker.learn_open(
@@ -500,6 +509,7 @@ class Sharing:
         peer: Peer,
         told: list[Wish],
         said: Mapping[str, Any] | None,
+        forced: bool,
     ) -> None:
         if said is None:
             return
@@ -509,12 +519,24 @@ class Sharing:
         if version > shared.drain_version or was_heard:
             shared.drain_version = max(version, shared.drain_version)
             shared.drain_on = said["on"] is True
+            shared.drain_forced = shared.drain_on and said.get("forced") is True
             shared.drain_at = balancer.clock() - _bounded(said.get("age"), _WISHES)
             # A wish that has come meanwhile is younger. And first this: a wish that was heard is
             # told again, if this is broken off.
             if len(shared.wishes) <= len(told):
                 learnt = said.get("taken") is not True
-                balancer.learn_drained(peer, said["on"] is True, learnt=learnt)
+                refused = balancer.learn_drained(
+                    peer, shared.drain_on, learnt=learnt, forced=forced
+                )
+                if refused:
+                    _log(
+                        logging.WARNING,
+                        "%s: another process drained %s (%s), this one does not: it is the last "
+                        "peer here that is not drained. It is drained as soon as another is not.",
+                        balancer.name,
+                        peer.name,
+                        peer.address,
+                    )
         if was_refused:
             _log(
                 logging.WARNING,

@@ -23,7 +23,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from .. import forks
 from ..exceptions import ConfigError
+from ..locks import new_lock
 from ..logger import complain, logger
+from ..teller import spare_this_thread
 from .scripts import BEAT, FLEET, SHA, SYNC
 from .trouble import Trouble, trouble_from
 
@@ -158,6 +160,8 @@ class Link:
         self._inherited, self._client = self._client, None
         #: The thread's life: nothing but its own frame refers to that.
         self._life: weakref.ref[_Life] | None = None
+        # Re-entrant: a signal handler may come here while its thread is here.
+        self._lock = new_lock()
         self._bell = threading.Lock()
         self._bell.acquire()
         # Where the thread does not get to run (uWSGI without threads) it is never emptied.
@@ -190,23 +194,32 @@ class Link:
             self.wake()
         if self._running is not None:
             return
-        # Two may come here at once: there are two threads then, until the one whose life this
-        # is not sees that, at the end of its first round trip. No lock, for a killed holder
-        # would keep it; and no threading.Thread, for its start() waits with a lock held that a
-        # signal handler, coming here in the midst of it, would wait for for ever.
+        # No threading.Thread: its start() waits with a lock held that a signal handler, coming
+        # here in the midst of it, would wait for for ever.
         life = _Life()
-        self._life = weakref.ref(life)
         try:
+            # Of those who come here at once one starts a thread: of two threads the one that ends
+            # would take a wake-up along.
+            with self._lock:
+                if self._running is not None:
+                    return
+                self._life = weakref.ref(life)
             _thread.start_new_thread(self._run, (life,))
         except RuntimeError:
-            # No more threads are to be had, or the interpreter is on its way out.
+            # No more threads are to be had, or the interpreter is on its way out. A log handler
+            # that keeps the exception keeps this frame, and with it the life.
+            life.over = True
             if not self._has_complained:
                 self._has_complained = True
                 complain("No thread could be started to share circuits with other processes")
+        except BaseException:
+            life.over = True
+            raise
 
     @property
     def _running(self) -> _Life | None:
-        return None if self._life is None else self._life()
+        life = None if self._life is None else self._life()
+        return None if life is None or life.over else life
 
     @property
     def is_here(self) -> bool:
@@ -223,17 +236,21 @@ class Link:
             pass
 
     def _run(self, life: _Life) -> None:
-        life.ident = _thread.get_ident()
-        while self._running is life:
-            try:
-                wait = self.step(time.monotonic())
-            except Exception:
-                complain("Sharing circuits with other processes failed")
-                wait = INTERVAL
-            if wait is None:
-                self._bell.acquire()
-            else:
-                self._bell.acquire(timeout=max(0.001, wait))
+        try:
+            life.ident = _thread.get_ident()
+            spare_this_thread()
+            while self._running is life:
+                try:
+                    wait = self.step(time.monotonic())
+                except Exception:
+                    complain("Sharing circuits with other processes failed")
+                    wait = INTERVAL
+                if wait is None:
+                    self._bell.acquire()
+                else:
+                    self._bell.acquire(timeout=max(0.001, wait))
+        finally:
+            life.over = True
 
     def step(self, now: float) -> float | None:
         """Do one round trip, if it is time for one.
@@ -450,10 +467,12 @@ class Link:
 class _Life:
     """One thread's: it ends with its thread, whatever that is killed by, and wherever."""
 
-    __slots__ = ("__weakref__", "ident")
+    __slots__ = ("__weakref__", "ident", "over")
 
     def __init__(self) -> None:
         self.ident = 0
+        #: Its thread does nothing more, or was never started.
+        self.over = False
 
 
 class Question:

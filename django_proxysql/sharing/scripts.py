@@ -223,7 +223,7 @@ for field, theirs in pairs(request.drains) do
   if record then record.at = between(record.at, 0, now) or 0 end
   local known = tonumber(theirs.v)
   if not theirs.wish and (record and record.v or 0) < known then
-    record = {v = known, on = theirs.on, at = now - theirs.age}
+    record = {v = known, on = theirs.on, at = now - theirs.age, f = theirs.forced}
     store(drains, field, record, request.wishes)
   end
   stored[field] = record
@@ -250,7 +250,7 @@ for field, theirs in pairs(request.drains) do
       done, denied = true, true
     else
       local wished = {v = math.max(now_us, version + 1, tonumber(theirs.v) + 1), on = theirs.on,
-                      at = at, by = me}
+                      at = at, by = me, f = theirs.on and theirs.force and is_last(field)}
       if store(drains, field, wished, request.wishes) then
         if was ~= theirs.on then note(field, theirs.on and 'drained' or 'undrained', '') end
         record, done, taken = wished, true, true
@@ -261,7 +261,8 @@ for field, theirs in pairs(request.drains) do
   if record or done then
     record = record or {v = 0, on = false, at = 0}
     reply.drains[field] = {v = string.format('%.0f', record.v), on = record.on, done = done,
-                           taken = taken, refused = denied, age = now - record.at}
+                           taken = taken, refused = denied, age = now - record.at,
+                           forced = record.f == true}
   end
 end
 

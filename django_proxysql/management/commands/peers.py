@@ -371,7 +371,7 @@ class Command(BaseCommand):
                 _yes(row.found.ready),
                 *[
                     row.known.state if row.known else "-",
-                    _yes(row.known.drained) if row.known else "-",
+                    _drained(row.known),
                     "-" if row.connections is None else str(row.connections),
                 ]
                 * shared,
@@ -388,6 +388,11 @@ class Command(BaseCommand):
             for row in look.rows:
                 if row.found.error:
                     yield f"{alias}: {row.found.peer}: {row.found.error}"
+                if row.known is not None and row.known.drain_refused:
+                    yield (
+                        f"{alias}: {row.found.peer}: another process drained it, this one does "
+                        "not: it is the last peer here that is not drained"
+                    )
             for warning in look.warnings:
                 yield paint(WARNING, f"{alias}: {warning}")
             if look.shares and look.processes is None:
@@ -504,7 +509,10 @@ def _as_json(looks: Mapping[str, _Look]) -> dict[str, Any]:
                         "latency": row.found.latency,
                         "version": row.found.version,
                         "ready": row.found.ready,
-                        "notes": list(row.found.notes),
+                        "notes": [
+                            *row.found.notes,
+                            *(["drain refused"] if row.known and row.known.drain_refused else []),
+                        ],
                         "error": row.found.error,
                         "fault": row.found.fault.value if row.found.fault else None,
                         "circuit": row.known.state if row.known else None,
@@ -521,6 +529,12 @@ def _as_json(looks: Mapping[str, _Look]) -> dict[str, Any]:
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+
+
+def _drained(known: PeerState | None) -> str:
+    if known is None:
+        return "-"
+    return "refused" if known.drain_refused else _yes(known.drained)
 
 
 def _yes(value: bool) -> str:

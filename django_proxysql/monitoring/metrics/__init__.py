@@ -31,7 +31,7 @@ except ImportError as exc:
         'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
     ) from exc
 
-from ... import forks
+from ... import forks, teller
 from ...balancer import LoadBalancer
 from ...events import (
     CircuitClosed,
@@ -48,6 +48,7 @@ from ...events import (
 )
 from ...faults import Fault
 from ...peer import Peer
+from .multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
     Source = Union[LoadBalancer, Balancers]
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "MultiProcessCollector"]
 
 #: From a connect on the same network to CONNECT_DEADLINE's default, in seconds.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15)
@@ -409,8 +410,12 @@ class Metrics:
         self._has_looked_at_all = False
 
     def _leave(self) -> None:
-        """Write that this process has nothing, for nobody may come to remove what it wrote."""
-        # A thread that goes on may count meanwhile.
+        """Write that this process has nothing, for nobody may come to remove what it wrote.
+
+        What another thread has begun to write is written first, and nothing after this: the
+        process's end would cut it off, and leave half a file.
+        """
+        self._counting.acquire(timeout=1)
         for key in list(self._shown):
             self._child(self._connections, *key).set(0)
             self._child(self._drains, *key).set(0)
@@ -463,6 +468,7 @@ forks.register(_after_fork_in_child, before=_before_fork, after_in_parent=_after
 @atexit.register
 def _at_exit() -> None:
     if _multiprocess_directory() is not None:
+        teller.finish()
         for metrics in _all.all():
             metrics._leave()
 
