@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -254,3 +255,17 @@ class TestPsycopg:
         here.write("one")
         assert here.connection.connection is before
         assert not here.losses()
+
+
+def test_server_side_cursor_goes_with_its_last_reference(on_postgres: Site) -> None:
+    """No cycle keeps it, and with it the connection, until the garbage collector comes."""
+    with transaction.atomic(on_postgres.connection.alias):
+        cursor = on_postgres.connection.chunked_cursor()
+        cursor.execute("SELECT 1")
+        assert on_postgres.session.server_side
+        gc.disable()
+        try:
+            del cursor
+            assert not on_postgres.session.server_side
+        finally:
+            gc.enable()

@@ -113,9 +113,6 @@ def note_named(cursor: Any, session: Any) -> None:
     if not session.server_side:
         session.server_side = weakref.WeakSet()
     session.server_side.add(cursor)
-    for name in ("fetchone", "fetchmany", "fetchall"):
-        # Its first rows may be fetched again, and no others.
-        setattr(cursor, name, functools.partial(cursor._fetch, name))
 
 
 #: A driver's cursor's attributes that send nothing, or read on in a result that was asked for.
@@ -160,6 +157,10 @@ class _Seam(CursorWrapper):
         if attr not in _HARMLESS:
             # copy(), stream(), the driver's own connection: what is done with it passes by us.
             self.__dict__["db"]._unseen()
+        if self._named and attr in ("fetchone", "fetchmany", "fetchall"):
+            # Its first rows may be fetched again, and no others. (Kept on the cursor it would
+            # keep the cursor, and so the connection, where nobody closes it.)
+            return functools.partial(self._fetch, attr)
         return super().__getattr__(attr)
 
     def close(self) -> None:

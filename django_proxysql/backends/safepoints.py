@@ -1296,19 +1296,19 @@ class SafePointsMixin(LoadBalancedMixin):
             raise
         session.sending = None
         self._note_answered(session, kind, sql, params)
-        cursor._declared = (session, sql, params, kind, run)
+        cursor._declared = (session, sql, params, kind, plain, ignored)
         return result
 
     def _fetch_first(self, cursor: Any, declared: Any, fetch: Callable[[], Any]) -> Any:
         """Fetch the first rows of a server-side cursor: if they are lost, none was given out."""
         session: Session
-        session, sql, params, kind, run = declared
+        session, sql, params, kind, plain, ignored = declared
         if session is not self._current():
             return fetch()
         started = session.clock()
 
         def run_and_fetch() -> Any:
-            run()
+            plain(cursor, sql, params, *ignored)
             return fetch()
 
         try:
