@@ -24,6 +24,7 @@ from tests.fakes import Clock, Driver, OperationalError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text(encoding="utf-8")
+ERRORS = (ROOT / "docs/reference/errors.rst").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*/*.rst"))]
 
 needs_docs = pytest.mark.skipif(len(PAGES) == 1, reason="the docs are not here")
@@ -43,10 +44,13 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def settings_table() -> dict[str, str]:
-    """Return the README's settings and their defaults, as they are written there."""
-    section = README.partition(".. begin-settings")[2].partition(".. end-settings")[0]
+    """Return the settings and their defaults, as the reference has them."""
+    page = ROOT / "docs" / "reference" / "settings.rst"
+    section = page.read_text(encoding="utf-8").partition("\nPeers\n=====")[0]
     lines = section.splitlines()
-    first, second, _ = (len(rule) + 1 for rule in next(x for x in lines if x[:2] == "==").split())
+    first, second, _ = (
+        len(rule) + 1 for rule in next(x for x in lines if x[:2] == "==" and " " in x).split()
+    )
     rows = {line[:first].strip(): line[first : first + second].strip() for line in lines}
     return {
         name.strip("`"): default.strip("`")
@@ -56,12 +60,12 @@ def settings_table() -> dict[str, str]:
 
 
 def test_settings_table_names_every_setting() -> None:
-    """The README's table has each setting that an entry or a peer may have, and no other."""
+    """The table has each setting that an entry or a peer may have, and no other."""
     assert set(settings_table()) == {*conf._BALANCER_KEYS, *conf._PEER_KEYS}
 
 
 def test_settings_table_has_the_defaults() -> None:
-    """The defaults in the README's table are those of an entry that says nothing."""
+    """The defaults in the table are those of an entry that says nothing."""
     table = settings_table()
     balancer = BalancerConfig("default", (PeerConfig("peer0"),))
     fields = {
@@ -131,9 +135,9 @@ def test_examples_of_settings_are_right(page: str, databases: dict[str, dict[str
 # What is logged and raised
 
 
-def as_on_the_first_screen() -> tuple[LoadBalancer, Driver, Clock]:
-    """Return a balancer over the two servers of the README's log."""
-    (one, port), (other, other_port) = re.findall(r"^ +peer[01] \(([\d.]+):(\d+)\)", README, re.M)
+def as_it_is_shown() -> tuple[LoadBalancer, Driver, Clock]:
+    """Return a balancer over the two servers of the README's log and the docs' error."""
+    (one, port), (other, other_port) = re.findall(r"^ +peer[01] \(([\d.]+):(\d+)\)", ERRORS, re.M)
     clock, driver = Clock(), Driver()
     balancer = LoadBalancer(
         {
@@ -156,7 +160,7 @@ def no_answer() -> OperationalError:
 def test_log_of_the_first_screen(caplog: pytest.LogCaptureFixture) -> None:
     """The README's two lines are what is logged of a peer's death and return, to the letter."""
     caplog.set_level(logging.INFO, "django_proxysql")
-    balancer, driver, clock = as_on_the_first_screen()
+    balancer, driver, clock = as_it_is_shown()
     port = balancer.peers["peer1"].params["port"]
     driver.down[port] = no_answer
     for _ in range(4):
@@ -168,14 +172,14 @@ def test_log_of_the_first_screen(caplog: pytest.LogCaptureFixture) -> None:
     assert logged == re.findall(r"^    \d\d:\d\d:\d\d (.*)$", README, re.MULTILINE)
 
 
-def test_error_of_the_first_screen() -> None:
-    """So is the error of a balancer that has no peer left."""
-    balancer, driver, _ = as_on_the_first_screen()
+def test_error_that_the_reference_shows() -> None:
+    """The error of a balancer that has no peer left is the one in the docs, to the letter."""
+    balancer, driver, _ = as_it_is_shown()
     for peer in balancer.peers.values():
         driver.down[peer.params["port"]] = no_answer
     with pytest.raises(NoPeerAvailable) as raised:
         balancer.connect()
-    (shown,) = (block for block in blocks(README, "text") if block.startswith("No peer of"))
+    (shown,) = (block for block in blocks(ERRORS, "text") if block.startswith("No peer of"))
     assert str(raised.value) == " ".join(shown.split())
 
 
@@ -184,7 +188,7 @@ def test_error_of_the_first_screen() -> None:
 
 def test_example_without_django() -> None:
     """The README's example of the core runs as it is written, but for the servers."""
-    (example,) = (block for block in blocks(README, "python") if "creator=" in block)
+    (example,) = (block for block in blocks(README, "python") if "connect=MySQLdb" in block)
     driver = Driver()
     with mock.patch.object(MySQLdb, "connect", driver.connect):
         names: dict[str, Any] = {}
