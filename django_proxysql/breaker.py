@@ -334,7 +334,8 @@ class _TrialPermit(Permit):
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
-        if lease is not None and not lease.ended:
+        # Nobody has ended it, or its end was interrupted: the record has it still.
+        if lease is not None and (not lease.ended or self._breaker._circuit.lease is lease):
             self._breaker._forsake(lease)
 
 
