@@ -17,7 +17,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
 from .. import drivers
-from ..statements import READ, SCOPED, STATE, kinds, scan, writes
+from ..statements import CALLS, READ, SCOPED, STATE, kinds, scan
 
 __all__ = ["cursor_class", "note_named"]
 
@@ -81,7 +81,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             session = db._before_statement(self, kind, now, sql, params)
         session.used = now
         session.sending = (sql, params)
-        if kind != READ and writes(kind):
+        # As writes(), without the call.
+        if not kind & READ or kind & CALLS:
             session.wrote = session.results = True
         try:
             result = plain(self, sql, params, *ignored)
@@ -100,7 +101,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         session.sending = None
         if db._transaction.reads is not None:
             db._note_answered(session, kind, sql, params)
-        if kind != READ:
+        if kind != READ and (session.holds.for_life or session.lost_results):
             db._after_statement(self, session, kind, sql, params)
         return result
 
