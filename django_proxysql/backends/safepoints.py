@@ -1296,19 +1296,20 @@ class SafePointsMixin(LoadBalancedMixin):
             raise
         session.sending = None
         self._note_answered(session, kind, sql, params)
-        cursor._declared = (session, sql, params, kind, plain, ignored)
+        # Without what Django gives besides: it holds the cursor.
+        cursor._declared = (session, sql, params, kind, plain)
         return result
 
     def _fetch_first(self, cursor: Any, declared: Any, fetch: Callable[[], Any]) -> Any:
         """Fetch the first rows of a server-side cursor: if they are lost, none was given out."""
         session: Session
-        session, sql, params, kind, plain, ignored = declared
+        session, sql, params, kind, plain = declared
         if session is not self._current():
             return fetch()
         started = session.clock()
 
         def run_and_fetch() -> Any:
-            plain(cursor, sql, params, *ignored)
+            plain(cursor, sql, params)
             return fetch()
 
         try:
