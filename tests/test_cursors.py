@@ -257,6 +257,8 @@ class TestPsycopg:
         assert not here.losses()
 
 
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_server_side_cursor_goes_with_its_last_reference(on_postgres: Site) -> None:
     """No cycle keeps it, and with it the connection, until the garbage collector comes."""
     with transaction.atomic(on_postgres.connection.alias):
