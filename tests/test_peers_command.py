@@ -566,3 +566,28 @@ def test_no_colours_in_a_pipe(project: Project) -> None:
     """Unless they are asked for."""
     assert "\x1b" not in project.run()[1]
     assert "\x1b" in project.run("--force-color")[1]
+
+
+def test_drain_that_this_process_refuses_is_shown(
+    serving: Serving, redis_server: RedisServer
+) -> None:
+    """Where all peers are drained by the word of others, the last one is not."""
+    serving.down.parent.mkdir(parents=True)
+    sharing = serving.balancer.sharing
+    assert sharing is not None
+    sharing.settle(20)
+    drains = next(key for key in sharing.keys if key.endswith(":drains"))
+    for field in sharing._fields.values():
+        redis_server.ask("HSET", drains, field, '{"v":7,"on":true}')
+    redis_server.ask("HSET", drains, "*", "another")
+    code, out, err = serving.command()
+    assert code == 0
+    # The log's warning.
+    assert err.startswith("balanced: another process drained peer1")
+    verdict, _, first, second, said = out.splitlines()
+    assert verdict == "OK: balanced: all well, peer0 drained"
+    assert [first.split()[-2], second.split()[-2]] == ["yes", "refused"]
+    assert said.startswith("balanced: peer1: another process drained it, this one does not")
+    assert serving.drained() == ["peer0"]
+    (seen,) = json.loads(serving.command("--json")[1])["balancers"]
+    assert [peer["notes"] for peer in seen["peers"]] == [[], ["drain refused"]]
