@@ -897,11 +897,3 @@ def test_mysql_connector_is_bounded() -> None:
         assert driver.connect_options({name: 7}, 2) == {}
     # A package of somebody's own that is called mysql is no driver.
     assert drivers.driver_of("mysql.helpers") is drivers.generic
-
-
-def test_every_driver_s_file_says_everything() -> None:
-    """What is asked of one driver is asked of all."""
-    asked = {name for name in vars(drivers.Driver) if not name.startswith("_")}
-    asked |= set(drivers.Driver.__annotations__)
-    for driver in {drivers.generic, *drivers._BY_MODULE.values()}:
-        assert {name for name in asked if not hasattr(driver, name)} == set(), driver

@@ -12,18 +12,24 @@ import errno
 import functools
 import socket
 import types
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..exceptions import NoPeerAvailable, NotReady, PoolBusy
 from ..faults import Fault
-from . import generic, mysql, mysql_connector, oracle, postgresql, sqlite
+from .base import Driver, generic
+from .mysql import mysql
+from .mysql_connector import mysql_connector
+from .oracle import oracle
+from .postgresql import postgresql
+from .sqlite import sqlite
 
 __all__ = [
     "Driver",
     "describe",
     "driver_of",
     "driver_of_engine",
+    "generic",
     "is_by_server",
     "is_driver_error",
     "is_of_settings",
@@ -31,114 +37,17 @@ __all__ = [
     "layers",
     "mark_of_settings",
     "may_be_busy",
+    "mysql",
+    "mysql_connector",
     "name_peer",
+    "oracle",
     "password_from",
+    "postgresql",
     "root_error",
+    "sqlite",
     "unwrapped",
     "with_password",
 ]
-
-
-class Driver(Protocol):
-    """What a driver's file offers."""
-
-    WATCHED: bool
-    LEAVES: bool
-    SPLITS: bool
-
-    def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        """Return what ``exc`` says about the peer."""
-
-    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return connect() arguments that bound one attempt to ``seconds``."""
-
-    def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
-        """Return connect() arguments that spare the session a round trip later."""
-
-    def greeting(self, connection: Any) -> str:
-        """Return the version that the server has greeted with; "" if none is known."""
-
-    def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return connect() arguments that bound a throw-away connection too."""
-
-    def known_options(self) -> frozenset[str] | None:
-        """Return what connect() takes by name, and Django's engine in OPTIONS; None: not known."""
-
-    def code_of(self, exc: BaseException) -> Any:
-        """Return the error's code, if it has one."""
-
-    def is_option_error(self, exc: BaseException) -> bool:
-        """Return whether the driver says that it cannot take an option."""
-
-    def is_closed(self, connection: Any) -> bool:
-        """Return whether the driver knows that the connection is gone."""
-
-    def is_killed_connection(self, exc: BaseException) -> bool:
-        """Return whether the connection itself was ended on purpose."""
-
-    def is_answer(self, exc: BaseException) -> bool:
-        """Return whether ``exc`` is the server's answer: the socket is what it was."""
-
-    def is_read_only_refusal(self, exc: BaseException) -> bool:
-        """Return whether the server refused a write for being read-only."""
-
-    def proves_not_run(self, exc: BaseException) -> bool:
-        """Return whether one plain statement that a server answered with ``exc`` did not run."""
-
-    def outcome_is_unknown(self, exc: BaseException) -> bool:
-        """Return whether a COMMIT that was sent and met ``exc`` may stand or not."""
-
-    def question_of(self, exc: BaseException) -> str:
-        """Return what a trial must ask a peer that answered with ``exc``."""
-
-    def may_be_busy(self, exc: BaseException) -> bool:
-        """Return whether a proxy says ``exc`` both without a server and when all its
-        connections are in use."""
-
-    def fileno(self, connection: Any) -> int | None:
-        """Return the descriptor of the connection's socket, where it is public."""
-
-    def leave(self, connection: Any) -> None:
-        """Part this process from a connection that is another's, without a word to the server."""
-
-    def ping(self, connection: Any) -> None:
-        """Raise the driver's error if the connection is lost."""
-
-    def is_busy(self, connection: Any) -> bool:
-        """Return whether statements have been sent whose results nobody has asked for yet."""
-
-    def leads_to(self, connection: Any) -> tuple[str, str] | None:
-        """Return the host and port that a connection was opened to, where it knows them."""
-
-    def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
-        """Return the names of the socket's options that the driver's own arguments set."""
-
-    def ends_its_cursors(self, connection: Any) -> bool:
-        """Return whether closing a connection ends its cursors, and waits for its statements."""
-
-    def is_unbuffered(self, params: Any) -> bool:
-        """Return whether cursors made with these arguments leave rows on the wire."""
-
-    def is_usual(self, connection: Any, cls: type) -> bool:
-        """Return whether values of type ``cls`` become SQL in the driver's own way or Django's."""
-
-    def status(self, connection: Any) -> Callable[[], object] | None:
-        """Return what tells, without a round trip, whether a transaction is open; None where
-        the driver still knows that after the loss of the connection, or never does."""
-
-    def in_transaction(self, connection: Any) -> bool | None:
-        """Return whether something was sent in an open transaction, as of the last answer; None:
-        the driver does not know."""
-
-    def is_at_rest(self, connection: Any) -> bool:
-        """Return whether, as far as the driver knows, autocommit is on and no transaction open."""
-
-    def sent(self, connection: Any) -> object:
-        """Return a value that changes with whatever is sent over the connection; None: unknown."""
-
-    def is_in_step(self, connection: Any, exc: BaseException) -> bool:
-        """Return whether no answer is outstanding after ``exc``, which is no error of the
-        driver's, came out of one of its methods."""
 
 
 _BY_MODULE: dict[str, Driver] = {

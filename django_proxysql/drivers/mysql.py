@@ -10,23 +10,11 @@ from __future__ import annotations
 import math
 import re
 import socket
-from collections.abc import Callable
 from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-
-MODULES = ("MySQLdb", "pymysql")
-
-#: Whether established connections are looked after: there is a server to lose.
-WATCHED = True
-
-#: Whether :func:`leave` parts a process from a connection.
-LEAVES = True
-
-#: Whether a proxy may answer for a server. MaxScale was seen to say 1290 of an INSERT whose
-#: row stood, and ProxySQL may send a statement a second time.
-SPLITS = True
+from .base import Driver
 
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
@@ -85,92 +73,9 @@ _OUT_OF_STEP = re.compile("Packet sequence number wrong")
 _PROXYSQL_NO_BACKEND = "while reaching hostgroup"
 
 
-def code_of(exc: BaseException) -> int | None:
-    """Return the error's number, if it has one."""
-    code = exc.args[0] if exc.args else None
-    return code if isinstance(code, int) else None
-
-
 def text_of(exc: BaseException) -> str:
     """Return the error's text."""
     return str(exc.args[-1]) if exc.args else ""
-
-
-def fault(exc: BaseException, connecting: bool) -> Fault:
-    """Return what ``exc``, an error of this driver, says about the peer."""
-    code, text = code_of(exc), text_of(exc)
-    if code in (2001, 2002, 2003, 2004) and _NO_DESCRIPTORS.search(text):
-        return Fault.LOCAL
-    if code == 2005:
-        resolvers = _CODE_AT_END.search(text)
-        if resolvers and int(resolvers[1]) in _RESOLVER_FAILED:
-            return Fault.LOCAL
-    if connecting and code in _LOST_WHILE_CONNECTING:
-        return Fault.UNREACHABLE
-    # Under TLS a KILL, a reset and a read_timeout all come as 2026.
-    if code == 2026:
-        return Fault.LOST
-    if _PROXYSQL_NO_BACKEND in text:
-        return Fault.NOT_READY
-    for textual_code, pattern, meaning in BY_TEXT:
-        if code == textual_code and pattern.search(text):
-            return meaning
-    if code is not None and code in BY_CODE:
-        return BY_CODE[code]
-    if connecting and code is None and _OUT_OF_STEP.search(text):
-        return Fault.UNREACHABLE
-    # PyMySQL, and mysqlclient on a closed handle, raise InterfaceError(0, '').
-    names = {cls.__name__ for cls in type(exc).__mro__}
-    if "InterfaceError" in names and (code == 0 or not exc.args):
-        return Fault.LOST
-    return Fault.OTHER
-
-
-def connect_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return what limits one attempt to ``seconds``, where ``params`` does not.
-
-    Whole seconds, at least one: the drivers take no fractions. PyMySQL's
-    ``connect_timeout`` does not cover the handshake; see :func:`trial_options`.
-    """
-    if "connect_timeout" in params:
-        return {}
-    return {"connect_timeout": max(1, math.ceil(seconds))}
-
-
-def session_options(params: Any, autocommit: bool) -> dict[str, Any]:
-    """Return ``autocommit`` as connect() takes it, unless the user's OPTIONS have it.
-
-    mysqlclient and PyMySQL switch autocommit off by themselves where they are told nothing
-    (PEP 249), and Django switches it on again: two round trips that change nothing.
-    """
-    return {} if "autocommit" in params else {"autocommit": autocommit}
-
-
-def greeting(connection: Any) -> str:
-    """Return the version that the server has greeted with."""
-    return str(connection.get_server_info())
-
-
-def trial_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return what bounds a throw-away connection whose peer may freeze half-way.
-
-    ``connect_timeout`` ends with the handshake: a server that freezes after
-    authentication hangs ``SET NAMES`` for ever (seen with SIGSTOP).
-    """
-    whole = max(1, math.ceil(seconds))
-    return {
-        "connect_timeout": min(whole, params.get("connect_timeout", whole)),
-        "read_timeout": whole,
-        "write_timeout": whole,
-    }
-
-
-# Established connections
-
-
-def is_closed(connection: Any) -> bool:
-    """Return whether the connection was closed on this side: that is all that the drivers know."""
-    return getattr(connection, "open", True) in (False, 0)
 
 
 #: What mysqlclient and PyMySQL take by name, and Django's engine in OPTIONS.
@@ -192,187 +97,13 @@ _OPTIONS = frozenset(
 )
 
 
-def known_options() -> frozenset[str] | None:
-    """Return what the two drivers take by name, and Django's engine in OPTIONS."""
-    return _OPTIONS
-
-
-def is_option_error(exc: BaseException) -> bool:
-    """Return False: both drivers raise Python's TypeError and ValueError."""
-    return False
-
-
-def is_killed_connection(exc: BaseException) -> bool:
-    """Return whether ``exc`` says that the connection itself was ended on purpose."""
-    return code_of(exc) in (1153, 1927, 3169, 4031)
-
-
-def is_answer(exc: BaseException) -> bool:
-    """Return whether ``exc`` is the server's answer, so that the socket is what it was.
-
-    The client's own codes are 2000 to 2999 (``errmsg.h``, CR_MIN_ERROR); 0 and
-    none are mysqlclient's own complaints.
-    """
-    code = code_of(exc)
-    return code is not None and code > 0 and not 2000 <= code < 3000
-
-
-def is_read_only_refusal(exc: BaseException) -> bool:
-    """Return whether the server refused a write for being read-only."""
-    return code_of(exc) in (1290, 1836) and fault(exc, connecting=False) is Fault.NOT_READY
-
-
-def proves_not_run(exc: BaseException) -> bool:
-    """Return whether ``exc``, answered by a server itself, proves that one plain statement did
-    not run. See :data:`SPLITS`.
-
-    2006 is Connector/C's for "not sent" (seen over TCP and TLS); other clients
-    say it after sending, too. 1180, 9001 and 9002 prove nothing.
-    """
-    code = code_of(exc)
-    if code == 2006:
-        return _is_connector_c()
-    return (code == 1047 and "WSREP" in text_of(exc)) or is_read_only_refusal(exc)
-
-
-def outcome_is_unknown(exc: BaseException) -> bool:
-    """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
-    if is_read_only_refusal(exc) or fault(exc, connecting=False) is Fault.CONFLICT:
-        return False
-    if proves_not_run(exc):
-        return False
-    # A constraint that fails at COMMIT is an answer; anything less clear is not.
-    return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
-
-
-def may_be_busy(exc: BaseException) -> bool:
-    """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
-    return code_of(exc) in (9001, 9002) or _PROXYSQL_NO_BACKEND in text_of(exc)
-
-
-def question_of(exc: BaseException) -> str:
-    """Return what a trial must ask a peer that answered a statement with ``exc``."""
-    code = code_of(exc)
-    if code in (1047, 1180):
-        return "galera"
-    if may_be_busy(exc):
-        return "backend"
-    return "writable" if is_read_only_refusal(exc) else ""
-
-
-def fileno(connection: Any) -> int | None:
-    """Return the socket's descriptor; None with PyMySQL, which has no public one."""
-    number = getattr(connection, "fileno", None)
-    return sockets.descriptor(number() if callable(number) else None)
-
-
-def leave(connection: Any) -> None:
-    """Part this process from a connection that is another's, without a word to the server."""
-    # PyMySQL's, whatever it is wrapped in. As its destructor: close() would send COM_QUIT.
-    force_close = getattr(connection, "_force_close", None)
-    if callable(force_close):
-        force_close()
-    else:
-        sockets.sever(connection.fileno())
-
-
-def ping(connection: Any) -> None:
-    """Ask the server for a sign of life.
-
-    :raises Exception: the driver's error; the connection is lost.
-    """
-    if hasattr(connection, "_force_close"):
-        # PyMySQL's own default is to reconnect, and all session state is gone.
-        connection.ping(reconnect=False)
-    else:
-        connection.ping()
-
-
-def is_busy(connection: Any) -> bool:
-    """Return False: each statement is answered before the next."""
-    return False
-
-
-def leads_to(connection: Any) -> tuple[str, str] | None:
-    """Return the host and port that a connection was opened to; None for a unix socket."""
-    host = getattr(connection, "host", None)
-    if host is None:
-        # mysqlclient: "db1 via TCP/IP". PyMySQL has the host.
-        host, way, _ = str(connection.get_host_info()).partition(" via TCP/IP")
-        host = host if way else None
-    elif getattr(connection, "unix_socket", None):
-        return None
-    return (host, str(connection.port)) if isinstance(host, str) else None
-
-
-def socket_options(connection: Any, params: Any) -> frozenset[str]:
-    """Return none: there is no argument that sets one."""
-    return frozenset()
-
-
-def ends_its_cursors(connection: Any) -> bool:
-    """Return False: what has been read is in the cursor."""
-    return False
-
-
-def is_unbuffered(params: Any) -> bool:
-    """Return whether cursors made with these arguments leave rows on the wire."""
-    names = {cls.__name__ for cls in getattr(params.get("cursorclass"), "__mro__", ())}
-    return not names.isdisjoint({"SSCursor", "CursorUseResultMixIn"})
-
-
-def is_usual(connection: Any, cls: type) -> bool:
-    """Return whether values of type ``cls`` are quoted by the driver's own function or Django's.
-
-    A type without one is quoted as a text. The option ``conv`` may name others.
-    """
-    encoder = connection.encoders.get(cls)
-    return encoder is None or _root_of(encoder) in ("MySQLdb", "pymysql", "django", "builtins")
-
-
 def _root_of(function: Any) -> str:
     owner = getattr(function, "__module__", None) or type(function.__self__).__module__
     return str(owner).partition(".")[0]
 
 
-def status(connection: Any) -> Callable[[], object] | None:
-    """Return None: what the server said last is still known when the connection is lost."""
-    return None
-
-
 #: The protocol's SERVER_STATUS_IN_TRANS.
 _IN_TRANSACTION = 1
-
-
-def in_transaction(connection: Any) -> bool | None:
-    """Return True if the server's last answer says that a transaction is open, else None.
-
-    PyMySQL keeps the answer's status flags; they do not tell of reads.
-    mysqlclient tells of them nothing but whether autocommit is on.
-    """
-    flags = getattr(connection, "server_status", None)
-    return True if type(flags) is int and flags & _IN_TRANSACTION else None
-
-
-def is_at_rest(connection: Any) -> bool:
-    """Return whether the server's last answer says that autocommit is on and, with PyMySQL, that
-    no transaction is open."""
-    autocommit = getattr(connection, "get_autocommit", None)
-    try:
-        if callable(autocommit) and autocommit() in (False, 0):
-            return False
-    except Exception:  # noqa: S110 - mysqlclient's, of a connection that was closed
-        pass
-    return not in_transaction(connection)
-
-
-def sent(connection: Any) -> object:
-    """Return what the kernel knows to have been sent over the connection's socket."""
-    number = fileno(connection)
-    if number is None:
-        # PyMySQL has no public name for it. Without one nothing is known, and nothing done.
-        number = sockets.descriptor(_fileno_of(getattr(connection, "_sock", None)))
-    return sockets.sent(number)
 
 
 def _fileno_of(sock: Any) -> object:
@@ -387,23 +118,6 @@ _IN_FLIGHT = frozenset(
 )
 
 
-def is_in_step(connection: Any, exc: BaseException) -> bool:
-    """Return whether no answer is outstanding after ``exc`` came out of a driver's method.
-
-    Neither driver knows. Where it was raised tells: before the statement was
-    sent, or after its result was read.
-    """
-    traceback = exc.__traceback__
-    in_flight = False
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if frame.f_globals.get("__name__", "").startswith(("MySQLdb.", "pymysql.")):
-            name = frame.f_code.co_name
-            in_flight = name in _IN_FLIGHT or (in_flight and name != "_post_get_result")
-        traceback = traceback.tb_next
-    return not in_flight
-
-
 def _is_connector_c() -> bool:
     try:
         import MySQLdb
@@ -413,3 +127,248 @@ def _is_connector_c() -> bool:
         return False
     # MariaDB's Connector/C counts 3.x (and once 10.x), MySQL's client 5, 8, 9.
     return version.startswith(("3.", "10."))
+
+
+class MySQL(Driver):
+    """mysqlclient and PyMySQL.
+
+    What needs nothing here: an option that they do not know is Python's TypeError or ValueError;
+    each statement is answered before the next; no argument sets a socket's options; what has been
+    read is in the cursor; what the server said last is still known when a connection is lost.
+    """
+
+    MODULES = ("MySQLdb", "pymysql")
+    WATCHED = True
+    LEAVES = True
+    #: Whether a proxy may answer for a server. MaxScale was seen to say 1290 of an INSERT whose
+    #: row stood, and ProxySQL may send a statement a second time.
+    SPLITS = True
+
+    def code_of(self, exc: BaseException) -> int | None:
+        """Return the error's number, if it has one."""
+        code = exc.args[0] if exc.args else None
+        return code if isinstance(code, int) else None
+
+    def fault(self, exc: BaseException, connecting: bool) -> Fault:
+        """Return what ``exc``, an error of this driver, says about the peer."""
+        code, text = self.code_of(exc), text_of(exc)
+        if code in (2001, 2002, 2003, 2004) and _NO_DESCRIPTORS.search(text):
+            return Fault.LOCAL
+        if code == 2005:
+            resolvers = _CODE_AT_END.search(text)
+            if resolvers and int(resolvers[1]) in _RESOLVER_FAILED:
+                return Fault.LOCAL
+        if connecting and code in _LOST_WHILE_CONNECTING:
+            return Fault.UNREACHABLE
+        # Under TLS a KILL, a reset and a read_timeout all come as 2026.
+        if code == 2026:
+            return Fault.LOST
+        if _PROXYSQL_NO_BACKEND in text:
+            return Fault.NOT_READY
+        for textual_code, pattern, meaning in BY_TEXT:
+            if code == textual_code and pattern.search(text):
+                return meaning
+        if code is not None and code in BY_CODE:
+            return BY_CODE[code]
+        if connecting and code is None and _OUT_OF_STEP.search(text):
+            return Fault.UNREACHABLE
+        # PyMySQL, and mysqlclient on a closed handle, raise InterfaceError(0, '').
+        names = {cls.__name__ for cls in type(exc).__mro__}
+        if "InterfaceError" in names and (code == 0 or not exc.args):
+            return Fault.LOST
+        return Fault.OTHER
+
+    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return what limits one attempt to ``seconds``, where ``params`` does not.
+
+        Whole seconds, at least one: the drivers take no fractions. PyMySQL's
+        ``connect_timeout`` does not cover the handshake; see :meth:`trial_options`.
+        """
+        if "connect_timeout" in params:
+            return {}
+        return {"connect_timeout": max(1, math.ceil(seconds))}
+
+    def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
+        """Return ``autocommit`` as connect() takes it, unless the user's OPTIONS have it.
+
+        mysqlclient and PyMySQL switch autocommit off by themselves where they are told nothing
+        (PEP 249), and Django switches it on again: two round trips that change nothing.
+        """
+        return {} if "autocommit" in params else {"autocommit": autocommit}
+
+    def greeting(self, connection: Any) -> str:
+        """Return the version that the server has greeted with."""
+        return str(connection.get_server_info())
+
+    def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return what bounds a throw-away connection whose peer may freeze half-way.
+
+        ``connect_timeout`` ends with the handshake: a server that freezes after
+        authentication hangs ``SET NAMES`` for ever (seen with SIGSTOP).
+        """
+        whole = max(1, math.ceil(seconds))
+        return {
+            "connect_timeout": min(whole, params.get("connect_timeout", whole)),
+            "read_timeout": whole,
+            "write_timeout": whole,
+        }
+
+    def is_closed(self, connection: Any) -> bool:
+        """Return whether this side closed the connection: the drivers know no more."""
+        return getattr(connection, "open", True) in (False, 0)
+
+    def known_options(self) -> frozenset[str] | None:
+        """Return what the two drivers take by name, and Django's engine in OPTIONS."""
+        return _OPTIONS
+
+    def is_killed_connection(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` says that the connection itself was ended on purpose."""
+        return self.code_of(exc) in (1153, 1927, 3169, 4031)
+
+    def is_answer(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` is the server's answer, so that the socket is what it was.
+
+        The client's own codes are 2000 to 2999 (``errmsg.h``, CR_MIN_ERROR); 0 and
+        none are mysqlclient's own complaints.
+        """
+        code = self.code_of(exc)
+        return code is not None and code > 0 and not 2000 <= code < 3000
+
+    def is_read_only_refusal(self, exc: BaseException) -> bool:
+        """Return whether the server refused a write for being read-only."""
+        return (
+            self.code_of(exc) in (1290, 1836)
+            and self.fault(exc, connecting=False) is Fault.NOT_READY
+        )
+
+    def proves_not_run(self, exc: BaseException) -> bool:
+        """Return whether ``exc``, answered by a server itself, proves that one plain statement did
+        not run. See :attr:`SPLITS`.
+
+        2006 is Connector/C's for "not sent" (seen over TCP and TLS); other clients
+        say it after sending, too. 1180, 9001 and 9002 prove nothing.
+        """
+        code = self.code_of(exc)
+        if code == 2006:
+            return _is_connector_c()
+        return (code == 1047 and "WSREP" in text_of(exc)) or self.is_read_only_refusal(exc)
+
+    def outcome_is_unknown(self, exc: BaseException) -> bool:
+        """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
+        if self.is_read_only_refusal(exc) or self.fault(exc, connecting=False) is Fault.CONFLICT:
+            return False
+        if self.proves_not_run(exc):
+            return False
+        # A constraint that fails at COMMIT is an answer; anything less clear is not.
+        return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
+
+    def may_be_busy(self, exc: BaseException) -> bool:
+        """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
+        return self.code_of(exc) in (9001, 9002) or _PROXYSQL_NO_BACKEND in text_of(exc)
+
+    def question_of(self, exc: BaseException) -> str:
+        """Return what a trial must ask a peer that answered a statement with ``exc``."""
+        code = self.code_of(exc)
+        if code in (1047, 1180):
+            return "galera"
+        if self.may_be_busy(exc):
+            return "backend"
+        return "writable" if self.is_read_only_refusal(exc) else ""
+
+    def fileno(self, connection: Any) -> int | None:
+        """Return the socket's descriptor; None with PyMySQL, which has no public one."""
+        number = getattr(connection, "fileno", None)
+        return sockets.descriptor(number() if callable(number) else None)
+
+    def leave(self, connection: Any) -> None:
+        """Part this process from a connection that is another's, without a word to the server."""
+        # PyMySQL's, whatever it is wrapped in. As its destructor: close() would send COM_QUIT.
+        force_close = getattr(connection, "_force_close", None)
+        if callable(force_close):
+            force_close()
+        else:
+            sockets.sever(connection.fileno())
+
+    def ping(self, connection: Any) -> None:
+        """Ask the server for a sign of life.
+
+        :raises Exception: the driver's error; the connection is lost.
+        """
+        if hasattr(connection, "_force_close"):
+            # PyMySQL's own default is to reconnect, and all session state is gone.
+            connection.ping(reconnect=False)
+        else:
+            connection.ping()
+
+    def leads_to(self, connection: Any) -> tuple[str, str] | None:
+        """Return the host and port that a connection was opened to; None for a unix socket."""
+        host = getattr(connection, "host", None)
+        if host is None:
+            # mysqlclient: "db1 via TCP/IP". PyMySQL has the host.
+            host, way, _ = str(connection.get_host_info()).partition(" via TCP/IP")
+            host = host if way else None
+        elif getattr(connection, "unix_socket", None):
+            return None
+        return (host, str(connection.port)) if isinstance(host, str) else None
+
+    def is_unbuffered(self, params: Any) -> bool:
+        """Return whether cursors made with these arguments leave rows on the wire."""
+        names = {cls.__name__ for cls in getattr(params.get("cursorclass"), "__mro__", ())}
+        return not names.isdisjoint({"SSCursor", "CursorUseResultMixIn"})
+
+    def is_usual(self, connection: Any, cls: type) -> bool:
+        """Return whether the driver's own function or Django's quotes values of type ``cls``.
+
+        A type without one is quoted as a text. The option ``conv`` may name others.
+        """
+        encoder = connection.encoders.get(cls)
+        return encoder is None or _root_of(encoder) in ("MySQLdb", "pymysql", "django", "builtins")
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        """Return True if the server's last answer says that a transaction is open, else None.
+
+        PyMySQL keeps the answer's status flags; they do not tell of reads.
+        mysqlclient tells of them nothing but whether autocommit is on.
+        """
+        flags = getattr(connection, "server_status", None)
+        return True if type(flags) is int and flags & _IN_TRANSACTION else None
+
+    def is_at_rest(self, connection: Any) -> bool:
+        """Return whether the server's last answer says that autocommit is on.
+
+        With PyMySQL also: that no transaction is open.
+        """
+        autocommit = getattr(connection, "get_autocommit", None)
+        try:
+            if callable(autocommit) and autocommit() in (False, 0):
+                return False
+        except Exception:  # noqa: S110 - mysqlclient's, of a connection that was closed
+            pass
+        return not self.in_transaction(connection)
+
+    def sent(self, connection: Any) -> object:
+        """Return what the kernel knows to have been sent over the connection's socket."""
+        number = self.fileno(connection)
+        if number is None:
+            # PyMySQL has no public name for it. Without one nothing is known, and nothing done.
+            number = sockets.descriptor(_fileno_of(getattr(connection, "_sock", None)))
+        return sockets.sent(number)
+
+    def is_in_step(self, connection: Any, exc: BaseException) -> bool:
+        """Return whether no answer is outstanding after ``exc`` came out of a driver's method.
+
+        Neither driver knows. Where it was raised tells: before the statement was
+        sent, or after its result was read.
+        """
+        traceback = exc.__traceback__
+        in_flight = False
+        while traceback is not None:
+            frame = traceback.tb_frame
+            if frame.f_globals.get("__name__", "").startswith(("MySQLdb.", "pymysql.")):
+                name = frame.f_code.co_name
+                in_flight = name in _IN_FLIGHT or (in_flight and name != "_post_get_result")
+            traceback = traceback.tb_next
+        return not in_flight
+
+
+mysql = MySQL()

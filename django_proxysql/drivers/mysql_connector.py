@@ -9,93 +9,11 @@ import math
 from typing import Any
 
 from ..faults import Fault
-from . import generic, mysql
-from .generic import (
-    LEAVES,
-    WATCHED,
-    ends_its_cursors,
-    fileno,
-    greeting,
-    in_transaction,
-    is_answer,
-    is_at_rest,
-    is_busy,
-    is_closed,
-    is_in_step,
-    is_killed_connection,
-    is_option_error,
-    is_read_only_refusal,
-    is_unbuffered,
-    is_usual,
-    known_options,
-    leave,
-    outcome_is_unknown,
-    ping,
-    proves_not_run,
-    question_of,
-    sent,
-    session_options,
-    socket_options,
-    status,
-    trial_options,
-)
-from .mysql import SPLITS, code_of
-
-__all__ = [
-    "LEAVES",
-    "SPLITS",
-    "WATCHED",
-    "code_of",
-    "connect_options",
-    "ends_its_cursors",
-    "fault",
-    "fileno",
-    "greeting",
-    "in_transaction",
-    "is_answer",
-    "is_at_rest",
-    "is_busy",
-    "is_closed",
-    "is_in_step",
-    "is_killed_connection",
-    "is_option_error",
-    "is_read_only_refusal",
-    "is_unbuffered",
-    "is_usual",
-    "known_options",
-    "leads_to",
-    "leave",
-    "may_be_busy",
-    "outcome_is_unknown",
-    "ping",
-    "proves_not_run",
-    "question_of",
-    "sent",
-    "session_options",
-    "socket_options",
-    "status",
-    "trial_options",
-]
-
-MODULES = ("mysql.connector",)
+from .base import Driver
+from .mysql import mysql
 
 #: Its option, and the name that it takes for the same.
 _TIMEOUTS = ("connection_timeout", "connect_timeout")
-
-
-def fault(exc: BaseException, connecting: bool) -> Fault:
-    """Return what ``exc`` says about the peer."""
-    names = {cls.__name__ for cls in type(exc).__mro__}
-    if names & {"ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"}:
-        # Its own, with a code of the server's for a statement that took too long.
-        return Fault.UNREACHABLE if connecting else Fault.OTHER
-    meaning = mysql.fault(_as_of_mysqlclient(exc), connecting)
-    return generic.fault(exc, connecting) if meaning is Fault.OTHER else meaning
-
-
-def may_be_busy(exc: BaseException) -> bool:
-    """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
-    return mysql.may_be_busy(_as_of_mysqlclient(exc))
 
 
 def _as_of_mysqlclient(exc: BaseException) -> BaseException:
@@ -103,19 +21,44 @@ def _as_of_mysqlclient(exc: BaseException) -> BaseException:
     return Exception(*exc.args[:2])
 
 
-def connect_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return what limits one attempt to ``seconds``, where ``params`` does not.
+class MySQLConnector(Driver):
+    """MySQL Connector/Python."""
 
-    Whole seconds, at least one. It covers the handshake, and each wait for an answer of it.
-    """
-    if any(name in params for name in _TIMEOUTS):
-        return {}
-    return {"connection_timeout": max(1, math.ceil(seconds))}
+    MODULES = ("mysql.connector",)
+    SPLITS = True
+
+    def fault(self, exc: BaseException, connecting: bool) -> Fault:
+        """Return what ``exc`` says about the peer."""
+        names = {cls.__name__ for cls in type(exc).__mro__}
+        if names & {"ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"}:
+            # Its own, with a code of the server's for a statement that took too long.
+            return Fault.UNREACHABLE if connecting else Fault.OTHER
+        meaning = mysql.fault(_as_of_mysqlclient(exc), connecting)
+        return super().fault(exc, connecting) if meaning is Fault.OTHER else meaning
+
+    def code_of(self, exc: BaseException) -> int | None:
+        """Return the error's number, if it has one."""
+        return mysql.code_of(exc)
+
+    def may_be_busy(self, exc: BaseException) -> bool:
+        """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
+        return mysql.may_be_busy(_as_of_mysqlclient(exc))
+
+    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return what limits one attempt to ``seconds``, where ``params`` does not.
+
+        Whole seconds, at least one. It covers the handshake, and each wait for an answer of it.
+        """
+        if any(name in params for name in _TIMEOUTS):
+            return {}
+        return {"connection_timeout": max(1, math.ceil(seconds))}
+
+    def leads_to(self, connection: Any) -> tuple[str, str] | None:
+        """Return the host and port that a connection was opened to; None for a unix socket."""
+        if getattr(connection, "unix_socket", None):
+            return None
+        host = getattr(connection, "server_host", None)
+        return (host, str(connection.server_port)) if isinstance(host, str) and host else None
 
 
-def leads_to(connection: Any) -> tuple[str, str] | None:
-    """Return the host and port that a connection was opened to; None for a unix socket."""
-    if getattr(connection, "unix_socket", None):
-        return None
-    host = getattr(connection, "server_host", None)
-    return (host, str(connection.server_port)) if isinstance(host, str) and host else None
+mysql_connector = MySQLConnector()

@@ -3,80 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from ..faults import Fault
-from .generic import (
-    LEAVES,
-    SPLITS,
-    ends_its_cursors,
-    fileno,
-    greeting,
-    in_transaction,
-    is_answer,
-    is_at_rest,
-    is_busy,
-    is_closed,
-    is_in_step,
-    is_killed_connection,
-    is_option_error,
-    is_read_only_refusal,
-    is_unbuffered,
-    is_usual,
-    known_options,
-    leads_to,
-    leave,
-    may_be_busy,
-    outcome_is_unknown,
-    ping,
-    proves_not_run,
-    question_of,
-    sent,
-    session_options,
-    socket_options,
-    status,
-)
-
-__all__ = [
-    "LEAVES",
-    "SPLITS",
-    "WATCHED",
-    "code_of",
-    "connect_options",
-    "ends_its_cursors",
-    "fault",
-    "fileno",
-    "greeting",
-    "in_transaction",
-    "is_answer",
-    "is_at_rest",
-    "is_busy",
-    "is_closed",
-    "is_in_step",
-    "is_killed_connection",
-    "is_option_error",
-    "is_read_only_refusal",
-    "is_unbuffered",
-    "is_usual",
-    "known_options",
-    "leads_to",
-    "leave",
-    "may_be_busy",
-    "outcome_is_unknown",
-    "ping",
-    "proves_not_run",
-    "question_of",
-    "sent",
-    "session_options",
-    "socket_options",
-    "status",
-    "trial_options",
-]
-
-MODULES = ("oracledb", "cx_Oracle")
-
-#: Whether established connections are looked after: there is a server to lose.
-WATCHED = True
+from .base import Driver
 
 _CODE = re.compile(r"\b(?:ORA|DPY|DPI)-0*(\d+)\b")
 
@@ -93,27 +22,25 @@ _ALWAYS = {
 }
 
 
-def code_of(exc: BaseException) -> str | None:
-    """Return the error's code without leading zeroes, such as ``ORA-1017``."""
-    found = _CODE.search(str(exc))
-    return f"{found.group(0).split('-')[0]}-{found.group(1)}" if found else None
+class Oracle(Driver):
+    """oracledb and cx_Oracle. No option that both know bounds a connect."""
+
+    MODULES = ("oracledb", "cx_Oracle")
+    WATCHED = True
+
+    def code_of(self, exc: BaseException) -> str | None:
+        """Return the error's code without leading zeroes, such as ``ORA-1017``."""
+        found = _CODE.search(str(exc))
+        return f"{found.group(0).split('-')[0]}-{found.group(1)}" if found else None
+
+    def fault(self, exc: BaseException, connecting: bool) -> Fault:
+        """Return what ``exc``, an error of this driver, says about the peer."""
+        code = self.code_of(exc)
+        if code is None:
+            return Fault.OTHER
+        if connecting and code in _WHILE_CONNECTING:
+            return _WHILE_CONNECTING[code]
+        return _ALWAYS.get(code, Fault.OTHER)
 
 
-def fault(exc: BaseException, connecting: bool) -> Fault:
-    """Return what ``exc``, an error of this driver, says about the peer."""
-    code = code_of(exc)
-    if code is None:
-        return Fault.OTHER
-    if connecting and code in _WHILE_CONNECTING:
-        return _WHILE_CONNECTING[code]
-    return _ALWAYS.get(code, Fault.OTHER)
-
-
-def connect_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return what limits one attempt to ``seconds``: nothing that cx_Oracle knows too."""
-    return {}
-
-
-def trial_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return nothing."""
-    return {}
+oracle = Oracle()

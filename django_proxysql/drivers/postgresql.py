@@ -14,17 +14,7 @@ from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-
-MODULES = ("psycopg", "psycopg2", "psycopg_pool")
-
-#: Whether established connections are looked after: there is a server to lose.
-WATCHED = True
-
-#: Whether :func:`leave` parts a process from a connection.
-LEAVES = True
-
-#: Whether a proxy may answer for a server. PgBouncer and its like pass on what the server says.
-SPLITS = False
+from .base import Driver
 
 BY_SQLSTATE = {
     **dict.fromkeys(("08001", "08004"), Fault.UNREACHABLE),
@@ -162,76 +152,6 @@ def sqlstate_of(exc: BaseException) -> str | None:
     return state if isinstance(state, str) else None
 
 
-def fault(exc: BaseException, connecting: bool) -> Fault:
-    """Return what ``exc``, an error of this driver, says about the peer."""
-    # An application may have subclassed the driver's classes.
-    names = {cls.__name__ for cls in type(exc).__mro__}
-    if names & {"PoolTimeout", "TooManyRequests", "PoolClosed"}:
-        # Our pool had nothing to give; the peer was not asked.
-        return Fault.OVERLOADED
-    state = sqlstate_of(exc)
-    # Later a text goes on after its first line with the statement, which may quote anything.
-    text = str(exc) if connecting else str(exc).partition("\n")[0]
-    if state in _POOLERS_STATES and names & {"OperationalError", "InternalError", "DatabaseError"}:
-        for pattern, meaning in _POOLERS:
-            if pattern.search(text):
-                return meaning
-    if state == "08006" and connecting:
-        return Fault.UNREACHABLE
-    if state in BY_SQLSTATE:
-        return BY_SQLSTATE[state]
-    if connecting and is_option_error(exc):
-        # libpq parsed the options and went nowhere.
-        return Fault.LOCAL
-    if state is not None or not names & {"OperationalError", "InterfaceError"}:
-        return Fault.OTHER
-    if connecting:
-        if "InterfaceError" in names:
-            return Fault.OTHER
-        for pattern, meaning in _QUOTED:
-            if pattern.search(text):
-                return meaning
-        # It was reached, and says what no table lists.
-        return Fault.OTHER if _ANSWERED.search(text) else Fault.UNREACHABLE
-    return Fault.LOST if _LOST_TEXT.search(text) else Fault.OTHER
-
-
-def connect_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return what limits one attempt to ``seconds``, where ``params`` does not.
-
-    Whole seconds, and libpq makes two of one.
-    """
-    if "connect_timeout" in params:
-        return {}
-    return {"connect_timeout": max(2, math.ceil(seconds))}
-
-
-def session_options(params: Any, autocommit: bool) -> dict[str, Any]:
-    """Return nothing: autocommit costs no round trip in psycopg."""
-    return {}
-
-
-def greeting(connection: Any) -> str:
-    """Return "": Django asks the connection, and not the server, which version it has."""
-    return ""
-
-
-def trial_options(params: Any, seconds: float) -> dict[str, Any]:
-    """Return nothing: ``connect_timeout`` covers the whole of a libpq connect."""
-    return {}
-
-
-# Established connections
-
-
-code_of = sqlstate_of
-
-
-def is_closed(connection: Any) -> bool:
-    """Return whether the driver knows that the connection is gone."""
-    return bool(connection.closed)
-
-
 #: What libpq takes by name (its documentation, up to 18), psycopg's connect(), and Django's
 #: engine in OPTIONS.
 _OPTIONS = frozenset(
@@ -252,58 +172,6 @@ _OPTIONS = frozenset(
 )
 
 
-def known_options() -> frozenset[str] | None:
-    """Return what libpq and psycopg take by name, and Django's engine in OPTIONS."""
-    return _OPTIONS
-
-
-def is_option_error(exc: BaseException) -> bool:
-    """Return whether libpq says that it does not know an option, or cannot read its value."""
-    return sqlstate_of(exc) is None and _BAD_OPTION.search(str(exc)) is not None
-
-
-def is_killed_connection(exc: BaseException) -> bool:
-    """Return whether ``exc`` says that the connection itself was ended on purpose."""
-    return sqlstate_of(exc) in ("57P05", "25P03", "25P04")
-
-
-def is_answer(exc: BaseException) -> bool:
-    """Return whether ``exc`` is the server's answer, so that the socket is what it was."""
-    state = sqlstate_of(exc)
-    return state is not None and not state.startswith(("08", "57P"))
-
-
-def is_read_only_refusal(exc: BaseException) -> bool:
-    """Return whether the server refused a write for being read-only."""
-    return sqlstate_of(exc) == "25006"
-
-
-def proves_not_run(exc: BaseException) -> bool:
-    """Return whether ``exc`` proves that one plain statement did not run.
-
-    A pooler's statement that waited for a server, and got none, did not.
-    """
-    return is_read_only_refusal(exc) or _waited_in_vain(exc)
-
-
-def outcome_is_unknown(exc: BaseException) -> bool:
-    """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
-    state = sqlstate_of(exc)
-    if state is None:
-        return type(exc).__name__ in ("OperationalError", "InterfaceError")
-    # 08007 transaction resolution unknown, 40003 statement completion unknown;
-    # whatever else ended the connection came from somewhere in between.
-    return state in ("40003",) or state.startswith(("08", "57P", "58", "XX"))
-
-
-def question_of(exc: BaseException) -> str:
-    """Return what a trial must ask a peer that answered a statement with ``exc``."""
-    if is_read_only_refusal(exc):
-        return "writable"
-    # A pooler without a server lets clients in.
-    return "backend" if _is_poolers(exc) else ""
-
-
 def _is_poolers(exc: BaseException) -> bool:
     """Return whether a pooler says that it has no server."""
     return _first_line_says(_POOLERS[1][0], exc)
@@ -319,22 +187,6 @@ def _first_line_says(pattern: re.Pattern[str], exc: BaseException) -> bool:
     return pattern.search(str(exc).partition("\n")[0]) is not None
 
 
-def may_be_busy(exc: BaseException) -> bool:
-    """Return False: a pooler that is full says so in words of its own."""
-    return False
-
-
-def fileno(connection: Any) -> int | None:
-    """Return the socket's descriptor."""
-    return sockets.descriptor(connection.fileno())
-
-
-def leads_to(connection: Any) -> tuple[str, str] | None:
-    """Return the host and port that a connection was opened to."""
-    host, port = connection.info.host, connection.info.port
-    return (host, str(port)) if isinstance(host, str) and host else None
-
-
 #: libpq's parameters, and the socket's options that they set.
 _SOCKET_OPTIONS = {
     "keepalives": ("SO_KEEPALIVE",),
@@ -346,122 +198,16 @@ _SOCKET_OPTIONS = {
 }
 
 
-def socket_options(connection: Any, params: Any) -> frozenset[str]:
-    """Return the names of the socket options that libpq was told of."""
-    given = params
-    if "service" in params or "PGSERVICE" in os.environ:
-        # They may stand in a file.
-        ask = getattr(connection, "get_dsn_parameters", None) or connection.info.get_parameters
-        given = ask()
-    return frozenset(
-        option
-        for name, options in _SOCKET_OPTIONS.items()
-        if given.get(name) is not None
-        for option in options
-    )
-
-
-def owns(connection: Any) -> bool:
-    """Return whether ``connection`` is psycopg 3's or psycopg2's, whatever it is wrapped in."""
-    return hasattr(connection, "pgconn") or is_psycopg2(connection)
-
-
 def is_psycopg2(connection: Any) -> bool:
     """Return whether ``connection`` is psycopg2's: no other driver's has this method."""
     return hasattr(connection, "get_transaction_status")
 
 
-#: Closing a connection of psycopg2's ends its cursors too, and waits for its statements.
-ends_its_cursors = is_psycopg2
-
-
-def leave(connection: Any) -> None:
-    """Part this process from a connection that is another's, without a word to the server."""
-    sockets.sever(connection.fileno())
-
-
-def ping(connection: Any) -> None:
-    """Ask the server for a sign of life.
-
-    :raises Exception: the driver's error; the connection is lost.
-    """
-    # A transaction that has failed answers nothing but its end; what becomes
-    # of it is a rollback either way. (libpq's PQTRANS_INERROR)
-    if int(connection.info.transaction_status) == 3:
-        return
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
-
-
-def is_busy(connection: Any) -> bool:
-    """Return whether psycopg 3 is in its pipeline mode, where an error may be an earlier
-    statement's."""
-    pgconn = getattr(connection, "pgconn", None)
-    if pgconn is None:
-        return False
-    try:
-        return int(pgconn.pipeline_status) != 0
-    except Exception:
-        # A libpq before 14 has no such mode.
-        return False
-
-
-def is_unbuffered(params: Any) -> bool:
-    """Return False: named cursors are known by their names."""
-    return False
-
-
-def is_usual(connection: Any, cls: type) -> bool:
-    """Return whether values of type ``cls`` become SQL by an adapter of the driver's or Django's.
-
-    Applications may register their own, psycopg2's ``AsIs`` among them.
-    """
-    if is_psycopg2(connection):
-        from psycopg2 import extensions
-
-        known = (
-            extensions.adapters.get((base, extensions.ISQLQuote))
-            for base in cls.__mro__
-            if base is not object
-        )
-        adapter = next((one for one in known if one is not None), None)
-        if adapter is None:
-            # It quotes itself, if it is the driver's; nothing else can be sent.
-            return cls.__module__.partition(".")[0] in _OWN
-    else:
-        from psycopg.adapt import PyFormat
-
-        adapter = connection.adapters.get_dumper(cls, PyFormat.TEXT)
-    return str(adapter.__module__).partition(".")[0] in _OWN
-
-
 _OWN = frozenset({"psycopg", "psycopg_c", "psycopg_binary", "psycopg2", "django"})
-
-
-def status(connection: Any) -> Callable[[], object] | None:
-    """Return what asks libpq for PQtransactionStatus, of which 0 is idle.
-
-    Once a connection is lost libpq knows no longer. No Python function is
-    called: each statement asks.
-    """
-    pgconn = getattr(connection, "pgconn", None)
-    if pgconn is not None:
-        return functools.partial(getattr, pgconn, "transaction_status")
-    ask: Callable[[], object] | None = getattr(connection, "get_transaction_status", None)
-    return ask
 
 
 #: libpq's PQTRANS_ACTIVE, PQTRANS_INTRANS and PQTRANS_INERROR.
 _ACTIVE, _OPEN = 1, (1, 2, 3)
-
-
-def in_transaction(connection: Any) -> bool | None:
-    """Return whether a transaction is open; None where libpq does not know (any more)."""
-    ask = status(connection)
-    known = None if ask is None else _number(ask())
-    if known in _OPEN:
-        return True
-    return False if known == 0 else None
 
 
 def _number(known: Any) -> int | None:
@@ -469,17 +215,236 @@ def _number(known: Any) -> int | None:
     return int(known) if isinstance(known, int) else None
 
 
-def is_at_rest(connection: Any) -> bool:
-    """Return whether autocommit is on and no transaction open, as far as libpq knows."""
-    return not in_transaction(connection) and getattr(connection, "autocommit", True) is not False
+class PostgreSQL(Driver):
+    """psycopg 3 and psycopg2.
+
+    What needs nothing here: autocommit costs no round trip; Django asks the connection, and not
+    the server, which version it has; ``connect_timeout`` covers the whole of a libpq connect; a
+    pooler that is full says so in words of its own; named cursors are known by their names.
+    """
+
+    MODULES = ("psycopg", "psycopg2", "psycopg_pool")
+    WATCHED = True
+    LEAVES = True
+    #: Whether a proxy may answer for a server. PgBouncer and its like pass on what the server says.
+    SPLITS = False
+
+    def fault(self, exc: BaseException, connecting: bool) -> Fault:
+        """Return what ``exc``, an error of this driver, says about the peer."""
+        # An application may have subclassed the driver's classes.
+        names = {cls.__name__ for cls in type(exc).__mro__}
+        if names & {"PoolTimeout", "TooManyRequests", "PoolClosed"}:
+            # Our pool had nothing to give; the peer was not asked.
+            return Fault.OVERLOADED
+        state = sqlstate_of(exc)
+        # Later a text goes on after its first line with the statement, which may quote anything.
+        text = str(exc) if connecting else str(exc).partition("\n")[0]
+        if state in _POOLERS_STATES and names & {
+            "OperationalError",
+            "InternalError",
+            "DatabaseError",
+        }:
+            for pattern, meaning in _POOLERS:
+                if pattern.search(text):
+                    return meaning
+        if state == "08006" and connecting:
+            return Fault.UNREACHABLE
+        if state in BY_SQLSTATE:
+            return BY_SQLSTATE[state]
+        if connecting and self.is_option_error(exc):
+            # libpq parsed the options and went nowhere.
+            return Fault.LOCAL
+        if state is not None or not names & {"OperationalError", "InterfaceError"}:
+            return Fault.OTHER
+        if connecting:
+            if "InterfaceError" in names:
+                return Fault.OTHER
+            for pattern, meaning in _QUOTED:
+                if pattern.search(text):
+                    return meaning
+            # It was reached, and says what no table lists.
+            return Fault.OTHER if _ANSWERED.search(text) else Fault.UNREACHABLE
+        return Fault.LOST if _LOST_TEXT.search(text) else Fault.OTHER
+
+    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return what limits one attempt to ``seconds``, where ``params`` does not.
+
+        Whole seconds, and libpq makes two of one.
+        """
+        if "connect_timeout" in params:
+            return {}
+        return {"connect_timeout": max(2, math.ceil(seconds))}
+
+    def code_of(self, exc: BaseException) -> str | None:
+        """Return the error's SQLSTATE, if it has one."""
+        return sqlstate_of(exc)
+
+    def owns(self, connection: Any) -> bool:
+        """Return whether ``connection`` is a driver's of these, whatever it is wrapped in."""
+        return hasattr(connection, "pgconn") or is_psycopg2(connection)
+
+    def ends_its_cursors(self, connection: Any) -> bool:
+        """Return whether it is psycopg2's: closing one ends its cursors too, and waits for its
+        statements."""
+        return is_psycopg2(connection)
+
+    def is_closed(self, connection: Any) -> bool:
+        """Return whether the driver knows that the connection is gone."""
+        return bool(connection.closed)
+
+    def known_options(self) -> frozenset[str] | None:
+        """Return what libpq and psycopg take by name, and Django's engine in OPTIONS."""
+        return _OPTIONS
+
+    def is_option_error(self, exc: BaseException) -> bool:
+        """Return whether libpq says that it does not know an option, or cannot read its value."""
+        return sqlstate_of(exc) is None and _BAD_OPTION.search(str(exc)) is not None
+
+    def is_killed_connection(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` says that the connection itself was ended on purpose."""
+        return sqlstate_of(exc) in ("57P05", "25P03", "25P04")
+
+    def is_answer(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` is the server's answer, so that the socket is what it was."""
+        state = sqlstate_of(exc)
+        return state is not None and not state.startswith(("08", "57P"))
+
+    def is_read_only_refusal(self, exc: BaseException) -> bool:
+        """Return whether the server refused a write for being read-only."""
+        return sqlstate_of(exc) == "25006"
+
+    def proves_not_run(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` proves that one plain statement did not run.
+
+        A pooler's statement that waited for a server, and got none, did not.
+        """
+        return self.is_read_only_refusal(exc) or _waited_in_vain(exc)
+
+    def outcome_is_unknown(self, exc: BaseException) -> bool:
+        """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
+        state = sqlstate_of(exc)
+        if state is None:
+            return type(exc).__name__ in ("OperationalError", "InterfaceError")
+        # 08007 transaction resolution unknown, 40003 statement completion unknown;
+        # whatever else ended the connection came from somewhere in between.
+        return state in ("40003",) or state.startswith(("08", "57P", "58", "XX"))
+
+    def question_of(self, exc: BaseException) -> str:
+        """Return what a trial must ask a peer that answered a statement with ``exc``."""
+        if self.is_read_only_refusal(exc):
+            return "writable"
+        # A pooler without a server lets clients in.
+        return "backend" if _is_poolers(exc) else ""
+
+    def fileno(self, connection: Any) -> int | None:
+        """Return the socket's descriptor."""
+        return sockets.descriptor(connection.fileno())
+
+    def leads_to(self, connection: Any) -> tuple[str, str] | None:
+        """Return the host and port that a connection was opened to."""
+        host, port = connection.info.host, connection.info.port
+        return (host, str(port)) if isinstance(host, str) and host else None
+
+    def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
+        """Return the names of the socket options that libpq was told of."""
+        given = params
+        if "service" in params or "PGSERVICE" in os.environ:
+            # They may stand in a file.
+            ask = getattr(connection, "get_dsn_parameters", None) or connection.info.get_parameters
+            given = ask()
+        return frozenset(
+            option
+            for name, options in _SOCKET_OPTIONS.items()
+            if given.get(name) is not None
+            for option in options
+        )
+
+    def leave(self, connection: Any) -> None:
+        """Part this process from a connection that is another's, without a word to the server."""
+        sockets.sever(connection.fileno())
+
+    def ping(self, connection: Any) -> None:
+        """Ask the server for a sign of life.
+
+        :raises Exception: the driver's error; the connection is lost.
+        """
+        # A transaction that has failed answers nothing but its end; what becomes
+        # of it is a rollback either way. (libpq's PQTRANS_INERROR)
+        if int(connection.info.transaction_status) == 3:
+            return
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+
+    def is_busy(self, connection: Any) -> bool:
+        """Return whether psycopg 3 is in its pipeline mode, where an error may be an earlier
+        statement's."""
+        pgconn = getattr(connection, "pgconn", None)
+        if pgconn is None:
+            return False
+        try:
+            return int(pgconn.pipeline_status) != 0
+        except Exception:
+            # A libpq before 14 has no such mode.
+            return False
+
+    def is_usual(self, connection: Any, cls: type) -> bool:
+        """Return whether an adapter of the driver's or Django's makes SQL of type ``cls``.
+
+        Applications may register their own, psycopg2's ``AsIs`` among them.
+        """
+        if is_psycopg2(connection):
+            from psycopg2 import extensions
+
+            known = (
+                extensions.adapters.get((base, extensions.ISQLQuote))
+                for base in cls.__mro__
+                if base is not object
+            )
+            adapter = next((one for one in known if one is not None), None)
+            if adapter is None:
+                # It quotes itself, if it is the driver's; nothing else can be sent.
+                return cls.__module__.partition(".")[0] in _OWN
+        else:
+            from psycopg.adapt import PyFormat
+
+            adapter = connection.adapters.get_dumper(cls, PyFormat.TEXT)
+        return str(adapter.__module__).partition(".")[0] in _OWN
+
+    def status(self, connection: Any) -> Callable[[], object] | None:
+        """Return what asks libpq for PQtransactionStatus, of which 0 is idle.
+
+        Once a connection is lost libpq knows no longer. No Python function is
+        called: each statement asks.
+        """
+        pgconn = getattr(connection, "pgconn", None)
+        if pgconn is not None:
+            return functools.partial(getattr, pgconn, "transaction_status")
+        ask: Callable[[], object] | None = getattr(connection, "get_transaction_status", None)
+        return ask
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        """Return whether a transaction is open; None where libpq does not know (any more)."""
+        ask = self.status(connection)
+        known = None if ask is None else _number(ask())
+        if known in _OPEN:
+            return True
+        return False if known == 0 else None
+
+    def is_at_rest(self, connection: Any) -> bool:
+        """Return whether autocommit is on and no transaction open, as far as libpq knows."""
+        return (
+            not self.in_transaction(connection)
+            and getattr(connection, "autocommit", True) is not False
+        )
+
+    def sent(self, connection: Any) -> object:
+        """Return what the kernel knows to have been sent over the connection's socket."""
+        return None if self.is_closed(connection) else sockets.sent(self.fileno(connection))
+
+    def is_in_step(self, connection: Any, exc: BaseException) -> bool:
+        """Return whether libpq waits for no answer."""
+        ask = self.status(connection)
+        return ask is None or _number(ask()) != _ACTIVE
 
 
-def sent(connection: Any) -> object:
-    """Return what the kernel knows to have been sent over the connection's socket."""
-    return None if is_closed(connection) else sockets.sent(fileno(connection))
-
-
-def is_in_step(connection: Any, exc: BaseException) -> bool:
-    """Return whether libpq waits for no answer."""
-    ask = status(connection)
-    return ask is None or _number(ask()) != _ACTIVE
+postgresql = PostgreSQL()

@@ -1,0 +1,155 @@
+"""What is known of a driver that nobody has told us about, and what others say of themselves.
+
+PEP 249's names, and nothing more. A driver's own file overrides what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..faults import Fault
+
+__all__ = ["Driver", "generic"]
+
+
+class Driver:
+    """A driver: what its errors mean, what its connections know and can do."""
+
+    #: The packages that are this driver.
+    MODULES: tuple[str, ...] = ()
+    #: Whether established connections are looked after: there is a server to lose.
+    WATCHED = False
+    #: Whether :meth:`leave` parts a process from a connection.
+    LEAVES = False
+    #: Whether a proxy may answer for a server.
+    SPLITS = False
+
+    def fault(self, exc: BaseException, connecting: bool) -> Fault:
+        """Return what ``exc`` says about the peer."""
+        names = {cls.__name__ for cls in type(exc).__mro__}
+        if connecting and names & {"OperationalError", "InterfaceError"}:
+            return Fault.UNREACHABLE
+        return Fault.OTHER
+
+    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return connect() arguments that bound one attempt to ``seconds``."""
+        return {}
+
+    def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
+        """Return connect() arguments that spare the session a round trip later."""
+        return {}
+
+    def greeting(self, connection: Any) -> str:
+        """Return the version that the server has greeted with; "" if none is known."""
+        return ""
+
+    def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return connect() arguments that bound a throw-away connection too."""
+        return {}
+
+    def known_options(self) -> frozenset[str] | None:
+        """Return what connect() takes by name, and Django's engine in OPTIONS; None: not known."""
+        return None
+
+    def code_of(self, exc: BaseException) -> Any:
+        """Return the error's code, if it has one."""
+        return None
+
+    def is_option_error(self, exc: BaseException) -> bool:
+        """Return whether the driver says that it cannot take an option."""
+        return False
+
+    def is_closed(self, connection: Any) -> bool:
+        """Return whether the driver knows that the connection is gone."""
+        return False
+
+    def is_killed_connection(self, exc: BaseException) -> bool:
+        """Return whether the connection itself was ended on purpose."""
+        return False
+
+    def is_answer(self, exc: BaseException) -> bool:
+        """Return whether ``exc`` is the server's answer: the socket is what it was."""
+        return True
+
+    def is_read_only_refusal(self, exc: BaseException) -> bool:
+        """Return whether the server refused a write for being read-only."""
+        return False
+
+    def proves_not_run(self, exc: BaseException) -> bool:
+        """Return whether one plain statement that a server answered with ``exc`` did not run."""
+        return False
+
+    def outcome_is_unknown(self, exc: BaseException) -> bool:
+        """Return whether a COMMIT that was sent and met ``exc`` may stand or not."""
+        return self.fault(exc, connecting=False) is Fault.LOST
+
+    def question_of(self, exc: BaseException) -> str:
+        """Return what a trial must ask a peer that answered with ``exc``."""
+        return ""
+
+    def may_be_busy(self, exc: BaseException) -> bool:
+        """Return whether a proxy says ``exc`` both without a server and when all its
+        connections are in use."""
+        return False
+
+    def fileno(self, connection: Any) -> int | None:
+        """Return the descriptor of the connection's socket, where it is public."""
+        return None
+
+    def leave(self, connection: Any) -> None:
+        """Part this process from a connection that is another's, without a word to the server."""
+
+    def ping(self, connection: Any) -> None:
+        """Raise the driver's error if the connection is lost."""
+
+    def is_busy(self, connection: Any) -> bool:
+        """Return whether statements have been sent whose results nobody has asked for yet."""
+        return False
+
+    def leads_to(self, connection: Any) -> tuple[str, str] | None:
+        """Return the host and port that a connection was opened to, where it knows them."""
+        return None
+
+    def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
+        """Return the names of the socket's options that the driver's own arguments set."""
+        return frozenset()
+
+    def ends_its_cursors(self, connection: Any) -> bool:
+        """Return whether closing a connection ends its cursors, and waits for its statements."""
+        return False
+
+    def is_unbuffered(self, params: Any) -> bool:
+        """Return whether cursors made with these arguments leave rows on the wire."""
+        return False
+
+    def is_usual(self, connection: Any, cls: type) -> bool:
+        """Return whether values of type ``cls`` become SQL in the driver's own way or Django's."""
+        return False
+
+    def status(self, connection: Any) -> Callable[[], object] | None:
+        """Return what tells, without a round trip, whether a transaction is open; None where
+        the driver still knows that after the loss of the connection, or never does."""
+        return None
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        """Return whether something was sent in an open transaction, as of the last answer; None:
+        the driver does not know."""
+        return None
+
+    def is_at_rest(self, connection: Any) -> bool:
+        """Return whether, as far as the driver knows, autocommit is on and no transaction open."""
+        return True
+
+    def sent(self, connection: Any) -> object:
+        """Return a value that changes with whatever is sent over the connection; None: unknown."""
+        return None
+
+    def is_in_step(self, connection: Any, exc: BaseException) -> bool:
+        """Return whether no answer is outstanding after ``exc``, which is no error of the
+        driver's, came out of one of its methods."""
+        return True
+
+
+#: Any other driver.
+generic = Driver()
