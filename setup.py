@@ -114,6 +114,7 @@ setup(
             "**/templates/**/*",
             "templates/**/*",
             "monitoring/assets/*",
+            "sharing/*.lua",
         ],
     },
     zip_safe=False,

@@ -1,0 +1,194 @@
+-- Compares what a process knows of circuits and drains with what is stored.
+local function between(value, least, most)
+  value = tonumber(value)
+  if value and value >= least and value <= most then return math.floor(value) end
+end
+
+local function read(key, field)
+  local text = redis.pcall('HGET', key, field)
+  if type(text) == 'table' then
+    garbage = garbage + 1
+    return nil
+  end
+  if not text then return nil end
+  local good, record = pcall(cjson.decode, text)
+  if good and type(record) == 'table' then
+    -- One that is so large that adding to it changes nothing could never be outdone.
+    record.v = between(record.v, 1, 4000000000000000)
+    if record.v then return record end
+  end
+  garbage = garbage + 1
+  return nil
+end
+
+local function store(key, field, record, seconds)
+  local copy = {}
+  for name, value in pairs(record) do copy[name] = value end
+  -- cjson writes 14 digits of a number, and this one has 16.
+  copy.v = string.format('%.0f', record.v)
+  return write('HSET', key, field, cjson.encode(copy), LAST, request.serial)
+    and write('PEXPIRE', key, seconds * 1000)
+end
+
+local function note(field, state, why)
+  local moment = cjson.encode({p = field, s = state, t = now, e = why})
+  if write('RPUSH', timeline, moment) then
+    write('LTRIM', timeline, -request.moments, -1)
+    write('PEXPIRE', timeline, request.history * 1000)
+  end
+end
+
+local reply = {circuits = {}, drains = {}}
+
+for field, theirs in pairs(request.circuits) do
+  local record = read(circuits, field)
+  local known = tonumber(theirs.v)
+  local version = record and record.v or 0
+  local before = record
+  local following = math.max(now_us, version + 1, known + 1)
+  local is_open = record and record.s == 'open'
+  local told, changed, done, why = nil, false, false, ''
+  if record then
+    -- Redis's clock may have been set back since.
+    record.due = between(record.due, 0, now + theirs.longest) or now
+    record.out = between(record.out, 0, now) or now
+    record.hu = between(record.hu, 0, now + 2 * theirs.lease) or 0
+    record.c = between(record.c, 0, now) or 0
+    if type(record.hosts) ~= 'table' then record.hosts = {} end
+    if type(record.h) ~= 'string' then record.h = '' end
+  end
+  local function as_told(version, by)
+    return {v = version, s = 'open', due = now + theirs.due, out = now - theirs.out,
+            err = theirs.err, fault = theirs.fault, q = theirs.q, by = by, h = '', hu = 0,
+            hosts = {request.host}}
+  end
+  local function as_closed(version)
+    return {v = version, s = 'closed', c = now, ch = request.host,
+            hosts = record and record.hosts or {}}
+  end
+  if theirs.op == 'open' and version <= known then
+    local fresh = as_told(following, me)
+    if is_open then
+      fresh.out, fresh.h, fresh.hu = record.out, record.h, record.hu
+      fresh.hosts = record.hosts
+      -- Two have found the same.
+      if record.by ~= me then fresh.by = '' end
+    elseif record and now - record.c < theirs.longest then
+      -- Closed not long ago. Who opened it before that, and once more now, may be the only
+      -- ones that cannot reach it, if others can.
+      local again = false
+      for _, host in ipairs(record.hosts) do again = again or host == request.host end
+      if again and record.ch ~= request.host then
+        fresh = record
+        fresh.c = now
+      elseif not again and #record.hosts < 20 then
+        fresh.hosts = record.hosts
+        table.insert(fresh.hosts, request.host)
+      end
+    end
+    if fresh.s == 'open' and not is_open then told, why = 'open', theirs.err end
+    record, done = fresh, true
+  elseif theirs.op == 'close' and version <= known then
+    if is_open then told = 'closed' end
+    record, done = as_closed(following), true
+  elseif theirs.op == 'withdraw' and is_open and record.by == me then
+    told, why = 'closed', 'withdrawn'
+    record, done = as_closed(following), true
+  elseif version < known and (theirs.s == 'open' or record) then
+    if theirs.s == 'open' then
+      record = as_told(known, '')
+    else
+      record = as_closed(known)
+    end
+    changed = true
+  end
+  changed = changed or done
+  local granted = false
+  if record and record.s == 'open' then
+    local other = record.h ~= '' and record.h ~= me and record.hu > now
+    if theirs.bid then
+      if not other and (record.due <= now or theirs.by_hand) then
+        record.h, record.hu, granted, changed = me, now + theirs.lease, true, true
+      end
+    elseif theirs.hold then
+      if not other then
+        record.h, record.hu, changed = me, now + theirs.lease, true
+      end
+    elseif record.h == me and not theirs.keep then
+      record.h, record.hu, changed = '', 0, true
+    end
+  else
+    granted = true
+  end
+  if changed then
+    if store(circuits, field, record, request.history) then
+      if told then note(field, told, why) end
+    else
+      -- Nobody can be kept from trying, and nobody has been told.
+      record, granted, done = before, true, false
+    end
+  end
+  local held = 0
+  if record and record.s == 'open' and record.h ~= '' and record.h ~= me then
+    held = math.max(0, record.hu - now)
+  end
+  reply.circuits[field] = record and {
+    v = string.format('%.0f', record.v), s = record.s, done = done, granted = granted,
+    due = math.max(0, (record.due or now) - now), out = math.max(0, now - (record.out or now)),
+    err = record.err, fault = record.fault, q = record.q, held = held,
+  } or {v = '0', s = 'closed', done = done, granted = granted}
+end
+
+local stored = {}
+for field, theirs in pairs(request.drains) do
+  local record = read(drains, field)
+  if record and type(record.on) ~= 'boolean' then record, garbage = nil, garbage + 1 end
+  if record then record.at = between(record.at, 0, now) or 0 end
+  local known = tonumber(theirs.v)
+  if not theirs.wish and (record and record.v or 0) < known then
+    record = {v = known, on = theirs.on, at = now - theirs.age, f = theirs.forced}
+    store(drains, field, record, request.wishes)
+  end
+  stored[field] = record
+end
+
+local function is_last(field)
+  for other in pairs(request.drains) do
+    if other ~= field and not (stored[other] and stored[other].on) then return false end
+  end
+  return true
+end
+
+for field, theirs in pairs(request.drains) do
+  local record = stored[field]
+  local version = record and record.v or 0
+  local was = record and record.on or false
+  local at = now - theirs.age
+  local done, taken, denied = false, false, false
+  if theirs.wish then
+    if record and record.at > at and record.by ~= me then
+      -- Somebody has wished for something since.
+      done = true
+    elseif theirs.on and not was and not theirs.force and is_last(field) then
+      done, denied = true, true
+    else
+      local wished = {v = math.max(now_us, version + 1, tonumber(theirs.v) + 1), on = theirs.on,
+                      at = at, by = me, f = theirs.on and theirs.force and is_last(field)}
+      if store(drains, field, wished, request.wishes) then
+        if was ~= theirs.on then note(field, theirs.on and 'drained' or 'undrained', '') end
+        record, done, taken = wished, true, true
+        stored[field] = record
+      end
+    end
+  end
+  if record or done then
+    record = record or {v = 0, on = false, at = 0}
+    reply.drains[field] = {v = string.format('%.0f', record.v), on = record.on, done = done,
+                           taken = taken, refused = denied, age = now - record.at,
+                           forced = record.f == true}
+  end
+end
+
+heartbeat()
+reply.refused, reply.garbage, reply.stamp = refused, garbage, stamp()
+return cjson.encode(reply)
