@@ -355,7 +355,7 @@ class LoadBalancer:
             if only is not None:
                 raise
             if self._waits and trials != "never" and search.is_over:
-                return self._wait_for_peer(exc, open_one, refusal_is_callers, trials)
+                return self._wait_for_peer(search, exc, open_one, refusal_is_callers, trials)
             search.tell_exhausted()
             raise
         except BaseException as exc:
@@ -378,15 +378,15 @@ class LoadBalancer:
             search.failed(exc)
             raise
 
-    def _wait_for_peer(self, error: NoPeerAvailable, *how: Any) -> Any:
+    def _wait_for_peer(self, search: _Search, error: NoPeerAvailable, *how: Any) -> Any:
         """Look again, after a random and growing time, until a peer works or time is over.
 
-        :param error: what the first look came to.
+        :param search: the first look.
+        :param error: what it came to.
         :param how: what each search is made with.
         :raises NoPeerAvailable: what the last look came to.
         """
         until = self.clock() + self.config.wait_for_peer
-        search: _Search | None = None
         first: NoPeerAvailable | None = error
 
         def look() -> Any:
@@ -419,8 +419,7 @@ class LoadBalancer:
                 reraise=True,
             )(look)
         except NoPeerAvailable:
-            if search is not None:
-                search.tell_exhausted()
+            search.tell_exhausted()
             raise
 
     def sqlalchemy_engine(self, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
@@ -1272,7 +1271,7 @@ class _Search:
                 lease.ended = True
         if self._undecided:
             self._decide(alone=True)
-        if self._pin is not None:
+        if self._pin is not None and self._pin.peer is None:
             self._pin.peer = peer
         # Each connect comes by here: see first that somebody would hear of it.
         if balancer._hear_connects or is_trial or logger.isEnabledFor(logging.DEBUG):

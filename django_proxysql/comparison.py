@@ -22,6 +22,9 @@ CLOCKS_APART = 1.0
 #: Seconds by which a replica may lag before it is worth a word.
 LAG = 10.0
 
+#: What a Galera node says before it has joined a cluster.
+_NO_CLUSTER = "00000000-0000-0000-0000-000000000000"
+
 #: Asks one question; returns rows by their columns' names, and None where the server refuses.
 Ask = Callable[[str], Optional[Sequence[Mapping[str, Any]]]]
 
@@ -105,6 +108,9 @@ def _stopped_or_behind(known: Sequence[Facts]) -> Iterator[str]:
 def _strangers(known: Sequence[Facts]) -> Iterator[str]:
     lineages = {one.lineage for one in known if one.lineage}
     if len(lineages) > 1:
+        if any(one.sources for one in known if one.lineage):
+            # One cluster may replicate from the other, asynchronously.
+            return
         groups = [
             _named(one.peer for one in known if one.lineage == lineage)
             for lineage in sorted(lineages)
@@ -174,6 +180,8 @@ def mysql_facts(peer: str, ask: Ask) -> Facts:
     if "host" not in one:
         return Facts(peer, clock=clock)
     galera = _row(ask, "SHOW GLOBAL STATUS LIKE 'wsrep_cluster_state_uuid'").get("value")
+    if galera == _NO_CLUSTER:
+        galera = ""
     group = _value(ask, "SELECT @@group_replication_group_name")
     return Facts(
         peer,

@@ -344,7 +344,11 @@ def _described(connection: Any, statement: str) -> list[dict[str, Any]] | None:
         try:
             cursor.execute(statement)
             names = [column[0].lower() for column in cursor.description]
-            return [dict(zip(names, row)) for row in cursor.fetchall()]
+            # Cursors of the user's own class may give dicts.
+            return [
+                dict(zip(names, row.values() if isinstance(row, dict) else row))
+                for row in cursor.fetchall()
+            ]
         finally:
             cursor.close()
 

@@ -233,7 +233,8 @@ def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
 
 def _shut_down_unless(bell: threading.Lock, duplicate: socket.socket, seconds: float) -> None:
     try:
-        if not bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+        # A deadline may pass on the way here; to a lock, -1 means for ever.
+        if not bell.acquire(timeout=max(0, min(seconds, threading.TIMEOUT_MAX))):
             duplicate.shutdown(socket.SHUT_RDWR)
     except OSError:
         # It has ended by itself.

@@ -146,15 +146,21 @@ def _entry(url: str) -> dict[str, Any]:
         )
     credentials, at, hosts = authority.rpartition("@")
     user, _, password = credentials.partition(":")
-    if "host" in given:
+    for key in [key for key in given if key.lower() == "host"]:
         if hosts:
             raise _Wrong("names hosts in two places", "Leave out the query's host.")
-        hosts = given.pop("host").replace("/", "%2F")
+        # It is decoded already, and is decoded once more below.
+        hosts = given.pop(key).replace("%", "%25").replace("/", "%2F")
     if not hosts:
         # One socket of the driver's own, as without HOST.
         peers: list[dict[str, Any]] = [{}]
     else:
         peers = [_peer(host, place, bool(at)) for place, host in enumerate(hosts.split(","), 1)]
+    if "@" in name and not at:
+        raise _Wrong(
+            "has a '/' before its '@'",
+            "Write it as %2F within a password, and an @ in the database's name as %40.",
+        )
     entry = {"ENGINE": _ENGINE, "PEER_ENGINE": engine, "NAME": _decoded(name, "database's name")}
     if user:
         entry["USER"] = _decoded(user, "user")
@@ -202,7 +208,9 @@ def _said(given: Mapping[str, str], hosts: int) -> _Said:
             _checked(BalancerConfig, field, said.entry[setting], "url", (PeerConfig("peer0"),))
         elif setting in _DJANGO:
             said.entry[setting] = _value(key, text, _DJANGO[setting])
-            if setting == "CONN_MAX_AGE" and isinstance(said.entry[setting], str):
+            age = said.entry[setting]
+            # A nan would keep each connection for ever.
+            if setting == "CONN_MAX_AGE" and (isinstance(age, str) or age != age):
                 raise _Wrong(f"has a {key!r} that is no number", "Give seconds, or none.")
         elif setting in _PEER or setting == "PEER_NAME":
             _spread(said, key, text)
@@ -353,7 +361,8 @@ def _decoded(text: str, part: str) -> str:
         raise _Wrong(f"has a % in its {part} without two hex digits", "Write a % as %25.")
     try:
         decoded = unquote_to_bytes(text).decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeError:
+        # A variable of the environment that is not UTF-8 has lone surrogates (PEP 383).
         raise _Wrong(f"has a {part} that is not UTF-8", "Encode it in UTF-8.") from None
     if "\0" in decoded:
         raise _Wrong(f"has a %00 in its {part}", "Leave it out.")

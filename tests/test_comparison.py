@@ -6,11 +6,13 @@ import io
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
+from uuid import UUID
 
 import pytest
 from django.core.management import call_command
+from MySQLdb.cursors import DictCursor
 
-from django_proxysql.comparison import Facts, Source, warnings
+from django_proxysql.comparison import Facts, Source, mysql_facts, warnings
 from django_proxysql.config import BalancerConfig, PeerConfig
 from django_proxysql.demo.servers import start_together
 from django_proxysql.inspection import inspect
@@ -90,6 +92,28 @@ def test_a_lag_is_worth_a_word_beyond_ten_seconds(lag: float | None, warned: boo
 def test_clusters_with_nothing_in_common_are_named() -> None:
     said = said_of(facts(0, lineage="a"), facts(1, lineage="b"), facts(2, lineage="a"))
     assert said.startswith("peer0 and peer2 and peer1 are not the same database")
+
+
+def test_clusters_of_which_one_replicates_from_the_other_have_their_data_in_common() -> None:
+    known = (facts(0, lineage="a"), facts(1, lineage="b", sources=REPLICATES))
+    assert said_of(*known, asked=config(0, 1, synchronous_peers=False)) == ""
+
+
+def test_a_node_that_has_joined_no_cluster_yet_has_no_lineage() -> None:
+    answers = {
+        "SELECT @@global.sql_mode": [
+            {
+                **dict.fromkeys(("sql_mode", "charset", "collation", "zone", "host"), "x"),
+                **dict.fromkeys(("read_only", "port", "id"), 0),
+            }
+        ],
+        "SHOW GLOBAL STATUS": [{"variable_name": "", "value": f"{UUID(int=0)}"}],
+    }
+
+    def ask(statement: str) -> Any:
+        return next((rows for text, rows in answers.items() if statement.startswith(text)), None)
+
+    assert mysql_facts("peer0", ask).lineage == ""
 
 
 def test_servers_that_do_not_replicate_are_databases_of_their_own() -> None:
@@ -195,6 +219,16 @@ def test_settings_that_differ_are_a_warning_on_mariadb(mariadb_pair: tuple[Node,
     mariadb_pair[1].set_global("sql_mode", "ANSI")
     printed = looks_of(*(mysql_peer(node) for node in mariadb_pair), status=1)
     assert "default: The peers differ in their sql_mode: peer0: " in printed
+
+
+def test_cursors_that_give_dicts_are_asked_as_well(mariadb_pair: tuple[Node, Node]) -> None:
+    options = {"cursorclass": DictCursor}
+    peers = [mysql_peer(node, OPTIONS=options) for node in mariadb_pair]
+    with engine(peers, alias="default"):
+        found = inspect(["default"])["default"]
+    assert [one.error for one in found] == ["", ""]
+    servers = [one.facts.server for one in found if one.facts]
+    assert [f":{node.port}/" in server for node, server in zip(mariadb_pair, servers)] == [True] * 2
 
 
 def test_galera_nodes_are_equivalent(galera: GaleraCluster) -> None:

@@ -118,6 +118,14 @@ class TestBalancer:
         assert isinstance(raised_by(world.db.connect), NoPeerAvailable)
         assert world.driver.hosts == ["db1"]
 
+    def test_only_moves_no_pin(self) -> None:
+        """What is asked of one peer inside a block does not make the block stay there."""
+        world = World("db1", "db2")
+        with world.db.pinned("db1"):
+            world.connect()
+            world.db.connect(only="db2")
+            assert world.connect() == "db1"
+
     def test_pinned(self) -> None:
         """A thread that is to stay with it comes to its end first."""
         world = World("db1", "db2")

@@ -89,6 +89,12 @@ def test_a_connect_is_timed_by_peer_and_the_connection_counted() -> None:
     assert world.value("db.client.connection.count", "db1", **state) == 0
 
 
+@pytest.mark.parametrize("source", ["db1", None, {}])
+def test_what_is_no_balancer_is_refused_by_its_type(source: Any) -> None:
+    with pytest.raises(TypeError, match=f"and not a {type(source).__name__}"):
+        Telemetry(source)
+
+
 def test_a_failed_attempt_is_counted_by_its_fault_and_opens_the_circuit_once() -> None:
     world = Watched("db1")
     world.driver.down["db1"] = refused_by_host

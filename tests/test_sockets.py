@@ -585,6 +585,15 @@ class TestLimited:
             other.sendall(b"x")
             assert bystander.recv(1) == b"x"
 
+    @pytest.mark.parametrize("seconds", [0, -0.5, -1])
+    def test_no_time_is_left(
+        self, pair: tuple[socket.socket, socket.socket], seconds: float
+    ) -> None:
+        here, _ = pair
+        here.settimeout(5)
+        with limited(here.fileno(), seconds):
+            assert here.recv(1) == b""
+
     def test_without_a_descriptor(self) -> None:
         with limited(None, 0):
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pty
@@ -64,6 +65,13 @@ def test_the_last_look_comes_when_the_time_is_over_and_exhaustion_is_told_once()
     with pytest.raises(NoPeerAvailable):
         world.connect()
     assert world.clock() == 10
+    assert len(world.told(PeersExhausted)) == 1
+
+
+def test_a_wait_that_ends_before_a_second_look_tells_of_the_first_exhaustion() -> None:
+    world = Waiting("db1", stop=tenacity.stop_after_attempt(1))
+    with pytest.raises(NoPeerAvailable):
+        world.connect()
     assert len(world.told(PeersExhausted)) == 1
 
 
@@ -187,6 +195,18 @@ def test_one_usable_peer_is_enough_for_exit_code_0(
         assert command.run("--wait", "60") == 0
     assert command.now == 0
     assert command.out.getvalue().startswith("WARNING: balanced: peer1 down\n")
+
+
+def test_json_says_the_exit_code_that_the_command_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = Command(monkeypatch, 0, lambda: None)
+    with engine(
+        [sqlite_peer(tmp_path / "a"), sqlite_peer(tmp_path / "no" / "b")], PEER_ENGINE=SQLITE
+    ):
+        assert command.run("--wait", "60", "--json") == 0
+    said = json.loads(command.out.getvalue())
+    assert (said["status"], said["exit_code"]) == ("warning", 0)
 
 
 def test_the_command_ends_with_2_when_the_time_is_over(

@@ -299,7 +299,7 @@ class Command(BaseCommand):
                 self._last = OK
             if options["json"]:
                 indent = 2 if interval is None else None
-                self.stdout.write(json.dumps(_as_json(looks), indent=indent))
+                self.stdout.write(json.dumps(_as_json(looks, self._last), indent=indent))
             else:
                 if redraw:
                     # To the top left corner, and nothing of the last look below.
@@ -487,13 +487,13 @@ def _worst(looks: Mapping[str, _Look]) -> int:
     return max(look.status for look in looks.values())
 
 
-def _as_json(looks: Mapping[str, _Look]) -> dict[str, Any]:
+def _as_json(looks: Mapping[str, _Look], exit_code: int) -> dict[str, Any]:
     """Return what ``--json`` prints; its form is promised in docs/reference/commands.rst."""
     status = _worst(looks)
     return {
         "time": time.time(),
         "status": _WORDS[status].lower(),
-        "exit_code": status,
+        "exit_code": exit_code,
         "balancers": [
             {
                 "alias": alias,

@@ -67,11 +67,18 @@ class Telemetry:
     :param sources: the :class:`LoadBalancer` s, or Django's ``balancers``: all of them, present
         and future.
     :param meter_provider: where the metrics go; None: to the global provider.
+    :raises TypeError: a source is neither.
     """
 
     def __init__(
         self, *sources: Source, meter_provider: metrics.MeterProvider | None = None
     ) -> None:
+        for source in sources:
+            if not hasattr(source, "add_listener"):
+                raise TypeError(
+                    "Telemetry takes load balancers, or Django's balancers, and not a "
+                    f"{type(source).__name__}."
+                )
         self._sources = sources
         meter = metrics.get_meter(_NAME, __version__, meter_provider)
         self._create_time = meter.create_histogram(
