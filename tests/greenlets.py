@@ -116,15 +116,16 @@ class Connection:
     """Something that can be referred to weakly."""
 
 
-def counts_end_with_greenlets() -> None:
-    """A greenlet that ends without closing holds no connection any more, others do."""
+def counts_end_with_connections() -> None:
+    """A connection that outlives its greenlet is counted for as long as it lives."""
     db = LoadBalancer({"db1": {}}, connect=Connection)
     kept = []
     over = gevent.event.Event()
 
     def hold() -> None:
-        kept.append(db.connect())
+        connection = db.connect()
         over.wait()
+        del connection
 
     def drop() -> None:
         kept.append(db.connect())
@@ -135,11 +136,16 @@ def counts_end_with_greenlets() -> None:
     # Its locals end with a turn of the loop.
     gevent.sleep(0)
     gc.collect()
-    # The dropped connection is referred to; but its greenlet is no more.
-    assert len(kept) == 2
+    assert db.peers["db1"].connections == 2
+    kept.clear()
+    gc.collect()
     assert db.peers["db1"].connections == 1
     over.set()
     holder.join()
+    del holder
+    gevent.sleep(0)
+    gc.collect()
+    assert db.peers["db1"].connections == 0
 
 
 def pinned(db: LoadBalancer | None = None) -> None:

@@ -271,3 +271,25 @@ def test_server_side_cursor_goes_with_its_last_reference(on_postgres: Site) -> N
             assert not on_postgres.session.server_side
         finally:
             gc.enable()
+
+
+def test_a_failed_transaction_that_is_asked_whether_it_lives_is_not_lost(
+    on_postgres: Site,
+) -> None:
+    """Django's TestCase asks is_usable() after each test; its rollback is then still sent."""
+    here = on_postgres
+    using = here.connection.alias
+
+    def fails() -> None:
+        with transaction.atomic(using):
+            try:
+                here.sql("SELECT nothing_of_the_sort")
+            finally:
+                assert not here.connection.is_usable()
+
+    with transaction.atomic(using):
+        here.write("before")
+        with pytest.raises(Error, match="nothing_of_the_sort"):
+            fails()
+        here.write("after")
+    assert here.written() == ["before", "after"]

@@ -17,7 +17,7 @@ SCENES = [
     "struck_in_connect",
     "struck_in_a_trial",
     "timed_out",
-    "counts_end_with_greenlets",
+    "counts_end_with_connections",
     "pinned",
     "patched_late",
 ]

@@ -490,7 +490,13 @@ class SafePointsMixin(LoadBalancedMixin):
             self._notice_unseen(session)
         usable: bool = super().is_usable()
         session = self._current()
-        if session is not None and not usable and not session.dead:
+        if session is None or usable or session.dead:
+            return usable
+        # PostgreSQL answers nothing in a transaction that has failed: that is no loss, and the
+        # driver's own ping knows of it.
+        try:
+            self._driver.ping(session.connection)
+        except Exception:
             session.dead = True
             session.poll = None
             session.peer.breaker.suspect("the connection was found unusable", Fault.LOST)
