@@ -188,6 +188,7 @@ MYSQL: list[tuple[int, str, Fault, Fault]] = [
     (9001, "Max connect timeout reached while reaching hostgroup 0", NOT_READY, NOT_READY),
     (9002, "Max connect failure while reaching hostgroup 0", NOT_READY, NOT_READY),
     (2013, "Max connect timeout reached while reaching hostgroup 1", UNREACHABLE, NOT_READY),
+    (1062, "Duplicate entry 'while reaching hostgroup' for key 'name'", OTHER, OTHER),
     (1815, "Internal error: Session creation failed", NOT_READY, NOT_READY),
     (1815, "Internal error: something else", OTHER, OTHER),
     (1290, "The server is running with the --read-only option", NOT_READY, NOT_READY),
@@ -243,6 +244,15 @@ class TestMySQL:
         """Errors in what the application asked say nothing about the peer."""
         assert judged(getattr(package, name)(1062, "Duplicate entry")) == (OTHER, OTHER)
         assert judged(getattr(package, name)("%d format: a number is required")) == (OTHER, OTHER)
+
+    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    def test_a_named_peer_changes_no_judgement(self, package: Any) -> None:
+        """The resolver of this process has no memory left, whoever's host it was asked for."""
+        error = package.OperationalError(2005, f"Unknown server host 'db1' ({socket.EAI_MEMORY})")
+        before = judged(error)
+        drivers.name_peer(error, "to peer0 of 'default'")
+        assert "peer0" in str(error)
+        assert judged(error) == before == (Fault.LOCAL, Fault.LOCAL)
 
     @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
     def test_class_is_of_no_account(self, package: Any) -> None:
@@ -516,6 +526,18 @@ class TestPostgreSQL:
     def test_lost_connection(self, package: Any, text: str) -> None:
         """So are its words on a connection that is lost."""
         assert drivers.judge(package.OperationalError(text), connecting=False) is LOST
+
+    @pytest.mark.parametrize(
+        "sqlstate", ["08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"]
+    )
+    def test_an_error_about_another_session_says_nothing_of_this_one(self, sqlstate: str) -> None:
+        """postgres_fdw and dblink pass on what befalls a foreign server's session."""
+        severity = psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
+        made = psycopg.errors.lookup(sqlstate)
+        assert drivers.judge(made("x", info={severity: b"ERROR"}), connecting=False) is OTHER
+        assert drivers.judge(made("x", info={severity: b"FATAL"}), connecting=False) is not OTHER
+        assert postgresql.is_answer(made("x", info={severity: b"ERROR"}))
+        assert not postgresql.is_answer(made("x", info={severity: b"FATAL"}))
 
     @POSTGRES_PACKAGES
     @pytest.mark.parametrize(("text", "sqlstate", "connecting", "established"), POOLERS)

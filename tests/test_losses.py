@@ -476,6 +476,19 @@ class TestReadOnly:
             self.write(connection, "two")
 
 
+@pytest.mark.parametrize("state", ["08006", "57P01", "57P03"])
+def test_a_foreign_server_that_is_down_takes_no_peer_out(postgres_pair: Any, state: str) -> None:
+    """postgres_fdw and dblink raise these, of a session that is another one."""
+    peers = [mysql_peer(node) for node in postgres_pair]
+    with engine(peers, PEER_ENGINE=POSTGRESQL) as connection, connection.cursor() as cursor:
+        session = connection.connection.info.backend_pid
+        with pytest.raises(OperationalError, match="foreign"):
+            cursor.execute(f"DO $$ BEGIN RAISE 'foreign' USING ERRCODE = '{state}'; END $$")
+        cursor.execute("SELECT pg_backend_pid()")
+        assert cursor.fetchone() == (session,)
+        assert connection.peer.breaker.is_available
+
+
 class TestGalera:
     """A node cut off from its cluster connects, answers pings, and can do nothing."""
 

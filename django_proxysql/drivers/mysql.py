@@ -64,13 +64,14 @@ _NO_DESCRIPTORS = re.compile(r"[(\[](?:Errno )?(?:24|23|12)[)\]]")
 #: "Unknown server host 'db1' (-11)" ends in getaddrinfo's code, not in the system's.
 #: These two say that the resolver itself had no descriptor or no memory left.
 _RESOLVER_FAILED = {getattr(socket, name, None) for name in ("EAI_SYSTEM", "EAI_MEMORY")}
-_CODE_AT_END = re.compile(r"\((-?\d+)\)$")
+_CODE_AT_END = re.compile(r"\((-?\d+)\)(?:$| \[while connecting )")
 
 #: PyMySQL's, without a number: an answer that is none of the handshake's. (ProxySQL at its
 #: connection limit, over TLS)
 _OUT_OF_STEP = re.compile("Packet sequence number wrong")
 
-_PROXYSQL_NO_BACKEND = "while reaching hostgroup"
+#: In words of ProxySQL's own: another error may quote a value that the statement has.
+_PROXYSQL_NO_BACKEND = re.compile(r"[^'\"`]*while reaching hostgroup")
 
 
 def text_of(exc: BaseException) -> str:
@@ -163,7 +164,7 @@ class MySQL(Driver):
         # Under TLS a KILL, a reset and a read_timeout all come as 2026.
         if code == 2026:
             return Fault.LOST
-        if _PROXYSQL_NO_BACKEND in text:
+        if _PROXYSQL_NO_BACKEND.match(text):
             return Fault.NOT_READY
         for textual_code, pattern, meaning in BY_TEXT:
             if code == textual_code and pattern.search(text):
@@ -264,7 +265,7 @@ class MySQL(Driver):
 
     def may_be_busy(self, exc: BaseException) -> bool:
         """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
-        return self.code_of(exc) in (9001, 9002) or _PROXYSQL_NO_BACKEND in text_of(exc)
+        return self.code_of(exc) in (9001, 9002) or bool(_PROXYSQL_NO_BACKEND.match(text_of(exc)))
 
     def question_of(self, exc: BaseException) -> str:
         """Return what a trial must ask a peer that answered a statement with ``exc``."""

@@ -27,6 +27,10 @@ BY_SQLSTATE = {
     **dict.fromkeys(("40001", "40P01"), Fault.CONFLICT),
 }
 
+#: States of this session's end. As an ERROR they are about another one: postgres_fdw and dblink
+#: pass on what befalls a foreign server's.
+_ENDS = frozenset({"08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"})
+
 #: libpq gives a failed connect no SQLSTATE, whoever said no: it quotes the
 #: server's line. (psycopg 3 fills ``sqlstate`` in, psycopg2 does not.)
 #: The server speaks its own language here, so the quoted names decide first.
@@ -152,6 +156,13 @@ def sqlstate_of(exc: BaseException) -> str | None:
     return state if isinstance(state, str) else None
 
 
+def _goes_on(exc: BaseException) -> bool:
+    """Return whether the session goes on after the server's answer ``exc``, as it does after each
+    ERROR; a FATAL ends it. (PostgreSQL's documentation, "Error and Notice Message Fields")"""
+    diagnostics = getattr(exc, "diag", None)
+    return getattr(diagnostics, "severity_nonlocalized", None) == "ERROR"
+
+
 #: What libpq takes by name (its documentation, up to 18), psycopg's connect(), and Django's
 #: engine in OPTIONS.
 _OPTIONS = frozenset(
@@ -249,6 +260,8 @@ class PostgreSQL(Driver):
                     return meaning
         if state == "08006" and connecting:
             return Fault.UNREACHABLE
+        if state in _ENDS and not connecting and _goes_on(exc):
+            return Fault.OTHER
         if state in BY_SQLSTATE:
             return BY_SQLSTATE[state]
         if connecting and self.is_option_error(exc):
@@ -307,7 +320,7 @@ class PostgreSQL(Driver):
     def is_answer(self, exc: BaseException) -> bool:
         """Return whether ``exc`` is the server's answer, so that the socket is what it was."""
         state = sqlstate_of(exc)
-        return state is not None and not state.startswith(("08", "57P"))
+        return state is not None and (_goes_on(exc) or not state.startswith(("08", "57P")))
 
     def is_read_only_refusal(self, exc: BaseException) -> bool:
         """Return whether the server refused a write for being read-only."""
