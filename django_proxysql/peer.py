@@ -99,7 +99,7 @@ class Peer:
         if not self._connecting:
             return 0
         # A connect that was killed at the wrong line is gone, and still in the dictionary.
-        return sum(who() is not None for who in tuple(self._connecting.values()))
+        return sum(who() is not None for who in self._connecting.copy().values())
 
     def forget_connections(self) -> None:
         """Start counting anew: in a forked child, whose parent holds the others."""

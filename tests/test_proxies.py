@@ -39,6 +39,7 @@ from tests.servers.scripted import NO_SERVER, READ_ONLY, MaxScale, ProxySQL, Ref
 from tests.site import with_table
 
 DRIVERS = [MySQLdb, pymysql]
+LOCK = "SELECT id FROM app_token FOR UPDATE"
 INSERT = "INSERT INTO app_token (value) VALUES ('one')"
 
 
@@ -723,7 +724,8 @@ class TestDemotedPrimary:
         connection, move = moved
         first = connection.connection
         with pytest.raises(DatabaseError), transaction.atomic("balanced"):
-            execute(connection, "SELECT 1")
+            # After a lock the block is not begun again elsewhere.
+            execute(connection, LOCK)
             move()
             if connection.vendor == "postgresql":
                 # What a transaction may do is settled as it begins.
@@ -735,6 +737,22 @@ class TestDemotedPrimary:
         assert connection.connection is not first
         assert states() == ["closed", "closed"]
 
+    def test_block_that_only_read_is_begun_again_on_the_new_one(self, moved: Any) -> None:
+        """PostgreSQL's refusal fails the transaction: there the error is raised."""
+        connection, move = moved
+        is_postgresql = connection.vendor == "postgresql"
+        ends = pytest.raises(DatabaseError) if is_postgresql else contextlib.nullcontext()
+        with ends, transaction.atomic("balanced"):
+            execute(connection, "SELECT 1")
+            move()
+            if is_postgresql:
+                connection.connection.execute("SET TRANSACTION READ ONLY")
+            execute(connection, INSERT)
+        close_old_connections()
+        ((count,),) = execute(connection, "SELECT count(*) FROM app_token")
+        assert count == (0 if is_postgresql else 1)
+        assert states() == ["closed", "closed"]
+
     def test_block_is_run_again(self, moved: Any) -> None:
         connection, move = moved
         runs: list[int] = []
@@ -742,7 +760,7 @@ class TestDemotedPrimary:
         @retrying_atomic(using="balanced")
         def work() -> None:
             runs.append(1)
-            execute(connection, "SELECT 1")
+            execute(connection, LOCK)
             if len(runs) == 1:
                 move()
                 if connection.vendor == "postgresql":
