@@ -537,7 +537,8 @@ class TestCelery:
         answers = project.call("write", [f"before-{n}" for n in range(6)])
         assert {peer for _, _, peer in answers} == {"peer0"}
         processes = {process for process, _, _ in answers}
-        assert project.worker.pid in processes if kind == "solo" else len(processes) > 1
+        # How many of the pool's processes get one of the tasks is the scheduler's affair.
+        assert (project.worker.pid in processes) is (kind == "solo")
         if not project.is_pooled:
             # None is used for two tasks.
             assert len({number for _, number, _ in answers}) == 6

@@ -137,15 +137,16 @@ def served_by(connection: Any) -> int:
 def test_is_never_taken_for_another_peer(make: Any, nodes: Any, named: Any) -> None:
     """No statement reaches a server that is not the peer's, and what is wrong is raised."""
     peers = [mysql_peer(node) for node in nodes]
-    with engine(peers, PEER_ENGINE=named(make), STRATEGY="round_robin") as connection:
+    with engine(peers, PEER_ENGINE=named(make)) as connection:
         ports = {f"peer{n}": node.port for n, node in enumerate(nodes)}
         errors = []
-        for _ in range(4):
-            try:
-                assert served_by(connection) == ports[connection.peer.name]
-            except ImproperlyConfigured as exc:
-                errors.append(str(exc))
-            connection.close()
+        for name in ("peer0", "peer1", "peer0", "peer1"):
+            with balancers["balanced"].pinned(name):
+                try:
+                    assert served_by(connection) == ports[name]
+                except ImproperlyConfigured as exc:
+                    errors.append(str(exc))
+                connection.close()
         assert len(errors) >= 3
         for word in ("'balanced'", "PEER_ENGINE", "peer0", "peer1", "shop.databases.base"):
             assert word in errors[0]
