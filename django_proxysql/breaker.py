@@ -388,7 +388,8 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         number("lease", lease)
         function("clock", clock, "Give a function that returns seconds.")
         function("jitter", jitter, "Give a function that returns [0, 1).")
-        if not hasattr(on_transition, "put"):
+        hears = hasattr(on_transition, "put") and hasattr(on_transition, "go")
+        if not hears:
             function("on_transition", on_transition, "Give a function.", optional=True)
         if throw_new_error_on_trip:
             raise ConfigError(
@@ -406,7 +407,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
         self._on_transition: Hearer | None = None
         if on_transition is not None:
             hearer: Any = on_transition
-            if not hasattr(hearer, "put"):
+            if not hears:
                 what = "What was to be told of the circuit of %s raised"
                 hearer = Teller(hearer, name or "", what)
             self._on_transition = hearer

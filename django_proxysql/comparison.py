@@ -218,7 +218,7 @@ def _mysql_source(row: Mapping[str, Any]) -> Source:
     return Source(
         address=f"{said.get('source_host')}:{said.get('source_port')}",
         is_running=all(one == "Yes" for one in running),
-        lag=None if lag is None else float(lag),
+        lag=_number(lag),
         error=str(said.get("last_sql_error") or said.get("last_io_error") or ""),
     )
 
@@ -268,7 +268,7 @@ def _postgresql_sources(ask: Ask) -> tuple[Source, ...] | None:
         Source(
             address=f"{host}:{one.get('sender_port')}" if host else "its primary",
             is_running=bool(receivers) and one.get("status") in ("streaming", None),
-            lag=float(lag) if lag else None,
+            lag=_number(lag),
         ),
     )
 
@@ -288,6 +288,14 @@ def _value(ask: Ask, statement: str) -> str:
 
 def _clock(ask: Ask, statement: str) -> float | None:
     before = time.time()
-    said = _value(ask, statement)
+    said = _number(_value(ask, statement))
     # The answer was true somewhere between the two.
-    return float(said) - (before + time.time()) / 2 if said else None
+    return None if said is None else said - (before + time.time()) / 2
+
+
+def _number(said: Any) -> float | None:
+    """Return the number that a server says; None where it says something else."""
+    try:
+        return float(said)
+    except (TypeError, ValueError):
+        return None

@@ -152,6 +152,10 @@ class BalancerConfig:
     def __post_init__(self) -> None:
         if not self.peers:
             raise ConfigError("PEERS", "is empty", "Name at least one peer.")
+        for peer in self.peers:
+            if not isinstance(peer, PeerConfig):
+                kind = type(peer).__name__
+                raise ConfigError("PEERS", f"has a {kind} in it", "Give a tuple of PeerConfigs.")
         seen: set[str] = set()
         for peer in self.peers:
             if peer.name in seen:

@@ -9,6 +9,7 @@ the like as attributes where they apply, for structured logging.
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 from .events import (
@@ -124,15 +125,18 @@ def log_event(event: Event) -> None:
 _rescues: dict[tuple[str, type], Limit] = {}
 #: What was wrong on this side for each peer, and one limit for each: every connect may meet it.
 _ours: dict[tuple[str, str], tuple[str, Limit]] = {}
+#: Numbers, and ids of hexadecimal digits: each request to a token service may have one of its own.
+_NUMBERS = re.compile(r"\b[0-9a-fA-F-]{8,}\b|\d+")
 
 
 def _is_new(event: ConnectFailed) -> bool:
     """Return whether the last minute's log does not say so already."""
     key = (event.balancer, event.peer)
+    said = _NUMBERS.sub("#", event.error)
     error, limit = _ours.get(key, ("", None))
-    if limit is None or error != event.error:
+    if limit is None or error != said:
         limit = Limit(60)
-        _ours[key] = (event.error, limit)
+        _ours[key] = (said, limit)
     return limit.passes(time.monotonic()) is not None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from queue import Queue
 from typing import Any, Callable
 
 import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer, NoPeerAvailable, PeerBreaker, balancers, retrying_atomic
+from django_proxysql.config import BalancerConfig
 from django_proxysql.exceptions import ConfigError, UnknownPeer
 from django_proxysql.monitoring.metrics import Metrics
 from django_proxysql.strategies import Random
@@ -184,6 +186,19 @@ def test_breaker(argument: str, value: Any) -> None:
     error = raised_by(lambda: PeerBreaker(**{argument: value}))
     assert isinstance(error, ConfigError)
     assert str(error).startswith(f"{argument} is ")
+
+
+def test_what_takes_changes_hands_them_on_as_well() -> None:
+    """A queue has a put(), and no go()."""
+    error = raised_by(lambda: PeerBreaker(on_transition=Queue()))  # type: ignore[arg-type]
+    assert isinstance(error, ConfigError)
+
+
+@pytest.mark.parametrize("peer", [None, 5, "db1", {"host": "db1"}], ids=repr)
+def test_a_finished_configuration_has_peers_configurations(peer: Any) -> None:
+    error = raised_by(lambda: BalancerConfig("default", (peer,)))
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(f"PEERS has a {type(peer).__name__} in it")
 
 
 @pytest.mark.parametrize("argument", ["clock", "jitter", "on_transition"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from uuid import UUID
@@ -34,6 +34,25 @@ def config(*priorities: int, **settings: Any) -> BalancerConfig:
 
 def facts(place: int, **said: Any) -> Facts:
     return Facts(f"peer{place}", **{"server": f"db{place}:3306/{place}", "sources": (), **said})
+
+
+def asked(source: Any = None, clock: Any = "1.5", cluster: str = "") -> Callable[[str], Any]:
+    """Return how a MySQL server answers."""
+    answers: dict[str, Any] = {
+        "SELECT UNIX_TIMESTAMP": {"now": clock},
+        "SELECT @@global.sql_mode": {
+            **dict.fromkeys(("sql_mode", "charset", "collation", "zone", "host"), "x"),
+            **dict.fromkeys(("read_only", "port", "id"), 0),
+        },
+        "SHOW GLOBAL STATUS": {"variable_name": "", "value": cluster},
+        "SHOW REPLICA STATUS": source,
+    }
+
+    def ask(statement: str) -> Any:
+        row = next((row for text, row in answers.items() if statement.startswith(text)), None)
+        return None if row is None else [row]
+
+    return ask
 
 
 def said_of(*known: Facts, asked: BalancerConfig | None = None) -> str:
@@ -100,20 +119,16 @@ def test_clusters_of_which_one_replicates_from_the_other_have_their_data_in_comm
 
 
 def test_a_node_that_has_joined_no_cluster_yet_has_no_lineage() -> None:
-    answers = {
-        "SELECT @@global.sql_mode": [
-            {
-                **dict.fromkeys(("sql_mode", "charset", "collation", "zone", "host"), "x"),
-                **dict.fromkeys(("read_only", "port", "id"), 0),
-            }
-        ],
-        "SHOW GLOBAL STATUS": [{"variable_name": "", "value": f"{UUID(int=0)}"}],
-    }
+    assert mysql_facts("peer0", asked(cluster=f"{UUID(int=0)}")).lineage == ""
 
-    def ask(statement: str) -> Any:
-        return next((rows for text, rows in answers.items() if statement.startswith(text)), None)
 
-    assert mysql_facts("peer0", ask).lineage == ""
+@pytest.mark.parametrize("said", ["", "unknown", None])
+def test_what_is_no_number_is_unknown(said: Any) -> None:
+    """A server that speaks a dialect of its own is no worse for that."""
+    mysql: Any = {"seconds_behind_master": said}
+    (source,) = mysql_facts("peer0", asked(mysql, said)).sources or ()
+    assert source.lag is None
+    assert mysql_facts("peer0", asked(mysql, said)).clock is None
 
 
 def test_servers_that_do_not_replicate_are_databases_of_their_own() -> None:

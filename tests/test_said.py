@@ -6,13 +6,15 @@ import io
 import itertools
 import logging
 import pickle
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from django.core.checks import run_checks
 from django.core.management import call_command
 
-from django_proxysql import Fault, NoPeerAvailable
+from django_proxysql import Fault, NoPeerAvailable, logs
 from django_proxysql.backends.versions import different_versions
 from django_proxysql.breaker import CLOSED, CircuitBreakerError
 from django_proxysql.events import CircuitOpened, ConnectFailed, PeersExhausted
@@ -202,6 +204,25 @@ class TestPasswordThatRaises:
         (record,) = caplog.records
         assert record.levelno == logging.ERROR
         assert "connecting to db1 (db1) failed (settings, or this process)" in record.getMessage()
+
+    def test_errors_with_numbers_of_their_own_fill_no_log(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A token service's error names the request: one line a minute for each peer."""
+        now = [0.0]
+        monkeypatch.setattr(logs, "_ours", {})
+        monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        requests = (f"{number} ({uuid4()})" for number in itertools.count(1))
+
+        def password() -> str:
+            raise LookupError(f"request {next(requests)} failed")
+
+        world = World(peers={"db1": {"host": "db1", "password": password}})
+        for moment in (0.0, 0.1, 59.9, 60.0, 61.0):
+            now[0] = moment
+            raised_by(world.connect)
+        said = [record.getMessage().partition(" request ")[2][:2] for record in caplog.records]
+        assert said == ["1 ", "4 "]
 
     def test_in_a_trial(self) -> None:
         """A trial that it ends is due again soon; the peer is as it was."""
