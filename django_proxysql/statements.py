@@ -92,7 +92,11 @@ _STATELESS_HEADS = _READ_HEADS | {
     *("SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT"),
 }
 #: What may stand between two words: spaces and comments, as either server ends them.
-GAP = r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|\*/|(?:--|\#)(?:[^\r\n]*[\r\n]|[^\n]*\n))"
+#: There is one way only to read each, or else a dozen lines of comments take for ever.
+GAP = (
+    r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|\*/"
+    r"|(?:--|\#)[^\r\n]*(?:\r?\n|\r(?!\n)(?:[^\n]*\n)?))"
+)
 #: … and between a function's name and the parenthesis of its call.
 CALL = rf"""["`]?{GAP}*\("""
 _STATE = re.compile(

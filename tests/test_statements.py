@@ -1287,6 +1287,17 @@ class TestWhatDjangoWrites:
         assert written >= 10
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    "head", ["SELECT set_id", "SELECT last_insert_id", "CREATE", "INSERT INTO temp", "SELECT 1;"]
+)
+def test_lines_of_comments_are_read_at_once(head: str, end: str) -> None:
+    """Were there two ways to read each, the time would double with every line."""
+    lines = f"-- a note{end}" * 60
+    scan(f"{head}{end}{lines}FROM t")
+    assert scan(f"SELECT set_tenant{end}{lines}(7)") & STATE
+
+
 def vars_of(book: Any) -> dict[str, Any]:
     return {
         field.attname: getattr(book, field.attname)
