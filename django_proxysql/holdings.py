@@ -201,10 +201,17 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
     if not isinstance(sql, str):
         return
     pieces = _MORE.split(_COMMENT.sub(" ", sql))
+    found: set[str] = set()
     for piece in pieces:
         for takes, name in _changes(piece, sql, params):
             # Where a semicolon may stand in a value, nothing is sure to be given back.
             if takes or len(pieces) == 1:
+                found.add(name)
+                yield takes, name
+    if _COMMENT.search(sql):
+        # What looks like a comment may be none: in a value, or an operator of PostgreSQL's.
+        for takes, name in _changes(sql, sql, params):
+            if takes and name not in found:
                 yield takes, name
 
 

@@ -189,3 +189,23 @@ def test_a_copy_tells_what_is_missing_later() -> None:
             and after.for_life.keys() >= before.for_life.keys()
         )
         assert after.include(before.copy()) is has_all
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT '--', pg_advisory_lock(7)\nFROM t",
+        "SELECT '/*', pg_advisory_lock(7), '*/'",
+        "SELECT a #> '{b}', pg_advisory_lock(7)\nFROM t",
+    ],
+)
+def test_what_looks_like_a_comment_hides_no_lock(sql: str) -> None:
+    assert [takes for takes, _name in changes(sql)] == [True]
+
+
+def test_a_lock_beside_a_comment_is_taken_and_given_back_once() -> None:
+    held = Holdings()
+    held.sent("SELECT pg_advisory_lock(7) /* x */ -- y\n", None)
+    assert list(held.for_life.values()) == [1]
+    held.answered("SELECT pg_advisory_unlock(7) /* x */", None)
+    assert not held
