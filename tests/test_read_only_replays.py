@@ -232,3 +232,26 @@ class TestNothingTwice:
         assert not lose(evil, "SELECT a FROM writes")
         states = {p.breaker.circuit.state for p in evil.balancer.peers.values()}
         assert states == {"closed"}
+
+
+class TestWhatABlockHasWrittenByReads:
+    """A block whose reads have written is not begun anew, or taken for committed, without that."""
+
+    @pytest.mark.parametrize("commits", [False, True])
+    def test_it_stands_or_the_loss_is_raised(self, evil: Site, commits: bool) -> None:
+        if evil.is_mysql:
+            evil.sql("ALTER TABLE effect ENGINE = InnoDB")
+        saved = True
+        try:
+            with transaction.atomic(evil.connection.alias):
+                evil.sql("SELECT a FROM writes")
+                evil.cut("before")
+                if not commits:
+                    evil.read()
+        except Error:
+            saved = False
+        evil.settle()
+        with evil.plain.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM effect")
+            [(stands,)] = cursor.fetchall()
+        assert stands == saved

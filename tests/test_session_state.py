@@ -153,6 +153,31 @@ class TestGivenBack:
         assert here.sql(f"SELECT {column} FROM (SELECT 1 AS {column}) AS t") == [(1,)]
 
 
+class TestServerSideCursor:
+    """What ``iterator()`` runs is a statement like any other."""
+
+    def test_a_lock_that_it_takes_is_held(self, on_postgres: Site) -> None:
+        here = on_postgres
+        with transaction.atomic(here.connection.alias), here.connection.chunked_cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_lock(%s)", [7])
+            cursor.fetchall()
+        close_old_connections()
+        here.kill()
+        here.idle()
+        shows_its_loss_once(here)
+
+    def test_it_asks_no_other_connection(self, on_postgres: Site) -> None:
+        here = on_postgres
+        here.write("one")
+        here.kill()
+        here.idle()
+        here.read()
+        cursor = here.connection.chunked_cursor()
+        with pytest.raises(OperationalError, match="replaced"):
+            cursor.execute("SELECT lastval()")
+        cursor.close()
+
+
 class TestAnswersOfOneConnection:
     """After a write they are not asked of a connection that has not made it."""
 
@@ -219,6 +244,19 @@ class TestAnswersOfOneConnection:
         assert on_mariadb.sql("SELECT ROW_COUNT()") == [(1,)]
         with pytest.raises(OperationalError, match="replaced"):
             on_mariadb.sql("SELECT LAST_INSERT_ID()")
+
+    def test_many_updates_answer_for_their_rows_only(self, on_mariadb: Site) -> None:
+        on_mariadb.write("one")
+        on_mariadb.kill()
+        on_mariadb.idle()
+        with on_mariadb.connection.cursor() as cursor:
+            cursor.executemany("UPDATE app_token SET value = %s", [["two"]])
+        assert on_mariadb.sql("SELECT ROW_COUNT()") == [(1,)]
+        with pytest.raises(OperationalError, match="replaced"):
+            on_mariadb.sql("SELECT LAST_INSERT_ID()")
+        with on_mariadb.connection.cursor() as cursor:
+            cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["three"]])
+        assert on_mariadb.sql("SELECT LAST_INSERT_ID()") != [(0,)]
 
     def test_in_the_next_request_nothing_was_written(self, on_mariadb: Site) -> None:
         on_mariadb.write("one")

@@ -203,4 +203,6 @@ class _Seam(CursorWrapper):
         result = super().callproc(procname, *arguments)
         if session is not None:
             session.sending = None
+            # What it made is anybody's guess: the session answers for itself from here on.
+            session.lost_results = 0
         return result

@@ -691,19 +691,26 @@ class SafePointsMixin(LoadBalancedMixin):
         session = self._session
         assert session is not None
         if kind & session.lost_results:
-            raise OperationalError(
-                f"{session.balancer.name}: what this statement asks for went with a connection "
-                "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
-                "answer for one connection only, and the new one would answer for itself."
-            )
+            self._raise_lost_results(session)
         if cursor._session is not session:
             session = self._bind(cursor)
         if kind & STATE:
-            # For a replay of it, alone.
-            self._held_before = bool(session.holds)
-            if not self._of_ours and not self._ends_with_block(sql):
-                session.holds.sent(sql, params)
+            self._takes(session, sql, params)
         return session
+
+    def _raise_lost_results(self, session: Session) -> None:
+        raise OperationalError(
+            f"{session.balancer.name}: what this statement asks for went with a connection "
+            "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
+            "answer for one connection only, and the new one would answer for itself."
+        )
+
+    def _takes(self, session: Session, sql: Any, params: Any) -> None:
+        """Take note, before it is sent, of a statement that leaves something in the session."""
+        # For a replay of it, alone.
+        self._held_before = bool(session.holds)
+        if not self._of_ours and not self._ends_with_block(sql):
+            session.holds.sent(sql, params)
 
     #: Whether the session held anything when the last statement that takes something was sent.
     _held_before = True
@@ -730,8 +737,8 @@ class SafePointsMixin(LoadBalancedMixin):
             session.holds.answered(sql, params)
             if kind & STATE and asks_for_a_lock(sql) and _answers_no(cursor.cursor):
                 session.holds.refused(sql, params)
-        if session.lost_results and writes(kind):
-            session.lost_results &= 0 if makes_ids(sql) else ~RESULT
+        if writes(kind):
+            _has_results(session, sql)
 
     def _before_other(self, cursor: Any, sql: Any, params: Any) -> Session | None:
         """Before what is never run again: callproc.
@@ -753,7 +760,6 @@ class SafePointsMixin(LoadBalancedMixin):
         session.used = now
         session.sending = (sql, params)
         session.wrote = session.results = True
-        session.lost_results = 0
         return session
 
     def _unseen(self) -> None:
@@ -1123,15 +1129,28 @@ class SafePointsMixin(LoadBalancedMixin):
             ready.catch_up(connection)
         if replay.is_undone and not is_undone(connection, self.vendor, sql):
             raise NotReady("not all that the statement may change is undone by a rollback")
+        reads = list(self._transaction.reads or ()) if replay.reads_anew else []
         if replay.rehearse:
-            frame = ReadOnly(connection, in_block=False)
-            frame.begin()
+            reads.append((without_lock(sql), params))
+        if reads:
+            self._rehearse(reads)
+
+    def _rehearse(self, reads: list[tuple[Any, Any]]) -> None:
+        """Run what looks like reads READ ONLY on the new connection: writes show there.
+
+        What they wrote in a transaction that is lost would be gone with it, and nobody told.
+
+        :raises Exception: the driver's error.
+        """
+        frame = ReadOnly(self.connection, in_block=False)
+        frame.begin()
+        for sql, params in reads:
             cursor = self.create_cursor()
             try:
-                cursor.execute(without_lock(sql), params)
+                cursor.execute(sql, params)
             finally:
                 cursor.close()
-            frame.end(answered=True)
+        frame.end(answered=True)
 
     def _lost(
         self,
@@ -1269,6 +1288,7 @@ class SafePointsMixin(LoadBalancedMixin):
         finally:
             self._unseen()
         session.sending = None
+        _has_results(session, sql)
         return result
 
     # Server-side cursors
@@ -1288,7 +1308,15 @@ class SafePointsMixin(LoadBalancedMixin):
             self._transaction.statement_sent()
             return run()
         kind, started = scan(sql), session.clock()
+        if params:
+            kind |= self._kind_of_params(session, params)
+        if kind & session.lost_results:
+            self._raise_lost_results(session)
+        if kind & STATE:
+            self._takes(session, sql, params)
         session.used, session.sending = started, (sql, params)
+        if writes(kind):
+            session.wrote = session.results = True
         try:
             result = run()
         except Error as exc:
@@ -1576,14 +1604,29 @@ class SafePointsMixin(LoadBalancedMixin):
         return result
 
     def _leaves_no_trace(self, session: Session) -> bool:
-        """Return whether the transaction, whose end is lost, is as good as committed."""
+        """Return whether the transaction, whose end is lost, is as good as committed.
+
+        If it is, the connection was replaced.
+        """
         if not self._transaction.reads or not self._has_only_read(session, anew=False):
             return False
         try:
             serializable = self._is_serializable(session)
         except Exception:
             serializable = None
-        return leaves_no_trace(only_read=True, serializable=serializable)
+        if not leaves_no_trace(only_read=True, serializable=serializable):
+            return False
+        if session.holds or self._thread_sharing_count > 0:  # type: ignore[attr-defined]
+            return False
+        # Any peer can tell whether what looks like reads has written.
+        rehearse = functools.partial(self._rehearse, list(self._transaction.reads))
+        try:
+            if not session.budget.spend("COMMIT"):
+                return False
+            self._replace(session, "last", resume=rehearse)
+        except Exception:
+            return False
+        return True
 
     def _is_serializable(self, session: Session) -> bool:
         """Ask, on a connection of its own, whether COMMIT may find a conflict of reads alone."""
@@ -1962,6 +2005,12 @@ def _sets_up(cls: type) -> bool:
         for base in cls.__mro__
         if not base.__module__.startswith(ours)
     )
+
+
+def _has_results(session: Session, sql: Any) -> None:
+    """Take note that a session has answers of its own to tell: of a write that was answered."""
+    if session.lost_results:
+        session.lost_results &= 0 if makes_ids(sql) else ~RESULT
 
 
 def _answers_no(cursor: Any) -> bool:
