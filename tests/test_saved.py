@@ -185,6 +185,20 @@ class TestCommitOfReads:
             here.sql("SELECT value FROM app_token FOR UPDATE")
             here.kill()
 
+    def test_is_raised_where_nothing_is_run_again(self, mariadb: Any, fault_proxy: Any) -> None:
+        with site(mariadb, fault_proxy, REPLAY=None) as here:
+            with pytest.raises(Error), transaction.atomic(here.connection.alias):
+                here.read()
+                here.cut("after")
+            assert here.read() == []
+
+    def test_where_the_session_holds_something_is_raised(self, on_postgres: Site) -> None:
+        here = on_postgres
+        here.sql("SELECT pg_advisory_lock(7)")
+        with pytest.raises(Error), transaction.atomic(here.connection.alias):
+            here.read()
+            here.cut("after")
+
     def test_of_serializable_reads_is_unknown(self, postgres: Any, fault_proxy: Any) -> None:
         options = {"options": "-c default_transaction_isolation=serializable"}
         with (

@@ -1618,6 +1618,8 @@ class SafePointsMixin(LoadBalancedMixin):
             return False
         if session.holds or self._thread_sharing_count > 0:  # type: ignore[attr-defined]
             return False
+        if session.balancer.config.replay is None:
+            return False
         # Any peer can tell whether what looks like reads has written.
         rehearse = functools.partial(self._rehearse, list(self._transaction.reads))
         try:
