@@ -289,8 +289,11 @@ def _value(ask: Ask, statement: str) -> str:
 def _clock(ask: Ask, statement: str) -> float | None:
     before = time.time()
     said = _number(_value(ask, statement))
-    # The answer was true somewhere between the two.
-    return None if said is None else said - (before + time.time()) / 2
+    after = time.time()
+    # The answer was true somewhere between the two. If they lie far apart it says nothing.
+    if said is None or after - before > CLOCKS_APART:
+        return None
+    return said - (before + after) / 2
 
 
 def _number(said: Any) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +13,7 @@ import pytest
 from django.core.management import call_command
 from MySQLdb.cursors import DictCursor
 
+from django_proxysql import comparison
 from django_proxysql.comparison import Facts, Source, mysql_facts, warnings
 from django_proxysql.config import BalancerConfig, PeerConfig
 from django_proxysql.demo.servers import start_together
@@ -120,6 +122,16 @@ def test_clusters_of_which_one_replicates_from_the_other_have_their_data_in_comm
 
 def test_a_node_that_has_joined_no_cluster_yet_has_no_lineage() -> None:
     assert mysql_facts("peer0", asked(cluster=f"{UUID(int=0)}")).lineage == ""
+
+
+@pytest.mark.parametrize(("seconds", "is_known"), [(0.8, True), (3.0, False)])
+def test_an_answer_that_is_late_says_nothing_of_the_clock(
+    seconds: float, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overloaded server's clock may be right."""
+    now = iter((100.0, 100.0 + seconds))
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(time=lambda: next(now)))
+    assert (mysql_facts("peer0", asked(clock="100")).clock is not None) is is_known
 
 
 @pytest.mark.parametrize("said", ["", "unknown", None])
