@@ -9,6 +9,7 @@ import pytest
 from django.db import OperationalError, connections, transaction
 from django.db.utils import Error
 
+from django_proxysql.backends.state import NO_TRANSACTION
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.app.models import Token
 from tests.site import Site, site
@@ -378,6 +379,10 @@ class TestServerSideCursors:
             assert values() == list("abcde")
         assert here.replayed()
         here.write("f")
+
+    def test_in_autocommit_notes_nothing_on_what_all_threads_share(self, on_postgres: Site) -> None:
+        list(Token.objects.using(on_postgres.connection.alias).iterator(2))
+        assert NO_TRANSACTION.mark is None
 
     def test_later_rows_are_raised(self, on_postgres: Site) -> None:
         here = on_postgres

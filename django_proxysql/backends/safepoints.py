@@ -1329,7 +1329,8 @@ class SafePointsMixin(LoadBalancedMixin):
             self._transaction.statement_sent()
             raise
         session.sending = None
-        self._note_answered(session, kind, sql, params)
+        if self._transaction.reads is not None:
+            self._note_answered(session, kind, sql, params)
         # Without what Django gives besides: it holds the cursor.
         cursor._declared = (session, sql, params, kind, plain)
         return result
