@@ -81,10 +81,10 @@ class TestBlockThatReadSoFar:
         alias = here.connection.alias
         with transaction.atomic(alias):
             here.read()
-            sid = transaction.savepoint(alias)
+            sid = here.connection.savepoint()
             here.cut("after")
             here.write("one")
-            transaction.savepoint_rollback(sid, alias)
+            here.connection.savepoint_rollback(sid)
             here.write("two")
         assert here.written() == ["two"]
         assert here.replayed()
