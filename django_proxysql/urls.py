@@ -86,6 +86,9 @@ _PLACES = {
     "DBNAME": "behind the first / that follows the hosts",
     "NAME": "behind the first / that follows the hosts",
     "PORT": "behind its host, as in db1:3306",
+    "PEERS": "as hosts, as in mysql://db1,db2/name",
+    "ENGINE": "as the scheme, or as peer_engine",
+    "BREAKER": "as fail_max and success_threshold",
 }
 _KNOWN = ("PEER_ENGINE", "PEER_NAME", *_BALANCER, *_DJANGO, *_PEER, *_BREAKER)
 
@@ -381,8 +384,10 @@ def _sqlite_entry(path: str, given: Mapping[str, str]) -> dict[str, Any]:
             "Write a relative path as sqlite:///db.sqlite3, an absolute one with four slashes.",
         )
     entry: dict[str, Any] = {"ENGINE": _SQLITE, "NAME": name}
-    # Wrong values are wrong here, too: what is tried in development is what runs later.
-    said = _said(given, 1)
+    # Wrong values are wrong here, too: what is tried in development is what runs later. (But for
+    # those of peers, of which there are none.)
+    of_peers = {*_PEER, "PEER_NAME"}
+    said = _said({key: text for key, text in given.items() if key.upper() not in of_peers}, 1)
     entry.update({key: value for key, value in said.entry.items() if key in _DJANGO})
     if said.options:
         entry["OPTIONS"] = said.options

@@ -91,7 +91,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "PEERS": [{"HOST": "a"}],
     },
     "sqlite:///shop.sqlite3": {"ENGINE": "django.db.backends.sqlite3", "NAME": "shop.sqlite3"},
-    "sqlite:////var/shop.sqlite3?conn_max_age=5&check_interval=9&timeout=20": {
+    "sqlite:////var/shop.sqlite3?conn_max_age=5&check_interval=9&timeout=20&weight=2,1": {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": "/var/shop.sqlite3",
         "CONN_MAX_AGE": 5,
@@ -154,6 +154,8 @@ WRONG = {
     f"mysql://u:{SECRET}@a/shop?{SECRET}": "no key=value",
     f"mysql://u:{SECRET}@a/shop?x=1&X={SECRET}": "a key in its query twice",
     f"mysql://a/shop?password={SECRET}": "Write it before the @",
+    f"mysql://a/shop?peers={SECRET}": "Write it as hosts",
+    f"mysql://a/shop?Engine={SECRET}": "Write it as the scheme",
     f"mysql://u:{SECRET}@a/shop?host=b": "names hosts in two places",
     f"mysql://u:{SECRET}@a/shop?HOST=b": "names hosts in two places",
     f"sqlite://u:{SECRET}@a/shop": "names a host",
