@@ -105,6 +105,8 @@ def nodes(kind: str, request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def named(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], str]]:
     """Give an engine's class a path to name it by; afterwards close what it has kept."""
+    # Where django.contrib.postgres is, the alias that an engine sees is each peer's own.
+    monkeypatch.delitem(sys.modules, "django.contrib.postgres.signals", raising=False)
     made: list[Any] = []
 
     def name(make: Callable[[Real], Any]) -> str:
