@@ -26,6 +26,10 @@ EXPECTED = {
         "it looks into the pool for psycopg's own health check, which has whoever finds several "
         "dead connections wait for seconds: here the engine makes it, with what the pool gives it"
     ),
+    r"backends\.postgresql\.tests\.Tests\.test_pool_check_can_be_overridden": (
+        "it looks into the pool for the check of OPTIONS: here the engine calls it, with what the "
+        "pool gives it"
+    ),
     r"backends\.postgresql\.tests\.Tests\.test_connect_pool": (
         "it fills the pool of its one server, and then asks for another connection: here the "
         "balancer has two peers with a pool each, and one that is to be had from neither is "
