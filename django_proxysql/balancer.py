@@ -762,7 +762,7 @@ class LoadBalancer:
             teller.put(event)
 
     def _tell_changes(self) -> None:
-        """Tell the listeners of the changes that were put, whoever put them. Needs no lock."""
+        """Tell the listeners of the changes that were put, by any thread. Needs no lock."""
         tellers = self._tellers
         try:
             for teller in tellers:
@@ -1027,7 +1027,7 @@ class LoadBalancer:
         return opened.seconds if interval is None else min(opened.seconds, interval)
 
     def _circuits_changed(self) -> None:
-        """Do what the noted changes demand, whoever noted them. Needs no lock."""
+        """Do what the noted changes demand, by any thread. Needs no lock."""
         while self._changes:
             try:
                 name, change = self._changes.popleft()

@@ -170,7 +170,7 @@ class Teller:
                 life.ident = _thread.get_ident()
                 self._life = weakref.ref(life)
         except BaseException:
-            # Whoever keeps the exception keeps this frame, and with it the life.
+            # Code that keeps the exception keeps this frame, and with it the life.
             life.over = True
             raise
         return life
@@ -251,7 +251,7 @@ def finish(seconds: float | None = None) -> None:
     until = time.monotonic() + (AT_EXIT if seconds is None else seconds)
     _wait_for_tellers(until)
     _exit.is_over = True
-    # Whoever began between the two lines.
+    # A thread that began between the two lines.
     _wait_for_tellers(until)
 
 

@@ -2,7 +2,7 @@
 
 So vendor, features, ops, introspection and schema editor are the real ones,
 and ``isinstance(connection, TheRealDatabaseWrapper)`` holds. What ENGINE names is the
-class that they are made from. Its metaclass lets it answer as one of them, for whoever
+class that they are made from. Its metaclass lets it answer as one of them, for code that
 asks a backend's class and not a connection.
 """
 

@@ -147,8 +147,8 @@ class LoadBalancedMixin(_Base):
     def get_connection_params(self) -> dict[str, Any]:
         """Return what the driver's connect() is called with, for the peer at hand.
 
-        Whoever asks while nothing is being connected (tracing does, at each query) is told
-        of the present connection's peer, else of the first. Nothing changes by that, and a
+        A caller that asks while nothing is being connected (tracing does, at each query) gets
+        those of the present connection's peer, else of the first. Nothing changes by that, and a
         callable PASSWORD stays what it is: only an attempt to connect calls it.
         """
         if self._peer_settings is None and self.connection is not None:
@@ -199,7 +199,7 @@ class LoadBalancedMixin(_Base):
             peer.server_facts = (self._driver.greeting(self.connection), facts)
 
     def _open_directly(self, conn_params: dict[str, Any]) -> Any:
-        """Open a connection for whoever calls get_new_connection() and not connect()."""
+        """Open a connection for code that calls get_new_connection() and not connect()."""
         settings = _with_password(self.peer_settings())
         asked = {key for key in ("password", "passwd") if callable(conn_params.get(key))}
         params = {**conn_params, **dict.fromkeys(asked, settings.get("PASSWORD"))}

@@ -38,7 +38,7 @@ class Stage(enum.Enum):
 #: Each is proven to be a read before it counts, while somebody waits.
 _MOST_READS = 20
 
-#: For whoever asks at each statement.
+#: For code that asks at each statement.
 BEGUN = Stage.BEGUN
 
 _ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN})

@@ -146,7 +146,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         """Return the engine's own, with CONNECT_TIMEOUT.
 
         A callable PASSWORD is called where something is being connected, and stays what it
-        is for whoever only asks, as tracing does at each query.
+        is for code that only asks, as tracing does at each query.
         """
         params: dict[str, Any] = super().get_connection_params()
         if self._is_connecting:
