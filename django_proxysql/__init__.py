@@ -8,12 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .balancer import LoadBalancer
-from .breaker import PeerBreaker
-from .exceptions import NoPeerAvailable, NotReady
-from .faults import Fault
-from .peer import Peer
-from .urls import from_url
+from .core.balancer import LoadBalancer
+from .core.breaker import PeerBreaker
+from .core.exceptions import NoPeerAvailable, NotReady
+from .core.faults import Fault
+from .core.peer import Peer
+from .core.url import from_url
 
 if TYPE_CHECKING:
     from . import signals

@@ -23,12 +23,12 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 from django.db.utils import load_backend
 
-from . import drivers
-from .config import BalancerConfig, BreakerConfig, PeerConfig
-from .exceptions import ConfigError
-from .ready import ready_check_from
-from .sharing import checked_url
-from .strategies import strategy_from
+from .core import drivers
+from .core.config import BalancerConfig, BreakerConfig, PeerConfig
+from .core.exceptions import ConfigError
+from .core.ready import ready_check_from
+from .core.sharing import checked_url
+from .core.strategies import strategy_from
 
 __all__ = [
     "ENGINE",
@@ -90,8 +90,8 @@ _BALANCER_FIELDS = {
     "IDLE_CHECK": "idle_check",
     "SYNCHRONOUS_PEERS": "synchronous_peers",
     "TCP_USER_TIMEOUT": "tcp_user_timeout",
-    "PROBE": "probe",
-    "SLOW_START": "slow_start",
+    "TRIALS": "trials",
+    "REBALANCE": "rebalance",
 }
 _PEER_KEYS = (*_PEER_FIELDS, "BREAKER", "PEER_NAME")
 #: What a name may hold: it stands in logs, in metrics and on a command line.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from django.db.utils import OperationalError
 
-from . import exceptions
+from .core import exceptions
 
 __all__ = ["CommitOutcomeUnknown", "NoPeerAvailable"]
 

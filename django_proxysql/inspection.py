@@ -21,14 +21,14 @@ from typing import Any
 
 from django.db import connections
 
-from . import drivers
-from .balancer import Attempt
-from .comparison import Ask, Facts, mysql_facts, postgresql_facts
 from .conf import load_wrapper, peer_engine
-from .faults import Fault
-from .locks import new_lock
-from .peer import Peer
-from .ready import backend, galera, greeting_id, rows
+from .core import drivers
+from .core.balancer import Attempt
+from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts
+from .core.faults import Fault
+from .core.locks import new_lock
+from .core.peer import Peer
+from .core.ready import backend, galera, greeting_id, rows
 from .registry import Registered, balancers
 
 __all__ = ["Inspection", "inspect"]

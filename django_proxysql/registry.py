@@ -3,7 +3,7 @@
 Wrappers come and go, one a thread; what they know of the peers is here, under
 the balancer's alias, which stands as a string in every copy of the settings.
 A forked child goes on with what its parent knew, on locks of its own
-(:mod:`django_proxysql.balancer`).
+(:mod:`django_proxysql.core.balancer`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.signals import connection_created
 
-from . import drivers, forks
-from .balancer import Attempt, LoadBalancer
 from .conf import (
     ALIAS_KEY,
     NAME_KEY,
@@ -30,11 +28,13 @@ from .conf import (
     merged_settings,
     mirrored,
 )
+from .core import drivers, forks
+from .core.balancer import Attempt, LoadBalancer
+from .core.events import Listener
+from .core.locks import new_lock
+from .core.peer import Peer
+from .core.trials import prober
 from .errors import NoPeerAvailable
-from .events import Listener
-from .locks import new_lock
-from .peer import Peer
-from .probe import prober
 
 __all__ = ["Registered", "balancers", "introduce_peers", "is_testing", "register"]
 

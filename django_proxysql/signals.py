@@ -10,7 +10,7 @@
         ...
 
 The sender is the load balancer, ``balancers["default"]``. The arguments are the
-fields of an event (:mod:`django_proxysql.events`), with the balancer's name as
+fields of an event (:mod:`django_proxysql.core.events`), with the balancer's name as
 ``alias``, and the event itself as ``event``. Receivers are called by
 ``send_robust()``, in the thread to which the thing happened, when the circuits
 already know of it, and with no lock held: one that raises is logged, one that
@@ -30,8 +30,8 @@ import django
 from django.db import connections
 from django.dispatch import Signal
 
-from . import teller
-from .events import (
+from .core import dispatch as teller
+from .core.events import (
     CircuitClosed,
     CircuitOpened,
     ConnectFailed,
@@ -40,7 +40,7 @@ from .events import (
     PeersExhausted,
     StatementReplayed,
 )
-from .logger import logger
+from .core.logger import logger
 from .registry import balancers
 
 __all__ = [

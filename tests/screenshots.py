@@ -40,7 +40,7 @@ def alice_asks(get_response: Any) -> Any:
 
 def hour(balancer: Any, clock: Any) -> list[Any]:
     """Have an hour pass for the peers; return what holds their connections."""
-    from django_proxysql.faults import Fault
+    from django_proxysql.core.faults import Fault
     from django_proxysql.monitoring.history import history
 
     gone = OSError("(2002, \"Can't connect to server on '10.0.0.3' (115)\")")
@@ -65,8 +65,8 @@ def hour(balancer: Any, clock: Any) -> list[Any]:
 
 def trial(balancer: Any, peer: Any, error: Exception | None) -> None:
     """Make a trial that succeeds, or fails with that error, as the engine would tell of it."""
-    from django_proxysql.events import Connected, ConnectFailed
-    from django_proxysql.faults import Fault
+    from django_proxysql.core.events import Connected, ConnectFailed
+    from django_proxysql.core.faults import Fault
 
     permit = peer.breaker.acquire(last_resort=0)
     about = (balancer.name, peer.name, peer.address, 0.1, True)

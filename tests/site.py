@@ -14,7 +14,7 @@ from typing import Any
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from django_proxysql.events import ConnectionLost, ConnectionReplaced, StatementReplayed
+from django_proxysql.core.events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from django_proxysql.registry import balancers
 from tests.app.models import Token
 from tests.engine import MYSQL, POSTGRESQL, Clock, added, engine, mysql_peer

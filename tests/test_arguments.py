@@ -11,10 +11,10 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer, NoPeerAvailable, PeerBreaker, balancers, retrying_atomic
-from django_proxysql.config import BalancerConfig
-from django_proxysql.exceptions import ConfigError, UnknownPeer
+from django_proxysql.core.config import BalancerConfig
+from django_proxysql.core.exceptions import ConfigError, UnknownPeer
+from django_proxysql.core.strategies import Random
 from django_proxysql.monitoring.metrics import Metrics
-from django_proxysql.strategies import Random
 from tests.fakes import Driver, peers, raised_by
 from tests.test_balancer import World
 

@@ -19,16 +19,17 @@ import pybreaker
 import pytest
 import tenacity
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker, balancer
-from django_proxysql.balancer import Attempt
-from django_proxysql.events import (
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker
+from django_proxysql.core import balancer
+from django_proxysql.core.balancer import Attempt
+from django_proxysql.core.events import (
     CircuitClosed,
     CircuitOpened,
     Connected,
     ConnectFailed,
     PeersExhausted,
 )
-from django_proxysql.exceptions import ConfigError, PoolBusy
+from django_proxysql.core.exceptions import ConfigError, PoolBusy
 from tests.fakes import (
     Clock,
     Connection,
@@ -393,7 +394,7 @@ class TestFaults:
         def interrupt(*args: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("django_proxysql.balancer.Lease.wait_for_any", interrupt)
+        monkeypatch.setattr("django_proxysql.core.balancer.Lease.wait_for_any", interrupt)
         with pytest.raises(KeyboardInterrupt):
             world.connect()
         assert world.driver.hosts == ["db1"]
@@ -884,7 +885,7 @@ class TestWaitingForATrial:
             waits.append((len(leases), seconds))
             left.pop(0)()
 
-        monkeypatch.setattr("django_proxysql.balancer.Lease.wait_for_any", wait)
+        monkeypatch.setattr("django_proxysql.core.balancer.Lease.wait_for_any", wait)
         return waits
 
     @pytest.mark.parametrize("how", ["open", "suspect"])

@@ -10,7 +10,7 @@ import pybreaker
 import pytest
 
 from django_proxysql import Fault, NotReady, PeerBreaker
-from django_proxysql.breaker import CircuitBreakerError, Transition
+from django_proxysql.core.breaker import CircuitBreakerError, Transition
 from tests.fakes import (
     Clock,
     OperationalError,

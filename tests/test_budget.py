@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from django_proxysql.budget import (
+from django_proxysql.core.budget import (
     ALWAYS,
     CALLER_REMEMBERED,
     NOTE_EVERY,

@@ -26,7 +26,7 @@ from django.db.utils import load_backend
 
 from django_proxysql import balancers
 from django_proxysql.conf import ENGINE, balancer_config, problems
-from django_proxysql.drivers import driver_of_engine
+from django_proxysql.core.drivers import driver_of_engine
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine
 
 ROOT = Path(__file__).parent.parent
@@ -84,10 +84,10 @@ MISTAKES: list[Any] = [
     ("E005", {"PEERS": [ONE], "TCP_USER_TIMEOUT": True}, "TCP_USER_TIMEOUT is True", "a number"),
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": None}, "SYNCHRONOUS_PEERS is None", "False"),
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
-    ("E005", {"PEERS": [ONE], "PROBE": "foreground"}, "PROBE is 'foreground'", "'background'"),
-    ("E005", {"PEERS": [ONE], "PROBE": None}, "PROBE is None", "'inline' or"),
-    ("E005", {"PEERS": [ONE], "SLOW_START": -1}, "SLOW_START is -1", "or None"),
-    ("E005", {"PEERS": [ONE], "SLOW_START": "fast"}, "SLOW_START is 'fast'", "a number"),
+    ("E005", {"PEERS": [ONE], "TRIALS": "foreground"}, "TRIALS is 'foreground'", "'background'"),
+    ("E005", {"PEERS": [ONE], "TRIALS": None}, "TRIALS is None", "'inline' or"),
+    ("E005", {"PEERS": [ONE], "REBALANCE": -1}, "REBALANCE is -1", "or None"),
+    ("E005", {"PEERS": [ONE], "REBALANCE": "fast"}, "REBALANCE is 'fast'", "a number"),
     ("E005", {"PEERS": [ONE], "BREAKER": 3}, "BREAKER is 3", "fail_max"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
     ("E005", {"PEERS": [ONE], "BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
@@ -430,7 +430,7 @@ def test_right_settings_have_no_message() -> None:
         "PEERS": ["one", {"HOST": "10.0.0.7", "PORT": 3307, "WEIGHT": 0.5, "PRIORITY": 1}, "two"],
         "CHECK_INTERVAL": 0.5,
         "BREAKER": {"fail_max": 3},
-        "STRATEGY": "django_proxysql.strategies.RoundRobin",
+        "STRATEGY": "django_proxysql.core.strategies.RoundRobin",
         "CONNECT_TIMEOUT": 2,
         "TRIAL_TIMEOUT": None,
         "CONNECT_DEADLINE": 1.5,
@@ -441,8 +441,8 @@ def test_right_settings_have_no_message() -> None:
         "SYNCHRONOUS_PEERS": False,
         "TCP_USER_TIMEOUT": 2.5,
         "SHARED_STATE": "rediss://shop:pass%40word@10.0.0.9:6380/3?prefix=shop",
-        "PROBE": "background",
-        "SLOW_START": 0,
+        "TRIALS": "background",
+        "REBALANCE": 0,
         "CONN_MAX_AGE": None,
         "ATOMIC_REQUESTS": True,
         "TEST": {"NAME": "test_shop"},
@@ -457,7 +457,7 @@ def test_right_settings_have_no_message() -> None:
         assert (config.synchronous_peers, config.tcp_user_timeout) == (False, 2.5)
         assert config.shared_state == settings["SHARED_STATE"]
         assert "word" not in repr(balancers["balanced"]) + repr(config)
-        assert config.probe == "background"
+        assert config.trials == "background"
     for setting in ("IDLE_CHECK", "TCP_USER_TIMEOUT"):
         with engine([ONE], **{setting: None}):
             assert ids(run_checks()) == []
@@ -613,7 +613,7 @@ def test_strange_entries_break_nothing() -> None:
     keys = [
         *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
         *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
-        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "PROBE", "SLOW_START"),
+        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "TRIALS", "REBALANCE"),
         *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
     ]
     for key in keys:

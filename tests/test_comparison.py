@@ -13,9 +13,9 @@ import pytest
 from django.core.management import call_command
 from MySQLdb.cursors import DictCursor
 
-from django_proxysql import comparison
-from django_proxysql.comparison import Facts, Source, mysql_facts, warnings
-from django_proxysql.config import BalancerConfig, PeerConfig
+from django_proxysql.core import comparison
+from django_proxysql.core.comparison import Facts, Source, mysql_facts, warnings
+from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.demo.servers import start_together
 from django_proxysql.inspection import inspect
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer

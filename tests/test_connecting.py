@@ -22,7 +22,7 @@ from django.db.backends.signals import connection_created
 
 import django_proxysql
 from django_proxysql import Fault, NotReady, balancers
-from django_proxysql.balancer import PeerState
+from django_proxysql.core.balancer import PeerState
 from django_proxysql.registry import NoPeerAvailable
 from tests.engine import POSTGRESQL, SQLITE, Clock, engine, mysql_peer, postgres_peer, sqlite_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER

@@ -16,7 +16,7 @@ from django_proxysql.backends.decisions import (
     leaves_no_trace,
     may_replay,
 )
-from django_proxysql.texts import Text
+from django_proxysql.core.texts import Text
 
 DIALECTS = ("mysql", "mariadb", "postgresql")
 EVERY = [

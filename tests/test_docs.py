@@ -18,7 +18,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer, NoPeerAvailable, conf
-from django_proxysql.config import BalancerConfig, BreakerConfig, PeerConfig
+from django_proxysql.core.config import BalancerConfig, BreakerConfig, PeerConfig
 from tests.engine import configured
 from tests.fakes import Clock, Driver, OperationalError
 

@@ -12,8 +12,8 @@ import pytest
 from django.db import close_old_connections, transaction
 
 from django_proxysql import NoPeerAvailable, balancers
-from django_proxysql.events import PeerDrained, PeerUndrained
-from django_proxysql.exceptions import DrainRefused
+from django_proxysql.core.events import PeerDrained, PeerUndrained
+from django_proxysql.core.exceptions import DrainRefused
 from tests.engine import SQLITE, engine, sqlite_peer
 from tests.fakes import raised_by, refused_by_host
 from tests.site import Site

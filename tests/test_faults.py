@@ -27,10 +27,11 @@ import pymysql
 import pytest
 import sqlalchemy.exc
 
-from django_proxysql import Fault, NoPeerAvailable, NotReady, drivers, errors
-from django_proxysql.drivers import mysql, postgresql
-from django_proxysql.exceptions import ConfigError
-from django_proxysql.faults import Count, Loss, Verdict, loss_counts, verdict_on
+from django_proxysql import Fault, NoPeerAvailable, NotReady, errors
+from django_proxysql.core import drivers
+from django_proxysql.core.drivers import mysql, postgresql
+from django_proxysql.core.exceptions import ConfigError
+from django_proxysql.core.faults import Count, Loss, Verdict, loss_counts, verdict_on
 
 MySQLdb = pytest.importorskip("MySQLdb")
 

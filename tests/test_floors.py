@@ -22,38 +22,40 @@ ROOT = Path(django_proxysql.__file__).parent
 
 #: The floor of every file; of a folder, its files', which may import one another.
 FLOORS = {
+    # Only its name.
+    "core": 0,
     # What peers and balancers are told, and what may be wrong with that.
-    "exceptions": 0,
-    "faults": 0,
-    "config": 0,
+    "core.exceptions": 0,
+    "core.faults": 0,
+    "core.config": 0,
     # Helpers that know nothing of the rest.
-    "locks": 0,
-    "logger": 0,
-    "sockets": 0,
-    "dialects": 0,
-    "parameters": 0,
-    "statements": 1,
-    "texts": 2,
+    "core.locks": 0,
+    "core.logger": 0,
+    "core.sockets": 0,
+    "core.dialects": 0,
+    "core.parameters": 0,
+    "core.statements": 1,
+    "core.texts": 2,
     # What drivers' errors mean; what happens.
-    "drivers": 1,
-    "comparison": 1,
-    "urls": 1,
-    "events": 1,
-    "forks": 1,
-    "budget": 1,
-    "holdings": 2,
+    "core.drivers": 1,
+    "core.comparison": 1,
+    "core.url": 1,
+    "core.events": 1,
+    "core.forks": 1,
+    "core.budget": 1,
+    "core.holdings": 2,
     # Parts of a balancer.
-    "breaker": 2,
-    "strategies": 2,
-    "logs": 2,
-    "peer": 3,
-    "probe": 3,
-    "ready": 3,
-    "sharing": 3,
-    "slow_start": 3,
-    "sqlalchemy_engine": 3,
-    "teller": 1,
-    "balancer": 4,
+    "core.breaker": 2,
+    "core.strategies": 2,
+    "core.logs": 2,
+    "core.peer": 3,
+    "core.trials": 3,
+    "core.ready": 3,
+    "core.sharing": 3,
+    "core.rebalance": 3,
+    "core.sqlalchemy_engine": 3,
+    "core.dispatch": 1,
+    "core.balancer": 4,
     # The Django line: nothing above imports Django.
     "conf": 6,
     "errors": 6,
@@ -77,14 +79,14 @@ DJANGO_LINE = 6
 
 #: Within one floor nothing imports anything, but for these: a setting that is wrong has
 #: an exception, and Django's app registers the checks.
-ALLOWED = {("config", "exceptions"), ("apps", "checks")}
+ALLOWED = {("core.config", "core.exceptions"), ("apps", "checks")}
 
 #: Which files may import a library.
 LIBRARIES = {
-    "pybreaker": {"breaker"},
-    "tenacity": {"balancer", "management", "retry"},
-    "redis": {"sharing"},
-    "sqlalchemy": {"sqlalchemy_engine"},
+    "pybreaker": {"core.breaker"},
+    "tenacity": {"core.balancer", "management", "retry"},
+    "redis": {"core.sharing"},
+    "sqlalchemy": {"core.sqlalchemy_engine"},
 }
 
 
@@ -97,6 +99,12 @@ def module_of(path: Path) -> str:
 def sources() -> dict[str, str]:
     """The package's files: dotted name to text."""
     return {module_of(path): path.read_text() for path in ROOT.rglob("*.py")}
+
+
+def file_of(module: str) -> str:
+    """Return what has a floor: a file or folder of the package, and of the core."""
+    first, _, rest = module.partition(".")
+    return f"core.{rest.partition('.')[0]}" if first == "core" and rest else first
 
 
 def is_package(module: str) -> bool:
@@ -133,7 +141,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
     """Return a line for each import that goes up, across, over the line or past its file."""
     found = []
     for module, text in files.items():
-        own = module.partition(".")[0]
+        own = file_of(module)
         # The package itself only gathers the names of the core.
         floor = FLOORS[own] if own else DJANGO_LINE
         for name in imports(module, text):
@@ -143,7 +151,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
             elif top == "django" and (not own or floor < DJANGO_LINE):
                 found.append(f"{module or PACKAGE} is above the Django line and imports {name}")
             elif top == PACKAGE:
-                other = rest.partition(".")[0]
+                other = file_of(rest)
                 if other in (own, "__version__") or (own, other) in ALLOWED:
                     continue
                 if FLOORS.get(other, 0) >= floor:
@@ -156,9 +164,11 @@ def violations(files: Mapping[str, str]) -> list[str]:
 def test_every_file_has_its_floor() -> None:
     """A new file is given a floor: at least one above all that it imports."""
     for module, text in sources().items():
-        own = module.partition(".")[0]
+        own = file_of(module)
         used = {
-            name.split(".")[1] for name in imports(module, text) if name.startswith(f"{PACKAGE}.")
+            file_of(name.partition(".")[2])
+            for name in imports(module, text)
+            if name.startswith(f"{PACKAGE}.")
         }
         least = max((FLOORS[other] + 1 for other in used - {own} if other in FLOORS), default=0)
         assert not own or own in FLOORS, f"{module}: give it a floor, of at least {least}"
@@ -172,17 +182,25 @@ def test_imports_come_from_floors_below() -> None:
 @pytest.mark.parametrize(
     ("module", "text", "complaint"),
     [
-        ("faults", "from .breaker import Circuit", "imports breaker, on no lower floor"),
-        ("faults", "from . import breaker", "imports breaker, on no lower floor"),
-        ("faults", "import django_proxysql.breaker", "imports breaker, on no lower floor"),
-        ("faults", "def f():\n    from .exceptions import NotReady", "imports exceptions"),
-        ("drivers.mysql", "from ..events import Event", "imports events"),
-        ("drivers", "from ..breaker import Permit", "imports breaker"),
-        ("balancer", "from django.db import connection", "above the Django line"),
+        ("core.faults", "from .breaker import Circuit", "imports core.breaker, on no lower floor"),
+        ("core.faults", "from . import breaker", "imports core.breaker, on no lower floor"),
+        (
+            "core.faults",
+            "import django_proxysql.core.breaker",
+            "imports core.breaker, on no lower floor",
+        ),
+        (
+            "core.faults",
+            "def f():\n    from .exceptions import NotReady",
+            "imports core.exceptions",
+        ),
+        ("core.drivers.mysql", "from ..events import Event", "imports core.events"),
+        ("core.drivers", "from ..breaker import Permit", "imports core.breaker"),
+        ("core.balancer", "from django.db import connection", "above the Django line"),
         ("", "from .registry import balancers", "imports registry"),
         ("", "import django", "above the Django line"),
-        ("balancer", "import pybreaker", "balancer imports pybreaker"),
-        ("breaker", "from tenacity import Retrying", "breaker imports tenacity"),
+        ("core.balancer", "import pybreaker", "core.balancer imports pybreaker"),
+        ("core.breaker", "from tenacity import Retrying", "core.breaker imports tenacity"),
         ("conf", "try:\n    from .registry import x\nexcept ImportError:\n    pass", "registry"),
     ],
 )
@@ -195,9 +213,9 @@ def test_is_not_blind(module: str, text: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("peer", "if TYPE_CHECKING:\n    from .balancer import LoadBalancer"),
-        ("drivers.mysql", "from . import generic\nfrom .generic import ping"),
-        ("breaker", "import pybreaker\nfrom . import drivers\nfrom .faults import Fault"),
+        ("core.peer", "if TYPE_CHECKING:\n    from .balancer import LoadBalancer"),
+        ("core.drivers.mysql", "from . import generic\nfrom .generic import ping"),
+        ("core.breaker", "import pybreaker\nfrom . import drivers\nfrom .faults import Fault"),
         ("registry", "from django.db import connections\nfrom .conf import x"),
     ],
 )
@@ -246,7 +264,7 @@ def without_django(program: str, *arguments: str) -> str:
 def test_core_connects_without_django() -> None:
     """Where Django is not installed the core is imported whole and connects."""
     modules = [f"{PACKAGE}.{name}" for name, floor in FLOORS.items() if floor < DJANGO_LINE]
-    there = [m for m in modules if (ROOT / f"{m.partition('.')[2]}.py").exists()]
+    there = [m for m in modules if (ROOT / f"{m.partition('.')[2].replace('.', '/')}.py").exists()]
     assert len(there) > 10
     printed = without_django(
         """

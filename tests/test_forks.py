@@ -299,7 +299,7 @@ def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
 
 def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a worker, once, and what was there before; tests/test_web_servers.py has the real one."""
-    from django_proxysql import forks
+    from django_proxysql.core import forks
 
     called: list[str] = []
     uwsgi: Any = types.SimpleNamespace(post_fork_hook=lambda: called.append("theirs"))
@@ -326,7 +326,7 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python has called in the child is not called there again."""
-    from django_proxysql import forks
+    from django_proxysql.core import forks
 
     called: list[str] = []
     monkeypatch.setattr(forks, "_in_child", [lambda: called.append("ours")])

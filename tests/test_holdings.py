@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from django_proxysql.holdings import Holdings, Replacing, changes
-from django_proxysql.statements import STATE, scan
+from django_proxysql.core.holdings import Holdings, Replacing, changes
+from django_proxysql.core.statements import STATE, scan
 
 #: What lives on after close_old_connections(), and how it is given back.
 PAIRS: list[tuple[tuple[Any, Any], tuple[Any, Any]]] = [

@@ -17,7 +17,7 @@ import pybreaker
 import pytest
 
 from django_proxysql import PeerBreaker
-from django_proxysql.exceptions import ConfigError
+from django_proxysql.core.exceptions import ConfigError
 from tests.fakes import Clock, even
 
 TIMEOUT = 60

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from django_proxysql import LoadBalancer, balancer, registry
+from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends import pools
-from django_proxysql.locks import RecoveringLock, new_lock
+from django_proxysql.core import balancer
+from django_proxysql.core.locks import RecoveringLock, new_lock
 from tests.fakes import in_thread, running
 
 

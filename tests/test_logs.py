@@ -9,7 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from django_proxysql import Fault, events, logs, probe
+from django_proxysql import Fault
+from django_proxysql.core import events, logs
+from django_proxysql.core import trials as probe
 from tests.fakes import Clock, raised_by
 from tests.test_balancer import World
 

@@ -13,7 +13,7 @@ from django.db import OperationalError, close_old_connections, connections, tran
 from django.db.utils import DataError, Error, InternalError
 
 from django_proxysql import retrying_atomic
-from django_proxysql.events import CircuitClosed, CircuitOpened
+from django_proxysql.core.events import CircuitClosed, CircuitOpened
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
 from tests.fakes import in_thread, until
 from tests.site import Site, site, with_table

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from django_proxysql import Fault, NoPeerAvailable
-from django_proxysql.events import (
+from django_proxysql.core.events import (
     CircuitClosed,
     ConnectionLost,
     ConnectionReplaced,

@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
-from django_proxysql.breaker import CircuitBreakerError
+from django_proxysql.core.breaker import CircuitBreakerError
 from tests.fakes import Clock, even, lock_is_free, raised_by, running
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from django.db import Error, OperationalError, close_old_connections, transaction
 
-from django_proxysql import CommitOutcomeUnknown, ready, retrying_atomic
+from django_proxysql import CommitOutcomeUnknown, retrying_atomic
+from django_proxysql.core import ready
 from tests.site import Site
 
 

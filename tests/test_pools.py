@@ -21,14 +21,14 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from django_proxysql import NoPeerAvailable
 from django_proxysql.backends import pools
-from django_proxysql.events import (
+from django_proxysql.core.events import (
     CircuitOpened,
     Connected,
     ConnectFailed,
     ConnectionLost,
     ConnectionReplaced,
 )
-from django_proxysql.faults import Fault
+from django_proxysql.core.faults import Fault
 from django_proxysql.registry import balancers
 from tests.children import in_child
 from tests.engine import POSTGRESQL, Clock, engine, nodb_cursor, postgres_peer
@@ -606,7 +606,10 @@ class TestPlaces:
                         connection.ensure_connection()
                 finally:
                     connection_created.disconnect(fail)
-                for what in ("django_proxysql.sockets.harden", "django_proxysql.sockets.watch"):
+                for what in (
+                    "django_proxysql.core.sockets.harden",
+                    "django_proxysql.core.sockets.watch",
+                ):
                     interrupted = mock.patch(what, side_effect=KeyboardInterrupt)
                     with interrupted, pytest.raises(KeyboardInterrupt):
                         connection.ensure_connection()

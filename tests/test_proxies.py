@@ -24,13 +24,13 @@ from django_proxysql import (
     LoadBalancer,
     NoPeerAvailable,
     NotReady,
-    ready,
     retrying_atomic,
 )
-from django_proxysql.events import (
+from django_proxysql.core import ready
+from django_proxysql.core.events import (
     PeersExhausted,
 )
-from django_proxysql.faults import Fault
+from django_proxysql.core.faults import Fault
 from django_proxysql.inspection import inspect
 from django_proxysql.registry import balancers
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, postgres_peer
@@ -323,7 +323,9 @@ def test_connection_whose_question_was_interrupted_is_not_used_again(
         assert one.connection is not first
 
 
-@pytest.mark.parametrize("check", ["writable", "django_proxysql.ready.writable", ready.writable])
+@pytest.mark.parametrize(
+    "check", ["writable", "django_proxysql.core.ready.writable", ready.writable]
+)
 def test_check_is_known_by_what_it_is(check: Any) -> None:
     """However READY_CHECK names it."""
     with (

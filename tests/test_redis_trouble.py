@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import redis.exceptions
 
+from django_proxysql.core.sharing.trouble import NO_ANSWER, Trouble, trouble_from
 from django_proxysql.demo.servers import ports
-from django_proxysql.sharing.trouble import NO_ANSWER, Trouble, trouble_from
 from tests.servers.certificates import certificates_for
 from tests.servers.redis import RedisServer
 from tests.test_sharing import World

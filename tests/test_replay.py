@@ -16,7 +16,7 @@ from django.db import OperationalError, close_old_connections, connections, tran
 from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
-from django_proxysql import logs
+from django_proxysql.core import logs
 from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.site import Site, site, with_table
@@ -99,7 +99,7 @@ import pymysql
 pymysql.version_info = (2, 2, 8, "final", 0)
 pymysql.install_as_MySQLdb()
 import django; django.setup()
-from django_proxysql import logs
+from django_proxysql.core import logs
 from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.servers.mariadb import Node
 class Server:

@@ -14,11 +14,12 @@ import pytest
 from django.core.checks import run_checks
 from django.core.management import call_command
 
-from django_proxysql import Fault, NoPeerAvailable, logs
+from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.backends.versions import different_versions
-from django_proxysql.breaker import CLOSED, CircuitBreakerError
-from django_proxysql.events import CircuitOpened, ConnectFailed, PeersExhausted
-from django_proxysql.logs import due_in
+from django_proxysql.core import logs
+from django_proxysql.core.breaker import CLOSED, CircuitBreakerError
+from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
+from django_proxysql.core.logs import due_in
 from django_proxysql.monitoring.status import health
 from django_proxysql.registry import balancers
 from tests.engine import engine, mysql_peer
@@ -260,13 +261,13 @@ class TestNextTrial:
 
     @pytest.mark.parametrize("interval", [1, 5, 60, None])
     @pytest.mark.parametrize("others", ["closed", "suspect", "open", "drained"])
-    @pytest.mark.parametrize("probe", ["inline", "background"])
+    @pytest.mark.parametrize("trials", ["inline", "background"])
     def test_it_is_made_then(
-        self, probe: str, others: str, interval: float | None, monkeypatch: pytest.MonkeyPatch
+        self, trials: str, others: str, interval: float | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No trial is made before the time that the state names, and one is made at that time."""
-        monkeypatch.setattr("django_proxysql.balancer.prober.tend", lambda *a, **k: None)
-        world = World("db1", "db2", probe=probe, last_resort_interval=interval, check_interval=28)
+        monkeypatch.setattr("django_proxysql.core.balancer.prober.tend", lambda *a, **k: None)
+        world = World("db1", "db2", trials=trials, last_resort_interval=interval, check_interval=28)
         other = world.db.peers["db2"]
         if others == "suspect":
             other.breaker.suspect()

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 import django_proxysql
-from django_proxysql import Fault, LoadBalancer, forks
+from django_proxysql import Fault, LoadBalancer
 from django_proxysql.backends.pools import _Pool, _Pools
-from django_proxysql.breaker import Lease
+from django_proxysql.core import forks
+from django_proxysql.core.breaker import Lease
 from tests.fakes import Driver, peers, raised_by, refused_by_host, running
 
 ROOT = Path(django_proxysql.__file__).parent
@@ -36,15 +37,15 @@ GOES_THROUGH |= {"zip", "enumerate", "filter", "iter", "reversed"}
 
 #: Of these somebody has looked who else may change them: file, name, and why it holds.
 FINE = {
-    ("balancer", "_faults"): "one search's own",
-    ("budget", "_notes"): "under the lock",
-    ("holdings", "for_life"): "one session's own",
-    ("budget", "_barred"): "under the lock",
+    ("core.balancer", "_faults"): "one search's own",
+    ("core.budget", "_notes"): "under the lock",
+    ("core.holdings", "for_life"): "one session's own",
+    ("core.budget", "_barred"): "under the lock",
     ("monitoring.history", "changes"): "under the lock",
     ("monitoring.history", "trials"): "under the lock",
     ("backends.pools", "_pools"): "replaced as a whole, never changed",
     ("backends.types_of_peers", "_geometries"): "not gone through",
-    ("sharing", "_shared"): "made once",
+    ("core.sharing", "_shared"): "made once",
 }
 
 

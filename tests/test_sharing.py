@@ -29,11 +29,11 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer
+from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
+from django_proxysql.core.exceptions import ConfigError, DrainRefused, NoPeerAvailable
+from django_proxysql.core.sharing import Fleet, Link, Moment, Sharing, checked_url
+from django_proxysql.core.sharing.link import Question
 from django_proxysql.demo.servers import ports
-from django_proxysql.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
-from django_proxysql.exceptions import ConfigError, DrainRefused, NoPeerAvailable
-from django_proxysql.sharing import Fleet, Link, Moment, Sharing, checked_url
-from django_proxysql.sharing.link import Question
 from tests.fakes import (
     Clock,
     Driver,
@@ -1123,13 +1123,13 @@ class TestThread:
         # The second one is not waited for; nor asked, where Redis is known to be silent.
         assert sum(waits) == 0.05
 
-    @pytest.mark.parametrize("probe", ["inline", "background"])
+    @pytest.mark.parametrize("trials", ["inline", "background"])
     def test_slow_redis_keeps_no_peer_out(
         self,
         own_url: str,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
-        probe: str,
+        trials: str,
     ) -> None:
         """The link's own thread, 120 ms away from Redis: a peer that is well is taken back."""
         driver = Driver()
@@ -1140,7 +1140,7 @@ class TestThread:
             strategy=InOrder,
             check_interval=1,
             shared_state=own_url,
-            probe=probe,
+            trials=trials,
         )
         assert db.sharing is not None
         exchange = Link._exchange

@@ -18,7 +18,9 @@ import pytest
 from django.db import OperationalError, connections
 from django.dispatch import Signal
 
-from django_proxysql import Fault, NoPeerAvailable, balancers, events, probe, signals
+from django_proxysql import Fault, NoPeerAvailable, balancers, signals
+from django_proxysql.core import events
+from django_proxysql.core import trials as probe
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
 from tests.fakes import in_thread, lock_is_free, running, until
 from tests.servers.faultproxy import FaultProxy
@@ -331,7 +333,7 @@ def test_hangs_over_what_the_background_finds(
         assert released.wait(60)
 
     with ExitStack() as stack:
-        peers = Peers(tmp_path, stack, PROBE="background")
+        peers = Peers(tmp_path, stack, TRIALS="background")
         receive(signals.peer_closed, hang)
         stack.callback(released.set)
         for number in (0, 1):
@@ -364,7 +366,7 @@ def test_keeps_no_connection_of_a_thread_that_only_tells(
         opened.append((threading.get_ident(), connection, connection.connection))
 
     with ExitStack() as stack:
-        peers = Peers(tmp_path, stack, PROBE="background")
+        peers = Peers(tmp_path, stack, TRIALS="background")
         receive(signals.peer_closed, ask)
         peers.fail(0)
         assert peers.connect() == "peer1"

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connections, transaction
 
+from django_proxysql.core.sockets import harden, limited, watch
 from django_proxysql.registry import balancers
-from django_proxysql.sockets import harden, limited, watch
 from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
 from tests.servers.namespace import Host, host_for, why_not
 from tests.site import with_table
@@ -102,7 +102,7 @@ class TestWatch:
         assert watch(descriptor) is None
 
     def test_no_poll(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("django_proxysql.sockets._EVENTS", 0)
+        monkeypatch.setattr("django_proxysql.core.sockets._EVENTS", 0)
         with socket.socket() as sock:
             assert watch(sock.fileno()) is None
 

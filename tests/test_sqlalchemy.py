@@ -19,7 +19,7 @@ import sqlalchemy
 from sqlalchemy import exc, orm
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable
-from django_proxysql.exceptions import ConfigError
+from django_proxysql.core.exceptions import ConfigError
 from tests.fakes import Clock, even
 from tests.servers import DATABASE, PASSWORD, USER
 

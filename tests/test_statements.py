@@ -17,8 +17,8 @@ from django.test.utils import isolate_apps
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from django_proxysql.dialects import PURE
-from django_proxysql.statements import (
+from django_proxysql.core.dialects import PURE
+from django_proxysql.core.statements import (
     IDS,
     READ,
     RESULT,
@@ -387,7 +387,7 @@ class TestProvableReads:
         def fails(sql: str) -> None:
             raise RecursionError
 
-        monkeypatch.setattr("django_proxysql.statements._tokenize", fails)
+        monkeypatch.setattr("django_proxysql.core.statements._tokenize", fails)
         assert not is_provable_read("SELECT 1")
         assert not is_plain("SELECT 1")
 
@@ -644,7 +644,7 @@ class TestScan:
 
     def test_the_memo_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert scan("SELECT 'memo'") == scan(b"SELECT 'memo'") == READ
-        monkeypatch.setattr("django_proxysql.statements._scan", None)
+        monkeypatch.setattr("django_proxysql.core.statements._scan", None)
         assert scan("SELECT 'memo'") == scan(b"SELECT 'memo'") == READ
 
     def test_costs(self) -> None:

@@ -34,8 +34,9 @@ from django.db import (
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
-from django_proxysql.balancer import LoadBalancer
-from django_proxysql.breaker import CLOSED, HALF_OPEN, OPEN
+from django_proxysql.core.balancer import LoadBalancer
+from django_proxysql.core.breaker import CLOSED, HALF_OPEN, OPEN
+from django_proxysql.core.sharing import Fleet, Moment, Sharing
 from django_proxysql.monitoring import views
 from django_proxysql.monitoring.history import History
 from django_proxysql.monitoring.status import (
@@ -47,7 +48,6 @@ from django_proxysql.monitoring.status import (
 )
 from django_proxysql.options import OPTIONS
 from django_proxysql.registry import balancers
-from django_proxysql.sharing import Fleet, Moment, Sharing
 from tests.django_settings import MIDDLEWARE
 from tests.engine import SQLITE, Clock, added, engine, mysql_peer
 from tests.fakes import bad_password, raised_by, refused_by_host
@@ -356,7 +356,7 @@ class TestPage:
 
 
 def django_fault() -> Any:
-    from django_proxysql.faults import Fault
+    from django_proxysql.core.faults import Fault
 
     return Fault.NOT_READY
 

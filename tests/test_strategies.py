@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from django_proxysql import LoadBalancer, Peer
-from django_proxysql import balancer as balancer_module
-from django_proxysql import peer as peer_module
-from django_proxysql.exceptions import ConfigError
-from django_proxysql.peer import Hold, _ThreadEnd
-from django_proxysql.probe import _End
-from django_proxysql.strategies import (
+from django_proxysql.core import balancer as balancer_module
+from django_proxysql.core import peer as peer_module
+from django_proxysql.core.exceptions import ConfigError
+from django_proxysql.core.peer import Hold, _ThreadEnd
+from django_proxysql.core.strategies import (
     LeastConnections,
     Random,
     RoundRobin,
     strategy_from,
 )
+from django_proxysql.core.trials import _End
 from tests.fakes import (
     Clock,
     Connection,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from django_proxysql.texts import Text, is_of_transaction, names_in, tells_time, text_of
+from django_proxysql.core.texts import Text, is_of_transaction, names_in, tells_time, text_of
 
 DIALECTS = ["mysql", "mariadb", "postgresql"]
 EVERYWHERE = {

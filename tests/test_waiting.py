@@ -20,9 +20,9 @@ import tenacity
 from django.core.management import CommandError, call_command
 
 from django_proxysql import NoPeerAvailable
-from django_proxysql.config import BalancerConfig, PeerConfig
-from django_proxysql.events import PeersExhausted
-from django_proxysql.exceptions import ConfigError
+from django_proxysql.core.config import BalancerConfig, PeerConfig
+from django_proxysql.core.events import PeersExhausted
+from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.management.commands import peers
 from tests.engine import SQLITE, engine, sqlite_peer
 from tests.fakes import bad_password, refused_by_host

@@ -16,8 +16,8 @@ from typing import Any
 from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
-from .. import drivers
-from ..statements import CALLS, READ, SCOPED, STATE, kinds, scan
+from ..core import drivers
+from ..core.statements import CALLS, READ, SCOPED, STATE, kinds, scan
 
 __all__ = ["cursor_class", "note_named"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from ..texts import Text
+from ..core.texts import Text
 
 __all__ = ["Cause", "How", "Lost", "Place", "Replay", "leaves_no_trace", "may_replay"]
 

@@ -19,20 +19,15 @@ from django.db import connections, utils
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 
-from .. import drivers
 from ..conf import ALIAS_KEY, engine_path, is_balancer, load_wrapper, peer_engine, problems
-from ..exceptions import ConfigError
+from ..core import drivers
+from ..core.exceptions import ConfigError
 from ..registry import balancers
 from .mixin import LoadBalancedMixin
 from .origins import OriginsMixin, is_of_another_package
 from .pools import PooledMixin, has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
-from .types_of_peers import (
-    GeometriesOfPeersMixin,
-    TypesOfPeersMixin,
-    has_geometries,
-    has_types,
-)
+from .types_of_peers import GeometriesOfPeersMixin, TypesOfPeersMixin, has_geometries, has_types
 
 __all__ = ["EngineType", "EngineUnknown", "engine_class", "first_class", "made_over"]
 

@@ -4,7 +4,7 @@ The child has a copy of every descriptor. Two processes that talk over one
 connection get each other's answers, and a child that closes one says goodbye in
 the parent's name: the server ends the session under the parent's hands. So in
 the child /dev/null is laid over each inherited descriptor
-(:func:`django_proxysql.sockets.sever`). Whatever the driver does with it
+(:func:`django_proxysql.core.sockets.sever`). Whatever the driver does with it
 then, the parent's connection does not hear of it, and the child connects for itself.
 
 Of drivers whose descriptor is not known (Oracle's, MySQL Connector/Python's)
@@ -22,8 +22,8 @@ import threading
 import weakref
 from typing import Any
 
-from .. import forks
-from ..logger import complain
+from ..core import forks
+from ..core.logger import complain
 
 __all__ = ["remember"]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS
 
-from .. import drivers
-from ..balancer import Attempt
-from ..breaker import JITTER
 from ..conf import ALIAS_KEY
-from ..peer import Hold, Peer
+from ..core import drivers
+from ..core.balancer import Attempt
+from ..core.breaker import JITTER
+from ..core.peer import Hold, Peer
 from ..registry import Registered, balancers, register
 from .inherited import remember
 

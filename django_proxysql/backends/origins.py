@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from ..balancer import LoadBalancer
+from ..core.balancer import LoadBalancer
 
 if TYPE_CHECKING:
     from .mixin import LoadBalancedMixin as _Base

@@ -27,13 +27,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import drivers, forks, sockets
-from ..balancer import Attempt, LoadBalancer
 from ..conf import CONNECTION_KEYS, merged_settings, same
-from ..events import CircuitOpened, Event, PeerDrained
-from ..exceptions import PoolBusy
-from ..locks import new_lock
-from ..peer import Peer
+from ..core import drivers, forks, sockets
+from ..core.balancer import Attempt, LoadBalancer
+from ..core.events import CircuitOpened, Event, PeerDrained
+from ..core.exceptions import PoolBusy
+from ..core.locks import new_lock
+from ..core.peer import Peer
 from ..registry import NO_DB_ALIAS, Registered
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import drivers
-from ..ready import rows
-from ..texts import names_in
+from ..core import drivers
+from ..core.ready import rows
+from ..core.texts import names_in
 
 __all__ = ["ReadOnly", "Refused", "is_undone", "reads_anew", "refuses"]
 

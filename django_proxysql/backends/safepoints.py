@@ -30,17 +30,15 @@ from typing import Any
 from django.db.utils import DatabaseErrorWrapper, Error, OperationalError
 from django.utils.functional import cached_property
 
-from .. import drivers, ready, sockets
-from ..balancer import Attempt
-from ..breaker import CLOSED
-from ..errors import CommitOutcomeUnknown
-from ..events import ConnectionLost, ConnectionReplaced, StatementReplayed
-from ..exceptions import NotReady
-from ..faults import Fault, Loss, loss_counts
-from ..holdings import Holdings, Replacing, asks_for_a_lock
-from ..parameters import VALUES, are_small, are_values, may_be_sql
-from ..registry import Registered
-from ..statements import (
+from ..core import drivers, ready, sockets
+from ..core.balancer import Attempt
+from ..core.breaker import CLOSED
+from ..core.events import ConnectionLost, ConnectionReplaced, StatementReplayed
+from ..core.exceptions import NotReady
+from ..core.faults import Fault, Loss, loss_counts
+from ..core.holdings import Holdings, Replacing, asks_for_a_lock
+from ..core.parameters import VALUES, are_small, are_values, may_be_sql
+from ..core.statements import (
     IDS,
     READ,
     RESULT,
@@ -52,7 +50,9 @@ from ..statements import (
     without_lock,
     writes,
 )
-from ..texts import Text, is_of_transaction, tells_time, text_of
+from ..core.texts import Text, is_of_transaction, tells_time, text_of
+from ..errors import CommitOutcomeUnknown
+from ..registry import Registered
 from .cursors import cursor_class, note_named
 from .decisions import Cause, How, Lost, Place, Replay, leaves_no_trace, may_replay
 from .mixin import LoadBalancedMixin
@@ -1866,7 +1866,7 @@ class SafePointsMixin(LoadBalancedMixin):
         if self._is_to_leave():
             self.close()
         super().close_if_unusable_or_obsolete()
-        if session is not None and session.balancer.slow_start.returns:
+        if session is not None and session.balancer.rebalance.returns:
             self._move(session)
 
     def close_if_health_check_failed(self) -> None:

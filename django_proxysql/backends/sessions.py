@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..balancer import LoadBalancer
-from ..breaker import CLOSED, Permit
-from ..holdings import Holdings
-from ..peer import Peer
+from ..core.balancer import LoadBalancer
+from ..core.breaker import CLOSED, Permit
+from ..core.holdings import Holdings
+from ..core.peer import Peer
 
 __all__ = ["Session"]
 

@@ -18,10 +18,10 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.utils import OperationalError
 
-from .. import drivers
 from ..conf import ALIAS_KEY, merged_settings, mirrored, peer_engine
+from ..core import drivers
+from ..core.peer import Peer
 from ..messages import messages
-from ..peer import Peer
 from ..registry import balancers
 from .versions import different_versions
 

@@ -12,7 +12,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from ..peer import Peer
+from ..core.peer import Peer
 
 if TYPE_CHECKING:
     from .mixin import LoadBalancedMixin as _Base

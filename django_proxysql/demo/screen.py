@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Callable, TextIO
 
-from ..balancer import PeerState
+from ..core.balancer import PeerState
 from .load import Load
 from .tally import PeerTally, Sample, Tally
 

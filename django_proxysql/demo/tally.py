@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
 
-from ..balancer import PeerState
-from ..events import CircuitClosed, CircuitOpened, Connected, ConnectFailed, Event
+from ..core.balancer import PeerState
+from ..core.events import CircuitClosed, CircuitOpened, Connected, ConnectFailed, Event
 
 
 @dataclass

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .. import forks
-from ..balancer import LoadBalancer
-from ..events import Connected, ConnectFailed, Event
-from ..locks import new_lock
-from ..peer import Peer
+from ..core import forks
+from ..core.balancer import LoadBalancer
+from ..core.events import Connected, ConnectFailed, Event
+from ..core.locks import new_lock
+from ..core.peer import Peer
 from ..registry import balancers
 
 __all__ = ["DRAINED", "SUSPECT", "Change", "History", "Trial", "history", "state_of", "watch"]

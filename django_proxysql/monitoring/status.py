@@ -13,11 +13,11 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.timezone import localtime
 
-from ..balancer import LoadBalancer, PeerState
-from ..breaker import CLOSED, HALF_OPEN, OPEN
-from ..logs import due_in
+from ..core.balancer import LoadBalancer, PeerState
+from ..core.breaker import CLOSED, HALF_OPEN, OPEN
+from ..core.logs import due_in
+from ..core.sharing import Fleet, Moment
 from ..registry import balancers
-from ..sharing import Fleet, Moment
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
 from .timeline import Span, Timeline, draw, spans
 
@@ -33,7 +33,7 @@ __all__ = [
     "status",
 ]
 
-#: How much of the fleet's history Redis keeps (:class:`~django_proxysql.sharing.Fleet`).
+#: How much of the fleet's history Redis keeps (:class:`~django_proxysql.core.sharing.Fleet`).
 MOST_MOMENTS = 500
 
 #: Seconds within which all know what one has found, and some for clocks and a busy machine.

@@ -32,7 +32,7 @@ def run(quick: bool = False) -> list[Figure]:
             node.set_up()
         settings = {"CHECK_INTERVAL": CHECK_INTERVAL, "CONNECT_TIMEOUT": CONNECT_TIMEOUT}
         alias = project.add(
-            "probed", **project.balanced([hanging, healthy], PROBE="background", **settings)
+            "probed", **project.balanced([hanging, healthy], TRIALS="background", **settings)
         )
         inline = project.add("unprobed", **project.balanced([hanging, healthy], **settings))
         return _figures(alias, inline, hanging, rounds, requests)
@@ -66,7 +66,7 @@ def _figures(alias: str, inline: str, hanging: Node, rounds: int, requests: int)
         Figure("one hangs / well: p99", ratio, "", 1.1),
         Figure("pair that is well: longest request", max(map(max, well)), "s"),
         Figure("one of two hangs: longest request", max(map(max, half)), "s", CONNECT_TIMEOUT / 2),
-        Figure("the same, PROBE inline", max(map(max, without)), "s"),
+        Figure("the same, TRIALS inline", max(map(max, without)), "s"),
     ]
 
 

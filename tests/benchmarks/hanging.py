@@ -7,8 +7,8 @@ import time
 from typing import Any, NamedTuple
 
 from django_proxysql import balancers
+from django_proxysql.core.events import CircuitOpened, Connected, ConnectFailed, Event
 from django_proxysql.demo.servers import start_together
-from django_proxysql.events import CircuitOpened, Connected, ConnectFailed, Event
 from tests.servers.mariadb import Node
 
 from . import project

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from django_proxysql import LoadBalancer
-from django_proxysql.strategies import Random
+from django_proxysql.core.strategies import Random
 
 from .figures import Figure
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable
 
-from django_proxysql.events import ConnectionReplaced, StatementReplayed
+from django_proxysql.core.events import ConnectionReplaced, StatementReplayed
 from django_proxysql.registry import balancers
 
 from .judgement import Result, judge

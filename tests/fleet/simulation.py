@@ -24,10 +24,10 @@ from typing import Any
 import greenlet
 
 from django_proxysql import LoadBalancer
-from django_proxysql.events import CircuitClosed, ConnectFailed
-from django_proxysql.sharing import Link, Sharing
-from django_proxysql.sharing.scripts import SHA
-from django_proxysql.strategies import Random
+from django_proxysql.core.events import CircuitClosed, ConnectFailed
+from django_proxysql.core.sharing import Link, Sharing
+from django_proxysql.core.sharing.scripts import SHA
+from django_proxysql.core.strategies import Random
 from tests.fakes import Clock, even, refused_by_host
 
 #: The peer that fails, and the others.

@@ -20,9 +20,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import OperationalError, load_backend
 from django.utils.functional import cached_property
 
-from ... import drivers
-from ...balancer import LoadBalancer
 from ...conf import PEER_ALIAS_ENGINE, PeerEngine, is_balancer
+from ...core import drivers
+from ...core.balancer import LoadBalancer
 from ...registry import balancers
 from ..engines import EngineType, EngineUnknown, made_over
 from ..inherited import remember

@@ -22,9 +22,9 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.management.color import no_style
 from django.db import connections
 
-from ...balancer import LoadBalancer, PeerState
-from ...comparison import warnings
-from ...exceptions import DrainRefused
+from ...core.balancer import LoadBalancer, PeerState
+from ...core.comparison import warnings
+from ...core.exceptions import DrainRefused
 from ...inspection import Inspection, inspect
 from ...registry import balancers
 

@@ -31,9 +31,10 @@ except ImportError as exc:
         'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
     ) from exc
 
-from ... import forks, teller
-from ...balancer import LoadBalancer
-from ...events import (
+from ...core import dispatch as teller
+from ...core import forks
+from ...core.balancer import LoadBalancer
+from ...core.events import (
     CircuitClosed,
     CircuitOpened,
     Connected,
@@ -46,8 +47,8 @@ from ...events import (
     PeerUndrained,
     StatementReplayed,
 )
-from ...faults import Fault
-from ...peer import Peer
+from ...core.faults import Fault
+from ...core.peer import Peer
 from .multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class Metrics:
             source.add_listener(self)
 
     def __call__(self, event: Event, /) -> None:
-        """Count ``event``; a :class:`~django_proxysql.events.Listener`."""
+        """Count ``event``; a :class:`~django_proxysql.core.events.Listener`."""
         self._pending.append(event)
         self._count_pending()
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from django.apps import AppConfig
 from django.core.signals import request_finished, request_started
 
-from ...logger import logger
+from ...core.logger import logger
 from ...registry import balancers
 from . import Metrics
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import multiprocess
 
-from ...logger import logger
+from ...core.logger import logger
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

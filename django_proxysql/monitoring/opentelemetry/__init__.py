@@ -28,8 +28,8 @@ except ImportError as exc:
     ) from exc
 
 from ... import __version__
-from ...balancer import LoadBalancer
-from ...events import (
+from ...core.balancer import LoadBalancer
+from ...core.events import (
     CircuitOpened,
     Connected,
     ConnectFailed,
@@ -41,7 +41,7 @@ from ...events import (
 )
 
 if TYPE_CHECKING:
-    from ...peer import Peer
+    from ...core.peer import Peer
     from ...registry import Balancers
 
     Source = Union[LoadBalancer, Balancers]

@@ -145,9 +145,9 @@ class BalancerConfig:
     #: URL of the Redis through which processes share what they know. May hold a password.
     shared_state: str | None = field(default=None, repr=False)
     #: "inline": whoever connects makes the trials; "background": a thread does.
-    probe: str = "inline"
+    trials: str = "inline"
     #: Seconds over which kept connections move to a peer that is in use again (None: never).
-    slow_start: float | None = 30
+    rebalance: float | None = 30
 
     def __post_init__(self) -> None:
         if not self.peers:
@@ -170,9 +170,9 @@ class BalancerConfig:
         number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)
         if self.replay not in ("safe", None):
             raise ConfigError("REPLAY", f"is {self.replay!r}", "Give 'safe' or None.")
-        number("SLOW_START", self.slow_start, optional=True)
-        if self.probe not in ("inline", "background"):
-            raise ConfigError("PROBE", f"is {self.probe!r}", "Give 'inline' or 'background'.")
+        number("REBALANCE", self.rebalance, optional=True)
+        if self.trials not in ("inline", "background"):
+            raise ConfigError("TRIALS", f"is {self.trials!r}", "Give 'inline' or 'background'.")
         if not isinstance(self.synchronous_peers, bool):
             raise ConfigError(
                 "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."

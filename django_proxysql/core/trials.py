@@ -2,7 +2,7 @@
 
 :meth:`Prober.step` decides and tries, and says when it wants to be called
 again; the thread only calls it and waits. It exists while some balancer with
-``probe="background"`` has a peer whose circuit is not closed, or that is
+``trials="background"`` has a peer whose circuit is not closed, or that is
 suspect, and makes one trial after the other: a peer that hangs holds up the
 others' trials for as long as an attempt may take (TRIAL_TIMEOUT), and no
 request. A drained peer is not tried.
@@ -41,9 +41,9 @@ import weakref
 from typing import TYPE_CHECKING
 
 from . import forks
+from .dispatch import spare_this_thread
 from .locks import new_lock
 from .logger import Limit, complain
-from .teller import spare_this_thread
 
 if TYPE_CHECKING:
     from .balancer import LoadBalancer

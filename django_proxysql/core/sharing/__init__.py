@@ -1,14 +1,14 @@
 """What one process finds out, the others know: circuits, trials and drains through Redis.
 
 Each process keeps its own circuits, and its connects and statements look at nothing else. One
-thread a process (:mod:`django_proxysql.sharing.link`) compares them with what Redis knows, in one
-round trip a second, and at once when a circuit has changed here. What the others have found out
+thread a process (:mod:`.link`) compares them with what Redis knows, in one round trip a
+second, and at once when a circuit has changed here. What the others have found out
 is applied to the local circuit (``PeerBreaker.learn_open`` and ``learn_closed``).
 
 How it holds
 ------------
 
-* **Redis decides, in one script** (:mod:`django_proxysql.sharing.scripts`), which is atomic there
+* **Redis decides, in one script** (:mod:`.scripts`), which is atomic there
   and keeps the time: hosts' clocks are never compared, only durations travel.
 * **Versions.** Each record in Redis has one, and whoever reports a change says which version it
   knew. A change that was made in ignorance of another one is dropped, and the other one

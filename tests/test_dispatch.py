@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from django_proxysql import LoadBalancer, breaker
-from django_proxysql import teller as module
-from django_proxysql.events import CircuitClosed, CircuitOpened, PeersExhausted
-from django_proxysql.logs import log_event
-from django_proxysql.teller import MOST, Teller
+from django_proxysql import LoadBalancer
+from django_proxysql.core import breaker
+from django_proxysql.core import dispatch as module
+from django_proxysql.core.dispatch import MOST, Teller
+from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhausted
+from django_proxysql.core.logs import log_event
 from tests.children import in_child
 from tests.fakes import Recorder, in_thread, raised_by, running, until
 from tests.test_breaker_threads import TestExceptionsOutOfNowhere, hurried  # noqa: F401
@@ -443,7 +444,8 @@ def test_fork_while_a_change_is_told() -> None:
 
 EXIT = """
 import sys, threading, time
-from django_proxysql import LoadBalancer, teller
+from django_proxysql.core import dispatch as teller
+from django_proxysql import LoadBalancer
 
 db = LoadBalancer({"db1": {"host": "db1"}})
 begun = threading.Event()
@@ -455,7 +457,7 @@ def write(event):
 
 db.add_listener(write)
 (mine,) = (one for one in db._tellers if one.listener is write)
-from django_proxysql.events import CircuitClosed
+from django_proxysql.core.events import CircuitClosed
 mine.tell(CircuitClosed("default", "db1", "db1", 1.0, True))
 begun.wait(30)
 teller.AT_EXIT = {seconds}

@@ -25,7 +25,7 @@ replacement then begins anew from what it left (``PeerBreaker._swap``).
 
 Locks of C are the only ones used: ``threading.Event`` and its kin take theirs
 in Python code, and a thread that is killed there keeps it for ever. (Python before 3.11:
-:mod:`django_proxysql.locks`.)
+:mod:`django_proxysql.core.locks`.)
 
 Each use of the peer takes a :class:`Permit` first and ends it with exactly one
 of *succeeded*, *failed* or *released* (the error was not the peer's). A permit
@@ -53,11 +53,11 @@ import pybreaker
 
 from . import drivers, forks
 from .config import function, number
+from .dispatch import Teller
 from .exceptions import ConfigError
 from .faults import Fault
 from .locks import new_lock
 from .logger import complain
-from .teller import Teller
 
 __all__ = [
     "Circuit",
@@ -169,7 +169,7 @@ class Circuit(NamedTuple):
     #: traceback alive, and with that the failed attempt's socket.
     error: str = ""
     fault: Fault | None = None
-    #: What its trials must ask beyond connecting (:mod:`django_proxysql.ready`):
+    #: What its trials must ask beyond connecting (:mod:`django_proxysql.core.ready`):
     #: a peer that failed a statement may well connect and answer SET.
     question: str = ""
     #: Wall-clock time, for pybreaker's ``opened_at``.
@@ -188,7 +188,7 @@ class Transition(NamedTuple):
     error: str = ""
     #: Opened: seconds until the first trial. Closed: seconds it was out.
     seconds: float = 0.0
-    #: Another process found it out (:mod:`django_proxysql.sharing`).
+    #: Another process found it out (:mod:`django_proxysql.core.sharing`).
     learnt: bool = False
 
 

@@ -1,6 +1,6 @@
 """What a statement's text is for a replay: a read, a write, a change of the schema, a setting.
 
-Asked only after a loss; see :mod:`django_proxysql.statements`.
+Asked only after a loss; see :mod:`django_proxysql.core.statements`.
 """
 
 from __future__ import annotations

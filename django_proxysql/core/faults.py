@@ -1,6 +1,6 @@
 """What an exception says about a peer, and what follows from it.
 
-A driver's table (:mod:`django_proxysql.drivers`) turns an exception into one
+A driver's table (:mod:`django_proxysql.core.drivers`) turns an exception into one
 :class:`Fault`; the load balancer acts on the fault alone and never looks at
 an error code itself.
 """

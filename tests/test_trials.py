@@ -1,4 +1,4 @@
-"""PROBE "background": trials are made off the request, by one thread a process."""
+"""TRIALS "background": trials are made off the request, by one thread a process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ import pytest
 from django.db import connections
 from django.db.backends.signals import connection_created
 
-from django_proxysql import Fault, LoadBalancer, NotReady, balancer, balancers, probe
-from django_proxysql.events import CircuitClosed, Connected, ConnectFailed
-from django_proxysql.exceptions import ConfigError
+from django_proxysql import Fault, LoadBalancer, NotReady, balancers
+from django_proxysql.core import balancer
+from django_proxysql.core import trials as probe
+from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
+from django_proxysql.core.exceptions import ConfigError
 from tests import test_breaker_threads
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.engine import Clock as EngineClock
@@ -92,7 +94,7 @@ def stalled(prober: probe.Prober, monkeypatch: pytest.MonkeyPatch) -> Iterator[p
 
 
 def background(*names: str, **options: Any) -> World:
-    return World(*names, probe="background", **options)
+    return World(*names, trials="background", **options)
 
 
 @pytest.mark.usefixtures("stalled")
@@ -431,8 +433,8 @@ class TestRequests:
 
     def test_wrong_setting(self) -> None:
         """Anything but the two words."""
-        with pytest.raises(ConfigError, match="PROBE is 'backgruond'"):
-            LoadBalancer(peers("db1"), probe="backgruond")
+        with pytest.raises(ConfigError, match="TRIALS is 'backgruond'"):
+            LoadBalancer(peers("db1"), trials="backgruond")
 
 
 class TestThread:
@@ -483,7 +485,7 @@ class TestThread:
             Driver().connect,
             clock=clock,
             jitter=even,
-            probe="background",
+            trials="background",
         )
         db.remove_listener(balancer.log_event)
 
@@ -545,7 +547,9 @@ class TestThread:
             inside.pop()
             raise refused_by_host()
 
-        db = LoadBalancer(peers(*"abcdefgh"), connect, clock=clock, jitter=even, probe="background")
+        db = LoadBalancer(
+            peers(*"abcdefgh"), connect, clock=clock, jitter=even, trials="background"
+        )
         db.remove_listener(balancer.log_event)
         barrier = threading.Barrier(8)
 
@@ -607,7 +611,7 @@ class TestThread:
     def test_opened_by_a_signal_handler(self, prober: probe.Prober) -> None:
         """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
         clock = Clock()
-        db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=clock, probe="background")
+        db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=clock, trials="background")
         db.remove_listener(balancer.log_event)
         circuits = [peer.breaker for peer in db.peers.values()]
         hits = [0]
@@ -640,7 +644,7 @@ class TestThread:
         """Kill the thread at its step-th line; return where that was, if it came there."""
         clock = Clock()
         db = LoadBalancer(
-            peers("db1", "db2"), Driver().connect, clock=clock, jitter=even, probe="background"
+            peers("db1", "db2"), Driver().connect, clock=clock, jitter=even, trials="background"
         )
         db.remove_listener(balancer.log_event)
         struck: list[str] = []
@@ -706,7 +710,7 @@ class TestThread:
         while there:
             step += 1
             db = LoadBalancer(
-                peers("db1", "db2"), Driver().connect, clock=Clock(), probe="background"
+                peers("db1", "db2"), Driver().connect, clock=Clock(), trials="background"
             )
             db.remove_listener(balancer.log_event)
             circuit = db.peers["db1"].breaker
@@ -729,7 +733,7 @@ class TestThread:
             def hang(**params):
                 inside.set()
                 threading.Lock().acquire() and threading.Event().wait()
-            db = LoadBalancer(dict(db1={}, db2={}), hang, probe="background")
+            db = LoadBalancer(dict(db1={}, db2={}), hang, trials="background")
             db.peers["db1"].breaker.suspect()
             assert inside.wait(10)
             print("bye")
@@ -825,7 +829,7 @@ GEVENT = """
     import threading
     import gevent
     from django_proxysql import LoadBalancer
-    from django_proxysql.probe import prober
+    from django_proxysql.core.trials import prober
 
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -851,7 +855,7 @@ GEVENT = """
     logging.disable()
     gevent.spawn(serve)
     db = LoadBalancer(
-        {"db1": {"port": port}, "db2": {"port": port}}, Connection, probe="background"
+        {"db1": {"port": port}, "db2": {"port": port}}, Connection, trials="background"
     )
     db.peers["db1"].breaker.open()
     db.peers["db1"].breaker.half_open()
@@ -899,7 +903,7 @@ class TestEngine:
             with engine(
                 [mysql_peer(frozen), {**mysql_peer(alive), "PRIORITY": 1}],
                 clock=clock,
-                PROBE="background",
+                TRIALS="background",
                 CONNECT_TIMEOUT=2,
                 READY_CHECK="writable",
             ) as connection:
@@ -953,7 +957,7 @@ class TestEngine:
         connection_created.connect(receiver)
         try:
             with engine(
-                [mysql_peer(node) for node in mariadb_pair], clock=clock, PROBE="background"
+                [mysql_peer(node) for node in mariadb_pair], clock=clock, TRIALS="background"
             ):
                 balancers["balanced"].peers["peer0"].breaker.suspect()
                 until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
@@ -973,7 +977,7 @@ class TestEngine:
             [postgres_peer(first), postgres_peer(second)],
             PEER_ENGINE=POSTGRESQL,
             clock=clock,
-            PROBE="background",
+            TRIALS="background",
             READY_CHECK="writable",
         ) as connection:
             db = balancers["balanced"]
@@ -1002,7 +1006,7 @@ class TestEngine:
         """While tests have renamed the database, a peer that lacks it is not to blame."""
         clock = EngineClock()
         with engine(
-            [mysql_peer(node) for node in mariadb_pair], clock=clock, PROBE="background"
+            [mysql_peer(node) for node in mariadb_pair], clock=clock, TRIALS="background"
         ) as connection:
             peer = balancers["balanced"].peers["peer0"]
             told: list[Any] = []
@@ -1019,7 +1023,7 @@ class TestEngine:
         with engine(
             [mysql_peer(node) for node in mariadb_pair],
             clock=EngineClock(),
-            PROBE="background",
+            TRIALS="background",
             CONN_MAX_AGE=None,
         ) as connection:
             connection.ensure_connection()

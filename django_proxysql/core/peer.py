@@ -21,7 +21,7 @@ class Peer:
 
     Made by its :class:`LoadBalancer`, and found in ``balancer.peers`` by its name.
 
-    :param config: what it was told (:class:`django_proxysql.config.PeerConfig`).
+    :param config: what it was told (:class:`django_proxysql.core.config.PeerConfig`).
     :param breaker: its circuit.
     """
 

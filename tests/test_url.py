@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 
 from django_proxysql import from_url
 from django_proxysql.conf import problems
-from django_proxysql.exceptions import ConfigError
+from django_proxysql.core.exceptions import ConfigError
 from tests.engine import added
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from .. import forks
+from ..dispatch import spare_this_thread
 from ..exceptions import ConfigError
 from ..locks import new_lock
 from ..logger import complain, logger
-from ..teller import spare_this_thread
 from .scripts import BEAT, FLEET, SHA, SYNC
 from .trouble import Trouble, trouble_from
 

@@ -38,6 +38,7 @@ from .breaker import (
 )
 from .budget import LossMemory, ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig, function
+from .dispatch import Teller, is_spared
 from .events import (
     CircuitClosed,
     CircuitOpened,
@@ -55,7 +56,6 @@ from .locks import new_lock
 from .logger import logger
 from .logs import due_in, log_event
 from .peer import Hold, Peer
-from .probe import prober
 from .ready import (
     QUESTIONS,
     Unanswered,
@@ -66,11 +66,11 @@ from .ready import (
     throw_away,
     writable,
 )
+from .rebalance import Move, Rebalance
 from .sharing import Sharing
-from .slow_start import Move, SlowStart
 from .sqlalchemy_engine import sqlalchemy_engine
 from .strategies import strategy_from
-from .teller import Teller, is_spared
+from .trials import prober
 
 if TYPE_CHECKING:
     import sqlalchemy.engine
@@ -150,7 +150,7 @@ class LoadBalancer:
     :param check_interval: seconds for which a circuit stays open before a trial.
     :param breaker: thresholds, as ``{"fail_max": 3, "success_threshold": 2}``.
     :param strategy: ``"random"``, ``"round_robin"``, ``"least_connections"``,
-        a dotted path, a class or an object (:mod:`django_proxysql.strategies`).
+        a dotted path, a class or an object (:mod:`django_proxysql.core.strategies`).
     :param connect_timeout: seconds for one attempt, handed to drivers that we know.
     :param trial_timeout: seconds for one attempt that is a trial.
     :param connect_deadline: seconds for a whole :meth:`connect`.
@@ -163,9 +163,9 @@ class LoadBalancer:
         circuit is closed; None: the check interval.
     :param ready_check: ``"galera"``, ``"writable"``, a dotted path or a callable.
     :param shared_state: ``"redis://…"``: circuits and drains are shared with all
-        processes that name the same Redis (:mod:`django_proxysql.sharing`).
-    :param probe: ``"inline"``: callers of :meth:`connect` make the trials;
-        ``"background"``: a thread does (:mod:`django_proxysql.probe`).
+        processes that name the same Redis (:mod:`django_proxysql.core.sharing`).
+    :param trials: ``"inline"``: callers of :meth:`connect` make the trials;
+        ``"background"``: a thread does (:mod:`django_proxysql.core.trials`).
     :param clock: a monotonic clock, in seconds.
     :param jitter: draws from [0, 1).
     :raises ConfigError: a wrong argument; the message names it.
@@ -193,7 +193,7 @@ class LoadBalancer:
         last_resort_interval: float | None = 1,
         ready_check: Any = None,
         shared_state: str | None = None,
-        probe: str = "inline",
+        trials: str = "inline",
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] | None = None,
     ) -> None:
@@ -225,12 +225,12 @@ class LoadBalancer:
                 last_resort_interval=last_resort_interval,
                 ready_check=ready_check,
                 shared_state=shared_state,
-                probe=probe,
+                trials=trials,
             )
         self.config = config
         self.name = config.name
         self._connect = connect
-        self._in_background = config.probe == "background"
+        self._in_background = config.trials == "background"
         self._waits = config.wait_for_peer > 0 or stop is not None
         self._wait, self._stop, self._sleep = wait, stop, sleep
         #: How a background trial connects, if not by ``connect``: opens a
@@ -254,7 +254,7 @@ class LoadBalancer:
         self.draw = random.random if jitter is None else jitter
         by_weight = getattr(self._strategy, "by_weight", False)
         #: Moves kept connections to peers that have come back.
-        self.slow_start = SlowStart(config.slow_start if by_weight else None, clock, self.draw)
+        self.rebalance = Rebalance(config.rebalance if by_weight else None, clock, self.draw)
         self._log = Teller(log_event, self.name)
         self._tellers: tuple[Teller, ...] = (self._log,)
         #: Those of them, logging aside, that want to hear of each connection made.
@@ -320,7 +320,7 @@ class LoadBalancer:
         :param open_one: opens a connection as the :class:`Attempt` says and
             closes what it opened if it fails. Default: the ``connect`` that
             the balancer was made with. Where it takes connections out of pools
-            it may raise :class:`~django_proxysql.exceptions.PoolBusy`.
+            it may raise :class:`~django_proxysql.core.exceptions.PoolBusy`.
         :param refusal_is_callers: a peer that refuses us does so because of
             what the caller asks for (another database): raise, count nothing.
             A function is asked when a peer has refused us.
@@ -722,7 +722,7 @@ class LoadBalancer:
         :param listener: called in the thread to which the thing happened. Of what other
             processes have found, of what a trial in the background has shown, and of
             what happens while one of these waits to be told, in a thread of its own.
-        :param connects: False spares it each :class:`~django_proxysql.events.Connected`
+        :param connects: False spares it each :class:`~django_proxysql.core.events.Connected`
             that is no trial, and each connect the cost of telling it.
         :raises ConfigError: ``listener`` cannot be called.
         """
@@ -781,7 +781,7 @@ class LoadBalancer:
         For an upgrade of its server, say. In this process only, unless the
         balancer shares its state: then in all that share it, at once here and
         within a second there, and in those that start later.
-        :meth:`Sharing.settle <django_proxysql.sharing.Sharing.settle>` says
+        :meth:`Sharing.settle <django_proxysql.core.sharing.Sharing.settle>` says
         whether they have been told. What its circuit knows stays known.
         Draining a drained peer changes nothing.
 
@@ -875,7 +875,7 @@ class LoadBalancer:
         self.look_anew()
         self._tend()
         if changed and not drained:
-            self.slow_start.begin(peer)
+            self.rebalance.begin(peer)
             self._drain_refused()
         self._tell_changes()
 
@@ -944,7 +944,7 @@ class LoadBalancer:
         """
         view = self.view()
         tier = view.tiers[0] if view.tiers else ()
-        return self.slow_start.claim(peer, self.peers.values(), tier)
+        return self.rebalance.claim(peer, self.peers.values(), tier)
 
     def has_usable(self) -> bool:
         """Return whether any circuit is closed, and its peer no suspect."""
@@ -1038,7 +1038,7 @@ class LoadBalancer:
             if self.sharing is not None and not told:
                 self.sharing.has_news()
             if change.after == CLOSED and change.before != CLOSED:
-                self.slow_start.begin(self.peers[name])
+                self.rebalance.begin(self.peers[name])
         self._tell_changes()
 
     def _after_fork(self) -> None:
@@ -1052,7 +1052,7 @@ class LoadBalancer:
             peer.forget_connections()
         self.budget.after_fork()
         self.losses.after_fork()
-        self.slow_start.after_fork()
+        self.rebalance.after_fork()
         self.look_anew()
 
 

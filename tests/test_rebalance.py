@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from django.db import close_old_connections, connections, transaction
 
-from django_proxysql import balancers, slow_start
-from django_proxysql.balancer import LoadBalancer
-from django_proxysql.config import BalancerConfig, PeerConfig
-from django_proxysql.events import ConnectionReplaced
-from django_proxysql.peer import Hold, Peer
+from django_proxysql import balancers
+from django_proxysql.core import rebalance
+from django_proxysql.core.balancer import LoadBalancer
+from django_proxysql.core.config import BalancerConfig, PeerConfig
+from django_proxysql.core.events import ConnectionReplaced
+from django_proxysql.core.peer import Hold, Peer
 from tests import test_breaker_threads
 from tests.engine import SQLITE, engine, mysql_peer, sqlite_peer
 from tests.engine import Clock as EngineClock
@@ -40,7 +41,7 @@ class Process:
         self.clock = clock
         self.draw = draw
         peers = tuple(PeerConfig(name, weight=weight) for name, weight in weights.items())
-        config = BalancerConfig("default", peers, slow_start=SECONDS)
+        config = BalancerConfig("default", peers, rebalance=SECONDS)
         self.db = LoadBalancer(config, clock=clock, jitter=draw.random)
         self.moments: list[float] = []
         # One is out, and the others have them all.
@@ -88,7 +89,7 @@ class TestFleet:
     def test_even_again_and_no_faster(
         self, processes: int, each: int, weights: dict[str, float], seed: int
     ) -> None:
-        """Shares are even again soon after SLOW_START, and at no time does it go faster."""
+        """Shares are even again soon after REBALANCE, and at no time does it go faster."""
         clock = Clock()
         draw = random.Random(seed)
         fleet = [Process(clock, draw, each, weights) for _ in range(processes)]
@@ -105,7 +106,7 @@ class TestFleet:
         for process in fleet:
             # As even as whole connections can be, and it is over.
             assert abs(process.back.connections - process.share) < 1
-            assert process.db.slow_start.returns == ()
+            assert process.db.rebalance.returns == ()
             self.check_pace(process)
         have = sum(process.back.connections for process in fleet)
         fair = sum(process.share for process in fleet)
@@ -129,7 +130,7 @@ class TestFleet:
         assert all(moment > 0 for moment in moments)
 
     def test_first_moves_are_spread(self) -> None:
-        """Of many processes with a connection each, as many move in each part of SLOW_START."""
+        """Of many processes with a connection each, as many move in each part of REBALANCE."""
         clock = Clock()
         draw = random.Random(11)
         fleet = [Process(clock, draw, 1, {"back": 1.0, "a": 1.0}) for _ in range(400)]
@@ -161,7 +162,7 @@ class TestClaim:
     def process(self, connections: int = 4, **weights: float) -> Process:
         """A process whose draws are all 0.5, a peer of which has just come back."""
         made = Process(Clock(), random.Random(0), connections, {"back": 1.0, "a": 1.0, **weights})
-        made.db.slow_start._draw = lambda: 0.5
+        made.db.rebalance._draw = lambda: 0.5
         made.back.breaker.close()
         return made
 
@@ -171,7 +172,7 @@ class TestClaim:
         process.back.breaker.open()
         process.clock.advance(SECONDS)
         assert process.db.claim_move(process.db.peers["a"]) is None
-        assert process.db.slow_start.returns == ()
+        assert process.db.rebalance.returns == ()
         process.back.breaker.close()
         assert process.db.claim_move(process.db.peers["a"]) is None
         process.clock.advance(SECONDS)
@@ -226,7 +227,7 @@ class TestClaim:
     def test_better_tier(self) -> None:
         """All go to a better tier that is in use again, and none to a worse one."""
         config = BalancerConfig(
-            "default", (PeerConfig("best"), PeerConfig("rest", priority=1)), slow_start=SECONDS
+            "default", (PeerConfig("best"), PeerConfig("rest", priority=1)), rebalance=SECONDS
         )
         clock = Clock()
         db = LoadBalancer(config, clock=clock, jitter=lambda: 0.5)
@@ -244,14 +245,12 @@ class TestClaim:
         rest.breaker.close()
         clock.advance(SECONDS)
         assert db.claim_move(best) is None
-        assert db.slow_start.returns == ()
+        assert db.rebalance.returns == ()
 
     @pytest.mark.parametrize("seconds", [0, None])
     def test_at_once_or_never(self, seconds: float | None) -> None:
-        """SLOW_START 0: at the next opportunity of each; None: not at all."""
-        config = BalancerConfig(
-            "default", (PeerConfig("back"), PeerConfig("a")), slow_start=seconds
-        )
+        """REBALANCE 0: at the next opportunity of each; None: not at all."""
+        config = BalancerConfig("default", (PeerConfig("back"), PeerConfig("a")), rebalance=seconds)
         db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
         back, a = db.peers.values()
         back.breaker.open()
@@ -274,7 +273,7 @@ class TestClaim:
             config = BalancerConfig(
                 "default",
                 (PeerConfig("back"), PeerConfig("a")),
-                slow_start=0,
+                rebalance=0,
                 strategy=strategy,
             )
             db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
@@ -317,7 +316,7 @@ class TestClaim:
             there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
                 step,
                 lambda: process.db.claim_move(a),  # noqa: B023
-                [slow_start.__file__],
+                [rebalance.__file__],
             )
             gc.collect()
             process.clock.advance(SECONDS)
@@ -329,12 +328,12 @@ class TestClaim:
         process = self.process(2)
 
         def work() -> str:
-            returns = process.db.slow_start.returns
+            returns = process.db.rebalance.returns
             process.back.breaker.open()
             process.back.breaker.close()
-            return f"{returns} {len(process.db.slow_start.returns)}"
+            return f"{returns} {len(process.db.rebalance.returns)}"
 
-        with process.db.slow_start._lock:
+        with process.db.rebalance._lock:
             assert test_breaker_threads.TestFork.in_child(work) == "() 1"
 
 
@@ -368,10 +367,10 @@ class TestEngine:
         assert [event.forced for event in here.replaced()] == [False]
         assert here.losses() == []
         close_old_connections()
-        assert here.balancer.slow_start.returns == ()
+        assert here.balancer.rebalance.returns == ()
 
     def test_not_before_its_time(self, here: Site) -> None:
-        """It stays while SLOW_START does not allow it."""
+        """It stays while REBALANCE does not allow it."""
         here.read()
         self.all_of(here)
         other = self.come_back(here, advance=0)
@@ -444,7 +443,7 @@ class TestEngine:
             [mysql_peer(node) for node in mariadb_pair],
             clock=clock,
             CONN_MAX_AGE=None,
-            PROBE="background",
+            TRIALS="background",
         ):
             db = balancers["balanced"]
             one, other = db.peers.values()
@@ -479,9 +478,9 @@ class TestEngine:
                         clock.advance(7.5)
                         seen = list(turns)
                         until(lambda: all(now > n + 2 for now, n in zip(turns, seen)))  # noqa: B023
-                        # One each SLOW_START / 4, and no more.
+                        # One each REBALANCE / 4, and no more.
                         assert other.connections - before <= 1
-                        if not db.slow_start.returns:
+                        if not db.rebalance.returns:
                             break
                     assert (one.connections, other.connections) == (4, 4)
                     assert clock() - begun >= 30

@@ -8,7 +8,7 @@ the peer has its share by weight:
   What is left over of a whole connection is rounded by chance, once for each
   return: of a hundred processes with one connection each, and two peers, fifty
   or so move theirs. Only a peer that holds more than its own share gives any.
-* *When.* SLOW_START seconds divided by their number lie between two of them,
+* *When.* REBALANCE seconds divided by their number lie between two of them,
   and the first comes at a moment drawn from the first of these intervals, so
   that neither a process nor a fleet sends them all at once. A process that has
   nothing to move for a while is not allowed more afterwards.
@@ -31,7 +31,7 @@ from .locks import new_lock
 if TYPE_CHECKING:
     from .peer import Peer
 
-__all__ = ["Move", "SlowStart"]
+__all__ = ["Move", "Rebalance"]
 
 #: What sums of weights may be off by.
 _HAIR = 1e-9
@@ -62,7 +62,7 @@ class _Return:
         self.under_way: weakref.WeakSet[Move] = weakref.WeakSet()
 
 
-class SlowStart:
+class Rebalance:
     """Lets the connections of one process move to peers that have come back.
 
     :param seconds: how long it takes at least; None: none is moved.

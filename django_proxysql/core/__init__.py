@@ -1,0 +1,1 @@
+"""The load balancer: everything that knows no Django."""
