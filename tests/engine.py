@@ -20,7 +20,7 @@ from unittest import mock
 
 from django.db import connections
 
-from django_proxysql.backends.mixin import LoadBalancedMixin
+from django_proxysql.backends.connecting import LoadBalancedMixin
 from django_proxysql.conf import ENGINE
 from django_proxysql.registry import balancers
 from tests.servers import DATABASE, PASSWORD, USER, Address

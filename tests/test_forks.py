@@ -265,7 +265,7 @@ def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> No
 
 def test_without_being_told_before(here: Site, mine: int, monkeypatch: Any) -> None:
     """uWSGI forks in C and calls Python only afterwards, in the child."""
-    from django_proxysql.backends import inherited
+    from django_proxysql.backends import forked as inherited
 
     monkeypatch.setattr(inherited, "_wrappers", set(inherited._wrappers))
     held = inherited._held
@@ -280,7 +280,7 @@ def test_without_being_told_before(here: Site, mine: int, monkeypatch: Any) -> N
 
 def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
     """Wrappers are forgotten with their threads, and not held on to after a fork."""
-    from django_proxysql.backends import inherited
+    from django_proxysql.backends import forked as inherited
 
     others: list[Any] = []
     thread = threading.Thread(

@@ -23,7 +23,7 @@ from ..conf import ALIAS_KEY, engine_path, is_balancer, load_wrapper, peer_engin
 from ..core import drivers
 from ..core.exceptions import ConfigError
 from ..registry import balancers
-from .mixin import LoadBalancedMixin
+from .connecting import LoadBalancedMixin
 from .origins import OriginsMixin, is_of_another_package
 from .pools import PooledMixin, has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class

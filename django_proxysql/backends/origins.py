@@ -16,7 +16,7 @@ from django.core.exceptions import ImproperlyConfigured
 from ..core.balancer import LoadBalancer
 
 if TYPE_CHECKING:
-    from .mixin import LoadBalancedMixin as _Base
+    from .connecting import LoadBalancedMixin as _Base
 else:
     _Base = object
 

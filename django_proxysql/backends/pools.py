@@ -37,7 +37,7 @@ from ..core.peer import Peer
 from ..registry import NO_DB_ALIAS, Registered
 
 if TYPE_CHECKING:
-    from .mixin import LoadBalancedMixin as _Base
+    from .connecting import LoadBalancedMixin as _Base
 else:
     _Base = object
 
@@ -498,7 +498,7 @@ def _after_fork_in_child() -> None:
                 _of_parent.append(one.pool)
                 # So that nothing, its destructor included, does anything with it but
                 # close what comes back: what this process had out of it, and has
-                # been parted from (:mod:`.inherited`).
+                # been parted from (:mod:`.forked`).
                 one.pool._closed = True
         pools._lock = new_lock()
         pools._pools = {}

@@ -53,9 +53,9 @@ from ..core.statements import (
 from ..core.texts import Text, is_of_transaction, tells_time, text_of
 from ..errors import CommitOutcomeUnknown
 from ..registry import Registered
+from .connecting import LoadBalancedMixin
 from .cursors import cursor_class, note_named
 from .decisions import Cause, How, Lost, Place, Replay, leaves_no_trace, may_replay
-from .mixin import LoadBalancedMixin
 from .pools import close_for_good, close_in_child, give_back, is_pooled
 from .refusals import Answer, after_read_only
 from .replays import ReadOnly, Refused, is_undone, reads_anew, refuses

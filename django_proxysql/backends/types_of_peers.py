@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.peer import Peer
 
 if TYPE_CHECKING:
-    from .mixin import LoadBalancedMixin as _Base
+    from .connecting import LoadBalancedMixin as _Base
 else:
     _Base = object
 

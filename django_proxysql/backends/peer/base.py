@@ -25,7 +25,7 @@ from ...core import drivers
 from ...core.balancer import LoadBalancer
 from ...registry import balancers
 from ..engines import EngineType, EngineUnknown, made_over
-from ..inherited import remember
+from ..forked import remember
 from ..pools import close_in_child, has_pools
 from ..shims import peer_client_class, peer_creation_class, peer_validation_class
 

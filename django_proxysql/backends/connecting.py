@@ -19,7 +19,7 @@ from ..core.balancer import Attempt
 from ..core.breaker import JITTER
 from ..core.peer import Hold, Peer
 from ..registry import Registered, balancers, register
-from .inherited import remember
+from .forked import remember
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper as _Base
