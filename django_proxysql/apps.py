@@ -7,7 +7,7 @@ from django.apps import AppConfig, apps
 from django.core import checks
 
 from .checks import check_options, check_settings, check_with_databases
-from .registry import introduce_peers
+from .conf import introduce_peers
 
 __all__ = ["DjangoProxySQLConfig"]
 

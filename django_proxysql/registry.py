@@ -8,25 +8,22 @@ A forked child goes on with what its parent knew, on locks of its own
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.backends.signals import connection_created
+from django.db import connections
 
 from .conf import (
     ALIAS_KEY,
     NAME_KEY,
-    PeerEngine,
     balancer_config,
     changed_keys,
-    engine_path,
     first_reading,
+    introduce_peers,
     is_balancer,
     merged_settings,
-    mirrored,
+    mirrors,
+    name_of_a_peer,
 )
 from .core import drivers, forks
 from .core.balancer import Attempt, LoadBalancer
@@ -36,7 +33,7 @@ from .core.peer import Peer
 from .core.trials import prober
 from .errors import NoPeerAvailable
 
-__all__ = ["Registered", "balancers", "introduce_peers", "is_testing", "register"]
+__all__ = ["Registered", "balancers", "register"]
 
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
@@ -81,8 +78,6 @@ class Balancers(Mapping[str, LoadBalancer]):
         self.known: dict[Any, Registered] = {}
         #: For tests: further arguments of LoadBalancer by alias, such as a clock.
         self._options: dict[str, dict[str, Any]] = {}
-        #: Aliases that are tested as mirrors: what of, and the NAMEs of production.
-        self._mirrors: dict[str, tuple[str, set[Any]]] = {}
 
     def __getitem__(self, alias: str) -> LoadBalancer:
         """Return the load balancer of ``alias``.
@@ -170,7 +165,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             entry.pop(NAME_KEY, None)
         self._first_read.clear()
         self._entries.clear()
-        self._mirrors.clear()
+        mirrors.clear()
         self.known.clear()
 
 
@@ -224,7 +219,7 @@ def register(settings: dict[str, Any], alias: str) -> None:
     if not is_balancer(entry):
         entry = settings
     if entry.get("NAME", "") == "":
-        entry["NAME"] = _name_of_a_peer(entry, databases)
+        entry["NAME"] = name_of_a_peer(entry, databases)
     if settings.get("NAME", "") == "":
         settings["NAME"] = entry["NAME"]
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
@@ -233,119 +228,3 @@ def register(settings: dict[str, Any], alias: str) -> None:
     for copied in (entry, settings):
         copied.setdefault(NAME_KEY, first_read["NAME"])
     introduce_peers()
-
-
-def introduce_peers() -> None:
-    """Tell Django what the peers that are aliases are, wherever it comes upon them.
-
-    Their ENGINE becomes ours for peers, over their own
-    (:mod:`django_proxysql.backends.peer`). Test runs take them for mirrors of
-    their balancer, whose database they are: otherwise a run would make a test
-    database for each of them, on the same servers, under the same name.
-    """
-    databases = connections.databases
-    entries = [(alias, entry) for alias, entry in list(databases.items()) if is_balancer(entry)]
-    for alias, entry in entries:
-        if entry.get("NAME", "") == "":
-            # Others ask for it, too: pytest-django makes the test database's name from it.
-            entry["NAME"] = _name_of_a_peer(entry, databases)
-        for peer, theirs in _alias_peers(entry):
-            _give_engine(theirs, alias, peer)
-    for alias, entry in entries:
-        _make_mirrors(alias, entry)
-    if balancers._mirrors:
-        connection_created.connect(_refuse_production, dispatch_uid=__name__)
-
-
-def _give_engine(theirs: dict[str, Any], alias: str, peer: str) -> None:
-    engine = theirs.get("ENGINE")
-    if not isinstance(engine, str) or not engine:
-        return
-    if isinstance(engine, PeerEngine) and engine.peer == peer:
-        # A peer of several is the first's, for as long as that lists it.
-        first = connections.databases.get(engine.balancer, {})
-        if is_balancer(first) and any(peer == name for name, _ in _alias_peers(first)):
-            return
-    theirs["ENGINE"] = PeerEngine(engine_path(engine), alias, peer)
-
-
-def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
-    databases = connections.databases
-    target = mirrored(alias, databases)
-    if target is None:
-        # A ring of mirrors: the checks say so, and a test run is refused.
-        return
-    names = {entry.get("NAME"), _name_of_a_peer(entry, databases)}
-    names.add(databases.get(target, {}).get("NAME"))
-    if target != alias:
-        balancers._mirrors.setdefault(alias, (target, names))
-    for peer, theirs in _alias_peers(entry):
-        # The default alias is made before all others, which depend on it. As a
-        # peer it shares its own with the balancer (test_db_signature). And a
-        # balancer may be a mirror of one of its peers.
-        if peer == target:
-            continue
-        test = theirs.setdefault("TEST", {})
-        if not test.get("MIRROR"):
-            if peer == DEFAULT_DB_ALIAS:
-                continue
-            test["MIRROR"] = target
-        # Written by hand it is no less a mirror.
-        of = mirrored(peer, databases) or target
-        production = {*names, theirs.get("NAME"), databases.get(of, {}).get("NAME")}
-        balancers._mirrors.setdefault(peer, (of, production))
-        _depend_on(of, peer)
-
-
-def _depend_on(target: str, mirror: str) -> None:
-    """Have whoever waits for a mirror's test database wait for that which it is.
-
-    Django takes a dependency on a mirror for one that is never fulfilled.
-    """
-    for alias, entry in list(connections.databases.items()):
-        test: Any = entry.get("TEST")
-        given = test.get("DEPENDENCIES") if isinstance(test, dict) else None
-        if isinstance(given, (list, tuple)) and mirror in given:
-            others = [one for one in given if one not in (mirror, target)]
-            test["DEPENDENCIES"] = others if alias == target else [*others, target]
-
-
-def _alias_peers(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the peers that are aliases, and their entries."""
-    peers = entry.get("PEERS")
-    for peer in peers if isinstance(peers, (list, tuple)) else ():
-        theirs = connections.databases.get(peer) if isinstance(peer, str) else None
-        if theirs and not is_balancer(theirs):
-            yield peer, theirs
-
-
-def is_testing() -> bool:
-    """Return whether Django's test environment is set up: tests are being run."""
-    testing: Any = sys.modules.get("django.test.utils")
-    return testing is not None and hasattr(testing._TestState, "saved_data")
-
-
-def _refuse_production(connection: Any, **kwargs: Any) -> None:
-    """Let no test reach production through a mirror.
-
-    A mirror gets the NAME of what it mirrors. Where no test asks for that,
-    Django makes no test database, and that NAME is production's.
-    """
-    mirror = balancers._mirrors.get(connection.alias)
-    if mirror is None or connection.settings_dict["NAME"] not in mirror[1] or not is_testing():
-        return
-    connection.close()
-    raise ImproperlyConfigured(
-        f"A test uses {connection.alias!r}, whose test database is that of {mirror[0]!r}, "
-        f"which was not made. Add {mirror[0]!r} to the test's databases."
-    )
-
-
-def _name_of_a_peer(entry: Mapping[str, Any], databases: Mapping[str, Any]) -> Any:
-    peers = entry.get("PEERS")
-    for peer in peers if isinstance(peers, (list, tuple)) else ():
-        if isinstance(peer, str):
-            peer = databases.get(peer)
-        if isinstance(peer, Mapping) and peer.get("NAME"):
-            return peer["NAME"]
-    return ""

@@ -19,7 +19,7 @@ from django.db.transaction import TransactionManagementError
 
 from .backends.safepoints import SafePointsMixin
 from .backends.state import NO_TRANSACTION
-from .registry import is_testing
+from .conf import is_testing
 
 __all__ = ["retrying_atomic"]
 

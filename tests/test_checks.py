@@ -581,7 +581,9 @@ def test_checks_connect_to_nothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_every_id_is_in_the_docs() -> None:
     """Each id that can be said has its anchor and its heading in the docs, and no other has."""
     package = ROOT / "django_proxysql"
-    said = {word for word in _words(package / "conf.py") if is_id(word)}
+    said = {
+        word for path in (package / "conf").glob("*.py") for word in _words(path) if is_id(word)
+    }
     # Those that ask a server have tests of their own (tests/test_peer_engine.py).
     asking = {
         word.partition(".")[2]

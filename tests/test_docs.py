@@ -18,6 +18,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer, NoPeerAvailable, conf
+from django_proxysql.conf import keys
 from django_proxysql.core.config import BalancerConfig, BreakerConfig, PeerConfig
 from tests.engine import configured
 from tests.fakes import Clock, Driver, OperationalError
@@ -61,7 +62,7 @@ def settings_table() -> dict[str, str]:
 
 def test_settings_table_names_every_setting() -> None:
     """The table has each setting that an entry or a peer may have, and no other."""
-    assert set(settings_table()) == {*conf._BALANCER_KEYS, *conf._PEER_KEYS}
+    assert set(settings_table()) == {*keys.BALANCER_KEYS, *keys.PEER_KEYS}
 
 
 def test_settings_table_has_the_defaults() -> None:
@@ -69,8 +70,8 @@ def test_settings_table_has_the_defaults() -> None:
     table = settings_table()
     balancer = BalancerConfig("default", (PeerConfig("peer0"),))
     fields = {
-        **{name: (balancer, field) for name, field in conf._BALANCER_FIELDS.items()},
-        **{name: (balancer.peers[0], field) for name, field in conf._PEER_FIELDS.items()},
+        **{name: (balancer, field) for name, field in keys.BALANCER_FIELDS.items()},
+        **{name: (balancer.peers[0], field) for name, field in keys.PEER_FIELDS.items()},
     }
     for name, (config, field) in fields.items():
         if name != "TRIAL_TIMEOUT":
@@ -81,7 +82,7 @@ def test_settings_table_has_the_defaults() -> None:
     breaker = BreakerConfig()
     assert table == {
         "PEERS": "required",
-        "PEER_ENGINE": f'"{conf.DEFAULT_PEER_ENGINE}"',
+        "PEER_ENGINE": f'"{keys.DEFAULT_PEER_ENGINE}"',
         "BREAKER": f"{breaker.fail_max} and {breaker.success_threshold}",
         "PEER_NAME": "peer0``, ``peer1`` …",
         "STRATEGY": f'"{balancer.strategy}"',

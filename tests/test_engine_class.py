@@ -22,8 +22,7 @@ from django.db.utils import load_backend
 
 from django_proxysql.backends.peer.base import DatabaseWrapper as PeerWrapper
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE
-from django_proxysql.registry import introduce_peers
+from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, introduce_peers
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, sqlite_peer
 
 #: What a backend's class is asked for.

@@ -27,10 +27,9 @@ from django.db.utils import load_backend
 from django.test import SimpleTestCase
 
 from django_proxysql import LoadBalancer
-from django_proxysql.conf import problems
+from django_proxysql.conf import introduce_peers, problems
 from django_proxysql.core import drivers, ready
 from django_proxysql.core.exceptions import NotReady
-from django_proxysql.registry import introduce_peers
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, postgres_peer
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node

@@ -22,8 +22,7 @@ from django.db.utils import load_backend
 from django_proxysql import NotReady, balancers
 from django_proxysql.backends import versions
 from django_proxysql.backends.peer.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine, problems
-from django_proxysql.registry import introduce_peers
+from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine, introduce_peers, problems
 from tests.app.models import Token
 from tests.children import in_child
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, nodb_cursor

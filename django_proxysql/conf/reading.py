@@ -1,9 +1,4 @@
-"""A DATABASES entry, read into what the core needs, with errors that name the setting.
-
-:func:`read` collects every problem of an entry at once: the system checks show
-them all, and making a connection raises the first that is an error. Nothing
-here connects to anything.
-"""
+"""Reads a balancer's entry: what is wrong with it, and what it says."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import difflib
 import functools
 import inspect
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,93 +13,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
-from django.db.utils import load_backend
 
-from .core import drivers
-from .core.config import BalancerConfig, BreakerConfig, PeerConfig
-from .core.exceptions import ConfigError
-from .core.ready import ready_check_from
-from .core.sharing import checked_url
-from .core.strategies import strategy_from
+from ..core import drivers
+from ..core.config import BalancerConfig, BreakerConfig, PeerConfig
+from ..core.exceptions import ConfigError
+from ..core.ready import ready_check_from
+from ..core.sharing import checked_url
+from ..core.strategies import strategy_from
+from .aliases import mirrored
+from .engines import load_wrapper, peer_engine
+from .keys import (
+    ALIAS_KEY,
+    BALANCER_FIELDS,
+    BALANCER_KEYS,
+    CONNECTION_KEYS,
+    DJANGO_KEYS,
+    NAME_KEY,
+    NO_ENGINE,
+    PEER_FIELDS,
+    PEER_KEYS,
+    is_balancer,
+    listed,
+)
+from .merging import address, merged_settings
 
-__all__ = [
-    "ENGINE",
-    "PEER_ALIAS_ENGINE",
-    "PeerEngine",
-    "Problem",
-    "balancer_config",
-    "changed_keys",
-    "engine_path",
-    "first_reading",
-    "is_balancer",
-    "load_wrapper",
-    "merged_settings",
-    "mirrored",
-    "peer_engine",
-    "problems",
-    "same",
-]
+__all__ = ["Problem", "balancer_config", "problems"]
 
-ENGINE = "django_proxysql.backends.proxysql"
-#: What takes the place of an alias's own ENGINE once it is known to be a peer's.
-PEER_ALIAS_ENGINE = "django_proxysql.backends.peer"
-DEFAULT_PEER_ENGINE = "django.db.backends.mysql"
-_NO_ENGINE = "django.db.backends.dummy"
-
-#: The key under which a balancer's alias stands in its settings dict. A string:
-#: Django copies, deep-copies and pickles that dict, and every wrapper made from
-#: it must find the same circuits.
-ALIAS_KEY = "LOAD_BALANCER"
-
-#: The key under which the NAME that was first read stands there. Settings of a
-#: process under test that are handed to another one, written out as Python,
-#: have the test database's NAME, and that must not be taken for production's.
-NAME_KEY = "LOAD_BALANCER_NAME"
-
-#: What a connection is made with; a peer's own is laid over the balancer's.
-CONNECTION_KEYS = ("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
-
-#: What Django takes a key for that is not given. Before 4.1 it fills them in when the first
-#: connection of an entry is made: an entry that is read earlier is to be the same one.
-_DEFAULTS: dict[str, Any] = {**dict.fromkeys(CONNECTION_KEYS, ""), "OPTIONS": {}}
-
-_PLAIN_KEYS = tuple(key for key in CONNECTION_KEYS if key != "OPTIONS")
-_connection_values = operator.itemgetter(*CONNECTION_KEYS)
-
-#: Settings that have a range, and the fields that know it.
-_PEER_FIELDS = {
-    "WEIGHT": "weight",
-    "PRIORITY": "priority",
-    "CHECK_INTERVAL": "check_interval",
-}
-_BALANCER_FIELDS = {
-    "CONNECT_TIMEOUT": "connect_timeout",
-    "TRIAL_TIMEOUT": "trial_timeout",
-    "CONNECT_DEADLINE": "connect_deadline",
-    "WAIT_FOR_PEER": "wait_for_peer",
-    "LAST_RESORT_INTERVAL": "last_resort_interval",
-    "REPLAY": "replay",
-    "IDLE_CHECK": "idle_check",
-    "SYNCHRONOUS_PEERS": "synchronous_peers",
-    "TCP_USER_TIMEOUT": "tcp_user_timeout",
-    "TRIALS": "trials",
-    "REBALANCE": "rebalance",
-}
-_PEER_KEYS = (*_PEER_FIELDS, "BREAKER", "PEER_NAME")
 #: What a name may hold: it stands in logs, in metrics and on a command line.
 _PEER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", re.ASCII)
-_BALANCER_KEYS = (
-    *_BALANCER_FIELDS,
-    "BREAKER",
-    "CHECK_INTERVAL",
-    "PEERS",
-    "PEER_ENGINE",
-    "READY_CHECK",
-    "SHARED_STATE",
-    "STRATEGY",
-)
 #: Packages whose backends take connections out of a pool that they keep by alias.
 #: (Known before they connect. Of others it is found out where they do: backends.origins.)
 _POOLS_BY_ALIAS = frozenset(
@@ -116,18 +51,6 @@ _POOLS_BY_ALIAS = frozenset(
         "django_mysql_geventpool",
     }
 )
-_DJANGO_KEYS = (
-    "ATOMIC_REQUESTS",
-    "AUTOCOMMIT",
-    "CONN_HEALTH_CHECKS",
-    "CONN_MAX_AGE",
-    "DISABLE_SERVER_SIDE_CURSORS",
-    "ENGINE",
-    "TEST",
-    "TIME_ZONE",
-)
-
-
 #: The id of what a driver cannot take in one peer's settings.
 _OF_ONE_PEER = "E018"
 
@@ -169,107 +92,6 @@ class Problem:
         return f"DATABASES[{self.alias!r}]: {self.message} {self.hint}".rstrip()
 
 
-class PeerEngine(str):
-    """The ENGINE of an alias that serves as a peer: what the user wrote, and whose peer it is.
-
-    It compares, hashes and is stored as the dotted path that the user wrote,
-    for that is what others ask an ENGINE for: Django's test runner,
-    pytest-django, backup tools. Only written out, as :func:`load_backend` does
-    to import it, does it name our engine for peers. Should a future Django
-    import it in another way, the peer has its plain engine, as before.
-
-    :param path: the backend's dotted path.
-    :param balancer: the load balancer's alias.
-    :param peer: the peer's alias.
-    """
-
-    __slots__ = ("balancer", "peer")
-
-    balancer: str
-    peer: str
-
-    def __new__(cls, path: str, balancer: str, peer: str) -> PeerEngine:
-        made = super().__new__(cls, path)
-        made.balancer = balancer
-        made.peer = peer
-        return made
-
-    def __str__(self) -> str:
-        return PEER_ALIAS_ENGINE
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Settings are copied, and pickled for processes of a test run.
-        return PeerEngine, (self.path, self.balancer, self.peer)
-
-    @property
-    def path(self) -> str:
-        """The dotted path that the user wrote, as a plain string."""
-        return super().__str__()
-
-
-def is_balancer(entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry of DATABASES is a load balancer's."""
-    # A user's subclass of the engine has a path of its own.
-    return entry.get("ENGINE") == ENGINE or "PEERS" in entry or ALIAS_KEY in entry
-
-
-def engine_path(engine: Any) -> str:
-    """Return the dotted path of an ENGINE as the user wrote it."""
-    return engine.path if isinstance(engine, PeerEngine) else str(engine)
-
-
-def peer_engine(entry: Mapping[str, Any], databases: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the dotted path of the backend that an entry's peers have."""
-    explicit = entry.get("PEER_ENGINE")
-    if explicit:
-        return str(explicit)
-    for peer in _listed(entry.get("PEERS")):
-        if isinstance(peer, str) and not is_balancer(databases.get(peer, {"PEERS": ()})):
-            return engine_path(databases[peer].get("ENGINE") or _NO_ENGINE)
-        if isinstance(peer, Mapping) and peer.get("ENGINE"):
-            return str(peer["ENGINE"])
-    return DEFAULT_PEER_ENGINE
-
-
-def mirrored(alias: str, databases: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the alias whose test database ``alias`` has in the end: mostly its own.
-
-    Django does not follow a chain of mirrors: met in the wrong order, the last
-    would be given the name of the production database.
-
-    :returns: None if the chain leads back to where it has been.
-    """
-    seen = [alias]
-    while True:
-        test = (databases.get(seen[-1]) or {}).get("TEST")
-        link = test.get("MIRROR") if isinstance(test, Mapping) else None
-        if not isinstance(link, str) or not link:
-            return seen[-1]
-        if link in seen:
-            return None
-        seen.append(link)
-
-
-def load_wrapper(path: str) -> type[BaseDatabaseWrapper]:
-    """Return the DatabaseWrapper of the backend at ``path``.
-
-    :raises ConfigError: there is none, its driver is missing, or it is none
-        that a peer can have.
-    """
-    try:
-        wrapper: type[BaseDatabaseWrapper] = load_backend(path).DatabaseWrapper
-    except (ImproperlyConfigured, ImportError, AttributeError, OSError, TypeError) as exc:
-        # OSError: a library, such as GDAL, that is named in the settings and cannot be loaded.
-        # TypeError: a relative path.
-        said = " ".join(str(exc).split()).rstrip(".")
-        raise ConfigError("PEER_ENGINE", f"is {path!r}, which cannot be loaded: {said}") from exc
-    # Our own engine has a peer's below it; it is none to be below one.
-    is_ours = not getattr(wrapper, "_is_made", True)
-    if is_ours or not issubclass(wrapper, BaseDatabaseWrapper) or issubclass(wrapper, DummyWrapper):
-        raise ConfigError("PEER_ENGINE", f"is {path!r}, which is no database's")
-    return wrapper
-
-
 def problems(
     alias: str, entry: Mapping[str, Any], databases: Mapping[str, Mapping[str, Any]]
 ) -> list[Problem]:
@@ -292,59 +114,6 @@ def balancer_config(
     return _Reader(alias, entry, databases).config()
 
 
-def changed_keys(own: Mapping[str, Any], first_read: Mapping[str, Any]) -> list[str]:
-    """Return which of a balancer's connection settings are not what this process first read.
-
-    The test runner rewrites NAME in place, ``_nodb_cursor`` asks for none:
-    what was changed on purpose goes before what the peers have.
-    """
-    try:
-        # Asked twice a connect, and nearly always answered by one comparison.
-        if _connection_values(own) == _connection_values(first_read):
-            return []
-    except KeyError:
-        pass
-    return [
-        key
-        for key, default in _DEFAULTS.items()
-        if not same(own.get(key, default), first_read.get(key, default))
-    ]
-
-
-def merged_settings(
-    peer: Mapping[str, Any], own: Mapping[str, Any], first_read: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return a copy of the balancer's settings ``own`` with the peer's laid over it.
-
-    Each key, and OPTIONS key by key, is the peer's, unless the balancer's has
-    changed since this process first read it. The test runner's database is
-    thereby the one that is used, on whichever peer, and never the peer's own.
-    """
-    changed = changed_keys(own, first_read)
-    merged = dict(own)
-    for key in _PLAIN_KEYS:
-        if key in peer and key not in changed:
-            theirs = peer[key]
-            if theirs is not None and theirs != "":
-                merged[key] = theirs
-    options = _options(own)
-    if peer.get("OPTIONS"):
-        before = _options(first_read)
-        for key, value in _options(peer).items():
-            if same(options.get(key), before.get(key)):
-                options[key] = value
-    merged["OPTIONS"] = options
-    return merged
-
-
-def first_reading(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the connection settings, to compare later ones with."""
-    reading = {key: settings.get(key, default) for key, default in _DEFAULTS.items()}
-    reading["NAME"] = settings.get(NAME_KEY, reading["NAME"])
-    reading["OPTIONS"] = _options(settings)
-    return reading
-
-
 class _Reader:
     """Reads one balancer's entry."""
 
@@ -357,13 +126,13 @@ class _Reader:
         self.alias = alias
         self.entry = entry
         self.databases = databases
-        self.peers = _listed(entry.get("PEERS"))
+        self.peers = listed(entry.get("PEERS"))
         self.engine = peer_engine(entry, databases)
 
     # What is wrong
 
     def problems(self) -> Iterator[Problem]:
-        yield from self._misspelt(self.alias, self.entry, _BALANCER_KEYS)
+        yield from self._misspelt(self.alias, self.entry, BALANCER_KEYS)
         yield from self._misplaced()
         yield from self._values()
         yield from self._engine()
@@ -401,7 +170,7 @@ class _Reader:
     def _misspelt(
         self, where: str, entry: Mapping[str, Any], own: Iterable[str]
     ) -> Iterator[Problem]:
-        known = {*own, *CONNECTION_KEYS, *_DJANGO_KEYS, ALIAS_KEY, NAME_KEY}
+        known = {*own, *CONNECTION_KEYS, *DJANGO_KEYS, ALIAS_KEY, NAME_KEY}
         for key in entry:
             if not isinstance(key, str) or key in known:
                 continue
@@ -426,7 +195,7 @@ class _Reader:
                     f"{key}{at} is not a setting.",
                     f'Give BREAKER: {{"{key.lower()}": …}}.',
                 )
-            elif inline and key not in _BALANCER_KEYS:
+            elif inline and key not in BALANCER_KEYS:
                 yield self._problem(
                     "W004",
                     key,
@@ -460,8 +229,8 @@ class _Reader:
             if not isinstance(peer, Mapping):
                 continue
             for key in peer:
-                known = (*_PEER_KEYS, *CONNECTION_KEYS, "ENGINE")
-                if key in (*_BALANCER_KEYS, *_DJANGO_KEYS) and key not in known:
+                known = (*PEER_KEYS, *CONNECTION_KEYS, "ENGINE")
+                if key in (*BALANCER_KEYS, *DJANGO_KEYS) and key not in known:
                     yield self._problem(
                         "W004",
                         key,
@@ -471,7 +240,7 @@ class _Reader:
 
     def _values(self) -> Iterator[Problem]:
         entry = self.entry
-        yield from self._numbers(entry, _BALANCER_FIELDS, self._some_balancer)
+        yield from self._numbers(entry, BALANCER_FIELDS, self._some_balancer)
         yield from self._numbers(entry, {"CHECK_INTERVAL": "check_interval"}, _some_peer)
         yield from self._caught("E005", lambda: _breaker(entry))
         yield from self._caught("E007", lambda: strategy_from(entry.get("STRATEGY", "random")))
@@ -682,7 +451,7 @@ class _Reader:
                 "Name the databases behind it instead.",
             )
             return
-        engine = entry.get("ENGINE") or _NO_ENGINE
+        engine = entry.get("ENGINE") or NO_ENGINE
         if engine != self.engine:
             yield self._problem(
                 "E004",
@@ -690,7 +459,7 @@ class _Reader:
                 f"PEERS mixes engines: {peer!r} has the ENGINE {engine!r}, not {self.engine!r}.",
                 "All peers of a load balancer have one engine.",
             )
-        yield from self._misspelt(peer, entry, _PEER_KEYS)
+        yield from self._misspelt(peer, entry, PEER_KEYS)
         yield from self._peer(peer, entry)
         if "PEER_NAME" in entry:
             yield self._problem(
@@ -720,7 +489,7 @@ class _Reader:
 
     def _inline_peer(self, position: int, peer: Mapping[str, Any]) -> Iterator[Problem]:
         name = f"PEERS[{position}]"
-        yield from self._misspelt(name, peer, (*_PEER_KEYS, *CONNECTION_KEYS))
+        yield from self._misspelt(name, peer, (*PEER_KEYS, *CONNECTION_KEYS))
         yield from self._peer_name(name, peer)
         engine = peer.get("ENGINE", self.engine)
         if engine != self.engine:
@@ -733,7 +502,7 @@ class _Reader:
         yield from self._peer(name, peer)
 
     def _peer(self, name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
-        yield from self._numbers(entry, _PEER_FIELDS, _some_peer, name)
+        yield from self._numbers(entry, PEER_FIELDS, _some_peer, name)
         yield from self._caught("E005", lambda: _breaker(entry), name)
         yield from self._driver_options(name, entry)
         merged = merged_settings(entry, self.entry, self.entry)
@@ -887,7 +656,7 @@ class _Reader:
                 yield self._problem(
                     "W001",
                     "PEERS",
-                    f"PEERS has {seen[where]!r} and {name!r} at one address, {_address(settings)}.",
+                    f"PEERS has {seen[where]!r} and {name!r} at one address, {address(settings)}.",
                     "One failure will be met twice, and one server gets two shares.",
                 )
             seen[where] = name
@@ -921,7 +690,7 @@ class _Reader:
             strategy=entry.get("STRATEGY", "random"),
             ready_check=entry.get("READY_CHECK"),
             shared_state=entry.get("SHARED_STATE"),
-            **{name: entry[key] for key, name in _BALANCER_FIELDS.items() if key in entry},
+            **{name: entry[key] for key, name in BALANCER_FIELDS.items() if key in entry},
         )
 
     def _peer_config(self, name: str, peer: Mapping[str, Any]) -> PeerConfig:
@@ -930,10 +699,10 @@ class _Reader:
         given.update(peer)
         return PeerConfig(
             name=name,
-            address=_address(merged_settings(peer, entry, entry)),
+            address=address(merged_settings(peer, entry, entry)),
             breaker=_breaker(peer, over=_breaker(entry)),
             params={key: peer[key] for key in CONNECTION_KEYS if key in peer},
-            **{field: given[key] for key, field in _PEER_FIELDS.items() if key in given},
+            **{field: given[key] for key, field in PEER_FIELDS.items() if key in given},
         )
 
 
@@ -984,45 +753,7 @@ def _breaker(entry: Mapping[str, Any], over: BreakerConfig | None = None) -> Bre
     return BreakerConfig.of(entry.get("BREAKER"), over=over or BreakerConfig())
 
 
-def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of an entry's OPTIONS; nothing of what is no dict: :func:`problems` says so."""
-    options = entry.get("OPTIONS")
-    if type(options) is dict:
-        # Nearly always; to ask for a Mapping costs ten times as much.
-        return options.copy()
-    return dict(options) if isinstance(options, Mapping) else {}
-
-
 def _elsewhere(options: Mapping[str, Any]) -> Iterator[str]:
     """Yield what OPTIONS say of where an address is to be found."""
     for key in ("read_default_file", "read_default_group", "service", "hostaddr"):
         yield str(options.get(key) or "")
-
-
-def _listed(peers: Any) -> list[Any]:
-    # A bare string would be read as a list of its letters.
-    return list(peers) if isinstance(peers, (list, tuple)) else []
-
-
-def _address(settings: Mapping[str, Any]) -> str:
-    host = settings.get("HOST") or settings["OPTIONS"].get("unix_socket") or ""
-    port = settings.get("PORT")
-    if host.startswith("/") if isinstance(host, str) else False:
-        return str(host)
-    if host or port:
-        return f"{host or 'localhost'}:{port}" if port else str(host)
-    return str(settings.get("NAME") or "")
-
-
-def same(one: Any, other: Any) -> bool:
-    """Return whether two settings say the same."""
-    if one is other or one == other:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    # Django deep-copies settings: a callable PASSWORD or an SSL context in
-    # OPTIONS is then another object, and says the same.
-    kind: Any = type(one)
-    return callable(one) or kind.__eq__ is object.__eq__

@@ -1,0 +1,94 @@
+"""The keys of a DATABASES entry, and which fields of a config they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = [
+    "ALIAS_KEY",
+    "BALANCER_FIELDS",
+    "BALANCER_KEYS",
+    "CONNECTION_KEYS",
+    "DEFAULT_PEER_ENGINE",
+    "DJANGO_KEYS",
+    "ENGINE",
+    "NAME_KEY",
+    "NO_ENGINE",
+    "PEER_ALIAS_ENGINE",
+    "PEER_FIELDS",
+    "PEER_KEYS",
+    "is_balancer",
+    "listed",
+]
+
+ENGINE = "django_proxysql.backends.proxysql"
+#: What takes the place of an alias's own ENGINE once it is known to be a peer's.
+PEER_ALIAS_ENGINE = "django_proxysql.backends.peer"
+DEFAULT_PEER_ENGINE = "django.db.backends.mysql"
+NO_ENGINE = "django.db.backends.dummy"
+
+#: The key under which a balancer's alias stands in its settings dict. A string:
+#: Django copies, deep-copies and pickles that dict, and every wrapper made from
+#: it must find the same circuits.
+ALIAS_KEY = "LOAD_BALANCER"
+
+#: The key under which the NAME that was first read stands there. Settings of a
+#: process under test that are handed to another one, written out as Python,
+#: have the test database's NAME, and that must not be taken for production's.
+NAME_KEY = "LOAD_BALANCER_NAME"
+
+#: What a connection is made with; a peer's own is laid over the balancer's.
+CONNECTION_KEYS = ("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
+
+#: Settings that have a range, and the fields that know it.
+PEER_FIELDS = {
+    "WEIGHT": "weight",
+    "PRIORITY": "priority",
+    "CHECK_INTERVAL": "check_interval",
+}
+BALANCER_FIELDS = {
+    "CONNECT_TIMEOUT": "connect_timeout",
+    "TRIAL_TIMEOUT": "trial_timeout",
+    "CONNECT_DEADLINE": "connect_deadline",
+    "WAIT_FOR_PEER": "wait_for_peer",
+    "LAST_RESORT_INTERVAL": "last_resort_interval",
+    "REPLAY": "replay",
+    "IDLE_CHECK": "idle_check",
+    "SYNCHRONOUS_PEERS": "synchronous_peers",
+    "TCP_USER_TIMEOUT": "tcp_user_timeout",
+    "TRIALS": "trials",
+    "REBALANCE": "rebalance",
+}
+PEER_KEYS = (*PEER_FIELDS, "BREAKER", "PEER_NAME")
+BALANCER_KEYS = (
+    *BALANCER_FIELDS,
+    "BREAKER",
+    "CHECK_INTERVAL",
+    "PEERS",
+    "PEER_ENGINE",
+    "READY_CHECK",
+    "SHARED_STATE",
+    "STRATEGY",
+)
+DJANGO_KEYS = (
+    "ATOMIC_REQUESTS",
+    "AUTOCOMMIT",
+    "CONN_HEALTH_CHECKS",
+    "CONN_MAX_AGE",
+    "DISABLE_SERVER_SIDE_CURSORS",
+    "ENGINE",
+    "TEST",
+    "TIME_ZONE",
+)
+
+
+def is_balancer(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry of DATABASES is a load balancer's."""
+    # A user's subclass of the engine has a path of its own.
+    return entry.get("ENGINE") == ENGINE or "PEERS" in entry or ALIAS_KEY in entry
+
+
+def listed(peers: Any) -> list[Any]:
+    # A bare string would be read as a list of its letters.
+    return list(peers) if isinstance(peers, (list, tuple)) else []
