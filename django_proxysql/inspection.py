@@ -26,9 +26,9 @@ from .core import drivers
 from .core.balancer import Attempt
 from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts
 from .core.faults import Fault
-from .core.locks import new_lock
 from .core.peer import Peer
 from .core.ready import backend, galera, greeting_id, rows
+from .core.runtime import new_lock
 from .registry import Registered, balancers
 
 __all__ = ["Inspection", "inspect"]

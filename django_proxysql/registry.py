@@ -25,11 +25,11 @@ from .conf import (
     mirrors,
     name_of_a_peer,
 )
-from .core import drivers, forks
+from .core import drivers, runtime
 from .core.balancer import Attempt, LoadBalancer
 from .core.events import Listener
-from .core.locks import new_lock
 from .core.peer import Peer
+from .core.runtime import new_lock
 from .core.trials import prober
 from .errors import NoPeerAvailable
 
@@ -196,7 +196,7 @@ class _BackgroundTrial:
 
 balancers = Balancers()
 
-forks.register(balancers.after_fork)
+runtime.at_fork(balancers.after_fork)
 
 
 def register(settings: dict[str, Any], alias: str) -> None:

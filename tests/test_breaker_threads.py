@@ -20,7 +20,7 @@ from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
 from django_proxysql.core import balancer, breaker
 from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
-from django_proxysql.core.locks import new_lock
+from django_proxysql.core.runtime import new_lock
 from tests.children import in_child
 from tests.fakes import (
     Clock,

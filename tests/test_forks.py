@@ -299,19 +299,19 @@ def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
 
 def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a worker, once, and what was there before; tests/test_web_servers.py has the real one."""
-    from django_proxysql.core import forks
+    from django_proxysql.core import runtime
 
     called: list[str] = []
     uwsgi: Any = types.SimpleNamespace(post_fork_hook=lambda: called.append("theirs"))
     monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
-    monkeypatch.setattr(forks, "_before_us", None)
-    monkeypatch.setattr(forks, "_in_child", [lambda: 1 / 0, lambda: called.append("ours")])
-    forks.attend()
-    forks.attend()
+    monkeypatch.setattr(runtime, "_before_us", None)
+    monkeypatch.setattr(runtime, "_in_child", [lambda: 1 / 0, lambda: called.append("ours")])
+    runtime.watch_uwsgi()
+    runtime.watch_uwsgi()
     # Nothing has forked since.
     uwsgi.post_fork_hook()
     assert called == ["theirs"]
-    monkeypatch.setattr(forks, "_home", 0)
+    monkeypatch.setattr(runtime, "_home", 0)
     uwsgi.post_fork_hook()
     uwsgi.post_fork_hook()
     assert called == ["theirs", "ours", "theirs", "theirs"]
@@ -326,13 +326,13 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python has called in the child is not called there again."""
-    from django_proxysql.core import forks
+    from django_proxysql.core import runtime
 
     called: list[str] = []
-    monkeypatch.setattr(forks, "_in_child", [lambda: called.append("ours")])
+    monkeypatch.setattr(runtime, "_in_child", [lambda: called.append("ours")])
 
     def work() -> str:
-        forks._hook()
+        runtime._hook()
         return str(called)
 
     assert in_child(work) == "[]"

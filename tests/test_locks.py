@@ -13,7 +13,7 @@ import pytest
 from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends import pools
 from django_proxysql.core import balancer
-from django_proxysql.core.locks import RecoveringLock, new_lock
+from django_proxysql.core.runtime import RecoveringLock, new_lock
 from tests.fakes import in_thread, running
 
 

@@ -20,7 +20,7 @@ import pytest
 import django_proxysql
 from django_proxysql import Fault, LoadBalancer
 from django_proxysql.backends.pools import _Pool, _Pools
-from django_proxysql.core import forks
+from django_proxysql.core import runtime
 from django_proxysql.core.breaker import Lease
 from tests.fakes import Driver, peers, raised_by, refused_by_host, running
 
@@ -182,7 +182,7 @@ class TestThreads:
 
     def test_what_a_fork_concerns(self) -> None:
         """They are listed while others are made and end."""
-        living: forks.Living[Any] = forks.Living()
+        living: runtime.Living[Any] = runtime.Living()
 
         class Thing:
             pass
@@ -271,7 +271,7 @@ def test_pools_that_are_looked_through_stay_as_they_are() -> None:
 
 def test_living_keeps_nothing_alive() -> None:
     """What is listed may end."""
-    living: forks.Living[Any] = forks.Living()
+    living: runtime.Living[Any] = runtime.Living()
 
     class Thing:
         pass

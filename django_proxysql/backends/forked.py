@@ -22,7 +22,7 @@ import threading
 import weakref
 from typing import Any
 
-from ..core import forks
+from ..core import runtime
 from ..core.logger import complain
 
 __all__ = ["remember"]
@@ -62,4 +62,4 @@ def _in_child() -> None:
     _held.clear()
 
 
-forks.register(_in_child, before=_before, after_in_parent=_in_parent)
+runtime.at_fork(_in_child, before=_before, after_in_parent=_in_parent)

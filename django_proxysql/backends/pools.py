@@ -28,12 +28,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..conf import CONNECTION_KEYS, merged_settings, same
-from ..core import drivers, forks, sockets
+from ..core import drivers, runtime, sockets
 from ..core.balancer import Attempt, LoadBalancer
 from ..core.events import CircuitOpened, Event, PeerDrained
 from ..core.exceptions import PoolBusy
-from ..core.locks import new_lock
 from ..core.peer import Peer
+from ..core.runtime import new_lock
 from ..registry import NO_DB_ALIAS, Registered
 
 if TYPE_CHECKING:
@@ -504,4 +504,4 @@ def _after_fork_in_child() -> None:
         pools._pools = {}
 
 
-forks.register(_after_fork_in_child)
+runtime.at_fork(_after_fork_in_child)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import tenacity
 
-from . import drivers, forks
+from . import drivers
 from .breaker import (
     CLOSED,
     HALF_OPEN,
@@ -52,7 +52,6 @@ from .events import (
 )
 from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy, UnknownPeer
 from .faults import Count, Fault, Verdict, verdict_on
-from .locks import new_lock
 from .logger import logger
 from .logs import due_in, log_event
 from .peer import Hold, Peer
@@ -67,6 +66,7 @@ from .ready import (
     writable,
 )
 from .rebalance import Move, Rebalance
+from .runtime import new_lock, renew_in_child, watch_uwsgi
 from .sharing import Sharing
 from .sqlalchemy_engine import sqlalchemy_engine
 from .strategies import strategy_from
@@ -296,8 +296,8 @@ class LoadBalancer:
         self.sharing: Sharing | None = None
         if config.shared_state is not None:
             self.sharing = Sharing(self)
-        _forkable.add(self)
-        forks.attend()
+        renew_in_child(self)
+        watch_uwsgi()
 
     def __repr__(self) -> str:
         peers = ", ".join(
@@ -1041,7 +1041,8 @@ class LoadBalancer:
                 self.rebalance.begin(self.peers[name])
         self._tell_changes()
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """In the child: no connections, and locks that nobody holds."""
         # The circuits see to themselves.
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
@@ -1670,14 +1671,3 @@ def _count_while_alive(connection: Any, peer: Peer) -> None:
 
 #: Numbers for the connects under way.
 _serials = itertools.count()
-
-# The child of a fork holds none of its parent's connections.
-_forkable: forks.Living[LoadBalancer] = forks.Living()
-
-
-def _after_fork_in_child() -> None:
-    for balancer in _forkable.all():
-        balancer._after_fork()
-
-
-forks.register(_after_fork_in_child)

@@ -25,7 +25,7 @@ replacement then begins anew from what it left (``PeerBreaker._swap``).
 
 Locks of C are the only ones used: ``threading.Event`` and its kin take theirs
 in Python code, and a thread that is killed there keeps it for ever. (Python before 3.11:
-:mod:`django_proxysql.core.locks`.)
+:mod:`django_proxysql.core.runtime`.)
 
 Each use of the peer takes a :class:`Permit` first and ends it with exactly one
 of *succeeded*, *failed* or *released* (the error was not the peer's). A permit
@@ -51,13 +51,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pybreaker
 
-from . import drivers, forks
+from . import drivers
 from .config import function, number
 from .dispatch import Teller
 from .exceptions import ConfigError
 from .faults import Fault
-from .locks import new_lock
 from .logger import complain
+from .runtime import new_lock, renew_in_child
 
 __all__ = [
     "Circuit",
@@ -430,7 +430,7 @@ class PeerBreaker(pybreaker.CircuitBreaker):
             throw_new_error_on_trip=False,
         )
         self._lock = new_lock()
-        _forkable.add(self)
+        renew_in_child(self)
 
     def __repr__(self) -> str:
         circuit = self._circuit
@@ -1194,16 +1194,3 @@ def _opened(circuit: Circuit, now: float, due: float, error: str, fault: Fault |
 
 def _closed(circuit: Circuit, now: float) -> Circuit:
     return Circuit(generation=circuit.generation + 1, tried=now)
-
-
-# After a fork the child needs locks that nobody holds: the parent's other
-# threads, which may hold them, are not there to release them.
-_forkable: forks.Living[PeerBreaker] = forks.Living()
-
-
-def _after_fork_in_child() -> None:
-    for breaker in _forkable.all():
-        breaker.after_fork()
-
-
-forks.register(_after_fork_in_child)

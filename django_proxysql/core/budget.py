@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .locks import new_lock
+from .runtime import new_lock
 
 __all__ = ["LossMemory", "ReplayBudget"]
 

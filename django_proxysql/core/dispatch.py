@@ -34,8 +34,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .locks import new_lock
 from .logger import complain
+from .runtime import new_lock
 
 __all__ = ["Teller", "finish", "is_here", "is_spared", "spare_this_thread"]
 

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .locks import new_lock
+from .runtime import new_lock
 
 if TYPE_CHECKING:
     from .peer import Peer

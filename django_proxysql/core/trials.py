@@ -40,10 +40,9 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from . import forks
 from .dispatch import spare_this_thread
-from .locks import new_lock
 from .logger import Limit, complain
+from .runtime import new_lock, renew_in_child
 
 if TYPE_CHECKING:
     from .balancer import LoadBalancer
@@ -250,4 +249,4 @@ def _is_needed(balancer: LoadBalancer) -> bool:
 #: This process's.
 prober = Prober()
 
-forks.register(prober.after_fork)
+renew_in_child(prober)

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..core import forks
+from ..core import runtime
 from ..core.balancer import LoadBalancer
 from ..core.events import Connected, ConnectFailed, Event
-from ..core.locks import new_lock
 from ..core.peer import Peer
+from ..core.runtime import new_lock
 from ..registry import balancers
 
 __all__ = ["DRAINED", "SUSPECT", "Change", "History", "Trial", "history", "state_of", "watch"]
@@ -143,7 +143,7 @@ class History:
 #: This process's.
 history = History()
 
-forks.register(lambda: history.after_fork())
+runtime.at_fork(lambda: history.after_fork())
 
 
 def watch() -> None:

@@ -21,11 +21,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from .. import forks
 from ..dispatch import spare_this_thread
 from ..exceptions import ConfigError
-from ..locks import new_lock
 from ..logger import complain, logger
+from ..runtime import new_lock, renew_in_child
 from .scripts import BEAT, FLEET, SHA, SYNC
 from .trouble import Trouble, trouble_from
 
@@ -145,13 +144,13 @@ class Link:
         self._members: dict[int, weakref.ref[Sharing]] = {}
         self._client: Any = None
         self._has_complained = False
-        self._forget_connection()
-        _forkable.add(self)
+        self.after_fork()
+        renew_in_child(self)
 
     def __repr__(self) -> str:
         return f"<Link to Redis at {self.address}>"
 
-    def _forget_connection(self) -> None:
+    def after_fork(self) -> None:
         """Begin anew: at first, and in the child of a fork, with nothing of its parent's."""
         #: Who this process is to the others.
         self.me = secrets.token_hex(8)
@@ -517,14 +516,3 @@ def link_to(url: str) -> Link:
     link = _links.get(url)
     # Of two threads that come here at once, one's is kept.
     return link if link is not None else _links.setdefault(url, Link(url))
-
-
-_forkable: forks.Living[Link] = forks.Living()
-
-
-def _after_fork_in_child() -> None:
-    for link in _forkable.all():
-        link._forget_connection()
-
-
-forks.register(_after_fork_in_child)

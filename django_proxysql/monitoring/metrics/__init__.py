@@ -32,7 +32,7 @@ except ImportError as exc:
     ) from exc
 
 from ...core import dispatch as teller
-from ...core import forks
+from ...core import runtime
 from ...core.balancer import LoadBalancer
 from ...core.events import (
     CircuitClosed,
@@ -443,7 +443,7 @@ def _multiprocess_directory() -> str | None:
     return os.environ.get(name, os.environ.get(name.lower()))
 
 
-_all: forks.Living[Metrics] = forks.Living()
+_all: runtime.Living[Metrics] = runtime.Living()
 #: The locks that the thread holds which is about to fork.
 _forking = threading.local()
 
@@ -463,7 +463,7 @@ def _after_fork_in_child() -> None:
         metrics._after_fork_in_child()
 
 
-forks.register(_after_fork_in_child, before=_before_fork, after_in_parent=_after_fork_in_parent)
+runtime.at_fork(_after_fork_in_child, before=_before_fork, after_in_parent=_after_fork_in_parent)
 
 
 @atexit.register
