@@ -24,33 +24,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django
 from django.db import connections
 from django.dispatch import Signal
 
 from .core import dispatch as teller
-from .core.events import (
-    CircuitClosed,
-    CircuitOpened,
-    ConnectFailed,
-    ConnectionLost,
-    Event,
-    PeersExhausted,
-    StatementReplayed,
-)
+from .core.events import Event
 from .core.logger import logger
+from .core.reports import REPORTS
 from .registry import balancers
 
-__all__ = [
-    "connection_lost",
-    "peer_closed",
-    "peer_failed",
-    "peer_opened",
-    "peers_exhausted",
-    "statement_replayed",
-]
+__all__ = [row.signal for row in REPORTS.values() if row.signal]
 
 
 class _PeerSignal(Signal):
@@ -63,38 +49,13 @@ class _PeerSignal(Signal):
         balancers.add_listener(_send, connects=False)
 
 
-#: A peer's circuit opened: it gets no connections until a trial succeeds.
-#: ``alias``, ``peer``, ``address``, ``fault``, ``error``, ``trial_in``, ``learnt``.
-peer_opened = _PeerSignal()
+#: The signal of each class of event that has one, under its name in this module.
+_SIGNALS = {row.event: _PeerSignal() for row in REPORTS.values() if row.signal}
+globals().update({REPORTS[event].signal: signal for event, signal in _SIGNALS.items()})
 
-#: A circuit closed: the peer is in use again.
-#: ``alias``, ``peer``, ``address``, ``seconds``, ``learnt``.
-peer_closed = _PeerSignal()
-
-#: An attempt to connect failed, whether it counts or not.
-#: ``alias``, ``peer``, ``address``, ``seconds``, ``trial``, ``fault``, ``error``, ``count``,
-#: ``opened``.
-peer_failed = _PeerSignal()
-
-#: An established connection was found lost.
-#: ``alias``, ``peer``, ``address``, ``fault``, ``error``, ``idle``.
-connection_lost = _PeerSignal()
-
-#: A statement was run again on another connection.
-#: ``alias``, ``peer``, ``successor``, ``error``.
-statement_replayed = _PeerSignal()
-
-#: A connect() that may use all peers found none. ``alias``, ``error``, ``seconds``.
-peers_exhausted = _PeerSignal()
-
-_SIGNALS: dict[type, _PeerSignal] = {
-    CircuitOpened: peer_opened,
-    CircuitClosed: peer_closed,
-    ConnectFailed: peer_failed,
-    ConnectionLost: connection_lost,
-    StatementReplayed: statement_replayed,
-    PeersExhausted: peers_exhausted,
-}
+if TYPE_CHECKING:
+    # Their names stand in the table alone.
+    def __getattr__(name: str) -> Signal: ...
 
 
 class _Sending(threading.local):

@@ -38,7 +38,7 @@ def samples() -> dict[str, dict[str, set[str]]]:
     world, registry = World("db1"), CollectorRegistry()
     metrics = Metrics(world.db, registry=registry)
     for outcome in ("success", "failure"):
-        metrics._seconds.labels("default", "db1", outcome).observe(1)
+        metrics._counted["connect_duration_seconds"].labels("default", "db1", outcome).observe(1)
     found: dict[str, dict[str, set[str]]] = {}
     for line in generate_latest(registry).decode().splitlines():
         if not line.startswith("#"):
@@ -53,7 +53,7 @@ BY_PROMETHEUS = {"job", "instance"}
 
 
 def unknown(expr: str) -> list[str]:
-    """Return what an expression asks for that is not to be had."""
+    """Return what an expression asks for that does not exist."""
     there = samples()
     found = []
     for name in re.findall(r"\bdjango_proxysql_\w+", expr):

@@ -46,7 +46,8 @@ FLOORS = {
     # Parts of a balancer.
     "core.breaker": 3,
     "core.strategies": 2,
-    "core.logs": 2,
+    "core.reports": 2,
+    "core.logs": 3,
     "core.peer": 3,
     "core.trials": 3,
     "core.ready": 3,

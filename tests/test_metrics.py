@@ -330,7 +330,7 @@ def in_the_middle(counter: Counter, function: Any) -> Iterator[None]:
 
 
 def successes(world: Watched) -> Any:
-    return world.metrics._connects.labels("default", "db1", "success")
+    return world.metrics._counted["connects"].labels("default", "db1", "success")
 
 
 @pytest.mark.timeout(60)

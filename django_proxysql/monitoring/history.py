@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from ..core import runtime
 from ..core.balancer import LoadBalancer
-from ..core.events import Connected, ConnectFailed, Event
+from ..core.events import Event
 from ..core.peer import Peer
+from ..core.reports import REPORTS, SUCCESS
 from ..core.runtime import new_lock
 from ..registry import balancers
 
@@ -91,9 +92,10 @@ class History:
             return
         with self._lock:
             row = self._note(registered.balancer, peer)
-            if isinstance(event, (Connected, ConnectFailed)) and event.trial:
-                error = event.error if isinstance(event, ConnectFailed) else ""
-                row.trials.append(Trial(self.clock(), isinstance(event, Connected), error))
+            outcome = REPORTS[type(event)].outcome
+            if outcome and getattr(event, "trial", False):
+                error = getattr(event, "error", "")
+                row.trials.append(Trial(self.clock(), outcome == SUCCESS, error))
 
     def look_at(self, balancer: LoadBalancer) -> None:
         """Note how the peers of ``balancer`` are now."""

@@ -17,10 +17,11 @@ request, and at :meth:`Metrics.refresh`.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Union
 
@@ -34,21 +35,9 @@ except ImportError as exc:
 from ...core import dispatch as teller
 from ...core import runtime
 from ...core.balancer import LoadBalancer
-from ...core.events import (
-    CircuitClosed,
-    CircuitOpened,
-    Connected,
-    ConnectFailed,
-    ConnectionLost,
-    ConnectionReplaced,
-    Event,
-    PeerDrained,
-    PeersExhausted,
-    PeerUndrained,
-    StatementReplayed,
-)
-from ...core.faults import Fault
+from ...core.events import Event
 from ...core.peer import Peer
+from ...core.reports import REPORTS, Count, fits
 from .multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
@@ -64,9 +53,6 @@ __all__ = ["Metrics", "MultiProcessCollector"]
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15)
 
 STATES = ("closed", "open", "half-open")
-SUCCESS, FAILURE = OUTCOMES = ("success", "failure")
-LOST, LEFT = REASONS = ("lost", "left")
-IDLE, IN_USE = FOUND = ("idle", "in_use")
 
 #: Notes among the events that wait: look at the peers that had connections last, or at every one.
 _LOOK_AT_HELD = object()
@@ -106,62 +92,12 @@ class Metrics:
             raise NotADirectoryError(f"PROMETHEUS_MULTIPROC_DIR={directory!r} is no directory")
         self._sources = sources
         of_peer = ("alias", "peer")
-        self._connects = Counter(
-            "django_proxysql_connects_total",
-            "Attempts to connect to a peer.",
-            (*of_peer, "outcome"),
-            registry=None,
-        )
-        self._seconds = Histogram(
-            "django_proxysql_connect_duration_seconds",
-            "How long attempts to connect to a peer took.",
-            (*of_peer, "outcome"),
-            buckets=BUCKETS,
-            registry=None,
-        )
-        self._failures = Counter(
-            "django_proxysql_connect_failures_total",
-            "Failed attempts to connect, by what the error says about the peer.",
-            (*of_peer, "fault"),
-            registry=None,
-        )
-        self._trials = Counter(
-            "django_proxysql_trials_total",
-            "Attempts to connect that were the trial of an open or suspect circuit.",
-            (*of_peer, "outcome"),
-            registry=None,
-        )
-        self._openings = Counter(
-            "django_proxysql_circuit_openings_total",
-            "How often a peer's circuit opened, in any process.",
-            of_peer,
-            registry=None,
-        )
-        self._losses = Counter(
-            "django_proxysql_connections_lost_total",
-            "Established connections found lost: idle, before anything was sent, or in use.",
-            (*of_peer, "found"),
-            registry=None,
-        )
-        self._replacements = Counter(
-            "django_proxysql_connections_replaced_total",
-            "Connections swapped for another at a safe point: because they were lost, or to leave "
-            "a peer that is out or drained.",
-            (*of_peer, "reason"),
-            registry=None,
-        )
-        self._replays = Counter(
-            "django_proxysql_statements_replayed_total",
-            "Statements run again on another connection, by the peer that lost them.",
-            of_peer,
-            registry=None,
-        )
-        self._exhaustions = Counter(
-            "django_proxysql_peers_exhausted_total",
-            "Calls of connect() that may use all peers and found none.",
-            ("alias",),
-            registry=None,
-        )
+        #: What the table's metrics are here, by their names there.
+        self._counted = {
+            count.metric.name: _made(row.event, count)
+            for row in REPORTS.values()
+            for count in row.counts
+        }
         self._connections = Gauge(
             "django_proxysql_connections",
             "Open connections.",
@@ -184,15 +120,7 @@ class Metrics:
             multiprocess_mode="livesum",
         )
         self._metrics: tuple[Any, ...] = (
-            self._connects,
-            self._seconds,
-            self._failures,
-            self._trials,
-            self._openings,
-            self._losses,
-            self._replacements,
-            self._replays,
-            self._exhaustions,
+            *self._counted.values(),
             self._connections,
             self._circuits,
             self._drains,
@@ -200,10 +128,10 @@ class Metrics:
         #: What labels() has made, for it takes a lock and its time.
         self._children: dict[tuple[Any, ...], Any] = {}
         #: The peers that are known, and what their gauges say.
-        self._peers: dict[tuple[str, str], Peer] = {}
-        self._shown: dict[tuple[str, str], tuple[int, str, bool]] = {}
+        self._peers: dict[tuple[str, ...], Peer] = {}
+        self._shown: dict[tuple[str, ...], tuple[int, str, bool]] = {}
         #: Those of them whose gauge says that there are connections.
-        self._held: set[tuple[str, str]] = set()
+        self._held: set[tuple[str, ...]] = set()
         self._has_looked_at_all = False
         # prometheus_client's locks are plain ones: a thread that comes by here again while it
         # counts (a signal handler, a finalizer) would wait for itself. So nobody waits: an event
@@ -276,44 +204,23 @@ class Metrics:
             self._has_looked_at_all = True
             for key in list(self._peers):
                 self._show(key)
-        elif type(item) is PeersExhausted:
-            self._child(self._exhaustions, item.balancer).inc()
         else:
-            count = _COUNTS.get(type(item))
-            if count is not None:
-                key = (item.balancer, item.peer)
-                if key not in self._peers:
-                    self._introduce_alias(item.balancer)
-                count(self, item, key)
-                self._show(key)
+            self._count(item)
 
-    def _connected(self, event: Connected, key: tuple[str, str]) -> None:
-        self._attempted(key, event.seconds, event.trial, SUCCESS)
-
-    def _connect_failed(self, event: ConnectFailed, key: tuple[str, str]) -> None:
-        self._attempted(key, event.seconds, event.trial, FAILURE)
-        self._child(self._failures, *key, event.fault.value).inc()
-
-    def _attempted(self, key: tuple[str, str], seconds: float, trial: bool, outcome: str) -> None:
-        self._child(self._connects, *key, outcome).inc()
-        self._child(self._seconds, *key, outcome).observe(seconds)
-        if trial:
-            self._child(self._trials, *key, outcome).inc()
-
-    def _opened(self, event: CircuitOpened, key: tuple[str, str]) -> None:
-        self._child(self._openings, *key).inc()
-
-    def _lost(self, event: ConnectionLost, key: tuple[str, str]) -> None:
-        self._child(self._losses, *key, IDLE if event.idle else IN_USE).inc()
-
-    def _replaced(self, event: ConnectionReplaced, key: tuple[str, str]) -> None:
-        self._child(self._replacements, *key, LOST if event.forced else LEFT).inc()
-
-    def _replayed(self, event: StatementReplayed, key: tuple[str, str]) -> None:
-        self._child(self._replays, *key).inc()
-
-    def _only_shown(self, event: Any, key: tuple[str, str]) -> None:
-        pass
+    def _count(self, event: Any) -> None:
+        peer = getattr(event, "peer", None)
+        key = (event.balancer,) if peer is None else (event.balancer, peer)
+        if peer is not None and key not in self._peers:
+            self._introduce_alias(event.balancer)
+        for count in REPORTS[type(event)].counts:
+            if fits(event, count.when):
+                child = self._child(self._counted[count.metric.name], *key, *count.label_of(event))
+                if count.metric.is_duration:
+                    child.observe(event.seconds)
+                else:
+                    child.inc()
+        if peer is not None:
+            self._show(key)
 
     def _child(self, metric: Any, *labels: str) -> Any:
         key = (metric, *labels)
@@ -346,7 +253,7 @@ class Metrics:
     def _introduce(self, balancer: LoadBalancer) -> None:
         """Have a balancer's series begin at 0: increase() overlooks one that begins at 1."""
         alias = balancer.name
-        self._child(self._exhaustions, alias)
+        self._begin_at_zero((alias,))
         for name, peer in balancer.peers.items():
             key = (alias, name)
             known = self._peers.get(key)
@@ -354,22 +261,16 @@ class Metrics:
             self._peers[key] = peer
             if known is not None:
                 continue
-            for metric, words in self._words():
-                for word in words:
-                    self._child(metric, *key, *word)
+            self._begin_at_zero(key)
 
-    def _words(self) -> Iterator[tuple[Any, Iterable[tuple[str, ...]]]]:
-        faults = [(fault.value,) for fault in Fault]
-        outcomes = [(outcome,) for outcome in OUTCOMES]
-        yield self._connects, outcomes
-        yield self._failures, faults
-        yield self._trials, outcomes
-        yield self._openings, [()]
-        yield self._losses, [(found,) for found in FOUND]
-        yield self._replacements, [(reason,) for reason in REASONS]
-        yield self._replays, [()]
+    def _begin_at_zero(self, key: tuple[str, ...]) -> None:
+        for row in REPORTS.values():
+            for count in row.counts:
+                if len(key) == len(_keys(row.event)) and not count.metric.is_duration:
+                    for label in count.labels():
+                        self._child(self._counted[count.metric.name], *key, *label)
 
-    def _show(self, key: tuple[str, str]) -> None:
+    def _show(self, key: tuple[str, ...]) -> None:
         """Have the gauges of one peer say what is so now; those that say it are left alone."""
         peer = self._peers.get(key)
         if peer is None:
@@ -424,17 +325,20 @@ class Metrics:
                 self._child(self._circuits, *key, state).set(0)
 
 
-_COUNTS: Mapping[type, Any] = {
-    Connected: Metrics._connected,
-    ConnectFailed: Metrics._connect_failed,
-    CircuitOpened: Metrics._opened,
-    CircuitClosed: Metrics._only_shown,
-    ConnectionLost: Metrics._lost,
-    ConnectionReplaced: Metrics._replaced,
-    StatementReplayed: Metrics._replayed,
-    PeerDrained: Metrics._only_shown,
-    PeerUndrained: Metrics._only_shown,
-}
+def _keys(event: type) -> tuple[str, ...]:
+    """Return the labels that each metric of an event has."""
+    of_peer = any(field.name == "peer" for field in dataclasses.fields(event))
+    return ("alias", "peer") if of_peer else ("alias",)
+
+
+def _made(event: type, count: Count) -> Any:
+    """Return prometheus_client's metric for one of the table."""
+    metric = count.metric
+    labels = (*_keys(event), *([metric.label] if metric.label else ()))
+    name = f"django_proxysql_{metric.name}"
+    if metric.is_duration:
+        return Histogram(name, metric.about, labels, buckets=BUCKETS, registry=None)
+    return Counter(f"{name}_total", metric.about, labels, registry=None)
 
 
 def _multiprocess_directory() -> str | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Union
 
@@ -29,16 +29,8 @@ except ImportError as exc:
 
 from ... import __version__
 from ...core.balancer import LoadBalancer
-from ...core.events import (
-    CircuitOpened,
-    Connected,
-    ConnectFailed,
-    ConnectionLost,
-    ConnectionReplaced,
-    Event,
-    PeersExhausted,
-    StatementReplayed,
-)
+from ...core.events import Event
+from ...core.reports import REPORTS, Count, fits
 
 if TYPE_CHECKING:
     from ...core.peer import Peer
@@ -81,42 +73,12 @@ class Telemetry:
                 )
         self._sources = sources
         meter = metrics.get_meter(_NAME, __version__, meter_provider)
-        self._create_time = meter.create_histogram(
-            "db.client.connection.create_time",
-            unit="s",
-            description="The time it took to create a new connection.",
-            explicit_bucket_boundaries_advisory=_BUCKETS,
-        )
-        self._timeouts = meter.create_counter(
-            "db.client.connection.timeouts",
-            unit="{timeout}",
-            description="Calls of connect() that found no peer within CONNECT_DEADLINE.",
-        )
-        self._failures = meter.create_counter(
-            f"{_NAME}.connect.failures",
-            unit="{attempt}",
-            description="Failed attempts to connect, by what the error says about the peer.",
-        )
-        self._openings = meter.create_counter(
-            f"{_NAME}.circuit.openings",
-            unit="{opening}",
-            description="How often a peer's circuit opened.",
-        )
-        self._losses = meter.create_counter(
-            f"{_NAME}.connection.losses",
-            unit="{connection}",
-            description="Established connections that were found lost.",
-        )
-        self._replacements = meter.create_counter(
-            f"{_NAME}.connection.replacements",
-            unit="{connection}",
-            description="Connections replaced at a safe point.",
-        )
-        self._replays = meter.create_counter(
-            f"{_NAME}.statement.replays",
-            unit="{statement}",
-            description="Statements run again on another connection.",
-        )
+        self._counted = {
+            count.telemetry: _made(meter, count)
+            for row in REPORTS.values()
+            for count in row.counts
+            if count.telemetry
+        }
         meter.create_observable_up_down_counter(
             "db.client.connection.count",
             [self._connections],
@@ -133,24 +95,16 @@ class Telemetry:
 
     def __call__(self, event: Event, /) -> None:
         """Count ``event``, and note it on the current span; a listener."""
-        pool = {_POOL: _pool(event)}
-        if type(event) is Connected:
-            self._create_time.record(event.seconds, pool)
-        elif type(event) is ConnectFailed:
-            self._failures.add(1, {**pool, "error.type": event.fault.value})
-        elif type(event) is CircuitOpened:
-            self._openings.add(1, pool)
-        elif type(event) is ConnectionLost:
-            self._losses.add(1, {**pool, "error.type": event.fault.value})
-        elif type(event) is ConnectionReplaced:
-            self._replacements.add(1, pool)
-        elif type(event) is StatementReplayed:
-            self._replays.add(1, pool)
-        elif type(event) is PeersExhausted:
-            self._timeouts.add(1, pool)
+        for count in REPORTS[type(event)].counts:
+            if count.telemetry and fits(event, count.when):
+                amount = event.seconds if count.metric.is_duration else 1  # type: ignore[union-attr]
+                attributes = {_POOL: _pool(event), **_attributes(event, count.attributes)}
+                self._counted[count.telemetry](amount, attributes)
         span = trace.get_current_span()
         if span.is_recording():
-            span.add_event(_name(event), _attributes(event))
+            span.add_event(
+                _name(event), _attributes(event, [f.name for f in dataclasses.fields(event)])
+            )
 
     def _connections(self, options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         for pool, peer in self._peers():
@@ -183,21 +137,34 @@ def _name(event: Event) -> str:
     return f"{_NAME}.{_CAPITAL.sub('_', type(event).__name__).lower()}"
 
 
-def _attributes(event: Event) -> Mapping[str, Any]:
+def _made(meter: metrics.Meter, count: Count) -> Callable[[float, Mapping[str, Any]], None]:
+    """Return what adds to OpenTelemetry's instrument for one of the table's."""
+    metric = count.metric
+    if metric.is_duration:
+        return meter.create_histogram(
+            count.telemetry,
+            unit=metric.unit,
+            description=metric.about,
+            explicit_bucket_boundaries_advisory=_BUCKETS,
+        ).record
+    return meter.create_counter(count.telemetry, unit=metric.unit, description=metric.about).add
+
+
+def _attributes(event: Event, names: Iterable[str]) -> dict[str, Any]:
     """Return an event's fields as a span has them; the address as the conventions write it."""
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(event):
-        value = getattr(event, field.name)
+    for name in names:
+        value = getattr(event, name)
         if value is None:
             continue
-        if field.name == "address":
+        if name == "address":
             match = _ADDRESS.fullmatch(value)
             found["server.address"] = match["host"] if match else value
             if match:
                 found["server.port"] = int(match["port"])
             continue
         value = value.value if isinstance(value, enum.Enum) else value
-        found[_ATTRIBUTES.get(field.name, f"{_NAME}.{field.name}")] = value
+        found[_ATTRIBUTES.get(name, f"{_NAME}.{name}")] = value
     return found
 
 

@@ -1,0 +1,323 @@
+"""What each event becomes: log lines, a signal, metrics. A new event is one new row of REPORTS.
+
+The log (:mod:`.logs`), Django's signals, the metrics for Prometheus and for OpenTelemetry and the
+status page's history read this table. It is plain data and imports nothing optional.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import events
+from .faults import Fault
+
+__all__ = ["FAILURE", "REPORTS", "SUCCESS", "Count", "Limited", "Line", "Metric", "Report", "fits"]
+
+#: How an attempt to connect ended.
+SUCCESS, FAILURE = "success", "failure"
+
+
+@dataclass(frozen=True)
+class Limited:
+    """How often a line is written; the next line that fits is written in its place."""
+
+    #: At most one line in so many seconds, …
+    seconds: float
+    #: … for each value of these fields.
+    per: tuple[str, ...]
+    #: A line with another error than the last one's is written at once.
+    new_error_passes: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A log line: the first of an event's lines that fits is written."""
+
+    level: int
+    #: It names the event's fields, and what :mod:`.logs` makes of them.
+    text: str
+    #: Values that the event's fields must have.
+    when: Mapping[str, Any] = field(default_factory=dict)
+    limited: Limited | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A counter or a histogram, one for each peer; of events without one, for each balancer."""
+
+    #: Prometheus' name between ``django_proxysql_`` and a counter's ``_total``.
+    name: str
+    about: str
+    #: Prometheus' label besides ``alias`` and ``peer``.
+    label: str = ""
+    #: OpenTelemetry's unit. ``s``: the event's ``seconds`` are what is measured.
+    unit: str = "{event}"
+
+    @property
+    def is_duration(self) -> bool:
+        """Whether it is a histogram."""
+        return self.unit == "s"
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one event adds to one metric."""
+
+    metric: Metric
+    #: The label's value: this word, …
+    word: str = ""
+    #: … or what ``words`` has for this field's value.
+    by: str = ""
+    words: Mapping[Any, str] = field(default_factory=dict)
+    #: Values that the event's fields must have.
+    when: Mapping[str, Any] = field(default_factory=dict)
+    #: OpenTelemetry's name for it. Empty: OpenTelemetry is not given it.
+    telemetry: str = ""
+    #: The fields that OpenTelemetry gets as attributes.
+    attributes: tuple[str, ...] = ()
+
+    def label_of(self, event: Any) -> tuple[str, ...]:
+        """Return the value of the metric's label; nothing if it has none."""
+        if not self.metric.label:
+            return ()
+        return (self.words[getattr(event, self.by)] if self.by else self.word,)
+
+    def labels(self) -> list[tuple[str, ...]]:
+        """Return all values that the label may have."""
+        if not self.metric.label:
+            return [()]
+        return [(word,) for word in (self.words.values() if self.by else [self.word])]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one class of event becomes."""
+
+    event: type
+    lines: tuple[Line, ...]
+    #: Its name in :mod:`django_proxysql.signals`. Empty: it has none.
+    signal: str = ""
+    counts: tuple[Count, ...] = ()
+    #: How the attempt ended that the event tells of.
+    outcome: str = ""
+
+
+def fits(event: object, when: Mapping[str, Any]) -> bool:
+    """Return whether the event's fields have these values."""
+    return not when or all(getattr(event, name) == value for name, value in when.items())
+
+
+_CONNECTS = Metric("connects", "Attempts to connect to a peer.", "outcome")
+_SECONDS = Metric(
+    "connect_duration_seconds", "How long attempts to connect to a peer took.", "outcome", unit="s"
+)
+_TRIALS = Metric(
+    "trials", "Attempts to connect that were the trial of an open or suspect circuit.", "outcome"
+)
+_IS_TRIAL = {"trial": True}
+_FAULTS = {fault: fault.value for fault in Fault}
+
+_PEER = "%(peer)s (%(address)s)"
+_CONNECTED = f"%(balancer)s: connected to {_PEER} in %(milliseconds).1f ms"
+_FAILED = f"%(balancer)s: connecting to {_PEER} failed (%(kind)s): %(error)s"
+_OPENED = f"%(balancer)s: circuit of {_PEER} opened"
+_CLOSED = f"%(balancer)s: circuit of {_PEER} closed"
+_OUT = "the peer was out for %(seconds).1f s"
+_RESCUED = "from %(peer)s to %(successor)s%(more)s: %(error)s"
+#: A dying peer has many connections, and each has such a line.
+_ONCE_A_SECOND = Limited(1, per=("balancer",))
+
+_ROWS = (
+    Report(
+        events.Connected,
+        lines=(
+            Line(logging.DEBUG, f"{_CONNECTED} (trial)", _IS_TRIAL),
+            Line(logging.DEBUG, _CONNECTED),
+        ),
+        counts=(
+            Count(_CONNECTS, SUCCESS),
+            Count(_SECONDS, SUCCESS, telemetry="db.client.connection.create_time"),
+            Count(_TRIALS, SUCCESS, when=_IS_TRIAL),
+        ),
+        outcome=SUCCESS,
+    ),
+    Report(
+        events.ConnectFailed,
+        lines=(
+            # Below fail_max no circuit opens to speak of it, and a password that
+            # is wrong does not get better by being tried again.
+            Line(logging.ERROR, _FAILED, {"fault": Fault.REFUSED, "count": 1, "opened": False}),
+            # Every connect may meet what is wrong on this side.
+            Line(
+                logging.ERROR,
+                _FAILED,
+                {"fault": Fault.LOCAL},
+                Limited(60, per=("balancer", "peer"), new_error_passes=True),
+            ),
+            Line(logging.DEBUG, _FAILED),
+        ),
+        signal="peer_failed",
+        counts=(
+            Count(_CONNECTS, FAILURE),
+            Count(_SECONDS, FAILURE),
+            Count(_TRIALS, FAILURE, when=_IS_TRIAL),
+            Count(
+                Metric(
+                    "connect_failures",
+                    "Failed attempts to connect, by what the error says about the peer.",
+                    "fault",
+                    "{attempt}",
+                ),
+                by="fault",
+                words=_FAULTS,
+                telemetry="django_proxysql.connect.failures",
+                attributes=("fault",),
+            ),
+        ),
+        outcome=FAILURE,
+    ),
+    Report(
+        events.CircuitOpened,
+        lines=(
+            # The process that found it out has warned.
+            Line(
+                logging.INFO,
+                f"{_OPENED}, another process found, %(first_trial)s%(because)s",
+                {"learnt": True},
+            ),
+            Line(
+                logging.ERROR,
+                f"{_OPENED}, %(first_trial)s: the peer refuses us, %(error)s",
+                {"fault": Fault.REFUSED},
+            ),
+            Line(logging.WARNING, f"{_OPENED}, %(first_trial)s%(because)s"),
+        ),
+        signal="peer_opened",
+        counts=(
+            Count(
+                Metric(
+                    "circuit_openings",
+                    "How often a peer's circuit opened, in any process.",
+                    unit="{opening}",
+                ),
+                telemetry="django_proxysql.circuit.openings",
+            ),
+        ),
+    ),
+    Report(
+        events.CircuitClosed,
+        lines=(
+            Line(logging.INFO, f"{_CLOSED}, another process found, {_OUT}", {"learnt": True}),
+            Line(logging.INFO, f"{_CLOSED}, {_OUT}"),
+        ),
+        signal="peer_closed",
+    ),
+    Report(
+        events.PeersExhausted,
+        lines=(Line(logging.DEBUG, "%(error)s"),),
+        signal="peers_exhausted",
+        counts=(
+            Count(
+                Metric(
+                    "peers_exhausted",
+                    "Calls of connect() that may use all peers and found none.",
+                    unit="{timeout}",
+                ),
+                telemetry="db.client.connection.timeouts",
+            ),
+        ),
+    ),
+    Report(
+        events.ConnectionLost,
+        lines=(
+            Line(
+                logging.DEBUG,
+                f"%(balancer)s: a connection to {_PEER} is lost (idle): %(error)s",
+                {"idle": True},
+            ),
+            Line(logging.DEBUG, f"%(balancer)s: a connection to {_PEER} is lost: %(error)s"),
+        ),
+        signal="connection_lost",
+        counts=(
+            Count(
+                Metric(
+                    "connections_lost",
+                    "Established connections found lost: idle, before anything was sent, or in "
+                    "use.",
+                    "found",
+                    "{connection}",
+                ),
+                by="idle",
+                words={True: "idle", False: "in_use"},
+                telemetry="django_proxysql.connection.losses",
+                attributes=("fault",),
+            ),
+        ),
+    ),
+    Report(
+        events.ConnectionReplaced,
+        lines=(
+            Line(
+                logging.WARNING,
+                f"%(balancer)s: replaced a lost connection, {_RESCUED}",
+                {"forced": True},
+                _ONCE_A_SECOND,
+            ),
+            Line(logging.DEBUG, "%(balancer)s: left %(peer)s for %(successor)s", {"forced": False}),
+        ),
+        counts=(
+            Count(
+                Metric(
+                    "connections_replaced",
+                    "Connections replaced at a safe point: because they were lost, or to leave a "
+                    "peer that is out or drained.",
+                    "reason",
+                    "{connection}",
+                ),
+                by="forced",
+                words={True: "lost", False: "left"},
+                telemetry="django_proxysql.connection.replacements",
+            ),
+        ),
+    ),
+    Report(
+        events.StatementReplayed,
+        lines=(
+            Line(
+                logging.WARNING,
+                f"%(balancer)s: ran a statement again, {_RESCUED}",
+                limited=_ONCE_A_SECOND,
+            ),
+        ),
+        signal="statement_replayed",
+        counts=(
+            Count(
+                Metric(
+                    "statements_replayed",
+                    "Statements run again on another connection, by the peer that lost them.",
+                    unit="{statement}",
+                ),
+                telemetry="django_proxysql.statement.replays",
+            ),
+        ),
+    ),
+    Report(
+        events.PeerDrained,
+        lines=(
+            Line(
+                logging.INFO,
+                f"%(balancer)s: {_PEER} is drained, %(connections)s connections are to leave it",
+            ),
+        ),
+    ),
+    Report(
+        events.PeerUndrained,
+        lines=(Line(logging.INFO, f"%(balancer)s: {_PEER} is drained no longer"),),
+    ),
+)
+
+#: Every event's row.
+REPORTS: Mapping[type, Report] = {row.event: row for row in _ROWS}
