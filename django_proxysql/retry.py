@@ -17,8 +17,8 @@ import tenacity
 from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
-from .backends.safepoints import SafePointsMixin
 from .backends.state import NO_TRANSACTION
+from .backends.wrapper import SafePointsMixin
 from .conf import is_testing
 
 __all__ = ["retrying_atomic"]

@@ -1,203 +1,293 @@
-"""What is sent around a statement that is run again, on the new connection.
+"""Run a lost statement again, where :func:`.decisions.may_replay` allows it.
 
-A READ ONLY transaction, in which both servers refuse every write, also one that
-a function makes which a view calls. And the questions that only a server can
-answer: is what the statement changes undone by a rollback? All by the driver's
-own connection: none of it is a statement of the application's.
+Gathers what that decision needs; acts on the new connection.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from django.db.utils import Error
+
 from ..core import drivers
-from ..core.ready import rows
-from ..core.texts import names_in
+from ..core.events import StatementReplayed
+from ..core.faults import Fault
+from ..core.parameters import are_small, are_values, may_be_sql
+from ..core.statements import (
+    SCOPED,
+    STATE,
+    is_provable_read,
+)
+from ..core.texts import Text, is_of_transaction, tells_time, text_of
+from .asking import proves_not_run
+from .binding import bind
+from .decisions import Cause, How, Lost, Place, may_replay
+from .pools import close_for_good
+from .proofs import ReadOnly, Refused, refuses
+from .replacing import replace, restart
+from .sessions import Session
 
-__all__ = ["ReadOnly", "Refused", "is_undone", "reads_anew", "refuses"]
+__all__ = [
+    "are_sendable",
+    "cause_of",
+    "dialect_of",
+    "ends",
+    "ends_with_block",
+    "give_up",
+    "has_only_read",
+    "kind_of_params",
+    "lost_statement",
+    "place",
+    "run_again",
+    "run_read_only",
+]
 
-#: MySQL's refusal of a write in a READ ONLY transaction, and PostgreSQL's.
-_REFUSALS = (1792, "25006")
-_SAVEPOINT = "django_proxysql_replay"
-
-
-class Refused(Exception):
-    """The server does not run READ ONLY what was to be run again as a read."""
-
-
-def refuses(exc: BaseException) -> bool:
-    """Return whether a server refused a statement because its transaction is READ ONLY."""
-    return drivers.driver_of(type(exc)).code_of(exc) in _REFUSALS
-
-
-def _send(connection: Any, statement: str) -> None:
-    cursor = connection.cursor()
-    try:
-        cursor.execute(statement)
-    finally:
-        cursor.close()
+#: Rows of an executemany() that are sent again, and the most that each may hold.
+_MOST_ROWS = 10_000
 
 
-class ReadOnly:
-    """A READ ONLY transaction around one statement, or a part of PostgreSQL's transaction.
+def run_again(
+    db: Any,
+    cursor: Any,
+    session: Session,
+    exc: Error,
+    sql: Any,
+    params: Any,
+    kind: int,
+    started: float,
+    run: Callable[[], Any],
+    single: bool = True,
+) -> tuple[Session, Any] | None:
+    """Run a lost statement again, if it may be; None if ``exc`` is to be raised.
 
-    PostgreSQL makes the transaction what it was at the savepoint's end (seen).
-    ``SET TRANSACTION READ ONLY`` before one statement of autocommit would be one
-    round trip less, but outlives a SELECT of no table on MariaDB (seen).
+    ``cursor`` is then bound to another connection, and the transaction, if
+    there is one, begun anew.
 
-    :param connection: the driver's own.
-    :param in_block: the connection is in a transaction of PostgreSQL's, which goes on.
+    :param run: runs the statement on what ``cursor`` is bound to.
+    :param single: it is not executemany().
+    :raises Error: what became of the second run, unless it was refused.
     """
-
-    def __init__(self, connection: Any, in_block: bool) -> None:
-        self._connection = connection
-        self._in_block = in_block
-
-    def begin(self) -> None:
-        """Send what begins it.
-
-        :raises Exception: the driver's error.
-        """
-        if self._in_block:
-            _send(self._connection, f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY")
+    cause = exc.__cause__
+    if not (session.dead or session.dropped) or cause is None:
+        return None
+    lost = lost_statement(db, cursor, session, cause, sql, params, kind, started, single)
+    replay = may_replay(lost)
+    if replay.how is How.NEVER or not session.budget.spend(sql):
+        return None
+    name = cursor.cursor.name if cursor._named else None
+    told, session.told = session.told, False
+    try:
+        if db.in_atomic_block:
+            restart(db, session, replay, sql, params)
         else:
-            _send(self._connection, "START TRANSACTION READ ONLY")
-
-    def end(self, answered: bool) -> None:
-        """Send what ends it.
-
-        :param answered: the statement succeeded.
-        :raises Exception: the driver's error.
-        """
-        if not self._in_block:
-            _send(self._connection, "COMMIT" if answered else "ROLLBACK")
-        elif answered:
-            _send(self._connection, f"RELEASE SAVEPOINT {_SAVEPOINT}")
-        # Else the application's transaction has failed, as it would have without a savepoint.
-
-
-def reads_anew(connection: Any, vendor: str) -> bool:
-    """Return whether each statement of the transaction that is begun sees what is committed."""
-    if vendor == "postgresql":
-        [(level,)] = rows(connection, "SHOW transaction_isolation")
-    else:
-        # Its name has changed twice.
-        names = "('tx_isolation', 'transaction_isolation')"
-        levels = rows(connection, f"SHOW SESSION VARIABLES WHERE Variable_name IN {names}")
-        level = levels[0][1]
-    return str(level).replace("-", " ").lower() in ("read committed", "read uncommitted")
-
-
-def is_undone(connection: Any, vendor: str, sql: str) -> bool:
-    """Ask the server whether a rollback undoes all that ``sql`` may have changed.
-
-    It names tables, whose names are among its words; what else its words name
-    does no harm. Where the server does not show enough, the answer is no.
-
-    :raises Exception: the driver's error.
-    """
-    names = sorted(names_in(sql))
-    if vendor == "postgresql":
-        return _ask(connection, _ONLY_POSTGRESQL) or _ask(connection, _ITS_TABLES, names)
-    return _only_innodb(connection, names)
-
-
-def _ask(connection: Any, question: str, names: list[str] | None = None) -> bool:
-    cursor = connection.cursor()
+            replace(db, session, "last")
+        successor = bind(db, cursor, name)
+        if kind & STATE and not db._of_ours and not ends_with_block(db, sql):
+            successor.holds.sent(sql, params)
+    except Exception:
+        # What the application is raised is what happened to its statement.
+        session.told = told
+        return None
+    successor.used = started
+    successor.sending = (sql, params)
+    balancer = session.balancer
+    names = balancer.name, session.peer.name, successor.peer.name
+    event = StatementReplayed(*names, drivers.describe(cause))
     try:
-        cursor.execute(question, None if names is None else {"names": names})
-        return bool(cursor.fetchall()[0][0])
+        result = run() if replay.how is How.AS_IT_IS else run_read_only(db, run)
+    except Refused:
+        # It was no read: what was lost is raised, and not what it is.
+        if db.in_atomic_block:
+            give_up(db)
+        return None
+    except Error:
+        db._transaction.statement_sent()
+        session.budget.bar(sql)
+        successor.balancer.emit(event)
+        raise
+    successor.balancer.emit(event)
+    return successor, result
+
+
+def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
+    """Run a statement within a READ ONLY transaction of its own, and end that.
+
+    :raises Refused: the server does not take it for a read.
+    """
+    session = db._session
+    assert session is not None
+    frame = ReadOnly(db.connection, db.in_atomic_block)
+    begun = is_well = False
+    try:
+        db._read_only = True
+        # An interrupt may come at any line: until all is well the next statement asks.
+        version, session.version = session.version, None
+        with db.wrap_database_errors:
+            frame.begin()
+        begun = True
+        result = run()
+        is_well = ends(db, session, frame, answered=True)
+        return result
+    except Error as exc:
+        refused = not session.dead and (not begun or refuses(exc.__cause__ or exc))
+        is_well = session.dead or ends(db, session, frame, answered=False)
+        if refused:
+            raise Refused from exc
+        raise
     finally:
-        cursor.close()
+        if is_well:
+            session.version = version
+            db._read_only = False
+        else:
+            give_up(db)
 
 
-#: Extensions whose functions, in C as they are, do nothing outside of the transaction.
-_HARMLESS = """'plpgsql', 'citext', 'hstore', 'pg_trgm', 'unaccent', 'uuid-ossp', 'pgcrypto',
- 'btree_gin', 'btree_gist', 'intarray', 'ltree', 'cube', 'earthdistance', 'fuzzystrmatch',
- 'isn', 'seg', 'bloom', 'dict_int', 'dict_xsyn', 'postgis', 'postgis_topology',
- 'postgis_raster', 'postgis_sfcgal', 'address_standardizer', 'pgrouting', 'vector',
- 'pg_stat_statements', 'moddatetime', 'refint', 'insert_username', 'tsm_system_rows',
- 'tsm_system_time', 'pg_buffercache', 'pgrowlocks', 'pgstattuple', 'tablefunc'"""
-
-
-def _foreign(catalog: str, row: str) -> str:
-    """Return a condition: it came with no PostgreSQL, and with no harmless extension."""
-    return f"""{row}.oid >= 16384 AND NOT EXISTS (
-        SELECT 1 FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
-        WHERE d.classid = '{catalog}'::regclass AND d.objid = {row}.oid AND d.deptype = 'e'
-        AND d.refclassid = 'pg_extension'::regclass AND e.extname IN ({_HARMLESS}))"""  # noqa: S608 - of constants
-
-
-#: All that a function in SQL or PL/pgSQL does is undone with its transaction. What
-#: works elsewhere (dblink, a foreign table, Python) needs a function in a language
-#: that is not trusted.
-_ONLY_POSTGRESQL = f"""SELECT NOT EXISTS (
-    SELECT 1 FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
-    WHERE NOT l.lanpltrusted AND {_foreign("pg_proc", "p")})"""  # noqa: S608
-
-#: Or else nothing that the statement names is anybody's code: plain tables without
-#: triggers, rules, policies, cascades, domains, or defaults and checks that call it.
-_ITS_TABLES = f"""
-WITH named AS (SELECT c.* FROM pg_class c
-    WHERE c.relname = ANY(%(names)s) AND c.relnamespace NOT IN
-        ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-    AND c.relkind NOT IN ('i', 'I', 'S', 't', 'c'))
-SELECT EXISTS (SELECT 1 FROM named)
-    AND NOT EXISTS (SELECT 1 FROM named n WHERE n.relkind <> 'r' OR n.relhasrules
-        OR n.relrowsecurity OR n.relhassubclass)
-    AND NOT EXISTS (SELECT 1 FROM pg_trigger g JOIN named n ON n.oid = g.tgrelid
-        WHERE NOT g.tgisinternal)
-    AND NOT EXISTS (SELECT 1 FROM pg_constraint k JOIN named n ON n.oid = k.confrelid
-        WHERE k.confupdtype NOT IN ('a', 'r') OR k.confdeltype NOT IN ('a', 'r'))
-    AND NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN named n ON n.oid = a.attrelid
-        JOIN pg_type y ON y.oid = a.atttypid WHERE y.typtype = 'd' AND NOT a.attisdropped)
-    AND NOT EXISTS (SELECT 1 FROM pg_attrdef f JOIN named n ON n.oid = f.adrelid
-        JOIN pg_depend u ON u.classid = 'pg_attrdef'::regclass AND u.objid = f.oid
-            AND u.refclassid = 'pg_proc'::regclass
-        JOIN pg_proc p ON p.oid = u.refobjid WHERE {_foreign("pg_proc", "p")})
-    AND NOT EXISTS (SELECT 1 FROM pg_constraint k JOIN named n ON n.oid = k.conrelid
-        JOIN pg_depend u ON u.classid = 'pg_constraint'::regclass AND u.objid = k.oid
-            AND u.refclassid = 'pg_proc'::regclass
-        JOIN pg_proc p ON p.oid = u.refobjid WHERE {_foreign("pg_proc", "p")})
-    AND NOT EXISTS (SELECT 1 FROM pg_index i JOIN named n ON n.oid = i.indrelid
-        WHERE i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
-    AND NOT EXISTS (SELECT 1 FROM pg_proc p
-        WHERE p.proname = ANY(%(names)s) AND {_foreign("pg_proc", "p")})
-    AND NOT EXISTS (SELECT 1 FROM pg_type y WHERE y.typtype = 'd'
-        AND y.typname = ANY(%(names)s) AND y.oid >= 16384)
-    AND NOT EXISTS (SELECT 1 FROM pg_operator o WHERE {_foreign("pg_operator", "o")})
-    AND NOT EXISTS (SELECT 1 FROM pg_event_trigger)"""  # noqa: S608
-
-
-def _only_innodb(connection: Any, names: list[str]) -> bool:
-    """Return whether every table named is InnoDB's, and none has a trigger.
-
-    A rollback undoes what InnoDB has changed. Triggers are seen by those alone
-    who have the right to make them.
-    """
-    cursor = connection.cursor()
-    try:
-        cursor.execute(_TABLES, (names, names))
-        tables = list(cursor.fetchall())
-        if not tables or any(
-            (kind, engine, bool(is_here)) != ("BASE TABLE", "InnoDB", True)
-            for kind, engine, is_here in tables
-        ):
+def ends(db: Any, session: Session, frame: ReadOnly, answered: bool) -> bool:
+    """End a READ ONLY transaction; return whether that was answered, or the connection lost."""
+    if not session.dead:
+        try:
+            frame.end(answered)
+        except Exception:
+            # The rows are there. What follows must not be read only.
             return False
-        cursor.execute(_TRIGGERS, (names,))
-        (may_see, triggers) = cursor.fetchall()[0]
-        return bool(may_see) and not triggers
-    finally:
-        cursor.close()
+    return True
 
 
-_TABLES = """SELECT TABLE_TYPE, ENGINE, TABLE_SCHEMA = DATABASE() FROM information_schema.TABLES
-    WHERE (TABLE_SCHEMA = DATABASE() OR TABLE_SCHEMA IN %s) AND TABLE_NAME IN %s"""
-_GRANTEE = """CONCAT('''', REPLACE(CURRENT_USER(), '@', '''@'''), '''')"""
-_TRIGGERS = f"""SELECT
-    EXISTS (SELECT 1 FROM information_schema.USER_PRIVILEGES
-        WHERE PRIVILEGE_TYPE = 'TRIGGER' AND GRANTEE = {_GRANTEE})
-    OR EXISTS (SELECT 1 FROM information_schema.SCHEMA_PRIVILEGES
-        WHERE PRIVILEGE_TYPE = 'TRIGGER' AND GRANTEE = {_GRANTEE}
-        AND DATABASE() LIKE TABLE_SCHEMA),
-    (SELECT COUNT(*) FROM information_schema.TRIGGERS WHERE EVENT_OBJECT_TABLE IN %s)"""  # noqa: S608
+def give_up(db: Any) -> None:
+    """Close the connection for good; what follows in a block fails, as on a lost one."""
+    db._read_only = False
+    session = db._session
+    if session is not None and session.connection is db.connection:
+        session.dead = session.told = True
+        session.poll = None
+        close_for_good(session.connection)
+
+
+def lost_statement(
+    db: Any,
+    cursor: Any,
+    session: Session,
+    cause: BaseException,
+    sql: Any,
+    params: Any,
+    kind: int,
+    started: float,
+    single: bool,
+) -> Lost:
+    """Return what counts for whether a lost statement may be run again."""
+    config = session.balancer.config
+    text = text_of(sql, dialect_of(db))
+    holds = bool(kind & STATE or session.holds)
+    if kind & STATE and text is Text.SETTING:
+        # What it sets is all that was held, and is set again.
+        holds = db._held_before
+    elif text is Text.OF_TRANSACTION and db.in_atomic_block:
+        holds = bool(session.holds)
+    return Lost(
+        place=place(db, session),
+        cause=cause_of(db, session, cause, started),
+        text=text,
+        dialect=dialect_of(db),
+        enabled=config.replay is not None,
+        holds_state=bool(
+            holds
+            or kind & SCOPED
+            or session.unbuffered
+            or any(other is not cursor for other in session.server_side)
+            or db._thread_sharing_count > 0
+            # psycopg's executemany() is busy itself; see _run_many().
+            or (single and db._driver.is_busy(session.connection))
+            or (db.autocommit and not db._driver.is_at_rest(session.connection))
+        ),
+        sendable=are_sendable(db, session, params, single),
+        single=single,
+        may_be_stale=(
+            (session.wrote or db._transaction.has_only_read) and not config.synchronous_peers
+        ),
+    )
+
+
+def place(db: Any, session: Session) -> Place:
+    if not db.in_atomic_block:
+        return Place.AUTOCOMMIT if db.autocommit else Place.LATER
+    if db._transaction.is_pending:
+        return Place.FIRST
+    return Place.AFTER_READS if has_only_read(db, session, anew=True) else Place.LATER
+
+
+def has_only_read(db: Any, session: Session, anew: bool) -> bool:
+    """Return whether all that the transaction has done is proven to be reads without locks.
+
+    :param anew: it is to begin anew: then what it was told of its own time counts, too.
+    """
+    transaction = db._transaction
+    if not transaction.has_only_read:
+        return False
+    dialect = dialect_of(db)
+    return all(
+        is_provable_read(sql, dialect=dialect)
+        and are_sendable(db, session, params, single=True)
+        and not (anew and dialect == "postgresql" and tells_time(sql))
+        for sql, params in transaction.reads or ()
+    )
+
+
+def cause_of(db: Any, session: Session, cause: BaseException, started: float) -> Cause:
+    if proves_not_run(db, session, cause):
+        return Cause.NOT_RUN
+    # The same words for a closed socket and for a time-out, after which
+    # the statement may be running still. (mysqlclient)
+    if session.dead and session.clock() - started >= session.read_timeout * 0.98:
+        return Cause.TIMED_OUT
+    if session.dead:
+        return Cause.CLOSED
+    fault = drivers.judge(cause, connecting=False)
+    return Cause.NO_SERVICE if fault in (Fault.LOST, Fault.NOT_READY) else Cause.ANSWERED
+
+
+def kind_of_params(db: Any, session: Session, params: Any) -> int:
+    """Return STATE if what the parameters put into the statement cannot be known."""
+    connection = drivers.unwrapped(session.connection)
+    try:
+        hidden = may_be_sql(
+            params, db._known_types, lambda cls: db._driver.is_usual(connection, cls)
+        )
+    except Exception:
+        # The driver will not know it either.
+        hidden = True
+    return STATE if hidden else 0
+
+
+def are_sendable(db: Any, session: Session, params: Any, single: bool) -> bool:
+    """Return whether the parameters are there still, are plain values, and not too many."""
+    connection = drivers.unwrapped(session.connection)
+
+    def is_usual(cls: type) -> bool:
+        return bool(db._driver.is_usual(connection, cls))
+
+    try:
+        if single:
+            return are_small(params) and are_values(params, is_usual)
+        return (
+            isinstance(params, (list, tuple))
+            and len(params) <= _MOST_ROWS
+            and all(are_values(row, is_usual) and are_small(row, _MOST_ROWS) for row in params)
+        )
+    except Exception:
+        # A type that the driver does not know, an object that answers with an error.
+        return False
+
+
+def ends_with_block(db: Any, sql: Any) -> bool:
+    """Return whether what a statement sets ends with the atomic block: SET TRANSACTION."""
+    in_block = db._transaction.is_of_atomic and db.vendor == "postgresql"
+    return in_block and is_of_transaction(sql)
+
+
+def dialect_of(db: Any) -> str:
+    if db.vendor != "mysql":
+        return str(db.vendor)
+    # Django has asked for it when it set the connection up.
+    data = vars(db).get("mysql_server_data") or {}
+    return "mariadb" if "mariadb" in str(data.get("version", "")).lower() else "mysql"

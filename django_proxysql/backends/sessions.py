@@ -1,4 +1,4 @@
-"""What is known of one established connection."""
+"""What is known of one established connection, and how it is given up."""
 
 from __future__ import annotations
 
@@ -6,12 +6,32 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from django.db.utils import Error
+
+from ..core import drivers
 from ..core.balancer import LoadBalancer
 from ..core.breaker import CLOSED, Permit
 from ..core.holdings import Holdings
 from ..core.peer import Peer
+from .pools import close_for_good
 
-__all__ = ["Session"]
+__all__ = ["OF_THE_CALL", "Session", "abandon", "current", "interrupted"]
+
+#: What a driver, or what it calls, raises of the arguments it was given. All else that is no
+#: error of a driver comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
+OF_THE_CALL = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    Warning,
+    Error,
+)
 
 
 class Session:
@@ -147,3 +167,35 @@ class Session:
     def has_timed_out(self) -> bool:
         """Return whether a loss now may be the end of somebody's patience: the two read alike."""
         return self.clock() - self.used >= self.read_timeout * 0.98
+
+
+def current(db: Any) -> Session | None:
+    """Return the session of the connection that is in place, if it is ours to look after."""
+    session = db._session
+    if session is None or db._quiet or session.connection is not db.connection:
+        return None
+    return None if db._attempt is not None else session
+
+
+def abandon(db: Any, session: Session, exc: BaseException) -> None:
+    """Never use a connection again: its next answer may be an interrupted statement's.
+
+    It is closed at once, so that no statement can be sent over it, and
+    replaced at the next safe point. If it held session state, the next
+    statement is an error: nobody has said so far that the state is gone.
+    """
+    db._transaction.statement_sent()
+    session.poll = None
+    session.error = session.error or f"interrupted by {drivers.describe(exc)}"
+    session.dead = True
+    close_for_good(session.connection)
+
+
+def interrupted(db: Any, exc: BaseException) -> None:
+    """Take note of an exception out of a driver's method that is no error of the driver's."""
+    session = current(db)
+    if session is None:
+        return
+    if isinstance(exc, OF_THE_CALL) and db._driver.is_in_step(session.connection, exc):
+        return
+    abandon(db, session, exc)

@@ -8,7 +8,7 @@ from django.db import DEFAULT_DB_ALIAS
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..engines import EngineType, engine_class, first_class
-from ..safepoints import SafePointsMixin
+from ..wrapper import SafePointsMixin
 
 __all__ = ["DatabaseWrapper"]
 

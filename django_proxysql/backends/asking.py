@@ -1,0 +1,171 @@
+"""What a peer is asked when an error leaves open what is wrong with it.
+
+Decides what a refusal says of its peer and its connection, by the answers; opens circuits
+and marks the connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+from ..core import drivers, ready
+from ..core.breaker import CLOSED
+from ..core.exceptions import NotReady
+from ..core.faults import Fault
+from .refusals import Answer, after_read_only
+from .sessions import Session, interrupted
+
+__all__ = [
+    "answer_of",
+    "ask",
+    "ask_anew",
+    "has_no_server",
+    "is_given_up",
+    "proves_not_run",
+    "settle_doubt",
+    "throw_away",
+]
+
+
+def is_given_up(db: Any, session: Session, exc: BaseException) -> bool:
+    """Judge a peer that is not ready by what it says when asked; return whether the
+    connection is to be replaced."""
+    breaker = session.peer.breaker
+    question = db._driver.question_of(exc)
+    if db._driver.may_be_busy(exc):
+        return breaker.circuit.state != CLOSED or has_no_server(db, session, exc)
+    # Before the circuit opens, for what is known of the peer is forgotten then.
+    asks = question == "writable" or (db._driver.SPLITS and db._driver.proves_not_run(exc))
+    writer = ask(db, session) if asks else None
+    if question == "writable":
+        if not session.balancer.needs_writer:
+            # Elsewhere it is the application's own affair.
+            return False
+        own = answer_of(writer)
+        new = Answer.UNKNOWN if own is Answer.WRITABLE else ask_anew(db, session)
+        verdict = after_read_only(own, new)
+        session.doubted = verdict.asks_later
+        if not verdict.opens:
+            return verdict.drops
+    breaker.trip(exc, Fault.NOT_READY, question)
+    return True
+
+
+def ask(db: Any, session: Session) -> ready.Writer | None:
+    """Ask the connection itself what takes its writes; None if it does not answer now."""
+    if session.dead or session.unbuffered or db._driver.is_busy(session.connection):
+        return None
+    try:
+        writer = ready.writer_of(session.connection)
+    except BaseException as exc:
+        session.is_server = session.peer.is_server
+        if drivers.is_driver_error(exc):
+            return None
+        # A time limit, say: the answer that comes next may be this question's.
+        interrupted(db, exc)
+        raise
+    session.peer.note_server(writer.is_server)
+    session.is_server = session.peer.is_server
+    return writer
+
+
+def ask_anew(db: Any, session: Session) -> Answer:
+    """Ask a new connection to the same peer whether it takes writes."""
+    circuit = session.peer.breaker.circuit
+    if circuit.state != CLOSED and circuit.question == "writable":
+        # Another thread has asked just now.
+        return Answer.READ_ONLY
+    try:
+        with throw_away(db, session) as connection:
+            ready.writable(connection)
+    except NotReady:
+        return Answer.READ_ONLY
+    except Exception:
+        return Answer.UNKNOWN
+    return Answer.WRITABLE
+
+
+def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
+    """Ask a proxy, on a new connection, whether a server behind it answers.
+
+    It says the same where all its connections to them are in use. The last
+    peer is not asked: it is kept whatever it says.
+
+    :returns: whether the circuit is open now.
+    """
+    balancer, peer = session.balancer, session.peer
+    now = session.clock()
+    # One thread at a time: each who asks takes one more connection.
+    if now < peer.asked_until or not balancer.can_spare(peer):
+        return False
+    since = session.used
+    if peer.has_served(since):
+        # Others are being served, and this one was unlucky.
+        peer.unanswered = 0
+        return False
+    peer.asked_until = now + 2 * balancer.config.connect_timeout
+    try:
+        with throw_away(db, session) as connection:
+            ready.backend(connection)
+    except Exception as error:
+        if not drivers.judge(error, connecting=True).counts:
+            # Full, or the trouble is on this side.
+            return False
+    else:
+        peer.unanswered = 0
+        return False
+    finally:
+        peer.asked_until = -math.inf
+    return balancer.count_unanswered(peer, exc, since)
+
+
+def settle_doubt(db: Any, session: Session) -> None:
+    """Ask a connection that could not be asked when a write was refused on it."""
+    session.doubted = False
+    if answer_of(ask(db, session)) is Answer.READ_ONLY:
+        session.dropped = True
+        session.error = session.error or "the server takes no writes"
+
+
+def throw_away(db: Any, session: Session) -> contextlib.AbstractContextManager[Any]:
+    registered = db._registered()
+    assert registered is not None
+    own = db.settings_dict
+    settings = registered.to_connect_with(session.peer, own, db.alias)
+    before = db._peer_settings
+    try:
+        db._peer_settings = settings
+        params = db.get_connection_params()
+    finally:
+        db._peer_settings = before
+    config = session.balancer.config
+    seconds = config.trial_timeout or config.connect_timeout
+    return ready.throw_away(db._driver, db.Database.connect, params, seconds)
+
+
+def proves_not_run(db: Any, session: Session | None, cause: BaseException) -> bool:
+    """Return whether an error proves that its statement did not run.
+
+    What a server refuses has not run. A proxy in front of it may say so of
+    what has, and is known by the thread id of its greeting.
+    """
+    driver = db._driver
+    if not driver.proves_not_run(cause):
+        return False
+    if session is None or not driver.SPLITS or not driver.is_answer(cause):
+        return True
+    if session.is_server is None:
+        ask(db, session)
+    return bool(session.is_server)
+
+
+def answer_of(writer: ready.Writer | None) -> Answer:
+    """Return what a connection has said of itself.
+
+    What a proxy's servers say is not of this connection: what the proxy said, it said of it.
+    """
+    if writer is None:
+        return Answer.UNKNOWN
+    return Answer.READ_ONLY if writer.refusal or not writer.is_server else Answer.WRITABLE

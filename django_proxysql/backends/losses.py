@@ -1,0 +1,262 @@
+"""Take note of errors on an established connection, and find out that it is lost.
+
+Decides what an error, or a socket that has become readable, says of the connection; acts
+on the record of the connection (``Session``), on the peer's circuit, and on listeners.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from django.db.utils import DatabaseErrorWrapper
+
+from ..core import drivers, sockets
+from ..core.events import ConnectionLost
+from ..core.faults import Fault, Loss, loss_counts
+from ..core.parameters import are_small
+from .asking import is_given_up
+from .sessions import OF_THE_CALL, Session, abandon, current, interrupted
+from .state import Stage, Transaction
+
+__all__ = [
+    "ErrorSeam",
+    "is_end",
+    "is_end_of",
+    "is_lost",
+    "is_untouched",
+    "is_usable",
+    "judge",
+    "loss_of",
+    "mark",
+    "mark_as_end",
+    "notice_unseen",
+    "saw",
+]
+
+#: A statement with more than this may be over the server's max_allowed_packet (MySQL's least
+#: default is 1 MB, and what is escaped grows): its connection's end may be its own doing.
+_LARGE_PACKET = 250_000
+
+
+class ErrorSeam(DatabaseErrorWrapper):
+    wrapper: Any
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        if exc_type is None:
+            # Each statement comes by here.
+            return
+        if isinstance(exc_value, self.wrapper.Database.Error):
+            saw(self.wrapper, exc_value)
+        elif exc_type is not GeneratorExit:
+            interrupted(self.wrapper, exc_value)
+        super().__exit__(exc_type, exc_value, traceback)
+
+
+def saw(db: Any, exc: BaseException) -> None:
+    """Take note of a driver error on the established connection. Never raises."""
+    session = current(db)
+    if session is not None:
+        with contextlib.suppress(Exception):
+            judge(db, session, exc)
+        session.sending = None
+        if session.dead:
+            session.told = True
+
+
+def judge(db: Any, session: Session, exc: BaseException, idle: bool = False) -> None:
+    driver = db._driver
+    fault = drivers.judge(exc, connecting=False)
+    breaker = session.peer.breaker
+    known_dead = session.dead
+    if fault is Fault.NOT_READY:
+        if db._read_only and driver.is_read_only_refusal(exc):
+            # What is run again as a read was none: that says nothing of the peer.
+            return
+        if driver.is_closed(session.connection):
+            # A pooler without a server says so, and hangs up.
+            session.dead, session.poll = True, None
+            session.error = drivers.describe(exc)
+            mark_as_end(exc)
+        if is_given_up(db, session, exc):
+            session.dropped = True
+            session.error = drivers.describe(exc)
+            mark_as_end(exc)
+        elif session.dead:
+            # It may be busy: the next connect goes elsewhere first.
+            breaker.suspect(drivers.describe(exc), fault)
+        return
+    # psycopg knows for certain; mysqlclient's error says it.
+    lost = fault is Fault.LOST
+    if driver.is_closed(session.connection):
+        lost = fault not in (Fault.KILLED, Fault.OVERLOADED)
+        session.dead = True
+    if fault is Fault.KILLED and driver.is_killed_connection(exc):
+        session.dead = True
+    is_news = lost and not (session.dead and session.error)
+    is_failed_connect = is_news and loss_counts(loss_of(db, session, idle))
+    session.dead = session.dead or lost
+    if session.dead:
+        if fault is not Fault.KILLED:
+            mark_as_end(exc)
+        session.error = session.error or drivers.describe(exc)
+        session.poll = None
+        if not known_dead:
+            # What is raised of it later says nothing of how it ended.
+            session.timed_out = not idle and session.has_timed_out()
+    elif not driver.is_answer(exc):
+        # The number of its socket may belong to another connection by now.
+        session.unsure = True
+        session.poll = None
+    if fault is Fault.OVERLOADED and session.dead:
+        # A pooler without a server to spare hangs up: the next connect goes elsewhere.
+        breaker.suspect(drivers.describe(exc), fault)
+    if is_news:
+        # Last: who is told may ask the database, and is to find the connection dead.
+        if is_failed_connect and session.permit is not None:
+            breaker.count_failure(exc, Fault.LOST, session.permit.generation)
+        else:
+            breaker.suspect(drivers.describe(exc), Fault.LOST)
+        session.balancer.emit(
+            ConnectionLost(
+                session.balancer.name,
+                session.peer.name,
+                session.peer.address,
+                fault,
+                drivers.describe(exc),
+                idle,
+            ),
+        )
+
+
+def loss_of(db: Any, session: Session, idle: bool) -> Loss:
+    """Return what is known of a connection that is lost now."""
+    peer, balancer = session.peer, session.balancer
+    sql, params = session.sending or (None, None)
+    timed_out = not idle and session.has_timed_out()
+    elsewhere = False
+    if not (idle or timed_out):
+        elsewhere = balancer.losses.note(peer.name, sql, db._caller)
+    return Loss(
+        served=session.served,
+        idle=idle,
+        watched=session.poll is not None,
+        timed_out=timed_out,
+        large=not are_small(params, _LARGE_PACKET) or not are_small((sql,), _LARGE_PACKET),
+        elsewhere=elsewhere,
+        last=not balancer.can_spare(peer),
+    )
+
+
+def is_usable(db: Any) -> bool:
+    """Ask the driver; what it says counts for the peer, too."""
+    session = current(db)
+    if session is not None:
+        notice_unseen(db, session)
+    usable: bool = db._plain("is_usable")()
+    session = current(db)
+    if session is None or usable or session.dead:
+        return usable
+    # PostgreSQL answers nothing in a transaction that has failed: that is no loss, and the
+    # driver's own ping knows of it.
+    try:
+        db._driver.ping(session.connection)
+    except Exception:
+        session.dead = True
+        session.poll = None
+        session.peer.breaker.suspect("the connection was found unusable", Fault.LOST)
+    return usable
+
+
+def is_lost(db: Any, session: Session) -> bool:
+    """Look at the socket, and ask the driver if there is something to be read."""
+    if session.dead:
+        return True
+    poll = session.poll
+    if poll is None:
+        if not session.unsure:
+            return False
+    elif not poll(0):
+        return False
+    try:
+        db._driver.ping(session.connection)
+    except BaseException as exc:
+        if not isinstance(exc, (db.Database.Error, ConnectionError, *OF_THE_CALL)):
+            # Its answer may come yet.
+            abandon(db, session, exc)
+            raise
+        if drivers.judge(exc, connecting=False) is Fault.OTHER and db._driver.is_answer(exc):
+            return False
+        if db._driver.code_of(exc) == 2014:
+            # Results that nobody has read: the connection is healthy.
+            session.sticky = True
+            return False
+        with contextlib.suppress(Exception):
+            judge(db, session, exc, idle=True)
+        session.dead = True
+        # Kept to be raised, if need be; its frames are nobody's to keep.
+        session.loss = exc.with_traceback(None)
+        session.poll = None
+        return True
+    if db._transaction.stage is Stage.BEGUN:
+        mark(db, session)
+    elif db._transaction.reads:
+        db._transaction.mark = db._driver.sent(session.connection)
+    if session.unsure:
+        session.unsure = False
+        session.poll = sockets.watch(db._driver.fileno(session.connection))
+    return False
+
+
+def notice_unseen(db: Any, session: Session) -> None:
+    """Take note of what was sent in a transaction and is not known to be nothing.
+
+    The driver's own cursor and connection, and psycopg's, are anybody's:
+    nothing that is done by them passes here. To be asked before the loss
+    of a connection is noticed.
+    """
+    transaction = db._transaction
+    if transaction.reads is None or session.dead:
+        return
+    if transaction.reads:
+        mark = transaction.mark
+        untouched = mark is not None and mark == db._driver.sent(session.connection)
+    else:
+        untouched = is_untouched(db, session, transaction)
+    if not untouched:
+        transaction.statement_sent()
+
+
+def is_untouched(db: Any, session: Session, transaction: Transaction) -> bool:
+    """Return whether nothing was sent in a transaction but Django's own SAVEPOINTs."""
+    driver, connection = db._driver, session.connection
+    if driver.is_closed(connection):
+        return False
+    if transaction.mark is None:
+        return driver.in_transaction(connection) is False
+    return bool(transaction.mark == driver.sent(connection))
+
+
+def mark(db: Any, session: Session) -> None:
+    """Take note of what has been sent, unless the driver can tell that nothing was."""
+    driver, connection = db._driver, session.connection
+    knows = driver.in_transaction(connection) is False
+    db._transaction.mark = None if knows else driver.sent(connection)
+
+
+def is_end_of(db: Any, session: Session, exc: BaseException) -> bool:
+    """Return whether closing a cursor has found its connection lost: nothing is, with it."""
+    if session is current(db):
+        with contextlib.suppress(Exception):
+            judge(db, session, exc)
+    return session.dead
+
+
+def mark_as_end(exc: BaseException) -> None:
+    """Note on a driver's error that it ended its connection's use."""
+    with contextlib.suppress(AttributeError, TypeError):
+        exc._django_proxysql_end = True  # type: ignore[attr-defined]
+
+
+def is_end(exc: BaseException) -> bool:
+    return getattr(exc, "_django_proxysql_end", False)

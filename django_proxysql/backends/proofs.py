@@ -1,0 +1,242 @@
+"""What is sent around a statement that is run again, on the new connection.
+
+A READ ONLY transaction, in which both servers refuse every write, also one that
+a function makes which a view calls. And the questions that only a server can
+answer: is what the statement changes undone by a rollback? All by the driver's
+own connection: none of it is a statement of the application's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import drivers, ready
+from ..core.exceptions import NotReady
+from ..core.ready import rows
+from ..core.statements import without_lock
+from ..core.texts import names_in
+from .decisions import Replay
+
+__all__ = ["ReadOnly", "Refused", "is_undone", "prove", "reads_anew", "refuses", "rehearse"]
+
+#: MySQL's refusal of a write in a READ ONLY transaction, and PostgreSQL's.
+_REFUSALS = (1792, "25006")
+_SAVEPOINT = "django_proxysql_replay"
+
+
+class Refused(Exception):
+    """The server does not run READ ONLY what was to be run again as a read."""
+
+
+def refuses(exc: BaseException) -> bool:
+    """Return whether a server refused a statement because its transaction is READ ONLY."""
+    return drivers.driver_of(type(exc)).code_of(exc) in _REFUSALS
+
+
+def _send(connection: Any, statement: str) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(statement)
+    finally:
+        cursor.close()
+
+
+class ReadOnly:
+    """A READ ONLY transaction around one statement, or a part of PostgreSQL's transaction.
+
+    PostgreSQL makes the transaction what it was at the savepoint's end (seen).
+    ``SET TRANSACTION READ ONLY`` before one statement of autocommit would be one
+    round trip less, but outlives a SELECT of no table on MariaDB (seen).
+
+    :param connection: the driver's own.
+    :param in_block: the connection is in a transaction of PostgreSQL's, which goes on.
+    """
+
+    def __init__(self, connection: Any, in_block: bool) -> None:
+        self._connection = connection
+        self._in_block = in_block
+
+    def begin(self) -> None:
+        """Send what begins it.
+
+        :raises Exception: the driver's error.
+        """
+        if self._in_block:
+            _send(self._connection, f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY")
+        else:
+            _send(self._connection, "START TRANSACTION READ ONLY")
+
+    def end(self, answered: bool) -> None:
+        """Send what ends it.
+
+        :param answered: the statement succeeded.
+        :raises Exception: the driver's error.
+        """
+        if not self._in_block:
+            _send(self._connection, "COMMIT" if answered else "ROLLBACK")
+        elif answered:
+            _send(self._connection, f"RELEASE SAVEPOINT {_SAVEPOINT}")
+        # Else the application's transaction has failed, as it would have without a savepoint.
+
+
+def reads_anew(connection: Any, vendor: str) -> bool:
+    """Return whether each statement of the transaction that is begun sees what is committed."""
+    if vendor == "postgresql":
+        [(level,)] = rows(connection, "SHOW transaction_isolation")
+    else:
+        # Its name has changed twice.
+        names = "('tx_isolation', 'transaction_isolation')"
+        levels = rows(connection, f"SHOW SESSION VARIABLES WHERE Variable_name IN {names}")
+        level = levels[0][1]
+    return str(level).replace("-", " ").lower() in ("read committed", "read uncommitted")
+
+
+def is_undone(connection: Any, vendor: str, sql: str) -> bool:
+    """Ask the server whether a rollback undoes all that ``sql`` may have changed.
+
+    It names tables, whose names are among its words; what else its words name
+    does no harm. Where the server does not show enough, the answer is no.
+
+    :raises Exception: the driver's error.
+    """
+    names = sorted(names_in(sql))
+    if vendor == "postgresql":
+        return _ask(connection, _ONLY_POSTGRESQL) or _ask(connection, _ITS_TABLES, names)
+    return _only_innodb(connection, names)
+
+
+def _ask(connection: Any, question: str, names: list[str] | None = None) -> bool:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(question, None if names is None else {"names": names})
+        return bool(cursor.fetchall()[0][0])
+    finally:
+        cursor.close()
+
+
+#: Extensions whose functions, in C as they are, do nothing outside of the transaction.
+_HARMLESS = """'plpgsql', 'citext', 'hstore', 'pg_trgm', 'unaccent', 'uuid-ossp', 'pgcrypto',
+ 'btree_gin', 'btree_gist', 'intarray', 'ltree', 'cube', 'earthdistance', 'fuzzystrmatch',
+ 'isn', 'seg', 'bloom', 'dict_int', 'dict_xsyn', 'postgis', 'postgis_topology',
+ 'postgis_raster', 'postgis_sfcgal', 'address_standardizer', 'pgrouting', 'vector',
+ 'pg_stat_statements', 'moddatetime', 'refint', 'insert_username', 'tsm_system_rows',
+ 'tsm_system_time', 'pg_buffercache', 'pgrowlocks', 'pgstattuple', 'tablefunc'"""
+
+
+def _foreign(catalog: str, row: str) -> str:
+    """Return a condition: it came with no PostgreSQL, and with no harmless extension."""
+    return f"""{row}.oid >= 16384 AND NOT EXISTS (
+        SELECT 1 FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+        WHERE d.classid = '{catalog}'::regclass AND d.objid = {row}.oid AND d.deptype = 'e'
+        AND d.refclassid = 'pg_extension'::regclass AND e.extname IN ({_HARMLESS}))"""  # noqa: S608 - of constants
+
+
+#: All that a function in SQL or PL/pgSQL does is undone with its transaction. What
+#: works elsewhere (dblink, a foreign table, Python) needs a function in a language
+#: that is not trusted.
+_ONLY_POSTGRESQL = f"""SELECT NOT EXISTS (
+    SELECT 1 FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+    WHERE NOT l.lanpltrusted AND {_foreign("pg_proc", "p")})"""  # noqa: S608
+
+#: Or else nothing that the statement names is anybody's code: plain tables without
+#: triggers, rules, policies, cascades, domains, or defaults and checks that call it.
+_ITS_TABLES = f"""
+WITH named AS (SELECT c.* FROM pg_class c
+    WHERE c.relname = ANY(%(names)s) AND c.relnamespace NOT IN
+        ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+    AND c.relkind NOT IN ('i', 'I', 'S', 't', 'c'))
+SELECT EXISTS (SELECT 1 FROM named)
+    AND NOT EXISTS (SELECT 1 FROM named n WHERE n.relkind <> 'r' OR n.relhasrules
+        OR n.relrowsecurity OR n.relhassubclass)
+    AND NOT EXISTS (SELECT 1 FROM pg_trigger g JOIN named n ON n.oid = g.tgrelid
+        WHERE NOT g.tgisinternal)
+    AND NOT EXISTS (SELECT 1 FROM pg_constraint k JOIN named n ON n.oid = k.confrelid
+        WHERE k.confupdtype NOT IN ('a', 'r') OR k.confdeltype NOT IN ('a', 'r'))
+    AND NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN named n ON n.oid = a.attrelid
+        JOIN pg_type y ON y.oid = a.atttypid WHERE y.typtype = 'd' AND NOT a.attisdropped)
+    AND NOT EXISTS (SELECT 1 FROM pg_attrdef f JOIN named n ON n.oid = f.adrelid
+        JOIN pg_depend u ON u.classid = 'pg_attrdef'::regclass AND u.objid = f.oid
+            AND u.refclassid = 'pg_proc'::regclass
+        JOIN pg_proc p ON p.oid = u.refobjid WHERE {_foreign("pg_proc", "p")})
+    AND NOT EXISTS (SELECT 1 FROM pg_constraint k JOIN named n ON n.oid = k.conrelid
+        JOIN pg_depend u ON u.classid = 'pg_constraint'::regclass AND u.objid = k.oid
+            AND u.refclassid = 'pg_proc'::regclass
+        JOIN pg_proc p ON p.oid = u.refobjid WHERE {_foreign("pg_proc", "p")})
+    AND NOT EXISTS (SELECT 1 FROM pg_index i JOIN named n ON n.oid = i.indrelid
+        WHERE i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
+    AND NOT EXISTS (SELECT 1 FROM pg_proc p
+        WHERE p.proname = ANY(%(names)s) AND {_foreign("pg_proc", "p")})
+    AND NOT EXISTS (SELECT 1 FROM pg_type y WHERE y.typtype = 'd'
+        AND y.typname = ANY(%(names)s) AND y.oid >= 16384)
+    AND NOT EXISTS (SELECT 1 FROM pg_operator o WHERE {_foreign("pg_operator", "o")})
+    AND NOT EXISTS (SELECT 1 FROM pg_event_trigger)"""  # noqa: S608
+
+
+def _only_innodb(connection: Any, names: list[str]) -> bool:
+    """Return whether every table named is InnoDB's, and none has a trigger.
+
+    A rollback undoes what InnoDB has changed. Triggers are seen by those alone
+    who have the right to make them.
+    """
+    cursor = connection.cursor()
+    try:
+        cursor.execute(_TABLES, (names, names))
+        tables = list(cursor.fetchall())
+        if not tables or any(
+            (kind, engine, bool(is_here)) != ("BASE TABLE", "InnoDB", True)
+            for kind, engine, is_here in tables
+        ):
+            return False
+        cursor.execute(_TRIGGERS, (names,))
+        (may_see, triggers) = cursor.fetchall()[0]
+        return bool(may_see) and not triggers
+    finally:
+        cursor.close()
+
+
+_TABLES = """SELECT TABLE_TYPE, ENGINE, TABLE_SCHEMA = DATABASE() FROM information_schema.TABLES
+    WHERE (TABLE_SCHEMA = DATABASE() OR TABLE_SCHEMA IN %s) AND TABLE_NAME IN %s"""
+_GRANTEE = """CONCAT('''', REPLACE(CURRENT_USER(), '@', '''@'''), '''')"""
+_TRIGGERS = f"""SELECT
+    EXISTS (SELECT 1 FROM information_schema.USER_PRIVILEGES
+        WHERE PRIVILEGE_TYPE = 'TRIGGER' AND GRANTEE = {_GRANTEE})
+    OR EXISTS (SELECT 1 FROM information_schema.SCHEMA_PRIVILEGES
+        WHERE PRIVILEGE_TYPE = 'TRIGGER' AND GRANTEE = {_GRANTEE}
+        AND DATABASE() LIKE TABLE_SCHEMA),
+    (SELECT COUNT(*) FROM information_schema.TRIGGERS WHERE EVENT_OBJECT_TABLE IN %s)"""  # noqa: S608
+
+
+def prove(db: Any, replay: Replay, sql: str, params: Any) -> None:
+    """Ask the new peer what must be known before a statement is run again there.
+
+    :raises Exception: what the answer was, or what kept it from coming.
+    """
+    connection = db.connection
+    if replay.reads_anew and db.vendor == "mysql":
+        # What the block has read is not older here.
+        ready.catch_up(connection)
+    if replay.is_undone and not is_undone(connection, db.vendor, sql):
+        raise NotReady("not all that the statement may change is undone by a rollback")
+    reads = list(db._transaction.reads or ()) if replay.reads_anew else []
+    if replay.rehearse:
+        reads.append((without_lock(sql), params))
+    if reads:
+        rehearse(db, reads)
+
+
+def rehearse(db: Any, reads: list[tuple[Any, Any]]) -> None:
+    """Run what looks like reads READ ONLY on the new connection: writes show there.
+
+    What they wrote in a transaction that is lost would be gone with it, and nobody told.
+
+    :raises Exception: the driver's error.
+    """
+    frame = ReadOnly(db.connection, in_block=False)
+    frame.begin()
+    for sql, params in reads:
+        cursor = db.create_cursor()
+        try:
+            cursor.execute(sql, params)
+        finally:
+            cursor.close()
+    frame.end(answered=True)

@@ -1,0 +1,346 @@
+"""Put a new connection into the place of one that is lost or to be left.
+
+Decides at which moments that is safe; acts on the wrapper's connection, session and
+transaction. A connection found lost elsewhere stays in place: replacing it inside a
+transaction would commit one half of it and lose the other.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+from django.db.utils import OperationalError
+
+from ..core import ready
+from ..core.events import ConnectionReplaced
+from ..core.exceptions import NotReady
+from ..core.holdings import Replacing
+from ..core.statements import (
+    IDS,
+    READ,
+    RESULT,
+    SCOPED,
+    STATE,
+)
+from .asking import settle_doubt
+from .decisions import Replay
+from .losses import is_lost, mark, notice_unseen
+from .pools import give_back
+from .proofs import prove, reads_anew
+from .sessions import Session, current
+
+__all__ = [
+    "at_safe_point",
+    "before_first",
+    "begin_anew",
+    "close_old",
+    "connect",
+    "follow",
+    "is_safe",
+    "leave_if_out",
+    "may_restart",
+    "quietly",
+    "raise_loss",
+    "replace",
+    "restart",
+    "restore_log",
+    "settle",
+]
+
+#: What Django's connect() resets, and what a transaction that is started anew
+#: on another connection must keep.
+_OF_THE_TRANSACTION = (
+    "in_atomic_block",
+    "savepoint_ids",
+    "savepoint_state",
+    "atomic_blocks",
+    "needs_rollback",
+    "rollback_exc",
+    "commit_on_exit",
+    "run_on_commit",
+    "run_commit_hooks_on_set_autocommit_on",
+)
+#: What else connect() changes, to be put back if the new connection fails.
+_OF_THE_CONNECTION = (
+    "autocommit",
+    "close_at",
+    "closed_in_transaction",
+    "errors_occurred",
+    "health_check_done",
+    "health_check_enabled",
+    "isolation_level",
+)
+
+
+def follow(db: Any, before: Session, session: Session) -> None:
+    """Take over from this request's last connection what the new one must know of it.
+
+    Each way from one connection to the next comes by here: a replacement, a replay,
+    and Django's own connecting after a block that was lost, or after close().
+
+    A read on another Galera node right after a write was stale in a
+    quarter of all tries (seen); once the node has caught up it is not.
+
+    :raises Exception: the driver's: the node was lost meanwhile, or could not catch up
+        in time. The attempt to connect has failed then.
+    """
+    session.wrote = before.wrote
+    session.lost_results = IDS | RESULT if before.results else before.lost_results
+    if (before.results or before.lost_results) and db.vendor == "mysql":
+        try:
+            ready.catch_up(session.connection)
+        except BaseException:
+            db._discard()
+            raise
+
+
+def is_safe(db: Any, session: Session, why: Replacing | None = None) -> bool:
+    """Return whether the connection may be replaced and nobody could tell.
+
+    :param why: None: because it is dead, or because its peer is to be left.
+    """
+    if db.in_atomic_block or not db.autocommit or db._transaction.is_of_atomic:
+        return False
+    if db._thread_sharing_count > 0:
+        return False
+    why = why or (Replacing.LOST if session.dead else Replacing.LEAVING)
+    if not session.holds.may_go(why, session.told):
+        return False
+    if session.dead and session.told:
+        # What was in it is gone, and the application knows.
+        return True
+    return not (
+        session.unbuffered
+        or session.server_side
+        or db._driver.is_busy(session.connection)
+        or not (session.dead or db._driver.is_at_rest(session.connection))
+    )
+
+
+def may_restart(db: Any, session: Session) -> bool:
+    return (
+        db._transaction.is_pending
+        and not session.sticky
+        and not session.held
+        and not session.unbuffered
+        and not session.server_side
+        and not session.told
+        and db._thread_sharing_count == 0
+        and not db._driver.is_busy(session.connection)
+    )
+
+
+def settle(db: Any) -> None:
+    """Leave a lost connection, and a peer that is out, if nobody can tell.
+
+    For whoever is about to stay with this connection's peer.
+
+    :raises Exception: what connect() raised, as Django translates it: nobody can be had.
+    """
+    session = current(db)
+    if session is not None and not db.in_atomic_block:
+        at_safe_point(db, session, 0, session.clock())
+
+
+def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
+    """In autocommit, before something is sent: replace what is lost or to be left."""
+    if not is_safe(db, session):
+        if session.dead and not session.told and session.holds:
+            raise_loss(db, session)
+        return
+    if kind & SCOPED and not session.told:
+        # LAST_INSERT_ID() of another connection is an answer, and wrong.
+        return
+    if session.doubted:
+        settle_doubt(db, session)
+    idle = now - session.used > session.idle
+    if idle and not db._has_units:
+        session.wrote = False
+    if session.dead or ((idle or kind != READ) and is_lost(db, session)):
+        replace(db, session, "last")
+    elif session.dropped or session.version is not session.balancer.version:
+        leave_if_out(db, session)
+
+
+def raise_loss(db: Any, session: Session) -> None:
+    """Raise, once, that a connection is lost and what its session held with it.
+
+    :raises OperationalError: always.
+    """
+    session.told = True
+    held = ", ".join(session.holds.for_life) or "SET, a temporary table or the like"
+    raise OperationalError(
+        f"{session.balancer.name}: the connection to {session.peer.name} is lost "
+        f"({session.error or 'it was closed'}), and with it what its session held: {held}. "
+        "The next statement gets a new connection, which holds nothing."
+    ) from session.loss
+
+
+def before_first(db: Any, session: Session, kind: int, now: float) -> None:
+    """Inside a block: only before its first statement can anything be mended."""
+    notice_unseen(db, session)
+    if not may_restart(db, session) or kind & (SCOPED | STATE):
+        return
+    if session.dead or (now - session.used > session.idle and is_lost(db, session)):
+        restart(db, session)
+
+
+def leave_if_out(db: Any, session: Session) -> None:
+    """Leave a peer whose circuit has opened, or that is drained, if another can be had."""
+    balancer = session.balancer
+    version = balancer.version
+    stay = balancer.pinned_to(session.peer)
+    if stay is session.peer:
+        return
+    if stay is not None:
+        replace(db, session, "last")
+        return
+    peer = session.peer
+    if peer.breaker.circuit.state == "closed" and not (peer.drained or session.dropped):
+        session.version = version
+        return
+    if session.wrote and not session.dropped:
+        # What it wrote may not be seen elsewhere yet: at the unit's end.
+        return
+    if not session.dropped and not balancer.has_usable():
+        session.version = version
+        return
+    try:
+        replace(db, session, "last" if session.dropped else "never")
+    except Exception:
+        # It works, after a fashion; no other try until a circuit changes.
+        session.version = balancer.version
+
+
+def replace(
+    db: Any, session: Session, trials: str, resume: Callable[[], object] | None = None
+) -> None:
+    """Put a new connection into the place of the present one.
+
+    The new one is had before the old one is given up. If it cannot be had
+    the old one stays, dead or not, with all that Django knows of it.
+
+    :param resume: begins the transaction anew on the new connection.
+    :raises Exception: what connect() raised, as Django translates it.
+    """
+    present = current(db)
+    if present is not None and present is not session and not present.dead:
+        # Who was told of the loss has asked the database: it is replaced already.
+        return
+    old, hold = db.connection, db._hold
+    state = vars(db)
+    kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
+    transaction = db._transaction
+    try:
+        # Out of the way before connect(), which lets go of a hold. What sets
+        # the new connection up is no query of the application's.
+        restore_log(db)
+        db._own_log, db.queries_log = db.queries_log, collections.deque()
+        db._hold = None
+        db.connection = None
+        # As Django does before it connects anew. It closes nothing here, but an engine
+        # may keep what it has set in the session, and forgets it in close().
+        db.close()
+        # connect() switches autocommit on, and Django runs hooks there.
+        db.run_commit_hooks_on_set_autocommit_on = False
+        with db.wrap_database_errors:
+            connect(db, trials)
+        for name in _OF_THE_TRANSACTION:
+            if name in kept:
+                state[name] = kept[name]
+        if resume is not None:
+            db._transaction = transaction
+            quietly(db, resume)
+    except BaseException:
+        new = db.connection
+        if new is not None and new is not old:
+            give_back(new)
+            db._let_go()
+        db.connection, db._session, db._hold = old, session, hold
+        state.update(kept)
+        db._transaction = transaction
+        raise
+    finally:
+        restore_log(db)
+    if hold is not None:
+        hold.let_go()
+    close_old(db, session)
+    successor = db._session
+    assert successor is not None
+    successor.balancer.emit(
+        ConnectionReplaced(
+            session.balancer.name,
+            session.peer.name,
+            successor.peer.name,
+            forced=session.dead,
+            error=session.error,
+        ),
+    )
+
+
+def restore_log(db: Any) -> None:
+    log, db._own_log = db._own_log, None
+    if log is not None:
+        db.queries_log = log
+
+
+def connect(db: Any, trials: str) -> None:
+    db._trials = trials
+    try:
+        db.connect()
+    finally:
+        db._trials = "first"
+
+
+def close_old(db: Any, session: Session) -> None:
+    """Close the connection that was replaced."""
+    if db._driver.ends_its_cursors(session.connection) and not session.dead:
+        # psycopg2 lets no cursor of a closed connection be read to its
+        # end; it closes with the last of them.
+        return
+    give_back(session.connection)
+
+
+def restart(
+    db: Any,
+    session: Session,
+    replay: Replay | None = None,
+    sql: Any = None,
+    params: Any = None,
+) -> None:
+    """Begin the transaction, in which nothing has changed yet, on another connection.
+
+    :param replay: what must be known there before ``sql`` is run again.
+    """
+
+    def resume() -> None:
+        if replay is not None:
+            prove(db, replay, sql, params)
+        begin_anew(db)
+        if replay is None or not replay.reads_anew:
+            return
+        if not reads_anew(db.connection, db.vendor):
+            raise NotReady("the transaction must see what it has read before")
+
+    replace(db, session, "last", resume=resume)
+
+
+def begin_anew(db: Any) -> None:
+    db._plain("_set_autocommit")(False)
+    db.autocommit = False
+    for sid in db._transaction.savepoints:
+        db._plain("_savepoint")(sid)
+    assert db._session is not None
+    mark(db, db._session)
+
+
+def quietly(db: Any, work: Callable[..., Any], *args: Any) -> Any:
+    """Run statements of our own or of Django's, which mean nothing to the session."""
+    before = db._quiet
+    try:
+        db._quiet = True
+        return work(*args)
+    finally:
+        db._quiet = before

@@ -1,0 +1,386 @@
+"""Begin and end transactions. COMMIT is never repeated.
+
+Decides what an error of COMMIT proves; acts on the record of the transaction and on Django's
+on_commit hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from django.db.utils import Error
+
+from ..core import drivers, ready
+from ..core.faults import Fault
+from ..core.holdings import Holdings
+from ..errors import CommitOutcomeUnknown
+from .asking import proves_not_run, settle_doubt, throw_away
+from .decisions import leaves_no_trace
+from .losses import is_end, is_lost, mark, notice_unseen
+from .pools import close_for_good
+from .proofs import rehearse
+from .replacing import at_safe_point, is_safe, replace
+from .replays import has_only_read
+from .savepoints import lost_is_rolled_back, passed_over
+from .sessions import Session, abandon, current
+from .state import NO_TRANSACTION, Stage, Transaction
+
+__all__ = [
+    "begin",
+    "begins_again",
+    "change_autocommit",
+    "commit",
+    "end",
+    "end_of_nothing",
+    "ended_by_hand",
+    "is_as_good_as_committed",
+    "is_serializable",
+    "leave",
+    "note_end_of_transaction",
+    "now_holding",
+    "open_transaction",
+    "rollback",
+    "send_commit",
+    "set_autocommit",
+    "still_holds",
+    "switch_on",
+]
+
+#: psycopg 3's names, psycopg2's numbers.
+_NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
+
+
+def set_autocommit(
+    db: Any, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
+) -> None:
+    """Begin or end a transaction; see Django."""
+    if db._quiet or db._attempt is not None:
+        db._plain("set_autocommit")(autocommit, force_begin_transaction_with_broken_autocommit)
+        return
+    try:
+        change_autocommit(db, autocommit, force_begin_transaction_with_broken_autocommit)
+    except BaseException as exc:
+        if db.autocommit is not autocommit and not isinstance(exc, Error):
+            # Ctrl-C, or a task's time limit: what the server has done of it
+            # is not known, and what follows must not depend on it.
+            session = db._session
+            if session is not None and session.connection is db.connection:
+                abandon(db, session, exc)
+                leave(db, hooks=0)
+        raise
+
+
+def change_autocommit(db: Any, autocommit: bool, begins: bool) -> None:
+    if autocommit:
+        switch_on(db, begins)
+        return
+    if db.autocommit:
+        # A hook that raised leaves the mark behind by which the next connect() runs hooks.
+        db.run_on_commit = []
+        db.run_commit_hooks_on_set_autocommit_on = False
+    db._plain("set_autocommit")(autocommit, begins)
+    if db._transaction is NO_TRANSACTION:
+        open_transaction(db, Transaction(by_hand=not begins))
+
+
+def open_transaction(db: Any, transaction: Transaction) -> None:
+    """Put a transaction's record in place, in which nothing was sent yet."""
+    db._transaction = transaction
+    session = current(db)
+    if session is not None:
+        session.used = session.clock()
+        if not session.dead:
+            mark(db, session)
+
+
+def switch_on(db: Any, begins: bool) -> None:
+    transaction, session = db._transaction, db._session
+    is_dead = db.connection is None or (
+        session is not None and session.connection is db.connection and session.dead
+    )
+    if is_dead and (transaction.is_of_atomic or transaction.stage is Stage.BEGUN):
+        # Leaving a transaction with nothing to leave it on. Django would connect
+        # anew, only to raise another error than the one that ended it.
+        is_committed = transaction.stage is Stage.COMMITTED or transaction.by_hand
+        leave(db, hooks=len(db.run_on_commit) if is_committed else 0)
+        if not is_committed and (session is None or session.told or not session.holds):
+            # As Django does where ROLLBACK fails.
+            db.close()
+        if db.run_commit_hooks_on_set_autocommit_on:
+            db.run_and_clear_commit_hooks()
+            db.run_commit_hooks_on_set_autocommit_on = False
+        return
+    db._plain("set_autocommit")(True, begins)
+
+
+def leave(db: Any, hooks: int) -> None:
+    """Be in autocommit again, without the server's doing.
+
+    :param hooks: how many of the on_commit hooks were earned by a COMMIT.
+    """
+    db.autocommit = True
+    db._read_only = False
+    db._transaction = NO_TRANSACTION
+    db.run_on_commit = db.run_on_commit[:hooks]
+
+
+def switch_autocommit(db: Any, autocommit: bool) -> None:
+    session = current(db)
+    if session is None:
+        db._plain("_set_autocommit")(autocommit)
+    elif autocommit:
+        end(db, session)
+    else:
+        begin(db, session)
+    if autocommit:
+        # By now, for what is run on_commit next has transactions of its own.
+        db._transaction = NO_TRANSACTION
+
+
+def begin(db: Any, session: Session) -> None:
+    # What happens here has not happened before it is answered.
+    at_safe_point(db, session, 0, session.clock())
+    session = db._session or session
+    try:
+        db._plain("_set_autocommit")(False)
+    except Error:
+        if not (session.dead or session.dropped) or session.sticky or session.held:
+            raise
+        session.told = False
+        if not is_safe(db, session):
+            session.told = True
+            raise
+        try:
+            replace(db, session, "last")
+        except Exception:
+            session.told = True
+        else:
+            db._plain("_set_autocommit")(False)
+            return
+        raise
+
+
+def end(db: Any, session: Session) -> None:
+    switch_on = functools.partial(db._plain("_set_autocommit"), True)
+    transaction, told = db._transaction, session.told
+    notice_unseen(db, session)
+    try:
+        if transaction.by_hand and transaction.stage is Stage.ACTIVE and db.vendor == "mysql":
+            # What is open is committed by it.
+            send_commit(db, switch_on)
+        else:
+            switch_on()
+    except Error:
+        # After COMMIT or ROLLBACK was answered nothing hangs on it.
+        ends_nothing = (
+            transaction.has_ended if not transaction.by_hand else (transaction.stage is Stage.BEGUN)
+        )
+        if not (ends_nothing and (session.dead or session.dropped)):
+            if session.dead or transaction.has_ended:
+                ended_by_hand(db)
+            raise
+        if not session.dead:
+            # It lives, without autocommit: nothing more must be written there.
+            close_for_good(session.connection)
+            session.dead = True
+            session.poll = None
+        passed_over(db, session, told)
+    if transaction.by_hand and db.run_on_commit:
+        # Django has seen no commit().
+        db.run_commit_hooks_on_set_autocommit_on = True
+
+
+def commit(db: Any) -> Any:
+    session = current(db)
+    send = db._plain("_commit")
+    if session is None:
+        # A driver we do not look after; for retrying_atomic a COMMIT it is.
+        return send_commit(db, send)
+    if db._transaction is NO_TRANSACTION:
+        return end_of_nothing(db, session, functools.partial(send_commit, db), send)
+    notice_unseen(db, session)
+    nothing_sent = db._transaction.stage is Stage.BEGUN
+    told = session.told
+    try:
+        # Nothing happened in this transaction: nothing is lost with it. As after
+        # any COMMIT that was answered its hooks run, and nothing again.
+        result = None
+        if not (is_lost(db, session) and nothing_sent):
+            if session.dead and session.loss is not None and not session.told:
+                with db.wrap_database_errors:
+                    raise session.loss
+            result = send_commit(db, send)
+    except Error:
+        if not (session.dead and (nothing_sent or is_as_good_as_committed(db, session))):
+            if session.dead or db._transaction.has_ended:
+                ended_by_hand(db)
+            raise
+        result = None
+        passed_over(db, session, told)
+    db._transaction.committed()
+    ended_by_hand(db)
+    return result
+
+
+def end_of_nothing(
+    db: Any, session: Session, send: Callable[..., Any], end: Callable[[], Any]
+) -> Any:
+    """COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
+    at_safe_point(db, session, 0, session.clock())
+    session = db._session or session
+    safe, told = is_safe(db, session), session.told
+    try:
+        return send(end)
+    except Error:
+        if not (safe and session.dead):
+            raise
+        passed_over(db, session, told)
+        return None
+
+
+def ended_by_hand(db: Any) -> None:
+    """After COMMIT or ROLLBACK by hand the next transaction begins by itself."""
+    transaction = db._transaction
+    if transaction.by_hand and not db.in_atomic_block:
+        if transaction.stage is not Stage.COMMITTED:
+            db.run_on_commit = db.run_on_commit[: transaction.hooks]
+        open_transaction(db, Transaction(by_hand=True, hooks=len(db.run_on_commit)))
+
+
+def send_commit(db: Any, commit: Callable[[], Any]) -> Any:
+    """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated."""
+    driver = db._driver
+    session = db._session
+    known_dead = session is not None and session.dead
+    # Only this COMMIT's: one that an on_commit hook sends is another's.
+    transaction = db._transaction
+    try:
+        transaction.commit_sent()
+        result = commit()
+        note_end_of_transaction(db)
+    except Error as exc:
+        cause = exc.__cause__ or exc
+        if known_dead or proves_not_run(db, session, cause):
+            # It never left: rolled back.
+            transaction.commit_not_sent()
+        elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
+            transaction.conflicted()
+        elif driver.outcome_is_unknown(cause) or driver.proves_not_run(cause):
+            transaction.outcome_unknown()
+            raise CommitOutcomeUnknown(*exc.args) from cause
+        raise
+    transaction.committed()
+    return result
+
+
+def is_as_good_as_committed(db: Any, session: Session) -> bool:
+    """Return whether the transaction, whose end is lost, is as good as committed.
+
+    If it is, the connection was replaced.
+    """
+    if not db._transaction.reads or not has_only_read(db, session, anew=False):
+        return False
+    try:
+        serializable = is_serializable(db, session)
+    except Exception:
+        serializable = None
+    if not leaves_no_trace(only_read=True, serializable=serializable):
+        return False
+    if session.holds or db._thread_sharing_count > 0:
+        return False
+    if session.balancer.config.replay is None:
+        return False
+    # Any peer can tell whether what looks like reads has written.
+    resume = functools.partial(rehearse, db, list(db._transaction.reads))
+    try:
+        if not session.budget.spend("COMMIT"):
+            return False
+        replace(db, session, "last", resume=resume)
+    except Exception:
+        return False
+    return True
+
+
+def is_serializable(db: Any, session: Session) -> bool:
+    """Ask, on a connection of its own, whether COMMIT may find a conflict of reads alone."""
+    if db.vendor == "mysql":
+        # Its reads take locks, then: a conflict is found before.
+        return False
+    level = getattr(session.connection, "isolation_level", None)
+    if level is not None:
+        # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
+        return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
+    with throw_away(db, session) as connection:
+        [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
+    return str(name) == "serializable"
+
+
+def note_end_of_transaction(db: Any) -> None:
+    session = current(db)
+    if session is not None:
+        session.holds.transaction_ended()
+
+
+def rollback(db: Any) -> Any:
+    session = current(db)
+    send = db._plain("_rollback")
+    if session is None:
+        result = send()
+    elif db._transaction is NO_TRANSACTION:
+        result = end_of_nothing(db, session, lambda end: end(), send)
+    elif db._transaction.by_hand:
+        try:
+            result = send()
+        except Error:
+            if session.dead:
+                ended_by_hand(db)
+            raise
+        # As Django does next.
+        db.run_on_commit = []
+    else:
+        result = lost_is_rolled_back(db, session, send)
+    note_end_of_transaction(db)
+    db._transaction.rolled_back()
+    ended_by_hand(db)
+    return result
+
+
+def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
+    """Return whether a transaction that ended by ``exc`` stands for certain not, and may
+    come to its end if it is begun once more."""
+    if transaction.stage is Stage.CONFLICT:
+        return True
+    if transaction.may_stand:
+        return False
+    cause = exc.__cause__
+    if cause is None:
+        return False
+    fault = drivers.judge(cause, connecting=False)
+    if fault is Fault.CONFLICT:
+        return True
+    session = db._session
+    if session is not None and session.doubted:
+        # The transaction in which it could not be asked has ended.
+        settle_doubt(db, session)
+        if session.dropped:
+            return True
+    # After a time-out the server may be at it still, and in the way.
+    return session is not None and is_end(cause) and not session.timed_out
+
+
+def now_holding(db: Any) -> tuple[Session, Holdings] | None:
+    """Return what the session holds, for :meth:`still_holds`; None if it holds nothing."""
+    session = current(db)
+    if session is None or not session.holds or (session.dead and session.told):
+        return None
+    return session, session.holds.copy()
+
+
+def still_holds(db: Any, held: tuple[Session, Holdings] | None) -> bool:
+    """Return whether all that :meth:`now_holding` has seen is held now."""
+    if held is None:
+        return True
+    session, holdings = held
+    return session is current(db) and not session.dead and session.holds.include(holdings)
