@@ -1,0 +1,257 @@
+"""Words and phrases that this project does not use, and what to write instead.
+
+``python -m tests.words`` lists the places that have one, of all files or of those named.
+A pattern stands here if it is wrong in every sense that it may have.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+#: What is read: code, docs, templates.
+SUFFIXES = {".py", ".rst", ".md", ".html", ".js", ".css", ".sh", ".lua", ".toml", ".yml"}
+FOLDERS = ("django_proxysql", "docs", "tests", "cases", ".ci")
+
+#: Each pattern, and what to write.
+WORDS = {
+    # Plain English.
+    r"\bwhoever\b": "name who: the caller, the thread that …",
+    r"\bwhom\b": "who, or name them",
+    r"\bnobody\b": "no one, no thread, no process",
+    r"\bto be had\b": "available, or what can be done",
+    r"\b(?:is|are|was|were|be|been|being) told\b": "is given, learns, or who tells it",
+    r"\bof one's own\b": "its own",
+    r"\bsave for\b": "except",
+    r"\blest\b": "so that … not",
+    r"\bwithout saying\b": "leave it out",
+    r"\bbefall\w*\b": "happens to",
+    r"\bout of nowhere\b": "asynchronous",
+    r"\bstruck out\b": "interrupted",
+    r"\bis believed in\b": "is trusted",
+    r"\buntil when\b": "the time until which",
+    # One word for one thing.
+    r"\bslow[ _]start\b": "rebalance",
+    r"\bunits? of work\b": "request or task",
+    r"(?<!readiness )(?<!liveness )(?<!keepalive )\bprob(?:e|es|ed|er|ing)\b": "trial",
+    r"\bteller\b": "dispatcher",
+    r"\bhear(?:s|d)?\b": "a listener is notified, or called",
+    r"\bsticky\b": "with session state",
+    r"\bstay(?:s|ed)? with (?:a|one|its|that|the) peer\b": "is pinned",
+    r"\bswap(?:s|ped|ping)?\b": "replace",
+    r"\bwish(?:es|ed)?\b": "desired state",
+    r"\btend(?:s|ed)?\b": "schedule",
+    r"\bsever(?:s|ed)?\b": "detach",
+    r"\bharden(?:s|ed|ing)?\b": "keepalive",
+    r"\bseams?\b": "hook",
+    r"\blook(?:s|ed)? anew\b": "invalidate",
+    r"\blet(?:s|ting)? go\b": "release",
+    r"\bfate\b": "outcome",
+}
+PATTERN = re.compile("|".join(f"({pattern})" for pattern in WORDS), re.IGNORECASE)
+
+#: Files that are still to be gone over.
+NOT_YET = {
+    "CHANGELOG.rst",
+    "README.rst",
+    "django_proxysql/__init__.py",
+    "django_proxysql/backends/connecting.py",
+    "django_proxysql/backends/cursors.py",
+    "django_proxysql/backends/forked.py",
+    "django_proxysql/backends/origins.py",
+    "django_proxysql/backends/peer/base.py",
+    "django_proxysql/backends/pools.py",
+    "django_proxysql/backends/safepoints.py",
+    "django_proxysql/backends/sessions.py",
+    "django_proxysql/backends/state.py",
+    "django_proxysql/backends/versions.py",
+    "django_proxysql/conf/aliases.py",
+    "django_proxysql/core/balancer.py",
+    "django_proxysql/core/breaker.py",
+    "django_proxysql/core/budget.py",
+    "django_proxysql/core/comparison.py",
+    "django_proxysql/core/config.py",
+    "django_proxysql/core/dialects.py",
+    "django_proxysql/core/dispatch.py",
+    "django_proxysql/core/drivers/__init__.py",
+    "django_proxysql/core/drivers/base.py",
+    "django_proxysql/core/drivers/mysql.py",
+    "django_proxysql/core/drivers/postgresql.py",
+    "django_proxysql/core/events.py",
+    "django_proxysql/core/peer.py",
+    "django_proxysql/core/rebalance.py",
+    "django_proxysql/core/sharing/__init__.py",
+    "django_proxysql/core/sharing/common.lua",
+    "django_proxysql/core/sharing/fleet.lua",
+    "django_proxysql/core/sharing/link.py",
+    "django_proxysql/core/sharing/scripts.py",
+    "django_proxysql/core/sharing/sync.lua",
+    "django_proxysql/core/sockets.py",
+    "django_proxysql/core/trials.py",
+    "django_proxysql/demo/processes.py",
+    "django_proxysql/demo/site.py",
+    "django_proxysql/errors.py",
+    "django_proxysql/inspection.py",
+    "django_proxysql/management/commands/peers.py",
+    "django_proxysql/monitoring/assets/status.js",
+    "django_proxysql/monitoring/health_check.py",
+    "django_proxysql/monitoring/history.py",
+    "django_proxysql/monitoring/metrics/__init__.py",
+    "django_proxysql/monitoring/metrics/apps.py",
+    "django_proxysql/monitoring/status.py",
+    "django_proxysql/monitoring/views.py",
+    "django_proxysql/registry.py",
+    "django_proxysql/retry.py",
+    "django_proxysql/signals.py",
+    "docs/explanation/alternatives.rst",
+    "docs/explanation/benchmarks.rst",
+    "docs/explanation/chaos.rst",
+    "docs/explanation/connecting.rst",
+    "docs/explanation/django-suite.rst",
+    "docs/explanation/established.rst",
+    "docs/explanation/faq.rst",
+    "docs/explanation/faults.rst",
+    "docs/explanation/glossary.rst",
+    "docs/explanation/limits.rst",
+    "docs/howto/container.rst",
+    "docs/howto/neighbours.rst",
+    "docs/howto/postgresql.rst",
+    "docs/howto/prometheus.rst",
+    "docs/howto/redis.rst",
+    "docs/howto/servers.rst",
+    "docs/howto/status-page.rst",
+    "docs/howto/transactions.rst",
+    "docs/howto/upgrade.rst",
+    "docs/install.rst",
+    "docs/monitoring/alerts.yml",
+    "docs/reference/breaker.rst",
+    "docs/reference/checks.rst",
+    "docs/reference/commands.rst",
+    "docs/reference/events.rst",
+    "docs/reference/settings.rst",
+    "docs/reference/signals.rst",
+    "tests/benchmarks/__main__.py",
+    "tests/benchmarks/background.py",
+    "tests/benchmarks/hanging.py",
+    "tests/benchmarks/metrics.py",
+    "tests/benchmarks/swap.py",
+    "tests/browser.py",
+    "tests/chaos/__init__.py",
+    "tests/chaos/__main__.py",
+    "tests/chaos/judgement.py",
+    "tests/chaos/load.py",
+    "tests/chaos/own_writes.py",
+    "tests/chaos/scenarios.py",
+    "tests/chaos/sites.py",
+    "tests/django_suite/compare.py",
+    "tests/engine.py",
+    "tests/fakes.py",
+    "tests/fleet/measurement.py",
+    "tests/fleet/simulation.py",
+    "tests/greenlets.py",
+    "tests/screenshots.py",
+    "tests/servers/certificates.py",
+    "tests/servers/faultproxy.py",
+    "tests/shared_process.py",
+    "tests/site.py",
+    "tests/test_alerts.py",
+    "tests/test_balancer.py",
+    "tests/test_benchmarks.py",
+    "tests/test_breaker.py",
+    "tests/test_breaker_model.py",
+    "tests/test_breaker_threads.py",
+    "tests/test_budget.py",
+    "tests/test_connect_round_trips.py",
+    "tests/test_connecting.py",
+    "tests/test_cursors.py",
+    "tests/test_demo.py",
+    "tests/test_dispatch.py",
+    "tests/test_docs.py",
+    "tests/test_draining.py",
+    "tests/test_established.py",
+    "tests/test_faultproxy.py",
+    "tests/test_faults.py",
+    "tests/test_floors.py",
+    "tests/test_forks.py",
+    "tests/test_health_check.py",
+    "tests/test_inspection.py",
+    "tests/test_interrupts.py",
+    "tests/test_like_plain.py",
+    "tests/test_like_pybreaker.py",
+    "tests/test_locks.py",
+    "tests/test_logs.py",
+    "tests/test_losses.py",
+    "tests/test_metrics.py",
+    "tests/test_neighbours.py",
+    "tests/test_objects_behind_objects.py",
+    "tests/test_outside_django.py",
+    "tests/test_peer_engine.py",
+    "tests/test_peers_command.py",
+    "tests/test_poolers.py",
+    "tests/test_pools.py",
+    "tests/test_proxies.py",
+    "tests/test_rebalance.py",
+    "tests/test_redis_trouble.py",
+    "tests/test_replay.py",
+    "tests/test_safety_rules.py",
+    "tests/test_said.py",
+    "tests/test_servers.py",
+    "tests/test_sessions.py",
+    "tests/test_shared_state.py",
+    "tests/test_sharing.py",
+    "tests/test_sharing_processes.py",
+    "tests/test_signals.py",
+    "tests/test_sockets.py",
+    "tests/test_spreading.py",
+    "tests/test_sqlalchemy.py",
+    "tests/test_status_browser.py",
+    "tests/test_status_page.py",
+    "tests/test_strategies.py",
+    "tests/test_style.py",
+    "tests/test_timeline.py",
+    "tests/test_transactions.py",
+    "tests/test_trials.py",
+    "tests/test_upgrade.py",
+    "tests/test_web_servers.py",
+    "tests/web.py",
+}
+
+
+def files() -> list[Path]:
+    """Return all files that are read."""
+    own = Path(__file__)
+    found = [path for path in ROOT.iterdir() if path.suffix in SUFFIXES]
+    for folder in FOLDERS:
+        found += [path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    return sorted(path for path in found if path != own and "_build" not in path.parts)
+
+
+def hits(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield each place: its line's number, what stands there, and what to write."""
+    instead = list(WORDS.values())
+    # Of a phrase that goes on in the next line, too.
+    joined = re.sub(r"\n[ \t]*(?:#:? )?", lambda match: "\n" + " " * (len(match[0]) - 1), text)
+    for match in PATTERN.finditer(re.sub(r"\n", " ", joined)):
+        number = text.count("\n", 0, match.start()) + 1
+        yield number, " ".join(match[0].split()), instead[(match.lastindex or 1) - 1]
+
+
+def main(names: list[str]) -> int:
+    """Print all places; return 1 if there is one in a file that has been gone over."""
+    bad = 0
+    for path in [Path(name).resolve() for name in names] or files():
+        name = path.relative_to(ROOT).as_posix()
+        if name in NOT_YET and not names:
+            continue
+        for number, words, instead in hits(path.read_text(encoding="utf-8")):
+            bad += 1
+            print(f"{name}:{number}: {words!r}: {instead}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
