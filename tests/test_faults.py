@@ -574,6 +574,37 @@ class TestPostgreSQL:
         said = (by_psycopg if package is psycopg else by_psycopg2)(sqlstate, text)
         assert postgresql.proves_not_run(said) is proven
 
+    def test_pgcat_says_one_thing_of_a_server_that_is_down_and_of_one_that_is_busy(self) -> None:
+        """It bans a server that has no connection to spare, and so comes to AllServersDown."""
+        said = by_psycopg("58000", "could not get connection from the pool - AllServersDown")
+        assert drivers.may_be_busy(said)
+        assert not drivers.may_be_busy(by_psycopg("08P01", "server_login_retry"))
+
+    @pytest.mark.parametrize(("text", "sqlstate", "connecting", "established"), POOLERS)
+    def test_server_that_says_a_poolers_words_is_no_pooler(
+        self, text: str, sqlstate: str, connecting: Fault, established: Fault
+    ) -> None:
+        """A function's RAISE, and postgres_fdw: any words, any SQLSTATE, and the session goes on.
+
+        The server names the function of its source; a pooler names none.
+        """
+
+        def made(text: str, info: Any) -> Exception:
+            error = psycopg.OperationalError(text, info=info)
+            error.sqlstate = sqlstate
+            return error
+
+        field = psycopg.pq.DiagnosticField
+        says = {field.SEVERITY: b"ERROR", field.SEVERITY_NONLOCALIZED: b"ERROR"}
+        of_server = made(text, info={**says, field.SOURCE_FUNCTION: b"exec_stmt_raise"})
+        plain = made("words of its own", info={**says, field.SOURCE_FUNCTION: b"f"})
+        assert judged(of_server) == judged(plain)
+        assert not postgresql.proves_not_run(of_server)
+        assert not postgresql.may_be_busy(of_server)
+        assert postgresql.question_of(of_server) == ""
+        # As pgcat and PgBouncer say it.
+        assert drivers.judge(made(text, info=says), connecting=False) is established
+
     @POSTGRES_PACKAGES
     def test_text_of_a_statement_is_no_poolers(self, package: Any) -> None:
         """What a statement quotes is not taken for what a pooler says."""

@@ -144,17 +144,18 @@ def backend(connection: Any) -> None:
     ProxySQL answers pings, USE and SET whatever its servers do, and with query
     rules that split the readers may be gone while the writers are there.
 
-    :raises NotReady: one of the two was not answered. It is :class:`Unanswered` in the MySQL
-        family; poolers of PostgreSQL say whether they are full.
+    :raises NotReady: one of the two was not answered. It is :class:`Unanswered` unless the
+        proxy would say so if it were only full, as most poolers of PostgreSQL do.
     """
     is_postgresql = drivers.postgresql.owns(connection)
     write_side = "SELECT 1 FOR UPDATE" if is_postgresql else "DO 1"
-    error = NotReady if is_postgresql else Unanswered
     for statement in ("SELECT 1", write_side):
         try:
             rows(connection, statement)
         except Exception as exc:
             if drivers.judge(exc, connecting=True).counts:
+                is_clear = is_postgresql and not drivers.may_be_busy(exc)
+                error = NotReady if is_clear else Unanswered
                 raise error(
                     f"no server behind the proxy answers {statement}: {drivers.describe(exc)}"
                 ) from exc

@@ -56,6 +56,20 @@ _QUOTED = (
     (re.compile("Too many open files"), Fault.LOCAL),
 )
 
+#: A pooler lets clients in and has no server.
+_NO_SERVER = re.compile(
+    r"server login has been failing|server_login_retry|server login failed|"
+    r"client_login_timeout \(server down\)|server shutting down|"
+    # Odyssey
+    r"failed to get remote server connection|failed to connect to remote server|"
+    r"can't find suitable host|is gracefully shutting down|client routing failed|"
+    # pgcat
+    r"could not get connection from the pool|Pool down for database|"
+    # pgpool-II
+    r"pgpool is not accepting any new connections|all backend nodes are down|"
+    r"failed to create a backend (?:\d+ )?connection|"
+    r"unable to connect to backend"
+)
 #: What poolers say, by text: PgBouncer has one SQLSTATE for everything (08P01), pgcat another
 #: (58000), and a failed connect of libpq's shows none. From the sources of PgBouncer 1.25,
 #: pgcat 1.3, Odyssey 1.4 and pgpool-II 4.6; PgBouncer's were seen, too.
@@ -73,23 +87,7 @@ _POOLERS = (
         ),
         Fault.OVERLOADED,
     ),
-    # It lets clients in and has no server.
-    (
-        re.compile(
-            r"server login has been failing|server_login_retry|server login failed|"
-            r"client_login_timeout \(server down\)|server shutting down|"
-            # Odyssey
-            r"failed to get remote server connection|failed to connect to remote server|"
-            r"can't find suitable host|is gracefully shutting down|client routing failed|"
-            # pgcat
-            r"could not get connection from the pool|Pool down for database|"
-            # pgpool-II
-            r"pgpool is not accepting any new connections|all backend nodes are down|"
-            r"failed to create a backend (?:\d+ )?connection|"
-            r"unable to connect to backend"
-        ),
-        Fault.NOT_READY,
-    ),
+    (_NO_SERVER, Fault.NOT_READY),
     # It does not know what we ask for, or who we are.
     (
         re.compile(
@@ -183,19 +181,20 @@ _OPTIONS = frozenset(
 )
 
 
-def _is_poolers(exc: BaseException) -> bool:
-    """Return whether a pooler says that it has no server."""
-    return _first_line_says(_POOLERS[1][0], exc)
+def _poolers_words(exc: BaseException, connecting: bool = False) -> str:
+    """Return the words by which a pooler may have answered; "" if a server did.
 
-
-def _waited_in_vain(exc: BaseException) -> bool:
-    return _first_line_says(_WAITED, exc)
-
-
-def _first_line_says(pattern: re.Pattern[str], exc: BaseException) -> bool:
-    if sqlstate_of(exc) not in _POOLERS_STATES:
-        return False
-    return pattern.search(str(exc).partition("\n")[0]) is not None
+    A function's own RAISE, postgres_fdw and dblink answer with any words and any SQLSTATE. Their
+    ERROR names the function of the server's source that raised it, which no pooler does.
+    """
+    diagnostics = getattr(exc, "diag", None)
+    is_servers = getattr(diagnostics, "source_function", None) is not None
+    if sqlstate_of(exc) not in _POOLERS_STATES or (is_servers and _goes_on(exc)):
+        return ""
+    is_answer = not connecting or getattr(diagnostics, "severity", None) is not None
+    # An answer goes on after its first line with the statement, which may quote anything. The
+    # error of a failed connect has a line for each address.
+    return str(exc).partition("\n")[0] if is_answer else str(exc)
 
 
 #: libpq's parameters, and the socket's options that they set.
@@ -248,15 +247,11 @@ class PostgreSQL(Driver):
             # Our pool had nothing to give; the peer was not asked.
             return Fault.OVERLOADED
         state = sqlstate_of(exc)
-        # Later a text goes on after its first line with the statement, which may quote anything.
-        text = str(exc) if connecting else str(exc).partition("\n")[0]
-        if state in _POOLERS_STATES and names & {
-            "OperationalError",
-            "InternalError",
-            "DatabaseError",
-        }:
+        text = str(exc)
+        if names & {"OperationalError", "InternalError", "DatabaseError"}:
+            words = _poolers_words(exc, connecting)
             for pattern, meaning in _POOLERS:
-                if pattern.search(text):
+                if pattern.search(words):
                     return meaning
         if state == "08006" and connecting:
             return Fault.UNREACHABLE
@@ -277,7 +272,7 @@ class PostgreSQL(Driver):
                     return meaning
             # It was reached, and says what no table lists.
             return Fault.OTHER if _ANSWERED.search(text) else Fault.UNREACHABLE
-        return Fault.LOST if _LOST_TEXT.search(text) else Fault.OTHER
+        return Fault.LOST if _LOST_TEXT.search(text.partition("\n")[0]) else Fault.OTHER
 
     def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
         """Return what limits one attempt to ``seconds``, where ``params`` does not.
@@ -331,7 +326,7 @@ class PostgreSQL(Driver):
 
         A pooler's statement that waited for a server, and got none, did not.
         """
-        return self.is_read_only_refusal(exc) or _waited_in_vain(exc)
+        return self.is_read_only_refusal(exc) or _WAITED.search(_poolers_words(exc)) is not None
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
@@ -347,7 +342,11 @@ class PostgreSQL(Driver):
         if self.is_read_only_refusal(exc):
             return "writable"
         # A pooler without a server lets clients in.
-        return "backend" if _is_poolers(exc) else ""
+        return "backend" if _NO_SERVER.search(_poolers_words(exc)) else ""
+
+    def may_be_busy(self, exc: BaseException) -> bool:
+        """Return whether pgcat says ``exc``: it bans a server that has no connection to spare."""
+        return "could not get connection from the pool" in _poolers_words(exc)
 
     def fileno(self, connection: Any) -> int | None:
         """Return the socket's descriptor."""
