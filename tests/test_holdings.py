@@ -197,10 +197,38 @@ def test_a_copy_tells_what_is_missing_later() -> None:
         "SELECT '--', pg_advisory_lock(7)\nFROM t",
         "SELECT '/*', pg_advisory_lock(7), '*/'",
         "SELECT a #> '{b}', pg_advisory_lock(7)\nFROM t",
+        # MySQL's comment goes on to the line's end, PostgreSQL's ends here.
+        "SELECT 1 -- x\r, pg_advisory_lock(7)\n",
+        "-- x\rSELECT 1;\nSELECT get_lock('a', 0)",
     ],
 )
 def test_what_looks_like_a_comment_hides_no_lock(sql: str) -> None:
     assert [takes for takes, _name in changes(sql)] == [True]
+
+
+def test_a_statement_that_takes_a_lock_twice_takes_it_twice() -> None:
+    assert list(changes("SELECT get_lock('a', 1), get_lock('a', 1)")) == [(True, "lock 'a'")] * 2
+
+
+@pytest.mark.parametrize(
+    "sql", ["-- x\rSELECT release_lock('a')\n", "-- x\rSELECT 1\nSELECT release_lock('a')"]
+)
+def test_what_one_server_takes_for_a_comment_gives_no_lock_back(sql: str) -> None:
+    assert list(changes(sql)) == []
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        f"SELECT {'get_lock(%s' * 4_000}",
+        f"SELECT get_lock({'::aaaaaa(' * 40}!)",
+        f"SELECT pg_advisory_lock{'/* ' * 20_000}",
+        f"FLUSH {'TABLE ' * 8_000}",
+    ],
+)
+def test_any_text_is_read_at_once(sql: str) -> None:
+    """Were its parts read again for each of them, this test would take minutes."""
+    assert all(takes for takes, _name in changes(sql))
 
 
 def test_a_lock_beside_a_comment_is_taken_and_given_back_once() -> None:

@@ -1298,6 +1298,65 @@ def test_lines_of_comments_are_read_at_once(head: str, end: str) -> None:
     assert scan(f"SELECT set_tenant{end}{lines}(7)") & STATE
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("last_insert_id/*", "get_lock/*", "set_a/*", "into/*", "pg_temp/*", "previous/*"),
+        *("dblink", "service_", "pg_advisory_", "pg_create_", "pg_replication_origin_"),
+        *("get_lock -- x\r", "last_insert_id -- x\r", "create --", "/*", "a /* ", "-- x\r"),
+    ],
+)
+@pytest.mark.parametrize("head", ["SELECT ", "SHOW ", ""])
+def test_any_text_is_scanned_at_once(head: str, piece: str) -> None:
+    """Were a text read to its end for each name in it, this test would take minutes."""
+    scan(f"{head}{piece * (48_000 // len(piece))}")
+    scan(f"{head}lock replication_ {piece * (45_000 // len(piece))}*/")
+
+
+@pytest.mark.parametrize(
+    ("sql", "flag"),
+    [
+        ("SELECT get_lock('a', 0)", STATE),
+        ("CREATE TEMP TABLE t (a int)", STATE),
+        ("SELECT 1 INTO TEMP t", STATE),
+        ("SELECT last_insert_id()", IDS),
+        ("SELECT last_insert_id(/**/)", IDS),
+        ("SELECT row_count()", RESULT),
+        ("SELECT PREVIOUS VALUE FOR s", IDS),
+    ],
+)
+@pytest.mark.parametrize(
+    "gap",
+    [f"/*{'x' * 3_000}*/", "/**/" * 300, f"--{'x' * 3_000}\n", f" /**/ /*{'x' * 3_000}*/ -- x\n"],
+)
+def test_a_long_gap_hides_nothing(sql: str, flag: int, gap: str) -> None:
+    before, mark, after = sql.partition("(") if "(" in sql else sql.partition(" TEMP")
+    if not mark:
+        before, mark, after = sql.partition(" VALUE")
+    assert scan(f"{before}{gap}{mark}{after}") & flag
+
+
+@pytest.mark.parametrize(
+    ("sql", "flags"),
+    [
+        ("-- x\rBEGIN\nSELECT 1", STATE),
+        ("-- x\rSELECT 1", STATE),
+        ("SELECT 1 -- x\r, get_lock('a', 0)\n", STATE | READ),
+        ("SELECT get_lock -- x\r, y\n('a', 0)", STATE | READ),
+        ("SELECT 1\rFROM t", READ),
+        ("SELECT 1\r\nFROM t -- x\r\n", READ),
+        ("-- x\rSELECT 1\nDELETE FROM t", 0),
+    ],
+)
+def test_each_server_ends_a_line_in_its_own_way(sql: str, flags: int) -> None:
+    assert scan(sql) & (STATE | READ) == flags
+
+
+@pytest.mark.parametrize("sql", IN_THE_CONNECTION)
+def test_asking_a_connection_writes_nothing(sql: str) -> None:
+    assert not writes(scan(sql))
+
+
 def vars_of(book: Any) -> dict[str, Any]:
     return {
         field.attname: getattr(book, field.attname)

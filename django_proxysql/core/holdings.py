@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .statements import CALL
+from .statements import CALL, readings
 
 __all__ = ["Holdings", "Replacing", "asks_for_a_lock", "changes"]
 
@@ -129,7 +129,7 @@ def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
     return taken, given
 
 
-_COMMENT = re.compile(r"/\*(?!M?!).*?\*/|(?:--|#)[^\r\n]*[\r\n]", re.DOTALL)
+_COMMENT = re.compile(r"/\*(?!M?!)(?:.*?\*/|.*)|(?:--|#)[^\n]*\n", re.DOTALL)
 _MORE = re.compile(r";\s*(?=\S)")
 #: Whole statements: a name, what takes it, and what gives it back.
 _STATEMENTS = [
@@ -154,7 +154,7 @@ _STATEMENTS = [
         (
             "tables",
             r"LOCK\s+TABLES\b|LOCK\s+TABLE\b.*\b(?:READ|WRITE)\b"
-            r"|FLUSH\b.*\bTABLES?\b.*\b(?:LOCK|EXPORT)\b",
+            r"|FLUSH\b(?=.*\bTABLES?\b).*\b(?:LOCK|EXPORT)\b",
             r"UNLOCK\s+TABLES?\b",
         ),
         ("instance", r"LOCK\s+INSTANCE\b", r"UNLOCK\s+INSTANCE\b"),
@@ -171,10 +171,12 @@ _FUNCTION = re.compile(
     |pg_(?:start_backup|backup_start|stop_backup|backup_stop)){CALL}""",
     re.IGNORECASE | re.VERBOSE,
 )
+#: Each is read to the parenthesis that closes it.
+_MOST_CALLS = 50
 _PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s")
 #: Arguments that are the same whenever they are written alike: values, and calls over values.
 _SAME_AGAIN = re.compile(
-    r"""(?:'[^'\\]*'|\d+(?!\w)|[-+]|,|\s|::\s*\w+|[A-Za-z_][\w.]*\s*\(|\)|<shared>)*"""
+    r"""(?:'[^'\\]*'|\d+(?!\w)|[-+]|,|\s|::\s*\w+\b|[A-Za-z_][\w.]*\s*\(|\)|<shared>)*"""
 )
 
 
@@ -200,15 +202,21 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
         sql = sql.decode("latin-1")
     if not isinstance(sql, str):
         return
-    pieces = _MORE.split(_COMMENT.sub(" ", sql))
     found: set[str] = set()
-    for piece in pieces:
-        for takes, name in _changes(piece, sql, params):
-            # Where a semicolon may stand in a value, nothing is sure to be given back.
-            if takes or len(pieces) == 1:
-                found.add(name)
-                yield takes, name
-    if _COMMENT.search(sql):
+    read = readings(sql)
+    for text in read:
+        pieces = _MORE.split(_COMMENT.sub(" ", text))
+        # Where a semicolon may stand in a value, nothing is sure to be given back.
+        is_sure = len(pieces) == len(read) == 1
+        here = [
+            (takes, name)
+            for piece in pieces
+            for takes, name in _changes(piece, sql, params)
+            if (takes or is_sure) and name not in found
+        ]
+        found.update(name for _takes, name in here)
+        yield from here
+    if _COMMENT.search(read[0]):
         # What looks like a comment may be none: in a value, or an operator of PostgreSQL's.
         for takes, name in _changes(sql, sql, params):
             if takes and name not in found:
@@ -227,7 +235,10 @@ def _changes(piece: str, sql: str, params: Any) -> Iterator[tuple[bool, str]]:
     listen = _LISTEN.match(text)
     if listen is not None:
         yield not listen.group(1), f"listen {listen.group(2)}"
-    for call in _FUNCTION.finditer(piece):
+    for count, call in enumerate(_FUNCTION.finditer(piece)):
+        if count == _MOST_CALLS:
+            yield True, "lock of an unknown name"
+            return
         yield from _call(call.group(1).lower(), piece, call.end(), params)
 
 

@@ -43,7 +43,7 @@ from .dialects import PURE as _PURE
 
 __all__ = [
     *("CALLS", "IDS", "READ", "RESULT", "SCOPED", "STATE"),
-    *("CALL", "GAP", "is_plain", "is_provable_read", "kinds", "makes_ids", "scan", "writes"),
+    *("CALL", "is_plain", "is_provable_read", "kinds", "makes_ids", "readings", "scan", "writes"),
     *("without_lock", "without_tail"),
 ]
 
@@ -69,16 +69,15 @@ _MEMO_LENGTH = 5_000
 _LONG = 50_000
 
 #: What may stand before a statement's first word. Comments that the servers
-#: end at different places are not passed over: one in another, and those with
-#: a bare carriage return.
+#: end at different places are not passed over: one in another.
 _HEAD = re.compile(
     r"""(?:\s | \(
     | /\*(?!M?!) (?:(?!/\*).)*? \*/
-    | (?:--|\#) [^\r\n]* \r?\n)*
+    | (?:--|\#) [^\n]* \n)*
     ([A-Za-z]+)?""",
     re.DOTALL | re.VERBOSE,
 )
-_COMMENT = re.compile(r"/\*.*?\*/|(?:--|#)[^\n]*\n", re.DOTALL)
+_COMMENT = re.compile(r"/\*(?:.*?\*/|.*)|(?:--|#)[^\n]*(?:\n|$)", re.DOTALL)
 
 _READ_HEADS = frozenset({"SELECT", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "VALUES", "TABLE"})
 _EXPLAIN_HEADS = frozenset({"EXPLAIN", "DESCRIBE", "DESC"})
@@ -91,28 +90,37 @@ _STATELESS_HEADS = _READ_HEADS | {
     # Of a transaction, and gone with it. BEGIN and START are not here.
     *("SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT"),
 }
-#: What may stand between two words: spaces and comments, as either server ends them.
-#: There is one way only to read each, or else a dozen lines of comments take for ever.
-GAP = (
-    r"(?:\s|/\*(?:[^*]|\*(?!/))*\*/|\*/"
-    r"|(?:--|\#)[^\r\n]*(?:\r?\n|\r(?!\n)(?:[^\n]*\n)?))"
+#: What may stand between two words, piece by piece: spaces and comments, as either server ends
+#: them. There is one way only to read each piece.
+_PIECE = (
+    r"(?:\s+(?!\s)|/\*(?:[^*]|\*(?!/)){0,500}\*/|\*/"
+    r"|(?:--|\#)[^\n]{0,500}\n)"
 )
+#: More than that is not read, or a text of names and comments would be read to its end for each
+#: name. It is taken for what follows such a gap.
+_MUCH = (
+    rf"(?:{_PIECE}{{30}}"
+    rf"|{_PIECE}{{0,29}}(?:/\*(?:[^*]|\*(?!/)){{501}}|(?:--|\#)[^\n]{{501}}))"
+)
+#: Between two words, where something must stand; and before a sign, where nothing need.
+_GAP = rf"{_PIECE}{{1,30}}"
+_SPACE_OR_NONE = rf"{_PIECE}{{0,30}}"
 #: … and between a function's name and the parenthesis of its call.
-CALL = rf"""["`]?{GAP}*\("""
+CALL = rf"""["`]?(?:{_SPACE_OR_NONE}\(|{_MUCH})"""
 _STATE = re.compile(
-    rf"""(?:get_lock|release_lock|release_all_locks|service_\w+_locks
+    rf"""\b(?:get_lock|release_lock|release_all_locks|service_\w+_locks
     # Those of a transaction end with it.
     | pg_(?:try_)?advisory_(?!xact)\w+
     | setseed|dblink\w*|pg_replication_origin_\w+
     | pg_(?:create|copy|drop)_\w*replication_slot | pg_(?:start_backup|backup_start)
     | pg_(?:stop_backup|backup_stop)
     # set_config, set_limit, set_user, and the application's own set_tenant.
-    | \b(?:re)?set_\w+){CALL}
+    | (?:re)?set_\w+){CALL}
     # A temporary table, and not a column of that name.
-    | \b(?:create|replace|local|global|drop){GAP}+temp(?:orary)?(?=\s|/|--|\#)
-    | \binto{GAP}+temp(?:orary)?{GAP}+(?!values?\b|select\b|set\b|default\b|overriding\b|as\b
-      |with\b|partition\b|using\b|from\b)[\w"`]
-    | \bpg_temp(?:_\d+)?["`]?{GAP}*\.
+    | \b(?:create|replace|local|global|drop)(?:{_GAP}temp(?:orary)?(?=\s|/|--|\#)|{_MUCH})
+    | \binto(?:{_GAP}temp(?:orary)?(?:{_GAP}(?!values?\b|select\b|set\b|default\b|overriding\b
+      |as\b|with\b|partition\b|using\b|from\b)[\w"`]|{_MUCH})|{_MUCH})
+    | \bpg_temp(?:_\d+)?["`]?(?:{_SPACE_OR_NONE}\.|{_MUCH})
     # A user variable, not a system one and not PostgreSQL's @>.
     | (?<!@)@(?!@)[\w`'"$.] | :=
     # MySQL runs what stands in these comments.
@@ -131,7 +139,7 @@ _STATE_HINTS = (
 #: Locks and SETs that end with the transaction. MySQL's SET LOCAL is SET SESSION, but it
 #: has no TO, and none of these variables.
 _LOCAL = re.compile(
-    r"""\s*LOCK\s+(?:TABLE\s+)?(?!TABLES?\b)[\w".]+(?:\s*,\s*[\w".]+)*\s+IN\s+[A-Z ]+\s+MODE\b
+    r"""\s*LOCK\s+(?:TABLE\s+)?(?!TABLES?\b)[\w".]+(?:\s*,\s*[\w".]+)*\s+IN\s+(?:[A-Z]+\s+)+MODE\b
     | \s*SET\s+(?:CONSTRAINTS\b | LOCAL\s+(?:\w+(?:\.\w+)?\s+TO\b | \w+\.\w+\s*=
     | (?:statement_timeout|lock_timeout|idle_in_transaction_session_timeout
     |transaction_timeout|work_mem|search_path|synchronous_commit|row_security|jit)\s*=))""",
@@ -141,20 +149,21 @@ _CHAIN = re.compile(r"\bchain\b", re.IGNORECASE)
 _ANALYZE = re.compile(r"\banaly[sz]e\b", re.IGNORECASE)
 #: LAST_INSERT_ID(expression) gives a value, and asks for none.
 _IDS = re.compile(
-    rf"""last_insert_id{CALL}{GAP}*\) | \blastval{CALL} | \bcurrval{CALL} | \.\s*currval\b
-    | wsrep_last_(?:written|seen)\w*{CALL} | \bprevious{GAP}+value\b
+    rf"""\blast_insert_id[`"]?(?:{_SPACE_OR_NONE}\((?:{_SPACE_OR_NONE}\)|{_MUCH})|{_MUCH})
+    | \blastval{CALL} | \bcurrval{CALL} | \.\s*currval\b
+    | \bwsrep_last_(?:written|seen)\w*{CALL} | \bprevious(?:{_GAP}value\b|{_MUCH})
     | @@(?:(?:session|local)\s*\.\s*)?`?(?:identity|(?:last_)?insert_id|last_gtid)""",
     re.IGNORECASE | re.VERBOSE,
 )
-_GIVEN_ID = re.compile(rf"last_insert_id{CALL}", re.IGNORECASE)
+_GIVEN_ID = re.compile(rf"\blast_insert_id{CALL}", re.IGNORECASE)
 _RESULT = re.compile(
-    rf"""(?:found_rows|row_count){CALL}
+    rf"""\b(?:found_rows|row_count){CALL}
     | @@(?:(?:session|local)\s*\.\s*)?`?(?:warning_count|error_count)""",
     re.IGNORECASE | re.VERBOSE,
 )
 #: Who am I? Another connection's answer is another, and true.
 _SELF = re.compile(
-    rf"""(?:connection_id|pg_backend_pid){CALL}
+    rf"""\b(?:connection_id|pg_backend_pid){CALL}
     | @@(?:(?:session|local)\s*\.\s*)?`?(?:pseudo_thread_id|rand_seed|in_transaction)""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -214,6 +223,17 @@ def makes_ids(sql: Any) -> bool:
     )
 
 
+def readings(text: str) -> tuple[str, ...]:
+    """Return a text as each server reads its ends of lines: as a rule they read it alike.
+
+    A bare carriage return ends a comment to PostgreSQL, and none to MySQL.
+    """
+    if "\r" not in text:
+        return (text,)
+    text = text.replace("\r\n", "\n")
+    return (text.replace("\r", "\n"), text.replace("\r", " ")) if "\r" in text else (text,)
+
+
 def _head(text: str) -> str:
     found = _HEAD.match(text)
     return (found.group(1) or "").upper() if found else ""
@@ -222,6 +242,12 @@ def _head(text: str) -> str:
 def _scan(text: str) -> int:
     if text.endswith(("/", ";")):
         text = without_tail(text)
+    found = [_scan_reading(reading) for reading in readings(text)]
+    # What one server may find there counts, and a read is one to both.
+    return (found[0] | found[-1]) & ~READ | found[0] & found[-1] & READ
+
+
+def _scan_reading(text: str) -> int:
     head = _head(text)
     kind = 0
     lowered = text.lower()
@@ -347,6 +373,9 @@ _CALLED_PURE = (
     (_PURE | NO_OPERANDS | AFTER_CALLS | TYPES | {"GROUP", "ARRAY"})
     | (INFIX | INFIX_OF_MYSQL | INFIX_OF_POSTGRESQL)
     | {"ESCAPE", "MATERIALIZED"}
+    # They tell what the connection knows, and write no row.
+    | {"LAST_INSERT_ID", "FOUND_ROWS", "ROW_COUNT", "CONNECTION_ID", "LASTVAL", "CURRVAL"}
+    | {"PG_BACKEND_PID", "WSREP_LAST_SEEN_GTID", "WSREP_LAST_WRITTEN_GTID"}
 ) - {"FIRST", "ROWS", "RANGE", "GROUPS"}
 
 

@@ -93,8 +93,8 @@ _TRANSACTION_LOCK = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _TRANSACTION_SETTING = re.compile(
-    r"""SET\s+TRANSACTION\s+[a-z\s,]+
-    | SET\s+CONSTRAINTS\s+[\w\s,".]+
+    r"""SET\s+TRANSACTION\s[a-z\s,]+
+    | SET\s+CONSTRAINTS\s[\w\s,".]+
     | SET\s+LOCAL\s+\w+(?:\.\w+)?\s*(?:=|\bTO\b)\s*(?:'[^'%]*'|\w+|%s)(?:,\s*\w+)*""",
     re.IGNORECASE | re.VERBOSE | re.ASCII,
 )
