@@ -629,3 +629,18 @@ def test_strange_entries_break_nothing() -> None:
                 found = problems("balanced", values, databases)
                 if not any(problem.stops_connections for problem in found):
                     balancer_config("balanced", values, databases)
+
+
+@pytest.mark.parametrize("name", [["shop"], {"a": 1}, {"a"}, 5], ids=str)
+@pytest.mark.parametrize("place", ["balancer", "alias", "inline"])
+def test_a_name_that_is_no_string_is_reported_and_stops_no_wrapper(name: Any, place: str) -> None:
+    alias = {"ENGINE": MYSQL, "HOST": "10.0.0.1", **({"NAME": name} if place == "alias" else {})}
+    inline = {**TWO, **({"NAME": name} if place == "inline" else {})}
+    balanced: dict[str, Any] = {"PEERS": ["aliased", inline]}
+    if place == "balancer":
+        balanced["NAME"] = name
+    with added({"aliased": alias, "balanced": entry(balanced)}):
+        assert connections["balanced"].alias == "balanced"
+        found = {message.id: message for message in run_checks()}
+        assert set(found) == {"django_proxysql.E018"}
+        assert f"is a {type(name).__name__}" in found["django_proxysql.E018"].msg

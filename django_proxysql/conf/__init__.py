@@ -7,9 +7,10 @@ here connects to anything.
 
 from .aliases import introduce_peers, is_testing, mirrored, mirrors, name_of_a_peer
 from .engines import PeerEngine, engine_path, load_wrapper, peer_engine
+from .entry import Problem
 from .keys import ALIAS_KEY, CONNECTION_KEYS, ENGINE, NAME_KEY, PEER_ALIAS_ENGINE, is_balancer
 from .merging import changed_keys, first_reading, merged_settings, same
-from .reading import Problem, balancer_config, problems
+from .reading import balancer_config, problems
 
 __all__ = [
     "ALIAS_KEY",

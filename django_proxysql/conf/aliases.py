@@ -16,7 +16,7 @@ from .keys import is_balancer, listed
 __all__ = ["introduce_peers", "is_testing", "mirrored", "mirrors", "name_of_a_peer"]
 
 #: Aliases that are tested as mirrors: what of, and the NAMEs of production.
-mirrors: dict[str, tuple[str, set[Any]]] = {}
+mirrors: dict[str, tuple[str, list[Any]]] = {}
 
 
 def mirrored(alias: str, databases: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -78,8 +78,12 @@ def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
     if target is None:
         # A ring of mirrors: the checks say so, and a test run is refused.
         return
-    names = {entry.get("NAME"), name_of_a_peer(entry, databases)}
-    names.add(databases.get(target, {}).get("NAME"))
+    # Lists: a NAME that is wrong may be anything, and the checks say so.
+    names = [
+        entry.get("NAME"),
+        name_of_a_peer(entry, databases),
+        databases.get(target, {}).get("NAME"),
+    ]
     if target != alias:
         mirrors.setdefault(alias, (target, names))
     for peer, theirs in alias_peers(entry):
@@ -95,7 +99,7 @@ def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
             test["MIRROR"] = target
         # Written by hand it is no less a mirror.
         of = mirrored(peer, databases) or target
-        production = {*names, theirs.get("NAME"), databases.get(of, {}).get("NAME")}
+        production = [*names, theirs.get("NAME"), databases.get(of, {}).get("NAME")]
         mirrors.setdefault(peer, (of, production))
         _depend_on(of, peer)
 
