@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import types
 from typing import Any
 
 import pybreaker
@@ -11,6 +12,7 @@ import pytest
 
 from django_proxysql import Fault, NotReady, PeerBreaker
 from django_proxysql.core.breaker import CircuitBreakerError, Transition
+from django_proxysql.core.sharing.applying import apply_closed
 from tests.fakes import (
     Clock,
     OperationalError,
@@ -492,15 +494,15 @@ class TestFromWithin:
 
         handler: Any = None
 
-        def _swap(self, change: Any, **options: Any) -> Any:
-            def interrupted(circuit: Any) -> Any:
-                after = change(circuit)
+        def replace(self, event: Any, *args: Any, **options: Any) -> Any:
+            def interrupted(circuit: Any, now: float) -> Any:
+                after = event.after(circuit, now)
                 handler, self.handler = self.handler, None
                 if handler is not None:
                     handler()
                 return after
 
-            return super()._swap(interrupted, **options)
+            return super().replace(types.SimpleNamespace(after=interrupted), *args, **options)
 
     def test_failure_during_failure(self, clock: Clock) -> None:
         """Neither of two failures is lost."""
@@ -963,7 +965,6 @@ class TestPybreakersOwnInterface:
         breaker.add_listener(recorder)
         breaker.open()
         assert isinstance(breaker.state, pybreaker.CircuitOpenState)
-        assert breaker._state_storage.opened_at is not None
         assert breaker.acquire() is None
         breaker.half_open()
         assert isinstance(breaker.state, pybreaker.CircuitHalfOpenState)
@@ -1076,7 +1077,7 @@ class TestGate:
 
         def gate(by_hand: bool) -> float:
             assert due.trial is not None
-            due.learn_closed(due.circuit.generation)
+            apply_closed(due, due.circuit.generation)
             return 0.0
 
         due.gate = gate
@@ -1087,10 +1088,7 @@ class TestGate:
         permit.succeeded()
         assert told.told == [("closed", "open"), ("open", "closed"), "success"]
 
-    @pytest.mark.parametrize("change", ["open", "learn_open"])
-    def test_circuit_that_opens_anew_meanwhile_is_not_tried(
-        self, due: PeerBreaker, change: str
-    ) -> None:
+    def test_circuit_that_opens_anew_meanwhile_is_not_tried(self, due: PeerBreaker) -> None:
         """Nor is one that another caller has opened meanwhile."""
 
         def gate(by_hand: bool) -> float:
@@ -1122,7 +1120,7 @@ class TestGate:
         """The others say no, and close it in the same breath."""
 
         def gate(by_hand: bool) -> float:
-            due.learn_closed(due.circuit.generation)
+            apply_closed(due, due.circuit.generation)
             return 5.0
 
         due.gate = gate

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
-from django_proxysql.core import balancer, breaker
+from django_proxysql.core import balancer, breaker, circuit, leases, permits
 from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
 from django_proxysql.core.runtime import new_lock
@@ -37,6 +37,9 @@ from tests.fakes import (
     running,
     struck_at,
 )
+
+#: The files that a circuit's life is in.
+CIRCUITS = [str(module.__file__) for module in (breaker, circuit, leases, permits)]
 
 
 @pytest.fixture
@@ -534,7 +537,7 @@ class TestExceptionsOutOfNowhere:
     def interrupted_at(
         step: int,
         work: Callable[[], object],
-        files: Collection[str] = (breaker.__file__, balancer.__file__),
+        files: Collection[str] = (*CIRCUITS, balancer.__file__),
     ) -> tuple[bool, str]:
         """Run ``work`` and raise Injected at the step-th line that it runs of the core."""
         return struck_at(step, work, Injected, None, files)
@@ -641,7 +644,7 @@ class TestExceptionsOutOfNowhere:
                 lambda: getattr(permit, end)(*arguments),  # noqa: B023
                 error,
                 kept,
-                [breaker.__file__],
+                CIRCUITS,
             )
             if where.startswith(end):
                 # Before it had begun to end.
@@ -679,7 +682,7 @@ class TestExceptionsOutOfNowhere:
                 lambda: db.connect(lambda _: works or fail_as_host()),  # noqa: B023
                 Injected,
                 kept,
-                [breaker.__file__, balancer.__file__],
+                [*CIRCUITS, balancer.__file__],
             )
             # What was struck before anybody had the permit is the garbage collector's.
             kept.clear()
@@ -734,7 +737,7 @@ class TestExceptionsOutOfNowhere:
             for peer in db.peers.values():
                 peer.breaker.open()
             clock.advance(30)
-        files = {breaker.__file__, balancer.__file__}
+        files = {*CIRCUITS, balancer.__file__}
         made: dict[tuple[str, int], str] = {}
 
         def work() -> str:

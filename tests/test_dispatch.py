@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 
 from django_proxysql import LoadBalancer
-from django_proxysql.core import breaker
 from django_proxysql.core import dispatch as module
 from django_proxysql.core.dispatch import MOST, Teller
 from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhausted
 from django_proxysql.core.logs import log_event
 from tests.children import in_child
 from tests.fakes import Recorder, in_thread, raised_by, running, until
-from tests.test_breaker_threads import TestExceptionsOutOfNowhere, hurried  # noqa: F401
+from tests.test_breaker_threads import CIRCUITS, TestExceptionsOutOfNowhere, hurried  # noqa: F401
 
 interrupted_at = TestExceptionsOutOfNowhere.interrupted_at
 # Not to be collected here again.
@@ -391,7 +390,7 @@ def test_change_within_a_change() -> None:
 
         def trace(frame: Any, event: str, arg: Any) -> Any:
             nonlocal left, there
-            if frame.f_code.co_filename != breaker.__file__:
+            if frame.f_code.co_filename not in CIRCUITS:
                 return None
             # As signals do: where functions are called, and not between a test and what follows.
             if event == "call":

@@ -213,7 +213,7 @@ class Shared(pybreaker.CircuitMemoryStorage):
     ("name", "value", "reason"),
     [
         ("state_storage", Shared("closed"), "Shared, which cannot hold"),
-        ("state_storage", PeerBreaker().storage, "shared_state="),
+        ("state_storage", Shared("closed"), "shared_state="),
         ("throw_new_error_on_trip", True, "raises what its function raised"),
     ],
 )

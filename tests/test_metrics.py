@@ -19,6 +19,7 @@ from django.db import OperationalError
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from django_proxysql import Fault, LoadBalancer, balancers
+from django_proxysql.core.sharing.applying import apply_closed, apply_open
 from django_proxysql.demo.servers import find_program
 from django_proxysql.monitoring.metrics import Metrics, MultiProcessCollector
 from tests.fakes import Driver, bad_password, in_thread, raised_by, refused_by_host, too_many
@@ -154,10 +155,10 @@ class TestConnecting:
         world = Watched("db1", "db2")
         peer = world.db.peers["db1"]
         learnt = {"due_in": 30, "out_for": 1, "error": "", "fault": Fault.UNREACHABLE}
-        peer.breaker.learn_open(peer.breaker.circuit.generation, **learnt)  # type: ignore[arg-type]
+        apply_open(peer.breaker, peer.breaker.circuit.generation, **learnt)  # type: ignore[arg-type]
         assert world.states() == "open closed"
         assert world.value("circuit_openings_total", peer="db1") == 1
-        peer.breaker.learn_closed(peer.breaker.circuit.generation)
+        apply_closed(peer.breaker, peer.breaker.circuit.generation)
         assert world.states() == "closed closed"
         world.db.learn_drained(peer, True, learnt=True)
         assert world.value("peer_drained", peer="db1") == 1

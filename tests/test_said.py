@@ -20,6 +20,7 @@ from django_proxysql.core import logs
 from django_proxysql.core.breaker import CLOSED, CircuitBreakerError
 from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.core.logs import due_in
+from django_proxysql.core.sharing.applying import apply_open
 from django_proxysql.monitoring.status import health
 from django_proxysql.registry import balancers
 from tests.engine import engine, mysql_peer
@@ -314,8 +315,13 @@ class TestNextTrial:
         """Where nothing was tried here and no peer is left, the next connect() makes the trial."""
         world = World("db1", last_resort_interval=None)
         breaker = world.db.peers["db1"].breaker
-        breaker.learn_open(
-            breaker.circuit.generation, due_in=20, out_for=1, error="", fault=Fault.UNREACHABLE
+        apply_open(
+            breaker,
+            breaker.circuit.generation,
+            due_in=20,
+            out_for=1,
+            error="",
+            fault=Fault.UNREACHABLE,
         )
         assert world.db.snapshot()[0].trial_in == 0
         assert world.connect() == "db1"

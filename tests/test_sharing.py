@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pybreaker
 import pytest
 
 import django_proxysql
@@ -613,7 +612,7 @@ class TestSlowRedis:
         """A lease is its parent's."""
         one, _ = self.fleet(world)
         one.connect()
-        one.link._forget_connection()
+        one.link.after_fork()
         one.step()
         assert one.sharing.may_try("db1") > 0
 
@@ -1225,7 +1224,7 @@ class TestThread:
 def killed_at(line: int, function: Callable[[], object]) -> bool:
     """Kill ``function`` at its n-th line in the package; return whether it came there."""
     left = line
-    here = str(Path(django_proxysql.__file__).parent / "sharing")
+    here = str(Path(django_proxysql.__file__).parent / "core" / "sharing")
 
     def tracer(frame: Any, event: str, argument: Any) -> Any:
         nonlocal left
@@ -1247,47 +1246,6 @@ def killed_at(line: int, function: Callable[[], object]) -> bool:
     finally:
         sys.settrace(outer)
     return False
-
-
-class TestStorage:
-    """pybreaker's own breaker on a shared circuit."""
-
-    def test_opens_for_all(self, world: World) -> None:
-        """What a plain breaker finds out, all processes know."""
-        one, other = world.processes(2)
-        plain = pybreaker.CircuitBreaker(
-            fail_max=2, state_storage=one.db.peers["db1"].breaker.storage
-        )
-
-        def fails() -> None:
-            raise ConnectionError("by another way")
-
-        with pytest.raises(ConnectionError):
-            plain.call(fails)
-        assert plain.fail_counter == 1
-        with pytest.raises(pybreaker.CircuitBreakerError):
-            plain.call(fails)
-        one.step()
-        other.step()
-        assert other.states == ["open", "closed"]
-        assert other.connect() == "db2"
-
-    def test_heeds_what_others_found(self, world: World) -> None:
-        """… and the other way round; a success closes it for all."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
-        storage = other.db.peers["db1"].breaker.storage
-        plain = pybreaker.CircuitBreaker(reset_timeout=60, state_storage=storage)
-        with pytest.raises(pybreaker.CircuitBreakerError):
-            plain.call(lambda: 1)
-        hasty = pybreaker.CircuitBreaker(reset_timeout=0, state_storage=storage)
-        assert hasty.call(lambda: 1) == 1
-        other.step()
-        one.step()
-        assert one.states == ["closed", "closed"]
 
 
 class TestDrains:

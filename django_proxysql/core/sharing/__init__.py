@@ -3,7 +3,7 @@
 Each process keeps its own circuits, and its connects and statements look at nothing else. One
 thread a process (:mod:`.link`) compares them with what Redis knows, in one round trip a
 second, and at once when a circuit has changed here. What the others have found out
-is applied to the local circuit (``PeerBreaker.learn_open`` and ``learn_closed``).
+is applied to the local circuit (:mod:`.applying`).
 
 How it holds
 ------------
@@ -50,9 +50,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..breaker import CLOSED, Circuit, trial_of
+from ..circuit import CLOSED, Circuit, trial_of
 from ..faults import Fault
 from ..logger import complain
+from .applying import apply_closed, apply_open, put_off
 from .link import INTERVAL, PATIENCE, Link, Question, _log, checked_url, link_to, refusal
 from .trouble import NO_ANSWER
 
@@ -484,11 +485,12 @@ class Sharing:
         if version <= shared.agreed.version:
             if is_open and held_for:
                 # Somebody is at it: to ask for the trial would be of no use.
-                breaker.put_off(seen.generation, held_for)
+                put_off(breaker, seen.generation, held_for)
             return not held_for
         after: Circuit | None = seen
         if is_open:
-            after = breaker.learn_open(
+            after = apply_open(
+                breaker,
                 seen.generation,
                 due_in=due_in,
                 out_for=_bounded(said.get("out"), 365 * 86400),
@@ -497,7 +499,7 @@ class Sharing:
                 question=str(said.get("q") or "")[:50],
             )
         elif seen.state != CLOSED:
-            after = breaker.learn_closed(seen.generation)
+            after = apply_closed(breaker, seen.generation)
         # Otherwise it has changed meanwhile, or is being tried: the next round trip sees to it.
         if after is not None:
             shared.agreed = _Agreed(version, is_open, after.generation)

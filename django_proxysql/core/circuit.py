@@ -1,0 +1,439 @@
+"""A peer's circuit: one immutable record, and what each event makes of it.
+
+The whole state is one record, :class:`Circuit`. :func:`transition` is a function of a record, an
+event and the time. It returns the next record, which also holds the changes that listeners have yet
+to be notified of. Nothing in here waits, calls out or takes a lock for the record;
+:mod:`django_proxysql.core.breaker` replaces the record by one assignment under a lock.
+
+Each use of the peer belongs to the circuit's *generation*. Opening and closing begin a new one, and
+a result from an older generation changes nothing. A trial has a :class:`Lease`: until it ends or
+runs out, nobody else is admitted. That holds for a trial whose result has become late, too: the
+circuit moves on, and the next trial begins when this one is over.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from .faults import Fault
+from .leases import Lease
+
+#: pybreaker's words for the states.
+CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
+
+_LONG_AGO = float("-inf")
+
+
+class Transition(NamedTuple):
+    """A change of a circuit, as ``on_transition`` is called with it, outside the lock."""
+
+    before: str
+    after: str
+    fault: Fault | None = None
+    error: str = ""
+    #: Opened: seconds until the first trial. Closed: seconds it was out.
+    seconds: float = 0.0
+    #: Another process found it out (:mod:`django_proxysql.core.sharing`).
+    learnt: bool = False
+
+
+class Circuit(NamedTuple):
+    """All that is known of a circuit, at one moment. Times are the breaker's clock's."""
+
+    state: str = CLOSED
+    #: Grows by one whenever the circuit opens or closes.
+    generation: int = 0
+    failures: int = 0
+    successes: int = 0
+    #: Closed, but the next use is a trial.
+    suspect: bool = False
+    #: Since when the peer has been out; None while closed.
+    out_since: float | None = None
+    #: When the last failure or trial ended, or the peer became suspect.
+    tried: float = _LONG_AGO
+    #: When the next trial may begin.
+    due: float = _LONG_AGO
+    lease: Lease | None = None
+    #: What the peer said last, as text: an exception would keep its traceback alive, and with
+    #: that the failed attempt's socket.
+    error: str = ""
+    fault: Fault | None = None
+    #: What its trials must ask beyond connecting (:mod:`django_proxysql.core.ready`):
+    #: a peer that failed a statement may well connect and answer SET.
+    question: str = ""
+    #: The changes that are in no listener's queue yet, in their order. A part of the record: a
+    #: change and its place in the order are one assignment.
+    pending: tuple[Transition, ...] = ()
+
+
+class CircuitEvent(Protocol):
+    """Something that happens to a circuit."""
+
+    def after(self, circuit: Circuit, now: float, /) -> Circuit:
+        """Return the record after it; the same object if it changes nothing."""
+
+
+def transition(before: Circuit, event: CircuitEvent, now: float, learnt: bool = False) -> Circuit:
+    """Return the record after ``event``, with the change of state, if it is one, in ``pending``.
+
+    :param now: the time, on the breaker's clock.
+    :param learnt: another process found it out.
+    """
+    after = event.after(before, now)
+    if (before.state, before.suspect) == (after.state, after.suspect):
+        return after
+    seconds = 0.0
+    if after.state == OPEN:
+        seconds = after.due - now
+    elif after.state == CLOSED and before.out_since is not None:
+        seconds = now - before.out_since
+    change = Transition(before.state, after.state, after.fault, after.error, seconds, learnt)
+    return after._replace(pending=(*before.pending, change))
+
+
+def is_usable(circuit: Circuit) -> bool:
+    """Return whether it is closed and no suspect: anyone may use the peer."""
+    return circuit.state == CLOSED and not circuit.suspect
+
+
+def trial_of(circuit: Circuit, now: float) -> Lease | None:
+    """Return the trial that is under way, if there is one.
+
+    The one place that decides: a lease that has ended, has run out or lost its permit is none,
+    though the record still has it.
+    """
+    lease = circuit.lease
+    if lease is None or lease.ended or now >= lease.expires or lease.holder() is None:
+        return None
+    return lease
+
+
+def trial_due(circuit: Circuit, now: float, last_resort: float | None = None) -> bool:
+    """Return whether a trial may begin now.
+
+    :param last_resort: if given, it is due already this many seconds after the last try.
+    """
+    if trial_of(circuit, now) is not None:
+        return False
+    if now >= circuit.due:
+        return True
+    return last_resort is not None and now >= circuit.tried + last_resort
+
+
+def is_late(circuit: Circuit, generation: int, lease: Lease | None) -> bool:
+    """Return whether a result is of another time: the circuit has opened or closed since, or the
+    trial's lease ran out and another has taken its place."""
+    return circuit.generation != generation or (lease is not None and circuit.lease is not lease)
+
+
+def inherited(circuit: Circuit) -> Circuit:
+    """Return the record in the child of a fork: neither the parent's trial nor its news."""
+    if circuit.lease is not None and circuit.state == HALF_OPEN:
+        circuit = circuit._replace(state=OPEN)
+    return circuit._replace(lease=None, pending=())
+
+
+def _opened(circuit: Circuit, now: float, due: float, error: str, fault: Fault | None) -> Circuit:
+    # A trial under way goes on: its lease stays, and no other begins until it is over.
+    return circuit._replace(
+        state=OPEN,
+        generation=circuit.generation + 1,
+        successes=0,
+        suspect=False,
+        out_since=now if circuit.out_since is None else circuit.out_since,
+        tried=now,
+        due=due,
+        error=error,
+        fault=fault,
+    )
+
+
+def _closed(circuit: Circuit, now: float, lease: Lease | None) -> Circuit:
+    return Circuit(
+        generation=circuit.generation + 1, tried=now, lease=lease, pending=circuit.pending
+    )
+
+
+def _without(circuit: Circuit, lease: Lease | None) -> Circuit:
+    return circuit._replace(lease=None) if lease is not None and circuit.lease is lease else circuit
+
+
+# Admission
+
+
+class Asked(NamedTuple):
+    """A caller that makes trials asks for the right to use the peer."""
+
+    lease: Lease
+    last_resort: float | None
+    #: The breaker's gate is asked next: the circuit stays open until it has answered.
+    asks_gate: bool
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Begin a trial if one is due."""
+        if is_usable(circuit) or not trial_due(circuit, now, self.last_resort):
+            return circuit
+        if self.asks_gate and not circuit.suspect:
+            return circuit._replace(lease=self.lease)
+        return circuit._replace(
+            lease=self.lease, state=circuit.state if circuit.suspect else HALF_OPEN
+        )
+
+
+class Answered(NamedTuple):
+    """The breaker's gate has answered the caller that asked it."""
+
+    lease: Lease
+    #: The circuit's, when the gate was asked.
+    generation: int
+    #: Seconds for which the trial is left to other processes; 0: go ahead.
+    held_back: float
+    #: When the trial was due before the caller asked.
+    due: float
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Begin the trial, or put it off."""
+        is_same = (circuit.lease, circuit.generation) == (self.lease, self.generation)
+        if not is_same or circuit.state == CLOSED:
+            # It has closed, or opened anew, while the gate was asked.
+            return _without(circuit, self.lease)
+        if self.held_back > 0:
+            # An operator asked, and it was not due yet: then it is no sooner for that.
+            due = max(now + self.held_back, self.due)
+            return circuit._replace(lease=None, state=OPEN, due=due)
+        return circuit._replace(state=HALF_OPEN)
+
+
+# Results
+
+
+class Succeeded(NamedTuple):
+    """The peer did what it was asked to do."""
+
+    generation: int
+    lease: Lease | None
+    success_threshold: int
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Count a trial's success; end the row of failures."""
+        if is_late(circuit, self.generation, self.lease):
+            return _without(circuit, self.lease)
+        if self.lease is None:
+            return circuit._replace(failures=0)
+        if circuit.state == CLOSED:
+            # A suspect is well. Nothing has happened: no log line, no new generation.
+            return circuit._replace(suspect=False, lease=None, failures=0, error="", fault=None)
+        if circuit.successes + 1 >= self.success_threshold:
+            return _closed(circuit, now, None)
+        return circuit._replace(successes=circuit.successes + 1, lease=None, due=now, tried=now)
+
+
+class Failed(NamedTuple):
+    """The peer failed."""
+
+    generation: int
+    lease: Lease | None
+    fail_max: int
+    #: When the next trial may begin, if the circuit opens.
+    due: float
+    error: str
+    fault: Fault | None
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Count it; open the circuit at ``fail_max`` failures, or if it was a trial's."""
+        late = is_late(circuit, self.generation, self.lease)
+        circuit = _without(circuit, self.lease)
+        if late:
+            return circuit
+        circuit = circuit._replace(failures=circuit.failures + 1)
+        # Half-open: the connection of a good trial, one of several that are asked for.
+        is_trials = self.lease is not None or circuit.state == HALF_OPEN
+        if is_trials or circuit.failures >= self.fail_max:
+            return _opened(circuit, now, self.due, self.error, self.fault)
+        return circuit._replace(tried=now, error=self.error, fault=self.fault)
+
+
+class Released(NamedTuple):
+    """What happened in a trial says nothing about the peer."""
+
+    generation: int
+    lease: Lease
+    #: When the next trial may begin.
+    due: float
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """End the trial without a result."""
+        late = is_late(circuit, self.generation, self.lease)
+        circuit = _without(circuit, self.lease)
+        if late:
+            return circuit
+        if circuit.state == CLOSED:
+            # A suspect is never excluded: a caller that has no other peer may try at once.
+            return circuit._replace(tried=now)
+        return circuit._replace(state=OPEN, tried=now, due=self.due)
+
+
+class Abandoned(NamedTuple):
+    """A trial's permit is gone: no thread can report a result."""
+
+    lease: Lease
+    #: When the next trial may begin.
+    due: float
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Cancel the trial; what is known of the peer is as old as it was."""
+        if circuit.lease is not self.lease:
+            return circuit
+        if circuit.state == HALF_OPEN:
+            return circuit._replace(lease=None, state=OPEN, due=self.due)
+        return circuit._replace(lease=None)
+
+
+# What operators and established connections say
+
+
+class Opened(NamedTuple):
+    """An operator opens the circuit."""
+
+    due: float
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Open it, whatever it was."""
+        return _opened(circuit, now, self.due, "opened by hand", None)
+
+
+class HalfOpened(NamedTuple):
+    """An operator makes a trial due."""
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Make it due now, or once the trial under way is over."""
+        # What was begun while the circuit was closed is of another time.
+        generation = circuit.generation + (circuit.state == CLOSED)
+        return circuit._replace(
+            state=HALF_OPEN,
+            generation=generation,
+            suspect=False,
+            successes=0,
+            due=now,
+            out_since=now if circuit.out_since is None else circuit.out_since,
+        )
+
+
+class Closed(NamedTuple):
+    """An operator closes the circuit."""
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Close it. A trial under way is not over for that."""
+        return _closed(circuit, now, circuit.lease)
+
+
+class Suspected(NamedTuple):
+    """A connection was lost, and nothing says why."""
+
+    error: str
+    fault: Fault | None
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Make the next use of a closed circuit a trial."""
+        if not is_usable(circuit):
+            return circuit
+        return circuit._replace(
+            suspect=True, tried=now, due=_LONG_AGO, error=self.error, fault=self.fault
+        )
+
+
+class Tripped(NamedTuple):
+    """A statement's answer says that the peer must not be used."""
+
+    due: float
+    error: str
+    fault: Fault
+    #: What its trials must ask.
+    question: str
+    #: How many failures in a row these were, if they were counted.
+    failures: int = 0
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Open a closed circuit at once."""
+        if circuit.state != CLOSED:
+            # A failed connect opened it: what a statement was answered is still to be asked.
+            return circuit._replace(question=circuit.question or self.question)
+        opened = _opened(circuit, now, self.due, self.error, self.fault)
+        failures = max(circuit.failures, self.failures)
+        return opened._replace(question=self.question, failures=failures)
+
+
+class Rescheduled(NamedTuple):
+    """The time-out of open circuits is another one."""
+
+    #: Seconds from the last try to the next trial.
+    seconds: float
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Apply it to the present opening, as pybreaker does."""
+        if circuit.state != OPEN:
+            return circuit
+        return circuit._replace(due=circuit.tried + self.seconds)
+
+
+# What other processes found out
+
+
+class OpenedElsewhere(NamedTuple):
+    """Another process opened the circuit, or its trial failed."""
+
+    #: Of the record that was compared with the other's.
+    generation: int
+    due: float
+    out_for: float
+    error: str
+    fault: Fault | None
+    question: str
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Open the circuit or put off its trial. It counts as no failure of this process."""
+        if circuit.generation != self.generation:
+            return circuit
+        if circuit.state == CLOSED:
+            opened = _opened(circuit, now, self.due, self.error, self.fault)
+            # This process has not tried the peer: if it has no other left it may do so at once.
+            return opened._replace(
+                out_since=now - self.out_for, tried=_LONG_AGO, question=self.question
+            )
+        if trial_of(circuit, now) is not None:
+            # It is left to its own result.
+            return circuit
+        return circuit._replace(
+            state=OPEN,
+            successes=0,
+            due=self.due,
+            error=self.error,
+            fault=self.fault,
+            question=circuit.question or self.question,
+        )
+
+
+class ClosedElsewhere(NamedTuple):
+    """Another process's trial closed the circuit."""
+
+    generation: int
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Close it. A trial under way is not over for that."""
+        if circuit.generation != self.generation or circuit.state == CLOSED:
+            return circuit
+        return _closed(circuit, now, circuit.lease)
+
+
+class PutOff(NamedTuple):
+    """Another process is about to make the trial."""
+
+    generation: int
+    #: Not before this moment does this process make one.
+    due: float
+
+    def after(self, circuit: Circuit, now: float) -> Circuit:
+        """Put the trial off, never forward."""
+        if (circuit.generation, circuit.state) != (self.generation, OPEN):
+            return circuit
+        return circuit._replace(due=max(circuit.due, self.due))

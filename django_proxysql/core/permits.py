@@ -1,0 +1,423 @@
+"""Permits on a circuit's record: who may use a peer, and what became of it.
+
+How it holds
+------------
+
+The record (:class:`~.circuit.Circuit`) is read without the lock and replaced, under the lock, by
+one assignment. So no reader sees half a transition. A thread that an asynchronous exception strikes
+between two lines leaves either the old record or the new one, and a child forked in between
+inherits one of the two and needs nothing but a fresh lock. Nothing that waits, calls out or
+notifies happens under the lock. A signal handler or finalizer that uses the circuit while its own
+thread is replacing the record is let in by the lock; the replacement then begins anew from what it
+left (:meth:`Keeper.replace`).
+
+Locks of C are the only ones used: ``threading.Event`` and its kin take theirs in Python code, and
+an asynchronous exception there leaves it held. (Python before 3.11:
+:mod:`django_proxysql.core.runtime`.)
+
+Each use of the peer takes a :class:`Permit` first and ends it with exactly one of *succeeded*,
+*failed* or *released* (the error was not the peer's).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from . import drivers
+from .circuit import (
+    CLOSED,
+    Abandoned,
+    Answered,
+    Asked,
+    Circuit,
+    CircuitEvent,
+    Failed,
+    Released,
+    Succeeded,
+    Transition,
+    inherited,
+    is_late,
+    is_usable,
+    transition,
+    trial_due,
+    trial_of,
+)
+from .faults import Fault
+from .leases import Lease
+from .logger import complain
+from .runtime import new_lock, renew_in_child
+
+__all__ = ["JITTER", "Keeper", "Permit", "Subscriber"]
+
+#: A fleet that saw a peer fail at one moment must not try it again at one moment.
+JITTER = 0.1
+
+
+class Subscriber(Protocol):
+    """Whoever follows a circuit's changes, in their order."""
+
+    def put(self, change: Transition, /) -> None:
+        """Note the change. Called within the circuit's lock: waits for nothing, calls nobody."""
+
+    def go(self) -> None:
+        """Do what the noted changes demand. Called without a lock."""
+
+
+class Permit:
+    """The right to use a peer once. End it by exactly one of its methods.
+
+    What is called after the first end is ignored. However a trial's end is broken off, the
+    trial is over: its lease is marked without a call, which the recursion limit might refuse.
+    """
+
+    __slots__ = ("_ended", "_keeper", "_lease", "generation", "is_trial")
+
+    def __init__(self, keeper: Keeper, generation: int, lease: Lease | None) -> None:
+        self._keeper = keeper
+        #: The circuit's generation that what was made with the permit belongs to. A trial that
+        #: closes the circuit belongs to the generation that it begins.
+        self.generation = generation
+        #: The trial's; None where this is none.
+        self._lease = lease
+        #: Whether this is the one attempt that a half-open or suspect circuit allows.
+        self.is_trial = lease is not None
+        self._ended = False
+
+    def succeeded(self) -> None:
+        """The peer did what it was asked to do."""
+        keeper, lease = self._keeper, self._lease
+        # The healthy peer's way, hundreds of times a second: nothing to
+        # write, so no lock to take.
+        if lease is None and not keeper._circuit.failures:
+            if self._ended:
+                return
+            self._ended = True
+            if keeper._listeners:
+                keeper._tell("success")
+            return
+        try:
+            if self._end():
+                self.generation = keeper._record_success(self.generation, lease)
+        finally:
+            if lease is not None:
+                lease.ended = True
+
+    def failed(self, exc: BaseException, fault: Fault | None = None) -> int:
+        """The peer failed, by ``exc``.
+
+        :returns: which failure in a row this was; 0 when it came too late to count.
+        """
+        lease = self._lease
+        try:
+            if not self._end():
+                return 0
+            return self._keeper._record_failure(self.generation, lease, exc, fault)
+        finally:
+            if lease is not None:
+                lease.ended = True
+
+    def released(self) -> None:
+        """What happened says nothing about the peer. A trial becomes due again soon."""
+        lease = self._lease
+        try:
+            if self._end() and lease is not None:
+                self._keeper._record_release(self.generation, lease)
+        finally:
+            if lease is not None:
+                lease.ended = True
+
+    def judge(self, exc: BaseException) -> None:
+        """End the permit as ``exc``, raised by the guarded call, demands."""
+        if not isinstance(exc, Exception) or self._keeper._is_excluded(exc):
+            self.released()
+        elif drivers.is_driver_error(exc):
+            # A guarded call may be a connect or anything else.
+            fault = drivers.judge(exc, connecting=True)
+            if fault.counts:
+                self.failed(exc, fault)
+            else:
+                self.released()
+        else:
+            self.failed(exc)
+
+    def _end(self) -> bool:
+        if self._ended:
+            return False
+        self._ended = True
+        return True
+
+
+class _TrialPermit(Permit):
+    """A trial's permit: its own end cancels a trial that has no result."""
+
+    __slots__ = ("__weakref__",)
+
+    def __del__(self) -> None:
+        lease = getattr(self, "_lease", None)
+        # Nobody has ended it, or its end was interrupted: the record has it still.
+        if lease is not None and (not lease.ended or self._keeper._circuit.lease is lease):
+            self._keeper._abandon(lease)
+
+
+class _Life:
+    """Ends with the frame that alone refers to it, whatever that is killed by."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Keeper:
+    """Keeps a circuit's record and gives out permits to use the peer.
+
+    :class:`~.breaker.PeerBreaker` is one; the settings are its arguments.
+    """
+
+    _circuit = Circuit()
+    #: pybreaker's own.
+    _name: str | None
+    _fail_max: int
+    _reset_timeout: float
+    _success_threshold: int
+    _listeners: list[Any]
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        *,
+        clock: Callable[[], float],
+        jitter: Callable[[], float],
+        lease: float,
+        release_interval: float,
+    ) -> None:
+        self._circuit = circuit
+        self._clock = clock
+        self._jitter = jitter
+        self._lease_seconds = lease
+        #: Seconds after which a trial that said nothing may be made again.
+        self.release_interval = release_interval
+        #: Asked, outside the lock, before an open circuit's trial is made: for how many
+        #: seconds it is to be left to others, and 0 to go ahead. Not asked for a last resort.
+        #: Its argument says whether an operator demands the trial, due or not.
+        self.gate: Callable[[bool], float] | None = None
+        #: Alive while a thread hands out the record's pending changes.
+        self._handing: weakref.ref[_Life] | None = None
+        self._lock = new_lock()
+        renew_in_child(self)
+
+    # Knowing
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit's present record."""
+        return self._circuit
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the circuit is closed and not suspect: anyone may use the peer."""
+        return is_usable(self._circuit)
+
+    @property
+    def trial(self) -> Lease | None:
+        """The trial under way, if there is one."""
+        return trial_of(self._circuit, self._clock())
+
+    # Admission
+
+    def acquire(
+        self, *, last_resort: float | None = None, trial: bool = True, by_hand: bool = False
+    ) -> Permit | None:
+        """Ask for the right to use the peer, without waiting for any other caller.
+
+        Where circuits are shared between processes, one whose trial is due
+        asks the others first, for 50 ms at most, once a second at most.
+
+        :param last_resort: if given, an open circuit's trial is due already
+            this many seconds after the peer was last tried.
+        :param trial: False: the caller will not make a trial.
+        :param by_hand: an operator demands the trial, which is due for that. It is not urgent:
+            one that another process has under way goes before it.
+        :returns: a permit, or None while the circuit is open or another
+            caller holds the trial.
+        """
+        circuit = self._circuit
+        # As is_usable(), without the call: each connect comes by here.
+        if circuit.state == CLOSED and not circuit.suspect:
+            return Permit(self, circuit.generation, None)
+        if not trial:
+            return None
+        now = self._clock()
+        if by_hand:
+            last_resort = 0
+        if not is_usable(circuit) and not trial_due(circuit, now, last_resort):
+            return None
+        lease = Lease(now + self._lease_seconds)
+        permit = _TrialPermit(self, circuit.generation, lease)
+        lease.holder = weakref.ref(permit)
+        gate = self.gate if last_resort is None or by_hand else None
+        try:
+            asked = Asked(lease, last_resort, asks_gate=gate is not None)
+            before, after = self.replace(asked, now)
+            if after.lease is lease and gate is not None and not after.suspect:
+                held_back = self._ask(gate, by_hand)
+                answered = Answered(lease, before.generation, held_back, before.due)
+                _, after = self.replace(answered, self._clock())
+            self.notify_pending()
+            permit.generation = after.generation
+            if after.lease is lease:
+                return permit
+            lease.end()
+            return Permit(self, after.generation, None) if is_usable(after) else None
+        except BaseException:
+            # Interrupted before the caller had it: nobody else would end it.
+            lease.ended = True
+            self._abandon(lease)
+            raise
+
+    def _ask(self, gate: Callable[[bool], float], by_hand: bool) -> float:
+        try:
+            return gate(by_hand)
+        except Exception:
+            complain("The gate of the circuit of %s raised", self._name)
+            return 0.0
+
+    # What permits report
+
+    def _record_success(self, generation: int, lease: Lease | None) -> int:
+        """Record it; return the generation that the success belongs to."""
+        event = Succeeded(generation, lease, self._success_threshold)
+        before, after = self.replace(event, self._clock(), ends=lease)
+        if self._listeners:
+            self._tell("success")
+        self.notify_pending()
+        return generation if is_late(before, generation, lease) else after.generation
+
+    def _record_failure(
+        self, generation: int, lease: Lease | None, exc: BaseException, fault: Fault | None
+    ) -> int:
+        """Record it; return which failure in a row it was, 0 for one that came too late."""
+        now = self._clock()
+        due, error = now + self._spread_timeout(), drivers.describe(exc)
+        event = Failed(generation, lease, self._fail_max, due, error, fault)
+        before, after = self.replace(event, now, ends=lease)
+        if self._listeners:
+            self._tell("failure", exc)
+        self.notify_pending()
+        return 0 if is_late(before, generation, lease) else after.failures
+
+    def _record_release(self, generation: int, lease: Lease) -> None:
+        now = self._clock()
+        self.replace(Released(generation, lease, now + self.release_interval), now, ends=lease)
+        self.notify_pending()
+
+    def _abandon(self, lease: Lease) -> None:
+        """Cancel a trial that no thread will report on. Never blocks."""
+        # Should another thread be at the record just now: the next caller finds
+        # a lease that has ended.
+        lease.ended = True
+        now = self._clock()
+        lock = self._lock
+        try:
+            # Struck right after acquire() we have the lock and do not know it: it
+            # is released in any case. Where we have not got it, that raises.
+            try:
+                if lock.acquire(blocking=False):
+                    self.replace(Abandoned(lease, now + self.release_interval), now)
+            finally:
+                lock.release()
+        except RuntimeError:
+            pass
+        lease.end()
+
+    # The record
+
+    def replace(
+        self, event: CircuitEvent, now: float, *, learnt: bool = False, ends: Lease | None = None
+    ) -> tuple[Circuit, Circuit]:
+        """Replace the record by what ``event`` makes of it; return both. Notifies nobody yet.
+
+        :param now: the time, on the breaker's clock.
+        :param learnt: another process found it out.
+        :param ends: the trial that is over with it; threads that wait for it are woken.
+        """
+        try:
+            # Guards the record from its being read to its being replaced.
+            with self._lock:
+                while True:
+                    before = self._circuit
+                    after = transition(before, event, now, learnt)
+                    if self._circuit is before:
+                        self._circuit = after
+                        break
+                    # This very thread has changed it, in a signal handler or finalizer.
+        finally:
+            if ends is not None:
+                ends.end()
+        return before, after
+
+    def apply(
+        self, event: CircuitEvent, now: float, *, learnt: bool = False
+    ) -> tuple[Circuit, Circuit]:
+        """Replace the record as :meth:`replace` does, and notify those who follow it."""
+        replaced = self.replace(event, now, learnt=learnt)
+        self.notify_pending()
+        return replaced
+
+    def _spread_timeout(self) -> float:
+        return self._reset_timeout * (1 + JITTER * (2 * self._jitter() - 1))
+
+    def after_fork(self) -> None:
+        """In the child: a lock that nobody holds, and no trial of the parent's."""
+        self._lock = new_lock()
+        self._handing = None
+        self._circuit = inherited(self._circuit)
+
+    # Notifying
+
+    def notify_pending(self) -> None:
+        """Notify of the changes that are pending in the record, whichever thread made them."""
+        if self._circuit.pending:
+            for subscriber in self._hand_out():
+                subscriber.go()
+
+    def _hand_out(self) -> Sequence[Subscriber]:
+        """Put each pending change into its subscribers' queues, in the order of the changes.
+
+        :returns: those who are to :meth:`Subscriber.go`.
+        """
+        # Guards the order of the queues. It appends to them; nothing in it waits or calls out.
+        with self._lock:
+            handing = self._handing
+            # A signal handler or finalizer within the loop leaves its change to that.
+            if handing is not None and handing() is not None:
+                return ()
+            self._hand_out_in_order()
+            return self._subscribers()
+
+    def _hand_out_in_order(self) -> None:
+        life = _Life()
+        try:
+            self._handing = weakref.ref(life)
+            while self._circuit.pending:
+                before = self._circuit
+                after = before._replace(pending=before.pending[1:])
+                if self._circuit is before:
+                    self._circuit = after
+                    for subscriber in self._subscribers():
+                        subscriber.put(before.pending[0])
+        finally:
+            self._handing = None
+
+    # For the breaker to say
+
+    def _subscribers(self) -> Sequence[Subscriber]:
+        """Return who follows the circuit's changes."""
+        raise NotImplementedError
+
+    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of each of pybreaker's listeners."""
+        raise NotImplementedError
+
+    def _is_excluded(self, exc: Exception) -> bool:
+        """Return whether an exception counts for nothing."""
+        raise NotImplementedError
