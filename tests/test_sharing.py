@@ -626,7 +626,8 @@ class TestSlowRedis:
     def test_is_said_once(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         """One line when it has been slow for a while, and one when it is no longer."""
         caplog.set_level(logging.INFO, "django_proxysql")
-        link = world.process().link
+        process = world.process()
+        link = process.link
         clocked = link._clocked
         for seconds in [0.1] * 4 + [0.01] + [0.1] * 20 + [0.01] * 5:
             # What this machine took is of no interest.
