@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Callable
 import django
 import pytest
 
-from django_proxysql.demo.servers import start_together
 from tests.servers import Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
@@ -25,6 +24,7 @@ from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
 from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQLNode
+from tests.servers.processes import start_together
 from tests.servers.redis import RedisServer
 
 if TYPE_CHECKING:

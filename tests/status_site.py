@@ -13,7 +13,7 @@ from django.core.management import call_command
 from django.db import connections
 from django.test import Client, override_settings
 
-from django_proxysql.demo.peers import SQLitePeers
+from django_proxysql.demo.peers import Peers
 from django_proxysql.monitoring.history import history
 from django_proxysql.registry import balancers
 from tests.django_settings import INSTALLED_APPS, MIDDLEWARE
@@ -40,7 +40,7 @@ def strict_content_policy(get_response: Any) -> Any:
 class Site:
     """What a test of the page works with."""
 
-    def __init__(self, peers: SQLitePeers, clock: Clock | None) -> None:
+    def __init__(self, peers: Peers, clock: Clock | None) -> None:
         self.peers = peers
         self.clock = clock
         self.balancer = balancers["default"]
@@ -112,7 +112,7 @@ def status_site(
     :param changed: settings of the site's own.
     """
     with ExitStack() as stack:
-        peers = SQLitePeers()
+        peers = Peers()
         databases = peers.start(stack)
         entries = [{"NAME": entry["NAME"]} for entry in databases.values()]
         shutil.copy(template, Path(entries[0]["NAME"]))

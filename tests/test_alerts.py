@@ -16,8 +16,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from django_proxysql import Fault
-from django_proxysql.demo.servers import find_program
 from django_proxysql.monitoring.metrics import Metrics
+from tests.servers.ports import find_program
 from tests.test_balancer import World
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -20,11 +20,11 @@ from django.db import connections
 from django.test import SimpleTestCase
 
 from django_proxysql.conf import ENGINE
-from django_proxysql.demo.servers import HOST, ports
 from tests.engine import MYSQL, POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.project import Project, get
 from tests.servers import USER
 from tests.servers.mariadb import Node
+from tests.servers.ports import HOST, ports
 from tests.servers.postgresql import PostgreSQLNode
 from tests.test_checks import has_database_option
 from tests.test_project import FILES

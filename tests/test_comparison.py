@@ -16,13 +16,13 @@ from MySQLdb.cursors import DictCursor
 from django_proxysql.core import comparison
 from django_proxysql.core.comparison import Facts, Source, mysql_facts, warnings
 from django_proxysql.core.config import BalancerConfig, PeerConfig
-from django_proxysql.demo.servers import start_together
 from django_proxysql.inspection import inspect
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
+from tests.servers.processes import start_together
 
 REPLICATES = (Source("10.0.0.1:3306", True, 0.0),)
 

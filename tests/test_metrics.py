@@ -20,10 +20,10 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from django_proxysql import Fault, LoadBalancer, balancers
 from django_proxysql.core.sharing.applying import apply_closed, apply_open
-from django_proxysql.demo.servers import find_program
 from django_proxysql.monitoring.metrics import Metrics, MultiProcessCollector
 from tests.fakes import Driver, bad_password, in_thread, raised_by, refused_by_host, too_many
 from tests.servers import PASSWORD
+from tests.servers.ports import find_program
 from tests.site import Site
 from tests.test_balancer import World
 from tests.test_docs import blocks

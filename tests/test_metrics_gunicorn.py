@@ -25,11 +25,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from django_proxysql.conf import ENGINE
-from django_proxysql.demo.servers import HOST, ports
 from tests.engine import mysql_peer
 from tests.project import Project, get
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
+from tests.servers.ports import HOST, ports
 from tests.servers.prometheus import Prometheus
 from tests.test_alerts import RULES, expressions
 from tests.test_metrics import check, from_the_docs

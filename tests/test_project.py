@@ -12,10 +12,10 @@ import django
 import pytest
 
 from django_proxysql.conf import ENGINE
-from django_proxysql.demo.servers import HOST, ports
 from tests.engine import MYSQL, mysql_peer
 from tests.project import Project, get
 from tests.servers.mariadb import Node
+from tests.servers.ports import HOST, ports
 from tests.test_checks import has_database_option
 
 DATABASE = "shop"

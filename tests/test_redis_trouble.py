@@ -11,8 +11,8 @@ import pytest
 import redis.exceptions
 
 from django_proxysql.core.sharing.trouble import NO_ANSWER, Trouble, trouble_from
-from django_proxysql.demo.servers import ports
 from tests.servers.certificates import certificates_for
+from tests.servers.ports import ports
 from tests.servers.redis import RedisServer
 from tests.test_sharing import World
 

@@ -19,20 +19,15 @@ import MySQLdb
 import psycopg
 import pytest
 
-from django_proxysql.demo.processes import PortPool, descendants
-from django_proxysql.demo.servers import (
-    MariaDBNode,
-    MissingProgram,
-    ServerError,
-    current_run,
-    find_program,
-)
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
-from tests.servers.mariadb import Node
+from tests.servers.mariadb import MariaDBNode, Node
+from tests.servers.ports import MissingProgram, PortPool, ServerError, find_program
 from tests.servers.postgresql import PostgreSQLNode
+from tests.servers.processes import descendants
 from tests.servers.redis import RedisServer
+from tests.servers.runs import current_run
 
 
 def connect(node: Node, **options: Any) -> Any:

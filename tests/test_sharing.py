@@ -32,7 +32,6 @@ from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeerDraine
 from django_proxysql.core.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.core.sharing import Fleet, Link, Moment, Sharing, checked_url
 from django_proxysql.core.sharing.link import Question
-from django_proxysql.demo.servers import ports
 from tests.fakes import (
     Clock,
     Driver,
@@ -47,6 +46,7 @@ from tests.fakes import (
 from tests.servers.certificates import certificates_for
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
+from tests.servers.ports import ports
 from tests.servers.redis import RedisServer
 
 

@@ -17,11 +17,11 @@ import django
 import gunicorn
 import pytest
 
-from django_proxysql.demo.servers import HOST
 from tests.engine import mysql_peer
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
+from tests.servers.ports import HOST
 from tests.servers.postgresql import PostgreSQLNode
 from tests.web import Answer, Client, Web, serving, sessions
 

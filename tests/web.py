@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from django_proxysql.conf import ENGINE
-from django_proxysql.demo.servers import HOST, ports
 from tests.engine import MYSQL, POSTGRESQL, mysql_peer
 from tests.project import Project
 from tests.servers import DATABASE, USER
 from tests.servers.mariadb import Node
+from tests.servers.ports import HOST, ports
 from tests.servers.postgresql import PostgreSQLNode
 
 #: The longest that anything is waited for, in seconds; a test that waits that long fails.

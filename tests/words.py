@@ -104,7 +104,6 @@ NOT_YET = {
     "django_proxysql/core/sharing/sync.lua",
     "django_proxysql/core/sockets.py",
     "django_proxysql/core/trials.py",
-    "django_proxysql/demo/processes.py",
     "django_proxysql/demo/site.py",
     "django_proxysql/errors.py",
     "django_proxysql/inspection.py",

@@ -5,7 +5,7 @@ exit  when
 ====  =============================================================
 0     every request was answered well
 1     a request was not
-2     the demo cannot run: bad arguments, or a program is missing
+2     the demo cannot run, or has bad arguments
 130   ended by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP
 141   what the output was piped into has ended
 ====  =============================================================
@@ -29,7 +29,7 @@ from typing import Callable
 from ..registry import balancers
 from . import site
 from .load import CLIENTS, Load
-from .peers import KINDS, CannotRun, Peers
+from .peers import CannotRun, Peers
 from .screen import Screen, ScreenHandler
 from .tally import Sample, Tally
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = Screen(sys.stdout, os.environ)
     try:
         with _signals_raise():
-            return _Demo(screen, KINDS[options.peers](), options.seconds).run()
+            return _Demo(screen, options.seconds).run()
     except CannotRun as error:
         print(f"django_proxysql demo: {error}", file=sys.stderr)
         return 2
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="run a small site under load while a peer fails and recovers",
-        description="Run a small Django site on three peers, drive load at it, and show how the "
-        "load balancer copes with a peer that fails and recovers. Leaves nothing behind.",
+        description="Run a small Django site on three SQLite peers, drive load at it, and show "
+        "how the load balancer copes with a peer that fails and recovers. Leaves nothing behind.",
     )
     demo.add_argument(
         "--seconds",
@@ -89,13 +89,6 @@ def _parser() -> argparse.ArgumentParser:
         default=20.0,
         metavar="N",
         help="how long it runs (default: 20)",
-    )
-    demo.add_argument(
-        "--peers",
-        choices=sorted(KINDS),
-        default="sqlite",
-        help="three paths to one SQLite file (default), or three MariaDB servers in a temporary "
-        "directory, which need mariadbd installed",
     )
     return parser
 
@@ -114,7 +107,7 @@ def _seconds(text: str) -> float:
 def _signals_raise() -> Iterator[None]:
     """Let the first signal that asks us to end raise Interrupted; ignore those after it.
 
-    What is cleaned up on the way is cleaned up undisturbed, then.
+    Then nothing disturbs the cleaning up.
     """
     numbers = [
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -136,9 +129,9 @@ def _signals_raise() -> Iterator[None]:
 class _Demo:
     """One run."""
 
-    def __init__(self, screen: Screen, peers: Peers, seconds: float) -> None:
+    def __init__(self, screen: Screen, seconds: float) -> None:
         self._screen = screen
-        self._peers = peers
+        self._peers = Peers()
         self._seconds = seconds
         self._load = Load()
         self._tally = Tally(lambda line: screen.say(line, "yellow"))
@@ -147,16 +140,13 @@ class _Demo:
     def run(self) -> int:
         """Run to the end; return the exit code."""
         screen, took = self._screen, 0.0
-        screen.say(
-            f"django-proxysql: a Django site on three {self._peers.kind} peers, "
-            f"for {self._seconds:g} s"
-        )
+        screen.say(f"django-proxysql: a Django site on three SQLite peers, for {self._seconds:g} s")
         try:
             with ExitStack() as stack:
                 databases = self._peers.start(stack)
                 check_interval = self._seconds * CHECK_INTERVAL
                 site.set_up(databases, check_interval)
-                site.fill(self._peers.to_fill)
+                site.fill(next(iter(databases)))
                 self._listen(stack)
                 port = stack.enter_context(site.serving())
                 screen.say(
@@ -191,8 +181,8 @@ class _Demo:
         screen, peers = self._screen, self._peers
         steps: deque[tuple[float, str, Callable[[str], None]]] = deque(
             [
-                (FAILS_AT, f"now {VICTIM} fails: {peers.failing}", peers.fail),
-                (RESTORED_AT, f"now {VICTIM} is restored: {peers.restoring}", peers.restore),
+                (FAILS_AT, f"now {VICTIM} fails: its path is taken away", peers.fail),
+                (RESTORED_AT, f"now {VICTIM} is restored: its path is there again", peers.restore),
             ]
         )
         while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
@@ -46,7 +46,7 @@ def set_up(databases: Databases, check_interval: float) -> None:
 
 
 class Visitor:
-    """Whoever visits the demo: it has no users, and is served on loopback."""
+    """A visitor of the demo, which has no users and is served on loopback."""
 
     is_active = is_staff = is_superuser = is_authenticated = True
     is_anonymous = False
@@ -67,22 +67,21 @@ def everybody_is_staff(get_response: Callable[[Any], Any]) -> Callable[[Any], An
     return middleware
 
 
-def fill(aliases: Sequence[str]) -> None:
-    """Make the table and its rows in each of these databases."""
+def fill(alias: str) -> None:
+    """Make the table and its rows in a database."""
     from .shop import PRODUCTS, Product, name_of
 
-    for alias in aliases:
-        connection = connections[alias]
-        with connection.schema_editor() as editor:
-            editor.create_model(Product)
-        Product.objects.using(alias).bulk_create(
-            Product(id=number, name=name_of(number)) for number in range(PRODUCTS)
-        )
-        connection.close()
+    connection = connections[alias]
+    with connection.schema_editor() as editor:
+        editor.create_model(Product)
+    Product.objects.using(alias).bulk_create(
+        Product(id=number, name=name_of(number)) for number in range(PRODUCTS)
+    )
+    connection.close()
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread a request, all of which have ended when it is closed."""
+    """A thread for each request; all of them have ended when it is closed."""
 
     daemon_threads = False
     request_queue_size = 128

@@ -26,9 +26,9 @@ class PeerTally:
 
 
 class Tally:
-    """A listener of the balancer that counts, and tells of trials.
+    """A listener of the balancer that counts, and reports trials.
 
-    The balancer's own log lines tell of circuits that open and close.
+    The balancer's own log lines report circuits that open and close.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -9,7 +9,8 @@ import os
 import sys
 import time
 
-from django_proxysql.demo.servers import ServerError, exit_on_sigterm
+from tests.servers.ports import ServerError
+from tests.servers.runs import exit_on_sigterm
 
 from . import project
 from .figures import Figure, machine, table

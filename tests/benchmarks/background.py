@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from django_proxysql import balancers
-from django_proxysql.demo.servers import start_together
 from tests.servers.mariadb import Node
+from tests.servers.processes import start_together
 
 from . import project
 from .figures import Figure

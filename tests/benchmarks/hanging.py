@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from django_proxysql import balancers
 from django_proxysql.core.events import CircuitOpened, Connected, ConnectFailed, Event
-from django_proxysql.demo.servers import start_together
 from tests.servers.mariadb import Node
+from tests.servers.processes import start_together
 
 from . import project
 from .figures import Figure

@@ -13,7 +13,8 @@ from typing import Any, Callable
 
 import django
 
-from django_proxysql.demo.servers import ServerError, exit_on_sigterm
+from tests.servers.ports import ServerError
+from tests.servers.runs import exit_on_sigterm
 
 OWN_WRITES = "own-writes"
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import django
 
-from django_proxysql.demo.servers import ServerError, exit_on_sigterm
+from tests.servers.ports import ServerError
+from tests.servers.runs import exit_on_sigterm
 
 from .compare import EXPECTED, Outcome, compare, read
 from .engines import ENGINES, balanced

@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from django_proxysql import LoadBalancer, NoPeerAvailable
-from django_proxysql.demo.servers import HOST, ports
 from tests.fakes import refused_by_host
+from tests.servers.ports import HOST, ports
 from tests.servers.redis import RedisServer
 
 #: Seconds: a circuit stays open, the peer is dead, and it is watched afterwards.

@@ -8,7 +8,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from django_proxysql.demo.servers import ServerError, ServerProcess, current_run, find_program
+from .ports import ServerError, find_program
+from .processes import ServerProcess
+from .runs import current_run
 
 _lock = threading.Lock()
 

@@ -27,9 +27,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Callable
 
-from django_proxysql.demo.servers import HOST, ports
-
 from . import Address
+from .ports import HOST, ports
 
 _CHUNK = 65536
 

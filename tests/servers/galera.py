@@ -9,15 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Callable
 
-from django_proxysql.demo.servers import (
-    HOST,
-    MissingProgram,
-    ServerError,
-    find_program,
-    ports,
-)
-
 from .mariadb import Node
+from .ports import HOST, MissingProgram, ServerError, find_program, ports
 
 
 class GaleraNode(Node):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 
-from django_proxysql.demo.servers import ServerError, ServerProcess, find_program
-
 from . import Address
+from .ports import ServerError, find_program
+from .processes import ServerProcess
 
 
 class HAProxy(ServerProcess):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import time
 
-from django_proxysql.demo.processes import ServerProcess, current_run, descendants, exit_on_sigterm
-from django_proxysql.demo.servers import MariaDBNode
-
-from .mariadb import Node
+from .mariadb import MariaDBNode, Node
 from .postgresql import PostgreSQLNode
+from .processes import ServerProcess, descendants
+from .runs import current_run, exit_on_sigterm
 
 
 def tell_and_wait(*servers: ServerProcess) -> None:

@@ -1,14 +1,167 @@
-"""MariaDB nodes with a database and users, which can be restored to what they were."""
+"""MariaDB servers in a temporary directory, which can be restored to what they were."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shutil
+import signal
+import subprocess
+import threading
 from collections.abc import Sequence
-
-from django_proxysql.demo.servers import MariaDBNode, ServerError, quote_text
+from pathlib import Path
+from typing import ClassVar
 
 from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from .certificates import certificates_for
+from .ports import MissingProgram, ServerError, find_program
+from .processes import ServerProcess
+from .runs import current_run
+
+# All that an application's user needs, test databases included, and none of what would make it an
+# administrator: those get the one connection above max_connections, and write to read-only servers.
+APPLICATION_RIGHTS = (
+    "SELECT, INSERT, UPDATE, DELETE, CREATE, DROP, REFERENCES, INDEX, ALTER, LOCK TABLES, "
+    "CREATE TEMPORARY TABLES, CREATE VIEW, SHOW VIEW, CREATE ROUTINE, ALTER ROUTINE, EXECUTE, "
+    "EVENT, TRIGGER, PROCESS, SHOW DATABASES ON *.*"
+)
+
+
+class MariaDBNode(ServerProcess):
+    """One MariaDB server.
+
+    ``options`` are added to its command line at each start, and may be changed in between.
+    """
+
+    kind = "mariadb"
+    account = "mysql"
+    charset: ClassVar[str] = "utf8mb4"
+
+    def __init__(self, name: str = "", options: Sequence[str] = ()) -> None:
+        super().__init__(name)
+        self.options = list(options)
+        self.datadir = self.directory / "data"
+        self.socket = self.directory / "s"
+
+    def command(self) -> list[str]:
+        return [
+            find_program("mariadbd", "mysqld", package="mariadb-server"),
+            "--no-defaults",
+            f"--datadir={self.datadir}",
+            f"--tmpdir={self.directory}",
+            f"--socket={self.socket}",
+            f"--pid-file={self.directory / 'pid'}",
+            f"--port={self.port}",
+            f"--bind-address={self.host}",
+            "--skip-name-resolve",
+            f"--character-set-server={self.charset}",
+            f"--collation-server={self.charset}_general_ci",
+            # 1 waits for the disk at each commit; 0 loses acknowledged writes at a SIGKILL.
+            "--innodb-flush-log-at-trx-commit=2",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-buffer-pool-dump-at-shutdown=OFF",
+            "--innodb-buffer-pool-load-at-startup=OFF",
+            "--innodb-log-file-size=8M",
+            "--innodb-fast-shutdown=1",
+            "--performance-schema=OFF",
+            "--max-connections=300",
+            *self.options,
+        ]
+
+    def prepare(self) -> None:
+        # Installing takes as long as starting; a copy of 26 MB takes next to no time.
+        shutil.copytree(_installed_datadir(), self.datadir)
+        self.give(self.datadir)
+
+    def ready(self) -> bool:
+        # Not by connecting to the port, which the server would log as an aborted connection: it
+        # opens the port first and the socket next.
+        if not self.socket.exists():
+            return False
+        try:
+            return self.sql("SELECT 1", timeout=5) == "1\n"
+        except ServerError:
+            return False
+
+    def sql(self, statement: str, database: str = "", timeout: float = 30.0) -> str:
+        """Run statements as the server's root through its unix socket.
+
+        Returns the rows, one a line, columns parted by tabs, without headings. Raises ServerError
+        with the server's message, and if there is no answer within ``timeout`` seconds.
+        """
+        client = find_program("mariadb", "mysql", package="mariadb-client")
+        options = [
+            "--no-defaults",
+            "--batch",
+            "--skip-column-names",
+            "--user=root",
+            f"--socket={self.socket}",
+        ]
+        # By standard input: a command line has a limit, and is there for all to read.
+        return self.run(
+            [client, *options, *([database] if database else [])],
+            stdin=statement.encode(),
+            timeout=timeout,
+        )
+
+    def create_database(self, name: str) -> None:
+        """Make a database, if it is not there yet."""
+        self.sql(f"CREATE DATABASE IF NOT EXISTS {quote_name(name)}")
+
+    def create_user(self, user: str, password: str, grants: str = APPLICATION_RIGHTS) -> None:
+        """Make a user for connections from anywhere, or give an existing one this password.
+
+        ``grants`` is what stands between GRANT and TO.
+        """
+        account = f"{quote_text(user)}@'%'"
+        self.sql(
+            f"CREATE OR REPLACE USER {account} IDENTIFIED BY {quote_text(password)};"
+            f"GRANT {grants} TO {account}"
+        )
+
+    def load_time_zones(self) -> None:
+        """Fill the time zone tables, without which Django's date functions fail. About 1 s."""
+        program = find_program(
+            "mariadb-tzinfo-to-sql", "mysql_tzinfo_to_sql", package="mariadb-server"
+        )
+        if not Path("/usr/share/zoneinfo").is_dir():
+            raise MissingProgram(
+                "/usr/share/zoneinfo is missing. On Debian and Ubuntu: apt-get install tzdata"
+            )
+        statements = self.run([program, "/usr/share/zoneinfo"])
+        self.sql(statements, database="mysql", timeout=120)
+
+    def has_time_zones(self) -> bool:
+        """Whether the time zone tables are filled."""
+        return (
+            self.sql("SELECT CONVERT_TZ('2000-01-01', 'UTC', 'Europe/Berlin') IS NOT NULL") == "1\n"
+        )
+
+    def kill_connections(self, user: str) -> int:
+        """KILL all connections of a user, as an operator does. Returns how many there were."""
+        rows = self.sql("SELECT id, user FROM information_schema.processlist").splitlines()
+        ids = [
+            number for number, _, owner in (row.partition("\t") for row in rows) if owner == user
+        ]
+        for connection in ids:
+            try:
+                self.sql(f"KILL CONNECTION {connection}")
+            except ServerError as error:
+                if "Unknown thread id" not in str(error):  # it has ended by itself
+                    raise
+        return len(ids)
+
+
+def quote_name(name: str) -> str:
+    """An identifier for an SQL statement of the MySQL family."""
+    return "`" + name.replace("`", "``") + "`"
+
+
+def quote_text(text: str) -> str:
+    """A string for an SQL statement of the MySQL family."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
 
 # Variables that change by the server's own work, or that only the start can set.
 UNSETTABLE = ("gtid_", "wsrep_provider_options", "wsrep_cluster_address", "wsrep_start_position")
@@ -74,3 +227,51 @@ class Node(MariaDBNode):
                 except ServerError as error:
                     if "read only variable" not in str(error):
                         raise
+
+
+_template_lock = threading.Lock()
+
+
+def _installed_datadir() -> Path:
+    """A data directory to copy, fresh from mariadb-install-db; made once a run."""
+    template = current_run().workspace.path / "mariadb-template"
+    with _template_lock:
+        if template.is_dir():
+            return template
+        find_program("mariadbd", "mysqld", package="mariadb-server")
+        installer = find_program("mariadb-install-db", "mysql_install_db", package="mariadb-server")
+        folder = current_run().workspace.folder("mariadb-template")
+        unfinished = folder / "data"
+        # Not ours: the server may run as a user who cannot write there.
+        temporary = folder / "tmp"
+        temporary.mkdir()
+        temporary.chmod(0o1777)
+        command = [
+            installer,
+            "--no-defaults",
+            f"--datadir={unfinished}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+            "--innodb-log-file-size=8M",
+            *(["--user=mysql"] if os.geteuid() == 0 else []),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temporary)},
+            start_new_session=True,
+        )
+        try:
+            output = process.communicate()[0].decode(errors="replace")
+        except BaseException:
+            # It is a script: the server that it runs would go on.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if process.returncode:
+            raise ServerError(f"{installer} ended with exit code {process.returncode}\n{output}")
+        unfinished.rename(template)
+        return template

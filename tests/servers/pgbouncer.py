@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import socket
 
-from django_proxysql.demo.servers import ServerProcess, find_program
-
 from . import DATABASE, PASSWORD, USER, Address
+from .ports import find_program
+from .processes import ServerProcess
 
 
 class PgBouncer(ServerProcess):

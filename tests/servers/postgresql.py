@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from django_proxysql.demo.servers import ServerError, ServerProcess, current_run, find_program
-
 from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from .certificates import certificates_for
+from .ports import ServerError, find_program
+from .processes import ServerProcess
+from .runs import current_run
 
 _template_lock = threading.Lock()
 

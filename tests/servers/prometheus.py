@@ -8,7 +8,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from django_proxysql.demo.servers import ServerError, ServerProcess, find_program
+from .ports import ServerError, find_program
+from .processes import ServerProcess
 
 
 class Prometheus(ServerProcess):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from django_proxysql.demo.servers import ServerError, ServerProcess, find_program
+from .ports import ServerError, find_program
+from .processes import ServerProcess
 
 
 class RedisServer(ServerProcess):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from django_proxysql.demo.servers import HOST
+from .ports import HOST
 
 VERSION = "10.11.6-MariaDB"
 NO_SERVER = "Max connect timeout reached while reaching hostgroup {} after 10000ms"

@@ -16,248 +16,24 @@ SIGKILL, a crash of the interpreter    the kernel (Linux), which kills them when
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import pwd
-import queue
-import random
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Callable, ClassVar, TypeVar
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
+
+from .ports import HOST, ServerError, ports
+from .runs import current_run
 
 Self = TypeVar("Self", bound="ServerProcess")
-Job = Callable[[], None]
-
-HOST = "127.0.0.1"
-
-
-class ServerError(RuntimeError):
-    """A server could not be started, or did not do what it was told."""
-
-
-class MissingProgram(ServerError):
-    """A program is not installed; the message names the Debian package that has it."""
-
-
-def find_program(*names: str, package: str, folders: Sequence[str] = ()) -> str:
-    """Return the path of the first of these programs that is installed.
-
-    Debian keeps servers in /usr/sbin, which is not on the PATH of an ordinary user.
-    """
-    path = os.pathsep.join(
-        [os.environ.get("PATH", os.defpath), "/usr/local/sbin:/usr/sbin:/sbin", *folders]
-    )
-    for name in names:
-        found = shutil.which(name, path=path)
-        if found:
-            return found
-    raise MissingProgram(
-        f"{' or '.join(names)} is not installed. On Debian and Ubuntu: apt-get install {package}"
-    )
-
-
-# --- ports ----------------------------------------------------------------------------------------
-
-
-class PortPool:
-    """Hands out TCP ports on loopback that stay ours while their server is down.
-
-    A port from the kernel's ephemeral range will not do. While its server is stopped the kernel
-    may give it to some outgoing connection, so that the server cannot start again; and a client
-    that connects to a dead port in that range can be given that very port, and connect to itself.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._notes: dict[int, list[socket.socket]] = {}
-
-    def reserve(self, count: int = 1) -> int:
-        """Return the first of ``count`` consecutive free ports."""
-        low, high = 10_000, _first_ephemeral_port() - count
-        chooser = random.SystemRandom()
-        with self._lock:
-            for _ in range(2_000):
-                first = chooser.randint(low, high)
-                notes = self._try(range(first, first + count))
-                if notes:
-                    self._notes[first] = notes
-                    return first
-        raise ServerError(f"found no {count} free consecutive ports between {low} and {high}")
-
-    def release(self, first: int) -> None:
-        """Give the ports of one ``reserve()`` back."""
-        with self._lock:
-            for note in self._notes.pop(first, ()):
-                note.close()
-
-    @staticmethod
-    def _try(ports: Sequence[int]) -> list[socket.socket]:
-        """Reserve these ports, or none.
-
-        The UDP socket of the same number is a note for other processes that use this class, saying
-        that the TCP port is taken. It goes away with our process.
-        """
-        with contextlib.ExitStack() as stack:
-            notes = []
-            for port in ports:
-                try:
-                    note = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-                    note.bind((HOST, port))
-                    with socket.socket() as probe:
-                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                        probe.bind((HOST, port))
-                except OSError:
-                    return []
-                notes.append(note)
-            stack.pop_all()
-            return notes
-
-
-def _first_ephemeral_port() -> int:
-    try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 32_768
-
-
-ports = PortPool()
-
-
-# --- the directory of this process ----------------------------------------------------------------
-
-
-class Workspace:
-    """The temporary directory of one Python process; each server has a folder in it."""
-
-    # Waits for the end of our process, which closes the pipe, and removes the directory. It stands
-    # in for atexit when we are killed; the servers, which the kernel then kills, need a moment.
-    _JANITOR = (
-        'read -r word; [ "$word" = done ] || { sleep 1; rm -rf -- "$1"; sleep 1; rm -rf -- "$1"; }'
-    )
-
-    def __init__(self) -> None:
-        self.path = Path(
-            tempfile.mkdtemp(prefix="django-proxysql-", dir=_reachable_temporary_directory())
-        )
-        # mkdtemp makes it 0700, but servers that we start as another user must get in.
-        self.path.chmod(0o755)
-        self._janitor = subprocess.Popen(
-            ["/bin/sh", "-c", self._JANITOR, "sh", str(self.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal must not reach it
-            cwd="/",
-        )
-
-    def folder(self, name: str) -> Path:
-        """Make a new folder whose name begins with ``name``."""
-        # Short, because a unix socket's path may have 107 characters at most.
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.path))
-        folder.chmod(0o755)
-        return folder
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            self._janitor.communicate(b"done\n" if not self.path.exists() else b"", timeout=10)
-
-
-def _reachable_temporary_directory() -> str:
-    """A temporary directory; as root one that others can enter, for servers run as other users."""
-    for candidate in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108 (for mkdtemp)
-        path = Path(candidate).resolve()
-        if os.geteuid() != 0:
-            return str(path)
-        if path.is_dir() and all(
-            folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents)
-        ):
-            return str(path)
-    raise ServerError(
-        "there is no temporary directory that a server running as another user can enter"
-    )
-
-
-# --- what this process has started ----------------------------------------------------------------
-
-
-class _Run:
-    """What this process has started. A forked child has a run of its own, and leaves ours alone."""
-
-    def __init__(self) -> None:
-        self.owner = os.getpid()
-        self.workspace = Workspace()
-        self.servers: list[ServerProcess] = []
-        self._jobs: queue.SimpleQueue[tuple[Job, Future[None]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="server-spawner", daemon=True).start()
-        atexit.register(self.end)
-
-    def spawn(self, job: Job) -> None:
-        """Run ``job``, which starts a process, in a thread that lives as long as we do.
-
-        The kernel takes the end of the *thread* that started a process for the death of its parent:
-        a server restarted by a short-lived thread would be killed together with that thread.
-        """
-        future: Future[None] = Future()
-        self._jobs.put((job, future))
-        future.result()
-
-    def _work(self) -> None:
-        while True:
-            job, future = self._jobs.get()
-            try:
-                job()
-                future.set_result(None)
-            except BaseException as error:
-                future.set_exception(error)
-
-    def end(self) -> None:
-        if os.getpid() != self.owner:
-            return
-        for server in reversed(self.servers[:]):
-            server.close()
-        self.workspace.remove()
-
-
-_run: _Run | None = None
-_run_lock = threading.Lock()
-
-
-def current_run() -> _Run:
-    """The run of this process, made at the first use: importing this module starts nothing."""
-    global _run
-    with _run_lock:
-        if _run is None or _run.owner != os.getpid():
-            _run = _Run()
-        return _run
-
-
-def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process by SystemExit(143), so that ``with`` blocks and atexit run.
-
-    For a program's main thread; in others it does nothing. A handler that somebody else has set
-    is left in place.
-    """
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        sys.exit(128 + signum)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, handler)
-
 
 # Runs before the server does, in the server's own process: gives up root's rights, asks the kernel
 # for a SIGKILL when we die, and becomes the server. In that order, since a process that changes its
@@ -522,7 +298,7 @@ class ServerProcess:
             )
 
     def _signal_all(self, number: signal.Signals) -> list[int]:
-        """Signal the server, then its children: so it takes no action about what befalls them."""
+        """Signal the server, then its children: so it takes no action when they are signalled."""
         if not self.running:
             raise ServerError(f"{self.name} is not running")
         pids = [self.pid, *descendants(self.pid)]
@@ -561,7 +337,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process runs. A dead one that nobody has waited for does not (Linux)."""
+    """Whether a process runs. A dead one that no process has waited for does not (Linux)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
