@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import signals
     from .errors import CommitOutcomeUnknown
     from .registry import balancers
+    from .request import retrying_request
     from .retry import retrying_atomic
 
 __version__ = "1.0.0.dev0"
@@ -34,6 +35,7 @@ __all__ = [
     "balancers",
     "from_url",
     "retrying_atomic",
+    "retrying_request",
     "signals",
 ]
 
@@ -42,6 +44,7 @@ _OF_DJANGO = {
     "CommitOutcomeUnknown": "errors",
     "balancers": "registry",
     "retrying_atomic": "retry",
+    "retrying_request": "request",
 }
 
 

@@ -1,34 +1,215 @@
-"""Transactions that are run again when the database gave them up.
+"""Blocks that are run again when the database gave them up.
 
-A deadlock, a certification conflict of Galera's, a serialization failure and a
-connection lost before COMMIT have one thing in common: nothing of the
-transaction stands, and the same function would do the same again, this time
-perhaps to the end. A COMMIT whose answer was lost is another matter, and never
-repeated.
+After a deadlock, a certification conflict of Galera's, a serialization failure or a
+connection lost before COMMIT nothing of the transaction stands, and the same function
+would do the same again. It is not run again once COMMIT was sent, unless it is known
+that the transaction does not stand.
+
+:class:`Call` decides. What runs the function asks it after each error:
+:func:`retrying_atomic` here, and :mod:`.request` for views.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Callable, TypeVar, overload
 
 import tenacity
 from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
-from .backends.state import NO_TRANSACTION
+from .backends.state import NO_TRANSACTION, Transaction
 from .backends.wrapper import SafePointsMixin
 from .conf import is_testing
+from .core import drivers
+from .core.events import BlockRetried
+from .errors import NoPeerAvailable
+from .registry import balancers
 
-__all__ = ["retrying_atomic"]
+__all__ = ["Call", "Rules", "retrying_atomic"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
+#: A wait strategy of tenacity's, or a function like one. It returns seconds.
+Wait = Callable[[tenacity.RetryCallState], float]
 
-#: Seconds: the first wait is drawn from up to the first, no wait is longer than
-#: the second. Two transactions that met must not meet again in step.
-_FIRST_WAIT = 0.05
-_LONGEST_WAIT = 2.0
+#: Two transactions that met must not meet again in step.
+_WAIT = tenacity.wait_random_exponential(multiplier=0.05, max=2)
+#: While no peer can be reached. The balancer makes at most one trial a peer in
+#: ``LAST_RESORT_INTERVAL``, however many threads ask.
+_WAIT_FOR_PEER = tenacity.wait_random_exponential(multiplier=0.1, max=1)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How often a function is run, and what is waited for in between.
+
+    :param caller: the decorator, for messages.
+    :param wait: the wait strategy; None: exponential, with jitter.
+    :param wait_for_peer: seconds.
+    :raises ValueError: ``attempts`` is no int of at least 1, or ``wait_for_peer`` is negative.
+    :raises TypeError: ``wait`` cannot be called, or ``wait_for_peer`` is no number.
+    """
+
+    caller: str
+    attempts: int = 3
+    wait: Wait | None = None
+    wait_for_peer: float = 10.0
+
+    def __post_init__(self) -> None:
+        attempts, seconds = self.attempts, self.wait_for_peer
+        if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
+            raise ValueError(
+                f"{self.caller}: attempts must be an int of at least 1, not {attempts!r}"
+            )
+        if self.wait is not None and not callable(self.wait):
+            raise TypeError(
+                f"{self.caller}: wait must be a wait strategy of tenacity's, like "
+                f"tenacity.wait_fixed(1), not {self.wait!r}"
+            )
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise TypeError(f"{self.caller}: wait_for_peer must be seconds, not {seconds!r}")
+        if not seconds >= 0:
+            raise ValueError(f"{self.caller}: wait_for_peer must not be negative: {seconds!r}")
+
+
+class Call:
+    """One call of a function, which may be run several times in atomic blocks.
+
+    As a context manager it is one run: the blocks on all aliases. It belongs to one
+    thread; where it is used, so are the connections.
+
+    :param aliases: where the blocks are.
+    :raises TransactionManagementError: an alias is in an atomic block, or its autocommit is off.
+    """
+
+    def __init__(self, rules: Rules, function: Callable[..., Any], aliases: Iterable[str]) -> None:
+        wrappers = [connections[alias] for alias in aliases]
+        self._rules = rules
+        self._function = function
+        #: Another engine's block commits last: nobody can tell whether its COMMIT was sent.
+        self._wrappers = sorted(wrappers, key=lambda one: isinstance(one, SafePointsMixin))
+        #: The blocks that may be run again.
+        self.ours: list[Any] = [one for one in wrappers if isinstance(one, SafePointsMixin)]
+        #: It runs once, in savepoints: all around it are TestCase's blocks.
+        self.is_in_test = False
+        for wrapper in wrappers:
+            if wrapper.in_atomic_block:
+                _refuse_unless_in_tests(rules.caller, wrapper)
+                self.is_in_test = True
+        for wrapper in self.ours:
+            is_on = wrapper.settings_dict["AUTOCOMMIT"]
+            if wrapper.connection is not None:
+                is_on = wrapper.autocommit
+            if not is_on and not wrapper.in_atomic_block:
+                raise TransactionManagementError(
+                    f"{rules.caller} was called on {wrapper.alias!r} while autocommit is off: a "
+                    "transaction that was begun by hand would be given up with the block, and only "
+                    "the block be run again. Switch autocommit on, or use transaction.atomic here."
+                )
+        self._held = [(wrapper, wrapper.now_holding()) for wrapper in self.ours]
+        self._begun: list[Transaction] = []
+        #: How often the function was run.
+        self.runs = 0
+        self._started = time.monotonic()
+        self._idle = 0.0
+        self._no_peer_since: float | None = None
+        self._no_peer = 0
+        #: Which alias's error ended the last run, and what it said.
+        self._error: tuple[str, str] | None = None
+
+    # One run
+
+    def __enter__(self) -> None:
+        self._begun = []
+        if self._error is not None:
+            alias, error = self._error
+            self._error = None
+            # Before the blocks begin: a receiver of the signal may use the database.
+            name = _name_of(self._function)
+            balancers[alias].emit(BlockRetried(alias, name, self.runs + 1, error))
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            for wrapper in self._wrappers:
+                stack.enter_context(transaction.atomic(using=wrapper.alias))
+            self._begun = [wrapper._transaction for wrapper in self.ours]
+            self._stack = stack.pop_all()
+        self.runs += 1
+        self._no_peer_since, self._no_peer = None, 0
+
+    def __exit__(self, *exc_info: Any) -> Any:
+        return self._stack.__exit__(*exc_info)
+
+    def adopt(self, begun: list[Transaction]) -> None:
+        """Take the run that somebody else has made for the first.
+
+        :param begun: the records of its blocks; NO_TRANSACTION where none began.
+        """
+        self._begun = begun
+        self.runs += any(one is not NO_TRANSACTION for one in begun)
+
+    def repeat(self, once: Callable[[], _T]) -> _T:
+        """Run ``once`` until it ends well, or its error is to be raised; return what it does."""
+        while True:
+            try:
+                return once()
+            except Error as exc:
+                seconds = self.seconds_to_wait(exc)
+                if seconds is None:
+                    raise
+            # Outside of the except block: the error keeps the frames of what it ended.
+            time.sleep(seconds)
+
+    # After an error
+
+    def seconds_to_wait(self, exc: BaseException) -> float | None:
+        """Return the seconds to wait before the next run; None if the error is to be raised."""
+        if self.is_in_test or self.runs >= self._rules.attempts or not self._begins_again(exc):
+            return None
+        if isinstance(exc, NoPeerAvailable):
+            now = time.monotonic()
+            self._no_peer_since = self._no_peer_since or now
+            self._no_peer += 1
+            left = self._no_peer_since + self._rules.wait_for_peer - now
+            return min(left, self._wait(_WAIT_FOR_PEER, self._no_peer, exc)) if left > 0 else None
+        seconds = self._wait(self._rules.wait or _WAIT, self.runs, exc)
+        self._idle += seconds
+        return seconds
+
+    def _begins_again(self, exc: BaseException) -> bool:
+        """Return whether nothing stands of the last run, and another may come to its end."""
+        if any(begun.may_stand for begun in self._begun):
+            return False
+        if not all(wrapper.still_holds(held) for wrapper, held in self._held):
+            return False
+        begun = self._begun or [NO_TRANSACTION] * len(self.ours)
+        for wrapper, one in zip(self.ours, begun):
+            if isinstance(exc, NoPeerAvailable):
+                begins_again = exc.balancer == wrapper.alias
+            else:
+                begins_again = isinstance(exc, Error) and wrapper.begins_again(exc, one)
+            if begins_again:
+                if self.runs:
+                    self._error = wrapper.alias, drivers.describe(exc.__cause__ or exc)
+                return True
+        return False
+
+    def _wait(self, strategy: Wait, number: int, exc: BaseException) -> float:
+        state = tenacity.RetryCallState(None, self._function, (), {})  # type: ignore[arg-type]
+        state.start_time = self._started
+        state.attempt_number = number
+        state.idle_for = self._idle
+        state.set_exception((type(exc), exc, exc.__traceback__))
+        try:
+            return float(strategy(state))
+        finally:
+            # A strategy may keep the state. The error's frames are nobody's to keep.
+            state.outcome = None
 
 
 @overload
@@ -36,10 +217,20 @@ def retrying_atomic(using: _F) -> _F: ...
 
 
 @overload
-def retrying_atomic(using: str | None = None, attempts: int = 3) -> Callable[[_F], _F]: ...
+def retrying_atomic(
+    using: str | None = None,
+    attempts: int = 3,
+    wait: Wait | None = None,
+    wait_for_peer: float = 10.0,
+) -> Callable[[_F], _F]: ...
 
 
-def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
+def retrying_atomic(
+    using: Any = None,
+    attempts: int = 3,
+    wait: Wait | None = None,
+    wait_for_peer: float = 10.0,
+) -> Any:
     """Run a function in an atomic block, and again if the database gave the block up.
 
     ::
@@ -52,14 +243,14 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
 
         retrying_atomic(transfer)(source, target, amount)
 
+    It is run again after a CONFLICT (deadlock, lock wait timeout, Galera
+    certification, serialization failure), after a connection lost before
+    COMMIT was sent, and after a COMMIT whose answer was lost if the transaction
+    is known not to stand (``COMMIT_OUTCOME``). It is never run again after a
+    COMMIT whose outcome is unknown, nor because an ``on_commit`` hook raised.
+
     It is not run again without what the session held when it was first run: a lock, a
     ``SET``, a temporary table. Then the loss is raised.
-
-    It is run again after a CONFLICT (deadlock, lock wait timeout, Galera
-    certification, serialization failure) and after a connection lost before
-    COMMIT was sent; never after a COMMIT whose outcome is unknown, nor because
-    an ``on_commit`` hook raised. Between attempts it waits a random time, up
-    to 0.05 s at first, doubled each time, at most 2 s.
 
     The function must not do what a rollback does not undo (send mail, change
     objects that outlive it, write to another database): put that into
@@ -71,14 +262,18 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
 
     :param using: the alias; the default one if None.
     :param attempts: how many times the function is run at most.
+    :param wait: how long it waits between two runs: a wait strategy of tenacity's. By
+        default a random time of up to 0.05 s, doubled each time, at most 2 s.
+    :param wait_for_peer: for how many seconds it waits for a peer when none can be
+        reached. That uses up no attempt. A connect under way is not cut short.
     :raises TransactionManagementError: called inside another atomic block, or
         while autocommit is off: only a part of the transaction would be run
         again. (Inside the blocks of Django's TestCase it runs once, in a
         savepoint.)
-    :raises ValueError: ``attempts`` is no int of at least 1.
+    :raises ValueError: ``attempts`` is no int of at least 1; ``wait_for_peer`` is negative.
     :raises TypeError: ``using`` is no alias; or the function is none, or is a
         coroutine function or a generator function, which would run after its
-        block has ended.
+        block has ended; or ``wait`` is no wait strategy.
     :raises Exception: what the function or the last attempt's COMMIT raised:
         the database's own errors, and :class:`CommitOutcomeUnknown`.
     """
@@ -86,16 +281,13 @@ def retrying_atomic(using: Any = None, attempts: int = 3) -> Any:
         raise TypeError(
             f"retrying_atomic: using must be an alias of DATABASES, or the function, not {using!r}"
         )
-    if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
-        raise ValueError(
-            f"retrying_atomic: attempts must be an int of at least 1, not {attempts!r}"
-        )
+    rules = Rules("retrying_atomic", attempts, wait, wait_for_peer)
     if callable(using):
-        return _retrying(using, None, attempts)
-    return functools.partial(_retrying, using=using, attempts=attempts)
+        return _retrying(using, None, rules)
+    return functools.partial(_retrying, using=using, rules=rules)
 
 
-def _retrying(function: _F, using: str | None, attempts: int) -> _F:
+def _retrying(function: _F, using: str | None, rules: Rules) -> _F:
     if not callable(function):
         raise TypeError(f"retrying_atomic: {function!r} is no function. Give it the one to run.")
     if (
@@ -108,51 +300,22 @@ def _retrying(function: _F, using: str | None, attempts: int) -> _F:
             "Give it a function that does its work before it returns; "
             "from async code, call that by sync_to_async."
         )
-    alias = using or DEFAULT_DB_ALIAS
+    aliases = (using or DEFAULT_DB_ALIAS,)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        connection: Any = connections[alias]
-        if connection.in_atomic_block:
-            _refuse_unless_in_tests(connection)
-            with transaction.atomic(using=alias):
-                return function(*args, **kwargs)
-        if not isinstance(connection, SafePointsMixin):
-            with transaction.atomic(using=alias):
-                return function(*args, **kwargs)
-        if not connection.get_autocommit():
-            raise TransactionManagementError(
-                f"retrying_atomic was called on {alias!r} while autocommit is off: a transaction "
-                "that was begun by hand would be given up with the block, and only the block be "
-                "run again. Switch autocommit on, or use transaction.atomic here."
-            )
-        begun = NO_TRANSACTION
-        held = connection.now_holding()
+        call = Call(rules, function, aliases)
 
         def once() -> Any:
-            nonlocal begun
-            begun = NO_TRANSACTION
-            with transaction.atomic(using=alias):
-                begun = connection._transaction
+            with call:
                 return function(*args, **kwargs)
 
-        return tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(attempts),
-            wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT),
-            retry=tenacity.retry_if_exception(
-                lambda exc: (
-                    isinstance(exc, Error)
-                    and connection.begins_again(exc, begun)
-                    and connection.still_holds(held)
-                )
-            ),
-            reraise=True,
-        )(once)
+        return call.repeat(once)
 
     return run  # type: ignore[return-value]
 
 
-def _refuse_unless_in_tests(connection: Any) -> None:
+def _refuse_unless_in_tests(caller: str, connection: Any) -> None:
     blocks = getattr(connection, "atomic_blocks", None)
     if blocks is None:
         # Django before 4.1 does not say whose a block is. TestCase has two around each test:
@@ -162,7 +325,13 @@ def _refuse_unless_in_tests(connection: Any) -> None:
     elif blocks and all(getattr(block, "_from_testcase", False) for block in blocks):
         return
     raise TransactionManagementError(
-        f"retrying_atomic was called inside an atomic block on {connection.alias!r}: only the "
-        "outermost block can be run again. Call it outside (with ATOMIC_REQUESTS, mark the view "
-        "with transaction.non_atomic_requests), or use transaction.atomic here."
+        f"{caller} was called inside an atomic block on {connection.alias!r}: only the "
+        "outermost block can be run again. Call it outside, or use transaction.atomic here. "
+        "With ATOMIC_REQUESTS, mark the view with retrying_request."
     )
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    function = inspect.unwrap(function)
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{getattr(function, '__module__', None) or ''}.{name}"

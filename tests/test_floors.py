@@ -69,6 +69,8 @@ FLOORS = {
     "inspection": 12,
     "backends": 12,
     "retry": 13,
+    "request": 14,
+    "middleware": 15,
     "apps": 13,
     "checks": 13,
     "signals": 13,
@@ -76,8 +78,8 @@ FLOORS = {
     "monitoring": 13,
     "templatetags": 13,
     # A program that uses it all.
-    "demo": 14,
-    "__main__": 15,
+    "demo": 15,
+    "__main__": 16,
 }
 DJANGO_LINE = 10
 

@@ -116,6 +116,9 @@ LINES: dict[str, events.Event] = {
     "replaced a lost connection": events.ConnectionReplaced("shop", "db1", "db2", True, "(2013)"),
     "left db1 for db2": events.ConnectionReplaced("shop", "db1", "db2", False, ""),
     "ran a statement again": events.StatementReplayed("shop", "db1", "db2", "(2013)"),
+    "ran shop.place again from its beginning, run 2": events.BlockRetried(
+        "shop", "shop.place", 2, "(1213)"
+    ),
     "db1 (a) is drained, 3": events.PeerDrained("shop", "db1", "a", 3),
     "db1 (a) is drained no longer": events.PeerUndrained("shop", "db1", "a"),
 }
@@ -143,7 +146,11 @@ def test_no_kind_hides_another(
         assert second in caplog.messages[1]
 
 
-LIMITED = ("replaced a lost connection", "ran a statement again")
+LIMITED = (
+    "replaced a lost connection",
+    "ran a statement again",
+    "ran shop.place again from its beginning, run 2",
+)
 
 
 @pytest.mark.parametrize("words", LIMITED)

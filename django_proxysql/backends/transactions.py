@@ -88,6 +88,8 @@ def change_autocommit(db: Any, autocommit: bool, begins: bool) -> None:
 def open_transaction(db: Any, transaction: Transaction) -> None:
     """Put a transaction's record in place, in which nothing was sent yet."""
     db._transaction = transaction
+    if db.next_block is NO_TRANSACTION:
+        db.next_block = transaction
     session = current(db)
     if session is not None:
         session.used = session.clock()

@@ -52,6 +52,8 @@ class SafePointsMixin(LoadBalancedMixin):
     _of_ours = False
     #: The transaction that is open, by an atomic block or by hand.
     _transaction = NO_TRANSACTION
+    #: NO_TRANSACTION, put there by who wants to know, becomes the record of the next transaction.
+    next_block: Transaction | None = None
     #: The log of queries, while another is in its place.
     _own_log: Any = None
     #: close_old_connections() is called for this wrapper: it ends units of work.

@@ -15,6 +15,7 @@ from typing import Protocol, Union
 from .faults import Fault
 
 __all__ = [
+    "BlockRetried",
     "CircuitClosed",
     "CircuitOpened",
     "ConnectFailed",
@@ -143,6 +144,19 @@ class StatementReplayed:
 
 
 @dataclass(frozen=True)
+class BlockRetried:
+    """An atomic block was begun again: its function or view is run again from its beginning."""
+
+    balancer: str
+    #: The dotted name of the function or view.
+    function: str
+    #: Which run begins: 2 is the second.
+    run: int
+    #: What ended the run before.
+    error: str
+
+
+@dataclass(frozen=True)
 class PeerDrained:
     """A peer is to get no new connections, and to lose those it has at their safe points."""
 
@@ -175,6 +189,7 @@ Event = Union[
     ConnectionLost,
     ConnectionReplaced,
     StatementReplayed,
+    BlockRetried,
     PeerDrained,
     PeerUndrained,
 ]

@@ -305,6 +305,28 @@ _ROWS = (
         ),
     ),
     Report(
+        events.BlockRetried,
+        lines=(
+            Line(
+                logging.WARNING,
+                "%(balancer)s: ran %(function)s again from its beginning, run %(run)d%(more)s: "
+                "%(error)s",
+                limited=_ONCE_A_SECOND,
+            ),
+        ),
+        signal="block_retried",
+        counts=(
+            Count(
+                Metric(
+                    "blocks_retried",
+                    "Functions of retrying_atomic, and views, that were run again.",
+                    unit="{block}",
+                ),
+                telemetry="django_proxysql.block.retries",
+            ),
+        ),
+    ),
+    Report(
         events.PeerDrained,
         lines=(
             Line(

@@ -1,0 +1,382 @@
+"""Views that are run again from their beginning when the database gave their blocks up.
+
+Under ATOMIC_REQUESTS a view's blocks end before anything of its response is sent, so
+the view may be run again by the rules of :mod:`.retry`. The second run must find the
+request as the first one found it: :class:`Kept`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, TypeVar, overload
+
+import django
+from django.core.files.uploadedfile import InMemoryUploadedFile, TemporaryUploadedFile
+from django.db import Error, connections
+from django.db.models import Model
+from django.db.transaction import TransactionManagementError
+from django.utils.functional import LazyObject
+
+from .retry import Call, Rules, Wait
+
+__all__ = ["Body", "Kept", "atomic_aliases", "retrying_request"]
+
+_V = TypeVar("_V", bound=Callable[..., Any])
+
+#: What Django's request keeps of its body, and of what it made of it.
+_OF_BODY = (
+    "_stream",
+    "_read_started",
+    "_body",
+    "_post",
+    "_files",
+    "_upload_handlers",
+    "_post_parse_error",
+)
+#: More of a body than this is kept in a file.
+_IN_MEMORY = 1 << 20
+
+
+class _Recorded:
+    """A body's stream that keeps what is read of it, so that it can be read again."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._kept: Any = None
+
+    def read(self, size: int | None = None) -> bytes:
+        size = -1 if size is None else size
+        data: bytes = self._again.read(size)
+        return data + self._more("read", size - len(data) if size >= 0 else size)
+
+    def readline(self, size: int | None = None) -> bytes:
+        size = -1 if size is None else size
+        data: bytes = self._again.readline(size)
+        if data.endswith(b"\n"):
+            return data
+        return data + self._more("readline", size - len(data) if size >= 0 else size)
+
+    def _more(self, method: str, size: int) -> bytes:
+        if not size:
+            return b""
+        # Django's stream of its first versions takes no -1.
+        data: bytes = getattr(self._source, method)(*([size] if size > 0 else []))
+        self._again.write(data)
+        return data
+
+    @property
+    def _again(self) -> Any:
+        if self._kept is None:
+            self._kept = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - ends with self
+        return self._kept
+
+    def rewind(self) -> None:
+        """Have it read from its beginning."""
+        if self._kept is not None:
+            self._kept.seek(0)
+
+    def close(self) -> None:
+        """Do nothing: the next run may read it. The web server closes its own stream."""
+
+
+class Body:
+    """A request's body, to be there for each run.
+
+    What is read of it from here on is recorded. What was made of it before is kept.
+
+    :param request: Django's request.
+    """
+
+    def __init__(self, request: Any) -> None:
+        state = vars(request)
+        self._stream: _Recorded | None = None
+        if state.get("_read_started") is False and "_stream" in state:
+            self._stream = request._stream = _Recorded(request._stream)
+        self._before = {name: state[name] for name in _OF_BODY if name in state}
+        #: Uploads that were read before: a run may close them or move them away.
+        self._uploads = [
+            (field, [(one, _content(one)) for one in files])
+            for field, files in (state["_files"].lists() if state.get("_files") else ())
+        ]
+
+    def restore(self, request: Any) -> None:
+        """Have the request's body as it was."""
+        state = vars(request)
+        for name in _OF_BODY:
+            state.pop(name, None)
+        state.update(self._before)
+        if self._stream is not None:
+            self._stream.rewind()
+        elif "_body" in state:
+            state["_stream"] = BytesIO(state["_body"])
+        if self._uploads:
+            state["_files"] = copy.copy(state["_files"])
+            for field, files in self._uploads:
+                state["_files"].setlist(field, [_uploaded(*one) for one in files])
+
+
+def _content(upload: Any) -> Any:
+    """Return what an uploaded file holds, wherever it is moved and even if it is closed."""
+    if isinstance(upload, TemporaryUploadedFile):
+        return os.fdopen(os.dup(upload.fileno()), "rb")
+    if isinstance(upload, InMemoryUploadedFile) and isinstance(upload.file, BytesIO):
+        return upload.file.getvalue()
+    return None
+
+
+def _uploaded(upload: Any, content: Any) -> Any:
+    """Return an uploaded file as it was before a run."""
+    about = upload.name, upload.content_type
+    more = upload.charset, upload.content_type_extra
+    if content is None:
+        # An upload handler's own kind.
+        upload.seek(0)
+        return upload
+    if isinstance(content, bytes):
+        return InMemoryUploadedFile(BytesIO(content), upload.field_name, *about, upload.size, *more)
+    made = TemporaryUploadedFile(*about, upload.size, *more)
+    content.seek(0)
+    for chunk in iter(lambda: content.read(1 << 16), b""):
+        made.write(chunk)
+    made.seek(0)
+    return made
+
+
+class Kept:
+    """A request as the first run finds it, for the next ones.
+
+    Its attributes are put back, and so is what a run has changed in its user, its session, its
+    messages and its dictionaries.
+
+    :param request: Django's request.
+    :param body: its body, where it was recorded before.
+    """
+
+    def __init__(self, request: Any, body: Body | None = None) -> None:
+        self._request = request
+        self._body = body or Body(request)
+        self._attributes = dict(vars(request))
+        #: What a run may change in place, and what gives its attributes or items as they were.
+        self._states: list[tuple[Any, Callable[[], dict[str, Any]]]] = []
+        for name, value in self._attributes.items():
+            self._keep(name, value)
+
+    def _keep(self, name: str, value: Any) -> None:
+        # By its type alone: a lazy user would be read from the database.
+        kind = type(value)
+        if issubclass(kind, LazyObject):
+            self._states.append((value, functools.partial(dict, dict(vars(value)))))
+            self._keep(name, vars(value).get("_wrapped"))
+        elif issubclass(kind, Model):
+            kept = copy.copy(value)
+            self._states.append((value, lambda: vars(copy.copy(kept))))
+        elif kind is dict:
+            self._states.append((value, functools.partial(dict, dict(value))))
+        elif name in ("session", "_messages") and hasattr(value, "__dict__"):
+            self._states.append((value, functools.partial(_copied, _copied(vars(value)))))
+
+    def restore(self) -> None:
+        """Have the request as it was."""
+        state = vars(self._request)
+        state.clear()
+        state.update(self._attributes)
+        for value, kept in self._states:
+            mine = value if type(value) is dict else vars(value)
+            mine.clear()
+            mine.update(kept())
+        self._body.restore(self._request)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a session's or messages' attributes, and of what is changed in place."""
+    return {
+        # What a session holds is plain values.
+        name: copy.deepcopy(value)
+        if name == "_session_cache"
+        else copy.copy(value)
+        if isinstance(value, (dict, list, set))
+        else value
+        for name, value in state.items()
+    }
+
+
+class _AllOf(set):  # type: ignore[type-arg]
+    """A view's aliases without a block of Django's: all of them. Its items are the user's own."""
+
+    def __contains__(self, alias: object) -> bool:
+        return True
+
+
+def atomic_aliases(view: Callable[..., Any]) -> list[str]:
+    """Return the aliases on which ATOMIC_REQUESTS has a block around a view."""
+    without = set(iter(getattr(view, "_non_atomic_requests", ())))
+    databases: Any = connections.databases
+    return [
+        alias
+        for alias in connections
+        if databases[alias].get("ATOMIC_REQUESTS") and alias not in without
+    ]
+
+
+@overload
+def retrying_request(view: _V) -> _V: ...
+
+
+@overload
+def retrying_request(
+    *, attempts: int = 3, wait: Wait | None = None, wait_for_peer: float = 10.0
+) -> Callable[[_V], _V]: ...
+
+
+def retrying_request(
+    view: Any = None,
+    *,
+    attempts: int = 3,
+    wait: Wait | None = None,
+    wait_for_peer: float = 10.0,
+) -> Any:
+    """Run a view under ATOMIC_REQUESTS, and again if the database gave its blocks up.
+
+    ::
+
+        @retrying_request
+        def place(request): ...
+
+        @retrying_request(attempts=5)
+        async def transfer(request): ...
+
+        path("orders/", retrying_request(OrderView.as_view()))
+
+    The view is run again from its beginning by the rules of :func:`retrying_atomic`, before
+    anything of its response is sent. It finds the request as the first run found it: the
+    body, ``POST`` and ``FILES`` can be read again, and what the first run did to
+    ``request.user``, the session and the messages is gone. It must not do what a rollback
+    does not undo.
+
+    An async view, which Django itself refuses under ATOMIC_REQUESTS, gets the blocks too: in
+    the thread that its ORM calls run in.
+
+    :param attempts: how many times the view is run at most.
+    :param wait: how long it waits between two runs: a wait strategy of tenacity's.
+    :param wait_for_peer: for how many seconds it waits for a peer when none can be reached.
+    :raises TypeError: it is given no view; or, at a request, a view that returns a coroutine and
+        is no coroutine function; or an async view before Django 3.2.
+    :raises TransactionManagementError: at a request: no alias of the engine has ATOMIC_REQUESTS, or
+        the view is marked with ``non_atomic_requests``; or it is called in an atomic block,
+        or while autocommit is off. (Inside the blocks of Django's TestCase it runs once.)
+    """
+    rules = Rules("retrying_request", attempts, wait, wait_for_peer)
+    if view is None:
+        return functools.partial(_retrying, rules=rules)
+    return _retrying(view, rules)
+
+
+def _retrying(view: _V, rules: Rules) -> _V:
+    if not callable(view):
+        raise TypeError(f"retrying_request: {view!r} is no view.")
+    is_async = _is_async(view)
+    if is_async and django.VERSION < (3, 2):
+        raise TypeError("retrying_request: async views need Django 3.2.")
+
+    @functools.wraps(view)
+    def run(request: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _call(rules, view)
+        kept = Kept(request)
+
+        def once() -> Any:
+            if call.runs:
+                kept.restore()
+            with call:
+                return _is_answer(view, view(request, *args, **kwargs))
+
+        return call.repeat(once)
+
+    @functools.wraps(view)
+    async def run_async(request: Any, *args: Any, **kwargs: Any) -> Any:
+        call = await _in_thread(_call, rules, view)
+        kept = Kept(request)
+        while True:
+            try:
+                if call.runs:
+                    kept.restore()
+                try:
+                    await _in_thread(call.__enter__)
+                    response = await view(request, *args, **kwargs)
+                except BaseException:
+                    await _in_thread(call.__exit__, *sys.exc_info())
+                    raise
+                await _in_thread(call.__exit__, None, None, None)
+                return response
+            except Error as exc:
+                seconds = await _in_thread(call.seconds_to_wait, exc)
+                if seconds is None:
+                    raise
+            await asyncio.sleep(seconds)
+
+    made: Any = run_async if is_async else run
+    # The blocks are opened here, once a run.
+    made._non_atomic_requests = _AllOf(iter(getattr(view, "_non_atomic_requests", ())))
+    return made  # type: ignore[no-any-return]
+
+
+def _call(rules: Rules, view: Callable[..., Any]) -> Call:
+    call = Call(rules, view, atomic_aliases(view))
+    if not call.ours and not call.is_in_test:
+        raise TransactionManagementError(
+            f"{rules.caller} found no block to run {view!r} in. Set ATOMIC_REQUESTS on an alias of "
+            "this engine, and do not mark the view with transaction.non_atomic_requests. "
+            "Without ATOMIC_REQUESTS, put the work into a function with retrying_atomic."
+        )
+    return call
+
+
+def _is_answer(view: Callable[..., Any], response: Any) -> Any:
+    """Return a response.
+
+    :raises TypeError: it is a coroutine, which would run after the block has ended.
+    """
+    if inspect.iscoroutine(response):
+        response.close()
+        raise TypeError(
+            f"retrying_request: {view!r} returns a coroutine, which would run after the block has "
+            "ended. Decorate the async view itself, or what as_view() returns."
+        )
+    return response
+
+
+def _is_async(view: Callable[..., Any]) -> bool:
+    try:
+        from asgiref.sync import iscoroutinefunction
+    except ImportError:
+        return inspect.iscoroutinefunction(view)
+    return bool(iscoroutinefunction(view))
+
+
+async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in the thread of the request's ORM calls, to its end.
+
+    Where the task is cancelled meanwhile, that is raised afterwards: a block that has begun in
+    the thread is ended there.
+    """
+    from asgiref.sync import sync_to_async
+
+    task = asyncio.ensure_future(sync_to_async(function, thread_sensitive=True)(*args))
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        # What it raised, if it did, goes with the task.
+        task.exception()
+        raise cancelled
+    return task.result()
