@@ -14,6 +14,7 @@ import inspect
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any, TypeVar, overload
@@ -43,6 +44,7 @@ _OF_BODY = (
 )
 #: More of a body than this is kept in a file.
 _IN_MEMORY = 1 << 20
+_CHUNK = 1 << 16
 
 
 class _Recorded:
@@ -76,6 +78,7 @@ class _Recorded:
     def _again(self) -> Any:
         if self._kept is None:
             self._kept = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - ends with self
+            weakref.finalize(self, self._kept.close)
         return self._kept
 
     def rewind(self) -> None:
@@ -103,9 +106,19 @@ class Body:
         self._before = {name: state[name] for name in _OF_BODY if name in state}
         #: Uploads that were read before: a run may close them or move them away.
         self._uploads = [
-            (field, [(one, _content(one)) for one in files])
+            (field, [(one, self._content(one)) for one in files])
             for field, files in (state["_files"].lists() if state.get("_files") else ())
         ]
+
+    def _content(self, upload: Any) -> bytes | int | None:
+        """Return what an uploaded file holds, or another descriptor of it."""
+        if isinstance(upload, TemporaryUploadedFile):
+            descriptor = os.dup(upload.fileno())
+            weakref.finalize(self, os.close, descriptor)
+            return descriptor
+        if isinstance(upload, InMemoryUploadedFile) and isinstance(upload.file, BytesIO):
+            return upload.file.getvalue()
+        return None
 
     def restore(self, request: Any) -> None:
         """Have the request's body as it was."""
@@ -123,16 +136,7 @@ class Body:
                 state["_files"].setlist(field, [_uploaded(*one) for one in files])
 
 
-def _content(upload: Any) -> Any:
-    """Return what an uploaded file holds, wherever it is moved and even if it is closed."""
-    if isinstance(upload, TemporaryUploadedFile):
-        return os.fdopen(os.dup(upload.fileno()), "rb")
-    if isinstance(upload, InMemoryUploadedFile) and isinstance(upload.file, BytesIO):
-        return upload.file.getvalue()
-    return None
-
-
-def _uploaded(upload: Any, content: Any) -> Any:
+def _uploaded(upload: Any, content: bytes | int | None) -> Any:
     """Return an uploaded file as it was before a run."""
     about = upload.name, upload.content_type
     more = upload.charset, upload.content_type_extra
@@ -143,11 +147,12 @@ def _uploaded(upload: Any, content: Any) -> Any:
     if isinstance(content, bytes):
         return InMemoryUploadedFile(BytesIO(content), upload.field_name, *about, upload.size, *more)
     made = TemporaryUploadedFile(*about, upload.size, *more)
-    content.seek(0)
-    for chunk in iter(lambda: content.read(1 << 16), b""):
+    while True:
+        chunk = os.pread(content, _CHUNK, made.tell())
+        if not chunk:
+            made.seek(0)
+            return made
         made.write(chunk)
-    made.seek(0)
-    return made
 
 
 class Kept:
@@ -186,6 +191,11 @@ class Kept:
     def restore(self) -> None:
         """Have the request as it was."""
         state = vars(self._request)
+        for _, uploads in state["_files"].lists() if "_files" in state else ():
+            for upload in uploads:
+                if isinstance(upload, TemporaryUploadedFile):
+                    # It may have been moved away, which its end would complain of.
+                    upload.close()
         state.clear()
         state.update(self._attributes)
         for value, kept in self._states:
@@ -288,7 +298,7 @@ def _retrying(view: _V, rules: Rules) -> _V:
 
     @functools.wraps(view)
     def run(request: Any, *args: Any, **kwargs: Any) -> Any:
-        call = _call(rules, view)
+        call = _call(rules, view, made)
         kept = Kept(request)
 
         def once() -> Any:
@@ -301,7 +311,7 @@ def _retrying(view: _V, rules: Rules) -> _V:
 
     @functools.wraps(view)
     async def run_async(request: Any, *args: Any, **kwargs: Any) -> Any:
-        call = await _in_thread(_call, rules, view)
+        call = await _in_thread(_call, rules, view, made)
         kept = Kept(request)
         while True:
             try:
@@ -327,8 +337,9 @@ def _retrying(view: _V, rules: Rules) -> _V:
     return made  # type: ignore[no-any-return]
 
 
-def _call(rules: Rules, view: Callable[..., Any]) -> Call:
-    call = Call(rules, view, atomic_aliases(view))
+def _call(rules: Rules, view: Callable[..., Any], made: Callable[..., Any]) -> Call:
+    # Others' marks may stand on what was made of the view.
+    call = Call(rules, view, atomic_aliases(made))
     if not call.ours and not call.is_in_test:
         raise TransactionManagementError(
             f"{rules.caller} found no block to run {view!r} in. Set ATOMIC_REQUESTS on an alias of "

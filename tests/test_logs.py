@@ -29,6 +29,8 @@ VALUES: dict[str, Any] = {
     "trial_in": 30.0,
     "idle": True,
     "successor": "db2",
+    "function": "shop.place",
+    "run": 2,
     "forced": True,
     "connections": 3,
     "learnt": True,

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tenacity
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase
 from django.test.utils import setup_test_environment, teardown_test_environment
 
-from django_proxysql import CommitOutcomeUnknown, retrying_atomic
+from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic, signals
+from django_proxysql.core.events import BlockRetried, PeersExhausted
 from tests.engine import SQLITE, engine, sqlite_peer
 from tests.site import Site, site
 
@@ -95,6 +97,158 @@ def test_gives_up(here: Site, attempts: int) -> None:
         work()
     assert len(runs) == attempts
     assert here.written() == []
+
+
+class Loser:
+    """Writes, and loses its connection at each run."""
+
+    def __init__(self, here: Site) -> None:
+        self.here = here
+        self.runs = 0
+
+    def __call__(self) -> None:
+        self.runs += 1
+        self.here.write("one")
+        self.here.kill()
+        self.here.read()
+
+
+def test_a_wait_strategy_is_asked_after_each_run(
+    on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows which run it was, what ended it, and how long was waited before."""
+    asked: list[Any] = []
+    slept: list[float] = []
+    monkeypatch.setattr("django_proxysql.retry.time.sleep", slept.append)
+
+    def strategy(state: tenacity.RetryCallState) -> float:
+        assert state.outcome is not None
+        asked.append((state.attempt_number, type(state.outcome.exception()), state.idle_for))
+        return 10.0
+
+    for wait in (strategy, tenacity.wait_incrementing(1, 1)):
+        with pytest.raises(OperationalError):
+            retrying_atomic(on_mariadb.connection.alias, wait=wait)(Loser(on_mariadb))()
+    assert asked == [(1, OperationalError, 0), (2, OperationalError, 10)]
+    assert slept == [10, 10, 1, 2]
+    assert on_mariadb.written() == []
+
+
+class TestWithoutPeers:
+    """What it does while no peer can be reached."""
+
+    def gone(self, here: Site) -> None:
+        for proxy in here.proxies:
+            proxy.refuse()
+            proxy.drop_connections()
+
+    def test_it_waits_for_a_peer(self, here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        writer, waits = Writer(here), iter(range(6))
+
+        def sleep(seconds: float) -> None:
+            assert 0 <= seconds <= 1
+            if next(waits) == 5:
+                for proxy in here.proxies:
+                    proxy.forward()
+            here.clock.advance(31)
+
+        monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
+        self.gone(here)
+        assert writer.retrying(attempts=1)() == "result 1"
+        assert list(waits) == []
+        assert here.written() == ["run 1", "run 1, again"]
+
+    def test_peers_that_go_during_a_run_use_up_one_attempt(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def sleep(seconds: float) -> None:
+            here.clock.advance(31)
+            if here.events and type(here.events[-1]) is PeersExhausted:
+                for proxy in here.proxies:
+                    proxy.forward()
+
+        monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
+        writer = Writer(here)
+        falls = iter([lambda: self.gone(here)])
+
+        @retrying_atomic(here.connection.alias, attempts=2)
+        def work() -> None:
+            writer()
+            next(falls, lambda: None)()
+            here.read()
+
+        work()
+        assert (writer.runs, writer.hooks) == (2, 1)
+        assert here.written() == ["run 2", "run 2, again"]
+
+    def test_it_gives_up_at_its_bound(
+        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [100.0]
+        monkeypatch.setattr("django_proxysql.retry.time.monotonic", lambda: now[0])
+        slept: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            now[0] += seconds
+
+        monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
+        self.gone(on_mariadb)
+        alias = on_mariadb.connection.alias
+        with pytest.raises(NoPeerAvailable):
+            retrying_atomic(alias, wait_for_peer=5)(pytest.fail)("it ran")
+        assert 4.9 < sum(slept) < 5.1
+        with pytest.raises(NoPeerAvailable):
+            retrying_atomic(alias, wait_for_peer=0)(pytest.fail)("it ran")
+
+    def test_a_refusal_is_raised_at_once(self, on_mariadb: Site) -> None:
+        """A wrong password does not get better by waiting."""
+        on_mariadb.connection.close()
+        on_mariadb.connection.settings_dict["PASSWORD"] = "wrong"
+        with pytest.raises(OperationalError, match="Access denied"):
+            retrying_atomic(on_mariadb.connection.alias)(pytest.fail)("it ran")
+
+
+@pytest.mark.parametrize("when", ["in the function", "while it waits"])
+def test_ctrl_c_ends_it_at_once(
+    on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    loser = Loser(on_mariadb)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    if when == "while it waits":
+        monkeypatch.setattr("django_proxysql.retry.time.sleep", interrupt)
+    else:
+        monkeypatch.setattr(on_mariadb, "kill", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        retrying_atomic(on_mariadb.connection.alias)(loser)()
+    assert loser.runs == 1
+    assert not on_mariadb.connection.in_atomic_block
+    assert on_mariadb.written() == []
+
+
+def test_each_run_after_the_first_is_an_event(here: Site) -> None:
+    """It is told before the run's block begins: a receiver may write to the database."""
+    told: list[BlockRetried] = []
+
+    def receive(event: Any, **kwargs: Any) -> None:
+        told.append(event)
+        here.write(f"told of run {event.run}")
+
+    signals.block_retried.connect(receive)
+    try:
+        with pytest.raises(OperationalError):
+            retrying_atomic(here.connection.alias)(Loser(here))()
+    finally:
+        signals.block_retried.disconnect(receive)
+    assert [(event.function, event.run) for event in told] == [
+        ("tests.test_retry.Loser", 2),
+        ("tests.test_retry.Loser", 3),
+    ]
+    assert all(event.error for event in told)
+    assert here.written() == ["told of run 2", "told of run 3"]
 
 
 def test_deadlock(here: Site) -> None:
@@ -288,6 +442,13 @@ def test_bad_use() -> None:
     for function in (coroutine, generator):
         with pytest.raises(TypeError, match="after the block has ended"):
             retrying_atomic(function)
+    with pytest.raises(TypeError, match="wait must be a wait strategy of tenacity's"):
+        retrying_atomic(wait=1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="wait_for_peer must be seconds"):
+        retrying_atomic(wait_for_peer="1")  # type: ignore[call-overload]
+    for seconds in (-1, float("nan")):
+        with pytest.raises(ValueError, match="wait_for_peer must not be negative"):
+            retrying_atomic(wait_for_peer=seconds)
     for attempts in (0, -1, 1.5, True, "3"):
         with pytest.raises(ValueError, match="attempts must be an int of at least 1"):
             retrying_atomic(attempts=attempts)  # type: ignore[call-overload]

@@ -309,7 +309,7 @@ _ROWS = (
         lines=(
             Line(
                 logging.WARNING,
-                "%(balancer)s: ran %(function)s again from its beginning, run %(run)d%(more)s: "
+                "%(balancer)s: ran %(function)s again from its beginning, run %(run)s%(more)s: "
                 "%(error)s",
                 limited=_ONCE_A_SECOND,
             ),
