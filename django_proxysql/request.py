@@ -274,6 +274,7 @@ def retrying_request(
     An async view, which Django itself refuses under ATOMIC_REQUESTS, gets the blocks too: in
     the thread that its ORM calls run in.
 
+    :param view: the view; None where the parameters are given first.
     :param attempts: how many times the view is run at most.
     :param wait: how long it waits between two runs: a wait strategy of tenacity's.
     :param wait_for_peer: for how many seconds it waits for a peer when none can be reached.

@@ -281,4 +281,5 @@ def test_every_public_callable_is_here() -> None:
         "Peer",
         "PeerBreaker",
         "retrying_atomic",
+        "retrying_request",
     }

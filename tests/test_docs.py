@@ -227,7 +227,9 @@ def test_public_names_are_documented(name: str) -> None:
     assert undocumented == []
 
 
-@pytest.mark.parametrize("name", ["LoadBalancer", "PeerBreaker", "retrying_atomic"])
+@pytest.mark.parametrize(
+    "name", ["LoadBalancer", "PeerBreaker", "retrying_atomic", "retrying_request"]
+)
 def test_parameters_are_documented(name: str) -> None:
     """Each parameter of what is called to make or use them is told of by its name."""
     untold = []
