@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
+import MySQLdb
 import pytest
 from django.core.management import call_command
 from MySQLdb.cursors import DictCursor
@@ -18,7 +20,7 @@ from django_proxysql.core.comparison import Facts, Source, mysql_facts, warnings
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.inspection import inspect
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
-from tests.servers import ADMIN, ADMIN_PASSWORD, PASSWORD, USER
+from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
@@ -41,7 +43,7 @@ def facts(place: int, **said: Any) -> Facts:
 def asked(source: Any = None, clock: Any = "1.5", cluster: str = "") -> Callable[[str], Any]:
     """Return how a MySQL server answers."""
     answers: dict[str, Any] = {
-        "SELECT UNIX_TIMESTAMP": {"now": clock},
+        "SELECT TIMESTAMPDIFF": {"now": clock},
         "SELECT @@global.sql_mode": {
             **dict.fromkeys(("sql_mode", "charset", "collation", "zone", "host"), "x"),
             **dict.fromkeys(("read_only", "port", "id"), 0),
@@ -55,6 +57,16 @@ def asked(source: Any = None, clock: Any = "1.5", cluster: str = "") -> Callable
         return None if row is None else [row]
 
     return ask
+
+
+def rows_of(cursor: Any, statement: str) -> Any:
+    """Ask one question as ``manage.py peers`` does: None where the server refuses."""
+    try:
+        cursor.execute(statement)
+    except Exception:
+        return None
+    names = [column[0].lower() for column in cursor.description]
+    return [dict(zip(names, row)) for row in cursor.fetchall()]
 
 
 def said_of(*known: Facts, asked: BalancerConfig | None = None) -> str:
@@ -118,6 +130,11 @@ def test_clusters_with_nothing_in_common_are_named() -> None:
 def test_clusters_of_which_one_replicates_from_the_other_have_their_data_in_common() -> None:
     known = (facts(0, lineage="a"), facts(1, lineage="b", sources=REPLICATES))
     assert said_of(*known, asked=config(0, 1, synchronous_peers=False)) == ""
+
+
+def test_servers_of_which_one_may_not_say_whether_it_replicates_are_not_warned_of() -> None:
+    known = (facts(0, lineage="a"), facts(1, lineage="b", sources=None))
+    assert said_of(*known) == ""
 
 
 def test_a_node_that_has_joined_no_cluster_yet_has_no_lineage() -> None:
@@ -258,6 +275,21 @@ def test_cursors_that_give_dicts_are_asked_as_well(mariadb_pair: tuple[Node, Nod
     assert [f":{node.port}/" in server for node, server in zip(mariadb_pair, servers)] == [True] * 2
 
 
+def test_the_hour_that_comes_twice_shifts_no_clock(mariadb: Node) -> None:
+    """Two servers in step, of which one tells the time of a place where summer has just ended."""
+    where = {"host": mariadb.host, "port": mariadb.port, "user": USER, "password": PASSWORD}
+    told = []
+    for zone in ("+00:00", "Europe/Berlin"):
+        for hour in (0, 1):
+            with closing(MySQLdb.connect(**where)) as connection, connection.cursor() as cursor:
+                # 2026-10-25 02:30 in Berlin, and 02:30 once more.
+                cursor.execute(f"SET time_zone = '{zone}', timestamp = {1792888200 + hour * 3600}")
+                found = mysql_facts("peer0", partial(rows_of, cursor))
+            assert found.clock is not None
+            told.append(found.clock - hour * 3600)
+    assert max(told) - min(told) < 60
+
+
 def test_galera_nodes_are_equivalent(galera: GaleraCluster) -> None:
     assert looks_of(*map(mysql_peer, galera.nodes)).startswith("OK: default: all well\n")
 
@@ -276,3 +308,25 @@ def test_a_postgresql_server_says_which_database_it_is(
     assert one.sources == ()
     assert abs(one.clock or 0) < 60
     assert one.settings["character set"].startswith("UTF8")
+
+
+def test_a_subscriber_of_a_logical_replication_is_a_replica(postgres: PostgreSQLNode) -> None:
+    postgres.sql(
+        "CREATE SUBSCRIPTION shop_copy CONNECTION 'host=10.0.0.9' PUBLICATION p"
+        " WITH (connect = false)",
+        database=DATABASE,
+    )
+    try:
+        with engine([postgres_peer(postgres)], alias="default", PEER_ENGINE=POSTGRESQL):
+            (found,) = inspect(["default"])["default"]
+    finally:
+        postgres.sql("ALTER SUBSCRIPTION shop_copy SET (slot_name = NONE)", database=DATABASE)
+        postgres.sql("DROP SUBSCRIPTION shop_copy", database=DATABASE)
+    assert found.facts is not None
+    (source,) = found.facts.sources or ()
+    assert source.address == "the publisher of its subscription shop_copy"
+    assert (source.is_running, source.error) == (False, "the subscription is disabled")
+    other = facts(1, lineage="another")
+    said = said_of(found.facts, other)
+    assert "peer0 is a replica that may lag" in said
+    assert "nothing in common" not in said

@@ -108,8 +108,8 @@ def _stopped_or_behind(known: Sequence[Facts]) -> Iterator[str]:
 def _strangers(known: Sequence[Facts]) -> Iterator[str]:
     lineages = {one.lineage for one in known if one.lineage}
     if len(lineages) > 1:
-        if any(one.sources for one in known if one.lineage):
-            # One cluster may replicate from the other, asynchronously.
+        if any(one.sources != () for one in known if one.lineage):
+            # One may replicate from the other, asynchronously, or may not say.
             return
         groups = [
             _named(one.peer for one in known if one.lineage == lineage)
@@ -169,7 +169,10 @@ def _named(names: Iterable[str]) -> str:
 
 def mysql_facts(peer: str, ask: Ask) -> Facts:
     """Ask a MySQL or MariaDB server for its facts."""
-    clock = _clock(ask, "SELECT UNIX_TIMESTAMP(NOW(6))")
+    # UNIX_TIMESTAMP(NOW(6)) is an hour off at times: local time comes twice when summer ends.
+    clock = _clock(
+        ask, "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1000000"
+    )
     one = _row(
         ask,
         "SELECT @@global.sql_mode AS sql_mode, @@collation_database AS collation,"
@@ -238,7 +241,7 @@ def postgresql_facts(peer: str, ask: Ask) -> Facts:
         server=f"{one['host']}:{one['port']}" if one.get("host") else "",
         # Equal on a primary and all that were copied from it.
         lineage=_value(ask, "SELECT system_identifier FROM pg_control_system()"),
-        sources=_postgresql_sources(ask) if is_standby else (),
+        sources=_primary(ask) if is_standby else _publishers(ask),
         is_read_only=is_standby,
         clock=clock,
         settings=(
@@ -252,7 +255,27 @@ def postgresql_facts(peer: str, ask: Ask) -> Facts:
     )
 
 
-def _postgresql_sources(ask: Ask) -> tuple[Source, ...] | None:
+def _publishers(ask: Ask) -> tuple[Source, ...] | None:
+    # Logical replication. Where the publisher is only superusers see.
+    subscriptions = ask(
+        "SELECT s.subname AS name, s.subenabled AS enabled, max(w.pid) AS pid"
+        " FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid"
+        " LEFT JOIN pg_stat_subscription w ON w.subname = s.subname AND w.relid IS NULL"
+        " WHERE d.datname = current_database() GROUP BY 1, 2 ORDER BY 1"
+    )
+    if subscriptions is None:
+        return None
+    return tuple(
+        Source(
+            address=f"the publisher of its subscription {one['name']}",
+            is_running=one["pid"] is not None,
+            error="" if one["enabled"] else "the subscription is disabled",
+        )
+        for one in subscriptions
+    )
+
+
+def _primary(ask: Ask) -> tuple[Source, ...] | None:
     receivers = ask("SELECT status, sender_host, sender_port FROM pg_stat_wal_receiver")
     if receivers is None:
         return None
