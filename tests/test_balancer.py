@@ -169,6 +169,22 @@ class TestOrder:
         world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
         assert world.hosts() == ["db1", "db2"]
 
+    @pytest.mark.parametrize("is_trial_due", [False, True])
+    def test_an_order_that_returns_nothing_is_named(self, is_trial_due: bool) -> None:
+        """A strategy without its ``return`` is a setting to mend, and no peer's fault."""
+
+        class Forgetful:
+            def order(self, peers: Any) -> Any:
+                sorted(peers, key=lambda peer: peer.name)
+
+        world = World("db1", "db2", "db3", strategy=Forgetful)
+        if is_trial_due:
+            world.open("db3")
+            world.clock.advance(30)
+        with pytest.raises(ConfigError, match=r"STRATEGY has an order\(\) that returned NoneType"):
+            world.db.connect(trials="last")
+        assert world.states().startswith("closed closed")
+
     def test_trial_goes_first(self) -> None:
         """A peer whose trial is due is tried before those in use, and is then in use again."""
         world = World("db1", "db2")
@@ -726,6 +742,14 @@ class TestBusyPools:
         world = World("db1", "db2")
         with world.db.pinned(world.db.peers["db1"]):
             assert self.search(world, "db1") == [("db1", False), ("db1", True)]
+
+    def test_pinned_peer_that_refuses_raises_what_it_said(self) -> None:
+        """It is every peer that there is here."""
+        world = World("db1", "db2")
+        world.driver.down["db1"] = bad_password
+        with world.db.pinned("db1"), pytest.raises(Exception, match="Access denied") as raised:
+            world.connect()
+        assert not isinstance(raised.value, NoPeerAvailable)
 
     def test_optional(self) -> None:
         """A swap that need not be waits for no pool."""

@@ -483,3 +483,12 @@ def test_process_ends_when_what_was_begun_is_written() -> None:
 def test_listener_that_hangs_does_not_hold_the_exit() -> None:
     """The process's end waits for a while and goes on."""
     assert at_exit("threading.Event().wait()", 0.1) == ""
+
+
+def test_a_listener_that_is_added_twice_hears_each_event_once() -> None:
+    heard: list[object] = []
+    db = LoadBalancer({"db1": {}, "db2": {}})
+    for _ in range(2):
+        db.add_listener(heard.append)
+    db.drain("db1")
+    assert len(heard) == 1

@@ -35,11 +35,11 @@ from django_proxysql.monitoring.opentelemetry import Telemetry  # noqa: E402
 class Watched(World):
     """A balancer whose telemetry goes to an SDK in memory."""
 
-    def __init__(self, *names: str, **options: Any) -> None:
+    def __init__(self, *names: str, times: int = 1, **options: Any) -> None:
         super().__init__(*names, **options)
         self.reader = InMemoryMetricReader()
         self.provider = sdk.MeterProvider([self.reader])
-        self.telemetry = Telemetry(self.db, meter_provider=self.provider)
+        self.telemetry = Telemetry(*[self.db] * times, meter_provider=self.provider)
 
     def points(self, name: str) -> dict[tuple[tuple[str, Any], ...], Any]:
         """Return a metric's data points by their attributes."""
@@ -93,6 +93,15 @@ def test_a_connect_is_timed_by_peer_and_the_connection_counted() -> None:
 def test_what_is_no_balancer_is_refused_by_its_type(source: Any) -> None:
     with pytest.raises(TypeError, match=f"and not a {type(source).__name__}"):
         Telemetry(source)
+
+
+def test_a_balancer_that_is_named_twice_is_counted_once() -> None:
+    world = Watched("db1", times=2)
+    connection = world.connect()
+    assert world.value("db.client.connection.create_time", "db1") == 1
+    state = {"db.client.connection.state": "used"}
+    assert world.value("db.client.connection.count", "db1", **state) == 1
+    del connection
 
 
 def test_a_failed_attempt_is_counted_by_its_fault_and_opens_the_circuit_once() -> None:

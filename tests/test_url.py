@@ -138,6 +138,8 @@ WRONG = {
     f"mysql://u:{SECRET}\udce9@db/shop": "password that is not UTF-8",
     f"mysql://u:{SECRET}#x@db/shop": "has a '#'",
     f"mysql://u:{SECRET}?x=y@db/shop": "has a '?' before its '@'",
+    f"mysql://u:12/{SECRET}?x=y@db/shop": "has a '?' before its '@'",
+    f"mysql://u:1@a/{SECRET}@db/shop": "has a '/' before its '@'",
     f"mysql://u:{SECRET}%@db/shop": "a % in its password",
     f"mysql://u:{SECRET}%FF@db/shop": "password that is not UTF-8",
     f"mysql://u:{SECRET}%00@db/shop": "a %00 in its password",

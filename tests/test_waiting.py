@@ -89,6 +89,19 @@ def test_pauses_are_random_grow_and_end_at_two_seconds() -> None:
     assert len(set(world.slept)) > 10
 
 
+def test_requests_that_wait_write_one_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    world = Waiting("db1", stop=tenacity.stop_after_attempt(1))
+    for _ in range(5):
+        with pytest.raises(NoPeerAvailable):
+            world.connect()
+    world.clock.advance(1)
+    with pytest.raises(NoPeerAvailable):
+        world.connect()
+    first, second = [text for text in caplog.messages if "waiting for a peer" in text]
+    assert "waiting for a peer: No peer" in first
+    assert "waiting for a peer (and 4 more): No peer" in second
+
+
 def test_tenacitys_own_wait_and_stop_are_taken() -> None:
     world = Waiting(
         "db1", wait=tenacity.wait_fixed(3), stop=tenacity.stop_after_attempt(4), back_at=1e9

@@ -52,7 +52,7 @@ from .events import (
 )
 from .exceptions import ConfigError, DrainRefused, NoPeerAvailable, PoolBusy, UnknownPeer
 from .faults import Count, Fault, Verdict, verdict_on
-from .logger import logger
+from .logger import Limit, logger
 from .logs import due_in, log_event
 from .peer import Hold, Peer
 from .ready import (
@@ -69,7 +69,7 @@ from .rebalance import Move, Rebalance
 from .runtime import new_lock, renew_in_child, watch_uwsgi
 from .sharing import Sharing
 from .sqlalchemy_engine import sqlalchemy_engine
-from .strategies import strategy_from
+from .strategies import iterated, strategy_from
 from .trials import prober
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class LoadBalancer:
     :param connect_deadline: seconds for a whole :meth:`connect`.
     :param wait_for_peer: seconds for which :meth:`connect` waits for a peer when there is
         none, 0 for not at all. It looks again after a random, growing time, at most 2 s.
+        The last look begins when that time is over, and takes ``connect_deadline`` at most.
     :param wait: one of tenacity's ``wait_…`` objects, in place of these times.
     :param stop: one of tenacity's ``stop_…`` objects, in place of ``wait_for_peer``.
     :param sleep: how it waits; called with seconds.
@@ -233,6 +234,7 @@ class LoadBalancer:
         self._in_background = config.trials == "background"
         self._waits = config.wait_for_peer > 0 or stop is not None
         self._wait, self._stop, self._sleep = wait, stop, sleep
+        self._waiting_line = Limit(1)
         #: How a background trial connects, if not by ``connect``: opens a
         #: connection as the :class:`Attempt` says, and closes it again.
         self.open_and_close: Callable[[Attempt], object] | None = None
@@ -403,13 +405,17 @@ class LoadBalancer:
             # The last look comes when the time is over.
             return seconds if self._stop else min(seconds, max(0.0, until - self.clock()))
 
-        logger.warning(
-            "%s: waiting for a peer%s: %s",
-            self.name,
-            "" if self._stop else f", at most {self.config.wait_for_peer:g} s",
-            error,
-            extra={"alias": self.name},
-        )
+        # Each request of a busy site may wait.
+        kept_back = self._waiting_line.passes(self.clock())
+        if kept_back is not None:
+            logger.warning(
+                "%s: waiting for a peer%s%s: %s",
+                self.name,
+                "" if self._stop else f", at most {self.config.wait_for_peer:g} s",
+                f" (and {kept_back} more)" if kept_back else "",
+                error,
+                extra={"alias": self.name},
+            )
         try:
             return tenacity.Retrying(
                 retry=tenacity.retry_if_exception_type(NoPeerAvailable),
@@ -719,6 +725,8 @@ class LoadBalancer:
     def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
         """Call ``listener`` with every event from now on, outside all locks.
 
+        Adding it again changes nothing.
+
         :param listener: called in the thread to which the thing happened. Of what other
             processes have found, of what a trial in the background has shown, and of
             what happens while one of these waits to be told, in a thread of its own.
@@ -729,6 +737,8 @@ class LoadBalancer:
         function("listener", listener, "Give a function that takes an event.")
         teller = Teller(listener, self.name)
         with self._listeners_lock:
+            if any(known.listener == listener for known in self._tellers):
+                return
             self._tellers = (*self._tellers, teller)
             if connects:
                 self._hear_connects = (*self._hear_connects, teller)
@@ -1192,7 +1202,7 @@ class _Search:
             tier = view.tiers[0]
             peer = tier[0]
             if len(tier) > 1:
-                order = iter(balancer._strategy.order(tier))
+                order = iterated(balancer._strategy.order(tier))
                 self._order = (tier, order)
                 peer = next(order, peer)
                 if type(peer) is not Peer or balancer.peers.get(peer.name) is not peer:
@@ -1457,7 +1467,7 @@ class _Search:
             if begun is not None and begun[0] is tier:
                 order = begun[1]
             else:
-                order = iter(self._balancer._strategy.order(tier))
+                order = iterated(self._balancer._strategy.order(tier))
             for peer in order:
                 yield self._known(peer)
         # What a strategy leaves out is still a peer; each is tried once. A busy
@@ -1542,7 +1552,8 @@ class _Search:
         self.is_over = True
         self._decide(alone=False)
         balancer = self._balancer
-        if self._last_error is not None and len(self._refused) == len(balancer.undrained()):
+        candidates = balancer.undrained() if self._pinned is None else [self._pinned]
+        if self._last_error is not None and len(self._refused) == len(candidates):
             return self._last_error
         if self._plain_error is not None and not balancer._waits:
             # The proxy is there: its error is the application's.

@@ -31,7 +31,7 @@ from .exceptions import ConfigError
 if TYPE_CHECKING:
     from .peer import Peer
 
-__all__ = ["LeastConnections", "Random", "RoundRobin", "Strategy", "strategy_from"]
+__all__ = ["LeastConnections", "Random", "RoundRobin", "Strategy", "iterated", "strategy_from"]
 
 
 class Strategy(Protocol):
@@ -133,6 +133,21 @@ _BY_NAME: dict[str, Callable[[], Strategy]] = {
     "round_robin": RoundRobin,
     "least_connections": LeastConnections,
 }
+
+
+def iterated(order: Iterable[Peer]) -> Iterator[Peer]:
+    """Return an iterator over what a strategy's order() returned.
+
+    :raises ConfigError: that is nothing to iterate over: a ``return`` may be missing.
+    """
+    try:
+        return iter(order)
+    except TypeError:
+        raise ConfigError(
+            "STRATEGY",
+            f"has an order() that returned {type(order).__name__}, and no peers",
+            "Yield the peers that order() was given, or return them.",
+        ) from None
 
 
 def strategy_from(setting: Any) -> Strategy:

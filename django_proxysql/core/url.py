@@ -135,8 +135,15 @@ def _entry(url: str) -> dict[str, Any]:
     if "#" in rest:
         raise _Wrong("has a '#'", "Write it as %23, also within a password.")
     rest, _, query = rest.partition("?")
-    if "@" in query and "/" not in rest:
-        raise _Wrong("has a '?' before its '@'", "Write it as %3F within a password.")
+    # A setting may be a URL with a password of its own.
+    is_odd = any(
+        "@" in part and part.partition("=")[0].upper() not in _KNOWN for part in query.split("&")
+    )
+    if ("@" in query and "/" not in rest) or (is_odd and "@" not in rest):
+        raise _Wrong(
+            "has a '?' before its '@'",
+            "Write it as %3F within a password, and an @ in a value as %40.",
+        )
     given = dict(_pairs(query))
     if engine == _SQLITE:
         return _sqlite_entry(rest, given)
@@ -159,7 +166,7 @@ def _entry(url: str) -> dict[str, Any]:
         peers: list[dict[str, Any]] = [{}]
     else:
         peers = [_peer(host, place, bool(at)) for place, host in enumerate(hosts.split(","), 1)]
-    if "@" in name and not at:
+    if "@" in name:
         raise _Wrong(
             "has a '/' before its '@'",
             "Write it as %2F within a password, and an @ in the database's name as %40.",

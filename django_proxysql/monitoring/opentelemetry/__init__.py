@@ -117,15 +117,17 @@ class Telemetry:
             yield metrics.Observation(int(peer.breaker.circuit.state != "closed"), {_POOL: pool})
 
     def _peers(self) -> Iterator[tuple[str, Peer]]:
+        balancers: dict[LoadBalancer, None] = {}
         for source in self._sources:
             if isinstance(source, LoadBalancer):
-                balancers = [source]
+                balancers[source] = None
             else:
                 # Those that were used: one whose settings are wrong is none of ours.
-                balancers = [registered.balancer for registered in list(source.known.values())]
-            for balancer in balancers:
-                for name, peer in balancer.peers.items():
-                    yield f"{balancer.name}/{name}", peer
+                for registered in list(source.known.values()):
+                    balancers[registered.balancer] = None
+        for balancer in balancers:
+            for name, peer in balancer.peers.items():
+                yield f"{balancer.name}/{name}", peer
 
 
 def _pool(event: Event) -> str:
