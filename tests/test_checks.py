@@ -84,6 +84,9 @@ MISTAKES: list[Any] = [
     ("E005", {"PEERS": [ONE], "TCP_USER_TIMEOUT": True}, "TCP_USER_TIMEOUT is True", "a number"),
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": None}, "SYNCHRONOUS_PEERS is None", "False"),
     ("E005", {"PEERS": [ONE], "SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
+    ("E005", {"PEERS": [ONE], "COMMIT_OUTCOME": True}, "COMMIT_OUTCOME is True", "'record'"),
+    ("E005", {"PEERS": [ONE], "OUTCOME_DEADLINE": 0}, "OUTCOME_DEADLINE is 0", "greater"),
+    ("E005", {"PEERS": [ONE], "OUTCOME_DEADLINE": 601}, "OUTCOME_DEADLINE is 601", "at most 600"),
     ("E005", {"PEERS": [ONE], "TRIALS": "foreground"}, "TRIALS is 'foreground'", "'background'"),
     ("E005", {"PEERS": [ONE], "TRIALS": None}, "TRIALS is None", "'inline' or"),
     ("E005", {"PEERS": [ONE], "REBALANCE": -1}, "REBALANCE is -1", "or None"),
@@ -617,6 +620,7 @@ def test_strange_entries_break_nothing() -> None:
         *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
         *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "TRIALS", "REBALANCE"),
         *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
+        *("COMMIT_OUTCOME", "OUTCOME_DEADLINE"),
     ]
     for key in keys:
         for value in strange:

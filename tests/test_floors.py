@@ -43,6 +43,7 @@ FLOORS = {
     "core.runtime": 1,
     "core.budget": 2,
     "core.holdings": 2,
+    "core.outcome": 2,
     # Parts of a balancer.
     "core.leases": 0,
     "core.circuit": 1,

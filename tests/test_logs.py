@@ -34,6 +34,7 @@ VALUES: dict[str, Any] = {
     "forced": True,
     "connections": 3,
     "learnt": True,
+    "outcome": "committed",
 }
 
 #: The record's attribute for a field; the same name unless it is here.
@@ -120,6 +121,15 @@ LINES: dict[str, events.Event] = {
     "ran a statement again": events.StatementReplayed("shop", "db1", "db2", "(2013)"),
     "ran shop.place again from its beginning, run 2": events.BlockRetried(
         "shop", "shop.place", 2, "(1213)"
+    ),
+    "not answered and stands": events.CommitResolved(
+        "shop", "db1", "a", "committed", 0.01, "(2013)"
+    ),
+    "not answered and was rolled back": events.CommitResolved(
+        "shop", "db1", "a", "rolled_back", 0.01, "(2013)"
+    ),
+    "not answered and may stand or not": events.CommitResolved(
+        "shop", "db1", "a", "unknown", 10.0, "(2013)"
     ),
     "db1 (a) is drained, 3": events.PeerDrained("shop", "db1", "a", 3),
     "db1 (a) is drained no longer": events.PeerUndrained("shop", "db1", "a"),

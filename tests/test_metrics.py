@@ -257,7 +257,7 @@ class TestEstablished:
         assert found == {
             "alias": {"balanced"},
             "peer": {"peer0", "peer1"},
-            "outcome": {"success", "failure"},
+            "outcome": {"success", "failure", "committed", "rolled_back", "unknown"},
             "fault": {fault.value for fault in Fault},
             "found": {"idle", "in_use"},
             "reason": {"lost", "left"},

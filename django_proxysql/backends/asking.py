@@ -14,6 +14,7 @@ from ..core import drivers, ready
 from ..core.breaker import CLOSED
 from ..core.exceptions import NotReady
 from ..core.faults import Fault
+from ..core.peer import Peer
 from .refusals import Answer, after_read_only
 from .sessions import Session, interrupted
 
@@ -23,6 +24,7 @@ __all__ = [
     "ask_anew",
     "has_no_server",
     "is_given_up",
+    "is_of_server",
     "proves_not_run",
     "settle_doubt",
     "throw_away",
@@ -78,7 +80,7 @@ def ask_anew(db: Any, session: Session) -> Answer:
         # Another thread has asked just now.
         return Answer.READ_ONLY
     try:
-        with throw_away(db, session) as connection:
+        with throw_away(db, session.peer) as connection:
             ready.writable(connection)
     except NotReady:
         return Answer.READ_ONLY
@@ -107,7 +109,7 @@ def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
         return False
     peer.asked_until = now + 2 * balancer.config.connect_timeout
     try:
-        with throw_away(db, session) as connection:
+        with throw_away(db, session.peer) as connection:
             ready.backend(connection)
     except Exception as error:
         if not drivers.judge(error, connecting=True).counts:
@@ -129,19 +131,25 @@ def settle_doubt(db: Any, session: Session) -> None:
         session.error = session.error or "the server takes no writes"
 
 
-def throw_away(db: Any, session: Session) -> contextlib.AbstractContextManager[Any]:
+def throw_away(
+    db: Any, peer: Peer, seconds: float | None = None
+) -> contextlib.AbstractContextManager[Any]:
+    """Return a connection to ``peer`` for a few questions; see :func:`.ready.throw_away`.
+
+    :param seconds: for connecting, and then for all answers; None: as the settings say.
+    """
     registered = db._registered()
     assert registered is not None
     own = db.settings_dict
-    settings = registered.to_connect_with(session.peer, own, db.alias)
+    settings = registered.to_connect_with(peer, own, db.alias)
     before = db._peer_settings
     try:
         db._peer_settings = settings
         params = db.get_connection_params()
     finally:
         db._peer_settings = before
-    config = session.balancer.config
-    seconds = config.trial_timeout or config.connect_timeout
+    config = registered.balancer.config
+    seconds = seconds or config.trial_timeout or config.connect_timeout
     return ready.throw_away(db._driver, db.Database.connect, params, seconds)
 
 
@@ -154,11 +162,14 @@ def proves_not_run(db: Any, session: Session | None, cause: BaseException) -> bo
     driver = db._driver
     if not driver.proves_not_run(cause):
         return False
-    if session is None or not driver.SPLITS or not driver.is_answer(cause):
-        return True
-    if session.is_server is None:
+    return session is None or not driver.is_answer(cause) or is_of_server(db, session)
+
+
+def is_of_server(db: Any, session: Session) -> bool:
+    """Return whether the server itself answers, and no proxy in its place."""
+    if db._driver.SPLITS and session.is_server is None:
         ask(db, session)
-    return bool(session.is_server)
+    return not db._driver.SPLITS or bool(session.is_server)
 
 
 def answer_of(writer: ready.Writer | None) -> Answer:

@@ -162,6 +162,9 @@ class LoadBalancedMixin(_Base):
             params.update(self._driver.connect_options(params, self._attempt.timeout))
             autocommit = self.settings_dict["AUTOCOMMIT"]
             params.update(self._driver.session_options(params, autocommit))
+            registered = self._registered()
+            if registered is not None and registered.balancer.config.commit_outcome is not None:
+                params.update(self._driver.recording_options(params))
         return params
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:

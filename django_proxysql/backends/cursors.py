@@ -17,7 +17,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
 from ..core import drivers
-from ..core.statements import CALLS, READ, SCOPED, STATE, kinds, scan
+from ..core.statements import CALLS, ENDS, READ, SCOPED, STATE, kinds, scan
 
 __all__ = ["cursor_class", "note_named"]
 
@@ -64,7 +64,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         if now > budget.next_note:
             budget.note(now)
         if (
-            kind & (STATE | SCOPED)
+            kind & (STATE | SCOPED | ENDS)
             or self._session is not session
             or (
                 (db._transaction.reads is not None or session.dead)

@@ -10,8 +10,18 @@ import enum
 from dataclasses import dataclass
 
 from ..core.texts import Text
+from .state import Stage
 
-__all__ = ["Cause", "How", "Lost", "Place", "Replay", "leaves_no_trace", "may_replay"]
+__all__ = [
+    "Cause",
+    "How",
+    "Lost",
+    "Place",
+    "Replay",
+    "leaves_no_trace",
+    "may_replay",
+    "writes_token",
+]
 
 
 class Place(enum.Enum):
@@ -144,3 +154,17 @@ def leaves_no_trace(only_read: bool, serializable: bool | None) -> bool:
         that is not known.
     """
     return only_read and serializable is False
+
+
+def writes_token(
+    *, enabled: bool, stage: Stage, by_hand: bool, is_whole: bool, only_read: bool
+) -> bool:
+    """Return whether a transaction writes a token before COMMIT.
+
+    :param enabled: the setting COMMIT_OUTCOME.
+    :param stage: how far it has come.
+    :param by_hand: no atomic block began it.
+    :param is_whole: nothing has ended it in between. A token says what became of the last part.
+    :param only_read: all that was sent in it is proven to be reads: it has nothing to lose.
+    """
+    return enabled and stage is Stage.ACTIVE and not by_hand and is_whole and not only_read

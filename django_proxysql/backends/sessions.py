@@ -46,6 +46,7 @@ class Session:
         "budget",
         "clock",
         "connection",
+        "database",
         "dead",
         "doubted",
         "dropped",
@@ -64,6 +65,7 @@ class Session:
         "served",
         "server_side",
         "status",
+        "takes_two",
         "timed_out",
         "told",
         "unbuffered",
@@ -85,6 +87,10 @@ class Session:
         status: Callable[[], object] | None = None,
     ) -> None:
         self.connection = connection
+        #: The database that it was made to; "" if its parameters name none.
+        self.database = ""
+        #: A packet may hold two statements.
+        self.takes_two = False
         self.peer = peer
         self.balancer = balancer
         self.budget = balancer.budget

@@ -58,12 +58,15 @@ class Transaction:
         transactions by hand, whose COMMIT was answered.
     """
 
-    __slots__ = ("by_hand", "hooks", "mark", "reads", "savepoints", "stage", "undone")
+    __slots__ = ("by_hand", "hooks", "is_whole", "mark", "reads", "savepoints", "stage", "undone")
 
     def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN, hooks: int = 0) -> None:
         self.by_hand = by_hand
         self.stage = stage
         self.hooks = hooks
+        #: Nothing was sent in it that may have ended it, as MySQL's DDL does: what COMMIT
+        #: commits is all of it.
+        self.is_whole = True
         #: What the socket had sent when the transaction was last known to hold nothing;
         #: None where the driver knows that by itself, or nobody can.
         self.mark: object = None

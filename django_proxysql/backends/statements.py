@@ -14,6 +14,7 @@ from django.db.utils import Error, OperationalError
 
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import (
+    ENDS,
     READ,
     RESULT,
     STATE,
@@ -21,6 +22,7 @@ from ..core.statements import (
     scan,
     writes,
 )
+from ..core.texts import may_end
 from .binding import bind
 from .replacing import at_safe_point, before_first
 from .replays import ends_with_block, give_up, kind_of_params, run_again
@@ -71,6 +73,8 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
         session = bind(db, cursor)
     if kind & STATE:
         takes(db, session, sql, params)
+    if kind & (STATE | ENDS) and db._transaction.is_of_atomic:
+        db._transaction.is_whole &= not may_end(sql, db.vendor)
     return session
 
 

@@ -19,6 +19,7 @@ from ..errors import CommitOutcomeUnknown
 from .asking import proves_not_run, settle_doubt, throw_away
 from .decisions import leaves_no_trace
 from .losses import is_end, is_lost, mark, notice_unseen
+from .outcomes import Token, commit_with, stands, token_for
 from .pools import close_for_good
 from .proofs import rehearse
 from .replacing import at_safe_point, is_safe, replace
@@ -213,7 +214,10 @@ def commit(db: Any) -> Any:
             if session.dead and session.loss is not None and not session.told:
                 with db.wrap_database_errors:
                     raise session.loss
-            result = send_commit(db, send)
+            token = None
+            if session.balancer.config.commit_outcome is not None:
+                token = token_for(db, session)
+            result = send_commit(db, send, token)
     except Error:
         if not (session.dead and (nothing_sent or is_as_good_as_committed(db, session))):
             if session.dead or db._transaction.has_ended:
@@ -251,16 +255,20 @@ def ended_by_hand(db: Any) -> None:
         open_transaction(db, Transaction(by_hand=True, hooks=len(db.run_on_commit)))
 
 
-def send_commit(db: Any, commit: Callable[[], Any]) -> Any:
-    """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated."""
+def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) -> Any:
+    """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated.
+
+    :param token: what is written with it. Then it is found out what became of it.
+    """
     driver = db._driver
     session = db._session
     known_dead = session is not None and session.dead
+    told = session is not None and session.told
     # Only this COMMIT's: one that an on_commit hook sends is another's.
     transaction = db._transaction
     try:
         transaction.commit_sent()
-        result = commit()
+        result = commit() if token is None else commit_with(db, session, token)
         note_end_of_transaction(db)
     except Error as exc:
         cause = exc.__cause__ or exc
@@ -269,6 +277,13 @@ def send_commit(db: Any, commit: Callable[[], Any]) -> Any:
             transaction.commit_not_sent()
         elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
             transaction.conflicted()
+        elif token is not None and session is not None:
+            if not stands(db, session, token, cause):
+                raise
+            note_end_of_transaction(db)
+            passed_over(db, session, told)
+            transaction.committed()
+            return None
         elif driver.outcome_is_unknown(cause) or driver.proves_not_run(cause):
             transaction.outcome_unknown()
             raise CommitOutcomeUnknown(*exc.args) from cause
@@ -314,7 +329,7 @@ def is_serializable(db: Any, session: Session) -> bool:
     if level is not None:
         # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
         return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
-    with throw_away(db, session) as connection:
+    with throw_away(db, session.peer) as connection:
         [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
     return str(name) == "serializable"
 

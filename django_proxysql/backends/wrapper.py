@@ -118,12 +118,16 @@ class SafePointsMixin(LoadBalancedMixin):
                 if conn_params.get(option) is not None:
                     self._read_timeout = min(self._read_timeout, float(conn_params[option]))
             self._unbuffered = self._driver.is_unbuffered(conn_params)
+            self._database = conn_params.get("database") or conn_params.get("db") or ""
+            self._takes_two = self._driver.takes_two(conn_params)
 
     _read_timeout = math.inf
     _unbuffered = False
+    _database = ""
+    _takes_two = False
 
     def _new_session(self, registered: Registered, attempt: Attempt, connection: Any) -> Session:
-        return Session(
+        session = Session(
             connection,
             attempt.peer,
             registered.balancer,
@@ -133,6 +137,8 @@ class SafePointsMixin(LoadBalancedMixin):
             self._unbuffered,
             self._driver.status(connection),
         )
+        session.database, session.takes_two = self._database, self._takes_two
+        return session
 
     def _plain(self, name: str) -> Any:
         """Return one of the peer engine's own methods, without ours over it."""

@@ -56,6 +56,8 @@ BALANCER_FIELDS = {
     "REPLAY": "replay",
     "IDLE_CHECK": "idle_check",
     "SYNCHRONOUS_PEERS": "synchronous_peers",
+    "COMMIT_OUTCOME": "commit_outcome",
+    "OUTCOME_DEADLINE": "outcome_deadline",
     "TCP_USER_TIMEOUT": "tcp_user_timeout",
     "TRIALS": "trials",
     "REBALANCE": "rebalance",

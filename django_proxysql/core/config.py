@@ -12,7 +12,10 @@ from typing import Any
 
 from .exceptions import ConfigError
 
-__all__ = ["BalancerConfig", "BreakerConfig", "PeerConfig", "function", "number"]
+__all__ = ["MOST_SECONDS", "BalancerConfig", "BreakerConfig", "PeerConfig", "function", "number"]
+
+#: Seconds: the longest OUTCOME_DEADLINE.
+MOST_SECONDS = 600
 
 
 def number(
@@ -140,6 +143,10 @@ class BalancerConfig:
     idle_check: float | None = 0.5
     #: False where one peer may lag behind another.
     synchronous_peers: bool = True
+    #: "record": what became of a COMMIT whose answer is lost is found out; None: it is not.
+    commit_outcome: str | None = None
+    #: Seconds for finding that out.
+    outcome_deadline: float = 10
     #: Seconds after which a host that no longer acknowledges is given up (None: the kernel's).
     tcp_user_timeout: float | None = 20
     #: URL of the Redis through which processes share what they know. May hold a password.
@@ -170,6 +177,16 @@ class BalancerConfig:
         number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)
         if self.replay not in ("safe", None):
             raise ConfigError("REPLAY", f"is {self.replay!r}", "Give 'safe' or None.")
+        if self.commit_outcome not in ("record", None):
+            raise ConfigError(
+                "COMMIT_OUTCOME", f"is {self.commit_outcome!r}", "Give 'record' or None."
+            )
+        if number("OUTCOME_DEADLINE", self.outcome_deadline, exclusive=True) > MOST_SECONDS:
+            raise ConfigError(
+                "OUTCOME_DEADLINE",
+                f"is {self.outcome_deadline!r}",
+                f"Give at most {MOST_SECONDS}: a request waits for it.",
+            )
         number("REBALANCE", self.rebalance, optional=True)
         if self.trials not in ("inline", "background"):
             raise ConfigError("TRIALS", f"is {self.trials!r}", "Give 'inline' or 'background'.")

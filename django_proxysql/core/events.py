@@ -18,6 +18,7 @@ __all__ = [
     "BlockRetried",
     "CircuitClosed",
     "CircuitOpened",
+    "CommitResolved",
     "ConnectFailed",
     "Connected",
     "ConnectionLost",
@@ -157,6 +158,22 @@ class BlockRetried:
 
 
 @dataclass(frozen=True)
+class CommitResolved:
+    """The answer to a COMMIT was lost, and the engine has asked what became of it."""
+
+    balancer: str
+    #: The peer that COMMIT was sent to.
+    peer: str
+    address: str
+    #: "committed", "rolled_back", or "unknown": no peer could tell in time.
+    outcome: str
+    #: How long the asking took, in seconds.
+    seconds: float
+    #: What COMMIT met.
+    error: str
+
+
+@dataclass(frozen=True)
 class PeerDrained:
     """A peer is to get no new connections, and to lose those it has at their safe points."""
 
@@ -190,6 +207,7 @@ Event = Union[
     ConnectionReplaced,
     StatementReplayed,
     BlockRetried,
+    CommitResolved,
     PeerDrained,
     PeerUndrained,
 ]

@@ -127,6 +127,8 @@ _OPENED = f"%(balancer)s: circuit of {_PEER} opened"
 _CLOSED = f"%(balancer)s: circuit of {_PEER} closed"
 _OUT = "the peer was out for %(seconds).1f s"
 _RESCUED = "from %(peer)s to %(successor)s%(more)s: %(error)s"
+_ASKED = f"%(balancer)s: COMMIT sent to {_PEER} was not answered"
+_ASKED_IN = ", found out in %(seconds).3f s%(more)s: %(error)s"
 #: A dying peer has many connections, and each has such a line.
 _ONCE_A_SECOND = Limited(1, per=("balancer",))
 
@@ -323,6 +325,39 @@ _ROWS = (
                     unit="{block}",
                 ),
                 telemetry="django_proxysql.block.retries",
+            ),
+        ),
+    ),
+    Report(
+        events.CommitResolved,
+        lines=(
+            Line(
+                logging.WARNING,
+                f"{_ASKED} and stands{_ASKED_IN}",
+                {"outcome": "committed"},
+                Limited(1, per=("balancer",)),
+            ),
+            Line(
+                logging.WARNING,
+                f"{_ASKED} and was rolled back{_ASKED_IN}",
+                {"outcome": "rolled_back"},
+                Limited(1, per=("balancer",)),
+            ),
+            Line(logging.ERROR, f"{_ASKED} and may stand or not{_ASKED_IN}"),
+        ),
+        signal="commit_resolved",
+        counts=(
+            Count(
+                Metric(
+                    "commits_resolved",
+                    "COMMITs whose answer was lost, by what the engine found out about them.",
+                    "outcome",
+                    "{commit}",
+                ),
+                by="outcome",
+                words={word: word for word in ("committed", "rolled_back", "unknown")},
+                telemetry="django_proxysql.commit.outcomes",
+                attributes=("outcome",),
             ),
         ),
     ),

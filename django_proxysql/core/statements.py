@@ -42,9 +42,9 @@ from .dialects import (
 from .dialects import PURE as _PURE
 
 __all__ = [
-    *("CALLS", "IDS", "READ", "RESULT", "SCOPED", "STATE"),
-    *("CALL", "is_plain", "is_provable_read", "kinds", "makes_ids", "readings", "scan", "writes"),
-    *("without_lock", "without_tail"),
+    *("CALL", "CALLS", "ENDS", "IDS", "KEEPS_HEADS", "READ", "RESULT", "SCOPED", "STATE"),
+    *("head_of", "is_plain", "is_provable_read", "kinds", "makes_ids", "readings", "scan"),
+    *("without_lock", "without_tail", "writes"),
 ]
 
 #: Looks like a read. Only decides whether the socket is looked at first.
@@ -59,6 +59,8 @@ CALLS = 8
 IDS = 16
 #: Of SCOPED: asks what the statement before did: ROW_COUNT(), SHOW WARNINGS.
 RESULT = 32
+#: May end the transaction that it is sent in, as MySQL's DDL does: see :func:`.texts.may_end`.
+ENDS = 64
 
 #: The memo of :func:`scan`, to be asked directly where a call costs too much.
 kinds: dict[Any, int] = {}
@@ -89,6 +91,10 @@ _STATELESS_HEADS = _READ_HEADS | {
     *("ANALYZE", "OPTIMIZE", "CHECK", "REPAIR", "VACUUM", "REFRESH", "NOTIFY", "KILL"),
     # Of a transaction, and gone with it. BEGIN and START are not here.
     *("SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT"),
+}
+#: No transaction ends by these.
+KEEPS_HEADS = _READ_HEADS | {
+    *("INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "WITH", "SAVEPOINT", "RELEASE", "NOTIFY"),
 }
 #: What may stand between two words, piece by piece: spaces and comments, as either server ends
 #: them. There is one way only to read each piece.
@@ -219,7 +225,9 @@ def makes_ids(sql: Any) -> bool:
     if isinstance(sql, bytes):
         sql = sql.decode("latin-1")
     return (
-        not isinstance(sql, str) or _head(sql) not in _MAKE_NO_IDS or _NEXT.search(sql) is not None
+        not isinstance(sql, str)
+        or head_of(sql) not in _MAKE_NO_IDS
+        or _NEXT.search(sql) is not None
     )
 
 
@@ -234,7 +242,8 @@ def readings(text: str) -> tuple[str, ...]:
     return (text.replace("\r", "\n"), text.replace("\r", " ")) if "\r" in text else (text,)
 
 
-def _head(text: str) -> str:
+def head_of(text: str) -> str:
+    """Return a statement's first word, in capitals; "" where it is not seen."""
     found = _HEAD.match(text)
     return (found.group(1) or "").upper() if found else ""
 
@@ -248,9 +257,11 @@ def _scan(text: str) -> int:
 
 
 def _scan_reading(text: str) -> int:
-    head = _head(text)
+    head = head_of(text)
     kind = 0
     lowered = text.lower()
+    if head not in KEEPS_HEADS:
+        kind |= ENDS
     if head in _READ_HEADS and not (head in _EXPLAIN_HEADS and _ANALYZE.search(text)):
         kind |= READ
         if _calls_unknown(text):

@@ -9,9 +9,16 @@ import enum
 import re
 from typing import Any
 
-from .statements import is_plain, is_provable_read, without_tail
+from .statements import (
+    KEEPS_HEADS,
+    head_of,
+    is_plain,
+    is_provable_read,
+    readings,
+    without_tail,
+)
 
-__all__ = ["Text", "is_of_transaction", "names_in", "tells_time", "text_of"]
+__all__ = ["Text", "is_of_transaction", "may_end", "names_in", "tells_time", "text_of"]
 
 #: Longer texts are values, and no setting.
 _LENGTH = 20_000
@@ -60,6 +67,41 @@ def text_of(sql: Any, dialect: str | None) -> Text:
 def is_of_transaction(sql: Any) -> bool:
     """Return whether ``sql`` sets something until PostgreSQL's transaction ends, and no longer."""
     return isinstance(sql, str) and _TRANSACTION_SETTING.fullmatch(without_tail(sql)) is not None
+
+
+_BACK_TO_SAVEPOINT = re.compile(r"\s*ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b", re.IGNORECASE)
+#: PostgreSQL's DDL is part of its transaction.
+_ENDS_POSTGRESQL = frozenset(
+    {"", "BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "PREPARE", "CALL", "EXECUTE"}
+)
+_KEEPS_MYSQL = frozenset({"SET", "USE", "DO", "SAVEPOINT", "RELEASE"})
+_SET_THAT_ENDS = re.compile(r"\b(?:autocommit|password|statement)\b", re.IGNORECASE)
+
+
+def may_end(sql: Any, vendor: str) -> bool:
+    """Return whether ``sql`` may end the transaction that it is sent in.
+
+    For statements in which :func:`.statements.scan` has found STATE or ENDS.
+
+    :param vendor: "mysql" or "postgresql", as Django says it.
+    """
+    if not isinstance(sql, (str, bytes)):
+        return True
+    text = sql.decode("latin-1") if isinstance(sql, bytes) else sql
+    return any(_may_end(reading, vendor) for reading in readings(without_tail(text)))
+
+
+def _may_end(text: str, vendor: str) -> bool:
+    if ";" in text:
+        return True
+    if _BACK_TO_SAVEPOINT.match(text):
+        return False
+    head = head_of(text)
+    if vendor == "postgresql":
+        return head in _ENDS_POSTGRESQL
+    if head in _KEEPS_MYSQL:
+        return head == "SET" and _SET_THAT_ENDS.search(text) is not None
+    return head not in KEEPS_HEADS
 
 
 _TIME = re.compile(

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..exceptions import NoPeerAvailable, NotReady, PoolBusy
 from ..faults import Fault
-from .base import Driver, generic
+from .base import Driver, generic, is_of_first
 from .mysql import mysql
 from .mysql_connector import mysql_connector
 from .oracle import oracle
@@ -32,6 +32,7 @@ __all__ = [
     "generic",
     "is_by_server",
     "is_driver_error",
+    "is_of_first",
     "is_of_settings",
     "judge",
     "layers",

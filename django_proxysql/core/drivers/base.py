@@ -5,12 +5,29 @@ PEP 249's names, and nothing more. A driver's own file overrides what differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..faults import Fault
 
-__all__ = ["Driver", "generic"]
+__all__ = ["Driver", "generic", "is_of_first", "marking_first"]
+
+
+@contextlib.contextmanager
+def marking_first() -> Iterator[None]:
+    """Note on an exception that it was raised before COMMIT was run."""
+    try:
+        yield
+    except Exception as exc:
+        with contextlib.suppress(AttributeError):
+            exc._django_proxysql_of_first = True  # type: ignore[attr-defined]
+        raise
+
+
+def is_of_first(exc: BaseException) -> bool:
+    """Return whether ``exc`` is marked by :func:`marking_first`."""
+    return getattr(exc, "_django_proxysql_of_first", False)
 
 
 class Driver:
@@ -47,6 +64,35 @@ class Driver:
     def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
         """Return connect() arguments that bound a throw-away connection too."""
         return {}
+
+    def recording_options(self, params: Any) -> dict[str, Any]:
+        """Return connect() arguments by which a packet may hold two statements."""
+        return {}
+
+    def takes_two(self, params: Any) -> bool:
+        """Return whether a packet may hold two statements on connections made with ``params``."""
+        return False
+
+    def may_write(self, connection: Any) -> bool:
+        """Return whether, as far as the driver knows, the open transaction takes a write."""
+        return True
+
+    def commit_after(self, connection: Any, statement: str, together: bool) -> None:
+        """Run ``statement`` and COMMIT.
+
+        What ``statement`` met is marked (:func:`is_of_first`), where the driver knows that it
+        was not COMMIT.
+
+        :param together: in one packet.
+        :raises Exception: the driver's error.
+        """
+        with marking_first():
+            cursor = connection.cursor()
+            try:
+                cursor.execute(statement)
+            finally:
+                cursor.close()
+        connection.commit()
 
     def known_options(self) -> frozenset[str] | None:
         """Return what connect() takes by name, and Django's engine in OPTIONS; None: not known."""

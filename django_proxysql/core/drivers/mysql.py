@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-from .base import Driver
+from .base import Driver, marking_first
 
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
@@ -105,6 +105,8 @@ def _root_of(function: Any) -> str:
 
 #: The protocol's SERVER_STATUS_IN_TRANS.
 _IN_TRANSACTION = 1
+#: The protocol's CLIENT_MULTI_STATEMENTS.
+_MULTI_STATEMENTS = 1 << 16
 
 
 def _fileno_of(sock: Any) -> object:
@@ -196,6 +198,38 @@ class MySQL(Driver):
         (PEP 249), and Django switches it on again: two round trips that change nothing.
         """
         return {} if "autocommit" in params else {"autocommit": autocommit}
+
+    def recording_options(self, params: Any) -> dict[str, Any]:
+        """Return the flag that PyMySQL leaves out, and mysqlclient sets by itself."""
+        if not self.takes_two(params):
+            return {}
+        return {"client_flag": params.get("client_flag", 0) | _MULTI_STATEMENTS}
+
+    def takes_two(self, params: Any) -> bool:
+        """Return whether ``OPTIONS["multi_statements"]`` says nothing else."""
+        return bool(params.get("multi_statements", True))
+
+    def commit_after(self, connection: Any, statement: str, together: bool) -> None:
+        """Run ``statement`` and COMMIT."""
+        if not together:
+            super().commit_after(connection, statement, together)
+            return
+        is_pymysql = hasattr(connection, "_force_close")
+        with marking_first():
+            connection.query(f"{statement}; COMMIT")
+            if not is_pymysql:
+                connection.store_result()
+        if is_pymysql:
+            is_answered = connection._result.has_next
+            if is_answered:
+                connection.next_result()
+        else:
+            is_answered = connection.next_result() == 0
+            if is_answered:
+                connection.store_result()
+        if not is_answered:
+            # Something in between has run the first statement alone.
+            connection.commit()
 
     def greeting(self, connection: Any) -> str:
         """Return the version that the server has greeted with."""

@@ -217,7 +217,7 @@ _OWN = frozenset({"psycopg", "psycopg_c", "psycopg_binary", "psycopg2", "django"
 
 
 #: libpq's PQTRANS_ACTIVE, PQTRANS_INTRANS and PQTRANS_INERROR.
-_ACTIVE, _OPEN = 1, (1, 2, 3)
+_ACTIVE, _OPEN, _FAILED = 1, (1, 2, 3), 3
 
 
 def _number(known: Any) -> int | None:
@@ -282,6 +282,27 @@ class PostgreSQL(Driver):
         if "connect_timeout" in params:
             return {}
         return {"connect_timeout": max(2, math.ceil(seconds))}
+
+    def takes_two(self, params: Any) -> bool:
+        """Return True: what is sent without parameters may be two statements."""
+        return True
+
+    def may_write(self, connection: Any) -> bool:
+        """Return whether the transaction has not failed, and was not begun READ ONLY."""
+        read_only = "readonly" if is_psycopg2(connection) else "read_only"
+        is_failed = int(connection.info.transaction_status) == _FAILED
+        return not is_failed and getattr(connection, read_only, None) is not True
+
+    def commit_after(self, connection: Any, statement: str, together: bool) -> None:
+        """Run ``statement`` and COMMIT.
+
+        psycopg2 keeps its own count of transactions: a COMMIT that is not its own it would send
+        once more. In its pipeline mode psycopg sends no two statements as one.
+        """
+        if not together or is_psycopg2(connection) or self.is_busy(connection):
+            super().commit_after(connection, statement, together)
+        else:
+            connection.execute(f"{statement}; COMMIT", prepare=False).close()
 
     def code_of(self, exc: BaseException) -> str | None:
         """Return the error's SQLSTATE, if it has one."""

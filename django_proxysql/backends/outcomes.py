@@ -1,0 +1,249 @@
+"""Write tokens, and find out what became of a COMMIT whose answer is lost (:mod:`.core.outcome`).
+
+Three steps: :func:`token_for` says before COMMIT what is written with it,
+:func:`commit_with` sends both in one packet, and :func:`stands` asks the peers
+when the answer is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import weakref
+from typing import Any, NamedTuple
+
+from django.db import OperationalError
+from django.db.backends import utils
+
+from ..core import drivers, outcome, ready
+from ..core.balancer import LoadBalancer
+from ..core.breaker import CLOSED
+from ..core.events import CommitResolved
+from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
+from ..core.runtime import renew_in_child
+from ..core.statements import is_provable_read
+from ..errors import CommitOutcomeUnknown
+from .asking import is_of_server, throw_away
+from .decisions import writes_token
+from .sessions import Session
+
+__all__ = ["Token", "commit_with", "stands", "token_for"]
+
+#: Django before 4.2 logs no COMMIT.
+_logged: Any = getattr(utils, "debug_transaction", None) or (
+    lambda connection, sql: contextlib.nullcontext()
+)
+_proven = functools.lru_cache(maxsize=2000)(is_provable_read)
+#: Longer texts have values in them, and would fill the memo.
+_LONGEST_PROVEN = 5000
+
+#: The MySQL family's ER_PARSE_ERROR.
+_SYNTAX_ERROR = 1064
+
+_tokens = Tokens()
+renew_in_child(_tokens)
+
+#: In which schema a balancer's connections find the table, by what they connect with.
+_schemas: weakref.WeakKeyDictionary[LoadBalancer, dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+class Token(NamedTuple):
+    """What a transaction writes before COMMIT."""
+
+    value: bytes
+    #: The table's name, with its schema.
+    table: str
+    #: When COMMIT was sent, on a clock that stops while the host sleeps and on one that does not.
+    sent: tuple[float, float]
+
+
+def token_for(db: Any, session: Session) -> Token | None:
+    """Return what the transaction is to write before COMMIT; None: nothing.
+
+    :raises OperationalError: the table is not there. Nothing was committed.
+    """
+    transaction = db._transaction
+    if not writes_token(
+        enabled=session.balancer.config.commit_outcome is not None,
+        stage=transaction.stage,
+        by_hand=transaction.by_hand,
+        is_whole=transaction.is_whole,
+        only_read=_has_only_read(db, transaction.reads),
+    ):
+        return None
+    if not db._driver.may_write(session.connection):
+        return None
+    table = _table(db, session)
+    return Token(_tokens.next(), table, (time.monotonic(), time.time()))
+
+
+def _has_only_read(db: Any, reads: list[tuple[Any, Any]] | None) -> bool:
+    if not reads:
+        return False
+    dialect = db._dialect()
+    return all(
+        isinstance(sql, str) and len(sql) <= _LONGEST_PROVEN and _proven(sql, dialect=dialect)
+        for sql, _ in reads
+    )
+
+
+def _table(db: Any, session: Session) -> str:
+    vendor = db.vendor
+    if vendor == "mysql" and session.database:
+        return outcome.qualified(vendor, session.database)
+    known = _schemas.setdefault(session.balancer, {})
+    settings = db.settings_dict
+    key = settings["NAME"], settings["USER"]
+    schema = known.get(key)
+    if schema is None:
+        # Once a process, on the session itself: what it has set counts.
+        with db.wrap_database_errors:
+            [(schema,)] = ready.rows(session.connection, outcome.where_is(vendor))
+        if schema is None:
+            raise _missing(session)
+        known[key] = schema
+    return outcome.qualified(vendor, schema)
+
+
+def commit_with(db: Any, session: Any, token: Token) -> Any:
+    """Write the token and COMMIT, in one packet where that can be done; see Django's _commit()."""
+    driver, connection = db._driver, session.connection
+    statement = outcome.insert(db.vendor, token.table, token.value)
+    with _logged(db, "COMMIT"), db.wrap_database_errors:
+        try:
+            driver.commit_after(connection, statement, session.takes_two)
+        except Exception as exc:
+            if not session.takes_two or driver.code_of(exc) != _SYNTAX_ERROR:
+                raise
+            # Something in between takes no two statements. MySQL's transaction is still open.
+            session.takes_two = False
+            driver.commit_after(connection, statement, together=False)
+
+
+def stands(db: Any, session: Session, token: Token, cause: BaseException) -> bool:
+    """Return True if a transaction whose COMMIT met an error stands all the same.
+
+    Its record says what is known of it afterwards.
+
+    :param cause: the driver's error; no conflict, and not one that proves that nothing was sent.
+    :raises Error: it does not stand, or nobody can tell. None: the error is the application's.
+    """
+    driver, transaction = db._driver, db._transaction
+    refused = outcome.refusal(driver.code_of(cause), str(cause))
+    if refused is not None:
+        transaction.rolled_back()
+        raise _refused(session, refused, cause) from cause
+    if drivers.is_of_first(cause) and driver.is_answer(cause) and is_of_server(db, session):
+        # The server has not come to COMMIT.
+        transaction.commit_not_sent()
+        return False
+    if not (driver.outcome_is_unknown(cause) or driver.proves_not_run(cause)):
+        return False
+    found = _find_out(db, session, token, cause)
+    if found is Outcome.UNKNOWN:
+        transaction.outcome_unknown()
+        raise CommitOutcomeUnknown(*cause.args) from cause
+    if found is Outcome.ROLLED_BACK:
+        transaction.rolled_back()
+        raise _rolled_back(session, cause) from cause
+    return True
+
+
+def _find_out(db: Any, session: Session, token: Token, cause: BaseException) -> Outcome:
+    """Ask the peers what became of a COMMIT, for OUTCOME_DEADLINE at most."""
+    balancer, config = session.balancer, session.balancer.config
+
+    def candidates() -> list[str]:
+        circuits = [(peer.name, peer.breaker.circuit) for peer in balancer.peers.values()]
+        known = [Candidate(name, one.state == CLOSED, one.suspect) for name, one in circuits]
+        return outcome.peers_to_ask(known, session.peer.name, config.synchronous_peers)
+
+    began = time.monotonic()
+    ask = functools.partial(_ask, db, session, token)
+    found = outcome.ask_until(candidates, ask, config.outcome_deadline, token.sent)
+    peer, seconds = session.peer, time.monotonic() - began
+    balancer.emit(
+        CommitResolved(
+            balancer.name, peer.name, peer.address, found.value, seconds, drivers.describe(cause)
+        )
+    )
+    return found
+
+
+def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> Answer:
+    """Ask one peer, on a connection of its own that is closed afterwards."""
+    peer = session.balancer.peers[name]
+    try:
+        with throw_away(db, peer, seconds) as connection:
+            return _fence(db, connection, token)
+    except Exception:
+        # Whatever it was, it is no answer.
+        return Answer.NONE
+
+
+def _fence(db: Any, connection: Any, token: Token) -> Answer:
+    vendor, driver = db.vendor, db._driver
+    _wait_briefly(vendor, connection)
+    if not _is_true(ready.rows(connection, outcome.is_fit(vendor, token.table))):
+        return Answer.UNFIT
+    try:
+        ready.rows(connection, outcome.fence(vendor, token.table, token.value))
+        connection.commit()
+    except Exception as exc:
+        if outcome.refusal(driver.code_of(exc), str(exc)) is not Refusal.FENCED:
+            raise
+    else:
+        return Answer.INSERTED
+    connection.rollback()
+    rows = ready.rows(connection, outcome.reads_row(vendor, token.table, token.value))
+    if not rows:
+        return Answer.NONE
+    return Answer.FENCE_STANDS if _is_true(rows) else Answer.COMMIT_STANDS
+
+
+def _is_true(rows: list[Any]) -> bool:
+    return bool(rows) and bool(rows[0][0])
+
+
+def _wait_briefly(vendor: str, connection: Any) -> None:
+    """Have the connection wait a second at most for a lock, and for no other node."""
+    if vendor == "postgresql":
+        # LOCAL: a pooler gives the server's session to others.
+        ready.rows(connection, "SET LOCAL lock_timeout = '1s'")
+        return
+    ready.rows(connection, "SET SESSION innodb_lock_wait_timeout = 1")
+    with contextlib.suppress(Exception):
+        # MySQL has none.
+        ready.rows(connection, "SET SESSION wsrep_sync_wait = 0")
+
+
+# What is raised
+
+
+def _missing(session: Session) -> OperationalError:
+    return OperationalError(
+        f"{session.balancer.name}: COMMIT_OUTCOME is 'record', and there is no table "
+        f"{outcome.TABLE}. Nothing was committed. Run: manage.py migrate "
+        f"--database {session.balancer.name}"
+    )
+
+
+def _refused(session: Session, why: Refusal, cause: BaseException) -> OperationalError:
+    if why is Refusal.MISSING:
+        return _missing(session)
+    if why is Refusal.FENCED:
+        return _rolled_back(session, cause)
+    return OperationalError(
+        f"{session.balancer.name}: COMMIT_OUTCOME is 'record', and the user may not write to "
+        f"{outcome.TABLE} ({drivers.describe(cause)}). Nothing was committed. Grant SELECT, "
+        "INSERT, UPDATE and DELETE on it."
+    )
+
+
+def _rolled_back(session: Session, cause: BaseException) -> OperationalError:
+    return OperationalError(
+        f"{session.balancer.name}: the transaction was rolled back. COMMIT was sent to "
+        f"{session.peer.name} and not answered ({drivers.describe(cause)}). The engine has asked "
+        "the database: nothing of the transaction stands, and nothing can any more."
+    )

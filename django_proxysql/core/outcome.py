@@ -1,0 +1,326 @@
+"""What became of a COMMIT whose answer is lost: the token, the SQL and the verdict, without I/O.
+
+A transaction writes a token as the last thing before COMMIT. If the answer to
+COMMIT is lost, the engine writes the same token in a transaction of its own, the
+*fence*. The table has the token as its primary key, so only one of the two can
+stand. A row says which of the two wrote it: a fence whose own answer is lost must
+not be read as the transaction.
+"""
+# Statements are put together of names and tokens of our own.
+# ruff: noqa: S608
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from .runtime import new_lock
+
+__all__ = [
+    *("LEAST_AGE", "TABLE", "Answer", "Candidate", "Outcome", "Refusal"),
+    *("Tokens", "ask_until", "creates", "deletes", "fence", "insert", "is_fit", "oldest_kept"),
+    *("peers_to_ask", "qualified", "reads_row", "refusal", "verdict", "where_is"),
+]
+
+#: The table's name, as in Django's own tables: the app's label, and what a row is.
+TABLE = "django_proxysql_commit"
+
+#: Seconds: the least age at which a token is deleted. A token is asked about while it is younger
+#: than half of that, and OUTCOME_DEADLINE is shorter still: none in doubt is deleted.
+LEAST_AGE = 3600
+
+
+class Outcome(enum.Enum):
+    """What became of a COMMIT."""
+
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled_back"
+    UNKNOWN = "unknown"
+
+
+class Answer(enum.Enum):
+    """What a peer says to a fence."""
+
+    #: The fence stands: the transaction does not, and cannot any more.
+    INSERTED = "inserted"
+    #: The transaction's own row is there.
+    COMMIT_STANDS = "commit stands"
+    #: An earlier fence's row is there: its answer was lost, or another process asked as well.
+    FENCE_STANDS = "fence stands"
+    #: A lock wait, a conflict, a loss, a refusal: ask again.
+    NONE = "none"
+    #: The table keeps rows that a rollback undoes, or takes a token twice: its rows prove nothing.
+    UNFIT = "unfit"
+
+
+_VERDICTS = {
+    Answer.INSERTED: Outcome.ROLLED_BACK,
+    Answer.FENCE_STANDS: Outcome.ROLLED_BACK,
+    Answer.COMMIT_STANDS: Outcome.COMMITTED,
+    Answer.UNFIT: Outcome.UNKNOWN,
+}
+
+
+def verdict(answer: Answer, age: float) -> Outcome | None:
+    """Return what an answer proves; None: nothing, ask again.
+
+    :param age: seconds since COMMIT was sent, by whichever clock says more. A process that
+        was stopped for an hour may find that the token has been deleted meanwhile.
+    """
+    return Outcome.UNKNOWN if age >= LEAST_AGE / 2 else _VERDICTS.get(answer)
+
+
+class Candidate(NamedTuple):
+    """What counts for whether a peer is asked."""
+
+    name: str
+    #: Its circuit is closed.
+    closed: bool
+    #: It has lost a connection, and may be down.
+    suspect: bool
+
+
+def peers_to_ask(peers: Iterable[Candidate], ran_on: str, synchronous: bool) -> list[str]:
+    """Return the names of the peers to ask, in order.
+
+    :param ran_on: the peer that COMMIT was sent to.
+    :param synchronous: the setting SYNCHRONOUS_PEERS. Where peers may lag, absence proves
+        something on the peer alone that the transaction ran on.
+    """
+    fit = [peer for peer in peers if synchronous or peer.name == ran_on]
+    # A peer whose circuit is open is asked only where no other can answer.
+    known = [peer for peer in fit if peer.closed] or fit
+    return [peer.name for peer in sorted(known, key=lambda peer: peer.suspect)]
+
+
+#: Seconds that one question may take: a lock wait of one, and the network.
+_ONE_QUESTION = 2.0
+#: Seconds between two rounds of questions: at first, and at most.
+_FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.5
+
+
+def ask_until(
+    candidates: Callable[[], list[str]],
+    ask: Callable[[str, float], Answer],
+    seconds: float,
+    sent: tuple[float, float],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Outcome:
+    """Ask one peer after the other until one can tell.
+
+    :param candidates: returns the names of the peers to ask, in order: anew for each round.
+    :param ask: asks one of them, for that many seconds at most.
+    :param seconds: for all questions together.
+    :param sent: when COMMIT was sent, by ``clock`` and by ``wall``.
+    """
+    deadline = clock() + seconds
+    wait = _FIRST_WAIT
+    while True:
+        for name in candidates():
+            left = deadline - clock()
+            if left <= 0:
+                return Outcome.UNKNOWN
+            answer = ask(name, min(left, _ONE_QUESTION))
+            found = verdict(answer, max(clock() - sent[0], wall() - sent[1]))
+            if found is not None:
+                return found
+        if clock() + wait >= deadline:
+            return Outcome.UNKNOWN
+        sleep(wait)
+        wait = min(2 * wait, _LONGEST_WAIT)
+
+
+class Tokens:
+    """Gives out UUIDv7s (RFC 9562) that grow, also when the clock goes back.
+
+    Time first, so that the table's index grows at its end; 62 random bits last, so that no
+    two processes have one token, a parent and its forked child included.
+
+    :param clock: seconds since the epoch.
+    :param random: returns that many random bytes. It must differ in a forked child.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.time, random: Callable[[int], bytes] = os.urandom
+    ) -> None:
+        self._clock = clock
+        self._random = random
+        self._lock = new_lock()
+        #: 48 bits of milliseconds and 12 bits of a counter, of the last token.
+        self._last = 0
+
+    def next(self) -> bytes:
+        """Return a new token: 16 bytes."""
+        now = int(self._clock() * 1000) << 12
+        # Guards the last token's time and count.
+        with self._lock:
+            self._last = last = max(now, self._last + 1)
+        head = (last >> 12) << 16 | 0x7000 | last & 0xFFF
+        tail = int.from_bytes(self._random(8), "big") & (1 << 62) - 1 | 1 << 63
+        return (head << 64 | tail).to_bytes(16, "big")
+
+    def after_fork(self) -> None:
+        """In the child: a lock that no thread holds."""
+        self._lock = new_lock()
+
+
+# What is sent. "mysql" and "postgresql" are Django's vendors.
+
+
+def qualified(vendor: str, schema: str) -> str:
+    """Return the table's name with its schema: a session's USE or search_path changes nothing."""
+    mark = '"' if vendor == "postgresql" else "`"
+    return f"{mark}{schema.replace(mark, mark * 2)}{mark}.{TABLE}"
+
+
+def where_is(vendor: str) -> str:
+    """Return the question in which schema a session finds the table: one value, or NULL."""
+    if vendor == "postgresql":
+        return (
+            "SELECT (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n"
+            f" ON n.oid = c.relnamespace WHERE c.oid = to_regclass('{TABLE}'))"
+        )
+    return (
+        "SELECT (SELECT TABLE_SCHEMA FROM information_schema.TABLES"
+        f" WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = '{TABLE}')"
+    )
+
+
+def _literal(vendor: str, token: bytes) -> str:
+    return f"'{token.hex()}'" if vendor == "postgresql" else f"0x{token.hex()}"
+
+
+def _insert(vendor: str, table: str, token: bytes, is_fence: bool) -> str:
+    # Not now(), which in PostgreSQL is the moment at which the transaction began.
+    now = "clock_timestamp()" if vendor == "postgresql" else "UTC_TIMESTAMP(6)"
+    return (
+        f"INSERT INTO {table} (token, fence, created)"
+        f" VALUES ({_literal(vendor, token)}, {'TRUE' if is_fence else 'FALSE'}, {now})"
+    )
+
+
+def insert(vendor: str, table: str, token: bytes) -> str:
+    """Return what a transaction writes before COMMIT."""
+    return _insert(vendor, table, token, is_fence=False)
+
+
+def fence(vendor: str, table: str, token: bytes) -> str:
+    """Return what the engine writes when the answer to that COMMIT is lost."""
+    return _insert(vendor, table, token, is_fence=True)
+
+
+def reads_row(vendor: str, table: str, token: bytes) -> str:
+    """Return the question who wrote a token: one row if it is there, true for a fence."""
+    # FOR UPDATE: the row as it is now, from where writes go.
+    return f"SELECT fence FROM {table} WHERE token = {_literal(vendor, token)} FOR UPDATE"
+
+
+def is_fit(vendor: str, table: str) -> str:
+    """Return the question whether the table proves anything: one row, true or false.
+
+    A rollback must undo its rows, a crash of the server must keep them, and no token may be
+    there twice.
+    """
+    if vendor == "postgresql":
+        return (
+            "SELECT c.relpersistence = 'p' AND EXISTS (SELECT 1 FROM pg_index i"
+            " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]"
+            " WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate"
+            " AND i.indnatts = 1 AND i.indpred IS NULL AND a.attname = 'token')"
+            f" FROM pg_class c WHERE c.oid = '{table}'::regclass"
+        )
+    schema = table.rpartition(".")[0][1:-1].replace("``", "`").replace("'", "''")
+    of_it = f"TABLE_SCHEMA = '{schema}' AND TABLE_NAME = '{TABLE}'"
+    return (
+        "SELECT ENGINE = 'InnoDB' AND (SELECT GROUP_CONCAT(COLUMN_NAME)"
+        f" FROM information_schema.STATISTICS WHERE {of_it} AND INDEX_NAME = 'PRIMARY') = 'token'"
+        f" FROM information_schema.TABLES WHERE {of_it}"
+    )
+
+
+def creates(vendor: str) -> str:
+    """Return what makes the table, where it is not there, in the session's own schema."""
+    if vendor == "postgresql":
+        return (
+            f"CREATE TABLE IF NOT EXISTS {TABLE} (token uuid NOT NULL PRIMARY KEY,"
+            " fence boolean NOT NULL, created timestamptz NOT NULL)"
+        )
+    return (
+        f"CREATE TABLE IF NOT EXISTS {TABLE} (token binary(16) NOT NULL PRIMARY KEY,"
+        " fence boolean NOT NULL, created datetime(6) NOT NULL) ENGINE = InnoDB"
+    )
+
+
+def oldest_kept(now: float, seconds: float) -> bytes:
+    """Return the least token that is not older than ``seconds``.
+
+    :param now: seconds since the epoch.
+    :raises ValueError: ``seconds`` is less than :data:`LEAST_AGE`.
+    """
+    if not seconds >= LEAST_AGE:
+        raise ValueError(f"tokens younger than {LEAST_AGE} s may be in doubt, and are kept")
+    return (max(0, int((now - seconds) * 1000)) << 80).to_bytes(16, "big")
+
+
+def deletes(vendor: str, table: str, before: bytes, seconds: float, most: int) -> str:
+    """Return what deletes the oldest tokens. Two clocks must agree that they are old.
+
+    :param before: see :func:`oldest_kept`: by this host's clock.
+    :param seconds: their age by the server's clock.
+    :param most: how many rows at most.
+    """
+    bound = _literal(vendor, before)
+    if vendor == "postgresql":
+        return (
+            f"DELETE FROM {table} WHERE token IN (SELECT token FROM {table}"
+            f" WHERE token < {bound} AND created < clock_timestamp()"
+            f" - interval '{seconds:.0f} seconds'"
+            f" ORDER BY token LIMIT {most:d} FOR UPDATE SKIP LOCKED)"
+        )
+    return (
+        f"DELETE FROM {table} WHERE token < {bound}"
+        f" AND created < UTC_TIMESTAMP(6) - INTERVAL {seconds:.0f} SECOND"
+        f" ORDER BY token LIMIT {most:d}"
+    )
+
+
+# What servers answer
+
+
+class Refusal(enum.Enum):
+    """Why a server does not take a transaction's token. COMMIT was not run then."""
+
+    #: A fence has it: another thread of control asked meanwhile, while this one was stopped.
+    FENCED = "fenced"
+    #: There is no such table.
+    MISSING = "missing"
+    #: The user may not write to it.
+    DENIED = "denied"
+
+
+_REFUSALS = {
+    # The MySQL family's numbers, PostgreSQL's SQLSTATEs.
+    **dict.fromkeys((1062, 1586, "23505"), Refusal.FENCED),
+    **dict.fromkeys((1146, 1051, 1049, "42P01", "3F000"), Refusal.MISSING),
+    **dict.fromkeys((1142, 1143, 1044, 1370, "42501"), Refusal.DENIED),
+}
+
+
+def refusal(code: object, text: str) -> Refusal | None:
+    """Return what an error says about the token; None: it is not about the token.
+
+    :param code: the driver's number or SQLSTATE.
+    :param text: the error's text. COMMIT may answer PostgreSQL's deferred constraints with the
+        same codes: these errors name other tables.
+    """
+    found = _REFUSALS.get(code) if isinstance(code, (int, str)) else None
+    if found is Refusal.FENCED and isinstance(code, int):
+        # MySQL's text names a key only, and its COMMIT checks no keys.
+        return found
+    return found if TABLE in text else None

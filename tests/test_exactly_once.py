@@ -1,0 +1,120 @@
+"""``COMMIT_OUTCOME: "record"``: a COMMIT whose answer is lost is asked about, on real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.db import OperationalError, transaction
+
+from django_proxysql.core import outcome
+from django_proxysql.core.events import CommitResolved
+from django_proxysql.errors import CommitOutcomeUnknown
+from tests.site import Site, site
+
+#: What is in the packet of COMMIT, and in no AUTOCOMMIT. psycopg2 sends the token ahead.
+COMMIT = b"COMMIT" if os.environ.get("TEST_DRIVER") == "psycopg2" else b"; COMMIT"
+
+
+def run(connection: Any, *statements: str) -> list[Any]:
+    """Run statements by Django's cursor; return the last one's rows."""
+    with connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+        return list(cursor.fetchall()) if cursor.description else []
+
+
+def with_tokens(plain: Any) -> None:
+    """Leave an empty table of tokens there."""
+    run(plain, f"DROP TABLE IF EXISTS {outcome.TABLE}", outcome.creates(plain.vendor))
+
+
+@contextlib.contextmanager
+def recording(server: Any, fault_proxy: Callable[..., Any], **settings: Any) -> Iterator[Site]:
+    with site(server, fault_proxy, **{"COMMIT_OUTCOME": "record", **settings}) as here:
+        with_tokens(here.plain)
+        yield here
+
+
+@pytest.fixture(params=["mariadb", "postgres"])
+def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., Any]) -> Iterator[Site]:
+    driver = os.environ.get("TEST_DRIVER")
+    if driver and (driver == "psycopg2") is not (request.param == "postgres"):
+        pytest.skip(f"{driver} is not {request.param}'s")
+    with recording(request.getfixturevalue(request.param), fault_proxy) as made:
+        yield made
+
+
+def tokens(here: Site) -> list[bool]:
+    """Who wrote each token that is there: True for a fence."""
+    return [bool(fence) for (fence,) in run(here.plain, f"SELECT fence FROM {outcome.TABLE}")]
+
+
+def resolved(here: Site) -> list[str]:
+    return [event.outcome for event in here.events if type(event) is CommitResolved]
+
+
+def block(here: Site, value: str) -> list[str]:
+    """Write in a block; return what its hook saw, once for each time it ran."""
+    ran: list[str] = []
+    with transaction.atomic("balanced"):
+        transaction.on_commit(lambda: ran.append(value), using="balanced")
+        here.write(value)
+    return ran
+
+
+class TestVerdicts:
+    def test_answered_commit_leaves_a_token(self, here: Site) -> None:
+        assert block(here, "one") == ["one"]
+        assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], [])
+
+    @pytest.mark.parametrize("how", ["after", "reply"])
+    def test_committed_block_ends_well_and_runs_its_hooks_once(self, here: Site, how: str) -> None:
+        here.read()
+        if how == "after":
+            here.here.cut_after(COMMIT)
+        else:
+            here.here.cut_reply(0, COMMIT)
+        assert block(here, "one") == ["one"]
+        assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], ["committed"])
+        assert block(here, "two") == ["two"]
+
+    def test_rolled_back_block_says_so(self, here: Site) -> None:
+        here.read()
+        here.here.cut_before(COMMIT)
+        with pytest.raises(OperationalError, match="was rolled back") as raised:
+            block(here, "one")
+        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
+        assert block(here, "two") == ["two"]
+
+    def test_unknown_where_nobody_can_tell_in_time(
+        self, mariadb: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        with recording(mariadb, fault_proxy, OUTCOME_DEADLINE=0.3) as here:
+            here.read()
+            here.here.cut_after(COMMIT)
+            for proxy in here.proxies:
+                proxy.refuse()
+            with pytest.raises(CommitOutcomeUnknown):
+                block(here, "one")
+            assert (here.written(), resolved(here)) == (["one"], ["unknown"])
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("driver", ["pymysql", "psycopg2"])
+@pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
+def test_all_of_this_with(driver: str) -> None:
+    pytest.importorskip(driver)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.other_driver", __file__],
+        env={**os.environ, "TEST_DRIVER": driver},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:]
