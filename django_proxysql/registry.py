@@ -22,7 +22,6 @@ from .conf import (
     introduce_peers,
     is_balancer,
     merged_settings,
-    mirrors,
     name_of_a_peer,
 )
 from .core import drivers, runtime
@@ -76,8 +75,6 @@ class Balancers(Mapping[str, LoadBalancer]):
         self._listeners_lock = new_lock()
         #: Those that have been asked for.
         self.known: dict[Any, Registered] = {}
-        #: For tests: further arguments of LoadBalancer by alias, such as a clock.
-        self._options: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, alias: str) -> LoadBalancer:
         """Return the load balancer of ``alias``.
@@ -121,7 +118,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             # Made outside any lock, for a strategy's module may be imported on
             # the way. Of two threads that come here at once, one's is kept.
             config = balancer_config(alias, self._entries[alias], connections.databases)
-            balancer = LoadBalancer(config, **self._options.get(alias, {}))
+            balancer = LoadBalancer(config)
             balancer.no_peer_error = NoPeerAvailable
             registered = Registered(balancer, self._first_read[alias])
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
@@ -158,15 +155,6 @@ class Balancers(Mapping[str, LoadBalancer]):
     def after_fork(self) -> None:
         """In the child: a lock that nobody holds."""
         self._listeners_lock = new_lock()
-
-    def forget(self) -> None:
-        """Drop everything, so that it is read anew. For tests that change DATABASES."""
-        for entry in list(connections.databases.values()):
-            entry.pop(NAME_KEY, None)
-        self._first_read.clear()
-        self._entries.clear()
-        mirrors.clear()
-        self.known.clear()
 
 
 class _BackgroundTrial:

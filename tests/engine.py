@@ -20,8 +20,10 @@ from unittest import mock
 
 from django.db import connections
 
+from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends.connecting import LoadBalancedMixin
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf import ENGINE, NAME_KEY, mirrors
+from django_proxysql.core.config import BalancerConfig
 from django_proxysql.registry import balancers
 from tests.servers import DATABASE, PASSWORD, USER, Address
 
@@ -61,8 +63,14 @@ def engine(
     """
     entry = {"ENGINE": ENGINE, "PEERS": list(peers), **settings}
     with added({**(databases or {}), alias: entry}):
-        options: dict[str, Any] = {} if clock is None else {"clock": clock, "jitter": lambda: 0.5}
-        with mock.patch.dict(balancers._options, {alias: options}):
+        plain = registry.LoadBalancer
+
+        def with_clock(config: BalancerConfig) -> LoadBalancer:
+            if clock is None or config.name != alias:
+                return plain(config)
+            return plain(config, clock=clock, jitter=lambda: 0.5)
+
+        with mock.patch.object(registry, "LoadBalancer", with_clock):
             yield connections[alias]
 
 
@@ -74,7 +82,7 @@ def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
     for alias in hidden:
         del connections[alias]
     connections.databases.update(configured(databases))
-    balancers.forget()
+    forget()
     try:
         with _all_closed():
             yield
@@ -89,7 +97,15 @@ def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
         connections.databases.update(entries)
         for alias, connection in hidden.items():
             connections[alias] = connection
-        balancers.forget()
+        forget()
+
+
+def forget() -> None:
+    """Have each balancer of DATABASES read and made again."""
+    for entry in list(connections.databases.values()):
+        entry.pop(NAME_KEY, None)
+    for known in (balancers._first_read, balancers._entries, balancers.known, mirrors):
+        known.clear()
 
 
 def configured(databases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

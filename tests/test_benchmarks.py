@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from django.db import connections
 
-from django_proxysql import balancers
 from tests.benchmarks import project, shares, statement, swap
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.figures import Figure, interleaved, table
+from tests.engine import forget
 from tests.servers.mariadb import Node
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def no_aliases_left() -> Iterator[None]:
             connections[alias].connection.close()
         del connections[alias]
         del connections.databases[alias]
-    balancers.forget()
+    forget()
 
 
 def assert_met(figures: list[Figure]) -> None:

@@ -33,6 +33,7 @@ from tests.engine import (
     POSTGRESQL,
     SQLITE,
     engine,
+    forget,
     mysql_peer,
     nodb_cursor,
     postgres_peer,
@@ -532,14 +533,14 @@ def test_wrapper_of_a_bare_dict() -> None:
     wrapper.connection.close()
     wrapper.connection = None
     assert "bare" not in balancers
-    balancers.forget()
+    forget()
 
 
 def test_engine_without_peers_is_misconfigured() -> None:
     """An entry of DATABASES without PEERS is never taken for a plain database."""
     with engine([{"HOST": "127.0.0.1"}]):
         entry = connections.databases["balanced"]
-        balancers.forget()
+        forget()
         for key in ("PEERS", "LOAD_BALANCER", "ENGINE"):
             entry.pop(key, None)
         wrapper: Any = Subclassed(entry, "balanced")

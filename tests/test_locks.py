@@ -128,8 +128,8 @@ def test_signal_handlers_do_not_wait_for_their_own_thread() -> None:
         db.remove_listener(listener)
 
     assert at_every_line(listen, balancer.__file__) > 5
-    assert at_every_line(lambda: pools._pools_of(another()), pools.__file__) > 5
-    assert at_every_line(lambda: pools._pools_of(db).retire("db1"), pools.__file__) > 3
+    assert at_every_line(lambda: pools.pools_of(another()), pools.__file__) > 5
+    assert at_every_line(lambda: pools.pools_of(db).retire("db1"), pools.__file__) > 3
 
     def listen_to_all() -> None:
         registry.balancers.add_listener(listen_to_all)

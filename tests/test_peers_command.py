@@ -223,7 +223,7 @@ def test_examples_in_the_docs(page: str) -> None:
     entries = {alias: {"ENGINE": ENGINE, "PEERS": [{"HOST": "x"}]} for alias in answers}
     with (
         added(entries),
-        mock.patch("django_proxysql.management.commands.peers.inspect", return_value=answers),
+        mock.patch("django_proxysql.management.look.inspect", return_value=answers),
     ):
         assert peers(status=1) == textwrap.dedent(shown)
 
@@ -489,10 +489,10 @@ def test_redis_down(serving: Serving, redis_server: RedisServer) -> None:
     redis_server.kill()
     code, out, _ = serving.project.run()
     assert code == 1
-    assert "balanced: what the processes know is not to be had: Redis does not answer\n" in out
+    assert "balanced: what the other processes know is unknown: Redis does not answer\n" in out
     code, out, err = serving.project.run("--drain", "peer0")
     assert (code, out) == (3, "")
-    assert "does not answer: the processes cannot be told. Nothing was changed." in err
+    assert "does not answer: the processes cannot be reached. Nothing was changed." in err
     assert serving.drained() == []
 
 

@@ -27,7 +27,7 @@ from django_proxysql.conf import (
 )
 from django_proxysql.registry import NoPeerAvailable
 from tests.app.models import Token
-from tests.engine import MYSQL, SQLITE, Clock, engine, mysql_peer, nodb_cursor, sqlite_peer
+from tests.engine import MYSQL, SQLITE, Clock, engine, forget, mysql_peer, nodb_cursor, sqlite_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node
 
@@ -411,7 +411,7 @@ def test_asked_for_before_its_first_connection(mariadb: Node) -> None:
             # As Django before 4.1 has it until then.
             del entry[key]
         del connections["balanced"]
-        balancers.forget()
+        forget()
         assert balancers["balanced"].peers["peer0"].address == f"127.0.0.1:{mariadb.port}"
         for key, default in (*dict.fromkeys(CONNECTION_KEYS, "").items(), ("OPTIONS", {})):
             entry[key] = entry.get(key) or default

@@ -19,7 +19,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import Fault, LoadBalancer
-from django_proxysql.backends.pools import _Pool, _Pools
+from django_proxysql.backends.pools import Pool, Pools
 from django_proxysql.core import runtime
 from django_proxysql.core.breaker import Lease
 from tests.fakes import Driver, peers, raised_by, refused_by_host, running
@@ -38,6 +38,7 @@ GOES_THROUGH |= {"zip", "enumerate", "filter", "iter", "reversed"}
 #: Of these somebody has looked who else may change them: file, name, and why it holds.
 FINE = {
     ("core.balancer", "_faults"): "one search's own",
+    ("conf.reading", "_found"): "one reading's own",
     ("core.budget", "_notes"): "under the lock",
     ("core.holdings", "for_life"): "one session's own",
     ("core.budget", "_barred"): "under the lock",
@@ -165,13 +166,13 @@ def busy(*targets: Callable[[int], object], times: int = TIMES) -> None:
 class TestThreads:
     def test_pools(self) -> None:
         """A pool is looked for while others are made, thrown away and retired."""
-        pools = _Pools()
+        pools = Pools()
 
         class Closes:
             def close(self) -> None:
                 pass
 
-        known = _Pool({}, None)
+        known = Pool({}, None)
         busy(
             lambda n: pools.has(known),
             lambda n: pools.get(f"peer{n}", {"NAME": n}, Closes),
@@ -252,7 +253,7 @@ def test_pools_that_are_looked_through_stay_as_they_are() -> None:
         def close(self) -> None:
             pass
 
-    pools = _Pools()
+    pools = Pools()
     known = pools.find("db1", {"NAME": 1}, Closes)
     for change in (
         lambda: pools.get("db2", {"NAME": 2}, Closes),

@@ -25,7 +25,8 @@ from ..core.exceptions import ConfigError
 from ..registry import balancers
 from .connecting import LoadBalancedMixin
 from .origins import OriginsMixin, is_of_another_package
-from .pools import PooledMixin, has_pools
+from .pooled import PooledMixin
+from .pools import has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
 from .types_of_peers import GeometriesOfPeersMixin, TypesOfPeersMixin, has_geometries, has_types
 

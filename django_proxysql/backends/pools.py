@@ -1,179 +1,43 @@
-"""OPTIONS["pool"] of the PostgreSQL engine: a psycopg_pool.ConnectionPool a peer.
+"""Which psycopg_pool.ConnectionPools a balancer has: one a peer and settings.
 
-Django keeps one pool an alias. Here each is one peer's, made for one set of
-settings: nobody who asks for another database, another user or another server
-gets a connection out of it. What is in it was good when it was put there. So:
+Nothing that asks for another database, another user or another server gets a connection out of
+one. :mod:`.pooled` takes connections out of them.
 
-* A connection whose socket has something to say is tested before it is handed
-  out, and thrown away if it is dead.
-* A pool that has nothing to give says nothing about the peer. As long as other
-  peers are left they go first; then it is waited for, no longer than the
-  attempt may take. Whether the peer is down is told by a throw-away connection
-  straight to it, and by nothing else: its error is the attempt's.
-* When the peer's circuit opens, or it is drained, its pools are closed: what
-  lies in them is of no use, their workers no longer knock at a dead door, and
-  whoever waits is told at once. After its trial it has a fresh one.
-* A forked child never touches its parent's pools: a goodbye on a shared socket
-  would end the parent's session, and their locks may be held for ever.
+A forked child never touches its parent's pools: a goodbye on a shared socket would end the
+parent's session, and their locks may be held for ever.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..conf import CONNECTION_KEYS, merged_settings, same
-from ..core import drivers, runtime, sockets
-from ..core.balancer import Attempt, LoadBalancer
+from ..conf import CONNECTION_KEYS, same
+from ..core import drivers, runtime
+from ..core.balancer import LoadBalancer
 from ..core.events import CircuitOpened, Event, PeerDrained
-from ..core.exceptions import PoolBusy
-from ..core.peer import Peer
 from ..core.runtime import new_lock
-from ..registry import NO_DB_ALIAS, Registered
 
-if TYPE_CHECKING:
-    from .connecting import LoadBalancedMixin as _Base
-else:
-    _Base = object
+__all__ = [
+    "Pool",
+    "Pools",
+    "close_for_good",
+    "close_in_child",
+    "give_back",
+    "has_pools",
+    "is_pooled",
+    "pools_of",
+]
 
-__all__ = ["PooledMixin", "close_for_good", "close_in_child", "give_back", "has_pools", "is_pooled"]
-
-_Check = Callable[[Any], object]
-
-#: Seconds for which a pool is waited for while there are other peers to go to:
-#: enough for it to grow by a connection, where the server is near.
-_A_MOMENT = 0.05
-
-#: Seconds after which whoever waits for a pool looks whether it has been closed.
-#: psycopg_pool tells those who wait, but not who queues up just after that: it asks
-#: whether it is open before it takes its lock, and not there.
-_LOOK_AGAIN = 1.0
+#: What, besides what a connection is made with, is set up in it once.
+_KEYS = (*CONNECTION_KEYS, "CONN_HEALTH_CHECKS", "CONN_MAX_AGE", "TIME_ZONE")
 
 
 def has_pools(wrapper: type) -> bool:
     """Return whether the peer engine ``wrapper`` keeps pools that we know how to keep apart."""
     return getattr(wrapper, "vendor", "") == "postgresql" and hasattr(wrapper, "close_pool")
-
-
-class PooledMixin(_Base):
-    """Lies between our engine and the peer engine's own DatabaseWrapper, if that has pools."""
-
-    #: The pool that the attempt under way takes its connection out of.
-    _checkout: _Checkout | None = None
-
-    @property
-    def pool(self) -> Any:
-        """The pool that the present connection belongs to; while there is none, the first peer's.
-
-        None where there is no pool: OPTIONS ask for none, or the connection
-        was made without one.
-        """
-        connection = self.connection
-        if connection is not None:
-            return getattr(connection, "_pool", None)
-        if self._attempt is not None:
-            # Django's get_new_connection() asks, and opens it, and takes a connection.
-            return self._checkout
-        registered = self._registered()
-        if registered is None:
-            return super().pool  # type: ignore[misc]
-        if self.alias == NO_DB_ALIAS or not _may_have_pools(registered, self.settings_dict):
-            return None
-        peer = next(iter(registered.balancer.peers.values()))
-        settings = _raw_settings(registered, peer, self.settings_dict)
-        if not settings["OPTIONS"].get("pool"):
-            return None
-        return _pools_of(registered.balancer).get(
-            peer.name, settings, functools.partial(self._make_pool, registered, peer, settings)
-        )
-
-    def close_pool(self) -> None:
-        """Close every pool of the balancer, whichever peer's, as Django does before it drops,
-        clones or reconfigures a database. The next connect makes new ones."""
-        registered = self._registered()
-        if registered is None:
-            super().close_pool()  # type: ignore[misc]
-        elif registered.balancer in _known:
-            _pools_of(registered.balancer).close()
-
-    def close_if_health_check_failed(self) -> None:
-        """Do what the peer engine does; what comes out of a pool has been looked at."""
-        if self.connection is not None and not is_pooled(self.connection):
-            super().close_if_health_check_failed()
-
-    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
-        """Open the driver's connection, or take one out of the peer's pool."""
-        attempt = self._attempt
-        registered = self._registered()
-        if (
-            attempt is None
-            or registered is None
-            or self.alias == NO_DB_ALIAS
-            or not self.settings_dict["OPTIONS"].get("pool")
-        ):
-            self._checkout = None
-            return super().get_new_connection(conn_params)
-        own = self._own_settings
-        settings = _raw_settings(registered, attempt.peer, own or self.settings_dict)
-        checkout = self._checkout = _Checkout(
-            _pools_of(registered.balancer),
-            settings,
-            functools.partial(self._make_pool, registered, attempt.peer, settings),
-            attempt,
-            functools.partial(self._connect_directly, conn_params),
-            self._driver,
-        )
-        try:
-            return super().get_new_connection(conn_params)
-        except BaseException:
-            # A place in a pool is lost for ever with a connection that is not given back.
-            if checkout.taken is not None:
-                give_back(checkout.taken)
-            raise
-        finally:
-            self._checkout = None
-
-    def _connect_directly(self, conn_params: dict[str, Any], check: _Check | None) -> None:
-        connection = self.Database.connect(**{**conn_params, "autocommit": True})
-        try:
-            if check is not None:
-                check(connection)
-        finally:
-            connection.close()
-
-    def _make_pool(self, registered: Registered, peer: Peer, settings: dict[str, Any]) -> Any:
-        """Have Django make a pool for ``peer``, not opened yet.
-
-        Its workers configure new connections by the wrapper that it was made
-        with, in threads of their own: one that is nobody's, and stays as it is.
-        """
-        wrapper: Any = copy.copy(self)
-        wrapper.__dict__.pop("wrap_database_errors", None)
-        wrapper.connection = wrapper._hold = wrapper._session = None
-        wrapper._checkout = wrapper._own_settings = None
-        options = dict(settings["OPTIONS"])
-        given = options["pool"]
-        pool_options: dict[str, Any] = {"name": f"{registered.balancer.name}/{peer.name}"}
-        pool_options.update({} if given is True else given)
-        if callable(settings.get("PASSWORD")):
-            pool_options["connection_class"] = _rotating(pool_options.get("connection_class"))
-        # Called by us, whatever CONN_HEALTH_CHECKS says: Django gives the pool one of its own.
-        pool_options.pop("check", None)
-        options["pool"] = pool_options
-        # The health check is made here: psycopg's pool waits a second after
-        # each connection that fails it, and they are dead all at once.
-        wrapper.settings_dict = {**settings, "OPTIONS": options, "CONN_HEALTH_CHECKS": False}
-        wrapper._peer_settings = wrapper.settings_dict
-        # Not this attempt's time, which may be what is left of a deadline.
-        wrapper._attempt = Attempt(peer, registered.balancer.config.connect_timeout, False)
-        # Django keeps pools by alias, in a dictionary of the class's.
-        wrapper._connection_pools = {}
-        return super(PooledMixin, type(wrapper)).pool.fget(wrapper)  # type: ignore[misc]
 
 
 def is_pooled(connection: Any) -> bool:
@@ -214,7 +78,7 @@ def give_back(connection: Any) -> None:
             pass
 
 
-class _Pool:
+class Pool:
     """One peer's pool, and the settings that it was made for."""
 
     def __init__(self, key: Mapping[str, Any], pool: Any) -> None:
@@ -222,12 +86,12 @@ class _Pool:
         self.pool = pool
         #: A connection out of it has worked, and none was found dead since.
         self.proven = False
-        #: Until then somebody is taken to be asking the peer: a time, for whoever
-        #: asks may be killed on the way.
+        #: Until then some thread is taken to be asking the peer. A time: that thread
+        #: may be killed on the way.
         self.asked_until = 0.0
 
 
-class _Pools:
+class Pools:
     """The pools of one balancer. Nothing is waited for under its lock."""
 
     def __init__(self) -> None:
@@ -235,18 +99,18 @@ class _Pools:
         self._lock = new_lock()
         #: Never changed, but replaced by another, under the lock: so it can be looked through
         #: without the lock.
-        self._pools: Mapping[str, tuple[_Pool, ...]] = {}
+        self._pools: Mapping[str, tuple[Pool, ...]] = {}
 
     def get(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """Return the psycopg pool for ``settings``; see :meth:`find`."""
         return self.find(peer, settings, make).pool
 
-    def find(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> _Pool:
+    def find(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Pool:
         """Return the pool of ``peer`` for ``settings``, made if there is none."""
         key = {name: settings.get(name) for name in _KEYS}
         found = self._find(peer, key)
         if found is None:
-            made = _Pool(key, make())
+            made = Pool(key, make())
             with self._lock:
                 # Of two threads that come here at once one's is kept; the
                 # other's was never opened.
@@ -256,23 +120,23 @@ class _Pools:
                     self._replace(peer, (*self._pools.get(peer, ()), made))
         return found
 
-    def _find(self, peer: str, key: Mapping[str, Any]) -> _Pool | None:
+    def _find(self, peer: str, key: Mapping[str, Any]) -> Pool | None:
         for known in self._pools.get(peer, ()):
             if same(known.key, key):
                 return known
         return None
 
-    def has(self, pool: _Pool) -> bool:
+    def has(self, pool: Pool) -> bool:
         """Return whether ``pool`` is still one of them."""
         return any(pool in pools for pools in self._pools.values())
 
-    def discard(self, peer: str, pool: _Pool) -> None:
-        """Have no more to do with one pool that somebody has closed."""
+    def discard(self, peer: str, pool: Pool) -> None:
+        """Forget a pool that was closed elsewhere."""
         with self._lock:
             known = self._pools.get(peer, ())
             self._replace(peer, tuple(one for one in known if one is not pool))
 
-    def _replace(self, peer: str, pools: tuple[_Pool, ...]) -> None:
+    def _replace(self, peer: str, pools: tuple[Pool, ...]) -> None:
         others = {name: known for name, known in self._pools.items() if name != peer}
         self._pools = {**others, peer: pools} if pools else others
 
@@ -284,7 +148,7 @@ class _Pools:
             _close_all(known)
 
     def retire(self, peer: str) -> None:
-        """Have no more to do with a peer's pools, which close on their own."""
+        """Forget a peer's pools, and close them in a thread."""
         with self._lock:
             known = self._pools.get(peer, ())
             self._replace(peer, ())
@@ -297,194 +161,37 @@ class _Pools:
                 # The interpreter is at its end, and takes them along.
                 pass
 
-    def hear(self, event: Event) -> None:
-        """Listen to the balancer."""
+    def notify(self, event: Event) -> None:
+        """Close the pools of a peer that goes out of use; a listener of the balancer."""
         if isinstance(event, (CircuitOpened, PeerDrained)):
             self.retire(event.peer)
 
 
-def _close_all(pools: tuple[_Pool, ...]) -> None:
+def _close_all(pools: tuple[Pool, ...]) -> None:
     for known in pools:
         try:
             known.pool.close()
-        except Exception:  # noqa: S110 - nobody waits for it
+        except Exception:  # noqa: S110 - nothing waits for it
             pass
 
 
-class _Checkout:
-    """What Django's get_new_connection() takes for the pool: takes one connection out of it."""
-
-    def __init__(
-        self,
-        pools: _Pools,
-        settings: Mapping[str, Any],
-        make: Callable[[], Any],
-        attempt: Attempt,
-        ask: Callable[[_Check | None], None],
-        driver: drivers.Driver,
-    ) -> None:
-        self._pools = pools
-        self._settings = settings
-        self._make = make
-        self._attempt = attempt
-        self._connect_directly = ask
-        pool = settings["OPTIONS"]["pool"]
-        #: The site's own, of what comes out of a pool. A peer is well if it passes on a
-        #: connection that was made just now.
-        self._check: _Check | None = pool.get("check") if isinstance(pool, Mapping) else None
-        self._driver = driver
-        self._asked = False
-        #: The connection, from when it has left the pool.
-        self.taken: Any = None
-
-    def open(self) -> None:
-        """Do nothing: it is opened when it is known that the peer lives."""
-
-    def getconn(self) -> Any:
-        """Return a connection to the peer that works, as far as can be seen.
-
-        :raises PoolBusy: there is none just now, and other peers may be asked.
-        :raises PoolTimeout: there is none; the peer is well.
-        :raises Exception: what connecting to the peer directly raised.
-        """
-        from psycopg_pool import PoolClosed, PoolTimeout
-
-        attempt = self._attempt
-        began = time.monotonic()
-        ends = began + attempt.timeout
-        while True:
-            known = self._pools.find(attempt.peer.name, self._settings, self._make)
-            pool = known.pool
-            if attempt.is_trial or not known.proven:
-                self._ask(known)
-            impatient = known.proven and not attempt.may_wait
-            until = min(ends, began + pool.timeout)
-            seconds = min(max(until - time.monotonic(), 0.001), _LOOK_AGAIN)
-            try:
-                if pool.closed:
-                    try:
-                        pool.open()
-                    except Exception as exc:
-                        if not pool.closed:
-                            raise
-                        # Closed for good since it was found. psycopg_pool before 3.3 says so
-                        # by an error that reads like the server's.
-                        self._pools.discard(attempt.peer.name, known)
-                        raise PoolClosed(str(exc)) from None
-                    if not self._pools.has(known):
-                        # Given up by another thread before it was open.
-                        pool.close()
-                connection = self.taken = pool.getconn(
-                    timeout=min(seconds, _A_MOMENT) if impatient else seconds
-                )
-            except PoolClosed:
-                # Somebody called close_pool(), or the peer is out of use by now.
-                if time.monotonic() >= ends or not (attempt.is_trial or attempt.peer.is_available):
-                    raise
-                continue
-            except PoolTimeout:
-                now = time.monotonic()
-                if now < until and (pool.closed or not impatient):
-                    continue
-                if impatient:
-                    raise PoolBusy("its pool has no connection to spare") from None
-                self._ask(known)
-                raise PoolTimeout(
-                    f"couldn't get a connection after {now - began:.2f} sec"
-                ) from None
-            if self._is_alive(connection):
-                known.proven = True
-                return connection
-            known.proven = False
-            self.taken = None
-            give_back(connection)
-            if time.monotonic() >= ends:
-                raise PoolTimeout("none of its connections is fit for use")
-
-    def _ask(self, known: _Pool) -> None:
-        """Connect straight to the peer, once an attempt: what that raises is the peer's answer.
-
-        Of many threads one at a time does so, or a pool would be none. The
-        others wait for the pool, which is closed to them if the answer is bad.
-        """
-        now = time.monotonic()
-        if self._asked or (now < known.asked_until and not self._attempt.is_trial):
-            return
-        known.asked_until = now + 2 * self._attempt.timeout
-        try:
-            self._connect_directly(self._check)
-        except Exception as exc:
-            if drivers.judge(exc, connecting=True).counts:
-                self._pools.retire(self._attempt.peer.name)
-            raise
-        finally:
-            known.asked_until = 0.0
-        self._asked = True
-
-    def _is_alive(self, connection: Any) -> bool:
-        if connection.closed:
-            return False
-        poll = sockets.watch(self._driver.fileno(connection))
-        try:
-            if self._settings.get("CONN_HEALTH_CHECKS") or (poll is not None and poll(0)):
-                connection._pool.check_connection(connection)
-            if self._check is not None:
-                self._check(connection)
-        except Exception:
-            return False
-        return True
-
-
-@functools.cache
-def _rotating(base: type | None) -> type:
-    """Return a class of connections that ask a callable PASSWORD anew at each connect."""
-    if base is None:
-        from psycopg import Connection as base
-
-    class RotatingConnection(base):  # type: ignore[misc, valid-type]
-        @classmethod
-        def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
-            if "password" in kwargs:
-                kwargs["password"] = drivers.password_from(kwargs["password"])
-            return super().connect(conninfo, **kwargs)
-
-    return RotatingConnection
-
-
-def _may_have_pools(registered: Registered, own: Mapping[str, Any]) -> bool:
-    """Return whether any peer's connections may come out of a pool."""
-    if (own.get("OPTIONS") or {}).get("pool"):
-        return True
-    peers = registered.balancer.peers.values()
-    return any((peer.params.get("OPTIONS") or {}).get("pool") for peer in peers)
-
-
-#: What, besides what a connection is made with, is set up in it once.
-_KEYS = (*CONNECTION_KEYS, "CONN_HEALTH_CHECKS", "CONN_MAX_AGE", "TIME_ZONE")
-
-
-def _raw_settings(registered: Registered, peer: Peer, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells pools apart, and what they are made with: a callable PASSWORD as it is."""
-    return merged_settings(peer.config.params, own, registered.first_read)
-
-
 # By balancer. The values must not refer to their keys.
-_known: weakref.WeakKeyDictionary[LoadBalancer, _Pools] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[LoadBalancer, Pools] = weakref.WeakKeyDictionary()
 _known_lock = new_lock()
 #: Pools of the process that we were forked from. Kept for ever: psycopg's own
-#: destructor would wait for locks that nobody holds any more.
+#: destructor would wait for locks that no thread releases.
 _of_parent: list[Any] = []
 
 
-def _pools_of(balancer: LoadBalancer) -> _Pools:
+def pools_of(balancer: LoadBalancer) -> Pools:
     pools = _known.get(balancer)
     if pools is None:
         with _known_lock:
             pools = _known.get(balancer)
             if pools is None:
-                made = _Pools()
-                # Before anybody has them, who may be struck: they are to hear of each opening.
-                balancer.add_listener(made.hear, connects=False)
+                made = Pools()
+                # Before any thread has them and may be interrupted: each opening closes its pools.
+                balancer.add_listener(made.notify, connects=False)
                 pools = _known.setdefault(balancer, made)
     return pools
 

@@ -23,6 +23,7 @@ from django.utils.functional import cached_property
 from ...conf import PEER_ALIAS_ENGINE, PeerEngine, is_balancer
 from ...core import drivers
 from ...core.balancer import LoadBalancer
+from ...core.ready import throw_away
 from ...registry import balancers
 from ..engines import EngineType, EngineUnknown, made_over
 from ..forked import remember
@@ -167,9 +168,9 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
                 # As a trial's: it may freeze when it has let us in.
                 config = balancer.config
                 seconds = config.trial_timeout or config.connect_timeout
-                bounds = self._driver.trial_options(conn_params, seconds)
-                if bounds:
-                    self.Database.connect(**{**conn_params, **bounds}).close()
+                if self._driver.trial_options(conn_params, seconds):
+                    with throw_away(self._driver, self.Database.connect, conn_params, seconds):
+                        pass
         connection = super().get_new_connection(conn_params)
         self._socket = _Socket.of(self._driver.fileno(connection))
         return connection

@@ -1,8 +1,8 @@
 """``manage.py peers``: each peer of each balancer, as it is now; and draining them.
 
 The process that runs this is not one that serves requests. It asks the peers
-itself; what the others know of them it learns, and can change, only where they
-share it (SHARED_STATE).
+itself. What the others know of them it can ask and change only where they share
+it (SHARED_STATE).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tenacity
 from django.core.exceptions import ImproperlyConfigured
@@ -22,71 +22,17 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.management.color import no_style
 from django.db import connections
 
-from ...core.balancer import LoadBalancer, PeerState
-from ...core.comparison import warnings
+from ...core.balancer import LoadBalancer
 from ...core.exceptions import DrainRefused
-from ...inspection import Inspection, inspect
 from ...registry import balancers
+from ..look import CRITICAL, OK, UNKNOWN, WARNING, Look, as_json, ask, table, worst
 
 __all__ = ["Command"]
 
-#: Exit codes, in the words of Nagios, which knows the same four.
-OK, WARNING, CRITICAL, UNKNOWN = range(4)
 #: A shell's for Ctrl-C.
 INTERRUPTED = 130
 #: Seconds between two looks of --wait.
 _WAIT = tenacity.wait_random_exponential(multiplier=0.25, max=2)
-_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
-
-
-class _Row(NamedTuple):
-    """A peer as it answered, and as the processes know it where they share that."""
-
-    found: Inspection
-    known: PeerState | None
-    #: How many connections all processes hold to it.
-    connections: int | None
-
-    @property
-    def is_drained(self) -> bool:
-        return self.known is not None and self.known.drained
-
-    @property
-    def is_usable(self) -> bool:
-        return self.found.ready and not self.is_drained
-
-
-class _Look(NamedTuple):
-    """All peers of one balancer, asked once."""
-
-    rows: Sequence[_Row]
-    shares: bool
-    #: How many processes share its state, this one aside; None if that is unknown.
-    processes: int | None
-    #: What is wrong with Redis then, as a sentence without its subject.
-    trouble: str = ""
-    #: What is wrong with the peers together, each with its remedy.
-    warnings: Sequence[str] = ()
-
-    @property
-    def status(self) -> int:
-        if not any(row.is_usable for row in self.rows):
-            return CRITICAL
-        well = all(row.found.ready or row.is_drained for row in self.rows)
-        return OK if well and not self.warnings else WARNING
-
-    @property
-    def summary(self) -> str:
-        down = [row.found.peer for row in self.rows if not row.found.ready and not row.is_drained]
-        drained = [row.found.peer for row in self.rows if row.is_drained]
-        if self.status == CRITICAL:
-            said = "no peer can be used"
-        else:
-            said = f"{', '.join(down)} down" if down else "all up" if self.warnings else "all well"
-        if self.warnings:
-            count = len(self.warnings)
-            said += f", {count} warning{'' if count == 1 else 's'}"
-        return f"{said}, {', '.join(drained)} drained" if drained else said
 
 
 class Command(BaseCommand):
@@ -95,14 +41,14 @@ class Command(BaseCommand):
     help = (
         "Connects to each peer of each load balancer now and shows what it is. Ends with 0 if all "
         "peers are well, 1 if some peer is down, 2 if no peer of a load balancer can be used, and "
-        "3 if that cannot be told. A peer that is drained is not down, and cannot be used."
+        "3 if the command cannot find out. A drained peer is not down, and cannot be used."
     )
     # It is for when something is wrong: nothing may have to be well first.
     requires_system_checks: Any = ()
 
     _verdict: SystemExit | None = None
 
-    #: How --wait tells the time and waits, in seconds.
+    #: The clock and the sleep of --wait, in seconds.
     clock = staticmethod(time.monotonic)
     sleep = staticmethod(time.sleep)
 
@@ -134,14 +80,14 @@ class Command(BaseCommand):
             metavar="S",
             help="Seconds that a peer has to answer. Default: its balancer's CONNECT_TIMEOUT.",
         )
-        wish = parser.add_mutually_exclusive_group()
-        wish.add_argument(
+        drains = parser.add_mutually_exclusive_group()
+        drains.add_argument(
             "--drain",
             metavar="PEER",
-            help="Give a peer no new connections, in all processes; those that they have leave "
-            "it where nobody can tell. Needs SHARED_STATE.",
+            help="Give a peer no new connections, in all processes; the connections that they "
+            "have leave it at their safe points. Needs SHARED_STATE.",
         )
-        wish.add_argument("--undrain", metavar="PEER", help="Let it have connections again.")
+        drains.add_argument("--undrain", metavar="PEER", help="Let it have connections again.")
         parser.add_argument(
             "--force",
             action="store_true",
@@ -149,7 +95,7 @@ class Command(BaseCommand):
         )
 
     def run_from_argv(self, argv: list[str]) -> None:
-        """End with UNKNOWN for whatever is no verdict on the peers, such as a wrong argument."""
+        """End with UNKNOWN where there is no verdict on the peers, as for a wrong argument."""
         try:
             super().run_from_argv(argv)
         except SystemExit as exc:
@@ -162,7 +108,7 @@ class Command(BaseCommand):
             raise SystemExit(UNKNOWN) from None
 
     def handle(self, *aliases: str, **options: Any) -> None:
-        """Show the peers, or do what is wished with one.
+        """Show the peers, or drain or undrain one.
 
         :raises SystemExit: with the exit code, unless that is 0.
         :raises CommandError: it cannot be done; nothing has been changed.
@@ -170,13 +116,13 @@ class Command(BaseCommand):
         if "NO_COLOR" in os.environ and not options.get("force_color"):
             self.style = no_style()
         chosen = self._chosen(options["aliases"] or aliases)
-        if options["wait"] is not None and (options["watch"] is not None or _wishes(options)):
+        if options["wait"] is not None and (options["watch"] is not None or _is_drain(options)):
             raise CommandError("--wait goes with neither --watch nor --drain. Nothing was changed.")
         if options["force"] and options["drain"] is None:
             raise CommandError("--force is for --drain, which is not given. Nothing was changed.")
         # "" is no peer either: a script's variable that is not set must not look like success.
-        if _wishes(options):
-            self._wish(chosen, options)
+        if _is_drain(options):
+            self._set_drain(chosen, options)
             return
         self._last: int | None = None
         try:
@@ -187,7 +133,7 @@ class Command(BaseCommand):
             if options["watch"] is None or self._last is None:
                 raise
         except BrokenPipeError:
-            # Whoever read has seen enough. Python would complain once more, at its end.
+            # The reader has seen enough. Python would complain once more, at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._last:
             self._end(self._last)
@@ -219,7 +165,7 @@ class Command(BaseCommand):
 
     # Draining
 
-    def _wish(self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]) -> None:
+    def _set_drain(self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]) -> None:
         """Drain a peer in all processes, or take that back.
 
         :raises CommandError: it cannot be done; nothing has been changed.
@@ -231,16 +177,16 @@ class Command(BaseCommand):
         balancer = _owner_of(name, chosen, "--drain" if drain else "--undrain")
         if balancer.sharing is None:
             raise CommandError(
-                f"{balancer.name!r} shares no state (it has no SHARED_STATE): what this command "
-                f"told it of {name!r} would end with this command's own process, and reach none "
-                "that serves requests. Nothing was changed. Set SHARED_STATE; or call "
+                f"{balancer.name!r} shares no state (it has no SHARED_STATE): a drain of "
+                f"{name!r} would end with this command's own process, and reach none that serves "
+                "requests. Nothing was changed. Set SHARED_STATE; or call "
                 f"balancers[{balancer.name!r}].drain({name!r}) in each process; or have the peer "
                 "itself refuse new connections, as PROXYSQL PAUSE does."
             )
         if not balancer.sharing.settle():
             raise CommandError(
                 f"Redis at {balancer.sharing.link.address} {balancer.sharing.trouble}: the "
-                "processes cannot be told. Nothing was changed."
+                "processes cannot be reached. Nothing was changed."
             )
         if not drain:
             balancer.undrain(name)
@@ -263,7 +209,7 @@ class Command(BaseCommand):
             # The circuits may be of the same opinion as a moment ago: ask the peers themselves.
             others = [
                 row
-                for row in _ask({balancer.name: balancer}, options["timeout"])[balancer.name].rows
+                for row in ask({balancer.name: balancer}, options["timeout"])[balancer.name].rows
                 if row.found.peer != name
             ]
             if not any(row.is_usable for row in others):
@@ -284,28 +230,28 @@ class Command(BaseCommand):
     # Showing
 
     def _look(self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]) -> None:
-        """Show the peers, again and again if that is wished; note each look's exit code."""
+        """Show the peers, with --watch again and again; note each look's exit code."""
         interval = options["watch"]
         redraw = interval is not None and self.stdout.isatty() and not options["json"]
         while True:
             if options["wait"] is not None:
                 looks = self._waited(chosen, options)
             else:
-                looks = _ask(chosen, options["timeout"])
-            # First: whoever has seen a look, and ends it, is to get its exit code.
-            self._last = _worst(looks)
+                looks = ask(chosen, options["timeout"])
+            # First: a user who has seen a look, and ends it, gets its exit code.
+            self._last = worst(looks)
             if options["wait"] is not None and self._last == WARNING:
                 # What was waited for is there.
                 self._last = OK
             if options["json"]:
                 indent = 2 if interval is None else None
-                self.stdout.write(json.dumps(_as_json(looks, self._last), indent=indent))
+                self.stdout.write(json.dumps(as_json(looks, self._last), indent=indent))
             else:
                 if redraw:
                     # To the top left corner, and nothing of the last look below.
                     self.stdout.write("\x1b[H\x1b[J", ending="")
                 when = "" if interval is None else time.strftime("%H:%M:%S ")
-                for line in self._table(looks, options):
+                for line in table(looks, self._paints(options), options["verbosity"]):
                     self.stdout.write(when + line)
                     when = ""
             self.stdout.flush()
@@ -315,16 +261,16 @@ class Command(BaseCommand):
 
     def _waited(
         self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]
-    ) -> dict[str, _Look]:
+    ) -> dict[str, Look]:
         """Return the first look in which each load balancer can be used, or the last one."""
         seconds = options["wait"]
         until = self.clock() + seconds
         progress = _Progress(self.stderr, options["verbosity"])
 
-        def look() -> dict[str, _Look]:
+        def look() -> dict[str, Look]:
             # A first look has the time that a peer needs, however short the wait is.
-            looks = _ask(chosen, options["timeout"])
-            if _worst(looks) == CRITICAL:
+            looks = ask(chosen, options["timeout"])
+            if worst(looks) == CRITICAL:
                 waits = [alias for alias, one in looks.items() if one.status == CRITICAL]
                 errors = "; ".join(
                     f"{row.found.peer}: {row.found.error or 'drained'}"
@@ -335,8 +281,8 @@ class Command(BaseCommand):
             return looks
 
         try:
-            found: dict[str, _Look] = tenacity.Retrying(
-                retry=tenacity.retry_if_result(lambda looks: _worst(looks) == CRITICAL),
+            found: dict[str, Look] = tenacity.Retrying(
+                retry=tenacity.retry_if_result(lambda looks: worst(looks) == CRITICAL),
                 wait=lambda state: min(float(_WAIT(state)), max(0.0, until - self.clock())),
                 stop=lambda state: self.clock() >= until,
                 sleep=self.sleep,
@@ -346,57 +292,6 @@ class Command(BaseCommand):
             return found
         finally:
             progress.end()
-
-    def _table(self, looks: Mapping[str, _Look], options: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the lines: the verdict first, as Nagios wants it."""
-        paint = self._paints(options)
-        status = _worst(looks)
-        said = "; ".join(f"{alias}: {look.summary}" for alias, look in looks.items())
-        yield paint(status, f"{_WORDS[status]}: {said}")
-        if options["verbosity"] == 0:
-            return
-        rows = [row for look in looks.values() for row in look.rows]
-        shared = any(look.shares for look in looks.values())
-        noted = any(row.found.notes for row in rows)
-        heading = ["ALIAS", "PEER", "ADDRESS", "UP", "LATENCY", "SERVER", "READY"]
-        heading += ["CIRCUIT", "DRAINED", "CONNS"] * shared + ["NOTES"] * noted
-        cells = [
-            [
-                row.found.alias,
-                row.found.peer,
-                row.found.address,
-                _yes(row.found.reachable),
-                "-" if row.found.latency is None else f"{row.found.latency * 1000:.1f} ms",
-                row.found.version or "-",
-                _yes(row.found.ready),
-                *[
-                    row.known.state if row.known else "-",
-                    _drained(row.known),
-                    "-" if row.connections is None else str(row.connections),
-                ]
-                * shared,
-                *[", ".join(row.found.notes)] * noted,
-            ]
-            for row in rows
-        ]
-        widths = [max(map(len, column)) for column in zip(heading, *cells)]
-        yield _aligned(heading, widths)
-        for row, line in zip(rows, cells):
-            colour = OK if row.is_usable else WARNING if row.is_drained else CRITICAL
-            yield paint(colour, _aligned(line, widths))
-        for alias, look in looks.items():
-            for row in look.rows:
-                if row.found.error:
-                    yield f"{alias}: {row.found.peer}: {row.found.error}"
-                if row.known is not None and row.known.drain_refused:
-                    yield (
-                        f"{alias}: {row.found.peer}: another process drained it, this one does "
-                        "not: it is the last peer here that is not drained"
-                    )
-            for warning in look.warnings:
-                yield paint(WARNING, f"{alias}: {warning}")
-            if look.shares and look.processes is None:
-                yield f"{alias}: what the processes know is not to be had: Redis {look.trouble}"
 
     def _paints(self, options: Mapping[str, Any]) -> Any:
         if not (self.stdout.isatty() or options.get("force_color")):
@@ -437,7 +332,7 @@ class _Progress:
             self._stream.flush()
 
 
-def _wishes(options: Mapping[str, Any]) -> bool:
+def _is_drain(options: Mapping[str, Any]) -> bool:
     """Return whether a peer is to be drained or taken back."""
     return options["drain"] is not None or options["undrain"] is not None
 
@@ -457,88 +352,6 @@ def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> Loa
             f"Say whose you mean: peers {next(iter(owners))} {option} {name}"
         )
     return next(iter(owners.values()))
-
-
-def _ask(chosen: Mapping[str, LoadBalancer], timeout: float | None) -> dict[str, _Look]:
-    """Ask all peers now; add what the processes know of them, where they share that."""
-    found = inspect(chosen, timeout)
-    looks = {}
-    for alias, balancer in chosen.items():
-        states: dict[str, PeerState] = {}
-        fleet = None
-        if balancer.sharing is not None and balancer.sharing.settle():
-            states = {state.name: state for state in balancer.snapshot()}
-            fleet = balancer.sharing.fleet(1.0)
-        rows = [
-            _Row(one, states.get(one.peer), fleet.connections[one.peer] if fleet else None)
-            for one in found[alias]
-        ]
-        looks[alias] = _Look(
-            rows,
-            balancer.sharing is not None,
-            fleet.processes - 1 if fleet else None,
-            balancer.sharing.trouble if balancer.sharing and not fleet else "",
-            warnings(balancer.config, [row.found.facts for row in rows if row.found.facts]),
-        )
-    return looks
-
-
-def _worst(looks: Mapping[str, _Look]) -> int:
-    return max(look.status for look in looks.values())
-
-
-def _as_json(looks: Mapping[str, _Look], exit_code: int) -> dict[str, Any]:
-    """Return what ``--json`` prints; its form is promised in docs/reference/commands.rst."""
-    status = _worst(looks)
-    return {
-        "time": time.time(),
-        "status": _WORDS[status].lower(),
-        "exit_code": exit_code,
-        "balancers": [
-            {
-                "alias": alias,
-                "status": _WORDS[look.status].lower(),
-                "shared": look.shares,
-                "processes": look.processes,
-                "warnings": list(look.warnings),
-                "peers": [
-                    {
-                        "peer": row.found.peer,
-                        "address": row.found.address,
-                        "reachable": row.found.reachable,
-                        "latency": row.found.latency,
-                        "version": row.found.version,
-                        "ready": row.found.ready,
-                        "notes": [
-                            *row.found.notes,
-                            *(["drain refused"] if row.known and row.known.drain_refused else []),
-                        ],
-                        "error": row.found.error,
-                        "fault": row.found.fault.value if row.found.fault else None,
-                        "circuit": row.known.state if row.known else None,
-                        "drained": row.known.drained if row.known else None,
-                        "connections": row.connections,
-                    }
-                    for row in look.rows
-                ],
-            }
-            for alias, look in looks.items()
-        ],
-    }
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
-
-
-def _drained(known: PeerState | None) -> str:
-    if known is None:
-        return "-"
-    return "refused" if known.drain_refused else _yes(known.drained)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def _seconds(text: str) -> float:
