@@ -66,6 +66,8 @@ TEST = [
     "pytest-timeout>=2.1",
     "selenium>=4.10",
     "pytest-xdist>=3",
+    # Reads the docs' YAML.
+    "PyYAML>=5",
     # uWSGI, which need not be compiled.
     'pyuwsgi>=2.0.27; sys_platform == "linux"',
     "uvicorn>=0.20",
