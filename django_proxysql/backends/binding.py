@@ -24,6 +24,7 @@ from .state import BEGUN, Transaction
 __all__ = [
     "before_cursor",
     "bind",
+    "look_after",
     "make_cursor",
     "only_begun",
     "sets_up",
@@ -63,8 +64,13 @@ def make_cursor(db: Any, name: str | None = None) -> Any:
         session.told = told
     if pending is not None:
         was_set_up(db, pending)
+    return cursor if db._quiet else look_after(db, cursor, name)
+
+
+def look_after(db: Any, cursor: Any, name: str | None = None) -> Any:
+    """Lay the seam over a cursor that the peer engine has made, and bind it to its session."""
     session = db._session
-    if session is None or db._quiet:
+    if session is None:
         return cursor
     cls = cursor.__class__
     ours = cursor_class(cls)

@@ -19,7 +19,7 @@ from django.db.utils import Error
 from ..core import drivers
 from ..core.statements import CALLS, ENDS, READ, SCOPED, STATE, kinds, scan
 
-__all__ = ["cursor_class", "note_named"]
+__all__ = ["PlainCursor", "cursor_class", "made_cursor", "note_named"]
 
 _SEQUENCES = frozenset({tuple, list})
 
@@ -29,7 +29,12 @@ def cursor_class(base: type) -> type:
     """Return ``base`` with our seam laid over it; ``base`` itself if it has no such seam."""
     if not issubclass(base, CursorWrapper) or issubclass(base, _Seam):
         return base
-    own = {"__module__": base.__module__, "_execute": _execute_over(base._execute)}  # type: ignore[attr-defined]
+    own = {
+        "__module__": base.__module__,
+        "__getattr__": _getattr_over(base.__getattr__),
+        "_execute": _execute_over(base._execute),  # type: ignore[attr-defined]
+        **{name: _fetching(name) for name in _FETCHES if not hasattr(base, name)},
+    }
     return type(base.__name__, (_Seam, base), own)
 
 
@@ -41,15 +46,21 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
     ``super()`` alone costs what the rest of the seam does.
     """
 
-    def execute(self: Any, sql: Any, params: Any, *ignored: Any) -> Any:
+    def execute(self: Any, sql: Any, params: Any, many: Any = False, context: Any = None) -> Any:
         db: Any = self.db
         session: Any = db._session
+        own = self._session
         # No function is called on the way of a read, or of a statement inside
         # a transaction: what they cost is what this method costs.
-        if session is None or db._quiet or self._named or session.connection is not db.connection:
-            if self._named and session is not None:
-                return db._declare(self, session, sql, params, plain, ignored)
-            return plain(self, sql, params, *ignored)
+        if (
+            session is None
+            or db._quiet
+            or session.connection is not db.connection
+            or (own is None and self._server_side is not None)
+        ):
+            if session is not None and self._server_side is not None:
+                return db._declare(self, session, sql, params, plain)
+            return plain(self, sql, params, many, context)
         try:
             kind = kinds[sql]
         except (KeyError, TypeError):
@@ -64,8 +75,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         if now > budget.next_note:
             budget.note(now)
         if (
-            kind & (STATE | SCOPED | ENDS)
-            or self._session is not session
+            own is not session
+            or (kind != READ and kind & (STATE | SCOPED | ENDS))
             or (
                 (db._transaction.reads is not None or session.dead)
                 if db.in_atomic_block
@@ -82,12 +93,12 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         session.used = now
         session.sending = (sql, params)
         # As writes(), without the call.
-        if not kind & READ or kind & CALLS:
+        if kind != READ and (not kind & READ or kind & CALLS):
             session.wrote = session.results = True
         try:
-            result = plain(self, sql, params, *ignored)
+            result = plain(self, sql, params, many, context)
         except Error as exc:
-            run = functools.partial(plain, self, sql, params, *ignored)
+            run = functools.partial(plain, self, sql, params, many, context)
             done = db._run_again(self, session, exc, sql, params, kind, now, run)
             if done is None:
                 db._transaction.statement_sent()
@@ -108,13 +119,51 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
     return execute
 
 
+def _getattr_over(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the seam over ``plain``, the ``__getattr__`` of a cursor wrapper's class."""
+
+    def getattribute(self: Any, attr: str) -> Any:
+        if attr not in _HARMLESS:
+            # copy(), stream(), the driver's own connection: what is done with it passes by us.
+            self.__dict__["db"]._unseen()
+        return plain(self, attr)
+
+    return getattribute
+
+
+def _fetching(method: str) -> Callable[..., Any]:
+    """Return one of the methods that fetch, which Django's wrapper looks up at each call."""
+
+    def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        db = self.db
+        if self._declared is not None:
+            # Its first rows may be fetched again, and no others.
+            declared, self._declared = self._declared, None
+            return db._fetch_first(
+                self, declared, lambda: _fetch(db, self.cursor, method, args, kwargs)
+            )
+        with db.wrap_database_errors:
+            return getattr(self.cursor, method)(*args, **kwargs)
+
+    fetch.__name__ = method
+    return fetch
+
+
+def _fetch(db: Any, cursor: Any, method: str, args: Any, kwargs: Any) -> Any:
+    with db.wrap_database_errors:
+        return getattr(cursor, method)(*args, **kwargs)
+
+
 def note_named(cursor: Any, session: Any) -> None:
     """Take note that ``cursor`` is a server-side one: what it reads is on this connection only."""
-    cursor._named = True
+    cursor._session = None
+    cursor._server_side = session
     if not session.server_side:
         session.server_side = weakref.WeakSet()
     session.server_side.add(cursor)
 
+
+_FETCHES = ("fetchone", "fetchmany", "fetchall")
 
 #: A driver's cursor's attributes that send nothing, or read on in a result that was asked for.
 _HARMLESS = frozenset(
@@ -132,10 +181,10 @@ _HARMLESS = frozenset(
 
 
 class _Seam(CursorWrapper):
-    #: The session whose driver cursor this wrapper holds.
+    #: The session whose driver cursor this wrapper holds; None of a server-side one.
     _session: Any = None
-    #: Whether the driver's cursor is a server-side one, with a name.
-    _named = False
+    #: The session that a server-side cursor, one with a name, is declared on.
+    _server_side: Any = None
     #: What a server-side cursor was declared with, until its first rows are there.
     _declared: Any = None
 
@@ -154,42 +203,20 @@ class _Seam(CursorWrapper):
         if getattr(cursor, "name", None):
             note_named(self, session)
 
-    def __getattr__(self, attr: str) -> Any:
-        if attr not in _HARMLESS:
-            # copy(), stream(), the driver's own connection: what is done with it passes by us.
-            self.__dict__["db"]._unseen()
-        if self._named and attr in ("fetchone", "fetchmany", "fetchall"):
-            # Its first rows may be fetched again, and no others. (Kept on the cursor it would
-            # keep the cursor, and so the connection, where nobody closes it.)
-            return functools.partial(self._fetch, attr)
-        return super().__getattr__(attr)
-
     def close(self) -> None:
         """Close the driver's cursor."""
-        session = self._session
-        if self._named and session is not None and session.server_side:
-            session.server_side.discard(self)
+        if self._server_side is not None and self._server_side.server_side:
+            self._server_side.server_side.discard(self)
         try:
             self.cursor.close()
         except self.db.Database.Error as exc:
             # mysqlclient asks the server for more results, there, too, where
             # there is no server any more: what could be read has been read.
+            session = self._session or self._server_side
             if session is None or not (
                 session.dead or session is not self.db._session or self.db._is_end_of(session, exc)
             ):
                 raise
-
-    def _fetch(self, method: str, *args: Any) -> Any:
-        """Fetch from a server-side cursor; the first rows again, if they were lost."""
-
-        def fetch() -> Any:
-            with self.db.wrap_database_errors:
-                return getattr(self.cursor, method)(*args)
-
-        declared, self._declared = self._declared, None
-        if declared is None:
-            return fetch()
-        return self.db._fetch_first(self, declared, fetch)
 
     def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
         run = functools.partial(super()._executemany, sql, param_list, *ignored)  # type: ignore[misc]
@@ -206,3 +233,19 @@ class _Seam(CursorWrapper):
             # What it made is anybody's guess: the session answers for itself from here on.
             session.lost_results = 0
         return result
+
+
+#: What Django's own ``make_cursor()`` makes, looked after.
+PlainCursor = cursor_class(CursorWrapper)
+
+
+def made_cursor(cursor: Any, db: Any, session: Any) -> Any:
+    """Return what Django's own ``make_cursor()`` would make, looked after from the start.
+
+    To give an object another class afterwards costs CPython more than to make it.
+    """
+    made: Any = object.__new__(PlainCursor)
+    made.cursor = cursor
+    made.db = db
+    made._session = session
+    return made

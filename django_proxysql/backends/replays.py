@@ -75,7 +75,7 @@ def run_again(
     replay = may_replay(lost)
     if replay.how is How.NEVER or not session.budget.spend(sql):
         return None
-    name = cursor.cursor.name if cursor._named else None
+    name = None if cursor._server_side is None else cursor.cursor.name
     told, session.told = session.told, False
     try:
         if db.in_atomic_block:

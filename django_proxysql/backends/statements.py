@@ -129,7 +129,7 @@ def before_other(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
 
 def before_many(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
     session = current(db)
-    if session is None or cursor._named:
+    if session is None or cursor._server_side is not None:
         return None
     kind = scan(sql) & ~READ
     now = session.clock()
@@ -181,10 +181,9 @@ def declare(
     sql: Any,
     params: Any,
     plain: Callable[..., Any],
-    ignored: Any,
 ) -> Any:
     """Run the statement of a server-side cursor, which sends DECLARE."""
-    run = functools.partial(plain, cursor, sql, params, *ignored)
+    run = functools.partial(plain, cursor, sql, params)
     if db._quiet or session.connection is not db.connection:
         db._transaction.statement_sent()
         return run()
@@ -212,7 +211,6 @@ def declare(
     session.sending = None
     if db._transaction.reads is not None:
         note_answered(db, session, kind, sql, params)
-    # Without what Django gives besides: it holds the cursor.
     cursor._declared = (session, sql, params, kind, plain)
     return result
 

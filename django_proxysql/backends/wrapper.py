@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from django.db.utils import DatabaseErrorWrapper
+from django.db.utils import DatabaseErrorWrapper, Error
 from django.utils.functional import cached_property
 
 from ..core import sockets
@@ -32,9 +32,10 @@ from ..core.parameters import VALUES
 from ..registry import Registered
 from . import binding, losses, replacing, replays, requests, savepoints, statements, transactions
 from .connecting import LoadBalancedMixin
+from .cursors import PlainCursor, made_cursor
 from .pools import give_back, is_pooled
 from .sessions import Session
-from .state import NO_TRANSACTION, Stage, Transaction
+from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
 __all__ = ["SafePointsMixin"]
 
@@ -44,8 +45,9 @@ class SafePointsMixin(LoadBalancedMixin):
 
     #: The present connection's; None where nothing is looked after (SQLite).
     _session: Session | None = None
-    #: Statements of our own are under way: nothing is to be seen.
-    _quiet = False
+    #: Statements of our own are under way: nothing is to be seen. (Each statement asks, and
+    #: CPython finds a class's attribute by a longer way than an instance's.)
+    _quiet: bool
     #: A statement is run again in a READ ONLY transaction of our own.
     _read_only = False
     #: A statement of Django's own is under way, which leaves no state that it does not look after.
@@ -75,6 +77,10 @@ class SafePointsMixin(LoadBalancedMixin):
         return next(self._callers)
 
     # Made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._quiet = False
 
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         connection = super()._open_one(registered, attempt)
@@ -161,7 +167,34 @@ class SafePointsMixin(LoadBalancedMixin):
     # Statements; cursors.py calls these
 
     def _cursor(self, name: str | None = None) -> Any:
-        return binding.make_cursor(self, name)
+        session = self._session
+        if (
+            name is not None
+            or session is None
+            or session.dead
+            or session.connection is not self.connection
+            or self._transaction.stage is BEGUN
+        ):
+            return binding.make_cursor(self, name)
+        told = session.told
+        try:
+            cursor = super()._cursor()  # type: ignore[misc]
+        except Error:
+            # The first that is heard of a loss: COPY's errors pass by every hook.
+            if not session.dead:
+                raise
+            session.told = told
+            return binding.make_cursor(self)
+        # What the engine sends for each cursor may have met the loss, and kept it to itself.
+        session.told = told
+        return cursor if cursor.__class__ is PlainCursor else binding.look_after(self, cursor)
+
+    def make_cursor(self, cursor: Any) -> Any:
+        """Make what Django's own method makes, with our seam; an engine's own makes its own."""
+        session = self._session
+        if session is None or binding.sets_up(self.__class__):  # type: ignore[arg-type]
+            return super().make_cursor(cursor)
+        return made_cursor(cursor, self, session)
 
     _before_statement = statements.before_statement
     _after_statement = statements.after_statement
@@ -239,7 +272,8 @@ class SafePointsMixin(LoadBalancedMixin):
 
     def close_if_health_check_failed(self) -> None:
         """Close a connection that is found unusable, as Django does; see CONN_HEALTH_CHECKS."""
-        requests.close_if_health_check_failed(self)
+        if self.health_check_enabled and not self.health_check_done:  # type: ignore[attr-defined]
+            requests.close_if_health_check_failed(self)
 
     def _close(self) -> Any:
         return requests.close(self)
