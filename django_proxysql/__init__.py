@@ -39,7 +39,7 @@ __all__ = [
     "signals",
 ]
 
-#: Django's side: where each name is to be had.
+#: Django's side: where each name is defined.
 _OF_DJANGO = {
     "CommitOutcomeUnknown": "errors",
     "balancers": "registry",

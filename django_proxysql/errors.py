@@ -23,6 +23,6 @@ class NoPeerAvailable(exceptions.NoPeerAvailable, OperationalError):
 class CommitOutcomeUnknown(OperationalError):
     """COMMIT was sent, and its answer was lost: the transaction may stand or not.
 
-    It is never repeated. Whoever needs to know must look: by a token that the
+    It is never repeated. An application that needs to know must look: by a token that the
     transaction wrote, for one.
     """

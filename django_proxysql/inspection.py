@@ -2,8 +2,8 @@
 
 It goes past the circuits and changes nothing in them: what it finds is a
 picture of this moment, for a command or a page, and no request's business.
-Every peer is asked in a thread of its own, so that one that hangs keeps nobody
-waiting for the others; one that does not answer in time is left to its thread,
+Every peer is asked in a thread of its own, so that one that hangs delays no answer of the others;
+one that does not answer in time is left to its thread,
 whose socket is shut down, for no driver bounds everything.
 """
 
@@ -47,7 +47,7 @@ class Inspection:
     latency: float | None
     #: ``MariaDB 10.11.6``, ``PostgreSQL 15.4``, ``SQLite 3.40.1``; "" if it is not known.
     version: str
-    #: Whether it can do its work, as far as can be told: it is reachable, passes
+    #: Whether it can do its work, as far as is known: it is reachable, passes
     #: READY_CHECK, and, where it is a Galera node, belongs to its cluster.
     ready: bool
     #: What it was recognised as: ``Galera: Synced``, ``read-only``, ``standby``,
@@ -89,7 +89,7 @@ def inspect(
 
 
 class _Inquiry:
-    """One peer's questioning: a thread asks, and whoever waits may give it up."""
+    """One peer's questioning: a thread asks, and the thread that waits may give it up."""
 
     def __init__(self, alias: str, registered: Registered, peer: Peer, seconds: float) -> None:
         self._alias = alias
@@ -218,7 +218,7 @@ class _Inquiry:
             if not given_up:
                 self._socket = duplicate
         if given_up:
-            # It let us in when nobody waited any more.
+            # It let us in when no thread waited any more.
             _shut_down(duplicate)
 
     def _no_longer_shut_down(self) -> None:

@@ -16,8 +16,8 @@ fields of an event (:mod:`django_proxysql.core.events`), with the balancer's nam
 already know of it, and with no lock held: one that raises is logged, one that
 hangs holds up its own thread and no other. What other processes have found, and
 what a trial in the background has shown, is sent in a thread that does nothing
-else. Until the first receiver is connected nobody listens, and connections that
-succeed are never told of.
+else. Until the first receiver is connected nothing listens. Connections that succeed send no
+signal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import django
 from django.db import connections
 from django.dispatch import Signal
 
-from .core import dispatch as teller
+from .core import dispatch
 from .core.events import Event
 from .core.logger import logger
 from .core.reports import REPORTS
@@ -85,7 +85,7 @@ def _send(event: Event) -> None:
         responses = signal.send_robust(sender, alias=alias, event=event, **values)
     finally:
         _sending.signals.remove(signal)
-        if teller.is_here() and not _sending.signals:
+        if dispatch.is_here() and not _sending.signals:
             # What receivers have opened; the thread keeps nothing.
             connections.close_all()
     if django.VERSION < (4, 2):

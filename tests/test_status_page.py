@@ -597,7 +597,7 @@ class TestButtons:
         monkeypatch.setattr(LogEntry.objects, "create", fails)
         assert drain(site.admin()).status_code == 302
         assert drained(site) == ["peer1"]
-        assert "default: the admin's log could not be told" in caplog.messages
+        assert "default: the admin's log could not be written" in caplog.messages
 
 
 class TestHealthz:
@@ -936,7 +936,7 @@ class TestFleet:
                 text = text_of(client.get(PAGE))
                 assert "Redis does not answer: this is what process" in text
                 (message,) = said(client.post(OPERATE, form))
-                assert "the others will be told when Redis answers again" in message
+                assert "the others will follow when Redis answers again" in message
                 assert balancer.peers["peer1"].drained
             finally:
                 redis_server.thaw()

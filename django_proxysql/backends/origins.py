@@ -1,8 +1,8 @@
 """Does a connection lead to the peer that it was asked for?
 
 A backend of another package may keep connections of its own, by alias, and give one
-peer's to all of them: each circuit would be told of another server. What such a
-backend is called nobody can list. Its connections say where they lead.
+peer's to all of them: each circuit would count another server's faults. No list names all such
+backends. Their connections say where they lead.
 """
 
 from __future__ import annotations

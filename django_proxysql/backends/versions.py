@@ -41,7 +41,7 @@ def different_versions(connection: Any) -> list[Any]:
                 other.ensure_connection()
                 if other.peer is peer:
                     found.setdefault(_server(other), []).append(peer.name)
-        except Exception:  # noqa: S110 - its own trouble, which whoever uses it will be told
+        except Exception:  # noqa: S110 - its own trouble, which its users will see
             pass
         finally:
             other.close()

@@ -105,7 +105,7 @@ def _make_mirrors(alias: str, entry: Mapping[str, Any]) -> None:
 
 
 def _depend_on(target: str, mirror: str) -> None:
-    """Have whoever waits for a mirror's test database wait for that which it is.
+    """Have aliases that wait for a mirror's test database wait for that which it is.
 
     Django takes a dependency on a mirror for one that is never fulfilled.
     """

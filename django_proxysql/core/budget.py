@@ -48,7 +48,7 @@ class ReplayBudget:
         #: How many statements there had been, and when; the oldest of a minute ago.
         self._notes: deque[tuple[float, int]] = deque([(now, 0)])
         self._replays: deque[float] = deque()
-        #: The texts' hashes (a text may be long), and until when.
+        #: The texts' hashes (a text may be long), and the end of the time.
         self._barred: dict[int, float] = {}
 
     def note(self, now: float) -> None:
@@ -103,7 +103,7 @@ class ReplayBudget:
                 del self._barred[next(iter(self._barred))]
 
     def after_fork(self) -> None:
-        """In the child: a lock that nobody holds."""
+        """In the child: a free lock."""
         self._lock = new_lock()
 
 
@@ -119,7 +119,7 @@ class LossMemory:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = new_lock()
-        #: By a statement's hash, and by a caller's number: the first peer, and until when.
+        #: By a statement's hash, and by a caller's number: the first peer, and the end of the time.
         #: The oldest come first.
         self._statements: dict[int, tuple[str, float]] = {}
         self._callers: dict[int, tuple[str, float]] = {}
@@ -156,5 +156,5 @@ class LossMemory:
         return first
 
     def after_fork(self) -> None:
-        """In the child: a lock that nobody holds."""
+        """In the child: a free lock."""
         self._lock = new_lock()

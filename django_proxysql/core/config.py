@@ -1,4 +1,4 @@
-"""What one peer and one load balancer are told: frozen, checked once, secrets hidden.
+"""What configures one peer and one load balancer: frozen, checked once, secrets hidden.
 
 Every duration is in seconds.
 """
@@ -151,7 +151,7 @@ class BalancerConfig:
     tcp_user_timeout: float | None = 20
     #: URL of the Redis through which processes share what they know. May hold a password.
     shared_state: str | None = field(default=None, repr=False)
-    #: "inline": whoever connects makes the trials; "background": a thread does.
+    #: "inline": a caller that connects makes the trials; "background": a thread does.
     trials: str = "inline"
     #: Seconds over which kept connections move to a peer that is in use again (None: never).
     rebalance: float | None = 30

@@ -1,4 +1,4 @@
-"""What happens to peers, as frozen records for whoever listens.
+"""What happens to peers, as frozen records for listeners.
 
 The core only emits. Logging (:mod:`django_proxysql.core.logs`) is one listener;
 :meth:`LoadBalancer.add_listener` adds others. A listener is called outside
@@ -75,7 +75,7 @@ class CircuitOpened:
     #: Seconds until the first trial, as things stand: it comes sooner if the last other peer
     #: fails meanwhile. None: the peer is drained, and gets no trial.
     trial_in: float | None
-    #: Another process found it out, and this one was told (``SHARED_STATE``).
+    #: Another process found it out, and this one applied it (``SHARED_STATE``).
     learnt: bool = False
 
 
@@ -88,7 +88,7 @@ class CircuitClosed:
     address: str
     #: For how many seconds the peer was out.
     seconds: float
-    #: Another process's trial closed it, and this one was told (``SHARED_STATE``).
+    #: Another process's trial closed it, and this one applied it (``SHARED_STATE``).
     learnt: bool = False
 
 
@@ -182,7 +182,7 @@ class PeerDrained:
     address: str
     #: How many connections to it this process held at that moment.
     connections: int
-    #: The wish came from another process (``SHARED_STATE``).
+    #: The desired state came from another process (``SHARED_STATE``).
     learnt: bool = False
 
 
@@ -193,7 +193,7 @@ class PeerUndrained:
     balancer: str
     peer: str
     address: str
-    #: The wish came from another process (``SHARED_STATE``).
+    #: The desired state came from another process (``SHARED_STATE``).
     learnt: bool = False
 
 

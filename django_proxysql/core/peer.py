@@ -21,7 +21,7 @@ class Peer:
 
     Made by its :class:`LoadBalancer`, and found in ``balancer.peers`` by its name.
 
-    :param config: what it was told (:class:`django_proxysql.core.config.PeerConfig`).
+    :param config: its settings (:class:`django_proxysql.core.config.PeerConfig`).
     :param breaker: its circuit.
     """
 
@@ -37,7 +37,7 @@ class Peer:
         self.priority = config.priority
         #: The peer's circuit; guard any other call to the same host with it.
         self.breaker = breaker
-        #: Whether an operator wishes it to get no new connections; see
+        #: The desired state: whether it gets no new connections; see
         #: :meth:`LoadBalancer.drain`. Changed by one assignment, and read without a lock.
         self.drained = False
         #: Whether statements are answered by the server that greets us; None while that is
@@ -49,7 +49,8 @@ class Peer:
         self.served = -math.inf
         #: How many questions in a row no server behind this proxy has answered.
         self.unanswered = 0
-        #: Until when, on the balancer's clock, a thread asks whether a server answers.
+        #: The end of the time, on the balancer's clock, in which a thread asks whether a server
+        #: answers.
         self.asked_until = -math.inf
         #: Whether another process drained it and this one does not, whose last undrained peer it
         #: is. It is drained as soon as another one is not.

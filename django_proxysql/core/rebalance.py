@@ -1,7 +1,7 @@
 """Coming back: which kept connections move to a peer that is in use again, and when.
 
 A peer that was out has no connections, and as long as those to the others are
-kept it gets none. So some of them move, each between two units of work, until
+kept it gets none. So some of them move, each between two requests or tasks, until
 the peer has its share by weight:
 
 * *How many.* Its share of this process's connections, less those that it has.

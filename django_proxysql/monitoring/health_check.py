@@ -33,7 +33,7 @@ class Peers(HealthCheck):  # type: ignore[misc]
     It is unavailable if no peer can be had, and well if one can. It asks over the
     connection that its thread has open; where there is none it makes one, even if no
     circuit is closed, and closes it again: in a process that serves nothing while its
-    checks fail, nobody else would find out that a peer has recovered. What it says
+    checks fail, nothing else would find out that a peer has recovered. What it says
     names peers, and never an address, a user or an error's text.
 
     :param alias: the balancer's.

@@ -52,7 +52,7 @@ class Trial(NamedTuple):
 
 
 def state_of(peer: Peer) -> str:
-    """Return what a peer is, in one word: an operator's wish goes before what its circuit says."""
+    """Return what a peer is, in one word: a drain goes before what its circuit says."""
     if peer.drained:
         return DRAINED
     circuit = peer.breaker.circuit
@@ -128,7 +128,7 @@ class History:
         return row
 
     def _before(self, balancer: LoadBalancer, peer: Peer, now: float) -> list[Change]:
-        """What can be told of the time before the first look at a peer."""
+        """Return what is known of the time before the first look at a peer."""
         circuit = peer.breaker.circuit
         if circuit.out_since is None:
             return [Change(self.began, "closed")]
@@ -138,7 +138,7 @@ class History:
         return [*known, Change(out_since, "open")]
 
     def after_fork(self) -> None:
-        """In the child: a lock that nobody holds. It goes on with what its parent saw."""
+        """In the child: a free lock. It goes on with what its parent saw."""
         self._lock = new_lock()
 
 

@@ -346,7 +346,7 @@ def laid_over(
             found.append((moment, state))
     last = own[-1][1]
     if found[-1][1] != last and (found[-1][1], last) != (OPEN, HALF_OPEN):
-        # The others are still to hear of it.
+        # The others do not know it yet.
         found.append((max(found[-1][0], own[-1][0]), last))
     return found
 

@@ -177,7 +177,7 @@ def _is(user: Any, what: str) -> bool:
 
 
 def _refusal(request: HttpRequest) -> HttpResponse | None:
-    """Return what those are told who are not let in."""
+    """Return the answer to a visitor who is not let in; None: let in."""
     staff = _is_staff(request)
     if staff:
         return None
@@ -196,7 +196,7 @@ def _refusal(request: HttpRequest) -> HttpResponse | None:
             request,
             403,
             "Not for everybody",
-            "This page is for staff, and nobody here can tell who you are: the site has no "
+            "This page is for staff, and the site cannot know who you are: it has no "
             "AuthenticationMiddleware.",
         )
     if not user.is_authenticated:
@@ -354,7 +354,7 @@ def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, 
         )
     except Error:
         # It is done and logged; the database may be what is being repaired.
-        complain("%s: the admin's log could not be told", balancer.name)
+        complain("%s: the admin's log could not be written", balancer.name)
 
 
 def _where(balancer: LoadBalancer) -> str:
@@ -364,7 +364,7 @@ def _where(balancer: LoadBalancer) -> str:
     if balancer.sharing.settle():
         return "in all processes that share its state"
     return (
-        f"in {process_name()}; the others will be told when Redis answers again (it "
+        f"in {process_name()}; the others will follow when Redis answers again (it "
         f"{balancer.sharing.trouble})"
     )
 

@@ -1,9 +1,9 @@
 """The engine of an alias that serves as a peer, for connections straight to that one server.
 
-It is the peer's own engine, but for three things. What Django asks a database
-without having a connection (its features, its version) it is told by the load
-balancer, which asks a server that works: commands look at every alias, and
-would end, or hang, with a peer that is down. Connecting takes no longer than
+It is the peer's own engine, but for three things. What Django asks a database without having a
+connection (its features, its version) the load balancer answers, from a server that works: commands
+look at every alias, and would end, or hang, with a peer that is down. Connecting takes no longer
+than
 ``CONNECT_TIMEOUT``. And a forked child leaves the connection to its parent.
 Queries go to the peer and nowhere else.
 """
@@ -235,7 +235,7 @@ class _Features:
     __slots__ = ("_other", "_own")
 
     if not TYPE_CHECKING:
-        #: For whoever asks with isinstance().
+        #: For isinstance().
         __class__ = property(lambda self: type(self._own))
 
     def __init__(self, other: Any, own: Any) -> None:
@@ -246,7 +246,7 @@ class _Features:
         try:
             return getattr(self._other.features, name)
         except OperationalError:
-            # Nobody is ready, say; this one may be up for all that.
+            # No peer is ready, say; this one may be up all the same.
             return getattr(self._own, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -291,7 +291,7 @@ def _fact(name: str, own: Any) -> Any:
             try:
                 return getattr(other, name)
             except OperationalError:
-                # It has nobody to ask; this peer may be up for all that.
+                # It has no peer to ask; this one may be up all the same.
                 pass
         return own.__get__(self, type(self))
 

@@ -20,7 +20,7 @@
 
   function plan(after) {
     window.clearTimeout(timer);
-    // A page that nobody sees asks for nothing.
+    // A hidden page asks for nothing.
     if (!over && !document.hidden) {
       timer = window.setTimeout(refresh, after * 1000);
     }

@@ -8,7 +8,7 @@ In a Django project ``"django_proxysql.monitoring.metrics"`` in INSTALLED_APPS s
     prometheus_client.start_http_server(9100)
 
 Everything is counted by the library's own Counter, Histogram and Gauge, so that its multiprocess
-mode, in which custom collectors are not heard, knows them as well. There a gauge is whatever its
+mode, in which custom collectors are not asked, knows them as well. There a gauge is whatever its
 process has written last: connections end in finalizers and in the middle of anything, where no
 lock may be taken, so their count is written after the events, at the beginning and end of a
 request, and at :meth:`Metrics.refresh`.
@@ -32,8 +32,7 @@ except ImportError as exc:
         'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
     ) from exc
 
-from ...core import dispatch as teller
-from ...core import runtime
+from ...core import dispatch, runtime
 from ...core.balancer import LoadBalancer
 from ...core.events import Event
 from ...core.peer import Peer
@@ -58,7 +57,7 @@ STATES = ("closed", "open", "half-open")
 _LOOK_AT_HELD = object()
 _LOOK_AT_ALL = object()
 
-#: So many events wait only if whoever was to count them was killed at it.
+#: So many events wait only if the thread that was to count them was killed at it.
 _STUCK = 10_000
 
 
@@ -86,7 +85,7 @@ class Metrics:
                 )
         names = [source.name for source in sources if isinstance(source, LoadBalancer)]
         if len(set(names)) < len(names):
-            raise ValueError(f"Balancers need names of their own to be told apart: {names}")
+            raise ValueError(f"Balancers need different names: {names}")
         directory = _multiprocess_directory()
         if directory is not None and not os.path.isdir(directory):
             raise NotADirectoryError(f"PROMETHEUS_MULTIPROC_DIR={directory!r} is no directory")
@@ -134,8 +133,8 @@ class Metrics:
         self._held: set[tuple[str, ...]] = set()
         self._has_looked_at_all = False
         # prometheus_client's locks are plain ones: a thread that comes by here again while it
-        # counts (a signal handler, a finalizer) would wait for itself. So nobody waits: an event
-        # is put down, and whoever is counting already takes it along.
+        # counts (a signal handler, a finalizer) would wait for itself. So no thread waits: an
+        # event is put down, and the thread that is counting already takes it along.
         self._pending: deque[Any] = deque()
         self._counting = threading.Lock()
         if registry is not None:
@@ -181,7 +180,7 @@ class Metrics:
 
     def _count_pending(self) -> None:
         pending = self._pending
-        # Asked again after letting go: an event may have been put down in between.
+        # Asked again after the release: an event may have been put down in between.
         while pending:
             counting = self._counting
             if not counting.acquire(blocking=False):
@@ -299,8 +298,8 @@ class Metrics:
     # Processes
 
     def _hold_for_fork(self) -> threading.Lock | None:
-        # So that no child inherits a lock of prometheus_client's that somebody held to count this.
-        # Whoever forks in the middle of counting waits in vain.
+        # So that no child inherits a lock of prometheus_client's that some thread held to count
+        # this. A thread that forks in the middle of counting waits in vain.
         counting = self._counting
         return counting if counting.acquire(timeout=1) else None
 
@@ -312,7 +311,7 @@ class Metrics:
         self._has_looked_at_all = False
 
     def _leave(self) -> None:
-        """Write that this process has nothing, for nobody may come to remove what it wrote.
+        """Write that this process has nothing, for nothing else may remove what it wrote.
 
         What another thread has begun to write is written first, and nothing after this: the
         process's end would cut it off, and leave half a file.
@@ -373,7 +372,7 @@ runtime.at_fork(_after_fork_in_child, before=_before_fork, after_in_parent=_afte
 @atexit.register
 def _at_exit() -> None:
     if _multiprocess_directory() is not None:
-        teller.finish()
+        dispatch.finish()
         for metrics in _all.all():
             metrics._leave()
 

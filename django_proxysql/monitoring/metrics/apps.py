@@ -36,7 +36,7 @@ class MetricsConfig(AppConfig):
         try:
             metrics = MetricsConfig.metrics = Metrics(balancers)
         except NotADirectoryError as exc:
-            # No reason not to serve anybody, or not to run a command while nobody is served.
+            # No reason not to serve requests, or not to run a command.
             logger.error("Nothing is counted for Prometheus: %s", exc)
             return
         # After Django's own receivers, which close connections: those came with django.db.
