@@ -37,10 +37,10 @@ _CHUNK = 65536
 class _Cut:
     """Where a connection is to be cut."""
 
-    kind: str  # "before" or "after" the packet, or in the "reply" to it
+    kind: str  # "before", "within" or "after" the packet, or in the "reply" to it
     matching: bytes
     nth: int
-    reply_bytes: int = 0
+    bytes: int = 0  # that may still pass of what is cut
 
 
 @dataclass(eq=False)
@@ -177,6 +177,13 @@ class FaultProxy:
     def cut_before(self, matching: bytes = b"", nth: int = 1) -> None:
         """Swallow the packet and close: the server does not see it."""
         self._arm(_Cut("before", matching, nth))
+
+    def cut_within(self, after: int, matching: bytes = b"", nth: int = 1) -> None:
+        """Pass ``after`` bytes of the packet on, at most all but one, and close the client's side.
+
+        The server finds the packet cut off.
+        """
+        self._arm(_Cut("within", matching, nth, after))
 
     def cut_after(self, matching: bytes = b"", nth: int = 1) -> None:
         """Pass the packet on and close the client's side at once.
@@ -443,11 +450,11 @@ class FaultProxy:
             self._close(connection)
             return
         elif cut.kind == "reply":
-            connection.reply_left = cut.reply_bytes
+            connection.reply_left = cut.bytes
             server.unsent += data
         else:
             self.cuts += 1
-            server.unsent += data
+            server.unsent += data if cut.kind == "after" else data[:-1][: cut.bytes]
             # The server answers the packet before it sees the FIN that follows it. Were the answer
             # not read, it would get an RST, which might overtake what it has not read yet.
             server.end_when_sent = True
