@@ -23,6 +23,7 @@ from django.db import connections
 from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends.connecting import LoadBalancedMixin
 from django_proxysql.conf import ENGINE, NAME_KEY, mirrors
+from django_proxysql.core import outcome
 from django_proxysql.core.config import BalancerConfig
 from django_proxysql.registry import balancers
 from tests.servers import DATABASE, PASSWORD, USER, Address
@@ -161,6 +162,13 @@ postgres_peer = mysql_peer
 def sqlite_peer(path: str | os.PathLike[str], **settings: Any) -> dict[str, Any]:
     """Return a peer's dict for a file; the balancer needs ``PEER_ENGINE=SQLITE``."""
     return {"NAME": os.fspath(path), **settings}
+
+
+def make_outcome_table(connection: Any) -> None:
+    """Make the table of ``COMMIT_OUTCOME: "record"`` there, empty."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"DROP TABLE IF EXISTS {outcome.TABLE}")
+        cursor.execute(outcome.creates(connection.vendor))
 
 
 @contextlib.contextmanager

@@ -507,6 +507,8 @@ class World:
                     cursor.execute("SET SESSION wsrep_sync_wait = 1")
                 cursor.execute(f"SELECT value FROM {TABLE}")
                 found.append(Counter(value for (value,) in cursor.fetchall()))
+                if self.is_galera:
+                    cursor.execute("SET SESSION wsrep_sync_wait = 0")
         if any(rows != found[0] for rows in found):
             raise Violation(f"the nodes have different rows: {found}")
         return found[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,55 +15,57 @@ from tests.chaos.load import Failure, HarnessError, Ledger
 from tests.chaos.own_writes import measure
 from tests.chaos.runner import run
 from tests.chaos.scenarios import SCENARIOS, Fault, Scenario, Stage
-from tests.chaos.sites import Galera, Site, Ways, admin
+from tests.chaos.sites import SITES, Site, admin
 
 
 @pytest.fixture(scope="module")
-def ways_session(mariadb_pair_session: Any) -> Iterator[Ways]:
-    with Ways(mariadb_pair_session[0]) as site:
-        yield site
+def sites(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
+    """``sites(kind)`` makes a site, once."""
+    made: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+
+        def site_of(kind: str) -> Any:
+            if kind not in made:
+                make, is_cluster = SITES[kind]
+                fixture = "galera_session" if is_cluster else "mariadb_pair_session"
+                servers = request.getfixturevalue(fixture)
+                made[kind] = stack.enter_context(make(servers if is_cluster else servers[0]))
+            return made[kind]
+
+        yield site_of
 
 
 @pytest.fixture
-def ways(ways_session: Ways, mariadb: Any) -> Ways:
-    return ways_session
-
-
-@pytest.fixture(scope="module")
-def galera_site_session(galera_session: Any) -> Iterator[Galera]:
-    with Galera(galera_session) as site:
-        yield site
-
-
-@pytest.fixture
-def galera_site(galera_site_session: Galera, galera: Any) -> Galera:
-    return galera_site_session
-
-
-@pytest.fixture
-def site(request: Any) -> Site:
-    return request.getfixturevalue({"ways": "ways", "galera": "galera_site"}[request.param])
+def site(request: pytest.FixtureRequest, sites: Callable[[str], Any]) -> Any:
+    # The servers are mended after each test.
+    request.getfixturevalue("galera" if SITES[request.param][1] else "mariadb")
+    return sites(request.param)
 
 
 @pytest.mark.slow
 @pytest.mark.server
+@pytest.mark.parametrize("engine", ["ours", "retrying"])
 @pytest.mark.parametrize(
     ("scenario", "site"),
     [(scenario, scenario.site) for scenario in SCENARIOS.values()],
     indirect=["site"],
     ids=list(SCENARIOS),
 )
-def test_endured(scenario: Any, site: Site) -> None:
+def test_endured(scenario: Any, site: Site, engine: str) -> None:
     # How soon work goes on after an outage is for the command to say.
-    result = run(scenario, site, patience=10)
+    result = run(scenario, site, engine, patience=10)
     assert not result.violations, "\n".join(result.violations)
     assert (result.lost, result.doubled, result.failed_reads) == (0, 0, 0)
+    if engine == "retrying":
+        assert (result.failed_writes, result.failed_blocks) == (0, 0)
     assert result.requests > 50
 
 
 @pytest.mark.slow
-def test_own_writes(galera_site: Galera) -> None:
-    found = measure(galera_site, tries=60)
+@pytest.mark.server
+@pytest.mark.parametrize("site", ["galera"], indirect=True)
+def test_own_writes(site: Any) -> None:
+    found = measure(site, tries=60)
     assert not found.violations, "\n".join(found.violations)
     assert found.elsewhere == 60
 
@@ -78,10 +81,11 @@ class TestJudgement:
         *,
         faults: Sequence[Fault] = (),
         scenario: Any = None,
+        engine: str = "ours",
         **ledger: Any,
     ) -> Result:
         ledgers = [Ledger(0, **ledger)]
-        return judge(scenario or self.scenario, "ours", ledgers, list(faults), Counter(rows))
+        return judge(scenario or self.scenario, engine, ledgers, list(faults), Counter(rows))
 
     def failure(
         self, kind: str, stage: str, error: Any = None, started: float = 9.0, ended: float = 10.1
@@ -141,6 +145,11 @@ class TestJudgement:
         later = self.failure(kind, stage, started=11, ended=12)
         assert self.judge(failures=[later], faults=[fault]).violations
 
+    def test_no_write_may_fail_that_is_run_again(self) -> None:
+        fault = Fault("a blow", began=10.0, over=10.05)
+        failure = self.failure("block", "commit")
+        assert self.judge(failures=[failure], faults=[fault], engine="retrying").violations
+
     def test_another_error(self) -> None:
         fault = Fault("a blow", began=10.0, over=10.05)
         failure = self.failure("write", "write", IntegrityError(1062, "twice"))
@@ -174,14 +183,16 @@ class TestJudgement:
         assert self.judge(failures=[meanwhile], faults=[fault], served=[15.0]).violations
 
 
-def test_a_thread_that_dies(ways: Ways) -> None:
+@pytest.mark.server
+@pytest.mark.parametrize("site", ["ways"], indirect=True)
+def test_a_thread_that_dies(site: Any) -> None:
     """The suite does not go on with fewer threads than it says."""
 
     def drop(stage: Stage) -> None:
-        with admin(ways.server) as cursor:
+        with admin(site.server) as cursor:
             cursor.execute("UPDATE chaos_row SET value = 'x'")
         stage.wait(5)
 
     scenario = Scenario("a wrong answer", "ways", "a row changes", drop)
     with pytest.raises(HarnessError, match=r"a thread died of .*a read returned"):
-        run(scenario, ways)
+        run(scenario, site)

@@ -232,6 +232,18 @@ def test_cut_after(upper: Upper, fault_proxy: Proxies, open_client: Open) -> Non
     assert upper.ends == ["FIN"]
 
 
+@pytest.mark.parametrize("after", [0, 3, 5, 100])
+def test_cut_within(upper: Upper, fault_proxy: Proxies, open_client: Open, after: int) -> None:
+    """The server gets so many bytes of the packet, and never all of it."""
+    proxy = fault_proxy(upper)
+    client = open_client(proxy)
+    proxy.cut_within(after, b"commit")
+    assert ask(client, b"commit") == b""
+    proxy.wait_until_idle()
+    assert b"".join(upper.got) == b"commit"[: min(after, 5)]
+    assert upper.ends == ["FIN"]
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_cut_reply(upper: Upper, fault_proxy: Proxies, open_client: Open, after: int) -> None:
     """Just so many bytes of the reply to the matching packet arrive."""

@@ -49,13 +49,13 @@ def main() -> int:
         "--seconds", type=float, default=30, help="for how long each (default: %(default)s)"
     )
     parser.add_argument(
-        "--engine", choices=[*ENGINES, "both"], default="both", help="default: %(default)s"
+        "--engine", choices=[*ENGINES, "all"], default="all", help="default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args()
     exit_on_sigterm()
     say = _Progress()
-    engines = tuple(ENGINES) if options.engine == "both" else (options.engine,)
+    engines = tuple(ENGINES) if options.engine == "all" else (options.engine,)
     try:
         with contextlib.ExitStack() as stack:
             results, own_writes = _run(options.only, engines, options.seconds, say, stack)
@@ -75,7 +75,9 @@ def main() -> int:
                 print(table(lines))
         if own_writes is not None:
             print(f"\n{own_writes}")
-    violations = [f"{r.scenario}: {v}" for r in results for v in r.violations if r.engine == "ours"]
+    violations = [
+        f"{r.scenario}: {v}" for r in results for v in r.violations if r.engine != "plain"
+    ]
     if own_writes is not None:
         violations += own_writes.violations
     for violation in violations:
@@ -96,18 +98,20 @@ def _run(
     from .own_writes import measure
     from .runner import run
     from .scenarios import SCENARIOS
-    from .sites import Galera, Site, Ways
+    from .sites import SITES, Galera, Site
 
     sites: dict[str, Site] = {}
+    servers: dict[bool, Any] = {}
 
     def site_of(kind: str) -> Site:
         if kind not in sites:
             say(f"starting {kind}")
-            if kind == "ways":
-                node = stack.enter_context(Node()).set_up()
-                sites[kind] = stack.enter_context(Ways(node))
-            else:
-                sites[kind] = stack.enter_context(Galera(stack.enter_context(GaleraCluster())))
+            make, is_cluster = SITES[kind]
+            if is_cluster not in servers:
+                servers[is_cluster] = stack.enter_context(
+                    GaleraCluster() if is_cluster else Node().set_up()
+                )
+            sites[kind] = stack.enter_context(make(servers[is_cluster]))
         return sites[kind]
 
     results = []

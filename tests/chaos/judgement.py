@@ -36,6 +36,9 @@ class Result:
     #: Connections that the engine replaced, and statements that it ran again.
     replaced: int = 0
     replayed: int = 0
+    #: Blocks that were run again, and COMMITs that were asked about.
+    retried: int = 0
+    resolved: int = 0
     #: After an outage: seconds from the first peer's return to the first request served.
     resumed_after: float | None = None
     #: The same, to the last error.
@@ -60,7 +63,7 @@ def judge(
     spent: Counter[tuple[int, int | None]] = Counter()
     for ledger in ledgers:
         for failure in ledger.failures:
-            _count_failure(result, failure, scenario, faults, spent)
+            _count_failure(result, failure, scenario, faults, spent, engine)
     outages = [fault for fault in faults if fault.returned is not None]
     for fault in outages:
         _time_outage(result, fault, ledgers)
@@ -96,6 +99,7 @@ def _count_failure(
     scenario: Scenario,
     faults: list[Fault],
     spent: Counter[tuple[int, int | None]],
+    engine: str,
 ) -> None:
     if not isinstance(failure.error, OperationalError):
         result.violations.append(f"{failure}: not what a loss is")
@@ -113,7 +117,9 @@ def _count_failure(
         result.failed_writes += 1
     else:
         result.failed_blocks += 1
-    if scenario.codes is not None and failure.code not in scenario.codes:
+    if engine == "retrying" and not timed_out:
+        result.violations.append(f"{failure}: it is run again, or asked about")
+    elif scenario.codes is not None and failure.code not in scenario.codes:
         result.violations.append(f"{failure}: no error of a write that was being certified")
     elif not timed_out and failure.stage in ("begin", "read"):
         result.violations.append(f"{failure}: it could have been mended")

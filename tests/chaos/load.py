@@ -17,6 +17,8 @@ from typing import Any, Callable, NamedTuple
 
 from django.db import Error, close_old_connections, connections, models, transaction
 
+from django_proxysql import retrying_atomic
+
 SEED = 1
 SEED_VALUE = "what every read reads"
 
@@ -110,7 +112,7 @@ class Ledger:
 class Load:
     """Threads that serve requests while the ``with`` block lasts; ``ledgers`` tell of them.
 
-    ``atomic`` is what each request's block is run by.
+    :param retries: all writes are in blocks, which ``retrying_atomic`` runs.
     """
 
     def __init__(
@@ -118,11 +120,12 @@ class Load:
         alias: str,
         threads: int = 8,
         pace: Pace | None = None,
-        atomic: Callable[..., Any] = transaction.atomic,
+        retries: bool = False,
     ) -> None:
         self.alias = alias
         self.pace = pace or Pace()
-        self.atomic = atomic
+        self.retries = retries
+        self.atomic: Callable[..., Any] = retrying_atomic if retries else transaction.atomic
         self.ledgers = [Ledger(number) for number in range(threads)]
         self._stopping = threading.Event()
         self._broken: list[BaseException] = []
@@ -216,7 +219,10 @@ class Load:
     def _write(self, ledger: Ledger, token: str) -> bool:
         with self._told(ledger, "write", token) as stage:
             stage.append("write")
-            Row.objects.using(self.alias).create(value=token)
+            write = Row.objects.using(self.alias).create
+            if self.retries:
+                write = self.atomic(using=self.alias)(write)
+            write(value=token)
         return not stage.failed
 
     def _block(self, ledger: Ledger, token: str) -> bool:

@@ -58,10 +58,11 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _notes(result: Result) -> Iterator[str]:
-    if result.engine == "ours":
+    if result.engine != "plain":
         yield (
             f"{result.scenario}: {result.replaced} connections were replaced,"
-            f" {result.replayed} statements were run again"
+            f" {result.replayed} statements and {result.retried} blocks were run again,"
+            f" {result.resolved} COMMITs were asked about"
         )
     if result.resumed_after is not None:
         yield (

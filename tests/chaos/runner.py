@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Callable
 
-from django_proxysql.core.events import ConnectionReplaced, StatementReplayed
+from django_proxysql.core.events import (
+    BlockRetried,
+    CommitResolved,
+    ConnectionReplaced,
+    StatementReplayed,
+)
 from django_proxysql.registry import balancers
 
 from .judgement import Result, judge
@@ -17,6 +23,7 @@ from .sites import ALIAS, Site
 
 #: The engines, as the tables are headed.
 ENGINES = {
+    "retrying": 'django_proxysql.backends.proxysql, retrying_atomic, COMMIT_OUTCOME "record"',
     "ours": "django_proxysql.backends.proxysql",
     "plain": "django.db.backends.mysql behind HAProxy",
 }
@@ -38,9 +45,9 @@ def run(
     site.empty()
     events: list[Any] = []
     with _variables(site, scenario), site.engine(engine, scenario.options):
-        if engine == "ours":
+        if engine != "plain":
             balancers[ALIAS].add_listener(events.append)
-        load = Load(ALIAS, pace=scenario.pace)
+        load = Load(ALIAS, pace=scenario.pace, retries=engine == "retrying")
         stage = Stage(site, load, say, patience)
         try:
             with load:
@@ -54,8 +61,9 @@ def run(
             site.restore()
             load.join()
     result = judge(scenario, engine, load.ledgers, stage.faults, site.rows())
-    result.replaced = sum(type(event) is ConnectionReplaced for event in events)
-    result.replayed = sum(type(event) is StatementReplayed for event in events)
+    kinds = Counter(type(event) for event in events)
+    result.replaced, result.replayed = kinds[ConnectionReplaced], kinds[StatementReplayed]
+    result.retried, result.resolved = kinds[BlockRetried], kinds[CommitResolved]
     return result
 
 

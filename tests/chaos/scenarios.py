@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Stage:
 
 class Scenario(NamedTuple):
     name: str
-    #: Where it takes place: ``ways`` or ``galera``.
+    #: Where it takes place: one of SITES.
     site: str
     what: str
     run: Callable[[Stage], None]
@@ -206,6 +207,45 @@ def galera_killed(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+#: Where a connection is cut, at a COMMIT, and how many of its or its answer's bytes may pass.
+_POINTS = [("before", ()), ("after", ())] + [
+    (where, (passed,)) for where in ("within", "reply") for passed in (0, 1, 4, 5, 9)
+]
+
+
+def commit_cut(stage: Stage) -> None:
+    for _ in range(10):
+        stage.wait(0.1)
+        where, passed = random.choice(_POINTS)
+        proxies = stage.site.peers
+        before = sum(proxy.cuts for proxy in proxies)
+        with stage.fault(f"a connection is cut {where} a COMMIT", at_most=len(proxies)):
+            # Whichever has one first; the others a moment later.
+            for proxy in proxies:
+                getattr(proxy, f"cut_{where}")(*passed, matching=b"COMMIT")
+            while sum(proxy.cuts for proxy in proxies) == before:
+                stage.wait(0.002)
+            stage.wait(0.05)
+            for proxy in proxies:
+                proxy.disarm()
+
+
+def everything_restarted(stage: Stage) -> None:
+    for way, node in zip(stage.site.peers, stage.site.cluster):
+        stage.wait(0.7)
+        with stage.fault(f"{way.name} is stopped"):
+            way.stop()
+        stage.wait(0.2)
+        way.start()
+        stage.wait(1.5)
+        with stage.fault(f"{node.name} is stopped"):
+            node.stop()
+        stage.wait(0.2)
+        with stage.fault(f"{node.name} is started again"):
+            node.start()
+        stage.wait(1.5)
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
@@ -244,5 +284,12 @@ SCENARIOS: dict[str, Scenario] = {
             codes=frozenset({1180, 1213}),
         ),
         Scenario("galera-killed", "galera", "a node's process is killed", galera_killed),
+        Scenario("commit-cut", "cuts", "connections are cut at a COMMIT", commit_cut),
+        Scenario(
+            "all-restarted",
+            "stack",
+            "each node, and each proxy in front of it, is restarted in turn",
+            everything_restarted,
+        ),
     )
 }

@@ -16,8 +16,10 @@ from typing import Any
 import django
 import MySQLdb
 
+from django_proxysql.core import outcome
 from tests.engine import MYSQL, added, engine, mysql_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, Address
+from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster, GaleraNode
 from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
@@ -64,11 +66,13 @@ class Site:
 
     @contextlib.contextmanager
     def engine(self, name: str, options: dict[str, Any]) -> Iterator[None]:
-        """Have ``connections[ALIAS]`` lead here, by ``ours`` or by the ``plain`` engine."""
+        """Have ``connections[ALIAS]`` lead here, by one of the runner's ENGINES."""
         settings: dict[str, Any] = {"CONN_MAX_AGE": 60, "OPTIONS": dict(options)}
-        if name == "ours":
+        if name != "plain":
             peers = [mysql_peer(peer) for peer in self.peers]
             settings["CHECK_INTERVAL"] = CHECK_INTERVAL
+            if name == "retrying":
+                settings["COMMIT_OUTCOME"] = "record"
             with engine(peers, alias=ALIAS, **settings):
                 yield
             return
@@ -83,8 +87,9 @@ class Site:
     def empty(self) -> None:
         """Leave nothing but the seed in the table."""
         with admin(self.servers[0]) as cursor:
-            for statement in TABLE:
+            for statement in (*TABLE, f"DROP TABLE IF EXISTS {outcome.TABLE}"):
                 cursor.execute(statement)
+            cursor.execute(outcome.creates("mysql"))
         for server in self.servers[1:]:
             with admin(server) as cursor:
                 cursor.execute("SET SESSION wsrep_sync_wait = 1")
@@ -170,6 +175,35 @@ class Ways(Site):
         _up(self.front)
 
 
+class Cuts(Site):
+    """One MariaDB server, and three fault proxies in front of it that are the peers."""
+
+    def __init__(self, server: Node) -> None:
+        super().__init__()
+        self.server = server
+        self.servers = [server]
+        self.peers: list[FaultProxy] = []
+
+    def __enter__(self) -> Cuts:
+        with contextlib.ExitStack() as stack:
+            # Connections end by FIN, and by RST.
+            self.peers = [
+                stack.enter_context(FaultProxy(self.server, reset=n == 1)) for n in range(3)
+            ]
+            self.front = stack.enter_context(Front(self.peers))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def restore(self) -> None:
+        for proxy in self.peers:
+            proxy.disarm()
+        assert self.front is not None
+        _up(self.front)
+
+
 class Galera(Site):
     """A Galera cluster, whose nodes are the peers."""
 
@@ -197,6 +231,45 @@ class Galera(Site):
         self.cluster.restore()
         assert self.front is not None
         _up(self.front)
+
+
+class Stack(Site):
+    """A Galera cluster, and a proxy in front of each node: the proxies are the peers."""
+
+    def __init__(self, cluster: GaleraCluster) -> None:
+        super().__init__()
+        self.cluster = cluster
+        self.servers = list(cluster)
+        self.peers: list[HAProxy] = []
+
+    def __enter__(self) -> Stack:
+        with contextlib.ExitStack() as stack:
+            self.peers = [
+                stack.enter_context(HAProxy({WAY: node}, name=f"way-to-{node.name}"))
+                for node in self.cluster
+            ]
+            self.front = stack.enter_context(Front(self.peers))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def restore(self) -> None:
+        self.cluster.restore()
+        for way in self.peers:
+            way.start()
+        assert self.front is not None
+        _up(self.front)
+
+
+#: How a site is made of servers, and whether these are a Galera cluster.
+SITES: dict[str, tuple[type[Any], bool]] = {
+    "ways": (Ways, False),
+    "cuts": (Cuts, False),
+    "galera": (Galera, True),
+    "stack": (Stack, True),
+}
 
 
 @contextlib.contextmanager
