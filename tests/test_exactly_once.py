@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from django.db import OperationalError, transaction
 
+from django_proxysql import retrying_atomic
 from django_proxysql.core import outcome
 from django_proxysql.core.events import CommitResolved
 from django_proxysql.errors import CommitOutcomeUnknown
@@ -118,3 +119,50 @@ def test_all_of_this_with(driver: str) -> None:
         text=True,
     )
     assert ran.returncode == 0, ran.stdout[-5000:]
+
+
+class TestRunAgain:
+    """retrying_atomic after a COMMIT whose answer is lost."""
+
+    @pytest.mark.parametrize("how", ["before", "within", "after", "reply"])
+    def test_a_block_stands_once_and_its_hooks_run_once(self, here: Site, how: str) -> None:
+        here.read()
+        runs: list[int] = []
+        hooks: list[int] = []
+
+        @retrying_atomic(here.connection.alias)
+        def work() -> None:
+            runs.append(1)
+            run = len(runs)
+            transaction.on_commit(lambda: hooks.append(run), using="balanced")
+            here.write(f"run {run}")
+
+        arguments = {"within": (20,), "reply": (0,)}.get(how, ())
+        getattr(here.here, f"cut_{how}")(*arguments, matching=COMMIT)
+        work()
+        stands = 1 if how in ("after", "reply") else 2
+        assert runs == [1] * stands
+        assert hooks == [stands]
+        assert here.written() == [f"run {stands}"]
+
+    def test_a_commit_that_timed_out_and_was_not_done_is_run_again(
+        self, mariadb: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        options = {"read_timeout": 2}
+        with recording(mariadb, fault_proxy, OPTIONS=options) as here:
+            runs: list[int] = []
+            here.read()
+            frozen = here.here
+
+            @retrying_atomic(here.connection.alias)
+            def work() -> None:
+                runs.append(1)
+                here.write(f"run {len(runs)}")
+                if len(runs) == 1:
+                    frozen.freeze()
+                elif frozen is not None:
+                    frozen.thaw()
+
+            work()
+            assert runs == [1, 1]
+            assert here.written() == ["run 2"]

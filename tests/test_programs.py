@@ -1,4 +1,4 @@
-"""Random programs with faults, for some seconds; ``python -m tests.programs`` runs them for hours."""
+"""Random programs with faults, for seconds; ``python -m tests.programs`` runs them for hours."""
 
 from __future__ import annotations
 

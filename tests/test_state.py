@@ -15,7 +15,7 @@ TRANSITIONS = [
     "committed",
     "rolled_back",
     "commit_not_sent",
-    "conflicted",
+    "commit_not_done",
     "outcome_unknown",
 ]
 
@@ -32,7 +32,7 @@ ALWAYS = {
     "commit_sent": Stage.COMMITTING,
     "committed": Stage.COMMITTED,
     "commit_not_sent": Stage.ACTIVE,
-    "conflicted": Stage.CONFLICT,
+    "commit_not_done": Stage.NOT_DONE,
     "outcome_unknown": Stage.UNKNOWN,
 }
 
@@ -73,7 +73,7 @@ def test_a_commit_that_was_sent_and_not_refused_may_stand(stage: Stage) -> None:
     transaction = Transaction(by_hand=False, stage=stage)
     assert transaction.may_stand is (stage in (Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN))
     assert transaction.has_ended is (
-        stage in (Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN)
+        stage in (Stage.COMMITTED, Stage.ROLLED_BACK, Stage.NOT_DONE, Stage.UNKNOWN)
     )
 
 

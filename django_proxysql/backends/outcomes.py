@@ -131,8 +131,11 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
     """
     driver, transaction = db._driver, db._transaction
     refused = outcome.refusal(driver.code_of(cause), str(cause))
-    if refused is not None:
+    if refused is Refusal.FENCED:
+        transaction.commit_not_done()
+    elif refused is not None:
         transaction.rolled_back()
+    if refused is not None:
         raise _refused(session, refused, cause) from cause
     if drivers.is_of_first(cause) and driver.is_answer(cause) and is_of_server(db, session):
         # The server has not come to COMMIT.
@@ -145,7 +148,7 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
         transaction.outcome_unknown()
         raise CommitOutcomeUnknown(*cause.args) from cause
     if found is Outcome.ROLLED_BACK:
-        transaction.rolled_back()
+        transaction.commit_not_done()
         raise _rolled_back(session, cause) from cause
     return True
 

@@ -29,8 +29,9 @@ class Stage(enum.Enum):
     COMMITTED = "committed"
     #: ROLLBACK was answered, or the connection ended before COMMIT: it does not stand.
     ROLLED_BACK = "rolled back"
-    #: COMMIT was answered with a conflict: it does not stand, and may be run once more.
-    CONFLICT = "conflict"
+    #: COMMIT was sent and not done, and never will be: it met a conflict, or the peers were asked.
+    #: The transaction may be run once more.
+    NOT_DONE = "not done"
     #: COMMIT was sent, and its answer was lost or says nothing: nobody knows.
     UNKNOWN = "unknown"
 
@@ -41,7 +42,7 @@ _MOST_READS = 20
 #: For code that asks at each statement.
 BEGUN = Stage.BEGUN
 
-_ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.CONFLICT, Stage.UNKNOWN})
+_ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.NOT_DONE, Stage.UNKNOWN})
 _SENT = frozenset({Stage.ACTIVE, Stage.COMMITTING, Stage.UNKNOWN})
 _MAY_STAND = frozenset({Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN})
 
@@ -145,9 +146,9 @@ class Transaction:
         """COMMIT is known never to have left, or to have been refused."""
         self._to(Stage.ACTIVE)
 
-    def conflicted(self) -> None:
-        """COMMIT was answered with a conflict."""
-        self._to(Stage.CONFLICT)
+    def commit_not_done(self) -> None:
+        """COMMIT was answered with a conflict, or found not to be done."""
+        self._to(Stage.NOT_DONE)
 
     def outcome_unknown(self) -> None:
         """The answer to COMMIT was lost, or leaves open what became of it."""

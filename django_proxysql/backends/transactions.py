@@ -276,7 +276,7 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
             # It never left: rolled back.
             transaction.commit_not_sent()
         elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
-            transaction.conflicted()
+            transaction.commit_not_done()
         elif token is not None and session is not None:
             if not stands(db, session, token, cause):
                 raise
@@ -367,7 +367,7 @@ def rollback(db: Any) -> Any:
 def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
     """Return whether a transaction that ended by ``exc`` stands for certain not, and may
     come to its end if it is begun once more."""
-    if transaction.stage is Stage.CONFLICT:
+    if transaction.stage is Stage.NOT_DONE:
         return True
     if transaction.may_stand:
         return False
