@@ -29,7 +29,7 @@ from .core.balancer import Attempt, LoadBalancer
 from .core.events import Listener
 from .core.peer import Peer
 from .core.runtime import new_lock
-from .core.trials import prober
+from .core.trials import trial_worker
 from .errors import NoPeerAvailable
 
 __all__ = ["Registered", "balancers", "register"]
@@ -177,7 +177,7 @@ class _BackgroundTrial:
             wrapper = type(known)(known.settings_dict, self._alias)
             wrapper.try_out(attempt)
         finally:
-            if prober.is_here:
+            if trial_worker.is_here:
                 # What receivers and checks have opened; the thread keeps nothing.
                 connections.close_all()
 

@@ -30,7 +30,7 @@ import django
 from django.db import connections
 from django.dispatch import Signal
 
-from .core import dispatch
+from .core.dispatch import in_listener_thread
 from .core.events import Event
 from .core.logger import logger
 from .core.reports import REPORTS
@@ -85,7 +85,7 @@ def _send(event: Event) -> None:
         responses = signal.send_robust(sender, alias=alias, event=event, **values)
     finally:
         _sending.signals.remove(signal)
-        if dispatch.is_here() and not _sending.signals:
+        if in_listener_thread() and not _sending.signals:
             # What receivers have opened; the thread keeps nothing.
             connections.close_all()
     if django.VERSION < (4, 2):

@@ -792,7 +792,7 @@ class TestInterrupted:
     def test_listeners_added_by_many_threads(self) -> None:
         """No listener is lost where many are added and removed at once."""
         world = World("db1")
-        before = len(world.db._tellers)
+        before = len(world.db._dispatchers)
         stay = [lambda event: None for _ in range(200)]
         share = [stay[n::8] for n in range(8)]
 
@@ -810,7 +810,7 @@ class TestInterrupted:
                 pass
         finally:
             sys.setswitchinterval(interval)
-        assert len(world.db._tellers) == before + 200
+        assert len(world.db._dispatchers) == before + 200
 
     def test_error_that_cannot_be_written_down(self) -> None:
         """An error whose own __str__ raises is raised as it is, and counted."""

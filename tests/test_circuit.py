@@ -56,7 +56,7 @@ def lease(*, expires: float = NOW + 60, ended: bool = False) -> Lease:
 
 
 MINE = lease()
-#: Whose trial the record has: nobody's, the event's, another's, one that is over in some way.
+#: Whose trial the record has: none, the event's, another's, one that is over in some way.
 LEASES = {
     "none": None,
     "mine": MINE,
@@ -269,7 +269,7 @@ def test_every_event_is_tried() -> None:
 
 
 def test_generation_grows_with_each_opening_and_closing_alone() -> None:
-    """Results of an older time can be told apart, and no others."""
+    """Results of an older time are known for what they are, and no others."""
     for was, event in itertools.product(records(), events()):
         now = transition(was, event, NOW)
         grown = now.generation - was.generation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import re
 import subprocess
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 
 from django_proxysql import LoadBalancer
-from django_proxysql.core import dispatch as module
-from django_proxysql.core.dispatch import MOST, Teller
+from django_proxysql.core import dispatch, runtime
+from django_proxysql.core.dispatch import MOST, Dispatcher
 from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhausted
 from django_proxysql.core.logs import log_event
 from tests.children import in_child
@@ -30,6 +31,12 @@ del TestExceptionsOutOfNowhere
 
 def event(number: int) -> PeersExhausted:
     return PeersExhausted("default", str(number), 0.0)
+
+
+def deliver(dispatcher: Dispatcher, event: Any) -> None:
+    """Have a listener notified of one event, in its own thread."""
+    dispatcher.put(event)
+    dispatcher.start()
 
 
 class Heard:
@@ -66,27 +73,27 @@ def heard() -> Heard:
 
 
 @pytest.fixture
-def teller(heard: Heard) -> Teller:
-    return Teller(heard, "default")
+def dispatcher(heard: Heard) -> Dispatcher:
+    return Dispatcher(heard, "default")
 
 
-def test_elsewhere_and_in_order(teller: Teller, heard: Heard) -> None:
+def test_elsewhere_and_in_order(dispatcher: Dispatcher, heard: Heard) -> None:
     """Each event once, in turn, whatever a listener raises; never in the thread that tells."""
     for number in range(20):
-        teller.tell(event(number))
+        deliver(dispatcher, event(number))
     until(lambda: len(heard.told) == 20)
     assert heard.told == list(range(20))
     assert threading.get_ident() not in heard.threads
 
 
-def test_one_that_hangs(teller: Teller, heard: Heard) -> None:
+def test_one_that_hangs(dispatcher: Dispatcher, heard: Heard) -> None:
     """It keeps the latest of what comes after it, and nobody."""
     heard.go_on.clear()
-    teller.tell(event(0))
+    deliver(dispatcher, event(0))
     heard.wait(1)
     for number in range(1, MOST + 101):
-        teller.tell(event(number))
-    assert len(teller.waiting) == MOST
+        deliver(dispatcher, event(number))
+    assert len(dispatcher.waiting) == MOST
     heard.go_on.set()
     until(lambda: len(heard.told) == MOST + 1)
     assert heard.told == [0, *range(101, MOST + 101)]
@@ -100,10 +107,10 @@ def test_behind_what_waits(heard: Heard) -> None:
     db.add_listener(heard)
     db.add_listener(lambda told: numbers.append((told.error, threading.get_ident())))
     heard.go_on.clear()
-    (teller,) = (teller for teller in db._tellers if teller.listener is heard)
-    teller.tell(event(0))
+    (dispatcher,) = (dispatcher for dispatcher in db._dispatchers if dispatcher.listener is heard)
+    deliver(dispatcher, event(0))
     heard.wait(1)
-    teller.tell(event(1))
+    deliver(dispatcher, event(1))
     db.emit(event(2))
     # Its own thread, for those who are not behind.
     assert numbers == [("2", threading.get_ident())]
@@ -116,13 +123,13 @@ def test_behind_what_waits(heard: Heard) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_many_who_tell(teller: Teller, heard: Heard) -> None:
+def test_many_who_tell(dispatcher: Dispatcher, heard: Heard) -> None:
     """No event is left behind by a thread that is about to end, and no two are told at once."""
 
     def tell() -> None:
         for _ in range(100):
-            teller.tell(event(1))
-            until(lambda: not teller.waiting)
+            deliver(dispatcher, event(1))
+            until(lambda: not dispatcher.waiting)
 
     threads = [threading.Thread(target=tell) for _ in range(4)]
     for thread in threads:
@@ -133,7 +140,7 @@ def test_many_who_tell(teller: Teller, heard: Heard) -> None:
     assert heard.most == 1
 
 
-def test_told_as_its_thread_ends(teller: Teller, heard: Heard) -> None:
+def test_told_as_its_thread_ends(dispatcher: Dispatcher, heard: Heard) -> None:
     """Whoever finds it over starts another, which tells alone what comes from then on."""
 
     class Late(deque[Any]):
@@ -145,14 +152,14 @@ def test_told_as_its_thread_ends(teller: Teller, heard: Heard) -> None:
 
     def tell_two() -> None:
         heard.go_on.clear()
-        teller.tell(event(2))
-        teller.tell(event(3))
+        deliver(dispatcher, event(2))
+        deliver(dispatcher, event(3))
         heard.wait(2)
 
     late: list[Callable[[], None]] = [tell_two]
-    teller.waiting = Late(maxlen=MOST)
-    teller.tell(event(1))
-    first = teller._life
+    dispatcher.waiting = Late(maxlen=MOST)
+    deliver(dispatcher, event(1))
+    first = dispatcher._life
     assert first is not None
     until(lambda: not late and first() is None)
     assert heard.told == [1]
@@ -162,28 +169,14 @@ def test_told_as_its_thread_ends(teller: Teller, heard: Heard) -> None:
     assert heard.most == 1
 
 
-def test_no_thread_to_be_had(teller: Teller, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said in the log, raises nothing, and the next event makes up for it."""
-
-    def refuse(*_: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module._thread, "start_new_thread", refuse)
-        teller.tell(event(1))
-    teller.tell(event(2))
-    until(lambda: len(heard.told) == 2)
-    assert heard.told == [1, 2]
-
-
 def test_killed_at_every_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is killed leaves to another what it had not begun to tell."""
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
-    start = module._thread.start_new_thread
+    start = _thread.start_new_thread
     step, there = 0, True
     while there:
         step += 1
-        teller = Teller(heard, "default")
+        dispatcher = Dispatcher(heard, "default")
         heard.told.clear()
         struck: list[tuple[bool, str]] = []
 
@@ -191,18 +184,18 @@ def test_killed_at_every_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.undo()
             return start(
                 lambda: struck.append(  # noqa: B023
-                    interrupted_at(step, lambda: run(*args), [module.__file__])  # noqa: B023
+                    interrupted_at(step, lambda: run(*args), [dispatch.__file__, runtime.__file__])  # noqa: B023
                 ),
                 (),
             )
 
-        teller.waiting.extend([event(1), event(2)])
-        monkeypatch.setattr(module._thread, "start_new_thread", doomed)
-        teller.tell(event(3))
+        dispatcher.waiting.extend([event(1), event(2)])
+        monkeypatch.setattr(_thread, "start_new_thread", doomed)
+        deliver(dispatcher, event(3))
         until(lambda: struck)  # noqa: B023
         there, where = struck[0]
         # Before its first line or on its way out nobody can start another.
-        teller.tell(event(4))
+        deliver(dispatcher, event(4))
         until(lambda: 4 in heard.told)
         # The one that it was killed over may be lost.
         assert len(heard.told) >= 3, where
@@ -212,10 +205,12 @@ def test_killed_at_every_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("step", range(1, 20))
-def test_whoever_tells_is_killed(teller: Teller, heard: Heard, step: int) -> None:
+def test_whoever_tells_is_killed(dispatcher: Dispatcher, heard: Heard, step: int) -> None:
     """The next event takes along the one that was left."""
-    interrupted_at(step, lambda: teller.tell(event(1)), [module.__file__])
-    teller.tell(event(2))
+    interrupted_at(
+        step, lambda: deliver(dispatcher, event(1)), [dispatch.__file__, runtime.__file__]
+    )
+    deliver(dispatcher, event(2))
     until(lambda: heard.told[-1:] == [2])
 
 
@@ -231,9 +226,9 @@ def test_fork(where: str) -> None:
     def child() -> str:
         go_on.set()
         told.clear()
-        teller.tell(event(3))
+        deliver(dispatcher, event(3))
         until(lambda: told)
-        return f"{told} {len(teller.waiting)}"
+        return f"{told} {len(dispatcher.waiting)}"
 
     def listen(heard: Any) -> None:
         told.append(heard.error)
@@ -244,10 +239,10 @@ def test_fork(where: str) -> None:
                 results.append(in_child(child))
 
     db.add_listener(listen)
-    teller = db._tellers[-1]
-    teller.tell(event(1))
+    dispatcher = db._dispatchers[-1]
+    deliver(dispatcher, event(1))
     assert reached.wait(30)
-    teller.tell(event(2))
+    deliver(dispatcher, event(2))
     if where == "elsewhere":
         results.append(in_child(child))
     go_on.set()
@@ -284,8 +279,8 @@ def test_change_waits_for_the_one_before_it() -> None:
     pager = Pager()
     pager.hangs_at = CircuitClosed
     db.add_listener(pager)
-    (teller,) = (teller for teller in db._tellers if teller.listener is pager)
-    teller.tell(CircuitClosed("default", "db1", "db1", 1.0, True))
+    (dispatcher,) = (dispatcher for dispatcher in db._dispatchers if dispatcher.listener is pager)
+    deliver(dispatcher, CircuitClosed("default", "db1", "db1", 1.0, True))
     assert pager.inside.wait(30)
     in_thread(db.peers["db1"].breaker.open)
     pager.go_on.set()
@@ -326,8 +321,10 @@ def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -
 
     with running(*[flap] * 4):
         pass
-    tellers = [*db._tellers, *circuit._tellers]
-    until(lambda: not any(teller.waiting or teller.is_running for teller in tellers))
+    dispatchers = [*db._dispatchers, *circuit._dispatchers]
+    until(
+        lambda: not any(dispatcher.waiting or dispatcher.is_running for dispatcher in dispatchers)
+    )
     turn = [CircuitOpened, CircuitClosed]
     assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))]
     last = {"open": CircuitOpened, "closed": CircuitClosed}[circuit.current_state]
@@ -443,7 +440,7 @@ def test_fork_while_a_change_is_told() -> None:
 
 EXIT = """
 import sys, threading, time
-from django_proxysql.core import dispatch as teller
+from django_proxysql.core import runtime
 from django_proxysql import LoadBalancer
 
 db = LoadBalancer({"db1": {"host": "db1"}})
@@ -455,11 +452,12 @@ def write(event):
     print("written", type(event).__name__, flush=True)
 
 db.add_listener(write)
-(mine,) = (one for one in db._tellers if one.listener is write)
+(mine,) = (one for one in db._dispatchers if one.listener is write)
 from django_proxysql.core.events import CircuitClosed
-mine.tell(CircuitClosed("default", "db1", "db1", 1.0, True))
+mine.put(CircuitClosed("default", "db1", "db1", 1.0, True))
+mine.start()
 begun.wait(30)
-teller.AT_EXIT = {seconds}
+runtime.AT_EXIT = {seconds}
 """
 
 

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from django_proxysql import Fault
-from django_proxysql.core import events, logs
-from django_proxysql.core import trials as probe
+from django_proxysql.core import events, logs, runtime
+from django_proxysql.core.trials import TrialWorker
 from tests.fakes import Clock, raised_by
 from tests.test_balancer import World
 
@@ -210,18 +210,18 @@ def test_other_lines_have_no_limit(caplog: pytest.LogCaptureFixture) -> None:
             assert len(caplog.messages) == 2
 
 
-def test_complaints_of_the_prober(
+def test_complaints_of_the_trials_thread(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each kind of complaint of the thread that makes trials has its own limit."""
     clock = Clock()
-    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=clock))
-    prober = probe.Prober()
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=clock))
+    worker = TrialWorker()
     for _ in range(3):
-        prober._complain("The trial of shop/db1 raised")
-        prober._complain("The trial of shop/db2 raised")
+        worker.complain("The trial of shop/db1 raised")
+        worker.complain("The trial of shop/db2 raised")
     clock.advance(60)
-    prober._complain("The trial of shop/db1 raised")
+    worker.complain("The trial of shop/db1 raised")
     assert caplog.messages == [
         "The trial of shop/db1 raised",
         "The trial of shop/db2 raised",

@@ -21,6 +21,7 @@ from django_proxysql.core.breaker import CLOSED, CircuitBreakerError
 from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.core.logs import due_in
 from django_proxysql.core.sharing.applying import apply_open
+from django_proxysql.core.trials import trial_worker
 from django_proxysql.monitoring.status import health
 from django_proxysql.registry import balancers
 from tests.engine import engine, mysql_peer
@@ -267,7 +268,7 @@ class TestNextTrial:
         self, trials: str, others: str, interval: float | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No trial is made before the time that the state names, and one is made at that time."""
-        monkeypatch.setattr("django_proxysql.core.balancer.prober.tend", lambda *a, **k: None)
+        monkeypatch.setattr(trial_worker, "schedule", lambda *a, **k: None)
         world = World("db1", "db2", trials=trials, last_resort_interval=interval, check_interval=28)
         other = world.db.peers["db2"]
         if others == "suspect":

@@ -20,7 +20,7 @@ from django.dispatch import Signal
 
 from django_proxysql import Fault, NoPeerAvailable, balancers, signals
 from django_proxysql.core import events
-from django_proxysql.core import trials as probe
+from django_proxysql.core.trials import trial_worker
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
 from tests.fakes import in_thread, lock_is_free, running, until
 from tests.servers.faultproxy import FaultProxy
@@ -345,12 +345,12 @@ def test_hangs_over_what_the_background_finds(
 
         def later() -> None:
             peers.clock.advance(34)
-            probe.prober.tend(peers.balancer)
+            trial_worker.schedule(peers.balancer)
 
         until(lambda: later() or reached.is_set())
         peers.restore(1)
         until(lambda: later() or peers.balancer.peers["peer1"].breaker.is_available)
-        until(lambda: not probe.prober.is_running)
+        until(lambda: not trial_worker.is_running)
         until(lambda: len([line for line in caplog.messages if " closed, " in line]) == 2)
 
 
@@ -371,7 +371,7 @@ def test_keeps_no_connection_of_a_thread_that_only_tells(
         peers.fail(0)
         assert peers.connect() == "peer1"
         peers.restore(0)
-        until(lambda: peers.clock.advance(34) or probe.prober.tend(peers.balancer) or opened)
+        until(lambda: peers.clock.advance(34) or trial_worker.schedule(peers.balancer) or opened)
         (there, connection, made), *_ = opened
         assert there != threading.get_ident()
         assert made is not None

@@ -24,10 +24,10 @@ from django.db import connections
 from django.db.backends.signals import connection_created
 
 from django_proxysql import Fault, LoadBalancer, NotReady, balancers
-from django_proxysql.core import balancer
-from django_proxysql.core import trials as probe
+from django_proxysql.core import balancer, runtime, trials
 from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.core.exceptions import ConfigError
+from django_proxysql.core.trials import TrialWorker, trial_worker
 from tests import test_breaker_threads
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.engine import Clock as EngineClock
@@ -51,13 +51,13 @@ Pair = tuple[Node, Node]
 
 
 @pytest.fixture
-def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
-    """A prober of the test's own; its thread has ended when the test has."""
-    made = probe.Prober()
-    monkeypatch.setattr(balancer, "prober", made)
-    monkeypatch.setattr("django_proxysql.registry.prober", made)
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
+    """A worker of the test's own; its thread has ended when the test has."""
+    made = TrialWorker()
+    monkeypatch.setattr(balancer, "trial_worker", made)
+    monkeypatch.setattr("django_proxysql.registry.trial_worker", made)
     yield made
-    for db in list(made._tended):
+    for db in list(made._scheduled):
         for peer in db.peers.values():
             peer.breaker.close()
     until(lambda: not made.is_running)
@@ -65,7 +65,7 @@ def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One item for each thread of a prober's that runs."""
+    """One item for each thread of a worker's that runs."""
     start = _thread.start_new_thread
     found: list[int] = []
 
@@ -84,13 +84,13 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def stalled(prober: probe.Prober, monkeypatch: pytest.MonkeyPatch) -> Iterator[probe.Prober]:
+def stalled(worker: TrialWorker, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
     """The same, whose threads never get to run, as in uWSGI without threads."""
     never: list[Any] = []
     monkeypatch.setattr(_thread, "start_new_thread", lambda *args: never.append(args))
-    yield prober
-    prober._runner = None
-    monkeypatch.setattr(prober, "_start", lambda: None)
+    yield worker
+    worker._life = None
+    monkeypatch.setattr(worker, "start", lambda: None)
 
 
 def background(*names: str, **options: Any) -> World:
@@ -101,7 +101,7 @@ def background(*names: str, **options: Any) -> World:
 class TestStep:
     """What is tried and when, on a clock that stands still."""
 
-    def test_trial_is_the_threads(self, stalled: probe.Prober) -> None:
+    def test_trial_is_the_threads(self, stalled: TrialWorker) -> None:
         """A request passes by a peer whose trial is due; the thread makes it, and says when."""
         world = background("db1", "db2")
         world.open("db1")
@@ -114,7 +114,7 @@ class TestStep:
         assert world.driver.hosts == ["db2", "db1"]
         assert world.states() == "closed closed"
 
-    def test_keeps_no_connection(self, stalled: probe.Prober) -> None:
+    def test_keeps_no_connection(self, stalled: TrialWorker) -> None:
         """What a trial opens is closed again, and told of as a trial."""
         world = background("db1", "db2")
         world.open("db1")
@@ -124,7 +124,7 @@ class TestStep:
         assert [event.trial for event in world.told(Connected)] == [True]
         assert len(world.told(CircuitClosed)) == 1
 
-    def test_fails_to_close(self, stalled: probe.Prober) -> None:
+    def test_fails_to_close(self, stalled: TrialWorker) -> None:
         """What closing the trial's connection raises says nothing about the peer."""
 
         class Stubborn:
@@ -137,7 +137,7 @@ class TestStep:
         world.clock.advance(30)
         assert stalled.step() is None
 
-    def test_fails_again(self, stalled: probe.Prober) -> None:
+    def test_fails_again(self, stalled: TrialWorker) -> None:
         """A trial that fails opens the circuit for another interval."""
         world = background("db1", "db2")
         world.driver.down["db1"] = refused_by_host
@@ -149,7 +149,7 @@ class TestStep:
         assert stalled.step() == 30
         assert world.driver.hosts == ["db1"]
 
-    def test_suspect(self, stalled: probe.Prober) -> None:
+    def test_suspect(self, stalled: TrialWorker) -> None:
         """A doubt is cleared at once; no request does it while there are others."""
         world = background("db1", "db2")
         world.db.peers["db1"].breaker.suspect("lost", Fault.LOST)
@@ -159,7 +159,7 @@ class TestStep:
         assert world.hosts() == ["db1"]
         assert world.told(CircuitClosed) == []
 
-    def test_success_threshold(self, stalled: probe.Prober) -> None:
+    def test_success_threshold(self, stalled: TrialWorker) -> None:
         """As many good trials as are wanted are made one after the other."""
         world = background("db1", "db2", breaker={"success_threshold": 3})
         world.open("db1")
@@ -169,7 +169,7 @@ class TestStep:
         assert stalled.step() is None
         assert world.driver.hosts == ["db1"] * 3
 
-    def test_question(self, stalled: probe.Prober) -> None:
+    def test_question(self, stalled: TrialWorker) -> None:
         """READY_CHECK is asked in the trial."""
         asked: list[str] = []
 
@@ -184,7 +184,7 @@ class TestStep:
         assert asked == ["db1"]
         assert world.db.peers["db1"].breaker.circuit.fault is Fault.NOT_READY
 
-    def test_drained(self, stalled: probe.Prober) -> None:
+    def test_drained(self, stalled: TrialWorker) -> None:
         """A drained peer is left alone, until it is undrained."""
         world = background("db1", "db2", "db3")
         world.open("db1")
@@ -200,7 +200,7 @@ class TestStep:
         assert stalled.step() is None
         assert sorted(world.driver.hosts) == ["db1", "db2"]
 
-    def test_nobody_left(self, stalled: probe.Prober) -> None:
+    def test_nobody_left(self, stalled: TrialWorker) -> None:
         """With no circuit closed, peers are tried each LAST_RESORT_INTERVAL."""
         world = background("db1", "db2", last_resort_interval=2)
         world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
@@ -214,7 +214,7 @@ class TestStep:
         # With one of them back the other's interval holds again.
         assert stalled.step() == 30
 
-    def test_no_last_resort(self, stalled: probe.Prober) -> None:
+    def test_no_last_resort(self, stalled: TrialWorker) -> None:
         """LAST_RESORT_INTERVAL None: the whole interval, and 0: not in a spin."""
         world = background("db1", last_resort_interval=None)
         world.open("db1")
@@ -225,7 +225,7 @@ class TestStep:
         assert stalled.step() == 0.1
         assert world.driver.hosts == ["db1"]
 
-    def test_worse_tier(self, stalled: probe.Prober) -> None:
+    def test_worse_tier(self, stalled: TrialWorker) -> None:
         """A peer of a worse tier is tried, too: nobody is sent there by that."""
         world = background(peers={"db1": {"host": "db1"}, "db2": {"host": "db2", "priority": 1}})
         world.open("db2")
@@ -233,7 +233,7 @@ class TestStep:
         assert stalled.step() is None
         assert world.driver.hosts == ["db2"]
 
-    def test_somebody_elses_trial(self, stalled: probe.Prober) -> None:
+    def test_somebody_elses_trial(self, stalled: TrialWorker) -> None:
         """While a caller of calling() has the trial it is left alone, however long it takes."""
         world = background("db1", "db2")
         world.open("db1")
@@ -243,7 +243,7 @@ class TestStep:
             assert world.driver.hosts == []
         assert stalled.step() is None
 
-    def test_left_to_others(self, stalled: probe.Prober) -> None:
+    def test_left_to_others(self, stalled: TrialWorker) -> None:
         """Where another process is to make the trial, this one comes back when it is told to."""
         world = background("db1", "db2")
         world.open("db1")
@@ -257,8 +257,8 @@ class TestStep:
         assert stalled.step() is None
         assert world.driver.hosts == ["db1"]
 
-    def test_each_balancers(self, stalled: probe.Prober) -> None:
-        """One prober for all balancers that want one, each on its own clock and interval."""
+    def test_each_balancers(self, stalled: TrialWorker) -> None:
+        """One worker for all balancers that want one, each on its own clock and interval."""
         one = background("db1", "db2", name="one", check_interval=20)
         other = background("db1", "db2", name="other")
         inline = World("db1", "db2")
@@ -270,7 +270,7 @@ class TestStep:
         assert other.driver.hosts == ["db1"]
         assert inline.driver.hosts == []
 
-    def test_balancer_is_gone(self, stalled: probe.Prober) -> None:
+    def test_balancer_is_gone(self, stalled: TrialWorker) -> None:
         """A balancer that nobody has any more is not kept for its peers' sake."""
         world = background("db1", "db2")
         world.open("db1")
@@ -284,7 +284,7 @@ class TestStep:
         "error", [SystemExit(1), KeyboardInterrupt(), TypeError("a bug"), Injected()]
     )
     def test_own_bug(
-        self, stalled: probe.Prober, error: BaseException, caplog: pytest.LogCaptureFixture
+        self, stalled: TrialWorker, error: BaseException, caplog: pytest.LogCaptureFixture
     ) -> None:
         """What a check raises that is no driver's error ends its trial; logged once a minute."""
 
@@ -306,7 +306,7 @@ class TestStep:
         assert world.driver.hosts == ["db1", "db2"] * 6
         assert caplog.messages == ["The trial of default/db1 raised"]
 
-    def test_not_the_peers_fault(self, stalled: probe.Prober) -> None:
+    def test_not_the_peers_fault(self, stalled: TrialWorker) -> None:
         """A peer that is full is tried again soon, and nobody complains."""
         world = background("db1", "db2")
         world.driver.down["db1"] = type(refused_by_host())(1040, "Too many connections")
@@ -315,7 +315,7 @@ class TestStep:
         assert stalled.step() == 1
         assert world.states() == "open closed"
 
-    def test_refused_as_another(self, stalled: probe.Prober) -> None:
+    def test_refused_as_another(self, stalled: TrialWorker) -> None:
         """A refusal where another database is asked for than at first counts for nothing."""
         world = background("db1", "db2")
         world.driver.down["db1"] = bad_password
@@ -355,7 +355,7 @@ class TestRequests:
 
     def test_no_thread_to_be_had(
         self,
-        prober: probe.Prober,
+        worker: TrialWorker,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -370,7 +370,7 @@ class TestRequests:
         world.open("db1")
         for _ in range(3):
             assert world.hosts() == ["db2"]
-        assert not prober.is_running
+        assert not worker.is_running
         assert caplog.messages == ["No thread could be started for trials; requests make them"]
         world.clock.advance(90)
         assert world.hosts() == ["db1"]
@@ -385,7 +385,7 @@ class TestRequests:
         assert world.hosts() == ["db2", "db1"]
         assert world.states() == "closed open"
 
-    def test_waits_for_the_threads_trial(self, prober: probe.Prober) -> None:
+    def test_waits_for_the_threads_trial(self, worker: TrialWorker) -> None:
         """A request that has nobody left waits for the trial that the thread is making."""
         world = background("db1")
         inside, go = threading.Event(), threading.Event()
@@ -409,9 +409,9 @@ class TestRequests:
             go.set()
         assert got == ["db1"]
         assert world.driver.hosts == ["db1", "db1"]
-        assert prober.is_running or world.states() == "closed"
+        assert worker.is_running or world.states() == "closed"
 
-    def test_nobody_waits_for_a_hanging_peer(self, prober: probe.Prober) -> None:
+    def test_nobody_waits_for_a_hanging_peer(self, worker: TrialWorker) -> None:
         """While its trial hangs, requests connect elsewhere, and none makes it."""
         world = background("hangs", "db2")
         inside, go = threading.Event(), threading.Event()
@@ -423,7 +423,7 @@ class TestRequests:
         world.driver.down["hangs"] = hang
         world.open("hangs")
         world.clock.advance(30)
-        prober.tend(world.db)
+        worker.schedule(world.db)
         assert inside.wait(20)
         with running(*[lambda: [world.connect() for _ in range(50)]] * 7):
             pass
@@ -443,32 +443,32 @@ class TestThread:
         """What hits a finalizer cannot be raised: let Python drop it without a word."""
         monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
-    def test_is_there_while_there_is_need(self, prober: probe.Prober, alive: list[int]) -> None:
+    def test_is_there_while_there_is_need(self, worker: TrialWorker, alive: list[int]) -> None:
         """It starts when the first circuit opens, and is gone when all are closed."""
         world = background("db1", "db2", "db3")
-        assert not prober.is_running
+        assert not worker.is_running
         world.open("db1")
         world.open("db2")
-        assert prober.is_running
+        assert worker.is_running
         assert len(alive) == 1
         world.db.peers["db2"].breaker.close()
-        assert prober.is_running
+        assert worker.is_running
         world.clock.advance(30)
-        prober.tend(world.db)
-        until(lambda: not prober.is_running)
+        worker.schedule(world.db)
+        until(lambda: not worker.is_running)
         until(lambda: not alive)
         assert world.states() == "closed closed closed"
         world.open("db3")
-        assert prober.is_running
+        assert worker.is_running
 
-    def test_inline_has_none(self, prober: probe.Prober) -> None:
+    def test_inline_has_none(self, worker: TrialWorker) -> None:
         """Without the setting there is no thread."""
         world = World("db1", "db2")
         world.open("db1")
         world.hosts()
-        assert prober._runner is None
+        assert worker._life is None
 
-    def test_looks_by_itself(self, prober: probe.Prober) -> None:
+    def test_looks_by_itself(self, worker: TrialWorker) -> None:
         """Whoever changes an interval, or is killed before it rings, is seen within a second."""
         world = background("db1", "db2")
         world.open("db1")
@@ -477,7 +477,7 @@ class TestThread:
         until(lambda: world.states() == "closed closed")
 
     @pytest.mark.usefixtures("hurried")
-    def test_ends_while_circuits_open(self, prober: probe.Prober) -> None:
+    def test_ends_while_circuits_open(self, worker: TrialWorker) -> None:
         """However its end meets the opening of a circuit, an open circuit has a thread."""
         clock = Clock()
         db = LoadBalancer(
@@ -499,42 +499,42 @@ class TestThread:
 
         with running(*[lambda name=name: open_and_await(name) for name in db.peers], seconds=60):
             pass
-        until(lambda: not prober.is_running)
+        until(lambda: not worker.is_running)
 
     def test_opens_behind_its_back(
-        self, prober: probe.Prober, monkeypatch: pytest.MonkeyPatch
+        self, worker: TrialWorker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A circuit that opens between the thread's last look and its end is left to it."""
         world = background("db1", "db2")
         circuit = world.db.peers["db2"].breaker
-        step = prober.step
+        step = worker.step
 
         def looked() -> float | None:
             pause = step()
             if pause is None:
                 monkeypatch.undo()
                 # What opens it finds a thread that runs.
-                monkeypatch.setattr(balancer, "prober", prober)
+                monkeypatch.setattr(balancer, "trial_worker", worker)
                 circuit.open()
                 circuit.half_open()
             return pause
 
-        monkeypatch.setattr(prober, "step", looked)
+        monkeypatch.setattr(worker, "step", looked)
         world.db.peers["db1"].breaker.suspect()
         until(lambda: circuit.circuit.generation and circuit.is_available)
 
-    def test_started_once(self, prober: probe.Prober) -> None:
+    def test_started_once(self, worker: TrialWorker) -> None:
         """Of two that find no thread at one moment, one starts it."""
         with mock.patch.object(
             _thread, "start_new_thread", wraps=_thread.start_new_thread
         ) as start:
             world = background("db1", "db2")
             world.open("db1")
-            prober._start()
+            worker.start()
             assert start.call_count == 1
 
     @pytest.mark.usefixtures("hurried")
-    def test_one_at_a_time(self, prober: probe.Prober, alive: list[int]) -> None:
+    def test_one_at_a_time(self, worker: TrialWorker, alive: list[int]) -> None:
         """However many circuits open at once, there is one thread, and one trial at a time."""
         clock = Clock()
         inside: list[int] = []
@@ -562,12 +562,12 @@ class TestThread:
         assert len(alive) == 1
         for _ in range(20):
             clock.advance(30)
-            prober.tend(db)
+            worker.schedule(db)
         until(lambda: len(most) >= 8)
         assert set(most) == {1}
         assert len(alive) == 1
 
-    def test_listener_that_hangs(self, prober: probe.Prober) -> None:
+    def test_listener_that_hangs(self, worker: TrialWorker) -> None:
         """It keeps what it is told later, and nobody: the trials go on, others hear of them."""
         world = background("db1", "db2", "db3")
         reached, released = threading.Event(), threading.Event()
@@ -588,27 +588,27 @@ class TestThread:
         world.driver.down["db2"] = refuse
         world.open("db1")
         world.open("db2")
-        runner = prober._runner
-        assert runner is not None
+        assert worker._running is not None
+        thread = worker._running.ident
 
         def later() -> None:
             world.clock.advance(34)
-            prober.tend(world.db)
+            worker.schedule(world.db)
 
         try:
             later()
             assert reached.wait(10)
             tried = len(tried_by)
             until(lambda: later() or len(tried_by) > tried + 1)
-            assert set(tried_by) == {runner.ident}
+            assert set(tried_by) == {thread}
             del world.driver.down["db2"]
             until(lambda: later() or world.states() == "closed closed closed")
-            until(lambda: not prober.is_running)
+            until(lambda: not worker.is_running)
             until(lambda: len([told for told in heard if type(told) is CircuitClosed]) == 2)
         finally:
             released.set()
 
-    def test_opened_by_a_signal_handler(self, prober: probe.Prober) -> None:
+    def test_opened_by_a_signal_handler(self, worker: TrialWorker) -> None:
         """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
         clock = Clock()
         db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=clock, trials="background")
@@ -640,7 +640,7 @@ class TestThread:
 
         until(is_closed)
 
-    def killed(self, prober: probe.Prober, step: int, name: str) -> list[str]:
+    def killed(self, worker: TrialWorker, step: int, name: str) -> list[str]:
         """Kill the thread at its step-th line; return where that was, if it came there."""
         clock = Clock()
         db = LoadBalancer(
@@ -652,7 +652,7 @@ class TestThread:
 
         def victim(*args: Any) -> None:
             there, where = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
-                step, lambda: prober._run(*args), [probe.__file__]
+                step, lambda: worker._run(*args), [trials.__file__, runtime.__file__]
             )
             if there:
                 struck.append(where)
@@ -668,14 +668,14 @@ class TestThread:
             try:
                 if name == "waits":
                     db.peers["db1"].breaker.open()
-                    until(lambda: (prober._runner is not None and prober._runner.ident) or struck)
+                    until(lambda: (worker._running is not None and worker._running.ident) or struck)
                 else:
                     db.peers["db1"].breaker.suspect()
                 # In trouble or not, what is out now is tried.
                 db.peers["db2"].breaker.open()
                 clock.advance(30)
                 db.connect(lambda attempt: attempt.peer.name)
-                prober.tend(db)
+                worker.schedule(db)
 
                 def all_tried() -> bool:
                     # A trial that was killed is due again a second later.
@@ -686,7 +686,7 @@ class TestThread:
                     return all(peer.breaker.is_available for peer in db.peers.values())
 
                 until(all_tried)
-                until(lambda: not prober.is_running)
+                until(lambda: not worker.is_running)
                 assert over.wait(10)
             except AssertionError as exc:
                 raise AssertionError(f"after a kill at {struck}") from exc
@@ -694,16 +694,16 @@ class TestThread:
 
     @pytest.mark.parametrize("name", ["waits", "tries"])
     def test_killed_at_every_line(
-        self, prober: probe.Prober, name: str, monkeypatch: pytest.MonkeyPatch
+        self, worker: TrialWorker, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A thread that is killed at any line leaves no open circuit without a thread."""
-        monkeypatch.setattr(probe, "_LOOK_AGAIN", 0.01)
+        monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.01)
         step = 1
-        while self.killed(prober, step, name):
+        while self.killed(worker, step, name):
             step += 1
         assert step > 30
 
-    def test_requester_killed_at_every_line(self, prober: probe.Prober) -> None:
+    def test_requester_killed_at_every_line(self, worker: TrialWorker) -> None:
         """Nor does it matter where the one is killed whose failure opened the circuit."""
         step = 0
         there = True
@@ -715,13 +715,13 @@ class TestThread:
             db.remove_listener(balancer.log_event)
             circuit = db.peers["db1"].breaker
             there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
-                step, circuit.open, [probe.__file__]
+                step, circuit.open, [trials.__file__, runtime.__file__]
             )
             # Whoever connects next makes up for it.
             db.connect(lambda attempt: attempt.peer.name)
             circuit.half_open()
             until(lambda: circuit.current_state == "closed")  # noqa: B023
-            until(lambda: not prober.is_running)
+            until(lambda: not worker.is_running)
         assert step > 15
 
     def test_process_ends_while_a_trial_hangs(self) -> None:
@@ -755,29 +755,29 @@ class TestForked:
         """A child has its parent's open circuits and no thread, until it connects."""
         world = background("db1", "db2")
         world.open("db1")
-        assert probe.prober.is_running
+        assert trial_worker.is_running
 
         def work() -> str:
-            before = probe.prober.is_running
+            before = trial_worker.is_running
             world.hosts()
-            after = probe.prober.is_running
+            after = trial_worker.is_running
             world.clock.advance(30)
             until(lambda: world.states() == "closed closed")
-            until(lambda: not probe.prober.is_running)
+            until(lambda: not trial_worker.is_running)
             return f"{before} {after} {world.driver.hosts}"
 
         assert test_breaker_threads.TestFork.in_child(work) == "False True ['db2', 'db1']"
         assert world.states() == "open closed"
-        assert probe.prober.is_running
+        assert trial_worker.is_running
         world.db.peers["db1"].breaker.close()
-        until(lambda: not probe.prober.is_running)
+        until(lambda: not trial_worker.is_running)
 
     def test_while_its_lock_is_held(self) -> None:
         """A child that is made while a thread is being started starts one all the same."""
         world = background("db1", "db2")
 
         def held() -> None:
-            with probe.prober._lock:
+            with trial_worker._lock:
                 inside.set()
                 assert go.wait(20)
 
@@ -818,7 +818,7 @@ class TestForked:
         assert os.read(read, 1) == b""
         os.close(read)
         assert os.waitpid(children[0], 0)[1] == 0
-        until(lambda: not probe.prober.is_running)
+        until(lambda: not trial_worker.is_running)
 
 
 GEVENT = """
@@ -829,7 +829,7 @@ GEVENT = """
     import threading
     import gevent
     from django_proxysql import LoadBalancer
-    from django_proxysql.core.trials import prober
+    from django_proxysql.core.trials import trial_worker as worker
 
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -859,13 +859,13 @@ GEVENT = """
     )
     db.peers["db1"].breaker.open()
     db.peers["db1"].breaker.half_open()
-    assert prober.is_running
+    assert worker.is_running
     turns = 0
     while db.peers["db1"].breaker.current_state != "closed":
         # Others run while its trial waits for the network.
         turns += 1
         gevent.sleep(0.01)
-    while prober.is_running:
+    while worker.is_running:
         gevent.sleep(0.01)
     assert len(seen) == 1 and seen[0] != threading.get_ident(), seen
     assert turns > 5, turns
@@ -889,7 +889,7 @@ def test_gevent() -> None:
 class TestEngine:
     """Under Django, on real servers."""
 
-    def test_hanging_peer(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+    def test_hanging_peer(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
         """Requests go on while the thread waits for a peer that is silent, and it comes back."""
         frozen, alive = mariadb_pair
         clock = EngineClock()
@@ -915,7 +915,7 @@ class TestEngine:
                 frozen.freeze()
                 peer.breaker.open()
                 clock.advance(30)
-                prober.tend(balancers["balanced"])
+                worker.schedule(balancers["balanced"])
                 until(lambda: peer.breaker.trial is not None)
                 while peer.breaker.trial is not None:
                     connection.close()
@@ -927,14 +927,14 @@ class TestEngine:
                 assert [kind for _, kind in trials] == [ConnectFailed]
                 assert trials[0][0] != me
                 assert set(made) == {(me, "peer1")}
-                assert prober._runner is not None
-                thread = prober._runner.ident
+                assert worker._running is not None
+                thread = worker._running.ident
                 frozen.thaw()
                 clock.advance(34)
-                prober.tend(balancers["balanced"])
+                worker.schedule(balancers["balanced"])
                 until(lambda: peer.breaker.is_available)
                 assert made[-1] == (thread, "peer0")
-                until(lambda: not prober.is_running)
+                until(lambda: not worker.is_running)
                 assert peer.connections == 0
                 connection.close()
                 connection.ensure_connection()
@@ -942,13 +942,13 @@ class TestEngine:
         finally:
             connection_created.disconnect(receiver)
 
-    def test_keeps_nothing(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+    def test_keeps_nothing(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
         """What a receiver opens in its thread, under any alias, is closed with the trial."""
         clock = EngineClock()
         seen: list[Any] = []
 
         def receiver(connection: Any, **kwargs: Any) -> None:
-            if prober.is_here and not seen:
+            if worker.is_here and not seen:
                 other = connections["balanced"]
                 seen.append(other)
                 other.ensure_connection()
@@ -961,14 +961,14 @@ class TestEngine:
             ):
                 balancers["balanced"].peers["peer0"].breaker.suspect()
                 until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
-                until(lambda: not prober.is_running)
+                until(lambda: not worker.is_running)
                 assert seen[1] is not None
                 assert seen[0].connection is None
         finally:
             connection_created.disconnect(receiver)
 
     def test_postgresql(
-        self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], prober: probe.Prober
+        self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], worker: TrialWorker
     ) -> None:
         """The same engine does it there: the peer is asked, and back in use."""
         first, second = postgres_pair
@@ -991,9 +991,9 @@ class TestEngine:
             assert connection.peer.name == "peer1"
             first.start()
             clock.advance(34)
-            prober.tend(db)
+            worker.schedule(db)
             until(lambda: peer.breaker.is_available)
-            until(lambda: not prober.is_running)
+            until(lambda: not worker.is_running)
             until(
                 lambda: (
                     [type(event) for event in told if getattr(event, "trial", False)]
@@ -1002,7 +1002,7 @@ class TestEngine:
             )
             assert peer.connections == 0
 
-    def test_database_of_the_callers(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+    def test_database_of_the_callers(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
         """While tests have renamed the database, a peer that lacks it is not to blame."""
         clock = EngineClock()
         with engine(
@@ -1018,7 +1018,7 @@ class TestEngine:
             assert peer.breaker.current_state == "closed"
             assert [event.fault for event in told] == [Fault.REFUSED]
 
-    def test_every_wrappers_own(self, mariadb_pair: Pair, prober: probe.Prober) -> None:
+    def test_every_wrappers_own(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
         """A step in a thread that has a connection leaves that alone."""
         with engine(
             [mysql_peer(node) for node in mariadb_pair],
@@ -1030,13 +1030,13 @@ class TestEngine:
             before = connection.connection
             balancers["balanced"].try_out(balancers["balanced"].peers["peer0"])
             peer = balancers["balanced"].peers["peer1"]
-            _stalled = prober._start
-            prober._start = lambda: None  # type: ignore[method-assign]
+            _stalled = worker.start
+            worker.start = lambda: None  # type: ignore[method-assign]
             try:
                 peer.breaker.suspect()
-                assert prober.step() is None
+                assert worker.step() is None
             finally:
-                prober._start = _stalled  # type: ignore[method-assign]
+                worker.start = _stalled  # type: ignore[method-assign]
             assert peer.breaker.is_available
             assert connection.connection is before
             connection.cursor().execute("SELECT 1")

@@ -38,7 +38,7 @@ from .breaker import (
 )
 from .budget import LossMemory, ReplayBudget
 from .config import BalancerConfig, BreakerConfig, PeerConfig, function
-from .dispatch import Teller, is_spared
+from .dispatch import Dispatcher, must_not_wait
 from .events import (
     CircuitClosed,
     CircuitOpened,
@@ -70,7 +70,7 @@ from .runtime import new_lock, renew_in_child, watch_uwsgi
 from .sharing import Sharing
 from .sqlalchemy_engine import sqlalchemy_engine
 from .strategies import iterated, strategy_from
-from .trials import prober
+from .trials import trial_worker
 
 if TYPE_CHECKING:
     import sqlalchemy.engine
@@ -257,10 +257,10 @@ class LoadBalancer:
         by_weight = getattr(self._strategy, "by_weight", False)
         #: Moves kept connections to peers that have come back.
         self.rebalance = Rebalance(config.rebalance if by_weight else None, clock, self.draw)
-        self._log = Teller(log_event, self.name)
-        self._tellers: tuple[Teller, ...] = (self._log,)
+        self._log = Dispatcher(log_event, self.name)
+        self._dispatchers: tuple[Dispatcher, ...] = (self._log,)
         #: Those of them, logging aside, that want to hear of each connection made.
-        self._hear_connects: tuple[Teller, ...] = ()
+        self._hear_connects: tuple[Dispatcher, ...] = ()
         # Re-entrant: a signal handler may come here while its thread is here.
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
@@ -553,7 +553,7 @@ class LoadBalancer:
 
     def _tend(self, news: bool = True) -> None:
         if self._in_background:
-            prober.tend(self, news=news)
+            trial_worker.schedule(self, news=news)
 
     def send_ahead(
         self,
@@ -735,52 +735,52 @@ class LoadBalancer:
         :raises ConfigError: ``listener`` cannot be called.
         """
         function("listener", listener, "Give a function that takes an event.")
-        teller = Teller(listener, self.name)
+        dispatcher = Dispatcher(listener, self.name)
         with self._listeners_lock:
-            if any(known.listener == listener for known in self._tellers):
+            if any(known.listener == listener for known in self._dispatchers):
                 return
-            self._tellers = (*self._tellers, teller)
+            self._dispatchers = (*self._dispatchers, dispatcher)
             if connects:
-                self._hear_connects = (*self._hear_connects, teller)
+                self._hear_connects = (*self._hear_connects, dispatcher)
 
     def remove_listener(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
         with self._listeners_lock:
-            self._tellers = _without(self._tellers, listener)
+            self._dispatchers = _without(self._dispatchers, listener)
             self._hear_connects = _without(self._hear_connects, listener)
 
     def emit(self, event: Event) -> None:
         """Tell the listeners of ``event``. One that raises or hangs harms no circuit."""
-        tellers = self._tellers
+        dispatchers = self._dispatchers
         if type(event) is Connected and not event.trial:
-            tellers = (self._log, *self._hear_connects)
+            dispatchers = (self._log, *self._hear_connects)
         # One that hangs is to end neither the trials nor the sharing.
-        elsewhere = is_spared()
-        for teller in tellers:
-            if teller.is_free and not elsewhere:
+        elsewhere = must_not_wait()
+        for dispatcher in dispatchers:
+            if dispatcher.is_free and not elsewhere:
                 try:
-                    teller.listener(event)
+                    dispatcher.listener(event)
                 except Exception:
-                    teller.complain()
+                    dispatcher.complain_of_listener()
             else:
-                teller.put(event)
-                teller.go()
+                dispatcher.put(event)
+                dispatcher.notify()
 
     def _put(self, event: Event) -> None:
         """Have the listeners told of a change, in its place: call it in the change's lock."""
-        for teller in self._tellers:
-            teller.put(event)
+        for dispatcher in self._dispatchers:
+            dispatcher.put(event)
 
     def _tell_changes(self) -> None:
         """Tell the listeners of the changes that were put, by any thread. Needs no lock."""
-        tellers = self._tellers
+        dispatchers = self._dispatchers
         try:
-            for teller in tellers:
-                teller.go()
+            for dispatcher in dispatchers:
+                dispatcher.notify()
         except BaseException:
-            for teller in tellers:
-                if teller.waiting:
-                    teller.leave()
+            for dispatcher in dispatchers:
+                if dispatcher.waiting:
+                    dispatcher.start()
             raise
 
     # Draining
@@ -1057,8 +1057,6 @@ class LoadBalancer:
         self._listeners_lock = new_lock()
         self._drains_lock = new_lock()
         self._changes.clear()
-        for teller in self._tellers:
-            teller.after_fork()
         for peer in self.peers.values():
             peer.forget_connections()
         self.budget.after_fork()
@@ -1624,14 +1622,14 @@ class _Transitions:
         if balancer is not None:
             balancer._note_change(self._peer, change)
 
-    def go(self) -> None:
+    def notify(self) -> None:
         balancer = self._balancer()
         if balancer is not None:
             balancer._circuits_changed()
 
 
-def _without(tellers: tuple[Teller, ...], listener: Listener) -> tuple[Teller, ...]:
-    return tuple(teller for teller in tellers if teller.listener != listener)
+def _without(dispatchers: tuple[Dispatcher, ...], listener: Listener) -> tuple[Dispatcher, ...]:
+    return tuple(dispatcher for dispatcher in dispatchers if dispatcher.listener != listener)
 
 
 def _peer_config(

@@ -49,7 +49,7 @@ from .circuit import (
     trial_of,
 )
 from .config import function, number
-from .dispatch import Teller
+from .dispatch import Dispatcher
 from .exceptions import ConfigError
 from .faults import Fault
 from .guards import run_through, run_through_async
@@ -138,13 +138,13 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
                 "Leave it out. An open circuit's calls raise CircuitBreakerError.",
             )
         own: Any = on_transition
-        if own is not None and not (hasattr(own, "put") and hasattr(own, "go")):
+        if own is not None and not (hasattr(own, "put") and hasattr(own, "notify")):
             function("on_transition", own, "Give a function.")
-            own = Teller(own, name or "", "The on_transition of the circuit of %s raised")
+            own = Dispatcher(own, name or "", "The on_transition of the circuit of %s raised")
         #: Follows the changes first.
         self._on_transition: Subscriber | None = own
         #: One for each of pybreaker's listeners.
-        self._tellers: tuple[Teller, ...] = ()
+        self._dispatchers: tuple[Dispatcher, ...] = ()
         pybreaker.CircuitBreaker.__init__(
             self,
             fail_max=fail_max,
@@ -389,19 +389,19 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
 
     def _subscribers(self) -> Sequence[Subscriber]:
         own = () if self._on_transition is None else (self._on_transition,)
-        if not self._listeners and not self._tellers:
+        if not self._listeners and not self._dispatchers:
             return own
-        known = {id(teller.listener.of): teller for teller in self._tellers}  # type: ignore[attr-defined]
-        self._tellers = tuple(
+        known = {id(dispatcher.listener.of): dispatcher for dispatcher in self._dispatchers}  # type: ignore[attr-defined]
+        self._dispatchers = tuple(
             known.get(id(listener))
-            or Teller(
+            or Dispatcher(
                 _StateChange(self, listener),
                 self._name or "",
                 "A listener of the circuit of %s raised",
             )
             for listener in self._listeners
         )
-        return (*own, *self._tellers)
+        return (*own, *self._dispatchers)
 
     def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
         for listener in self.listeners:
@@ -409,13 +409,6 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
                 getattr(listener, method)(self, *args, **kwargs)
             except Exception:
                 complain("A listener of the circuit of %s raised", self._name)
-
-    def after_fork(self) -> None:
-        """In the child: a lock that nobody holds, no trial and no news of the parent's."""
-        super().after_fork()
-        for teller in (self._on_transition, *self._tellers):
-            if isinstance(teller, Teller):
-                teller.after_fork()
 
 
 def _stored(

@@ -7,7 +7,7 @@ to be notified of. Nothing in here waits, calls out or takes a lock for the reco
 
 Each use of the peer belongs to the circuit's *generation*. Opening and closing begin a new one, and
 a result from an older generation changes nothing. A trial has a :class:`Lease`: until it ends or
-runs out, nobody else is admitted. That holds for a trial whose result has become late, too: the
+runs out, no other caller is admitted. That holds for a trial whose result has become late, too: the
 circuit moves on, and the next trial begins when this one is over.
 """
 

@@ -56,12 +56,12 @@ JITTER = 0.1
 
 
 class Subscriber(Protocol):
-    """Whoever follows a circuit's changes, in their order."""
+    """What follows a circuit's changes, in their order."""
 
     def put(self, change: Transition, /) -> None:
-        """Note the change. Called within the circuit's lock: waits for nothing, calls nobody."""
+        """Note the change. Called within the circuit's lock: never blocks, calls no one."""
 
-    def go(self) -> None:
+    def notify(self) -> None:
         """Do what the noted changes demand. Called without a lock."""
 
 
@@ -156,7 +156,7 @@ class _TrialPermit(Permit):
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
-        # Nobody has ended it, or its end was interrupted: the record has it still.
+        # No caller has ended it, or its end was interrupted: the record has it still.
         if lease is not None and (not lease.ended or self._keeper._circuit.lease is lease):
             self._keeper._abandon(lease)
 
@@ -269,7 +269,7 @@ class Keeper:
             lease.end()
             return Permit(self, after.generation, None) if is_usable(after) else None
         except BaseException:
-            # Interrupted before the caller had it: nobody else would end it.
+            # Interrupted before the caller had it: no other code would end it.
             lease.ended = True
             self._abandon(lease)
             raise
@@ -334,7 +334,7 @@ class Keeper:
     def replace(
         self, event: CircuitEvent, now: float, *, learnt: bool = False, ends: Lease | None = None
     ) -> tuple[Circuit, Circuit]:
-        """Replace the record by what ``event`` makes of it; return both. Notifies nobody yet.
+        """Replace the record by what ``event`` makes of it; return both. Notifies no one yet.
 
         :param now: the time, on the breaker's clock.
         :param learnt: another process found it out.
@@ -367,7 +367,7 @@ class Keeper:
         return self._reset_timeout * (1 + JITTER * (2 * self._jitter() - 1))
 
     def after_fork(self) -> None:
-        """In the child: a lock that nobody holds, and no trial of the parent's."""
+        """In the child: a lock that no thread holds, and no trial of the parent's."""
         self._lock = new_lock()
         self._handing = None
         self._circuit = inherited(self._circuit)
@@ -378,12 +378,12 @@ class Keeper:
         """Notify of the changes that are pending in the record, whichever thread made them."""
         if self._circuit.pending:
             for subscriber in self._hand_out():
-                subscriber.go()
+                subscriber.notify()
 
     def _hand_out(self) -> Sequence[Subscriber]:
         """Put each pending change into its subscribers' queues, in the order of the changes.
 
-        :returns: those who are to :meth:`Subscriber.go`.
+        :returns: those who are to :meth:`Subscriber.notify`.
         """
         # Guards the order of the queues. It appends to them; nothing in it waits or calls out.
         with self._lock:

@@ -8,21 +8,64 @@ an ordinary call (both seen): the lock stays held, and the next thread would wai
 
 *Forks.* ``os.register_at_fork`` is for forks by Python. uWSGI forks in C, and has Python's
 preparations made in its workers only if a setting says so (``py-call-uwsgi-fork-hooks``).
-Otherwise it calls ``uwsgi.post_fork_hook`` there, and that does what is ours.
+Otherwise it calls ``uwsgi.post_fork_hook``, and that does what is ours.
+
+*Threads.* A :class:`Worker` has one background thread at most, which exists only while there is
+work. What it promises:
+
+* *No work is left without a thread.* A thread that finds nothing left says first that it is over,
+  and looks once more after that: work that was brought before is found now, and work that comes
+  later starts another thread. Of two callers that start one at once, one does. The other wakes that
+  thread, which may have looked before the other's work was there.
+* *An asynchronous exception* ends the thread at any line. On its way out it says that it is over,
+  and starts another if there is need. Struck there again, it is over all the same: its life ends
+  with the frame that alone refers to it, and the next :meth:`Worker.wake` starts another.
+* *No thread can be started* (``can't start new thread``): the log has one line. Nothing stays
+  marked as running, even where a log handler keeps the exception and with it the frames.
+* *A fork*: the child has no thread and a lock that no thread holds. A child that is made within the
+  work ends its copy of the thread with that step.
+* *The interpreter's end* cuts threads off wherever they are. :func:`finish` waits for those whose
+  work must not be cut off, five seconds at most, and lets none begin after that.
+
+No lock is held while a step runs. The thread waits on a lock of C that is released to wake it;
+released early, it does not wait. It is no ``threading.Thread``, whose ``start()`` waits with locks
+held that a signal handler, starting another, would wait for forever.
 """
 
 from __future__ import annotations
 
+import _thread
+import atexit
+import math
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from .logger import complain
+from .logger import Limit, complain
 
-__all__ = ["Living", "RecoveringLock", "at_fork", "new_lock", "renew_in_child", "watch_uwsgi"]
+__all__ = [
+    "Living",
+    "RecoveringLock",
+    "Worker",
+    "at_fork",
+    "current_worker",
+    "finish",
+    "new_lock",
+    "renew_in_child",
+    "watch_uwsgi",
+]
+
+#: Seconds after which a background thread looks by itself: a caller that brought work may
+#: have been killed before it could wake the thread.
+LOOK_AGAIN = 1.0
+#: Seconds between two complaints of one kind: what goes wrong may do so at each step.
+COMPLAINTS_APART = 60.0
+#: Seconds for which the process's end waits for work that must not be cut off.
+AT_EXIT = 5.0
 
 _T = TypeVar("_T")
 
@@ -102,8 +145,7 @@ class Living(Generic[_T]):
 class Forkable(Protocol):
     """What a child of a fork must renew: its locks, and what belongs to threads."""
 
-    def after_fork(self) -> None:
-        """Begin anew in the child, where no lock is held and no other thread runs."""
+    def after_fork(self) -> None: ...
 
 
 _forkable: Living[Forkable] = Living()
@@ -188,3 +230,217 @@ if hasattr(os, "register_at_fork"):
 
 at_fork(_renew)
 watch_uwsgi()
+
+
+class _Life:
+    """One run of a worker. It ends with the frame that alone refers to it."""
+
+    __slots__ = ("__weakref__", "_bell", "ident", "over", "steps")
+
+    def __init__(self, steps: float) -> None:
+        #: How many steps it may yet make.
+        self.steps = steps
+        #: Its thread; 0 before that has begun.
+        self.ident = 0
+        #: It makes no more steps, or was never begun.
+        self.over = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def ring(self) -> None:
+        """Have it look once more, now or as soon as its step is done."""
+        try:
+            self._bell.release()
+        except RuntimeError:
+            # It has yet to take the last one.
+            pass
+
+    def wait(self, seconds: float) -> None:
+        """Wait until somebody rings, at most ``seconds``."""
+        self._bell.acquire(timeout=min(seconds, LOOK_AGAIN))
+
+
+class _Here(threading.local):
+    worker: Worker | None = None
+
+
+class _Exit:
+    is_over = False
+
+
+_here = _Here()
+_exit = _Exit()
+
+
+def current_worker() -> Worker | None:
+    """Return the worker whose background thread the caller is, if it is one."""
+    return _here.worker
+
+
+class Worker:
+    """A piece of work that a background thread does while there is some.
+
+    Derive from it, with :meth:`step` and :meth:`is_needed`.
+
+    :param purpose: what the thread is for, for the log: ``for trials``.
+    :param otherwise: what becomes of its work while no thread can be started.
+    """
+
+    #: Whether the process's end waits for a step that has begun.
+    finishes = False
+
+    def __init__(self, purpose: str, otherwise: str = "") -> None:
+        self._purpose, self._otherwise = purpose, otherwise
+        # Re-entrant: a signal handler may come here while its thread is here.
+        self._lock = new_lock()
+        self._life: weakref.ref[_Life] | None = None
+        self._limits: dict[str, Limit] = {}
+        _workers.add(self)
+        renew_in_child(self)
+
+    def step(self) -> float | None:
+        """Do what is due; return the seconds until there is more, None if nothing is left."""
+        raise NotImplementedError
+
+    def is_needed(self) -> bool:
+        """Return whether there is work, now or later. Never blocks."""
+        raise NotImplementedError
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a thread does the work."""
+        return self._running is not None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller's thread does the work."""
+        life = self._running
+        # A thread that has ended leaves its number to another.
+        return life is not None and life.ident == _thread.get_ident()
+
+    def wake(self) -> None:
+        """Have the thread look now; start it if there is need of one. Never blocks."""
+        life = self._running
+        if life is not None:
+            life.ring()
+        elif self.is_needed():
+            self.start()
+
+    def start(self) -> None:
+        """Start a thread; wake the one that runs, if one does. Never blocks."""
+        life = _Life(math.inf)
+        try:
+            if self._claim(life):
+                _thread.start_new_thread(self._run, (life,))
+        except RuntimeError:
+            # No thread can be started, or the interpreter is on its way out.
+            life.over = True
+            self.complain(f"No thread could be started {self._purpose}{self._otherwise}")
+        except BaseException:
+            life.over = True
+            raise
+
+    def complain(self, message: str) -> None:
+        """Log the exception that is handled, once a minute for each message; raise nothing."""
+        limit = self._limits.setdefault(message, Limit(COMPLAINTS_APART))
+        kept_back = limit.passes(time.monotonic())
+        if kept_back is not None:
+            complain("%s%s", message, f" (and {kept_back} times more)" if kept_back else "")
+
+    def after_fork(self) -> None:
+        """In the child: no thread, and a lock that no thread holds."""
+        self._lock = new_lock()
+        self._life = None
+
+    @property
+    def _running(self) -> _Life | None:
+        life = None if self._life is None else self._life()
+        return None if life is None or life.over else life
+
+    def _claim(self, life: _Life) -> bool:
+        """Make ``life`` the one that runs; if there is one already, wake that."""
+        # Guards who runs: of those that come at once, one does.
+        with self._lock:
+            running = self._running
+            if running is None:
+                self._life = weakref.ref(life)
+                return True
+        # It may have looked before our work was there.
+        running.ring()
+        return False
+
+    def _work_here(self, steps: float) -> None:
+        """Do the work in the caller's thread, if no thread does it; leave the rest to a thread.
+
+        :param steps: how many steps at most.
+        """
+        life = _Life(steps)
+        try:
+            life.ident = _thread.get_ident()
+            if self._claim(life):
+                self._go_on(life, self.step)
+        finally:
+            # Code that keeps an exception keeps this frame, and with it the life.
+            life.over = True
+
+    def _run(self, life: _Life) -> None:
+        try:
+            _here.worker = self
+            life.ident = _thread.get_ident()
+            self._go_on(life, self._guarded_step)
+        finally:
+            life.over = True
+
+    def _go_on(self, life: _Life, step: Callable[[], float | None]) -> None:
+        try:
+            # After a fork within a step this may be the child, which has no life.
+            while life.steps > 0 and self._running is life and _may_begin():
+                life.steps -= 1
+                pause = step()
+                if pause is None:
+                    break
+                if pause > 0:
+                    life.wait(pause)
+        finally:
+            life.over = True
+            # Work that came before that line was left to this thread.
+            known = self._life
+            if known is not None and known() is life and self.is_needed() and _may_begin():
+                self.start()
+
+    def _guarded_step(self) -> float | None:
+        try:
+            return self.step()
+        except BaseException:
+            # SystemExit from somebody's code, too, ends this step and no more.
+            self.complain(f"The thread {self._purpose} met an error and goes on")
+            return LOOK_AGAIN
+
+
+_workers: Living[Worker] = Living()
+
+
+def _may_begin() -> bool:
+    # The main thread is not cut off.
+    return not _exit.is_over or threading.current_thread() is threading.main_thread()
+
+
+@atexit.register
+def finish(seconds: float | None = None) -> None:
+    """Wait until no step runs that must not be cut off, and let no thread make another.
+
+    At the process's end. Work in the main thread goes on.
+
+    :param seconds: how long to wait at most, for all of them together; None: :data:`AT_EXIT`.
+    """
+    until = time.monotonic() + (AT_EXIT if seconds is None else seconds)
+    _wait_for_workers(until)
+    _exit.is_over = True
+    # A thread that began between the two lines.
+    _wait_for_workers(until)
+
+
+def _wait_for_workers(until: float) -> None:
+    for worker in _workers.all():
+        while worker.finishes and worker.is_running and time.monotonic() < until:
+            time.sleep(0.002)

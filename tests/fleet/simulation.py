@@ -121,7 +121,7 @@ class _SimulatedLink(Link):
     process: _Process
     trips = 0
 
-    def start(self, member: Sharing) -> None:
+    def join(self, member: Sharing) -> None:
         self._members.setdefault(id(member), weakref.ref(member))
 
     def wake(self) -> None:

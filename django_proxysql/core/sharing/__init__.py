@@ -261,7 +261,7 @@ class Sharing:
 
     def start(self) -> None:
         """Begin to share. Costs nothing where that has begun, and waits for nothing."""
-        self.link.start(self)
+        self.link.join(self)
 
     def has_news(self) -> None:
         """Tell the others at once what has changed here."""

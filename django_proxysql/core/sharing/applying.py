@@ -28,7 +28,7 @@ def apply_open(
     :param generation: of the record that was compared with what the others know.
         Where the circuit has opened or closed since, their word is a late one.
     :param due_in: seconds until the fleet's next trial. This process's own comes a
-        little later, spread as widely as ever, and only if the fleet is not heard of.
+        little later, spread as widely as ever, and only if the fleet is silent.
     :param out_for: seconds for which the peer has been out.
     :param error: what it said last.
     :param fault: what that says about it.

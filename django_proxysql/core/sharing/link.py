@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import hashlib
 import inspect
@@ -21,10 +20,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from ..dispatch import spare_this_thread
 from ..exceptions import ConfigError
-from ..logger import complain, logger
-from ..runtime import new_lock, renew_in_child
+from ..logger import logger
+from ..runtime import Worker
 from .scripts import BEAT, FLEET, SHA, SYNC
 from .trouble import Trouble, trouble_from
 
@@ -121,7 +119,7 @@ def checked_url(url: object) -> dict[str, Any]:
     }
 
 
-class Link:
+class Link(Worker):
     """This process's connection to one Redis, for all balancers that name it.
 
     :param url: the setting SHARED_STATE.
@@ -143,26 +141,23 @@ class Link:
         self._now = now
         self._members: dict[int, weakref.ref[Sharing]] = {}
         self._client: Any = None
-        self._has_complained = False
-        self.after_fork()
-        renew_in_child(self)
+        self._begin()
+        super().__init__("to share circuits with other processes")
 
     def __repr__(self) -> str:
         return f"<Link to Redis at {self.address}>"
 
     def after_fork(self) -> None:
-        """Begin anew: at first, and in the child of a fork, with nothing of its parent's."""
+        """In the child: another process to the others, with nothing of its parent's."""
+        super().after_fork()
+        self._begin()
+
+    def _begin(self) -> None:
         #: Who this process is to the others.
         self.me = secrets.token_hex(8)
         # redis-py closes its copy of the socket, and that alone; but not here, where a lock of
         # its own may be one that a thread of the parent's held.
         self._inherited, self._client = self._client, None
-        #: The thread's life: nothing but its own frame refers to that.
-        self._life: weakref.ref[_Life] | None = None
-        # Re-entrant: a signal handler may come here while its thread is here.
-        self._lock = new_lock()
-        self._bell = threading.Lock()
-        self._bell.acquire()
         # Where the thread does not get to run (uWSGI without threads) it is never emptied.
         self._asked: deque[Question] = deque(maxlen=1000)
         self._requests = itertools.count()
@@ -185,78 +180,26 @@ class Link:
 
     # The thread
 
-    def start(self, member: Sharing) -> None:
-        """Share what ``member`` knows from now on. Waits for nothing."""
+    def join(self, member: Sharing) -> None:
+        """Share what ``member`` knows from now on. Costs nothing later, and never blocks."""
         known = self._members.get(id(member))
         if known is None or known() is not member:
             self._members[id(member)] = weakref.ref(member)
             self.wake()
-        if self._running is not None:
-            return
-        # No threading.Thread: its start() waits with a lock held that a signal handler, coming
-        # here in the midst of it, would wait for for ever.
-        life = _Life()
-        try:
-            # Of those who come here at once one starts a thread: of two threads the one that ends
-            # would take a wake-up along.
-            with self._lock:
-                if self._running is not None:
-                    return
-                self._life = weakref.ref(life)
-            _thread.start_new_thread(self._run, (life,))
-        except RuntimeError:
-            # No more threads are to be had, or the interpreter is on its way out. A log handler
-            # that keeps the exception keeps this frame, and with it the life.
-            life.over = True
-            if not self._has_complained:
-                self._has_complained = True
-                complain("No thread could be started to share circuits with other processes")
-        except BaseException:
-            life.over = True
-            raise
+        elif not self.is_running:
+            self.wake()
 
-    @property
-    def _running(self) -> _Life | None:
-        life = None if self._life is None else self._life()
-        return None if life is None or life.over else life
+    def is_needed(self) -> bool:
+        """Return whether a balancer shares its state by this link."""
+        return bool(self._living())
 
-    @property
-    def is_here(self) -> bool:
-        """Whether the caller's thread is this link's own."""
-        life = self._running
-        return life is not None and life.ident == _thread.get_ident()
-
-    def wake(self) -> None:
-        """Have the thread do its next round trip now. Safe in a signal handler or finalizer."""
-        try:
-            self._bell.release()
-        except RuntimeError:
-            # It has been woken already.
-            pass
-
-    def _run(self, life: _Life) -> None:
-        try:
-            life.ident = _thread.get_ident()
-            spare_this_thread()
-            while self._running is life:
-                try:
-                    wait = self.step(time.monotonic())
-                except Exception:
-                    complain("Sharing circuits with other processes failed")
-                    wait = INTERVAL
-                if wait is None:
-                    self._bell.acquire()
-                else:
-                    self._bell.acquire(timeout=max(0.001, wait))
-        finally:
-            life.over = True
-
-    def step(self, now: float) -> float | None:
+    def step(self, now: float | None = None) -> float | None:
         """Do one round trip, if it is time for one.
 
-        :param now: the time, in seconds, on a clock that is used for nothing else.
-        :returns: seconds until the next one; None when there is nobody to do it for.
+        :param now: for tests: the time, in seconds, on a clock that is used for nothing else.
+        :returns: seconds until the next one; None when no balancer shares its state any more.
         """
+        now = time.monotonic() if now is None else now
         # What is asked from here on is the next step's, whether this one fails or not.
         asked: list[Question] = []
         try:
@@ -461,17 +404,6 @@ class Link:
     def is_late(self) -> bool:
         """Whether an answer that has not come may still: the machine is busy, and Redis is well."""
         return self.heard and time.monotonic() - self._heard_at < 3 * INTERVAL
-
-
-class _Life:
-    """One thread's: it ends with its thread, whatever that is killed by, and wherever."""
-
-    __slots__ = ("__weakref__", "ident", "over")
-
-    def __init__(self) -> None:
-        self.ident = 0
-        #: Its thread does nothing more, or was never started.
-        self.over = False
 
 
 class Question:

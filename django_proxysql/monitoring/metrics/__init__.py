@@ -32,7 +32,7 @@ except ImportError as exc:
         'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
     ) from exc
 
-from ...core import dispatch, runtime
+from ...core import runtime
 from ...core.balancer import LoadBalancer
 from ...core.events import Event
 from ...core.peer import Peer
@@ -372,7 +372,7 @@ runtime.at_fork(_after_fork_in_child, before=_before_fork, after_in_parent=_afte
 @atexit.register
 def _at_exit() -> None:
     if _multiprocess_directory() is not None:
-        dispatch.finish()
+        runtime.finish()
         for metrics in _all.all():
             metrics._leave()
 
