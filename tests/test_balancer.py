@@ -101,7 +101,7 @@ def test_trial_that_was_given_up_and_is_not_due() -> None:
     lost = breaker.acquire(last_resort=1)
     assert lost is not None
     with holding(breaker._lock):
-        breaker._forsake(lost._lease)
+        breaker._abandon(lost._lease)
     lost._ended = True
     assert breaker.current_state == "half-open"
     world.db.peers["db1"].breaker.close()
@@ -834,8 +834,8 @@ class TestViewLeftBehind:
 
     @pytest.fixture(autouse=True)
     def killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have nobody told of a change."""
-        monkeypatch.setattr(PeerBreaker, "_tell_transition", lambda self, transition: None)
+        """Have no subscriber notified of a change."""
+        monkeypatch.setattr(PeerBreaker, "_subscribers", lambda self: ())
 
     @pytest.mark.parametrize("trials", ["first", "last", "never"])
     @pytest.mark.parametrize("before", ["suspect", "open"])

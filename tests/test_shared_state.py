@@ -234,10 +234,10 @@ class TestThreads:
             db.drain("db3", force=True)
             db.undrain("db3")
 
-        before = len(db._tellers)
+        before = len(db._dispatchers)
         busy(connect, fail, listen, look, drain, times=100)
         assert not errors
-        assert len(db._tellers) == before
+        assert len(db._dispatchers) == before
         ends = time.monotonic() + 20
         # Where and when what was dropped ends is the interpreter's affair.
         while any(peer.connections for peer in db.peers.values()):

@@ -137,7 +137,7 @@ class TestHistory:
         world.history(PeerDrained("balanced", "peer9", "", 0))
         assert world.changes("peer0") == world.changes("peer9") == []
 
-    def test_tellers_that_overtake_one_another(self, world: World) -> None:
+    def test_listeners_threads_that_overtake_one_another(self, world: World) -> None:
         """What is so is read from the circuit: the last word is right, whoever speaks last."""
         breaker = world.balancer.peers["peer0"].breaker
         world.balancer.remove_listener(world.history)
