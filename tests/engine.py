@@ -66,10 +66,10 @@ def engine(
     with added({**(databases or {}), alias: entry}):
         plain = registry.LoadBalancer
 
-        def with_clock(config: BalancerConfig) -> LoadBalancer:
-            if clock is None or config.name != alias:
-                return plain(config)
-            return plain(config, clock=clock, jitter=lambda: 0.5)
+        def with_clock(config: BalancerConfig, **given: Any) -> LoadBalancer:
+            if clock is not None and config.name == alias:
+                given.update(clock=clock, jitter=lambda: 0.5)
+            return plain(config, **given)
 
         with mock.patch.object(registry, "LoadBalancer", with_clock):
             yield connections[alias]

@@ -196,7 +196,7 @@ def _refusal(request: HttpRequest) -> HttpResponse | None:
             request,
             403,
             "Not for everybody",
-            "This page is for staff, and the site cannot know who you are: it has no "
+            "This page is for staff, and it is unknown who you are: the site has no "
             "AuthenticationMiddleware.",
         )
     if not user.is_authenticated:
