@@ -1,7 +1,7 @@
 """A real Chromium without a window, driven through chromedriver.
 
-Debian's packages are chromium and chromium-driver. Nothing but loopback is ever asked: the browser
-is told to keep quiet, and Selenium to look for no driver by itself.
+Debian's packages are chromium and chromium-driver. Nothing but loopback is ever asked: the
+browser's options keep it quiet, and Selenium looks for no driver by itself.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Browser:
 
     @property
     def complaints(self) -> list[str]:
-        """What the page's console has been told since this was asked last."""
+        """What the page has written to its console since this was asked last."""
         return [str(line["message"]) for line in self.driver.get_log("browser")]
 
 

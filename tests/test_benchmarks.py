@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from django.db import connections
 
-from tests.benchmarks import project, shares, statement, swap
+from tests.benchmarks import project, replacement, shares, statement
 from tests.benchmarks.__main__ import NAMES
 from tests.benchmarks.figures import Figure, interleaved, table
 from tests.engine import forget
@@ -75,11 +75,11 @@ def test_python_calls_are_counted() -> None:
     assert statement.python_calls(outer) == 2
 
 
-# What a swap costs
+# What a replacement costs
 
 
-def test_swap_costs_one_connect_and_nothing_else(mariadb: Node) -> None:
-    assert_met(swap.counted(mariadb))
+def test_replacement_costs_one_connect_and_nothing_else(mariadb: Node) -> None:
+    assert_met(replacement.counted(mariadb))
 
 
 # Shares

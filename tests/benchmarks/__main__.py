@@ -23,7 +23,7 @@ NAMES = {
     "metrics": "what metrics add to a connect, and to a request",
     "shares": "10,000 connects over 3 peers",
     "statement": "a statement through the engine and through the plain engine",
-    "swap": "what a statement costs whose connection is replaced first",
+    "replacement": "what a statement costs whose connection is replaced first",
 }
 
 
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        # Whoever read the figures has seen enough.
+        # The reader of the figures has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)

@@ -32,7 +32,7 @@ def run(quick: bool = False) -> list[Figure]:
             node.set_up()
         settings = {"CHECK_INTERVAL": CHECK_INTERVAL, "CONNECT_TIMEOUT": CONNECT_TIMEOUT}
         alias = project.add(
-            "probed", **project.balanced([hanging, healthy], TRIALS="background", **settings)
+            "tried", **project.balanced([hanging, healthy], TRIALS="background", **settings)
         )
         inline = project.add("unprobed", **project.balanced([hanging, healthy], **settings))
         return _figures(alias, inline, hanging, rounds, requests)
@@ -76,7 +76,7 @@ def _while_hanging(alias: str, hanging: Node, requests: int) -> list[float]:
     hanging.freeze()
     try:
         while breaker.current_state == "closed":
-            # Whoever is the first to come by waits. It is none of those that count.
+            # The first to come by waits. It is none of those that count.
             _request(alias)
         return _served(alias, requests)
     finally:

@@ -1,4 +1,4 @@
-"""A peer that hangs is waited for by the caller with the trial, and by nobody else."""
+"""A peer that hangs is waited for by the caller with the trial, and by no other."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _figures(alias: str, hanging: Node, seconds: float) -> list[Figure]:
         stop.wait(seconds)
     finally:
         stop.set()
-        # Whoever was between the server's greeting and the end of Django's set-up has no time-out.
+        # A caller between the server's greeting and the end of Django's set-up has no time-out.
         hanging.thaw()
         for thread in threads:
             thread.join()

@@ -26,11 +26,11 @@ def _figures(rounds: int) -> Iterator[Figure]:
     from django_proxysql import balancers
     from django_proxysql.monitoring.metrics import Metrics
 
-    alone, heard, counted, written = (
+    alone, listened, counted, written = (
         project.wrapper(f"metrics_{name}", **project.null(2))
-        for name in ("alone", "heard", "counted", "written")
+        for name in ("alone", "listened", "counted", "written")
     )
-    balancers[heard.alias].add_listener(lambda event: None)
+    balancers[listened.alias].add_listener(lambda event: None)
     single = Metrics(balancers[counted.alias], registry=None)
     with tempfile.TemporaryDirectory() as directory:
         # As prometheus_client sets itself up when it is imported with that variable set.
@@ -41,7 +41,7 @@ def _figures(rounds: int) -> Iterator[Figure]:
                 several.refresh()
                 _connect_and_close(written)()
         cpu = interleaved(
-            *map(_connect_and_close, (alone, heard, counted, written)),
+            *map(_connect_and_close, (alone, listened, counted, written)),
             rounds=rounds,
             batch=50,
             clock=time.process_time,

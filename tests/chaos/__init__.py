@@ -7,6 +7,7 @@ own; ``tests/test_chaos.py`` runs each scenario once, and holds what must hold:
 * no read fails, and no atomic block whose loss struck before its second statement;
 * a write fails only if it was in flight when the fault struck: at most one a thread and fault.
 
-``load`` is what the site does and is told, ``sites`` what it runs on, ``scenarios`` what happens to
+``load`` is what the site does and what it sees, ``sites`` what it runs on, ``scenarios`` what
+happens to
 that, ``judgement`` whether it was endured, ``own_writes`` a measurement on Galera.
 """

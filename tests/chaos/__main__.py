@@ -35,7 +35,7 @@ def main() -> int:
         description="Put a web site's load through chaos. Starts the servers that it needs.",
         epilog="Scenarios: "
         + "; ".join(f"{s.name}: {s.what}" for s in SCENARIOS.values())
-        + f"; {OWN_WRITES}: reads of one's own writes on Galera.",
+        + f"; {OWN_WRITES}: a session reads its own writes on Galera.",
     )
     parser.add_argument(
         "--only",
@@ -147,7 +147,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        # Whoever read the table has seen enough.
+        # The reader of the table has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)

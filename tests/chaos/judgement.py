@@ -1,4 +1,4 @@
-"""Was it endured? What the site was told, beside what is in the tables and what happened to it."""
+"""Was it endured? What the site saw, beside what is in the tables and what happened to it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _count_rows(result: Result, ledgers: list[Ledger], rows: Counter[str]) -> No
             result.doubled += 1
             result.violations.append(f"the write {token} stands {count} times")
         if token not in told:
-            result.violations.append(f"the write {token} stands, and nobody was told of it")
+            result.violations.append(f"the write {token} stands, and the site never learned of it")
 
 
 def _count_failure(

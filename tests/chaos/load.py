@@ -1,4 +1,4 @@
-"""A web site: threads that serve requests, and remember what they were told.
+"""A web site: threads that serve requests, and remember what they saw.
 
 A request reads in autocommit, writes in autocommit, and reads and writes in an atomic block. Every
 write is a fresh token, in a table that would take it twice.
@@ -92,7 +92,7 @@ class Pace:
 
 @dataclass
 class Ledger:
-    """What one thread did, and was told."""
+    """What one thread did, and saw."""
 
     thread: int
     requests: int = 0

@@ -1,4 +1,4 @@
-"""Reads of one's own writes on Galera, where the connection is lost in between.
+"""A session reads its own writes on Galera, where the connection is lost in between.
 
 A node that did not take the write shows it a moment later: that is Galera's way, and the engine has
 to wait for it when it goes on elsewhere. Beside it the same with plain connections to two nodes.

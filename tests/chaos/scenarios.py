@@ -110,7 +110,7 @@ def peer_hanging(stage: Stage) -> None:
     stage.wait(0.7)
     with stage.fault(f"{way.name} freezes") as fault:
         way.freeze()
-        # Until the first statement has timed out nobody can know.
+        # Before the first statement has timed out the loss is unknown.
         fault.over = time.monotonic() + READ_TIMEOUT
     stage.wait(READ_TIMEOUT + 2)
     way.thaw()

@@ -1,6 +1,7 @@
 """What the site runs on: servers, and for Django's own engine an HAProxy in front of them.
 
-The engine under test is told of all peers. Django's own engine is told of one HAProxy that balances
+The engine under test has all peers in its settings. Django's own engine has one HAProxy that
+balances
 over the same peers, as such a site would have it: with health checks, retries on another server,
 and connections to a server that is found dead closed at once.
 """
@@ -96,7 +97,7 @@ class Site:
                 cursor.execute("SELECT 1 FROM chaos_row")
 
     def rows(self) -> Counter[str]:
-        """What is in the table once the servers have done all that they were told.
+        """What is in the table once the servers have done all that they were sent.
 
         :raises HarnessError: the servers disagree, or are not done.
         """
@@ -113,7 +114,7 @@ class Site:
         return found[0]
 
     def settle(self, timeout: float = 20) -> None:
-        """Return when nobody is connected any more."""
+        """Return when no client is connected any more."""
         deadline = time.monotonic() + timeout
         for server in self.servers:
             with admin(server) as cursor:
@@ -293,8 +294,8 @@ def admin(server: Address) -> Iterator[Any]:
 def connected(cursor: Any) -> list[int]:
     """The ids of the site's connections to a server, of those too that are just being made.
 
-    Whoever is at work in a trigger goes by the name of the one who made it: what is not the site's
-    is told by where it comes from. Administrators come by the server's socket, ``cursor`` apart.
+    A trigger's work goes by the name of the user who made it: where it comes from says what is
+    not the site's. Administrators come by the server's socket, ``cursor`` apart.
     """
     cursor.execute(
         "SELECT id FROM information_schema.processlist"

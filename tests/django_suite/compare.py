@@ -23,8 +23,9 @@ EXPECTED = {
         "it measures how long parsing takes, without a database, on a machine that has more to do"
     ),
     r"backends\.postgresql\.tests\.Tests\.test_pooling_health_checks": (
-        "it looks into the pool for psycopg's own health check, which has whoever finds several "
-        "dead connections wait for seconds: here the engine makes it, with what the pool gives it"
+        "it looks into the pool for psycopg's own health check, by which a caller that finds "
+        "several dead connections waits for seconds: here the engine makes it, "
+        "with what the pool gives it"
     ),
     r"backends\.postgresql\.tests\.Tests\.test_pool_check_can_be_overridden": (
         "it looks into the pool for the check of OPTIONS: here the engine calls it, with what the "
@@ -32,7 +33,7 @@ EXPECTED = {
     ),
     r"backends\.postgresql\.tests\.Tests\.test_connect_pool": (
         "it fills the pool of its one server, and then asks for another connection: here the "
-        "balancer has two peers with a pool each, and one that is to be had from neither is "
+        "balancer has two peers with a pool each, and one that neither has is "
         "NoPeerAvailable, an OperationalError of Django's"
     ),
     r"gis_tests\.inspectapp\.tests\.OGRInspectTest\.test_time_field": (

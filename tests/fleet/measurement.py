@@ -39,7 +39,7 @@ class _Peers:
             self.listeners.append(listener)
 
     def serve(self, seconds: float, dead: tuple[float, float]) -> list[float]:
-        """Greet whoever connects; while dead, close on them. Return when those came."""
+        """Greet each client; while dead, close on them. Return when those came."""
         selector = selectors.DefaultSelector()
         for listener in self.listeners:
             selector.register(listener, selectors.EVENT_READ)

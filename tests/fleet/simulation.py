@@ -175,7 +175,7 @@ class _Connection:
 class Fleet:
     """All processes, and the loop.
 
-    :param url: of a Redis that is used by nobody else.
+    :param url: of a Redis that nothing else uses.
     :param client: a connection to it, for all processes.
     """
 

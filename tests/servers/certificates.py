@@ -36,7 +36,7 @@ def certificates() -> Certificates:
 
 
 def certificates_for(server: ServerProcess) -> Certificates:
-    """A copy in the server's own folder, of which nobody but the server can read the key."""
+    """A copy in the server's own folder, of which only the server can read the key."""
     copies = [Path(shutil.copy(path, server.directory)) for path in certificates()]
     made = Certificates(*copies)
     made.key.chmod(0o600)

@@ -5,7 +5,7 @@
         proxy.cut_after(b"COMMIT")          # the server gets the COMMIT, its answer is lost
         with pytest.raises(MySQLdb.OperationalError):
             connection.commit()
-        proxy.wait_until_idle()             # now the server has done what it was told
+        proxy.wait_until_idle()             # now the server has done what it was sent
 
 New connections are dealt with as the mode says that was set last: ``forward`` (the default),
 ``refuse``, ``accept_and_close``, ``accept_and_hang``, ``delay``. Established ones go on whatever
@@ -59,7 +59,7 @@ class _Connection:
     server: _Side | None = None  # None: not connected (yet)
     connect_at: float | None = None  # when to connect to the server (monotonic seconds)
     reply_left: int | None = None  # bytes of the server's that may still pass; None: all
-    draining: bool = False  # the client is gone, the server finishes what it was told
+    draining: bool = False  # the client is gone, the server finishes what it was sent
 
 
 class FaultProxy:
@@ -433,7 +433,7 @@ class FaultProxy:
         elif not data:
             self._close(connection)
         elif connection.draining or server is None:
-            pass  # nobody is there to get it
+            pass  # no client is there to get it
         elif from_client:
             self._from_client(connection, data, server)
         else:

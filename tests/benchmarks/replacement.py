@@ -44,14 +44,14 @@ FRAME = 2
 
 
 def run(quick: bool = False) -> list[Figure]:
-    """Count at a swap that is forced, then compare its time with a connect's."""
+    """Count at a replacement that is forced, then compare its time with a connect's."""
     with Node("mariadb") as node:
         node.set_up()
         return counted(node) + _timed(node, 10 if quick else 1000)
 
 
 def counted(node: Node) -> list[Figure]:
-    """Count what a read costs: on a new connection, and after each reason for a swap."""
+    """Count what a read costs: on a new connection, and after each reason for a replacement."""
     with contextlib.ExitStack() as stack:
         proxies = [stack.enter_context(FaultProxy(node)) for _ in range(2)]
 
@@ -72,19 +72,19 @@ def counted(node: Node) -> list[Figure]:
             for proxy in proxies:
                 proxy.wait_until_idle()
 
-        connection = connected("swap_open")
+        connection = connected("replacement_open")
         connection.close()
         fresh = cost(connection)
         connection.peer.breaker.open()
         costs = {"its peer's circuit has opened": cost(connection)}
         connection.close()
 
-        connection = connected("swap_idle", IDLE_CHECK=0)
+        connection = connected("replacement_idle", IDLE_CHECK=0)
         kill()
         costs["its connection was killed, a look shows it"] = cost(connection)
         connection.close()
 
-        connection = connected("swap_lost", IDLE_CHECK=None)
+        connection = connected("replacement_lost", IDLE_CHECK=None)
         kill()
         costs[REPLAYED] = cost(connection)
     return [
@@ -108,29 +108,29 @@ def counted(node: Node) -> list[Figure]:
 
 def _timed(node: Node, rounds: int) -> list[Figure]:
     anew = project.wrapper("read_anew", **project.balanced([node] * 2))
-    swapped = project.wrapper("read_swapped", **project.balanced([node] * 2))
-    peers = list(balancers["read_swapped"].peers.values())
+    replaced = project.wrapper("read_replaced", **project.balanced([node] * 2))
+    peers = list(balancers["read_replaced"].peers.values())
 
     def before() -> None:
         anew.close()
         for peer in peers:
             peer.breaker.close()
-        _read(swapped)
-        swapped.peer.breaker.open()
+        _read(replaced)
+        replaced.peer.breaker.open()
 
     wall = interleaved(
         lambda: _read(anew),
-        lambda: _read(swapped),
+        lambda: _read(replaced),
         rounds=rounds,
         clock=time.perf_counter,
         before=before,
     )
     anew.close()
-    swapped.close()
+    replaced.close()
     return [
         Figure("a read and its connect", wall.median(0) * 1e6, "us"),
-        Figure("a read and its swap", wall.median(1) * 1e6, "us"),
-        Figure("swap / connect", wall.ratio(0, 1)),
+        Figure("a read and its replacement", wall.median(1) * 1e6, "us"),
+        Figure("replacement / connect", wall.ratio(0, 1)),
     ]
 
 
