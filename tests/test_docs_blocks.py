@@ -58,7 +58,18 @@ NOT_RUN = {
 }
 #: Programs of others, whose options are not ours to check.
 THEIRS = {
-    *("apt-get", "curl", "docker", "git", "exec", "export", "mariadb", "promtool", "python3"),
+    *(
+        "apt-get",
+        "cat",
+        "curl",
+        "docker",
+        "git",
+        "exec",
+        "export",
+        "mariadb",
+        "promtool",
+        "python3",
+    ),
     # A virtual environment's, just made.
     *(".venv/bin/pip", ".venv/bin/python"),
 }
@@ -174,7 +185,10 @@ def site() -> dict[str, Any]:
 @contextlib.contextmanager
 def nothing_connects(tmp_path: Path) -> Iterator[None]:
     """Have drivers connect to nothing, and the alias default lead to files."""
-    environment = {"DATABASE_URL": "mysql://shop:secret@db1,db2/shop"}
+    environment = {
+        "DATABASE_URL": "mysql://shop:secret@db1,db2/shop",
+        **{f"DB{number}_URL": f"mysql://shop:secret@db{number}/shop" for number in (1, 2)},
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, environment))
         for module in ("MySQLdb", "pymysql"):
@@ -307,6 +321,8 @@ def commands(block: Block) -> Iterator[list[str]]:
     text = block.text.replace("\\\n", " ")
     if block.language == "console":
         text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
+    # What a command reads from its own lines.
+    text = re.sub(r"<<(\w+)\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
     for line in text.splitlines():
         words = shlex.split(line, comments=True)
         while words:
@@ -342,12 +358,10 @@ def understood(words: list[str]) -> None:
     :raises Exception: it does not.
     """
     program, *rest = words
-    if words[:2] == ["python", "manage.py"] and rest[1] == "runserver":
-        assert len(rest) == 2
-    elif words[:2] == ["python", "manage.py"]:
-        name = rest[1]
+    if words[:2] == ["python", "manage.py"] or program == "django-admin":
+        name, *arguments = words[2:] if program == "python" else rest
         command = load_command_class(get_commands()[name], name)
-        command.create_parser("manage.py", name).parse_args(rest[2:])
+        command.create_parser("manage.py", name).parse_args(arguments)
     elif words[:3] == ["python", "-m", "pytest"] or (words[:2] == ["bash", "tests/run"]):
         files = [word for word in rest if word.startswith("tests/")]
         assert [name for name in files if not (ROOT / name).exists()] == []

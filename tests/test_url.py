@@ -176,6 +176,49 @@ def test_a_wrong_url_says_what_is_wrong_and_shows_no_password(url: str) -> None:
     assert caught.value.__suppress_context__
 
 
+def test_further_urls_name_further_peers() -> None:
+    entry = from_url(
+        "mysql://user:pw@db1/shop?check_interval=9&charset=utf8mb4",
+        "mysql://user:pw@db2:3307,db3/shop?priority=1&check_interval=9",
+        "mariadb://other:pw2@db4/shop2?charset=latin1",
+    )
+    own = {"NAME": "shop2", "USER": "other", "PASSWORD": "pw2", "OPTIONS": {"charset": "latin1"}}
+    assert entry == {
+        **from_url("mysql://user:pw@db1/shop?check_interval=9&charset=utf8mb4"),
+        "PEERS": [
+            {"HOST": "db1", "CHECK_INTERVAL": 9},
+            {"HOST": "db2", "PORT": 3307, "PRIORITY": 1, "CHECK_INTERVAL": 9},
+            {"HOST": "db3", "PRIORITY": 1, "CHECK_INTERVAL": 9},
+            {"HOST": "db4", **own},
+        ],
+    }
+    with added({"default": entry}):
+        assert problems("default", entry, {"default": entry}) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        ("postgresql://b/shop", "Database URL 2 is of another kind than the first"),
+        ("sqlite:///shop.sqlite3", "Database URL 2 is of another kind than the first"),
+        (f"mysql://u:{SECRET}@b/shop?weight=-1", "Database URL 2 has a wrong 'weight'"),
+        (f"mysql://u:{SECRET}@b/s?strategy=round_robin", "Database URL 2 has settings that are no"),
+        (
+            f"mysql://u:{SECRET}@b/s?conn_max_age=5",
+            "Database URL 2 has settings that are no peer's",
+        ),
+        (f"u:{SECRET}@b/shop", "Database URL 2 has no scheme"),
+        (None, "was given a NoneType"),
+    ],
+)
+def test_a_further_url_that_is_wrong_is_named_by_its_place(second: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        from_url("mysql://a/shop", second)
+    assert SECRET not in repr(caught.value)
+    with pytest.raises(ConfigError):
+        from_url("sqlite:///shop.sqlite3", "mysql://a/shop")
+
+
 def test_what_is_no_str_is_refused_by_its_type() -> None:
     with pytest.raises(ConfigError, match="was given a NoneType"):
         from_url(None)  # type: ignore[arg-type]

@@ -93,12 +93,13 @@ _PLACES = {
 _KNOWN = ("PEER_ENGINE", "PEER_NAME", *_BALANCER, *_DJANGO, *_PEER, *_BREAKER)
 
 
-def from_url(url: str) -> dict[str, Any]:
+def from_url(url: str, *more: str) -> dict[str, Any]:
     """Return the DATABASES entry of a URL that names one host or several.
 
     ::
 
         DATABASES = {"default": from_url(os.environ["DATABASE_URL"])}
+        DATABASES = {"default": from_url(os.environ["DB1_URL"], os.environ["DB2_URL"])}
 
     Each host is a peer. The query holds settings of django-proxysql and Django in any case
     (``check_interval=30``, ``conn_max_age=60``); ``weight``, ``priority`` and ``check_interval``
@@ -112,17 +113,37 @@ def from_url(url: str) -> dict[str, Any]:
     nothing to balance, and settings of django-proxysql are left out.
 
     :param url: ``scheme://user:password@host:port,host:port/name?key=value&…``.
+    :param more: further URLs, each of further hosts: their peers may have a user, a password, a
+        name and OPTIONS of their own. What is none of a peer's stands in the first URL.
     :returns: a new dict; add to it what a URL cannot say (``TEST``).
     :raises ConfigError: (a ValueError) the URL is wrong. The message says what is wrong with
         which part, and quotes nothing that may be a password.
     """
-    if not isinstance(url, str):
-        raise ConfigError("from_url()", f"was given a {type(url).__name__}", "Give a URL as a str.")
-    try:
-        return _entry(url.strip())
-    except _Wrong as exc:
-        problem, hint = exc.args
-        raise ConfigError("The database URL", problem, hint) from None
+    entry: dict[str, Any] = {}
+    for number, one in enumerate((url, *more), 1):
+        if not isinstance(one, str):
+            problem = f"was given a {type(one).__name__}"
+            raise ConfigError("from_url()", problem, "Give a URL as a str.")
+        try:
+            found = _entry(one.strip())
+            entry = _joined(entry, found) if entry else found
+        except _Wrong as exc:
+            problem, hint = exc.args
+            which = f"Database URL {number}" if more else "The database URL"
+            raise ConfigError(which, problem, hint) from None
+    return entry
+
+
+def _joined(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with the peers of another in it."""
+    if "PEERS" not in entry or entry["PEER_ENGINE"] != other.get("PEER_ENGINE"):
+        raise _Wrong("is of another kind than the first", "Give URLs of one kind of server.")
+    of_peers = ("NAME", "USER", "PASSWORD", "OPTIONS")
+    own = {key: other[key] for key in of_peers if other.get(key, entry.get(key)) != entry.get(key)}
+    others = other.keys() - {"PEERS", *of_peers}
+    if any(other[key] != entry.get(key) for key in others):
+        raise _Wrong("has settings that are no peer's", "Write them in the first URL.")
+    return {**entry, "PEERS": entry["PEERS"] + [{**own, **peer} for peer in other["PEERS"]]}
 
 
 def _entry(url: str) -> dict[str, Any]:
