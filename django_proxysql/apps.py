@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import django
 from django.apps import AppConfig, apps
 from django.core import checks
+from django.db.models.signals import pre_migrate
 
 from .checks import check_options, check_settings, check_with_databases
 from .conf import introduce_peers
@@ -22,6 +25,7 @@ class DjangoProxySQLConfig(AppConfig):
         """Register the system checks; tell test runs what the peers are, and admins of the page."""
         introduce_peers()
         _link_from_admin()
+        pre_migrate.connect(_make_table, sender=self)
         checks.register(check_options)
         # So that check --tag database runs it. Django before 3.1 runs what has
         # that tag only when asked to, and so does Django from 6.1 on.
@@ -31,6 +35,13 @@ class DjangoProxySQLConfig(AppConfig):
         checks.register(check_settings)
         if django.VERSION >= (6, 1):
             checks.register(check_with_databases, checks.Tags.database)
+
+
+def _make_table(using: str, **kwargs: Any) -> None:
+    # The engine is imported where it is used.
+    from .backends.tokens import make_table
+
+    make_table(using)
 
 
 def _link_from_admin() -> None:

@@ -256,6 +256,20 @@ MORE_MISTAKES: list[Any] = [
     ),
 ]
 MISTAKES += MORE_MISTAKES
+MISTAKES += [
+    (
+        "W009",
+        {"PEERS": [ONE], "OPTIONS": {"multi_statements": False}, "COMMIT_OUTCOME": "record"},
+        "OPTIONS['multi_statements'] of peer peer0 is off",
+        "Leave it out",
+    ),
+    (
+        "W009",
+        {"PEERS": [{"NAME": "x"}], "PEER_ENGINE": SQLITE, "COMMIT_OUTCOME": "record"},
+        "COMMIT_OUTCOME has no effect",
+        "Leave it out",
+    ),
+]
 
 #: What a driver cannot take in one peer's settings: an error of the checks, and of that peer.
 OF_ONE_PEER: list[Any] = [
@@ -590,11 +604,11 @@ def test_every_id_is_in_the_docs() -> None:
     # Those that ask a server have tests of their own (tests/test_peer_engine.py).
     asking = {
         word.partition(".")[2]
-        for name in ("shims", "versions")
+        for name in ("shims", "tokens", "versions")
         for word in _words(package / "backends" / f"{name}.py")
         if word.startswith("django_proxysql.W")
     }
-    assert asking == {"W005", "W007"}
+    assert asking == {"W005", "W007", "W010"}
     # The site's own setting, which is no alias': tests/test_status_page.py.
     asking.add("E017")
     docs = (ROOT / "docs" / "reference" / "checks.rst").read_text()

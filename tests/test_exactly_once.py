@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from django.db import OperationalError, transaction
+from django.apps import apps
+from django.db import DatabaseError, OperationalError, transaction
+from django.db.models.signals import pre_migrate
 
 from django_proxysql import retrying_atomic
+from django_proxysql.backends.tokens import problems
 from django_proxysql.core import outcome
 from django_proxysql.core.events import CommitResolved
 from django_proxysql.errors import CommitOutcomeUnknown
+from tests.servers import DATABASE, USER
 from tests.site import Site, site
 
 #: What is in the packet of COMMIT, and in no AUTOCOMMIT. psycopg2 sends the token ahead.
@@ -69,6 +74,15 @@ def block(here: Site, value: str) -> list[str]:
     return ran
 
 
+def cut_at_commit(here: Site, how: str) -> None:
+    """Lose the next COMMIT before it arrives, after it has arrived, or its reply."""
+    proxy = here.here
+    if how == "reply":
+        proxy.cut_reply(0, COMMIT)
+    else:
+        getattr(proxy, f"cut_{how}")(COMMIT)
+
+
 class TestVerdicts:
     def test_answered_commit_leaves_a_token(self, here: Site) -> None:
         assert block(here, "one") == ["one"]
@@ -77,17 +91,14 @@ class TestVerdicts:
     @pytest.mark.parametrize("how", ["after", "reply"])
     def test_committed_block_ends_well_and_runs_its_hooks_once(self, here: Site, how: str) -> None:
         here.read()
-        if how == "after":
-            here.here.cut_after(COMMIT)
-        else:
-            here.here.cut_reply(0, COMMIT)
+        cut_at_commit(here, how)
         assert block(here, "one") == ["one"]
         assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], ["committed"])
         assert block(here, "two") == ["two"]
 
     def test_rolled_back_block_says_so(self, here: Site) -> None:
         here.read()
-        here.here.cut_before(COMMIT)
+        cut_at_commit(here, "before")
         with pytest.raises(OperationalError, match="was rolled back") as raised:
             block(here, "one")
         assert not isinstance(raised.value, CommitOutcomeUnknown)
@@ -105,6 +116,208 @@ class TestVerdicts:
             with pytest.raises(CommitOutcomeUnknown):
                 block(here, "one")
             assert (here.written(), resolved(here)) == (["one"], ["unknown"])
+
+
+class TestBlocksWithoutAToken:
+    @pytest.mark.parametrize("number", [1, 30])
+    def test_of_reads_alone_sends_nothing_more_and_ends_well(self, here: Site, number: int) -> None:
+        for cut in (False, True):
+            before = here.here.client_packets
+            with transaction.atomic("balanced"):
+                for _ in range(number):
+                    here.read()
+                if cut:
+                    here.here.cut_after(b"COMMIT")
+            if not cut:
+                packets = list(here.here.packets)[before - here.here.client_packets :]
+                assert not any(b"INSERT" in packet for packet in packets)
+                sent = here.here.client_packets - before
+                assert sent == number + (3 if here.is_mysql else 2)
+        assert (tokens(here), resolved(here)) == ([], [])
+
+    @pytest.mark.parametrize("cut", [None, "before", "after"])
+    def test_that_was_begun_by_hand_has_none(self, here: Site, cut: str | None) -> None:
+        here.read()
+        here.connection.set_autocommit(False)
+        here.write("one")
+        if cut:
+            getattr(here.here, f"cut_{cut}")(b"COMMIT")
+        with pytest.raises(CommitOutcomeUnknown) if cut else contextlib.nullcontext():
+            here.connection.commit()
+        assert (tokens(here), resolved(here)) == ([], [])
+
+    def test_that_a_change_of_the_schema_has_split_is_unknown(
+        self, mariadb: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        """What came before MySQL's DDL stands whatever becomes of COMMIT."""
+        with recording(mariadb, fault_proxy) as here:
+            with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
+                here.write("one")
+                here.sql("CREATE TABLE IF NOT EXISTS split (a int)")
+                here.write("two")
+                here.here.cut_before(b"COMMIT")
+            assert here.written() == ["one"]
+            run(here.plain, "DROP TABLE split")
+
+    def test_that_a_change_of_the_schema_has_not_split_has_one(
+        self, postgres: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        with recording(postgres, fault_proxy) as here:
+            with (
+                pytest.raises(OperationalError, match="rolled back"),
+                transaction.atomic("balanced"),
+            ):
+                here.sql("CREATE TABLE split (a int)")
+                here.here.cut_before(COMMIT)
+            assert "split" not in here.plain.introspection.table_names()
+
+    def test_that_failed_on_the_way_ends_as_with_the_plain_engine(
+        self, postgres: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        """PostgreSQL answers its COMMIT with a rollback, and takes no token."""
+        with recording(postgres, fault_proxy) as here:
+            with transaction.atomic("balanced"):
+                here.write("one")
+                with contextlib.suppress(DatabaseError):
+                    here.sql("SELECT 1 / 0")
+            assert (here.written(), tokens(here)) == ([], [])
+
+    def test_of_a_testcase_have_none(self, here: Site) -> None:
+        with transaction.atomic("balanced"):
+            block(here, "one")
+            transaction.set_rollback(True, "balanced")
+        assert (here.written(), tokens(here)) == ([], [])
+
+    def test_without_the_setting_nothing_is_asked(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No function of this is called, and nothing of it is sent."""
+        config = dataclasses.replace(here.balancer.config, commit_outcome=None)
+        monkeypatch.setattr(here.balancer, "config", config)
+        called: list[str] = []
+
+        def profile(frame: Any, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code.co_filename.endswith(
+                ("outcome.py", "outcomes.py", "tokens.py")
+            ):
+                called.append(frame.f_code.co_name)
+
+        here.read()
+        here.connection.close()
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            block(here, "one")
+        finally:
+            sys.setprofile(before)
+        assert called == []
+        assert (here.written(), tokens(here)) == (["one"], [])
+
+
+class TestTable:
+    """What is wrong with the table is an error that says so, and commits nothing."""
+
+    def refused(self, here: Site, match: str) -> Exception:
+        here.read()
+        with pytest.raises(DatabaseError, match=match) as raised:
+            block(here, "one")
+        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        assert here.written() == []
+        assert resolved(here) == []
+        return raised.value
+
+    def test_missing(self, here: Site) -> None:
+        run(here.plain, f"DROP TABLE {outcome.TABLE}")
+        said = str(self.refused(here, "balanced: COMMIT_OUTCOME is 'record', and there is no"))
+        assert "manage.py migrate --database balanced" in said
+        with_tokens(here.plain)
+        assert block(here, "two") == ["two"]
+
+    def test_no_rights_on_it(self, here: Site) -> None:
+        with no_rights(here):
+            self.refused(here, "may not write to django_proxysql_commit")
+        assert block(here, "two") == ["two"]
+
+    def test_rows_that_prove_nothing_leave_the_outcome_unknown(self, here: Site) -> None:
+        """MyISAM keeps what a rollback undoes, and a crash empties an UNLOGGED table."""
+        change = "ENGINE = MyISAM" if here.is_mysql else "SET UNLOGGED"
+        run(here.plain, f"ALTER TABLE {outcome.TABLE} {change}")
+        for how in ("before", "after"):
+            prepare(here)
+            cut_at_commit(here, how)
+            with pytest.raises(CommitOutcomeUnknown):
+                block(here, "one")
+            assert resolved(here).pop() == "unknown"
+
+    def test_without_its_key_the_outcome_is_unknown(self, here: Site) -> None:
+        """Both rows can stand then."""
+        named = "" if here.is_mysql else f" CONSTRAINT {outcome.TABLE}_pkey"
+        dropped = "PRIMARY KEY" if here.is_mysql else named
+        run(here.plain, f"ALTER TABLE {outcome.TABLE} DROP {dropped}")
+        here.read()
+        here.here.cut_after(COMMIT)
+        with pytest.raises(CommitOutcomeUnknown):
+            block(here, "one")
+
+    def test_the_check_says_what_is_wrong(self, here: Site) -> None:
+        assert problems(here.connection) == []
+        assert tokens(here) == []
+        change = "ENGINE = MyISAM" if here.is_mysql else "SET UNLOGGED"
+        run(here.plain, f"ALTER TABLE {outcome.TABLE} {change}")
+        assert "prove nothing" in problems(here.connection)[0].msg
+        run(here.plain, f"DROP TABLE {outcome.TABLE}")
+        (found,) = problems(here.connection)
+        assert "there is no table" in found.msg
+        assert "manage.py migrate --database balanced" in found.hint
+        with_tokens(here.plain)
+        with no_rights(here):
+            assert "cannot be written" in problems(here.connection)[0].msg
+
+    def test_migrate_makes_it_where_the_setting_is_and_nowhere_else(self, here: Site) -> None:
+        config = apps.get_app_config("django_proxysql")
+        for alias, is_there in (("plain", False), ("balanced", True), ("balanced", True)):
+            run(here.plain, f"DROP TABLE IF EXISTS {outcome.TABLE}")
+            pre_migrate.send(config, app_config=config, using=alias, verbosity=0)
+            assert (outcome.TABLE in here.plain.introspection.table_names()) is is_there
+        # It is there: nothing is done, and nothing of it is lost.
+        assert block(here, "one") == ["one"]
+        pre_migrate.send(config, app_config=config, using="balanced", verbosity=0)
+        assert tokens(here) == [False]
+
+
+@contextlib.contextmanager
+def no_rights(here: Site) -> Iterator[None]:
+    """Take the user's rights on the table away."""
+    if here.is_mysql:
+        account = f"'{USER}'@'%'"
+        taken = [
+            f"REVOKE INSERT ON *.* FROM {account}",
+            f"GRANT INSERT ON {DATABASE}.app_token TO {account}",
+        ]
+        given = [
+            f"REVOKE INSERT ON {DATABASE}.app_token FROM {account}",
+            f"GRANT INSERT ON *.* TO {account}",
+        ]
+    else:
+        taken = [f"ALTER TABLE {outcome.TABLE} OWNER TO postgres"]
+        given = [f"ALTER TABLE {outcome.TABLE} OWNER TO {USER}"]
+    here.server.sql(";".join(taken), DATABASE)
+    here.connection.close()
+    try:
+        yield
+    finally:
+        here.server.sql(";".join(given), DATABASE)
+        here.connection.close()
+
+
+def prepare(here: Site) -> None:
+    """Be connected again, with an empty table and peers that are in use."""
+    here.connection.close()
+    for peer in here.balancer.peers.values():
+        peer.breaker.close()
+    here.settle()
+    run(here.plain, "DELETE FROM app_token")
+    here.read()
 
 
 @pytest.mark.server

@@ -74,6 +74,7 @@ FLOORS = {
     "middleware": 15,
     "apps": 13,
     "checks": 13,
+    "models": 13,
     "signals": 13,
     "management": 13,
     "monitoring": 13,

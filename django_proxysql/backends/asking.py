@@ -25,10 +25,14 @@ __all__ = [
     "has_no_server",
     "is_given_up",
     "is_of_server",
+    "is_serializable",
     "proves_not_run",
     "settle_doubt",
     "throw_away",
 ]
+
+#: psycopg 3's names, psycopg2's numbers.
+_NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 
 
 def is_given_up(db: Any, session: Session, exc: BaseException) -> bool:
@@ -170,6 +174,25 @@ def is_of_server(db: Any, session: Session) -> bool:
     if db._driver.SPLITS and session.is_server is None:
         ask(db, session)
     return not db._driver.SPLITS or bool(session.is_server)
+
+
+def is_serializable(db: Any, session: Session, asks: bool = True) -> bool | None:
+    """Return whether COMMIT may find a conflict of reads alone; None: that is not known.
+
+    :param asks: ask for the server's default, on a connection of its own.
+    """
+    if db.vendor == "mysql":
+        # Its reads take locks, then: a conflict is found before.
+        return False
+    level = getattr(session.connection, "isolation_level", None)
+    if level is not None:
+        # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
+        return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
+    if not asks:
+        return None
+    with throw_away(db, session.peer) as connection:
+        [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
+    return str(name) == "serializable"
 
 
 def answer_of(writer: ready.Writer | None) -> Answer:

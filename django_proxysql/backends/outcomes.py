@@ -24,9 +24,11 @@ from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
 from ..errors import CommitOutcomeUnknown
-from .asking import is_of_server, throw_away
+from .asking import is_of_server, is_serializable, throw_away
 from .decisions import writes_token
+from .replays import dialect_of
 from .sessions import Session
+from .tokens import delete_some, wait_briefly
 
 __all__ = ["Token", "commit_with", "stands", "token_for"]
 
@@ -69,7 +71,7 @@ def token_for(db: Any, session: Session) -> Token | None:
         stage=transaction.stage,
         by_hand=transaction.by_hand,
         is_whole=transaction.is_whole,
-        only_read=_has_only_read(db, transaction.reads),
+        only_read=_needs_none(db, session, transaction.reads),
     ):
         return None
     if not db._driver.may_write(session.connection):
@@ -78,10 +80,20 @@ def token_for(db: Any, session: Session) -> Token | None:
     return Token(_tokens.next(), table, (time.monotonic(), time.time()))
 
 
-def _has_only_read(db: Any, reads: list[tuple[Any, Any]] | None) -> bool:
-    if not reads:
+def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]] | None) -> bool:
+    """Return whether a block is proven to be reads, and ends well whatever becomes of COMMIT.
+
+    See :func:`.transactions.is_as_good_as_committed`.
+    """
+    if (
+        not reads
+        or session.holds
+        or db._thread_sharing_count > 0
+        or session.balancer.config.replay is None
+        or is_serializable(db, session, asks=False)
+    ):
         return False
-    dialect = db._dialect()
+    dialect = dialect_of(db)
     return all(
         isinstance(sql, str) and len(sql) <= _LONGEST_PROVEN and _proven(sql, dialect=dialect)
         for sql, _ in reads
@@ -119,6 +131,9 @@ def commit_with(db: Any, session: Any, token: Token) -> Any:
             # Something in between takes no two statements. MySQL's transaction is still open.
             session.takes_two = False
             driver.commit_after(connection, statement, together=False)
+    # COMMIT was answered: whatever this raises is no error of it.
+    with contextlib.suppress(Exception):
+        delete_some(db, session, token.table, token.value)
 
 
 def stands(db: Any, session: Session, token: Token, cause: BaseException) -> bool:
@@ -187,7 +202,7 @@ def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> 
 
 def _fence(db: Any, connection: Any, token: Token) -> Answer:
     vendor, driver = db.vendor, db._driver
-    _wait_briefly(vendor, connection)
+    wait_briefly(vendor, connection)
     if not _is_true(ready.rows(connection, outcome.is_fit(vendor, token.table))):
         return Answer.UNFIT
     try:
@@ -207,18 +222,6 @@ def _fence(db: Any, connection: Any, token: Token) -> Answer:
 
 def _is_true(rows: list[Any]) -> bool:
     return bool(rows) and bool(rows[0][0])
-
-
-def _wait_briefly(vendor: str, connection: Any) -> None:
-    """Have the connection wait a second at most for a lock, and for no other node."""
-    if vendor == "postgresql":
-        # LOCAL: a pooler gives the server's session to others.
-        ready.rows(connection, "SET LOCAL lock_timeout = '1s'")
-        return
-    ready.rows(connection, "SET SESSION innodb_lock_wait_timeout = 1")
-    with contextlib.suppress(Exception):
-        # MySQL has none.
-        ready.rows(connection, "SET SESSION wsrep_sync_wait = 0")
 
 
 # What is raised

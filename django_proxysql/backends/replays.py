@@ -27,6 +27,7 @@ from .pools import close_for_good
 from .proofs import ReadOnly, Refused, refuses
 from .replacing import replace, restart
 from .sessions import Session
+from .state import MOST_BEGUN_ANEW
 
 __all__ = [
     "are_sendable",
@@ -222,7 +223,7 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
     :param anew: it is to begin anew: then what it was told of its own time counts, too.
     """
     transaction = db._transaction
-    if not transaction.has_only_read:
+    if not transaction.has_only_read or (anew and len(transaction.reads or ()) > MOST_BEGUN_ANEW):
         return False
     dialect = dialect_of(db)
     return all(

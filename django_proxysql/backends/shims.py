@@ -23,6 +23,7 @@ from ..core import drivers
 from ..core.peer import Peer
 from ..messages import messages
 from ..registry import balancers
+from .tokens import problems
 from .versions import different_versions
 
 __all__ = [
@@ -311,7 +312,12 @@ def validation_class(base: type) -> type:
     class DatabaseValidation(base):  # type: ignore[misc]
         def check(self, **kwargs: Any) -> list[Any]:
             found = [] if apps.is_installed("django_proxysql") else messages(self.connection.alias)
-            return [*found, *different_versions(self.connection), *super().check(**kwargs)]
+            return [
+                *found,
+                *different_versions(self.connection),
+                *problems(self.connection),
+                *super().check(**kwargs),
+            ]
 
     return DatabaseValidation
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-__all__ = ["BEGUN", "NO_TRANSACTION", "Stage", "Transaction"]
+__all__ = ["BEGUN", "MOST_BEGUN_ANEW", "NO_TRANSACTION", "Stage", "Transaction"]
 
 
 class Stage(enum.Enum):
@@ -36,8 +36,9 @@ class Stage(enum.Enum):
     UNKNOWN = "unknown"
 
 
-#: Each is proven to be a read before it counts, while somebody waits.
-_MOST_READS = 20
+#: How many are kept, and how many may be run again where the block goes on: each is proven to be
+#: a read before it counts, while somebody waits.
+_MOST_READS, MOST_BEGUN_ANEW = 200, 20
 
 #: For code that asks at each statement.
 BEGUN = Stage.BEGUN

@@ -12,11 +12,11 @@ from typing import Any
 
 from django.db.utils import Error
 
-from ..core import drivers, ready
+from ..core import drivers
 from ..core.faults import Fault
 from ..core.holdings import Holdings
 from ..errors import CommitOutcomeUnknown
-from .asking import proves_not_run, settle_doubt, throw_away
+from .asking import is_serializable, proves_not_run, settle_doubt
 from .decisions import leaves_no_trace
 from .losses import is_end, is_lost, mark, notice_unseen
 from .outcomes import Token, commit_with, stands, token_for
@@ -37,7 +37,6 @@ __all__ = [
     "end_of_nothing",
     "ended_by_hand",
     "is_as_good_as_committed",
-    "is_serializable",
     "leave",
     "note_end_of_transaction",
     "now_holding",
@@ -48,9 +47,6 @@ __all__ = [
     "still_holds",
     "switch_on",
 ]
-
-#: psycopg 3's names, psycopg2's numbers.
-_NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 
 
 def set_autocommit(
@@ -307,31 +303,19 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
         return False
     if session.holds or db._thread_sharing_count > 0:
         return False
-    if session.balancer.config.replay is None:
+    config = session.balancer.config
+    if config.replay is None:
         return False
     # Any peer can tell whether what looks like reads has written.
     resume = functools.partial(rehearse, db, list(db._transaction.reads))
     try:
-        if not session.budget.spend("COMMIT"):
+        # Where outcomes are found out, each is.
+        if config.commit_outcome is None and not session.budget.spend("COMMIT"):
             return False
         replace(db, session, "last", resume=resume)
     except Exception:
         return False
     return True
-
-
-def is_serializable(db: Any, session: Session) -> bool:
-    """Ask, on a connection of its own, whether COMMIT may find a conflict of reads alone."""
-    if db.vendor == "mysql":
-        # Its reads take locks, then: a conflict is found before.
-        return False
-    level = getattr(session.connection, "isolation_level", None)
-    if level is not None:
-        # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
-        return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
-    with throw_away(db, session.peer) as connection:
-        [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
-    return str(name) == "serializable"
 
 
 def note_end_of_transaction(db: Any) -> None:

@@ -15,7 +15,7 @@ from .engines import load_wrapper
 from .entry import Entry, Problem
 from .merging import address
 
-__all__ = ["is_number", "of_peer", "one_address", "options", "shared_pools", "timeouts"]
+__all__ = ["is_number", "of_peer", "one_address", "options", "shared_pools", "timeouts", "tokens"]
 
 #: A host, and a port behind one colon; an IPv6 address has more of them, or brackets.
 _HOST_AND_PORT = re.compile(r"(?:[^:\[\]/]+|\[[^\]/]*\]):\d+")
@@ -109,6 +109,29 @@ def shared_pools(entry: Entry) -> Iterator[Problem]:
                 f"OPTIONS['pool_name'] is {pool!r} for {seen[str(pool)]!r} and {name!r}: one "
                 "pool, whose connections all lead to one of them.",
                 "Give each peer a name of its own, or none.",
+            )
+
+
+def tokens(entry: Entry) -> Iterator[Problem]:
+    """Yield where COMMIT_OUTCOME has no effect, or costs more than it need."""
+    if entry.settings.get("COMMIT_OUTCOME") is None:
+        return
+    if not entry.driver.WATCHED:
+        yield entry.problem(
+            "W009",
+            "COMMIT_OUTCOME",
+            f"COMMIT_OUTCOME has no effect with {entry.engine!r}.",
+            "Leave it out: it is for mysqlclient, PyMySQL, psycopg and psycopg2.",
+        )
+        return
+    for name, peer in entry.named:
+        if not entry.driver.takes_two(entry.merged(peer)["OPTIONS"]):
+            yield entry.problem(
+                "W009",
+                "OPTIONS",
+                f"OPTIONS['multi_statements'] of peer {name} is off: COMMIT_OUTCOME takes a round "
+                "trip more for each transaction that writes.",
+                "Leave it out: then a token is sent in the packet of COMMIT.",
             )
 
 

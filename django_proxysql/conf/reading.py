@@ -104,6 +104,7 @@ class _Reader:
             driver_settings.timeouts,
             driver_settings.one_address,
             driver_settings.shared_pools,
+            driver_settings.tokens,
         ):
             self._found += rule(entry)
         self._found.sort(key=lambda problem: not problem.is_error)
