@@ -119,7 +119,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             # the way. Of two threads that come here at once, one's is kept.
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config)
-            balancer.no_peer_error = NoPeerAvailable
+            balancer.group.no_peer_error = NoPeerAvailable
             registered = Registered(balancer, self._first_read[alias])
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
             balancer.asks_for_another = balancer.open_and_close.is_changed

@@ -132,7 +132,7 @@ class Call:
             self._error = None
             # Before the blocks begin: a receiver of the signal may use the database.
             name = _name_of(self._function)
-            balancers[alias].emit(BlockRetried(alias, name, self.runs + 1, error))
+            balancers[alias].group.emit(BlockRetried(alias, name, self.runs + 1, error))
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             for wrapper in self._wrappers:

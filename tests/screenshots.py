@@ -72,10 +72,10 @@ def trial(balancer: Any, peer: Any, error: Exception | None) -> None:
     about = (balancer.name, peer.name, peer.address, 0.1, True)
     if error is None:
         permit.succeeded()
-        balancer.emit(Connected(*about))
+        balancer.group.emit(Connected(*about))
     else:
         permit.failed(error, Fault.UNREACHABLE)
-        balancer.emit(ConnectFailed(*about, Fault.UNREACHABLE, str(error), 1, False))
+        balancer.group.emit(ConnectFailed(*about, Fault.UNREACHABLE, str(error), 1, False))
 
 
 def main(folder: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 import tenacity
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker
-from django_proxysql.core import balancer
+from django_proxysql.core import search
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import (
     CircuitClosed,
@@ -108,14 +108,14 @@ def test_trial_that_was_given_up_and_is_not_due() -> None:
     world.db.peers["db2"].breaker.close()
     world.driver.down.update(db1=too_many, db2=too_many)
     looks: list[int] = []
-    once_over = balancer._Search._once_over
+    once_over = search.Search._left_over
 
-    def counted(search: Any) -> Any:
+    def counted(search: Any, view: Any) -> Any:
         looks.append(1)
         assert len(looks) < 10, "it goes round and round"
-        return once_over(search)
+        return once_over(search, view)
 
-    with mock.patch.object(balancer._Search, "_once_over", counted):
+    with mock.patch.object(search.Search, "_left_over", counted):
         assert isinstance(raised_by(world.db.connect), NoPeerAvailable)
 
 
@@ -410,7 +410,7 @@ class TestFaults:
         def interrupt(*args: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("django_proxysql.core.balancer.Lease.wait_for_any", interrupt)
+        monkeypatch.setattr("django_proxysql.core.breaker.Lease.wait_for_any", interrupt)
         with pytest.raises(KeyboardInterrupt):
             world.connect()
         assert world.driver.hosts == ["db1"]
@@ -777,22 +777,22 @@ class TestInterrupted:
         def interrupt() -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(world.db, "look_anew", interrupt)
+        monkeypatch.setattr(world.db.group, "invalidate", interrupt)
         with pytest.raises(KeyboardInterrupt), world.db.pinned():
             pass
-        assert world.db._pin is None
+        assert world.db.group.affinity.pin() is None
 
     def test_within_pinned(self) -> None:
         """Nor one that is hit inside."""
         world = World("db1", "db2")
         with pytest.raises(KeyboardInterrupt), world.db.pinned():
             raise KeyboardInterrupt
-        assert world.db._pin is None
+        assert world.db.group.affinity.pin() is None
 
     def test_listeners_added_by_many_threads(self) -> None:
         """No listener is lost where many are added and removed at once."""
         world = World("db1")
-        before = len(world.db._dispatchers)
+        before = len(world.db.group.listeners.dispatchers)
         stay = [lambda event: None for _ in range(200)]
         share = [stay[n::8] for n in range(8)]
 
@@ -810,7 +810,7 @@ class TestInterrupted:
                 pass
         finally:
             sys.setswitchinterval(interval)
-        assert len(world.db._dispatchers) == before + 200
+        assert len(world.db.group.listeners.dispatchers) == before + 200
 
     def test_error_that_cannot_be_written_down(self) -> None:
         """An error whose own __str__ raises is raised as it is, and counted."""
@@ -844,8 +844,8 @@ class TestViewLeftBehind:
         world = World("db1", "db2")
         circuit = world.db.peers["db1"].breaker
         getattr(circuit, before)()
-        world.db.look_anew()
-        assert [p.name for tier in world.db.view().tiers for p in tier] == ["db2"]
+        world.db.group.invalidate()
+        assert [p.name for tier in world.db.group.view().tiers for p in tier] == ["db2"]
         if before == "suspect":
             circuit.acquire().succeeded()
         else:
@@ -858,7 +858,7 @@ class TestViewLeftBehind:
     def test_suspect_comes_last_all_the_same(self, trials: str) -> None:
         """A suspect that the view has for closed is not the first to be tried."""
         world = World("db1", "db2")
-        world.db.view()
+        world.db.group.view()
         world.db.peers["db1"].breaker.suspect()
         assert world.db.connect(trials=trials).host == "db2"
         assert world.driver.hosts == ["db2"]
@@ -879,7 +879,7 @@ class TestViewLeftBehind:
     def test_none_but_a_suspect_is_left(self) -> None:
         """It is found and tried, but for a caller that makes no trials."""
         world = World("db1")
-        world.db.view()
+        world.db.group.view()
         world.db.peers["db1"].breaker.suspect()
         with pytest.raises(NoPeerAvailable):
             world.db.connect(trials="never")
@@ -890,10 +890,10 @@ class TestViewLeftBehind:
     def test_peer_that_cannot_be_had_any_longer(self, after: str) -> None:
         """A peer that is out or suspect is found out when it is chosen."""
         world = World("db1", "db2")
-        assert len(world.db.view().tiers[0]) == 2
+        assert len(world.db.group.view().tiers[0]) == 2
         getattr(world.db.peers["db1"].breaker, after)()
         assert {world.db.connect(trials="last").host for _ in range(50)} == {"db2"}
-        assert [p.name for tier in world.db.view().tiers for p in tier] == ["db2"]
+        assert [p.name for tier in world.db.group.view().tiers for p in tier] == ["db2"]
 
 
 class TestWaitingForATrial:
@@ -909,7 +909,7 @@ class TestWaitingForATrial:
             waits.append((len(leases), seconds))
             left.pop(0)()
 
-        monkeypatch.setattr("django_proxysql.core.balancer.Lease.wait_for_any", wait)
+        monkeypatch.setattr("django_proxysql.core.breaker.Lease.wait_for_any", wait)
         return waits
 
     @pytest.mark.parametrize("how", ["open", "suspect"])
@@ -949,14 +949,14 @@ class TestWaitingForATrial:
         breaker = world.db.peers["db1"].breaker
         trial = breaker.acquire()
         waits = self.on_wait(world, monkeypatch, lambda: trial.failed(refused_by_host()))
-        view, others = world.db.view, []
+        view, others = world.db.group.view, []
 
         def while_another_begins() -> Any:
             if waits and not others:
                 others.append(breaker.acquire(last_resort=0))
             return view()
 
-        monkeypatch.setattr(world.db, "view", while_another_begins)
+        monkeypatch.setattr(world.db.group, "view", while_another_begins)
         error = raised_by(world.connect)
         assert isinstance(error, NoPeerAvailable)
         assert "being tried by another caller" in str(error)

@@ -17,9 +17,20 @@ from typing import Any
 import pytest
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
-from django_proxysql.core import balancer, breaker, circuit, leases, permits
+from django_proxysql.core import (
+    affinity,
+    balancer,
+    breaker,
+    circuit,
+    group,
+    leases,
+    listeners,
+    permits,
+    search,
+)
 from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
+from django_proxysql.core.logs import log_event
 from django_proxysql.core.runtime import new_lock
 from tests.children import in_child
 from tests.fakes import (
@@ -40,6 +51,11 @@ from tests.fakes import (
 
 #: The files that a circuit's life is in.
 CIRCUITS = [str(module.__file__) for module in (breaker, circuit, leases, permits)]
+#: The files that a connect runs through.
+CONNECTING = [
+    *CIRCUITS,
+    *(str(module.__file__) for module in (affinity, balancer, group, listeners, search)),
+]
 
 
 @pytest.fixture
@@ -276,12 +292,12 @@ class TestHammering:
             draw = random.Random(seed)
             for _ in range(150):
                 one = draw.choice(circuits)
-                draw.choice([one.open, one.close, one.half_open, one.suspect, db.view])()
+                draw.choice([one.open, one.close, one.half_open, one.suspect, db.group.view])()
 
         for attempt in range(4):
             with running(*[lambda seed=attempt * 8 + n: change(seed) for n in range(8)]):
                 pass
-            view = db.view()
+            view = db.group.view()
             in_use = {peer.name for tier in view.tiers for peer in tier}
             assert in_use == {p.name for p in db.peers.values() if p.breaker.is_available}
             assert {p.name for p in view.suspects} == {
@@ -430,7 +446,7 @@ def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
         assert in_thread(lambda: connect_to(peer)) == name  # noqa: B023
         assert peer.breaker.is_available, name
         assert peer.breaker.trial is None
-    view = db.view()
+    view = db.group.view()
     assert {peer.name for tier in view.tiers for peer in tier} == set(db.peers)
 
 
@@ -449,7 +465,7 @@ class TestExceptionsOutOfNowhere:
         db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
         # A thread that is killed where logging has just taken a handler's lock keeps it
         # for ever, whoever writes the line.
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
         stop = threading.Event()
         hits = [0]
 
@@ -497,7 +513,7 @@ class TestExceptionsOutOfNowhere:
         db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
         # A thread that is killed where logging has just taken a handler's lock keeps it
         # for ever, whoever writes the line.
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
         armed = False
 
         def strike(*args: Any) -> None:
@@ -537,7 +553,7 @@ class TestExceptionsOutOfNowhere:
     def interrupted_at(
         step: int,
         work: Callable[[], object],
-        files: Collection[str] = (*CIRCUITS, balancer.__file__),
+        files: Collection[str] = CONNECTING,
     ) -> tuple[bool, str]:
         """Run ``work`` and raise Injected at the step-th line that it runs of the core."""
         return struck_at(step, work, Injected, None, files)
@@ -598,7 +614,7 @@ class TestExceptionsOutOfNowhere:
                 step += 1
                 clock = Clock()
                 db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
-                db.remove_listener(balancer.log_event)
+                db.remove_listener(log_event)
                 if getattr(scene, "out", False):
                     for peer in db.peers.values():
                         peer.breaker.open()
@@ -661,20 +677,20 @@ class TestExceptionsOutOfNowhere:
     ) -> None:
         """The next connect is made after a second, within two looks at the peers."""
         looks: list[int] = []
-        once_over = balancer._Search._once_over
+        once_over = search.Search._left_over
 
-        def counted(self: Any) -> Any:
+        def counted(self: Any, view: Any) -> Any:
             looks.append(1)
-            return once_over(self)
+            return once_over(self, view)
 
-        monkeypatch.setattr(balancer._Search, "_once_over", counted)
+        monkeypatch.setattr(search.Search, "_left_over", counted)
         kept: list[BaseException] = []
         step, there = 0, True
         while there:
             step += 1
             clock = Clock()
             db = LoadBalancer(peers("db1"), clock=clock, jitter=even)
-            db.remove_listener(balancer.log_event)
+            db.remove_listener(log_event)
             db.peers["db1"].breaker.open()
             clock.advance(30)
             there, where = struck_at(
@@ -682,7 +698,7 @@ class TestExceptionsOutOfNowhere:
                 lambda: db.connect(lambda _: works or fail_as_host()),  # noqa: B023
                 Injected,
                 kept,
-                [*CIRCUITS, balancer.__file__],
+                CONNECTING,
             )
             # What was struck before anybody had the permit is the garbage collector's.
             kept.clear()
@@ -732,12 +748,12 @@ class TestExceptionsOutOfNowhere:
         scene = self.scenes()[name]
         clock = Clock()
         db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
         if getattr(scene, "out", False):
             for peer in db.peers.values():
                 peer.breaker.open()
             clock.advance(30)
-        files = {*CIRCUITS, balancer.__file__}
+        files = set(CONNECTING)
         made: dict[tuple[str, int], str] = {}
 
         def work() -> str:

@@ -246,7 +246,7 @@ def test_barred_texts_under_threads(used: Used) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_while_it_is_held(tmp_path: Any) -> None:
     with engine([sqlite_peer(tmp_path / "db")], PEER_ENGINE=SQLITE) as connection:
-        budget = balancers[connection.alias].budget
+        budget = balancers[connection.alias].group.budget
         budget.spend("SELECT 1")
         held, release = threading.Event(), threading.Event()
 

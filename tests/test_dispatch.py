@@ -107,17 +107,19 @@ def test_behind_what_waits(heard: Heard) -> None:
     db.add_listener(heard)
     db.add_listener(lambda told: numbers.append((told.error, threading.get_ident())))
     heard.go_on.clear()
-    (dispatcher,) = (dispatcher for dispatcher in db._dispatchers if dispatcher.listener is heard)
+    (dispatcher,) = (
+        dispatcher for dispatcher in db.group.listeners.dispatchers if dispatcher.listener is heard
+    )
     deliver(dispatcher, event(0))
     heard.wait(1)
     deliver(dispatcher, event(1))
-    db.emit(event(2))
+    db.group.emit(event(2))
     # Its own thread, for those who are not behind.
     assert numbers == [("2", threading.get_ident())]
     assert heard.told == []
     heard.go_on.set()
     until(lambda: len(heard.told) == 3)
-    db.emit(event(3))
+    db.group.emit(event(3))
     assert heard.told == [0, 1, 2, 3]
     assert heard.most == 1
 
@@ -239,7 +241,7 @@ def test_fork(where: str) -> None:
                 results.append(in_child(child))
 
     db.add_listener(listen)
-    dispatcher = db._dispatchers[-1]
+    dispatcher = db.group.listeners.dispatchers[-1]
     deliver(dispatcher, event(1))
     assert reached.wait(30)
     deliver(dispatcher, event(2))
@@ -279,7 +281,9 @@ def test_change_waits_for_the_one_before_it() -> None:
     pager = Pager()
     pager.hangs_at = CircuitClosed
     db.add_listener(pager)
-    (dispatcher,) = (dispatcher for dispatcher in db._dispatchers if dispatcher.listener is pager)
+    (dispatcher,) = (
+        dispatcher for dispatcher in db.group.listeners.dispatchers if dispatcher.listener is pager
+    )
     deliver(dispatcher, CircuitClosed("default", "db1", "db1", 1.0, True))
     assert pager.inside.wait(30)
     in_thread(db.peers["db1"].breaker.open)
@@ -321,7 +325,7 @@ def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -
 
     with running(*[flap] * 4):
         pass
-    dispatchers = [*db._dispatchers, *circuit._dispatchers]
+    dispatchers = [*db.group.listeners.dispatchers, *circuit._dispatchers]
     until(
         lambda: not any(dispatcher.waiting or dispatcher.is_running for dispatcher in dispatchers)
     )
@@ -452,7 +456,7 @@ def write(event):
     print("written", type(event).__name__, flush=True)
 
 db.add_listener(write)
-(mine,) = (one for one in db._dispatchers if one.listener is write)
+(mine,) = (one for one in db.group.listeners.dispatchers if one.listener is write)
 from django_proxysql.core.events import CircuitClosed
 mine.put(CircuitClosed("default", "db1", "db1", 1.0, True))
 mine.start()

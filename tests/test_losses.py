@@ -334,7 +334,7 @@ class TestStatementsOwnFault:
         """Whatever the statement has done before: a peer that is dead is found at once."""
         here = plain
         dead = here.connection.peer
-        here.balancer.losses.note("another", "SELECT 1", -1)
+        here.balancer.group.losses.note("another", "SELECT 1", -1)
         here.connection.close()
         with here.balancer.pinned(dead):
             here.connection.ensure_connection()

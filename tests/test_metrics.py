@@ -160,7 +160,7 @@ class TestConnecting:
         assert world.value("circuit_openings_total", peer="db1") == 1
         apply_closed(peer.breaker, peer.breaker.circuit.generation)
         assert world.states() == "closed closed"
-        world.db.learn_drained(peer, True, learnt=True)
+        world.db.group.apply_drained(peer, True, learnt=True)
         assert world.value("peer_drained", peer="db1") == 1
 
     def test_exhausted(self) -> None:

@@ -119,9 +119,9 @@ def test_a_failed_attempt_is_counted_by_its_fault_and_opens_the_circuit_once() -
 
 def test_losses_replacements_and_replays_are_counted() -> None:
     world = Watched("db1", "db2")
-    world.db.emit(ConnectionLost("default", "db1", "db1:3306", Fault.LOST, "gone", False))
-    world.db.emit(ConnectionReplaced("default", "db1", "db2", True, "gone"))
-    world.db.emit(StatementReplayed("default", "db1", "db2", "gone"))
+    world.db.group.emit(ConnectionLost("default", "db1", "db1:3306", Fault.LOST, "gone", False))
+    world.db.group.emit(ConnectionReplaced("default", "db1", "db2", True, "gone"))
+    world.db.group.emit(StatementReplayed("default", "db1", "db2", "gone"))
     assert world.value("django_proxysql.connection.losses", "db1", **{"error.type": "lost"}) == 1
     assert world.value("django_proxysql.connection.replacements", "db1") == 1
     assert world.value("django_proxysql.statement.replays", "db1") == 1
@@ -141,8 +141,8 @@ def test_a_failover_stands_on_the_span_of_its_request(spans: InMemorySpanExporte
 
 def test_an_event_on_a_span_has_the_conventions_words(spans: InMemorySpanExporter) -> None:
     world = Watched("db1")
-    world.db.emit(ConnectionLost("default", "db1", "10.0.0.1:3306", Fault.LOST, "gone", True))
-    world.db.emit(CircuitClosed("default", "db1", "/run/db.sock", 3.0))
+    world.db.group.emit(ConnectionLost("default", "db1", "10.0.0.1:3306", Fault.LOST, "gone", True))
+    world.db.group.emit(CircuitClosed("default", "db1", "/run/db.sock", 3.0))
     assert events_of(spans) == [
         (
             "django_proxysql.connection_lost",

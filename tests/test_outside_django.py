@@ -416,7 +416,7 @@ class TestGuarding:
         clock.advance(30)
         assert guard(circuit, lambda: 42) == 42
         assert [state.state for state in db.snapshot()] == ["closed", "closed"]
-        assert len(db.view().tiers[0]) == 2
+        assert len(db.group.view().tiers[0]) == 2
 
     def test_no_lock_is_held_and_nobody_is_kept_waiting(self, guard: Any, db: LoadBalancer) -> None:
         """While a guarded call runs, others run as well and the lock is free."""

@@ -672,20 +672,20 @@ def test_schema_editor_that_fails_lets_go(mariadb_pair: tuple[Node, Node]) -> No
     with engine(peers) as connection:
         db = balancers["balanced"]
         with pytest.raises(OperationalError, match="1"), connection.schema_editor() as editor:
-            assert db._pin is not None
+            assert db.group.affinity.pin() is not None
             raise OperationalError(1)
-        assert db._pin is None
+        assert db.group.affinity.pin() is None
         editor = connection.schema_editor()
         real = load_backend(MYSQL).DatabaseWrapper.SchemaEditorClass
         hit = mock.patch.object(real, "__enter__", side_effect=KeyboardInterrupt)
         with hit, pytest.raises(KeyboardInterrupt):
             editor.__enter__()
-        assert db._pin is None
+        assert db.group.affinity.pin() is None
         # Never left at all, as by an exception out of nowhere.
         editor.__enter__()
-        assert db._pin is not None
+        assert db.group.affinity.pin() is not None
         del editor
-        assert db._pin is None
+        assert db.group.affinity.pin() is None
 
 
 def test_schema_editor_whose_peer_dies(mariadb_pair: tuple[Node, Node]) -> None:

@@ -491,7 +491,7 @@ class TestBusyProxySQL:
             balancer = balancers["balanced"]
             one, other = balancer.peers.values()
             exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
-            overtaking = threading.Thread(target=balancer.count_unanswered, args=(other, exc))
+            overtaking = threading.Thread(target=balancer.group.count_unanswered, args=(other, exc))
             trip = one.breaker.trip_silently
 
             def slowly(*args: Any) -> Any:
@@ -501,7 +501,7 @@ class TestBusyProxySQL:
                 return trip(*args)
 
             monkeypatch.setattr(one.breaker, "trip_silently", slowly)
-            assert balancer.count_unanswered(one, exc)
+            assert balancer.group.count_unanswered(one, exc)
             overtaking.join(10)
             assert states() == ["open", "closed"]
 
@@ -585,7 +585,7 @@ class TestTrial:
             peers = [mysql_peer(bad), mysql_peer(good)]
             with engine(peers, clock=clock, **settings) as connection:
                 exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
-                assert balancers["balanced"].count_unanswered(
+                assert balancers["balanced"].group.count_unanswered(
                     balancers["balanced"].peers["peer0"], exc
                 )
                 clock.advance(60)
@@ -637,7 +637,7 @@ class TestTrial:
                 trial_timeout=1,
                 clock=clock,
             )
-            assert db.count_unanswered(
+            assert db.group.count_unanswered(
                 db.peers["bad"], MySQLdb.OperationalError(9001, NO_SERVER.format(0))
             )
             bad.reader = None

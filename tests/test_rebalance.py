@@ -57,7 +57,7 @@ class Process:
         """One of its connections is between two units of work."""
         number = self.draw.randrange(len(self.holds))
         hold = self.holds[number]
-        move = self.db.claim_move(hold.peer)
+        move = self.db.group.claim_move(hold.peer)
         if move is not None:
             hold.let_go()
             self.holds[number] = Hold(move.peer)
@@ -106,7 +106,7 @@ class TestFleet:
         for process in fleet:
             # As even as whole connections can be, and it is over.
             assert abs(process.back.connections - process.share) < 1
-            assert process.db.rebalance.returns == ()
+            assert process.db.group.rebalance.returns == ()
             self.check_pace(process)
         have = sum(process.back.connections for process in fleet)
         fair = sum(process.share for process in fleet)
@@ -162,7 +162,7 @@ class TestClaim:
     def process(self, connections: int = 4, **weights: float) -> Process:
         """A process whose draws are all 0.5, a peer of which has just come back."""
         made = Process(Clock(), random.Random(0), connections, {"back": 1.0, "a": 1.0, **weights})
-        made.db.rebalance._draw = lambda: 0.5
+        made.db.group.rebalance._draw = lambda: 0.5
         made.back.breaker.close()
         return made
 
@@ -171,23 +171,23 @@ class TestClaim:
         process = self.process()
         process.back.breaker.open()
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(process.db.peers["a"]) is None
-        assert process.db.rebalance.returns == ()
+        assert process.db.group.claim_move(process.db.peers["a"]) is None
+        assert process.db.group.rebalance.returns == ()
         process.back.breaker.close()
-        assert process.db.claim_move(process.db.peers["a"]) is None
+        assert process.db.group.claim_move(process.db.peers["a"]) is None
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(process.db.peers["a"]).peer is process.back
+        assert process.db.group.claim_move(process.db.peers["a"]).peer is process.back
 
     def test_suspect(self) -> None:
         """A peer that has become doubtful gets none until the doubt is cleared."""
         process = self.process()
         process.back.breaker.suspect()
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(process.db.peers["a"]) is None
+        assert process.db.group.claim_move(process.db.peers["a"]) is None
         trial = process.back.breaker.acquire()
         assert trial is not None
         trial.succeeded()
-        move = process.db.claim_move(process.db.peers["a"])
+        move = process.db.group.claim_move(process.db.peers["a"])
         assert move is not None
         assert move.peer is process.back
 
@@ -196,22 +196,22 @@ class TestClaim:
         process = self.process()
         process.db.drain("back")
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(process.db.peers["a"]) is None
+        assert process.db.group.claim_move(process.db.peers["a"]) is None
         process.db.undrain("back")
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(process.db.peers["a"]).peer is process.back
+        assert process.db.group.claim_move(process.db.peers["a"]).peer is process.back
 
     def test_move_under_way_counts(self) -> None:
         """A move that is not done yet, or has failed, is neither allowed twice nor for ever."""
         process = self.process(2)
         process.clock.advance(SECONDS)
         a = process.db.peers["a"]
-        move = process.db.claim_move(a)
+        move = process.db.group.claim_move(a)
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(a) is None
+        assert process.db.group.claim_move(a) is None
         del move
         gc.collect()
-        assert process.db.claim_move(a) is not None
+        assert process.db.group.claim_move(a) is not None
 
     def test_no_more_than_is_left_over(self) -> None:
         """Who holds no more than its share gives none."""
@@ -221,8 +221,8 @@ class TestClaim:
         a, b = process.db.peers["a"], process.db.peers["b"]
         process.holds = [Hold(a), Hold(a), Hold(b)]
         process.clock.advance(SECONDS)
-        assert process.db.claim_move(b) is None
-        assert process.db.claim_move(a) is not None
+        assert process.db.group.claim_move(b) is None
+        assert process.db.group.claim_move(a) is not None
 
     def test_better_tier(self) -> None:
         """All go to a better tier that is in use again, and none to a worse one."""
@@ -237,15 +237,15 @@ class TestClaim:
         best.breaker.close()
         for number in range(3):
             clock.advance(SECONDS)
-            assert db.claim_move(rest).peer is best
+            assert db.group.claim_move(rest).peer is best
             holds[number].let_go()
             holds[number] = Hold(best)
-        assert db.claim_move(rest) is None
+        assert db.group.claim_move(rest) is None
         rest.breaker.open()
         rest.breaker.close()
         clock.advance(SECONDS)
-        assert db.claim_move(best) is None
-        assert db.rebalance.returns == ()
+        assert db.group.claim_move(best) is None
+        assert db.group.rebalance.returns == ()
 
     @pytest.mark.parametrize("seconds", [0, None])
     def test_at_once_or_never(self, seconds: float | None) -> None:
@@ -258,7 +258,7 @@ class TestClaim:
         back.breaker.close()
         moves = []
         for hold in holds:
-            move = db.claim_move(hold.peer)
+            move = db.group.claim_move(hold.peer)
             if move is not None:
                 moves.append(move)
         assert len(moves) == (3 if seconds == 0 else 0)
@@ -280,7 +280,7 @@ class TestClaim:
             db.peers["back"].breaker.open()
             holds = [Hold(db.peers["a"]) for _ in range(2)]
             db.peers["back"].breaker.close()
-            assert (db.claim_move(holds[0].peer) is not None) is bool(expected)
+            assert (db.group.claim_move(holds[0].peer) is not None) is bool(expected)
 
     @pytest.mark.usefixtures("hurried")
     def test_threads_race(self) -> None:
@@ -294,7 +294,7 @@ class TestClaim:
 
             def ask() -> None:
                 barrier.wait(10)  # noqa: B023
-                move = process.db.claim_move(a)
+                move = process.db.group.claim_move(a)
                 if move is not None:
                     got.append(move)  # noqa: B023
 
@@ -315,12 +315,12 @@ class TestClaim:
             a = process.db.peers["a"]
             there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
                 step,
-                lambda: process.db.claim_move(a),  # noqa: B023
+                lambda: process.db.group.claim_move(a),  # noqa: B023
                 [rebalance.__file__],
             )
             gc.collect()
             process.clock.advance(SECONDS)
-            assert in_thread(lambda: process.db.claim_move(a)) is not None  # noqa: B023
+            assert in_thread(lambda: process.db.group.claim_move(a)) is not None  # noqa: B023
         assert step > 10
 
     def test_child(self) -> None:
@@ -328,12 +328,12 @@ class TestClaim:
         process = self.process(2)
 
         def work() -> str:
-            returns = process.db.rebalance.returns
+            returns = process.db.group.rebalance.returns
             process.back.breaker.open()
             process.back.breaker.close()
-            return f"{returns} {len(process.db.rebalance.returns)}"
+            return f"{returns} {len(process.db.group.rebalance.returns)}"
 
-        with process.db.rebalance._lock:
+        with process.db.group.rebalance._lock:
             assert test_breaker_threads.TestFork.in_child(work) == "() 1"
 
 
@@ -367,7 +367,7 @@ class TestEngine:
         assert [event.forced for event in here.replaced()] == [False]
         assert here.losses() == []
         close_old_connections()
-        assert here.balancer.rebalance.returns == ()
+        assert here.balancer.group.rebalance.returns == ()
 
     def test_not_before_its_time(self, here: Site) -> None:
         """It stays while REBALANCE does not allow it."""
@@ -480,7 +480,7 @@ class TestEngine:
                         until(lambda: all(now > n + 2 for now, n in zip(turns, seen)))  # noqa: B023
                         # One each REBALANCE / 4, and no more.
                         assert other.connections - before <= 1
-                        if not db.rebalance.returns:
+                        if not db.group.rebalance.returns:
                             break
                     assert (one.connections, other.connections) == (4, 4)
                     assert clock() - begun >= 30
@@ -497,7 +497,7 @@ class TestAge:
     def ages(self, nodes: tuple[Any, Any], age: Any, draws: list[float]) -> list[Any]:
         found = []
         with engine([mysql_peer(node) for node in nodes], CONN_MAX_AGE=age) as connection:
-            balancers["balanced"].draw = lambda: draws.pop(0)
+            balancers["balanced"].group.draw = lambda: draws.pop(0)
             while draws:
                 if not age:
                     draws.pop(0)

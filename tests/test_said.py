@@ -75,7 +75,7 @@ class TestPinned:
             assert held is not None
             if how == "pinned":
                 # It is waited for, to the end of its lease or of the deadline.
-                world.db.clock = lambda: next(ticks)
+                world.db.group.clock = lambda: next(ticks)
                 ticks = itertools.count(world.clock.now, 10)
         if how == "only":
             error = raised_by(lambda: world.db.connect(only=peer))
@@ -126,13 +126,13 @@ class TestPinned:
             raise refused_by_host()
 
         world.driver.down["db1"] = while_db1_fails
-        snapshot = world.db.snapshot
+        snapshot = world.db.group.snapshot
 
         def recovered() -> Any:
             world.db.peers["db2"].breaker.close()
             return snapshot()
 
-        world.db.snapshot = recovered  # type: ignore[method-assign]
+        world.db.group.snapshot = recovered  # type: ignore[method-assign]
         error = raised_by(world.connect)
         assert "db2 (db2:3306): not tried, its circuit has closed just now" in str(error)
 

@@ -37,7 +37,7 @@ GOES_THROUGH |= {"zip", "enumerate", "filter", "iter", "reversed"}
 
 #: Of these somebody has looked who else may change them: file, name, and why it holds.
 FINE = {
-    ("core.balancer", "_faults"): "one search's own",
+    ("core.search", "_faults"): "one search's own",
     ("conf.reading", "_found"): "one reading's own",
     ("core.budget", "_notes"): "under the lock",
     ("core.holdings", "for_life"): "one session's own",
@@ -234,10 +234,10 @@ class TestThreads:
             db.drain("db3", force=True)
             db.undrain("db3")
 
-        before = len(db._dispatchers)
+        before = len(db.group.listeners.dispatchers)
         busy(connect, fail, listen, look, drain, times=100)
         assert not errors
-        assert len(db._dispatchers) == before
+        assert len(db.group.listeners.dispatchers) == before
         ends = time.monotonic() + 20
         # Where and when what was dropped ends is the interpreter's affair.
         while any(peer.connections for peer in db.peers.values()):

@@ -112,7 +112,7 @@ class Process:
         self.link = link(fleet.url, now=fleet.redis_clock)
         if host:
             self.link.host = host
-        self.db.sharing = self.sharing = Sharing(self.db, self.link)
+        self.db.group.sharing = self.sharing = Sharing(self.db.group, self.link)
         self.events: list[Any] = []
         self.db.add_listener(self.events.append, connects=False)
         self.step()
@@ -879,7 +879,7 @@ class TestRedis:
         one = world.process()
         world.down["db1"] = refused_by_host
         one.connect()
-        one.db.learn_drained(one.db.peers["db2"], True, learnt=False)
+        one.db.group.apply_drained(one.db.peers["db2"], True, learnt=False)
         one.sharing.wish(one.db.peers["db2"], True)
         if cut == "before":
             proxy.cut_before(b"EVALSHA")
@@ -943,12 +943,12 @@ class TestRedis:
             if turn % 4 == 0:
                 one.db.peers["db1"].breaker.open()
             elif turn % 4 == 1:
-                one.db.learn_drained(one.db.peers["db2"], True, learnt=False)
+                one.db.group.apply_drained(one.db.peers["db2"], True, learnt=False)
                 one.sharing.wish(one.db.peers["db2"], True)
             elif turn % 4 == 2:
                 one.db.peers["db1"].breaker.close()
             else:
-                one.db.learn_drained(one.db.peers["db2"], False, learnt=False)
+                one.db.group.apply_drained(one.db.peers["db2"], False, learnt=False)
                 one.sharing.wish(one.db.peers["db2"], False)
             if not killed_at(reached, lambda: one.link.step(world.clock())):
                 break
@@ -981,7 +981,7 @@ class TestThread:
         db.connect()
         running = db.sharing.link._running
         assert running is not None
-        db.look_anew()
+        db.group.invalidate()
         db.connect()
         assert db.sharing.link._running is running
 
@@ -1031,7 +1031,7 @@ class TestThread:
         assert db.sharing.settle(10)
         life = db.sharing.link._running
         # Another process, as far as Redis knows.
-        other.sharing = Sharing(other, SteppedLink(own_url))
+        other.group.sharing = Sharing(other.group, SteppedLink(own_url))
         other.sharing.start()
         other.peers["db1"].breaker.open()
         other.drain("db1")
@@ -1062,7 +1062,7 @@ class TestThread:
         db.add_listener(heard.append, connects=False)
         assert db.sharing is not None
         assert db.sharing.settle(10)
-        other.sharing = Sharing(other, SteppedLink(own_url))
+        other.group.sharing = Sharing(other.group, SteppedLink(own_url))
         other.sharing.start()
         try:
             for name in ("db1", "db2"):
@@ -1187,7 +1187,7 @@ class TestThread:
         url = f"{own_url}-none"
         db = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
         for _ in range(3):
-            db.look_anew()
+            db.group.invalidate()
             assert db.connect().host == "db1"
         assert [message.partition(" to ")[0] for message in caplog.messages] == [
             "No thread could be started"
@@ -1316,7 +1316,7 @@ class TestDrains:
         for _ in range(2):
             db = LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
             # A link of its own: another process.
-            db.sharing = Sharing(db, Link(own_url))
+            db.group.sharing = Sharing(db.group, Link(own_url))
             fleet.append(db)
         for _ in range(20):
             assert all(db.sharing.settle(10) for db in fleet if db.sharing)

@@ -345,7 +345,7 @@ def test_hangs_over_what_the_background_finds(
 
         def later() -> None:
             peers.clock.advance(34)
-            trial_worker.schedule(peers.balancer)
+            trial_worker.schedule(peers.balancer.group)
 
         until(lambda: later() or reached.is_set())
         peers.restore(1)
@@ -371,7 +371,9 @@ def test_keeps_no_connection_of_a_thread_that_only_tells(
         peers.fail(0)
         assert peers.connect() == "peer1"
         peers.restore(0)
-        until(lambda: peers.clock.advance(34) or trial_worker.schedule(peers.balancer) or opened)
+        until(
+            lambda: peers.clock.advance(34) or trial_worker.schedule(peers.balancer.group) or opened
+        )
         (there, connection, made), *_ = opened
         assert there != threading.get_ident()
         assert made is not None

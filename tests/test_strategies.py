@@ -15,6 +15,7 @@ import pytest
 from django_proxysql import LoadBalancer, Peer
 from django_proxysql.core import balancer as balancer_module
 from django_proxysql.core import peer as peer_module
+from django_proxysql.core import search as search_module
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.peer import Hold, _ThreadEnd
 from django_proxysql.core.strategies import (
@@ -94,7 +95,7 @@ class TestRandom:
     def test_is_the_default(self) -> None:
         """Without a STRATEGY connections are spread at random."""
         db, _ = balancer()
-        assert type(db._strategy) is Random
+        assert type(db.group.strategy) is Random
         first = [db.connect().host for _ in range(60)]
         assert first != [db.connect().host for _ in range(60)]
 
@@ -317,7 +318,7 @@ class TestLeastConnections:
                 lambda: db.connect(lambda _: "connected"),  # noqa: B023
                 error,
                 kept,
-                [balancer_module.__file__],
+                [balancer_module.__file__, search_module.__file__],
             )
             assert [peer.connecting for peer in db.peers.values()] == [0, 0], where
         assert step > 20

@@ -24,9 +24,10 @@ from django.db import connections
 from django.db.backends.signals import connection_created
 
 from django_proxysql import Fault, LoadBalancer, NotReady, balancers
-from django_proxysql.core import balancer, runtime, trials
+from django_proxysql.core import runtime, trials
 from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.core.exceptions import ConfigError
+from django_proxysql.core.logs import log_event
 from django_proxysql.core.trials import TrialWorker, trial_worker
 from tests import test_breaker_threads
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
@@ -54,7 +55,7 @@ Pair = tuple[Node, Node]
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
     """A worker of the test's own; its thread has ended when the test has."""
     made = TrialWorker()
-    monkeypatch.setattr(balancer, "trial_worker", made)
+    monkeypatch.setattr("django_proxysql.core.face.trial_worker", made)
     monkeypatch.setattr("django_proxysql.registry.trial_worker", made)
     yield made
     for db in list(made._scheduled):
@@ -423,7 +424,7 @@ class TestRequests:
         world.driver.down["hangs"] = hang
         world.open("hangs")
         world.clock.advance(30)
-        worker.schedule(world.db)
+        worker.schedule(world.db.group)
         assert inside.wait(20)
         with running(*[lambda: [world.connect() for _ in range(50)]] * 7):
             pass
@@ -454,7 +455,7 @@ class TestThread:
         world.db.peers["db2"].breaker.close()
         assert worker.is_running
         world.clock.advance(30)
-        worker.schedule(world.db)
+        worker.schedule(world.db.group)
         until(lambda: not worker.is_running)
         until(lambda: not alive)
         assert world.states() == "closed closed closed"
@@ -487,7 +488,7 @@ class TestThread:
             jitter=even,
             trials="background",
         )
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
 
         def open_and_await(name: str) -> None:
             circuit = db.peers[name].breaker
@@ -514,7 +515,7 @@ class TestThread:
             if pause is None:
                 monkeypatch.undo()
                 # What opens it finds a thread that runs.
-                monkeypatch.setattr(balancer, "trial_worker", worker)
+                monkeypatch.setattr("django_proxysql.core.face.trial_worker", worker)
                 circuit.open()
                 circuit.half_open()
             return pause
@@ -550,7 +551,7 @@ class TestThread:
         db = LoadBalancer(
             peers(*"abcdefgh"), connect, clock=clock, jitter=even, trials="background"
         )
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
         barrier = threading.Barrier(8)
 
         def open_it(name: str) -> None:
@@ -562,7 +563,7 @@ class TestThread:
         assert len(alive) == 1
         for _ in range(20):
             clock.advance(30)
-            worker.schedule(db)
+            worker.schedule(db.group)
         until(lambda: len(most) >= 8)
         assert set(most) == {1}
         assert len(alive) == 1
@@ -593,7 +594,7 @@ class TestThread:
 
         def later() -> None:
             world.clock.advance(34)
-            worker.schedule(world.db)
+            worker.schedule(world.db.group)
 
         try:
             later()
@@ -612,7 +613,7 @@ class TestThread:
         """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
         clock = Clock()
         db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=clock, trials="background")
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
         circuits = [peer.breaker for peer in db.peers.values()]
         hits = [0]
 
@@ -646,7 +647,7 @@ class TestThread:
         db = LoadBalancer(
             peers("db1", "db2"), Driver().connect, clock=clock, jitter=even, trials="background"
         )
-        db.remove_listener(balancer.log_event)
+        db.remove_listener(log_event)
         struck: list[str] = []
         over = threading.Event()
 
@@ -675,7 +676,7 @@ class TestThread:
                 db.peers["db2"].breaker.open()
                 clock.advance(30)
                 db.connect(lambda attempt: attempt.peer.name)
-                worker.schedule(db)
+                worker.schedule(db.group)
 
                 def all_tried() -> bool:
                     # A trial that was killed is due again a second later.
@@ -712,7 +713,7 @@ class TestThread:
             db = LoadBalancer(
                 peers("db1", "db2"), Driver().connect, clock=Clock(), trials="background"
             )
-            db.remove_listener(balancer.log_event)
+            db.remove_listener(log_event)
             circuit = db.peers["db1"].breaker
             there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
                 step, circuit.open, [trials.__file__, runtime.__file__]
@@ -915,7 +916,7 @@ class TestEngine:
                 frozen.freeze()
                 peer.breaker.open()
                 clock.advance(30)
-                worker.schedule(balancers["balanced"])
+                worker.schedule(balancers["balanced"].group)
                 until(lambda: peer.breaker.trial is not None)
                 while peer.breaker.trial is not None:
                     connection.close()
@@ -931,7 +932,7 @@ class TestEngine:
                 thread = worker._running.ident
                 frozen.thaw()
                 clock.advance(34)
-                worker.schedule(balancers["balanced"])
+                worker.schedule(balancers["balanced"].group)
                 until(lambda: peer.breaker.is_available)
                 assert made[-1] == (thread, "peer0")
                 until(lambda: not worker.is_running)
@@ -991,7 +992,7 @@ class TestEngine:
             assert connection.peer.name == "peer1"
             first.start()
             clock.advance(34)
-            worker.schedule(db)
+            worker.schedule(db.group)
             until(lambda: peer.breaker.is_available)
             until(lambda: not worker.is_running)
             until(

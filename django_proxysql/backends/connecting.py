@@ -134,7 +134,7 @@ class LoadBalancedMixin(_Base):
             max_age = self.settings_dict["CONN_MAX_AGE"]
             if max_age:
                 # Those that were made at one moment are not to end at one moment.
-                self.close_at += max_age * JITTER * (2 * registered.balancer.draw() - 1)
+                self.close_at += max_age * JITTER * (2 * registered.balancer.group.draw() - 1)
             self._hold = Hold(attempt.peer)
         except BaseException:
             self._discard()

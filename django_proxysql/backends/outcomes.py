@@ -17,9 +17,9 @@ from django.db import OperationalError
 from django.db.backends import utils
 
 from ..core import drivers, outcome, ready
-from ..core.balancer import LoadBalancer
 from ..core.breaker import CLOSED
 from ..core.events import CommitResolved
+from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
@@ -47,7 +47,7 @@ _tokens = Tokens()
 renew_in_child(_tokens)
 
 #: In which schema a balancer's connections find the table, by what they connect with.
-_schemas: weakref.WeakKeyDictionary[LoadBalancer, dict[Any, str]] = weakref.WeakKeyDictionary()
+_schemas: weakref.WeakKeyDictionary[PeerGroup, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
 class Token(NamedTuple):

@@ -114,7 +114,7 @@ def is_to_leave(db: Any) -> bool:
     registered = db._registered()
     if registered is None:
         return False
-    balancer = registered.balancer
+    balancer = registered.balancer.group
     # As with a circuit that has opened: a connection that works is better than none.
     return balancer.has_usable() and balancer.pinned_to(peer) is not peer
 

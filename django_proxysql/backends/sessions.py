@@ -9,8 +9,8 @@ from typing import Any
 from django.db.utils import Error
 
 from ..core import drivers
-from ..core.balancer import LoadBalancer
 from ..core.breaker import CLOSED, Permit
+from ..core.group import PeerGroup
 from ..core.holdings import Holdings
 from ..core.peer import Peer
 from .pools import close_for_good
@@ -79,7 +79,7 @@ class Session:
         self,
         connection: Any,
         peer: Peer,
-        balancer: LoadBalancer,
+        balancer: PeerGroup,
         permit: Permit | None,
         poll: Callable[[int], object] | None,
         read_timeout: float,

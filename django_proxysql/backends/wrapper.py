@@ -136,7 +136,7 @@ class SafePointsMixin(LoadBalancedMixin):
         session = Session(
             connection,
             attempt.peer,
-            registered.balancer,
+            registered.balancer.group,
             attempt.permit,
             sockets.watch(self._driver.fileno(connection)),
             self._read_timeout,

@@ -5,14 +5,24 @@ Every duration is in seconds.
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .exceptions import ConfigError
 
-__all__ = ["MOST_SECONDS", "BalancerConfig", "BreakerConfig", "PeerConfig", "function", "number"]
+__all__ = [
+    "MOST_SECONDS",
+    "BalancerConfig",
+    "BreakerConfig",
+    "PeerConfig",
+    "config_from",
+    "function",
+    "imported",
+    "number",
+]
 
 #: Seconds: the longest OUTCOME_DEADLINE.
 MOST_SECONDS = 600
@@ -55,6 +65,22 @@ def function(setting: str, value: object, hint: str, *, optional: bool = False) 
     if callable(value) or (optional and value is None):
         return value
     raise ConfigError(setting, f"is a {type(value).__name__}, which cannot be called", hint)
+
+
+def imported(setting: str, path: str, known: Iterable[str]) -> Any:
+    """Return what the dotted ``path`` names.
+
+    :raises ConfigError: nothing does; the message lists the ``known`` names too.
+    """
+    hint = f"Give one of {', '.join(known)}, or a dotted path."
+    module, dot, name = path.rpartition(".")
+    if not dot:
+        raise ConfigError(setting, f"is {path!r}, which is not known", hint)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as exc:
+        # TypeError, ValueError: a relative path.
+        raise ConfigError(setting, f"is {path!r}, which cannot be imported ({exc})", hint) from exc
 
 
 @dataclass(frozen=True)
@@ -194,3 +220,74 @@ class BalancerConfig:
             raise ConfigError(
                 "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."
             )
+
+
+_PEERS_HINT = (
+    "Give a dict of names and of what connect() takes, such as {'db1': {'host': '10.0.0.1'}}."
+)
+
+
+def config_from(
+    peers: Mapping[str, Mapping[str, Any]] | BalancerConfig,
+    *,
+    name: str = "default",
+    check_interval: float = 30,
+    breaker: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> BalancerConfig:
+    """Return the config of a balancer that is made from arguments.
+
+    :param peers: names and what ``connect`` is called with for each; a finished config is
+        returned as it is.
+    :param settings: the other fields of :class:`BalancerConfig`.
+    :raises ConfigError: a wrong argument; the message names it.
+    """
+    if isinstance(peers, BalancerConfig):
+        return peers
+    if not isinstance(name, str):
+        raise ConfigError("name", f"is a {type(name).__name__}", "Give a str.")
+    if not isinstance(peers, Mapping):
+        raise ConfigError("peers", f"is a {type(peers).__name__}", _PEERS_HINT)
+    thresholds = BreakerConfig.of(breaker, over=BreakerConfig())
+    return BalancerConfig(
+        name=name,
+        peers=tuple(
+            _peer_config(peer, params, check_interval, thresholds) for peer, params in peers.items()
+        ),
+        **settings,
+    )
+
+
+def _peer_config(
+    name: str, params: Mapping[str, Any], check_interval: float, thresholds: BreakerConfig
+) -> PeerConfig:
+    if not isinstance(name, str):
+        raise ConfigError("peers", f"has a name that is a {type(name).__name__}", _PEERS_HINT)
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"peers[{name!r}]", f"is a {type(params).__name__}", _PEERS_HINT)
+    rest = dict(params)
+    weight = rest.pop("weight", 1)
+    priority = rest.pop("priority", 0)
+    interval = rest.pop("check_interval", check_interval)
+    breaker = BreakerConfig.of(rest.pop("breaker", None), over=thresholds)
+    return PeerConfig(
+        name=name,
+        address=_address_of(rest),
+        weight=weight,
+        priority=priority,
+        check_interval=interval,
+        breaker=breaker,
+        params=rest,
+    )
+
+
+def _address_of(params: Mapping[str, Any]) -> str:
+    """Return where connect() arguments lead, as people write it; never a password."""
+    socket = params.get("unix_socket")
+    if socket:
+        return str(socket)
+    host = params.get("host") or ""
+    port = params.get("port")
+    if host:
+        return f"{host}:{port}" if port else str(host)
+    return str(params.get("database") or "") if not port else f"localhost:{port}"

@@ -58,7 +58,7 @@ class Peer:
         # Adding to and discarding from a set is atomic: no lock is needed,
         # and a finalizer that runs in the middle of anything may discard.
         self._holds: set[int] = set()
-        #: By a number of its own, who makes each connect that is under way.
+        #: The attempts to connect that are under way.
         self._connecting: dict[int, weakref.ref[Any]] = {}
 
     def __repr__(self) -> str:
@@ -99,8 +99,9 @@ class Peer:
         """How many connects to the peer are under way in this process."""
         if not self._connecting:
             return 0
-        # A connect that was killed at the wrong line is gone, and still in the dictionary.
-        return sum(who() is not None for who in self._connecting.copy().values())
+        # An attempt that was killed at the wrong line is over or gone, and still in the dictionary.
+        attempts = [reference() for reference in self._connecting.copy().values()]
+        return sum(attempt is not None and not attempt.is_over for attempt in attempts)
 
     def forget_connections(self) -> None:
         """Start counting anew: in a forked child, whose parent holds the others."""

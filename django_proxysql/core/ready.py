@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from . import drivers, sockets
+from .config import imported
 from .exceptions import ConfigError, NotReady
-from .strategies import imported
 
 __all__ = [
     "QUESTIONS",

@@ -9,15 +9,14 @@ found no row), and what a creator raises is an error of no driver's to it. The e
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .exceptions import ConfigError, NoPeerAvailable
+from .search import Attempt
 
 if TYPE_CHECKING:
     import sqlalchemy.engine
-
-    from .balancer import Attempt, LoadBalancer
 
 __all__ = ["sqlalchemy_engine"]
 
@@ -29,7 +28,20 @@ _SAME = (
 )
 
 
-def sqlalchemy_engine(db: LoadBalancer, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
+class Connects(Protocol):
+    """What an engine asks of the load balancer."""
+
+    @property
+    def connect_function(self) -> Callable[..., Any] | None: ...
+
+    def connect(self, open_one: Callable[[Attempt], Any]) -> Any: ...
+
+    def open_with(
+        self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
+    ) -> Any: ...
+
+
+def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
     """Return an engine whose connections lead to the peers of ``db``.
 
     See :meth:`LoadBalancer.sqlalchemy_engine`.

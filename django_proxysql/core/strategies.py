@@ -18,14 +18,13 @@ expresses a preference, it does not take peers out of use.
 from __future__ import annotations
 
 import bisect
-import importlib
 import itertools
 import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .config import function
+from .config import function, imported
 from .exceptions import ConfigError
 
 if TYPE_CHECKING:
@@ -174,22 +173,6 @@ def strategy_from(setting: Any) -> Strategy:
             "Give a class with a method order(self, peers) that yields peers.",
         )
     return strategy  # type: ignore[no-any-return]
-
-
-def imported(setting: str, path: str, known: Iterable[str]) -> Any:
-    """Return what the dotted ``path`` names.
-
-    :raises ConfigError: nothing does; the message lists the ``known`` names too.
-    """
-    hint = f"Give one of {', '.join(known)}, or a dotted path."
-    module, dot, name = path.rpartition(".")
-    if not dot:
-        raise ConfigError(setting, f"is {path!r}, which is not known", hint)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as exc:
-        # TypeError, ValueError: a relative path.
-        raise ConfigError(setting, f"is {path!r}, which cannot be imported ({exc})", hint) from exc
 
 
 def _running_sums(peers: Sequence[Peer]) -> list[float] | None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from .runtime import Worker
 
 if TYPE_CHECKING:
-    from .balancer import LoadBalancer
+    from .group import PeerGroup
     from .peer import Peer
 
 __all__ = ["TrialWorker", "trial_worker"]
@@ -42,11 +42,11 @@ class TrialWorker(Worker):
     def __init__(self) -> None:
         super().__init__("for trials", "; requests make them")
         #: The balancers that have had trouble, and when each of their peers may be tried again.
-        self._scheduled: weakref.WeakKeyDictionary[LoadBalancer, dict[str, float]] = (
+        self._scheduled: weakref.WeakKeyDictionary[PeerGroup, dict[str, float]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def schedule(self, balancer: LoadBalancer, *, news: bool = True) -> None:
+    def schedule(self, balancer: PeerGroup, *, news: bool = True) -> None:
         """Have the thread look after a balancer's peers, if any needs it. Never blocks.
 
         :param news: something has changed, and the thread is to look now.
@@ -79,12 +79,12 @@ class TrialWorker(Worker):
                 pause = min(pause, max(0.0, moment - balancer.clock()))
         return None if pause == math.inf else pause
 
-    def _balancers(self) -> list[LoadBalancer]:
+    def _balancers(self) -> list[PeerGroup]:
         # A list of references is made at one go, whichever threads add to it meanwhile.
         found = [reference() for reference in self._scheduled.keyrefs()]
         return [balancer for balancer in found if balancer is not None]
 
-    def _try(self, balancer: LoadBalancer, peer: Peer, not_before: dict[str, float]) -> None:
+    def _try(self, balancer: PeerGroup, peer: Peer, not_before: dict[str, float]) -> None:
         succeeded = False
         try:
             succeeded = balancer.try_out(peer)
@@ -99,7 +99,7 @@ class TrialWorker(Worker):
                 not_before[peer.name] = balancer.clock() + max(pause, _SHORTEST_PAUSE)
 
 
-def _due(balancer: LoadBalancer, not_before: dict[str, float]) -> list[tuple[float, Peer]]:
+def _due(balancer: PeerGroup, not_before: dict[str, float]) -> list[tuple[float, Peer]]:
     """Return the peers that need a trial and when, on the balancer's clock, the first first."""
     moments = []
     for peer in balancer.undrained():

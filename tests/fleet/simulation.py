@@ -159,7 +159,7 @@ class _Process:
         if scenario.sharing:
             self.link = _SimulatedLink(fleet.url, now=fleet.clock)
             self.link.process = self
-            self.db.sharing = Sharing(self.db, self.link)
+            self.db.group.sharing = Sharing(self.db.group, self.link)
 
     def woken(self) -> None:
         self.fleet.plan_step(self, self.fleet.clock())
@@ -263,7 +263,7 @@ class Fleet:
         for process in self.processes:
             self.plan(start + self.chance.expovariate(scenario.rate), "connect", process)
             if scenario.sharing:
-                process.db.view()
+                process.db.group.view()
                 self.plan_step(process, start + self.chance.random())
         while self._heap:
             when, _, what, process = heapq.heappop(self._heap)

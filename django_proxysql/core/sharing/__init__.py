@@ -58,7 +58,7 @@ from .link import INTERVAL, PATIENCE, Link, Question, _log, checked_url, link_to
 from .trouble import NO_ANSWER
 
 if TYPE_CHECKING:
-    from ..balancer import LoadBalancer
+    from ..group import PeerGroup
     from ..peer import Peer
 
 __all__ = ["Fleet", "Link", "Moment", "Sharing", "checked_url"]
@@ -229,7 +229,7 @@ class Sharing:
     :raises ConfigError: see :func:`checked_url`.
     """
 
-    def __init__(self, balancer: LoadBalancer, link: Link | None = None) -> None:
+    def __init__(self, balancer: PeerGroup, link: Link | None = None) -> None:
         # The balancer has this; it is not to be kept alive by the thread.
         self._balancer = weakref.ref(balancer)
         self.link = link or link_to(balancer.config.shared_state or "")
@@ -507,7 +507,7 @@ class Sharing:
 
     def _apply_drain(
         self,
-        balancer: LoadBalancer,
+        balancer: PeerGroup,
         peer: Peer,
         told: list[Wish],
         said: Mapping[str, Any] | None,
@@ -527,7 +527,7 @@ class Sharing:
             # told again, if this is broken off.
             if len(shared.wishes) <= len(told):
                 learnt = said.get("taken") is not True
-                refused = balancer.learn_drained(
+                refused = balancer.apply_drained(
                     peer, shared.drain_on, learnt=learnt, forced=forced
                 )
                 if refused:

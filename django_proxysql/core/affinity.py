@@ -1,0 +1,70 @@
+"""A thread or task that stays with one peer."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+from .peer import Peer
+
+__all__ = ["Affinity", "Pin"]
+
+
+class Pin:
+    """One ``pinned()`` block; its peer is known once the block has connected."""
+
+    __slots__ = ("is_over", "peer")
+
+    def __init__(self, peer: Peer | None) -> None:
+        self.peer = peer
+        self.is_over = False
+
+
+class Affinity:
+    """Which peer each thread, greenlet or asyncio task stays with."""
+
+    def __init__(self) -> None:
+        # A context variable: greenlets and asyncio's tasks have their own, and
+        # what sync_to_async() runs in a thread has its task's.
+        self._pins: contextvars.ContextVar[Pin | None] = contextvars.ContextVar(
+            "django_proxysql.pin", default=None
+        )
+
+    def pin(self) -> Pin | None:
+        """Return the block that the caller is in."""
+        pin = self._pins.get()
+        return None if pin is None or pin.is_over else pin
+
+    @contextlib.contextmanager
+    def pinned(self, peer: Peer | None, begun: Callable[[], object]) -> Iterator[None]:
+        """Stay with one peer for the block. Inside another such block it changes nothing.
+
+        :param peer: the peer; None: the first one that the block connects to.
+        :param begun: called once the block has its pin.
+        """
+        if self.pin() is not None:
+            yield
+            return
+        pin = Pin(peer)
+        try:
+            self._pins.set(pin)
+            begun()
+            yield
+        finally:
+            # Tasks that were begun in the block have a copy of their own.
+            pin.is_over = True
+            self._pins.set(None)
+
+    def pinned_to(self, peer: Peer) -> Peer | None:
+        """Return the peer that the caller stays with; None: it stays with none.
+
+        :param peer: the peer of the caller's connection. The first call in a block pins an
+            available one.
+        """
+        pin = self.pin()
+        if pin is None:
+            return None
+        if pin.peer is None and peer.is_available:
+            pin.peer = peer
+        return pin.peer

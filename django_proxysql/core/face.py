@@ -1,0 +1,283 @@
+"""What a balancer's faces share: how they are made, what users ask of the peers and change.
+
+:class:`~django_proxysql.core.balancer.LoadBalancer` connects in the caller's thread,
+:class:`~django_proxysql.core.aio.AsyncLoadBalancer` under asyncio. Both run the same search.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import tenacity
+
+from .config import BalancerConfig, config_from, function
+from .events import Listener
+from .exceptions import NoPeerAvailable
+from .group import PeerGroup
+from .logger import Limit, logger
+from .peer import Peer
+from .search import Search
+from .trials import trial_worker
+from .view import PeerState
+
+if TYPE_CHECKING:
+    from .sharing import Sharing
+
+__all__ = ["Face", "Waiting", "carrying_on"]
+
+#: Seconds between two searches for a peer: processes that wait do not search in step.
+_WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=2)
+
+
+class Face:
+    """A balancer as its users see it.
+
+    :class:`~django_proxysql.core.balancer.LoadBalancer` says what the arguments are.
+    """
+
+    def __init__(
+        self,
+        peers: Mapping[str, Mapping[str, Any]] | BalancerConfig,
+        connect: Callable[..., Any] | None = None,
+        *,
+        name: str = "default",
+        check_interval: float = 30,
+        breaker: Mapping[str, Any] | None = None,
+        strategy: Any = "random",
+        connect_timeout: float = 5,
+        trial_timeout: float | None = None,
+        connect_deadline: float = 15,
+        wait_for_peer: float = 0,
+        wait: Any = None,
+        stop: Any = None,
+        sleep: Callable[[float], Any] | None = None,
+        last_resort_interval: float | None = 1,
+        ready_check: Any = None,
+        shared_state: str | None = None,
+        trials: str = "inline",
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] | None = None,
+    ) -> None:
+        function("clock", clock, "Give a function that returns seconds.")
+        function("jitter", jitter, "Give a function that returns [0, 1).", optional=True)
+        config = config_from(
+            peers,
+            name=name,
+            check_interval=check_interval,
+            breaker=breaker,
+            strategy=strategy,
+            connect_timeout=connect_timeout,
+            trial_timeout=trial_timeout,
+            connect_deadline=connect_deadline,
+            wait_for_peer=wait_for_peer,
+            last_resort_interval=last_resort_interval,
+            ready_check=ready_check,
+            shared_state=shared_state,
+            trials=trials,
+        )
+        group = PeerGroup(config, clock=clock, jitter=jitter)
+        # The face that makes the group makes its background trials, too.
+        group.try_out = self.try_out
+        if config.trials == "background":
+            group.background = lambda group, news: trial_worker.schedule(group, news=news)
+        if config.shared_state is not None:
+            from .sharing import Sharing
+
+            group.sharing = Sharing(group)
+        self._set_up(group, connect, wait, stop, sleep)
+
+    def _set_up(
+        self, group: PeerGroup, connect: Callable[..., Any] | None, wait: Any, stop: Any, sleep: Any
+    ) -> None:
+        function("connect", connect, "Give the driver's connect function.", optional=True)
+        function("wait", wait, "Give one of tenacity's wait_… objects.", optional=True)
+        function("stop", stop, "Give one of tenacity's stop_… objects.", optional=True)
+        function("sleep", sleep, "Give a function that takes seconds.", optional=True)
+        #: What is known of the peers; another face may share it.
+        self.group = group
+        self.name = group.name
+        self.config = group.config
+        #: The peers by name.
+        self.peers: Mapping[str, Peer] = group.peers
+        #: The clock that everything about this balancer is timed by, in seconds.
+        self.clock = group.clock
+        self._connect = connect
+        self._wait, self._stop, self._sleep = wait, stop, sleep
+        self._waiting_line = Limit(1)
+        self._may_search_again = group.config.wait_for_peer > 0 or stop is not None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.group}>"
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """What it shares with other processes; None where that is not asked for."""
+        return self.group.sharing  # type: ignore[return-value]
+
+    @property
+    def connect_function(self) -> Callable[..., Any] | None:
+        """The driver's ``connect`` that the balancer was made with."""
+        return self._connect
+
+    def try_out(self, peer: Peer | str, *, now: bool = False) -> Any:
+        """Make the peer's trial; each face says how."""
+        raise NotImplementedError
+
+    # Knowing
+
+    def snapshot(self) -> list[PeerState]:
+        """Return what this process knows of each peer, without asking any.
+
+        :returns: a :class:`PeerState` for each, in the order of :attr:`peers`.
+        """
+        return self.group.snapshot()
+
+    def next_trial(self, peer: Peer | str) -> float | None:
+        """Return when the peer's next trial may begin, on :attr:`clock`.
+
+        :param peer: one of :attr:`peers`, or its name.
+        :returns: None: it needs none; minus infinity: at once.
+        :raises UnknownPeer: it is none of this balancer's.
+        """
+        return self.group.next_trial(self.group.named(peer))
+
+    def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
+        """Call ``listener`` with every event from now on, outside all locks.
+
+        Adding it again changes nothing.
+
+        :param listener: called in the thread to which the thing happened. Of what other
+            processes have found, of what a trial in the background has shown, and of
+            what happens while one of these waits to be told, in a thread of its own.
+        :param connects: False spares it each :class:`~django_proxysql.core.events.Connected`
+            that is no trial, and each connect the cost of telling it.
+        :raises ConfigError: ``listener`` cannot be called.
+        """
+        self.group.listeners.add(listener, connects)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Call ``listener`` no longer."""
+        self.group.listeners.remove(listener)
+
+    # Changing
+
+    def drain(self, name: str | Peer, *, force: bool = False) -> None:
+        """Give a peer no new connections; those it has leave at their safe points.
+
+        For an upgrade of its server, say. In this process only, unless the
+        balancer shares its state: then in all that share it, at once here and
+        within a second there, and in those that start later.
+        :meth:`Sharing.settle <django_proxysql.core.sharing.Sharing.settle>` says
+        whether they have been told. What its circuit knows stays known.
+        Draining a drained peer changes nothing.
+
+        :param name: the peer's, as in :attr:`peers`, or the peer.
+        :param force: drain it even if no other takes connections.
+        :raises UnknownPeer: a KeyError: the balancer has no such peer.
+        :raises DrainRefused: no other peer takes connections: its circuit is
+            open, or it is drained itself, or another process drains it just now.
+        """
+        self.group.drain(self.group.named(name, "name"), force=force)
+
+    def undrain(self, name: str | Peer) -> None:
+        """Let a peer have new connections again.
+
+        :param name: the peer's, as in :attr:`peers`, or the peer.
+        :raises UnknownPeer: a KeyError: the balancer has no such peer.
+        """
+        self.group.undrain(self.group.named(name, "name"))
+
+    def pinned(self, peer: Peer | str | None = None) -> AbstractContextManager[None]:
+        """Stay with one peer for a ``with`` block, the first one that it connects to.
+
+        It holds for the thread, greenlet or asyncio task that enters the block,
+        and for what it runs by way of ``sync_to_async()``.
+
+        For what must not be spread: migrations, test databases, reading one's
+        own writes where peers lag. If the peer is lost inside the block,
+        connecting fails rather than going elsewhere. Inside another such block
+        it changes nothing.
+
+        :param peer: the peer to stay with, such as ``connection.peer``, or its name.
+        :raises UnknownPeer: it is none of this balancer's.
+        :raises NoPeerAvailable: in the block, out of a connect, when the peer fails.
+        """
+        return self.group.pinned(peer)
+
+
+def carrying_on(search: Search) -> dict[str, Any]:
+    """Return how tenacity carries on after the first failure: over the peers that are left.
+
+    That costs 35 µs a run, which a connect that succeeds at once need not pay.
+    """
+    return {
+        "retry": tenacity.retry_if_exception(search.goes_on),
+        # Candidates run out, the deadline passes: the search itself says so.
+        "stop": tenacity.stop_never,
+        "wait": tenacity.wait_none(),
+        "reraise": True,
+    }
+
+
+class Waiting:
+    """Searches again, after a random and growing time, until a peer works or time is over.
+
+    :param face: whose ``wait_for_peer``, ``wait`` and ``stop`` hold.
+    :param first: the search that found none.
+    :param error: what it came to.
+    :param again: makes another.
+    """
+
+    def __init__(
+        self, face: Face, first: Search, error: NoPeerAvailable, again: Callable[[], Search]
+    ) -> None:
+        self._face = face
+        self._until = face.clock() + face.config.wait_for_peer
+        self._error: NoPeerAvailable | None = error
+        self._again = again
+        #: The search under way.
+        self.search = first
+        # Each request of a busy site may wait.
+        kept_back = face._waiting_line.passes(face.clock())
+        if kept_back is not None:
+            logger.warning(
+                "%s: waiting for a peer%s%s: %s",
+                face.name,
+                "" if face._stop else f", at most {face.config.wait_for_peer:g} s",
+                f" (and {kept_back} more)" if kept_back else "",
+                error,
+                extra={"alias": face.name},
+            )
+
+    def next_search(self) -> Search:
+        """Return the next search.
+
+        :raises NoPeerAvailable: the first one's, for tenacity to wait after it.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        self.search = self._again()
+        return self.search
+
+    def options(self) -> dict[str, Any]:
+        """Return how tenacity waits."""
+        return {
+            "retry": tenacity.retry_if_exception_type(NoPeerAvailable),
+            "stop": self._face._stop or self._is_over,
+            "wait": self._pause,
+            "reraise": True,
+        }
+
+    def _is_over(self, state: tenacity.RetryCallState) -> bool:
+        return self._face.clock() >= self._until
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        seconds = float((self._face._wait or _WAIT)(state))
+        # The last search comes when the time is over.
+        if self._face._stop:
+            return seconds
+        return min(seconds, max(0.0, self._until - self._face.clock()))
