@@ -105,6 +105,16 @@ class TestStatements:
         assert len(here.replayed()) == 1
         assert len(here.losses()) == 1
 
+    def test_read_with_a_percent_sign(self, here: Site) -> None:
+        """Without parameters it is no placeholder."""
+        here.write("one")
+        here.write("two")
+        close_old_connections()
+        here.cut("before")
+        found = here.sql("SELECT value FROM app_token WHERE value LIKE 'o%' AND 7 % 4 = 3")
+        assert found == [("one",)]
+        assert len(here.replayed()) == 1
+
     @pytest.mark.parametrize("kind", CUTS)
     def test_write(self, here: Site, kind: str) -> None:
         """It may have run: the error is raised, once, and the next statement is fine."""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from django_proxysql.core.texts import Text, is_of_transaction, names_in, tells_time, text_of
+from django_proxysql.core.texts import (
+    Text,
+    is_of_transaction,
+    names_in,
+    tells_time,
+    text_of,
+    with_parameters,
+)
 
 DIALECTS = ["mysql", "mariadb", "postgresql"]
 EVERYWHERE = {
@@ -80,3 +89,23 @@ def test_names() -> None:
 def test_time_of_the_transaction(sql: str) -> None:
     assert tells_time(sql)
     assert not tells_time("SELECT a, clock_timestamp() FROM known")
+
+
+@pytest.mark.parametrize(
+    ("sql", "params", "expected"),
+    [
+        ("SELECT a FROM t WHERE b LIKE 'x%'", None, Text.READ),
+        ("SELECT a FROM t WHERE b LIKE '%s%'", None, Text.READ),
+        ("SELECT 7 % 4", None, Text.READ),
+        ("DELETE FROM t WHERE b LIKE 'x%'", None, Text.PLAIN),
+        # Here a parameter may end the quotes.
+        ("SELECT a FROM t WHERE b LIKE '%s'", ["x"], Text.OTHER),
+        ("SELECT a FROM t WHERE b LIKE 'x%'", [], Text.OTHER),
+        ("SELECT a FROM t WHERE b LIKE 'x%%'", [], Text.READ),
+    ],
+)
+@pytest.mark.parametrize("dialect", ["mysql", "mariadb", "postgresql"])
+def test_a_percent_sign_without_parameters_is_itself(
+    sql: str, params: Any, expected: Text, dialect: str
+) -> None:
+    assert text_of(with_parameters(sql, params), dialect) is expected

@@ -19,7 +19,7 @@ from ..core.statements import (
     STATE,
     is_provable_read,
 )
-from ..core.texts import Text, is_of_transaction, tells_time, text_of
+from ..core.texts import Text, is_of_transaction, tells_time, text_of, with_parameters
 from .asking import proves_not_run
 from .binding import bind
 from .decisions import Cause, How, Lost, Place, may_replay
@@ -178,7 +178,7 @@ def lost_statement(
 ) -> Lost:
     """Return what counts for whether a lost statement may be run again."""
     config = session.balancer.config
-    text = text_of(sql, dialect_of(db))
+    text = text_of(with_parameters(sql, params), dialect_of(db))
     holds = bool(kind & STATE or session.holds)
     if kind & STATE and text is Text.SETTING:
         # What it sets is all that was held, and is set again.
@@ -227,7 +227,7 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
         return False
     dialect = dialect_of(db)
     return all(
-        is_provable_read(sql, dialect=dialect)
+        is_provable_read(with_parameters(sql, params), dialect=dialect)
         and are_sendable(db, session, params, single=True)
         and not (anew and dialect == "postgresql" and tells_time(sql))
         for sql, params in transaction.reads or ()

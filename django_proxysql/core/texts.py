@@ -64,6 +64,11 @@ def text_of(sql: Any, dialect: str | None) -> Text:
     return Text.OTHER
 
 
+def with_parameters(sql: Any, params: Any) -> Any:
+    """Return ``sql`` as it would be written with parameters: without any, a % is a % alone."""
+    return sql.replace("%", "%%") if params is None and isinstance(sql, str) else sql
+
+
 def is_of_transaction(sql: Any) -> bool:
     """Return whether ``sql`` sets something until PostgreSQL's transaction ends, and no longer."""
     return isinstance(sql, str) and _TRANSACTION_SETTING.fullmatch(without_tail(sql)) is not None
