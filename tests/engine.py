@@ -34,7 +34,7 @@ SQLITE = "django.db.backends.sqlite3"
 
 
 class Clock:
-    """A clock that goes only when it is told to."""
+    """A clock that goes only when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -15,7 +15,7 @@ import pybreaker
 
 
 class Clock:
-    """A monotonic clock that moves when it is told to."""
+    """A monotonic clock that moves when a test moves it."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
@@ -28,7 +28,7 @@ class Clock:
 
 
 class RunningClock(Clock):
-    """A clock that runs, and jumps ahead when it is told to.
+    """A clock that runs, and jumps ahead when a test says so.
 
     For threads that wait for one another's trials: on a clock that stands still
     no deadline comes.
@@ -55,7 +55,7 @@ class ProgrammingError(Exception):
     """As mysqlclient's: an error in the application's SQL."""
 
 
-# An error's driver is told by its class's module, so these are the driver's own to the core.
+# An error's driver is known by its class's module, so these are the driver's own to the core.
 for _error in (OperationalError, InterfaceError, ProgrammingError):
     _error.__module__ = "MySQLdb"
 

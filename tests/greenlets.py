@@ -108,7 +108,7 @@ def timed_out() -> None:
     db = balancer(server, Clock())
     with gevent.Timeout(0.05, False):
         db.connect()
-        raise AssertionError("connected to nobody")
+        raise AssertionError("connected to no peer")
     assert db.peers["db1"].breaker.is_available
 
 

@@ -66,7 +66,7 @@ class Savepoint(NamedTuple):
 class Nested(NamedTuple):
     ops: tuple[Op, ...]
     raises: bool
-    #: Whoever is around it goes on after an error, the database's too.
+    #: The code around it goes on after an error, the database's too.
     caught: bool
 
 
@@ -162,7 +162,7 @@ class Violation(Exception):
 
 @dataclass
 class Ledger:
-    """What the application was told."""
+    """What the application saw."""
 
     #: Tokens that were acknowledged.
     stands: list[str] = field(default_factory=list)
@@ -218,9 +218,9 @@ class Run:
         self._of_a_hook: BaseException | None = None
 
     def run(self, program: Program) -> None:
-        """Run a program; what it was told is in the ledger.
+        """Run a program; what it saw is in the ledger.
 
-        :raises Violation: it was told what cannot be.
+        :raises Violation: it saw what cannot be.
         """
         for op in program.ops:
             self.ops += 1
@@ -492,7 +492,7 @@ class World:
         self.connection.close()
 
     def rows(self) -> Counter[str]:
-        """What is in the table once the servers have done all that they were told.
+        """What is in the table once the servers have done all that they were sent.
 
         :raises Violation: two nodes do not agree.
         """
@@ -514,7 +514,7 @@ class World:
         return found[0]
 
     def _settle(self, plain: Any, seconds: float = 20) -> None:
-        """Return when nobody else is connected."""
+        """Return when no other client is connected."""
         from tests.servers import USER
 
         deadline = time.monotonic() + seconds

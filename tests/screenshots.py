@@ -1,7 +1,7 @@
 """The pictures in the docs: ``python -m tests.screenshots docs/images``.
 
 A page of the real site in the real browser, whose peers have had an eventful hour by a clock that
-goes when it is told to. None of them exists: the page connects to nothing.
+goes when the script moves it. None of them exists: the page connects to nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PICTURES = {
 
 
 def alice_asks(get_response: Any) -> Any:
-    """Middleware: a superuser asks, of whom no database knows."""
+    """Middleware: a superuser asks that no database knows."""
 
     def middleware(request: Any) -> Any:
         from django_proxysql.demo.site import Visitor

@@ -22,7 +22,7 @@ from django_proxysql import LoadBalancer
 
 
 class Commands:
-    """What a process can be told to do."""
+    """What a process can be asked to do."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.db = LoadBalancer(connect=MySQLdb.connect, **options)

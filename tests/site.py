@@ -68,7 +68,7 @@ class Site:
         return self.connection._session
 
     def written(self) -> list[str]:
-        """What is in the table, once the server has done all that it was told."""
+        """What is in the table, once the server has done all that it was sent."""
         self.settle()
         return self.plain_rows()
 

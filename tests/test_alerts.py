@@ -167,7 +167,7 @@ def test_dashboard_asks_for_what_there_is() -> None:
 
 def test_dashboard_shows_every_metric() -> None:
     text = "\n".join(expressions())
-    # The histogram's sum and count are for whom it is of use to.
+    # The histogram's sum and count are for those who want them.
     shown = {name for name in samples() if not re.search("_(sum|count)$", name)}
     assert set(re.findall(r"\bdjango_proxysql_\w+", text)) == shown
 

@@ -92,7 +92,7 @@ class World:
 
 
 def test_trial_that_was_given_up_and_is_not_due() -> None:
-    """Nobody waits for the result of a trial that has none, nor looks for it again and again."""
+    """No caller waits for the result of a trial that has none, nor looks for it again and again."""
     world = World("db1", "db2", "db3")
     world.open("db1", "db2", "db3")
     world.clock.advance(2)
@@ -363,7 +363,7 @@ class TestFaults:
     )
     @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
     def test_ours_and_others_are_raised_at_once(self, error: BaseException, trial: bool) -> None:
-        """What is not the peer's fault is raised as it is, and no circuit hears of it."""
+        """What is not the peer's fault is raised as it is, and no circuit counts it."""
         world = World("db1", "db2", "db3")
         world.driver.down["db1"] = error
         if trial:
@@ -649,7 +649,7 @@ class TestLastResort:
         assert [world.hosts() for _ in range(3)] == [["db1"]] * 3
 
     def test_not_while_a_circuit_is_closed(self) -> None:
-        """One closed circuit, a full peer's even, and nobody hurries."""
+        """One closed circuit, a full peer's even, and no trial comes early."""
         world = World("db1", "db2")
         world.driver.down["db2"] = too_many
         world.open("db1")
@@ -752,7 +752,7 @@ class TestBusyPools:
         assert not isinstance(raised.value, NoPeerAvailable)
 
     def test_optional(self) -> None:
-        """A swap that need not be waits for no pool."""
+        """A replacement that need not be waits for no pool."""
         assert self.search(World("db1"), "db1", trials="never") == [("db1", False)]
 
     def test_that_does_not_wait(self) -> None:
@@ -771,7 +771,7 @@ class TestBusyPools:
 
 class TestInterrupted:
     def test_on_the_way_into_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A thread that is hit on its way into pinned() does not stay with a peer for ever."""
+        """A thread that is hit on its way into pinned() is not pinned for ever."""
         world = World("db1", "db2")
 
         def interrupt() -> None:
@@ -830,7 +830,7 @@ class TestInterrupted:
 
 
 class TestViewLeftBehind:
-    """Whoever changes a circuit has the view renewed, unless it is killed on the way there."""
+    """A change of a circuit renews the view, unless its thread is killed on the way there."""
 
     @pytest.fixture(autouse=True)
     def killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -914,7 +914,7 @@ class TestWaitingForATrial:
 
     @pytest.mark.parametrize("how", ["open", "suspect"])
     def test_good_trial(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Somebody's trial ends well: those who waited connect, and nobody sees an error."""
+        """Somebody's trial ends well: those who waited connect, and no caller sees an error."""
         world = World("db1")
         if how == "open":
             world.open("db1")
@@ -927,7 +927,7 @@ class TestWaitingForATrial:
         assert waits == [(1, 15)]
 
     def test_bad_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Somebody's trial ends badly: those who waited hear what it met, and do not wait again."""
+        """Somebody's trial ends badly: those who waited get its error, and do not wait again."""
         world = World("db1")
         world.open("db1")
         world.clock.advance(30)
@@ -963,7 +963,7 @@ class TestWaitingForATrial:
         assert (len(waits), others[0].is_trial) == (1, True)
 
     def test_suspects_trial_released(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The one with the trial pressed Ctrl-C: who waited makes the trial, nobody loses."""
+        """The one with the trial pressed Ctrl-C: the one who waited makes the trial, none loses."""
         world = World("db1")
         world.db.peers["db1"].breaker.suspect()
         trial = world.db.peers["db1"].breaker.acquire()
@@ -1104,7 +1104,7 @@ class TestWaitingForATrial:
     def test_nobody_waits_while_another_peer_can_be_had(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A trial under way is nobody's concern while a closed circuit is left."""
+        """A trial under way delays no caller while a closed circuit is left."""
         world = World("db1", "db2")
         world.open("db1")
         world.clock.advance(30)
@@ -1395,7 +1395,7 @@ class TestLogging:
         assert not lines(logging.INFO) + lines(logging.WARNING) + lines(logging.ERROR)
 
     def test_broken_log_handler(self) -> None:
-        """A log handler that raises keeps nobody from a connection."""
+        """A log handler that raises keeps no caller from a connection."""
 
         class Broken(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
@@ -1416,7 +1416,7 @@ class TestLogging:
 
 class TestEvents:
     def test_story(self) -> None:
-        """Listeners hear of each attempt, opening, closing and exhaustion, in turn."""
+        """Listeners get each attempt, opening, closing and exhaustion, in turn."""
         world = World("db1")
         world.driver.down["db1"] = refused_by_host
         raised_by(world.connect)
@@ -1464,7 +1464,7 @@ class TestEvents:
         assert "A listener of 'default' raised" in caplog.text
 
     def test_listeners_run_outside_the_lock(self) -> None:
-        """A listener may wait for another thread that connects: nobody deadlocks."""
+        """A listener may wait for another thread that connects: no deadlock."""
         world = World("db1", "db2")
         seen: list[Any] = []
 
@@ -1482,7 +1482,7 @@ class TestEvents:
         assert seen == [True, "db2", True, "db1"]
 
     def test_listener_can_be_removed(self) -> None:
-        """A removed listener hears nothing more."""
+        """A removed listener gets nothing more."""
         world = World("db1")
         world.db.remove_listener(world.events.append)
         world.connect()
@@ -1546,7 +1546,7 @@ class TestOpeningOne:
             gc.enable()
 
     def test_balancer_dies_with_its_last_user(self) -> None:
-        """A balancer that nobody uses is collected; a circuit of it that is kept goes on."""
+        """A balancer that is not used is collected; a circuit of it that is kept goes on."""
         world = World("db1")
         breaker = world.db.peers["db1"].breaker
         gone = weakref.ref(world.db)

@@ -74,7 +74,7 @@ class TestOpening:
         assert breaker.current_state == "closed"
 
     def test_open_circuit_admits_nobody(self, breaker: PeerBreaker, clock: Clock) -> None:
-        """While the circuit is open nobody is admitted, and asking does not wait."""
+        """While the circuit is open no caller is admitted, and asking does not wait."""
         opened(breaker)
         clock.advance(29.9)
         assert [breaker.acquire() for _ in range(5)] == [None] * 5
@@ -126,7 +126,7 @@ class TestOpening:
 
 class TestTrial:
     def test_exactly_one(self, breaker: PeerBreaker, clock: Clock) -> None:
-        """While a trial is under way nobody else is admitted."""
+        """While a trial is under way no other caller is admitted."""
         opened(breaker)
         clock.advance(30)
         trial = breaker.acquire()
@@ -295,7 +295,7 @@ class TestLateResults:
         assert len(told) == 1
 
     def test_permit_ends_once(self, breaker: PeerBreaker) -> None:
-        """What a permit is told after its first end is ignored."""
+        """A permit's second end is ignored."""
         permit = breaker.acquire()
         assert permit.failed(Boom()) == 1
         assert permit.failed(Boom()) == 0
@@ -396,7 +396,7 @@ class TestSuspect:
         assert breaker.current_state == "open"
 
     def test_released_trial_may_be_made_at_once(self, breaker: PeerBreaker) -> None:
-        """A suspect's trial that says nothing about the peer leaves it suspect and to be had."""
+        """A suspect's trial that says nothing about the peer leaves it suspect and available."""
         breaker.suspect()
         breaker.acquire().released()
         assert breaker.current_state == "closed"
@@ -431,7 +431,7 @@ class TestSuspect:
 
 
 class TestLostPermits:
-    """Permits that nobody ends: their threads were killed between two lines."""
+    """Permits without an end: their threads were killed between two lines."""
 
     def test_of_a_trial(self, breaker: PeerBreaker, clock: Clock) -> None:
         """A trial whose permit is gone is due again after release_interval; waiters are woken."""
@@ -810,7 +810,7 @@ class TestGeneratorsAsWithPybreaker:
         assert either.fail_counter == 1
 
     def test_listeners_are_told_alike(self) -> None:
-        """Listeners hear of a generator's run what pybreaker tells them."""
+        """Listeners get of a generator's run what pybreaker gives them."""
         told = []
         for make in (pybreaker.CircuitBreaker, PeerBreaker):
             recorder = Recorder()
@@ -824,7 +824,7 @@ class TestGeneratorsAsWithPybreaker:
 
 class TestListeners:
     def test_are_told_what_pybreaker_tells(self, clock: Clock) -> None:
-        """A pybreaker listener hears of calls, results and changes of state."""
+        """A pybreaker listener gets calls, results and changes of state."""
         recorder = Recorder()
         breaker = PeerBreaker(clock=clock, jitter=even, listeners=[recorder])
         breaker.call(int)
@@ -844,7 +844,7 @@ class TestListeners:
         ]
 
     def test_run_outside_the_lock(self, clock: Clock) -> None:
-        """A listener may wait for another thread that uses the breaker: nobody deadlocks."""
+        """A listener may wait for another thread that uses the breaker: no deadlock."""
         free: list[bool] = []
 
         class Nosy(pybreaker.CircuitBreakerListener):
@@ -900,7 +900,7 @@ class TestListeners:
         assert {record.levelno for record in caplog.records} == {logging.ERROR}
 
     def test_interrupted_while_telling_of_a_trial(self, clock: Clock) -> None:
-        """Ctrl-C while listeners hear of a trial gives the trial back."""
+        """Ctrl-C while listeners are called with a trial gives the trial back."""
 
         def interrupted(transition: Transition) -> None:
             if transition.after == "half-open":
@@ -984,7 +984,7 @@ class TestPybreakersOwnInterface:
     def test_half_open_by_hand_leaves_a_trial_alone(
         self, breaker: PeerBreaker, clock: Clock
     ) -> None:
-        """half_open() while a trial is under way makes no second one and wakes nobody."""
+        """half_open() while a trial is under way makes no second one and wakes no thread."""
         opened(breaker)
         clock.advance(30)
         trial = breaker.acquire()

@@ -282,15 +282,15 @@ class CircuitMachine(RuleBasedStateMachine):
 
     @invariant()
     def transitions_follow_one_another(self) -> None:
-        """What is told is a path: each transition begins where the last one ended."""
+        """The transitions are a path: each transition begins where the last one ended."""
         at = "closed"
         for before, after in self.told:
-            # A child of a fork is told nothing of what the fork has changed.
+            # A child of a fork gets no event of what the fork has changed.
             assert before == at or (at, before) == ("half-open", "open")
             at = after
 
     def teardown(self) -> None:
-        """Whatever was done, the peer is to be had once everything has run out."""
+        """Whatever was done, the peer is available once everything has run out."""
         if not hasattr(self, "breaker"):
             return
         assert lock_is_free(self.breaker)

@@ -1,4 +1,4 @@
-"""What circuits promise a crowd: threads, forks, and exceptions that come out of nowhere."""
+"""What circuits promise a crowd: threads, forks, and asynchronous exceptions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Gate:
 
     def __init__(self, works: Callable[[], bool]) -> None:
         self.works = works
-        # Whoever is struck here is not to keep it either.
+        # A thread that is interrupted here is not to keep it either.
         self.lock = new_lock()
         self.trials = 0
         self.most_trials = 0
@@ -171,7 +171,7 @@ class TestHammering:
                     pass
 
         # A caller admitted while the circuit was closed may find it half-open as it
-        # begins to work, so only callers that come afterwards can be told apart: one at a time.
+        # begins to work, so only callers that come afterwards are counted: one at a time.
         circuit.open()
         clock.advance(2)
         with running(*[hammer] * 64):
@@ -206,7 +206,7 @@ class TestHammering:
         assert [record.levelname for record in caplog.records] == ["WARNING"]
 
     def test_burst_of_refused_statements_opens_once(self) -> None:
-        """64 threads whose statements are told NOT_READY open the circuit once, for one reason."""
+        """64 threads whose statements get NOT_READY open the circuit once, for one reason."""
         db = LoadBalancer(peers("db1"), breaker={"fail_max": 100}, clock=Clock())
         told: list[Any] = []
         db.add_listener(told.append)
@@ -427,7 +427,7 @@ class Injected(BaseException):
 
 
 def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
-    """Assert that nothing is stuck: locks free, each peer to be had ``after`` so many seconds.
+    """Assert that nothing is stuck: locks free, each peer available ``after`` so many seconds.
 
     1000 is beyond every lease and every interval.
     """
@@ -438,7 +438,7 @@ def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
         assert in_thread(lambda: db.connect(lambda attempt: attempt.peer.name)) in db.peers
 
     def connect_to(peer: Any) -> Any:
-        # A suspect peer comes last: nobody would come by while another one works.
+        # A suspect peer comes last: no caller would come by while another one works.
         with db.pinned(peer):
             return db.connect(lambda attempt: attempt.peer.name)
 
@@ -464,7 +464,7 @@ class TestExceptionsOutOfNowhere:
         gate = Gate(lambda: turn.random() < 0.6)
         db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
         # A thread that is killed where logging has just taken a handler's lock keeps it
-        # for ever, whoever writes the line.
+        # for ever, whichever thread writes the line.
         db.remove_listener(log_event)
         stop = threading.Event()
         hits = [0]
@@ -512,7 +512,7 @@ class TestExceptionsOutOfNowhere:
         gate = Gate(lambda: turn.random() < 0.6)
         db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
         # A thread that is killed where logging has just taken a handler's lock keeps it
-        # for ever, whoever writes the line.
+        # for ever, whichever thread writes the line.
         db.remove_listener(log_event)
         armed = False
 

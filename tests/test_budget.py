@@ -272,7 +272,7 @@ def test_a_fork_while_it_is_held(tmp_path: Any) -> None:
         assert sum(budget.spend("SELECT 1") for _ in range(20)) == 9
 
 
-#: Numbers of callers that nobody else has.
+#: Numbers of callers that no other has.
 someone = itertools.count()
 
 
@@ -280,7 +280,7 @@ class TestLosses:
     """Which statements and callers have lost connections."""
 
     def test_a_statement_elsewhere(self) -> None:
-        """Whoever runs it: the first peer that it was lost on stays its own."""
+        """Whichever thread runs it: the first peer that it was lost on stays its own."""
         losses = LossMemory(Clock())
         assert not losses.note("one", "SELECT 1", next(someone))
         assert not losses.note("one", "SELECT 1", next(someone))

@@ -158,7 +158,7 @@ def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> No
 
 
 def test_changed_options_are_not_taken_for_the_peers_own(mariadb: Node) -> None:
-    """A wrapper whose settings were changed asks for itself, and tells nobody."""
+    """A wrapper whose settings were changed asks for itself, and shares nothing."""
     with engine([mysql_peer(mariadb)]):
         peer = balancers["balanced"].peers["peer0"]
         other = connections["balanced"].copy("balanced")

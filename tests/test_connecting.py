@@ -548,7 +548,7 @@ def test_peer_that_dies_half_way(
 def test_failed_attempt_is_closed_whoever_holds_it(
     mariadb: Node, received: list[Any], error: BaseException
 ) -> None:
-    """What an attempt has opened is closed when it fails, not only when nobody refers to it."""
+    """What an attempt has opened is closed when it fails, not only when nothing refers to it."""
     kept: list[Any] = []
 
     def receiver(connection: Any) -> None:
@@ -644,7 +644,7 @@ def test_passwords_are_nowhere(
 ) -> None:
     """No password in logs at DEBUG, in errors, reprs, snapshots or states, its own or a peer's."""
     caplog.set_level(logging.DEBUG)
-    wrong = "tell-nobody"
+    wrong = "tell-no-one"
     peers = mysql_peer(mariadb_pair[0], PASSWORD=wrong), mysql_peer(mariadb_pair[1])
     with first_then_second(*peers, PASSWORD="nor-this") as connection:
         connection.ensure_connection()
@@ -737,7 +737,7 @@ def test_connections_of_other_aliases_stay(mariadb_pair: Pair) -> None:
 
 
 def test_connect_while_connected(tmp_path: Path) -> None:
-    """The old connection is left to whoever holds it, as by the plain engine; it counts no more."""
+    """The old connection is left to its holder, as by the plain engine; it counts no more."""
     with engine([sqlite_peer(tmp_path / name) for name in "ab"], PEER_ENGINE=SQLITE) as connection:
         connection.ensure_connection()
         old = connection.connection

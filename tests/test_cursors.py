@@ -226,7 +226,7 @@ class TestPsycopg:
             with here.connection.connection.pipeline():
                 here.cut("before")
                 here.write("one")
-                # Heard of here, or at the pipeline's end.
+                # Noticed here, or at the pipeline's end.
                 here.sql("SELECT 42")
 
         here.sql("SELECT 1")
@@ -241,7 +241,7 @@ class TestPsycopg:
         try:
             here.write("two")
         except OperationalError:
-            # The pipeline's end may raise the loss past every seam: then it is told here.
+            # The pipeline's end may raise the loss past every hook: then it is raised here.
             here.write("two")
         assert here.written() == ["two"]
 

@@ -190,7 +190,7 @@ def test_on_a_terminal_the_table_is_drawn_in_place(demo: Runs, no_color: str) ->
     process = demo.start(*DEMO, "--seconds", "2", stdout=follower, TERM="xterm", NO_COLOR=no_color)
     os.close(follower)
     written = b""
-    # EIO is how a terminal says that nobody writes any more.
+    # EIO is how a terminal says that no process writes any more.
     with contextlib.suppress(OSError):
         while chunk := os.read(leader, 65536):
             written += chunk

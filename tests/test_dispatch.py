@@ -1,4 +1,4 @@
-"""How a listener is told elsewhere: in order, one event at a time, in a thread of its own."""
+"""How a listener is called elsewhere: in order, one event at a time, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def deliver(dispatcher: Dispatcher, event: Any) -> None:
     dispatcher.start()
 
 
-class Heard:
-    """Notes what it is told, and can wait for it."""
+class Listening:
+    """Notes its events, and can wait for them."""
 
     def __init__(self) -> None:
         self.told: list[int] = []
@@ -68,65 +68,67 @@ class Heard:
 
 
 @pytest.fixture
-def heard() -> Heard:
-    return Heard()
+def listening() -> Listening:
+    return Listening()
 
 
 @pytest.fixture
-def dispatcher(heard: Heard) -> Dispatcher:
-    return Dispatcher(heard, "default")
+def dispatcher(listening: Listening) -> Dispatcher:
+    return Dispatcher(listening, "default")
 
 
-def test_elsewhere_and_in_order(dispatcher: Dispatcher, heard: Heard) -> None:
+def test_elsewhere_and_in_order(dispatcher: Dispatcher, listening: Listening) -> None:
     """Each event once, in turn, whatever a listener raises; never in the thread that tells."""
     for number in range(20):
         deliver(dispatcher, event(number))
-    until(lambda: len(heard.told) == 20)
-    assert heard.told == list(range(20))
-    assert threading.get_ident() not in heard.threads
+    until(lambda: len(listening.told) == 20)
+    assert listening.told == list(range(20))
+    assert threading.get_ident() not in listening.threads
 
 
-def test_one_that_hangs(dispatcher: Dispatcher, heard: Heard) -> None:
-    """It keeps the latest of what comes after it, and nobody."""
-    heard.go_on.clear()
+def test_one_that_hangs(dispatcher: Dispatcher, listening: Listening) -> None:
+    """It delays the latest of its own later events, and nothing else."""
+    listening.go_on.clear()
     deliver(dispatcher, event(0))
-    heard.wait(1)
+    listening.wait(1)
     for number in range(1, MOST + 101):
         deliver(dispatcher, event(number))
     assert len(dispatcher.waiting) == MOST
-    heard.go_on.set()
-    until(lambda: len(heard.told) == MOST + 1)
-    assert heard.told == [0, *range(101, MOST + 101)]
-    assert len(heard.threads) == 1
+    listening.go_on.set()
+    until(lambda: len(listening.told) == MOST + 1)
+    assert listening.told == [0, *range(101, MOST + 101)]
+    assert len(listening.threads) == 1
 
 
-def test_behind_what_waits(heard: Heard) -> None:
-    """What happens in any thread, while something waits to be told, is told after that."""
+def test_behind_what_waits(listening: Listening) -> None:
+    """What happens in any thread, while an event waits, comes after that."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     numbers: list[Any] = []
-    db.add_listener(heard)
+    db.add_listener(listening)
     db.add_listener(lambda told: numbers.append((told.error, threading.get_ident())))
-    heard.go_on.clear()
+    listening.go_on.clear()
     (dispatcher,) = (
-        dispatcher for dispatcher in db.group.listeners.dispatchers if dispatcher.listener is heard
+        dispatcher
+        for dispatcher in db.group.listeners.dispatchers
+        if dispatcher.listener is listening
     )
     deliver(dispatcher, event(0))
-    heard.wait(1)
+    listening.wait(1)
     deliver(dispatcher, event(1))
     db.group.emit(event(2))
     # Its own thread, for those who are not behind.
     assert numbers == [("2", threading.get_ident())]
-    assert heard.told == []
-    heard.go_on.set()
-    until(lambda: len(heard.told) == 3)
+    assert listening.told == []
+    listening.go_on.set()
+    until(lambda: len(listening.told) == 3)
     db.group.emit(event(3))
-    assert heard.told == [0, 1, 2, 3]
-    assert heard.most == 1
+    assert listening.told == [0, 1, 2, 3]
+    assert listening.most == 1
 
 
 @pytest.mark.usefixtures("hurried")
-def test_many_who_tell(dispatcher: Dispatcher, heard: Heard) -> None:
-    """No event is left behind by a thread that is about to end, and no two are told at once."""
+def test_many_who_tell(dispatcher: Dispatcher, listening: Listening) -> None:
+    """No event is left behind by a thread that is about to end, and no two come at once."""
 
     def tell() -> None:
         for _ in range(100):
@@ -138,12 +140,12 @@ def test_many_who_tell(dispatcher: Dispatcher, heard: Heard) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    until(lambda: len(heard.told) == 400)
-    assert heard.most == 1
+    until(lambda: len(listening.told) == 400)
+    assert listening.most == 1
 
 
-def test_told_as_its_thread_ends(dispatcher: Dispatcher, heard: Heard) -> None:
-    """Whoever finds it over starts another, which tells alone what comes from then on."""
+def test_told_as_its_thread_ends(dispatcher: Dispatcher, listening: Listening) -> None:
+    """A thread that finds it over starts another, which alone delivers what comes from then on."""
 
     class Late(deque[Any]):
         def __bool__(self) -> bool:
@@ -153,10 +155,10 @@ def test_told_as_its_thread_ends(dispatcher: Dispatcher, heard: Heard) -> None:
             return len(self) > 0
 
     def tell_two() -> None:
-        heard.go_on.clear()
+        listening.go_on.clear()
         deliver(dispatcher, event(2))
         deliver(dispatcher, event(3))
-        heard.wait(2)
+        listening.wait(2)
 
     late: list[Callable[[], None]] = [tell_two]
     dispatcher.waiting = Late(maxlen=MOST)
@@ -164,22 +166,22 @@ def test_told_as_its_thread_ends(dispatcher: Dispatcher, heard: Heard) -> None:
     first = dispatcher._life
     assert first is not None
     until(lambda: not late and first() is None)
-    assert heard.told == [1]
-    heard.go_on.set()
-    until(lambda: len(heard.told) == 3)
-    assert heard.told == [1, 2, 3]
-    assert heard.most == 1
+    assert listening.told == [1]
+    listening.go_on.set()
+    until(lambda: len(listening.told) == 3)
+    assert listening.told == [1, 2, 3]
+    assert listening.most == 1
 
 
-def test_killed_at_every_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_every_line(listening: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is killed leaves to another what it had not begun to tell."""
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     start = _thread.start_new_thread
     step, there = 0, True
     while there:
         step += 1
-        dispatcher = Dispatcher(heard, "default")
-        heard.told.clear()
+        dispatcher = Dispatcher(listening, "default")
+        listening.told.clear()
         struck: list[tuple[bool, str]] = []
 
         def doomed(run: Any, args: Any) -> int:
@@ -196,24 +198,26 @@ def test_killed_at_every_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> 
         deliver(dispatcher, event(3))
         until(lambda: struck)  # noqa: B023
         there, where = struck[0]
-        # Before its first line or on its way out nobody can start another.
+        # Before its first line or on its way out nothing can start another.
         deliver(dispatcher, event(4))
-        until(lambda: 4 in heard.told)
+        until(lambda: 4 in listening.told)
         # The one that it was killed over may be lost.
-        assert len(heard.told) >= 3, where
-        assert heard.told == sorted(set(heard.told)), where
+        assert len(listening.told) >= 3, where
+        assert listening.told == sorted(set(listening.told)), where
     assert step > 10
-    assert heard.most == 1
+    assert listening.most == 1
 
 
 @pytest.mark.parametrize("step", range(1, 20))
-def test_whoever_tells_is_killed(dispatcher: Dispatcher, heard: Heard, step: int) -> None:
+def test_the_notifying_thread_is_killed(
+    dispatcher: Dispatcher, listening: Listening, step: int
+) -> None:
     """The next event takes along the one that was left."""
     interrupted_at(
         step, lambda: deliver(dispatcher, event(1)), [dispatch.__file__, runtime.__file__]
     )
     deliver(dispatcher, event(2))
-    until(lambda: heard.told[-1:] == [2])
+    until(lambda: listening.told[-1:] == [2])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
@@ -232,9 +236,9 @@ def test_fork(where: str) -> None:
         until(lambda: told)
         return f"{told} {len(dispatcher.waiting)}"
 
-    def listen(heard: Any) -> None:
-        told.append(heard.error)
-        if heard.error == "1":
+    def listen(listening: Any) -> None:
+        told.append(listening.error)
+        if listening.error == "1":
             reached.set()
             go_on.wait(30)
             if where == "in a listener":
@@ -256,7 +260,7 @@ def test_fork(where: str) -> None:
 
 
 class Pager:
-    """Notes the changes of a circuit that it has been told of, to the end."""
+    """Notes the changes of a circuit that it was called with, to the end."""
 
     def __init__(self) -> None:
         self.began: list[type] = []
@@ -276,7 +280,7 @@ class Pager:
 
 
 def test_change_waits_for_the_one_before_it() -> None:
-    """A change that is made while the thread tells an older one is told after that."""
+    """A change that is made while the thread delivers an older one comes after that."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     pager = Pager()
     pager.hangs_at = CircuitClosed
@@ -295,23 +299,23 @@ def test_change_waits_for_the_one_before_it() -> None:
 def test_change_that_is_told_here_holds_up_nobody() -> None:
     """A second thread's change waits behind a listener that hangs in the first; it does not."""
     db = LoadBalancer({"db1": {"host": "db1"}})
-    pager, heard = Pager(), Pager()
+    pager, listening = Pager(), Pager()
     pager.hangs_at = CircuitOpened
     db.add_listener(pager)
-    db.add_listener(heard)
+    db.add_listener(listening)
     circuit = db.peers["db1"].breaker
     with running(circuit.open):
         assert pager.inside.wait(30)
         circuit.close()
         assert pager.began == [CircuitOpened]
         pager.go_on.set()
-    until(lambda: len(pager.ended) == 2 and len(heard.ended) == 2)
-    assert pager.ended == heard.ended == [CircuitOpened, CircuitClosed]
+    until(lambda: len(pager.ended) == 2 and len(listening.ended) == 2)
+    assert pager.ended == listening.ended == [CircuitOpened, CircuitClosed]
 
 
 @pytest.mark.usefixtures("hurried")
 def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Each listener, the log and pybreaker's listeners hear of the changes in turn."""
+    """Each listener, the log and pybreaker's listeners get the changes in turn."""
     caplog.set_level("INFO", "django_proxysql")
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
@@ -341,7 +345,7 @@ def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -
 
 
 def test_listener_that_changes_the_circuit() -> None:
-    """What a listener itself leads to is told after what it is being told; in the same thread."""
+    """What a listener itself leads to comes after its present event; in the same thread."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
     pager = Pager()
@@ -361,7 +365,7 @@ def test_listener_that_changes_the_circuit() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
 def test_listener_that_raises_keeps_the_order(error: type[BaseException]) -> None:
-    """Nobody misses a change for it."""
+    """No listener misses a change for it."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
     pager = Pager()
@@ -488,9 +492,9 @@ def test_listener_that_hangs_does_not_hold_the_exit() -> None:
 
 
 def test_a_listener_that_is_added_twice_hears_each_event_once() -> None:
-    heard: list[object] = []
+    listening: list[object] = []
     db = LoadBalancer({"db1": {}, "db2": {}})
     for _ in range(2):
-        db.add_listener(heard.append)
+        db.add_listener(listening.append)
     db.drain("db1")
-    assert len(heard) == 1
+    assert len(listening) == 1

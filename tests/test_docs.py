@@ -128,7 +128,7 @@ def test_examples_of_settings_are_right(page: str, databases: dict[str, dict[str
             assert [
                 str(problem)
                 for problem in conf.problems(alias, entry, databases)
-                # A check of one's own that the page tells how to write.
+                # A check of the reader's own that the page tells how to write.
                 if "shop.databases" not in str(problem)
             ] == []
 
@@ -231,7 +231,7 @@ def test_public_names_are_documented(name: str) -> None:
     "name", ["LoadBalancer", "PeerBreaker", "retrying_atomic", "retrying_request"]
 )
 def test_parameters_are_documented(name: str) -> None:
-    """Each parameter of what is called to make or use them is told of by its name."""
+    """Each parameter of what is called to make or use them is documented by its name."""
     untold = []
     for where, value in documented(getattr(django_proxysql, name)):
         text = inspect.getdoc(value) or ""

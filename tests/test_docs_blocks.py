@@ -267,7 +267,7 @@ def look_at(page: str, shown: Mapping[str, Any]) -> None:
     for alias, entry in databases.items():
         if conf.is_balancer(entry):
             found = [str(one) for one in conf.problems(alias, entry, databases)]
-            # A check of one's own, which the page tells how to write.
+            # A check of the reader's own, which the page tells how to write.
             assert [one for one in found if "shop.databases" not in one] == []
 
 

@@ -1,4 +1,4 @@
-"""A peer that is drained gets no new connections, and loses those it has where nobody can tell."""
+"""A peer that is drained gets no new connections, and loses those it has at their safe points."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TestBalancer:
         assert world.driver.calls == []
 
     def test_twice(self) -> None:
-        """Draining what is drained is no error, and nothing new: nobody is told again."""
+        """Draining what is drained is no error, and nothing new: no event comes again."""
         world = World("db1", "db2")
         world.db.drain("db1")
         world.db.drain("db1")

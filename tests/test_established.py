@@ -44,7 +44,7 @@ class TestFoundBeforeSending:
 
     @pytest.mark.parametrize("how", ["dead", "drained"])
     def test_schema_change(self, here: Site, how: str) -> None:
-        """It stays with one peer from start to end: not with one that is gone before the start."""
+        """It uses one peer from start to end: not one that is gone before the start."""
         here.read()
         lost = here.connection.peer
         if how == "dead":

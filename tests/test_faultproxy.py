@@ -1,4 +1,4 @@
-"""The fault proxy fails at the very byte it was told to."""
+"""The fault proxy fails at the very byte that a test names."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_accept_and_close(upper: Upper, fault_proxy: Proxies, open_client: Open)
 
 
 def test_accept_and_hang(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
-    """A new connection hears nothing, whatever it says, even when later ones are served."""
+    """A new connection gets nothing, whatever it says, even when later ones are served."""
     proxy = fault_proxy(upper)
     proxy.accept_and_hang()
     client = open_client(proxy, greeting=b"")

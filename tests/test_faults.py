@@ -248,7 +248,7 @@ class TestMySQL:
 
     @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
     def test_a_named_peer_changes_no_judgement(self, package: Any) -> None:
-        """The resolver of this process has no memory left, whoever's host it was asked for."""
+        """The resolver of this process has no memory left, for any host."""
         error = package.OperationalError(2005, f"Unknown server host 'db1' ({socket.EAI_MEMORY})")
         before = judged(error)
         drivers.name_peer(error, "to peer0 of 'default'")
@@ -394,7 +394,7 @@ CONNECT_TEXTS: list[tuple[str, Fault]] = [
     (LIBPQ + "SSL error: certificate verify failed", UNREACHABLE),
     (LIBPQ + 'FATAL:  password authentication failed for user "app"', REFUSED),
     (LIBPQ + 'FATAL:  database "nobase" does not exist', REFUSED),
-    (LIBPQ + 'FATAL:  role "nobody" does not exist', REFUSED),
+    (LIBPQ + 'FATAL:  role "none" does not exist', REFUSED),
     (LIBPQ + 'FATAL:  no pg_hba.conf entry for host "10.0.0.9"', REFUSED),
     (LIBPQ + "FATAL:  the database system is starting up", NOT_READY),
     (LIBPQ + "FATAL:  the database system is shutting down", NOT_READY),
@@ -532,7 +532,7 @@ class TestPostgreSQL:
         "sqlstate", ["08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"]
     )
     def test_an_error_about_another_session_says_nothing_of_this_one(self, sqlstate: str) -> None:
-        """postgres_fdw and dblink pass on what befalls a foreign server's session."""
+        """postgres_fdw and dblink pass on what happens to a foreign server's session."""
         severity = psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
         made = psycopg.errors.lookup(sqlstate)
         assert drivers.judge(made("x", info={severity: b"ERROR"}), connecting=False) is OTHER
@@ -662,7 +662,7 @@ class TestPostgreSQL:
     def test_outcome_of_commit(
         self, made: Callable[[str], Exception], sqlstate: str, unknown: bool
     ) -> None:
-        """After some errors of a COMMIT nobody knows what became of it."""
+        """After some errors of a COMMIT its outcome is unknown."""
         assert postgresql.outcome_is_unknown(made(sqlstate)) is unknown
 
 

@@ -224,7 +224,7 @@ WITHOUT_DJANGO = """
     except ImportError:
         pass
     else:
-        raise AssertionError("Django is to be had")
+        raise AssertionError("Django can be imported")
 """
 
 

@@ -190,7 +190,7 @@ def test_peers_are_no_suspects(here: Site, mine: int) -> None:
 
 
 def test_connections_of_other_threads(here: Site, mine: int) -> None:
-    """Python clears other threads' connections away in the child: nobody hears of it."""
+    """Python clears other threads' connections away in the child: no server notices."""
     ready, over = threading.Event(), threading.Event()
     said: list[Any] = []
 
@@ -226,7 +226,7 @@ def test_connections_of_other_threads(here: Site, mine: int) -> None:
 
 
 def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> None:
-    """The child waits for nobody's statement; the parent's gets its answer."""
+    """The child waits for no other thread's statement; the parent's gets its answer."""
     said: list[Any] = []
     lock, unlock = "SELECT GET_LOCK('gate', 20)", "SELECT RELEASE_LOCK('gate')"
     is_waiting = "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"
@@ -315,7 +315,7 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     uwsgi.post_fork_hook()
     uwsgi.post_fork_hook()
     assert called == ["theirs", "ours", "theirs", "theirs"]
-    # Whoever takes the hook later has a chain for others.
+    # Code that takes the hook later has a chain for others.
     decorators: Any = types.SimpleNamespace(postfork_chain=[lambda: called.append("chained")])
     monkeypatch.setitem(sys.modules, "uwsgidecorators", decorators)
     LoadBalancer({"db1": {"host": "db1"}})

@@ -119,7 +119,7 @@ def test_says_no_secrets(mariadb: Node) -> None:
     ("options", "said"),
     [
         ({"alias": "default"}, "Unavailable: 'default' is no load balancer"),
-        ({"alias": "nobody"}, "Unavailable: 'nobody' is no load balancer"),
+        ({"alias": "nonesuch"}, "Unavailable: 'nonesuch' is no load balancer"),
         ({"alias": "balanced"}, "Unavailable: the load balancer's settings are wrong"),
     ],
 )
@@ -145,7 +145,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_the_package() -> None:
-    """Who has not installed it is told what to install."""
+    """Without it the error says what to install."""
     program = (
         "import sys; sys.modules['health_check'] = None\n"
         "try:\n"

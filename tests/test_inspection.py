@@ -109,7 +109,7 @@ def test_changes_nothing(mariadb_pair: tuple[Node, Node]) -> None:
 
 
 def test_read_only(mariadb: Node) -> None:
-    """A server that takes no writes is ready where nobody asked for a writer, and not elsewhere."""
+    """A server that takes no writes is ready unless a setting asks for a writer."""
     mariadb.set_global("read_only", "ON")
     with engine([mysql_peer(mariadb)]):
         (one,) = found()
@@ -285,7 +285,7 @@ def test_proxysql_without_a_server(mariadb: Node) -> None:
     ],
 )
 def test_maxscale(mariadb: Node, own: dict[str, Any], handshake: str) -> None:
-    """MaxScale names itself in the handshake; where it is told not to, by a variable."""
+    """MaxScale names itself in the handshake; where that is switched off, by a variable."""
     with engine([mysql_peer(mariadb)]), proxied(own, handshake):
         (one,) = found()
     assert (one.ready, one.notes) == (True, ("MaxScale",))
@@ -295,7 +295,7 @@ def test_maxscale(mariadb: Node, own: dict[str, Any], handshake: str) -> None:
 
 
 def test_ready_check(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
-    """A check of one's own has a say, with the driver's connection."""
+    """A check of the site's own has a say, with the driver's connection."""
 
     def refuse(connection: Any) -> None:
         raise NotReady(f"port {rows_of(connection, 'SELECT @@port')[0][0]}: not today")
@@ -316,7 +316,7 @@ def test_ready_check_that_breaks(mariadb: Node, checking: list[Callable[[Any], o
 
 
 def test_ready_check_that_exits(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
-    """It ends that peer's questioning, and is said; nobody takes it for a peer that is silent."""
+    """It ends that peer's questioning, and is said; it is not taken for a peer that is silent."""
     checking.append(lambda connection: sys.exit("not here"))
     with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
         (one,) = found()
@@ -400,7 +400,7 @@ def test_as_the_settings_are_now(mariadb: Node) -> None:
 def test_unknown_alias() -> None:
     """What is no balancer's alias is the caller's mistake."""
     with pytest.raises(KeyError):
-        inspect(["nobody"])
+        inspect(["nonesuch"])
 
 
 def test_peers_that_are_aliases(mariadb_pair: tuple[Node, Node]) -> None:

@@ -1,4 +1,4 @@
-"""An exception out of nowhere, at each line of the engine in turn.
+"""An asynchronous exception at each line of the engine in turn.
 
 Ctrl-C, Celery's and gevent's time-outs strike between any two lines. Whatever
 was under way, no transaction is halved, no write doubled, no connection left
@@ -156,7 +156,7 @@ def stands(here: Site, where: str, work: Callable[[Site], None]) -> None:
     try:
         here.write("after")
     except Error:
-        # The connection was lost, and nobody told so far.
+        # The connection was lost, and no error raised so far.
         here.write("after")
     gc.collect()
     rows = here.written()

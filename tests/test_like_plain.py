@@ -236,7 +236,7 @@ def test_dependencies_on_peers() -> None:
             "one": entry(PEERS=["a", "b"], TEST={"DEPENDENCIES": ["b", "third"]}),
         }
     ):
-        # Whoever asks first.
+        # The first that asks.
         assert connections["one"].alias == "one"
         found = {
             alias: connections[alias].settings_dict["TEST"]["DEPENDENCIES"]
@@ -489,7 +489,7 @@ def test_made_and_cloned_on_one_peer(two_alive: TwoAlive) -> None:
 
 
 def test_made_on_one_peer_where_each_has_one(two_alive: TwoAlive) -> None:
-    """Test databases of earlier runs: no peer refuses whoever should be on the other."""
+    """Test databases of earlier runs: no peer refuses a run that should be on the other."""
     two_alive.project.write({"shop/models.py": FILES["shop/models.py"] + RECEIVER})
     for node in two_alive.nodes:
         node.create_database(f"test_{DATABASE}")

@@ -28,7 +28,7 @@ class Boom(Exception):
 
 
 class Listener(pybreaker.CircuitBreakerListener):
-    """Writes down what it is told."""
+    """Writes down its calls."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -47,7 +47,7 @@ class Listener(pybreaker.CircuitBreakerListener):
 
 
 class Pair:
-    """One breaker of each kind, that are told the same."""
+    """One breaker of each kind, that get the same calls."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.clock = Clock()
@@ -185,7 +185,7 @@ def test_all_by_place() -> None:
 @pytest.mark.parametrize("state", ["closed", "open", "half-open"])
 @pytest.mark.parametrize("age", [None, 10, TIMEOUT + 1])
 def test_memory_storage(state: str, age: float | None) -> None:
-    """A circuit begins in the state of the storage, as with pybreaker, and nobody is told."""
+    """A circuit begins in the storage's state, as with pybreaker, and no listener is called."""
     storages = [pybreaker.CircuitMemoryStorage(state) for _ in range(2)]
     for storage in storages:
         storage.increment_counter()

@@ -27,7 +27,7 @@ def test_one_at_a_time() -> None:
 
 
 def test_holder_who_never_lets_go() -> None:
-    """Whoever waits gets the lock; of several, one at a time."""
+    """A thread that waits gets the lock; of several, one at a time."""
     lock = RecoveringLock(patience=0.01)
     in_thread(lock.acquire)
     inside = []
@@ -47,7 +47,7 @@ def test_holder_who_never_lets_go() -> None:
 
 
 def test_holder_who_is_late() -> None:
-    """What has been taken away is let go of without a word, and another's is not touched."""
+    """A release of what has been taken away does nothing, and another's is not touched."""
     lock = RecoveringLock(patience=0.01)
     lock.acquire()
     taken, over = threading.Event(), threading.Event()
@@ -113,7 +113,7 @@ def at_every_line(work: Callable[[], object], module: str) -> int:
 
 
 def test_signal_handlers_do_not_wait_for_their_own_thread() -> None:
-    """Whatever it is in the middle of, and whoever listens."""
+    """Whatever it is in the middle of, and whatever listens."""
 
     def another() -> LoadBalancer:
         return LoadBalancer({"db1": {"host": "db1"}})

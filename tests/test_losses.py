@@ -502,7 +502,7 @@ class TestGalera:
             yield connection, clock, galera
 
     def test_cut_off(self, cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
-        """A burst from many threads opens the circuit once; nobody sees an error."""
+        """A burst from many threads opens the circuit once; no caller sees an error."""
         connection, clock, galera = cluster
         alias = connection.alias
         with connection.cursor() as cursor:
@@ -623,7 +623,7 @@ class TestSuspectsComeBack:
 
 
 class TestListeners:
-    """A listener may ask the database it is told about."""
+    """A listener may ask the database that its event is about."""
 
     @pytest.mark.parametrize("when", ["answer lost", "idle"])
     @pytest.mark.parametrize("in_block", [False, True])

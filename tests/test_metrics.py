@@ -1,4 +1,4 @@
-"""What Prometheus is told: each thing that happens once, and gauges that say what is so."""
+"""What Prometheus gets: each thing that happens once, and gauges that say what is so."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class TestConnecting:
         assert world.value("trials_total", peer="db2", outcome="success") == 0
 
     def test_learnt(self) -> None:
-        """A process that is told of a circuit or a drain shows it as if it had found it out."""
+        """A process that applies another's circuit or drain shows it as if it had found it out."""
         world = Watched("db1", "db2")
         peer = world.db.peers["db1"]
         learnt = {"due_in": 30, "out_for": 1, "error": "", "fault": Fault.UNREACHABLE}
@@ -510,7 +510,7 @@ def test_processes_add_up(tmp_path: Path) -> None:
 
 
 def test_process_that_ends_takes_its_gauges_along(tmp_path: Path) -> None:
-    """A command that ends leaves its counts; nobody has to mark it dead."""
+    """A command that ends leaves its counts; nothing has to mark it dead."""
     multiprocess("", tmp_path)
     assert multiprocess("show()", tmp_path) == ["6.0 3.0 1.0"]
 
@@ -678,7 +678,7 @@ def test_app_that_is_made_ready_twice() -> None:
 
 
 def test_without_prometheus_client() -> None:
-    """Who has not installed the extra is told what to install."""
+    """Without the extra the error says what to install."""
     error = run(
         """
         import sys

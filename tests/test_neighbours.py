@@ -215,7 +215,7 @@ class TestSilk:
 
 
 class TestDatabaseCache:
-    """Django's cache in the database: a peer that dies between two calls is nobody's error."""
+    """Django's cache in the database: a peer that dies between two calls causes no error."""
 
     @pytest.fixture
     def cache(self, here: Site) -> Iterator[Any]:
@@ -260,8 +260,8 @@ class ToBalanced:
 
 
 class TestSessions:
-    """Sessions in the database, cached and not: a peer that dies between two requests is nobody's
-    error, and nobody is logged out."""
+    """Sessions in the database, cached and not: a peer that dies between two requests causes no
+    error and logs no user out."""
 
     @pytest.mark.parametrize("backend", ["db", "cached_db"])
     def test_between_requests(self, here: Site, backend: str) -> None:
@@ -707,7 +707,7 @@ class TestDjangoMySQL:
         assert here.connection.execute_wrappers.count(here.connection.execute_wrappers[0]) == 1
 
     def test_locks(self, on_mariadb: Site) -> None:
-        """Whoever holds a lock learns of its loss by one error."""
+        """The holder of a lock learns of its loss by one error."""
         from django_mysql.locks import Lock
 
         lock = Lock("of a test", using="balanced")

@@ -214,7 +214,7 @@ class TestTraced:
     ) -> None:
         """A cursor class of ours over the driver's cursor finds its session behind the proxy."""
         if proxy is ByHand:
-            pytest.skip("what it wraps cannot be told")
+            pytest.skip("what it wraps is unknown")
         with (
             traced(MySQLdb, proxy),
             engine([mysql_peer(mariadb)]) as connection,

@@ -1,4 +1,4 @@
-"""What became of a COMMIT: tokens, verdicts and whom to ask, without a server."""
+"""What became of a COMMIT: tokens, verdicts and which peers to ask, without a server."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TestWhenATokenIsWritten:
     ) -> None:
         assert (may_end(sql, "mysql"), may_end(sql, "postgresql")) == (mysql, postgresql)
         if mysql or postgresql:
-            # Else nobody asks.
+            # Else nothing asks.
             assert scan(sql) & (STATE | ENDS)
 
 

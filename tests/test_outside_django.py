@@ -485,9 +485,9 @@ class TestGuarding:
 
     def test_with_a_real_socket(self, guard: Any, db: LoadBalancer) -> None:
         """A plain socket to a host that is not there opens the circuit with its own error."""
-        with socket.socket() as nobody:
-            nobody.bind(("127.0.0.1", 0))
-            address = nobody.getsockname()
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            address = closed.getsockname()
             with pytest.raises(ConnectionRefusedError):
                 guard(db.peers["db1"].breaker, lambda: socket.create_connection(address, timeout=5))
         assert db.peers["db1"].breaker.current_state == "open"

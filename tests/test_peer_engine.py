@@ -73,7 +73,7 @@ def test_made_known_by_the_balancer(mariadb: Node) -> None:
 
 
 def test_engine_is_what_the_user_wrote() -> None:
-    """For whoever compares, looks up, stores or copies it; only to Django's import it is ours."""
+    """For code that compares, looks up, stores or copies it; only to Django's import it is ours."""
     one = PeerEngine(MYSQL, "balanced", "peer0")
     assert one == MYSQL
     assert {MYSQL: 1}[one] == 1
@@ -132,7 +132,7 @@ def test_without_its_balancer(mariadb: Node) -> None:
             assert peer.mysql_is_mariadb
 
 
-# What is asked, and of whom
+# What is asked, and of which server
 
 
 @pytest.fixture
@@ -681,7 +681,7 @@ def test_schema_editor_that_fails_lets_go(mariadb_pair: tuple[Node, Node]) -> No
         with hit, pytest.raises(KeyboardInterrupt):
             editor.__enter__()
         assert db.group.affinity.pin() is None
-        # Never left at all, as by an exception out of nowhere.
+        # Never left at all, as by an asynchronous exception.
         editor.__enter__()
         assert db.group.affinity.pin() is not None
         del editor

@@ -234,12 +234,12 @@ def test_examples_in_the_docs(page: str) -> None:
 def test_unknown_alias(tmp_path: Path) -> None:
     """With the balancers that there are; another entry of DATABASES is none of them."""
     with engine(sqlite_peers(tmp_path, "a"), PEER_ENGINE=SQLITE):
-        assert refused("nobody") == "'nobody' is no alias. Load balancers: balanced."
+        assert refused("nonesuch") == "'nonesuch' is no alias. Load balancers: balanced."
         assert refused("default") == "'default' is no load balancer. Load balancers: balanced."
 
 
 def test_no_balancers() -> None:
-    """A project without any is told so."""
+    """A project without any gets an error that says so."""
     assert refused().startswith("No entry of DATABASES is a load balancer")
 
 
@@ -252,7 +252,7 @@ def test_wrong_settings() -> None:
 
 @pytest.mark.parametrize("option", ["--drain", "--undrain"])
 def test_drain_unshared(tmp_path: Path, option: str) -> None:
-    """Without shared state it would reach nobody: that is said, and nothing is done."""
+    """Without shared state it would reach no process: that is said, and nothing is done."""
     with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
         said = refused(option, "peer0")
         assert "'balanced' shares no state (it has no SHARED_STATE)" in said
@@ -267,19 +267,21 @@ def test_drain_unknown_peer(tmp_path: Path) -> None:
     assert said == "'peer7' is no peer. Nothing was changed. Peers: balanced: peer0, peer1."
 
 
-@pytest.mark.parametrize("wish", [["--drain", ""], ["--drain="], ["--undrain", ""], ["--undrain="]])
-def test_drain_nobody(tmp_path: Path, wish: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--drain", ""], ["--drain="], ["--undrain", ""], ["--undrain="]]
+)
+def test_drain_of_no_peer(tmp_path: Path, arguments: list[str]) -> None:
     """A variable that is not set names no peer: ``peers --drain "$PEER" && stop`` stops nothing."""
     with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
-        said = refused(*wish)
+        said = refused(*arguments)
     assert said == "'' is no peer. Nothing was changed. Peers: balanced: peer0, peer1."
 
 
-@pytest.mark.parametrize("wish", [[], ["--undrain", "peer0"]])
-def test_force_alone(tmp_path: Path, wish: list[str]) -> None:
-    """Whoever forces something is to know that nothing was drained."""
+@pytest.mark.parametrize("arguments", [[], ["--undrain", "peer0"]])
+def test_force_alone(tmp_path: Path, arguments: list[str]) -> None:
+    """An operator who forces something is to know that nothing was drained."""
     with engine(sqlite_peers(tmp_path, "a", "b"), PEER_ENGINE=SQLITE):
-        said = refused("--force", *wish)
+        said = refused("--force", *arguments)
     assert said == "--force is for --drain, which is not given. Nothing was changed."
 
 
@@ -356,7 +358,12 @@ def test_exit_codes(project: Project) -> None:
     code, out, err = project.run("-v", "3", "--traceback")
     assert (code, err) == (1, "")
     assert out.startswith("WARNING: default: peer1 down\n")
-    for args in (["nobody"], ["nobody", "--traceback"], ["--no-such-option"], ["--watch", "soon"]):
+    for args in (
+        ["nonesuch"],
+        ["nonesuch", "--traceback"],
+        ["--no-such-option"],
+        ["--watch", "soon"],
+    ):
         code, out, err = project.run(*args)
         assert (code, out) == (3, "")
         assert err
@@ -374,7 +381,7 @@ def test_all_down(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("watch", [[], ["--watch", "0.01"]])
 def test_broken_pipe(project: Project, watch: list[str]) -> None:
-    """Whoever stops reading gets no complaint."""
+    """A reader that stops gets no complaint."""
     reader, writer = os.pipe()
     os.close(reader)
     process = project.start(*watch, stdout=writer)
@@ -387,7 +394,7 @@ def test_broken_pipe(project: Project, watch: list[str]) -> None:
 
 
 class Serving:
-    """This process as one that serves requests, and a project whose command it hears of."""
+    """This process as one that serves requests, and a project whose command it applies."""
 
     def __init__(self, root: Path, url: str, stack: ExitStack) -> None:
         settings = {"PEER_ENGINE": SQLITE, "SHARED_STATE": url}
@@ -417,7 +424,7 @@ def serving(tmp_path: Path, redis_server: RedisServer) -> Iterator[Serving]:
 
 
 def test_drain(serving: Serving) -> None:
-    """All processes hear of it, and of its end; connections leave at their safe points."""
+    """All processes apply it, and its end; connections leave at their safe points."""
     serving.down.parent.mkdir(parents=True)
     serving.connection.ensure_connection()
     assert serving.connection.peer.name == "peer0"
@@ -485,7 +492,7 @@ def test_drained_peer_is_not_down(serving: Serving) -> None:
 
 
 def test_redis_down(serving: Serving, redis_server: RedisServer) -> None:
-    """Peers are looked at all the same; a drain is refused, for nobody would hear of it."""
+    """Peers are looked at all the same; a drain is refused, for no process would apply it."""
     redis_server.kill()
     code, out, _ = serving.project.run()
     assert code == 1

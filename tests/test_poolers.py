@@ -161,7 +161,7 @@ def test_database_that_the_caller_asks_for(server: PostgreSQLNode, pgbouncer: St
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"PASSWORD": "no"}, {"USER": "nobody"}], ids=["PASSWORD", "USER"]
+    "wrong", [{"PASSWORD": "no"}, {"USER": "nonesuch"}], ids=["PASSWORD", "USER"]
 )
 def test_refused_by_all(server: PostgreSQLNode, pgbouncer: Start, wrong: dict[str, str]) -> None:
     peers = [postgres_peer(pgbouncer(server), **wrong)] * 2

@@ -332,7 +332,7 @@ class TestEmpty:
     """A pool that has nothing to give says nothing about its peer."""
 
     def test_next_peer_at_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
-        """As long as another peer has one to spare, nobody waits."""
+        """As long as another peer has one to spare, no request waits."""
         with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
             connection.ensure_connection()
             events = listen(connection)
@@ -346,7 +346,7 @@ class TestEmpty:
     def test_waits_where_nothing_else_is_left(
         self, proxies: Proxies, others: Callable[[Any], Others]
     ) -> None:
-        """Every pool is empty: whoever comes first has what is given back."""
+        """Every pool is empty: the first that comes has what is given back."""
         with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
             more = others(connection)
             held = [more.connect(), more.connect()]
@@ -409,7 +409,7 @@ class TestEmpty:
             waiting.join()
 
     def test_the_crowd_asks_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
-        """A peer that nobody has been connected to yet is asked by one thread, not by each."""
+        """A peer without connections so far is asked by one thread, not by each."""
         with pooled([postgres_peer(proxies[0])], {"min_size": 1, "max_size": 8}) as connection:
             more = others(connection)
             proxies[0].freeze()
@@ -578,7 +578,7 @@ class TestPlaces:
             assert of(ConnectFailed, events) == []
 
     def test_found_dead_when_it_is_closed(self, proxies: Proxies) -> None:
-        """Nobody has noticed, and the pool takes it back: whoever is next gets another."""
+        """The loss goes unnoticed, and the pool takes it back: the next request gets another."""
         with pooled([postgres_peer(proxies[0])], ONE) as connection:
             for _ in range(3):
                 connection.ensure_connection()
@@ -655,7 +655,7 @@ class TestFork:
             until_filled(pool, 1)
             mine = pid(connection)
             parents = {mine, *(one.info.backend_pid for one in pool._pool)}
-            # A lock that nobody holds in the child, and that stays locked there.
+            # A lock that no thread of the child holds, and that stays locked there.
             with pool._lock:
                 reading, writing = os.pipe()
                 child = os.fork()

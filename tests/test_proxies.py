@@ -253,7 +253,7 @@ class TestRefusalsOfAProxy:
         assert runs == [1]
 
     def test_commit_that_a_server_refuses_is_undone(self) -> None:
-        """READY_CHECK or not, whoever answers is asked who it is."""
+        """READY_CHECK or not, the server that answers is asked which it is."""
         with ScriptedServer() as peer, engine([mysql_peer(peer)], clock=Clock()) as connection:
             peer.refusals["^COMMIT"] = Refusal(1290, READ_ONLY)
             with (

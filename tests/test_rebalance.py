@@ -54,7 +54,7 @@ class Process:
         return self.draw.choices(peers, weights)[0]
 
     def unit_ends(self) -> None:
-        """One of its connections is between two units of work."""
+        """One of its connections is between two requests."""
         number = self.draw.randrange(len(self.holds))
         hold = self.holds[number]
         move = self.db.group.claim_move(hold.peer)
@@ -113,7 +113,7 @@ class TestFleet:
         # Rounding is by chance: what it may be off by is chance's, too.
         odd = fair / processes % 1
         assert abs(have - fair) <= 4 * math.sqrt(processes * odd * (1 - odd)) + 1e-9
-        # Nobody waits for the end, nor do all begin at the start.
+        # None waits for the end, nor do all begin at the start.
         for now, count in moved:
             even = have * min(1.0, now / SECONDS)
             assert count <= even + 4 * math.sqrt(max(1, have) / 4) + 1
@@ -305,7 +305,7 @@ class TestClaim:
             process.holds.insert(0, Hold(process.back))
 
     def test_killed_at_every_line(self) -> None:
-        """A thread that is killed while it asks takes nobody's turn for ever, nor a lock."""
+        """A thread that is killed while it asks takes no turn for ever, nor a lock."""
         step = 0
         there = True
         while there:
@@ -324,7 +324,7 @@ class TestClaim:
         assert step > 10
 
     def test_child(self) -> None:
-        """A child of a fork has nothing to move, and a lock that nobody holds."""
+        """A child of a fork has nothing to move, and a free lock."""
         process = self.process(2)
 
         def work() -> str:
@@ -354,7 +354,7 @@ class TestEngine:
         here.connection._second = Hold(here.connection.peer)
 
     def test_moves_between_units(self, here: Site) -> None:
-        """At a unit's end the connection is another peer's, and nobody has noticed."""
+        """At a unit's end the connection is another peer's, unnoticed."""
         here.write("one")
         self.all_of(here)
         other = self.come_back(here)

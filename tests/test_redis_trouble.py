@@ -1,4 +1,4 @@
-"""A Redis that is of no use says what is wrong, wherever that is told, and never the password."""
+"""A Redis that is of no use says what is wrong, in each place, and never the password."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
     (redis.exceptions.TimeoutError("Timeout reading from socket"), {}, "does not answer"),
     (redis.exceptions.InvalidResponse("Protocol Error: b'J'"), {}, "answers as no Redis does"),
     (redis.exceptions.ResponseError("OOM command not allowed"), {}, "refused a command"),
-    (ValueError("what nobody thought of"), {}, "does not answer"),
+    (ValueError("what no one thought of"), {}, "does not answer"),
 ]
 
 
@@ -232,7 +232,7 @@ def test_another_trouble_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_password_in_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Should an error quote the password, nobody is told."""
+    """Should an error quote the password, it stays hidden."""
     world = World(f"redis://:{SECRET}@127.0.0.1:1/0")
     link = world.process().link
     link._of_no_use(world.clock(), Trouble("refused a command", f"AUTH {SECRET} is wrong"))

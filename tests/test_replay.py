@@ -175,7 +175,7 @@ with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as 
         assert done.stdout.split() == ["one", "raised", "well"], done.stderr
 
     def test_unbuffered_cursors(self, mariadb: Any, fault_proxy: Any) -> None:
-        """Rows may lie on the wire: nothing is swapped, and nothing run again."""
+        """Rows may lie on the wire: nothing is replaced, and nothing run again."""
         import MySQLdb.cursors
 
         options = {"cursorclass": MySQLdb.cursors.SSCursor}

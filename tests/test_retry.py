@@ -230,7 +230,7 @@ def test_ctrl_c_ends_it_at_once(
 
 
 def test_each_run_after_the_first_is_an_event(here: Site) -> None:
-    """It is told before the run's block begins: a receiver may write to the database."""
+    """It is called before the run's block begins: a receiver may write to the database."""
     told: list[BlockRetried] = []
 
     def receive(event: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What may be swapped, and what may be run again: the rules, where other tests leave gaps."""
+"""What may be replaced, and what may be run again: the rules, where other tests leave gaps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def proxy_of(here: Site, peer: Any) -> Any:
 class TestSwaps:
     @pytest.mark.parametrize("forced", [True, False])
     def test_goes_to_a_closed_circuit(self, three: Site, forced: bool) -> None:
-        """A trial that is due is made by a new connection; a swap has none to make."""
+        """A trial that is due is made by a new connection; a replacement has none to make."""
         left, (due, closed) = three.connection.peer, others(three)
         due.breaker.open()
         three.idle(100)
@@ -156,7 +156,7 @@ class TestSwaps:
             here.write("one")
 
     def test_optional_one_waits_for_the_units_end(self, here: Site) -> None:
-        """Idleness ends no unit of work where close_old_connections() does."""
+        """Idleness ends no request where close_old_connections() does."""
         close_old_connections()
         with here.connection.cursor() as cursor:
             cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["one"]])
@@ -171,7 +171,7 @@ class TestSwaps:
         assert here.connection.peer is not left
 
     def test_what_was_written_is_remembered(self, three: Site) -> None:
-        """A forced swap ends no unit of work: the next optional one waits all the same."""
+        """A forced replacement ends no request: the next optional one waits all the same."""
         close_old_connections()
         three.write("one")
         three.kill()
@@ -183,7 +183,7 @@ class TestSwaps:
         assert three.connection.peer is left
 
     def test_cursors_follow(self, here: Site) -> None:
-        """Another cursor's swap takes this one along: it sends nothing where nobody listens."""
+        """Another cursor's replacement takes this one along: it sends nothing to a dead server."""
         with here.connection.cursor() as first, here.connection.cursor() as second:
             first.execute("SELECT 1")
             here.kill()
@@ -243,7 +243,7 @@ class TestSticky:
         assert here.written() == []
 
     def test_found_unusable(self, holding: Site) -> None:
-        """Whoever only asked has not been told what was lost."""
+        """A caller that only asked has not been given the error."""
         holding.kill()
         assert not holding.connection.is_usable()
         with pytest.raises(OperationalError):
@@ -401,7 +401,7 @@ class TestLooks:
         assert not here.replayed()
 
     def test_lost_on_its_first_use_and_not_looked_at(self, here: Site) -> None:
-        """A socket that nobody can look at may have idled until it was cut: no failed connect."""
+        """A hidden socket may have idled until it was cut: no failed connect."""
         here.connection.close()
         here.connection.ensure_connection()
         peer = here.connection.peer
@@ -454,7 +454,7 @@ class TestLooks:
     def test_ping_that_fails_on_a_connection_that_lives(
         self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, code: int
     ) -> None:
-        """Results that nobody has read, or an answer: no loss."""
+        """Unread results, or an answer: no loss."""
         here = on_mariadb
         before = here.connection.connection
         error = here.connection.Database.ProgrammingError(code, "as the driver says")
@@ -923,7 +923,7 @@ class TestTransactions:
 
     @pytest.mark.parametrize("kind", CUTS)
     def test_first_write_that_is_not_plain(self, on_postgres: Site, kind: str) -> None:
-        """What an unknown function did outside of the transaction nobody takes back."""
+        """What an unknown function did outside of the transaction is not taken back."""
         here = on_postgres
         here.sql("SELECT 1")
         for statement, params in [
@@ -1060,7 +1060,7 @@ class TestTransactions:
 
     @pytest.mark.parametrize("synchronous", [True, False])
     def test_peers_that_may_lag(self, mariadb: Any, fault_proxy: Any, synchronous: bool) -> None:
-        """A transaction's first read, too, must see what the unit of work has written."""
+        """A transaction's first read, too, must see what the request has written."""
         with site(mariadb, fault_proxy, SYNCHRONOUS_PEERS=synchronous) as here:
             close_old_connections()
             here.write("one")

@@ -118,7 +118,7 @@ class TestPinned:
         assert not world.told(PeersExhausted)
 
     def test_peer_that_recovers_meanwhile(self) -> None:
-        """A peer that nobody asked, though there was time, is not said to have lacked it."""
+        """A peer that was not asked, though there was time, is not said to have lacked it."""
         world = World("db1", "db2")
         world.open("db2")
 

@@ -321,7 +321,7 @@ def test_forked_child_leaves_the_servers_alone(mariadb: Node) -> None:
 
 
 def test_ports_are_kept_and_outside_the_ephemeral_range() -> None:
-    """A reserved port is given to nobody else, and never to an outgoing connection."""
+    """A reserved port is given to no other server, and never to an outgoing connection."""
     pool, other_process = PortPool(), PortPool()
     first = pool.reserve(3)
     for port in range(first, first + 3):

@@ -1,4 +1,4 @@
-"""What is held in a session is never swapped away, and what is not, may be."""
+"""A session that holds state is never replaced; one that holds none may be."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TestSticky:
         assert on_mariadb.sql("SELECT 1") == [(1,)]
 
     def test_found_dead_at_the_units_end(self, on_mariadb: Site) -> None:
-        """Whoever held it has gone: nobody is left to be told."""
+        """Its holder has gone: no caller is left for the error."""
         on_mariadb.sql("SET @a = 1")
         on_mariadb.kill()
         close_old_connections()
@@ -247,7 +247,7 @@ class TestLeaving:
         assert here.written() == ["one", "two"]
 
     def test_after_a_write_at_the_units_end(self, here: Site) -> None:
-        """What was written may not be readable elsewhere yet: the unit of work stays."""
+        """What was written may not be readable elsewhere yet: the request stays."""
         close_old_connections()
         here.write("one")
         name = self.away(here)
@@ -258,7 +258,7 @@ class TestLeaving:
         assert here.connection.peer.name != name
 
     def test_after_a_write_with_no_units(self, here: Site) -> None:
-        """Code that never calls close_old_connections(): idleness ends a unit of work."""
+        """Code that never calls close_old_connections(): idleness ends a request."""
         here.write("one")
         name = self.away(here)
         here.read()

@@ -247,7 +247,7 @@ class TestThreads:
 
 
 def test_pools_that_are_looked_through_stay_as_they_are() -> None:
-    """Whoever looks through the pools goes through a mapping that nobody changes."""
+    """A thread that looks through the pools goes through a mapping that never changes."""
 
     class Closes:
         def close(self) -> None:

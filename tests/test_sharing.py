@@ -334,7 +334,7 @@ class TestCircuits:
         assert one.states == other.states
 
     def test_closing_that_comes_late(self, world: World) -> None:
-        """A trial that failed since is younger than a success that was told too late."""
+        """A trial that failed since is younger than a success that was published too late."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host
         one.connect()
@@ -349,7 +349,7 @@ class TestCircuits:
         assert one.states == other.states == ["open", "closed"]
 
     def test_trial_that_another_has_made(self, world: World) -> None:
-        """Who asks for a trial that has failed elsewhere just now is told to wait for the next."""
+        """Who asks for a trial that has failed elsewhere just now waits for the next."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host
         one.connect()
@@ -392,7 +392,7 @@ class TestCircuits:
         assert one.states == ["closed", "closed"]
 
     def test_by_hand_while_redis_is_away(self, world: World, redis_server: RedisServer) -> None:
-        """Nobody says no."""
+        """Nothing says no."""
         (one,) = world.processes(1)
         world.down["db1"] = refused_by_host
         one.connect()
@@ -402,7 +402,7 @@ class TestCircuits:
         assert one.db.try_out(one.db.peers["db1"], now=True)
 
     def test_last_resort_asks_nobody(self, world: World) -> None:
-        """Who has no other peer left tries, whoever holds the trial."""
+        """Who has no other peer left tries, whichever process has the trial."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host
         one.connect()
@@ -494,7 +494,7 @@ class TestCircuits:
         # From the second time on it has kept it to itself.
         kinds = [type(event) for process in others for event in process.events]
         assert kinds.count(CircuitOpened) == 2
-        # When another host finds the same, all are told.
+        # When another host finds the same, all apply it.
         others[0].driver.down = {"db1": refused_by_host}
         others[0].connect()
         others[0].step()
@@ -502,7 +502,7 @@ class TestCircuits:
         assert others[1].states[0] == "open"
 
     def test_flapping_on_one_host(self, world: World) -> None:
-        """Where there is but one host, whoever is on it is believed every time."""
+        """Where there is but one host, its processes are believed every time."""
         one, other = world.processes(2)
         for _ in range(4):
             world.down["db1"] = refused_by_host
@@ -518,7 +518,7 @@ class TestCircuits:
             assert one.states[0] == "closed"
 
     def test_error_that_is_no_text(self, world: World) -> None:
-        """Bytes that came in an error keep nobody from being told."""
+        """Bytes that came in an error keep no process from applying it."""
         one, other = world.processes(2)
         world.down["db1"] = type(refused_by_host())(2002, "caf\udce9 \x00 \u2028")
         one.connect()
@@ -552,7 +552,7 @@ class TestCircuits:
 
 
 class TestSlowRedis:
-    """Answers that come, but too late for whoever has asked."""
+    """Answers that come, but too late for the caller."""
 
     def fleet(self, world: World) -> list[Process]:
         """Two processes that know of a peer that is out, whose trial is due now, Redis slow."""
@@ -578,7 +578,7 @@ class TestSlowRedis:
         tried = []
 
         def meanwhile() -> None:
-            # … and by nobody else, however long it takes.
+            # … and by no other, however long it takes.
             for _ in range(3):
                 one.step()
                 tried.append(other.connect())
@@ -676,7 +676,7 @@ class TestRedis:
 
     @pytest.mark.parametrize("hours", [-100, -1, 1, 100])
     def test_clock_jumps(self, world: World, hours: int) -> None:
-        """Redis's own: nobody is kept from a trial for longer than an interval or two."""
+        """Redis's own: no process is kept from a trial for longer than an interval or two."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host
         one.connect()
@@ -709,7 +709,7 @@ class TestRedis:
                 assert "u5er" not in stored
 
     def test_one_round_trip(self, world: World) -> None:
-        """Where all is well a connect asks nobody, and a second costs one round trip."""
+        """Where all is well a connect asks no Redis, and a second costs one round trip."""
         one = world.process()
         before = one.link.trips
         for _ in range(10):
@@ -778,7 +778,7 @@ class TestRedis:
         assert one.hosts == []
 
     def test_everything_is_said_to_be_out(self, world: World, redis_server: RedisServer) -> None:
-        """A Redis that has every circuit open refuses nobody a connection."""
+        """A Redis that has every circuit open refuses no caller a connection."""
         one = world.process()
         lie = json.dumps(
             {"v": "1700000000000001", "s": "open", "due": 1_700_000_060_000, "err": "x"}
@@ -808,14 +808,14 @@ class TestRedis:
             other.step()
         assert one.connect() == other.connect() == "db2"
         warnings = [r for r in caplog.records if "is of no use" in r.getMessage()]
-        # What happens is noted by whom it happens to.
+        # What happens is noted by the process that it happens to.
         assert len(warnings) == (1 if key == "timeline" else 2)
 
     @pytest.mark.parametrize("fault", ["full", "replica"])
     def test_no_writes(
         self, world: World, redis_server: RedisServer, fault: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """What is stored is still read; what is found out is told as soon as that can be."""
+        """What is stored is still read; what is found out is published as soon as that can be."""
         caplog.set_level(logging.INFO, "django_proxysql")
         one, other, third = world.processes(3, "db1", "db2", "db3")
         world.down["db1"] = refused_by_host
@@ -835,7 +835,7 @@ class TestRedis:
                 other.step()
             third.step()
             assert third.states == ["open", "closed", "closed"]
-            # Nobody can be kept from a trial: each goes on with what it knows.
+            # No process can be kept from a trial: each goes on with what it knows.
             world.clock.advance(36)
             assert other.sharing.may_try("db1") == third.sharing.may_try("db1") == 0
         finally:
@@ -872,7 +872,7 @@ class TestRedis:
         fault_proxy: Callable[..., FaultProxy],
         cut: str,
     ) -> None:
-        """Whether what was told has arrived or not: the next round trip finds out."""
+        """Whether what was published has arrived or not: the next round trip finds out."""
         proxy = fault_proxy(redis_server)
         (other,) = world.processes(1)
         world.url = f"redis://{proxy.host}:{proxy.port}/0"
@@ -1018,10 +1018,10 @@ class TestThread:
             LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
             for _ in range(2)
         )
-        heard, go_on = threading.Event(), threading.Event()
+        called, go_on = threading.Event(), threading.Event()
 
         def listen(event: Any) -> None:
-            heard.set()
+            called.set()
             if how == "exits":
                 raise SystemExit
             go_on.wait(60)
@@ -1036,7 +1036,7 @@ class TestThread:
         other.peers["db1"].breaker.open()
         other.drain("db1")
         try:
-            assert heard.wait(30)
+            assert called.wait(30)
             assert db.sharing.settle(10)
             assert db.sharing.link._running is life
             assert db.peers["db1"].drained
@@ -1044,7 +1044,7 @@ class TestThread:
             go_on.set()
 
     def test_listener_that_hangs(self, own_url: str, caplog: pytest.LogCaptureFixture) -> None:
-        """It keeps its own later events: the log and other listeners hear of each peer."""
+        """It keeps its own later events: the log and other listeners get each peer's."""
         caplog.set_level("INFO", "django_proxysql")
         db, other = (
             LoadBalancer(peers("db1", "db2", "db3"), Driver().connect, shared_state=own_url)
@@ -1052,14 +1052,14 @@ class TestThread:
         )
         go_on = threading.Event()
         hung: list[Any] = []
-        heard: list[Any] = []
+        events: list[Any] = []
 
         def hang(event: Any) -> None:
             hung.append(event)
             go_on.wait(60)
 
         db.add_listener(hang, connects=False)
-        db.add_listener(heard.append, connects=False)
+        db.add_listener(events.append, connects=False)
         assert db.sharing is not None
         assert db.sharing.settle(10)
         other.group.sharing = Sharing(other.group, SteppedLink(own_url))
@@ -1068,12 +1068,12 @@ class TestThread:
             for name in ("db1", "db2"):
                 other.peers[name].breaker.open()
                 assert other.sharing.settle(10)
-            until(lambda: [told.peer for told in heard] == ["db1", "db2"])
+            until(lambda: [told.peer for told in events] == ["db1", "db2"])
             until(lambda: sum("another process found" in line for line in caplog.messages) == 2)
-            until(lambda: hung == heard[:1])
+            until(lambda: hung == events[:1])
         finally:
             go_on.set()
-        until(lambda: hung == heard)
+        until(lambda: hung == events)
 
     def test_killed(self, own_url: str) -> None:
         """A thread that an asynchronous exception strikes goes on, or another takes its place."""
@@ -1311,7 +1311,7 @@ class TestDrains:
         assert other.connect() == "db2"
 
     def test_the_last_two_in_threads(self, own_url: str) -> None:
-        """Two operators, again and again: one of the two is refused, whoever it is."""
+        """Two operators, again and again: one of the two is refused, whichever it is."""
         fleet = []
         for _ in range(2):
             db = LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
@@ -1338,7 +1338,7 @@ class TestDrains:
                 fleet[0].undrain(name)
 
     def test_refused_when_redis_is_back(self, world: World, redis_server: RedisServer) -> None:
-        """A drain of which Redis hears later than of the other peer's is taken back then."""
+        """A drain that Redis gets later than the other peer's is taken back then."""
         one, other = world.processes(2)
         redis_server.kill()
         for process in (one, other):
@@ -1357,7 +1357,7 @@ class TestDrains:
     def test_younger_wish_counts(
         self, world: World, redis_server: RedisServer, last: bool, order: tuple[int, int]
     ) -> None:
-        """… of two that were made while Redis was away, whichever it hears of first."""
+        """… of two that were made while Redis was away, whichever it gets first."""
         fleet = world.processes(2)
         fleet[0].db.drain("db1")
         fleet[1].step()
@@ -1396,7 +1396,7 @@ class TestDrains:
             assert not process.db.peers["db1"].drained
 
     def test_last_wish_counts(self, world: World) -> None:
-        """Whoever's it is."""
+        """Any operator's."""
         one, other = world.processes(2)
         one.db.drain("db1")
         other.db.undrain("db1")
@@ -1517,7 +1517,7 @@ class TestFleet:
         assert len(held) == 3
 
     def test_who_is_gone(self, world: World) -> None:
-        """A process that is not heard of any more does not count."""
+        """A process without heartbeat does not count."""
         one, other = world.processes(2)
         world.clock.advance(6)
         other.step()

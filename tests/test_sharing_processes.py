@@ -143,7 +143,7 @@ def test_drain_outlives_its_process(fleet: Fleet) -> None:
 
 
 def test_redis_dies_in_the_middle(fleet: Fleet, redis_server: RedisServer) -> None:
-    """Each goes on with what it knows; when Redis is back, empty, it is told again."""
+    """Each goes on with what it knows; when Redis is back, empty, each publishes it again."""
     one, other = fleet.start(2)
     one.do("drain", "db2")
     other.do("wait", "PeerDrained", "db2")

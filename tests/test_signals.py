@@ -197,7 +197,7 @@ def test_sender(peers: Peers, receive: Callable[..., Any], tmp_path: Path) -> No
 
 
 def test_costs_nothing_before() -> None:
-    """Nobody listens before the first receiver; connects that succeed are never told of."""
+    """Nothing listens before the first receiver; connects that succeed send no signal."""
     program = """
         import tests.django_settings
         import os
@@ -236,7 +236,7 @@ def test_async_receiver(peers: Peers, receive: Callable[..., Any]) -> None:
 def test_raises(
     peers: Peers, receive: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged, and that is all: others are told, the circuit is open, the connect goes on."""
+    """It is logged, and that is all: others are called, the circuit opens, the connect goes on."""
 
     def broken(**kwargs: Any) -> None:
         raise LookupError("a receiver's mistake")
@@ -297,7 +297,7 @@ def test_hangs(peers: Peers, receive: Callable[..., Any], signal: str) -> None:
 
 
 def test_hangs_after_a_trial(peers: Peers, receive: Callable[..., Any]) -> None:
-    """A trial's result is there before anybody is told: the peer is in use for all others."""
+    """A trial's result is there before any receiver is called: others use the peer."""
     peers.fail(0)
     peers.connect()
     peers.restore(0)
@@ -357,7 +357,7 @@ def test_hangs_over_what_the_background_finds(
 def test_keeps_no_connection_of_a_thread_that_only_tells(
     tmp_path: Path, receive: Callable[..., Any]
 ) -> None:
-    """What a receiver opens there is closed after it, not left to whoever collects the thread."""
+    """What a receiver opens there is closed after it, not left to the thread's collection."""
     opened: list[Any] = []
 
     def ask(alias: str, **kwargs: Any) -> None:

@@ -180,7 +180,7 @@ class TestHarden:
 
     @linux
     def test_says_when_silence_ends_it(self, pair: tuple[socket.socket, socket.socket]) -> None:
-        """The limit in force, whoever has set it; infinity where there is none."""
+        """The limit in force, whatever has set it; infinity where there is none."""
         descriptor = pair[0].fileno()
         assert harden(descriptor, None) == float("inf")
         assert harden(descriptor, 7) == 7

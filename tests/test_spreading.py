@@ -438,11 +438,11 @@ def test_nothing_happens_before_the_first_connection() -> None:
 
 
 def test_listener_of_all_balancers(tmp_path: pathlib.Path) -> None:
-    """It hears of balancers that are there and of later ones, until it is removed."""
-    heard: list[Any] = []
+    """It gets the events of balancers that are there and of later ones, until it is removed."""
+    events: list[Any] = []
 
     def listen(event: Any) -> None:
-        heard.append((event.balancer, type(event).__name__))
+        events.append((event.balancer, type(event).__name__))
 
     peers = sqlite_peers(tmp_path, {}, {})
     with engine(peers, PEER_ENGINE=SQLITE) as connection:
@@ -451,33 +451,33 @@ def test_listener_of_all_balancers(tmp_path: pathlib.Path) -> None:
         balancers.add_listener(listen)
         try:
             connection.ensure_connection()
-            assert heard == [("balanced", "Connected")]
+            assert events == [("balanced", "Connected")]
             connection.close()
             balancers.known.clear()
             connection.ensure_connection()
             assert balancers["balanced"] is not there
-            assert heard == [("balanced", "Connected")] * 2
+            assert events == [("balanced", "Connected")] * 2
         finally:
             balancers.remove_listener(listen)
         balancers["balanced"].drain("peer0")
-        assert len(heard) == 2
+        assert len(events) == 2
 
 
 def test_listener_that_is_spared_connects(tmp_path: pathlib.Path) -> None:
-    """It hears of everything but the connections that are made every day."""
-    heard: list[Any] = []
+    """It gets everything but the connections that are made every day."""
+    events: list[Any] = []
     peers = sqlite_peers(tmp_path, {}, {})
     clock = Clock()
     with engine(peers, PEER_ENGINE=SQLITE, clock=clock, CHECK_INTERVAL=5) as connection:
-        balancers["balanced"].add_listener(heard.append, connects=False)
+        balancers["balanced"].add_listener(events.append, connects=False)
         connection.ensure_connection()
-        assert heard == []
+        assert events == []
         for peer in balancers["balanced"].peers.values():
             peer.breaker.open()
         clock.advance(6)
         connection.close()
         connection.ensure_connection()
-        assert [type(event).__name__ for event in heard] == [
+        assert [type(event).__name__ for event in events] == [
             *["CircuitOpened"] * 2,
             "CircuitClosed",
             "Connected",

@@ -183,7 +183,7 @@ class TestWhatTheDialectPasses:
         node = site.nodes[0]
         peer = {"host": node.host, "port": node.port, "user": USER}
         db = LoadBalancer({"db1": {**peer, password: PASSWORD, database: DATABASE}})
-        url = site.driver.url + "nobody:wrong@nowhere.invalid:1/nonesuch"
+        url = site.driver.url + "none:wrong@nowhere.invalid:1/nonesuch"
         with site.engine(db, url=url).connect() as connection:
             assert site.port_of(connection) == node.port
 
@@ -251,7 +251,7 @@ class TestNoPeer:
 @pytest.mark.server
 class TestDisconnects:
     def test_pre_ping_replaces_a_lost_connection(self, site: Site) -> None:
-        """Pessimistic: nobody sees that the pooled connections were lost."""
+        """Pessimistic: the application does not see that the pooled connections were lost."""
         engine = site.engine(pool_pre_ping=True)
         with engine.connect() as one, engine.connect() as other:
             one.execute(ONE)
@@ -316,7 +316,7 @@ class TestDisconnects:
             assert connection.execute(ONE).scalar() == 1
 
     def test_an_orm_session_in_a_transaction(self, site: Site) -> None:
-        """Half of a unit of work is never committed."""
+        """Half of a session's work is never committed."""
         site.nodes = site.nodes[:1]
         engine = site.engine()
         with things(engine) as make:

@@ -113,7 +113,7 @@ const wide = document.documentElement.clientWidth;
 return [...document.querySelectorAll("body *")].filter((e) => {
   const box = e.getBoundingClientRect();
   const seen = getComputedStyle(e).visibility !== "hidden" && box.width && box.height;
-  // What is cut off on purpose, for those who hear the page; and what is not to be seen yet.
+  // What is cut off on purpose, for screen readers; and what is not to be seen yet.
   const aside = ".peers-hidden, .visually-hidden, .skip-to-content-link, svg";
   const closed = "details:not([open]) > :not(summary)";
   return seen && !e.closest(`${aside}, ${closed}`) && (box.right > wide + 1 || box.left < -1);
@@ -206,7 +206,7 @@ class TestLooks:
         cell = "document.querySelector('td[data-label=\"Last error\"]')"
         before = served.browser.run(f"return getComputedStyle({cell}, '::before').content")
         assert before == '"Last error"'
-        # Shown as something else, it is still a table to those who hear it.
+        # Shown as something else, it is still a table to screen readers.
         assert served.browser.run(f"return {cell}.getAttribute('role')") == "cell"
 
     def test_link_on_the_admin_index(self, served: Served) -> None:
@@ -260,7 +260,7 @@ class TestRefresh:
         assert run("return window.scrollY") == 150
         assert run("return document.querySelector('details').open") is True
         assert run("return document.activeElement.id") == "drain-default-peer2"
-        # Those who hear the page are told.
+        # A screen reader says it.
         live = "return document.getElementById('peers-live').textContent"
         assert run(live) == "Load balancer default: 2 of 3 peers usable"
         served.site.peers.restore("peer1")

@@ -174,7 +174,7 @@ class TestWhoMaySeeIt:
             assert drained(site) == ["peer0"]
 
     def test_database_is_down(self, site: Site) -> None:
-        """Nobody can tell then who asks: the page says so."""
+        """It is unknown then who asks: the page says so."""
         client = site.admin()
         site.fail(*NAMES)
         for response in (client.get(PAGE), drain(client)):
@@ -202,7 +202,7 @@ class TestWhoMaySeeIt:
     def test_permissions_cannot_be_asked_for(
         self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
     ) -> None:
-        """Whoever cannot be shown to have it is taken not to have it."""
+        """A user who cannot be shown to have it is taken not to have it."""
         from django.contrib.auth.models import User
 
         client = site.client(is_staff=True)
@@ -393,7 +393,7 @@ class TestButtons:
         assert LogEntry.objects.count() == 2
 
     def test_connections_leave_a_drained_peer(self, site: Site, on_mariadb: Any) -> None:
-        """Of a real server: at the next statement outside a transaction, and to nobody's harm."""
+        """Of a real server: at the next statement outside a transaction, without harm."""
         client = site.admin()
         here = on_mariadb
         here.write("one")
@@ -588,7 +588,7 @@ class TestButtons:
         caplog: pytest.LogCaptureFixture,
         error: type[Exception],
     ) -> None:
-        """The drain holds; the log says what could not be told."""
+        """The drain holds; the log says what could not be written."""
         from django.contrib.admin.models import LogEntry
 
         def fails(**kwargs: Any) -> None:
@@ -683,7 +683,7 @@ class TestHealthz:
         }
 
     def test_detail_while_the_database_is_down(self, on: Site) -> None:
-        """Who asks cannot be told: the answer is everybody's."""
+        """Who asks is unknown: the answer is everybody's."""
         client = on.admin()
         on.fail(*NAMES)
         response = client.get(HEALTHZ, {"detail": "1"})
@@ -793,13 +793,13 @@ class TestFleet:
     @pytest.mark.parametrize(
         ("changes", "own", "both"),
         [
-            # What all know, this process heard of a little later.
+            # What all know, this process applied a little later.
             (
                 [(0, CLOSED), (50, OPEN), (70, CLOSED)],
                 [(10, CLOSED), (51, OPEN), (60, HALF_OPEN), (61, OPEN), (71, CLOSED)],
                 [(0, CLOSED), (50, OPEN), (70, CLOSED)],
             ),
-            # It alone was refused, or is: nobody else has the peer for anything but in use.
+            # It alone was refused, or is: no other process has the peer for anything but in use.
             ([(0, CLOSED)], [(10, CLOSED), (95, OPEN)], [(0, CLOSED), (95, OPEN)]),
             (
                 [(0, CLOSED)],
@@ -814,7 +814,7 @@ class TestFleet:
             ),
             # A trial is under way: it is out as long as it was.
             ([(0, CLOSED), (50, OPEN)], [(10, CLOSED), (51, OPEN), (99, HALF_OPEN)], None),
-            # It has it back, and the others are still to hear of that.
+            # It has it back, and the others do not know that yet.
             (
                 [(0, CLOSED), (50, OPEN)],
                 [(10, CLOSED), (50, OPEN), (99, CLOSED)],
@@ -852,7 +852,7 @@ class TestFleet:
         assert pages[1].since("db1") is None
 
     def test_outage_of_everything(self, world: World) -> None:
-        """All peers are down for everybody: nobody tells, and each page shows it all the same."""
+        """All peers are down for everybody: no process publishes it, and each page shows it."""
         fleet = world.processes(2)
         pages = [Page(world, process) for process in fleet]
         world.clock.advance(600)

@@ -67,7 +67,7 @@ def balancer(
     if strategy is not None:
         options["strategy"] = strategy
     driver = Driver()
-    # Connections are held by who asked for them, and by nobody else.
+    # Connections are held by who asked for them, and by no other.
     driver.made = Forgetful()
     return LoadBalancer(endpoints, driver.connect, clock=Clock(), **options), driver
 
@@ -431,7 +431,7 @@ class TestOnesOwn:
         [
             ("fastest", "STRATEGY is 'fastest', which is not known"),
             ("no.such.module", "which cannot be imported"),
-            ("tests.test_strategies.Nobody", "which cannot be imported"),
+            ("tests.test_strategies.NoSuch", "which cannot be imported"),
             ("tests.test_strategies.not_a_strategy", "has no order"),
             (42, "has no order"),
             (None, "has no order"),

@@ -53,7 +53,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 class TestHistory:
     def test_life_of_a_peer(self, world: World) -> None:
-        """Each change is kept, with the moment at which it was told."""
+        """Each change is kept, with the moment of its event."""
         breaker = world.balancer.peers["peer0"].breaker
         world.clock.advance(10)
         breaker.open()
@@ -86,7 +86,7 @@ class TestHistory:
         assert late.of("balanced", "peer0")[0] == [Change(world.began + 10, OPEN)]
 
     def test_states_that_no_event_tells_of(self, world: World) -> None:
-        """A look finds them, and the trial that ends a doubt is told of."""
+        """A look finds them, and the trial that ends a doubt has its event."""
         breaker = world.balancer.peers["peer0"].breaker
         breaker.suspect("lost")
         world.history.look_at(world.balancer)
@@ -138,7 +138,7 @@ class TestHistory:
         assert world.changes("peer0") == world.changes("peer9") == []
 
     def test_listeners_threads_that_overtake_one_another(self, world: World) -> None:
-        """What is so is read from the circuit: the last word is right, whoever speaks last."""
+        """The state is read from the circuit: the last note is right, whichever thread makes it."""
         breaker = world.balancer.peers["peer0"].breaker
         world.balancer.remove_listener(world.history)
         breaker.open()
@@ -173,7 +173,7 @@ class TestHistory:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
     @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
     def test_fork_while_another_thread_is_at_it(self) -> None:
-        """The child's history goes on from its parent's, on a lock that nobody holds."""
+        """The child's history goes on from its parent's, on a free lock."""
         from django_proxysql.monitoring.history import history
 
         held, done = threading.Event(), threading.Event()

@@ -94,7 +94,7 @@ def works_again(here: Site) -> None:
         proxy.disarm()
     ran: list[str] = []
     for _ in range(2):
-        # If session state was lost unseen, the first is told.
+        # If session state was lost unseen, the first gets the error.
         with contextlib.suppress(Error), transaction.atomic("balanced"):
             transaction.on_commit(lambda: ran.append("next"), using="balanced")
             here.write("next")
@@ -488,7 +488,7 @@ def by_hand(here: Site, program: list[str], lost_at: int, how: str) -> None:
         except CommitOutcomeUnknown:
             maybe, pending = stands + pending, []
         except Error:
-            # What was open is lost, and has been told.
+            # What was open is lost, and its error raised.
             pending = []
     for proxy in here.proxies:
         proxy.disarm()

@@ -227,7 +227,7 @@ class TestStep:
         assert world.driver.hosts == ["db1"]
 
     def test_worse_tier(self, stalled: TrialWorker) -> None:
-        """A peer of a worse tier is tried, too: nobody is sent there by that."""
+        """A peer of a worse tier is tried, too: no request is sent there by that."""
         world = background(peers={"db1": {"host": "db1"}, "db2": {"host": "db2", "priority": 1}})
         world.open("db2")
         world.clock.advance(30)
@@ -245,7 +245,7 @@ class TestStep:
         assert stalled.step() is None
 
     def test_left_to_others(self, stalled: TrialWorker) -> None:
-        """Where another process is to make the trial, this one comes back when it is told to."""
+        """Where another process is to make the trial, this one comes back when it is due."""
         world = background("db1", "db2")
         world.open("db1")
         world.clock.advance(30)
@@ -272,7 +272,7 @@ class TestStep:
         assert inline.driver.hosts == []
 
     def test_balancer_is_gone(self, stalled: TrialWorker) -> None:
-        """A balancer that nobody has any more is not kept for its peers' sake."""
+        """A balancer that is not used any more is not kept for its peers' sake."""
         world = background("db1", "db2")
         world.open("db1")
         db = weakref.ref(world.db)
@@ -308,7 +308,7 @@ class TestStep:
         assert caplog.messages == ["The trial of default/db1 raised"]
 
     def test_not_the_peers_fault(self, stalled: TrialWorker) -> None:
-        """A peer that is full is tried again soon, and nobody complains."""
+        """A peer that is full is tried again soon, without a complaint."""
         world = background("db1", "db2")
         world.driver.down["db1"] = type(refused_by_host())(1040, "Too many connections")
         world.open("db1")
@@ -335,7 +335,7 @@ class TestRequests:
 
     @pytest.mark.usefixtures("stalled")
     def test_thread_does_not_run(self) -> None:
-        """Trials that are overdue by two intervals are made by whoever connects."""
+        """Trials that are overdue by two intervals are made by the callers that connect."""
         world = background("db1", "db2")
         world.open("db1")
         world.clock.advance(89)
@@ -378,7 +378,7 @@ class TestRequests:
 
     @pytest.mark.usefixtures("stalled")
     def test_last_resort(self) -> None:
-        """A request that has nobody left tries who is due, as without the thread."""
+        """A request that has no peer left tries those that are due, as without the thread."""
         world = background("db1", "db2")
         world.driver.down["db2"] = refused_by_host
         world.open("db1")
@@ -387,7 +387,7 @@ class TestRequests:
         assert world.states() == "closed open"
 
     def test_waits_for_the_threads_trial(self, worker: TrialWorker) -> None:
-        """A request that has nobody left waits for the trial that the thread is making."""
+        """A request that has no peer left waits for the trial that the thread is making."""
         world = background("db1")
         inside, go = threading.Event(), threading.Event()
 
@@ -470,7 +470,7 @@ class TestThread:
         assert worker._life is None
 
     def test_looks_by_itself(self, worker: TrialWorker) -> None:
-        """Whoever changes an interval, or is killed before it rings, is seen within a second."""
+        """A change of interval whose thread is killed at once counts within a second."""
         world = background("db1", "db2")
         world.open("db1")
         world.clock.advance(10)
@@ -494,7 +494,7 @@ class TestThread:
             circuit = db.peers[name].breaker
             for _ in range(150):
                 circuit.open()
-                # Its trial is due at once: with nobody at it, it would stay open.
+                # Its trial is due at once: without a thread, it would stay open.
                 circuit.half_open()
                 until(lambda: circuit.current_state == "closed", 10)
 
@@ -569,10 +569,10 @@ class TestThread:
         assert len(alive) == 1
 
     def test_listener_that_hangs(self, worker: TrialWorker) -> None:
-        """It keeps what it is told later, and nobody: the trials go on, others hear of them."""
+        """It delays its own later events alone: the trials go on, others get theirs."""
         world = background("db1", "db2", "db3")
         reached, released = threading.Event(), threading.Event()
-        heard: list[Any] = []
+        events: list[Any] = []
         tried_by: list[int] = []
 
         def hang(event: Any) -> None:
@@ -585,7 +585,7 @@ class TestThread:
             return refused_by_host()
 
         world.db.add_listener(hang)
-        world.db.add_listener(heard.append)
+        world.db.add_listener(events.append)
         world.driver.down["db2"] = refuse
         world.open("db1")
         world.open("db2")
@@ -605,7 +605,7 @@ class TestThread:
             del world.driver.down["db2"]
             until(lambda: later() or world.states() == "closed closed closed")
             until(lambda: not worker.is_running)
-            until(lambda: len([told for told in heard if type(told) is CircuitClosed]) == 2)
+            until(lambda: len([told for told in events if type(told) is CircuitClosed]) == 2)
         finally:
             released.set()
 
@@ -718,7 +718,7 @@ class TestThread:
             there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
                 step, circuit.open, [trials.__file__, runtime.__file__]
             )
-            # Whoever connects next makes up for it.
+            # The next connect makes up for it.
             db.connect(lambda attempt: attempt.peer.name)
             circuit.half_open()
             until(lambda: circuit.current_state == "closed")  # noqa: B023

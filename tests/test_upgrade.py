@@ -88,7 +88,7 @@ def test_drain_and_pause(
 
 
 class Sleepers:
-    """Threads that have used a connection, keep it, and use it again when they are told to."""
+    """Threads that have used a connection, keep it, and use it again when a test says so."""
 
     #: What each of them does first, when it wakes up.
     FIRST = ("read", "write", "block")

@@ -1,6 +1,6 @@
 """The site under the servers that people run: gunicorn with each of its workers, uWSGI, uvicorn.
 
-Whoever serves it, a peer that dies fails no request, its circuit opens in each worker, and it is
+Whatever serves it, a peer that dies fails no request, its circuit opens in each worker, and it is
 used again when it is back. No worker uses a socket of its parent's.
 """
 
@@ -56,7 +56,7 @@ class Model(NamedTuple):
 SYNC = Model((*GUNICORN, "--worker-class", "sync"))
 GTHREAD = Model((*GUNICORN, "--worker-class", "gthread", "--threads", "4"))
 GEVENT = Model((*GUNICORN, "--worker-class", "gevent"))
-#: Loads the application before it forks its workers, unless it is told otherwise.
+#: Loads the application before it forks its workers, unless an option says otherwise.
 UWSGI = Model(
     (
         "-c",
@@ -83,7 +83,7 @@ GUNICORNS = {
 MODELS = {
     **GUNICORNS,
     "uWSGI": UWSGI,
-    "uWSGI, Python is told": UWSGI._replace(command=(*UWSGI.command, "--py-call-uwsgi-fork-hooks")),
+    "uWSGI, Python's hooks": UWSGI._replace(command=(*UWSGI.command, "--py-call-uwsgi-fork-hooks")),
     "uWSGI, decorators": UWSGI._replace(files={"site_/__init__.py": "import uwsgidecorators\n"}),
     "uWSGI, background": UWSGI._replace(settings={"TRIALS": "background"}),
     "uWSGI, lazy-apps, threads": LAZY._replace(command=(*LAZY.command, "--threads", "4")),

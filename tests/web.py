@@ -169,7 +169,7 @@ class Answer(dict[str, Any]):
 
 
 class Client:
-    """Sends requests, from several threads, until it is told to stop."""
+    """Sends requests, from several threads, until it is stopped."""
 
     def __init__(self, port: int, path: str = "/", threads: int = 6) -> None:
         self.port = port
