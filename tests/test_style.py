@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests import words
-from tests.test_docs import needs_docs
 
 
-@needs_docs
 def test_no_file_has_a_listed_word(capsys: pytest.CaptureFixture[str]) -> None:
     status = words.main([])
     assert capsys.readouterr().out == ""
