@@ -117,11 +117,12 @@ def bind(db: Any, cursor: Any, name: str | None = None) -> Session:
         # psycopg complains about a server-side cursor that nobody has closed.
         with contextlib.suppress(Exception):
             cursor.cursor.close()
+    session: Session = db._session
     cursor.cursor = made.cursor
-    cursor._session = db._session
+    cursor._session = session
     if name is not None:
-        note_named(cursor, cursor._session)
-    return cursor._session  # type: ignore[no-any-return]
+        note_named(cursor, session)
+    return session
 
 
 def setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
