@@ -92,7 +92,7 @@ class Call:
         wrappers = [connections[alias] for alias in aliases]
         self._rules = rules
         self._function = function
-        #: Another engine's block commits last: nobody can tell whether its COMMIT was sent.
+        #: Another engine's block commits last: it is unknown whether its COMMIT was sent.
         self._wrappers = sorted(wrappers, key=lambda one: isinstance(one, SafePointsMixin))
         #: The blocks that may be run again.
         self.ours: list[Any] = [one for one in wrappers if isinstance(one, SafePointsMixin)]
@@ -208,7 +208,7 @@ class Call:
         try:
             return float(strategy(state))
         finally:
-            # A strategy may keep the state. The error's frames are nobody's to keep.
+            # A strategy may keep the state. It is not to keep the error's frames.
             state.outcome = None
 
 
@@ -257,8 +257,8 @@ def retrying_atomic(
     ``transaction.on_commit``, or after the call. It must let the database's
     errors out.
 
-    On an alias of another engine nobody can tell whether COMMIT was sent: there
-    this is ``transaction.atomic``.
+    On an alias of another engine it is unknown whether COMMIT was sent: there this is
+    ``transaction.atomic``.
 
     :param using: the alias; the default one if None.
     :param attempts: how many times the function is run at most.

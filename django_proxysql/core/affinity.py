@@ -1,4 +1,4 @@
-"""A thread or task that stays with one peer."""
+"""A thread or task that is pinned to one peer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Affinity:
 
     @contextlib.contextmanager
     def pinned(self, peer: Peer | None, begun: Callable[[], object]) -> Iterator[None]:
-        """Stay with one peer for the block. Inside another such block it changes nothing.
+        """Pin the thread or task to one peer for the block; inside another such block do nothing.
 
         :param peer: the peer; None: the first one that the block connects to.
         :param begun: called once the block has its pin.

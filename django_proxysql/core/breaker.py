@@ -300,7 +300,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
     def trip_silently(
         self, exc: BaseException, fault: Fault, question: str, failures: int = 0
     ) -> bool:
-        """Open a closed circuit as :meth:`trip` does, and notify nobody.
+        """Open a closed circuit as :meth:`trip` does, and notify no listener.
 
         For a caller that holds a lock. It calls :meth:`tell` once it does no longer.
 

@@ -3,7 +3,7 @@
 :class:`Facts` is what one peer says of itself, asked for on a driver's own connection.
 :func:`warnings` compares the peers of one balancer; it is a pure function of the facts and the
 configuration. What a server does not say, for want of a right or of a word for it, is unknown,
-and nobody is warned of what is unknown.
+and there is no warning about what is unknown.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def functions_of(dialect: str | None) -> frozenset[str]:
 
 #: Words before a parenthesis that name no function in either language. BY, SET
 #: and the like are no names in MySQL, but are in PostgreSQL; ANY and its like
-#: the other way round: they are told by what stands before them.
+#: the other way round: what stands before them tells them apart.
 NO_FUNCTIONS = frozenset(
     """IN AND OR NOT EXISTS ON WHERE FROM SELECT DISTINCT HAVING WHEN THEN ELSE CASE
     UNION ALL EXCEPT INTERSECT BETWEEN AS VALUES USING LIMIT INTERVAL

@@ -151,7 +151,7 @@ class Face:
 
         :param listener: called in the thread to which the thing happened. Of what other
             processes have found, of what a trial in the background has shown, and of
-            what happens while one of these waits to be told, in a thread of its own.
+            what happens while one of these waits its turn, in a thread of its own.
         :param connects: False spares it each :class:`~django_proxysql.core.events.Connected`
             that is no trial, and each connect the cost of telling it.
         :raises ConfigError: ``listener`` cannot be called.
@@ -170,8 +170,8 @@ class Face:
         For an upgrade of its server, say. In this process only, unless the
         balancer shares its state: then in all that share it, at once here and
         within a second there, and in those that start later.
-        :meth:`Sharing.settle <django_proxysql.core.sharing.Sharing.settle>` says
-        whether they have been told. What its circuit knows stays known.
+        :meth:`Sharing.settle <django_proxysql.core.sharing.Sharing.settle>` says whether Redis
+        has it. What its circuit knows stays known.
         Draining a drained peer changes nothing.
 
         :param name: the peer's, as in :attr:`peers`, or the peer.
@@ -191,7 +191,7 @@ class Face:
         self.group.undrain(self.group.named(name, "name"))
 
     def pinned(self, peer: Peer | str | None = None) -> AbstractContextManager[None]:
-        """Stay with one peer for a ``with`` block, the first one that it connects to.
+        """Pin the thread or task to one peer for a ``with`` block: the first that it connects to.
 
         It holds for the thread, greenlet or asyncio task that enters the block,
         and for what it runs by way of ``sync_to_async()``.

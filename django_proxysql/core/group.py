@@ -51,7 +51,7 @@ class Shares(Protocol):
 
 
 class PeerGroup:
-    """The peers of one balancer: circuits, drains, tiers and what listeners hear of them.
+    """The peers of one balancer: circuits, drains, tiers and their listeners.
 
     :param config: the peers and their settings.
     :param clock: a monotonic clock, in seconds.
@@ -201,7 +201,7 @@ class PeerGroup:
         return [PeerState.of(*one, now, self._trial_in(*one, now)) for one in seen]
 
     def pinned(self, peer: Peer | str | None = None) -> AbstractContextManager[None]:
-        """Stay with one peer for the block."""
+        """Pin the thread or task to one peer for the block."""
         known = None if peer is None else self.named(peer)
         # Connections that are there already are to see that something is new.
         return self.affinity.pinned(known, self.invalidate)
@@ -238,7 +238,7 @@ class PeerGroup:
         interval = peer.breaker.reset_timeout
         due = circuit.due
         if circuit.suspect:
-            # A suspect that nobody had to fall back on is tried in its turn: it
+            # A suspect that no caller had to fall back on is tried in its turn: it
             # may have been well all the time, and new connections pass it by.
             hurried = self.config.last_resort_interval
             due = circuit.tried + (interval if hurried is None else hurried)

@@ -1,4 +1,4 @@
-"""Who hears of a balancer's events, in which order."""
+"""Which listeners get a balancer's events, in which order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Listeners:
         self._name = name
         self._log = Dispatcher(log_event, name)
         self.dispatchers: tuple[Dispatcher, ...] = (self._log,)
-        #: Those, logging aside, that hear of each connection made.
+        #: Those, logging aside, that get each connection made.
         self.of_connects: tuple[Dispatcher, ...] = ()
         # Re-entrant: a signal handler may come here while its thread is here.
         self._lock = new_lock()

@@ -111,9 +111,9 @@ class Peer:
         self._connecting = {}
 
     def hold(self, *, of_thread: bool = True) -> Hold:
-        """Count one connection as held, until it is let go.
+        """Count one connection as held, until it is released.
 
-        :param of_thread: the calling thread holds it, and its end lets go of it. False: it may
+        :param of_thread: the calling thread holds it, and its end releases it. False: it may
             outlive the thread, in a pool.
         :returns: what lets it go; its end does so too.
         """
@@ -166,7 +166,7 @@ class _ThreadEnd:
     def __del__(self) -> None:
         holds: dict[int, Peer] = getattr(self, "holds", {})
         while holds:
-            # Other threads may let go of these at the same time: popitem is
+            # Other threads may release these at the same time: popitem is
             # atomic where iteration is not.
             try:
                 serial, peer = holds.popitem()

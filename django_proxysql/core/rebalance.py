@@ -132,6 +132,6 @@ class Rebalance:
         self.returns = tuple(other for other in self.returns if other is not back)
 
     def after_fork(self) -> None:
-        """In the child: nothing to move, and a lock that nobody holds."""
+        """In the child: nothing to move, and a free lock."""
         self._lock = new_lock()
         self.returns = ()

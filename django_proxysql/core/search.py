@@ -326,7 +326,7 @@ class Search:
         pin = self._pin
         if pin is not None and pin.peer is None:
             pin.peer = peer
-        # Each connect comes by here: see first that a listener would hear of it.
+        # Each connect comes by here: see first that a listener would get it.
         is_trial = attempt.is_trial
         if group.listeners.of_connects or is_trial or logger.isEnabledFor(logging.DEBUG):
             seconds = self._clock() - attempt.started
@@ -388,7 +388,7 @@ class Search:
             drivers.name_peer(exc, f"to {_said_of(peer)} of {self._group.name!r}")
 
     def forget(self) -> None:
-        """Let go of the last error: with its traceback's frames it holds the failed socket."""
+        """Drop the last error: with its traceback's frames it holds the failed socket."""
         self._plan = self._last_error = self._plain_error = None
 
     def _decide(self, alone: bool) -> None:
@@ -430,7 +430,7 @@ class Search:
             )
         )
 
-    # Nobody left
+    # No peer left
 
     def _exhausted(self) -> BaseException:
         self.is_over = True

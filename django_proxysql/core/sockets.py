@@ -123,7 +123,7 @@ _INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
 @functools.cache
 def _options(seconds: float) -> tuple[tuple[str, int, int, int], ...]:
     """Return names, levels, options and values, as far as the platform has them."""
-    # A silent host is probed after half the time, then ten times in what is
+    # The kernel asks a silent host after half the time, then ten times in what is
     # left. Linux gives up at the first probe that is due once TCP_USER_TIMEOUT
     # is over, not when it is over, nor by TCP_KEEPCNT; hence the many. A host
     # that answers is not asked again before the next half.
@@ -151,8 +151,8 @@ def sent(descriptor: int | None) -> object:
     """Return a value that changes when something is sent over a TCP connection.
 
     It is the socket's own number and the count of bytes that the other side
-    has acknowledged, as the kernel knows them: whoever sent them, and by
-    whichever way. It costs two microseconds. None where nothing is known: no
+    has acknowledged, as the kernel knows them: whatever sent them, and by whichever way. It costs
+    two microseconds. None where nothing is known: no
     descriptor, no TCP, another system than Linux.
 
     A statement that was answered is acknowledged with its answer.

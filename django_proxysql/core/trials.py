@@ -8,11 +8,11 @@ for as long as an attempt may take (TRIAL_TIMEOUT), and no request. A drained pe
 How it holds
 ------------
 
-*No open circuit is left alone.* Whoever changes a circuit calls :meth:`TrialWorker.schedule`.
-Whoever is killed between a circuit's change and that call leaves an open circuit that the next
-connect() finds, which calls it, too. So it is after a fork, whose child has the circuits and no
-thread, and after the thread was killed where it could not start another
-(:class:`~django_proxysql.core.runtime.Worker`).
+*No open circuit is left alone.* A thread that changes a circuit calls
+:meth:`TrialWorker.schedule`. One that is killed between a circuit's change and that call leaves
+an open circuit that the next connect() finds, which calls it, too. So it is after a fork, whose
+child has the circuits and no thread, and after the thread was killed where it could not start
+another (:class:`~django_proxysql.core.runtime.Worker`).
 
 *It does not get to run* (uWSGI without threads, no thread can be started, a trial that never ends):
 requests make the trials that are overdue by two intervals.

@@ -159,7 +159,7 @@ def describe(exc: BaseException) -> str:
     try:
         text = " ".join(str(exc).split())
     except Exception:
-        # Whoever is told is to learn of the error, not of its __str__'s mistake.
+        # A listener is to get the error, not its __str__'s mistake.
         text = ""
     return (text[:300] + "…" if len(text) > 300 else text) or type(exc).__name__
 
@@ -289,7 +289,7 @@ def judge(exc: BaseException, connecting: bool) -> Fault:
     """
     exc = root_error(exc)
     if not isinstance(exc, Exception):
-        # KeyboardInterrupt, SystemExit, gevent's Timeout: nobody's fault.
+        # KeyboardInterrupt, SystemExit, gevent's Timeout: no peer's fault.
         return Fault.OTHER
     if isinstance(exc, NotReady):
         return Fault.NOT_READY

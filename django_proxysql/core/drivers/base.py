@@ -1,4 +1,4 @@
-"""What is known of a driver that nobody has told us about, and what others say of themselves.
+"""What is known of an unknown driver, and what others say of themselves.
 
 PEP 249's names, and nothing more. A driver's own file overrides what differs.
 """
@@ -150,7 +150,7 @@ class Driver:
         """Raise the driver's error if the connection is lost."""
 
     def is_busy(self, connection: Any) -> bool:
-        """Return whether statements have been sent whose results nobody has asked for yet."""
+        """Return whether statements have been sent whose results are still unread."""
         return False
 
     def leads_to(self, connection: Any) -> tuple[str, str] | None:

@@ -194,8 +194,8 @@ class MySQL(Driver):
     def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
         """Return ``autocommit`` as connect() takes it, unless the user's OPTIONS have it.
 
-        mysqlclient and PyMySQL switch autocommit off by themselves where they are told nothing
-        (PEP 249), and Django switches it on again: two round trips that change nothing.
+        mysqlclient and PyMySQL switch autocommit off by themselves without an option (PEP 249),
+        and Django switches it on again: two round trips that change nothing.
         """
         return {} if "autocommit" in params else {"autocommit": autocommit}
 

@@ -28,10 +28,10 @@ BY_SQLSTATE = {
 }
 
 #: States of this session's end. As an ERROR they are about another one: postgres_fdw and dblink
-#: pass on what befalls a foreign server's.
+#: pass on what happens to a foreign server's.
 _ENDS = frozenset({"08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"})
 
-#: libpq gives a failed connect no SQLSTATE, whoever said no: it quotes the
+#: libpq gives a failed connect no SQLSTATE, whichever side refused it: it quotes the
 #: server's line. (psycopg 3 fills ``sqlstate`` in, psycopg2 does not.)
 #: The server speaks its own language here, so the quoted names decide first.
 _QUOTED = (
@@ -379,7 +379,7 @@ class PostgreSQL(Driver):
         return (host, str(port)) if isinstance(host, str) and host else None
 
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
-        """Return the names of the socket options that libpq was told of."""
+        """Return the names of the socket options that libpq was given."""
         given = params
         if "service" in params or "PGSERVICE" in os.environ:
             # They may stand in a file.
