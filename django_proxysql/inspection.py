@@ -140,8 +140,8 @@ class _Inquiry:
             found = self._is()
         except BaseException as exc:
             # SystemExit from somebody's check, too, is an answer, and came at once.
-            fault = drivers.judge(exc, connecting=not self._reachable)
-            found = self._is(drivers.describe(exc), fault)
+            judgement = drivers.judge(exc, connecting=not self._reachable)
+            found = self._is(judgement.text, judgement.fault)
         with self._lock:
             if self._found is None:
                 self._found = found
@@ -359,7 +359,7 @@ def _answer(ask: Callable[[], list[Any]]) -> list[Any] | None:
     try:
         return ask()
     except Exception as exc:
-        if not drivers.is_driver_error(exc) or drivers.judge(exc, connecting=False) in _IN_EARNEST:
+        if not drivers.is_driver_error(exc) or drivers.judgement_of(exc).fault in _IN_EARNEST:
             raise
         return None
 

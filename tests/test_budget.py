@@ -55,6 +55,12 @@ def used() -> Used:
     return Used()
 
 
+def test_replay_that_sends_several_costs_as_many(used: Used) -> None:
+    assert used.budget.spend("SELECT 1", cost=9)
+    assert used.budget.spend("SELECT 2", cost=5), "while anything is left"
+    assert not used.budget.spend("SELECT 3")
+
+
 def test_ten_are_always_allowed(used: Used) -> None:
     assert used.spend_all() == 10
     used.clock.advance(WINDOW - 1)

@@ -216,10 +216,10 @@ class TestEngine:
         close_old_connections()
         assert here.connection.connection is not None
         here.connection.dec_thread_sharing()
-        here.session.held = True
+        here.session.holds.checks_off()
         close_old_connections()
         assert here.connection.connection is not None
-        here.session.held = False
+        here.session.holds.checks_on()
         if not here.is_mysql:
             rows = here.connection.chunked_cursor()
             rows.execute("SELECT generate_series(1, 9)")

@@ -42,7 +42,7 @@ LOCAL, CONFLICT, OTHER = Fault.LOCAL, Fault.CONFLICT, Fault.OTHER
 
 def judged(exc: BaseException) -> tuple[Fault, Fault]:
     """Return what the error says at connect, and on an established connection."""
-    return drivers.judge(exc, connecting=True), drivers.judge(exc, connecting=False)
+    return drivers.judge(exc, connecting=True).fault, drivers.judge(exc, connecting=False).fault
 
 
 def raised(function: Callable[[], object]) -> Exception:
@@ -520,13 +520,13 @@ class TestPostgreSQL:
     )
     def test_failed_connect(self, package: Any, text: str, fault: Fault) -> None:
         """libpq gives a failed connect no SQLSTATE: its words are read."""
-        assert drivers.judge(package.OperationalError(text), connecting=True) is fault
+        assert drivers.judge(package.OperationalError(text), connecting=True).fault is fault
 
     @POSTGRES_PACKAGES
     @pytest.mark.parametrize("text", LOST_TEXTS)
     def test_lost_connection(self, package: Any, text: str) -> None:
         """So are its words on a connection that is lost."""
-        assert drivers.judge(package.OperationalError(text), connecting=False) is LOST
+        assert drivers.judge(package.OperationalError(text), connecting=False).fault is LOST
 
     @pytest.mark.parametrize(
         "sqlstate", ["08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"]
@@ -535,8 +535,10 @@ class TestPostgreSQL:
         """postgres_fdw and dblink pass on what happens to a foreign server's session."""
         severity = psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
         made = psycopg.errors.lookup(sqlstate)
-        assert drivers.judge(made("x", info={severity: b"ERROR"}), connecting=False) is OTHER
-        assert drivers.judge(made("x", info={severity: b"FATAL"}), connecting=False) is not OTHER
+        assert drivers.judge(made("x", info={severity: b"ERROR"}), connecting=False).fault is OTHER
+        assert (
+            drivers.judge(made("x", info={severity: b"FATAL"}), connecting=False).fault is not OTHER
+        )
         assert postgresql.is_answer(made("x", info={severity: b"ERROR"}))
         assert not postgresql.is_answer(made("x", info={severity: b"FATAL"}))
 
@@ -547,9 +549,9 @@ class TestPostgreSQL:
     ) -> None:
         """Poolers have one code for everything: their words are read."""
         failed = package.OperationalError(f'connection to "10.0.0.1" failed: FATAL:  {text}')
-        assert drivers.judge(failed, connecting=True) is connecting
+        assert drivers.judge(failed, connecting=True).fault is connecting
         said = (by_psycopg if package is psycopg else by_psycopg2)(sqlstate, text)
-        assert drivers.judge(said, connecting=False) is established
+        assert drivers.judge(said, connecting=False).fault is established
         assert postgresql.question_of(said) == ("backend" if established is NOT_READY else "")
 
     @POSTGRES_PACKAGES
@@ -603,14 +605,14 @@ class TestPostgreSQL:
         assert not postgresql.may_be_busy(of_server)
         assert postgresql.question_of(of_server) == ""
         # As pgcat and PgBouncer say it.
-        assert drivers.judge(made(text, info=says), connecting=False) is established
+        assert drivers.judge(made(text, info=says), connecting=False).fault is established
 
     @POSTGRES_PACKAGES
     def test_text_of_a_statement_is_no_poolers(self, package: Any) -> None:
         """What a statement quotes is not taken for what a pooler says."""
         text = "invalid message format\nLINE 1: SELECT 'no such database'"
         said = (by_psycopg if package is psycopg else by_psycopg2)("08P01", text)
-        assert drivers.judge(said, connecting=False) is OTHER
+        assert drivers.judge(said, connecting=False).fault is OTHER
 
     @POSTGRES_PACKAGES
     def test_application(self, package: Any) -> None:
@@ -635,7 +637,7 @@ class TestPostgreSQL:
     def test_bad_options(self, package: Any) -> None:
         """An option that libpq does not know is no peer's fault, and no other peer is tried."""
         exc = raised(lambda: package.connect("host=127.0.0.1 port=1 nonsense=1"))
-        fault = drivers.judge(exc, connecting=True)
+        fault = drivers.judge(exc, connecting=True).fault
         assert not fault.counts
         assert not fault.tries_next
 
@@ -891,14 +893,14 @@ CONNECTS: dict[str, Callable[[int], object]] = {
 def test_nothing_listens(driver: str, closed_port: int) -> None:
     """Where nothing listens, each driver says UNREACHABLE."""
     exc = raised(lambda: CONNECTS[driver](closed_port))
-    assert drivers.judge(exc, connecting=True) is UNREACHABLE
+    assert drivers.judge(exc, connecting=True).fault is UNREACHABLE
 
 
 @pytest.mark.parametrize("driver", list(CONNECTS))
 def test_hangs_up(driver: str, hanging_up: int) -> None:
     """Where the connection is closed in the middle of the handshake, too."""
     exc = raised(lambda: CONNECTS[driver](hanging_up))
-    assert drivers.judge(exc, connecting=True) is UNREACHABLE
+    assert drivers.judge(exc, connecting=True).fault is UNREACHABLE
 
 
 @pytest.mark.parametrize("driver", list(CONNECTS))
@@ -938,7 +940,7 @@ _ConnectorError.__module__ = "mysql.connector.errors"
 )
 def test_mysql_connector(name: str, args: tuple[Any, ...], connecting: bool, fault: str) -> None:
     error = type(name, (_ConnectorError,), {"__module__": "mysql.connector.errors"})
-    assert drivers.judge(error(*args), connecting=connecting).name == fault
+    assert drivers.judge(error(*args), connecting=connecting).fault.name == fault
 
 
 def test_mysql_connector_is_bounded() -> None:

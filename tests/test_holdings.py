@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from django_proxysql.core.holdings import Holdings, Replacing, changes
+from django_proxysql.core.holdings import Holdings, changes
 from django_proxysql.core.statements import STATE, scan
 
 #: What lives on after close_old_connections(), and how it is given back.
@@ -167,18 +167,6 @@ def all_holdings() -> list[Holdings]:
         holdings.for_life, holdings.earlier = dict(for_life), earlier
         found.append(holdings)
     return found
-
-
-@pytest.mark.parametrize("why", Replacing)
-@pytest.mark.parametrize("told", [False, True])
-def test_nothing_that_is_held_is_lost_without_an_error(why: Replacing, told: bool) -> None:
-    """Every record there can be: only one that holds nothing goes, or one whose loss was shown."""
-    for holdings in all_holdings():
-        was_shown = why is Replacing.LOST and told and not holdings.by_django
-        expected = was_shown or not (holdings.for_request or holdings.for_life)
-        if holdings.by_django or (why is Replacing.REBALANCING and holdings.earlier):
-            expected = False
-        assert holdings.may_go(why, told) is expected, vars
 
 
 def test_a_copy_tells_what_is_missing_later() -> None:

@@ -20,6 +20,7 @@ from django.db import close_old_connections, connections, transaction
 from django.db.utils import Error
 
 import django_proxysql
+from django_proxysql.backends import replays
 from tests.site import Site, site
 
 #: The balancer and the breakers are struck in the tests of the core.
@@ -168,3 +169,27 @@ def stands(here: Site, where: str, work: Callable[[Site], None]) -> None:
     counts = {name: peer.connections for name, peer in here.balancer.peers.items()}
     assert sum(counts.values()) == 1, (where, counts)
     assert here.sessions() == 1, where
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_interrupted_replay_is_no_silence(
+    here: Site, monkeypatch: pytest.MonkeyPatch, in_block: bool
+) -> None:
+    """The loss counts as raised: nothing is mended behind it before the block ends."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Interrupt
+
+    monkeypatch.setattr(replays, "restart" if in_block else "replace", interrupted)
+    block = transaction.atomic(here.connection.alias) if in_block else contextlib.nullcontext()
+    with contextlib.suppress(Error), block:
+        here.cut("after")
+        with pytest.raises(Interrupt):
+            here.read()
+        assert here.session.error_raised
+        if in_block:
+            monkeypatch.undo()
+            with pytest.raises(Error):
+                here.read()
+    monkeypatch.undo()
+    assert here.read() == []

@@ -745,7 +745,7 @@ class TestDjangoMySQL:
                 assert cache.get("number") == 3
                 assert cache.add("number", 7) is False
                 # It did that with a variable of the session's.
-                assert here.session.sticky
+                assert here.session.holds
                 here.connection.close_if_unusable_or_obsolete()
                 here.kill()
                 cache.set("number", 4)

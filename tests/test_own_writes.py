@@ -108,7 +108,7 @@ def explained_and_run(here: Site) -> None:
 
 def idle_for_long(here: Site) -> None:
     """No close_old_connections() has ended the request, however long it takes."""
-    here.connection._has_units = False
+    here.connection._ends_requests = False
     here.write("one")
     here.idle(100)
     here.read()

@@ -146,6 +146,22 @@ with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as 
         connection.close()
     sql("SELECT %s, %s, %s", ["a", 1, [1, 2]])
     print("held" if connection._session.holds else "free")
+    with connection.cursor() as cursor:
+        cursor.executemany("SELECT %s", [["a"], ["b"]])
+        print("held" if connection._session.holds else "free")
+        cursor.executemany("SELECT %s", [["a"], [AsIs("pg_advisory_lock(7)")]])
+        print("held" if connection._session.holds else "free")
+    connection.close()
+    # A type that is given an adapter later is another one to the next connection.
+    class Later(str): pass
+    sql("SELECT %s", [Later("a")])
+    print("held" if connection._session.holds else "free")
+    connection.close()
+    register_adapter(Later, lambda value: AsIs(str(value)))
+    sql("SELECT %s", [Later("pg_advisory_lock(7)")])
+    print("held" if connection._session.holds else "free")
 """
     done = run_script(script)
-    assert done.stdout.split() == ["raised", "raised", "held", "held", "free"], done.stderr
+    found = done.stdout.split()
+    assert found[:5] == ["raised", "raised", "held", "held", "free"], done.stderr
+    assert found[5:] == ["free", "held", "free", "held"], done.stderr

@@ -210,6 +210,23 @@ class TestCommitOfReads:
             here.read()
             here.cut("after")
 
+    def test_asks_nothing_of_the_peer_that_lost_it(self, on_postgres: Site) -> None:
+        """It may be dead, and a connect to it takes as long as a time-out."""
+        lost = on_postgres.here
+        with transaction.atomic(on_postgres.connection.alias):
+            on_postgres.read()
+            accepted = lost.accepted
+            on_postgres.cut("after")
+        assert lost.accepted == accepted
+
+    def test_costs_as_much_of_the_budget_as_it_sends(self, here: Site) -> None:
+        before = len(here.balancer.budget._replays)
+        with transaction.atomic(here.connection.alias):
+            for _ in range(4):
+                here.read()
+            here.cut("after")
+        assert len(here.balancer.budget._replays) == before + 4
+
 
 class TestFirstWrite:
     def lose(self, here: Site, statement: str) -> bool:
@@ -287,6 +304,35 @@ class TestFirstWrite:
         assert self.lose(here, "INSERT INTO watched (a) VALUES (1)")
         assert self.count(here, "elsewhere") == 1
         here.sql("DROP TABLE watched, elsewhere")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "PERFORM setval('counted', 5)",
+            "EXECUTE 'SELECT set' || 'val(''counted'', 5)'",
+            "COPY app_token TO PROGRAM 'true'",
+        ],
+    )
+    def test_whose_trigger_may_reach_outside_of_the_transaction_is_raised(
+        self, on_postgres: Site, body: str
+    ) -> None:
+        """PL/pgSQL can set a sequence, run a program, write a file: no rollback undoes that."""
+        here = on_postgres
+        with here.plain.cursor() as cursor:
+            cursor.execute("DROP TABLE IF EXISTS watched; CREATE TABLE watched (a int)")
+            cursor.execute(
+                "CREATE SEQUENCE IF NOT EXISTS counted;"
+                "CREATE OR REPLACE FUNCTION reach() RETURNS trigger LANGUAGE plpgsql AS"
+                f" $$ BEGIN {body}; RETURN NEW; END $$;"
+                "CREATE TRIGGER r AFTER DELETE ON watched FOR EACH ROW EXECUTE FUNCTION reach()"
+            )
+        try:
+            assert not self.lose(here, "INSERT INTO watched (a) VALUES (1)")
+            assert not here.replayed()
+            # A table without a trigger is well all the same.
+            assert self.lose(here, "INSERT INTO app_token (value) VALUES ('one')")
+        finally:
+            here.sql("DROP TABLE watched; DROP FUNCTION reach(); DROP SEQUENCE counted")
 
     def test_change_of_the_schema_is_saved(self, on_postgres: Site) -> None:
         on_postgres.sql("DROP TABLE IF EXISTS fresh")
@@ -379,6 +425,23 @@ class TestServerSideCursors:
             assert values() == list("abcde")
         assert here.replayed()
         here.write("f")
+
+    def test_counts_for_the_budget_and_is_remembered(self, on_postgres: Site) -> None:
+        """DECLARE and the first FETCH are statements like others."""
+        here = on_postgres
+        counted, sent = here.balancer.budget.statements, []
+        here.sql("SELECT 1")
+        rows = Token.objects.using(here.connection.alias).iterator(2)
+
+        def note(peer: str, statement: str, caller: int) -> bool:
+            sent.append(statement)
+            return False
+
+        here.balancer.losses.note = note  # type: ignore[method-assign]
+        here.cut("after", 2)
+        list(rows)
+        assert [statement[:6] for statement in sent] == ["SELECT"]
+        assert here.balancer.budget.statements == counted + 3
 
     def test_in_autocommit_notes_nothing_on_what_all_threads_share(self, on_postgres: Site) -> None:
         list(Token.objects.using(on_postgres.connection.alias).iterator(2))

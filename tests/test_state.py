@@ -1,12 +1,14 @@
-"""A transaction's record: every transition from every stage, and nothing of it lasts."""
+"""The records of a connection's health and of a transaction: every transition from every state."""
 
 from __future__ import annotations
 
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 
-from django_proxysql.backends.state import NO_TRANSACTION, Stage, Transaction
+from django_proxysql.backends.state import NO_TRANSACTION, Health, Life, Stage, Transaction
 
 TRANSITIONS = [
     "statement_sent",
@@ -114,3 +116,73 @@ def test_a_transaction_begun_anew_makes_the_savepoints_that_are_left(
         what, sid = step.split()
         getattr(transaction, f"savepoint_{what}")(sid)
     assert transaction.savepoints == left
+
+
+def healths() -> list[Health]:
+    """One record in each state that transitions lead to."""
+    ways = itertools.product(
+        (False, True), (False, True), ("works", "leaving", "lost", "error raised")
+    )
+    made = []
+    for distrusted, doubted, life in ways:
+        health = Health(poll=bool)
+        if distrusted:
+            health.distrust()
+        if doubted:
+            health.doubt()
+        if life == "leaving":
+            health.leave("not ready")
+        elif life != "works":
+            health.lose("gone")
+            if life == "error raised":
+                health.raised()
+        made.append(health)
+    return made
+
+
+STEPS = {
+    "leave": ("later",),
+    "lose": ("later",),
+    "raised": (),
+    "not_raised": (),
+    "doubt": (),
+    "settle_doubt": (),
+    "distrust": (),
+    "trust": (bool,),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_transition_leads_to_an_illegal_health(step: str) -> None:
+    for health in healths():
+        before = health.life
+        getattr(health, step)(*STEPS[step])
+        assert health.dead is (health.life in (Life.LOST, Life.ERROR_RAISED))
+        if health.dead:
+            assert health.poll is None, "its number may be another connection's by now"
+            assert not health.unsure
+            assert not health.doubted
+        if before in (Life.LOST, Life.ERROR_RAISED):
+            assert health.dead, "what is lost stays lost"
+            assert health.error == "gone", "what ended it is said, and nothing that came later"
+
+
+def test_only_a_loss_is_raised() -> None:
+    for health in healths():
+        was_dead = health.dead
+        health.raised()
+        assert health.error_raised is was_dead
+        health.not_raised()
+        assert not health.error_raised
+        assert health.dead is was_dead
+
+
+def test_health_is_written_by_its_own_transitions_alone() -> None:
+    """No other code of the engine assigns to what the record keeps."""
+    backends = Path(__file__).parent.parent / "django_proxysql" / "backends"
+    for path in backends.rglob("*.py"):
+        if path.name == "state.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                assert node.attr not in Health.__slots__, f"{path.name}:{node.lineno}"

@@ -684,3 +684,31 @@ def test_a_loop_over_rows_that_is_left_early_leaves_the_connection(here: Site) -
             break
     assert here.sql("SELECT 2") == [(2,)]
     assert here.connection.connection is before
+
+
+@pytest.mark.parametrize("sqlstate", ["57P01", "08006"])
+def test_error_that_a_function_raises_at_commit_is_no_unknown_outcome(
+    on_postgres: Site, sqlstate: str
+) -> None:
+    """PostgreSQL says ERROR, and not FATAL: the transaction is rolled back, the session goes on."""
+    here = on_postgres
+    with here.plain.cursor() as cursor:
+        cursor.execute(
+            "DROP TABLE IF EXISTS checked; CREATE TABLE checked (a int);"
+            "CREATE OR REPLACE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN RAISE 'as if lost' USING ERRCODE = '{sqlstate}'; END $$;"
+            "CREATE CONSTRAINT TRIGGER c AFTER INSERT ON checked DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION complain()"
+        )
+    before = here.connection.connection
+    with (
+        pytest.raises(Error, match="as if lost") as raised,
+        transaction.atomic(here.connection.alias),
+    ):
+        here.sql("INSERT INTO checked (a) VALUES (1)")
+    assert not isinstance(raised.value, CommitOutcomeUnknown)
+    assert here.sql("SELECT count(*) FROM checked") == [(0,)]
+    assert here.connection.connection is before
+    assert not here.losses()
+    with here.plain.cursor() as cursor:
+        cursor.execute("DROP TABLE checked; DROP FUNCTION complain()")

@@ -13,7 +13,7 @@ from typing import Any
 from ..core import drivers, ready
 from ..core.breaker import CLOSED
 from ..core.exceptions import NotReady
-from ..core.faults import Fault
+from ..core.faults import Fault, Judgement
 from ..core.peer import Peer
 from .refusals import Answer, after_read_only
 from .sessions import Session, interrupted
@@ -22,11 +22,12 @@ __all__ = [
     "answer_of",
     "ask",
     "ask_anew",
+    "did_not_run",
     "has_no_server",
     "is_given_up",
     "is_of_server",
     "is_serializable",
-    "proves_not_run",
+    "isolation_of",
     "settle_doubt",
     "throw_away",
 ]
@@ -35,15 +36,15 @@ __all__ = [
 _NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 
 
-def is_given_up(db: Any, session: Session, exc: BaseException) -> bool:
+def is_given_up(db: Any, session: Session, exc: BaseException, judgement: Judgement) -> bool:
     """Judge a peer that is not ready by what it says when asked; return whether the
     connection is to be replaced."""
     breaker = session.peer.breaker
-    question = db._driver.question_of(exc)
-    if db._driver.may_be_busy(exc):
+    question = judgement.question
+    if judgement.may_be_busy:
         return breaker.circuit.state != CLOSED or has_no_server(db, session, exc)
     # Before the circuit opens, for what is known of the peer is forgotten then.
-    asks = question == "writable" or (db._driver.SPLITS and db._driver.proves_not_run(exc))
+    asks = question == "writable" or (db._driver.SPLITS and judgement.did_not_run)
     writer = ask(db, session) if asks else None
     if question == "writable":
         if not session.balancer.needs_writer:
@@ -52,7 +53,8 @@ def is_given_up(db: Any, session: Session, exc: BaseException) -> bool:
         own = answer_of(writer)
         new = Answer.UNKNOWN if own is Answer.WRITABLE else ask_anew(db, session)
         verdict = after_read_only(own, new)
-        session.doubted = verdict.asks_later
+        if verdict.asks_later:
+            session.doubt()
         if not verdict.opens:
             return verdict.drops
     breaker.trip(exc, Fault.NOT_READY, question)
@@ -116,7 +118,7 @@ def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
         with throw_away(db, session.peer) as connection:
             ready.backend(connection)
     except Exception as error:
-        if not drivers.judge(error, connecting=True).counts:
+        if not drivers.judge(error, connecting=True).fault.counts:
             # Full, or the trouble is on this side.
             return False
     else:
@@ -129,10 +131,9 @@ def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
 
 def settle_doubt(db: Any, session: Session) -> None:
     """Ask a connection that could not be asked when a write was refused on it."""
-    session.doubted = False
+    session.settle_doubt()
     if answer_of(ask(db, session)) is Answer.READ_ONLY:
-        session.dropped = True
-        session.error = session.error or "the server takes no writes"
+        session.leave(session.error or "the server takes no writes")
 
 
 def throw_away(
@@ -157,16 +158,15 @@ def throw_away(
     return ready.throw_away(db._driver, db.Database.connect, params, seconds)
 
 
-def proves_not_run(db: Any, session: Session | None, cause: BaseException) -> bool:
+def did_not_run(db: Any, session: Session | None, judgement: Judgement) -> bool:
     """Return whether an error proves that its statement did not run.
 
     What a server refuses has not run. A proxy in front of it may say so of
     what has, and is known by the thread id of its greeting.
     """
-    driver = db._driver
-    if not driver.proves_not_run(cause):
+    if not judgement.did_not_run:
         return False
-    return session is None or not driver.is_answer(cause) or is_of_server(db, session)
+    return session is None or not judgement.is_answer or is_of_server(db, session)
 
 
 def is_of_server(db: Any, session: Session) -> bool:
@@ -176,22 +176,30 @@ def is_of_server(db: Any, session: Session) -> bool:
     return not db._driver.SPLITS or bool(session.is_server)
 
 
-def is_serializable(db: Any, session: Session, asks: bool = True) -> bool | None:
+def isolation_of(session: Session) -> Any:
+    """Return the isolation level that psycopg keeps for the connection; None: the server's."""
+    try:
+        return getattr(session.connection, "isolation_level", None)
+    except Exception:
+        # The driver does not say of a connection that is closed: it may be SERIALIZABLE.
+        return "unknown"
+
+
+def is_serializable(db: Any, level: Any, connection: Any = None) -> bool | None:
     """Return whether COMMIT may find a conflict of reads alone; None: that is not known.
 
-    :param asks: ask for the server's default, on a connection of its own.
+    :param level: as of :func:`isolation_of`.
+    :param connection: is asked for its server's default; None: no server is asked.
     """
     if db.vendor == "mysql":
         # Its reads take locks, then: a conflict is found before.
         return False
-    level = getattr(session.connection, "isolation_level", None)
     if level is not None:
         # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
         return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
-    if not asks:
+    if connection is None:
         return None
-    with throw_away(db, session.peer) as connection:
-        [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
+    [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
     return str(name) == "serializable"
 
 

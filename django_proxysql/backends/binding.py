@@ -12,9 +12,7 @@ from typing import Any
 
 from django.db.utils import Error
 
-from ..core.statements import (
-    READ,
-)
+from ..core.statements import READ
 from .cursors import cursor_class, note_named
 from .losses import mark, notice_unseen
 from .replacing import at_safe_point, before_first
@@ -42,26 +40,26 @@ def make_cursor(db: Any, name: str | None = None) -> Any:
         # psycopg makes no cursor on a closed connection; and what a named
         # cursor reads cannot follow it to another one.
         before_cursor(db, session)
-    told = session is not None and session.told
+    was_raised = session is not None and session.error_raised
     pending = None
     if db._transaction.stage is BEGUN:
         pending = only_begun(db, session)
     try:
         cursor = db._plain("_cursor")(name)
     except Error:
-        # The first that is heard of it: COPY's errors pass by every seam.
+        # The first sign of the loss: COPY's errors pass by every hook.
         if session is None or session is not db._session or not session.dead:
             raise
-        session.told = False
+        session.not_raised()
         before_cursor(db, session)
         if session is db._session:
-            session.told = True
+            session.raised()
             raise
         cursor = db._plain("_cursor")(name)
-    if session is not None and session is db._session:
+    if session is not None and session is db._session and not was_raised:
         # What the peer engine sends for each cursor may have met the loss, and the
         # engine kept it to itself: django-tenants does.
-        session.told = told
+        session.not_raised()
     if pending is not None:
         was_set_up(db, pending)
     return cursor if db._quiet else look_after(db, cursor, name)
@@ -114,7 +112,7 @@ def bind(db: Any, cursor: Any, name: str | None = None) -> Session:
     """
     made = db._cursor(name)
     if name is not None:
-        # psycopg complains about a server-side cursor that nobody has closed.
+        # psycopg complains about a server-side cursor that is still open.
         with contextlib.suppress(Exception):
             cursor.cursor.close()
     session: Session = db._session
@@ -135,7 +133,7 @@ def setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def _cursor(db: Any, *args: Any, **kwargs: Any) -> Any:
         session, before = db._session, db._of_ours
         pending = only_begun(db, current(db))
-        told = session is not None and session.told
+        was_raised = session is not None and session.error_raised
         try:
             db._of_ours = True
             cursor = theirs(db, *args, **kwargs)
@@ -143,8 +141,8 @@ def setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
             db._of_ours = before
         if pending is not None:
             was_set_up(db, pending)
-        if session is not None and session is db._session:
-            session.told = told
+        if session is not None and session is db._session and not was_raised:
+            session.not_raised()
         return cursor
 
     _cursor.sets_cursors_up = True  # type: ignore[attr-defined]

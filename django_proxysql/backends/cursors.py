@@ -66,7 +66,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         except (KeyError, TypeError):
             kind = scan(sql)
         if params and not (
-            params.__class__ in _SEQUENCES and db._known_types.issuperset(map(type, params))
+            params.__class__ in _SEQUENCES and session.known_types.issuperset(map(type, params))
         ):
             kind |= db._kind_of_params(session, params)
         now = session.clock()

@@ -1,13 +1,14 @@
-"""What may be done after a loss: pure functions of plain records.
+"""What may be done to a connection and to a lost statement: pure functions of plain records.
 
-Nothing here asks a server or changes anything. Each rule is a line, and
-``tests/test_decisions.py`` tries every combination.
+Decides, and acts on nothing: no function here asks a server. Each rule is a line, and
+``tests/test_decisions.py`` tries every combination. ``docs/explanation/established.rst``
+lists the rules and where each is held.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..core.texts import Text
 from .state import Stage
@@ -15,13 +16,141 @@ from .state import Stage
 __all__ = [
     "Cause",
     "How",
+    "Leave",
     "Lost",
+    "Pinned",
     "Place",
     "Replay",
-    "leaves_no_trace",
+    "Situation",
+    "Why",
+    "may_count_as_committed",
+    "may_leave",
+    "may_replace",
     "may_replay",
+    "may_restart",
+    "must_catch_up",
+    "must_raise_loss",
     "writes_token",
 ]
+
+
+class Why(enum.Enum):
+    """Why a connection is to be replaced at a safe point."""
+
+    #: It is dead.
+    LOST = "lost"
+    #: It works. Its peer's circuit is open, or the peer is drained.
+    LEAVING = "leaving"
+    #: It works, and another peer has come back.
+    REBALANCING = "rebalancing"
+
+
+class Situation(NamedTuple):
+    """What counts for whether a connection may be replaced, or its transaction begun anew."""
+
+    #: The connection's loss was raised in the application.
+    error_raised: bool
+    #: The session holds something: ``SET``, a lock, a temporary table, ``foreign_key_checks=0``.
+    holds: bool
+    #: Django's own ``foreign_key_checks=0`` is in force.
+    by_django: bool
+    #: An earlier request left something that may still be there.
+    earlier: bool
+    #: Several threads share the wrapper.
+    shared: bool
+    #: Results are unread, or a server-side or unbuffered cursor is open.
+    unread: bool
+    #: An atomic block is open, autocommit is off, or a transaction was begun past Django.
+    in_transaction: bool
+
+
+def may_replace(why: Why, now: Situation, asks_connection: bool = False) -> bool:
+    """Return whether the connection may be replaced: now is a safe point.
+
+    :param asks_connection: the next statement asks for what this connection alone can answer:
+        ``LAST_INSERT_ID()``. Another's answer would be wrong.
+    """
+    if now.in_transaction or now.shared:
+        return False
+    if asks_connection and not now.error_raised:
+        return False
+    if why is Why.LOST and now.error_raised:
+        # What was in it is gone, and the application knows.
+        return not now.by_django
+    if why is Why.REBALANCING and now.earlier:
+        return False
+    return not (now.holds or now.unread)
+
+
+def must_raise_loss(is_lost: bool, now: Situation) -> bool:
+    """Return whether a loss that cannot be mended is raised in the application, once."""
+    return is_lost and now.holds and not now.error_raised
+
+
+def may_restart(is_pending: bool, now: Situation, asks_connection: bool = False) -> bool:
+    """Return whether the transaction may be begun anew on another connection.
+
+    :param is_pending: nothing was sent in it but Django's own SAVEPOINTs.
+    :param asks_connection: the next statement asks for what this connection alone can answer,
+        or takes session state.
+    """
+    if not is_pending or now.error_raised or asks_connection:
+        return False
+    return not (now.shared or now.holds or now.unread)
+
+
+class Pinned(enum.Enum):
+    """Whether the thread or task stays with one peer: ``pinned()``."""
+
+    NO = "no"
+    HERE = "here"
+    ELSEWHERE = "elsewhere"
+
+
+class Leave(enum.Enum):
+    """Whether a connection that works leaves its peer at a safe point."""
+
+    #: It stays, and the next statement asks again.
+    STAYS = "stays"
+    #: It stays until a circuit changes.
+    SETTLES = "settles"
+    #: It goes if a closed circuit lets it in.
+    GOES = "goes"
+    #: It goes, by a trial if nothing else is left.
+    GOES_BY_TRIAL = "goes, by a trial too"
+    #: It goes, and the error is raised if it cannot.
+    MUST_GO = "must go"
+
+
+def may_leave(pinned: Pinned, *, is_out: bool, not_ready: bool, wrote: bool, can_go: bool) -> Leave:
+    """Return whether a connection that works leaves its peer.
+
+    :param is_out: the peer's circuit is not closed, or the peer is drained.
+    :param not_ready: the peer has refused this connection its service.
+    :param wrote: the request has written on it.
+    :param can_go: another peer's circuit is closed.
+    """
+    if pinned is Pinned.HERE:
+        return Leave.STAYS
+    if pinned is Pinned.ELSEWHERE:
+        return Leave.MUST_GO
+    if not_ready:
+        return Leave.GOES_BY_TRIAL
+    if not is_out:
+        return Leave.SETTLES
+    if wrote:
+        # What it wrote may not be seen elsewhere yet: at the request's end.
+        return Leave.STAYS
+    return Leave.GOES if can_go else Leave.SETTLES
+
+
+def must_catch_up(is_mysql: bool, *, has_written: bool, has_not_caught_up: bool) -> bool:
+    """Return whether a connection waits for what the cluster has committed before it is used.
+
+    :param has_written: the request may have written on its last connection.
+    :param has_not_caught_up: or on one before that.
+    """
+    return is_mysql and (has_written or has_not_caught_up)
 
 
 class Place(enum.Enum):
@@ -62,8 +191,7 @@ class How(enum.Enum):
     READ_ONLY = "read only"
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(NamedTuple):
     """A statement that was lost, and all that counts for what may be done about it."""
 
     place: Place
@@ -83,8 +211,7 @@ class Lost:
     may_be_stale: bool
 
 
-@dataclass(frozen=True)
-class Replay:
+class Replay(NamedTuple):
     """What may be done: how the statement is run again, and what is asked before.
 
     Each question goes to the new peer, before the transaction begins there. A
@@ -146,14 +273,19 @@ def may_replay(lost: Lost) -> Replay:
     return _NEVER
 
 
-def leaves_no_trace(only_read: bool, serializable: bool | None) -> bool:
+def may_count_as_committed(
+    *, only_read: bool, holds: bool, shared: bool, enabled: bool, serializable: bool | None
+) -> bool:
     """Return whether a transaction whose COMMIT is lost is as good as committed.
 
     :param only_read: all that was answered in it is proven to be reads without locks.
-    :param serializable: COMMIT itself may find that what was read never was so; None if
-        that is not known.
+    :param holds: the session held something that is lost with it.
+    :param shared: several threads share the wrapper.
+    :param enabled: the REPLAY setting.
+    :param serializable: COMMIT itself may find that what was read never was so; None: that is
+        not known.
     """
-    return only_read and serializable is False
+    return only_read and enabled and serializable is False and not (holds or shared)
 
 
 def writes_token(

@@ -13,23 +13,24 @@ from django.db.utils import DatabaseErrorWrapper
 
 from ..core import drivers, sockets
 from ..core.events import ConnectionLost
-from ..core.faults import Fault, Loss, loss_counts
+from ..core.faults import Fault, Judgement, Loss, loss_counts
 from ..core.parameters import are_small
 from .asking import is_given_up
 from .sessions import OF_THE_CALL, Session, abandon, current, interrupted
 from .state import Stage, Transaction
 
 __all__ = [
-    "ErrorSeam",
+    "ErrorHook",
+    "act_on",
     "is_end",
     "is_end_of",
     "is_lost",
     "is_untouched",
     "is_usable",
-    "judge",
     "loss_of",
     "mark",
     "mark_as_end",
+    "note",
     "notice_unseen",
     "saw",
 ]
@@ -39,7 +40,7 @@ __all__ = [
 _LARGE_PACKET = 250_000
 
 
-class ErrorSeam(DatabaseErrorWrapper):
+class ErrorHook(DatabaseErrorWrapper):
     wrapper: Any
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
@@ -57,76 +58,64 @@ def saw(db: Any, exc: BaseException) -> None:
     """Take note of a driver error on the established connection. Never raises."""
     session = current(db)
     if session is not None:
-        with contextlib.suppress(Exception):
-            judge(db, session, exc)
+        note(db, session, exc)
         session.sending = None
-        if session.dead:
-            session.told = True
+        session.raised()
 
 
-def judge(db: Any, session: Session, exc: BaseException, idle: bool = False) -> None:
-    driver = db._driver
-    fault = drivers.judge(exc, connecting=False)
+def note(db: Any, session: Session, exc: BaseException, idle: bool = False) -> None:
+    """Judge a driver error, and act on the judgement. Never raises an Exception.
+
+    :param idle: a ping met it, before anything was sent.
+    """
+    with contextlib.suppress(Exception):
+        act_on(db, session, exc, drivers.judgement_of(exc, db._driver), idle)
+
+
+def act_on(db: Any, session: Session, exc: BaseException, judgement: Judgement, idle: bool) -> None:
+    """Note what an error says of the connection, and tell the peer's circuit and listeners."""
+    fault, text = judgement.fault, judgement.text
+    is_closed = db._driver.is_closed(session.connection)
     breaker = session.peer.breaker
-    known_dead = session.dead
     if fault is Fault.NOT_READY:
-        if db._read_only and driver.is_read_only_refusal(exc):
+        if db._read_only and judgement.question == "writable":
             # What is run again as a read was none: that says nothing of the peer.
             return
-        if driver.is_closed(session.connection):
+        if is_closed:
             # A pooler without a server says so, and hangs up.
-            session.dead, session.poll = True, None
-            session.error = drivers.describe(exc)
+            session.lose(text)
             mark_as_end(exc)
-        if is_given_up(db, session, exc):
-            session.dropped = True
-            session.error = drivers.describe(exc)
+        if is_given_up(db, session, exc, judgement):
+            session.leave(text)
             mark_as_end(exc)
         elif session.dead:
             # It may be busy: the next connect goes elsewhere first.
-            breaker.suspect(drivers.describe(exc), fault)
+            breaker.suspect(text, fault)
         return
     # psycopg knows for certain; mysqlclient's error says it.
-    lost = fault is Fault.LOST
-    if driver.is_closed(session.connection):
-        lost = fault not in (Fault.KILLED, Fault.OVERLOADED)
-        session.dead = True
-    if fault is Fault.KILLED and driver.is_killed_connection(exc):
-        session.dead = True
-    is_news = lost and not (session.dead and session.error)
+    is_lost = fault not in (Fault.KILLED, Fault.OVERLOADED) if is_closed else fault is Fault.LOST
+    is_news = is_lost and not (session.dead and session.error)
     is_failed_connect = is_news and loss_counts(loss_of(db, session, idle))
-    session.dead = session.dead or lost
+    if is_lost or is_closed or judgement.is_killed:
+        session.lose(text, timed_out=not idle and session.has_timed_out())
     if session.dead:
         if fault is not Fault.KILLED:
             mark_as_end(exc)
-        session.error = session.error or drivers.describe(exc)
-        session.poll = None
-        if not known_dead:
-            # What is raised of it later says nothing of how it ended.
-            session.timed_out = not idle and session.has_timed_out()
-    elif not driver.is_answer(exc):
-        # The number of its socket may belong to another connection by now.
-        session.unsure = True
-        session.poll = None
+        # It may have been found dead without a word of the driver's.
+        session.lose(text)
+    elif not judgement.is_answer:
+        session.distrust()
     if fault is Fault.OVERLOADED and session.dead:
         # A pooler without a server to spare hangs up: the next connect goes elsewhere.
-        breaker.suspect(drivers.describe(exc), fault)
+        breaker.suspect(text, fault)
     if is_news:
-        # Last: who is told may ask the database, and is to find the connection dead.
+        # Last: a listener may ask the database, and must find the connection dead.
         if is_failed_connect and session.permit is not None:
             breaker.count_failure(exc, Fault.LOST, session.permit.generation)
         else:
-            breaker.suspect(drivers.describe(exc), Fault.LOST)
-        session.balancer.emit(
-            ConnectionLost(
-                session.balancer.name,
-                session.peer.name,
-                session.peer.address,
-                fault,
-                drivers.describe(exc),
-                idle,
-            ),
-        )
+            breaker.suspect(text, Fault.LOST)
+        balancer, peer = session.balancer, session.peer
+        balancer.emit(ConnectionLost(balancer.name, peer.name, peer.address, fault, text, idle))
 
 
 def loss_of(db: Any, session: Session, idle: bool) -> Loss:
@@ -162,8 +151,7 @@ def is_usable(db: Any) -> bool:
     try:
         db._driver.ping(session.connection)
     except Exception:
-        session.dead = True
-        session.poll = None
+        session.lose()
         session.peer.breaker.suspect("the connection was found unusable", Fault.LOST)
     return usable
 
@@ -185,35 +173,32 @@ def is_lost(db: Any, session: Session) -> bool:
             # Its answer may come yet.
             abandon(db, session, exc)
             raise
-        if drivers.judge(exc, connecting=False) is Fault.OTHER and db._driver.is_answer(exc):
+        judgement = drivers.judgement_of(exc, db._driver)
+        if judgement.fault is Fault.OTHER and judgement.is_answer:
             return False
         if db._driver.code_of(exc) == 2014:
-            # Results that nobody has read: the connection is healthy.
-            session.sticky = True
+            # Results are unread: the connection is healthy.
+            session.holds.takes_unknown()
             return False
         with contextlib.suppress(Exception):
-            judge(db, session, exc, idle=True)
-        session.dead = True
-        # Kept to be raised, if need be; its frames are nobody's to keep.
-        session.loss = exc.with_traceback(None)
-        session.poll = None
+            act_on(db, session, exc, judgement, idle=True)
+        # Kept to be raised in COMMIT's place, without the frames.
+        session.lose(loss=exc.with_traceback(None))
         return True
     if db._transaction.stage is Stage.BEGUN:
         mark(db, session)
     elif db._transaction.reads:
         db._transaction.mark = db._driver.sent(session.connection)
     if session.unsure:
-        session.unsure = False
-        session.poll = sockets.watch(db._driver.fileno(session.connection))
+        session.trust(sockets.watch(db._driver.fileno(session.connection)))
     return False
 
 
 def notice_unseen(db: Any, session: Session) -> None:
     """Take note of what was sent in a transaction and is not known to be nothing.
 
-    The driver's own cursor and connection, and psycopg's, are anybody's:
-    nothing that is done by them passes here. To be asked before the loss
-    of a connection is noticed.
+    What the application sends by the driver's own cursor or connection does not pass here.
+    Call it before the loss of a connection is noticed.
     """
     transaction = db._transaction
     if transaction.reads is None or session.dead:
@@ -247,8 +232,7 @@ def mark(db: Any, session: Session) -> None:
 def is_end_of(db: Any, session: Session, exc: BaseException) -> bool:
     """Return whether closing a cursor has found its connection lost: nothing is, with it."""
     if session is current(db):
-        with contextlib.suppress(Exception):
-            judge(db, session, exc)
+        note(db, session, exc)
     return session.dead
 
 

@@ -19,12 +19,13 @@ from django.db.backends import utils
 from ..core import drivers, outcome, ready
 from ..core.breaker import CLOSED
 from ..core.events import CommitResolved
+from ..core.faults import Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
 from ..errors import CommitOutcomeUnknown
-from .asking import is_of_server, is_serializable, throw_away
+from .asking import is_of_server, is_serializable, isolation_of, throw_away
 from .decisions import writes_token
 from .replays import dialect_of
 from .sessions import Session
@@ -90,7 +91,7 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]] | None) 
         or session.holds
         or db._thread_sharing_count > 0
         or session.balancer.config.replay is None
-        or is_serializable(db, session, asks=False)
+        or is_serializable(db, isolation_of(session))
     ):
         return False
     dialect = dialect_of(db)
@@ -156,7 +157,8 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
         # The server has not come to COMMIT.
         transaction.commit_not_sent()
         return False
-    if not (driver.outcome_is_unknown(cause) or driver.proves_not_run(cause)):
+    judgement = drivers.judgement_of(cause, driver)
+    if judgement.proof is Proof.ANSWERED:
         return False
     found = _find_out(db, session, token, cause)
     if found is Outcome.UNKNOWN:

@@ -267,7 +267,7 @@ class Checkout:
         try:
             self._connect_directly(self._check)
         except Exception as exc:
-            if drivers.judge(exc, connecting=True).counts:
+            if drivers.judge(exc, connecting=True).fault.counts:
                 self._pools.retire(self._attempt.peer.name)
             raise
         finally:

@@ -14,9 +14,9 @@ from typing import Any
 from django.db.utils import OperationalError
 
 from ..core import ready
+from ..core.breaker import CLOSED
 from ..core.events import ConnectionReplaced
 from ..core.exceptions import NotReady
-from ..core.holdings import Replacing
 from ..core.statements import (
     IDS,
     READ,
@@ -25,7 +25,18 @@ from ..core.statements import (
     STATE,
 )
 from .asking import settle_doubt
-from .decisions import Replay
+from .decisions import (
+    Leave,
+    Pinned,
+    Replay,
+    Situation,
+    Why,
+    may_leave,
+    may_replace,
+    may_restart,
+    must_catch_up,
+    must_raise_loss,
+)
 from .losses import is_lost, mark, notice_unseen
 from .pools import give_back
 from .proofs import prove, reads_anew
@@ -38,9 +49,9 @@ __all__ = [
     "close_old",
     "connect",
     "follow",
+    "is_restartable",
     "is_safe",
     "leave_if_out",
-    "may_restart",
     "quietly",
     "raise_loss",
     "replace",
@@ -88,7 +99,11 @@ def follow(db: Any, before: Session, session: Session) -> None:
     """
     session.wrote = before.wrote
     session.lost_results = IDS | RESULT if before.results else before.lost_results
-    if (before.results or before.lost_results) and db.vendor == "mysql":
+    if must_catch_up(
+        db.vendor == "mysql",
+        has_written=before.results,
+        has_not_caught_up=bool(before.lost_results),
+    ):
         try:
             ready.catch_up(session.connection)
         except BaseException:
@@ -96,48 +111,51 @@ def follow(db: Any, before: Session, session: Session) -> None:
             raise
 
 
-def is_safe(db: Any, session: Session, why: Replacing | None = None) -> bool:
-    """Return whether the connection may be replaced and nobody could tell.
-
-    :param why: None: because it is dead, or because its peer is to be left.
-    """
-    if db.in_atomic_block or not db.autocommit or db._transaction.is_of_atomic:
-        return False
-    if db._thread_sharing_count > 0:
-        return False
-    why = why or (Replacing.LOST if session.dead else Replacing.LEAVING)
-    if not session.holds.may_go(why, session.told):
-        return False
-    if session.dead and session.told:
-        # What was in it is gone, and the application knows.
-        return True
-    return not (
-        session.unbuffered
-        or session.server_side
-        or db._driver.is_busy(session.connection)
-        or not (session.dead or db._driver.is_at_rest(session.connection))
+def situation_of(db: Any, session: Session) -> Situation:
+    """Return what counts for whether the connection may be replaced now."""
+    driver, connection, dead = db._driver, session.connection, session.dead
+    raised, holds = session.error_raised, session.holds
+    # Of a connection whose loss was raised nothing more is asked.
+    return Situation(
+        raised,
+        bool(holds),
+        holds.by_django,
+        holds.earlier,
+        db._thread_sharing_count > 0,
+        not raised
+        and bool(session.unbuffered or session.server_side or driver.is_busy(connection)),
+        db.in_atomic_block
+        or not db.autocommit
+        or db._transaction.is_of_atomic
+        or not (dead or driver.is_at_rest(connection)),
     )
 
 
-def may_restart(db: Any, session: Session) -> bool:
-    return (
-        db._transaction.is_pending
-        and not session.sticky
-        and not session.held
-        and not session.unbuffered
-        and not session.server_side
-        and not session.told
-        and db._thread_sharing_count == 0
-        and not db._driver.is_busy(session.connection)
+def why_of(session: Session) -> Why:
+    """Return why the connection would be replaced before the next statement."""
+    return Why.LOST if session.dead else Why.LEAVING
+
+
+def is_safe(db: Any, session: Session) -> bool:
+    """Return whether the connection may be replaced and the application could not tell."""
+    return may_replace(why_of(session), situation_of(db, session))
+
+
+def is_restartable(db: Any, session: Session, kind: int = READ) -> bool:
+    """Return whether the transaction may be begun anew before a statement of ``kind``."""
+    is_pending = db._transaction.is_pending
+    # Each statement of a block comes by here until something was sent.
+    return is_pending and may_restart(
+        is_pending, situation_of(db, session), bool(kind & (SCOPED | STATE))
     )
 
 
 def settle(db: Any) -> None:
-    """Leave a lost connection, and a peer that is out, if nobody can tell.
+    """Leave a lost connection, and a peer that is out, if the application cannot tell.
 
-    For whoever is about to stay with this connection's peer.
+    For code that is about to stay with this connection's peer.
 
-    :raises Exception: what connect() raised, as Django translates it: nobody can be had.
+    :raises Exception: what connect() raised, as Django translates it: no peer is left.
     """
     session = current(db)
     if session is not None and not db.in_atomic_block:
@@ -146,21 +164,19 @@ def settle(db: Any) -> None:
 
 def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
     """In autocommit, before something is sent: replace what is lost or to be left."""
-    if not is_safe(db, session):
-        if session.dead and not session.told and session.holds:
+    now_held = situation_of(db, session)
+    if not may_replace(why_of(session), now_held, bool(kind & SCOPED)):
+        if must_raise_loss(session.dead, now_held):
             raise_loss(db, session)
-        return
-    if kind & SCOPED and not session.told:
-        # LAST_INSERT_ID() of another connection is an answer, and wrong.
         return
     if session.doubted:
         settle_doubt(db, session)
     idle = now - session.used > session.idle
-    if idle and not db._has_units:
+    if idle and not db._ends_requests:
         session.wrote = False
     if session.dead or ((idle or kind != READ) and is_lost(db, session)):
         replace(db, session, "last")
-    elif session.dropped or session.version is not session.balancer.version:
+    elif session.is_leaving or session.version is not session.balancer.version:
         leave_if_out(db, session)
 
 
@@ -169,7 +185,7 @@ def raise_loss(db: Any, session: Session) -> None:
 
     :raises OperationalError: always.
     """
-    session.told = True
+    session.raised()
     held = ", ".join(session.holds.for_life) or "SET, a temporary table or the like"
     raise OperationalError(
         f"{session.balancer.name}: the connection to {session.peer.name} is lost "
@@ -181,37 +197,34 @@ def raise_loss(db: Any, session: Session) -> None:
 def before_first(db: Any, session: Session, kind: int, now: float) -> None:
     """Inside a block: only before its first statement can anything be mended."""
     notice_unseen(db, session)
-    if not may_restart(db, session) or kind & (SCOPED | STATE):
+    if not is_restartable(db, session, kind):
         return
     if session.dead or (now - session.used > session.idle and is_lost(db, session)):
         restart(db, session)
 
 
 def leave_if_out(db: Any, session: Session) -> None:
-    """Leave a peer whose circuit has opened, or that is drained, if another can be had."""
-    balancer = session.balancer
+    """Leave a peer whose circuit has opened, or that is drained, if another peer lets it in."""
+    balancer, peer = session.balancer, session.peer
     version = balancer.version
-    stay = balancer.pinned_to(session.peer)
-    if stay is session.peer:
-        return
-    if stay is not None:
+    pin = balancer.pinned_to(peer)
+    leave = may_leave(
+        Pinned.NO if pin is None else Pinned.HERE if pin is peer else Pinned.ELSEWHERE,
+        is_out=peer.drained or peer.breaker.circuit.state != CLOSED,
+        not_ready=session.is_leaving,
+        wrote=session.wrote,
+        can_go=balancer.has_usable(),
+    )
+    if leave is Leave.MUST_GO:
         replace(db, session, "last")
-        return
-    peer = session.peer
-    if peer.breaker.circuit.state == "closed" and not (peer.drained or session.dropped):
+    elif leave is Leave.SETTLES:
         session.version = version
-        return
-    if session.wrote and not session.dropped:
-        # What it wrote may not be seen elsewhere yet: at the unit's end.
-        return
-    if not session.dropped and not balancer.has_usable():
-        session.version = version
-        return
-    try:
-        replace(db, session, "last" if session.dropped else "never")
-    except Exception:
-        # It works, after a fashion; no other try until a circuit changes.
-        session.version = balancer.version
+    elif leave is not Leave.STAYS:
+        try:
+            replace(db, session, "last" if leave is Leave.GOES_BY_TRIAL else "never")
+        except Exception:
+            # It works, after a fashion; no other try until a circuit changes.
+            session.version = balancer.version
 
 
 def replace(
@@ -219,7 +232,7 @@ def replace(
 ) -> None:
     """Put a new connection into the place of the present one.
 
-    The new one is had before the old one is given up. If it cannot be had
+    The new one is opened before the old one is given up. If that fails,
     the old one stays, dead or not, with all that Django knows of it.
 
     :param resume: begins the transaction anew on the new connection.
@@ -227,7 +240,7 @@ def replace(
     """
     present = current(db)
     if present is not None and present is not session and not present.dead:
-        # Who was told of the loss has asked the database: it is replaced already.
+        # A listener to the loss has asked the database: it is replaced already.
         return
     old, hold = db.connection, db._hold
     state = vars(db)

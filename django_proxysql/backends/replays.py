@@ -12,7 +12,7 @@ from django.db.utils import Error
 
 from ..core import drivers
 from ..core.events import StatementReplayed
-from ..core.faults import Fault
+from ..core.faults import Fault, Judgement
 from ..core.parameters import are_small, are_values, may_be_sql
 from ..core.statements import (
     SCOPED,
@@ -20,9 +20,9 @@ from ..core.statements import (
     is_provable_read,
 )
 from ..core.texts import Text, is_of_transaction, tells_time, text_of, with_parameters
-from .asking import proves_not_run
+from .asking import did_not_run
 from .binding import bind
-from .decisions import Cause, How, Lost, Place, may_replay
+from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .pools import close_for_good
 from .proofs import ReadOnly, Refused, refuses
 from .replacing import replace, restart
@@ -70,14 +70,15 @@ def run_again(
     :raises Error: what became of the second run, unless it was refused.
     """
     cause = exc.__cause__
-    if not (session.dead or session.dropped) or cause is None:
+    if not (session.dead or session.is_leaving) or cause is None:
         return None
-    lost = lost_statement(db, cursor, session, cause, sql, params, kind, started, single)
+    judgement = drivers.judgement_of(cause, db._driver)
+    lost = lost_statement(db, cursor, session, judgement, sql, params, kind, started, single)
     replay = may_replay(lost)
-    if replay.how is How.NEVER or not session.budget.spend(sql):
+    if replay.how is How.NEVER or not session.budget.spend(sql, cost_of(db, replay)):
         return None
     name = None if cursor._server_side is None else cursor.cursor.name
-    told, session.told = session.told, False
+    session.not_raised()
     try:
         if db.in_atomic_block:
             restart(db, session, replay, sql, params)
@@ -86,15 +87,18 @@ def run_again(
         successor = bind(db, cursor, name)
         if kind & STATE and not db._of_ours and not ends_with_block(db, sql):
             successor.holds.sent(sql, params)
-    except Exception:
+    except BaseException as error:
+        session.raised()
+        if not isinstance(error, Exception):
+            db._transaction.statement_sent()
+            raise
         # What the application is raised is what happened to its statement.
-        session.told = told
         return None
     successor.used = started
     successor.sending = (sql, params)
     balancer = session.balancer
     names = balancer.name, session.peer.name, successor.peer.name
-    event = StatementReplayed(*names, drivers.describe(cause))
+    event = StatementReplayed(*names, judgement.text)
     try:
         result = run() if replay.how is How.AS_IT_IS else run_read_only(db, run)
     except Refused:
@@ -107,8 +111,17 @@ def run_again(
         session.budget.bar(sql)
         successor.balancer.emit(event)
         raise
+    except BaseException:
+        db._transaction.statement_sent()
+        raise
     successor.balancer.emit(event)
     return successor, result
+
+
+def cost_of(db: Any, replay: Replay) -> int:
+    """Return how many statements a replay sends: what is rehearsed is run again, too."""
+    reads = len(db._transaction.reads or ()) if replay.reads_anew else 0
+    return 1 + reads + replay.rehearse
 
 
 def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
@@ -160,8 +173,8 @@ def give_up(db: Any) -> None:
     db._read_only = False
     session = db._session
     if session is not None and session.connection is db.connection:
-        session.dead = session.told = True
-        session.poll = None
+        session.lose()
+        session.raised()
         close_for_good(session.connection)
 
 
@@ -169,7 +182,7 @@ def lost_statement(
     db: Any,
     cursor: Any,
     session: Session,
-    cause: BaseException,
+    judgement: Judgement,
     sql: Any,
     params: Any,
     kind: int,
@@ -187,7 +200,7 @@ def lost_statement(
         holds = bool(session.holds)
     return Lost(
         place=place(db, session),
-        cause=cause_of(db, session, cause, started),
+        cause=cause_of(db, session, judgement, started),
         text=text,
         dialect=dialect_of(db),
         enabled=config.replay is not None,
@@ -220,7 +233,7 @@ def place(db: Any, session: Session) -> Place:
 def has_only_read(db: Any, session: Session, anew: bool) -> bool:
     """Return whether all that the transaction has done is proven to be reads without locks.
 
-    :param anew: it is to begin anew: then what it was told of its own time counts, too.
+    :param anew: it is to begin anew: then an answer about its own time counts, too.
     """
     transaction = db._transaction
     if not transaction.has_only_read or (anew and len(transaction.reads or ()) > MOST_BEGUN_ANEW):
@@ -234,8 +247,8 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
     )
 
 
-def cause_of(db: Any, session: Session, cause: BaseException, started: float) -> Cause:
-    if proves_not_run(db, session, cause):
+def cause_of(db: Any, session: Session, judgement: Judgement, started: float) -> Cause:
+    if did_not_run(db, session, judgement):
         return Cause.NOT_RUN
     # The same words for a closed socket and for a time-out, after which
     # the statement may be running still. (mysqlclient)
@@ -243,8 +256,8 @@ def cause_of(db: Any, session: Session, cause: BaseException, started: float) ->
         return Cause.TIMED_OUT
     if session.dead:
         return Cause.CLOSED
-    fault = drivers.judge(cause, connecting=False)
-    return Cause.NO_SERVICE if fault in (Fault.LOST, Fault.NOT_READY) else Cause.ANSWERED
+    is_service = judgement.fault not in (Fault.LOST, Fault.NOT_READY)
+    return Cause.ANSWERED if is_service else Cause.NO_SERVICE
 
 
 def kind_of_params(db: Any, session: Session, params: Any) -> int:
@@ -252,7 +265,7 @@ def kind_of_params(db: Any, session: Session, params: Any) -> int:
     connection = drivers.unwrapped(session.connection)
     try:
         hidden = may_be_sql(
-            params, db._known_types, lambda cls: db._driver.is_usual(connection, cls)
+            params, session.known_types, lambda cls: db._driver.is_usual(connection, cls)
         )
     except Exception:
         # The driver will not know it either.

@@ -11,9 +11,9 @@ from typing import Any
 
 from django.db.utils import Error
 
-from ..core.holdings import Replacing
+from .decisions import Why, may_replace, must_raise_loss
 from .pools import close_for_good, close_in_child, is_pooled
-from .replacing import is_safe, replace, restore_log
+from .replacing import is_safe, replace, restore_log, situation_of
 from .replays import give_up
 from .sessions import Session, current
 
@@ -37,7 +37,7 @@ def close_if_unusable_or_obsolete(db: Any) -> None:
             # Of a connection that is closed by now, too: the next one follows it.
             db._session.wrote = db._session.results = False
             db._session.lost_results = 0
-            db._has_units = True
+            db._ends_requests = True
     session = current(db)
     if session is not None and not db.in_atomic_block:
         if db.autocommit and not db._transaction.is_of_atomic:
@@ -59,7 +59,7 @@ def close_if_health_check_failed(db: Any) -> None:
     """Close a connection that is found unusable, as Django does; see CONN_HEALTH_CHECKS."""
     session = current(db)
     asks = db.health_check_enabled and not db.health_check_done
-    if session is not None and asks and session.holds and not session.told:
+    if session is not None and asks and session.holds and not session.error_raised:
         # If it is not usable it is marked, and the statement that is to come shows the loss.
         db.is_usable()
         db.health_check_done = True
@@ -71,18 +71,19 @@ def is_unannounced(db: Any, session: Session, ask: bool) -> bool:
 
     :param ask: ask the driver whether the connection is usable, if it is not known dead.
     """
-    if not session.holds or session.told or session.connection is not db.connection:
+    if session.connection is not db.connection or not (session.dead or ask):
         return False
-    return session.dead or (ask and not db.is_usable())
+    may_be_news = must_raise_loss(True, situation_of(db, session))
+    return may_be_news and (session.dead or not db.is_usable())
 
 
 def move(db: Any, session: Session) -> None:
-    """Between two units of work, go to a peer that has come back, if it is our turn."""
+    """Between two requests or tasks, go to a peer that has come back, if it is our turn."""
     balancer = session.balancer
     # What an earlier request has left may be there still, and so is the peer it is on.
     if session is not current(db) or session.dead:
         return
-    if not is_safe(db, session, Replacing.REBALANCING):
+    if not may_replace(Why.REBALANCING, situation_of(db, session)):
         return
     if balancer.pinned_to(session.peer) is not None:
         return
@@ -99,18 +100,19 @@ def move(db: Any, session: Session) -> None:
 
 
 def is_to_leave(db: Any) -> bool:
-    """Return whether the connection, between two units of work, leads to a drained peer."""
+    """Return whether the connection, between two requests or tasks, leads to a drained peer."""
     peer = db.peer
     if peer is None or not peer.drained or db.in_atomic_block or not db.autocommit:
         return False
     if db._thread_sharing_count > 0:
         return False
     session = current(db)
-    if session is not None and (
-        session.holds or session.server_side or db._driver.is_busy(session.connection)
-    ):
-        # Somebody is in the middle of something that would end with it.
-        return False
+    if session is not None:
+        # Unbuffered cursors end with the request, unless one is in the middle of its rows.
+        is_read = not (session.server_side or db._driver.is_busy(session.connection))
+        now = situation_of(db, session)._replace(unread=not is_read)
+        if not may_replace(Why.LEAVING, now):
+            return False
     registered = db._registered()
     if registered is None:
         return False
@@ -123,11 +125,11 @@ def close(db: Any) -> Any:
     session = db._session
     if session is not None and session.connection is db.connection:
         if session.dead and is_pooled(db.connection):
-            # The driver need not know of it: nobody is to have it out of the pool.
+            # The driver need not know of it: the pool must not hand it out again.
             close_for_good(db.connection)
         was_dead = session.dead
-        session.dead = session.told = True
-        session.poll = None
+        session.lose()
+        session.raised()
         if was_dead:
             # It may be closed already, which mysqlclient and PyMySQL complain of.
             with contextlib.suppress(Error):
@@ -165,9 +167,7 @@ def after_fork(db: Any) -> None:
             db._let_go()
             close_in_child(connection, db._driver)
         else:
-            session.dead = True
-            session.poll = None
-            session.error = session.error or "the connection is the parent process's"
+            session.lose("the connection is the parent process's")
 
 
 def recover(db: Any) -> None:

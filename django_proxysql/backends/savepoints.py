@@ -16,24 +16,30 @@ from ..core.statements import (
     READ,
 )
 from .losses import mark, notice_unseen
-from .replacing import before_first, may_restart, restart
+from .replacing import before_first, is_restartable, restart
 from .sessions import Session, current
 
 __all__ = [
     "lost_is_rolled_back",
     "of_django",
     "passed_over",
-    "quietly_heard",
     "savepoint",
     "savepoint_commit",
     "savepoint_rollback",
+    "send_of_django",
 ]
 
 
-def passed_over(db: Any, session: Session, told: bool) -> None:
-    """An error that the application is not raised has told it nothing: what else the
-    connection held is announced by the next statement's."""
-    session.told = told or not (session.sticky or session.held)
+def passed_over(session: Session, was_raised: bool) -> None:
+    """Note that an error that ends nothing is not raised. If the connection held session
+    state, the next statement raises its loss.
+
+    :param was_raised: the loss was raised before.
+    """
+    if session.holds and not was_raised:
+        session.not_raised()
+    else:
+        session.raised()
 
 
 def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], Any]) -> Any:
@@ -42,7 +48,7 @@ def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], Any]) 
     Were it an error, Django would give the whole block up without one: a
     failed ROLLBACK TO is an outer block that ends well, and nothing stands.
     """
-    told = session.told
+    was_raised = session.error_raised
     if session.dead:
         return None
     try:
@@ -51,7 +57,7 @@ def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], Any]) 
         session = db._session or session
         if not session.dead:
             raise
-        passed_over(db, session, told)
+        passed_over(session, was_raised)
         return None
 
 
@@ -102,12 +108,12 @@ def of_django(db: Any, method: Callable[[str], object], sid: str) -> None:
         before_first(db, session, READ, session.clock())
         if db._session is session:
             db._of_ours = True
-            quietly_heard(db, session, method, sid)
+            send_of_django(db, session, method, sid)
     finally:
         db._of_ours = False
 
 
-def quietly_heard(db: Any, session: Session, method: Callable[[str], object], sid: str) -> None:
+def send_of_django(db: Any, session: Session, method: Callable[[str], object], sid: str) -> None:
     transaction = db._transaction
     is_pending = transaction.is_pending
     try:
@@ -116,13 +122,13 @@ def quietly_heard(db: Any, session: Session, method: Callable[[str], object], si
         if not (is_pending and session.dead):
             raise
         # The statement's own handling took it for the application's first.
-        session.told = False
+        session.not_raised()
         transaction.only_savepoints_sent()
-        if may_restart(db, session):
+        if is_restartable(db, session):
             with contextlib.suppress(Exception):
                 restart(db, session)
         if db._session is session:
-            session.told = True
+            session.raised()
             transaction.statement_sent()
             raise
         return

@@ -12,8 +12,10 @@ from ..core import drivers
 from ..core.breaker import CLOSED, Permit
 from ..core.group import PeerGroup
 from ..core.holdings import Holdings
+from ..core.parameters import VALUES
 from ..core.peer import Peer
 from .pools import close_for_good
+from .state import Health
 
 __all__ = ["OF_THE_CALL", "Session", "abandon", "current", "interrupted"]
 
@@ -34,10 +36,11 @@ OF_THE_CALL = (
 )
 
 
-class Session:
+class Session(Health):
     """One driver connection's state, from the moment it was handed out.
 
-    Belongs to one wrapper, and so to one thread at a time.
+    Belongs to one wrapper, and so to one thread at a time. Its health is the
+    :class:`~.state.Health` that it is; what it holds is :attr:`holds`.
     """
 
     __slots__ = (
@@ -47,18 +50,13 @@ class Session:
         "clock",
         "connection",
         "database",
-        "dead",
-        "doubted",
-        "dropped",
-        "error",
         "holds",
         "idle",
         "is_server",
-        "loss",
+        "known_types",
         "lost_results",
         "peer",
         "permit",
-        "poll",
         "read_timeout",
         "results",
         "sending",
@@ -66,10 +64,7 @@ class Session:
         "server_side",
         "status",
         "takes_two",
-        "timed_out",
-        "told",
         "unbuffered",
-        "unsure",
         "used",
         "version",
         "wrote",
@@ -86,6 +81,7 @@ class Session:
         unbuffered: bool,
         status: Callable[[], object] | None = None,
     ) -> None:
+        super().__init__(poll)
         self.connection = connection
         #: The database that it was made to; "" if its parameters name none.
         self.database = ""
@@ -99,8 +95,6 @@ class Session:
         self.permit = permit
         #: The statement and its parameters that are under way; None between two statements.
         self.sending: tuple[Any, Any] | None = None
-        #: Looks at the socket; None where that cannot be done, or no longer.
-        self.poll = poll
         #: Seconds after which a loss may be a time-out: the two read alike.
         self.read_timeout = read_timeout
         #: Rows may lie on the wire between two statements.
@@ -110,36 +104,22 @@ class Session:
         idle = balancer.config.idle_check
         #: Seconds of idleness after which a read, too, looks first.
         self.idle = math.inf if idle is None else idle
-        #: The connection is lost. It stays in place until the next safe point.
-        self.dead = False
-        #: It works, but its peer is not ready: replaced at the next safe point.
-        self.dropped = False
-        #: A write was refused on it, and it could not be asked why: asked at the next safe point.
-        self.doubted = False
         #: Whether it leads to the server that greeted it, and not to one behind a proxy (MySQL
         #: family); None if it has not been asked.
         self.is_server: bool | None = None
-        #: The application has been raised an error that ended the connection.
-        self.told = False
-        #: It was given up for its silence, which may not have been its end.
-        self.timed_out = False
-        #: What the driver said when it ended, or refused its peer's service.
-        self.error = ""
-        #: What the ping of a dead socket raised, to be raised in COMMIT's place.
-        self.loss: BaseException | None = None
-        #: Its session state: never lost behind the application's back.
+        #: Types of parameters that this connection quotes: no SQL of its own is in them.
+        self.known_types: set[type] = set(VALUES)
+        #: Its session state: never lost without the application's knowledge.
         self.holds = Holdings()
         #: It may have written in this request, and so left something to ask for: LAST_INSERT_ID().
         #: Unlike :attr:`wrote`, idleness does not end this.
         self.results = False
         #: IDS, RESULT: what is asked for by these went with an earlier connection.
         self.lost_results = 0
-        #: It may have written in this unit of work.
+        #: It may have written in this request or task.
         self.wrote = False
         #: A statement has succeeded on it.
         self.served = False
-        #: The driver raised something that was no answer: ask before trusting it.
-        self.unsure = False
         #: Named cursors that are open on it: a WeakSet, once there is one.
         self.server_side: Any = ()
         #: When a statement was last begun on it.
@@ -152,26 +132,8 @@ class Session:
         if peer.drained or peer.breaker.circuit.state != CLOSED:
             self.version = None
 
-    @property
-    def sticky(self) -> bool:
-        """Whether it holds session state of the application's."""
-        return self.holds.for_request or bool(self.holds.for_life)
-
-    @sticky.setter
-    def sticky(self, value: bool) -> None:
-        self.holds.for_request = value
-
-    @property
-    def held(self) -> bool:
-        """Whether Django's own ``foreign_key_checks=0`` is in force."""
-        return self.holds.by_django
-
-    @held.setter
-    def held(self, value: bool) -> None:
-        self.holds.by_django = value
-
     def has_timed_out(self) -> bool:
-        """Return whether a loss now may be the end of somebody's patience: the two read alike."""
+        """Return whether a loss now may be a time-out: the two read alike."""
         return self.clock() - self.used >= self.read_timeout * 0.98
 
 
@@ -188,12 +150,10 @@ def abandon(db: Any, session: Session, exc: BaseException) -> None:
 
     It is closed at once, so that no statement can be sent over it, and
     replaced at the next safe point. If it held session state, the next
-    statement is an error: nobody has said so far that the state is gone.
+    statement is an error: the application does not know yet that the state is gone.
     """
     db._transaction.statement_sent()
-    session.poll = None
-    session.error = session.error or f"interrupted by {drivers.describe(exc)}"
-    session.dead = True
+    session.lose(f"interrupted by {drivers.describe(exc)}")
     close_for_good(session.connection)
 
 

@@ -1,17 +1,123 @@
-"""Where a transaction stands: one small record, made when it begins and replaced as a whole.
+"""A connection's health, and where its transaction stands: records with named transitions.
 
-Nothing of a transaction is kept anywhere else, so that nothing of it outlives it.
-The engine makes a record when autocommit is switched off, another after each
-COMMIT and ROLLBACK by hand, and puts :data:`NO_TRANSACTION` in its place when
-autocommit is on again.
+Decides nothing and acts on nothing but itself. What a session holds is the third
+record: :class:`~django_proxysql.core.holdings.Holdings`.
+
+A transaction's record is made when it begins and replaced as a whole. Nothing of a
+transaction is kept anywhere else, so that nothing of it outlives it. The engine makes a
+record when autocommit is switched off, another after each COMMIT and ROLLBACK by hand,
+and puts :data:`NO_TRANSACTION` in its place when autocommit is on again.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["BEGUN", "MOST_BEGUN_ANEW", "NO_TRANSACTION", "Stage", "Transaction"]
+__all__ = ["BEGUN", "MOST_BEGUN_ANEW", "NO_TRANSACTION", "Health", "Life", "Stage", "Transaction"]
+
+
+class Life(enum.Enum):
+    """Whether a connection can be used."""
+
+    WORKS = "works"
+    #: It works, but its peer is not ready: replaced at the next safe point.
+    LEAVING = "leaving"
+    #: It is lost, and the application does not know. It stays in place until the next safe point.
+    LOST = "lost"
+    #: It is lost, and its error was raised in the application.
+    ERROR_RAISED = "error raised"
+
+
+class Health:
+    """One connection's health. Each method is one transition; nothing else writes it."""
+
+    __slots__ = ("dead", "doubted", "error", "life", "loss", "poll", "timed_out", "unsure")
+
+    def __init__(self, poll: Callable[[int], object] | None) -> None:
+        self.life = Life.WORKS
+        #: Whether :attr:`life` is LOST or ERROR_RAISED, for code that asks at each statement.
+        self.dead = False
+        #: Looks at the socket; None where that cannot be done, or no longer.
+        self.poll = poll
+        #: The driver raised something that was no answer: ask before trusting the socket.
+        self.unsure = False
+        #: A write was refused, and the connection could not be asked why: asked at the next
+        #: safe point.
+        self.doubted = False
+        #: It was given up for its silence, which may not have been its end.
+        self.timed_out = False
+        #: What the driver said when it ended, or refused its peer's service.
+        self.error = ""
+        #: What the ping of a dead socket raised, to be raised in COMMIT's place.
+        self.loss: BaseException | None = None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the connection works, and is to be replaced at the next safe point."""
+        return self.life is Life.LEAVING
+
+    @property
+    def error_raised(self) -> bool:
+        """Whether the loss was raised in the application."""
+        return self.life is Life.ERROR_RAISED
+
+    def leave(self, error: str) -> None:
+        """Its peer refuses its service."""
+        if not self.dead:
+            self.life, self.doubted = Life.LEAVING, False
+            self.error = error
+
+    def lose(
+        self, error: str = "", *, timed_out: bool = False, loss: BaseException | None = None
+    ) -> None:
+        """The connection has ended. What is learned of it later says nothing of how.
+
+        :param error: what the driver said.
+        :param timed_out: it was given up for its silence.
+        :param loss: what a ping raised, where nothing was sent.
+        """
+        if not self.dead:
+            # First: what an asynchronous exception leaves behind is not used again.
+            self.dead = True
+            self.life, self.timed_out = Life.LOST, timed_out
+        # The number of its socket may belong to another connection by now.
+        self.poll = None
+        self.unsure = self.doubted = False
+        self.error = self.error or error
+        self.loss = self.loss or loss
+
+    def raised(self) -> None:
+        """An error that was met on the connection goes to the application."""
+        if self.dead:
+            self.life = Life.ERROR_RAISED
+
+    def not_raised(self) -> None:
+        """The error that was met last did not reach the application, or has not yet."""
+        if self.dead:
+            self.life = Life.LOST
+
+    def doubt(self) -> None:
+        """A write was refused, and the connection could not be asked why."""
+        self.doubted = not self.dead
+
+    def settle_doubt(self) -> None:
+        """The connection is being asked."""
+        self.doubted = False
+
+    def distrust(self) -> None:
+        """The driver raised what is no answer of the server's."""
+        if not self.dead:
+            self.unsure, self.poll = True, None
+
+    def trust(self, poll: Callable[[int], object] | None) -> None:
+        """The server has answered, after the driver was not trusted.
+
+        :param poll: looks at the socket.
+        """
+        if self.unsure:
+            self.unsure, self.poll = False, poll
 
 
 class Stage(enum.Enum):
@@ -32,7 +138,7 @@ class Stage(enum.Enum):
     #: COMMIT was sent and not done, and never will be: it met a conflict, or the peers were asked.
     #: The transaction may be run once more.
     NOT_DONE = "not done"
-    #: COMMIT was sent, and its answer was lost or says nothing: nobody knows.
+    #: COMMIT was sent, and its answer was lost or says nothing.
     UNKNOWN = "unknown"
 
 
@@ -70,7 +176,7 @@ class Transaction:
         #: commits is all of it.
         self.is_whole = True
         #: What the socket had sent when the transaction was last known to hold nothing;
-        #: None where the driver knows that by itself, or nobody can.
+        #: None where the driver knows that by itself, or it cannot be known.
         self.mark: object = None
         #: What was answered in it, texts and parameters, as long as all of it looks like
         #: reads; None once anything else was sent.

@@ -64,7 +64,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
         ):
             # A transaction that was begun past us is state like a raw BEGIN's.
             # Once the connection is lost the driver knows no longer.
-            session.sticky = True
+            session.holds.takes_unknown()
         at_safe_point(db, session, kind, now)
     session = db._session
     if kind & session.lost_results:
@@ -131,13 +131,27 @@ def before_many(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
     session = current(db)
     if session is None or cursor._server_side is not None:
         return None
-    kind = scan(sql) & ~READ
+    kind = kind_of_many(db, session, sql, params)
     now = session.clock()
     session = before_statement(db, cursor, kind, now, sql, None)
+    count(session, now)
     session.used = now
     session.sending = (sql, params)
     session.wrote = session.results = True
     return session
+
+
+def kind_of_many(db: Any, session: Session, sql: Any, params: Any) -> int:
+    """Return what a statement is that is sent with many parameters, or calls a procedure."""
+    return (scan(sql) & ~READ) | kind_of_params(db, session, params or ())
+
+
+def count(session: Session, now: float) -> None:
+    """Count a statement for the budget of replays, as cursors do for plain ones."""
+    budget = session.budget
+    budget.statements += 1
+    if now > budget.next_note:
+        budget.note(now)
 
 
 def unseen(db: Any) -> None:
@@ -160,7 +174,7 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
     try:
         result = run()
     except Error as exc:
-        kind = scan(sql) & ~READ
+        kind = kind_of_many(db, session, sql, param_list)
         done = run_again(
             db, cursor, session, exc, sql, param_list, kind, started, run, single=False
         )
@@ -194,6 +208,7 @@ def declare(
         raise_lost_results(db, session)
     if kind & STATE:
         takes(db, session, sql, params)
+    count(session, started)
     session.used, session.sending = started, (sql, params)
     if writes(kind):
         session.wrote = session.results = True
@@ -222,18 +237,22 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     if session is not current(db):
         return fetch()
     started = session.clock()
+    count(session, started)
+    session.used, session.sending = started, (sql, params)
 
     def run_and_fetch() -> Any:
         plain(cursor, sql, params)
         return fetch()
 
     try:
-        return fetch()
+        result = fetch()
     except Error as exc:
         done = run_again(db, cursor, session, exc, sql, params, kind, started, run_and_fetch)
         if done is None:
             raise
-        return done[1]
+        session, result = done
+    session.sending = None
+    return result
 
 
 def has_results(session: Session, sql: Any) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 from django.db.utils import Error
 
 from ..core import drivers
-from ..core.faults import Fault
+from ..core.exceptions import NotReady
+from ..core.faults import Proof
 from ..core.holdings import Holdings
 from ..errors import CommitOutcomeUnknown
-from .asking import is_serializable, proves_not_run, settle_doubt
-from .decisions import leaves_no_trace
+from .asking import did_not_run, is_serializable, isolation_of, settle_doubt
+from .decisions import may_count_as_committed
 from .losses import is_end, is_lost, mark, notice_unseen
 from .outcomes import Token, commit_with, stands, token_for
 from .pools import close_for_good
@@ -104,7 +105,7 @@ def switch_on(db: Any, begins: bool) -> None:
         # anew, only to raise another error than the one that ended it.
         is_committed = transaction.stage is Stage.COMMITTED or transaction.by_hand
         leave(db, hooks=len(db.run_on_commit) if is_committed else 0)
-        if not is_committed and (session is None or session.told or not session.holds):
+        if not is_committed and (session is None or session.error_raised or not session.holds):
             # As Django does where ROLLBACK fails.
             db.close()
         if db.run_commit_hooks_on_set_autocommit_on:
@@ -145,16 +146,18 @@ def begin(db: Any, session: Session) -> None:
     try:
         db._plain("_set_autocommit")(False)
     except Error:
-        if not (session.dead or session.dropped) or session.sticky or session.held:
+        if not (session.dead or session.is_leaving) or session.holds:
             raise
-        session.told = False
+        session.not_raised()
         if not is_safe(db, session):
-            session.told = True
+            session.raised()
             raise
         try:
             replace(db, session, "last")
-        except Exception:
-            session.told = True
+        except BaseException as exc:
+            session.raised()
+            if not isinstance(exc, Exception):
+                raise
         else:
             db._plain("_set_autocommit")(False)
             return
@@ -163,7 +166,7 @@ def begin(db: Any, session: Session) -> None:
 
 def end(db: Any, session: Session) -> None:
     switch_on = functools.partial(db._plain("_set_autocommit"), True)
-    transaction, told = db._transaction, session.told
+    transaction, was_raised = db._transaction, session.error_raised
     notice_unseen(db, session)
     try:
         if transaction.by_hand and transaction.stage is Stage.ACTIVE and db.vendor == "mysql":
@@ -176,16 +179,15 @@ def end(db: Any, session: Session) -> None:
         ends_nothing = (
             transaction.has_ended if not transaction.by_hand else (transaction.stage is Stage.BEGUN)
         )
-        if not (ends_nothing and (session.dead or session.dropped)):
+        if not (ends_nothing and (session.dead or session.is_leaving)):
             if session.dead or transaction.has_ended:
                 ended_by_hand(db)
             raise
         if not session.dead:
             # It lives, without autocommit: nothing more must be written there.
             close_for_good(session.connection)
-            session.dead = True
-            session.poll = None
-        passed_over(db, session, told)
+            session.lose()
+        passed_over(session, was_raised)
     if transaction.by_hand and db.run_on_commit:
         # Django has seen no commit().
         db.run_commit_hooks_on_set_autocommit_on = True
@@ -201,13 +203,13 @@ def commit(db: Any) -> Any:
         return end_of_nothing(db, session, functools.partial(send_commit, db), send)
     notice_unseen(db, session)
     nothing_sent = db._transaction.stage is Stage.BEGUN
-    told = session.told
+    was_raised = session.error_raised
     try:
         # Nothing happened in this transaction: nothing is lost with it. As after
         # any COMMIT that was answered its hooks run, and nothing again.
         result = None
         if not (is_lost(db, session) and nothing_sent):
-            if session.dead and session.loss is not None and not session.told:
+            if session.dead and session.loss is not None and not session.error_raised:
                 with db.wrap_database_errors:
                     raise session.loss
             token = None
@@ -220,7 +222,7 @@ def commit(db: Any) -> Any:
                 ended_by_hand(db)
             raise
         result = None
-        passed_over(db, session, told)
+        passed_over(session, was_raised)
     db._transaction.committed()
     ended_by_hand(db)
     return result
@@ -232,13 +234,13 @@ def end_of_nothing(
     """COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
     at_safe_point(db, session, 0, session.clock())
     session = db._session or session
-    safe, told = is_safe(db, session), session.told
+    safe, was_raised = is_safe(db, session), session.error_raised
     try:
         return send(end)
     except Error:
         if not (safe and session.dead):
             raise
-        passed_over(db, session, told)
+        passed_over(session, was_raised)
         return None
 
 
@@ -256,10 +258,9 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
 
     :param token: what is written with it. Then it is found out what became of it.
     """
-    driver = db._driver
     session = db._session
     known_dead = session is not None and session.dead
-    told = session is not None and session.told
+    was_raised = session is not None and session.error_raised
     # Only this COMMIT's: one that an on_commit hook sends is another's.
     transaction = db._transaction
     try:
@@ -268,19 +269,21 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
         note_end_of_transaction(db)
     except Error as exc:
         cause = exc.__cause__ or exc
-        if known_dead or proves_not_run(db, session, cause):
+        judgement = drivers.judgement_of(cause, db._driver)
+        if known_dead or did_not_run(db, session, judgement):
             # It never left: rolled back.
             transaction.commit_not_sent()
-        elif drivers.judge(cause, connecting=False) is Fault.CONFLICT:
+        elif judgement.proof is Proof.ROLLED_BACK:
             transaction.commit_not_done()
         elif token is not None and session is not None:
             if not stands(db, session, token, cause):
                 raise
             note_end_of_transaction(db)
-            passed_over(db, session, told)
+            passed_over(session, was_raised)
             transaction.committed()
             return None
-        elif driver.outcome_is_unknown(cause) or driver.proves_not_run(cause):
+        elif judgement.proof is not Proof.ANSWERED:
+            # A proxy may say of what has run that it has not.
             transaction.outcome_unknown()
             raise CommitOutcomeUnknown(*exc.args) from cause
         raise
@@ -293,24 +296,28 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
 
     If it is, the connection was replaced.
     """
-    if not db._transaction.reads or not has_only_read(db, session, anew=False):
+    may_count = functools.partial(
+        may_count_as_committed,
+        only_read=has_only_read(db, session, anew=False),
+        holds=bool(session.holds),
+        shared=db._thread_sharing_count > 0,
+        enabled=session.balancer.config.replay is not None,
+    )
+    if not may_count(serializable=False):
         return False
-    try:
-        serializable = is_serializable(db, session)
-    except Exception:
-        serializable = None
-    if not leaves_no_trace(only_read=True, serializable=serializable):
-        return False
-    if session.holds or db._thread_sharing_count > 0:
-        return False
-    config = session.balancer.config
-    if config.replay is None:
-        return False
-    # Any peer can tell whether what looks like reads has written.
-    resume = functools.partial(rehearse, db, list(db._transaction.reads))
+    reads = list(db._transaction.reads)
+    level = isolation_of(session)
+
+    def resume() -> None:
+        # Any peer can tell, and the old one may be dead.
+        if not may_count(serializable=is_serializable(db, level, db.connection)):
+            raise NotReady("COMMIT might have found a conflict of reads")
+        rehearse(db, reads)
+
     try:
         # Where outcomes are found out, each is.
-        if config.commit_outcome is None and not session.budget.spend("COMMIT"):
+        is_free = session.balancer.config.commit_outcome is not None
+        if not is_free and not session.budget.spend("COMMIT", len(reads)):
             return False
         replace(db, session, "last", resume=resume)
     except Exception:
@@ -358,14 +365,13 @@ def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
     cause = exc.__cause__
     if cause is None:
         return False
-    fault = drivers.judge(cause, connecting=False)
-    if fault is Fault.CONFLICT:
+    if drivers.judgement_of(cause, db._driver).proof is Proof.ROLLED_BACK:
         return True
     session = db._session
     if session is not None and session.doubted:
         # The transaction in which it could not be asked has ended.
         settle_doubt(db, session)
-        if session.dropped:
+        if session.is_leaving:
             return True
     # After a time-out the server may be at it still, and in the way.
     return session is not None and is_end(cause) and not session.timed_out
@@ -374,7 +380,7 @@ def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
 def now_holding(db: Any) -> tuple[Session, Holdings] | None:
     """Return what the session holds, for :meth:`still_holds`; None if it holds nothing."""
     session = current(db)
-    if session is None or not session.holds or (session.dead and session.told):
+    if session is None or not session.holds or session.error_raised:
         return None
     return session, session.holds.copy()
 

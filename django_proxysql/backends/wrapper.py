@@ -28,7 +28,6 @@ from django.utils.functional import cached_property
 
 from ..core import sockets
 from ..core.balancer import Attempt
-from ..core.parameters import VALUES
 from ..registry import Registered
 from . import binding, losses, replacing, replays, requests, savepoints, statements, transactions
 from .connecting import LoadBalancedMixin
@@ -58,8 +57,8 @@ class SafePointsMixin(LoadBalancedMixin):
     next_block: Transaction | None = None
     #: The log of queries, while another is in its place.
     _own_log: Any = None
-    #: close_old_connections() is called for this wrapper: it ends units of work.
-    _has_units = False
+    #: close_old_connections() is called for this wrapper: it ends requests or tasks.
+    _ends_requests = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have an engine over this one send for each cursor what it sends."""
@@ -155,7 +154,7 @@ class SafePointsMixin(LoadBalancedMixin):
     @cached_property
     def wrap_database_errors(self) -> DatabaseErrorWrapper:
         """Django's translation of driver errors, with our hook on it."""
-        return losses.ErrorSeam(self)
+        return losses.ErrorHook(self)
 
     _saw = losses.saw
     _is_end_of = losses.is_end_of
@@ -176,17 +175,17 @@ class SafePointsMixin(LoadBalancedMixin):
             or self._transaction.stage is BEGUN
         ):
             return binding.make_cursor(self, name)
-        told = session.told
         try:
             cursor = super()._cursor()  # type: ignore[misc]
         except Error:
-            # The first that is heard of a loss: COPY's errors pass by every hook.
+            # The first sign of the loss: COPY's errors pass by every hook.
             if not session.dead:
                 raise
-            session.told = told
+            session.not_raised()
             return binding.make_cursor(self)
-        # What the engine sends for each cursor may have met the loss, and kept it to itself.
-        session.told = told
+        if session.dead:
+            # What the engine sends for each cursor has met the loss, and kept it to itself.
+            session.not_raised()
         return cursor if cursor.__class__ is PlainCursor else binding.look_after(self, cursor)
 
     def make_cursor(self, cursor: Any) -> Any:
@@ -210,17 +209,12 @@ class SafePointsMixin(LoadBalancedMixin):
     #: Whether the session held anything when the last statement that takes something was sent.
     _held_before = True
 
-    @cached_property
-    def _known_types(self) -> set[type]:
-        """Types of parameters that are quoted by the driver: no SQL of its own is in them."""
-        return set(VALUES)
-
     def settle(self) -> None:
-        """Leave a lost connection, and a peer that is out, if nobody can tell.
+        """Leave a lost connection, and a peer that is out, if the application cannot tell.
 
-        For whoever is about to stay with this connection's peer.
+        For code that is about to stay with this connection's peer.
 
-        :raises Exception: what connect() raised, as Django translates it: nobody can be had.
+        :raises Exception: what connect() raised, as Django translates it: no peer is left.
         """
         replacing.settle(self)
 
@@ -284,7 +278,7 @@ class SafePointsMixin(LoadBalancedMixin):
         """Switch foreign keys off; until they are on again the connection stays."""
         disabled: bool = self._unscanned(super().disable_constraint_checking)
         if self._session is not None and disabled:
-            self._session.held = True
+            self._session.holds.checks_off()
         return disabled
 
     def enable_constraint_checking(self) -> None:
@@ -293,7 +287,7 @@ class SafePointsMixin(LoadBalancedMixin):
             self._unscanned(super().enable_constraint_checking)
         finally:
             if self._session is not None:
-                self._session.held = False
+                self._session.holds.checks_on()
 
     def _unscanned(self, method: Callable[[], Any]) -> Any:
         try:

@@ -67,8 +67,12 @@ class ReplayBudget:
         while len(self._notes) > 2 and self._notes[1][0] <= now - WINDOW:
             self._notes.popleft()
 
-    def spend(self, sql: str) -> bool:
-        """Return whether ``sql`` may be run again, and count it as done."""
+    def spend(self, sql: str, cost: int = 1) -> bool:
+        """Return whether ``sql`` may be run again, and count it as done.
+
+        :param cost: how many statements are sent for it. A replay that costs more than is
+            left is allowed while anything is left, and none after it.
+        """
         with self._lock:
             now = self._clock()
             self._note(now)
@@ -78,7 +82,7 @@ class ReplayBudget:
                 return False
             if len(self._replays) >= max(ALWAYS, int(SHARE * self._recent(now))):
                 return False
-            self._replays.append(now)
+            self._replays.extend([now] * cost)
             return True
 
     def _recent(self, now: float) -> float:

@@ -1,8 +1,8 @@
 """What an exception says about a peer, and what follows from it.
 
-A driver's table (:mod:`django_proxysql.core.drivers`) turns an exception into one
-:class:`Fault`; the load balancer acts on the fault alone and never looks at
-an error code itself.
+A driver's table (:mod:`django_proxysql.core.drivers`) turns each exception into one
+:class:`Judgement`, once. The circuit, the events, the log lines and the replay act on
+the judgement and never look at an error code themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-__all__ = ["Count", "Fault", "Loss", "Verdict", "loss_counts", "verdict_on"]
+__all__ = ["Count", "Fault", "Judgement", "Loss", "Proof", "Verdict", "loss_counts", "verdict_on"]
 
 
 class Fault(enum.Enum):
@@ -52,6 +52,48 @@ class Fault(enum.Enum):
 
 _COUNTS = frozenset({Fault.UNREACHABLE, Fault.REFUSED, Fault.NOT_READY, Fault.LOST})
 _TRIES_NEXT = _COUNTS | {Fault.OVERLOADED, Fault.KILLED}
+
+
+class Proof(enum.Enum):
+    """What an error proves of the statement, or of the COMMIT, that met it."""
+
+    #: The server refused it, or it was never sent: it did not run. This holds for one plain
+    #: statement alone, and for COMMIT.
+    NOT_RUN = "not run"
+    #: The transaction does not stand. It may succeed if it is begun once more.
+    ROLLED_BACK = "rolled back"
+    #: A COMMIT that met it may stand or not.
+    UNDECIDED = "undecided"
+    #: It is an answer like any other.
+    ANSWERED = "answered"
+
+
+class Judgement(NamedTuple):
+    """All that one error says. Each error is judged once, and the judgement handed on."""
+
+    fault: Fault
+    #: What it says, on one line.
+    text: str
+    proof: Proof = Proof.ANSWERED
+    #: What a trial must ask a peer that answered so: "galera", "writable", "backend" or "".
+    question: str = ""
+    #: It is the server's answer: the session goes on, and the socket is what it was.
+    is_answer: bool = True
+    #: The connection itself was ended on purpose.
+    is_killed: bool = False
+    #: A proxy says so without a server and when all its connections are in use alike.
+    may_be_busy: bool = False
+    #: It was met while connecting.
+    connecting: bool = False
+    #: While connecting: a driver reports what its server said, whether a table lists it or not.
+    by_server: bool = False
+    #: While connecting: the driver cannot take the peer's settings.
+    of_settings: bool = False
+
+    @property
+    def did_not_run(self) -> bool:
+        """Whether one plain statement that met the error did not run."""
+        return self.proof is Proof.NOT_RUN
 
 
 class Count(enum.Enum):

@@ -16,25 +16,13 @@ read in two ways takes, and does not give back.
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from .statements import CALL, readings
 
-__all__ = ["Holdings", "Replacing", "asks_for_a_lock", "changes"]
-
-
-class Replacing(enum.Enum):
-    """Why a connection is to be replaced at a safe point."""
-
-    #: It is dead.
-    LOST = "lost"
-    #: It works. Its peer's circuit is open, or the peer is drained.
-    LEAVING = "leaving"
-    #: It works, and another peer has come back.
-    REBALANCING = "rebalancing"
+__all__ = ["Holdings", "asks_for_a_lock", "changes"]
 
 
 class Holdings:
@@ -64,7 +52,7 @@ class Holdings:
             before = self.for_life.get(name, 0) if name.startswith("lock ") else 0
             self.for_life[name] = before + 1
         if not taken and not given:
-            self.for_request = True
+            self.takes_unknown()
 
     def answered(self, sql: Any, params: Any) -> None:
         """Note what a statement has given back, once it has succeeded."""
@@ -94,16 +82,17 @@ class Holdings:
         self.earlier = self.earlier or bool(self)
         self.for_request = False
 
-    def may_go(self, why: Replacing, told: bool) -> bool:
-        """Return whether the connection may be replaced without anything being lost silently.
+    def takes_unknown(self) -> None:
+        """Note that something may have been taken by what was not seen."""
+        self.for_request = True
 
-        :param told: the application has been raised the error that ended the connection.
-        """
-        if why is Replacing.LOST and told:
-            return not self.by_django
-        if why is Replacing.REBALANCING and self.earlier:
-            return False
-        return not self
+    def checks_off(self) -> None:
+        """Note that Django's own ``foreign_key_checks=0`` was sent."""
+        self.by_django = True
+
+    def checks_on(self) -> None:
+        """Note that Django has switched foreign keys on again."""
+        self.by_django = False
 
     def copy(self) -> Holdings:
         """Return what is held now, to be compared with later."""

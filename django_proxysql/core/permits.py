@@ -134,7 +134,7 @@ class Permit:
             self.released()
         elif drivers.is_driver_error(exc):
             # A guarded call may be a connect or anything else.
-            fault = drivers.judge(exc, connecting=True)
+            fault = drivers.judge(exc, connecting=True).fault
             if fault.counts:
                 self.failed(exc, fault)
             else:

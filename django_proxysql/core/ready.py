@@ -153,11 +153,12 @@ def backend(connection: Any) -> None:
         try:
             rows(connection, statement)
         except Exception as exc:
-            if drivers.judge(exc, connecting=True).counts:
-                is_clear = is_postgresql and not drivers.may_be_busy(exc)
+            judgement = drivers.judge(exc, connecting=True)
+            if judgement.fault.counts:
+                is_clear = is_postgresql and not judgement.may_be_busy
                 error = NotReady if is_clear else Unanswered
                 raise error(
-                    f"no server behind the proxy answers {statement}: {drivers.describe(exc)}"
+                    f"no server behind the proxy answers {statement}: {judgement.text}"
                 ) from exc
             raise
 

@@ -345,20 +345,21 @@ class Search:
             self._errors = {**self._errors, peer.name: drivers.describe(exc)}
             self._last_error, self._verdict = exc, _BUSY
             return
-        fault = drivers.judge(exc, connecting=True)
+        judgement = drivers.judge(exc, connecting=True)
+        fault = judgement.fault
         refused = fault in (Fault.REFUSED, Fault.OTHER)
         callers = self._refusal_is_callers
         verdict = self._verdict = verdict_on(
             fault,
-            by_server=refused and drivers.is_by_server(exc),
-            of_settings=not fault.tries_next and drivers.is_of_settings(exc),
+            by_server=refused and judgement.by_server,
+            of_settings=not fault.tries_next and judgement.of_settings,
             is_callers=refused and (callers() if callable(callers) else callers),
             is_trial=permit.is_trial,
         )
         self._faults = {**self._faults, peer.name: verdict.fault}
-        self._errors = {**self._errors, peer.name: drivers.describe(exc)}
+        self._errors = {**self._errors, peer.name: judgement.text}
         self._last_error = exc
-        if drivers.may_be_busy(exc):
+        if judgement.may_be_busy:
             self._plain_error = exc
         if verdict.fault in (Fault.REFUSED, Fault.LOCAL):
             self._refused |= {peer.name}

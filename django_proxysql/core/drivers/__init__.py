@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..exceptions import NoPeerAvailable, NotReady, PoolBusy
-from ..faults import Fault
+from ..faults import Fault, Judgement
 from .base import Driver, generic, is_of_first
 from .mysql import mysql
 from .mysql_connector import mysql_connector
@@ -30,11 +30,10 @@ __all__ = [
     "driver_of",
     "driver_of_engine",
     "generic",
-    "is_by_server",
     "is_driver_error",
     "is_of_first",
-    "is_of_settings",
     "judge",
+    "judgement_of",
     "layers",
     "mark_of_settings",
     "may_be_busy",
@@ -123,7 +122,7 @@ def _origins(thing: object) -> Iterator[str]:
         return
     if isinstance(thing, types.ModuleType):
         yield thing.__name__
-        # A module of somebody's own that hands a driver's names on.
+        # A module of the application's that hands a driver's names on.
         thing = getattr(thing, "OperationalError", None)
     owner = getattr(thing, "__self__", None)
     # A connection may be of a subclass, a bound method of one, too.
@@ -156,6 +155,9 @@ def root_error(exc: BaseException) -> BaseException:
 def describe(exc: BaseException) -> str:
     """Return what ``exc`` says, on one line. Drivers put no password into it."""
     exc = root_error(exc)
+    judgement = getattr(exc, "_django_proxysql_judgement", None)
+    if judgement is not None:
+        return str(judgement.text)
     try:
         text = " ".join(str(exc).split())
     except Exception:
@@ -197,9 +199,8 @@ def mark_of_settings(exc: Exception) -> None:
         exc._django_proxysql_of_settings = True  # type: ignore[attr-defined]
 
 
-def is_of_settings(exc: BaseException) -> bool:
+def _is_of_settings(exc: BaseException) -> bool:
     """Return whether ``exc`` says that a peer's settings are such as the driver cannot take."""
-    exc = root_error(exc)
     is_marked = getattr(exc, "_django_proxysql_of_settings", False)
     table = _table_of(exc)
     if table is not None:
@@ -224,12 +225,11 @@ def is_of_settings(exc: BaseException) -> bool:
     )
 
 
-def is_by_server(exc: BaseException) -> bool:
+def _is_by_server(exc: BaseException) -> bool:
     """Return whether ``exc``, raised while connecting, is what a driver reports of its server.
 
     A broken constraint is not: an application's own statement broke it.
     """
-    exc = root_error(exc)
     names = {cls.__name__ for cls in type(exc).__mro__}
     if "IntegrityError" in names or isinstance(exc, NoPeerAvailable):
         return False
@@ -258,9 +258,10 @@ def name_peer(exc: BaseException, where: str) -> None:
     for error in (exc,) if root is exc else (exc, root):
         with contextlib.suppress(Exception):
             error._django_proxysql_is_named = True  # type: ignore[attr-defined]
+            error._django_proxysql_judgement = None  # type: ignore[attr-defined]
             if not (
                 is_driver_error(error)
-                or is_by_server(error)
+                or _is_by_server(error)
                 or getattr(root, "_django_proxysql_of_settings", False)
             ):
                 error.add_note(said.strip())  # type: ignore[attr-defined]
@@ -282,12 +283,43 @@ def may_be_busy(exc: BaseException) -> bool:
     return table is not None and table.may_be_busy(exc)
 
 
-def judge(exc: BaseException, connecting: bool) -> Fault:
-    """Return what ``exc`` says about the peer it was met on.
+def judge(exc: BaseException, connecting: bool, driver: Driver = generic) -> Judgement:
+    """Judge ``exc``, once: what it says of its peer, its connection and its statement.
+
+    The judgement stays with the error, for :func:`judgement_of`.
 
     :param connecting: whether it was raised before the connection was handed out.
+    :param driver: the connection's, for an error of no driver's.
     """
     exc = root_error(exc)
+    table = _table_of(exc) or driver
+    fault = _fault_of(exc, connecting)
+    found = Judgement(
+        fault,
+        describe(exc),
+        table.proof(exc, fault),
+        table.question_of(exc),
+        table.is_answer(exc),
+        fault is Fault.KILLED and table.is_killed_connection(exc),
+        table.may_be_busy(exc),
+        connecting,
+        connecting and _is_by_server(exc),
+        connecting and _is_of_settings(exc),
+    )
+    with contextlib.suppress(AttributeError, TypeError):
+        exc._django_proxysql_judgement = found  # type: ignore[attr-defined]
+    return found
+
+
+def judgement_of(exc: BaseException, driver: Driver = generic) -> Judgement:
+    """Return what an error of an established connection was judged to be."""
+    found: Judgement | None = getattr(root_error(exc), "_django_proxysql_judgement", None)
+    if found is None or found.connecting:
+        return judge(exc, connecting=False, driver=driver)
+    return found
+
+
+def _fault_of(exc: BaseException, connecting: bool) -> Fault:
     if not isinstance(exc, Exception):
         # KeyboardInterrupt, SystemExit, gevent's Timeout: no peer's fault.
         return Fault.OTHER

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..faults import Fault
+from ..faults import Fault, Proof
 
 __all__ = ["Driver", "generic", "is_of_first", "marking_first"]
 
@@ -127,8 +127,19 @@ class Driver:
         return False
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
-        """Return whether a COMMIT that was sent and met ``exc`` may stand or not."""
+        """Return whether a COMMIT that was sent and met ``exc`` may stand or not.
+
+        It is no conflict, and does not prove that nothing ran: :meth:`proof` has seen that.
+        """
         return self.fault(exc, connecting=False) is Fault.LOST
+
+    def proof(self, exc: BaseException, fault: Fault) -> Proof:
+        """Return what ``exc`` proves of the statement, or of the COMMIT, that met it."""
+        if self.proves_not_run(exc):
+            return Proof.NOT_RUN
+        if fault is Fault.CONFLICT:
+            return Proof.ROLLED_BACK
+        return Proof.UNDECIDED if self.outcome_is_unknown(exc) else Proof.ANSWERED
 
     def question_of(self, exc: BaseException) -> str:
         """Return what a trial must ask a peer that answered with ``exc``."""

@@ -290,10 +290,6 @@ class MySQL(Driver):
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
-        if self.is_read_only_refusal(exc) or self.fault(exc, connecting=False) is Fault.CONFLICT:
-            return False
-        if self.proves_not_run(exc):
-            return False
         # A constraint that fails at COMMIT is an answer; anything less clear is not.
         return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
 

@@ -354,6 +354,10 @@ class PostgreSQL(Driver):
         state = sqlstate_of(exc)
         if state is None:
             return type(exc).__name__ in ("OperationalError", "InterfaceError")
+        if state in _ENDS and self.fault(exc, connecting=False) is Fault.OTHER:
+            # A function's own ERROR, or a foreign server's: the session goes on, and the
+            # transaction is rolled back.
+            return False
         # 08007 transaction resolution unknown, 40003 statement completion unknown;
         # whatever else ended the connection came from somewhere in between.
         return state in ("40003",) or state.startswith(("08", "57P", "58", "XX"))
