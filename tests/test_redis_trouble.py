@@ -27,6 +27,16 @@ def caused_by(error: BaseException, cause: BaseException) -> BaseException:
 #: What redis-py raises, with what is known besides, and what is said of it.
 CASES: list[tuple[BaseException, dict[str, object], str]] = [
     (
+        redis.exceptions.MovedError("3999 10.0.0.2:6379"),
+        {},
+        "is a Redis Cluster, which SHARED_STATE cannot use",
+    ),
+    (
+        redis.exceptions.ResponseError("unknown command 'EVALSHA', with args beginning with: "),
+        {},
+        "runs no scripts, as a Redis Sentinel does not; see SHARED_STATE",
+    ),
+    (
         redis.exceptions.AuthenticationError("invalid username-password pair or user is disabled."),
         {},
         "refused our password; see SHARED_STATE",
@@ -100,7 +110,7 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
     ),
     (
         redis.exceptions.ConnectionError("Connection closed by server."),
-        {"was_heard": True},
+        {"was_answered": True},
         "does not answer",
     ),
     (
@@ -213,8 +223,18 @@ class TestRealRedis:
     def test_redis_older_than_6(self, urls: dict[str, str]) -> None:
         """A server that does not know HELLO is used, whatever redis-py speaks by itself."""
         one = World(urls["good"]).process()
-        assert one.sharing.is_heard
+        assert one.sharing.is_answered
         assert one.link.trouble is None
+
+
+def test_redis_cluster_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """A node of a Redis Cluster looks like a Redis until it answers."""
+    server = RedisServer()
+    server.options += ["--cluster-enabled", "yes"]
+    with server:
+        one = World(server.url).process()
+        assert one.sharing.trouble.startswith("is a Redis Cluster, which SHARED_STATE cannot use")
+        assert one.connect() == "db1"
 
 
 def test_another_trouble_is_said_too(caplog: pytest.LogCaptureFixture) -> None:

@@ -860,7 +860,7 @@ class TestRedis:
         world.url = f"redis://{mariadb.host}:{mariadb.port}/0"
         one = world.process()
         assert one.connect() == "db1"
-        assert not one.sharing.is_heard
+        assert not one.sharing.is_answered
         (line,) = caplog.messages
         assert "is of no use" in line
 
@@ -880,17 +880,17 @@ class TestRedis:
         world.down["db1"] = refused_by_host
         one.connect()
         one.db.group.apply_drained(one.db.peers["db2"], True, learnt=False)
-        one.sharing.wish(one.db.peers["db2"], True)
+        one.sharing.publish(one.db.peers["db2"], True)
         if cut == "before":
             proxy.cut_before(b"EVALSHA")
         else:
             proxy.cut_reply(20 if cut == "reply in the middle" else 0, b"EVALSHA")
         one.step()
-        assert not one.sharing.is_heard
+        assert not one.sharing.is_answered
         assert proxy.cuts == 1
         world.clock.advance(2)
         one.step()
-        assert one.sharing.is_heard
+        assert one.sharing.is_answered
         other.step()
         for process in (one, other):
             assert process.states == ["open", "closed"]
@@ -944,12 +944,12 @@ class TestRedis:
                 one.db.peers["db1"].breaker.open()
             elif turn % 4 == 1:
                 one.db.group.apply_drained(one.db.peers["db2"], True, learnt=False)
-                one.sharing.wish(one.db.peers["db2"], True)
+                one.sharing.publish(one.db.peers["db2"], True)
             elif turn % 4 == 2:
                 one.db.peers["db1"].breaker.close()
             else:
                 one.db.group.apply_drained(one.db.peers["db2"], False, learnt=False)
-                one.sharing.wish(one.db.peers["db2"], False)
+                one.sharing.publish(one.db.peers["db2"], False)
             if not killed_at(reached, lambda: one.link.step(world.clock())):
                 break
             world.clock.advance(2)
@@ -1300,7 +1300,8 @@ class TestDrains:
         for process in (one, other):
             process.step()
             states = [peer.drained for peer in process.db.snapshot()]
-            assert states == ([True, True] if force else [True, False])
+            # Each keeps a peer, whatever the other forces.
+            assert states == ([False, True] if force and process is other else [True, False])
         if force:
             assert error is None
             return
@@ -1376,7 +1377,7 @@ class TestDrains:
             fleet[number].step()
         for process in fleet:
             assert process.db.peers["db1"].drained is last
-            assert process.sharing.has_told_all
+            assert process.sharing.has_published_all
 
     def test_age_outlives_redis(self, world: World, redis_server: RedisServer) -> None:
         """What is written again, for it was lost, is as old as it was."""
@@ -1474,7 +1475,8 @@ class TestLastPeer:
         """Or any other nonsense: one connects all the same."""
         one = world.process(*names)
         drains = next(key for key in one.sharing.keys if key.endswith(":drains"))
-        for value in ('{"v":7,"on":true}', '{"v":8,"on":true,"at":"x"}', "[]", "{", '{"v":9}'):
+        lies = '{"v":7,"on":true}', '{"v":8,"on":true,"at":"x"}', '{"v":9,"on":true,"f":true}'
+        for value in (*lies, "[]", "{", '{"v":10}'):
             for name in names:
                 redis_server.ask("HSET", drains, f"{name}:3306", value)
             redis_server.ask("HSET", drains, "*", secrets.token_hex(4))
@@ -1483,15 +1485,48 @@ class TestLastPeer:
             assert one.connect() in names
         assert sum(state.drained for state in one.db.snapshot()) == len(names) - 1
 
-    def test_forced_is_forced(self, world: World) -> None:
-        """An operator who insists has all peers drained; one who need not insist has not."""
+    def test_force_takes_the_last_peer_of_its_own_process_alone(self, world: World) -> None:
+        """An operator who insists has all peers drained where he says so; the others keep one."""
         one, other, fewer = world.process(), world.process(), world.process("db1")
         one.db.drain("db1", force=True)
-        fewer.step()
-        assert fewer.connect() == "db1"
         one.db.drain("db2", force=True)
         other.step()
-        assert [state.drained for state in other.db.snapshot()] == [True, True]
+        fewer.step()
+        assert [state.drained for state in one.db.snapshot()] == [True, True]
+        assert [state.drained for state in other.db.snapshot()] == [True, False]
+        assert (other.connect(), fewer.connect()) == ("db2", "db1")
+
+    @pytest.mark.parametrize("force", [False, True])
+    @pytest.mark.parametrize("trouble", ["open", "suspect"])
+    def test_peer_without_another_that_works_is_drained_once_one_does(
+        self, world: World, trouble: str, force: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What counts as another is one that takes connections here: its circuit is closed."""
+        one, other = world.processes(2)
+        circuit = other.db.peers["db1"].breaker
+        one.db.drain("db2", force=force)
+        getattr(circuit, trouble)()
+        other.step()
+        assert [state.drain_refused for state in other.db.snapshot()] == [False, True]
+        assert other.db.connect(trials="never").host == "db2"
+        assert len(self.refusals(caplog)) == 1
+        if trouble == "open":
+            circuit.close()
+        else:
+            circuit.acquire().succeeded()
+        assert [state.drained for state in other.db.snapshot()] == [False, True]
+        assert isinstance(other.events[-1], PeerDrained)
+        assert other.connect() == "db1"
+
+    def test_drain_that_was_taken_over_holds_when_the_other_peer_fails(self, world: World) -> None:
+        """An operator has a reason for a drain: a failed connect is better than such a peer."""
+        one, other = world.processes(2)
+        one.db.drain("db2")
+        other.step()
+        world.down["db1"] = refused_by_host
+        with pytest.raises(NoPeerAvailable):
+            other.connect()
+        assert "db2" not in other.hosts
 
 
 class TestFleet:
@@ -1561,6 +1596,28 @@ class TestURL:
             assert caught.value.__cause__ is None
 
     @pytest.mark.parametrize(
+        ("url", "kind"),
+        [
+            ("sentinel://user:s3cr3t@a:26379/0", "Redis Sentinel"),
+            ("redis+sentinel://a:26379,b:26379/mymaster/0", "Redis Sentinel"),
+            ("rediss+sentinel://a:26379/mymaster/0", "Redis Sentinel"),
+            ("redis+cluster://a:7000/0", "a Redis Cluster"),
+            ("redis-cluster://user:s3cr3t@a:7000", "a Redis Cluster"),
+            ("redis://:s3cr3t@a:26379,b:26379/0", "Redis Sentinel or a Redis Cluster"),
+        ],
+    )
+    def test_sentinel_and_cluster_are_refused_by_name(self, url: str, kind: str) -> None:
+        """With the setting and a remedy, and without the password."""
+        with pytest.raises(ConfigError) as caught:
+            checked_url(url)
+        said = str(caught.value)
+        assert said.startswith(f"SHARED_STATE is a URL for {kind}, which cannot be used. Give one")
+        assert "s3cr3t" not in said
+
+    def test_comma_in_a_password_is_none_between_hosts(self) -> None:
+        assert checked_url("redis://:p,ss@host/0")["password"] == "p,ss"
+
+    @pytest.mark.parametrize(
         ("url", "prefix"),
         [
             ("redis://host", "django-proxysql"),
@@ -1595,11 +1652,11 @@ class TestURL:
             ]
             for number, url in enumerate(urls, start=1):
                 one = World(url).process()
-                assert one.sharing.is_heard, url
+                assert one.sharing.is_answered, url
                 assert f"db{number}:keys=" in server.ask("INFO", "keyspace")
             # … and a certificate of somebody else's does not.
             wrong = World(f"rediss://{server.host}:{secure}/1").process()
-            assert not wrong.sharing.is_heard
+            assert not wrong.sharing.is_answered
         ports.release(secure)
 
     def test_hidden(self) -> None:

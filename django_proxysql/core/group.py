@@ -35,7 +35,7 @@ from .view import PeerState, View
 __all__ = ["PeerGroup"]
 
 
-class _Wish(Protocol):
+class _Desired(Protocol):
     """What became of an operator's drain in other processes."""
 
     was_refused: bool
@@ -47,7 +47,7 @@ class Shares(Protocol):
     def start(self) -> None: ...
     def has_news(self) -> None: ...
     def settle(self) -> bool: ...
-    def wish(self, peer: Peer, drained: bool, *, forced: bool) -> _Wish: ...
+    def publish(self, peer: Peer, drained: bool, *, forced: bool) -> _Desired: ...
 
 
 class PeerGroup:
@@ -335,27 +335,27 @@ class PeerGroup:
         self._drain_changed(peer, drained, changed)
         if self.sharing is None:
             return False
-        wish = self.sharing.wish(peer, drained, forced=force)
+        desired = self.sharing.publish(peer, drained, forced=force)
         # A command's process may end right after this.
         self.sharing.settle()
-        return wish.was_refused
+        return desired.was_refused
 
-    def apply_drained(
-        self, peer: Peer, drained: bool, *, learnt: bool, forced: bool = False
-    ) -> bool:
+    def apply_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> bool:
         """Take over the desired state that another process, or this one, has shared.
 
-        Another process never drains the last peer that is not drained here: this process may have
-        fewer peers than that one. The peer is drained as soon as another is not.
+        Another process never drains the last peer that may work here, forced or not: this process
+        may have fewer peers than that one, or have found the others out of order. The peer is
+        drained as soon as another one works.
 
         :param drained: whether it gets no new connections.
         :param learnt: another process asked for it.
-        :param forced: an operator asks for it, though it leaves no peer.
         :returns: whether that is refused from now on.
         """
+        # The lock guards what is left: of two threads that apply the last two drains one refuses.
         with self._drains_lock:
             others = [other for other in self.undrained() if other is not peer]
-            refused = drained and learnt and not (peer.drained or forced or others)
+            spared = any(other.is_available or not other.was_tried for other in others)
+            refused = drained and learnt and not (peer.drained or spared)
             was_refused = peer.drain_refused
             changed = not refused and self._set_drained(peer, drained, learnt=learnt)
             peer.drain_refused = refused
@@ -383,11 +383,14 @@ class PeerGroup:
         self.schedule(news=True)
         if changed and not drained:
             self.rebalance.begin(peer)
-            for other in self.peers.values():
-                if other.drain_refused:
-                    # It is not the last undrained peer any more.
-                    self.apply_drained(other, True, learnt=True)
+            self._apply_refused()
         self.listeners.notify()
+
+    def _apply_refused(self) -> None:
+        """Apply the drains that were refused, where another peer works by now."""
+        for peer in self.peers.values():
+            if peer.drain_refused:
+                self.apply_drained(peer, True, learnt=True)
 
     # Changes
 
@@ -433,8 +436,10 @@ class PeerGroup:
             is_known = change.learnt or change.after == HALF_OPEN
             if self.sharing is not None and not is_known:
                 self.sharing.has_news()
-            if change.after == CLOSED and change.before != CLOSED:
-                self.rebalance.begin(self.peers[name])
+            if change.after == CLOSED:
+                self._apply_refused()
+                if change.before != CLOSED:
+                    self.rebalance.begin(self.peers[name])
         self.listeners.notify()
 
     def after_fork(self) -> None:

@@ -24,12 +24,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
+from .peer import Peer
 from .runtime import new_lock
-
-if TYPE_CHECKING:
-    from .peer import Peer
 
 __all__ = ["Move", "Rebalance"]
 

@@ -22,13 +22,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING
 
+from .group import PeerGroup
+from .peer import Peer
 from .runtime import Worker
-
-if TYPE_CHECKING:
-    from .group import PeerGroup
-    from .peer import Peer
 
 __all__ = ["TrialWorker", "trial_worker"]
 

@@ -194,7 +194,7 @@ def table(
             if row.known is not None and row.known.drain_refused:
                 yield (
                     f"{alias}: {row.found.peer}: another process drained it, this one does "
-                    "not: it is the last peer here that is not drained"
+                    "not: no other peer here takes connections"
                 )
         for warning in look.warnings:
             yield paint(WARNING, f"{alias}: {warning}")

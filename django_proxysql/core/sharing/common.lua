@@ -24,7 +24,7 @@ local function write(...)
 end
 
 -- Tells apart all that was ever stored; false where one of the keys is something else.
-local function stamp()
+local function state_version()
   local one, other = redis.pcall('HGET', circuits, LAST), redis.pcall('HGET', drains, LAST)
   if type(one) == 'table' or type(other) == 'table' then return false end
   return (one or '') .. ' ' .. (other or '')
@@ -37,7 +37,7 @@ end
 
 local function heartbeat()
   write('ZADD', processes, now, me)
-  write('HSET', counts, me, request.beat)
+  write('HSET', counts, me, request.heartbeat)
   local gone = redis.pcall('ZRANGEBYSCORE', processes, '-inf', now - 60000, 'LIMIT', 0, 100)
   if type(gone) == 'table' and #gone > 0 then
     write('ZREM', processes, unpack(gone))
@@ -46,5 +46,5 @@ local function heartbeat()
   keep(processes, 60)
   keep(counts, 60)
   keep(circuits, request.history)
-  keep(drains, request.wishes)
+  keep(drains, request.keep_drains)
 end

@@ -1,4 +1,4 @@
--- Adds up what all processes that were heard of lately have told.
+-- Adds up what all processes that were there lately have said.
 local request = cjson.decode(ARGV[1])
 local now = request.now
 if type(now) ~= 'number' then
@@ -6,16 +6,16 @@ if type(now) ~= 'number' then
   now = tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
 now = math.floor(now / 1000)
--- What is ahead of the time has not been heard of since the clock was set back.
+-- What is ahead of the time was there before the clock was set back, and not since.
 local alive = redis.call('ZRANGEBYSCORE', KEYS[3], now - request.alive * 1000, now + 1000)
 local sums = {}
 for first = 1, #alive, 500 do
   local part = {}
   for i = first, math.min(first + 499, #alive) do part[#part + 1] = alive[i] end
   for _, text in ipairs(redis.call('HMGET', KEYS[4], unpack(part))) do
-    local good, beat = pcall(cjson.decode, text or '')
-    if good and type(beat) == 'table' then
-      for field, held in pairs(beat) do
+    local good, connections = pcall(cjson.decode, text or '')
+    if good and type(connections) == 'table' then
+      for field, held in pairs(connections) do
         if type(held) == 'number' then sums[field] = (sums[field] or 0) + held end
       end
     end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -17,106 +16,38 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from typing import Any, Protocol
 
-from ..exceptions import ConfigError
 from ..logger import logger
 from ..runtime import Worker
-from .scripts import BEAT, FLEET, SHA, SYNC
+from .scripts import FLEET, HEARTBEAT, SHA, SYNC
 from .trouble import Trouble, trouble_from
+from .url import checked_url
 
-if TYPE_CHECKING:
-    from . import Sharing
-
-__all__ = ["INTERVAL", "Link", "Question", "checked_url", "link_to", "refusal"]
+__all__ = ["INTERVAL", "PATIENCE", "Link", "Question", "link_to", "log", "refusal"]
 
 #: Seconds between two round trips while all is well.
 INTERVAL = 1.0
 
-#: Seconds for which the thread waits for Redis. Nobody waits for the thread as long as that.
-TIMEOUT = 0.25
-
-#: The longest that a connect whose peer's trial is due waits to hear whether it may make it, in
+#: The longest that a connect whose peer's trial is due waits for leave to make it, in
 #: seconds; and so many round trips in a row that take longer are worth a word.
 PATIENCE = 0.05
 SLOW = 5
 
-#: Seconds after which a process that is not heard of counts as gone.
+#: Seconds after which a process that says nothing counts as gone.
 ALIVE = 5
 
-PREFIX = "django-proxysql"
 
+class Member(Protocol):
+    """A balancer that shares its state by the link."""
 
-def checked_url(url: object) -> dict[str, Any]:
-    """Return what to connect to Redis with, and under ``prefix`` what its keys begin with.
+    keys: list[str]
 
-    :param url: the setting SHARED_STATE: ``redis://``, ``rediss://`` or ``unix://``.
-    :raises ConfigError: it is no such URL, or the package redis is not installed. The message
-        quotes nothing of it, for there may be a password in it.
-    """
-    problem = ConfigError(
-        "SHARED_STATE",
-        "is no URL of a Redis",
-        "Give 'redis://host:6379/0', 'rediss://…' or 'unix:///path', with what is special in "
-        "a password escaped (%40 for @).",
-    )
-    if not isinstance(url, str):
-        raise problem
-    try:
-        from redis.backoff import NoBackoff
-        from redis.connection import AbstractConnection, SSLConnection, parse_url
-        from redis.retry import Retry
-    except ImportError as exc:
-        raise ConfigError(
-            "SHARED_STATE",
-            f"takes the package redis, which cannot be imported ({type(exc).__name__})",
-            'Install it: pip install "django-proxysql[redis]".',
-        ) from None
-    # redis-py has no annotation for it in some versions.
-    parse: Callable[[str], dict[str, Any]] = parse_url
-    try:
-        parts = urlsplit(url)
-        address = url.partition("?")[0]
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        prefix = query.pop("prefix", PREFIX)
-        database = parts.path.strip("/")
-        if parts.scheme == "unix":
-            good = bool(parts.path)
-        else:
-            good = bool(parts.hostname) and (not database or database.isdigit())
-        if not good or not prefix or parts.fragment or parts.port == 0:
-            raise problem
-        options: dict[str, Any] = parse(f"{address}?{urlencode(query)}")
-    except ValueError:
-        # urllib's message quotes the part that it stumbled on.
-        raise problem from None
-    known = {"db", "username", "password", "protocol"}
-    if parts.scheme == "rediss":
-        arguments = inspect.signature(SSLConnection.__init__).parameters
-        known.update(name for name in arguments if name.startswith("ssl_"))
-    unknown = sorted(set(query) - known)
-    if any("@" in name for name in unknown):
-        # The rest of a password with a question mark in it.
-        raise problem
-    if unknown:
-        raise ConfigError(
-            "SHARED_STATE",
-            f"has the unknown option {unknown[0]!r}",
-            "Known are prefix, db, username, password, protocol, and with rediss:// redis-py's "
-            "ssl_… ones.",
-        )
-    if "protocol" in inspect.signature(AbstractConnection.__init__).parameters:
-        # redis-py 8 would open with HELLO, which Redis 5 does not know. Scripts need no more.
-        options.setdefault("protocol", 2)
-    return {
-        **options,
-        "prefix": prefix,
-        "socket_timeout": TIMEOUT,
-        "socket_connect_timeout": TIMEOUT,
-        # The next try is a second later, and the thread's own affair.
-        "retry": Retry(NoBackoff(), 0),
-    }
+    def compose(self, asking: list[Question], /) -> Any: ...
+    def apply(self, request: Any, answer: Any, /) -> str: ...
+    def answer_for(self, peer: str, /) -> float: ...
+    @property
+    def has_published_all(self) -> bool: ...
 
 
 class Link(Worker):
@@ -139,7 +70,7 @@ class Link(Worker):
             or f"{self._options.get('host', 'localhost')}:{self._options.get('port', 6379)}"
         )
         self._now = now
-        self._members: dict[int, weakref.ref[Sharing]] = {}
+        self._members: dict[int, weakref.ref[Member]] = {}
         self._client: Any = None
         self._begin()
         super().__init__("to share circuits with other processes")
@@ -162,8 +93,8 @@ class Link(Worker):
         self._asked: deque[Question] = deque(maxlen=1000)
         self._requests = itertools.count()
         #: Whether the last round trip went well, and when it did.
-        self.heard = False
-        self._heard_at = float("-inf")
+        self.answers = False
+        self._answered_at = float("-inf")
         #: Not before this moment is Redis tried again, and nobody waits for an answer.
         self._retry_at = self._silent_until = float("-inf")
         #: How long somebody waited for the answer that has not come.
@@ -180,7 +111,7 @@ class Link(Worker):
 
     # The thread
 
-    def join(self, member: Sharing) -> None:
+    def join(self, member: Member) -> None:
         """Share what ``member`` knows from now on. Costs nothing later, and never blocks."""
         known = self._members.get(id(member))
         if known is None or known() is not member:
@@ -218,7 +149,7 @@ class Link(Worker):
             for question in asked:
                 question.bell.release()
 
-    def _living(self) -> list[Sharing]:
+    def _living(self) -> list[Member]:
         living = []
         for key, reference in list(self._members.items()):
             member = reference()
@@ -228,10 +159,10 @@ class Link(Worker):
                 living.append(member)
         return living
 
-    def _round_trip(self, now: float, members: list[Sharing], asked: list[Question]) -> float:
-        bids = [question for question in asked if question.peer]
+    def _round_trip(self, now: float, members: list[Member], asked: list[Question]) -> float:
+        asking = [question for question in asked if question.peer]
         composed = [
-            (member, member.compose([bid for bid in bids if bid.of is member]))
+            (member, member.compose([question for question in asking if question.of is member]))
             for member in members
         ]
         views = [question for question in asked if question.fleet]
@@ -239,7 +170,7 @@ class Link(Worker):
         try:
             answers = self._exchange(
                 [
-                    (BEAT if request.is_quiet else SYNC, member.keys, request.text(self))
+                    (HEARTBEAT if request.is_quiet else SYNC, member.keys, request.text(self))
                     for member, request in composed
                 ]
                 + [(FLEET, question.of.keys, self._fleet_request()) for question in views]
@@ -264,7 +195,7 @@ class Link(Worker):
                         raise answer
                     said = member.apply(request, answer) or said
         except Exception as exc:
-            self.heard = False
+            self.answers = False
             self._client = None
             # A fleet that lost its Redis at one moment is not to come back at one moment.
             wait = INTERVAL * (1 + random.random())
@@ -277,12 +208,12 @@ class Link(Worker):
                     has_password=bool(self._options.get("password")),
                     uses_tls="SSL"
                     in getattr(self._options.get("connection_class"), "__name__", ""),
-                    was_heard=self._heard_at > float("-inf"),
+                    was_answered=self._answered_at > float("-inf"),
                 ),
             )
             return wait
         self._clocked(time.monotonic() - began)
-        self.heard, self._heard_at = True, now
+        self.answers, self._answered_at = True, now
         for question, answer in zip(views, answers[len(composed) :]):
             if not isinstance(answer, Exception):
                 question.answer = answer
@@ -290,7 +221,7 @@ class Link(Worker):
             if question.peer:
                 question.answer = question.of.answer_for(question.peer)
             elif not question.fleet:
-                question.answer = not said and question.of.has_told_all
+                question.answer = not said and question.of.has_published_all
         self.trouble = None
         if said:
             self._of_no_use(now, Trouble(said))
@@ -300,7 +231,7 @@ class Link(Worker):
         elif self._trouble_since is not None:
             seconds = now - self._trouble_since
             self._trouble_since, self._said = None, frozenset()
-            _log(logging.INFO, "Redis at %s is of use again, after %.0f s", self.address, seconds)
+            log(logging.INFO, "Redis at %s is of use again, after %.0f s", self.address, seconds)
         return INTERVAL
 
     def _exchange(self, calls: list[tuple[str, list[str], str]]) -> list[Any]:
@@ -371,7 +302,7 @@ class Link(Worker):
         if kind in self._said:
             return
         self._said |= {kind}
-        _log(
+        log(
             logging.WARNING,
             "Redis at %s, by which processes share their circuits, is %s: %s. Each goes on with "
             "what it knows itself.",
@@ -403,7 +334,7 @@ class Link(Worker):
     @property
     def is_late(self) -> bool:
         """Whether an answer that has not come may still: the machine is busy, and Redis is well."""
-        return self.heard and time.monotonic() - self._heard_at < 3 * INTERVAL
+        return self.answers and time.monotonic() - self._answered_at < 3 * INTERVAL
 
 
 class Question:
@@ -412,7 +343,7 @@ class Question:
     __slots__ = ("answer", "bell", "by_hand", "fleet", "of", "peer")
 
     def __init__(
-        self, of: Sharing, *, peer: str = "", by_hand: bool = False, fleet: bool = False
+        self, of: Member, *, peer: str = "", by_hand: bool = False, fleet: bool = False
     ) -> None:
         self.of = of
         #: Whose trial somebody here is ready to make; and whether that is due or not.
@@ -429,7 +360,7 @@ def refusal(said: Mapping[str, Any]) -> str:
     return f"takes no writes: {said['refused']}" if said.get("refused") else ""
 
 
-def _log(level: int, message: str, *args: object) -> None:
+def log(level: int, message: str, *args: object) -> None:
     try:
         logger.log(level, message, *args)
     except Exception:  # noqa: S110

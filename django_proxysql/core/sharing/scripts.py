@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-__all__ = ["BEAT", "FLEET", "SHA", "SYNC"]
+__all__ = ["FLEET", "HEARTBEAT", "SHA", "SYNC"]
 
 
 def _lua(*names: str) -> str:
@@ -18,7 +18,7 @@ def _lua(*names: str) -> str:
 
 
 #: Counts a process in, and says whether all is as it knows it: the whole round trip in peace.
-BEAT = _lua("common", "beat")
+HEARTBEAT = _lua("common", "heartbeat")
 
 #: Compares what a process knows of circuits and drains with what is stored.
 SYNC = _lua("common", "sync")
@@ -27,4 +27,4 @@ SYNC = _lua("common", "sync")
 FLEET = _lua("fleet")
 
 #: What Redis knows a script by.
-SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (BEAT, SYNC, FLEET)}  # noqa: S324
+SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (HEARTBEAT, SYNC, FLEET)}  # noqa: S324

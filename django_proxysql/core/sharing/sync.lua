@@ -103,12 +103,12 @@ for field, theirs in pairs(request.circuits) do
     changed = true
   end
   changed = changed or done
-  local granted = false
+  local leased = false
   if record and record.s == 'open' then
     local other = record.h ~= '' and record.h ~= me and record.hu > now
-    if theirs.bid then
+    if theirs.asks then
       if not other and (record.due <= now or theirs.by_hand) then
-        record.h, record.hu, granted, changed = me, now + theirs.lease, true, true
+        record.h, record.hu, leased, changed = me, now + theirs.lease, true, true
       end
     elseif theirs.hold then
       if not other then
@@ -118,14 +118,14 @@ for field, theirs in pairs(request.circuits) do
       record.h, record.hu, changed = '', 0, true
     end
   else
-    granted = true
+    leased = true
   end
   if changed then
     if store(circuits, field, record, request.history) then
       if told then note(field, told, why) end
     else
-      -- Nobody can be kept from trying, and nobody has been told.
-      record, granted, done = before, true, false
+      -- No process can be kept from trying, and none knows of it.
+      record, leased, done = before, true, false
     end
   end
   local held = 0
@@ -133,10 +133,10 @@ for field, theirs in pairs(request.circuits) do
     held = math.max(0, record.hu - now)
   end
   reply.circuits[field] = record and {
-    v = string.format('%.0f', record.v), s = record.s, done = done, granted = granted,
+    v = string.format('%.0f', record.v), s = record.s, done = done, leased = leased,
     due = math.max(0, (record.due or now) - now), out = math.max(0, now - (record.out or now)),
     err = record.err, fault = record.fault, q = record.q, held = held,
-  } or {v = '0', s = 'closed', done = done, granted = granted}
+  } or {v = '0', s = 'closed', done = done, leased = leased}
 end
 
 local stored = {}
@@ -145,9 +145,9 @@ for field, theirs in pairs(request.drains) do
   if record and type(record.on) ~= 'boolean' then record, garbage = nil, garbage + 1 end
   if record then record.at = between(record.at, 0, now) or 0 end
   local known = tonumber(theirs.v)
-  if not theirs.wish and (record and record.v or 0) < known then
-    record = {v = known, on = theirs.on, at = now - theirs.age, f = theirs.forced}
-    store(drains, field, record, request.wishes)
+  if not theirs.asked and (record and record.v or 0) < known then
+    record = {v = known, on = theirs.on, at = now - theirs.age}
+    store(drains, field, record, request.keep_drains)
   end
   stored[field] = record
 end
@@ -165,18 +165,18 @@ for field, theirs in pairs(request.drains) do
   local was = record and record.on or false
   local at = now - theirs.age
   local done, taken, denied = false, false, false
-  if theirs.wish then
+  if theirs.asked then
     if record and record.at > at and record.by ~= me then
-      -- Somebody has wished for something since.
+      -- An operator has asked for something since.
       done = true
     elseif theirs.on and not was and not theirs.force and is_last(field) then
       done, denied = true, true
     else
-      local wished = {v = math.max(now_us, version + 1, tonumber(theirs.v) + 1), on = theirs.on,
-                      at = at, by = me, f = theirs.on and theirs.force and is_last(field)}
-      if store(drains, field, wished, request.wishes) then
+      local asked = {v = math.max(now_us, version + 1, tonumber(theirs.v) + 1), on = theirs.on,
+                     at = at, by = me}
+      if store(drains, field, asked, request.keep_drains) then
         if was ~= theirs.on then note(field, theirs.on and 'drained' or 'undrained', '') end
-        record, done, taken = wished, true, true
+        record, done, taken = asked, true, true
         stored[field] = record
       end
     end
@@ -184,11 +184,10 @@ for field, theirs in pairs(request.drains) do
   if record or done then
     record = record or {v = 0, on = false, at = 0}
     reply.drains[field] = {v = string.format('%.0f', record.v), on = record.on, done = done,
-                           taken = taken, refused = denied, age = now - record.at,
-                           forced = record.f == true}
+                           taken = taken, refused = denied, age = now - record.at}
   end
 end
 
 heartbeat()
-reply.refused, reply.garbage, reply.stamp = refused, garbage, stamp()
+reply.refused, reply.garbage, reply.version = refused, garbage, state_version()
 return cjson.encode(reply)

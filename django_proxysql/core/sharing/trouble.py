@@ -24,6 +24,9 @@ class Trouble(NamedTuple):
 
 NO_ANSWER = Trouble("does not answer")
 
+#: redis-py's names for what only a node of a Redis Cluster answers.
+_OF_A_CLUSTER = {"AskError", "ClusterCrossSlotError", "ClusterDownError", "MovedError"}
+
 
 def trouble_from(
     exc: BaseException,
@@ -31,7 +34,7 @@ def trouble_from(
     database: object = 0,
     has_password: bool = True,
     uses_tls: bool = False,
-    was_heard: bool = False,
+    was_answered: bool = False,
 ) -> Trouble:
     """Return what an error of redis-py's says about a Redis and about SHARED_STATE.
 
@@ -39,7 +42,7 @@ def trouble_from(
     :param database: the number of the database that SHARED_STATE names.
     :param has_password: SHARED_STATE names a password.
     :param uses_tls: SHARED_STATE is a ``rediss://`` URL.
-    :param was_heard: this Redis has answered this process before.
+    :param was_answered: this Redis has answered this process before.
     """
     detail = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
     causes = list(_causes(exc))
@@ -57,6 +60,10 @@ def trouble_from(
             "is older than Redis 6, which protocol=3 takes; see SHARED_STATE: protocol=2 is the "
             "default"
         )
+    elif names & _OF_A_CLUSTER:
+        says = "is a Redis Cluster, which SHARED_STATE cannot use; name a Redis that is none"
+    elif "unknown command" in said and "eval" in said:
+        says = "runs no scripts, as a Redis Sentinel does not; see SHARED_STATE"
     elif "db index is out of range" in said or "invalid db index" in said:
         says = f"has no database {database}; see SHARED_STATE"
     elif any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
@@ -67,7 +74,7 @@ def trouble_from(
         says = "has a host name that cannot be resolved; see SHARED_STATE"
     elif any(isinstance(cause, FileNotFoundError) for cause in causes):
         says = "cannot be connected to: a file that SHARED_STATE names does not exist"
-    elif uses_tls is was_heard is False and _any(said, "reset by peer", "closed by server"):
+    elif uses_tls is was_answered is False and _any(said, "reset by peer", "closed by server"):
         says = "ends connections at once; a port for TLS does so: then SHARED_STATE is rediss://…"
     elif "InvalidResponse" in names:
         says = "answers as no Redis does; see SHARED_STATE"

@@ -1,0 +1,251 @@
+"""What this process knows of circuits and drains, compared with what Redis knows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..circuit import CLOSED, Circuit, trial_of
+from ..group import PeerGroup
+from ..peer import Peer
+from .applying import apply_closed, apply_open, put_off
+from .link import INTERVAL, Link, Question, link_to, log, refusal
+from .records import (
+    KEEP_DRAINS,
+    Agreed,
+    DesiredState,
+    KeptLease,
+    Request,
+    SharedPeer,
+    change_of,
+    fault_of,
+    milliseconds,
+    names_for_others,
+    seconds_of,
+)
+
+__all__ = ["Agreement"]
+
+
+class Agreement:
+    """What one balancer's circuits and drains are here, beside what was agreed on with Redis.
+
+    The link's thread alone uses it: it asks for :meth:`compose`, sends that, and has the answer
+    applied by :meth:`apply`.
+    """
+
+    def __init__(self, balancer: PeerGroup, link: Link | None = None) -> None:
+        # The balancer has this; it is not to be kept alive by the thread.
+        self._group = weakref.ref(balancer)
+        self.link = link or link_to(balancer.config.shared_state or "")
+        config = balancer.config
+        trial = config.connect_timeout if config.trial_timeout is None else config.trial_timeout
+        #: A trial is one attempt, and at most one throw-away connection before it.
+        self._lease = int((2 * trial + 1) * 1000)
+        self._fields = names_for_others(balancer.peers.values())
+        self._names = {field: name for name, field in self._fields.items()}
+        self._shared = {name: SharedPeer() for name in balancer.peers}
+        self._version: str | None = None
+        base = f"{self.link.prefix}:{{{balancer.name}}}"
+        addresses = "\n".join(sorted(peer.address for peer in balancer.peers.values()))
+        # Others that have this alias and other peers are counted by themselves.
+        digest = hashlib.sha256(addresses.encode()).hexdigest()[:8]
+        #: The keys in Redis.
+        self.keys = [
+            f"{base}:circuits",
+            f"{base}:drains",
+            f"{base}:processes:{digest}",
+            f"{base}:connections:{digest}",
+            f"{base}:timeline",
+        ]
+
+    def compose(self, asking: Sequence[Question]) -> Request:
+        """Return what to tell Redis.
+
+        :param asking: whose trials somebody here is ready to make.
+        """
+        request = Request({}, {}, {}, {}, {}, self._version)
+        group = self._group()
+        if balancer is None:
+            return request
+        now = request.at = balancer.clock()
+        request.asking = frozenset(question.peer for question in asking)
+        by_hand = {question.peer for question in asking if question.by_hand}
+        # One that has lost all of its peers may be what is wrong itself.
+        cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in balancer.peers.values())
+        for name, peer in balancer.peers.items():
+            field, shared = self._fields[name], self._shared[name]
+            circuit = request.seen[name] = peer.breaker.circuit
+            is_open = circuit.state != CLOSED
+            told: dict[str, Any] = {
+                "v": str(shared.agreed.version),
+                # As it was agreed on: what this process has kept to itself, it keeps.
+                "s": "open" if shared.agreed.is_open and is_open else "closed",
+                "op": change_of(circuit, shared.agreed, cut_off),
+                "lease": self._lease,
+                # Whatever lies further ahead is no time that anybody has set.
+                "longest": milliseconds(2 * peer.breaker.reset_timeout),
+            }
+            if is_open:
+                since = now if circuit.out_since is None else circuit.out_since
+                told.update(
+                    due=milliseconds(circuit.due - now),
+                    out=milliseconds(now - since),
+                    # An error's text may have bytes in it that are no text.
+                    err=circuit.error[:500].encode(errors="replace").decode(),
+                    fault=circuit.fault.value if circuit.fault else "",
+                    q=circuit.question,
+                    hold=trial_of(circuit, now) is not None,
+                    asks=name in request.asking,
+                    by_hand=name in by_hand,
+                    keep=self._is_kept(shared, now),
+                )
+            request.circuits[field] = told
+            desired = request.desired[name] = list(shared.desired.copy())
+            made = desired[-1].made if desired else shared.drain_at
+            request.drains[field] = {
+                "v": str(shared.drain_version),
+                # As it is stored: what this process refuses is not taken back for the others.
+                "on": desired[-1].drained if desired else shared.drain_on,
+                "asked": bool(desired),
+                "force": bool(desired) and desired[-1].forced,
+                "age": milliseconds(now - made, KEEP_DRAINS),
+            }
+            request.heartbeat[field] = peer.connections
+            if told["op"] or any(map(told.get, ("hold", "asks", "keep"))) or desired:
+                # A lease that is held has to be given back, whatever comes: in full once more.
+                self._version = request.version = None
+        request.is_quiet = request.version is not None
+        return request
+
+    def apply(self, request: Request, answer: Any) -> str:
+        """Take over what the others have found out.
+
+        :returns: what is wrong with Redis, although it answers.
+        :raises Exception: the answer is none.
+        """
+        said = json.loads(bytes(answer).decode(errors="replace"))
+        group = self._group()
+        if balancer is None:
+            return ""
+        agreed = True
+        for name, seen in request.seen.items():
+            peer, field = balancer.peers[name], self._fields[name]
+            told = said["circuits"][field]
+            if name in request.asking:
+                self._apply_lease(self._shared[name], request.at, told)
+                # Whatever becomes of a lease, it has to be given back.
+                agreed = False
+            # A lease that is held has to be given back.
+            is_held = bool(request.circuits[field].get("hold"))
+            agreed &= self._apply_circuit(peer, seen, told) and not is_held
+        drains = [
+            (balancer.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
+        ]
+        # Those that take connections again come first: at no moment is everything drained.
+        for peer, drain in sorted(drains, key=lambda one: one[1] is None or one[1]["on"] is True):
+            self._apply_drain(balancer, peer, request.desired[peer.name], drain)
+        wrong = refusal(said)
+        if said.get("garbage"):
+            wrong = wrong or "holds what no process of ours has written"
+        # While somebody holds a trial, or this process does, each round trip is one in full.
+        self._version = str(said["version"]) if agreed and not wrong and said["version"] else None
+        return wrong
+
+    def _apply_lease(self, shared: SharedPeer, asked: float, said: Mapping[str, Any]) -> None:
+        # Before anybody is answered: who has the answer takes this away.
+        if not said["leased"]:
+            shared.kept_lease, shared.waited = None, ""
+        elif said["s"] == "open":
+            shared.kept_lease = KeptLease(self.link.me, asked + self._lease / 1000)
+
+    def _is_kept(self, shared: SharedPeer, now: float) -> bool:
+        """Return whether a lease is kept for the next who asks, and forget one that has run out."""
+        kept_lease = shared.kept_lease
+        if kept_lease is None:
+            return False
+        if kept_lease.me != self.link.me or now >= kept_lease.until:
+            shared.kept_lease = None
+            return False
+        return True
+
+    def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> bool:
+        """Return whether there is nothing more to be said of it, as long as nothing happens."""
+        shared, breaker = self._shared[peer.name], peer.breaker
+        version, is_open = int(said["v"]), said["s"] == "open"
+        due_in = seconds_of(said.get("due"), 2 * breaker.reset_timeout)
+        held_for = min(seconds_of(said.get("held"), self._lease / 1000), INTERVAL)
+        shared.left_to_others = 0.0 if said["leased"] else max(due_in, held_for, 0.001)
+        if said["done"]:
+            # What was said here.
+            shared.agreed = Agreed(version, is_open, seen.generation)
+            return not held_for
+        if version <= shared.agreed.version:
+            if is_open and held_for:
+                # Somebody is at it: to ask for the trial would be of no use.
+                put_off(breaker, seen.generation, held_for)
+            return not held_for
+        after: Circuit | None = seen
+        if is_open:
+            after = apply_open(
+                breaker,
+                seen.generation,
+                due_in=due_in,
+                out_for=seconds_of(said.get("out"), 365 * 86400),
+                error=str(said.get("err") or "")[:500],
+                fault=fault_of(said.get("fault")),
+                question=str(said.get("q") or "")[:50],
+            )
+        elif seen.state != CLOSED:
+            after = apply_closed(breaker, seen.generation)
+        # Otherwise it has changed meanwhile, or is being tried: the next round trip sees to it.
+        if after is not None:
+            shared.agreed = Agreed(version, is_open, after.generation)
+        return after is not None and not held_for
+
+    def _apply_drain(
+        self,
+        balancer: PeerGroup,
+        peer: Peer,
+        told: list[DesiredState],
+        said: Mapping[str, Any] | None,
+    ) -> None:
+        if said is None:
+            return
+        shared, version = self._shared[peer.name], int(said["v"])
+        was_answered = said["done"] is True
+        was_refused = was_answered and said.get("refused") is True
+        if version > shared.drain_version or was_answered:
+            shared.drain_version = max(version, shared.drain_version)
+            shared.drain_on = said["on"] is True
+            shared.drain_at = balancer.clock() - seconds_of(said.get("age"), KEEP_DRAINS)
+            # A desired state that has come meanwhile is younger. And first this: one that was
+            # answered is sent again, if this is broken off.
+            if len(shared.desired) <= len(told):
+                learnt = said.get("taken") is not True
+                refused = balancer.apply_drained(peer, shared.drain_on, learnt=learnt)
+                if refused:
+                    log(
+                        logging.WARNING,
+                        "%s: another process drained %s (%s), this one does not: no other peer "
+                        "here takes connections. It is drained as soon as another does.",
+                        balancer.name,
+                        peer.name,
+                        peer.address,
+                    )
+        if was_refused:
+            log(
+                logging.WARNING,
+                "%s: %s is not drained: others have drained all other peers",
+                balancer.name,
+                peer.name,
+            )
+        for desired in told if was_answered else ():
+            desired.was_refused = was_refused and desired.drained
+            with contextlib.suppress(ValueError):
+                shared.desired.remove(desired)

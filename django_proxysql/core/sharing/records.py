@@ -1,0 +1,225 @@
+"""What processes tell each other through Redis, and what each remembers of it: plain records."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..circuit import CLOSED, Circuit
+from ..faults import Fault
+from ..peer import Peer
+from .link import Link
+
+#: Seconds for which the fleet's record of what happened goes back.
+HISTORY = 3600
+
+#: How many moments of the fleet's history are kept.
+MOMENTS = 500
+
+#: Seconds for which a drain is remembered while no process shares it.
+KEEP_DRAINS = 7 * 86400
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something that happened to a peer, as one of the processes found it."""
+
+    peer: str
+    #: ``open``, ``closed``, ``drained`` or ``undrained``.
+    state: str
+    #: When, in seconds since 1970, on Redis's clock.
+    when: float
+    #: Why a circuit opened, and "" otherwise; never a password.
+    error: str
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What all processes that share this balancer's state know together."""
+
+    #: How many of them were there within the last five seconds, this one included.
+    processes: int
+    #: The connections that they hold, by the peer's name.
+    connections: Mapping[str, int]
+    #: What has happened within the last hour, the oldest first; 500 moments at most.
+    timeline: tuple[Moment, ...]
+    #: The peers whose circuits are open, and those that are drained, as all know it. What one
+    #: process keeps to itself is not in it.
+    out: frozenset[str] = frozenset()
+    drained: frozenset[str] = frozenset()
+    #: When this was so, in seconds since 1970, on Redis's clock.
+    now: float = 0.0
+
+
+class Agreed(NamedTuple):
+    """What was last agreed on with Redis about a peer's circuit."""
+
+    #: The record's version; 0: there is none.
+    version: int = 0
+    #: Whether it says that the circuit is open.
+    is_open: bool = False
+    #: The local circuit's generation at that time.
+    generation: int = 0
+
+
+class KeptLease(NamedTuple):
+    """A lease that this process holds in Redis, and has not used yet."""
+
+    #: The process that has it: not the child of a fork.
+    me: str
+    #: It runs out at this time on the balancer's clock, or later.
+    until: float
+
+
+class DesiredState:
+    """What an operator has said of a peer."""
+
+    __slots__ = ("drained", "forced", "made", "was_refused")
+
+    def __init__(self, drained: bool, forced: bool, made: float) -> None:
+        self.drained = drained
+        #: Whether it holds even if it leaves no peer undrained.
+        self.forced = forced
+        #: When, on the balancer's clock.
+        self.made = made
+        #: Whether Redis has refused it: the others have drained all other peers.
+        self.was_refused = False
+
+
+class SharedPeer:
+    """One peer's part. All but ``desired`` is the thread's own, and replaced by one assignment."""
+
+    __slots__ = (
+        "agreed",
+        "desired",
+        "drain_at",
+        "drain_on",
+        "drain_version",
+        "kept_lease",
+        "left_to_others",
+        "waited",
+    )
+
+    def __init__(self) -> None:
+        self.agreed = Agreed()
+        #: Seconds for which a trial that was asked for is to be left to others.
+        self.left_to_others = 0.0
+        #: The lease that was given to a thread that may not have waited for the answer.
+        self.kept_lease: KeptLease | None = None
+        #: The process that put a trial off for an answer that is late; "" once there is one.
+        self.waited = ""
+        self.drain_version = 0
+        #: Whether Redis says that it is drained.
+        self.drain_on = False
+        #: When an operator asked for what Redis says of the drain, on the balancer's clock.
+        self.drain_at = float("-inf")
+        #: Desired states that Redis does not have yet. Other threads add, the link's removes.
+        self.desired: deque[DesiredState] = deque()
+
+
+@dataclass
+class Request:
+    """What one balancer tells Redis in one round trip, and what that was made from."""
+
+    circuits: dict[str, dict[str, Any]]
+    drains: dict[str, dict[str, Any]]
+    #: By peer: the record that was looked at.
+    seen: dict[str, Circuit]
+    #: By peer: the desired states that are sent; the last one counts.
+    desired: dict[str, list[DesiredState]]
+    heartbeat: dict[str, int]
+    #: What was stored when everything was agreed on last; None: not everything is.
+    version: str | None
+    #: When it was made, on the balancer's clock.
+    at: float = 0.0
+    #: The peers whose trial is asked for.
+    asking: frozenset[str] = frozenset()
+    #: Whether it is enough to ask if that is as it was: there is nothing to tell.
+    is_quiet: bool = False
+
+    def text(self, link: Link) -> str:
+        """Return what the script HEARTBEAT is given, or SYNC if there is more to it."""
+        short = {
+            "me": link.me,
+            "now": link.now_us(),
+            "heartbeat": json.dumps(self.heartbeat),
+            "history": HISTORY,
+            "keep_drains": KEEP_DRAINS,
+        }
+        if self.is_quiet:
+            return json.dumps({**short, "version": self.version})
+        return json.dumps(
+            {
+                **short,
+                "host": link.host,
+                "serial": link.serial(),
+                "circuits": self.circuits,
+                "drains": self.drains,
+                "moments": MOMENTS,
+            }
+        )
+
+
+def change_of(circuit: Circuit, agreed: Agreed, cut_off: bool) -> str:
+    """Return what has happened to a circuit since something was agreed on."""
+    if circuit.state == CLOSED:
+        return "close" if agreed.is_open else ""
+    if cut_off:
+        # Only what this process alone has found is taken back, which Redis knows.
+        return "withdraw" if agreed.is_open else ""
+    if circuit.generation == agreed.generation:
+        return ""
+    # A trial that failed, for whatever reason, puts off the next one. A peer that refuses us
+    # may well take the others' word for who they are.
+    return "open" if agreed.is_open or circuit.fault is not Fault.REFUSED else ""
+
+
+def names_for_others(peers: Iterable[Peer]) -> dict[str, str]:
+    """Return under what each peer is known to the other processes, by its name.
+
+    Its address is: names go by position, and differ where a peer was added. An address that means
+    another server on each host goes with the host's name.
+    """
+    fields: dict[str, str] = {}
+    for peer in peers:
+        field = peer.address or peer.name
+        if _is_local(peer.address):
+            field += f" on {socket.gethostname()}"
+        while field in fields.values():
+            field += "'"
+        fields[peer.name] = field
+    return fields
+
+
+def _is_local(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]").lower() if port.isdigit() else address
+    # A name without a port is a host's, or a database's on no host in particular.
+    return (
+        host in ("localhost", "::1", "")
+        or host.startswith(("127.", "/", "@", ":memory:"))
+        or host.endswith((".sock", ".sqlite3"))
+        or "/" in host
+    )
+
+
+def milliseconds(seconds: float, most: float = 86400.0) -> int:
+    return int(max(0.0, min(seconds, most)) * 1000)
+
+
+def seconds_of(milliseconds: Any, most: float) -> float:
+    """Return a duration of Redis's in seconds, as far as it is to be believed."""
+    if isinstance(milliseconds, bool) or not isinstance(milliseconds, (int, float)):
+        return 0.0
+    return max(0.0, min(milliseconds / 1000, most))
+
+
+def fault_of(value: Any) -> Fault | None:
+    try:
+        return Fault(value)
+    except ValueError:
+        return None
