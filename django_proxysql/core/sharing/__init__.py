@@ -62,14 +62,14 @@ class Sharing(Agreement):
 
     It is ``balancer.sharing`` where the balancer has ``SHARED_STATE``.
 
-    :param balancer: whose circuits and drains they are.
+    :param group: whose circuits and drains they are.
     :param link: for tests, in place of the process's own.
     :raises ConfigError: see :func:`checked_url`.
     """
 
-    def __init__(self, balancer: PeerGroup, link: Link | None = None) -> None:
-        super().__init__(balancer, link)
-        for name, peer in balancer.peers.items():
+    def __init__(self, group: PeerGroup, link: Link | None = None) -> None:
+        super().__init__(group, link)
+        for name, peer in group.peers.items():
             peer.breaker.gate = functools.partial(self.may_try, name)
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ class Sharing(Agreement):
         :returns: the desired state; it says whether it was refused, once Redis has answered.
         """
         group = self._group()
-        made = float("-inf") if balancer is None else balancer.clock()
+        made = float("-inf") if group is None else group.clock()
         desired = DesiredState(drained, forced, made)
         self._shared[peer.name].desired.append(desired)
         return desired
@@ -186,13 +186,13 @@ class Sharing(Agreement):
 
         :param by_hand: an operator asks for it, due or not, and waits for a second.
         """
-        balancer, shared = self._group(), self._shared[name]
+        group, shared = self._group(), self._shared[name]
         # What the others do not know of is nobody else's trial; and one that has no other peer
         # left connects, whatever is said.
-        if balancer is None or not shared.agreed.is_open or not balancer.has_usable():
+        if group is None or not shared.agreed.is_open or not group.has_usable():
             return 0.0
         self.start()
-        if self._is_kept(shared, balancer.clock()):
+        if self._is_kept(shared, group.clock()):
             shared.kept_lease, shared.waited = None, ""
             # It goes on from now on, by the trial that is under way.
             self.link.wake()

@@ -39,20 +39,20 @@ class Agreement:
     applied by :meth:`apply`.
     """
 
-    def __init__(self, balancer: PeerGroup, link: Link | None = None) -> None:
+    def __init__(self, group: PeerGroup, link: Link | None = None) -> None:
         # The balancer has this; it is not to be kept alive by the thread.
-        self._group = weakref.ref(balancer)
-        self.link = link or link_to(balancer.config.shared_state or "")
-        config = balancer.config
+        self._group = weakref.ref(group)
+        self.link = link or link_to(group.config.shared_state or "")
+        config = group.config
         trial = config.connect_timeout if config.trial_timeout is None else config.trial_timeout
         #: A trial is one attempt, and at most one throw-away connection before it.
         self._lease = int((2 * trial + 1) * 1000)
-        self._fields = names_for_others(balancer.peers.values())
+        self._fields = names_for_others(group.peers.values())
         self._names = {field: name for name, field in self._fields.items()}
-        self._shared = {name: SharedPeer() for name in balancer.peers}
+        self._shared = {name: SharedPeer() for name in group.peers}
         self._version: str | None = None
-        base = f"{self.link.prefix}:{{{balancer.name}}}"
-        addresses = "\n".join(sorted(peer.address for peer in balancer.peers.values()))
+        base = f"{self.link.prefix}:{{{group.name}}}"
+        addresses = "\n".join(sorted(peer.address for peer in group.peers.values()))
         # Others that have this alias and other peers are counted by themselves.
         digest = hashlib.sha256(addresses.encode()).hexdigest()[:8]
         #: The keys in Redis.
@@ -71,14 +71,14 @@ class Agreement:
         """
         request = Request({}, {}, {}, {}, {}, self._version)
         group = self._group()
-        if balancer is None:
+        if group is None:
             return request
-        now = request.at = balancer.clock()
+        now = request.at = group.clock()
         request.asking = frozenset(question.peer for question in asking)
         by_hand = {question.peer for question in asking if question.by_hand}
         # One that has lost all of its peers may be what is wrong itself.
-        cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in balancer.peers.values())
-        for name, peer in balancer.peers.items():
+        cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in group.peers.values())
+        for name, peer in group.peers.items():
             field, shared = self._fields[name], self._shared[name]
             circuit = request.seen[name] = peer.breaker.circuit
             is_open = circuit.state != CLOSED
@@ -131,11 +131,11 @@ class Agreement:
         """
         said = json.loads(bytes(answer).decode(errors="replace"))
         group = self._group()
-        if balancer is None:
+        if group is None:
             return ""
         agreed = True
         for name, seen in request.seen.items():
-            peer, field = balancer.peers[name], self._fields[name]
+            peer, field = group.peers[name], self._fields[name]
             told = said["circuits"][field]
             if name in request.asking:
                 self._apply_lease(self._shared[name], request.at, told)
@@ -145,11 +145,11 @@ class Agreement:
             is_held = bool(request.circuits[field].get("hold"))
             agreed &= self._apply_circuit(peer, seen, told) and not is_held
         drains = [
-            (balancer.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
+            (group.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
         ]
         # Those that take connections again come first: at no moment is everything drained.
         for peer, drain in sorted(drains, key=lambda one: one[1] is None or one[1]["on"] is True):
-            self._apply_drain(balancer, peer, request.desired[peer.name], drain)
+            self._apply_drain(group, peer, request.desired[peer.name], drain)
         wrong = refusal(said)
         if said.get("garbage"):
             wrong = wrong or "holds what no process of ours has written"
@@ -210,7 +210,7 @@ class Agreement:
 
     def _apply_drain(
         self,
-        balancer: PeerGroup,
+        group: PeerGroup,
         peer: Peer,
         told: list[DesiredState],
         said: Mapping[str, Any] | None,
@@ -223,18 +223,18 @@ class Agreement:
         if version > shared.drain_version or was_answered:
             shared.drain_version = max(version, shared.drain_version)
             shared.drain_on = said["on"] is True
-            shared.drain_at = balancer.clock() - seconds_of(said.get("age"), KEEP_DRAINS)
+            shared.drain_at = group.clock() - seconds_of(said.get("age"), KEEP_DRAINS)
             # A desired state that has come meanwhile is younger. And first this: one that was
             # answered is sent again, if this is broken off.
             if len(shared.desired) <= len(told):
                 learnt = said.get("taken") is not True
-                refused = balancer.apply_drained(peer, shared.drain_on, learnt=learnt)
+                refused = group.apply_drained(peer, shared.drain_on, learnt=learnt)
                 if refused:
                     log(
                         logging.WARNING,
                         "%s: another process drained %s (%s), this one does not: no other peer "
                         "here takes connections. It is drained as soon as another does.",
-                        balancer.name,
+                        group.name,
                         peer.name,
                         peer.address,
                     )
@@ -242,7 +242,7 @@ class Agreement:
             log(
                 logging.WARNING,
                 "%s: %s is not drained: others have drained all other peers",
-                balancer.name,
+                group.name,
                 peer.name,
             )
         for desired in told if was_answered else ():
