@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from queue import Queue
 from typing import Any, Callable
 
@@ -11,7 +12,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import LoadBalancer, NoPeerAvailable, PeerBreaker, balancers, retrying_atomic
-from django_proxysql.core.config import BalancerConfig
+from django_proxysql.core.config import BalancerConfig, address_in_words
 from django_proxysql.core.exceptions import ConfigError, UnknownPeer
 from django_proxysql.core.strategies import Random
 from django_proxysql.monitoring.metrics import Metrics
@@ -283,3 +284,23 @@ def test_every_public_callable_is_here() -> None:
         "retrying_atomic",
         "retrying_request",
     }
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (("10.0.0.1", 3306), "10.0.0.1:3306"),
+        (("10.0.0.1", None), "10.0.0.1"),
+        (("", 3307), "localhost:3307"),
+        (("", "", "/run/s", "shop"), "/run/s"),
+        (("localhost", 3306, "/run/s"), "/run/s"),
+        (("10.0.0.1", 3306, "/run/s"), "10.0.0.1:3306"),
+        (("/run/postgresql", 5432), "/run/postgresql"),
+        ((Path("/run/postgresql"), 5432), "/run/postgresql"),
+        ((None, None, None, "/srv/shop.sqlite3"), "/srv/shop.sqlite3"),
+        ((None, None), ""),
+    ],
+    ids=str,
+)
+def test_an_address_is_put_into_words_in_one_way(parts: Any, words: str) -> None:
+    assert address_in_words(*parts) == words

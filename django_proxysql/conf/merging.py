@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.config import address_in_words
 from .keys import CONNECTION_KEYS, NAME_KEY
 
 __all__ = ["address", "changed_keys", "first_reading", "merged_settings", "options_of", "same"]
@@ -81,13 +82,13 @@ def options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def address(settings: Mapping[str, Any]) -> str:
-    host = settings.get("HOST") or settings["OPTIONS"].get("unix_socket") or ""
-    port = settings.get("PORT")
-    if host.startswith("/") if isinstance(host, str) else False:
-        return str(host)
-    if host or port:
-        return f"{host or 'localhost'}:{port}" if port else str(host)
-    return str(settings.get("NAME") or "")
+    """Return where settings with an OPTIONS dict lead, as people write it."""
+    return address_in_words(
+        settings.get("HOST"),
+        settings.get("PORT"),
+        settings["OPTIONS"].get("unix_socket"),
+        settings.get("NAME"),
+    )
 
 
 def same(one: Any, other: Any) -> bool:

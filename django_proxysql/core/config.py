@@ -18,6 +18,7 @@ __all__ = [
     "BalancerConfig",
     "BreakerConfig",
     "PeerConfig",
+    "address_in_words",
     "config_from",
     "function",
     "imported",
@@ -272,7 +273,9 @@ def _peer_config(
     breaker = BreakerConfig.of(rest.pop("breaker", None), over=thresholds)
     return PeerConfig(
         name=name,
-        address=_address_of(rest),
+        address=address_in_words(
+            rest.get("host"), rest.get("port"), rest.get("unix_socket"), rest.get("database")
+        ),
         weight=weight,
         priority=priority,
         check_interval=interval,
@@ -281,13 +284,17 @@ def _peer_config(
     )
 
 
-def _address_of(params: Mapping[str, Any]) -> str:
-    """Return where connect() arguments lead, as people write it; never a password."""
-    socket = params.get("unix_socket")
-    if socket:
+def address_in_words(host: Any, port: Any, socket: Any = None, database: Any = None) -> str:
+    """Return where a connection leads, as people write it: a host and port, or a path.
+
+    :param socket: the path of a unix socket, which serves this host alone.
+    :param database: stands for the rest where there is neither host nor port: SQLite's file.
+    """
+    where = str(host or "")
+    if socket and where in ("", "localhost"):
         return str(socket)
-    host = params.get("host") or ""
-    port = params.get("port")
-    if host:
-        return f"{host}:{port}" if port else str(host)
-    return str(params.get("database") or "") if not port else f"localhost:{port}"
+    if where.startswith("/"):
+        return where
+    if where or port:
+        return f"{where or 'localhost'}:{port}" if port else where
+    return str(database or "")
