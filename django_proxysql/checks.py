@@ -7,8 +7,8 @@ from typing import Any
 from django.core.checks import CheckMessage, Error
 from django.db import connections
 
-from .messages import messages
-from .options import option_problems
+from .conf.messages import messages
+from .conf.options import option_problems
 
 __all__ = ["check_options", "check_settings", "check_with_databases"]
 

@@ -29,9 +29,9 @@ HOUSE = """
 15  apps demo models monitoring signals
 14  backends inspection                   the engine
 14  checks
-13  messages registry
+13  registry
 12  conf
-11  errors options templatetags           what knows Django
+11  errors templatetags                   what knows Django
 -----------------------------------------------------------------------------------------------
 10  core.balancer                         LoadBalancer
  9  core.face core.sqlalchemy_engine

@@ -34,6 +34,7 @@ from django.db import (
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
+from django_proxysql.conf.options import OPTIONS
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.breaker import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.core.sharing import Fleet, Moment, Sharing
@@ -46,7 +47,6 @@ from django_proxysql.monitoring.status import (
     fleet_changes,
     laid_over,
 )
-from django_proxysql.options import OPTIONS
 from django_proxysql.registry import balancers
 from tests.django_settings import MIDDLEWARE
 from tests.engine import SQLITE, Clock, added, engine, mysql_peer
@@ -747,7 +747,7 @@ class TestOptions:
     @pytest.mark.parametrize("given", [[], {"HEALTHZ": "yes", "OPERATE_PERMISSION": 1}])
     def test_nonsense_opens_nothing(self, given: Any) -> None:
         """What the checks complain of is taken for not said."""
-        from django_proxysql.options import healthz_is_on, operate_permission
+        from django_proxysql.conf.options import healthz_is_on, operate_permission
 
         with override_settings(DJANGO_PROXYSQL=given):
             assert not healthz_is_on()

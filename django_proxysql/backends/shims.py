@@ -19,9 +19,9 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.utils import OperationalError
 
 from ..conf import ALIAS_KEY, merged_settings, mirrored, peer_engine
+from ..conf.messages import messages
 from ..core import drivers
 from ..core.peer import Peer
-from ..messages import messages
 from ..registry import balancers
 from .tokens import problems
 from .versions import different_versions

@@ -28,13 +28,13 @@ from django.views.decorators.clickjacking import xframe_options_deny
 from django.views.decorators.csrf import csrf_protect
 from django.views.decorators.http import require_POST, require_safe
 
+from ..conf.options import healthz_is_on, operate_permission
 from ..core.balancer import LoadBalancer
 from ..core.breaker import CLOSED
 from ..core.drivers import describe
 from ..core.exceptions import DrainRefused
 from ..core.logger import complain, logger
 from ..core.peer import Peer
-from ..options import healthz_is_on, operate_permission
 from ..registry import balancers
 from .status import health, process_name, status
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 
-from .conf import is_balancer, problems
+from .keys import is_balancer
+from .reading import problems
 
 __all__ = ["messages"]
 
