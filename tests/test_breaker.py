@@ -549,6 +549,23 @@ class TestCalls:
 
             return asyncio.run(breaker.call_async(work))
 
+        def by_calling_async(func: Any) -> Any:
+            async def work() -> Any:
+                async with breaker.calling_async():
+                    return func()
+
+            return asyncio.run(work())
+
+        def by_async_generator(func: Any) -> Any:
+            async def items() -> Any:
+                yield func()
+
+            async def work() -> Any:
+                (item,) = [item async for item in await breaker.call_async(items)]
+                return item
+
+            return asyncio.run(work())
+
         return {
             "call": breaker.call,
             "calling": by_calling,
@@ -556,6 +573,8 @@ class TestCalls:
             "decorator with brackets": lambda func: breaker()(func)(),
             "call_async": by_call_async,
             "call_async, plain function": lambda func: asyncio.run(breaker.call_async(func)),
+            "call_async, generator": by_async_generator,
+            "calling_async": by_calling_async,
         }
 
     WAYS = (
@@ -565,6 +584,8 @@ class TestCalls:
         "decorator with brackets",
         "call_async",
         "call_async, plain function",
+        "call_async, generator",
+        "calling_async",
     )
 
     @pytest.fixture(params=WAYS)
@@ -642,28 +663,95 @@ class TestCalls:
         assert breaker.call(int) == 0
         assert breaker.current_state == "closed"
 
-    def test_cancelled_task_counts_for_nothing(self, breaker: PeerBreaker, clock: Clock) -> None:
-        """A trial in a task that is cancelled gives the trial back."""
+    @pytest.mark.parametrize("way", ["call_async", "calling_async", "generator"])
+    @pytest.mark.parametrize("turns", range(4))
+    def test_task_cancelled_at_any_await_gives_the_trial_back(
+        self, breaker: PeerBreaker, clock: Clock, way: str, turns: int
+    ) -> None:
+        """It counts for nothing; the circuit is half-open for one task alone meanwhile."""
         opened(breaker)
         clock.advance(30)
+        begun: list[int] = []
+
+        async def waits() -> None:
+            for _ in range(10):
+                begun.append(1)
+                await asyncio.sleep(0)
+
+        async def items() -> Any:
+            await waits()
+            yield 1
+
+        async def guarded() -> None:
+            if way == "call_async":
+                await breaker.call_async(waits)
+            elif way == "calling_async":
+                async with breaker.calling_async():
+                    await waits()
+            else:
+                async for _ in await breaker.call_async(items):
+                    pass
 
         async def main() -> None:
-            started = asyncio.Event()
-
-            async def work() -> None:
-                started.set()
-                await asyncio.Event().wait()
-
-            task = asyncio.ensure_future(breaker.call_async(work))
-            await started.wait()
-            assert breaker.acquire() is None
+            task = asyncio.ensure_future(guarded())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if begun:
+                assert lock_is_free(breaker)
+                with pytest.raises(CircuitBreakerError):
+                    await breaker.call_async(waits)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
         asyncio.run(main())
+        assert breaker.trial is None
+        assert breaker.fail_counter == 3
         clock.advance(1)
         assert breaker.acquire().is_trial
+
+    def test_async_generator_yields_and_takes_what_its_own_does(self, breaker: PeerBreaker) -> None:
+        """What is sent and thrown goes to the function's generator; its end ends the call."""
+        breaker.acquire().failed(Boom())
+
+        async def echo() -> Any:
+            try:
+                sent = yield "first"
+            except KeyError:
+                sent = yield "caught"
+            yield sent * 2
+
+        async def main() -> list[Any]:
+            run = await breaker.call_async(echo)
+            taken = [await run.asend(None), await run.athrow(KeyError()), await run.asend(4)]
+            assert breaker.fail_counter == 1
+            return [*taken, *[item async for item in run]]
+
+        assert asyncio.run(main()) == ["first", "caught", 8]
+        assert breaker.fail_counter == 0
+
+    def test_async_generator_that_is_left_early_gives_the_trial_back(
+        self, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """And its own clean-up runs."""
+        opened(breaker)
+        clock.advance(30)
+        closed: list[int] = []
+
+        async def items() -> Any:
+            try:
+                yield 1
+            finally:
+                closed.append(1)
+
+        async def main() -> None:
+            run = await breaker.call_async(items)
+            assert await run.asend(None) == 1
+            await run.aclose()
+
+        asyncio.run(main())
+        assert closed == [1]
+        assert breaker.trial is None
 
     @pytest.mark.parametrize(
         ("exclude", "error"),

@@ -298,3 +298,50 @@ def test_nothing_begins_at_import() -> None:
         """
     )
     assert printed == "1 True\n"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_redis_is_imported_where_state_is_shared_alone(shared: bool) -> None:
+    """An engine that shares nothing imports neither redis nor what is ours for it.
+
+    pybreaker imports redis for itself, where it is installed.
+    """
+    program = f"""
+        import builtins
+        import sys
+        asked = set()
+        real = builtins.__import__
+
+        def noted(name, globals=None, *rest, **more):
+            if name.partition(".")[0] == "redis":
+                asked.add((globals or {{}}).get("__name__", "").partition(".")[0])
+            return real(name, globals, *rest, **more)
+
+        builtins.__import__ = noted
+        import django
+        from django.conf import settings
+        entry = {{
+            "ENGINE": "django_proxysql.backends.proxysql",
+            "PEER_ENGINE": "django.db.backends.sqlite3",
+            "PEERS": [{{"NAME": ":memory:"}}],
+        }}
+        if {shared}:
+            entry["SHARED_STATE"] = "redis://127.0.0.1:1/0"
+        settings.configure(DATABASES={{"default": entry}}, INSTALLED_APPS=["django_proxysql"])
+        django.setup()
+        from django.core.management import call_command
+        from django.db import connection
+        call_command("check")
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        print("django_proxysql" in asked, "django_proxysql.core.sharing" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{shared} {shared}"

@@ -492,7 +492,7 @@ class TestBusyProxySQL:
             one, other = balancer.peers.values()
             exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
             overtaking = threading.Thread(target=balancer.group.count_unanswered, args=(other, exc))
-            trip = one.breaker.trip_silently
+            trip = one.breaker.trip
 
             def slowly(*args: Any) -> Any:
                 overtaking.start()
@@ -500,7 +500,7 @@ class TestBusyProxySQL:
                 overtaking.join(0.3)
                 return trip(*args)
 
-            monkeypatch.setattr(one.breaker, "trip_silently", slowly)
+            monkeypatch.setattr(one.breaker, "trip", slowly)
             assert balancer.group.count_unanswered(one, exc)
             overtaking.join(10)
             assert states() == ["open", "closed"]

@@ -14,7 +14,6 @@ from django.core.exceptions import ImproperlyConfigured
 from ..core.config import BalancerConfig, BreakerConfig, PeerConfig
 from ..core.exceptions import ConfigError
 from ..core.ready import ready_check_from
-from ..core.sharing import checked_url
 from ..core.strategies import strategy_from
 from . import driver_settings
 from .aliases import mirrored
@@ -121,7 +120,7 @@ class _Reader:
         for id_, key, checked in (
             ("E007", "STRATEGY", strategy_from),
             ("E008", "READY_CHECK", ready_check_from),
-            ("E015", "SHARED_STATE", checked_url),
+            ("E015", "SHARED_STATE", _redis_url),
         ):
             value = settings.get(key)
             if value is not None or (key == "STRATEGY" and key in settings):
@@ -368,3 +367,10 @@ def _of_tests_and_requests(
                 f"Peer {peer!r} has {key}. {surprise}",
                 f"Move {key} to {entry.alias!r}.",
             )
+
+
+def _redis_url(url: object) -> object:
+    """Check SHARED_STATE. Without it nothing of the sharing is imported."""
+    from ..core.sharing import checked_url
+
+    return checked_url(url)

@@ -285,7 +285,15 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         """
         self.apply(Suspected(error, fault), self._clock())
 
-    def trip(self, exc: BaseException, fault: Fault, question: str = "") -> None:
+    def trip(
+        self,
+        exc: BaseException,
+        fault: Fault,
+        question: str = "",
+        failures: int = 0,
+        *,
+        notify: bool = True,
+    ) -> None:
         """Open a closed circuit at once, whatever ``fail_max`` says.
 
         For a statement's answer on an established connection. A burst of
@@ -294,30 +302,13 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         :param exc: the statement's error; its text is kept, not itself.
         :param fault: what that says about the peer.
         :param question: what the trials must ask, until one is answered well.
-        """
-        self.tell(self.trip_silently(exc, fault, question))
-
-    def trip_silently(
-        self, exc: BaseException, fault: Fault, question: str, failures: int = 0
-    ) -> bool:
-        """Open a closed circuit as :meth:`trip` does, and notify no listener.
-
-        For a caller that holds a lock. It calls :meth:`tell` once it does no longer.
-
         :param failures: how many failures in a row these were, if they were counted.
-        :returns: whether there is something to notify of: the circuit was closed.
+        :param notify: False: the caller holds a lock, and calls :meth:`notify_pending` after it.
         """
         now = self._clock()
         due, error = now + self._spread_timeout(), drivers.describe(exc)
-        before, _ = self.replace(Tripped(due, error, fault, question, failures), now)
-        return before.state == CLOSED
-
-    def tell(self, has_tripped: bool) -> None:
-        """Notify of what :meth:`trip_silently` has done.
-
-        :param has_tripped: what it returned.
-        """
-        if has_tripped:
+        self.replace(Tripped(due, error, fault, question, failures), now)
+        if notify:
             self.notify_pending()
 
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:

@@ -296,10 +296,8 @@ class PeerGroup:
             peer.unanswered += 1
             if peer.unanswered < peer.breaker.fail_max:
                 return False
-            has_tripped = peer.breaker.trip_silently(
-                exc, Fault.NOT_READY, "backend", peer.unanswered
-            )
-        peer.breaker.tell(has_tripped)
+            peer.breaker.trip(exc, Fault.NOT_READY, "backend", peer.unanswered, notify=False)
+        peer.breaker.notify_pending()
         return True
 
     # Drains
