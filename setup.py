@@ -38,6 +38,10 @@ TEST = [
     *PROMETHEUS,
     "PyMySQL[rsa]>=1.0.2",
     "SQLAlchemy>=1.4",
+    # Drivers for asyncio.
+    "aiomysql>=0.2",
+    "asyncmy>=0.2.9",
+    "asyncpg>=0.28",
     # Knows Django 4.2 to 6.0 only: installed where no other Django is tested.
     'django-prometheus>=2.4; python_version == "3.11"',
     # The neighbours: where no Django before 4.2 is tested.

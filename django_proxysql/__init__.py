@@ -17,6 +17,7 @@ from .core.url import from_url
 
 if TYPE_CHECKING:
     from . import signals
+    from .core.aio import AsyncLoadBalancer
     from .errors import CommitOutcomeUnknown
     from .registry import balancers
     from .request import retrying_request
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "1.0.0.dev0"
 
 __all__ = [
+    "AsyncLoadBalancer",
     "CommitOutcomeUnknown",
     "Fault",
     "LoadBalancer",
@@ -39,8 +41,9 @@ __all__ = [
     "signals",
 ]
 
-#: Django's side: where each name is defined.
-_OF_DJANGO = {
+#: What is imported when it is asked for: Django's side, and asyncio's.
+_ON_DEMAND = {
+    "AsyncLoadBalancer": "core.aio",
     "CommitOutcomeUnknown": "errors",
     "balancers": "registry",
     "retrying_atomic": "retry",
@@ -49,11 +52,11 @@ _OF_DJANGO = {
 
 
 def __getattr__(name: str) -> Any:
-    # Django's side is imported when it is asked for (PEP 562), never before.
+    # PEP 562.
     if name == "signals":
         return import_module(f".{name}", __name__)
-    if name in _OF_DJANGO:
-        return getattr(import_module(f".{_OF_DJANGO[name]}", __name__), name)
+    if name in _ON_DEMAND:
+        return getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
     if name == "default_app_config" and import_module("django").VERSION < (3, 2):
         # A later Django finds the app by itself, and warns of this.
         return f"{__name__}.apps.DjangoProxySQLConfig"

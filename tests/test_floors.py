@@ -33,7 +33,7 @@ HOUSE = """
 12  conf
 11  errors templatetags                   what knows Django
 -----------------------------------------------------------------------------------------------
-10  core.balancer                         LoadBalancer
+10  core.aio core.balancer                AsyncLoadBalancer, LoadBalancer
  9  core.face core.sqlalchemy_engine
  8  core.search core.sharing core.trials  what works on a group
  7  core.group                            what is known of the peers
@@ -62,9 +62,9 @@ ALLOWED: set[tuple[str, str]] = set()
 #: Which files may import a library.
 LIBRARIES = {
     "pybreaker": {"core.breaker"},
-    "tenacity": {"core.balancer", "core.face", "management", "retry"},
+    "tenacity": {"core.aio", "core.balancer", "core.face", "management", "retry"},
     "redis": {"core.sharing"},
-    "sqlalchemy": {"core.balancer", "core.sqlalchemy_engine"},
+    "sqlalchemy": {"core.aio", "core.balancer", "core.sqlalchemy_engine"},
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
 from .face import Face, Waiting, carrying_on
 from .leases import Lease
-from .peer import Hold, Peer
+from .peer import Peer, count_while_alive
 from .ready import QUESTIONS, Unanswered, Writer, galera, throw_away, writable
 from .search import Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
@@ -242,6 +241,9 @@ class LoadBalancer(Face):
             search.forget()
         return True
 
+    def _try_out_in_background(self, peer: Peer) -> bool:
+        return self.try_out(peer)
+
     def _open_and_close(self, attempt: Attempt) -> None:
         connection = self._open_one(attempt)
         with contextlib.suppress(Exception):
@@ -322,14 +324,3 @@ class LoadBalancer(Face):
 
 def _not_at_all(seconds: float) -> None:
     """Between two peers there is nothing to wait for."""
-
-
-def count_while_alive(connection: Any, peer: Peer) -> None:
-    """Count ``connection`` as checked out until it is collected, whichever threads come and go."""
-    hold = peer.hold(of_thread=False)
-    try:
-        weakref.finalize(connection, Hold.let_go, hold).atexit = False
-    except TypeError:
-        # sqlite3's connections take no weak references; such a connection
-        # cannot be followed, so it is not counted.
-        hold.let_go()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 
 from .config import BalancerConfig, config_from, function
 from .events import Listener
-from .exceptions import NoPeerAvailable
+from .exceptions import ConfigError, NoPeerAvailable
 from .group import PeerGroup
 from .logger import Limit, logger
 from .peer import Peer
@@ -25,6 +25,8 @@ from .view import PeerState
 
 if TYPE_CHECKING:
     from .sharing import Sharing
+
+_Face = TypeVar("_Face", bound="Face")
 
 __all__ = ["Face", "Waiting", "carrying_on"]
 
@@ -80,7 +82,7 @@ class Face:
         )
         group = PeerGroup(config, clock=clock, jitter=jitter)
         # The face that makes the group makes its background trials, too.
-        group.try_out = self.try_out
+        group.try_out = self._try_out_in_background
         if config.trials == "background":
             group.background = lambda group, news: trial_worker.schedule(group, news=news)
         if config.shared_state is not None:
@@ -88,6 +90,29 @@ class Face:
 
             group.sharing = Sharing(group)
         self._set_up(group, connect, wait, stop, sleep)
+
+    @classmethod
+    def from_group(
+        cls: type[_Face],
+        group: PeerGroup,
+        connect: Callable[..., Any] | None = None,
+        *,
+        wait: Any = None,
+        stop: Any = None,
+        sleep: Callable[[float], Any] | None = None,
+    ) -> _Face:
+        """Return another face of a balancer: it shares peers, circuits, drains and listeners.
+
+        :param group: the other face's :attr:`group`.
+        :param connect: the driver's ``connect`` for this face.
+        :param wait: as for :class:`LoadBalancer`, like ``stop`` and ``sleep``.
+        :raises ConfigError: a wrong argument.
+        """
+        if not isinstance(group, PeerGroup):
+            raise ConfigError("group", f"is a {type(group).__name__}", "Give a balancer's group.")
+        face = cls.__new__(cls)
+        face._set_up(group, connect, wait, stop, sleep)
+        return face
 
     def _set_up(
         self, group: PeerGroup, connect: Callable[..., Any] | None, wait: Any, stop: Any, sleep: Any
@@ -124,6 +149,9 @@ class Face:
 
     def try_out(self, peer: Peer | str, *, now: bool = False) -> Any:
         """Make the peer's trial; each face says how."""
+        raise NotImplementedError
+
+    def _try_out_in_background(self, peer: Peer) -> bool:
         raise NotImplementedError
 
     # Knowing

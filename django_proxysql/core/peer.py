@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .breaker import PeerBreaker
     from .config import PeerConfig
 
-__all__ = ["Hold", "Peer"]
+__all__ = ["Hold", "Peer", "count_while_alive"]
 
 
 class Peer:
@@ -160,6 +160,17 @@ class Hold:
         except AttributeError:
             # Interrupted in __init__, before it was counted.
             pass
+
+
+def count_while_alive(connection: Any, peer: Peer) -> None:
+    """Count ``connection`` as checked out until it is collected, whichever threads come and go."""
+    hold = peer.hold(of_thread=False)
+    try:
+        weakref.finalize(connection, Hold.let_go, hold).atexit = False
+    except TypeError:
+        # sqlite3's connections take no weak references; such a connection
+        # cannot be followed, so it is not counted.
+        hold.let_go()
 
 
 class _ThreadEnd:

@@ -1,14 +1,16 @@
 """READY_CHECK: is a peer that accepts connections able to do its work?
 
 A check is called with the driver's own connection right after connecting and
-raises :class:`NotReady` if the peer must not be used.
+raises :class:`NotReady` if the peer must not be used. Our own are scripts without I/O: they yield
+statements and are sent the rows, so that drivers for asyncio can be asked the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from . import drivers, sockets
 from .config import imported
@@ -17,6 +19,7 @@ from .exceptions import ConfigError, NotReady
 __all__ = [
     "QUESTIONS",
     "Check",
+    "ServerCheck",
     "Unanswered",
     "Writer",
     "backend",
@@ -32,9 +35,37 @@ __all__ = [
 ]
 
 Check = Callable[[Any], object]
+_T = TypeVar("_T")
+#: Yields statements, is sent the rows of each, and returns what they come to.
+Script = Generator[str, "list[Any]", _T]
 
 
-def galera(connection: Any) -> None:
+class ServerCheck(Generic[_T]):
+    """A check of ours: a script, run on a driver's connection when it is called."""
+
+    def __init__(self, script: Callable[[Any], Script[_T]]) -> None:
+        self.script = script
+        functools.update_wrapper(self, script)
+
+    def __call__(self, connection: Any) -> _T:
+        """Ask, and return what the answers come to."""
+        script = self.script(connection)
+        try:
+            statement = next(script)
+            while True:
+                try:
+                    answer = rows(connection, statement)
+                except Exception as exc:
+                    statement = script.throw(exc)
+                else:
+                    statement = script.send(answer)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+
+
+@ServerCheck
+def galera(connection: Any) -> Script[None]:
     """Raise :class:`NotReady` unless the node is a usable member of its cluster.
 
     A node that has lost its cluster goes on accepting connections and answers
@@ -43,9 +74,10 @@ def galera(connection: Any) -> None:
     ``wsrep_reject_queries`` nor ``wsrep_desync`` set by an operator.
     """
     status = _pairs(
-        connection,
-        "SHOW GLOBAL STATUS WHERE Variable_name IN "
-        "('wsrep_ready', 'wsrep_cluster_status', 'wsrep_local_state', 'wsrep_local_state_comment')",
+        (
+            yield "SHOW GLOBAL STATUS WHERE Variable_name IN ('wsrep_ready', "
+            "'wsrep_cluster_status', 'wsrep_local_state', 'wsrep_local_state_comment')"
+        )
     )
     if not status:
         raise NotReady("the server is not a Galera node: it has no wsrep status")
@@ -56,8 +88,10 @@ def galera(connection: Any) -> None:
     if status.get("wsrep_local_state") != "4":
         raise NotReady(f"wsrep_local_state is {status.get('wsrep_local_state_comment')}")
     settings = _pairs(
-        connection,
-        "SHOW GLOBAL VARIABLES WHERE Variable_name IN ('wsrep_reject_queries', 'wsrep_desync')",
+        (
+            yield "SHOW GLOBAL VARIABLES WHERE Variable_name IN "
+            "('wsrep_reject_queries', 'wsrep_desync')"
+        )
     )
     if settings.get("wsrep_reject_queries", "NONE") != "NONE":
         raise NotReady(f"wsrep_reject_queries is {settings['wsrep_reject_queries']}")
@@ -74,7 +108,8 @@ class Writer(NamedTuple):
     is_server: bool
 
 
-def writer_of(connection: Any) -> Writer:
+@ServerCheck
+def writer_of(connection: Any) -> Script[Writer]:
     """Ask what takes this connection's writes whether it does. Changes no state of the session.
 
     ``FOR UPDATE`` has proxies that split reads from writes send the question
@@ -84,15 +119,14 @@ def writer_of(connection: Any) -> Writer:
     """
     if drivers.postgresql.owns(connection):
         # What the application has SET is not the server's doing: reset_val is.
-        recovering, read_only = rows(
-            connection,
+        [(recovering, read_only)] = yield (
             "SELECT pg_is_in_recovery(), (SELECT reset_val FROM pg_settings"
-            " WHERE name = 'default_transaction_read_only') FOR UPDATE",
-        )[0]
+            " WHERE name = 'default_transaction_read_only') FOR UPDATE"
+        )
         if recovering:
             return Writer("the server is in recovery (a standby)", True)
         return Writer("default_transaction_read_only is on" if read_only == "on" else "", True)
-    value, answers = rows(connection, "SELECT @@global.read_only, CONNECTION_ID() FOR UPDATE")[0]
+    [(value, answers)] = yield "SELECT @@global.read_only, CONNECTION_ID() FOR UPDATE"
     # MySQL's super_read_only implies read_only. MariaDB 12 names levels.
     is_read_only = str(value).upper() not in ("0", "OFF")
     greeted = greeting_id(connection)
@@ -112,7 +146,8 @@ def greeting_id(connection: Any) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def writable(connection: Any) -> Writer:
+@ServerCheck
+def writable(connection: Any) -> Script[Writer]:
     """Raise :class:`NotReady` if the server takes no writes (MySQL family, PostgreSQL).
 
     Before a proxy is refused it is asked once more inside a transaction, which
@@ -121,9 +156,9 @@ def writable(connection: Any) -> Writer:
 
     :returns: what answered.
     """
-    writer = writer_of(connection)
+    writer = yield from writer_of.script(connection)
     if not drivers.postgresql.owns(connection) and (writer.refusal or not writer.is_server):
-        within = _writer_in_transaction(connection)
+        within = yield from _writer_in_transaction(connection)
         # A proxy's id may once be its server's by chance.
         writer = within._replace(is_server=within.is_server and writer.is_server)
     if writer.refusal:
@@ -138,7 +173,8 @@ class Unanswered(NotReady):
     """
 
 
-def backend(connection: Any) -> None:
+@ServerCheck
+def backend(connection: Any) -> Script[None]:
     """Ask what a proxy cannot answer by itself: a read, and what goes where writes go.
 
     ProxySQL answers pings, USE and SET whatever its servers do, and with query
@@ -151,7 +187,7 @@ def backend(connection: Any) -> None:
     write_side = "SELECT 1 FOR UPDATE" if is_postgresql else "DO 1"
     for statement in ("SELECT 1", write_side):
         try:
-            rows(connection, statement)
+            yield statement
         except Exception as exc:
             judgement = drivers.judge(exc, connecting=True)
             if judgement.fault.counts:
@@ -208,7 +244,7 @@ def catch_up(connection: Any) -> None:
     :raises Exception: the driver's own error: 1205 if the node could not in that time.
     """
     names = "('wsrep_on', 'wsrep_sync_wait')"
-    session = _pairs(connection, f"SHOW SESSION VARIABLES WHERE Variable_name IN {names}")
+    session = _pairs(rows(connection, f"SHOW SESSION VARIABLES WHERE Variable_name IN {names}"))
     if session.get("wsrep_on") != "ON":
         return
     before = int(session.get("wsrep_sync_wait", "0"))
@@ -254,20 +290,20 @@ def rows(connection: Any, statement: str) -> list[Any]:
         cursor.close()
 
 
-def _writer_in_transaction(connection: Any) -> Writer:
+def _writer_in_transaction(connection: Any) -> Script[Writer]:
     """Ask as :func:`writer_of` does, inside a transaction that is then undone."""
-    cursor = connection.cursor()
+    yield "START TRANSACTION"
     try:
-        cursor.execute("START TRANSACTION")
-        try:
-            return writer_of(connection)
-        finally:
-            # The error that ends the question is the one to be raised.
-            with contextlib.suppress(Exception):
-                cursor.execute("ROLLBACK")
-    finally:
-        cursor.close()
+        writer = yield from writer_of.script(connection)
+    except Exception:
+        # The error that ends the question is the one to be raised.
+        with contextlib.suppress(Exception):
+            yield "ROLLBACK"
+        raise
+    with contextlib.suppress(Exception):
+        yield "ROLLBACK"
+    return writer
 
 
-def _pairs(connection: Any, statement: str) -> dict[str, str]:
-    return {str(name): str(value) for name, value in rows(connection, statement)}
+def _pairs(found: list[Any]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in found}

@@ -17,8 +17,9 @@ from .search import Attempt
 
 if TYPE_CHECKING:
     import sqlalchemy.engine
+    import sqlalchemy.ext.asyncio
 
-__all__ = ["sqlalchemy_engine"]
+__all__ = ["async_sqlalchemy_engine", "sqlalchemy_engine"]
 
 #: Names that drivers take for the same argument.
 _SAME = (
@@ -48,13 +49,7 @@ def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engi
     """
     from sqlalchemy import create_engine, event
 
-    for name in ("creator", "pool"):
-        if options.get(name) is not None:
-            raise ConfigError(
-                name,
-                "would connect past the load balancer",
-                "Leave it out; poolclass= says which pool to make.",
-            )
+    _refuse_creators(options)
     engine = create_engine(url, **options)
     if getattr(engine.dialect, "is_async", False):
         raise ConfigError(
@@ -76,6 +71,50 @@ def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engi
 
     event.listen(engine, "do_connect", do_connect)
     return engine
+
+
+def async_sqlalchemy_engine(
+    db: Connects, url: Any, **options: Any
+) -> sqlalchemy.ext.asyncio.AsyncEngine:
+    """Return an asynchronous engine whose connections lead to the peers of ``db``.
+
+    See :meth:`AsyncLoadBalancer.sqlalchemy_engine`.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    _refuse_creators(options)
+    driver = db.connect_function
+    if driver is None:
+        raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
+    engine = create_async_engine(url, **options)
+
+    async def create(*args: Any, **params: Any) -> Any:
+        def open_one(attempt: Attempt) -> Any:
+            connect = functools.partial(driver, *args)
+            return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
+
+        return await db.connect(open_one)
+
+    def do_connect(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> Any:
+        dbapi = dialect.loaded_dbapi
+        try:
+            return dbapi.connect(*args, **params, async_creator_fn=create)
+        except NoPeerAvailable as exc:
+            raise _of_driver(dbapi, exc) from exc.__cause__
+
+    event.listen(engine.sync_engine, "do_connect", do_connect)
+    return engine
+
+
+def _refuse_creators(options: Mapping[str, Any]) -> None:
+    for name in ("creator", "async_creator", "pool"):
+        if options.get(name) is not None:
+            raise ConfigError(
+                name,
+                "would connect past the load balancer",
+                "Leave it out; poolclass= says which pool to make.",
+            )
 
 
 def _laid_over(params: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:

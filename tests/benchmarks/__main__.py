@@ -16,6 +16,7 @@ from . import project
 from .figures import Figure, machine, table
 
 NAMES = {
+    "asynchronous": "a connect under asyncio, and connects that are cancelled",
     "background": "requests while one of two peers hangs, trials in the background",
     "connect": "a connect through the engine and through the plain engine",
     "handshake": "32 threads connect at once to a peer that takes 200 ms",

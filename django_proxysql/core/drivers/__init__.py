@@ -365,6 +365,9 @@ def _fault_of_oserror(exc: OSError, connecting: bool) -> Fault:
     timed_out = isinstance(exc, (TimeoutError, socket.timeout)) and bool(exc.args)
     if isinstance(exc, (ConnectionError, socket.gaierror)) or timed_out:
         return Fault.UNREACHABLE
+    if exc.errno is None and str(exc).startswith("Multiple exceptions: "):
+        # asyncio's, of a name with several addresses.
+        return Fault.UNREACHABLE
     if exc.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN):
         return Fault.UNREACHABLE
     return Fault.OTHER

@@ -140,7 +140,7 @@ class MySQL(Driver):
     read is in the cursor; what the server said last is still known when a connection is lost.
     """
 
-    MODULES = ("MySQLdb", "pymysql")
+    MODULES = ("MySQLdb", "pymysql", "aiomysql", "asyncmy")
     WATCHED = True
     LEAVES = True
     #: Whether a proxy may answer for a server. MaxScale was seen to say 1290 of an INSERT whose

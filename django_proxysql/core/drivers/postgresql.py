@@ -209,8 +209,8 @@ _SOCKET_OPTIONS = {
 
 
 def is_psycopg2(connection: Any) -> bool:
-    """Return whether ``connection`` is psycopg2's: no other driver's has this method."""
-    return hasattr(connection, "get_transaction_status")
+    """Return whether ``connection`` is psycopg2's. aiomysql has the method, too."""
+    return hasattr(connection, "get_transaction_status") and not hasattr(connection, "thread_id")
 
 
 _OWN = frozenset({"psycopg", "psycopg_c", "psycopg_binary", "psycopg2", "django"})
@@ -233,7 +233,7 @@ class PostgreSQL(Driver):
     pooler that is full says so in words of its own; named cursors are known by their names.
     """
 
-    MODULES = ("psycopg", "psycopg2", "psycopg_pool")
+    MODULES = ("psycopg", "psycopg2", "psycopg_pool", "asyncpg")
     WATCHED = True
     LEAVES = True
     #: Whether a proxy may answer for a server. PgBouncer and its like pass on what the server says.
@@ -310,7 +310,9 @@ class PostgreSQL(Driver):
 
     def owns(self, connection: Any) -> bool:
         """Return whether ``connection`` is a driver's of these, whatever it is wrapped in."""
-        return hasattr(connection, "pgconn") or is_psycopg2(connection)
+        if hasattr(connection, "pgconn") or is_psycopg2(connection):
+            return True
+        return type(connection).__module__.startswith("asyncpg.")
 
     def ends_its_cursors(self, connection: Any) -> bool:
         """Return whether it is psycopg2's: closing one ends its cursors too, and waits for its

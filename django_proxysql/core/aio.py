@@ -1,0 +1,395 @@
+"""The load balancer under asyncio: the same peers, circuits and search, and every wait an await.
+
+:meth:`AsyncLoadBalancer.connect` reads like :meth:`LoadBalancer.connect`. What differs:
+
+* *Time.* An attempt that takes longer than it may is cancelled, whatever the driver. So a peer that
+  hangs holds no caller, and no trial needs a throw-away connection ahead of it.
+* *Cancellation*, at any await, ends the attempt. It says nothing about the peer: a trial is due
+  again soon. What was opened is closed.
+* *Loops.* Nothing is kept that belongs to a loop. Several loops, each in a thread of its own, and a
+  synchronous face may share one group.
+* *Trials in the background* are made by the process's one thread for them, each in a loop of its
+  own (:mod:`~django_proxysql.core.trials`). A task would end with the application's loop and wait
+  behind what blocks it, and each loop would need one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tenacity
+
+from . import drivers
+from .config import function
+from .exceptions import ConfigError, NoPeerAvailable
+from .face import Face, Waiting, carrying_on
+from .leases import Lease
+from .peer import Peer, count_while_alive
+from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer
+from .runtime import LOOK_AGAIN
+from .search import Attempt, Search, Wait
+from .sqlalchemy_engine import async_sqlalchemy_engine
+
+if TYPE_CHECKING:
+    import sqlalchemy.ext.asyncio
+
+__all__ = ["AsyncLoadBalancer"]
+
+_OpenOne = Callable[[Attempt], Awaitable[Any]]
+
+
+class AsyncLoadBalancer(Face):
+    """Spreads connections over equivalent peers, under asyncio.
+
+    Takes what :class:`LoadBalancer` takes. ``connect`` is a driver's coroutine function, such as
+    ``psycopg.AsyncConnection.connect``, ``asyncpg.connect``, ``asyncmy.connect`` or
+    ``aiomysql.connect``. ``ready_check``, ``sleep`` and a callable password may be coroutine
+    functions. No connect() blocks the loop; listeners and strategies run in it.
+
+    :raises ConfigError: a wrong argument; the message names it.
+    """
+
+    async def connect(
+        self,
+        open_one: _OpenOne | None = None,
+        *,
+        refusal_is_callers: bool | Callable[[], bool] = False,
+        trials: str = "first",
+        only: Peer | str | None = None,
+    ) -> Any:
+        """Return a connection to a peer that works.
+
+        The arguments are those of :meth:`LoadBalancer.connect`.
+
+        :param open_one: a coroutine function that opens a connection as the :class:`Attempt`
+            says, and closes what it opened if it fails or is cancelled.
+        :raises NoPeerAvailable: no peer could be had within the deadline.
+        :raises ConfigError: an argument is wrong, the balancer was made without ``connect``, or
+            the strategy yields what is no peer.
+        :raises Exception: the driver's own error, where it is not the peer's
+            fault, or where every peer was attempted and refused us.
+        """
+        if open_one is None:
+            open_one = self._open_one
+        elif not callable(open_one):
+            function("open_one", open_one, "Give a coroutine function that takes an Attempt.")
+        one = None if only is None else self.group.named(only, "only")
+        how = (self.group, trials, one, refusal_is_callers, self._may_search_again)
+        search = Search(*how)
+        try:
+            try:
+                return await self._attempt(search, open_one)
+            except Exception as exc:
+                if not search.goes_on(exc):
+                    raise
+            return await self._carry_on(search, open_one)
+        except NoPeerAvailable as exc:
+            if self._may_search_again and trials != "never" and one is None and search.is_over:
+                waiting = Waiting(self, search, exc, lambda: Search(*how))
+                return await self._wait_for_peer(waiting, open_one)
+            search.emit_exhausted()
+            raise
+        except BaseException as exc:
+            search.raised(exc)
+            raise
+
+    async def _attempt(self, search: Search, open_one: _OpenOne) -> Any:
+        """Make one attempt, after waiting for another caller's trial where that is next."""
+        step = None
+        try:
+            while isinstance(step := await self._step(search), Wait):
+                await _first_to_end(step.leases, step.seconds)
+            with _Limit(step.timeout):
+                connection = await open_one(step)
+        except BaseException as exc:
+            if isinstance(step, Attempt):
+                search.failed(step, exc)
+            raise
+        else:
+            search.succeeded(step)
+            return connection
+        finally:
+            # As in LoadBalancer: however this is broken off, the attempt is over.
+            attempt = search.attempt
+            if attempt is not None:
+                attempt.is_over = True
+                if attempt.permit is not None and attempt.permit._lease is not None:
+                    attempt.permit._lease.ended = True
+
+    async def _step(self, search: Search) -> Attempt | Wait:
+        group = self.group
+        if group.sharing is None or not (group.view().out or group.view().suspects):
+            return search.step()
+        # A trial asks the other processes first, for 50 ms at most: in a thread.
+        asking = asyncio.get_running_loop().run_in_executor(None, search.step)
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(functools.partial(_give_back, search))
+            raise
+
+    async def _carry_on(self, search: Search, open_one: _OpenOne) -> Any:
+        try:
+            return await tenacity.AsyncRetrying(sleep=_not_at_all, **carrying_on(search))(
+                self._attempt, search, open_one
+            )
+        except BaseException as exc:
+            search.raised(exc)
+            raise
+
+    async def _wait_for_peer(self, waiting: Waiting, open_one: _OpenOne) -> Any:
+        async def search_again() -> Any:
+            return await self._carry_on(waiting.next_search(), open_one)
+
+        sleep: Any = self._sleep or asyncio.sleep
+        try:
+            return await tenacity.AsyncRetrying(sleep=sleep, **waiting.options())(search_again)
+        except NoPeerAvailable:
+            waiting.search.emit_exhausted()
+            raise
+
+    def sqlalchemy_engine(self, url: Any, **options: Any) -> sqlalchemy.ext.asyncio.AsyncEngine:
+        """Return an asynchronous SQLAlchemy engine whose connections lead to the peers.
+
+        It takes SQLAlchemy 2.0.16 or later; see :meth:`LoadBalancer.sqlalchemy_engine`.
+        ``create_async_engine(url, async_creator=db.connect)`` works as well, without what the
+        dialect passes to the driver.
+
+        :param url: names the dialect and the driver, which is that of the balancer's ``connect``.
+        :param options: what ``create_async_engine`` takes, but for creators and ``pool``.
+        :raises ConfigError: one of these was given, or a driver that is not for asyncio.
+        """
+        return async_sqlalchemy_engine(self, url, **options)
+
+    async def _open_one(self, attempt: Attempt) -> Any:
+        if self._connect is None:
+            raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
+        return await self.open_with(self._connect, attempt, attempt.peer.config.params)
+
+    async def open_with(
+        self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
+    ) -> Any:
+        """Open and check a connection as ``attempt`` says, and count it for its peer.
+
+        :param connect: a driver's connect function.
+        :param attempt: what the connection is for.
+        :param params: what to call it with; a callable password is called.
+        :raises Exception: what connecting, or READY_CHECK, raised; nothing stays open.
+        """
+        params = drivers.with_password(params)
+        for key in ("password", "passwd"):
+            if inspect.isawaitable(params.get(key)):
+                params[key] = await params[key]
+        connection = await connect(**params)
+        try:
+            if self.group.ready_check is not None or attempt.is_trial:
+                await self.check_ready(connection, attempt)
+            count_while_alive(connection, attempt.peer)
+        except BaseException:
+            await _abort(connection)
+            raise
+        return connection
+
+    async def check_ready(self, connection: Any, attempt: Attempt) -> None:
+        """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
+
+        :param connection: the driver's own, just made.
+        :param attempt: what it was made for.
+        :raises NotReady: the peer must not be used.
+        """
+        peer = attempt.peer
+        if self.group.ready_check is not None:
+            answer = await _answer_of(self.group.ready_check, connection)
+            if isinstance(answer, Writer):
+                peer.note_server(answer.is_server)
+        question = QUESTIONS.get(peer.breaker.circuit.question) if attempt.is_trial else None
+        if question is not None:
+            try:
+                await _answer_of(question, connection)
+            except Unanswered:
+                # A proxy that may only be busy is better than none.
+                if self.group.can_spare(peer):
+                    raise
+
+    # Trials
+
+    async def try_out(self, peer: Peer | str, *, now: bool = False) -> bool:
+        """Make the peer's trial if it is due, and keep no connection.
+
+        :param peer: one of :attr:`peers`, or its name.
+        :param now: make it also if it is not due yet; see :meth:`LoadBalancer.try_out`.
+        :returns: whether one was made, and succeeded.
+        :raises UnknownPeer: it is none of this balancer's.
+        :raises BaseException: what was raised and says nothing about the peer.
+        """
+        peer = self.group.named(peer)
+        if peer.breaker.is_available:
+            # It has recovered just now.
+            return True
+        search = Search(self.group, "never", peer, by_hand=now)
+        try:
+            await self._attempt(search, self._open_and_close)
+        except Exception as exc:
+            if search.is_over or search.is_of_the_peer(exc):
+                return False
+            search.raised(exc)
+            raise
+        finally:
+            search.forget()
+        return True
+
+    def _try_out_in_background(self, peer: Peer) -> bool:
+        return asyncio.run(self.try_out(peer))
+
+    async def _open_and_close(self, attempt: Attempt) -> None:
+        connection = await self._open_one(attempt)
+        # aiomysql's close() says no goodbye.
+        close = getattr(connection, "ensure_closed", None) or connection.close
+        try:
+            await _awaited(close())
+        except Exception:
+            await _abort(connection)
+        except BaseException:
+            await _abort(connection)
+            raise
+
+
+# Waiting
+
+
+class _Limit:
+    """Cancels the block after ``seconds``, and raises TimeoutError in its place."""
+
+    __slots__ = ("_handle", "_is_over", "_requests", "_seconds", "_task")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._is_over = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        # Python 3.11 counts the requests to cancel: another one is the caller's.
+        self._requests = task.cancelling() if hasattr(task, "cancelling") else 0
+        self._handle = asyncio.get_running_loop().call_later(self._seconds, self._cancel)
+
+    def _cancel(self) -> None:
+        self._is_over = True
+        self._task.cancel()
+
+    def __exit__(self, cls: object, exc: BaseException | None, traceback: object) -> None:
+        self._handle.cancel()
+        if not self._is_over:
+            return
+        left = self._task.uncancel() if hasattr(self._task, "uncancel") else 0
+        if isinstance(exc, asyncio.CancelledError) and left <= self._requests:
+            raise TimeoutError(f"timed out: no connection within {self._seconds:g} s") from exc
+
+
+class _Bell:
+    """Wakes a task as a lock wakes a thread that waits for a lease."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.rung = self._loop.create_future()
+
+    def release(self) -> None:
+        """Wake the task. A loop that is closed raises a RuntimeError, which is ignored."""
+        self._loop.call_soon_threadsafe(self._ring)
+
+    def _ring(self) -> None:
+        if not self.rung.done():
+            self.rung.set_result(None)
+
+
+async def _first_to_end(leases: Sequence[Lease], seconds: float) -> None:
+    """Wait until one of the trials has ended, at most ``seconds``."""
+    bell: Any = _Bell()
+    try:
+        for lease in leases:
+            lease._bells.append(bell)
+        # A trial that ended before its bell was hung up does not ring it, and one whose end is
+        # interrupted may not either.
+        while seconds > 0 and not any(lease.ended or lease.holder() is None for lease in leases):
+            await asyncio.wait([bell.rung], timeout=min(seconds, LOOK_AGAIN))
+            if bell.rung.done():
+                return
+            seconds -= LOOK_AGAIN
+    finally:
+        for lease in leases:
+            with contextlib.suppress(ValueError):
+                lease._bells.remove(bell)
+
+
+def _give_back(search: Search, asking: asyncio.Future[Any]) -> None:
+    """End the permit that a thread got for a connect that was cancelled meanwhile."""
+    if not asking.cancelled():
+        asking.exception()
+    attempt = search.attempt
+    if attempt is not None:
+        attempt.is_over = True
+        if attempt.permit is not None:
+            attempt.permit.released()
+
+
+async def _not_at_all(seconds: float) -> None:
+    """Between two peers there is nothing to wait for."""
+
+
+# Asking a driver's connection
+
+
+async def _answer_of(check: Check, connection: Any) -> Any:
+    """Return what a check says, whether it is ours, a function or a coroutine function."""
+    if not isinstance(check, ServerCheck):
+        answer = check(connection)
+        return await answer if inspect.isawaitable(answer) else answer
+    script = check.script(connection)
+    try:
+        statement = next(script)
+        while True:
+            try:
+                answer = await _rows(connection, statement)
+            except Exception as exc:
+                statement = script.throw(exc)
+            else:
+                statement = script.send(answer)
+    except StopIteration as end:
+        return end.value
+
+
+async def _rows(connection: Any, statement: str) -> list[Any]:
+    """Return what a statement returns on a driver's own connection."""
+    fetch = getattr(connection, "fetch", None)
+    if fetch is not None:
+        # asyncpg
+        return [tuple(row) for row in await fetch(statement)]
+    cursor = await _awaited(connection.cursor())
+    try:
+        await _awaited(cursor.execute(statement))
+        if cursor.description is None:
+            return []
+        found = await _awaited(cursor.fetchall())
+        return [tuple(row.values()) if isinstance(row, dict) else row for row in found]
+    finally:
+        await _awaited(cursor.close())
+
+
+async def _awaited(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result
+
+
+async def _abort(connection: Any) -> None:
+    """Close a connection that is not wanted, also while the task is being cancelled.
+
+    asyncpg's close() waits for the server, its terminate() does not; others' close() does not.
+    """
+    close = getattr(connection, "terminate", None) or connection.close
+    with contextlib.suppress(Exception):
+        await _awaited(close())

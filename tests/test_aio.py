@@ -1,0 +1,458 @@
+"""What AsyncLoadBalancer promises: a driver that fails as told, cancellation at each await."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import tenacity
+
+from django_proxysql import AsyncLoadBalancer, Fault, LoadBalancer, NoPeerAvailable, NotReady
+from django_proxysql.core import aio
+from django_proxysql.core.balancer import Attempt
+from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
+from django_proxysql.core.exceptions import ConfigError
+from tests.fakes import Clock, bad_password, even, peers, refused_by_host, until
+from tests.test_balancer import InOrder
+
+
+class Connection:
+    """What the fake driver's connect() returns: a socket, as long as it is open."""
+
+    def __init__(self, driver: Driver, host: str) -> None:
+        self.host = host
+        self._driver = driver
+        driver.sockets.add(self)
+
+    async def close(self) -> None:
+        self._driver.sockets.discard(self)
+        await asyncio.sleep(0)
+
+    def terminate(self) -> None:
+        self._driver.sockets.discard(self)
+
+    async def fetch(self, statement: str) -> list[Any]:
+        await asyncio.sleep(0)
+        return [("OFF", 1)]
+
+
+class Driver:
+    """A driver for asyncio whose servers fail as told, after a few awaits."""
+
+    def __init__(self) -> None:
+        self.down: dict[str, Any] = {}
+        self.calls: list[dict[str, Any]] = []
+        #: The connections that are open.
+        self.sockets: set[Connection] = set()
+
+    async def connect(self, **params: Any) -> Connection:
+        self.calls.append(params)
+        connection = Connection(self, params["host"])
+        try:
+            await asyncio.sleep(0)
+            error = self.down.get(params["host"])
+            if callable(error):
+                error = error()
+            if isinstance(error, Awaitable):
+                error = await error
+            if error is not None:
+                raise error
+            await asyncio.sleep(0)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
+    @property
+    def hosts(self) -> list[str]:
+        return [call["host"] for call in self.calls]
+
+
+class World:
+    """A balancer under asyncio, its driver, its clock and what it emitted."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        self.clock = Clock()
+        self.driver = Driver()
+        options.setdefault("strategy", InOrder)
+        self.db = AsyncLoadBalancer(
+            peers(*names), self.driver.connect, clock=self.clock, jitter=even, **options
+        )
+        self.events: list[Any] = []
+        self.db.add_listener(self.events.append)
+
+    def connect(self, **how: Any) -> Any:
+        return asyncio.run(self.db.connect(**how))
+
+    def open(self, *names: str) -> None:
+        for name in names:
+            permit = self.db.peers[name].breaker.acquire()
+            assert permit is not None
+            permit.failed(refused_by_host(), Fault.UNREACHABLE)
+
+    def told(self, kind: type) -> list[Any]:
+        return [event for event in self.events if type(event) is kind]
+
+    def assert_nothing_is_left(self) -> None:
+        assert self.driver.sockets == set()
+        for peer in self.db.peers.values():
+            assert peer.breaker.trial is None
+            assert peer.connecting == 0
+        if any(peer.connections for peer in self.db.peers.values()):
+            gc.collect()
+        assert [peer.connections for peer in self.db.peers.values()] == [0] * len(self.db.peers)
+
+
+def test_connects_to_the_next_peer_and_opens_the_circuit_of_the_failed_one() -> None:
+    world = World("db1", "db2")
+    world.driver.down["db1"] = refused_by_host
+    connection = world.connect()
+    assert connection.host == "db2"
+    assert [peer.breaker.current_state for peer in world.db.peers.values()] == ["open", "closed"]
+    assert len(world.told(CircuitOpened)) == 1
+    assert world.db.peers["db2"].connections == 1
+    assert world.connect().host == "db2"
+    assert world.driver.hosts == ["db1", "db2", "db2"]
+
+
+def test_nobody_left_names_each_peer() -> None:
+    world = World("db1", "db2")
+    world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
+    with pytest.raises(NoPeerAvailable, match=r"db1 .*\n?.*db2 "):
+        world.connect()
+    assert len(world.told(PeersExhausted)) == 1
+    world.driver.down.update(db1=bad_password, db2=bad_password)
+    world.clock.advance(31)
+    with pytest.raises(Exception, match="Access denied") as caught:
+        world.connect()
+    assert not isinstance(caught.value, NoPeerAvailable)
+
+
+def test_hanging_peer_is_cancelled_after_connect_timeout() -> None:
+    world = World("db1", "db2", connect_timeout=0.01)
+    world.driver.down["db1"] = lambda: asyncio.sleep(3600)
+    assert world.connect().host == "db2"
+    circuit = world.db.peers["db1"].breaker.circuit
+    assert (circuit.state, circuit.fault) == ("open", Fault.UNREACHABLE)
+    assert "0.01 s" in circuit.error
+
+
+def test_trial_that_is_due_goes_first_and_closes_the_circuit() -> None:
+    world = World("db1", "db2")
+    world.open("db1")
+    assert world.connect().host == "db2"
+    world.clock.advance(31)
+    assert world.connect().host == "db1"
+    assert world.told(Connected)[-1].trial
+
+
+def test_waits_for_another_tasks_trial_without_blocking_the_loop() -> None:
+    """One task makes the trial; the other waits for its end, and a third one runs meanwhile."""
+    world = World("db1")
+    world.open("db1")
+    world.clock.advance(31)
+
+    async def scene() -> list[str]:
+        go_on, ticks = asyncio.Event(), 0
+
+        async def slowly() -> None:
+            await go_on.wait()
+
+        world.driver.down["db1"] = slowly
+        both = [asyncio.ensure_future(world.db.connect()) for _ in range(2)]
+        while len(world.db.peers["db1"].breaker.trial._bells if world.driver.calls else ()) < 1:  # type: ignore[union-attr]
+            ticks += 1
+            await asyncio.sleep(0)
+        assert ticks > 0
+        assert len(world.driver.calls) == 1
+        go_on.set()
+        return [connection.host for connection in await asyncio.gather(*both)]
+
+    assert asyncio.run(scene()) == ["db1", "db1"]
+
+
+def test_thread_and_task_wait_for_each_other_on_one_group() -> None:
+    """A synchronous face and one under asyncio share circuits, trials and listeners."""
+    made: list[str] = []
+    sync = LoadBalancer(peers("db1"), lambda **params: made.append(params["host"]))
+    db = AsyncLoadBalancer.from_group(sync.group, Driver().connect)
+    assert db.peers is sync.peers
+    trial = None
+
+    async def scene() -> Any:
+        nonlocal trial
+        breaker = sync.peers["db1"].breaker
+        breaker.half_open()
+        trial = breaker.acquire()
+        waits = asyncio.ensure_future(db.connect())
+        while not trial._lease._bells:  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+        # Its end comes in another thread.
+        threading.Thread(target=trial.succeeded).start()  # type: ignore[union-attr]
+        return await waits
+
+    assert asyncio.run(scene()).host == "db1"
+    sync.peers["db1"].breaker.open()
+    with pytest.raises(ConfigError, match="group is a dict"):
+        AsyncLoadBalancer.from_group({})  # type: ignore[arg-type]
+
+
+def test_several_loops_in_threads_share_a_group() -> None:
+    world = World("db1", "db2")
+    world.driver.down["db1"] = refused_by_host
+    hosts: list[str] = []
+
+    def loop() -> None:
+        for _ in range(20):
+            hosts.append(world.connect().host)
+
+    threads = [threading.Thread(target=loop) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert hosts == ["db2"] * 60
+    assert len(world.told(CircuitOpened)) == 1
+
+
+# Cancellation
+
+
+def ready(connection: Any) -> Awaitable[None]:
+    """A READY_CHECK that is a coroutine function."""
+    return asyncio.sleep(0)
+
+
+def out(world: World, error: Any = None) -> None:
+    """Have the first peer's trial due."""
+    world.open("db1")
+    world.clock.advance(31)
+    world.driver.down["db1"] = error
+
+
+SCENES: dict[str, Callable[[World], None]] = {
+    "first peer works": lambda world: None,
+    "first peer fails": lambda world: world.driver.down.update(db1=refused_by_host),
+    "trial": out,
+    "trial that fails": lambda world: out(world, refused_by_host),
+    "all fail": lambda world: world.driver.down.update(db1=refused_by_host, db2=refused_by_host),
+    "not ready": lambda world: setattr(world.db.group, "ready_check", not_ready),
+    "waits for a trial": lambda world: hold_the_trials(world),
+}
+
+
+async def not_ready(connection: Any) -> None:
+    await asyncio.sleep(0)
+    raise NotReady("it is not")
+
+
+def hold_the_trials(world: World) -> None:
+    world.open("db1", "db2")
+    world.clock.advance(31)
+    world.held = [peer.breaker.acquire() for peer in world.db.peers.values()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("wait_for_peer", [0, 60])
+def test_cancelled_at_each_await_it_leaves_nothing(scene: str, wait_for_peer: float) -> None:
+    """No permit, no lease, no count and no socket; and the next connect() is none the worse."""
+    awaits, was_cancelled = 0, True
+    while was_cancelled and awaits < 30:
+        world = World("db1", "db2", ready_check=ready, wait_for_peer=wait_for_peer)
+        SCENES[scene](world)
+        was_cancelled = asyncio.run(cancelled_at(awaits, world.db.connect()))
+        for permit in getattr(world, "held", ()):
+            assert permit._lease._bells == []
+            permit.released()
+        if was_cancelled:
+            world.assert_nothing_is_left()
+            assert not world.told(PeersExhausted)
+        awaits += 1
+        world.driver.down.clear()
+        world.db.group.ready_check = None
+        world.clock.advance(31)
+        assert world.connect().host in ("db1", "db2")
+    assert awaits > 3
+
+
+async def cancelled_at(awaits: int, work: Any) -> bool:
+    """Run a coroutine, cancel it at its await of that number; return whether it came so far."""
+    task = asyncio.ensure_future(work)
+    for _ in range(awaits):
+        # A task goes one await further in each turn of the loop.
+        await asyncio.sleep(0)
+        if task.done():
+            break
+    if not task.done():
+        task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def test_thousand_cancelled_connects_leave_nothing() -> None:
+    """As tests.benchmarks.cancelled does with ten thousand."""
+    from tests.benchmarks.asynchronous import cancelled
+
+    assert cancelled(1000) == (0, 0, 0)
+
+
+def test_cancelled_while_time_is_over_too_is_cancelled() -> None:
+    """Where the limit of an attempt and the caller both cancel it, the caller's word counts."""
+
+    async def scene() -> None:
+        async def slowly() -> None:
+            await asyncio.sleep(3600)
+
+        task = asyncio.ensure_future(world.db.connect())
+        world.driver.down["db1"] = slowly
+        while not world.driver.calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    world = World("db1", connect_timeout=0.01)
+    asyncio.run(scene())
+    world.assert_nothing_is_left()
+
+
+# What is asked, given and waited for
+
+
+def test_ready_check_may_be_ours_a_function_or_a_coroutine_function() -> None:
+    for check in (ready, lambda connection: None, "writable"):
+        world = World("db1", ready_check=check)
+        assert world.connect().host == "db1"
+    world = World("db1", "db2", ready_check=not_ready)
+    with pytest.raises(NoPeerAvailable, match="it is not"):
+        world.connect()
+    assert world.driver.sockets == set()
+
+
+def test_password_may_be_a_coroutine_function() -> None:
+    async def token() -> str:
+        await asyncio.sleep(0)
+        return "fresh"
+
+    driver = Driver()
+    db = AsyncLoadBalancer({"db1": {"host": "db1", "password": token}}, driver.connect)
+    asyncio.run(db.connect())
+    assert driver.calls[0]["password"] == "fresh"
+
+
+def test_wait_for_peer_looks_again_by_tenacitys_objects() -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        world.clock.advance(31)
+        world.driver.down.clear()
+
+    world = World("db1", stop=tenacity.stop_after_attempt(3), wait=lambda state: 7, sleep=sleep)
+    world.driver.down["db1"] = refused_by_host
+    assert world.connect().host == "db1"
+    assert slept == [7]
+
+
+def test_try_out_makes_the_trial_and_keeps_no_connection() -> None:
+    world = World("db1")
+    world.open("db1")
+    world.driver.down["db1"] = refused_by_host
+    assert asyncio.run(world.db.try_out("db1", now=True)) is False
+    world.driver.down.clear()
+    assert asyncio.run(world.db.try_out("db1", now=True)) is True
+    assert world.db.peers["db1"].breaker.current_state == "closed"
+    assert world.driver.sockets == set()
+
+
+def test_background_thread_makes_the_trials() -> None:
+    world = World("db1", "db2", trials="background", check_interval=0.01)
+    world.driver.down["db1"] = refused_by_host
+    assert world.connect().host == "db2"
+    world.driver.down.clear()
+    until(lambda: world.clock.advance(1) or world.db.peers["db1"].breaker.is_available)
+    until(lambda: not world.driver.sockets - {c for c in world.driver.sockets if c.host == "db2"})
+
+
+def test_pinned_holds_for_the_task() -> None:
+    world = World("db1", "db2", strategy="round_robin")
+
+    async def scene() -> list[str]:
+        with world.db.pinned("db2"):
+            return [(await world.db.connect()).host for _ in range(4)]
+
+    assert asyncio.run(scene()) == ["db2"] * 4
+
+
+def test_open_one_gets_the_attempt_and_is_limited() -> None:
+    world = World("db1", "db2", connect_timeout=0.01)
+
+    async def open_one(attempt: Attempt) -> str:
+        if attempt.peer.name == "db1":
+            await asyncio.sleep(3600)
+        return attempt.peer.name
+
+    assert world.connect(open_one=open_one) == "db2"
+    with pytest.raises(ConfigError, match="open_one is a int"):
+        world.connect(open_one=3)
+
+
+def test_trial_that_asks_other_processes_asks_in_a_thread() -> None:
+    """Redis may take 50 ms to answer, and the loop goes on. A cancelled connect keeps no permit."""
+    world = World("db1", "db2")
+    asked, go_on = threading.Event(), threading.Event()
+    threads: list[int] = []
+
+    class Sharing:
+        def start(self) -> None:
+            pass
+
+        def has_news(self) -> None:
+            pass
+
+    def gate(by_hand: bool) -> float:
+        threads.append(threading.get_ident())
+        asked.set()
+        assert go_on.wait(20)
+        return 0.0
+
+    world.open("db1")
+    world.clock.advance(31)
+    world.db.group.sharing = Sharing()  # type: ignore[assignment]
+    world.db.peers["db1"].breaker.gate = gate
+
+    async def scene() -> None:
+        task = asyncio.ensure_future(world.db.connect())
+        while not asked.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+
+    asyncio.run(scene())
+    assert threads != [threading.get_ident()]
+    world.assert_nothing_is_left()
+    world.clock.advance(31)
+    assert world.connect().host == "db1"
+
+
+def test_bell_of_a_closed_loop_wakes_nobody_and_harms_nobody() -> None:
+    async def bell() -> Any:
+        return aio._Bell()
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(bell()).release()
