@@ -77,7 +77,7 @@ class Commands:
             "drained": [peer.name for peer in self.db.snapshot() if peer.drained],
             "failed": self.failed,
             "trials": self.trials,
-            "heard": self.db.sharing.is_answered,  # type: ignore[union-attr]
+            "answered": self.db.sharing.is_answered,  # type: ignore[union-attr]
         }
 
     def fleet(self) -> int | None:

@@ -607,7 +607,7 @@ class TestPlaces:
                 finally:
                     connection_created.disconnect(fail)
                 for what in (
-                    "django_proxysql.core.sockets.harden",
+                    "django_proxysql.core.sockets.keepalive",
                     "django_proxysql.core.sockets.watch",
                 ):
                     interrupted = mock.patch(what, side_effect=KeyboardInterrupt)

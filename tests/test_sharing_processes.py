@@ -163,7 +163,7 @@ def test_frozen_redis_holds_nobody_up(fleet: Fleet, redis_server: RedisServer) -
     """A Redis that accepts and stays silent is as good as none."""
     one, other = fleet.start(2, check_interval=0.5)
     redis_server.freeze()
-    while one.do("state")["heard"]:
+    while one.do("state")["answered"]:
         pass
     fleet.peers["db1"].refuse()
     for _ in range(4):
@@ -187,7 +187,7 @@ def test_fork(fleet: Fleet) -> None:
     assert child["fleet"] == 2
     assert child["drained"] == ["db1"]
     assert one.do("settle") is True
-    assert one.do("state")["heard"] is True
+    assert one.do("state")["answered"] is True
 
 
 def test_exit_is_not_held_up(fleet: Fleet, redis_server: RedisServer) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connections, transaction
 
-from django_proxysql.core.sockets import harden, limited, watch
+from django_proxysql.core.sockets import keepalive, limited, watch
 from django_proxysql.registry import balancers
 from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
 from tests.servers.namespace import Host, host_for, why_not
@@ -131,7 +131,7 @@ class TestHarden:
         count: int,
         timeout: int,
     ) -> None:
-        harden(pair[0].fileno(), seconds)
+        keepalive(pair[0].fileno(), seconds)
         assert options_of(pair[0].fileno()) == {
             "SO_KEEPALIVE": 1,
             "TCP_KEEPIDLE": idle,
@@ -147,7 +147,7 @@ class TestHarden:
         """Linux gives a silent host up when a probe is due, one is unanswered, and
         TCP_USER_TIMEOUT is over."""
         for seconds in [*range(1, 130), 299.5, 600, 3_600, 7_200]:
-            harden(pair[0].fileno(), seconds)
+            keepalive(pair[0].fileno(), seconds)
             found = options_of(pair[0].fileno())
             due, probes = found["TCP_KEEPIDLE"], 0
             while not probes or due * 1_000 < found["TCP_USER_TIMEOUT"]:
@@ -161,7 +161,7 @@ class TestHarden:
     @linux
     def test_none_leaves_it_alone(self, pair: tuple[socket.socket, socket.socket]) -> None:
         before = options_of(pair[0].fileno())
-        harden(pair[0].fileno(), None)
+        keepalive(pair[0].fileno(), None)
         assert options_of(pair[0].fileno()) == before
 
     @linux
@@ -173,7 +173,7 @@ class TestHarden:
         self, pair: tuple[socket.socket, socket.socket], name: str
     ) -> None:
         before = options_of(pair[0].fileno())[name]
-        harden(pair[0].fileno(), 30, frozenset({name}))
+        keepalive(pair[0].fileno(), 30, frozenset({name}))
         found = options_of(pair[0].fileno())
         assert found.pop(name) == before
         assert all(found.values())
@@ -182,11 +182,11 @@ class TestHarden:
     def test_says_when_silence_ends_it(self, pair: tuple[socket.socket, socket.socket]) -> None:
         """The limit in force, whatever has set it; infinity where there is none."""
         descriptor = pair[0].fileno()
-        assert harden(descriptor, None) == float("inf")
-        assert harden(descriptor, 7) == 7
+        assert keepalive(descriptor, None) == float("inf")
+        assert keepalive(descriptor, 7) == 7
         pair[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2_500)
-        assert harden(descriptor, 7, frozenset({"TCP_USER_TIMEOUT"})) == 2.5
-        assert harden(descriptor, None) == 2.5
+        assert keepalive(descriptor, 7, frozenset({"TCP_USER_TIMEOUT"})) == 2.5
+        assert keepalive(descriptor, None) == 2.5
 
     @pytest.mark.parametrize("default", [None, 0, 5])
     @pytest.mark.parametrize("blocking", [True, False])
@@ -198,7 +198,7 @@ class TestHarden:
     ) -> None:
         pair[0].setblocking(blocking)
         with default_timeout(default):
-            harden(pair[0].fileno(), 20)
+            keepalive(pair[0].fileno(), 20)
         assert os.get_blocking(pair[0].fileno()) is blocking
 
     @pytest.mark.parametrize("default", [None, 5])
@@ -206,7 +206,7 @@ class TestHarden:
         here, there = socket.socketpair(socket.AF_UNIX)
         with here, there:
             with default_timeout(default):
-                harden(here.fileno(), 20)
+                keepalive(here.fileno(), 20)
             assert os.get_blocking(here.fileno())
             assert not here.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             poll = watch(here.fileno())
@@ -216,20 +216,20 @@ class TestHarden:
     def test_no_socket(self) -> None:
         reading, writing = os.pipe()
         before = open_descriptors()
-        harden(reading, 20)
+        keepalive(reading, 20)
         assert open_descriptors() == before
         assert os.get_blocking(reading)
         os.close(reading)
         os.close(writing)
-        harden(reading, 20)
-        harden(None, 20)
-        harden(-1, 20)
+        keepalive(reading, 20)
+        keepalive(None, 20)
+        keepalive(-1, 20)
 
     def test_nothing_is_left_open_nor_closed(
         self, pair: tuple[socket.socket, socket.socket]
     ) -> None:
         before = open_descriptors()
-        harden(pair[0].fileno(), 20)
+        keepalive(pair[0].fileno(), 20)
         assert open_descriptors() == before
         pair[0].sendall(b"x")
         assert pair[1].recv(1) == b"x"
@@ -243,7 +243,7 @@ class TestHarden:
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr(os, "dup", fails)
-        harden(pair[0].fileno(), 20)
+        keepalive(pair[0].fileno(), 20)
 
     def test_options_that_are_refused(
         self, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
@@ -251,7 +251,7 @@ class TestHarden:
         """Where the kernel knows none of them the connection works all the same."""
         for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
             monkeypatch.setattr(socket, name, 9_999, raising=False)
-        harden(pair[0].fileno(), 20)
+        keepalive(pair[0].fileno(), 20)
         assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
     def test_options_that_are_missing(
@@ -259,7 +259,7 @@ class TestHarden:
     ) -> None:
         for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
             monkeypatch.delattr(socket, name, raising=False)
-        harden(pair[0].fileno(), 20)
+        keepalive(pair[0].fileno(), 20)
         assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 

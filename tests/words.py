@@ -59,39 +59,7 @@ PATTERN = re.compile(
 )
 
 #: Files that are still to be gone over.
-NOT_YET = {
-    "django_proxysql/backends/binding.py",
-    "django_proxysql/backends/connecting.py",
-    "django_proxysql/backends/cursors.py",
-    "django_proxysql/backends/forked.py",
-    "django_proxysql/backends/losses.py",
-    "django_proxysql/backends/proofs.py",
-    "django_proxysql/backends/replacing.py",
-    "django_proxysql/backends/replays.py",
-    "django_proxysql/backends/requests.py",
-    "django_proxysql/backends/savepoints.py",
-    "django_proxysql/backends/sessions.py",
-    "django_proxysql/backends/state.py",
-    "django_proxysql/backends/statements.py",
-    "django_proxysql/backends/transactions.py",
-    "django_proxysql/backends/wrapper.py",
-    "django_proxysql/core/drivers/mysql.py",
-    "django_proxysql/core/drivers/postgresql.py",
-    "django_proxysql/core/sharing/__init__.py",
-    "django_proxysql/core/sharing/common.lua",
-    "django_proxysql/core/sharing/fleet.lua",
-    "django_proxysql/core/sharing/link.py",
-    "django_proxysql/core/sharing/scripts.py",
-    "django_proxysql/core/sharing/sync.lua",
-    "django_proxysql/core/sockets.py",
-    "tests/shared_process.py",
-    "tests/test_neighbours.py",
-    "tests/test_pools.py",
-    "tests/test_safety_rules.py",
-    "tests/test_sharing.py",
-    "tests/test_sharing_processes.py",
-    "tests/test_sockets.py",
-}
+NOT_YET: set[str] = set()
 
 
 def files() -> list[Path]:

@@ -66,7 +66,7 @@ def make_cursor(db: Any, name: str | None = None) -> Any:
 
 
 def look_after(db: Any, cursor: Any, name: str | None = None) -> Any:
-    """Lay the seam over a cursor that the peer engine has made, and bind it to its session."""
+    """Lay our hooks over a cursor that the peer engine has made, and bind it to its session."""
     session = db._session
     if session is None:
         return cursor

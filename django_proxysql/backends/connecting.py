@@ -90,12 +90,12 @@ class LoadBalancedMixin(_Base):
             return
         if self._hold is not None:
             # Connected, and asked to connect all the same. As with the plain engine
-            # the old connection is whoever's who has a reference to it: closed here,
+            # the old connection belongs to the code that has a reference to it: closed here,
             # it would take a database in memory along.
             self._let_go()
         only = self._only
         if only is not None:
-            # For this once: whoever asked for it may be struck before it could take it back.
+            # For this once: the caller may be interrupted before it could take it back.
             self._only = None
         registered.balancer.connect(
             functools.partial(self._open_one, registered),
@@ -109,15 +109,15 @@ class LoadBalancedMixin(_Base):
         registered = self._registered()
         assert registered is not None
         self._open_one(registered, attempt)
-        # It has worked: what closing says is nobody's concern.
+        # It has worked: what closing says changes nothing.
         with contextlib.suppress(Exception):
             self.close()
 
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
         if self._hold is not None:
-            # Connected meanwhile: by a listener, say, that was told of the last
-            # attempt and asked the database. There is a place for one only.
+            # Connected meanwhile: by a listener, say, that got the last attempt and asked the
+            # database. There is a place for one only.
             self._discard()
         self._asked = False
         try:
@@ -225,7 +225,7 @@ class LoadBalancedMixin(_Base):
     # Helpers
 
     def _recover(self) -> None:
-        """Put back what an exception out of nowhere (Ctrl-C, a task's time-out) left behind.
+        """Put back what an asynchronous exception (Ctrl-C, a task's time-out) left behind.
 
         It may strike before the first line of a ``finally``, too.
         """
@@ -265,7 +265,7 @@ class LoadBalancedMixin(_Base):
     def peer_settings(self) -> dict[str, Any]:
         """Return a copy of the settings as for the present peer, else the first.
 
-        For whoever needs an address outside connect(): dbshell, mysqldump.
+        For code that needs an address outside connect(): dbshell, mysqldump.
         """
         registered = self._registered()
         if registered is None:

@@ -1,8 +1,8 @@
 """Cursors that know where a statement may be sent, and what to do when it is lost.
 
 Each is a subclass of whatever cursor wrapper Django or the peer engine made
-(PostgreSQL has its own), so that nothing of theirs is lost. The seam is
-``_execute``, below ``execute_wrapper`` and the query log: a statement that is
+(PostgreSQL has its own), so that nothing of theirs is lost. The hook is ``_execute``, below
+``execute_wrapper`` and the query log: a statement that is
 run again is one statement to both.
 """
 
@@ -26,8 +26,8 @@ _SEQUENCES = frozenset({tuple, list})
 
 @functools.cache
 def cursor_class(base: type) -> type:
-    """Return ``base`` with our seam laid over it; ``base`` itself if it has no such seam."""
-    if not issubclass(base, CursorWrapper) or issubclass(base, _Seam):
+    """Return ``base`` with our hooks laid over it; ``base`` itself if it has no place for them."""
+    if not issubclass(base, CursorWrapper) or issubclass(base, _Hooks):
         return base
     own = {
         "__module__": base.__module__,
@@ -35,15 +35,15 @@ def cursor_class(base: type) -> type:
         "_execute": _execute_over(base._execute),  # type: ignore[attr-defined]
         **{name: _fetching(name) for name in _FETCHES if not hasattr(base, name)},
     }
-    return type(base.__name__, (_Seam, base), own)
+    return type(base.__name__, (_Hooks, base), own)
 
 
 def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the seam over ``plain``, the ``_execute`` of a cursor wrapper's class.
+    """Return the hook over ``plain``, the ``_execute`` of a cursor wrapper's class.
 
     A function over a function rather than a method and ``super()``: each look
     at an attribute of a cursor wrapper goes by its ``__getattr__``, and
-    ``super()`` alone costs what the rest of the seam does.
+    ``super()`` alone costs what the rest of the hook does.
     """
 
     def execute(self: Any, sql: Any, params: Any, many: Any = False, context: Any = None) -> Any:
@@ -120,7 +120,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _getattr_over(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the seam over ``plain``, the ``__getattr__`` of a cursor wrapper's class."""
+    """Return the hook over ``plain``, the ``__getattr__`` of a cursor wrapper's class."""
 
     def getattribute(self: Any, attr: str) -> Any:
         if attr not in _HARMLESS:
@@ -180,7 +180,7 @@ _HARMLESS = frozenset(
 )
 
 
-class _Seam(CursorWrapper):
+class _Hooks(CursorWrapper):
     #: The session whose driver cursor this wrapper holds; None of a server-side one.
     _session: Any = None
     #: The session that a server-side cursor, one with a name, is declared on.
@@ -223,7 +223,7 @@ class _Seam(CursorWrapper):
         return self.db._run_many(self, sql, param_list, run)
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
-        """Call a stored procedure; what it does in the session nobody knows."""
+        """Call a stored procedure; what it does in the session is unknown."""
         session = self.db._before_other(self, f"CALL {procname}", params)
         # Django 2.2's takes no third argument.
         arguments = (params,) if kparams is None else (params, kparams)

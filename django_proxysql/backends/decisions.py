@@ -100,7 +100,7 @@ def may_restart(is_pending: bool, now: Situation, asks_connection: bool = False)
 
 
 class Pinned(enum.Enum):
-    """Whether the thread or task stays with one peer: ``pinned()``."""
+    """Whether the thread or task is pinned to one peer: ``pinned()``."""
 
     NO = "no"
     HERE = "here"

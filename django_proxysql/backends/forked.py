@@ -4,8 +4,8 @@ The child has a copy of every descriptor. Two processes that talk over one
 connection get each other's answers, and a child that closes one says goodbye in
 the parent's name: the server ends the session under the parent's hands. So in
 the child /dev/null is laid over each inherited descriptor
-(:func:`django_proxysql.core.sockets.sever`). Whatever the driver does with it
-then, the parent's connection does not hear of it, and the child connects for itself.
+(:func:`django_proxysql.core.sockets.detach`). Whatever the driver does with it
+then, the parent's connection is untouched, and the child connects for itself.
 
 Of drivers whose descriptor is not known (Oracle's, MySQL Connector/Python's)
 the connections stay as they are, as with Django's own engines.

@@ -143,7 +143,7 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
     Its record says what is known of it afterwards.
 
     :param cause: the driver's error; no conflict, and not one that proves that nothing was sent.
-    :raises Error: it does not stand, or nobody can tell. None: the error is the application's.
+    :raises Error: it does not stand, or that is unknown. None: the error is the application's.
     """
     driver, transaction = db._driver, db._transaction
     refused = outcome.refusal(driver.code_of(cause), str(cause))

@@ -247,7 +247,7 @@ def replace(
     kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
     transaction = db._transaction
     try:
-        # Out of the way before connect(), which lets go of a hold. What sets
+        # Out of the way before connect(), which releases a hold. What sets
         # the new connection up is no query of the application's.
         restore_log(db)
         db._own_log, db.queries_log = db.queries_log, collections.deque()

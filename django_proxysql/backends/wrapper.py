@@ -113,7 +113,7 @@ class SafePointsMixin(LoadBalancedMixin):
             seconds = registered.balancer.config.tcp_user_timeout
             self._read_timeout = min(
                 math.inf if seconds is None else float(seconds),
-                sockets.harden(
+                sockets.keepalive(
                     self._driver.fileno(connection),
                     seconds,
                     self._driver.socket_options(connection, conn_params),
@@ -189,7 +189,7 @@ class SafePointsMixin(LoadBalancedMixin):
         return cursor if cursor.__class__ is PlainCursor else binding.look_after(self, cursor)
 
     def make_cursor(self, cursor: Any) -> Any:
-        """Make what Django's own method makes, with our seam; an engine's own makes its own."""
+        """Make what Django's own method makes, with our hooks; an engine's own makes its own."""
         session = self._session
         if session is None or binding.sets_up(self.__class__):  # type: ignore[arg-type]
             return super().make_cursor(cursor)

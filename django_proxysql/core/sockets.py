@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-__all__ = ["descriptor", "harden", "limited", "sent", "sever", "watch"]
+__all__ = ["descriptor", "detach", "keepalive", "limited", "sent", "watch"]
 
 #: Linux's POLLRDHUP: the other side has closed its half.
 _EVENTS = (
@@ -54,7 +54,7 @@ def watch(descriptor: int | None) -> Callable[[int], object] | None:
     return poll.poll
 
 
-def harden(
+def keepalive(
     descriptor: int | None, seconds: float | None, leave: frozenset[str] = frozenset()
 ) -> float:
     """Have the kernel give a TCP connection up whose host has not answered for ``seconds``.
@@ -243,7 +243,7 @@ def _shut_down_unless(bell: threading.Lock, duplicate: socket.socket, seconds: f
         duplicate.close()
 
 
-def sever(descriptor: int) -> None:
+def detach(descriptor: int) -> None:
     """Part this process from the connection at ``descriptor``; nothing is sent over it.
 
     Another process that has the connection too goes on with it. Under the

@@ -318,7 +318,7 @@ class MySQL(Driver):
         if callable(force_close):
             force_close()
         else:
-            sockets.sever(connection.fileno())
+            sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
         """Ask the server for a sign of life.

@@ -400,7 +400,7 @@ class PostgreSQL(Driver):
 
     def leave(self, connection: Any) -> None:
         """Part this process from a connection that is another's, without a word to the server."""
-        sockets.sever(connection.fileno())
+        sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
         """Ask the server for a sign of life.

@@ -95,7 +95,7 @@ class Link(Worker):
         #: Whether the last round trip went well, and when it did.
         self.answers = False
         self._answered_at = float("-inf")
-        #: Not before this moment is Redis tried again, and nobody waits for an answer.
+        #: Not before this moment is Redis tried again, and no thread waits for an answer.
         self._retry_at = self._silent_until = float("-inf")
         #: How long somebody waited for the answer that has not come.
         self._waited_for = 0.0
@@ -244,7 +244,7 @@ class Link(Worker):
             import redis
 
             self._inherited = None
-            # One connection, for nobody but the thread uses it.
+            # One connection, for only the thread uses it.
             self._client = redis.Redis(connection_pool=redis.ConnectionPool(**self._options))
         answers = self._run_scripts("evalsha", calls)
         unknown = [
@@ -327,7 +327,7 @@ class Link(Worker):
         self._asked.append(question)
         self.wake()
         if not question.bell.acquire(timeout=seconds) and seconds:
-            # Whoever comes next does not wait as well.
+            # The next caller does not wait as well.
             self._silent_until, self._waited_for = now + INTERVAL, seconds
         return question.answer
 

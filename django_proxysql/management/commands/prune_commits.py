@@ -1,4 +1,4 @@
-"""``manage.py prune_commits``: delete the tokens of COMMITs that nobody asks about any more."""
+"""``manage.py prune_commits``: delete the tokens of old COMMITs."""
 
 from __future__ import annotations
 
