@@ -494,11 +494,11 @@ class TestBusyProxySQL:
             overtaking = threading.Thread(target=balancer.group.count_unanswered, args=(other, exc))
             trip = one.breaker.trip
 
-            def slowly(*args: Any) -> Any:
+            def slowly(*args: Any, **how: Any) -> Any:
                 overtaking.start()
                 # It looks now, if it can.
                 overtaking.join(0.3)
-                return trip(*args)
+                return trip(*args, **how)
 
             monkeypatch.setattr(one.breaker, "trip", slowly)
             assert balancer.group.count_unanswered(one, exc)

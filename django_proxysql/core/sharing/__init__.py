@@ -8,35 +8,34 @@ is applied to the local circuit (:mod:`.applying`).
 How it holds
 ------------
 
-* **Redis decides, in one script** (:mod:`.scripts`), which is atomic there
-  and keeps the time: hosts' clocks are never compared, only durations travel.
-* **Versions.** Each record in Redis has one, and a process that reports a change says which
-  version it knew. A change that was made in ignorance of another one is dropped, and the other one
-  adopted: a late word changes nothing. A record that is older than what a process knows of it,
-  or gone, was lost (FLUSHALL, a failover), and is written again.
+* **Redis decides, in one script** (:mod:`.scripts`), which is atomic there and keeps the time:
+  hosts' clocks are never compared, only durations travel.
+* **Versions.** Each record in Redis has one. A process that reports a change says which version it
+  knew. A change that was made in ignorance of another one is dropped, and the other one adopted. A
+  record that is older than what a process knows of it, or gone, was lost (FLUSHALL, a failover),
+  and is written again.
 * **Desired states have an age.** Of what two operators ask for the younger counts, also where the
   older reaches Redis last. Of two that drain the last two peers at once Redis refuses one.
-* **State, not messages.** What is reported is the difference between the circuit and what was
-  last agreed on. A round trip that failed, a thread that was killed anywhere, a fork: the next
-  round trip finds the same difference.
-* **One trial at a time** is a lease in the peer's record. A process whose trial is due asks for
-it, and
-  the thread renews it while the trial is under way. It runs out by itself where its holder dies.
-* **Redis is trusted only so far.** Durations are bounded by this process's own settings;
-  what cannot be read is left out; a process that has no other peer left connects whatever the
-  others say; and one that has lost all its peers keeps that to itself, for it may be the one
-  that is cut off (its openings without a confirmation are withdrawn).
-* **Some hosts only.** A host that opens a circuit anew after another host's trial has closed it may
-  be the only one that cannot reach the peer: from the second time on it keeps that to itself, as
-  long as no other host says the same.
-* **Redis away** costs a thread that waits for nothing else. Who asks it for a lease waits 50 ms
-  at most, and no thread waits again within a second.
+* **State, not messages.** A process reports the difference between the circuit and what was last
+  agreed on. A round trip that failed, a thread that was killed anywhere, a fork: the next round
+  trip finds the same difference.
+* **One trial at a time** is a lease in the peer's record. A process whose trial is due asks for it,
+  and the thread renews it while the trial is under way. It runs out where its holder dies.
+* **Redis is trusted only so far.** This process's own settings bound durations. What cannot be read
+  is left out. A process that has no other peer left connects whatever the others say, and none of
+  their drains takes its last peer, forced or not. A process that has lost all its peers keeps that
+  to itself, for it may be the one that is cut off: it withdraws the openings that no other process
+  has confirmed.
+* **Some hosts only.** A host that opens a circuit again after another host's trial has closed it
+  may be the only one that cannot reach the peer. From the second time on it keeps that to itself,
+  as long as no other host says the same.
+* **Redis away** costs a thread that waits for nothing else. A caller that asks it for a lease waits
+  50 ms at most, and no caller waits again within a second.
 * **Redis slow**: an answer that comes later than that is not lost. A lease is kept for the next
-  caller that asks, and a trial is put off for an answer that is late no more than once: a circuit
-  never
+  caller that asks. A trial is put off once at most for an answer that is late: a circuit never
   stays open because Redis takes its time.
 
-No lock is held while anything waits, and only the thread uses the connection to Redis.
+No lock is held while anything waits. Only the thread uses the connection to Redis.
 """
 
 from __future__ import annotations
@@ -189,8 +188,8 @@ class Sharing(Agreement):
         :param by_hand: an operator asks for it, due or not, and waits for a second.
         """
         group, shared = self._group(), self._shared[name]
-        # What the others do not know of is no other process's trial; and one that has no other peer
-        # left connects, whatever is said.
+        # What the others do not know of is this process's own trial; and one that has no other
+        # peer left connects, whatever is said.
         if group is None or not shared.agreed.is_open or not group.has_usable():
             return 0.0
         self.start()

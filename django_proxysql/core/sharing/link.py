@@ -95,9 +95,9 @@ class Link(Worker):
         #: Whether the last round trip went well, and when it did.
         self.answers = False
         self._answered_at = float("-inf")
-        #: Not before this moment is Redis tried again, and no thread waits for an answer.
+        #: Not before this moment is Redis tried again, and no caller waits for an answer.
         self._retry_at = self._silent_until = float("-inf")
-        #: How long somebody waited for the answer that has not come.
+        #: How long a caller waited for the answer that has not come.
         self._waited_for = 0.0
         #: What is wrong with Redis, as far as is known; None: nothing.
         self.trouble: Trouble | None = None

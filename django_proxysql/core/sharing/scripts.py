@@ -23,7 +23,7 @@ HEARTBEAT = _lua("common", "heartbeat")
 #: Compares what a process knows of circuits and drains with what is stored.
 SYNC = _lua("common", "sync")
 
-#: Adds up what all processes with a recent heartbeat have published.
+#: Adds up what all processes that were there lately have said.
 FLEET = _lua("fleet")
 
 #: What Redis knows a script by.
