@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.db import close_old_connections, connections, transaction
 
-from django_proxysql import balancers, retrying_atomic
+from django_proxysql import balancers
 from django_proxysql.conf import ENGINE
 from tests import fakes
-from tests.chaos.load import TABLE, Load, Pace
-from tests.chaos.sites import admin, connected
+from tests.chaos.load import Load, Pace
+from tests.chaos.sites import admin, connected, make_tables
 from tests.engine import engine, mysql_peer
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
@@ -37,21 +37,19 @@ PACE = Pace(idle_every=20, idle=0.1)
 
 @contextlib.contextmanager
 def under_load(
-    server: Node, peers: list[Any], atomic: Any = transaction.atomic, **settings: Any
+    servers: Sequence[Node], peers: list[Any], retries: bool = False, **settings: Any
 ) -> Iterator[Load]:
     """Have threads read and write all the time; afterwards nothing may have gone wrong."""
-    with admin(server) as cursor:
-        for statement in TABLE:
-            cursor.execute(statement)
+    make_tables(servers)
     with engine(peers, alias=ALIAS, **settings):
         balancers[ALIAS]
-        load = Load(ALIAS, threads=4, pace=PACE, atomic=atomic)
+        load = Load(ALIAS, threads=4, pace=PACE, retries=retries)
         with load:
             until(load, lambda: load.requests >= 20)
             yield load
             requests = load.requests
             until(load, lambda: load.requests >= requests + 20)
-        with admin(server) as cursor:
+        with admin(servers[0]) as cursor:
             cursor.execute("SELECT value FROM chaos_row WHERE id <> 1")
             rows = Counter(value for (value,) in cursor.fetchall())
     assert [str(failure) for ledger in load.ledgers for failure in ledger.failures] == []
@@ -73,7 +71,7 @@ def test_drain_and_pause(
     peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
     settings = {"SHARED_STATE": redis_server.url, "CONN_MAX_AGE": None}
     project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
-    with under_load(mariadb, peers, **settings) as load:
+    with under_load([mariadb], peers, **settings) as load:
         for number, proxy in enumerate(proxies):
             code, out, err = project.run("--drain", f"peer{number}")
             assert (code, err) == (0, "")
@@ -157,7 +155,7 @@ def test_stopped_with_idle_connections_left(
     }
     project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
     sleepers = Sleepers()
-    with under_load(mariadb, peers, **settings) as load:
+    with under_load([mariadb], peers, **settings) as load:
         sleepers.lay_down(2)
         assert Counter(sleepers.asleep) == {"peer0": 3, "peer1": 3}
         for number, proxy in enumerate(proxies):
@@ -175,7 +173,7 @@ def test_pause_alone(mariadb: Node, haproxy: Callable[..., HAProxy]) -> None:
     """Where each request connects anew a pause is enough: it opens the circuit."""
     proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
     peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
-    with under_load(mariadb, peers, CONN_MAX_AGE=0, CHECK_INTERVAL=0.2) as load:
+    with under_load([mariadb], peers, CONN_MAX_AGE=0, CHECK_INTERVAL=0.2) as load:
         for proxy in proxies:
             proxy.disable(DB)
             until(load, lambda proxy=proxy: proxy.sessions(DB) == 0)
@@ -196,7 +194,7 @@ def test_galera(galera: GaleraCluster) -> None:
         "READY_CHECK": "galera",
         "CHECK_INTERVAL": 0.5,
     }
-    with under_load(galera.nodes[0], peers, retrying_atomic, **settings) as load:
+    with under_load(galera.nodes, peers, retries=True, **settings) as load:
         for number, node in enumerate(galera.nodes):
             balancers[ALIAS].drain(f"peer{number}")
             with admin(node) as cursor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import django
@@ -87,14 +87,10 @@ class Site:
 
     def empty(self) -> None:
         """Leave nothing but the seed in the table."""
-        with admin(self.servers[0]) as cursor:
-            for statement in (*TABLE, f"DROP TABLE IF EXISTS {outcome.TABLE}"):
-                cursor.execute(statement)
-            cursor.execute(outcome.creates("mysql"))
-        for server in self.servers[1:]:
-            with admin(server) as cursor:
-                cursor.execute("SET SESSION wsrep_sync_wait = 1")
-                cursor.execute("SELECT 1 FROM chaos_row")
+        make_tables(
+            self.servers,
+            [*TABLE, f"DROP TABLE IF EXISTS {outcome.TABLE}", outcome.creates("mysql")],
+        )
 
     def rows(self) -> Counter[str]:
         """What is in the table once the servers have done all that they were sent.
@@ -271,6 +267,17 @@ SITES: dict[str, tuple[type[Any], bool]] = {
     "galera": (Galera, True),
     "stack": (Stack, True),
 }
+
+
+def make_tables(servers: Sequence[Address], statements: Iterable[str] = TABLE) -> None:
+    """Make the table by the first server; return once the cluster's others have it too."""
+    with admin(servers[0]) as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+    for server in servers[1:]:
+        with admin(server) as cursor:
+            cursor.execute("SET SESSION wsrep_sync_wait = 1")
+            cursor.execute("SELECT 1 FROM chaos_row")
 
 
 @contextlib.contextmanager
