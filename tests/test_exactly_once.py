@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from django.apps import apps
+from django.core.management import CommandError, call_command
 from django.db import DatabaseError, OperationalError, transaction
 from django.db.models.signals import pre_migrate
 
 from django_proxysql import retrying_atomic
-from django_proxysql.backends.tokens import problems
+from django_proxysql.backends import outcomes
+from django_proxysql.backends.tokens import _cleaner, delete_old, problems
 from django_proxysql.core import outcome
-from django_proxysql.core.events import CommitResolved
+from django_proxysql.core.events import CommitResolved, ConnectionLost
+from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
+from tests.engine import engine
+from tests.fakes import until
 from tests.servers import DATABASE, USER
+from tests.servers.scripted import Refusal, ScriptedServer
 from tests.site import Site, site
 
 #: What is in the packet of COMMIT, and in no AUTOCOMMIT. psycopg2 sends the token ahead.
@@ -42,6 +50,10 @@ def with_tokens(plain: Any) -> None:
 
 @contextlib.contextmanager
 def recording(server: Any, fault_proxy: Callable[..., Any], **settings: Any) -> Iterator[Site]:
+    driver = os.environ.get("TEST_DRIVER")
+    is_postgres = type(server).__name__.startswith("Postgre")
+    if driver and (driver == "psycopg2") is not is_postgres:
+        pytest.skip(f"{driver} is another server's")
     with site(server, fault_proxy, **{"COMMIT_OUTCOME": "record", **settings}) as here:
         with_tokens(here.plain)
         yield here
@@ -49,9 +61,6 @@ def recording(server: Any, fault_proxy: Callable[..., Any], **settings: Any) -> 
 
 @pytest.fixture(params=["mariadb", "postgres"])
 def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., Any]) -> Iterator[Site]:
-    driver = os.environ.get("TEST_DRIVER")
-    if driver and (driver == "psycopg2") is not (request.param == "postgres"):
-        pytest.skip(f"{driver} is not {request.param}'s")
     with recording(request.getfixturevalue(request.param), fault_proxy) as made:
         yield made
 
@@ -74,13 +83,18 @@ def block(here: Site, value: str) -> list[str]:
     return ran
 
 
+def change_setting(here: Site, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Have the balancer's settings changed for this test."""
+    group = here.session.balancer
+    monkeypatch.setattr(group, "config", dataclasses.replace(group.config, **changes))
+
+
 def cut_at_commit(here: Site, how: str) -> None:
-    """Lose the next COMMIT before it arrives, after it has arrived, or its reply."""
-    proxy = here.here
+    """Lose the next COMMIT before it arrives, or its reply."""
     if how == "reply":
-        proxy.cut_reply(0, COMMIT)
+        here.here.cut_reply(0, COMMIT)
     else:
-        getattr(proxy, f"cut_{how}")(COMMIT)
+        here.here.cut_before(COMMIT)
 
 
 class TestVerdicts:
@@ -88,10 +102,9 @@ class TestVerdicts:
         assert block(here, "one") == ["one"]
         assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], [])
 
-    @pytest.mark.parametrize("how", ["after", "reply"])
-    def test_committed_block_ends_well_and_runs_its_hooks_once(self, here: Site, how: str) -> None:
+    def test_committed_block_ends_well_and_runs_its_hooks_once(self, here: Site) -> None:
         here.read()
-        cut_at_commit(here, how)
+        cut_at_commit(here, "reply")
         assert block(here, "one") == ["one"]
         assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], ["committed"])
         assert block(here, "two") == ["two"]
@@ -192,8 +205,7 @@ class TestBlocksWithoutAToken:
         self, here: Site, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No function of this is called, and nothing of it is sent."""
-        config = dataclasses.replace(here.balancer.config, commit_outcome=None)
-        monkeypatch.setattr(here.balancer, "config", config)
+        change_setting(here, monkeypatch, commit_outcome=None)
         called: list[str] = []
 
         def profile(frame: Any, event: str, _: Any) -> None:
@@ -242,7 +254,7 @@ class TestTable:
         """MyISAM keeps what a rollback undoes, and a crash empties an UNLOGGED table."""
         change = "ENGINE = MyISAM" if here.is_mysql else "SET UNLOGGED"
         run(here.plain, f"ALTER TABLE {outcome.TABLE} {change}")
-        for how in ("before", "after"):
+        for how in ("before", "reply"):
             prepare(here)
             cut_at_commit(here, how)
             with pytest.raises(CommitOutcomeUnknown):
@@ -283,6 +295,263 @@ class TestTable:
         assert block(here, "one") == ["one"]
         pre_migrate.send(config, app_config=config, using="balanced", verbosity=0)
         assert tokens(here) == [False]
+
+
+TOKEN = Tokens().next()
+
+
+@pytest.fixture
+def known_token(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Have every transaction write this token."""
+    monkeypatch.setattr(outcomes._tokens, "next", lambda: TOKEN)
+    return TOKEN
+
+
+def elsewhere(here: Site) -> list[Any]:
+    """The proxies that the present connection does not go through."""
+    return [proxy for proxy in here.proxies if proxy is not here.here]
+
+
+class TestFaults:
+    """Each ends in the right verdict or in none."""
+
+    @pytest.mark.parametrize("statement", [outcome.fence, outcome.insert], ids=["fence", "twin"])
+    def test_a_token_that_is_there_already_ends_the_block(
+        self, here: Site, known_token: bytes, statement: Callable[..., str]
+    ) -> None:
+        """This process was stopped while another fenced it; or two have one token by chance."""
+        run(here.plain, statement(here.plain.vendor, outcome.TABLE, known_token))
+        here.read()
+        with pytest.raises(OperationalError, match="was rolled back") as raised:
+            block(here, "one")
+        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        assert (here.written(), resolved(here)) == ([], [])
+
+    def test_a_fence_whose_answer_is_lost_is_not_taken_for_the_transaction(
+        self, here: Site
+    ) -> None:
+        here.read()
+        cut_at_commit(here, "before")
+        for proxy in elsewhere(here):
+            proxy.cut_after(b"COMMIT")
+        with pytest.raises(OperationalError, match="was rolled back"):
+            block(here, "one")
+        assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
+
+    def test_two_that_fence_at_once_agree(self, here: Site, known_token: bytes) -> None:
+        """The other one's row stands, by a process that was killed since."""
+        here.read()
+        cut_at_commit(here, "before")
+        statement = outcome.fence(here.plain.vendor, outcome.TABLE, known_token)
+        here.balancer.add_listener(
+            lambda event: run(here.plain, statement) if type(event) is ConnectionLost else None
+        )
+        with pytest.raises(OperationalError, match="was rolled back"):
+            block(here, "one")
+        assert (here.written(), tokens(here)) == ([], [True])
+
+    def test_a_packet_that_is_thawed_after_the_verdict_does_nothing(
+        self, mariadb: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        with recording(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
+            here.read()
+            frozen = here.here
+            with (
+                pytest.raises(OperationalError, match="was rolled back"),
+                transaction.atomic("balanced"),
+            ):
+                here.write("one")
+                frozen.freeze()
+            frozen.thaw()
+            frozen.wait_until_idle()
+            assert (here.written(), tokens(here)) == ([], [True])
+
+    def test_a_lock_that_is_held_for_longer_than_the_deadline_leaves_it_unknown(
+        self, mariadb: Any, fault_proxy: Callable[..., Any], known_token: bytes
+    ) -> None:
+        with recording(mariadb, fault_proxy, OUTCOME_DEADLINE=1.5) as here:
+            here.read()
+            cut_at_commit(here, "before")
+            with pytest.raises(CommitOutcomeUnknown), transaction.atomic("plain"):
+                run(here.plain, outcome.insert("mysql", outcome.TABLE, known_token))
+                block(here, "one")
+            assert resolved(here) == ["unknown"]
+
+    def test_a_peer_that_takes_no_writes_is_asked_again(
+        self, mariadb: Any, fault_proxy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain_ask, asked = outcomes._ask, []
+
+        def ask(*arguments: Any) -> Any:
+            mariadb.sql(f"SET GLOBAL read_only = {int(len(asked) < 2)}")
+            asked.append(plain_ask(*arguments))
+            return asked[-1]
+
+        monkeypatch.setattr(outcomes, "_ask", ask)
+        with recording(mariadb, fault_proxy) as here:
+            here.read()
+            cut_at_commit(here, "reply")
+            assert block(here, "one") == ["one"]
+        assert asked == [Answer.NONE, Answer.NONE, Answer.COMMIT_STANDS]
+
+    def test_where_peers_may_lag_only_the_transactions_own_is_asked(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        change_setting(here, monkeypatch, synchronous_peers=False)
+        here.read()
+        others = {proxy: proxy.accepted for proxy in elsewhere(here)}
+        cut_at_commit(here, "reply")
+        assert block(here, "one") == ["one"]
+        assert {proxy: proxy.accepted for proxy in others} == others
+
+    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="an option of mysqlclient's")
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    def test_without_multi_statements_it_takes_two_packets(
+        self, mariadb: Any, fault_proxy: Callable[..., Any], how: str
+    ) -> None:
+        with recording(mariadb, fault_proxy, OPTIONS={"multi_statements": False}) as here:
+            assert block(here, "one") == ["one"]
+            packets = list(here.here.packets)
+            assert not any(b"; COMMIT" in packet for packet in packets)
+            if how == "reply":
+                here.here.cut_reply(0, b"COMMIT")
+                assert block(here, "two") == ["two"]
+            else:
+                here.here.cut_before(b"COMMIT")
+                with pytest.raises(OperationalError, match="was rolled back"):
+                    block(here, "two")
+            assert here.written() == ["one", *(["two"] if how == "reply" else [])]
+
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    def test_behind_pgbouncer_in_transaction_mode(
+        self,
+        postgres: Any,
+        pgbouncer: Callable[..., Any],
+        fault_proxy: Callable[..., Any],
+        how: str,
+    ) -> None:
+        pooler = pgbouncer(postgres, pool_mode="transaction")
+        known = type("PostgreSQL behind it", (), {"host": pooler.host, "port": pooler.port})
+        with recording(known(), fault_proxy) as here:
+            here.read()
+            cut_at_commit(here, how)
+            if how == "reply":
+                assert block(here, "one") == ["one"]
+            else:
+                with pytest.raises(OperationalError, match="was rolled back"):
+                    block(here, "one")
+            assert here.plain_rows() == (["one"] if how == "reply" else [])
+            # What was set for one question stays with no server's session.
+            assert run(here.plain, "SHOW lock_timeout") == [("0",)]
+
+    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="of the proxies alone")
+    @pytest.mark.parametrize("refusal", [1064, None], ids=["refuses", "runs the first"])
+    def test_a_proxy_that_takes_no_two_statements_gets_them_one_by_one(
+        self, refusal: int | None
+    ) -> None:
+        with ScriptedServer() as server, behind(server) as connection:
+            if refusal:
+                server.refusals["; COMMIT"] = Refusal(refusal, "You have an error near '; COMMIT'")
+            for value in ("one", "two"):
+                with transaction.atomic("balanced"):
+                    run(connection, f"INSERT INTO a VALUES ('{value}')")
+            ends = [said for said in server.statements("COMMIT") if "AUTO" not in said.upper()]
+            assert sum(said.endswith("; COMMIT") for said in ends) == (1 if refusal else 2)
+            assert ends.count("COMMIT") == 2
+
+    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="of the proxies alone")
+    def test_a_full_disk_commits_nothing_and_asks_nobody(self) -> None:
+        with ScriptedServer() as server, behind(server) as connection:
+            server.refusals[outcome.TABLE] = Refusal(1021, "Disk full")
+            with (
+                pytest.raises(OperationalError, match="Disk full") as raised,
+                transaction.atomic("balanced"),
+            ):
+                run(connection, "INSERT INTO a VALUES ('one')")
+            assert not isinstance(raised.value, CommitOutcomeUnknown)
+            assert server.connections == 1
+
+
+@contextlib.contextmanager
+def behind(server: Any) -> Iterator[Any]:
+    """Yield a connection to a scripted server, of a balancer that records."""
+    peer = {"HOST": server.host, "PORT": server.port, "USER": "app", "NAME": "app"}
+    with engine([peer], COMMIT_OUTCOME="record", CONN_MAX_AGE=None) as connection:
+        yield connection
+
+
+class TestOldTokens:
+    def old(self, here: Site, hours: float, by: str) -> None:
+        """Write a token that is old by its own time, by the server's, or by both."""
+        made = time.time() - hours * 3600 if by != "server" else time.time()
+        token = Tokens(clock=lambda: made).next()
+        run(here.plain, outcome.insert(here.plain.vendor, outcome.TABLE, token))
+        if by != "token":
+            value = f"'{token.hex()}'" if not here.is_mysql else f"0x{token.hex()}"
+            ago = f"interval '{hours} hours'" if not here.is_mysql else f"INTERVAL {hours} HOUR"
+            now = "now()" if not here.is_mysql else "UTC_TIMESTAMP(6)"
+            run(
+                here.plain,
+                f"UPDATE {outcome.TABLE} SET created = {now} - {ago} WHERE token = {value}",
+            )
+
+    def test_are_deleted_where_two_clocks_agree(self, here: Site) -> None:
+        for hours in (2, 26, 50):
+            for by in ("token", "server", "both"):
+                self.old(here, hours, by)
+        assert delete_old(here.connection, 86_400) == 2
+        assert delete_old(here.connection, 3600) == 1
+        assert len(tokens(here)) == 6
+
+    def test_none_that_may_be_in_doubt_is_deleted(self, here: Site) -> None:
+        block(here, "one")
+        with pytest.raises(ValueError, match="in doubt"):
+            delete_old(here.connection, 3599)
+        assert delete_old(here.connection, 3600) == 0
+        assert tokens(here) == [False]
+
+    def test_the_command(self, here: Site) -> None:
+        self.old(here, 26, "both")
+        self.old(here, 3, "both")
+        for wrong in ("59m", "0h", "1", "-1d", "1.5d"):
+            with pytest.raises(CommandError, match="at least 1h"):
+                call_command("prune_commits", f"--older-than={wrong}")
+        with pytest.raises(CommandError, match="no COMMIT_OUTCOME"):
+            call_command("prune_commits", database="plain")
+        said = io.StringIO()
+        call_command("prune_commits", stdout=said)
+        call_command("prune_commits", "--older-than=2h", "--database=balanced", stdout=said)
+        assert said.getvalue() == "balanced: 1 tokens deleted\n" * 2
+        assert tokens(here) == []
+
+    def test_one_transaction_in_a_thousand_has_some_deleted(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for _ in range(3):
+            self.old(here, 26, "both")
+        self.old(here, 3, "both")
+        token = TOKEN[:8] + (1 << 63 | 1000 - (1 << 63) % 1000).to_bytes(8, "big")
+        monkeypatch.setattr(outcomes._tokens, "next", lambda: token)
+        assert block(here, "one") == ["one"]
+        until(lambda: len(tokens(here)) == 2)
+        until(lambda: not _cleaner.is_running)
+        monkeypatch.setattr(outcomes._tokens, "next", lambda: TOKEN)
+        block(here, "two")
+        assert not _cleaner.is_running
+
+
+class TestCost:
+    def test_no_round_trip_is_added(self, here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """psycopg2 alone takes one more: it sends no COMMIT but its own."""
+        block(here, "first")
+        packets = []
+        for setting in ("record", None):
+            change_setting(here, monkeypatch, commit_outcome=setting)
+            before = here.here.client_packets
+            block(here, str(setting))
+            packets.append(here.here.client_packets - before)
+        more = os.environ.get("TEST_DRIVER") == "psycopg2"
+        assert packets[0] - packets[1] == more
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from django.urls import reverse
 from django_proxysql.conf.options import OPTIONS
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.breaker import CLOSED, HALF_OPEN, OPEN
+from django_proxysql.core.events import CommitResolved
 from django_proxysql.core.sharing import Fleet, Moment, Sharing
 from django_proxysql.monitoring import views
 from django_proxysql.monitoring.history import History
@@ -276,6 +277,21 @@ class TestPage:
             r"peer1 open since [\d:]{8}; before that closed since [\d:]{8}; before that unknown",
             text_of(client.get(PAGE)),
         )
+
+    def test_commits_that_were_asked_about(self, site: Site, monkeypatch: Any) -> None:
+        """Those of the last hour are counted, where the setting is."""
+        assert site.clock is not None
+        client = site.admin()
+        assert "COMMIT" not in text_of(client.get(PAGE))
+        config = dataclasses.replace(site.balancer.config, commit_outcome="record")
+        monkeypatch.setattr(site.balancer, "config", config)
+        assert "No COMMIT was left unanswered." in text_of(client.get(PAGE))
+        name = site.balancer.name
+        for outcome, later in (("unknown", 3000), ("committed", 700), ("rolled_back", 0)):
+            site.balancer.group.emit(CommitResolved(name, "peer0", "", outcome, 0.1, "(2013)"))
+            site.clock.advance(later)
+        found = "what the engine found out: 1 committed, 1 rolled back."
+        assert found in text_of(client.get(PAGE))
 
     def test_knows_what_an_operator_wishes(self, site: Site) -> None:
         site.balancer.drain("peer1")

@@ -12,13 +12,13 @@ noted only if somebody looked meanwhile; trials have a record of their own.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ..core import runtime
 from ..core.balancer import LoadBalancer
-from ..core.events import Event
+from ..core.events import CommitResolved, Event
 from ..core.peer import Peer
 from ..core.reports import REPORTS, SUCCESS
 from ..core.runtime import new_lock
@@ -31,6 +31,8 @@ SPAN = 3600.0
 
 #: How much is kept of one peer, however often it comes and goes.
 MOST_CHANGES, MOST_TRIALS = 500, 200
+#: … and of one balancer.
+MOST_COMMITS = 1000
 
 #: What a peer can be, beside the three states of its circuit.
 SUSPECT, DRAINED = "suspect", "drained"
@@ -78,6 +80,8 @@ class History:
         #: When it began to look, on its clock.
         self.began = clock()
         self._rows: dict[tuple[str, str], _Row] = {}
+        #: By balancer: when a COMMIT was asked about, and what became of it.
+        self._commits: dict[str, deque[tuple[float, str]]] = {}
         # A signal handler may cause an event while its thread notes one.
         self._lock = new_lock()
 
@@ -92,10 +96,21 @@ class History:
             return
         with self._lock:
             row = self._note(registered.balancer, peer)
+            if isinstance(event, CommitResolved):
+                known = self._commits.setdefault(event.balancer, deque(maxlen=MOST_COMMITS))
+                known.append((self.clock(), event.outcome))
             outcome = REPORTS[type(event)].outcome
             if outcome and getattr(event, "trial", False):
                 error = getattr(event, "error", "")
                 row.trials.append(Trial(self.clock(), outcome == SUCCESS, error))
+
+    def commits(self, balancer: str) -> Counter[str]:
+        """Return how many COMMITs of the last hour were asked about, by their outcome."""
+        since = self.clock() - SPAN
+        # Guards the deque, which a thread may add to.
+        with self._lock:
+            known = list(self._commits.get(balancer, ()))
+        return Counter(outcome for at, outcome in known if at >= since)
 
     def look_at(self, balancer: LoadBalancer) -> None:
         """Note how the peers of ``balancer`` are now."""

@@ -92,6 +92,8 @@ class BalancerStatus(NamedTuple):
     usable: int = 0
     connections: str = "0"
     timeline: Timeline | None = None
+    #: What became of COMMITs whose answer was lost, as a sentence; "" where nobody finds out.
+    commits: str = ""
     has_weights: bool = False
     has_priorities: bool = False
 
@@ -269,9 +271,21 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
         usable=sum(map(_is_usable, states)),
         connections=str(sum(held.values())),
         timeline=draw(rows, now - SPAN, now, _local),
+        commits=_commits(balancer, seen.commits(balancer.name)),
         has_weights=len({state.weight for state in states}) > 1,
         has_priorities=len({state.priority for state in states}) > 1,
     )
+
+
+def _commits(balancer: LoadBalancer, found: Mapping[str, int]) -> str:
+    if balancer.config.commit_outcome is None:
+        return ""
+    if not found:
+        return "No COMMIT was left unanswered."
+    counts = ", ".join(
+        f"{count} {outcome.replace('_', ' ')}" for outcome, count in sorted(found.items())
+    )
+    return f"COMMITs that were not answered, and what the engine found out: {counts}."
 
 
 def _fleet(balancer: LoadBalancer) -> Fleet | None:

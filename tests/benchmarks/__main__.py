@@ -22,6 +22,7 @@ NAMES = {
     "handshake": "32 threads connect at once to a peer that takes 200 ms",
     "hanging": "8 threads, and one of two peers hangs",
     "metrics": "what metrics add to a connect, and to a request",
+    "outcome": "what COMMIT_OUTCOME adds to a block",
     "shares": "10,000 connects over 3 peers",
     "statement": "a statement through the engine and through the plain engine",
     "replacement": "what a statement costs whose connection is replaced first",

@@ -1,0 +1,111 @@
+"""Lose COMMITs, and print what the engine found out about them: ``python -m tests.outcomes``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import sys
+import time
+from typing import Any
+
+import django
+
+from tests.servers.ports import ServerError
+from tests.servers.runs import exit_on_sigterm
+
+SERVERS = ("mariadb", "postgresql", "galera")
+
+
+def main() -> int:
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
+    django.setup()
+    logging.getLogger("django_proxysql").setLevel(logging.CRITICAL)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.outcomes",
+        description="Lose the answers of COMMITs at random places, and compare what the engine "
+        "found out with what stands. Starts the servers that it needs.",
+    )
+    parser.add_argument("--only", nargs="+", choices=SERVERS, default=SERVERS, metavar="SERVER")
+    parser.add_argument("--number", type=int, default=10_000, help="COMMITs (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help="on Galera, how often a node is cut off or killed besides (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    options = parser.parse_args()
+    exit_on_sigterm()
+    print(f"seed {options.seed}")
+    print(f"{'servers':<34} {'lost':>6} {'stood':>6} {'wrong':>6} {'unknown':>8}  found out in")
+    is_well = True
+    try:
+        for name in options.only:
+            for label, found, seconds in runs(name, options):
+                print(
+                    f"{label:<34} {found.lost:>6,} {found.stood:>6,} {found.wrong:>6} "
+                    f"{found.unknown:>8}  median {found.median * 1000:.1f} ms, "
+                    f"at most {found.longest:.2f} s (ran {seconds:.0f} s)",
+                    flush=True,
+                )
+                is_well = is_well and not (found.wrong or found.unknown)
+    except ServerError as exc:
+        print(exc, file=sys.stderr)
+        return 2
+    return 0 if is_well else 1
+
+
+def runs(name: str, options: Any) -> Any:
+    """Yield what was run on one kind of server, what came of it, and how long it took."""
+    from tests.servers.galera import GaleraCluster
+    from tests.servers.mariadb import Node
+    from tests.servers.postgresql import PostgreSQLNode
+
+    from .cutter import Cutter
+    from .trial import Trial
+
+    with contextlib.ExitStack() as stack:
+        nodes: list[Any]
+        if name == "galera":
+            nodes = list(stack.enter_context(GaleraCluster()))
+        elif name == "mariadb":
+            nodes = [stack.enter_context(Node("outcomes")).set_up()]
+        else:
+            nodes = [stack.enter_context(PostgreSQLNode("outcomes")).set_up()]
+        targets = nodes if len(nodes) > 1 else nodes * 2
+        cutters = [
+            stack.enter_context(Cutter(node, options.seed + number))
+            for number, node in enumerate(targets)
+        ]
+        check = {"READY_CHECK": "galera"} if name == "galera" else {}
+        started = time.monotonic()
+        trial = Trial(cutters, nodes[0], is_mysql=name != "postgresql")
+        with trial.running(**check):
+            trial.lose(options.number)
+            yield f"{name}, packets cut", trial.found(), time.monotonic() - started
+        if name != "galera":
+            return
+        cluster = nodes[0].cluster
+        for cutter in cutters:
+            cutter.is_on = False
+        started = time.monotonic()
+        trial = Trial(cutters, nodes[1], is_mysql=True)
+        with trial.running(**check):
+            for number in range(options.rounds):
+                hurt = cut_off if number % 2 else type(nodes[0]).kill
+                trial.run_for(5, 8, lambda hurt=hurt: hurt(nodes[0]))
+                cluster.restore()
+            yield f"{name}, a node cut off or killed", trial.found(), time.monotonic() - started
+
+
+def cut_off(node: Any) -> None:
+    """Cut a node off from its cluster. Unlike its own method, this does not wait until it knows."""
+    node.provider_option("gmcast.isolate=1")
+    node.isolated = True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Blocks whose COMMITs are lost, and the comparison of what was raised with what stands."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from django.db import DatabaseError, OperationalError, connections, transaction
+
+from django_proxysql.core import outcome
+from django_proxysql.core.events import CommitResolved
+from django_proxysql.errors import CommitOutcomeUnknown
+from django_proxysql.registry import balancers
+from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
+from tests.servers import Address
+from tests.site import with_table
+
+THREADS = 4
+
+
+class Found(NamedTuple):
+    """What came of it."""
+
+    lost: int
+    stood: int
+    #: Blocks that ended well and do not stand, or the other way round; hooks that ran not once.
+    wrong: int
+    unknown: int
+    #: Seconds that finding out took.
+    median: float
+    longest: float
+
+
+class Trial:
+    """Runs blocks in threads until enough COMMITs were lost.
+
+    :param peers: where the blocks run.
+    :param ledger: a server on which all that stands can be read.
+    """
+
+    def __init__(self, peers: Sequence[Address], ledger: Address, is_mysql: bool) -> None:
+        self._peers, self._ledger = peers, ledger
+        self._engine = MYSQL if is_mysql else POSTGRESQL
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        #: What each block ended with.
+        self.ends: dict[str, str] = {}
+        self.hooks: Counter[str] = Counter()
+        self.resolved: list[CommitResolved] = []
+
+    @contextlib.contextmanager
+    def running(self, **settings: Any) -> Iterator[None]:
+        """Have the tables, and the balancer."""
+        plain = {"ENGINE": self._engine, **mysql_peer(self._ledger)}
+        peers = [mysql_peer(peer) for peer in self._peers]
+        settings = {
+            "PEER_ENGINE": self._engine,
+            "COMMIT_OUTCOME": "record",
+            "OUTCOME_DEADLINE": 30,
+            "CONN_MAX_AGE": None,
+            "REBALANCE": None,
+            "WAIT_FOR_PEER": 30,
+            "LAST_RESORT_INTERVAL": 0.2,
+            "CHECK_INTERVAL": 0.5,
+            **settings,
+        }
+        with added({"plain": plain}), engine(peers, **settings):
+            with_table(connections["plain"])
+            with connections["plain"].cursor() as cursor:
+                cursor.execute(f"DROP TABLE IF EXISTS {outcome.TABLE}")
+                cursor.execute(outcome.creates(connections["plain"].vendor))
+            balancers["balanced"].add_listener(self._hear, connects=False)
+            yield
+
+    def _hear(self, event: Any) -> None:
+        if isinstance(event, CommitResolved):
+            self.resolved.append(event)
+
+    def lose(self, number: int, threads: int = THREADS) -> None:
+        """Run blocks until so many COMMITs more were lost."""
+        enough = len(self.resolved) + number
+        self._in_threads(lambda: len(self.resolved) < enough, threads)
+
+    def run_for(self, seconds: float, threads: int, meanwhile: Callable[[], None]) -> None:
+        """Run blocks for so long, and do something a second after they began."""
+        until = time.monotonic() + seconds
+        timer = threading.Timer(1, meanwhile)
+        timer.start()
+        self._in_threads(lambda: time.monotonic() < until, threads)
+        timer.join()
+
+    def _in_threads(self, goes_on: Callable[[], bool], threads: int) -> None:
+        def work() -> None:
+            try:
+                while goes_on():
+                    self.block()
+            finally:
+                connections.close_all()
+
+        running = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+
+    def block(self) -> None:
+        """Write a row of its own in a block, and note how that ended."""
+        with self._lock:
+            value = f"{next(self._numbers)}"
+        try:
+            with transaction.atomic("balanced"):
+                transaction.on_commit(lambda: self.hooks.update([value]), using="balanced")
+                with connections["balanced"].cursor() as cursor:
+                    cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
+        except CommitOutcomeUnknown:
+            self.ends[value] = "unknown"
+        except (OperationalError, DatabaseError):
+            # Lost before COMMIT, or found out to be rolled back.
+            self.ends[value] = "raised"
+        else:
+            self.ends[value] = "well"
+
+    def found(self) -> Found:
+        """Compare with what stands, once nothing more happens there."""
+        before, standing = -1, self._standing()
+        while len(standing) != before:
+            before = len(standing)
+            time.sleep(1)
+            standing = self._standing()
+        wrong = 0
+        for value, end in self.ends.items():
+            is_right = end == "unknown" or (end == "well") == (value in standing)
+            wrong += not (is_right and self.hooks[value] == (end == "well"))
+        seconds = sorted(event.seconds for event in self.resolved)
+        outcomes = Counter(event.outcome for event in self.resolved)
+        return Found(
+            lost=len(self.resolved),
+            stood=outcomes["committed"],
+            wrong=wrong,
+            unknown=outcomes["unknown"],
+            median=seconds[len(seconds) // 2] if seconds else 0.0,
+            longest=seconds[-1] if seconds else 0.0,
+        )
+
+    def _standing(self) -> set[str]:
+        plain = connections["plain"]
+        plain.close()
+        with plain.cursor() as cursor:
+            cursor.execute("SELECT value FROM app_token")
+            return {value for (value,) in cursor.fetchall()}
