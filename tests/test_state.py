@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from django_proxysql.backends.state import NO_TRANSACTION, Health, Life, Stage, Transaction
+from django_proxysql.core.holdings import Holdings
 
 TRANSITIONS = [
     "statement_sent",
@@ -177,12 +178,13 @@ def test_only_a_loss_is_raised() -> None:
         assert health.dead is was_dead
 
 
-def test_health_is_written_by_its_own_transitions_alone() -> None:
-    """No other code of the engine assigns to what the record keeps."""
+def test_health_and_holdings_are_written_by_their_own_transitions_alone() -> None:
+    """No other code of the engine assigns to what these records keep."""
     backends = Path(__file__).parent.parent / "django_proxysql" / "backends"
     for path in backends.rglob("*.py"):
         if path.name == "state.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                assert node.attr not in Health.__slots__, f"{path.name}:{node.lineno}"
+                kept = (*Health.__slots__, *Holdings.__slots__)
+                assert node.attr not in kept, f"{path.name}:{node.lineno}"

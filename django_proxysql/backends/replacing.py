@@ -41,6 +41,7 @@ from .losses import is_lost, mark, notice_unseen
 from .pools import give_back
 from .proofs import prove, reads_anew
 from .sessions import Session, current
+from .state import NO_TRANSACTION
 
 __all__ = [
     "at_safe_point",
@@ -126,19 +127,15 @@ def situation_of(db: Any, session: Session) -> Situation:
         and bool(session.unbuffered or session.server_side or driver.is_busy(connection)),
         db.in_atomic_block
         or not db.autocommit
-        or db._transaction.is_of_atomic
+        or (db._transaction is not NO_TRANSACTION and db._transaction.is_of_atomic)
         or not (dead or driver.is_at_rest(connection)),
     )
 
 
-def why_of(session: Session) -> Why:
-    """Return why the connection would be replaced before the next statement."""
-    return Why.LOST if session.dead else Why.LEAVING
-
-
 def is_safe(db: Any, session: Session) -> bool:
     """Return whether the connection may be replaced and the application could not tell."""
-    return may_replace(why_of(session), situation_of(db, session))
+    why = Why.LOST if session.dead else Why.LEAVING
+    return may_replace(why, situation_of(db, session))
 
 
 def is_restartable(db: Any, session: Session, kind: int = READ) -> bool:
@@ -164,9 +161,9 @@ def settle(db: Any) -> None:
 
 def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
     """In autocommit, before something is sent: replace what is lost or to be left."""
-    now_held = situation_of(db, session)
-    if not may_replace(why_of(session), now_held, bool(kind & SCOPED)):
-        if must_raise_loss(session.dead, now_held):
+    why, situation = Why.LOST if session.dead else Why.LEAVING, situation_of(db, session)
+    if not may_replace(why, situation, bool(kind & SCOPED)):
+        if must_raise_loss(session.dead, situation):
             raise_loss(db, session)
         return
     if session.doubted:

@@ -195,7 +195,7 @@ def lost_statement(
     holds = bool(kind & STATE or session.holds)
     if kind & STATE and text is Text.SETTING:
         # What it sets is all that was held, and is set again.
-        holds = db._held_before
+        holds = session.holds.before
     elif text is Text.OF_TRANSACTION and db.in_atomic_block:
         holds = bool(session.holds)
     return Lost(

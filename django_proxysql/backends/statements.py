@@ -88,8 +88,7 @@ def raise_lost_results(db: Any, session: Session) -> None:
 
 def takes(db: Any, session: Session, sql: Any, params: Any) -> None:
     """Take note, before it is sent, of a statement that leaves something in the session."""
-    # For a replay of it, alone.
-    db._held_before = bool(session.holds)
+    session.holds.note_before()
     if not db._of_ours and not ends_with_block(db, sql):
         session.holds.sent(sql, params)
 

@@ -47,7 +47,8 @@ class SafePointsMixin(LoadBalancedMixin):
     #: Statements of our own are under way: nothing is to be seen. (Each statement asks, and
     #: CPython finds a class's attribute by a longer way than an instance's.)
     _quiet: bool
-    #: A statement is run again in a READ ONLY transaction of our own.
+    #: A statement is run again in a READ ONLY transaction of our own. An interrupt may leave it so:
+    #: apart from the next flag, whose end does not end this.
     _read_only = False
     #: A statement of Django's own is under way, which leaves no state that it does not look after.
     _of_ours = False
@@ -205,9 +206,6 @@ class SafePointsMixin(LoadBalancedMixin):
     _fetch_first = statements.fetch_first
     _run_again = replays.run_again
     _kind_of_params = replays.kind_of_params
-
-    #: Whether the session held anything when the last statement that takes something was sent.
-    _held_before = True
 
     def settle(self) -> None:
         """Leave a lost connection, and a peer that is out, if the application cannot tell.

@@ -28,7 +28,7 @@ __all__ = ["Holdings", "asks_for_a_lock", "changes"]
 class Holdings:
     """What one session holds. Belongs to one thread at a time."""
 
-    __slots__ = ("by_django", "earlier", "for_life", "for_request")
+    __slots__ = ("before", "by_django", "earlier", "for_life", "for_request")
 
     def __init__(self) -> None:
         #: ``SET``, a temporary table and the like: until the request or task ends.
@@ -37,12 +37,18 @@ class Holdings:
         self.for_life: dict[str, int] = {}
         #: Django's own ``foreign_key_checks=0`` is in force.
         self.by_django = False
+        #: Something was held when the last statement that takes something was sent.
+        self.before = True
         #: An earlier request left something that may still be there.
         self.earlier = False
 
     def __bool__(self) -> bool:
         """Whether a new connection in its place would lack something."""
         return self.for_request or self.by_django or bool(self.for_life)
+
+    def note_before(self) -> None:
+        """Note whether something is held, before a statement that takes something is sent."""
+        self.before = bool(self)
 
     def sent(self, sql: Any, params: Any) -> None:
         """Note what a statement takes. Call it before the statement is sent."""
