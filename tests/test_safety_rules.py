@@ -39,7 +39,7 @@ def proxy_of(here: Site, peer: Any) -> Any:
     return next(proxy for proxy in here.proxies if str(proxy.port) == port)
 
 
-class TestSwaps:
+class TestReplacements:
     @pytest.mark.parametrize("forced", [True, False])
     def test_goes_to_a_closed_circuit(self, three: Site, forced: bool) -> None:
         """A trial that is due is made by a new connection; a replacement has none to make."""
@@ -194,7 +194,7 @@ class TestSwaps:
         assert not here.replayed()
 
 
-class TestSticky:
+class TestSessionState:
     @pytest.fixture
     def holding(self, here: Site) -> Site:
         here.sql("SET @held = 1" if here.is_mysql else "SELECT pg_advisory_lock(5)")
@@ -897,7 +897,7 @@ class TestTransactions:
         assert not here.replayed()
 
     @pytest.mark.parametrize("kind", CUTS)
-    def test_restart_with_nobody_left(self, here: Site, kind: str) -> None:
+    def test_restart_where_no_peer_is_left(self, here: Site, kind: str) -> None:
         """What is raised is what happened to the statement, once; the block ends as ever."""
         here.sql("SELECT 1")
         here.cut(kind, 2)
@@ -1272,7 +1272,7 @@ class TestTimeOuts:
 
 class TestOwnWritesOnGalera:
     @pytest.mark.parametrize("wrote", [True, False])
-    def test_forced_swap(self, galera: Any, fault_proxy: Any, wrote: bool) -> None:
+    def test_forced_replacement(self, galera: Any, fault_proxy: Any, wrote: bool) -> None:
         """After a write the next node catches up first, and has its setting back."""
         proxies = {proxy.port: proxy for proxy in map(fault_proxy, galera)}
         with engine(

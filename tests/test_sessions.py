@@ -56,7 +56,7 @@ def shows_its_loss(here: Site) -> None:
     assert here.sql("SELECT 3") == [(3,)]
 
 
-class TestSticky:
+class TestSessionState:
     @pytest.mark.parametrize("statement", MYSQL_STATE)
     def test_on_mariadb(self, on_mariadb: Site, statement: str) -> None:
         if "FLUSH" in statement:

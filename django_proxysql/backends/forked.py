@@ -11,7 +11,7 @@ Of drivers whose descriptor is not known (Oracle's, MySQL Connector/Python's)
 the connections stay as they are, as with Django's own engines.
 
 Python clears the other threads' thread-locals in the child, connections among
-them, before it calls anybody. The connections are therefore held on to across
+them, before it calls any hook. The connections are therefore held on to across
 the fork, by :func:`_before`. Where there is no calling before the fork (uWSGI
 forks in C), that goes for the forking thread's connections only.
 """

@@ -160,7 +160,7 @@ def settle(db: Any) -> None:
 
 
 def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
-    """In autocommit, before something is sent: replace what is lost or to be left."""
+    """Replace what is lost or to be left, before something is sent in autocommit."""
     why, situation = Why.LOST if session.dead else Why.LEAVING, situation_of(db, session)
     if not may_replace(why, situation, bool(kind & SCOPED)):
         if must_raise_loss(session.dead, situation):
@@ -192,7 +192,7 @@ def raise_loss(db: Any, session: Session) -> None:
 
 
 def before_first(db: Any, session: Session, kind: int, now: float) -> None:
-    """Inside a block: only before its first statement can anything be mended."""
+    """Begin a lost block anew, before its first statement is sent."""
     notice_unseen(db, session)
     if not is_restartable(db, session, kind):
         return

@@ -64,7 +64,7 @@ class Health:
         return self.life is Life.ERROR_RAISED
 
     def leave(self, error: str) -> None:
-        """Its peer refuses its service."""
+        """Note that its peer refuses its service."""
         if not self.dead:
             self.life, self.doubted = Life.LEAVING, False
             self.error = error
@@ -72,7 +72,7 @@ class Health:
     def lose(
         self, error: str = "", *, timed_out: bool = False, loss: BaseException | None = None
     ) -> None:
-        """The connection has ended. What is learned of it later says nothing of how.
+        """Note that the connection has ended. What is learned of it later says nothing of how.
 
         :param error: what the driver said.
         :param timed_out: it was given up for its silence.
@@ -89,30 +89,30 @@ class Health:
         self.loss = self.loss or loss
 
     def raised(self) -> None:
-        """An error that was met on the connection goes to the application."""
+        """Note that an error that was met on the connection goes to the application."""
         if self.dead:
             self.life = Life.ERROR_RAISED
 
     def not_raised(self) -> None:
-        """The error that was met last did not reach the application, or has not yet."""
+        """Note that the error that was met last has not reached the application."""
         if self.dead:
             self.life = Life.LOST
 
     def doubt(self) -> None:
-        """A write was refused, and the connection could not be asked why."""
+        """Note that a write was refused, and that the connection could not be asked why."""
         self.doubted = not self.dead
 
     def settle_doubt(self) -> None:
-        """The connection is being asked."""
+        """Note that the connection is being asked."""
         self.doubted = False
 
     def distrust(self) -> None:
-        """The driver raised what is no answer of the server's."""
+        """Note that the driver raised what is no answer of the server's."""
         if not self.dead:
             self.unsure, self.poll = True, None
 
     def trust(self, poll: Callable[[int], object] | None) -> None:
-        """The server has answered, after the driver was not trusted.
+        """Note that the server has answered, after the driver was not trusted.
 
         :param poll: looks at the socket.
         """
@@ -143,7 +143,7 @@ class Stage(enum.Enum):
 
 
 #: How many are kept, and how many may be run again where the block goes on: each is proven to be
-#: a read before it counts, while somebody waits.
+#: a read before it counts, while the application waits.
 _MOST_READS, MOST_BEGUN_ANEW = 200, 20
 
 #: For code that asks at each statement.

@@ -116,7 +116,7 @@ def after_statement(
 
 
 def before_other(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
-    """Before what is never run again: callproc.
+    """Prepare what is never run again: callproc.
 
     :returns: the session that it is sent on, where that is looked after.
     """

@@ -116,7 +116,7 @@ def switch_on(db: Any, begins: bool) -> None:
 
 
 def leave(db: Any, hooks: int) -> None:
-    """Be in autocommit again, without the server's doing.
+    """Return to autocommit, without the server's doing.
 
     :param hooks: how many of the on_commit hooks were earned by a COMMIT.
     """
@@ -231,7 +231,7 @@ def commit(db: Any) -> Any:
 def end_of_nothing(
     db: Any, session: Session, send: Callable[..., Any], end: Callable[[], Any]
 ) -> Any:
-    """COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
+    """Send COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
     at_safe_point(db, session, 0, session.clock())
     session = db._session or session
     safe, was_raised = is_safe(db, session), session.error_raised
@@ -245,7 +245,7 @@ def end_of_nothing(
 
 
 def ended_by_hand(db: Any) -> None:
-    """After COMMIT or ROLLBACK by hand the next transaction begins by itself."""
+    """Open the record of the next transaction, which begins by itself after one by hand."""
     transaction = db._transaction
     if transaction.by_hand and not db.in_atomic_block:
         if transaction.stage is not Stage.COMMITTED:
