@@ -220,12 +220,12 @@ class TestCommitOfReads:
         assert lost.accepted == accepted
 
     def test_costs_as_much_of_the_budget_as_it_sends(self, here: Site) -> None:
-        before = len(here.balancer.budget._replays)
+        before = len(here.session.budget._replays)
         with transaction.atomic(here.connection.alias):
             for _ in range(4):
                 here.read()
             here.cut("after")
-        assert len(here.balancer.budget._replays) == before + 4
+        assert len(here.session.budget._replays) == before + 4
 
 
 class TestFirstWrite:
@@ -429,7 +429,7 @@ class TestServerSideCursors:
     def test_counts_for_the_budget_and_is_remembered(self, on_postgres: Site) -> None:
         """DECLARE and the first FETCH are statements like others."""
         here = on_postgres
-        counted, sent = here.balancer.budget.statements, []
+        counted, sent = here.session.budget.statements, []
         here.sql("SELECT 1")
         rows = Token.objects.using(here.connection.alias).iterator(2)
 
@@ -437,11 +437,11 @@ class TestServerSideCursors:
             sent.append(statement)
             return False
 
-        here.balancer.losses.note = note  # type: ignore[method-assign]
+        here.session.balancer.losses.note = note  # type: ignore[method-assign]
         here.cut("after", 2)
         list(rows)
         assert [statement[:6] for statement in sent] == ["SELECT"]
-        assert here.balancer.budget.statements == counted + 3
+        assert here.session.budget.statements == counted + 3
 
     def test_in_autocommit_notes_nothing_on_what_all_threads_share(self, on_postgres: Site) -> None:
         list(Token.objects.using(on_postgres.connection.alias).iterator(2))
