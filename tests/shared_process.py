@@ -57,7 +57,7 @@ class Commands:
         while True:
             when, event = self.events.get(timeout=20)
             if type(event).__name__ == kind and event.peer == peer:
-                return {"when": when, "learnt": event.learnt}
+                return {"when": when, "elsewhere": event.elsewhere}
 
     def open(self, peer: str) -> None:
         self.db.peers[peer].breaker.open()

@@ -222,21 +222,21 @@ def expected(was: Circuit, event: Any) -> dict[str, Any]:
 # The comparison
 
 
-@pytest.mark.parametrize("learnt", [False, True])
-def test_every_record_with_every_event(learnt: bool) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_every_record_with_every_event(elsewhere: bool) -> None:
     """State, counts, times, lease and what is notified: all as the rules say."""
     combinations = 0
     for was, event in itertools.product(records(), events()):
         combinations += 1
         copy = was._asdict()
-        now = transition(was, event, NOW, learnt)
+        now = transition(was, event, NOW, elsewhere)
         wanted = was._replace(**expected(was, event))
         if kind_of(wanted) != kind_of(was):
             seconds = {"open": wanted.due - NOW, "half-open": 0.0}.get(
                 wanted.state, 0.0 if was.out_since is None else NOW - was.out_since
             )
             change = Transition(
-                was.state, wanted.state, wanted.fault, wanted.error, seconds, learnt
+                was.state, wanted.state, wanted.fault, wanted.error, seconds, elsewhere
             )
             wanted = wanted._replace(pending=(*was.pending, change))
         assert now == wanted, (was, event)

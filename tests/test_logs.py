@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
     "run": 2,
     "forced": True,
     "connections": 3,
-    "learnt": True,
+    "elsewhere": True,
     "outcome": "committed",
 }
 
@@ -106,11 +106,11 @@ LINES: dict[str, events.Event] = {
         "shop", "db1", "a", Fault.UNREACHABLE, "(2002)", 30
     ),
     "circuit of db1 (a) opened, another process found": events.CircuitOpened(
-        "shop", "db1", "a", Fault.UNREACHABLE, "(2002)", 30, learnt=True
+        "shop", "db1", "a", Fault.UNREACHABLE, "(2002)", 30, elsewhere=True
     ),
     "circuit of db1 (a) closed": events.CircuitClosed("shop", "db1", "a", 3.0),
     "circuit of db1 (a) closed, another process found": events.CircuitClosed(
-        "shop", "db1", "a", 3.0, learnt=True
+        "shop", "db1", "a", 3.0, elsewhere=True
     ),
     "No peer of 'shop'": events.PeersExhausted("shop", "No peer of 'shop' can be reached.", 1.0),
     "a connection to db1 (a) is lost": events.ConnectionLost(

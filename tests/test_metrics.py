@@ -154,13 +154,13 @@ class TestConnecting:
         """A process that applies another's circuit or drain shows it as if it had found it out."""
         world = Watched("db1", "db2")
         peer = world.db.peers["db1"]
-        learnt = {"due_in": 30, "out_for": 1, "error": "", "fault": Fault.UNREACHABLE}
-        apply_open(peer.breaker, peer.breaker.circuit.generation, **learnt)  # type: ignore[arg-type]
+        found = {"due_in": 30, "out_for": 1, "error": "", "fault": Fault.UNREACHABLE}
+        apply_open(peer.breaker, peer.breaker.circuit.generation, **found)  # type: ignore[arg-type]
         assert world.states() == "open closed"
         assert world.value("circuit_openings_total", peer="db1") == 1
         apply_closed(peer.breaker, peer.breaker.circuit.generation)
         assert world.states() == "closed closed"
-        world.db.group.apply_drained(peer, True, learnt=True)
+        world.db.group.apply_drained(peer, True, elsewhere=True)
         assert world.value("peer_drained", peer="db1") == 1
 
     def test_exhausted(self) -> None:

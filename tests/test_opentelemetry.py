@@ -162,7 +162,7 @@ def test_an_event_on_a_span_has_the_conventions_words(spans: InMemorySpanExporte
                 "django_proxysql.balancer": "default",
                 "django_proxysql.peer": "db1",
                 "django_proxysql.seconds": 3.0,
-                "django_proxysql.learnt": False,
+                "django_proxysql.elsewhere": False,
                 "server.address": "/run/db.sock",
             },
         ),

@@ -20,7 +20,7 @@ from django.db.backends.signals import connection_created
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from django_proxysql import NoPeerAvailable
-from django_proxysql.backends import pools
+from django_proxysql.backends import pools, transactions
 from django_proxysql.core.events import (
     CircuitOpened,
     Connected,
@@ -634,7 +634,7 @@ class TestPlaces:
         with pooled([postgres_peer(proxies[0])], ONE) as connection:
             connection.ensure_connection()
             before = pid(connection)
-            begin = mock.patch.object(type(connection), "_begin", side_effect=KeyboardInterrupt)
+            begin = mock.patch.object(transactions, "begin", side_effect=KeyboardInterrupt)
             with begin, pytest.raises(KeyboardInterrupt), transaction.atomic("balanced"):
                 pass
             connection.close()

@@ -57,7 +57,7 @@ def group_of(*circuits: str, **settings: Any) -> tuple[PeerGroup, Clock, list[An
 
 
 def run(search: Search, ends: dict[str, Any], clock: Clock) -> Iterator[str]:
-    """Play a face to the end, and yield what it is told to do."""
+    """Play a face to the end, and yield what the search has it do."""
     for _ in range(20):
         try:
             step = search.step()
@@ -127,7 +127,7 @@ def test_every_search_ends_and_leaves_no_permit(trials: str) -> None:
         (("closed", "due"), "last", "db1 db2? NoPeerAvailable"),
         (("closed", "due"), "never", "db1 NoPeerAvailable"),
         (("suspect", "closed"), "last", "db2 db1? NoPeerAvailable"),
-        # As a last resort, once nobody is left.
+        # As a last resort, once no peer is left.
         (("open", "due"), "first", "db2? NoPeerAvailable"),
         (("under trial", "closed"), "first", "db2 wait NoPeerAvailable"),
         (("drained", "closed"), "first", "db2 NoPeerAvailable"),

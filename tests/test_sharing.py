@@ -178,7 +178,7 @@ class TestCircuits:
         assert other.hosts == ["db2"]
         (event,) = other.events
         assert isinstance(event, CircuitOpened)
-        assert event.learnt
+        assert event.elsewhere
         assert event.error == one.db.snapshot()[0].error
 
     def test_counts_for_nothing(self, world: World) -> None:
@@ -206,7 +206,7 @@ class TestCircuits:
         assert other.states == ["closed", "closed"]
         closed = other.events[-1]
         assert isinstance(closed, CircuitClosed)
-        assert closed.learnt
+        assert closed.elsewhere
 
     def test_one_trial_at_a_time(self, world: World) -> None:
         """While one process makes the trial, the others pass the peer by."""
@@ -879,7 +879,7 @@ class TestRedis:
         one = world.process()
         world.down["db1"] = refused_by_host
         one.connect()
-        one.db.group.apply_drained(one.db.peers["db2"], True, learnt=False)
+        one.db.group.apply_drained(one.db.peers["db2"], True, elsewhere=False)
         one.sharing.publish(one.db.peers["db2"], True)
         if cut == "before":
             proxy.cut_before(b"EVALSHA")
@@ -943,12 +943,12 @@ class TestRedis:
             if turn % 4 == 0:
                 one.db.peers["db1"].breaker.open()
             elif turn % 4 == 1:
-                one.db.group.apply_drained(one.db.peers["db2"], True, learnt=False)
+                one.db.group.apply_drained(one.db.peers["db2"], True, elsewhere=False)
                 one.sharing.publish(one.db.peers["db2"], True)
             elif turn % 4 == 2:
                 one.db.peers["db1"].breaker.close()
             else:
-                one.db.group.apply_drained(one.db.peers["db2"], False, learnt=False)
+                one.db.group.apply_drained(one.db.peers["db2"], False, elsewhere=False)
                 one.sharing.publish(one.db.peers["db2"], False)
             if not killed_at(reached, lambda: one.link.step(world.clock())):
                 break
@@ -1258,8 +1258,8 @@ class TestDrains:
         later = world.process()
         assert other.connect() == later.connect() == "db2"
         assert [type(event) for event in other.events] == [PeerDrained]
-        assert other.events[0].learnt
-        assert not one.events[0].learnt
+        assert other.events[0].elsewhere
+        assert not one.events[0].elsewhere
 
     def test_undrain_by_a_process_that_knew_of_nothing(self, world: World) -> None:
         """A command's process begins, undrains, and ends."""

@@ -69,9 +69,9 @@ def test_all_know(fleet: Fleet) -> None:
     fleet.peers["db1"].refuse()
     for _ in range(2):
         one.do("connect")
-    assert not one.do("wait", "CircuitOpened", "db1")["learnt"]
+    assert not one.do("wait", "CircuitOpened", "db1")["elsewhere"]
     for other in others:
-        assert other.do("wait", "CircuitOpened", "db1")["learnt"]
+        assert other.do("wait", "CircuitOpened", "db1")["elsewhere"]
     for other in others:
         for _ in range(4):
             other.do("connect")
@@ -118,8 +118,8 @@ def test_one_trial_at_a_time_over_all(fleet: Fleet) -> None:
     fleet.peers["db1"].forward()
     for process in processes:
         process.do("wait", "CircuitClosed", "db1")
-    learnt = [process.do("state")["states"]["db1"] for process in processes]
-    assert learnt == ["closed"] * 4
+    elsewhere = [process.do("state")["states"]["db1"] for process in processes]
+    assert elsewhere == ["closed"] * 4
 
 
 def test_drain_outlives_its_process(fleet: Fleet) -> None:
@@ -128,7 +128,7 @@ def test_drain_outlives_its_process(fleet: Fleet) -> None:
     (command,) = fleet.start(1)
     command.do("drain", "db1")
     assert command.close() == 0
-    assert one.do("wait", "PeerDrained", "db1")["learnt"]
+    assert one.do("wait", "PeerDrained", "db1")["elsewhere"]
     assert one.close() == 0
     (later,) = fleet.start(1)
     assert later.do("state")["drained"] == ["db1"]

@@ -34,7 +34,7 @@ class Transition(NamedTuple):
     #: Opened: seconds until the first trial. Closed: seconds it was out.
     seconds: float = 0.0
     #: Another process found it out (:mod:`django_proxysql.core.sharing`).
-    learnt: bool = False
+    elsewhere: bool = False
 
 
 class Circuit(NamedTuple):
@@ -73,11 +73,13 @@ class CircuitEvent(Protocol):
         """Return the record after it; the same object if it changes nothing."""
 
 
-def transition(before: Circuit, event: CircuitEvent, now: float, learnt: bool = False) -> Circuit:
+def transition(
+    before: Circuit, event: CircuitEvent, now: float, elsewhere: bool = False
+) -> Circuit:
     """Return the record after ``event``, with the change of state, if it is one, in ``pending``.
 
     :param now: the time, on the breaker's clock.
-    :param learnt: another process found it out.
+    :param elsewhere: another process found it out.
     """
     after = event.after(before, now)
     if (before.state, before.suspect) == (after.state, after.suspect):
@@ -87,7 +89,7 @@ def transition(before: Circuit, event: CircuitEvent, now: float, learnt: bool = 
         seconds = after.due - now
     elif after.state == CLOSED and before.out_since is not None:
         seconds = now - before.out_since
-    change = Transition(before.state, after.state, after.fault, after.error, seconds, learnt)
+    change = Transition(before.state, after.state, after.fault, after.error, seconds, elsewhere)
     return after._replace(pending=(*before.pending, change))
 
 

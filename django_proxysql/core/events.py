@@ -76,7 +76,7 @@ class CircuitOpened:
     #: fails meanwhile. None: the peer is drained, and gets no trial.
     trial_in: float | None
     #: Another process found it out, and this one applied it (``SHARED_STATE``).
-    learnt: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CircuitClosed:
     #: For how many seconds the peer was out.
     seconds: float
     #: Another process's trial closed it, and this one applied it (``SHARED_STATE``).
-    learnt: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class PeerDrained:
     #: How many connections to it this process held at that moment.
     connections: int
     #: The desired state came from another process (``SHARED_STATE``).
-    learnt: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class PeerUndrained:
     peer: str
     address: str
     #: The desired state came from another process (``SHARED_STATE``).
-    learnt: bool = False
+    elsewhere: bool = False
 
 
 Event = Union[

@@ -315,7 +315,7 @@ class PeerGroup:
                     f"{peer.name!r} is the last peer of {self.name!r} that takes connections: none "
                     "could be made after it is drained."
                 )
-            changed = self._set_drained(peer, True, learnt=False)
+            changed = self._set_drained(peer, True, elsewhere=False)
         if self._ask_for(peer, True, changed, force):
             raise DrainRefused(
                 f"{peer.name!r} is the last peer of {self.name!r} that takes connections: another "
@@ -325,7 +325,7 @@ class PeerGroup:
     def undrain(self, peer: Peer) -> None:
         """Let a peer have new connections again."""
         with self._drains_lock:
-            changed = self._set_drained(peer, False, learnt=False)
+            changed = self._set_drained(peer, False, elsewhere=False)
         self._ask_for(peer, False, changed)
 
     def _ask_for(self, peer: Peer, drained: bool, changed: bool, force: bool = False) -> bool:
@@ -338,7 +338,7 @@ class PeerGroup:
         self.sharing.settle()
         return desired.was_refused
 
-    def apply_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> bool:
+    def apply_drained(self, peer: Peer, drained: bool, *, elsewhere: bool) -> bool:
         """Take over the desired state that another process, or this one, has shared.
 
         Another process never drains the last peer that may work here, forced or not: this process
@@ -346,21 +346,21 @@ class PeerGroup:
         drained as soon as another one works.
 
         :param drained: whether it gets no new connections.
-        :param learnt: another process asked for it.
+        :param elsewhere: another process asked for it.
         :returns: whether that is refused from now on.
         """
         # The lock guards what is left: of two threads that apply the last two drains one refuses.
         with self._drains_lock:
             others = [other for other in self.undrained() if other is not peer]
             spared = any(other.is_available or not other.was_tried for other in others)
-            refused = drained and learnt and not (peer.drained or spared)
+            refused = drained and elsewhere and not (peer.drained or spared)
             was_refused = peer.drain_refused
-            changed = not refused and self._set_drained(peer, drained, learnt=learnt)
+            changed = not refused and self._set_drained(peer, drained, elsewhere=elsewhere)
             peer.drain_refused = refused
         self._drain_changed(peer, drained, changed)
         return refused and not was_refused
 
-    def _set_drained(self, peer: Peer, drained: bool, *, learnt: bool) -> bool:
+    def _set_drained(self, peer: Peer, drained: bool, *, elsewhere: bool) -> bool:
         """Drain or undrain a peer, within the drains' lock; return whether that is a change."""
         peer.drain_refused = False
         if peer.drained is drained:
@@ -368,9 +368,9 @@ class PeerGroup:
         peer.drained = drained
         where = (self.name, peer.name, peer.address)
         self.listeners.put(
-            PeerDrained(*where, peer.connections, learnt)
+            PeerDrained(*where, peer.connections, elsewhere)
             if drained
-            else PeerUndrained(*where, learnt)
+            else PeerUndrained(*where, elsewhere)
         )
         return True
 
@@ -388,7 +388,7 @@ class PeerGroup:
         """Apply the drains that were refused, where another peer works by now."""
         for peer in self.peers.values():
             if peer.drain_refused:
-                self.apply_drained(peer, True, learnt=True)
+                self.apply_drained(peer, True, elsewhere=True)
 
     # Changes
 
@@ -407,10 +407,10 @@ class PeerGroup:
         if change.before == CLOSED and change.after != CLOSED:
             first_trial = self._first_trial_in(peer, change)
             self.listeners.put(
-                CircuitOpened(*where, change.fault, change.error, first_trial, change.learnt)
+                CircuitOpened(*where, change.fault, change.error, first_trial, change.elsewhere)
             )
         elif change.after == CLOSED and change.before != CLOSED:
-            self.listeners.put(CircuitClosed(*where, change.seconds, change.learnt))
+            self.listeners.put(CircuitClosed(*where, change.seconds, change.elsewhere))
 
     def _first_trial_in(self, peer: Peer, opened: Transition) -> float | None:
         """Return the seconds until the first trial of a peer whose circuit opens just now."""
@@ -420,7 +420,7 @@ class PeerGroup:
             return opened.seconds
         # With no other peer left the trial comes sooner than the breaker alone can tell; and
         # what another process found was not tried here.
-        interval = 0.0 if opened.learnt else self.config.last_resort_interval
+        interval = 0.0 if opened.elsewhere else self.config.last_resort_interval
         return opened.seconds if interval is None else min(opened.seconds, interval)
 
     def circuits_changed(self) -> None:
@@ -431,7 +431,7 @@ class PeerGroup:
             except IndexError:
                 break
             self.schedule(news=True)
-            is_known = change.learnt or change.after == HALF_OPEN
+            is_known = change.elsewhere or change.after == HALF_OPEN
             if self.sharing is not None and not is_known:
                 self.sharing.has_news()
             if change.after == CLOSED:

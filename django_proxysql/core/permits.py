@@ -332,12 +332,12 @@ class Keeper:
     # The record
 
     def replace(
-        self, event: CircuitEvent, now: float, *, learnt: bool = False, ends: Lease | None = None
+        self, event: CircuitEvent, now: float, *, elsewhere: bool = False, ends: Lease | None = None
     ) -> tuple[Circuit, Circuit]:
         """Replace the record by what ``event`` makes of it; return both. Notifies no one yet.
 
         :param now: the time, on the breaker's clock.
-        :param learnt: another process found it out.
+        :param elsewhere: another process found it out.
         :param ends: the trial that is over with it; threads that wait for it are woken.
         """
         try:
@@ -345,7 +345,7 @@ class Keeper:
             with self._lock:
                 while True:
                     before = self._circuit
-                    after = transition(before, event, now, learnt)
+                    after = transition(before, event, now, elsewhere)
                     if self._circuit is before:
                         self._circuit = after
                         break
@@ -356,10 +356,10 @@ class Keeper:
         return before, after
 
     def apply(
-        self, event: CircuitEvent, now: float, *, learnt: bool = False
+        self, event: CircuitEvent, now: float, *, elsewhere: bool = False
     ) -> tuple[Circuit, Circuit]:
         """Replace the record as :meth:`replace` does, and notify those who follow it."""
-        replaced = self.replace(event, now, learnt=learnt)
+        replaced = self.replace(event, now, elsewhere=elsewhere)
         self.notify_pending()
         return replaced
 

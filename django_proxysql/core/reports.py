@@ -188,7 +188,7 @@ _ROWS = (
             Line(
                 logging.INFO,
                 f"{_OPENED}, another process found, %(first_trial)s%(because)s",
-                {"learnt": True},
+                {"elsewhere": True},
             ),
             Line(
                 logging.ERROR,
@@ -212,7 +212,7 @@ _ROWS = (
     Report(
         events.CircuitClosed,
         lines=(
-            Line(logging.INFO, f"{_CLOSED}, another process found, {_OUT}", {"learnt": True}),
+            Line(logging.INFO, f"{_CLOSED}, another process found, {_OUT}", {"elsewhere": True}),
             Line(logging.INFO, f"{_CLOSED}, {_OUT}"),
         ),
         signal="peer_closed",

@@ -227,8 +227,8 @@ class Agreement:
             # A desired state that has come meanwhile is younger. And first this: one that was
             # answered is sent again, if this is broken off.
             if len(shared.desired) <= len(told):
-                learnt = said.get("taken") is not True
-                refused = group.apply_drained(peer, shared.drain_on, learnt=learnt)
+                elsewhere = said.get("taken") is not True
+                refused = group.apply_drained(peer, shared.drain_on, elsewhere=elsewhere)
                 if refused:
                     log(
                         logging.WARNING,

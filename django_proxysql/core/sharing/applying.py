@@ -38,7 +38,7 @@ def apply_open(
     now = breaker._clock()
     due = now + due_in + breaker.reset_timeout * 2 * JITTER * breaker._jitter()
     event = OpenedElsewhere(generation, due, out_for, error, fault, question)
-    before, after = breaker.apply(event, now, learnt=True)
+    before, after = breaker.apply(event, now, elsewhere=True)
     return None if after is before else after
 
 
@@ -48,7 +48,7 @@ def apply_closed(breaker: PeerBreaker, generation: int) -> Circuit | None:
     :param generation: as for :func:`apply_open`.
     :returns: as there.
     """
-    before, after = breaker.apply(ClosedElsewhere(generation), breaker._clock(), learnt=True)
+    before, after = breaker.apply(ClosedElsewhere(generation), breaker._clock(), elsewhere=True)
     return None if after is before else after
 
 
