@@ -368,7 +368,8 @@ def _is_async(view: Callable[..., Any]) -> bool:
     try:
         from asgiref.sync import iscoroutinefunction
     except ImportError:
-        return inspect.iscoroutinefunction(view)
+        # Before asgiref 3.6, where asyncio's own knows Django's marks.
+        return asyncio.iscoroutinefunction(view)
     return bool(iscoroutinefunction(view))
 
 

@@ -80,12 +80,12 @@ Op = Union[Write, Read, Hook, Lose, Savepoint, Nested, Block]
 
 
 class Fault(NamedTuple):
-    """Where a connection is cut: at the nth packet from the program's beginning that matches."""
+    """Where a connection is cut: at the nth packet from the program's beginning, or COMMIT."""
 
     proxy: int
     kind: str
     nth: int
-    matching: bytes
+    at_commit: bool
     #: Of the packet, or of its answer, that still pass.
     bytes: int
 
@@ -117,7 +117,7 @@ class Generator:
             proxy=draw.randrange(2),
             kind=draw.choice(("before", "within", "after", "reply")),
             nth=draw.choice((1, 1, 2)) if at_commit else draw.randint(1, 16),
-            matching=b"COMMIT" if at_commit else b"",
+            at_commit=at_commit,
             bytes=draw.choice((0, 1, 3, 4, 5, 7, 11, 20, 40, 80)),
         )
 
@@ -389,6 +389,10 @@ class World:
         self.is_galera = type(servers[0]).__name__.startswith("Galera")
         is_postgres = type(servers[0]).__name__.startswith("Postgre")
         self.engine = POSTGRESQL if is_postgres else MYSQL
+        #: What is in the packet of COMMIT, and not in READ COMMITTED.
+        self._commit = b"; COMMIT" if records else b"\x03COMMIT"
+        if is_postgres:
+            self._commit = b"COMMIT\x00"
         self._plain = {
             f"plain{n}": {"ENGINE": self.engine, **_peer(server)}
             for n, server in enumerate(servers)
@@ -479,7 +483,7 @@ class World:
                 time.sleep(0.01)
         for fault in faults:
             proxy = self.proxies[fault.proxy]
-            where = {"matching": fault.matching, "nth": fault.nth}
+            where = {"matching": self._commit if fault.at_commit else b"", "nth": fault.nth}
             if fault.kind in ("within", "reply"):
                 getattr(proxy, f"cut_{fault.kind}")(fault.bytes, **where)
             else:
@@ -604,10 +608,10 @@ def _run_one(world: World, program: Program, tally: Tally, again: str) -> None:
         finally:
             world.end()
         run.ledger.judge(world.rows())
-    except Violation as exc:
-        raise Violation(
-            f"{exc}\n{program}\nRun it again: python -m tests.programs {again}"
-        ) from exc
+    except Exception as exc:
+        said = exc if isinstance(exc, Violation) else repr(exc)
+        how = f"Run it again: python -m tests.programs {again}"
+        raise Violation(f"{said}\n{program}\n{how}") from exc
     tally.programs += 1
     tally.ops += run.ops
     tally.errors += run.errors

@@ -108,9 +108,8 @@ def _run(
             say(f"starting {kind}")
             make, is_cluster = SITES[kind]
             if is_cluster not in servers:
-                servers[is_cluster] = stack.enter_context(
-                    GaleraCluster() if is_cluster else Node().set_up()
-                )
+                server = stack.enter_context(GaleraCluster() if is_cluster else Node())
+                servers[is_cluster] = server if is_cluster else server.set_up()
             sites[kind] = stack.enter_context(make(servers[is_cluster]))
         return sites[kind]
 

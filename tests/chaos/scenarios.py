@@ -212,6 +212,9 @@ _POINTS = [("before", ()), ("after", ())] + [
     (where, (passed,)) for where in ("within", "reply") for passed in (0, 1, 4, 5, 9)
 ]
 
+#: COMMIT alone, a fence's too, and COMMIT with a token. READ COMMITTED is neither.
+_COMMITS = (b"\x03COMMIT", b"; COMMIT")
+
 
 def commit_cut(stage: Stage) -> None:
     for _ in range(10):
@@ -219,10 +222,11 @@ def commit_cut(stage: Stage) -> None:
         where, passed = random.choice(_POINTS)
         proxies = stage.site.peers
         before = sum(proxy.cuts for proxy in proxies)
-        with stage.fault(f"a connection is cut {where} a COMMIT", at_most=len(proxies)):
+        with stage.fault(f"connections are cut at a COMMIT: {where} it", at_most=2 * len(proxies)):
             # Whichever has one first; the others a moment later.
             for proxy in proxies:
-                getattr(proxy, f"cut_{where}")(*passed, matching=b"COMMIT")
+                for matching in _COMMITS:
+                    getattr(proxy, f"cut_{where}")(*passed, matching=matching)
             while sum(proxy.cuts for proxy in proxies) == before:
                 stage.wait(0.002)
             stage.wait(0.05)
