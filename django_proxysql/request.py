@@ -81,6 +81,10 @@ class _Recorded:
             weakref.finalize(self, self._kept.close)
         return self._kept
 
+    def seekable(self) -> bool:
+        """Return False: Django 6 looks for a body's size in a stream that is."""
+        return False
+
     def rewind(self) -> None:
         """Have it read from its beginning."""
         if self._kept is not None:

@@ -388,8 +388,8 @@ class World:
         self.servers = servers
         self.records = records
         self.is_galera = type(servers[0]).__name__.startswith("Galera")
-        #: How deep savepoints go. In MariaDB 10.11 two that are rolled back to, one in the other,
-        #: before a third make the other nodes leave the cluster: seen in SQL alone, with no fault.
+        #: How deep savepoints go. With MariaDB 10.11 the other nodes leave the cluster where two,
+        #: one in the other, are rolled back to before more is written: in SQL alone, with no fault.
         self.depth = 1 if self.is_galera else 2
         is_postgres = type(servers[0]).__name__.startswith("Postgre")
         self.engine = POSTGRESQL if is_postgres else MYSQL

@@ -5,24 +5,24 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
+import unittest
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import django
 import pytest
-from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib import messages
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import FileSystemStorage
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.core.handlers.asgi import ASGIRequest
 from django.core.handlers.wsgi import WSGIRequest
 from django.db import OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.http import HttpResponse
-from django.test import AsyncClient, Client, RequestFactory, TestCase, override_settings
-from django.test.client import AsyncRequestFactory
+from django.test import Client, RequestFactory, TestCase, override_settings
+from django.test.utils import setup_test_environment, teardown_test_environment
 from django.urls import path
 from django.utils.functional import SimpleLazyObject
 
@@ -227,13 +227,19 @@ class TestRuns:
         assert sizes == [100_000, 100_000]
 
 
+@pytest.mark.skipif(django.VERSION < (3, 2), reason="needs Django 3.2")
 class TestAsync:
     """An async view has its blocks in the thread of its ORM calls."""
 
     def ask(self) -> Any:
+        from asgiref.sync import async_to_sync
+        from django.test import AsyncClient
+
         return async_to_sync(AsyncClient().get)("/")
 
     def test_an_async_view_is_run_again(self, on_site: Site, serve: Any) -> None:
+        from asgiref.sync import sync_to_async
+
         view = View(on_site)
 
         async def page(request: Any) -> HttpResponse:
@@ -248,6 +254,8 @@ class TestAsync:
     def test_an_async_view_that_raises_leaves_no_block_open(
         self, on_site: Site, serve: Any
     ) -> None:
+        from asgiref.sync import sync_to_async
+
         async def page(request: Any) -> HttpResponse:
             await sync_to_async(on_site.write)("one")
             raise KeyError("page")
@@ -323,7 +331,13 @@ def test_in_a_test_case_a_view_runs_once_in_its_block(on_site: Site, serve: Any,
         def runTest(self) -> None:
             assert get().content == b"response 1"
 
-    Case().debug()
+    result = unittest.TestResult()
+    setup_test_environment()
+    try:
+        unittest.TestSuite([Case()]).run(result)
+    finally:
+        teardown_test_environment()
+    assert result.wasSuccessful(), result.errors + result.failures
     assert view.runs == 1
     assert on_site.written() == []
 
@@ -397,6 +411,11 @@ class TestKept:
     def test_the_body_is_read_again(self, read: Callable[[Any], Any], asgi: bool) -> None:
         request: Any = self.request()
         if asgi:
+            if django.VERSION < (3, 2):
+                pytest.skip("needs Django 3.2")
+            from django.core.handlers.asgi import ASGIRequest
+            from django.test.client import AsyncRequestFactory
+
             scope = AsyncRequestFactory()._base_scope(path="/", method="POST")
             request = ASGIRequest(scope, io.BytesIO(b"abc\ndef\n"))
         body = Body(request)
