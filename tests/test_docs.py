@@ -97,7 +97,9 @@ def entries(page: Path) -> Iterator[dict[str, dict[str, Any]]]:
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         known = {"Path": Path, "os": os, "from_url": django_proxysql.from_url}
         if "DATABASES = {" in block:
-            with mock.patch.dict(os.environ, DATABASE_URL="mysql://shop:x@db1,db2/shop"):
+            urls = {f"DB{n}_URL": f"mysql://shop:x@db{n}/shop" for n in (1, 2)}
+            urls["DATABASE_URL"] = "mysql://shop:x@db1,db2/shop"
+            with mock.patch.dict(os.environ, urls):
                 exec(block, known)
             yield known["DATABASES"]  # type: ignore[misc]
         elif re.match(r'"\w+": {\n', block):
