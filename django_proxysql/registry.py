@@ -24,6 +24,7 @@ from .conf import (
     merged_settings,
     name_of_a_peer,
 )
+from .conf.merging import options_of
 from .core import drivers, runtime
 from .core.balancer import Attempt, LoadBalancer
 from .core.events import Listener
@@ -43,6 +44,8 @@ class Registered(NamedTuple):
 
     balancer: LoadBalancer
     first_read: Mapping[str, Any]
+    #: By peer: the settings that were merged last, and what came of it.
+    merged: dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
     def is_changed(self, own: Mapping[str, Any]) -> bool:
         """Return whether ``own`` asks for another database, user or server than at first."""
@@ -50,7 +53,16 @@ class Registered(NamedTuple):
 
     def settings_for(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
         """Return a copy of ``own`` as for ``peer``; a callable PASSWORD stays what it is."""
-        merged = merged_settings(peer.config.params, own, self.first_read)
+        known = self.merged.get(peer.name)
+        if known is None or known[0] != own:
+            # A copy: settings are changed in place, too, by test runners.
+            seen = {**own, "OPTIONS": options_of(own)}
+            known = (seen, merged_settings(peer.config.params, own, self.first_read))
+            if "OPTIONS" in own:
+                # One assignment: threads see a matching pair.
+                self.merged[peer.name] = known
+        merged = known[1].copy()
+        merged["OPTIONS"] = merged["OPTIONS"].copy()
         if alias == NO_DB_ALIAS:
             merged["NAME"] = own.get("NAME")
         return merged
@@ -120,7 +132,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config)
             balancer.group.no_peer_error = NoPeerAvailable
-            registered = Registered(balancer, self._first_read[alias])
+            registered = Registered(balancer, self._first_read[alias], {})
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
             balancer.asks_for_another = balancer.open_and_close.is_changed
             # Together, so that a listener added just now is one of this balancer's.

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import connections
 
-from django_proxysql import balancers
+from django_proxysql import LoadBalancer, balancers
+from django_proxysql.conf import first_reading, merged_settings
+from django_proxysql.core.config import BalancerConfig, PeerConfig
+from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
 from tests.servers.mariadb import Node
 
@@ -187,3 +191,34 @@ def test_all_of_this_holds_with_pymysql() -> None:
         timeout=250,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# What is made once
+
+
+def test_a_peers_settings_are_merged_once_and_again_when_they_are_changed() -> None:
+    """As long as nothing changes, a connect copies what the first one merged."""
+    merged: list[object] = []
+    own: dict[str, Any] = {"NAME": "shop", "HOST": "", "USER": "", "PORT": ""}
+    own.update(PASSWORD=lambda: "fresh", OPTIONS={"charset": "utf8mb4"})
+    db = LoadBalancer(BalancerConfig("x", (PeerConfig("db1", params={"HOST": "10.0.0.1"}),)))
+    registered = Registered(db, first_reading(own), {})
+    peer = db.peers["db1"]
+    with mock.patch(
+        "django_proxysql.registry.merged_settings",
+        side_effect=lambda *a: merged.append(a) or merged_settings(*a),  # type: ignore[func-returns-value]
+    ):
+        for _ in range(3):
+            settings = registered.to_connect_with(peer, own, "default")
+            assert settings["HOST"] == "10.0.0.1"
+            assert settings["PASSWORD"] == "fresh"
+            # A driver may take its copy apart.
+            settings["OPTIONS"].clear()
+        assert len(merged) == 1
+        # In place, as test runners do.
+        own["NAME"] = "test_shop"
+        assert registered.settings_for(peer, own, "default")["NAME"] == "test_shop"
+        own["OPTIONS"]["charset"] = "latin1"
+        assert registered.settings_for(peer, own, "default")["OPTIONS"] == {"charset": "latin1"}
+        assert registered.settings_for(peer, own, "__no_db__")["NAME"] == "test_shop"
+        assert len(merged) == 3

@@ -24,7 +24,6 @@ from django_proxysql.core.strategies import (
     RoundRobin,
     strategy_from,
 )
-from django_proxysql.core.trials import _End
 from tests.fakes import (
     Clock,
     Connection,
@@ -450,7 +449,7 @@ class TestOnesOwn:
         assert type(strategy_from("least_connections")) is LeastConnections
 
 
-@pytest.mark.parametrize("kind", [Hold, _ThreadEnd, _End])
+@pytest.mark.parametrize("kind", [Hold, _ThreadEnd])
 def test_finalizer_of_what_was_never_made_is_silent(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

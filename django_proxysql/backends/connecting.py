@@ -82,8 +82,7 @@ class LoadBalancedMixin(_Base):
         left_behind = (self._attempt, self._own_settings, self._peer_settings)
         if left_behind != (None, None, None):
             self._recover()
-        # Each connect comes by here, and nearly always finds it known.
-        registered = balancers.known.get(self.settings_dict.get(ALIAS_KEY)) or self._registered()
+        registered = self._registered()
         if registered is None:
             # Made from a bare dict, as Django's own tests do: no peers, no balancer.
             super().connect()
@@ -237,7 +236,10 @@ class LoadBalancedMixin(_Base):
 
     def _registered(self) -> Registered | None:
         alias = self.settings_dict.get(ALIAS_KEY)
-        return None if alias is None else balancers.registered(alias)
+        known = balancers.known.get(alias)
+        if known is not None or alias is None:
+            return known
+        return balancers.registered(alias)
 
     def _as_peer(self, method: Any, *args: Any) -> Any:
         """Call one of the peer engine's own methods on the peer's settings.

@@ -27,13 +27,13 @@ class Affinity:
     def __init__(self) -> None:
         # A context variable: greenlets and asyncio's tasks have their own, and
         # what sync_to_async() runs in a thread has its task's.
-        self._pins: contextvars.ContextVar[Pin | None] = contextvars.ContextVar(
+        self.pins: contextvars.ContextVar[Pin | None] = contextvars.ContextVar(
             "django_proxysql.pin", default=None
         )
 
     def pin(self) -> Pin | None:
         """Return the block that the caller is in."""
-        pin = self._pins.get()
+        pin = self.pins.get()
         return None if pin is None or pin.is_over else pin
 
     @contextlib.contextmanager
@@ -48,13 +48,13 @@ class Affinity:
             return
         pin = Pin(peer)
         try:
-            self._pins.set(pin)
+            self.pins.set(pin)
             begun()
             yield
         finally:
             # Tasks that were begun in the block have a copy of their own.
             pin.is_over = True
-            self._pins.set(None)
+            self.pins.set(None)
 
     def pinned_to(self, peer: Peer) -> Peer | None:
         """Return the peer that the caller stays with; None: it stays with none.

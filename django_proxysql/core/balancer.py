@@ -10,6 +10,7 @@ comes next is the search's business (:mod:`~django_proxysql.core.search`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,10 @@ class LoadBalancer(Face):
     open_and_close: Callable[[Attempt], object] | None = None
     #: Whether a refusal of a background trial is due to what we ask for.
     asks_for_another: Callable[[], bool] | bool = False
+
+    @functools.cached_property
+    def _driver(self) -> drivers.Driver:
+        return drivers.driver_of(self._connect)
 
     # Connecting
 
@@ -197,7 +202,7 @@ class LoadBalancer(Face):
         :param params: what to call it with; a callable password is called.
         :raises Exception: what connecting, or READY_CHECK, raised; nothing stays open.
         """
-        driver = drivers.driver_of(connect)
+        driver = self._driver if connect is self._connect else drivers.driver_of(connect)
         params = drivers.with_password(params)
         asked = attempt.is_trial and self.send_ahead(attempt, driver, connect, params)
         params.update(driver.connect_options(params, attempt.timeout))

@@ -274,7 +274,11 @@ def _peer_config(
     return PeerConfig(
         name=name,
         address=address_in_words(
-            rest.get("host"), rest.get("port"), rest.get("unix_socket"), rest.get("database")
+            # PyMySQL takes the socket, whatever the host is.
+            "" if rest.get("unix_socket") else rest.get("host"),
+            rest.get("port"),
+            rest.get("unix_socket"),
+            rest.get("database"),
         ),
         weight=weight,
         priority=priority,

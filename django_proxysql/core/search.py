@@ -147,7 +147,9 @@ class Search:
         self._by_hand = by_hand
         self._refusal_is_callers = refusal_is_callers
         self._may_search_again = may_search_again
-        self._pin = pin = group.affinity.pin()
+        # As Affinity.pin(), without the call: each connect comes by here.
+        pin = group.affinity.pins.get()
+        self._pin = pin = None if pin is None or pin.is_over else pin
         #: The one peer that may be connected to: it is pinned, or was asked for.
         self._pinned = only if only is not None or pin is None else pin.peer
         self._clock = clock = group.clock
@@ -183,7 +185,7 @@ class Search:
                     # A peer that has become suspect since we looked comes last all the same.
                     last_resort=last_resort,
                     trial=out is not False,
-                    by_hand=bool(self._by_hand),
+                    by_hand=self._by_hand is True,
                 )
                 is_trial = attempt.permit is None or attempt.permit.is_trial
                 if out is not None and out is not is_trial:
@@ -198,7 +200,9 @@ class Search:
                         # Other processes were asked first.
                         now = self._clock()
                     attempt.may_wait = is_trial or peer.name in self._busy
-                    attempt.timeout = min(attempt.timeout, self._deadline - now)
+                    remaining = self._deadline - now
+                    if remaining < attempt.timeout:
+                        attempt.timeout = remaining
                     attempt.started = now
                     peer._connecting[id(attempt)] = weakref.ref(attempt)
                     return attempt
@@ -206,7 +210,7 @@ class Search:
 
     def _candidates(self) -> Iterator[_Candidate | Wait]:
         group, pinned, trials = self._group, self._pinned, self._trials
-        disappointed: set[str] = set()
+        disappointed: frozenset[str] = frozenset()
         while True:
             self._seen = {}
             if pinned is not None and self._by_hand is not None:
@@ -256,7 +260,7 @@ class Search:
                 for name, lease in leases.items():
                     circuit = group.peers[name].breaker.circuit
                     if lease.ended and circuit.state == OPEN:
-                        disappointed.add(name)
+                        disappointed |= {name}
             if self._clock() >= self._deadline:
                 return
 
@@ -290,7 +294,7 @@ class Search:
                 yield peer
 
     def _trials_under_way(
-        self, peers: list[Peer], disappointed: set[str]
+        self, peers: list[Peer], disappointed: frozenset[str]
     ) -> dict[str, Lease] | None:
         """Return other callers' trials that are worth waiting for, by the peer's name.
 
