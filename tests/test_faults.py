@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib
 import itertools
+import pickle
 import socket
 import sqlite3
 import threading
@@ -953,3 +954,14 @@ def test_mysql_connector_is_bounded() -> None:
         assert driver.connect_options({name: 7}, 2) == {}
     # A package of somebody's own that is called mysql is no driver.
     assert drivers.driver_of("mysql.helpers") is drivers.generic
+
+
+def test_judged_error_is_pickled_without_its_judgement() -> None:
+    """A process that has no django_proxysql can read it: a task's result, say."""
+    error = MySQLdb.OperationalError(2013, "Lost connection")
+    before = drivers.judge(error, connecting=False)
+    pickled = pickle.dumps(error)
+    assert b"django_proxysql.core" not in pickled
+    there = pickle.loads(pickled)
+    assert drivers.judgement_of(there) == before
+    assert drivers.describe(there) == before.text

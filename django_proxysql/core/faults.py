@@ -95,6 +95,10 @@ class Judgement(NamedTuple):
         """Whether one plain statement that met the error did not run."""
         return self.proof is Proof.NOT_RUN
 
+    def __reduce__(self) -> tuple[type[bool], tuple[()]]:
+        """Pickle as False: the process that reads an error may not have this package."""
+        return bool, ()
+
 
 class Count(enum.Enum):
     """Whether, and when, a failed attempt counts against its peer's circuit."""

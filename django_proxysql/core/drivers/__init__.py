@@ -156,7 +156,7 @@ def describe(exc: BaseException) -> str:
     """Return what ``exc`` says, on one line. Drivers put no password into it."""
     exc = root_error(exc)
     judgement = getattr(exc, "_django_proxysql_judgement", None)
-    if judgement is not None:
+    if judgement:
         return str(judgement.text)
     try:
         text = " ".join(str(exc).split())
@@ -314,7 +314,7 @@ def judge(exc: BaseException, connecting: bool, driver: Driver = generic) -> Jud
 def judgement_of(exc: BaseException, driver: Driver = generic) -> Judgement:
     """Return what an error of an established connection was judged to be."""
     found: Judgement | None = getattr(root_error(exc), "_django_proxysql_judgement", None)
-    if found is None or found.connecting:
+    if not found or found.connecting:
         return judge(exc, connecting=False, driver=driver)
     return found
 
