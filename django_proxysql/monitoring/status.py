@@ -92,7 +92,7 @@ class BalancerStatus(NamedTuple):
     usable: int = 0
     connections: str = "0"
     timeline: Timeline | None = None
-    #: What became of COMMITs whose answer was lost, as a sentence; "" where nobody finds out.
+    #: What became of COMMITs whose answer was lost, as a sentence; "" where nothing finds out.
     commits: str = ""
     has_weights: bool = False
     has_priorities: bool = False

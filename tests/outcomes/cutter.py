@@ -16,7 +16,8 @@ from tests.servers.ports import HOST
 
 #: What is in the packet of a transaction's token and COMMIT, and in that of a fence.
 COMMIT, FENCE = b"; COMMIT", b"TRUE"
-#: Seconds between the packet and the cut; the server may answer meanwhile, and is not heard.
+#: Seconds between the packet and the cut; the server may answer meanwhile, and its answer is
+#: dropped.
 DELAYS = (0.0, 0.0003, 0.0006, 0.001, 0.002, 0.005)
 
 
