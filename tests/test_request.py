@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import sys
 import tempfile
@@ -264,6 +265,31 @@ class TestAsync:
         with pytest.raises(KeyError, match="page"):
             self.ask()
         assert not on_site.connection.in_atomic_block
+        assert on_site.written() == []
+
+    def test_a_cancelled_view_leaves_no_block_open(self, on_site: Site) -> None:
+        from asgiref.sync import async_to_sync, sync_to_async
+
+        async def main() -> None:
+            started = asyncio.Event()
+
+            @retrying_request
+            async def page(request: Any) -> HttpResponse:
+                await sync_to_async(on_site.write)("one")
+                started.set()
+                await asyncio.sleep(60)
+                return HttpResponse()
+
+            for wait in (started.wait, lambda: asyncio.sleep(0)):
+                task = asyncio.ensure_future(page(RequestFactory().get("/")))
+                # While the view runs, and while its block begins.
+                await wait()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert not await sync_to_async(lambda: on_site.connection.in_atomic_block)()
+
+        async_to_sync(main)()
         assert on_site.written() == []
 
     def test_a_sync_view_under_asgi_is_run_again(self, on_site: Site, serve: Any) -> None:
