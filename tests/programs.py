@@ -317,8 +317,9 @@ class Run:
 
     def _read(self) -> None:
         written = self._tokens if self.world.connection.in_atomic_block else self.ledger.stands
-        if written and self.world.count(written[-1]) != 1:
-            raise Violation(f"{written[-1]} was written, and is not read")
+        found = self.world.count(written[-1]) if written else 1
+        if found != 1:
+            raise Violation(f"{written[-1]} was written, and is read {found} times")
 
     def _register(self, hook: Hook) -> None:
         from django.db import transaction
