@@ -25,7 +25,6 @@ from ..core.exceptions import ConfigError
 from ..registry import balancers
 from .connecting import LoadBalancedMixin
 from .origins import OriginsMixin, is_of_another_package
-from .pooled import PooledMixin
 from .pools import has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
 from .types_of_peers import GeometriesOfPeersMixin, TypesOfPeersMixin, has_geometries, has_types
@@ -183,6 +182,8 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
             if has_types(wrapper):
                 bases.insert(1, TypesOfPeersMixin)
             if has_pools(wrapper):
+                from .pooled import PooledMixin
+
                 bases.insert(1, PooledMixin)
         # Of two threads that come here at once, one's class is kept.
         made = _made.setdefault(
