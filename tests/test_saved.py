@@ -403,7 +403,7 @@ class TestFirstWrite:
 
 class TestServerSideCursors:
     @pytest.mark.parametrize("in_block", [False, True])
-    @pytest.mark.parametrize("nth", [1, 2])
+    @pytest.mark.parametrize("nth", [1, 2, 3], ids=["DECLARE", "its description", "FETCH"])
     def test_the_first_rows_are_saved(self, on_postgres: Site, nth: int, in_block: bool) -> None:
         """DECLARE or the first FETCH is lost: no row was given out yet."""
         here = on_postgres
