@@ -296,6 +296,38 @@ def test_change_waits_for_the_one_before_it() -> None:
     assert pager.ended == [CircuitClosed, CircuitOpened]
 
 
+def test_an_event_waits_behind_what_the_listeners_own_thread_delivers() -> None:
+    """Also one that is no change of a circuit: a pager must not end on what was older."""
+    listeners = LoadBalancer({"db1": {"host": "db1"}}).group.listeners
+    inside, go_on = threading.Event(), threading.Event()
+    ended: list[type] = []
+
+    def listener(told: Any) -> None:
+        if type(told) is CircuitClosed:
+            inside.set()
+            assert go_on.wait(30)
+        ended.append(type(told))
+
+    listeners.add(listener, True)
+    deliver(listeners.dispatchers[-1], CircuitClosed("default", "db1", "db1", 1.0, True))
+    assert inside.wait(30)
+    in_thread(lambda: listeners.emit(event(1)))
+    assert ended == []
+    go_on.set()
+    until(lambda: len(ended) == 2)
+    assert ended == [CircuitClosed, PeersExhausted]
+
+
+def test_an_event_waits_behind_a_change_that_is_not_delivered_yet() -> None:
+    """The thread that made the change may stand between its lock and the delivery."""
+    listeners = LoadBalancer({"db1": {"host": "db1"}}).group.listeners
+    ended: list[type] = []
+    listeners.add(lambda told: ended.append(type(told)), True)
+    listeners.put(CircuitClosed("default", "db1", "db1", 1.0, False))
+    listeners.emit(event(1))
+    assert ended == [CircuitClosed, PeersExhausted]
+
+
 def test_change_that_is_told_here_holds_up_nobody() -> None:
     """A second thread's change waits behind a listener that hangs in the first; it does not."""
     db = LoadBalancer({"db1": {"host": "db1"}})
