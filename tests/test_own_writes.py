@@ -7,6 +7,7 @@ test_safety_rules.py; here each way is gone, and it is counted how often it woul
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -101,6 +102,13 @@ def function_in_a_block(here: Site) -> None:
     here.kill()
 
 
+def past_the_engine(here: Site) -> None:
+    """By what a driver's cursor has of its own."""
+    with here.connection.cursor() as cursor, closing(cursor.connection.cursor()) as own:
+        own.execute("INSERT INTO app_token (value) VALUES ('one')")
+    here.kill()
+
+
 def explained_and_run(here: Site) -> None:
     here.sql("ANALYZE SELECT 1")
     here.kill()
@@ -144,7 +152,7 @@ WAYS = [
     *(idle_loss, idle_loss_before_a_block, replayed_read, lost_block, lost_block_that_wrote),
     *(unknown_commit, lost_write, lost_write_of_many, closed_by_the_application),
     *(closed_and_lost_again, function_that_may_write, function_in_a_block, explained_and_run),
-    *(idle_for_long, unannounced_lock, retried),
+    *(idle_for_long, unannounced_lock, retried, past_the_engine),
 ]
 
 
