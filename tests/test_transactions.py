@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 from django.db import Error, close_old_connections, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.site import Site, site
@@ -375,6 +376,28 @@ def test_a_hook_that_raises_leaves_nothing_to_the_next_block(here: Site) -> None
         raise LookupError
     assert not ran
     works_again(here)
+
+
+@pytest.mark.parametrize("end", ["_commit", "_rollback"])
+@pytest.mark.parametrize("earlier_hook_raised", [False, True])
+def test_a_block_whose_end_is_interrupted_leaves_nothing_and_runs_no_hook(
+    here: Site, end: str, earlier_hook_raised: bool
+) -> None:
+    """Neither then nor with the next block. What is to end it was never sent."""
+    ran: list[str] = []
+    prepare(here)
+    if earlier_hook_raised:
+        with pytest.raises(ZeroDivisionError), transaction.atomic("balanced"):
+            transaction.on_commit(broken, using="balanced")
+    interrupted = mock.patch.object(BaseDatabaseWrapper, end, side_effect=KeyboardInterrupt)
+    with interrupted, pytest.raises(KeyboardInterrupt), transaction.atomic("balanced"):
+        transaction.on_commit(lambda: ran.append("paid"), using="balanced")
+        here.write("one")
+        if end == "_rollback":
+            raise LookupError
+    assert here.written() == []
+    works_again(here)
+    assert not ran
 
 
 def test_a_block_inside_a_hook_runs_its_own_hook_after_its_own_commit(here: Site) -> None:

@@ -97,6 +97,12 @@ def open_transaction(db: Any, transaction: Transaction) -> None:
 
 def switch_on(db: Any, begins: bool) -> None:
     transaction, session = db._transaction, db._session
+    if transaction.is_of_atomic and transaction.stage in (Stage.ACTIVE, Stage.COMMITTING):
+        session = current(db)
+        if session is not None and not session.dead:
+            # Ctrl-C, or a task's time limit, between Django's lines: neither COMMIT nor ROLLBACK
+            # was answered. MySQL would commit here, and psycopg refuses.
+            abandon(db, session, InterruptedError("the block's end was interrupted"))
     is_dead = db.connection is None or (
         session is not None and session.connection is db.connection and session.dead
     )
