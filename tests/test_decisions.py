@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from django_proxysql.backends.decisions import (
+    After,
     Cause,
     How,
     Leave,
@@ -24,6 +25,7 @@ from django_proxysql.backends.decisions import (
     Replay,
     Situation,
     Why,
+    after_error,
     may_count_as_committed,
     may_leave,
     may_replace,
@@ -32,6 +34,7 @@ from django_proxysql.backends.decisions import (
     must_catch_up,
     must_raise_loss,
 )
+from django_proxysql.core.faults import Fault, Judgement
 from django_proxysql.core.texts import Text
 
 #: Each rule's number on the page, and what holds it.
@@ -144,6 +147,25 @@ class TestReplacing:
         for mysql, written, behind in itertools.product(*[BOTH] * 3):
             waits = must_catch_up(mysql, has_written=written, has_not_caught_up=behind)
             assert waits is (mysql and (written or behind))
+
+
+def test_what_follows_from_an_error() -> None:
+    """Only a loss that was not known counts for the peer, and nothing that was done on purpose."""
+    for fault, answer, killed, closed, dead, explained in itertools.product(Fault, *[BOTH] * 5):
+        judgement = Judgement(fault, "said", is_answer=answer, is_killed=killed)
+        on_purpose = fault in (Fault.KILLED, Fault.OVERLOADED)
+        gone = (closed and not on_purpose) or (fault is Fault.LOST)
+        known = dead and explained
+        over = gone or closed or killed or dead
+        assert after_error(
+            judgement, is_closed=closed, was_dead=dead, is_explained=explained
+        ) == After(
+            ends=over,
+            is_loss=gone and not known,
+            may_begin_again=over and fault is not Fault.KILLED,
+            distrusts=not over and not answer,
+            suspects=over and fault is Fault.OVERLOADED,
+        )
 
 
 DIALECTS = ("mysql", "mariadb", "postgresql")

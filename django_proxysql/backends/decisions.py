@@ -10,10 +10,12 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+from ..core.faults import Fault, Judgement
 from ..core.texts import Text
 from .state import Stage
 
 __all__ = [
+    "After",
     "Cause",
     "How",
     "Leave",
@@ -23,6 +25,7 @@ __all__ = [
     "Replay",
     "Situation",
     "Why",
+    "after_error",
     "may_count_as_committed",
     "may_leave",
     "may_replace",
@@ -32,6 +35,43 @@ __all__ = [
     "must_raise_loss",
     "writes_token",
 ]
+
+
+class After(NamedTuple):
+    """What follows from an error for its connection and for its peer."""
+
+    #: The connection has ended.
+    ends: bool
+    #: It was lost, which was not known: the peer's circuit and the listeners learn of it.
+    is_loss: bool
+    #: The error ended the connection, and not on purpose: what is begun once more may succeed.
+    may_begin_again: bool
+    #: No answer came: the socket is not trusted until the driver has asked.
+    distrusts: bool
+    #: The peer has no room and hangs up: the next connect goes elsewhere first.
+    suspects: bool
+
+
+def after_error(
+    judgement: Judgement, *, is_closed: bool, was_dead: bool, is_explained: bool
+) -> After:
+    """Return what follows from an error that says nothing of the peer's readiness.
+
+    :param is_closed: the driver knows that the connection is closed.
+    :param was_dead: the connection was known to have ended.
+    :param is_explained: and what ended it was known as well.
+    """
+    fault = judgement.fault
+    # psycopg knows for certain; mysqlclient's error says it.
+    is_lost = fault not in (Fault.KILLED, Fault.OVERLOADED) if is_closed else fault is Fault.LOST
+    ends = is_lost or is_closed or judgement.is_killed or was_dead
+    return After(
+        ends,
+        is_loss=is_lost and not (was_dead and is_explained),
+        may_begin_again=ends and fault is not Fault.KILLED,
+        distrusts=not ends and not judgement.is_answer,
+        suspects=ends and fault is Fault.OVERLOADED,
+    )
 
 
 class Why(enum.Enum):

@@ -16,6 +16,7 @@ from ..core.events import ConnectionLost
 from ..core.faults import Fault, Judgement, Loss, loss_counts
 from ..core.parameters import are_small
 from .asking import is_given_up
+from .decisions import after_error
 from .sessions import OF_THE_CALL, Session, abandon, current, interrupted
 from .state import Stage, Transaction
 
@@ -92,23 +93,19 @@ def act_on(db: Any, session: Session, exc: BaseException, judgement: Judgement, 
             # It may be busy: the next connect goes elsewhere first.
             breaker.suspect(text, fault)
         return
-    # psycopg knows for certain; mysqlclient's error says it.
-    is_lost = fault not in (Fault.KILLED, Fault.OVERLOADED) if is_closed else fault is Fault.LOST
-    is_news = is_lost and not (session.dead and session.error)
-    is_failed_connect = is_news and loss_counts(loss_of(db, session, idle))
-    if is_lost or is_closed or judgement.is_killed:
+    after = after_error(
+        judgement, is_closed=is_closed, was_dead=session.dead, is_explained=bool(session.error)
+    )
+    is_failed_connect = after.is_loss and loss_counts(loss_of(db, session, idle))
+    if after.ends:
         session.lose(text, timed_out=not idle and session.has_timed_out())
-    if session.dead:
-        if fault is not Fault.KILLED:
-            mark_as_end(exc)
-        # It may have been found dead without a word of the driver's.
-        session.lose(text)
-    elif not judgement.is_answer:
+    if after.may_begin_again:
+        mark_as_end(exc)
+    if after.distrusts:
         session.distrust()
-    if fault is Fault.OVERLOADED and session.dead:
-        # A pooler without a server to spare hangs up: the next connect goes elsewhere.
+    if after.suspects:
         breaker.suspect(text, fault)
-    if is_news:
+    if after.is_loss:
         # Last: a listener may ask the database, and must find the connection dead.
         if is_failed_connect and session.permit is not None:
             breaker.count_failure(exc, Fault.LOST, session.permit.generation)
