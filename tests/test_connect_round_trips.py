@@ -128,6 +128,21 @@ def test_a_peer_is_asked_anew_once_its_circuit_has_opened(mariadb: Node, log: Lo
         assert asks(in_new_thread(log))
 
 
+@pytest.mark.parametrize("change", ["drain", "undrain"])
+def test_a_peer_is_asked_anew_once_it_was_drained(mariadb: Node, log: Log, change: str) -> None:
+    with engine([mysql_peer(mariadb)]):
+        balancer = balancers["balanced"]
+        if change == "undrain":
+            balancer.drain("peer0", force=True)
+            with balancer.pinned("peer0"):
+                in_new_thread(log)
+            balancer.undrain("peer0")
+        else:
+            in_new_thread(log)
+            balancer.drain("peer0", force=True)
+        assert balancer.peers["peer0"].server_facts is None
+
+
 def test_a_server_of_another_version_is_asked_anew(mariadb: Node, log: Log) -> None:
     with engine([mysql_peer(mariadb)]):
         in_new_thread(log)

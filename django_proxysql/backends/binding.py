@@ -32,9 +32,6 @@ __all__ = [
 
 
 def make_cursor(db: Any, name: str | None = None) -> Any:
-    if db._attempt is not None:
-        # Django's own, while it sets the connection up.
-        return db._plain("_cursor")(name)
     session = current(db)
     if session is not None and (session.dead or name is not None):
         # psycopg makes no cursor on a closed connection; and what a named

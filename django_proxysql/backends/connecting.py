@@ -79,8 +79,11 @@ class LoadBalancedMixin(_Base):
 
     def connect(self) -> None:
         """Connect to a peer that works; see :meth:`LoadBalancer.connect`."""
-        left_behind = (self._attempt, self._own_settings, self._peer_settings)
-        if left_behind != (None, None, None):
+        if (
+            self._attempt is not None
+            or self._own_settings is not None
+            or self._peer_settings is not None
+        ):
             self._recover()
         registered = self._registered()
         if registered is None:
@@ -135,7 +138,11 @@ class LoadBalancedMixin(_Base):
                 # Those that were made at one moment are not to end at one moment.
                 self.close_at += max_age * JITTER * (2 * registered.balancer.group.draw() - 1)
             self._hold = Hold(attempt.peer)
-        except BaseException:
+        except BaseException as exc:
+            if self._own_settings is not None:
+                self._put_own_settings_back()
+                if isinstance(exc, Exception):
+                    drivers.mark_of_settings(exc)
             self._discard()
             raise
         finally:
@@ -150,20 +157,29 @@ class LoadBalancedMixin(_Base):
         those of the present connection's peer, else of the first. Nothing changes by that, and a
         callable PASSWORD stays what it is: only an attempt to connect calls it.
         """
-        if self._peer_settings is None and self.connection is not None:
+        attempt, settings = self._attempt, self._peer_settings
+        if settings is None and self.connection is not None:
             # Engines note what they find in the settings (an isolation level), on the wrapper.
             stand_in: Any = copy.copy(self)
             stand_in.settings_dict = self.peer_settings()
             params: dict[str, Any] = super(LoadBalancedMixin, stand_in).get_connection_params()
             return params
-        params = self._as_peer(super().get_connection_params)
-        if self._attempt is not None:
-            params.update(self._driver.connect_options(params, self._attempt.timeout))
-            autocommit = self.settings_dict["AUTOCOMMIT"]
-            params.update(self._driver.session_options(params, autocommit))
-            registered = self._registered()
-            if registered is not None and registered.balancer.config.commit_outcome is not None:
-                params.update(self._driver.recording_options(params))
+        if attempt is None or settings is None:
+            return self._as_peer(super().get_connection_params)  # type: ignore[no-any-return]
+        if self.connection is None:
+            # The peer's until init_connection_state() is over, which is Django's next but one.
+            if settings is not self.settings_dict:
+                self._own_settings = self.settings_dict
+                self.settings_dict = settings
+            params = super().get_connection_params()
+        else:
+            params = self._as_peer(super().get_connection_params)
+        driver = self._driver
+        params.update(driver.connect_options(params, attempt.timeout))
+        params.update(driver.session_options(params, settings["AUTOCOMMIT"]))
+        registered = self._registered()
+        if registered is not None and registered.balancer.config.commit_outcome is not None:
+            params.update(driver.recording_options(params))
         return params
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
@@ -171,8 +187,9 @@ class LoadBalancedMixin(_Base):
         attempt = self._attempt
         if self._peer_settings is None:
             return self._open_directly(conn_params)
-        registered = self._registered()
-        if attempt is not None and attempt.is_trial and registered is not None:
+        if attempt is not None and attempt.is_trial:
+            registered = self._registered()
+            assert registered is not None
             self._asked = self._as_peer(
                 registered.balancer.send_ahead,
                 attempt,
@@ -180,7 +197,10 @@ class LoadBalancedMixin(_Base):
                 self.Database.connect,
                 conn_params,
             )
-        connection = self._as_peer(super().get_new_connection, conn_params)
+        if self._peer_settings is self.settings_dict:
+            connection = super().get_new_connection(conn_params)
+        else:
+            connection = self._as_peer(super().get_new_connection, conn_params)
         if attempt is not None and _FACTS not in self.__dict__:
             self._recall_facts(attempt.peer, connection)
         return connection
@@ -213,7 +233,13 @@ class LoadBalancedMixin(_Base):
 
     def init_connection_state(self) -> None:
         """Set the session up, by the peer's OPTIONS."""
-        self._as_peer(super().init_connection_state)
+        if self._peer_settings is not self.settings_dict:
+            self._as_peer(super().init_connection_state)
+            return
+        super().init_connection_state()
+        if self._own_settings is not None:
+            # Receivers of connection_created are to see what stands in ``connections``.
+            self._put_own_settings_back()
 
     def _close(self) -> Any:
         try:
@@ -231,8 +257,12 @@ class LoadBalancedMixin(_Base):
         self._attempt = None
         self._peer_settings = None
         if self._own_settings is not None:
-            self.settings_dict = self._own_settings
-            self._own_settings = None
+            self._put_own_settings_back()
+
+    def _put_own_settings_back(self) -> None:
+        assert self._own_settings is not None
+        self.settings_dict = self._own_settings
+        self._own_settings = None
 
     def _registered(self) -> Registered | None:
         alias = self.settings_dict.get(ALIAS_KEY)
@@ -244,15 +274,16 @@ class LoadBalancedMixin(_Base):
     def _as_peer(self, method: Any, *args: Any) -> Any:
         """Call one of the peer engine's own methods on the peer's settings.
 
-        Three methods read ``self.settings_dict`` to connect. While one of them
-        runs, and at no other time, this wrapper's attribute is the peer's
+        Three methods read ``self.settings_dict`` to connect. From the first of
+        them to the end of the last this wrapper's attribute is the peer's
         merged copy; the dict in ``connections`` is never touched, and
         ``connection_created`` receivers see it as it is.
         """
-        settings = self._peer_settings
+        own, settings = self.settings_dict, self._peer_settings
+        if settings is own:
+            return method(*args)
         if settings is None:
             settings = self.peer_settings()
-        own = self.settings_dict
         try:
             self._own_settings = own
             self.settings_dict = settings

@@ -54,9 +54,6 @@ def set_autocommit(
     db: Any, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
 ) -> None:
     """Begin or end a transaction; see Django."""
-    if db._quiet or db._attempt is not None:
-        db._plain("set_autocommit")(autocommit, force_begin_transaction_with_broken_autocommit)
-        return
     try:
         change_autocommit(db, autocommit, force_begin_transaction_with_broken_autocommit)
     except BaseException as exc:

@@ -109,24 +109,28 @@ class SafePointsMixin(LoadBalancedMixin):
         return connection
 
     def _watch_over(self, connection: Any, conn_params: dict[str, Any]) -> None:
-        registered = self._registered()
-        if registered is not None and self._driver.WATCHED:
-            seconds = registered.balancer.config.tcp_user_timeout
-            self._read_timeout = min(
-                math.inf if seconds is None else float(seconds),
-                sockets.keepalive(
-                    self._driver.fileno(connection),
-                    seconds,
-                    self._driver.socket_options(connection, conn_params),
-                ),
-            )
-            for option in ("read_timeout", "write_timeout"):
-                if conn_params.get(option) is not None:
-                    self._read_timeout = min(self._read_timeout, float(conn_params[option]))
-            self._unbuffered = self._driver.is_unbuffered(conn_params)
-            self._database = conn_params.get("database") or conn_params.get("db") or ""
-            self._takes_two = self._driver.takes_two(conn_params)
+        registered, driver = self._registered(), self._driver
+        if registered is None or not driver.WATCHED:
+            return
+        self._fileno = driver.fileno(connection)
+        seconds = registered.balancer.config.tcp_user_timeout
+        patience = sockets.keepalive(
+            self._fileno, seconds, driver.socket_options(connection, conn_params)
+        )
+        for limit in (
+            seconds,
+            conn_params.get("read_timeout"),
+            conn_params.get("write_timeout"),
+        ):
+            if limit is not None and limit < patience:
+                patience = float(limit)
+        self._read_timeout = patience
+        self._unbuffered = driver.is_unbuffered(conn_params)
+        self._database = conn_params.get("database") or conn_params.get("db") or ""
+        self._takes_two = driver.takes_two(conn_params)
 
+    #: The present connection's socket, and how long it may be silent.
+    _fileno: int | None = None
     _read_timeout = math.inf
     _unbuffered = False
     _database = ""
@@ -138,7 +142,7 @@ class SafePointsMixin(LoadBalancedMixin):
             attempt.peer,
             registered.balancer.group,
             attempt.permit,
-            sockets.watch(self._driver.fileno(connection)),
+            sockets.watch(self._fileno),
             self._read_timeout,
             self._unbuffered,
             self._driver.status(connection),
@@ -175,6 +179,9 @@ class SafePointsMixin(LoadBalancedMixin):
             or session.connection is not self.connection
             or self._transaction.stage is BEGUN
         ):
+            if self._attempt is not None:
+                # Django's own, while it sets the connection up.
+                return super()._cursor(name)  # type: ignore[misc]
             return binding.make_cursor(self, name)
         try:
             cursor = super()._cursor()  # type: ignore[misc]
@@ -192,7 +199,11 @@ class SafePointsMixin(LoadBalancedMixin):
     def make_cursor(self, cursor: Any) -> Any:
         """Make what Django's own method makes, with our hooks; an engine's own makes its own."""
         session = self._session
-        if session is None or binding.sets_up(self.__class__):  # type: ignore[arg-type]
+        if (
+            session is None
+            or session.connection is not self.connection
+            or binding.sets_up(self.__class__)  # type: ignore[arg-type]
+        ):
             return super().make_cursor(cursor)
         return made_cursor(cursor, self, session)
 
@@ -222,11 +233,17 @@ class SafePointsMixin(LoadBalancedMixin):
         self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
     ) -> None:
         """Begin or end a transaction; see Django."""
+        if self._quiet or self._attempt is not None:
+            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+            return
         transactions.set_autocommit(
             self, autocommit, force_begin_transaction_with_broken_autocommit
         )
 
     def _set_autocommit(self, autocommit: bool) -> None:
+        if self._attempt is not None:
+            super()._set_autocommit(autocommit)  # type: ignore[misc]
+            return
         transactions.switch_autocommit(self, autocommit)
 
     def _commit(self) -> Any:

@@ -366,6 +366,8 @@ class PeerGroup:
         if peer.drained is drained:
             return False
         peer.drained = drained
+        # It is drained to be upgraded, say: what is there by now is asked anew.
+        peer.forget_answers()
         where = (self.name, peer.name, peer.address)
         self.listeners.put(
             PeerDrained(*where, peer.connections, elsewhere)

@@ -74,7 +74,10 @@ def keepalive(
     if descriptor is None or descriptor < 0 or os.name != "posix":
         return math.inf
     try:
-        blocking = os.get_blocking(descriptor)
+        # Python's default timeout makes a new socket object non-blocking, a
+        # mode that the duplicate shares with the driver's.
+        changes = socket.getdefaulttimeout() is not None
+        blocking = changes and os.get_blocking(descriptor)
         # A socket object closes what it is given.
         duplicate = os.dup(descriptor)
     except OSError:
@@ -88,12 +91,12 @@ def keepalive(
         os.close(duplicate)
         return math.inf
     finally:
-        # Python's default timeout makes a new socket object non-blocking, a
-        # mode that the duplicate shares with the driver's.
-        os.set_blocking(descriptor, blocking)
+        if changes:
+            os.set_blocking(descriptor, blocking)
     try:
         if sock.family not in _INTERNET:
             return math.inf
+        limit = None
         if seconds is not None:
             for name, level, option, value in _options(seconds):
                 if name in leave:
@@ -101,8 +104,10 @@ def keepalive(
                 try:
                     sock.setsockopt(level, option, value)
                 except OSError:
-                    pass
-        return _user_timeout(sock)
+                    continue
+                if name == "TCP_USER_TIMEOUT":
+                    limit = value / 1000
+        return _user_timeout(sock) if limit is None else limit
     finally:
         sock.close()
 

@@ -344,7 +344,10 @@ class MySQL(Driver):
 
     def is_unbuffered(self, params: Any) -> bool:
         """Return whether cursors made with these arguments leave rows on the wire."""
-        names = {cls.__name__ for cls in getattr(params.get("cursorclass"), "__mro__", ())}
+        cursorclass = params.get("cursorclass")
+        if cursorclass is None:
+            return False
+        names = {cls.__name__ for cls in getattr(cursorclass, "__mro__", ())}
         return not names.isdisjoint({"SSCursor", "CursorUseResultMixIn"})
 
     def is_usual(self, connection: Any, cls: type) -> bool:
