@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
+class Skipped(Exception):
+    """What a benchmark needs is not on this machine."""
+
+
 class Figure(NamedTuple):
     """One line of a table."""
 

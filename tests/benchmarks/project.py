@@ -11,7 +11,7 @@ ENGINE = "django_proxysql.backends.proxysql"
 MYSQL = "django.db.backends.mysql"
 
 
-def configure() -> None:
+def configure(apps: Sequence[str] = ()) -> None:
     """Set Django up with no database yet, and with production's level of logging.
 
     What is logged goes nowhere: circuits that open on purpose would stand among the figures.
@@ -23,6 +23,7 @@ def configure() -> None:
         DATABASES={"default": {"ENGINE": "django.db.backends.dummy"}},
         DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
         USE_TZ=True,
+        INSTALLED_APPS=list(apps),
         LOGGING={
             "version": 1,
             "handlers": {"nowhere": {"class": "logging.NullHandler"}},

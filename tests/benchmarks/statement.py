@@ -167,7 +167,7 @@ def _on_mariadb(node: Node, rounds: int, turns: int) -> Iterator[Figure]:
     control = project.wrapper("control_time", **project.plain(node))
     engine = project.wrapper("time", **project.balanced([node] * 2))
     wrappers = (plain, control, engine)
-    with _one_core_each(node):
+    with one_core_each(node):
         for name, sql, limit in (("a read", READ, 1.02), ("an autocommit write", WRITE, None)):
             wall = Measured(
                 tuple(_round_on_new_connections(wrappers, sql, turns) for _ in range(rounds))
@@ -209,7 +209,7 @@ def _round_on_new_connections(wrappers: Sequence[Any], sql: str, turns: int) -> 
 
 
 @contextlib.contextmanager
-def _one_core_each(node: Node) -> Iterator[None]:
+def one_core_each(node: Any) -> Iterator[None]:
     """Keep this thread on one core and the server on another, where there are two."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if len(cores) < 2:

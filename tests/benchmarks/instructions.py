@@ -1,0 +1,151 @@
+"""Instructions that the client runs, counted by valgrind: the same in each run, whatever else runs.
+
+The programs are run by callgrind, and a call of ``getpgrp()`` ends one part of its count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.servers import Address
+from tests.servers.mariadb import Node
+
+from . import project
+from .figures import Figure, Skipped
+
+READ = "SELECT 1"
+WRITE = "UPDATE t SET n = n + 1 WHERE id = 1"
+#: What each part does, and the most that the engine may take for it.
+LIMITS = {
+    "a connect": 440_000,
+    "a connect, 1,000 peers": None,
+    "a read": 134_000,
+    "an autocommit write": None,
+    "a statement in a block": None,
+}
+
+
+def run(quick: bool = False) -> list[Figure]:
+    """Count what a connect and statements take, by the plain engine and by ours."""
+    if shutil.which("valgrind") is None:
+        raise Skipped("valgrind is not installed (apt-get install valgrind)")
+    with Node("mariadb") as node:
+        node.set_up()
+        node.sql(
+            "CREATE TABLE t (id int PRIMARY KEY, n int) ENGINE=InnoDB; INSERT INTO t VALUES (1, 0)",
+            database=project.account()["NAME"],
+        )
+        # Under valgrind each connect takes its time.
+        names = ["a read"] if quick else list(LIMITS)
+        return list(figures(node, names, 3 if quick else 20))
+
+
+def figures(node: Address, names: Sequence[str], times: int) -> Iterator[Figure]:
+    """Count under valgrind in a process of its own, which connects to ``node``."""
+    counted = iter(counts(node, names, times))
+    for name in names:
+        yield Figure(f"{name}, plain engine", round(next(counted) / times))
+        yield Figure(f"{name}, engine", round(next(counted) / times), "", LIMITS[name])
+
+
+def counts(node: Address, names: Sequence[str], times: int) -> Sequence[int]:
+    """Return the instructions of each part, of all its times."""
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(
+            [
+                "valgrind",
+                "--tool=callgrind",
+                f"--callgrind-out-file={directory}/out",
+                "--dump-before=getpgrp",
+                sys.executable,
+                "-m",
+                __name__,
+                node.host,
+                str(node.port),
+                str(times),
+                *names,
+            ],
+            check=True,
+            capture_output=True,
+            # Where a set's items lie would change the count.
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        )
+        # out.1 is what comes before the first mark; then one of two is a part.
+        dumps = sorted(Path(directory).glob("out.*"), key=lambda path: int(path.suffix[1:]))
+        return [_total(dump) for dump in dumps[1::2]]
+
+
+def _total(dump: Path) -> int:
+    found = re.search(r"^(?:totals|summary): (\d+)", dump.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+# In the process that is counted
+
+
+def main() -> None:
+    """Do each part some times, between two marks."""
+    host, port, times, *names = sys.argv[1:]
+    project.configure()
+    server = types.SimpleNamespace(host=host, port=int(port))
+    for number, name in enumerate(names):
+        peers = [server] * (1000 if "1,000" in name else 2)
+        # A look at a connection that has idled is another thing.
+        for entry in (project.plain(server), project.balanced(peers, IDLE_CHECK=3600)):
+            first = project.wrapper(f"{number}{entry['ENGINE']}", **entry)
+            wrappers = [first.copy() for _ in range(int(times))]
+            for connection in wrappers:
+                # Whatever is imported, compiled and cached is so by now.
+                for _ in range(10):
+                    connection.connect()
+                    _run(connection, READ)
+                    connection.close()
+            with contextlib.ExitStack() as stack:
+                parts = [_part(name, connection, stack) for connection in wrappers]
+                gc.collect()
+                gc.disable()
+                os.getpgrp()
+                for part in parts:
+                    part()
+                os.getpgrp()
+                gc.enable()
+            for connection in wrappers:
+                connection.close()
+
+
+def _part(name: str, connection: Any, stack: contextlib.ExitStack) -> Callable[[], None]:
+    if "connect" in name:
+        connect: Callable[[], None] = connection.connect
+        return connect
+    connection.connect()
+    _run(connection, READ)
+    if "block" in name:
+        # By the wrapper: an alias has one block a thread.
+        connection.set_autocommit(False)
+        stack.callback(connection.close)
+        _run(connection, READ)
+    return functools.partial(_run, connection, WRITE if "write" in name else READ)
+
+
+def _run(connection: Any, sql: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        if sql == READ:
+            cursor.fetchall()
+
+
+if __name__ == "__main__":
+    main()
