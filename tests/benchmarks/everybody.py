@@ -113,7 +113,7 @@ class Measured(NamedTuple):
 
 
 class Worker:
-    """A contender's process, which works when it is told to."""
+    """A contender's process: each question has it do some work."""
 
     def __init__(self, contender: Contender, python: str) -> None:
         self.measured = Measured(contender, {work: [] for work in WORK}, "")
@@ -209,7 +209,7 @@ def environment() -> str | None:
 # A contender's process
 
 
-def work_when_told(contender: Contender) -> None:
+def answer(contender: Contender) -> None:
     """Answer each line of stdin by one of stdout."""
     if contender.pymysql:
         import pymysql
@@ -333,7 +333,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         name, entry, packages, *more = json.loads(options.work)
-        work_when_told(Contender(name, entry, tuple(packages), *more))
+        answer(Contender(name, entry, tuple(packages), *more))
         return
     print(machine(), flush=True)
     measured = measure(*((2, 3) if options.quick else (60, 10)))
