@@ -129,6 +129,9 @@ class LoadBalancedMixin(_Base):
             )
             knew = _FACTS in self.__dict__
             super().connect()
+            if self._own_settings is not None:
+                # An engine with a set-up of its own.
+                self._put_own_settings_back()
             if not knew:
                 self._note_facts(registered, attempt.peer)
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
