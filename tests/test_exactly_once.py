@@ -27,6 +27,8 @@ from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.engine import engine
 from tests.fakes import until
+from tests.outcomes.cutter import Cutter
+from tests.outcomes.trial import Trial
 from tests.servers import DATABASE, USER
 from tests.servers.scripted import Refusal, ScriptedServer
 from tests.site import Site, site
@@ -587,6 +589,26 @@ def prepare(here: Site) -> None:
     here.settle()
     run(here.plain, "DELETE FROM app_token")
     here.read()
+
+
+@pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="much the same with each driver")
+@pytest.mark.parametrize("server", ["mariadb", "postgres", "galera"])
+def test_commits_that_are_cut_at_random_places_are_told_rightly(
+    request: pytest.FixtureRequest, server: str
+) -> None:
+    """A small run of ``python -m tests.outcomes``; on Galera another node may be asked."""
+    started = request.getfixturevalue(server)
+    nodes = list(started) if server == "galera" else [started] * 2
+    with contextlib.ExitStack() as stack:
+        cutters = [
+            stack.enter_context(Cutter(node, seed=number)) for number, node in enumerate(nodes)
+        ]
+        trial = Trial(cutters, nodes[0], is_mysql=server != "postgres")
+        with trial.running():
+            trial.lose(40)
+            found = trial.found()
+    assert found.lost >= 40
+    assert (found.wrong, found.unknown) == (0, 0)
 
 
 @pytest.mark.server

@@ -329,7 +329,7 @@ def may_count_as_committed(
 
 
 def writes_token(
-    *, enabled: bool, stage: Stage, by_hand: bool, is_whole: bool, only_read: bool
+    enabled: bool, stage: Stage, by_hand: bool, is_whole: bool, only_read: bool
 ) -> bool:
     """Return whether a transaction writes a token before COMMIT.
 

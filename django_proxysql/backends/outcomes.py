@@ -37,9 +37,14 @@ __all__ = ["Token", "commit_with", "stands", "token_for"]
 _logged: Any = getattr(utils, "debug_transaction", None) or (
     lambda connection, sql: contextlib.nullcontext()
 )
-_proven = functools.lru_cache(maxsize=2000)(is_provable_read)
 #: Longer texts have values in them, and would fill the memo.
 _LONGEST_PROVEN = 5000
+
+
+@functools.lru_cache(maxsize=2000)
+def _proven(sql: str, dialect: str) -> bool:
+    return is_provable_read(sql, dialect=dialect)
+
 
 #: The MySQL family's ER_PARSE_ERROR.
 _SYNTAX_ERROR = 1064
@@ -67,12 +72,13 @@ def token_for(db: Any, session: Session) -> Token | None:
     :raises OperationalError: the table is not there. Nothing was committed.
     """
     transaction = db._transaction
+    reads = transaction.reads
     if not writes_token(
-        enabled=session.balancer.config.commit_outcome is not None,
-        stage=transaction.stage,
-        by_hand=transaction.by_hand,
-        is_whole=transaction.is_whole,
-        only_read=_needs_none(db, session, transaction.reads),
+        session.balancer.config.commit_outcome is not None,
+        transaction.stage,
+        transaction.by_hand,
+        transaction.is_whole,
+        only_read=bool(reads) and _needs_none(db, session, reads),
     ):
         return None
     if not db._driver.may_write(session.connection):
@@ -81,24 +87,24 @@ def token_for(db: Any, session: Session) -> Token | None:
     return Token(_tokens.next(), table, (time.monotonic(), time.time()))
 
 
-def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]] | None) -> bool:
+def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool:
     """Return whether a block is proven to be reads, and ends well whatever becomes of COMMIT.
 
     See :func:`.transactions.is_as_good_as_committed`.
     """
     if (
-        not reads
-        or session.holds
+        session.holds
         or db._thread_sharing_count > 0
         or session.balancer.config.replay is None
         or is_serializable(db, isolation_of(session))
     ):
         return False
     dialect = dialect_of(db)
-    return all(
-        isinstance(sql, str) and len(sql) <= _LONGEST_PROVEN and _proven(sql, dialect=dialect)
-        for sql, _ in reads
-    )
+    # No generator: each block of reads comes by here.
+    for sql, _ in reads:
+        if not isinstance(sql, str) or len(sql) > _LONGEST_PROVEN or not _proven(sql, dialect):
+            return False
+    return True
 
 
 def _table(db: Any, session: Session) -> str:

@@ -93,10 +93,10 @@ def runs(name: str, options: Any) -> Any:
             cutter.is_on = False
         started = time.monotonic()
         trial = Trial(cutters, nodes[1], is_mysql=True)
-        with trial.running(**check):
+        with trial.running(in_order=True, **check):
             for number in range(options.rounds):
                 hurt = cut_off if number % 2 else type(nodes[0]).kill
-                trial.run_for(5, 8, lambda hurt=hurt: hurt(nodes[0]))
+                trial.run_for(4, 16, lambda hurt=hurt: hurt(nodes[0]))
                 cluster.restore()
             yield f"{name}, a node cut off or killed", trial.found(), time.monotonic() - started
 

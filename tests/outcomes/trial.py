@@ -54,10 +54,16 @@ class Trial:
         self.resolved: list[CommitResolved] = []
 
     @contextlib.contextmanager
-    def running(self, **settings: Any) -> Iterator[None]:
-        """Have the tables, and the balancer."""
+    def running(self, in_order: bool = False, **settings: Any) -> Iterator[None]:
+        """Have the tables, and the balancer.
+
+        :param in_order: use the first peer while it is there.
+        """
         plain = {"ENGINE": self._engine, **mysql_peer(self._ledger)}
-        peers = [mysql_peer(peer) for peer in self._peers]
+        peers = [
+            mysql_peer(peer, PRIORITY=number if in_order else 0)
+            for number, peer in enumerate(self._peers)
+        ]
         settings = {
             "PEER_ENGINE": self._engine,
             "COMMIT_OUTCOME": "record",

@@ -6,27 +6,22 @@ PEP 249's names, and nothing more. A driver's own file overrides what differs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ..faults import Fault, Proof
 
-__all__ = ["Driver", "generic", "is_of_first", "marking_first"]
+__all__ = ["Driver", "generic", "is_of_first", "mark_first"]
 
 
-@contextlib.contextmanager
-def marking_first() -> Iterator[None]:
+def mark_first(exc: Exception) -> None:
     """Note on an exception that it was raised before COMMIT was run."""
-    try:
-        yield
-    except Exception as exc:
-        with contextlib.suppress(AttributeError):
-            exc._django_proxysql_of_first = True  # type: ignore[attr-defined]
-        raise
+    with contextlib.suppress(AttributeError):
+        exc._django_proxysql_of_first = True  # type: ignore[attr-defined]
 
 
 def is_of_first(exc: BaseException) -> bool:
-    """Return whether ``exc`` is marked by :func:`marking_first`."""
+    """Return whether ``exc`` is marked by :func:`mark_first`."""
     return getattr(exc, "_django_proxysql_of_first", False)
 
 
@@ -86,12 +81,15 @@ class Driver:
         :param together: in one packet.
         :raises Exception: the driver's error.
         """
-        with marking_first():
+        try:
             cursor = connection.cursor()
             try:
                 cursor.execute(statement)
             finally:
                 cursor.close()
+        except Exception as exc:
+            mark_first(exc)
+            raise
         connection.commit()
 
     def known_options(self) -> frozenset[str] | None:

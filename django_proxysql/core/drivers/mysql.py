@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-from .base import Driver, marking_first
+from .base import Driver, mark_first
 
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
@@ -215,10 +215,13 @@ class MySQL(Driver):
             super().commit_after(connection, statement, together)
             return
         is_pymysql = hasattr(connection, "_force_close")
-        with marking_first():
+        try:
             connection.query(f"{statement}; COMMIT")
             if not is_pymysql:
                 connection.store_result()
+        except Exception as exc:
+            mark_first(exc)
+            raise
         if is_pymysql:
             is_answered = connection._result.has_next
             if is_answered:
