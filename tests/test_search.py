@@ -5,17 +5,19 @@ A face is played by the test: it asks for a step and says how that ended.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from django_proxysql import Fault, NoPeerAvailable
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable
 from django_proxysql.core.config import config_from
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.group import PeerGroup
 from django_proxysql.core.search import Attempt, Search, Wait
+from tests.benchmarks.statement import python_calls
 from tests.fakes import Clock, even, peers, refused_by_host, too_many
 from tests.test_balancer import InOrder
 
@@ -198,3 +200,24 @@ def test_wrong_word_for_trials_is_refused() -> None:
     group, _, _ = group_of("closed")
     with pytest.raises(ConfigError, match="trials is 'sometimes'"):
         Search(group, "sometimes")
+
+
+# What it costs
+
+
+def test_ordinary_way_calls_few_functions_and_leaves_no_garbage() -> None:
+    """The first candidate works: no cycle for the garbage collector, and no call too many."""
+    db = LoadBalancer(peers(*NAMES))
+
+    def connect() -> None:
+        db.connect(str)
+
+    connect()
+    gc.collect()
+    gc.disable()
+    try:
+        assert python_calls(connect) <= 16
+        connect()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
