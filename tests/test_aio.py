@@ -18,6 +18,7 @@ from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
 from tests.fakes import Clock, bad_password, even, peers, refused_by_host, until
+from tests.fakes import Driver as SyncDriver
 from tests.test_balancer import InOrder
 
 
@@ -456,3 +457,16 @@ def test_bell_of_a_closed_loop_wakes_nobody_and_harms_nobody() -> None:
 
     with pytest.raises(RuntimeError):
         asyncio.run(bell()).release()
+
+
+def test_a_face_of_the_other_kind_is_named() -> None:
+    """A connect function or READY_CHECK of the wrong kind is an error, and never passed by."""
+    driver = Driver()
+    with pytest.raises(ConfigError, match=r"coroutine function.*Use AsyncLoadBalancer"):
+        LoadBalancer(peers("db1"), driver.connect).connect()
+    with pytest.raises(ConfigError, match="READY_CHECK is a coroutine function"):
+        LoadBalancer(peers("db1"), SyncDriver().connect, ready_check=not_ready).connect()
+    sync = SyncDriver()
+    with pytest.raises(ConfigError, match=r"no coroutine function.*Use LoadBalancer"):
+        asyncio.run(AsyncLoadBalancer(peers("db1"), sync.connect).connect())
+    assert [connection.closed for connection in sync.made] == [True]

@@ -185,7 +185,11 @@ class AsyncLoadBalancer(Face):
         for key in ("password", "passwd"):
             if inspect.isawaitable(params.get(key)):
                 params[key] = await params[key]
-        connection = await connect(**params)
+        connecting = connect(**params)
+        if not inspect.isawaitable(connecting):
+            connecting.close()
+            raise ConfigError("connect", "is no coroutine function", "Use LoadBalancer.")
+        connection = await connecting
         try:
             if self.group.ready_check is not None or attempt.is_trial:
                 await self.check_ready(connection, attempt)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -207,6 +208,9 @@ class LoadBalancer(Face):
         asked = attempt.is_trial and self.send_ahead(attempt, driver, connect, params)
         params.update(driver.connect_options(params, attempt.timeout))
         connection = connect(**params)
+        if hasattr(type(connection), "__await__"):
+            connection.close()
+            raise ConfigError("connect", "is a coroutine function", "Use AsyncLoadBalancer.")
         try:
             self.check_ready(connection, attempt, asked=asked)
             count_while_alive(connection, attempt.peer)
@@ -317,6 +321,13 @@ class LoadBalancer(Face):
             answer = self.group.ready_check(connection)
             if isinstance(answer, Writer):
                 peer.note_server(answer.is_server)
+            elif inspect.iscoroutine(answer):
+                answer.close()
+                raise ConfigError(
+                    "READY_CHECK",
+                    "is a coroutine function",
+                    "Give a function, or use AsyncLoadBalancer.",
+                )
 
     def _ask_unless_last(self, connection: Any, peer: Peer) -> None:
         try:
