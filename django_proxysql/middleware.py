@@ -49,7 +49,9 @@ class RetryingRequestMiddleware(MiddlewareMixin):
 
     def process_view(self, request: Any, view: Any, args: Any, kwargs: Any) -> None:
         """Keep the request as the view will find it."""
-        call = Call(self.rules, view, atomic_aliases(view))
+        # A view of retrying_request has its blocks there.
+        without = getattr(view, "_non_atomic_requests", ())
+        call = Call(self.rules, view, atomic_aliases(without))
         if not call.ours or call.is_in_test:
             return
         for wrapper in call.ours:

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from io import BytesIO
 from typing import Any, TypeVar, overload
 
@@ -229,9 +229,11 @@ class _AllOf(set):  # type: ignore[type-arg]
         return True
 
 
-def atomic_aliases(view: Callable[..., Any]) -> list[str]:
-    """Return the aliases on which ATOMIC_REQUESTS has a block around a view."""
-    without = set(iter(getattr(view, "_non_atomic_requests", ())))
+def atomic_aliases(without: Container[str]) -> list[str]:
+    """Return the aliases that have ATOMIC_REQUESTS.
+
+    :param without: those that a view is marked with, by ``non_atomic_requests``.
+    """
     databases: Any = connections.databases
     return [
         alias
@@ -344,7 +346,8 @@ def _retrying(view: _V, rules: Rules) -> _V:
 
 def _call(rules: Rules, view: Callable[..., Any], made: Callable[..., Any]) -> Call:
     # Others' marks may stand on what was made of the view.
-    call = Call(rules, view, atomic_aliases(made))
+    marks = set(iter(made._non_atomic_requests))  # type: ignore[attr-defined]
+    call = Call(rules, view, atomic_aliases(marks))
     if not call.ours and not call.is_in_test:
         raise TransactionManagementError(
             f"{rules.caller} found no block to run {view!r} in. Set ATOMIC_REQUESTS on an alias of "

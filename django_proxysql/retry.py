@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -134,13 +135,15 @@ class Call:
             name = _name_of(self._function)
             balancers[alias].group.emit(BlockRetried(alias, name, self.runs + 1, error))
         self._stack = contextlib.ExitStack()
-        with contextlib.ExitStack() as stack:
+        try:
             for wrapper in self._wrappers:
-                stack.enter_context(transaction.atomic(using=wrapper.alias))
+                self._stack.enter_context(transaction.atomic(using=wrapper.alias))
             self._begun = [wrapper._transaction for wrapper in self.ours]
-            self._stack = stack.pop_all()
-        self.runs += 1
-        self._no_peer_since, self._no_peer = None, 0
+            self.runs += 1
+            self._no_peer_since, self._no_peer = None, 0
+        except BaseException:
+            self._stack.__exit__(*sys.exc_info())
+            raise
 
     def __exit__(self, *exc_info: Any) -> Any:
         return self._stack.__exit__(*exc_info)

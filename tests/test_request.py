@@ -27,7 +27,7 @@ from django.test.utils import setup_test_environment, teardown_test_environment
 from django.urls import path
 from django.utils.functional import SimpleLazyObject
 
-from django_proxysql import retrying_request, signals
+from django_proxysql import CommitOutcomeUnknown, retrying_request, signals
 from django_proxysql.middleware import RetryingRequestMiddleware
 from django_proxysql.request import Body, Kept
 from tests.servers.mariadb import Node
@@ -366,6 +366,21 @@ def test_in_a_test_case_a_view_runs_once_in_its_block(on_site: Site, serve: Any,
     assert result.wasSuccessful(), result.errors + result.failures
     assert view.runs == 1
     assert on_site.written() == []
+
+
+def test_the_middleware_leaves_a_decorated_view_to_its_decorator(on_site: Site, serve: Any) -> None:
+    """Its last run may stand: the middleware has seen the first one alone."""
+    view = View(on_site)
+
+    def page(request: Any) -> HttpResponse:
+        if view.runs == 1:
+            on_site.here.cut_after(b"\x03COMMIT")
+        return view(request)
+
+    with pytest.raises(CommitOutcomeUnknown):
+        serve(retrying_request(page), "middleware")()
+    assert view.runs == 2
+    assert on_site.written() == ["run 2", "run 2, again"]
 
 
 class Session:
