@@ -524,16 +524,6 @@ class TestThread:
         world.db.peers["db1"].breaker.suspect()
         until(lambda: circuit.circuit.generation and circuit.is_available)
 
-    def test_started_once(self, worker: TrialWorker) -> None:
-        """Of two that find no thread at one moment, one starts it."""
-        with mock.patch.object(
-            _thread, "start_new_thread", wraps=_thread.start_new_thread
-        ) as start:
-            world = background("db1", "db2")
-            world.open("db1")
-            worker.start()
-            assert start.call_count == 1
-
     @pytest.mark.usefixtures("hurried")
     def test_one_at_a_time(self, worker: TrialWorker, alive: list[int]) -> None:
         """However many circuits open at once, there is one thread, and one trial at a time."""
@@ -704,27 +694,6 @@ class TestThread:
             step += 1
         assert step > 30
 
-    def test_requester_killed_at_every_line(self, worker: TrialWorker) -> None:
-        """Nor does it matter where the one is killed whose failure opened the circuit."""
-        step = 0
-        there = True
-        while there:
-            step += 1
-            db = LoadBalancer(
-                peers("db1", "db2"), Driver().connect, clock=Clock(), trials="background"
-            )
-            db.remove_listener(log_event)
-            circuit = db.peers["db1"].breaker
-            there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
-                step, circuit.open, [trials.__file__, runtime.__file__]
-            )
-            # The next connect makes up for it.
-            db.connect(lambda attempt: attempt.peer.name)
-            circuit.half_open()
-            until(lambda: circuit.current_state == "closed")  # noqa: B023
-            until(lambda: not worker.is_running)
-        assert step > 15
-
     def test_process_ends_while_a_trial_hangs(self) -> None:
         """No process waits for the thread at its end, and nothing is said."""
         script = """
@@ -772,28 +741,6 @@ class TestForked:
         assert trial_worker.is_running
         world.db.peers["db1"].breaker.close()
         until(lambda: not trial_worker.is_running)
-
-    def test_while_its_lock_is_held(self) -> None:
-        """A child that is made while a thread is being started starts one all the same."""
-        world = background("db1", "db2")
-
-        def held() -> None:
-            with trial_worker._lock:
-                inside.set()
-                assert go.wait(20)
-
-        inside, go = threading.Event(), threading.Event()
-        with running(held):
-            assert inside.wait(10)
-
-            def work() -> str:
-                world.open("db1")
-                world.clock.advance(30)
-                until(lambda: world.states() == "closed closed")
-                return "tried"
-
-            assert test_breaker_threads.TestFork.in_child(work) == "tried"
-            go.set()
 
     def test_within_a_trial(self) -> None:
         """A check that forks: the child's copy of the thread ends with its trial."""

@@ -43,7 +43,6 @@ from .circuit import (
     HalfOpened,
     Opened,
     Rescheduled,
-    Suspected,
     Transition,
     Tripped,
     trial_of,
@@ -124,11 +123,11 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         jitter: Callable[[], float] = random.random,
         on_transition: Callable[[Transition], object] | Subscriber | None = None,
     ) -> None:
-        number("fail_max", fail_max, minimum=1, whole=True)
-        number("success_threshold", success_threshold, minimum=1, whole=True)
-        number("reset_timeout", reset_timeout)
-        number("release_interval", release_interval)
-        number("lease", lease)
+        for argument, count in (("fail_max", fail_max), ("success_threshold", success_threshold)):
+            number(argument, count, minimum=1, whole=True)
+        times = {"reset_timeout": reset_timeout, "release_interval": release_interval}
+        for argument, seconds in {**times, "lease": lease}.items():
+            number(argument, seconds)
         function("clock", clock, "Give a function that returns seconds.")
         function("jitter", jitter, "Give a function that returns [0, 1).")
         if throw_new_error_on_trip:
@@ -277,14 +276,6 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
 
     # What established connections say
 
-    def suspect(self, error: str = "", fault: Fault | None = None) -> None:
-        """Make the next use of a closed circuit a trial. Open ones stay as they are.
-
-        :param error: what gave rise to the doubt, as text.
-        :param fault: what that says about the peer.
-        """
-        self.apply(Suspected(error, fault), self._clock())
-
     def trip(
         self,
         exc: BaseException,
@@ -310,16 +301,6 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         self.replace(Tripped(due, error, fault, question, failures), now)
         if notify:
             self.notify_pending()
-
-    def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
-        """Count a connection lost before it was of any use as a failed connect.
-
-        :param exc: what it was lost by.
-        :param fault: what that says about the peer.
-        :param generation: the circuit's, when the connection was made. Later
-            openings and closings make this result a late one, which changes nothing.
-        """
-        self._record_failure(generation, None, exc, fault)
 
     # pybreaker's properties
 

@@ -36,6 +36,7 @@ from .circuit import (
     Failed,
     Released,
     Succeeded,
+    Suspected,
     Transition,
     inherited,
     is_late,
@@ -304,6 +305,24 @@ class Keeper:
             self._tell("failure", exc)
         self.notify_pending()
         return 0 if is_late(before, generation, lease) else after.failures
+
+    def suspect(self, error: str = "", fault: Fault | None = None) -> None:
+        """Make the next use of a closed circuit a trial. Open ones stay as they are.
+
+        :param error: what gave rise to the doubt, as text.
+        :param fault: what that says about the peer.
+        """
+        self.apply(Suspected(error, fault), self._clock())
+
+    def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
+        """Count a connection lost before it was of any use as a failed connect.
+
+        :param exc: what it was lost by.
+        :param fault: what that says about the peer.
+        :param generation: the circuit's, when the connection was made. Later
+            openings and closings make this result a late one, which changes nothing.
+        """
+        self._record_failure(generation, None, exc, fault)
 
     def _record_release(self, generation: int, lease: Lease) -> None:
         now = self._clock()

@@ -82,6 +82,7 @@ class Rebalance:
         if self._seconds is None:
             return
         back = _Return(peer, self._clock(), self._draw(), self._draw())
+        # Guards the tuple: of two peers that come back at once both are kept.
         with self._lock:
             self.returns = (*(other for other in self.returns if other.peer is not peer), back)
 
@@ -96,6 +97,7 @@ class Rebalance:
         now = self._clock()
         total = sum(other.connections for other in peers)
         weight = sum(other.weight for other in tier)
+        # Guards the count of moves: of two threads that ask at once one has the move.
         with self._lock:
             for back in self.returns:
                 if back.peer not in tier:
