@@ -453,7 +453,7 @@ def test_change_within_a_change() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_fork_while_a_change_is_told() -> None:
-    """The child tells its own changes, in their order, and none of its parent's."""
+    """The child delivers its own changes, in their order, and none of its parent's."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
     pager = Pager()

@@ -150,7 +150,7 @@ class TestConnecting:
         assert world.value("circuit_openings_total", peer="db1") == 1
         assert world.value("trials_total", peer="db2", outcome="success") == 0
 
-    def test_learnt(self) -> None:
+    def test_applied(self) -> None:
         """A process that applies another's circuit or drain shows it as if it had found it out."""
         world = Watched("db1", "db2")
         peer = world.db.peers["db1"]

@@ -41,7 +41,7 @@ def work(number):
         ((said, session),) = cursor.fetchall()
     return {
         "right": said == number, "pid": os.getpid(), "peer": connection.peer.name,
-        "session": session, "known": known, "learnt": states(),
+        "session": session, "known": known, "found": states(),
         "driver": type(connection.connection).__module__,
     }
 
@@ -204,13 +204,13 @@ def assert_of_their_own(said: Any, method: str) -> None:
     """Each process has a session of its own, and the parent's goes on."""
     parent, children = said["parent"], said["children"]
     assert (said["again"]["session"], said["again"]["right"]) == (parent["session"], True)
-    assert parent["learnt"] == ["open", "closed"]
+    assert parent["found"] == ["open", "closed"]
     first = {child["pid"]: child for child in reversed(children)}
     assert parent["pid"] not in first
     for child in children:
         assert child["right"]
         assert child["peer"] == "peer1"
-        assert child["learnt"] == ["open", "closed"]
+        assert child["found"] == ["open", "closed"]
         assert child["session"] == first[child["pid"]]["session"]
     assert len({one["session"] for one in [parent, *first.values()]}) == 1 + len(first)
     known = ["open", "closed"] if method == "fork" else ["closed", "closed"]

@@ -166,7 +166,7 @@ def world(redis_server: RedisServer) -> World:
 
 
 class TestCircuits:
-    def test_opening_is_learnt(self, world: World) -> None:
+    def test_opening_is_applied(self, world: World) -> None:
         """Who has not tried a peer that another found dead leaves it alone."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host
@@ -191,7 +191,7 @@ class TestCircuits:
         other.step()
         assert [peer.failures for peer in other.db.snapshot()] == [0, 0]
 
-    def test_closing_is_learnt(self, world: World) -> None:
+    def test_closing_is_applied(self, world: World) -> None:
         """One process's trial takes the peer back for all."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host

@@ -39,7 +39,6 @@ WORDS = {
     r"\bunits? of work\b": "request or task",
     # Not Kubernetes' probes, nor TCP's.
     r"\bprobers?\b|\bprob(?:ed|ing)\b|\bas probe\b|\bprobe\.": "trial",
-    r"\bteller\b": "dispatcher",
     r"\bhear(?:s|d)?\b": "a listener is notified, or called",
     r"\bsticky\b": "with session state",
     r"\bstay(?:s|ed)? with (?:a|one|its|that|the) peer\b": "is pinned",
@@ -52,6 +51,9 @@ WORDS = {
     r"\blook(?:s|ed)? anew\b": "invalidate",
     r"\blet(?:s|ting)? go\b": "release",
     r"\bfate\b": "outcome",
+    r"\blearnt\b": "applied, found elsewhere",
+    r"\bteller\b": "dispatcher",
+    r"\b(?:there|here)by\b": "so",
 }
 # A phrase may go on in the next line.
 PATTERN = re.compile(

@@ -44,8 +44,8 @@ def merged_settings(
     """Return a copy of the balancer's settings ``own`` with the peer's laid over it.
 
     Each key, and OPTIONS key by key, is the peer's, unless the balancer's has
-    changed since this process first read it. The test runner's database is
-    thereby the one that is used, on whichever peer, and never the peer's own.
+    changed since this process first read it. So the test runner's database is used, on whichever
+    peer, and never the peer's own.
     """
     changed = changed_keys(own, first_read)
     merged = dict(own)
