@@ -26,6 +26,8 @@ POSTGRESQL = ["psycopg[binary]>=3.1"]
 REDIS = ["redis>=4.2"]
 PROMETHEUS = ["prometheus_client>=0.12"]
 OPENTELEMETRY = ["opentelemetry-api>=1.30"]
+# Draws the charts of tests/benchmarks and tests/fleet.
+BENCHMARKS = ["matplotlib>=3.5"]
 # (The pages on metrics are made from the module, which imports prometheus_client.)
 DOCS = ["Sphinx>=7", "furo", *PROMETHEUS]
 
@@ -82,8 +84,7 @@ DEV = [
     *TEST,
     *DOCS,
     "build",
-    # Draws the plots of docs/explanation/fleet.rst.
-    "matplotlib",
+    *BENCHMARKS,
     "django-stubs",
     "mypy>=1.8",
     "ruff>=0.6",
@@ -137,6 +138,7 @@ setup(
         "redis": REDIS,
         "prometheus": PROMETHEUS,
         "opentelemetry": OPENTELEMETRY,
+        "benchmarks": BENCHMARKS,
         "test": TEST,
         "docs": DOCS,
         "dev": DEV,
