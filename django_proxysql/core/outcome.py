@@ -12,6 +12,7 @@ not be read as the transaction.
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -173,6 +174,7 @@ class Tokens:
 # What is sent. "mysql" and "postgresql" are Django's vendors.
 
 
+@functools.lru_cache(maxsize=100)
 def qualified(vendor: str, schema: str) -> str:
     """Return the table's name with its schema: a session's USE or search_path changes nothing."""
     mark = '"' if vendor == "postgresql" else "`"

@@ -214,22 +214,23 @@ class MySQL(Driver):
         if not together:
             super().commit_after(connection, statement, together)
             return
-        is_pymysql = hasattr(connection, "_force_close")
+        # mysqlclient's; PyMySQL reads the first result by itself.
+        store = getattr(connection, "store_result", None)
         try:
             connection.query(f"{statement}; COMMIT")
-            if not is_pymysql:
-                connection.store_result()
+            if store is not None:
+                store()
         except Exception as exc:
             mark_first(exc)
             raise
-        if is_pymysql:
+        if store is None:
             is_answered = connection._result.has_next
             if is_answered:
                 connection.next_result()
         else:
             is_answered = connection.next_result() == 0
             if is_answered:
-                connection.store_result()
+                store()
         if not is_answered:
             # Something in between has run the first statement alone.
             connection.commit()
