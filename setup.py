@@ -121,7 +121,7 @@ setup(
             "**/templates/**/*",
             "templates/**/*",
             "monitoring/assets/*",
-            "sharing/*.lua",
+            "core/sharing/*.lua",
         ],
     },
     zip_safe=False,
