@@ -60,7 +60,7 @@ def hour(balancer: Any, clock: Any) -> list[Any]:
         clock.advance(30.5)
         trial(balancer, three, gone)
     clock.advance(17)
-    return [one.hold() for _ in range(11)] + [two.hold() for _ in range(9)]
+    return [one.check_out() for _ in range(11)] + [two.check_out() for _ in range(9)]
 
 
 def trial(balancer: Any, peer: Any, error: Exception | None) -> None:

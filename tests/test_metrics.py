@@ -654,7 +654,7 @@ def test_example_of_a_celery_worker() -> None:
             from prometheus_client import REGISTRY
             metrics = apps.get_app_config("django_proxysql_metrics").metrics
             connection.ensure_connection()
-            connection._let_go()
+            connection._release()
             gauge = metrics._connections.labels("default", "peer0")
             print(gauge._value.get(), end=" ")
             task_postrun.send(None)

@@ -19,7 +19,7 @@ from django_proxysql.core import rebalance
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.core.events import ConnectionReplaced
-from django_proxysql.core.peer import Hold, Peer
+from django_proxysql.core.peer import Checkout, Peer
 from tests import test_breaker_threads
 from tests.engine import SQLITE, engine, mysql_peer, sqlite_peer
 from tests.engine import Clock as EngineClock
@@ -47,7 +47,7 @@ class Process:
         # One is out, and the others have them all.
         self.back, *others = self.db.peers.values()
         self.back.breaker.open()
-        self.holds = [Hold(self.first(others)) for _ in range(connections)]
+        self.holds = [Checkout(self.first(others)) for _ in range(connections)]
 
     def first(self, peers: list[Peer]) -> Peer:
         weights = [peer.weight for peer in peers]
@@ -59,8 +59,8 @@ class Process:
         hold = self.holds[number]
         move = self.db.group.claim_move(hold.peer)
         if move is not None:
-            hold.let_go()
-            self.holds[number] = Hold(move.peer)
+            hold.release()
+            self.holds[number] = Checkout(move.peer)
             self.moments.append(self.clock())
 
     @property
@@ -217,9 +217,9 @@ class TestClaim:
         """Who holds no more than its share gives none."""
         process = self.process(3, b=1.0)
         for hold in process.holds:
-            hold.let_go()
+            hold.release()
         a, b = process.db.peers["a"], process.db.peers["b"]
-        process.holds = [Hold(a), Hold(a), Hold(b)]
+        process.holds = [Checkout(a), Checkout(a), Checkout(b)]
         process.clock.advance(SECONDS)
         assert process.db.group.claim_move(b) is None
         assert process.db.group.claim_move(a) is not None
@@ -233,13 +233,13 @@ class TestClaim:
         db = LoadBalancer(config, clock=clock, jitter=lambda: 0.5)
         best, rest = db.peers.values()
         best.breaker.open()
-        holds = [Hold(rest) for _ in range(3)]
+        holds = [Checkout(rest) for _ in range(3)]
         best.breaker.close()
         for number in range(3):
             clock.advance(SECONDS)
             assert db.group.claim_move(rest).peer is best
-            holds[number].let_go()
-            holds[number] = Hold(best)
+            holds[number].release()
+            holds[number] = Checkout(best)
         assert db.group.claim_move(rest) is None
         rest.breaker.open()
         rest.breaker.close()
@@ -254,7 +254,7 @@ class TestClaim:
         db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
         back, a = db.peers.values()
         back.breaker.open()
-        holds = [Hold(a) for _ in range(6)]
+        holds = [Checkout(a) for _ in range(6)]
         back.breaker.close()
         moves = []
         for hold in holds:
@@ -278,7 +278,7 @@ class TestClaim:
             )
             db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
             db.peers["back"].breaker.open()
-            holds = [Hold(db.peers["a"]) for _ in range(2)]
+            holds = [Checkout(db.peers["a"]) for _ in range(2)]
             db.peers["back"].breaker.close()
             assert (db.group.claim_move(holds[0].peer) is not None) is bool(expected)
 
@@ -301,8 +301,8 @@ class TestClaim:
             with running(*[ask] * 8):
                 pass
             assert len(got) == 1, number
-            process.holds.pop().let_go()
-            process.holds.insert(0, Hold(process.back))
+            process.holds.pop().release()
+            process.holds.insert(0, Checkout(process.back))
 
     def test_killed_at_every_line(self) -> None:
         """A thread that is killed while it asks takes no turn for ever, nor a lock."""
@@ -351,7 +351,7 @@ class TestEngine:
 
     def all_of(self, here: Site) -> None:
         """Let this wrapper's connection count for two, of which one is to move."""
-        here.connection._second = Hold(here.connection.peer)
+        here.connection._second = Checkout(here.connection.peer)
 
     def test_moves_between_units(self, here: Site) -> None:
         """At a unit's end the connection is another peer's, unnoticed."""

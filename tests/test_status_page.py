@@ -241,7 +241,9 @@ class TestPage:
 
     def test_connections_and_share(self, site: Site) -> None:
         client = site.admin()
-        holds = [site.balancer.peers[name].hold() for name in ("peer0", "peer0", "peer0", "peer1")]
+        holds = [
+            site.balancer.peers[name].check_out() for name in ("peer0", "peer0", "peer0", "peer1")
+        ]
         text = text_of(client.get(PAGE))
         found = re.findall(rf"{NONE} (\d+) (\d+)% Drain", text)
         # The page's own connection, if it needs one, is counted.
@@ -923,7 +925,7 @@ class TestFleet:
             assert other.do("settle")
             assert balancer.sharing is not None
             assert balancer.sharing.settle(20)
-            holds = [balancer.peers["peer0"].hold() for _ in range(3)]
+            holds = [balancer.peers["peer0"].check_out() for _ in range(3)]
             assert balancer.sharing.settle(20)
             text = text_of(client.get(PAGE))
             assert "For all 2 processes that share its state" in text

@@ -17,7 +17,7 @@ from django_proxysql.core import balancer as balancer_module
 from django_proxysql.core import peer as peer_module
 from django_proxysql.core import search as search_module
 from django_proxysql.core.exceptions import ConfigError
-from django_proxysql.core.peer import Hold, _ThreadEnd
+from django_proxysql.core.peer import Checkout, _ThreadEnd
 from django_proxysql.core.strategies import (
     LeastConnections,
     Random,
@@ -244,12 +244,12 @@ class TestLeastConnections:
         """Connections of a thread that has ended are not counted, where the thread kept them."""
         db, _ = balancer("least_connections")
         local = threading.local()
-        kept: list[Hold] = []
+        kept: list[Checkout] = []
 
         def work() -> None:
             local.connections = [db.connect() for _ in range(30)]
             # What the engine counts is its thread's, even if somebody keeps the wrapper.
-            kept.extend(peer.hold() for peer in db.peers.values())
+            kept.extend(peer.check_out() for peer in db.peers.values())
 
         in_thread(work)
         gc.collect()
@@ -449,7 +449,7 @@ class TestOnesOwn:
         assert type(strategy_from("least_connections")) is LeastConnections
 
 
-@pytest.mark.parametrize("kind", [Hold, _ThreadEnd])
+@pytest.mark.parametrize("kind", [Checkout, _ThreadEnd])
 def test_finalizer_of_what_was_never_made_is_silent(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,7 +470,7 @@ def test_hold_that_is_struck_is_not_counted() -> None:
         (peer,) = db.peers.values()
         there, where = struck_at(
             step,
-            lambda: setattr(peer, "kept", peer.hold()),  # noqa: B023
+            lambda: setattr(peer, "kept", peer.check_out()),  # noqa: B023
             KeyboardInterrupt,
             None,
             [peer_module.__file__],

@@ -17,7 +17,7 @@ from ..conf import ALIAS_KEY
 from ..core import drivers
 from ..core.balancer import Attempt
 from ..core.breaker import JITTER
-from ..core.peer import Hold, Peer
+from ..core.peer import Checkout, Peer
 from ..registry import Registered, balancers, register
 from .forked import remember
 
@@ -55,7 +55,7 @@ class LoadBalancedMixin(_Base):
     #: This wrapper's own settings, while the peer's are in their place.
     _own_settings: dict[str, Any] | None = None
     #: The present connection's place in its peer's count.
-    _hold: Hold | None = None
+    _counted: Checkout | None = None
 
     def __init__(
         self, settings_dict: dict[str, Any], alias: str = DEFAULT_DB_ALIAS, *args: Any, **kw: Any
@@ -71,9 +71,9 @@ class LoadBalancedMixin(_Base):
         """The peer that the present connection leads to, if there is one."""
         if self._attempt is not None:
             return self._attempt.peer
-        if self.connection is None or self._hold is None:
+        if self.connection is None or self._counted is None:
             return None
-        return self._hold.peer
+        return self._counted.peer
 
     # Connecting
 
@@ -90,11 +90,11 @@ class LoadBalancedMixin(_Base):
             # Made from a bare dict, as Django's own tests do: no peers, no balancer.
             super().connect()
             return
-        if self._hold is not None:
+        if self._counted is not None:
             # Connected, and asked to connect all the same. As with the plain engine
             # the old connection belongs to the code that has a reference to it: closed here,
             # it would take a database in memory along.
-            self._let_go()
+            self._release()
         only = self._only
         if only is not None:
             # For this once: the caller may be interrupted before it could take it back.
@@ -117,7 +117,7 @@ class LoadBalancedMixin(_Base):
 
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
-        if self._hold is not None:
+        if self._counted is not None:
             # Connected meanwhile: by a listener, say, that got the last attempt and asked the
             # database. There is a place for one only.
             self._discard()
@@ -140,7 +140,7 @@ class LoadBalancedMixin(_Base):
             if max_age:
                 # Those that were made at one moment are not to end at one moment.
                 self.close_at += max_age * JITTER * (2 * registered.balancer.group.draw() - 1)
-            self._hold = Hold(attempt.peer)
+            self._counted = Checkout(attempt.peer)
         except BaseException as exc:
             if self._own_settings is not None:
                 self._put_own_settings_back()
@@ -248,7 +248,7 @@ class LoadBalancedMixin(_Base):
         try:
             return super()._close()  # type: ignore[misc]
         finally:
-            self._let_go()
+            self._release()
 
     # Helpers
 
@@ -321,7 +321,7 @@ class LoadBalancedMixin(_Base):
             self.ensure_connection()
         stand_in = copy.copy(self)
         stand_in.connection = None
-        stand_in._hold = None
+        stand_in._counted = None
         stand_in.settings_dict = _with_password(self.peer_settings())
         return stand_in
 
@@ -333,15 +333,15 @@ class LoadBalancedMixin(_Base):
             except Exception:  # noqa: S110 - it is broken, and thrown away
                 pass
             self.connection = None
-        self._let_go()
+        self._release()
 
     def _after_fork(self) -> None:
         """In a forked child: leave the connection to the parent, whose it is."""
 
-    def _let_go(self) -> None:
-        hold, self._hold = self._hold, None
+    def _release(self) -> None:
+        hold, self._counted = self._counted, None
         if hold is not None:
-            hold.let_go()
+            hold.release()
 
 
 def _with_password(settings: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class PooledMixin(_Base):
         """
         wrapper: Any = copy.copy(self)
         wrapper.__dict__.pop("wrap_database_errors", None)
-        wrapper.connection = wrapper._hold = wrapper._session = None
+        wrapper.connection = wrapper._counted = wrapper._session = None
         wrapper._checkout = wrapper._own_settings = None
         options = dict(settings["OPTIONS"])
         given = options["pool"]

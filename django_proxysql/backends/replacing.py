@@ -239,7 +239,7 @@ def replace(
     if present is not None and present is not session and not present.dead:
         # A listener to the loss has asked the database: it is replaced already.
         return
-    old, hold = db.connection, db._hold
+    old, hold = db.connection, db._counted
     state = vars(db)
     kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
     transaction = db._transaction
@@ -248,7 +248,7 @@ def replace(
         # the new connection up is no query of the application's.
         restore_log(db)
         db._own_log, db.queries_log = db.queries_log, collections.deque()
-        db._hold = None
+        db._counted = None
         db.connection = None
         # As Django does before it connects anew. It closes nothing here, but an engine
         # may keep what it has set in the session, and forgets it in close().
@@ -267,15 +267,15 @@ def replace(
         new = db.connection
         if new is not None and new is not old:
             give_back(new)
-            db._let_go()
-        db.connection, db._session, db._hold = old, session, hold
+            db._release()
+        db.connection, db._session, db._counted = old, session, hold
         state.update(kept)
         db._transaction = transaction
         raise
     finally:
         restore_log(db)
     if hold is not None:
-        hold.let_go()
+        hold.release()
     close_old(db, session)
     successor = db._session
     assert successor is not None

@@ -148,7 +148,7 @@ def after_fork(db: Any) -> None:
     connection = db.connection
     if connection is None or not db._driver.LEAVES:
         return
-    if db._hold is None and db._attempt is None:
+    if db._counted is None and db._attempt is None:
         # Made without a balancer.
         return
     session = db._session if db._attempt is None else None
@@ -164,7 +164,7 @@ def after_fork(db: Any) -> None:
     finally:
         if safe:
             db.connection = db._session = None
-            db._let_go()
+            db._release()
             close_in_child(connection, db._driver)
         else:
             session.lose("the connection is the parent process's")

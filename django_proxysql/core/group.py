@@ -3,6 +3,8 @@
 Searches, trials, the sharing and the rebalance talk to the :class:`PeerGroup`; the faces
 (:class:`~django_proxysql.core.balancer.LoadBalancer` and its asynchronous kin) connect. Several
 faces may have one group. It opens no connection and imports nothing that does.
+
+Longer than other files: drains, trials and changes of circuits share one view and one lock.
 """
 
 from __future__ import annotations

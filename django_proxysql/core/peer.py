@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .breaker import PeerBreaker
     from .config import PeerConfig
 
-__all__ = ["Hold", "Peer", "count_while_alive"]
+__all__ = ["Checkout", "Peer", "count_while_alive"]
 
 
 class Peer:
@@ -57,7 +57,7 @@ class Peer:
         self.drain_refused = False
         # Adding to and discarding from a set is atomic: no lock is needed,
         # and a finalizer that runs in the middle of anything may discard.
-        self._holds: set[int] = set()
+        self._checkouts: set[int] = set()
         #: The attempts to connect that are under way.
         self._connecting: dict[int, weakref.ref[Any]] = {}
 
@@ -83,7 +83,7 @@ class Peer:
     @property
     def connections(self) -> int:
         """How many connections to the peer this process holds."""
-        return len(self._holds)
+        return len(self._checkouts)
 
     def note_server(self, is_server: bool) -> None:
         """Take note of who has answered: the server that greeted us, or one behind a proxy."""
@@ -110,25 +110,25 @@ class Peer:
 
     def forget_connections(self) -> None:
         """Start counting anew: in a forked child, whose parent holds the others."""
-        self._holds = set()
+        self._checkouts = set()
         # The thread that asked is the parent's.
         self.asked_until = -math.inf
         self._connecting = {}
 
-    def hold(self, *, of_thread: bool = True) -> Hold:
+    def check_out(self, *, of_thread: bool = True) -> Checkout:
         """Count one connection as held, until it is released.
 
         :param of_thread: the calling thread holds it, and its end releases it. False: it may
             outlive the thread, in a pool.
         :returns: what lets it go; its end does so too.
         """
-        return Hold(self, of_thread=of_thread)
+        return Checkout(self, of_thread=of_thread)
 
 
-class Hold:
+class Checkout:
     """One connection's place in its peer's count.
 
-    It ends with :meth:`let_go`, with its own destruction, or, ``of_thread``, with the thread
+    It ends with :meth:`release`, with its own destruction, or, ``of_thread``, with the thread
     that made it: a thread that dies without closing is not counted on.
     """
 
@@ -146,17 +146,17 @@ class Hold:
                 end = _local.end = _ThreadEnd()
             self._of_thread = end.holds
             self._of_thread[serial] = peer
-        # Last: it is counted only where let_go() finds all that it needs.
-        peer._holds.add(serial)
+        # Last: it is counted only where release() finds all that it needs.
+        peer._checkouts.add(serial)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Count the connection no longer. May be called again, and by any thread."""
-        self.peer._holds.discard(self._serial)
+        self.peer._checkouts.discard(self._serial)
         self._of_thread.pop(self._serial, None)
 
     def __del__(self) -> None:
         try:
-            self.let_go()
+            self.release()
         except AttributeError:
             # Interrupted in __init__, before it was counted.
             pass
@@ -164,13 +164,13 @@ class Hold:
 
 def count_while_alive(connection: Any, peer: Peer) -> None:
     """Count ``connection`` as checked out until it is collected, whichever threads come and go."""
-    hold = peer.hold(of_thread=False)
+    hold = peer.check_out(of_thread=False)
     try:
-        weakref.finalize(connection, Hold.let_go, hold).atexit = False
+        weakref.finalize(connection, Checkout.release, hold).atexit = False
     except TypeError:
         # sqlite3's connections take no weak references; such a connection
         # cannot be followed, so it is not counted.
-        hold.let_go()
+        hold.release()
 
 
 class _ThreadEnd:
@@ -188,7 +188,7 @@ class _ThreadEnd:
                 serial, peer = holds.popitem()
             except KeyError:
                 return
-            peer._holds.discard(serial)
+            peer._checkouts.discard(serial)
 
 
 # Serial numbers rather than id(): an id is used again after its object's end.

@@ -8,6 +8,8 @@ face are one small loop each.
 
 The order of the candidates: peers whose trial is due, closed circuits tier by tier as the strategy
 orders them, suspects, and at last every peer that is out. Each is attempted once.
+
+Longer than other files: one connect() is one class, so that its rules are read in one place.
 """
 
 from __future__ import annotations
