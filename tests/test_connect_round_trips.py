@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import types
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from django.db import connections
 
 from django_proxysql import LoadBalancer, balancers
 from django_proxysql.conf import first_reading, merged_settings
+from django_proxysql.core import drivers
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
@@ -92,6 +94,45 @@ def test_the_session_ends_up_as_the_plain_engines(
                 cursor.execute(SESSION)
                 seen.append(cursor.fetchone())
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_engine_that_sets_autocommit_itself_ends_up_as_without_us(
+    mariadb: Node, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    from django.db.backends.mysql import base
+
+    class DatabaseWrapper(base.DatabaseWrapper):
+        def get_connection_params(self) -> Any:
+            return {**super().get_connection_params(), "autocommit": given}
+
+    package, module = (
+        types.ModuleType("engine_of_another"),
+        types.ModuleType("engine_of_another.base"),
+    )
+    module.DatabaseWrapper = DatabaseWrapper  # type: ignore[attr-defined]
+    package.base = module  # type: ignore[attr-defined]
+    package.__path__ = []
+    monkeypatch.setitem(sys.modules, "engine_of_another", package)
+    monkeypatch.setitem(sys.modules, "engine_of_another.base", module)
+    theirs = {"ENGINE": "engine_of_another", **mysql_peer(mariadb)}
+    seen = []
+    with (
+        added({"plain": theirs}),
+        engine([mysql_peer(mariadb)], PEER_ENGINE="engine_of_another"),
+    ):
+        for alias in ("plain", "balanced"):
+            with connected(alias).cursor() as cursor:
+                cursor.execute(SESSION)
+                seen.append(cursor.fetchone())
+    assert seen[0] == seen[1]
+
+
+def test_only_drivers_that_know_autocommit_are_given_it() -> None:
+    assert drivers.mysql.session_options({}, True) == {"autocommit": True}
+    assert drivers.mysql.session_options({"autocommit": False}, True) == {}
+    others = (drivers.postgresql, drivers.sqlite, drivers.mysql_connector, drivers.generic)
+    assert [driver.session_options({}, True) for driver in others] == [{}] * len(others)
 
 
 def in_new_thread(log: Log) -> list[str]:
