@@ -11,7 +11,14 @@ from typing import Any, Callable
 import pytest
 
 import django_proxysql
-from django_proxysql import LoadBalancer, NoPeerAvailable, PeerBreaker, balancers, retrying_atomic
+from django_proxysql import (
+    AsyncLoadBalancer,
+    LoadBalancer,
+    NoPeerAvailable,
+    PeerBreaker,
+    balancers,
+    retrying_atomic,
+)
 from django_proxysql.core.config import BalancerConfig, address_in_words
 from django_proxysql.core.exceptions import ConfigError, UnknownPeer
 from django_proxysql.core.strategies import Random
@@ -62,19 +69,29 @@ def is_good(argument: str, value: Any) -> bool:
     return any(value is good for good in GOOD.get(argument, ()))
 
 
+def connects(face: Any) -> Callable[..., Any]:
+    """Return a connect function for one of the two faces."""
+
+    async def connect(**_: Any) -> Any:
+        raise AssertionError("nothing connects here")
+
+    return connect if face is AsyncLoadBalancer else Driver().connect
+
+
 def parameters(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("argument", parameters(LoadBalancer.__init__))
-def test_load_balancer(argument: str, value: Any) -> None:
+@pytest.mark.parametrize("face", [LoadBalancer, AsyncLoadBalancer])
+def test_load_balancer(face: Any, argument: str, value: Any) -> None:
     """A wrong argument is a ConfigError that names it and a remedy, and quotes no password."""
     if is_good(argument, value):
         return
-    arguments: dict[str, Any] = {"peers": peers("db1"), "connect": Driver().connect}
+    arguments: dict[str, Any] = {"peers": peers("db1"), "connect": connects(face)}
     arguments[argument] = value
-    error = raised_by(lambda: LoadBalancer(**arguments))
+    error = raised_by(lambda: face(**arguments))
     assert isinstance(error, ConfigError), error
     assert argument in re.sub(r"\W", "_", str(error)).lower()
     assert error.hint
@@ -273,6 +290,7 @@ def test_every_public_callable_is_here() -> None:
         if callable(getattr(django_proxysql, name)) and name not in ("balancers", "signals")
     }
     assert public - {"from_url"} == {
+        "AsyncLoadBalancer",
         "CommitOutcomeUnknown",
         "Fault",
         "LoadBalancer",

@@ -13,6 +13,7 @@ import ast
 import builtins
 import configparser
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -49,6 +50,7 @@ NOT_RUN = {
     ("reference/errors.rst", "No peer of 'default'"): "an error; test_docs.py raises it",
     ("explanation/sizing.rst", "connections of the site"): "arithmetic",
     ("explanation/sizing.rst", "connections of one peer"): "arithmetic",
+    ("explanation/exactly-once.rst", "-- MySQL"): "test_outcome.py compares it with what is run",
     ("howto/redis.rst", "ACL SETUSER"): "test_sharing_processes.py runs with these rights",
     ("howto/galera.rst", "SET GLOBAL wsrep_desync"): "test_ready checks such a node",
     ("howto/proxysql.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
@@ -76,7 +78,16 @@ THEIRS = {
 #: What an entry has of which a page shows a part.
 OF_PAGE = {"howto/postgresql.rst": {"PEER_ENGINE": "django.db.backends.postgresql"}}
 #: Packages that may not be installed. Their names are stand-ins then.
-OPTIONAL = {"environ", "celery", "health_check", "gevent", "tenacity", "pymysql", "MySQLdb"}
+OPTIONAL = {
+    "asyncpg",
+    "environ",
+    "celery",
+    "health_check",
+    "gevent",
+    "tenacity",
+    "pymysql",
+    "MySQLdb",
+}
 
 
 @dataclass(frozen=True)
@@ -365,6 +376,9 @@ def understood(words: list[str]) -> None:
     elif words[:3] == ["python", "-m", "pytest"] or (words[:2] == ["bash", "tests/run"]):
         files = [word for word in rest if word.startswith("tests/")]
         assert [name for name in files if not (ROOT / name).exists()] == []
+    elif words[:4] == ["python", "-X", "importtime", "-c"]:
+        for name in words[4].replace("import ", "").split(", "):
+            assert importlib.util.find_spec(name), name
     elif words[:2] == ["python", "-m"]:
         with only_parsed(), mock.patch.object(sys, "argv", [words[2], *words[3:]]):
             with pytest.raises((Parsed, SystemExit)) as ended:

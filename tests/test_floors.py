@@ -7,6 +7,8 @@ type checker sees (``if TYPE_CHECKING:``).
 from __future__ import annotations
 
 import ast
+import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -345,3 +347,29 @@ def test_redis_is_imported_where_state_is_shared_alone(shared: bool) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{shared} {shared}"
+
+
+@pytest.mark.skipif(not (ROOT.parent / "docs").exists(), reason="the docs are not here")
+def test_picture_of_the_house_is_drawn_from_the_imports_of_today() -> None:
+    """``python docs/house.py`` would draw what is there, and no import goes in a circle."""
+    house = runpy.run_path(str(ROOT.parent / "docs" / "house.py"))
+    drawn = house["draw"](house["rooms"]())
+    assert house["PICTURE"].read_text(encoding="utf-8") == drawn
+    with pytest.raises(ValueError, match="a circle among a, b"):
+        house["floors"]({"a": {"b"}, "b": {"a"}, "c": set()})
+
+
+def test_walks_go_through_both_sides_of_the_house() -> None:
+    """The command for contributors shows a connect and a lost read."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.walks"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    connect, _, lost = done.stdout.partition("a lost read: ")
+    assert "core/search.py" in connect
+    assert "may_replay" not in connect
+    assert re.search("backends/decisions.py +may_replay", lost)

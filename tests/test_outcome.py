@@ -6,6 +6,7 @@ import itertools
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from django_proxysql.core import outcome
 from django_proxysql.core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from django_proxysql.core.statements import ENDS, STATE, scan
 from django_proxysql.core.texts import may_end
+
+DOCS = Path(__file__).parent.parent / "docs" / "explanation" / "exactly-once.rst"
 
 
 class TestTokens:
@@ -229,3 +232,10 @@ class TestDeleting:
         old, young, new = tokens.next(), tokens.next(), tokens.next()
         bound = outcome.oldest_kept(1e9 + 0.05, 7200)
         assert old < bound <= young < new
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="the docs are not here")
+@pytest.mark.parametrize("vendor", ["mysql", "postgresql"])
+def test_docs_show_the_table_as_it_is_made(vendor: str) -> None:
+    shown = " ".join(DOCS.read_text(encoding="utf-8").split())
+    assert outcome.creates(vendor).replace("IF NOT EXISTS ", "") + ";" in shown

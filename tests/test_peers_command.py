@@ -482,13 +482,16 @@ def test_look_at_what_is_shared(serving: Serving) -> None:
 
 
 def test_drained_peer_is_not_down(serving: Serving) -> None:
-    """What an operator has taken out is no alarm, but cannot be used either."""
+    """What an operator has taken out is no alarm, but cannot be used either.
+
+    A process refuses another's drain of its last peer: there peer1 counts as down.
+    """
     serving.balancer.drain("peer1", force=True)
     code, out, _ = serving.command("-v", "0")
     assert (code, out) == (0, "OK: balanced: all well, peer1 drained\n")
     serving.balancer.drain("peer0", force=True)
     code, out, _ = serving.command("-v", "0")
-    assert (code, out) == (2, "CRITICAL: balanced: no peer can be used, peer0, peer1 drained\n")
+    assert (code, out) == (2, "CRITICAL: balanced: no peer can be used, peer0 drained\n")
 
 
 def test_redis_down(serving: Serving, redis_server: RedisServer) -> None:

@@ -47,6 +47,9 @@ FINE = {
     ("backends.pools", "_pools"): "replaced as a whole, never changed",
     ("backends.types_of_peers", "_geometries"): "not gone through",
     ("core.sharing", "_shared"): "made once",
+    ("request", "_attributes"): "one request's own",
+    ("request", "_states"): "one request's own",
+    ("retry", "_begun"): "one call's own",
 }
 
 

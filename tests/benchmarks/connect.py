@@ -82,7 +82,7 @@ def _of_new_threads(node: Address, rounds: int) -> Iterator[Figure]:
 
 
 def _delayed(proxy: Address, rounds: int) -> Iterator[Figure]:
-    wall = _compared("delayed", project.plain(proxy), project.balanced([proxy] * 2), rounds)
+    wall = _compared("distant", project.plain(proxy), project.balanced([proxy] * 2), rounds)
     yield Figure("1 ms each way: plain engine", wall.median(0) * 1e3, "ms")
     yield Figure("1 ms each way: engine / plain engine", wall.ratio(0, 1), "", 0.85)
 
