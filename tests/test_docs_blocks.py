@@ -21,6 +21,7 @@ import runpy
 import shlex
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,6 +36,7 @@ from django.core.management.base import CommandError
 
 import django_proxysql
 from django_proxysql import LoadBalancer, conf
+from django_proxysql.core.logger import logger
 from tests.engine import configured, engine
 from tests.fakes import Driver
 
@@ -353,14 +355,21 @@ class Parsed(Exception):
 
 @contextlib.contextmanager
 def only_parsed() -> Iterator[None]:
-    """Have whatever parses its arguments end there."""
+    """Have whatever parses its arguments end there. What it has set until then is put back."""
     parse = argparse.ArgumentParser.parse_args
+    level = logger.level
 
     def parsed(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise Parsed(parse(self, *args, **kwargs))
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parsed):
-        yield
+    with mock.patch.dict(os.environ), warnings.catch_warnings():
+        # The tests have imported some of these programs before.
+        warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
+        try:
+            with mock.patch.object(argparse.ArgumentParser, "parse_args", parsed):
+                yield
+        finally:
+            logger.setLevel(level)
 
 
 def understood(words: list[str]) -> None:

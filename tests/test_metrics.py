@@ -291,7 +291,7 @@ def test_registry_has_it_once() -> None:
 
 def test_balancers_need_names_of_their_own() -> None:
     dbs = [LoadBalancer({"db": {}}, print) for _ in range(2)]
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="different names"):
         Metrics(*dbs, registry=None)
 
 

@@ -52,7 +52,7 @@ def test_a_drain_and_the_list_of_peers_use_the_name(tmp_path: Path) -> None:
         call_command("peers", connection.alias, stdout=out)
         assert "east" in out.getvalue()
         balancers[connection.alias].drain("east")
-        assert [p.name for p in balancers[connection.alias].undrained()] == ["west"]
+        assert [p.name for p in balancers[connection.alias].group.undrained()] == ["west"]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "a/b", "-a", 1, None.__class__, "ä", "a\n"])

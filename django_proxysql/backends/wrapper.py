@@ -178,6 +178,8 @@ class SafePointsMixin(LoadBalancedMixin):
             or session.dead
             or session.connection is not self.connection
             or self._transaction.stage is BEGUN
+            # A pool may hand out the very object that the last session was about.
+            or self._attempt is not None
         ):
             if self._attempt is not None:
                 # Django's own, while it sets the connection up.
@@ -202,6 +204,7 @@ class SafePointsMixin(LoadBalancedMixin):
         if (
             session is None
             or session.connection is not self.connection
+            or self._attempt is not None
             or binding.sets_up(self.__class__)  # type: ignore[arg-type]
         ):
             return super().make_cursor(cursor)
