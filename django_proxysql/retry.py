@@ -335,6 +335,7 @@ def _refuse_unless_in_tests(caller: str, connection: Any) -> None:
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    function = inspect.unwrap(function)
+    # A view made of a class: its own name is that of a function in Django's as_view().
+    function = getattr(function, "view_class", None) or inspect.unwrap(function)
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{getattr(function, '__module__', None) or ''}.{name}"

@@ -520,6 +520,10 @@ class TestOldTokens:
                 call_command("prune_commits", f"--older-than={wrong}")
         with pytest.raises(CommandError, match="no COMMIT_OUTCOME"):
             call_command("prune_commits", database="plain")
+        run(here.plain, f"ALTER TABLE {outcome.TABLE} RENAME TO moved")
+        with pytest.raises(CommandError, match=r"no table .* migrate --database balanced"):
+            call_command("prune_commits")
+        run(here.plain, f"ALTER TABLE moved RENAME TO {outcome.TABLE}")
         said = io.StringIO()
         call_command("prune_commits", stdout=said)
         call_command("prune_commits", "--older-than=2h", "--database=balanced", stdout=said)

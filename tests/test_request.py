@@ -26,6 +26,7 @@ from django.test import Client, RequestFactory, TestCase, override_settings
 from django.test.utils import setup_test_environment, teardown_test_environment
 from django.urls import path
 from django.utils.functional import SimpleLazyObject
+from django.views import View as ClassView
 
 from django_proxysql import CommitOutcomeUnknown, retrying_request, signals
 from django_proxysql.middleware import RetryingRequestMiddleware
@@ -104,6 +105,24 @@ class TestRuns:
         assert on_site.written() == ["run 2", "run 2, again"]
         assert view.hooks == 1
         assert told == [(on_site.connection.alias, "tests.test_request.View", 2)]
+
+    def test_a_view_of_a_class_is_named_by_its_class(
+        self, on_site: Site, serve: Any, way: str
+    ) -> None:
+        class Orders(ClassView):
+            get = staticmethod(View(on_site))
+
+        told: list[str] = []
+
+        def receive(**kwargs: Any) -> None:
+            told.append(kwargs["function"])
+
+        signals.block_retried.connect(receive)
+        try:
+            assert serve(Orders.as_view(), way)().content == b"response 2"
+        finally:
+            signals.block_retried.disconnect(receive)
+        assert told == [f"{__name__}.{Orders.__qualname__}"]
 
     def test_a_socket_found_dead_at_commit_is_a_loss(
         self, on_site: Site, serve: Any, way: str

@@ -15,7 +15,7 @@ from ..core.runtime import Worker
 from .asking import throw_away
 from .sessions import Session
 
-__all__ = ["DAY", "delete_old", "delete_some", "make_table", "problems"]
+__all__ = ["DAY", "delete_old", "delete_some", "has_table", "make_table", "problems"]
 
 #: Seconds.
 DAY = 86_400.0
@@ -33,6 +33,13 @@ def records(alias: str) -> bool:
     return connections.databases.get(alias, {}).get("COMMIT_OUTCOME") is not None
 
 
+def has_table(connection: Any) -> bool:
+    """Return whether the alias has the table."""
+    with connection.cursor() as cursor:
+        cursor.execute(outcome.where_is(connection.vendor))
+        return cursor.fetchone()[0] is not None
+
+
 def make_table(using: str = DEFAULT_DB_ALIAS, **kwargs: Any) -> None:
     """Make the table where the alias has the setting; a receiver of ``pre_migrate``.
 
@@ -42,9 +49,8 @@ def make_table(using: str = DEFAULT_DB_ALIAS, **kwargs: Any) -> None:
     """
     if records(using):
         connection = connections[using]
-        with connection.cursor() as cursor:
-            cursor.execute(outcome.where_is(connection.vendor))
-            if cursor.fetchone()[0] is None:
+        if not has_table(connection):
+            with connection.cursor() as cursor:
                 cursor.execute(outcome.creates(connection.vendor))
 
 

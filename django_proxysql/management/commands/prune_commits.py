@@ -8,7 +8,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
-from ...backends.tokens import delete_old, records
+from ...backends.tokens import delete_old, has_table, records
 
 __all__ = ["Command"]
 
@@ -47,6 +47,11 @@ class Command(BaseCommand):
             raise CommandError(f"DATABASES[{database!r}] has no COMMIT_OUTCOME.")
         aliases = [alias for alias in connections if records(alias)]
         for alias in aliases if database is None else [database]:
+            if not has_table(connections[alias]):
+                raise CommandError(
+                    f"{alias}: there is no table django_proxysql_commit. "
+                    f"Run: manage.py migrate --database {alias}"
+                )
             deleted = delete_old(connections[alias], int(given[1]) * _UNITS[given[2]])
             self.stdout.write(f"{alias}: {deleted} tokens deleted")
         if not aliases:
