@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import sys
@@ -296,11 +297,13 @@ class TestLeastConnections:
             return str(attempt.peer.name)
 
         got: list[str] = []
-        with running(*[lambda: got.append(db.connect(slowly))] * 9):
+        with contextlib.ExitStack() as stack:
+            stack.callback(go.set)
             for _ in range(9):
                 # One after the other: each sees those before it.
+                stack.enter_context(running(lambda: got.append(db.connect(slowly))))
                 assert began.acquire(timeout=30)
-            assert sum(peer.connecting for peer in db.peers.values()) == 9
+            assert [peer.connecting for peer in db.peers.values()] == [3, 6]
             go.set()
         assert [peer.connecting for peer in db.peers.values()] == [0, 0]
 
