@@ -109,13 +109,14 @@ class Serialized(TransactionTestCase):
 
 # The tables have been made by one connection, the row is made by the next one.
 RECEIVER = """
+from django.apps import apps
 from django.db import connections
 from django.test.utils import get_unique_databases_and_mirrors
 from django.db.models.signals import post_migrate
 def fill(using, **kwargs):
     connections[using].close()
     Item.objects.using(using).create(name="by a receiver")
-post_migrate.connect(fill)
+post_migrate.connect(fill, sender=apps.app_configs["shop"])
 """
 
 UNCONNECTED = """

@@ -785,5 +785,5 @@ def test_what_the_application_has_set_is_its_own(postgres: Any) -> None:
             with pytest.raises(DatabaseError):
                 execute(connection, INSERT)
         assert connection.connection is first
-        assert not connection._session.dropped
+        assert not connection._session.is_leaving
         assert not connection._session.doubted
