@@ -350,7 +350,7 @@ class TestMocked:
 
     def mocked(self, kind: type[mock.Mock]) -> Any:
         connection = kind(name="a driver's connection")
-        row = ("8.0.36", "", 1, 0, 1, "utf8mb4", 0, "")
+        row = ("8.4.3", "", 1, 0, 1, "utf8mb4", 0, "")
         connection.cursor.return_value = mock.MagicMock()
         connection.cursor.return_value.fetchone.return_value = row
         connection.cursor.return_value.fetchall.return_value = [row]
@@ -373,7 +373,7 @@ class TestMocked:
             for _ in range(2):
                 with connection.cursor() as cursor:
                     cursor.execute("SELECT 1")
-                    assert cursor.fetchone()[0] == "8.0.36"
+                    assert cursor.fetchone()[0] == "8.4.3"
                 with transaction.atomic(alias), connection.cursor() as cursor:
                     cursor.execute("INSERT INTO t VALUES (1)")
                 assert connection.connection is made
