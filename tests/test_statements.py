@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -646,36 +645,6 @@ class TestScan:
         assert scan("SELECT 'memo'") == scan(b"SELECT 'memo'") == READ
         monkeypatch.setattr("django_proxysql.core.statements._scan", None)
         assert scan("SELECT 'memo'") == scan(b"SELECT 'memo'") == READ
-
-    def test_costs(self) -> None:
-        sql = "SELECT `t`.`a` FROM `t` WHERE `t`.`a` = %s"
-        scan(sql)
-        begun = time.perf_counter()
-        for _ in range(100_000):
-            scan(sql)
-        print(f"\nscan, memo hit: {(time.perf_counter() - begun) * 10:.2f} us")
-        texts = {
-            "columns": "SELECT " + ", ".join(f"`t`.`column{i}`" for i in range(1_000)) + " FROM t",
-            "placeholders": "SELECT a FROM t WHERE a IN (" + ", ".join(["%s"] * 4_900) + ")",
-            "strings": "SELECT " + ", ".join(["'a'"] * 3_900),
-            "sums": "SELECT " + "a+" * 9_900 + "a",
-            "parentheses": "SELECT " + "(" * 9_000 + "a" + ")" * 9_000,
-            "quotes": "SELECT " + "'\"`" * 6_000,
-            "comments": "/* " * 6_000,
-            "spaces": " " * 19_000 + "SELECT 1",
-            "semicolons": "SELECT " + "; " * 9_000,
-            "for": "SELECT " + " FOR UPDATE OF a" * 1_100,
-        }
-        for name, sql in texts.items():
-            begun = time.perf_counter()
-            is_provable_read(sql, may_lock=True)
-            judged = time.perf_counter()
-            scan(sql)
-            scanned = time.perf_counter()
-            print(
-                f"20 kB of {name}: judged in {(judged - begun) * 1e3:.1f} ms,"
-                f" scanned in {(scanned - judged) * 1e3:.1f} ms"
-            )
 
 
 # Random statements

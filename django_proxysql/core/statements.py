@@ -13,6 +13,8 @@ does not show they cannot see: views whose functions write, PostgreSQL's
 functions that are written like columns (``t.f``), and functions of the
 application's that are named like built-in ones. What is taken for a read is
 therefore run again in a READ ONLY transaction.
+
+Longer than other files: a third of it is lists of words, which the patterns beside them use.
 """
 
 from __future__ import annotations

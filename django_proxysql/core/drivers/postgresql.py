@@ -1,6 +1,8 @@
 """psycopg 3 and psycopg2, by SQLSTATE.
 
 The classes are those of PostgreSQL's Appendix A; libpq's own errors carry none.
+
+Longer than other files: the tables of codes and texts stand beside the methods that read them.
 """
 
 from __future__ import annotations
