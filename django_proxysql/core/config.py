@@ -300,5 +300,7 @@ def address_in_words(host: Any, port: Any, socket: Any = None, database: Any = N
     if where.startswith("/"):
         return where
     if where or port:
-        return f"{where or 'localhost'}:{port}" if port else where
+        # An IPv6 address has colons of its own.
+        before_port = f"[{where}]" if ":" in where else where or "localhost"
+        return f"{before_port}:{port}" if port else where
     return str(database or "")
