@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import subprocess
 import sys
@@ -33,13 +34,29 @@ class Delay:
 
 
 def _pass_on(one: socket.socket, other: socket.socket, seconds: float) -> None:
-    try:
-        while data := one.recv(65536):
-            time.sleep(seconds)
-            other.sendall(data)
-        other.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass
+    under_way: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+
+    def arrive() -> None:
+        # Each packet is under way by itself: a second one does not wait behind the first.
+        try:
+            while True:
+                due, data = under_way.get()
+                time.sleep(max(0.0, due - time.monotonic()))
+                if not data:
+                    other.shutdown(socket.SHUT_WR)
+                    return
+                other.sendall(data)
+        except OSError:
+            pass
+
+    threading.Thread(target=arrive, daemon=True).start()
+    data = b"-"
+    while data:
+        try:
+            data = one.recv(65536)
+        except OSError:
+            data = b""
+        under_way.put((time.monotonic() + seconds, data))
 
 
 def _serve(host: str, port: int, seconds: float) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from django.db import transaction
@@ -15,13 +11,13 @@ from django_proxysql.core import outcome
 from tests.servers import Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
-from tests.servers.ports import HOST
 
 from . import project
+from .delay import Delay
 from .figures import Figure, interleaved
 
-#: Seconds each way: a packet and its answer take twice that longer.
-DELAY = 0.0005
+#: Milliseconds each way: a packet and its answer take twice that longer.
+DELAY = 0.5
 READ, WRITE = "SELECT 1", "INSERT INTO written VALUES (NULL)"
 
 
@@ -29,7 +25,7 @@ def run(quick: bool = False) -> list[Figure]:
     """Measure the ratios, and count the packets."""
     with Node("mariadb") as node:
         node.set_up()
-        with far(node) as distant:
+        with Delay(node, DELAY) as distant:
             pairs = {where: both(where, at) for where, at in (("near", node), ("far", distant))}
             prepare(pairs["near"][0])
             figures = []
@@ -107,30 +103,3 @@ def reads(rounds: int) -> Figure:
     return Figure(
         "no server: CPU added to a block of one read", measured.added(0, 1) * 1e6, "us", 2
     )
-
-
-@contextlib.contextmanager
-def far(server: Address) -> Iterator[Any]:
-    """Yield a proxy that passes everything on half a millisecond later."""
-    loop = asyncio.new_event_loop()
-
-    async def pass_on(reader: Any, writer: Any) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                await asyncio.sleep(DELAY)
-                writer.write(data)
-        writer.close()
-
-    async def serve(reader: Any, writer: Any) -> None:
-        there, to_there = await asyncio.open_connection(server.host, server.port)
-        await asyncio.gather(pass_on(reader, to_there), pass_on(there, writer))
-
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    started = asyncio.run_coroutine_threadsafe(asyncio.start_server(serve, HOST, 0), loop)
-    port = started.result(10).sockets[0].getsockname()[1]
-    try:
-        yield type("Far", (), {"host": HOST, "port": port})()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
