@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 DRIVER = os.environ.get("TEST_DRIVER")
@@ -19,3 +20,17 @@ elif DRIVER == "pymysql":
     pymysql.install_as_MySQLdb()
     # Django wants a later mysqlclient than PyMySQL says it is.
     pymysql.version_info = (2, 2, 7, "final", 0)
+
+
+def run_all_of(path: str, driver: str) -> None:
+    """Run a file of tests once more, with ``driver``.
+
+    :raises AssertionError: one of them fails.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", __name__, path],
+        env={**os.environ, "TEST_DRIVER": driver},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
+import os
 import sys
 import threading
 import types
@@ -19,6 +19,7 @@ from django_proxysql.core import drivers
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
+from tests.other_driver import run_all_of
 from tests.servers.mariadb import Node
 
 SESSION = (
@@ -228,25 +229,10 @@ def test_changed_options_are_not_taken_for_the_peers_own(mariadb: Node) -> None:
         assert peer.server_facts is None
 
 
-WITH_PYMYSQL = """
-import sys
-import pymysql
-pymysql.version_info = (2, 2, 1, "final", 0)
-pymysql.install_as_MySQLdb()
-import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not pymysql", sys.argv[1]]))
-"""
-
-
 @pytest.mark.server
+@pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
 def test_all_of_this_holds_with_pymysql() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_PYMYSQL, __file__],
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_all_of(__file__, "pymysql")
 
 
 # What is made once

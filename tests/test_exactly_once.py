@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.engine import engine
 from tests.fakes import until
+from tests.other_driver import run_all_of
 from tests.outcomes.cutter import Cutter
 from tests.outcomes.trial import Trial
 from tests.servers import DATABASE, USER
@@ -620,13 +620,7 @@ def test_commits_that_are_cut_at_random_places_are_told_rightly(
 @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
 def test_all_of_this_with(driver: str) -> None:
     pytest.importorskip(driver)
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.other_driver", __file__],
-        env={**os.environ, "TEST_DRIVER": driver},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout[-5000:]
+    run_all_of(__file__, driver)
 
 
 class TestRunAgain:

@@ -10,8 +10,6 @@ import io
 import itertools
 import os
 import select
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -21,6 +19,7 @@ from django.db import Error, close_old_connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from django_proxysql.errors import CommitOutcomeUnknown
+from tests.other_driver import run_all_of
 from tests.site import Site, site
 
 #: How a connection is lost at a step: its packet does not arrive, its answer does not, or the
@@ -42,13 +41,7 @@ def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., Any]) -> Ite
 @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
 def test_all_of_this_with(driver: str) -> None:
     pytest.importorskip(driver)
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.other_driver", __file__],
-        env={**os.environ, "TEST_DRIVER": driver},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout[-5000:]
+    run_all_of(__file__, driver)
 
 
 # What is lost
