@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -44,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             # A shell's job in the background ignores it, and so would all that tests start.
             signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What hypothesis notes of the code goes nowhere near the code.
+    os.environ.setdefault(
+        "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis-of-tests")
+    )
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
     django.setup()
 
