@@ -166,7 +166,7 @@ def test_waits_for_another_tasks_trial_without_blocking_the_loop() -> None:
 
         world.driver.down["db1"] = slowly
         both = [asyncio.ensure_future(world.db.connect()) for _ in range(2)]
-        while len(world.db.peers["db1"].breaker.trial._bells if world.driver.calls else ()) < 1:  # type: ignore[union-attr]
+        while len(world.db.peers["db1"].breaker.trial.bells if world.driver.calls else ()) < 1:  # type: ignore[union-attr]
             ticks += 1
             await asyncio.sleep(0)
         assert ticks > 0
@@ -191,7 +191,7 @@ def test_thread_and_task_wait_for_each_other_on_one_group() -> None:
         breaker.half_open()
         trial = breaker.acquire()
         waits = asyncio.ensure_future(db.connect())
-        while not trial._lease._bells:  # type: ignore[union-attr]
+        while not trial.lease.bells:  # type: ignore[union-attr]
             await asyncio.sleep(0)
         # Its end comes in another thread.
         threading.Thread(target=trial.succeeded).start()  # type: ignore[union-attr]
@@ -268,7 +268,7 @@ def test_cancelled_at_each_await_it_leaves_nothing(scene: str, wait_for_peer: fl
         SCENES[scene](world)
         was_cancelled = asyncio.run(cancelled_at(awaits, world.db.connect()))
         for permit in getattr(world, "held", ()):
-            assert permit._lease._bells == []
+            assert permit.lease.bells == []
             permit.released()
         if was_cancelled:
             world.assert_nothing_is_left()

@@ -101,7 +101,7 @@ def test_trial_that_was_given_up_and_is_not_due() -> None:
     lost = breaker.acquire(last_resort=1)
     assert lost is not None
     with holding(breaker._lock):
-        breaker._abandon(lost._lease)
+        breaker._abandon(lost.lease)
     lost._ended = True
     assert breaker.current_state == "half-open"
     world.db.peers["db1"].breaker.close()
@@ -1071,11 +1071,11 @@ class TestWaitingForATrial:
             until = time.monotonic() + 9
             while time.monotonic() < until:
                 lease = breaker.trial
-                if lease is not None and len(lease._bells) == 15:
+                if lease is not None and len(lease.bells) == 15:
                     break
                 time.sleep(0)
             go.set()
-        assert len(lease._bells) == 15
+        assert len(lease.bells) == 15
         assert got == ["db1"] * 16
 
     def test_of_the_peer_one_stays_with(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1119,7 +1119,7 @@ class Bell(threading.Event):
 
     def __init__(self, lease: Any) -> None:
         super().__init__()
-        bells = lease._bells
+        bells = lease.bells
         told = self.set
 
         class Told(list):  # type: ignore[type-arg]
@@ -1127,7 +1127,7 @@ class Bell(threading.Event):
                 super().append(bell)
                 told()
 
-        lease._bells = Told(bells)
+        lease.bells = Told(bells)
 
 
 class TestTime:

@@ -114,7 +114,7 @@ def test_every_search_ends_and_leaves_no_permit(trials: str) -> None:
                 assert usable <= set(attempted), (circuits, ends, steps)
             # No trial of this search is left.
             search.raised(ValueError())
-            others = [permit._lease for permit in held]
+            others = [permit.lease for permit in held]
             for peer in group.peers.values():
                 assert peer.breaker.trial in (None, *others), (circuits, ends)
                 assert peer.connecting == 0

@@ -405,7 +405,7 @@ class TestRequests:
         assert inside.wait(20)
         with running(lambda: got.append(world.connect())):
             # It waits: its own attempt would be a second call.
-            until(lambda: world.db.peers["db1"].breaker.circuit.lease._bells)
+            until(lambda: world.db.peers["db1"].breaker.circuit.lease.bells)
             assert world.driver.hosts == ["db1"]
             go.set()
         assert got == ["db1"]

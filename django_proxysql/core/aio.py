@@ -28,10 +28,9 @@ from . import drivers
 from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
 from .face import Face, Waiting, carrying_on
-from .leases import Lease
+from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
 from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer
-from .runtime import LOOK_AGAIN
 from .search import Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
 
@@ -118,8 +117,8 @@ class AsyncLoadBalancer(Face):
             attempt = search.attempt
             if attempt is not None:
                 attempt.is_over = True
-                if attempt.permit is not None and attempt.permit._lease is not None:
-                    attempt.permit._lease.ended = True
+                if attempt.permit is not None and attempt.permit.lease is not None:
+                    attempt.permit.lease.ended = True
 
     async def _step(self, search: Search) -> Attempt | Wait:
         group = self.group
@@ -314,13 +313,13 @@ class _Bell:
 
 async def _first_to_end(leases: Sequence[Lease], seconds: float) -> None:
     """Wait until one of the trials has ended, at most ``seconds``."""
-    bell: Any = _Bell()
+    bell = _Bell()
     try:
         for lease in leases:
-            lease._bells.append(bell)
+            lease.bells.append(bell)
         # A trial that ended before its bell was hung up does not ring it, and one whose end is
         # interrupted may not either.
-        while seconds > 0 and not any(lease.ended or lease.holder() is None for lease in leases):
+        while seconds > 0 and all(lease.is_pending for lease in leases):
             await asyncio.wait([bell.rung], timeout=min(seconds, LOOK_AGAIN))
             if bell.rung.done():
                 return
@@ -328,7 +327,7 @@ async def _first_to_end(leases: Sequence[Lease], seconds: float) -> None:
     finally:
         for lease in leases:
             with contextlib.suppress(ValueError):
-                lease._bells.remove(bell)
+                lease.bells.remove(bell)
 
 
 def _give_back(search: Search, asking: asyncio.Future[Any]) -> None:

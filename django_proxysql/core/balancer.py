@@ -153,8 +153,8 @@ class LoadBalancer(Face):
             attempt = search.attempt
             if attempt is not None:
                 attempt.is_over = True
-                if attempt.permit is not None and attempt.permit._lease is not None:
-                    attempt.permit._lease.ended = True
+                if attempt.permit is not None and attempt.permit.lease is not None:
+                    attempt.permit.lease.ended = True
 
     def _carry_on(self, search: Search, open_one: Callable[[Attempt], Any]) -> Any:
         try:

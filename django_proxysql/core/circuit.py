@@ -105,7 +105,7 @@ def trial_of(circuit: Circuit, now: float) -> Lease | None:
     though the record still has it.
     """
     lease = circuit.lease
-    if lease is None or lease.ended or now >= lease.expires or lease.holder() is None:
+    if lease is None or not lease.is_pending or now >= lease.expires:
         return None
     return lease
 

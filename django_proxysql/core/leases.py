@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-__all__ = ["Lease"]
+__all__ = ["LOOK_AGAIN", "Bell", "Lease"]
 
-#: Seconds after which a thread that waits for a trial's end looks whether it has missed it.
-_LOOK_AGAIN = 1.0
+#: Seconds after which what waits for a trial's end looks whether it has missed it.
+LOOK_AGAIN = 1.0
+
+
+class Bell(Protocol):
+    """Wakes what waits for a trial's result: a thread by its lock, a task by its loop."""
+
+    def release(self) -> object:
+        """Wake it. A RuntimeError, where that cannot be, is ignored."""
 
 
 def _no_holder() -> None:
@@ -21,7 +29,7 @@ class Lease:
     :param expires: the moment, on the breaker's clock, from which it counts as abandoned.
     """
 
-    __slots__ = ("_bells", "ended", "expires", "holder")
+    __slots__ = ("bells", "ended", "expires", "holder")
 
     def __init__(self, expires: float) -> None:
         self.expires = expires
@@ -30,13 +38,18 @@ class Lease:
         #: Returns the trial's permit. When that is gone, no thread can report a result. No code
         #: has to run for this: at the recursion limit a finalizer does not.
         self.holder: Callable[[], object | None] = _no_holder
-        #: A lock for each thread that waits for the trial's result, released to wake it.
-        self._bells: list[threading.Lock] = []
+        #: One for each thread or task that waits for the trial's result.
+        self.bells: list[Bell] = []
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a thread can still report the trial's result."""
+        return not self.ended and self.holder() is not None
 
     def end(self) -> None:
-        """Wake the threads that wait for the trial's result."""
+        """Wake the threads and tasks that wait for the trial's result."""
         self.ended = True
-        for bell in self._bells.copy():
+        for bell in self.bells.copy():
             try:
                 bell.release()
             except RuntimeError:
@@ -49,10 +62,10 @@ class Lease:
         bell = threading.Lock()
         bell.acquire()
         for lease in leases:
-            lease._bells.append(bell)
+            lease.bells.append(bell)
         # A trial that ended before its bell was hung up does not ring it, and one whose end is
         # interrupted may not either.
-        while seconds > 0 and not any(lease.ended or lease.holder() is None for lease in leases):
-            if bell.acquire(timeout=min(seconds, _LOOK_AGAIN)):
+        while seconds > 0 and all(lease.is_pending for lease in leases):
+            if bell.acquire(timeout=min(seconds, LOOK_AGAIN)):
                 return
-            seconds -= _LOOK_AGAIN
+            seconds -= LOOK_AGAIN

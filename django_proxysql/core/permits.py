@@ -73,7 +73,7 @@ class Permit:
     trial is over: its lease is marked without a call, which the recursion limit might refuse.
     """
 
-    __slots__ = ("_ended", "_keeper", "_lease", "generation", "is_trial")
+    __slots__ = ("_ended", "_keeper", "generation", "is_trial", "lease")
 
     def __init__(self, keeper: Keeper, generation: int, lease: Lease | None) -> None:
         self._keeper = keeper
@@ -81,14 +81,14 @@ class Permit:
         #: closes the circuit belongs to the generation that it begins.
         self.generation = generation
         #: The trial's; None where this is none.
-        self._lease = lease
+        self.lease = lease
         #: Whether this is the one attempt that a half-open or suspect circuit allows.
         self.is_trial = lease is not None
         self._ended = False
 
     def succeeded(self) -> None:
         """The peer did what it was asked to do."""
-        keeper, lease = self._keeper, self._lease
+        keeper, lease = self._keeper, self.lease
         # The healthy peer's way, hundreds of times a second: nothing to
         # write, so no lock to take.
         if lease is None and not keeper._circuit.failures:
@@ -110,7 +110,7 @@ class Permit:
 
         :returns: which failure in a row this was; 0 when it came too late to count.
         """
-        lease = self._lease
+        lease = self.lease
         try:
             if not self._end():
                 return 0
@@ -121,7 +121,7 @@ class Permit:
 
     def released(self) -> None:
         """What happened says nothing about the peer. A trial becomes due again soon."""
-        lease = self._lease
+        lease = self.lease
         try:
             if self._end() and lease is not None:
                 self._keeper._record_release(self.generation, lease)
@@ -156,7 +156,7 @@ class _TrialPermit(Permit):
     __slots__ = ("__weakref__",)
 
     def __del__(self) -> None:
-        lease = getattr(self, "_lease", None)
+        lease = getattr(self, "lease", None)
         # No caller has ended it, or its end was interrupted: the record has it still.
         if lease is not None and (not lease.ended or self._keeper._circuit.lease is lease):
             self._keeper._abandon(lease)
