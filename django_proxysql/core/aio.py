@@ -78,8 +78,7 @@ class AsyncLoadBalancer(Face):
         elif not callable(open_one):
             function("open_one", open_one, "Give a coroutine function that takes an Attempt.")
         one = None if only is None else self.group.named(only, "only")
-        how = (self.group, trials, one, refusal_is_callers, self._may_search_again)
-        search = Search(*how)
+        search = Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
         try:
             try:
                 return await self._attempt(search, open_one)
@@ -88,9 +87,8 @@ class AsyncLoadBalancer(Face):
                     raise
             return await self._carry_on(search, open_one)
         except NoPeerAvailable as exc:
-            if self._may_search_again and trials != "never" and one is None and search.is_over:
-                waiting = Waiting(self, search, exc, lambda: Search(*how))
-                return await self._wait_for_peer(waiting, open_one)
+            if search.may_be_repeated:
+                return await self._wait_for_peer(Waiting(self, search, exc), open_one)
             search.emit_exhausted()
             raise
         except BaseException as exc:

@@ -256,16 +256,12 @@ class Waiting:
     :param face: whose ``wait_for_peer``, ``wait`` and ``stop`` hold.
     :param first: the search that found none.
     :param error: what it came to.
-    :param again: makes another.
     """
 
-    def __init__(
-        self, face: Face, first: Search, error: NoPeerAvailable, again: Callable[[], Search]
-    ) -> None:
+    def __init__(self, face: Face, first: Search, error: NoPeerAvailable) -> None:
         self._face = face
         self._until = face.clock() + face.config.wait_for_peer
         self._error: NoPeerAvailable | None = error
-        self._again = again
         #: The search under way.
         self.search = first
         # Each request of a busy site may wait.
@@ -288,7 +284,7 @@ class Waiting:
         error, self._error = self._error, None
         if error is not None:
             raise error
-        self.search = self._again()
+        self.search = self.search.again()
         return self.search
 
     def options(self) -> dict[str, Any]:

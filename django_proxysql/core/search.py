@@ -394,6 +394,17 @@ class Search:
         if verdict.counts is Count.IF_ALONE or verdict.fault is not Fault.REFUSED:
             drivers.name_peer(exc, f"to {_said_of(peer)} of {self._group.name!r}")
 
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether it found no peer, a later one for the same may, and the caller waits for that."""
+        waits = self._may_search_again and self._trials != "never" and self._only is None
+        return waits and self.is_over
+
+    def again(self) -> Search:
+        """Return a new search for the same."""
+        callers = self._refusal_is_callers
+        return Search(self._group, self._trials, self._only, callers, self._may_search_again)
+
     def forget(self) -> None:
         """Drop the last error: with its traceback's frames it holds the failed socket."""
         self._plan = self._last_error = self._plain_error = None
