@@ -3,7 +3,7 @@
 Wrappers come and go, one a thread; what they know of the peers is here, under
 the balancer's alias, which stands as a string in every copy of the settings.
 A forked child goes on with what its parent knew, on locks of its own
-(:mod:`django_proxysql.core.balancer`).
+(:mod:`django_proxysql.core.runtime`).
 """
 
 from __future__ import annotations

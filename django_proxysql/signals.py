@@ -72,7 +72,7 @@ def _send(event: Event) -> None:
     """Send the signal of an event, if it has one; a :class:`Listener`."""
     signal = _SIGNALS.get(type(event))
     # A receiver of peers_exhausted that asks the database finds no peer either:
-    # to tell it of that would go on for ever.
+    # to send it that would go on for ever.
     if signal is None or not signal.receivers or signal in _sending.signals:
         return
     # Not asdict(), which copies deeply.

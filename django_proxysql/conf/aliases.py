@@ -39,7 +39,7 @@ def mirrored(alias: str, databases: Mapping[str, Mapping[str, Any]]) -> str | No
 
 
 def introduce_peers() -> None:
-    """Tell Django what the peers that are aliases are, wherever it comes upon them.
+    """Have Django see the peers that are aliases as peers, wherever it comes upon them.
 
     Their ENGINE becomes ours for peers, over their own
     (:mod:`django_proxysql.backends.peer`). Test runs take them for mirrors of

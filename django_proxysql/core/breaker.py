@@ -255,7 +255,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
                 + (f": {circuit.error}" if circuit.error else "")
             )
         if self._listeners:
-            self._tell("before_call", func, *args, **kwargs)
+            self._call_listeners("before_call", func, *args, **kwargs)
         return permit
 
     # By hand
@@ -375,7 +375,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         )
         return (*own, *self._dispatchers)
 
-    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _call_listeners(self, method: str, *args: Any, **kwargs: Any) -> None:
         for listener in self.listeners:
             try:
                 getattr(listener, method)(self, *args, **kwargs)

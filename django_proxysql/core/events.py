@@ -165,7 +165,7 @@ class CommitResolved:
     #: The peer that COMMIT was sent to.
     peer: str
     address: str
-    #: "committed", "rolled_back", or "unknown": no peer could tell in time.
+    #: "committed", "rolled_back", or "unknown": no peer knew in time.
     outcome: str
     #: How long the asking took, in seconds.
     seconds: float

@@ -181,7 +181,7 @@ class Face:
             processes have found, of what a trial in the background has shown, and of
             what happens while one of these waits its turn, in a thread of its own.
         :param connects: False spares it each :class:`~django_proxysql.core.events.Connected`
-            that is no trial, and each connect the cost of telling it.
+            that is no trial, and each connect the cost of that call.
         :raises ConfigError: ``listener`` cannot be called.
         """
         self.group.listeners.add(listener, connects)

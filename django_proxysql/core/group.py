@@ -422,7 +422,7 @@ class PeerGroup:
             return None
         if any(other.breaker.circuit.state == CLOSED for other in self.undrained()):
             return opened.seconds
-        # With no other peer left the trial comes sooner than the breaker alone can tell; and
+        # With no other peer left the trial comes sooner than the breaker alone can know; and
         # what another process found was not tried here.
         interval = 0.0 if opened.elsewhere else self.config.last_resort_interval
         return opened.seconds if interval is None else min(opened.seconds, interval)

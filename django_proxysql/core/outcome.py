@@ -113,7 +113,7 @@ def ask_until(
     wall: Callable[[], float] = time.time,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Outcome:
-    """Ask one peer after the other until one can tell.
+    """Ask one peer after the other until one knows.
 
     :param candidates: returns the names of the peers to ask, in order: anew for each round.
     :param ask: asks one of them, for that many seconds at most.

@@ -96,7 +96,7 @@ class Permit:
                 return
             self._ended = True
             if keeper._listeners:
-                keeper._tell("success")
+                keeper._call_listeners("success")
             return
         try:
             if self._end():
@@ -289,7 +289,7 @@ class Keeper:
         event = Succeeded(generation, lease, self._success_threshold)
         before, after = self.replace(event, self._clock(), ends=lease)
         if self._listeners:
-            self._tell("success")
+            self._call_listeners("success")
         self.notify_pending()
         return generation if is_late(before, generation, lease) else after.generation
 
@@ -302,7 +302,7 @@ class Keeper:
         event = Failed(generation, lease, self._fail_max, due, error, fault)
         before, after = self.replace(event, now, ends=lease)
         if self._listeners:
-            self._tell("failure", exc)
+            self._call_listeners("failure", exc)
         self.notify_pending()
         return 0 if is_late(before, generation, lease) else after.failures
 
@@ -433,7 +433,7 @@ class Keeper:
         """Return who follows the circuit's changes."""
         raise NotImplementedError
 
-    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _call_listeners(self, method: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of each of pybreaker's listeners."""
         raise NotImplementedError
 

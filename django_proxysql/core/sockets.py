@@ -84,7 +84,7 @@ def keepalive(
         # No socket by that number, or no number left. The connection works.
         return math.inf
     try:
-        # The C class below socket.socket, told what it would ask the kernel
+        # The C class below socket.socket, given what it would ask the kernel
         # for: each connect comes by here.
         sock = socket.SocketType(-1, socket.SOCK_STREAM, 0, duplicate)
     except OSError:

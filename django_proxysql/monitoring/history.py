@@ -1,8 +1,8 @@
 """What became of each peer in the last hour, as this process saw it.
 
 A listener of all balancers. At each event it looks at the peer's state and
-notes it if it is another than before: so it is the circuits that tell what is
-so, not the order in which two threads come to tell of it.
+notes it if it is another than before: so the circuits decide what is noted,
+and not the order in which two threads report it.
 
 Look and note are one step under the lock, which is held for no more than that.
 A state that came and went between two events (a trial under way, a doubt) is

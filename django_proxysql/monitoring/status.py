@@ -230,23 +230,23 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
     peers, rows = [], []
     for state in states:
         changes, trials = seen.of(balancer.name, state.name)
-        told = [(now - at + change.at, change.state) for change in changes]
+        found = [(now - at + change.at, change.state) for change in changes]
         began = now - at + seen.began
         if fleet is not None:
             # Redis's clock may be another than this host's.
             shared = [
                 (when - fleet.now + now, word) for when, word in fleet_changes(fleet, state.name)
             ]
-            told = laid_over(shared, told, now)
-            began = told[0][0]
-        its_spans = spans(told, now - SPAN, now)
+            found = laid_over(shared, found, now)
+            began = found[0][0]
+        its_spans = spans(found, now - SPAN, now)
         peers.append(
             PeerStatus(
                 known=state,
                 state=state_of(balancer.peers[state.name]),
                 label=_label(state)[0],
                 meaning=_meaning(state),
-                since=_local(told[-1][0]) if told[-1][0] > began else None,
+                since=_local(found[-1][0]) if found[-1][0] > began else None,
                 connections=str(held[state.name]),
                 share=f"{shares[state.name] / total:.0%}" if total else NONE,
                 weight=f"{state.weight:g}",
@@ -334,7 +334,7 @@ def laid_over(
     """Return what all processes know of a peer, with what this one alone has found laid over it.
 
     A process keeps to itself that a peer refuses it, or that it has lost all peers; and where
-    all of them have lost all, none has told of it.
+    all of them have lost all, none has reported it.
 
     :param changes: what all know, oldest first: when a peer came into which state.
     :param own: the same, as this process found it; its last state is what the peer is here now.

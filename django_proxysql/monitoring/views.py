@@ -323,7 +323,7 @@ def _url(request: HttpRequest, name: str) -> str:
 
 
 def _note(request: HttpRequest, balancer: LoadBalancer, peer: str, action: str, said: str) -> None:
-    """Tell of what was done: those who did it, the log, and the admin's log."""
+    """Report what was done: to the user who did it, in the log, and in the admin's log."""
     user: Any = request.user
     where = "" if action == "retry" else f", {_where(balancer)}"
     logger.log(

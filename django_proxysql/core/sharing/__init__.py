@@ -81,7 +81,7 @@ class Sharing(Agreement):
         self.link.join(self)
 
     def has_news(self) -> None:
-        """Tell the others at once what has changed here."""
+        """Publish at once what has changed here."""
         self.link.wake()
 
     # What operators ask
@@ -105,7 +105,7 @@ class Sharing(Agreement):
 
         :param seconds: how long to wait at most.
         :returns: whether it does. If not, drains and circuits of this process are its own until
-            Redis is back, which it tells then, if it still runs.
+            Redis is back, which then gets them from it, if it still runs.
         """
         self.start()
         return bool(self.link.ask(Question(self), seconds))

@@ -65,7 +65,7 @@ class Agreement:
         ]
 
     def compose(self, asking: Sequence[Question]) -> Request:
-        """Return what to tell Redis.
+        """Return what to send to Redis.
 
         :param asking: whose trials somebody here is ready to make.
         """
@@ -82,7 +82,7 @@ class Agreement:
             field, shared = self._fields[name], self._shared[name]
             circuit = request.seen[name] = peer.breaker.circuit
             is_open = circuit.state != CLOSED
-            told: dict[str, Any] = {
+            report: dict[str, Any] = {
                 "v": str(shared.agreed.version),
                 # As it was agreed on: what this process has kept to itself, it keeps.
                 "s": "open" if shared.agreed.is_open and is_open else "closed",
@@ -93,7 +93,7 @@ class Agreement:
             }
             if is_open:
                 since = now if circuit.out_since is None else circuit.out_since
-                told.update(
+                report.update(
                     due=milliseconds(circuit.due - now),
                     out=milliseconds(now - since),
                     # An error's text may have bytes in it that are no text.
@@ -105,7 +105,7 @@ class Agreement:
                     by_hand=name in by_hand,
                     keep=self._is_kept(shared, now),
                 )
-            request.circuits[field] = told
+            request.circuits[field] = report
             desired = request.desired[name] = list(shared.desired.copy())
             made = desired[-1].made if desired else shared.drain_at
             request.drains[field] = {
@@ -117,7 +117,7 @@ class Agreement:
                 "age": milliseconds(now - made, KEEP_DRAINS),
             }
             request.heartbeat[field] = peer.connections
-            if told["op"] or any(map(told.get, ("hold", "asks", "keep"))) or desired:
+            if report["op"] or any(map(report.get, ("hold", "asks", "keep"))) or desired:
                 # A lease that is held has to be given back, whatever comes: in full once more.
                 self._version = request.version = None
         request.is_quiet = request.version is not None
@@ -136,14 +136,14 @@ class Agreement:
         agreed = True
         for name, seen in request.seen.items():
             peer, field = group.peers[name], self._fields[name]
-            told = said["circuits"][field]
+            stored = said["circuits"][field]
             if name in request.asking:
-                self._apply_lease(self._shared[name], request.at, told)
+                self._apply_lease(self._shared[name], request.at, stored)
                 # Whatever becomes of a lease, it has to be given back.
                 agreed = False
             # A lease that is held has to be given back.
             is_held = bool(request.circuits[field].get("hold"))
-            agreed &= self._apply_circuit(peer, seen, told) and not is_held
+            agreed &= self._apply_circuit(peer, seen, stored) and not is_held
         drains = [
             (group.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
         ]
@@ -212,7 +212,7 @@ class Agreement:
         self,
         group: PeerGroup,
         peer: Peer,
-        told: list[DesiredState],
+        sent: list[DesiredState],
         said: Mapping[str, Any] | None,
     ) -> None:
         if said is None:
@@ -226,7 +226,7 @@ class Agreement:
             shared.drain_at = group.clock() - seconds_of(said.get("age"), KEEP_DRAINS)
             # A desired state that has come meanwhile is younger. And first this: one that was
             # answered is sent again, if this is broken off.
-            if len(shared.desired) <= len(told):
+            if len(shared.desired) <= len(sent):
                 elsewhere = said.get("taken") is not True
                 refused = group.apply_drained(peer, shared.drain_on, elsewhere=elsewhere)
                 if refused:
@@ -245,7 +245,7 @@ class Agreement:
                 group.name,
                 peer.name,
             )
-        for desired in told if was_answered else ():
+        for desired in sent if was_answered else ():
             desired.was_refused = was_refused and desired.drained
             with contextlib.suppress(ValueError):
                 shared.desired.remove(desired)

@@ -1,4 +1,4 @@
-"""What processes tell each other through Redis, and what each remembers of it: plain records."""
+"""What processes exchange through Redis, and what each remembers of it: plain records."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class SharedPeer:
 
 @dataclass
 class Request:
-    """What one balancer tells Redis in one round trip, and what that was made from."""
+    """What one balancer sends to Redis in one round trip, and what that was made from."""
 
     circuits: dict[str, dict[str, Any]]
     drains: dict[str, dict[str, Any]]
@@ -138,7 +138,7 @@ class Request:
     at: float = 0.0
     #: The peers whose trial is asked for.
     asking: frozenset[str] = frozenset()
-    #: Whether it is enough to ask if that is as it was: there is nothing to tell.
+    #: Whether it is enough to ask if the version is unchanged: there is nothing to report.
     is_quiet: bool = False
 
     def text(self, link: Link) -> str:

@@ -47,7 +47,7 @@ for field, theirs in pairs(request.circuits) do
   local before = record
   local following = math.max(now_us, version + 1, known + 1)
   local is_open = record and record.s == 'open'
-  local told, changed, done, why = nil, false, false, ''
+  local noted, changed, done, why = nil, false, false, ''
   if record then
     -- Redis's clock may have been set back since.
     record.due = between(record.due, 0, now + theirs.longest) or now
@@ -57,7 +57,7 @@ for field, theirs in pairs(request.circuits) do
     if type(record.hosts) ~= 'table' then record.hosts = {} end
     if type(record.h) ~= 'string' then record.h = '' end
   end
-  local function as_told(version, by)
+  local function as_reported(version, by)
     return {v = version, s = 'open', due = now + theirs.due, out = now - theirs.out,
             err = theirs.err, fault = theirs.fault, q = theirs.q, by = by, h = '', hu = 0,
             hosts = {request.host}}
@@ -67,7 +67,7 @@ for field, theirs in pairs(request.circuits) do
             hosts = record and record.hosts or {}}
   end
   if theirs.op == 'open' and version <= known then
-    local fresh = as_told(following, me)
+    local fresh = as_reported(following, me)
     if is_open then
       fresh.out, fresh.h, fresh.hu = record.out, record.h, record.hu
       fresh.hosts = record.hosts
@@ -86,17 +86,17 @@ for field, theirs in pairs(request.circuits) do
         table.insert(fresh.hosts, request.host)
       end
     end
-    if fresh.s == 'open' and not is_open then told, why = 'open', theirs.err end
+    if fresh.s == 'open' and not is_open then noted, why = 'open', theirs.err end
     record, done = fresh, true
   elseif theirs.op == 'close' and version <= known then
-    if is_open then told = 'closed' end
+    if is_open then noted = 'closed' end
     record, done = as_closed(following), true
   elseif theirs.op == 'withdraw' and is_open and record.by == me then
-    told, why = 'closed', 'withdrawn'
+    noted, why = 'closed', 'withdrawn'
     record, done = as_closed(following), true
   elseif version < known and (theirs.s == 'open' or record) then
     if theirs.s == 'open' then
-      record = as_told(known, '')
+      record = as_reported(known, '')
     else
       record = as_closed(known)
     end
@@ -122,7 +122,7 @@ for field, theirs in pairs(request.circuits) do
   end
   if changed then
     if store(circuits, field, record, request.history) then
-      if told then note(field, told, why) end
+      if noted then note(field, noted, why) end
     else
       -- No process can be kept from trying, and none knows of it.
       record, leased, done = before, true, false

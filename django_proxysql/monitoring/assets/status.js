@@ -59,7 +59,7 @@
     });
     var again = focused && document.getElementById(focused);
     if (again) { again.focus({ preventScroll: true }); }
-    // Told to those who listen only when it is another.
+    // A screen reader reads it out only when it has changed.
     var after = headlines(part);
     if (after !== before) { live.textContent = after; }
   }

@@ -62,7 +62,7 @@ _STUCK = 10_000
 
 
 class Metrics:
-    """Counts what load balancers tell; a collector of prometheus_client's.
+    """Counts the events of load balancers; a collector of prometheus_client's.
 
     Its labels are the balancer's alias, the peer's name, and words of a fixed set: never an
     address, an error's text or anything else that grows.

@@ -54,7 +54,7 @@ _ATTRIBUTES = {"error": "exception.message", "fault": "error.type"}
 
 
 class Telemetry:
-    """Hands what load balancers tell to OpenTelemetry; a listener.
+    """Hands the events of load balancers to OpenTelemetry; a listener.
 
     :param sources: the :class:`LoadBalancer` s, or Django's ``balancers``: all of them, present
         and future.
