@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import secrets
+import socket
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,7 @@ from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeerDraine
 from django_proxysql.core.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.core.sharing import Fleet, Link, Moment, Sharing, checked_url
 from django_proxysql.core.sharing.link import Question
+from django_proxysql.core.sharing.records import names_for_others
 from tests.fakes import (
     Clock,
     Driver,
@@ -1685,3 +1687,38 @@ def test_nothing_to_connect_to(caplog: pytest.LogCaptureFixture) -> None:
     assert "s3cr3t" not in line.getMessage()
     assert one.sharing.fleet() is None
     assert not one.sharing.settle()
+
+
+@pytest.mark.parametrize(
+    ("address", "is_of_its_host"),
+    [
+        ("10.0.0.1:3306", False),
+        ("db1", False),
+        ("2001:db8::7", False),
+        ("[2001:db8::1]:3306", False),
+        ("localhost:3306", True),
+        ("127.0.0.2:3306", True),
+        ("::1", True),
+        ("[::1]:3306", True),
+        ("/run/mysqld.sock", True),
+    ],
+)
+def test_address_of_another_server_on_each_host_goes_with_the_hosts_name(
+    address: str, is_of_its_host: bool
+) -> None:
+    peer = LoadBalancer({"db1": {}}).peers["db1"]
+    peer.address = address
+    name = names_for_others([peer])["db1"]
+    assert name == (f"{address} on {socket.gethostname()}" if is_of_its_host else address)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://10.0.0.1", "10.0.0.1:6379"),
+        ("redis://[2001:db8::7]:7000", "[2001:db8::7]:7000"),
+        ("unix:///run/redis.sock", "/run/redis.sock"),
+    ],
+)
+def test_redis_is_named_as_people_write_its_address(url: str, address: str) -> None:
+    assert Link(url).address == address

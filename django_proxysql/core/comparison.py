@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from .config import BalancerConfig
+from .config import BalancerConfig, address_in_words
 
 __all__ = ["Facts", "Source", "mysql_facts", "postgresql_facts", "warnings"]
 
@@ -219,7 +219,7 @@ def _mysql_source(row: Mapping[str, Any]) -> Source:
     lag = said.get("seconds_behind_source")
     running = (said.get("replica_io_running"), said.get("replica_sql_running"))
     return Source(
-        address=f"{said.get('source_host')}:{said.get('source_port')}",
+        address=address_in_words(said.get("source_host"), said.get("source_port")),
         is_running=all(one == "Yes" for one in running),
         lag=_number(lag),
         error=str(said.get("last_sql_error") or said.get("last_io_error") or ""),
@@ -238,7 +238,7 @@ def postgresql_facts(peer: str, ask: Ask) -> Facts:
     )
     return Facts(
         peer,
-        server=f"{one['host']}:{one['port']}" if one.get("host") else "",
+        server=address_in_words(one["host"], one["port"]) if one.get("host") else "",
         # Equal on a primary and all that were copied from it.
         lineage=_value(ask, "SELECT system_identifier FROM pg_control_system()"),
         sources=_primary(ask) if is_standby else _publishers(ask),
@@ -289,7 +289,7 @@ def _primary(ask: Ask) -> tuple[Source, ...] | None:
     host = one.get("sender_host")
     return (
         Source(
-            address=f"{host}:{one.get('sender_port')}" if host else "its primary",
+            address=address_in_words(host, one.get("sender_port")) if host else "its primary",
             is_running=bool(receivers) and one.get("status") in ("streaming", None),
             lag=_number(lag),
         ),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+from ..config import address_in_words
 from ..logger import logger
 from ..runtime import Worker
 from .scripts import FLEET, HEARTBEAT, SHA, SYNC
@@ -65,9 +66,8 @@ class Link(Worker):
         #: What the keys begin with.
         self.prefix: str = self._options.pop("prefix")
         #: Where Redis is, as people write it; without a password.
-        self.address = str(
-            self._options.get("path")
-            or f"{self._options.get('host', 'localhost')}:{self._options.get('port', 6379)}"
+        self.address = address_in_words(
+            self._options.get("host"), self._options.get("port", 6379), self._options.get("path")
         )
         self._now = now
         self._members: dict[int, weakref.ref[Member]] = {}

@@ -197,7 +197,9 @@ def names_for_others(peers: Iterable[Peer]) -> dict[str, str]:
 
 def _is_local(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    host = host.strip("[]").lower() if port.isdigit() else address
+    # An IPv6 address stands in brackets before its port.
+    has_port = port.isdigit() and (":" not in host or host.startswith("["))
+    host = host.strip("[]").lower() if has_port else address
     # A name without a port is a host's, or a database's on no host in particular.
     return (
         host in ("localhost", "::1", "")
