@@ -26,12 +26,12 @@ from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
 from ..errors import CommitOutcomeUnknown
 from .asking import is_of_server, is_serializable, isolation_of, throw_away
-from .decisions import writes_token
+from .decisions import may_count_as_committed, writes_token
 from .replays import dialect_of
 from .sessions import Session
 from .tokens import delete_some, wait_briefly
 
-__all__ = ["Token", "commit_with", "stands", "token_for"]
+__all__ = ["Token", "commit_with", "counts_as_committed", "stands", "token_for"]
 
 #: Django before 4.2 logs no COMMIT.
 _logged: Any = getattr(utils, "debug_transaction", None) or (
@@ -92,12 +92,9 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool
 
     See :func:`.transactions.is_as_good_as_committed`.
     """
-    if (
-        session.holds
-        or db._thread_sharing_count > 0
-        or session.balancer.config.replay is None
-        or is_serializable(db, isolation_of(session))
-    ):
+    # The server's own default is asked for once COMMIT is lost: here it is a round trip.
+    serializable = bool(is_serializable(db, isolation_of(session)))
+    if not counts_as_committed(db, session, only_read=True, serializable=serializable):
         return False
     dialect = dialect_of(db)
     # No generator: each block of reads comes by here.
@@ -105,6 +102,23 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool
         if not isinstance(sql, str) or len(sql) > _LONGEST_PROVEN or not _proven(sql, dialect):
             return False
     return True
+
+
+def counts_as_committed(
+    db: Any, session: Session, *, only_read: bool, serializable: bool | None
+) -> bool:
+    """Return whether the transaction counts as committed if its COMMIT is lost.
+
+    :param only_read: see :func:`.may_count_as_committed`.
+    :param serializable: see there.
+    """
+    return may_count_as_committed(
+        only_read=only_read,
+        holds=bool(session.holds),
+        shared=db._thread_sharing_count > 0,
+        enabled=session.balancer.config.replay is not None,
+        serializable=serializable,
+    )
 
 
 def _table(db: Any, session: Session) -> str:

@@ -18,9 +18,8 @@ from ..core.faults import Proof
 from ..core.holdings import Holdings
 from ..errors import CommitOutcomeUnknown
 from .asking import did_not_run, is_serializable, isolation_of, settle_doubt
-from .decisions import may_count_as_committed
 from .losses import is_end, is_lost, mark, notice_unseen
-from .outcomes import Token, commit_with, stands, token_for
+from .outcomes import Token, commit_with, counts_as_committed, stands, token_for
 from .pools import close_for_good
 from .proofs import rehearse
 from .replacing import at_safe_point, is_safe, replace
@@ -299,13 +298,8 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
 
     If it is, the connection was replaced.
     """
-    may_count = functools.partial(
-        may_count_as_committed,
-        only_read=has_only_read(db, session, anew=False),
-        holds=bool(session.holds),
-        shared=db._thread_sharing_count > 0,
-        enabled=session.balancer.config.replay is not None,
-    )
+    only_read = has_only_read(db, session, anew=False)
+    may_count = functools.partial(counts_as_committed, db, session, only_read=only_read)
     if not may_count(serializable=False):
         return False
     reads = list(db._transaction.reads)
