@@ -133,9 +133,7 @@ def before_many(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
     kind = kind_of_many(db, session, sql, params)
     now = session.clock()
     session = before_statement(db, cursor, kind, now, sql, None)
-    count(session, now)
-    session.used = now
-    session.sending = (sql, params)
+    sends(session, now, sql, params)
     session.wrote = session.results = True
     return session
 
@@ -145,12 +143,13 @@ def kind_of_many(db: Any, session: Session, sql: Any, params: Any) -> int:
     return (scan(sql) & ~READ) | kind_of_params(db, session, params or ())
 
 
-def count(session: Session, now: float) -> None:
-    """Count a statement for the budget of replays, as cursors do for plain ones."""
+def sends(session: Session, now: float, sql: Any, params: Any) -> None:
+    """Take note of a statement that is about to be sent, as cursors do of plain ones."""
     budget = session.budget
     budget.statements += 1
     if now > budget.next_note:
         budget.note(now)
+    session.used, session.sending = now, (sql, params)
 
 
 def unseen(db: Any) -> None:
@@ -207,8 +206,7 @@ def declare(
         raise_lost_results(db, session)
     if kind & STATE:
         takes(db, session, sql, params)
-    count(session, started)
-    session.used, session.sending = started, (sql, params)
+    sends(session, started, sql, params)
     if writes(kind):
         session.wrote = session.results = True
     try:
@@ -236,8 +234,7 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     if session is not current(db):
         return fetch()
     started = session.clock()
-    count(session, started)
-    session.used, session.sending = started, (sql, params)
+    sends(session, started, sql, params)
 
     def run_and_fetch() -> Any:
         plain(cursor, sql, params)
