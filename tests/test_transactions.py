@@ -347,6 +347,16 @@ def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then:
         works_again(here)
 
 
+def test_a_block_of_one_read_asks_the_kernel_four_times_at_most(here: Site) -> None:
+    """At its beginning (libpq knows by itself), before and after the read, and before COMMIT."""
+    prepare(here)
+    driver = here.connection._driver
+    with mock.patch.object(driver, "sent", wraps=driver.sent) as asked:
+        with transaction.atomic("balanced"):
+            here.sql("SELECT 1")
+        assert asked.call_count == {"mysql": 4, "postgresql": 2}[here.connection.vendor]
+
+
 # Hooks
 
 

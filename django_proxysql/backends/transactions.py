@@ -169,7 +169,11 @@ def begin(db: Any, session: Session) -> None:
 def end(db: Any, session: Session) -> None:
     switch_on = functools.partial(db._plain("_set_autocommit"), True)
     transaction, was_raised = db._transaction, session.error_raised
-    notice_unseen(db, session)
+    if transaction.has_ended:
+        # What was sent in it no longer counts: the kernel is not asked.
+        transaction.statement_sent()
+    else:
+        notice_unseen(db, session)
     try:
         if transaction.by_hand and transaction.stage is Stage.ACTIVE and db.vendor == "mysql":
             # What is open is committed by it.
