@@ -56,10 +56,12 @@ def close_if_unusable_or_obsolete(db: Any) -> None:
 
 
 def close_if_health_check_failed(db: Any) -> None:
-    """Close a connection that is found unusable, as Django does; see CONN_HEALTH_CHECKS."""
+    """Close a connection that is found unusable, unless its loss would go unnoticed.
+
+    Called once a request, where CONN_HEALTH_CHECKS asks for it.
+    """
     session = current(db)
-    asks = db.health_check_enabled and not db.health_check_done
-    if session is not None and asks and session.holds and not session.error_raised:
+    if session is not None and session.holds and not session.error_raised:
         # If it is not usable it is marked, and the statement that is to come shows the loss.
         db.is_usable()
         db.health_check_done = True
