@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db.utils import Error
 
@@ -17,7 +17,7 @@ from ..core.peer import Peer
 from .pools import close_for_good
 from .state import Health
 
-__all__ = ["OF_THE_CALL", "Session", "abandon", "current", "interrupted"]
+__all__ = ["OF_THE_CALL", "MadeWith", "Session", "abandon", "current", "interrupted"]
 
 #: What a driver, or what it calls, raises of the arguments it was given. All else that is no
 #: error of a driver comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
@@ -34,6 +34,21 @@ OF_THE_CALL = (
     Warning,
     Error,
 )
+
+
+class MadeWith(NamedTuple):
+    """What a connection was made with, where that counts afterwards."""
+
+    #: Looks at the socket; None where that cannot be done.
+    poll: Callable[[int], object] | None = None
+    #: Seconds after which a loss may be a time-out: the two read alike.
+    read_timeout: float = math.inf
+    #: Rows may lie on the wire between two statements.
+    unbuffered: bool = False
+    #: The database; "" if the parameters name none.
+    database: str = ""
+    #: A packet may hold two statements. False, too, once something in between took none.
+    takes_two: bool = False
 
 
 class Session(Health):
@@ -76,17 +91,11 @@ class Session(Health):
         peer: Peer,
         balancer: PeerGroup,
         permit: Permit | None,
-        poll: Callable[[int], object] | None,
-        read_timeout: float,
-        unbuffered: bool,
+        made_with: MadeWith,
         status: Callable[[], object] | None = None,
     ) -> None:
-        super().__init__(poll)
+        super().__init__(made_with.poll)
         self.connection = connection
-        #: The database that it was made to; "" if its parameters name none.
-        self.database = ""
-        #: A packet may hold two statements.
-        self.takes_two = False
         self.peer = peer
         self.balancer = balancer
         self.budget = balancer.budget
@@ -95,10 +104,7 @@ class Session(Health):
         self.permit = permit
         #: The statement and its parameters that are under way; None between two statements.
         self.sending: tuple[Any, Any] | None = None
-        #: Seconds after which a loss may be a time-out: the two read alike.
-        self.read_timeout = read_timeout
-        #: Rows may lie on the wire between two statements.
-        self.unbuffered = unbuffered
+        _, self.read_timeout, self.unbuffered, self.database, self.takes_two = made_with
         #: Asks the driver whether a transaction is open, where it knows only before a loss.
         self.status = status
         idle = balancer.config.idle_check

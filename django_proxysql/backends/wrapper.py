@@ -19,7 +19,6 @@ of its own.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ from . import binding, losses, replacing, replays, requests, savepoints, stateme
 from .connecting import LoadBalancedMixin
 from .cursors import PlainCursor, made_cursor
 from .pools import give_back, is_pooled
-from .sessions import Session
+from .sessions import MadeWith, Session
 from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
 __all__ = ["SafePointsMixin"]
@@ -112,10 +111,10 @@ class SafePointsMixin(LoadBalancedMixin):
         registered, driver = self._registered(), self._driver
         if registered is None or not driver.WATCHED:
             return
-        self._fileno = driver.fileno(connection)
+        descriptor = driver.fileno(connection)
         seconds = registered.balancer.config.tcp_user_timeout
         patience = sockets.keepalive(
-            self._fileno, seconds, driver.socket_options(connection, conn_params)
+            descriptor, seconds, driver.socket_options(connection, conn_params)
         )
         for limit in (
             seconds,
@@ -124,31 +123,26 @@ class SafePointsMixin(LoadBalancedMixin):
         ):
             if limit is not None and limit < patience:
                 patience = float(limit)
-        self._read_timeout = patience
-        self._unbuffered = driver.is_unbuffered(conn_params)
-        self._database = conn_params.get("database") or conn_params.get("db") or ""
-        self._takes_two = driver.takes_two(conn_params)
+        self._made_with = MadeWith(
+            sockets.watch(descriptor),
+            patience,
+            driver.is_unbuffered(conn_params),
+            conn_params.get("database") or conn_params.get("db") or "",
+            driver.takes_two(conn_params),
+        )
 
-    #: The present connection's socket, and how long it may be silent.
-    _fileno: int | None = None
-    _read_timeout = math.inf
-    _unbuffered = False
-    _database = ""
-    _takes_two = False
+    #: What the present connection was made with.
+    _made_with = MadeWith()
 
     def _new_session(self, registered: Registered, attempt: Attempt, connection: Any) -> Session:
-        session = Session(
+        return Session(
             connection,
             attempt.peer,
             registered.balancer.group,
             attempt.permit,
-            sockets.watch(self._fileno),
-            self._read_timeout,
-            self._unbuffered,
+            self._made_with,
             self._driver.status(connection),
         )
-        session.database, session.takes_two = self._database, self._takes_two
-        return session
 
     def _plain(self, name: str) -> Any:
         """Return one of the peer engine's own methods, without ours over it."""
