@@ -9,6 +9,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
 from ...backends.tokens import delete_old, has_table, records
+from ...core.outcome import TABLE
 
 __all__ = ["Command"]
 
@@ -49,8 +50,7 @@ class Command(BaseCommand):
         for alias in aliases if database is None else [database]:
             if not has_table(connections[alias]):
                 raise CommandError(
-                    f"{alias}: there is no table django_proxysql_commit. "
-                    f"Run: manage.py migrate --database {alias}"
+                    f"{alias}: there is no table {TABLE}. Run: manage.py migrate --database {alias}"
                 )
             deleted = delete_old(connections[alias], int(given[1]) * _UNITS[given[2]])
             self.stdout.write(f"{alias}: {deleted} tokens deleted")
