@@ -56,7 +56,7 @@ def test_what_is_in_a_transactions_place_never_changes() -> None:
     for transition in TRANSITIONS:
         getattr(NO_TRANSACTION, transition)()
     NO_TRANSACTION.savepoint_made("a")
-    NO_TRANSACTION.savepoint_gone("a")
+    NO_TRANSACTION.savepoint_restored("a")
     assert NO_TRANSACTION.stage is Stage.NONE
     assert not NO_TRANSACTION.savepoints
     assert not NO_TRANSACTION.undone

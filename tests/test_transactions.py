@@ -306,6 +306,27 @@ def test_an_inner_loss_that_is_swallowed_is_raised_at_the_end(here: Site, how: s
     works_again(here)
 
 
+@pytest.mark.parametrize("statement", [b"ROLLBACK TO", b"RELEASE"])
+@pytest.mark.parametrize("how", ["before", "after", "reply"])
+def test_a_loss_while_an_inner_block_is_rolled_back_is_raised_at_the_end(
+    here: Site, how: str, statement: bytes
+) -> None:
+    """Django itself would end the outer block without an error, and nothing would stand."""
+    prepare(here)
+    hooks: list[int] = []
+    with pytest.raises(Error), transaction.atomic("balanced"):
+        transaction.on_commit(lambda: hooks.append(1), using="balanced")
+        here.write("one")
+        with contextlib.suppress(ZeroDivisionError), transaction.atomic("balanced"):
+            here.write("two")
+            arguments = (0,) if how == "reply" else ()
+            getattr(here.here, f"cut_{how}")(*arguments, matching=statement)
+            _ = 1 / 0
+    assert here.written() == []
+    assert not hooks
+    works_again(here)
+
+
 def test_set_rollback_leaves_nothing_and_runs_no_hook(here: Site) -> None:
     prepare(here)
     hooks: list[int] = []

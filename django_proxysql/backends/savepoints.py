@@ -43,10 +43,10 @@ def passed_over(session: Session, was_raised: bool) -> None:
 
 
 def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], Any]) -> Any:
-    """Run a ROLLBACK, TO SAVEPOINT too. A connection that is lost has done it by that.
+    """Run a ROLLBACK, TO SAVEPOINT and its RELEASE too. A connection that is lost has done it.
 
-    Were it an error, Django would give the whole block up without one: a
-    failed ROLLBACK TO is an outer block that ends well, and nothing stands.
+    Were it an error, Django would give the whole block up without one: a failed ROLLBACK TO
+    or RELEASE after it is an outer block that ends well, and nothing stands.
     """
     was_raised = session.error_raised
     if session.dead:
@@ -67,24 +67,24 @@ def savepoint(db: Any, sid: str) -> None:
 
 
 def savepoint_rollback(db: Any, sid: str) -> None:
-    transaction, session = db._transaction, current(db)
-    transaction.savepoint_restored(sid)
+    session = current(db)
+    db._transaction.savepoint_restored(sid)
     restore = functools.partial(of_django, db, db._plain("_savepoint_rollback"), sid)
     if session is None:
         restore()
-        return
-    lost_is_rolled_back(db, session, restore)
-    session = db._session
-    if session is not None and session.dead:
-        transaction.savepoint_gone(sid)
+    else:
+        lost_is_rolled_back(db, session, restore)
 
 
 def savepoint_commit(db: Any, sid: str) -> None:
-    if sid in db._transaction.undone:
-        # Django releases what it has rolled back to, and it is gone with the connection.
-        return
-    db._transaction.savepoint_released(sid)
-    of_django(db, db._plain("_savepoint_commit"), sid)
+    transaction, session = db._transaction, current(db)
+    transaction.savepoint_released(sid)
+    release = functools.partial(of_django, db, db._plain("_savepoint_commit"), sid)
+    if session is None or sid not in transaction.undone:
+        release()
+    else:
+        # Django releases what it has rolled back to.
+        lost_is_rolled_back(db, session, release)
 
 
 def of_django(db: Any, method: Callable[[str], object], sid: str) -> None:

@@ -183,7 +183,7 @@ class Transaction:
         self.reads: list[tuple[Any, Any]] | None = None if stage is Stage.NONE else []
         #: SAVEPOINTs in it, while it holds nothing else but reads: made again with it.
         self.savepoints: list[str] = []
-        #: SAVEPOINTs that went with the connection when Django rolled back to them.
+        #: SAVEPOINTs that Django has rolled back to: a loss of their RELEASE loses nothing more.
         self.undone: set[str] = set()
 
     # Statements
@@ -228,9 +228,6 @@ class Transaction:
         """Django is about to roll back to a SAVEPOINT, which ends those made after it."""
         if sid in self.savepoints:
             del self.savepoints[self.savepoints.index(sid) + 1 :]
-
-    def savepoint_gone(self, sid: str) -> None:
-        """Django has rolled back to a SAVEPOINT on a connection that is lost."""
         if self.stage is not Stage.NONE:
             self.undone.add(sid)
 
