@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,26 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+def wait_until_alone(connection: Any, seconds: float = 20) -> None:
+    """Return when the server of ``connection`` has no other client that is connected."""
+    deadline = time.monotonic() + seconds
+    ask = (
+        "SELECT count(*) FROM pg_stat_activity WHERE usename = %s AND pid <> pg_backend_pid()"
+        if connection.vendor == "postgresql"
+        else "SELECT count(*) FROM information_schema.processlist"
+        " WHERE user = %s AND id <> CONNECTION_ID()"
+    )
+    while True:
+        # Polls a real server, which has no event for the end of another's connection.
+        with connection.cursor() as cursor:
+            cursor.execute(ask, [USER])
+            if not cursor.fetchone()[0]:
+                return
+        if time.monotonic() > deadline:
+            raise TimeoutError("the server is not done with connections that are gone")
+        time.sleep(0.002)
 
 
 @contextlib.contextmanager

@@ -210,7 +210,10 @@ def running(
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait for another thread to have done something."""
+    """Wait for another thread to have done something.
+
+    It looks again and again: what it waits for has no event, and only bounds how long it looks.
+    """
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it has not happened"

@@ -102,6 +102,7 @@ def _work(peers: _Peers, url: str | None, seconds: float, rate: float) -> dict[s
             db.connect().close()
         except NoPeerAvailable:
             happened["without"].append(time.monotonic())
+        # Paces the load: connects at random moments, on the real clock of a real process.
         time.sleep(chance.expovariate(rate))
     return happened
 
@@ -232,6 +233,7 @@ def redis_in_trouble(redis: RedisServer, connects: int = 3000) -> None:
                 began = time.perf_counter()
                 db.connect()
                 times.append((time.perf_counter() - began) * 1000)
+                # Paces the load, so that circuits that are open for 50 ms come to their trials.
                 time.sleep(0.001)
             if trouble == "frozen":
                 redis.thaw()

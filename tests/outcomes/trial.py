@@ -16,9 +16,11 @@ from django_proxysql.core import outcome
 from django_proxysql.core.events import CommitResolved
 from django_proxysql.errors import CommitOutcomeUnknown
 from django_proxysql.registry import balancers
-from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer, wait_until_alone
 from tests.servers import Address
 from tests.site import with_table
+
+from .cutter import Cutter
 
 THREADS = 4
 
@@ -43,8 +45,9 @@ class Trial:
     :param ledger: a server on which all that stands can be read.
     """
 
-    def __init__(self, peers: Sequence[Address], ledger: Address, is_mysql: bool) -> None:
+    def __init__(self, peers: Sequence[Cutter], ledger: Address, is_mysql: bool) -> None:
         self._peers, self._ledger = peers, ledger
+        self._targets = list(dict.fromkeys(peer.target for peer in peers))
         self._engine = MYSQL if is_mysql else POSTGRESQL
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -59,7 +62,9 @@ class Trial:
 
         :param in_order: use the first peer while it is there.
         """
-        plain = {"ENGINE": self._engine, **mysql_peer(self._ledger)}
+        plain = {"plain": {"ENGINE": self._engine, **mysql_peer(self._ledger)}}
+        for number, target in enumerate(self._targets):
+            plain[f"plain{number}"] = {"ENGINE": self._engine, **mysql_peer(target)}
         peers = [
             mysql_peer(peer, PRIORITY=number if in_order else 0)
             for number, peer in enumerate(self._peers)
@@ -75,15 +80,15 @@ class Trial:
             "CHECK_INTERVAL": 0.5,
             **settings,
         }
-        with added({"plain": plain}), engine(peers, **settings):
+        with added(plain), engine(peers, **settings):
             with_table(connections["plain"])
             with connections["plain"].cursor() as cursor:
                 cursor.execute(f"DROP TABLE IF EXISTS {outcome.TABLE}")
                 cursor.execute(outcome.creates(connections["plain"].vendor))
-            balancers["balanced"].add_listener(self._hear, connects=False)
+            balancers["balanced"].add_listener(self._notified, connects=False)
             yield
 
-    def _hear(self, event: Any) -> None:
+    def _notified(self, event: Any) -> None:
         if isinstance(event, CommitResolved):
             self.resolved.append(event)
 
@@ -132,12 +137,8 @@ class Trial:
             self.ends[value] = "well"
 
     def found(self) -> Found:
-        """Compare with what stands, once nothing more happens there."""
-        before, standing = -1, self._standing()
-        while len(standing) != before:
-            before = len(standing)
-            time.sleep(1)
-            standing = self._standing()
+        """Compare with what stands, once no server has a COMMIT left to run."""
+        standing = self._standing()
         wrong = 0
         for value, end in self.ends.items():
             is_right = end == "unknown" or (end == "well") == (value in standing)
@@ -156,6 +157,11 @@ class Trial:
     def _standing(self) -> set[str]:
         plain = connections["plain"]
         plain.close()
+        for number in range(len(self._targets)):
+            wait_until_alone(connections[f"plain{number}"])
+            connections[f"plain{number}"].close()
         with plain.cursor() as cursor:
+            if len(self._targets) > 1:
+                cursor.execute("SET SESSION wsrep_sync_wait = 1")
             cursor.execute("SELECT value FROM app_token")
             return {value for (value,) in cursor.fetchall()}
