@@ -179,7 +179,7 @@ class TestLooks:
             backgrounds = set()
             for scheme in ("light", "dark"):
                 chromium.prefer(scheme)
-                for width in (1280, 360):
+                for width in (1300, 800, 500, 360):
                     chromium.resize(width)
                     served.open()
                     assert "1 of 3 peers usable" in served.text
@@ -198,10 +198,11 @@ class TestLooks:
             assert len(backgrounds) == 1 + knows_dark
             assert [said for said in chromium.complaints if "/favicon.ico - " not in said] == []
 
-    def test_narrow_page_names_what_its_lines_are(self, served: Served) -> None:
+    @pytest.mark.parametrize("width", [800, 360])
+    def test_narrow_page_names_what_its_lines_are(self, served: Served, width: int) -> None:
         """Where the table is no table any more, each line has its heading beside it."""
         served.log_in()
-        served.browser.resize(360)
+        served.browser.resize(width)
         served.open()
         cell = "document.querySelector('td[data-label=\"Last error\"]')"
         before = served.browser.run(f"return getComputedStyle({cell}, '::before').content")
@@ -314,7 +315,7 @@ class TestRefresh:
         served.wait_for("you are no longer logged in as staff. Load the page again.")
         assert "All 3 peers usable" in served.text
 
-    def test_pages_that_nobody_sees_ask_for_nothing(self, served: Served) -> None:
+    def test_pages_out_of_sight_ask_for_nothing(self, served: Served) -> None:
         """Until they are looked at again."""
         served.log_in()
         script = served.browser.driver.execute_cdp_cmd(
