@@ -121,7 +121,7 @@ def test_connects_to_the_next_peer_and_opens_the_circuit_of_the_failed_one() -> 
     assert world.driver.hosts == ["db1", "db2", "db2"]
 
 
-def test_nobody_left_names_each_peer() -> None:
+def test_exhaustion_names_each_peer() -> None:
     world = World("db1", "db2")
     world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
     with pytest.raises(NoPeerAvailable, match=r"db1 .*\n?.*db2 "):
@@ -451,7 +451,7 @@ def test_trial_that_asks_other_processes_asks_in_a_thread() -> None:
     assert world.connect().host == "db1"
 
 
-def test_bell_of_a_closed_loop_wakes_nobody_and_harms_nobody() -> None:
+def test_bell_of_a_closed_loop_wakes_and_harms_no_task() -> None:
     async def bell() -> Any:
         return aio._Bell()
 

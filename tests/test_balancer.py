@@ -618,7 +618,7 @@ class TestEveryError:
 
 
 class TestLastResort:
-    def test_hurries_while_nobody_is_left(self) -> None:
+    def test_hurries_while_no_circuit_is_closed(self) -> None:
         """With no circuit closed, peers are tried again after last_resort_interval."""
         world = World("db1", "db2", last_resort_interval=2)
         world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
@@ -1101,7 +1101,7 @@ class TestWaitingForATrial:
             world.connect()
         assert world.driver.hosts == ["db1"]
 
-    def test_nobody_waits_while_another_peer_can_be_had(
+    def test_no_caller_waits_while_another_peer_is_usable(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A trial under way delays no caller while a closed circuit is left."""
@@ -1149,7 +1149,7 @@ class TestTime:
         assert [attempt.timeout for attempt in self.attempts(world)] == [5, 5, 2]
         assert world.states() == "open open open closed"
 
-    def test_nobody_sleeps_between_peers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_caller_sleeps_between_peers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """From one peer to the next no time is lost."""
 
         def sleep(seconds: float) -> None:

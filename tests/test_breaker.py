@@ -73,7 +73,7 @@ class TestOpening:
             assert breaker.fail_counter == 0
         assert breaker.current_state == "closed"
 
-    def test_open_circuit_admits_nobody(self, breaker: PeerBreaker, clock: Clock) -> None:
+    def test_open_circuit_admits_no_caller(self, breaker: PeerBreaker, clock: Clock) -> None:
         """While the circuit is open no caller is admitted, and asking does not wait."""
         opened(breaker)
         clock.advance(29.9)
@@ -240,7 +240,7 @@ class TestTrial:
         following.succeeded()
         assert breaker.current_state == "closed"
 
-    def test_overdue_result_counts_while_nobody_took_over(self, clock: Clock) -> None:
+    def test_overdue_result_counts_until_another_caller_takes_over(self, clock: Clock) -> None:
         """A trial that took longer than its lease still counts if none has followed it."""
         breaker = opened(PeerBreaker(clock=clock, jitter=even, lease=10))
         clock.advance(30)
@@ -897,7 +897,7 @@ class TestGeneratorsAsWithPybreaker:
         assert raised_by(lambda: list(guarded())).__class__ is Boom
         assert either.fail_counter == 1
 
-    def test_listeners_are_told_alike(self) -> None:
+    def test_listeners_are_notified_alike(self) -> None:
         """Listeners get of a generator's run what pybreaker gives them."""
         told = []
         for make in (pybreaker.CircuitBreaker, PeerBreaker):
@@ -911,7 +911,7 @@ class TestGeneratorsAsWithPybreaker:
 
 
 class TestListeners:
-    def test_are_told_what_pybreaker_tells(self, clock: Clock) -> None:
+    def test_get_what_pybreaker_gives_them(self, clock: Clock) -> None:
         """A pybreaker listener gets calls, results and changes of state."""
         recorder = Recorder()
         breaker = PeerBreaker(clock=clock, jitter=even, listeners=[recorder])
@@ -1216,7 +1216,7 @@ class TestGate:
         assert permit is not None
         assert not permit.is_trial
 
-    def test_listeners_hear_of_no_trial_that_is_held_back(
+    def test_listeners_are_not_notified_of_a_trial_that_is_held_back(
         self, due: PeerBreaker, told: Recorder, clock: Clock
     ) -> None:
         """The circuit is open until the gate lets the caller through."""

@@ -234,7 +234,7 @@ class TestHammering:
             pass
         assert sorted(counts) == [0] * 54 + list(range(1, 11))
 
-    def test_nobody_waits_for_a_guarded_call(self) -> None:
+    def test_no_thread_waits_for_a_guarded_call(self) -> None:
         """Two threads are inside a guarded call at once; pybreaker's lock would forbid it."""
         circuit = PeerBreaker()
         barrier = threading.Barrier(8)
@@ -450,7 +450,7 @@ def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
     assert {peer.name for tier in view.tiers for peer in tier} == set(db.peers)
 
 
-class TestExceptionsOutOfNowhere:
+class TestAsynchronousExceptions:
     @pytest.fixture(autouse=True)
     def unraisable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What hits a finalizer cannot be raised: let Python drop it without a word."""
@@ -672,7 +672,7 @@ class TestExceptionsOutOfNowhere:
         assert step > 10
 
     @pytest.mark.parametrize("works", [True, False])
-    def test_interrupted_connect_leaves_no_trial_and_nobody_spins(
+    def test_interrupted_connect_leaves_no_trial_and_no_caller_spins(
         self, works: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The next connect is made after a second, within two looks at the peers."""

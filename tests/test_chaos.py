@@ -112,7 +112,7 @@ class TestJudgement:
     def test_failed_and_stands(self) -> None:
         assert not self.judge(["a"], failed=["a"]).violations
 
-    def test_nobody_was_told(self) -> None:
+    def test_lost_write_that_was_acknowledged(self) -> None:
         assert self.judge(["a"]).violations
 
     @pytest.mark.parametrize(

@@ -545,7 +545,7 @@ def test_peer_that_dies_half_way(
 
 
 @pytest.mark.parametrize("error", [NotReady("not this one"), KeyboardInterrupt()], ids=repr)
-def test_failed_attempt_is_closed_whoever_holds_it(
+def test_failed_attempt_is_closed_also_where_others_hold_it(
     mariadb: Node, received: list[Any], error: BaseException
 ) -> None:
     """What an attempt has opened is closed when it fails, not only when nothing refers to it."""

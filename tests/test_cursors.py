@@ -152,7 +152,7 @@ class TestOrm:
         here.write("after")
         assert len(here.written()) == 101
 
-    def test_named_cursor_is_not_swapped_away(self, on_postgres: Site) -> None:
+    def test_named_cursor_keeps_its_connection(self, on_postgres: Site) -> None:
         """Nor is what it reads left for another peer because a circuit has opened."""
         here = on_postgres
         fill(here, 100)

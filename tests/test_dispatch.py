@@ -22,11 +22,11 @@ from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhau
 from django_proxysql.core.logs import log_event
 from tests.children import in_child
 from tests.fakes import Recorder, in_thread, raised_by, running, until
-from tests.test_breaker_threads import CIRCUITS, TestExceptionsOutOfNowhere, hurried  # noqa: F401
+from tests.test_breaker_threads import CIRCUITS, TestAsynchronousExceptions, hurried  # noqa: F401
 
-interrupted_at = TestExceptionsOutOfNowhere.interrupted_at
+interrupted_at = TestAsynchronousExceptions.interrupted_at
 # Not to be collected here again.
-del TestExceptionsOutOfNowhere
+del TestAsynchronousExceptions
 
 
 def event(number: int) -> PeersExhausted:
@@ -328,7 +328,7 @@ def test_an_event_waits_behind_a_change_that_is_not_delivered_yet() -> None:
     assert ended == [CircuitClosed, PeersExhausted]
 
 
-def test_change_that_is_told_here_holds_up_nobody() -> None:
+def test_change_that_is_delivered_here_holds_up_no_other_thread() -> None:
     """A second thread's change waits behind a listener that hangs in the first; it does not."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     pager, listening = Pager(), Pager()
@@ -452,7 +452,7 @@ def test_change_within_a_change() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_fork_while_a_change_is_told() -> None:
+def test_fork_while_a_change_is_delivered() -> None:
     """The child delivers its own changes, in their order, and none of its parent's."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
@@ -523,7 +523,7 @@ def test_listener_that_hangs_does_not_hold_the_exit() -> None:
     assert at_exit("threading.Event().wait()", 0.1) == ""
 
 
-def test_a_listener_that_is_added_twice_hears_each_event_once() -> None:
+def test_a_listener_that_is_added_twice_gets_each_event_once() -> None:
     listening: list[object] = []
     db = LoadBalancer({"db1": {}, "db2": {}})
     for _ in range(2):

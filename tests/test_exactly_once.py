@@ -120,7 +120,7 @@ class TestVerdicts:
         assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
         assert block(here, "two") == ["two"]
 
-    def test_unknown_where_nobody_can_tell_in_time(
+    def test_unknown_where_no_peer_can_tell_in_time(
         self, mariadb: Any, fault_proxy: Callable[..., Any]
     ) -> None:
         with recording(mariadb, fault_proxy, OUTCOME_DEADLINE=0.3) as here:
@@ -462,7 +462,7 @@ class TestFaults:
             assert ends.count("COMMIT") == 2
 
     @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="of the proxies alone")
-    def test_a_full_disk_commits_nothing_and_asks_nobody(self) -> None:
+    def test_a_full_disk_commits_nothing_and_asks_no_peer(self) -> None:
         with ScriptedServer() as server, behind(server) as connection:
             server.refusals[outcome.TABLE] = Refusal(1021, "Disk full")
             with (
@@ -597,7 +597,7 @@ def prepare(here: Site) -> None:
 
 @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="much the same with each driver")
 @pytest.mark.parametrize("server", ["mariadb", "postgres", "galera"])
-def test_commits_that_are_cut_at_random_places_are_told_rightly(
+def test_commits_that_are_cut_at_random_places_are_resolved_rightly(
     request: pytest.FixtureRequest, server: str
 ) -> None:
     """A small run of ``python -m tests.outcomes``; on Galera another node may be asked."""

@@ -263,7 +263,7 @@ def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> No
     assert not here.losses()
 
 
-def test_without_being_told_before(here: Site, mine: int, monkeypatch: Any) -> None:
+def test_child_finds_out_afterwards(here: Site, mine: int, monkeypatch: Any) -> None:
     """uWSGI forks in C and calls Python only afterwards, in the child."""
     from django_proxysql.backends import forked as inherited
 
@@ -324,7 +324,7 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_calls_the_child_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python has called in the child is not called there again."""
     from django_proxysql.core import runtime
 

@@ -135,7 +135,7 @@ def test_every_sequence(way: str, fail_max: int, threshold: int) -> None:
             pair.wait() if doing is None else pair.same(doing)
 
 
-def test_listeners_are_told_the_same() -> None:
+def test_listeners_get_the_same() -> None:
     """Only the order of a trial's success and the closing that it leads to is another one."""
     pair = Pair(2, TIMEOUT, 1)
     for step in "good bad good bad bad good wait bad wait good good".split():
@@ -279,7 +279,7 @@ class TestDifferences:
             circuit.open()
         assert [circuit.circuit.due for circuit in circuits] == [54, 60, 66]
 
-    def test_a_listener_that_raises_harms_nobody(self) -> None:
+    def test_a_listener_that_raises_does_no_harm(self) -> None:
         class Broken(pybreaker.CircuitBreakerListener):
             def success(self, cb: Any) -> None:
                 raise Boom

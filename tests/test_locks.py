@@ -26,7 +26,7 @@ def test_one_at_a_time() -> None:
     assert in_thread(lambda: lock.acquire(blocking=False))
 
 
-def test_holder_who_never_lets_go() -> None:
+def test_holder_that_never_releases() -> None:
     """A thread that waits gets the lock; of several, one at a time."""
     lock = RecoveringLock(patience=0.01)
     in_thread(lock.acquire)

@@ -186,7 +186,7 @@ class TestAskUntil:
         assert peers.now <= 110
         assert all(seconds <= 2 for _, seconds in peers.asked)
 
-    def test_with_nobody_to_ask_it_waits_and_looks_again(self) -> None:
+    def test_with_no_peer_to_ask_it_waits_and_looks_again(self) -> None:
         peers = Peers(names="")
         assert peers.outcome() is Outcome.UNKNOWN
         assert peers.slept == sorted(peers.slept)

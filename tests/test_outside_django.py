@@ -128,7 +128,7 @@ class TestDrivers:
         assert site.ports(db) == {"db1", "db2"}
         assert db.peers["db1"].breaker.is_available
 
-    def test_nobody_there(self, site: Site) -> None:
+    def test_exhaustion_names_each_server_and_no_password(self, site: Site) -> None:
         """With all servers gone NoPeerAvailable names each, what it said, and no password."""
         db = site.balancer()
         for node in site.nodes.values():
@@ -418,7 +418,9 @@ class TestGuarding:
         assert [state.state for state in db.snapshot()] == ["closed", "closed"]
         assert len(db.group.view().tiers[0]) == 2
 
-    def test_no_lock_is_held_and_nobody_is_kept_waiting(self, guard: Any, db: LoadBalancer) -> None:
+    def test_no_lock_is_held_and_no_caller_is_kept_waiting(
+        self, guard: Any, db: LoadBalancer
+    ) -> None:
         """While a guarded call runs, others run as well and the lock is free."""
         circuit = db.peers["db1"].breaker
         meeting = threading.Barrier(4)

@@ -227,7 +227,7 @@ def real_wrapper(connection: Any) -> Any:
 
 
 @pytest.mark.parametrize("features_first", [False, True])
-def test_asked_where_the_balancer_has_nobody(mariadb: Node, features_first: bool) -> None:
+def test_asked_where_the_balancer_has_no_peer(mariadb: Node, features_first: bool) -> None:
     """READY_CHECK refuses them all: a peer that is up says of itself what it is."""
     entries = {"peer0": alias(mariadb), "peer1": alias(mariadb)}
     refusing = balancer(*entries, READY_CHECK="tests.test_peer_engine.not_ready")
@@ -666,7 +666,7 @@ def test_schema_editor_stays_while_its_peer_is_drained(mariadb_pair: tuple[Node,
         assert port(connection) != before
 
 
-def test_schema_editor_that_fails_lets_go(mariadb_pair: tuple[Node, Node]) -> None:
+def test_schema_editor_that_fails_ends_the_pin(mariadb_pair: tuple[Node, Node]) -> None:
     """Whether it fails on the way in or inside, the thread is free afterwards."""
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers) as connection:

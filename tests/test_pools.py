@@ -536,7 +536,9 @@ class TestDeath:
             assert all(event.seconds < 4 for event in of(ConnectFailed, events))
             assert len(of(CircuitOpened, events)) == 1
 
-    def test_whoever_waits_is_told(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_threads_that_wait_learn_of_the_death(
+        self, proxies: Proxies, others: Callable[[Any], Others]
+    ) -> None:
         """One thread asks the peer; when it is dead, those that wait for the pool do not go on."""
         peers = [postgres_peer(proxies[0])]
         settings = {"BREAKER": {"fail_max": 5}, "CONNECT_TIMEOUT": 30, "CONNECT_DEADLINE": 40}

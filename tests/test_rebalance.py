@@ -313,7 +313,7 @@ class TestClaim:
             process = self.process(2)
             process.clock.advance(SECONDS)
             a = process.db.peers["a"]
-            there, _ = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
+            there, _ = test_breaker_threads.TestAsynchronousExceptions.interrupted_at(
                 step,
                 lambda: process.db.group.claim_move(a),  # noqa: B023
                 [rebalance.__file__],

@@ -92,7 +92,7 @@ class TestSessionState:
             on_mariadb.write("without")
         assert on_mariadb.written() == ["without"]
 
-    def test_until_the_unit_of_work_ends(self, on_mariadb: Site) -> None:
+    def test_until_the_request_ends(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SET @a = 1")
         close_old_connections()
         on_mariadb.kill()
@@ -267,7 +267,7 @@ class TestLeaving:
         here.read()
         assert here.connection.peer.name != name
 
-    def test_sticky(self, on_mariadb: Site) -> None:
+    def test_not_with_session_state(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SET @a = 1")
         name = self.away(on_mariadb)
         assert on_mariadb.sql("SELECT @a") == [(1,)]

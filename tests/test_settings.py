@@ -264,7 +264,7 @@ def test_balancers_is_a_mapping(tmp_path: pathlib.Path) -> None:
 # The dict in django.db.connections
 
 
-def test_settings_dict_is_never_swapped(mariadb_pair: Pair) -> None:
+def test_settings_dict_is_never_replaced(mariadb_pair: Pair) -> None:
     """connection.settings_dict is DATABASES' own dict, also while connecting and failing."""
     seen = []
 

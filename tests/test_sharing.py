@@ -403,7 +403,7 @@ class TestCircuits:
         redis_server.kill()
         assert one.db.try_out(one.db.peers["db1"], now=True)
 
-    def test_last_resort_asks_nobody(self, world: World) -> None:
+    def test_last_resort_asks_no_process(self, world: World) -> None:
         """Who has no other peer left tries, whichever process has the trial."""
         one, other = world.processes(2)
         world.down["db1"] = refused_by_host
@@ -595,7 +595,7 @@ class TestSlowRedis:
         other.step()
         assert one.states == other.states == ["closed", "closed"]
 
-    def test_lease_that_nobody_uses(self, world: World) -> None:
+    def test_lease_that_no_process_uses(self, world: World) -> None:
         """It runs out, and the other process has its trial; the first one has waited enough."""
         one, other = self.fleet(world)
         one.connect()
@@ -759,7 +759,7 @@ class TestRedis:
             assert all(process.due_in(name) <= 66 for name in ("db1", "db2"))
             assert not any(peer.drained for peer in process.db.peers.values())
 
-    def test_everything_is_said_to_be_out_and_nobody_hurries(
+    def test_everything_is_said_to_be_out_and_no_process_hurries(
         self, world: World, redis_server: RedisServer
     ) -> None:
         """… nor where there is no interval for a last resort: what was not tried here, is."""
@@ -1014,7 +1014,7 @@ class TestThread:
         assert redis_server.ask("KEYS", "*{two}:processes*")
 
     @pytest.mark.parametrize("how", ["hangs", "exits"])
-    def test_listener_is_told_elsewhere(self, own_url: str, how: str) -> None:
+    def test_listener_is_notified_in_a_thread_of_its_own(self, own_url: str, how: str) -> None:
         """One that hangs over what others have found, or ends its thread, ends no sharing."""
         db, other = (
             LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
@@ -1177,7 +1177,7 @@ class TestThread:
             assert link.ask(question, seconds) is None
         assert waits == [0.05, 1.0, 0.0]
 
-    def test_no_thread_to_be_had(
+    def test_no_thread_can_be_started(
         self, own_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Then nothing is shared, and everything else goes on."""
@@ -1357,7 +1357,7 @@ class TestDrains:
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     @pytest.mark.parametrize("last", [False, True])
-    def test_younger_wish_counts(
+    def test_younger_desired_state_counts(
         self, world: World, redis_server: RedisServer, last: bool, order: tuple[int, int]
     ) -> None:
         """… of two that were made while Redis was away, whichever it gets first."""
@@ -1398,7 +1398,7 @@ class TestDrains:
         for process in (one, other):
             assert not process.db.peers["db1"].drained
 
-    def test_last_wish_counts(self, world: World) -> None:
+    def test_last_desired_state_counts(self, world: World) -> None:
         """Any operator's."""
         one, other = world.processes(2)
         one.db.drain("db1")

@@ -107,7 +107,7 @@ class TestWatch:
             assert watch(sock.fileno()) is None
 
 
-class TestHarden:
+class TestKeepalive:
     @linux
     @pytest.mark.parametrize(
         ("seconds", "idle", "interval", "count", "timeout"),

@@ -300,7 +300,7 @@ def test_thresholds(mariadb_pair: Pair) -> None:
         assert [told()[:2] for _ in range(2)] == [("peer0", "half-open"), ("peer0", "closed")]
 
 
-def test_nobody_is_turned_away_for_one_killed_connection(mariadb: Node) -> None:
+def test_no_caller_is_turned_away_for_one_killed_connection(mariadb: Node) -> None:
     """With a single peer that is suspect, all who come at once wait for the one trial."""
     with engine([mysql_peer(mariadb)]) as connection:
         for _ in range(5):

@@ -104,7 +104,7 @@ class TestWhoMaySeeIt:
         assert "no-store" in response["Cache-Control"]
         assert response["X-Frame-Options"] == "DENY"
 
-    def test_nobody_known(self, site: Site) -> None:
+    def test_anonymous_visitor(self, site: Site) -> None:
         """Is sent to the admin's login, and from there back."""
         response = Client().get(PAGE)
         assert (response.status_code, response["Location"]) == (
@@ -295,7 +295,7 @@ class TestPage:
         found = "what the engine found out: 1 committed, 1 rolled back."
         assert found in text_of(client.get(PAGE))
 
-    def test_knows_what_an_operator_wishes(self, site: Site) -> None:
+    def test_shows_the_desired_state(self, site: Site) -> None:
         site.balancer.drain("peer1")
         site.fail("peer2")
         site.balancer.drain("peer2")

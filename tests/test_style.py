@@ -1,10 +1,19 @@
-"""Code, docs and messages have none of the words that :mod:`tests.words` lists."""
+"""Words that :mod:`tests.words` lists are nowhere, and files that are long say why."""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+import django_proxysql
 from tests import words
+
+PACKAGE = Path(django_proxysql.__file__).parent
+#: Lines.
+LONG_FILE, LONG_CLASS = 450, 300
 
 
 def test_no_file_has_a_listed_word(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +28,7 @@ def test_no_file_has_a_listed_word(capsys: pytest.CaptureFixture[str]) -> None:
         ("Nobody knows.", [(1, "Nobody")]),
         ("# A thread that is\n    # told of it.", [(1, "is told")]),
         ("Two lines,\nand whom it concerns.", [(2, "whom")]),
+        ("def test_nobody_waits() -> None:\n\nclass TestSeams:", [(1, "nobody"), (3, "Seams")]),
         ("A readiness probe, several keepalive probes, a timestamp, pretends.", []),
     ],
 )
@@ -26,3 +36,32 @@ def test_a_word_is_found_and_a_word_that_has_it_in_it_is_not(
     text: str, found: list[tuple[int, str]]
 ) -> None:
     assert [(number, word) for number, word, _ in words.hits(text)] == found
+
+
+def too_long(text: str) -> Iterator[str]:
+    """Yield what is too long in a file that does not say at its top why."""
+    tree = ast.parse(text)
+    if "Longer than other" in (ast.get_docstring(tree) or ""):
+        return
+    if text.count("\n") > LONG_FILE:
+        yield "the file"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if lines > LONG_CLASS:
+                yield f"class {node.name}, {lines} lines"
+
+
+def test_file_or_class_that_is_long_says_why_at_the_files_top() -> None:
+    found = {
+        path.relative_to(PACKAGE).as_posix(): list(too_long(path.read_text(encoding="utf-8")))
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert {path: long for path, long in found.items() if long} == {}
+
+
+def test_a_long_class_is_found_and_a_reason_is_enough() -> None:
+    text = "class Long:\n" + "    a = 1\n" * LONG_CLASS
+    assert list(too_long(text)) == [f"class Long, {LONG_CLASS + 1} lines"]
+    assert list(too_long("#\n" * LONG_FILE + "#\n")) == ["the file"]
+    assert list(too_long(f'"""A subject.\n\nLonger than others: a reason."""\n{text}')) == []

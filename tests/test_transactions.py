@@ -461,7 +461,7 @@ def test_a_failed_blocks_hook_does_not_run_with_the_next(here: Site) -> None:
 
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK", "ROLLBACK TO"])
-def test_state_that_went_where_no_error_was_raised_is_told_of(here: Site, end: str) -> None:
+def test_state_that_went_where_no_error_was_raised_is_an_error(here: Site, end: str) -> None:
     prepare(here)
     here.sql("SET @held = 1" if here.is_mysql else "SET work_mem = '5MB'")
     if end == "COMMIT":

@@ -201,7 +201,7 @@ class TestStep:
         assert stalled.step() is None
         assert sorted(world.driver.hosts) == ["db1", "db2"]
 
-    def test_nobody_left(self, stalled: TrialWorker) -> None:
+    def test_no_circuit_closed(self, stalled: TrialWorker) -> None:
         """With no circuit closed, peers are tried each LAST_RESORT_INTERVAL."""
         world = background("db1", "db2", last_resort_interval=2)
         world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
@@ -354,7 +354,7 @@ class TestRequests:
         world.clock.advance(1)
         assert world.hosts() == ["db1"]
 
-    def test_no_thread_to_be_had(
+    def test_no_thread_can_be_started(
         self,
         worker: TrialWorker,
         monkeypatch: pytest.MonkeyPatch,
@@ -412,7 +412,7 @@ class TestRequests:
         assert world.driver.hosts == ["db1", "db1"]
         assert worker.is_running or world.states() == "closed"
 
-    def test_nobody_waits_for_a_hanging_peer(self, worker: TrialWorker) -> None:
+    def test_no_request_waits_for_a_hanging_peer(self, worker: TrialWorker) -> None:
         """While its trial hangs, requests connect elsewhere, and none makes it."""
         world = background("hangs", "db2")
         inside, go = threading.Event(), threading.Event()
@@ -642,7 +642,7 @@ class TestThread:
         over = threading.Event()
 
         def victim(*args: Any) -> None:
-            there, where = test_breaker_threads.TestExceptionsOutOfNowhere.interrupted_at(
+            there, where = test_breaker_threads.TestAsynchronousExceptions.interrupted_at(
                 step, lambda: worker._run(*args), [trials.__file__, runtime.__file__]
             )
             if there:

@@ -46,7 +46,7 @@ class Waiting(World):
             self.driver.down.clear()
 
 
-def test_without_the_setting_nobody_waits() -> None:
+def test_without_the_setting_no_connect_waits() -> None:
     world = Waiting("db1", "db2")
     with pytest.raises(NoPeerAvailable):
         world.connect()
@@ -60,7 +60,7 @@ def test_connect_waits_until_a_peer_is_back() -> None:
     assert world.told(PeersExhausted) == []
 
 
-def test_the_last_look_comes_when_the_time_is_over_and_exhaustion_is_told_once() -> None:
+def test_the_last_look_comes_when_the_time_is_over_and_exhaustion_is_one_event() -> None:
     world = Waiting("db1", wait_for_peer=10)
     with pytest.raises(NoPeerAvailable):
         world.connect()
@@ -134,7 +134,7 @@ def test_a_refusal_by_all_is_raised_at_once() -> None:
     assert world.slept == []
 
 
-def test_a_replacement_that_is_not_needed_waits_for_nobody() -> None:
+def test_a_replacement_that_is_not_needed_does_not_wait() -> None:
     world = Waiting("db1", wait_for_peer=60)
     world.open("db1")
     with pytest.raises(NoPeerAvailable):

@@ -152,7 +152,7 @@ def test_a_peer_dies_and_comes_back(name: str, mariadb_pair: Pair, tmp_path: Pat
         assert client.failures == []
         assert web.stop() in (0, -signal.SIGTERM)
     assert "Traceback" not in web.log.read_text()
-    assert_nobody_left(mariadb_pair)
+    assert_none_left(mariadb_pair)
 
 
 def assert_of_their_own(answers: list[Answer], pair: Pair) -> None:
@@ -174,7 +174,7 @@ def assert_of_their_own(answers: list[Answer], pair: Pair) -> None:
     )
 
 
-def assert_nobody_left(nodes: Sequence[Node | PostgreSQLNode]) -> None:
+def assert_none_left(nodes: Sequence[Node | PostgreSQLNode]) -> None:
     """The servers forget connections as soon as they have read the goodbye."""
     for node in nodes:
         left = sessions(node)
@@ -227,7 +227,7 @@ def test_graceful_reload(name: str, mariadb_pair: Pair, tmp_path: Path) -> None:
             )
         assert client.failures == []
         assert web.stop() == 0
-    assert_nobody_left(mariadb_pair)
+    assert_none_left(mariadb_pair)
 
 
 def assert_statements_wait_together(web: Web, holder: Any, waiting: Callable[[], int]) -> None:
@@ -295,7 +295,7 @@ def test_asynchronous_writes(servers: str, request: pytest.FixtureRequest, tmp_p
         assert client.answers[-1]["states"]["peer0"] == "open"
         assert web.stop() in (0, -signal.SIGTERM)
     assert second.sql("SELECT name FROM site__item ORDER BY 1", DATABASE).split() == ["a", "b", "c"]
-    assert_nobody_left([second])
+    assert_none_left([second])
 
 
 @pytest.mark.skipif(django.VERSION < (5,), reason="views are cancelled since Django 5.0")
@@ -333,4 +333,4 @@ def test_a_view_that_is_cancelled_as_it_connects(
         assert hangs.accepted == before + 1
         assert web.stop() in (0, -signal.SIGTERM)
     assert "Traceback" not in web.log.read_text()
-    assert_nobody_left([mariadb])
+    assert_none_left([mariadb])

@@ -163,7 +163,7 @@ def test_second_of_two_starts_wakes_the_first(desk: Desk) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-def test_wake_between_look_and_sleep_is_heard(desk: Desk) -> None:
+def test_wake_between_look_and_sleep_is_noticed(desk: Desk) -> None:
     """A thread that has looked, and does not wait yet, looks once more."""
     desk.pause = 60
 

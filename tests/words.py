@@ -76,10 +76,12 @@ def files() -> list[Path]:
 def hits(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield each place: its line's number, what stands there, and what to write."""
     instead = list(WORDS.values())
+    # A name is read as its words are: test_nobody_waits, TestSeams.
+    joined = re.sub(r"(?<=[a-z])_(?=[a-z])|(?<=[a-z])\B(?=[A-Z][a-z])", " ", text)
     # A comment that goes on in the next line is one text.
-    joined = re.sub(r"\n[ \t]*#:? ", lambda match: "\n" + " " * (len(match[0]) - 1), text)
+    joined = re.sub(r"\n[ \t]*#:? ", lambda match: "\n" + " " * (len(match[0]) - 1), joined)
     for match in PATTERN.finditer(joined):
-        number = text.count("\n", 0, match.start()) + 1
+        number = joined.count("\n", 0, match.start()) + 1
         yield number, " ".join(match[0].split()), instead[(match.lastindex or 1) - 1]
 
 

@@ -2,6 +2,8 @@
 
 Only what touches peers is here. Everything else (cursors, transactions,
 features, SQL) is the peer engine's, untouched.
+
+Longer than other classes: the hooks of one connect follow one another, in Django's order.
 """
 
 from __future__ import annotations

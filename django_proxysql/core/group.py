@@ -249,7 +249,7 @@ class PeerGroup:
 
     def last_resort(self) -> float | None:
         """Return the seconds between trials of a peer while no circuit is closed; else None."""
-        return self.config.last_resort_interval if self.view().has_nobody else None
+        return self.config.last_resort_interval if self.view().all_are_out else None
 
     def _trial_in(self, peer: Peer, circuit: Circuit, now: float) -> float | None:
         """Return :attr:`PeerState.trial_in` of a peer whose circuit is ``circuit``."""
@@ -258,7 +258,7 @@ class PeerGroup:
         if trial_of(circuit, now) is not None:
             return 0.0
         due = circuit.due
-        if self.view().has_nobody:
+        if self.view().all_are_out:
             interval = self.config.last_resort_interval
             if interval is not None:
                 due = min(due, circuit.tried + interval)

@@ -273,11 +273,11 @@ class Search:
         # Everything that was in use has now been tried. Look again: with no
         # circuit closed, peers may be tried before their interval is over.
         view = self._group.view()
-        interval = self._group.config.last_resort_interval if view.has_nobody else None
+        interval = self._group.config.last_resort_interval if view.all_are_out else None
         for peer in view.out:
             untried = peer.breaker.circuit.tried == -math.inf
             # Another process opened this circuit; this process has not tried the peer.
-            at_once = view.has_nobody and interval is None and untried
+            at_once = view.all_are_out and interval is None and untried
             yield peer, True, 0 if at_once else interval
         for tier in view.tiers:
             for peer in tier:

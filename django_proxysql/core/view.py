@@ -100,7 +100,7 @@ class View(NamedTuple):
         )
 
     @property
-    def has_nobody(self) -> bool:
+    def all_are_out(self) -> bool:
         """Whether no circuit is closed."""
         return not self.tiers and not self.suspects
 
