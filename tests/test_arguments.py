@@ -19,7 +19,7 @@ from django_proxysql import (
     balancers,
     retrying_atomic,
 )
-from django_proxysql.core.config import BalancerConfig, address_in_words
+from django_proxysql.core.config import BalancerConfig, address_in_words, host_and_port
 from django_proxysql.core.exceptions import ConfigError, UnknownPeer
 from django_proxysql.core.strategies import Random
 from django_proxysql.monitoring.metrics import Metrics
@@ -324,3 +324,19 @@ def test_every_public_callable_is_here() -> None:
 )
 def test_an_address_is_put_into_words_in_one_way(parts: Any, words: str) -> None:
     assert address_in_words(*parts) == words
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("10.0.0.1:3306", ("10.0.0.1", 3306)),
+        ("db1", ("db1", None)),
+        ("[2001:db8::7]:3306", ("2001:db8::7", 3306)),
+        ("2001:db8::7", ("2001:db8::7", None)),
+        ("/run/s:1", ("/run/s:1", None)),
+        (":memory:", (":memory:", None)),
+        ("", ("", None)),
+    ],
+)
+def test_an_address_in_words_is_taken_apart_in_one_way(words: str, parts: Any) -> None:
+    assert host_and_port(words) == parts

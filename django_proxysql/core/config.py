@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "address_in_words",
     "config_from",
     "function",
+    "host_and_port",
     "imported",
     "number",
 ]
@@ -304,3 +306,12 @@ def address_in_words(host: Any, port: Any, socket: Any = None, database: Any = N
         before_port = f"[{where}]" if ":" in where else where or "localhost"
         return f"{before_port}:{port}" if port else where
     return str(database or "")
+
+
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^]]+)]|(?P<name>[^:/]+)):(?P<port>\d+)", re.ASCII)
+
+
+def host_and_port(address: str) -> tuple[str, int | None]:
+    """Return the host and port of an address in words; a path or a host alone has no port."""
+    match = _HOST_AND_PORT.fullmatch(address)
+    return (match["ipv6"] or match["name"], int(match["port"])) if match else (address, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..circuit import CLOSED, Circuit
+from ..config import host_and_port
 from ..faults import Fault
 from ..peer import Peer
 from .link import Link
@@ -196,10 +197,7 @@ def names_for_others(peers: Iterable[Peer]) -> dict[str, str]:
 
 
 def _is_local(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    # An IPv6 address stands in brackets before its port.
-    has_port = port.isdigit() and (":" not in host or host.startswith("["))
-    host = host.strip("[]").lower() if has_port else address
+    host = host_and_port(address)[0].lower()
     # A name without a port is a host's, or a database's on no host in particular.
     return (
         host in ("localhost", "::1", "")

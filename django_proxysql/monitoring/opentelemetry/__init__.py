@@ -29,6 +29,7 @@ except ImportError as exc:
 
 from ... import __version__
 from ...core.balancer import LoadBalancer
+from ...core.config import host_and_port
 from ...core.events import Event
 from ...core.reports import REPORTS, Count, fits
 
@@ -46,7 +47,6 @@ _POOL = "db.client.connection.pool.name"
 #: The conventions' advice for durations, in seconds.
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 
-_ADDRESS = re.compile(r"(?P<host>.+):(?P<port>\d+)")
 _CAPITAL = re.compile(r"(?<!^)(?=[A-Z])")
 
 #: What an event's field is called on a span, where the conventions have a word for it.
@@ -160,10 +160,9 @@ def _attributes(event: Event, names: Iterable[str]) -> dict[str, Any]:
         if value is None:
             continue
         if name == "address":
-            match = _ADDRESS.fullmatch(value)
-            found["server.address"] = match["host"] if match else value
-            if match:
-                found["server.port"] = int(match["port"])
+            found["server.address"], port = host_and_port(value)
+            if port is not None:
+                found["server.port"] = port
             continue
         value = value.value if isinstance(value, enum.Enum) else value
         found[_ATTRIBUTES.get(name, f"{_NAME}.{name}")] = value
