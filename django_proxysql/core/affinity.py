@@ -22,7 +22,7 @@ class Pin:
 
 
 class Affinity:
-    """Which peer each thread, greenlet or asyncio task stays with."""
+    """Which peer each thread, greenlet or asyncio task is pinned to."""
 
     def __init__(self) -> None:
         # A context variable: greenlets and asyncio's tasks have their own, and
@@ -57,7 +57,7 @@ class Affinity:
             self.pins.set(None)
 
     def pinned_to(self, peer: Peer) -> Peer | None:
-        """Return the peer that the caller stays with; None: it stays with none.
+        """Return the peer that the caller is pinned to; None: it is not pinned.
 
         :param peer: the peer of the caller's connection. The first call in a block pins an
             available one.

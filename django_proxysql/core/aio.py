@@ -67,7 +67,7 @@ class AsyncLoadBalancer(Face):
 
         :param open_one: a coroutine function that opens a connection as the :class:`Attempt`
             says, and closes what it opened if it fails or is cancelled.
-        :raises NoPeerAvailable: no peer could be had within the deadline.
+        :raises NoPeerAvailable: no peer was available within the deadline.
         :raises ConfigError: an argument is wrong, the balancer was made without ``connect``, or
             the strategy yields what is no peer.
         :raises Exception: the driver's own error, where it is not the peer's

@@ -105,7 +105,7 @@ class LoadBalancer(Face):
             ``"never"``: only closed circuits are used.
         :param only: connect to this peer, or the one of this name, if its circuit is closed,
             or not at all.
-        :raises NoPeerAvailable: no peer could be had within the deadline.
+        :raises NoPeerAvailable: no peer was available within the deadline.
         :raises ConfigError: an argument is wrong, the balancer was made without ``connect``, or
             the strategy yields what is no peer.
         :raises Exception: the driver's own error, where it is not the peer's

@@ -411,7 +411,7 @@ def _stored(
 
 
 class _StateChange:
-    """Tells one of pybreaker's listeners of a circuit's changes of state."""
+    """Calls one of pybreaker's listeners at a circuit's changes of state."""
 
     def __init__(self, breaker: PeerBreaker, listener: pybreaker.CircuitBreakerListener) -> None:
         self._breaker = breaker

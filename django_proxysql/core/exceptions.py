@@ -9,7 +9,7 @@
     │   └── DrainRefused           a drain that would leave no peer to connect to
     ├── NotReady                   a READY_CHECK's verdict: connected, but not usable
     ├── PoolBusy                   our own pool for a peer has no connection to spare
-    └── NoPeerAvailable            no peer could be had; names each peer and why
+    └── NoPeerAvailable            no peer was available; names each and why
 
 Under Django, :class:`NoPeerAvailable` is at the same time a
 ``django.db.utils.OperationalError``: the Django floor derives its own class
@@ -73,7 +73,7 @@ class PoolBusy(Exception):
 
     Nothing is known of the peer, and nothing is counted: the search goes on to
     the others and comes back, with :attr:`Attempt.may_wait` set, when none of
-    them can be had. It never leaves :meth:`LoadBalancer.connect`.
+    them is available. It never leaves :meth:`LoadBalancer.connect`.
     """
 
 

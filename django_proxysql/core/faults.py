@@ -14,7 +14,7 @@ __all__ = ["Count", "Fault", "Judgement", "Loss", "Proof", "Verdict", "loss_coun
 
 
 class Fault(enum.Enum):
-    """The kinds of failure that a load balancer tells apart."""
+    """The kinds of failure that a load balancer distinguishes."""
 
     #: Nothing listens, the name does not resolve, time ran out, TLS failed.
     UNREACHABLE = "unreachable"

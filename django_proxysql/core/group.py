@@ -209,7 +209,7 @@ class PeerGroup:
         return self.affinity.pinned(known, self.invalidate)
 
     def pinned_to(self, peer: Peer) -> Peer | None:
-        """Return the peer that the caller stays with; see :meth:`.Affinity.pinned_to`."""
+        """Return the peer that the caller is pinned to; see :meth:`.Affinity.pinned_to`."""
         return self.affinity.pinned_to(peer)
 
     def claim_move(self, peer: Peer) -> Move | None:

@@ -69,7 +69,7 @@ def galera(connection: Any) -> Script[None]:
     """Raise :class:`NotReady` unless the node is a usable member of its cluster.
 
     A node that has lost its cluster goes on accepting connections and answers
-    ``ping`` and ``SELECT 1``; only its own ``wsrep_*`` status tells. Galera's
+    ``ping`` and ``SELECT 1``; only its own ``wsrep_*`` status shows it. Galera's
     documentation: ready ON, component Primary, state 4 (Synced), and neither
     ``wsrep_reject_queries`` nor ``wsrep_desync`` set by an operator.
     """

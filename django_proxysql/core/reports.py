@@ -101,7 +101,7 @@ class Report:
     #: Its name in :mod:`django_proxysql.signals`. Empty: it has none.
     signal: str = ""
     counts: tuple[Count, ...] = ()
-    #: How the attempt ended that the event tells of.
+    #: How the attempt ended that the event is about.
     outcome: str = ""
 
 

@@ -39,7 +39,7 @@ def descriptor(number: object) -> int | None:
 
 
 def watch(descriptor: int | None) -> Callable[[int], object] | None:
-    """Return a function that tells, called with 0, whether the socket has something to say.
+    """Return a function that says, called with 0, whether the socket has something to say.
 
     What it returns is empty for a quiet socket; it costs about a microsecond
     and no round trip. None where there is no ``poll`` or no descriptor.

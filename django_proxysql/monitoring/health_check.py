@@ -30,7 +30,7 @@ __all__ = ["Peers"]
 class Peers(HealthCheck):  # type: ignore[misc]
     """Ask the database a question through its load balancer.
 
-    It is unavailable if no peer can be had, and well if one can. It asks over the
+    It is unavailable if no peer is, and well if one is available. It asks over the
     connection that its thread has open; where there is none it makes one, even if no
     circuit is closed, and closes it again: in a process that serves nothing while its
     checks fail, nothing else would find out that a peer has recovered. What it says
@@ -52,7 +52,7 @@ class Peers(HealthCheck):  # type: ignore[misc]
     def run(self) -> None:
         """Make the check.
 
-        :raises ServiceUnavailable: no peer can be had.
+        :raises ServiceUnavailable: no peer is available.
         :raises ServiceWarning: with ``strict``, a peer is out of use.
         """
         try:

@@ -165,5 +165,5 @@ runtime.at_fork(lambda: history.after_fork())
 
 def watch() -> None:
     """Begin to listen; to call it again changes nothing."""
-    # The everyday connects say nothing of a state, and are spared the telling.
+    # The everyday connects say nothing of a state, and are spared the call.
     balancers.add_listener(history, connects=False)

@@ -183,7 +183,7 @@ class Driver:
         return False
 
     def status(self, connection: Any) -> Callable[[], object] | None:
-        """Return what tells, without a round trip, whether a transaction is open; None where
+        """Return what says, without a round trip, whether a transaction is open; None where
         the driver still knows that after the loss of the connection, or never does."""
         return None
 

@@ -365,8 +365,8 @@ class MySQL(Driver):
     def in_transaction(self, connection: Any) -> bool | None:
         """Return True if the server's last answer says that a transaction is open, else None.
 
-        PyMySQL keeps the answer's status flags; they do not tell of reads.
-        mysqlclient tells of them nothing but whether autocommit is on.
+        PyMySQL keeps the answer's status flags; they do not show reads.
+        mysqlclient shows of them only whether autocommit is on.
         """
         flags = getattr(connection, "server_status", None)
         return True if type(flags) is int and flags & _IN_TRANSACTION else None
@@ -395,7 +395,7 @@ class MySQL(Driver):
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
         """Return whether no answer is outstanding after ``exc`` came out of a driver's method.
 
-        Neither driver knows. Where it was raised tells: before the statement was
+        Neither driver knows. Where it was raised decides: before the statement was
         sent, or after its result was read.
         """
         traceback = exc.__traceback__
