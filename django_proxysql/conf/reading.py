@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from django.core.exceptions import ImproperlyConfigured
 
-from ..core.config import BalancerConfig, BreakerConfig, PeerConfig
+from ..core.config import BalancerConfig, BreakerConfig, PeerConfig, check_field
 from ..core.exceptions import ConfigError
 from ..core.ready import ready_check_from
 from ..core.strategies import strategy_from
@@ -114,8 +114,8 @@ class _Reader:
     def _balancer(self) -> dict[str, Any]:
         """Return the fields that the balancer's own settings give."""
         entry, settings = self._entry, self._entry.settings
-        given = self._fields(BALANCER_FIELDS, settings, self._some_balancer)
-        self._fields({"CHECK_INTERVAL": "check_interval"}, settings, _some_peer)
+        given = self._fields(BALANCER_FIELDS, settings, BalancerConfig)
+        self._fields({"CHECK_INTERVAL": "check_interval"}, settings, PeerConfig)
         self._breaker = self._thresholds(settings, BreakerConfig())
         for id_, key, checked in (
             ("E007", "STRATEGY", strategy_from),
@@ -136,9 +136,6 @@ class _Reader:
                 "Give seconds, 0 or None.",
             )
         return given
-
-    def _some_balancer(self, **given: Any) -> BalancerConfig:
-        return BalancerConfig(self._entry.alias, (PeerConfig("peer0"),), **given)
 
     def _peers(self) -> tuple[PeerConfig, ...]:
         entry = self._entry
@@ -227,7 +224,7 @@ class _Reader:
 
     def _peer(self, where: str, name: str, settings: Mapping[str, Any]) -> PeerConfig:
         entry = self._entry
-        given = self._fields(PEER_FIELDS, settings, _some_peer, where)
+        given = self._fields(PEER_FIELDS, settings, PeerConfig, where)
         if "CHECK_INTERVAL" in entry.settings:
             given.setdefault("check_interval", entry.settings["CHECK_INTERVAL"])
         breaker = self._thresholds(settings, self._breaker, where)
@@ -250,7 +247,7 @@ class _Reader:
         self,
         fields: Mapping[str, str],
         settings: Mapping[str, Any],
-        config: Callable[..., object],
+        config: type,
         where: str = "",
     ) -> dict[str, Any]:
         """Return the fields that ``settings`` give, each tried by itself in a config."""
@@ -258,7 +255,7 @@ class _Reader:
         for name, value in given.items():
             self._checked(
                 "E005",
-                lambda name=name, value=value: config(**{name: value}),  # type: ignore[misc]
+                lambda name=name, value=value: check_field(config, name, value),  # type: ignore[misc]
                 where,
             )
         return given
@@ -284,10 +281,6 @@ class _Reader:
 
     def _add(self, id_: str, setting: str, message: str, hint: str) -> None:
         self._found.append(self._entry.problem(id_, setting, message, hint))
-
-
-def _some_peer(**given: Any) -> PeerConfig:
-    return PeerConfig("peer0", **given)
 
 
 def _engine(entry: Entry) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ __all__ = [
     "BreakerConfig",
     "PeerConfig",
     "address_in_words",
+    "check_field",
     "config_from",
     "function",
     "host_and_port",
@@ -223,6 +224,22 @@ class BalancerConfig:
             raise ConfigError(
                 "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."
             )
+
+
+#: What each configuration cannot be without.
+_NEEDED: dict[type, tuple[Any, ...]] = {
+    PeerConfig: ("peer0",),
+    BalancerConfig: ("default", (PeerConfig("peer0"),)),
+    BreakerConfig: (),
+}
+
+
+def check_field(config: type, name: str, value: Any) -> None:
+    """Check one field of a configuration by itself.
+
+    :raises ConfigError: the field cannot have that value.
+    """
+    config(*_NEEDED[config], **{name: value})
 
 
 _PEERS_HINT = (

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from .config import BalancerConfig, BreakerConfig, PeerConfig
+from .config import BalancerConfig, BreakerConfig, PeerConfig, check_field
 from .exceptions import ConfigError
 
 __all__ = ["from_url"]
@@ -236,7 +236,7 @@ def _said(given: Mapping[str, str], hosts: int) -> _Said:
         elif setting in _BALANCER:
             field = _BALANCER[setting]
             said.entry[setting] = _value(key, text, isinstance(field.default, bool))
-            _checked(BalancerConfig, field, said.entry[setting], "url", (PeerConfig("peer0"),))
+            _checked(BalancerConfig, field, said.entry[setting])
         elif setting in _DJANGO:
             said.entry[setting] = _value(key, text, _DJANGO[setting])
             age = said.entry[setting]
@@ -273,7 +273,7 @@ def _spread(said: _Said, key: str, text: str) -> None:
         )
     for peer, value in zip(said.peers, values):
         if not is_name:
-            _checked(PeerConfig, _PEER[setting], value, "peer0")
+            _checked(PeerConfig, _PEER[setting], value)
         peer[setting] = value
 
 
@@ -298,13 +298,13 @@ def _value(key: str, text: str, is_boolean: bool = False) -> Any:
     return text
 
 
-def _checked(config: Any, field: dataclasses.Field[Any], value: Any, *needed: Any) -> None:
+def _checked(config: type, field: dataclasses.Field[Any], value: Any) -> None:
     """Have the configuration judge one value.
 
     :raises _Wrong: the value is out of range. The remedy is quoted, the value is not.
     """
     try:
-        config(*needed, **{field.name: value})
+        check_field(config, field.name, value)
     except ConfigError as exc:
         raise _Wrong(f"has a wrong {field.name!r}", exc.hint) from None
 
