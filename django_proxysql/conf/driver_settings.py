@@ -6,20 +6,16 @@ import difflib
 import inspect
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..core.config import host_and_port
 from ..core.exceptions import ConfigError
 from .engines import load_wrapper
 from .entry import Entry, Problem
 from .merging import address
 
 __all__ = ["is_number", "of_peer", "one_address", "options", "shared_pools", "timeouts", "tokens"]
-
-#: A host, and a port behind one colon; an IPv6 address has more of them, or brackets.
-_HOST_AND_PORT = re.compile(r"(?:[^:\[\]/]+|\[[^\]/]*\]):\d+")
-
 
 #: What is written in a settings file in place of a string.
 _NO_TEXT = (int, float, list, tuple, dict, set)
@@ -181,7 +177,7 @@ def _not_for_the_driver(entry: Entry, merged: Mapping[str, Any]) -> Iterator[tup
     if not isinstance(host, takes) and (is_mysql or host):
         yield "HOST", f"is a {type(host).__name__}", "Give the host's name as a string."
     for setting, value in (("HOST", host), ("OPTIONS['host']", options.get("host"))):
-        if isinstance(value, str) and _HOST_AND_PORT.fullmatch(value.strip()):
+        if isinstance(value, str) and host_and_port(value.strip())[1] is not None:
             yield setting, f"is {value!r}, with a port in it", "Move the port into PORT."
     for setting, value in (
         ("PORT", merged.get("PORT")),

@@ -325,10 +325,10 @@ def address_in_words(host: Any, port: Any, socket: Any = None, database: Any = N
     return str(database or "")
 
 
-_HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^]]+)]|(?P<name>[^:/]+)):(?P<port>\d+)", re.ASCII)
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^]]*)]|(?P<name>[^:/]+)):(?P<port>\d+)")
 
 
 def host_and_port(address: str) -> tuple[str, int | None]:
     """Return the host and port of an address in words; a path or a host alone has no port."""
     match = _HOST_AND_PORT.fullmatch(address)
-    return (match["ipv6"] or match["name"], int(match["port"])) if match else (address, None)
+    return (match["ipv6"] or match["name"] or "", int(match["port"])) if match else (address, None)
