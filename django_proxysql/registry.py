@@ -150,6 +150,7 @@ class Balancers(Mapping[str, LoadBalancer]):
         :param listener: see :meth:`LoadBalancer.add_listener`.
         :param connects: as there.
         """
+        # Guards the listeners, and that each balancer has the same ones.
         with self._listeners_lock:
             if listener in [known for known, _ in self._listeners]:
                 return
@@ -159,6 +160,7 @@ class Balancers(Mapping[str, LoadBalancer]):
 
     def remove_listener(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
+        # As above.
         with self._listeners_lock:
             self._listeners = tuple(known for known in self._listeners if known[0] != listener)
             for registered in list(self.known.values()):

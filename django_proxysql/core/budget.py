@@ -53,6 +53,7 @@ class ReplayBudget:
 
     def note(self, now: float) -> None:
         """Remember how many statements there have been, for the last minute's share."""
+        # Guards the notes: of two threads that come at once one adds to them.
         with self._lock:
             self._note(now)
 
@@ -73,6 +74,7 @@ class ReplayBudget:
         :param cost: how many statements are sent for it. A replay that costs more than is
             left is allowed while anything is left, and none after it.
         """
+        # Guards the count of replays: of two threads that ask for the last one, one has it.
         with self._lock:
             now = self._clock()
             self._note(now)
@@ -98,6 +100,7 @@ class ReplayBudget:
 
     def bar(self, sql: str) -> None:
         """Allow no replay of ``sql`` for a minute: it was lost twice."""
+        # Guards the dict, whose oldest are looked for and removed.
         with self._lock:
             now = self._clock()
             # The oldest first: each is barred for as long.

@@ -326,6 +326,7 @@ class PeerGroup:
 
     def undrain(self, peer: Peer) -> None:
         """Let a peer have new connections again."""
+        # The lock guards the desired state, and the order of its events.
         with self._drains_lock:
             changed = self._set_drained(peer, False, elsewhere=False)
         self._ask_for(peer, False, changed)

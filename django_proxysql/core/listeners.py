@@ -44,6 +44,7 @@ class Listeners:
 
     def remove(self, listener: Listener) -> None:
         """Call ``listener`` no longer."""
+        # The lock guards the two tuples, as in add().
         with self._lock:
             self.dispatchers = tuple(one for one in self.dispatchers if one.listener != listener)
             self.of_connects = tuple(one for one in self.of_connects if one.listener != listener)

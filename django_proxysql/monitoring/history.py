@@ -94,6 +94,7 @@ class History:
         peer = registered.balancer.peers.get(name)
         if peer is None:
             return
+        # Guards the rows: look and note are one step.
         with self._lock:
             row = self._note(registered.balancer, peer)
             if isinstance(event, CommitResolved):
@@ -115,6 +116,7 @@ class History:
     def look_at(self, balancer: LoadBalancer) -> None:
         """Note how the peers of ``balancer`` are now."""
         for peer in balancer.peers.values():
+            # Guards the rows, as above.
             with self._lock:
                 self._note(balancer, peer)
 
@@ -124,6 +126,7 @@ class History:
         Its first change may lie before that; what was earlier still is not known.
         """
         since = self.clock() - SPAN
+        # Guards the row's deques, which a thread may add to.
         with self._lock:
             row = self._rows.get((balancer, peer))
             if row is None:
