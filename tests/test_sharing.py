@@ -1180,7 +1180,10 @@ class TestThread:
     def test_no_thread_can_be_started(
         self, own_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Then nothing is shared, and everything else goes on."""
+        """Then nothing is shared, and everything else goes on; once one can be, all is shared.
+
+        caplog keeps the log record, and with it the error's frames.
+        """
 
         def none(*arguments: Any) -> None:
             raise RuntimeError("can't start new thread")
@@ -1194,6 +1197,14 @@ class TestThread:
         assert [message.partition(" to ")[0] for message in caplog.messages] == [
             "No thread could be started"
         ]
+        monkeypatch.undo()
+        db.group.invalidate()
+        db.connect()
+        other = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
+        other.connect()
+        for one in (db, other):
+            assert one.sharing is not None
+            assert one.sharing.settle(10)
 
     def test_gevent(self, own_url: str) -> None:
         """Under gevent it is a greenlet, and holds no other up."""
