@@ -149,7 +149,7 @@ class Call:
         return self._stack.__exit__(*exc_info)
 
     def adopt(self, begun: list[Transaction]) -> None:
-        """Take the run that somebody else has made for the first.
+        """Count a run that the caller has made as the first.
 
         :param begun: the records of its blocks; NO_TRANSACTION where none began.
         """

@@ -37,7 +37,7 @@ _FACTS = "mysql_server_data"
 
 
 class LoadBalancedMixin(_Base):
-    """Connects to whichever peer of its load balancer can be had."""
+    """Connects to a peer of its load balancer that works."""
 
     #: The peer engine's driver module.
     Database: Any

@@ -230,7 +230,7 @@ class _Hooks(CursorWrapper):
         result = super().callproc(procname, *arguments)
         if session is not None:
             session.sending = None
-            # What it made is anybody's guess: the session answers for itself from here on.
+            # What it made is unknown: the session answers for itself from here on.
             session.lost_results = 0
         return result
 

@@ -74,7 +74,7 @@ def note(db: Any, session: Session, exc: BaseException, idle: bool = False) -> N
 
 
 def act_on(db: Any, session: Session, exc: BaseException, judgement: Judgement, idle: bool) -> None:
-    """Note what an error says of the connection, and tell the peer's circuit and listeners."""
+    """Note what an error says of the connection; notify the peer's circuit and listeners."""
     fault, text = judgement.fault, judgement.text
     is_closed = db._driver.is_closed(session.connection)
     breaker = session.peer.breaker

@@ -231,7 +231,7 @@ class Checkout:
                     timeout=min(seconds, _A_MOMENT) if impatient else seconds
                 )
             except PoolClosed:
-                # Somebody called close_pool(), or the peer is out of use by now.
+                # The application called close_pool(), or the peer is out of use by now.
                 if time.monotonic() >= ends or not (attempt.is_trial or attempt.peer.is_available):
                     raise
                 continue

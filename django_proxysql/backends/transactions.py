@@ -167,7 +167,7 @@ def begin(db: Any, session: Session) -> None:
 
 
 def end(db: Any, session: Session) -> None:
-    switch_on = functools.partial(db._plain("_set_autocommit"), True)
+    send = functools.partial(db._plain("_set_autocommit"), True)
     transaction, was_raised = db._transaction, session.error_raised
     if transaction.has_ended:
         # What was sent in it no longer counts: the kernel is not asked.
@@ -177,9 +177,9 @@ def end(db: Any, session: Session) -> None:
     try:
         if transaction.by_hand and transaction.stage is Stage.ACTIVE and db.vendor == "mysql":
             # What is open is committed by it.
-            send_commit(db, switch_on)
+            send_commit(db, send)
         else:
-            switch_on()
+            send()
     except Error:
         # After COMMIT or ROLLBACK was answered nothing hangs on it.
         ends_nothing = (
