@@ -230,11 +230,17 @@ class TestRealRedis:
 def test_redis_cluster_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """A node of a Redis Cluster looks like a Redis until it answers."""
     server = RedisServer()
-    server.options += ["--cluster-enabled", "yes"]
-    with server:
-        one = World(server.url).process()
-        assert one.sharing.trouble.startswith("is a Redis Cluster, which SHARED_STATE cannot use")
-        assert one.connect() == "db1"
+    # Redis would take the port 10,000 above its own, which may be anyone's.
+    bus = ports.reserve()
+    server.options += ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+    try:
+        with server:
+            one = World(server.url).process()
+            trouble = one.sharing.trouble
+            assert trouble.startswith("is a Redis Cluster, which SHARED_STATE cannot use")
+            assert one.connect() == "db1"
+    finally:
+        ports.release(bus)
 
 
 def test_another_trouble_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
