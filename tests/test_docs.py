@@ -188,6 +188,19 @@ def test_error_that_the_reference_shows() -> None:
     assert str(raised.value) == " ".join(shown.split())
 
 
+# Figures
+
+
+@needs_docs
+def test_figures_that_a_page_quotes_are_those_of_the_chaos_page() -> None:
+    folder = ROOT / "docs/explanation"
+    chaos = (folder / "chaos.rst").read_text(encoding="utf-8")
+    quoting = (folder / "alternatives.rst").read_text(encoding="utf-8")
+    figures = re.findall(r"\d+,\d{3}", quoting)
+    assert figures
+    assert [figure for figure in figures if figure not in chaos] == []
+
+
 # Without Django
 
 
