@@ -1579,7 +1579,7 @@ class TestConfiguration:
             ({"last_resort_interval": -1}, "LAST_RESORT_INTERVAL is -1"),
             ({"strategy": "randomly"}, "STRATEGY is 'randomly'"),
             ({"strategy": "nowhere.Strategy"}, "cannot be imported"),
-            ({"strategy": object()}, "no order"),
+            pytest.param({"strategy": object()}, "no order", id="an object as strategy"),
             ({"ready_check": "galeria"}, "READY_CHECK"),
             ({"ready_check": 5}, "cannot be called"),
             ({"peers": {"a": {"weight": 0}}}, "WEIGHT is 0"),

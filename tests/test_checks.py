@@ -382,7 +382,7 @@ def test_what_the_driver_cannot_take(
             for host in ("::1", "fe80::1%eth0", "2001:db8::7", "/run/mysqld.sock", "")
         ),
         *({"PORT": port} for port in (3307, "3307", " 3307 ", "", 0, None)),
-        {"PASSWORD": lambda: "sesame"},
+        pytest.param({"PASSWORD": lambda: "sesame"}, id="PASSWORD is called"),
         {
             "OPTIONS": {
                 "port": 3307,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -19,6 +20,7 @@ import MySQLdb
 import psycopg
 import pytest
 
+from tests.conftest import pytest_runtest_logstart
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
@@ -277,6 +279,20 @@ def test_redis(redis_server: RedisServer) -> None:
     assert redis_server.ask("GET", "key") == "value\n"
     redis_server.restart()
     assert redis_server.ask("GET", "key") == "\n"
+
+
+def test_a_failure_shows_no_exception_that_another_test_left() -> None:
+    """What was "being handled" when an exception struck stays so, in CPython: see conftest."""
+    left = ValueError("of another test")
+    given = ctypes.py_object(type(left)), ctypes.py_object(left), ctypes.py_object(None)
+    for stolen in given:
+        ctypes.pythonapi.Py_IncRef(stolen)
+    ctypes.pythonapi.PyErr_SetExcInfo(*given)
+    assert sys.exc_info()[1] is left
+    pytest_runtest_logstart()
+    with pytest.raises(KeyError) as caught:
+        raise KeyError("of this test")
+    assert caught.value.__context__ is None
 
 
 def test_missing_program_names_the_package() -> None:
