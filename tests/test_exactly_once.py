@@ -150,6 +150,13 @@ class TestBlocksWithoutAToken:
                 assert sent == number + (3 if here.is_mysql else 2)
         assert (tokens(here), resolved(here)) == ([], [])
 
+    @pytest.mark.parametrize("cut", ["before", "after"])
+    def test_of_reads_of_any_size_ends_well(self, here: Site, cut: str) -> None:
+        with transaction.atomic("balanced"):
+            assert here.sql("SELECT length(%s)", ["x" * 2_000_000]) == [(2_000_000,)]
+            getattr(here.here, f"cut_{cut}")(b"COMMIT")
+        assert (tokens(here), resolved(here)) == ([], [])
+
     @pytest.mark.parametrize("cut", [None, "before", "after"])
     def test_that_was_begun_by_hand_has_none(self, here: Site, cut: str | None) -> None:
         here.read()

@@ -167,6 +167,37 @@ class TestCommitOfReads:
         here.write("one")
         assert here.written() == ["one"]
 
+    @pytest.mark.parametrize("kind", ["before", "after"])
+    def test_of_many_kinds_and_sizes_is_saved(self, here: Site, kind: str) -> None:
+        alias = here.connection.alias
+        with transaction.atomic(alias):
+            assert here.sql("SELECT length(%s)", ["x" * 2_000_000]) == [(2_000_000,)]
+            with transaction.atomic(alias):
+                here.sql("SELECT value FROM app_token WHERE value LIKE 'a%'")
+            here.cut(kind)
+
+    @pytest.mark.parametrize("kind", ["before", "after"])
+    @pytest.mark.parametrize("statement", ["SELECT writes()", "SELECT a FROM writing"])
+    def test_of_a_read_that_writes_is_unknown(
+        self, on_postgres: Site, statement: str, kind: str
+    ) -> None:
+        """PostgreSQL's answer to it is a SELECT's, and names no transaction id."""
+        here = on_postgres
+        with here.plain.cursor() as cursor:
+            cursor.execute(
+                "CREATE FUNCTION writes() RETURNS int LANGUAGE sql VOLATILE"
+                " AS $$ INSERT INTO app_token (value) VALUES ('by a read') RETURNING 1 $$"
+            )
+            cursor.execute("CREATE VIEW writing AS SELECT writes() AS a")
+        try:
+            with pytest.raises(CommitOutcomeUnknown), transaction.atomic(here.connection.alias):
+                assert here.sql(statement) == [(1,)]
+                here.cut(kind)
+            assert here.written() == (["by a read"] if kind == "after" else [])
+        finally:
+            with here.plain.cursor() as cursor:
+                cursor.execute("DROP FUNCTION writes() CASCADE")
+
     def test_found_dead_before_it_is_saved(self, here: Site) -> None:
         with transaction.atomic(here.connection.alias):
             here.read()

@@ -22,12 +22,14 @@ from ..core.events import CommitResolved
 from ..core.faults import Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
+from ..core.parameters import VALUES
 from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
+from ..core.texts import with_parameters
 from ..errors import CommitOutcomeUnknown
 from .asking import is_of_server, is_serializable, isolation_of, throw_away
 from .decisions import may_count_as_committed, writes_token
-from .replays import dialect_of
+from .replays import are_sendable, dialect_of
 from .sessions import Session
 from .tokens import delete_some, wait_briefly
 
@@ -39,6 +41,7 @@ _logged: Any = getattr(utils, "debug_transaction", None) or (
 )
 #: Longer texts have values in them, and would fill the memo.
 _LONGEST_PROVEN = 5000
+_SEQUENCES = frozenset({tuple, list})
 
 
 @functools.lru_cache(maxsize=2000)
@@ -98,8 +101,18 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool
         return False
     dialect = dialect_of(db)
     # No generator: each block of reads comes by here.
-    for sql, _ in reads:
-        if not isinstance(sql, str) or len(sql) > _LONGEST_PROVEN or not _proven(sql, dialect):
+    for sql, params in reads:
+        if not isinstance(sql, str) or len(sql) > _LONGEST_PROVEN:
+            return False
+        if not _proven(with_parameters(sql, params), dialect):
+            return False
+        # That nobody has replaced the driver's way with plain values is asked once COMMIT is lost:
+        # here it would cost more than the rest.
+        if not (
+            params is None
+            or (params.__class__ in _SEQUENCES and VALUES.issuperset(map(type, params)))
+            or are_sendable(db, session, params, single=True, any_size=True)
+        ):
             return False
     return True
 

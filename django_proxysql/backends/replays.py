@@ -241,7 +241,8 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
     dialect = dialect_of(db)
     return all(
         is_provable_read(with_parameters(sql, params), dialect=dialect)
-        and are_sendable(db, session, params, single=True)
+        # All of it was answered before: what is lost is COMMIT, and no packet was too large.
+        and are_sendable(db, session, params, single=True, any_size=not anew)
         and not (anew and dialect == "postgresql" and tells_time(sql))
         for sql, params in transaction.reads or ()
     )
@@ -273,8 +274,13 @@ def kind_of_params(db: Any, session: Session, params: Any) -> int:
     return STATE if hidden else 0
 
 
-def are_sendable(db: Any, session: Session, params: Any, single: bool) -> bool:
-    """Return whether the parameters are there still, are plain values, and not too many."""
+def are_sendable(
+    db: Any, session: Session, params: Any, single: bool, any_size: bool = False
+) -> bool:
+    """Return whether the parameters are there still, are plain values, and not too many.
+
+    :param any_size: whether they may be of any size.
+    """
     connection = drivers.unwrapped(session.connection)
 
     def is_usual(cls: type) -> bool:
@@ -282,7 +288,7 @@ def are_sendable(db: Any, session: Session, params: Any, single: bool) -> bool:
 
     try:
         if single:
-            return are_small(params) and are_values(params, is_usual)
+            return (any_size or are_small(params)) and are_values(params, is_usual)
         return (
             isinstance(params, (list, tuple))
             and len(params) <= _MOST_ROWS
