@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import random
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import django
@@ -17,6 +19,8 @@ from tests.servers.ports import ServerError
 from tests.servers.runs import exit_on_sigterm
 
 SERVERS = ("mariadb", "postgresql", "galera")
+#: That have a COMMIT under way when a node is cut off or killed.
+THREADS = 32
 
 
 def main() -> int:
@@ -29,12 +33,12 @@ def main() -> int:
         "found out with what stands. Starts the servers that it needs.",
     )
     parser.add_argument("--only", nargs="+", choices=SERVERS, default=SERVERS, metavar="SERVER")
-    parser.add_argument("--number", type=int, default=10_000, help="COMMITs (default: %(default)s)")
     parser.add_argument(
-        "--rounds",
+        "--number",
         type=int,
-        default=20,
-        help="on Galera, how often a node is cut off or killed besides (default: %(default)s)",
+        default=10_000,
+        help="COMMITs; on Galera a third of them while a node is cut off or killed "
+        "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
@@ -81,30 +85,44 @@ def runs(name: str, options: Any) -> Any:
             for number, node in enumerate(targets)
         ]
         check = {"READY_CHECK": "galera"} if name == "galera" else {}
+        struck = options.number // 3 if name == "galera" else 0
         started = time.monotonic()
         trial = Trial(cutters, nodes[0], is_mysql=name != "postgresql")
         with trial.running(**check):
-            trial.lose(options.number)
+            trial.lose(options.number - struck)
             yield f"{name}, packets cut", trial.found(), time.monotonic() - started
-        if name != "galera":
+        if not struck:
             return
-        cluster = nodes[0].cluster
         for cutter in cutters:
             cutter.is_on = False
+        # Until the node knows that it is alone, and the others that it is gone.
+        cutters[0].delays = (*cutters[0].delays, 0.02, 0.1, 0.5, 2.0)
         started = time.monotonic()
         trial = Trial(cutters, nodes[1], is_mysql=True)
         with trial.running(in_order=True, **check):
-            for number in range(options.rounds):
-                hurt = cut_off if number % 2 else type(nodes[0]).kill
-                trial.run_for(4, 16, lambda hurt=hurt: hurt(nodes[0]))
-                cluster.restore()
+            for hurt in itertools.cycle((cut_off, kill)):
+                with hurt(nodes[0]) as strike:
+                    trial.strike(strike, THREADS)
+                nodes[0].cluster.restore()
+                if len(trial.resolved) >= struck:
+                    break
             yield f"{name}, a node cut off or killed", trial.found(), time.monotonic() - started
 
 
-def cut_off(node: Any) -> None:
+@contextlib.contextmanager
+def cut_off(node: Any) -> Iterator[Callable[[], None]]:
     """Cut a node off from its cluster. Unlike its own method, this does not wait until it knows."""
-    node.provider_option("gmcast.isolate=1")
+    from tests.chaos.sites import admin
+
+    with admin(node) as cursor:
+        yield lambda: cursor.execute("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
     node.isolated = True
+
+
+@contextlib.contextmanager
+def kill(node: Any) -> Iterator[Callable[[], None]]:
+    """Kill a node."""
+    yield node.kill
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class Cutter:
         self.port = 0
         self.cuts = 0
         self.is_on = True
+        self.delays = DELAYS
+        self.seed = seed
         self._random = random.Random(seed)
         self._fences = fences
         self._loop = asyncio.new_event_loop()
@@ -97,7 +99,7 @@ class Cutter:
             to_server.write(data[: self._random.randrange(1, len(data))])
         elif where == "after":
             to_server.write(data)
-            await asyncio.sleep(self._random.choice(DELAYS))
+            await asyncio.sleep(self._random.choice(self.delays))
 
     def _end(self, side: Any) -> None:
         if self._random.random() < 0.5:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import threading
 import time
 from collections import Counter
@@ -51,6 +52,7 @@ class Trial:
         self._engine = MYSQL if is_mysql else POSTGRESQL
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        self._random = random.Random(peers[0].seed)
         #: What each block ended with.
         self.ends: dict[str, str] = {}
         self.hooks: Counter[str] = Counter()
@@ -97,13 +99,34 @@ class Trial:
         enough = len(self.resolved) + number
         self._in_threads(lambda: len(self.resolved) < enough, threads)
 
-    def run_for(self, seconds: float, threads: int, meanwhile: Callable[[], None]) -> None:
-        """Run blocks for so long, and do something a second after they began."""
-        until = time.monotonic() + seconds
-        timer = threading.Timer(1, meanwhile)
-        timer.start()
-        self._in_threads(lambda: time.monotonic() < until, threads)
-        timer.join()
+    def strike(self, hurt: Callable[[], None], threads: int) -> None:
+        """Hurt the first peer's server while blocks run there, and lose all of their COMMITs.
+
+        Each connection is cut some time after its COMMIT was passed on, if the server has not
+        answered with an error or died before.
+        """
+        first = self._peers[0]
+        for peer in balancers["balanced"].peers.values():
+            peer.breaker.close()
+        struck = threading.Event()
+
+        def cut() -> None:
+            first.is_on = True
+
+        def strike() -> None:
+            steps = [cut, hurt]
+            self._random.shuffle(steps)
+            time.sleep(0.5)
+            for step in steps:
+                step()
+                time.sleep(self._random.uniform(0, 0.01))
+            struck.set()
+
+        striking = threading.Thread(target=strike)
+        striking.start()
+        self._in_threads(lambda: not struck.is_set(), threads)
+        striking.join()
+        first.is_on = False
 
     def _in_threads(self, goes_on: Callable[[], bool], threads: int) -> None:
         def work() -> None:

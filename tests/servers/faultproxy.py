@@ -162,6 +162,18 @@ class FaultProxy:
         """Let the bytes move again; none was lost."""
         self._ask(lambda: self._set_frozen(False))
 
+    def has_unread(self) -> bool:
+        """Return whether a client has sent what is not read: the proxy is frozen."""
+        found: list[bool] = []
+
+        def job() -> None:
+            for connection in self._connections:
+                with contextlib.suppress(BlockingIOError):
+                    found.append(bool(connection.client.socket.recv(1, socket.MSG_PEEK)))
+
+        self._ask(job)
+        return any(found)
+
     def drop_connections(self) -> int:
         """Close all connections, on both sides. Returns how many there were."""
         dropped: list[int] = []

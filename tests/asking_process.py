@@ -1,0 +1,139 @@
+"""A process that sends one COMMIT and asks what became of it; it waits at the moments it is told.
+
+``python -m tests.asking_process '{"peers": …, "engine": …, "token": …, "moments": […]}'`` prints a
+moment's name when it comes there, and goes on once it has read a line. At its end it prints how
+the block ended, and how often the block's hook ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+#: COMMIT is about to be sent; its answer was lost, and the fence is about to be written; the fence
+#: was written in a transaction that is not committed; the fence was answered.
+MOMENTS = COMMITTING, FENCING, WRITTEN, ANSWERED = "committing", "fencing", "written", "answered"
+
+
+class AskingProcess:
+    """The process, for the one that started it."""
+
+    def __init__(self, peers: Sequence[Any], engine: str, token: bytes, *moments: str) -> None:
+        about = {"peers": peers, "engine": engine, "token": token.hex(), "moments": moments}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(about)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> AskingProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def reaches(self, moment: str) -> None:
+        """Return when it waits at this moment, which must be its next."""
+        assert self.line() == moment
+
+    def line(self) -> str:
+        """Return what it prints next."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def goes_on(self) -> None:
+        """Let it go on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def freeze(self) -> None:
+        """Stop it where it stands; return when it is stopped."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        """Let it go on where it stood."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it by SIGKILL; nothing of it is run any more."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def main() -> None:
+    about = json.loads(sys.argv[1])
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
+    import django
+
+    django.setup()
+    from django.db import OperationalError, transaction
+
+    from django_proxysql.backends import outcomes
+    from django_proxysql.core import outcome, ready
+    from django_proxysql.core.outcome import Answer
+    from django_proxysql.errors import CommitOutcomeUnknown
+    from tests.engine import engine
+
+    def waits(moment: str) -> None:
+        if moment in about["moments"]:
+            print(moment, flush=True)
+            sys.stdin.readline()
+
+    def before(moment: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            waits(moment)
+            return function(*arguments)
+
+        return run
+
+    outcome.insert = before(COMMITTING, outcome.insert)
+    outcome.fence = before(FENCING, outcome.fence)
+    plain_rows, plain_verdict = ready.rows, outcome.verdict
+
+    def rows(connection: Any, statement: str) -> Any:
+        found = plain_rows(connection, statement)
+        if "TRUE" in statement:
+            waits(WRITTEN)
+        return found
+
+    def verdict(answer: Answer, age: float) -> Any:
+        if answer is not Answer.NONE:
+            waits(ANSWERED)
+        return plain_verdict(answer, age)
+
+    ready.rows, outcome.verdict = rows, verdict
+    outcomes._tokens.next = lambda: bytes.fromhex(about["token"])  # type: ignore[method-assign]
+
+    hooks: list[str] = []
+    settings = {"PEER_ENGINE": about["engine"], "COMMIT_OUTCOME": "record", "OUTCOME_DEADLINE": 60}
+    with engine(about["peers"], CONN_MAX_AGE=None, **settings) as connection:
+        try:
+            with transaction.atomic(connection.alias):
+                transaction.on_commit(lambda: hooks.append(""), connection.alias)
+                with connection.cursor() as cursor:
+                    cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
+        except CommitOutcomeUnknown:
+            end = "unknown"
+        except OperationalError as exc:
+            end = "rolled back" if "was rolled back" in str(exc) else repr(exc)
+        else:
+            end = "well"
+    print(f"{end}, {len(hooks)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
