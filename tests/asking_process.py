@@ -1,4 +1,4 @@
-"""A process that sends one COMMIT and asks what became of it; it waits at the moments it is told.
+"""A process that sends one COMMIT and asks what became of it; its parent names where it waits.
 
 ``python -m tests.asking_process '{"peers": …, "engine": …, "token": …, "moments": […]}'`` prints a
 moment's name when it comes there, and goes on once it has read a line. At its end it prints how

@@ -106,7 +106,7 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool
             return False
         if not _proven(with_parameters(sql, params), dialect):
             return False
-        # That nobody has replaced the driver's way with plain values is asked once COMMIT is lost:
+        # Whether the driver quotes plain values in its own way is asked once COMMIT is lost:
         # here it would cost more than the rest.
         if not (
             params is None
