@@ -20,8 +20,8 @@ PEERS = [{"HOST": f"10.0.0.{number}", "PORT": 3306, "NAME": "shop"} for number i
 
 #: Width, height, colour scheme.
 PICTURES = {
-    "status-page.png": (1100, 830, "light"),
-    "status-page-dark.png": (420, 1290, "dark"),
+    "status-page.png": (1100, 870, "light"),
+    "status-page-dark.png": (420, 1560, "dark"),
 }
 
 

@@ -17,11 +17,14 @@ import django
 import pytest
 from django.contrib.staticfiles.handlers import StaticFilesHandler
 from django.core.handlers.wsgi import WSGIHandler
+from django.db import connections
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 
+from django_proxysql.core.faults import Fault
 from django_proxysql.demo.site import HOST, serving
 from django_proxysql.monitoring import views
+from django_proxysql.monitoring.status import NONE
 from tests.browser import Browser, browser
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
 
@@ -161,6 +164,57 @@ for (const state of ["closed", "open", "half-open", "suspect", "drained"]) {
 return [texts.length, faint];
 """
 
+#: Words that stand on more than one line, in the texts of the table. A hyphen may end a line.
+BROKEN = r"""
+const walker = document.createTreeWalker(
+  document.querySelector(".peers-table"), NodeFilter.SHOW_TEXT);
+const broken = [];
+let words = 0;
+for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+  if (node.parentElement.closest(".peers-hidden")) continue;
+  for (const word of node.textContent.matchAll(/[^\s-]+/g)) {
+    const range = document.createRange();
+    range.setStart(node, word.index);
+    range.setEnd(node, word.index + word[0].length);
+    const lines = [...range.getClientRects()].map((box) => Math.round(box.top));
+    words += lines.length > 0;
+    if (new Set(lines).size > 1) broken.push(word[0]);
+  }
+}
+return [words, broken];
+"""
+
+#: Of each card: its inner margins, and how far its first button is below the top of the line
+#: "Actions" and right of the card's own edge; how high that line's own words are.
+CARDS = """
+return [...document.querySelectorAll(".peers-table tbody tr")].map((card) => {
+  const looks = getComputedStyle(card);
+  const actions = card.querySelector("td.actions");
+  const [line, outer] = [actions.getBoundingClientRect(), card.getBoundingClientRect()];
+  const button = actions.querySelector("button").getBoundingClientRect();
+  const heading = getComputedStyle(actions, "::before");
+  return {
+    padding: ["Top", "Right", "Bottom", "Left"].map((s) => parseFloat(looks[`padding${s}`])),
+    heading: heading.content,
+    below: button.top - line.top - parseFloat(heading.height),
+    right: button.left - outer.left,
+    background: looks.backgroundColor,
+  };
+});
+"""
+
+#: What each line of the table says, by its heading.
+CELLS = """
+return [...document.querySelectorAll(".peers-table tbody tr")].map((row) => Object.fromEntries(
+  [...row.querySelectorAll("td")].map((cell) => [cell.dataset.label, cell.innerText])));
+"""
+
+#: As long as a driver's errors are.
+LONG_ERROR = (
+    'connection to server at "db-1.internal.example.com" (10.20.30.40), port 5432 failed: '
+    "FATAL: the database system is starting up"
+)
+
 
 class TestLooks:
     @pytest.mark.parametrize("frame", ["admin", "own"])
@@ -209,6 +263,71 @@ class TestLooks:
         assert before == '"Last error"'
         # Shown as something else, it is still a table to screen readers.
         assert served.browser.run(f"return {cell}.getAttribute('role')") == "cell"
+
+    def test_no_width_breaks_a_word(self, served: Served) -> None:
+        """Where columns are too narrow for the words of an error, each peer is a card."""
+        served.log_in()
+        peer = served.site.balancer.peers["peer1"]
+        peer.breaker.trip(OSError(LONG_ERROR), Fault.UNREACHABLE)
+        shown = {}
+        for width in (1300, 1050, 1049, 900, 800, 500, 360):
+            served.browser.resize(width)
+            served.open()
+            assert LONG_ERROR in served.text
+            words, broken = served.browser.run(BROKEN)
+            assert words > 30
+            assert (width, broken) == (width, [])
+            row = "return getComputedStyle(document.querySelector('.peers-table tr')).display"
+            shown[width] = served.browser.run(row)
+        assert [width for width in shown if shown[width] == "table-row"] == [1300, 1050]
+
+    @pytest.mark.parametrize("width", [800, 500, 360])
+    def test_cards_have_room_and_their_buttons_a_heading(self, served: Served, width: int) -> None:
+        served.log_in()
+        served.site.fail("peer1")
+        served.browser.resize(width)
+        served.open()
+        cards = served.browser.run(CARDS)
+        assert len(cards) == 3
+        for card in cards:
+            assert min(card["padding"]) >= 8
+            assert card["heading"] == '"Actions"'
+            assert card["below"] >= 0
+            assert 8 <= card["right"] <= 20
+        # Every other line of the admin's tables is darker; every other card would be odd.
+        assert len({card["background"] for card in cards}) == 1
+
+    def test_what_a_line_says(self, served: Served) -> None:
+        """What it means comes first, the circuit's word after it; a dash stands for nothing."""
+        served.log_in()
+        # This thread's, not the site's.
+        connections["default"].close()
+        served.browser.resize(800)
+        served.open()
+        first, second, third = served.browser.run(CELLS)
+        assert first["State"].split() == ["In", "use", "closed"]
+        assert first["Last error"] == NONE
+        # The page's own connection is the only one, and no share of anything.
+        held = [int(line["Connections"]) for line in (first, second, third)]
+        assert sum(held) == 1
+        assert [line["Share"] for line in (first, second, third)] == [NONE] * 3
+        other = served.site.balancer.peers["peer1"].check_out()
+        served.open()
+        assert [line["Share"] for line in served.browser.run(CELLS)] == ["0%", "100%", "0%"]
+        del other
+
+    @pytest.mark.parametrize("width", [1300, 360])
+    def test_no_database_no_page_but_the_next_step(self, served: Served, width: int) -> None:
+        """It is unknown who asks."""
+        served.log_in()
+        served.site.fail("peer0", "peer1", "peer2")
+        served.browser.resize(width)
+        served.open()
+        status = "return performance.getEntriesByType('navigation')[0].responseStatus"
+        assert served.browser.run(status) == 503
+        assert 'Run "manage.py peers" on a host of the site' in served.text
+        assert "peer0" not in served.text
+        assert served.browser.run(OVERFLOWING) == []
 
     def test_link_on_the_admin_index(self, served: Served) -> None:
         served.log_in()

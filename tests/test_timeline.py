@@ -250,7 +250,7 @@ class TestDraw:
 
     def test_rows_are_below_one_another(self) -> None:
         timeline = draw([(name, [], []) for name in "abc"], 0, 3600, utc)
-        assert [row.bar_y - row.name_y for row in timeline.rows] == [4, 4, 4]
+        assert [row.bar_y - row.name_y for row in timeline.rows] == [6, 6, 6]
         assert timeline.rows[2].bar_y + 14 < timeline.axis_y < timeline.tick_y < timeline.height
 
     def test_trials(self) -> None:

@@ -17,7 +17,7 @@ __all__ = ["UNKNOWN", "Bar", "Mark", "Row", "Span", "Tick", "Timeline", "draw", 
 UNKNOWN = "unknown"
 
 #: Heights, in pixels: of a row, of the name in it, of the bar below that, of the axis.
-ROW, NAME, BAR, AXIS = 40, 16, 14, 22
+ROW, NAME, BAR, AXIS = 42, 18, 14, 22
 
 #: The narrowest that anything but "all is well" is drawn, in percent: a blip is to be seen.
 NARROWEST = 0.5
@@ -140,7 +140,7 @@ def draw(
                 name,
                 [_bar(name, span, start, end, local) for span in ordered],
                 [_mark(trial, start, end, local) for trial in trials if start <= trial[0] <= end],
-                top + NAME - 4,
+                top + NAME - 6,
                 top + NAME,
                 top + NAME + BAR // 2,
             )
