@@ -127,6 +127,30 @@ def test_shows_a_peer_that_fails_and_comes_back(demo: Runs) -> None:
     assert seconds == sorted(set(seconds))
     assert "\x1b" not in out
     assert "\r" not in out
+    lines = [line for line in out.splitlines() if line]
+    assert sorted(set(lines)) == sorted(lines)
+    # Percent, of what.
+    assert re.search(r"made \d+ connects, \d+% of the last second's \| peer1 ", out)
+    assert "peer    connects  of all  failed" in out
+    assert demo.left_behind() == []
+
+
+def test_first_line_is_written_before_anything_slow_is_begun(demo: Runs) -> None:
+    """A user sees at once that it runs: Django is imported after the first line."""
+    code, out, err = demo.run(
+        "-c",
+        "import runpy, sys\n"
+        "class NotYet:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'django':\n"
+        "            raise SystemExit('importing Django')\n"
+        "sys.meta_path.insert(0, NotYet())\n"
+        "sys.argv[1:] = ['demo']\n"
+        "runpy.run_module('django_proxysql', run_name='__main__')\n",
+    )
+    assert out == "django-proxysql: a Django site on three SQLite peers, for 20 s\n"
+    assert code == 1
+    assert err == "importing Django\n"
     assert demo.left_behind() == []
 
 
@@ -201,6 +225,7 @@ def test_on_a_terminal_the_table_is_drawn_in_place(demo: Runs, no_color: str) ->
     coloured = re.findall(r"\x1b\[\d*m", out)
     assert bool(coloured) is not bool(no_color)
     plain = re.sub(r"\x1b\[\d*[mJA]", "", out)
+    assert re.search(r"connects  failed  last second's connects\n", plain)
     assert "\x1b" not in plain
     check_story(plain.replace("\r", ""))
     assert re.search(r"^peer1 +open, trial in 0\.\d s +0 ", plain, re.MULTILINE)
@@ -210,8 +235,8 @@ def test_says_1_when_a_request_was_not_answered(demo: Runs) -> None:
     code, out, err = demo.run(
         "-c",
         "import sys\n"
-        "from django_proxysql.demo import command, peers\n"
-        "command.GRACE = 0\n"
+        "from django_proxysql.demo import command, peers, run\n"
+        "run.GRACE = 0\n"
         "take_away = peers.Peers.fail\n"
         "peers.Peers.fail = lambda self, name: [take_away(self, n) for n in peers.NAMES]\n"
         "sys.exit(command.main(['demo', '--seconds', '2']))",

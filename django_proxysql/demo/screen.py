@@ -108,7 +108,8 @@ class Screen:
         rate, made = self._lately()
         total = sum(made.values())
         heading = (
-            f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}  of the last second"
+            f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}"
+            "  last second's connects"
         )
         lines = [("", ""), (heading, "bold")]
         for state in sample.states:
