@@ -71,7 +71,7 @@ TEST = [
     "pytest-django>=4.5",
     "pytest-timeout>=2.1",
     "selenium>=4.10",
-    "pytest-xdist>=3",
+    "pytest-xdist>=3.2",
     # Reads the docs' YAML.
     "PyYAML>=5",
     # uWSGI, which need not be compiled.

@@ -55,8 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     django.setup()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a server, for ``-m "not server"``."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that need a server, for ``-m "not server"``; several processes: slow first."""
     for item in items:
         needed = set(getattr(item, "fixturenames", ()))
         # A test may be given a fixture's name, for request.getfixturevalue().
@@ -64,6 +64,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed.update(value for value in params.values() if isinstance(value, str))
         if not SERVERS.isdisjoint(needed):
             item.add_marker(pytest.mark.server)
+    if hasattr(config, "workerinput"):
+        # A process that is done takes tests from another's end, and not the one that that is at.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_logstart() -> None:
