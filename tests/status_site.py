@@ -123,6 +123,7 @@ def status_site(
         )
         before = history.clock, history.began
         history._rows.clear()
+        history._counted.clear()
         if clock is not None:
             history.clock, history.began = clock, clock()
         try:
@@ -130,3 +131,4 @@ def status_site(
         finally:
             history.clock, history.began = before
             history._rows.clear()
+            history._counted.clear()

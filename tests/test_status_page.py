@@ -37,7 +37,7 @@ from django.urls import reverse
 from django_proxysql.conf.options import OPTIONS
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.breaker import CLOSED, HALF_OPEN, OPEN
-from django_proxysql.core.events import CommitResolved
+from django_proxysql.core.events import BlockRetried, CommitResolved
 from django_proxysql.core.sharing import Fleet, Moment, Sharing
 from django_proxysql.monitoring import views
 from django_proxysql.monitoring.history import History
@@ -294,6 +294,17 @@ class TestPage:
             site.clock.advance(later)
         found = "what the engine found out: 1 committed, 1 rolled back."
         assert found in text_of(client.get(PAGE))
+
+    def test_blocks_that_were_run_again(self, site: Site) -> None:
+        """Those of the last hour are counted, whatever the settings, beside the others."""
+        assert site.clock is not None
+        client, name = site.admin(), site.balancer.name
+        assert "run again" not in text_of(client.get(PAGE))
+        for run, later in ((2, 3000), (2, 700), (3, 0)):
+            site.balancer.group.emit(BlockRetried(name, "shop.views.place", run, "(1213)"))
+            site.clock.advance(later)
+        assert "Blocks and views that were run again: 2." in text_of(client.get(PAGE))
+        assert "COMMIT" not in text_of(client.get(PAGE))
 
     def test_shows_the_desired_state(self, site: Site) -> None:
         site.balancer.drain("peer1")

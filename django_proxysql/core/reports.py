@@ -103,6 +103,12 @@ class Report:
     counts: tuple[Count, ...] = ()
     #: How the attempt ended that the event is about.
     outcome: str = ""
+    #: What the status page calls those of the last hour. Empty: it does not count them.
+    recent: str = ""
+
+    def word_of(self, event: Any) -> str:
+        """Return what the event is counted as: its first metric's label, in words."""
+        return " ".join(self.counts[0].label_of(event)).replace("_", " ")
 
 
 def fits(event: object, when: Mapping[str, Any]) -> bool:
@@ -327,6 +333,7 @@ _ROWS = (
                 telemetry="django_proxysql.block.retries",
             ),
         ),
+        recent="Blocks and views that were run again",
     ),
     Report(
         events.CommitResolved,
@@ -360,6 +367,7 @@ _ROWS = (
                 attributes=("outcome",),
             ),
         ),
+        recent="COMMITs that were not answered, and what the engine found out",
     ),
     Report(
         events.PeerDrained,

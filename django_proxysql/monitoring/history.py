@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..core import runtime
 from ..core.balancer import LoadBalancer
-from ..core.events import CommitResolved, Event
+from ..core.events import Event
 from ..core.peer import Peer
 from ..core.reports import REPORTS, SUCCESS
 from ..core.runtime import new_lock
@@ -32,7 +32,7 @@ SPAN = 3600.0
 #: How much is kept of one peer, however often it comes and goes.
 MOST_CHANGES, MOST_TRIALS = 500, 200
 #: … and of one balancer.
-MOST_COMMITS = 1000
+MOST_COUNTED = 1000
 
 #: What a peer can be, beside the three states of its circuit.
 SUSPECT, DRAINED = "suspect", "drained"
@@ -80,38 +80,38 @@ class History:
         #: When it began to look, on its clock.
         self.began = clock()
         self._rows: dict[tuple[str, str], _Row] = {}
-        #: By balancer: when a COMMIT was asked about, and what became of it.
-        self._commits: dict[str, deque[tuple[float, str]]] = {}
+        #: By balancer and kind of event: when there was one, and what it is counted as.
+        self._counted: dict[tuple[str, type], deque[tuple[float, str]]] = {}
         # A signal handler may cause an event while its thread notes one.
         self._lock = new_lock()
 
     def __call__(self, event: Event) -> None:
         """Note what ``event`` is about; a :class:`Listener`."""
-        name = getattr(event, "peer", None)
         registered = balancers.known.get(event.balancer)
-        if name is None or registered is None:
+        if registered is None:
             return
-        peer = registered.balancer.peers.get(name)
-        if peer is None:
-            return
+        report = REPORTS[type(event)]
+        peer = registered.balancer.peers.get(getattr(event, "peer", ""))
         # Guards the rows: look and note are one step.
         with self._lock:
+            if report.recent:
+                kind = event.balancer, report.event
+                known = self._counted.setdefault(kind, deque(maxlen=MOST_COUNTED))
+                known.append((self.clock(), report.word_of(event)))
+            if peer is None:
+                return
             row = self._note(registered.balancer, peer)
-            if isinstance(event, CommitResolved):
-                known = self._commits.setdefault(event.balancer, deque(maxlen=MOST_COMMITS))
-                known.append((self.clock(), event.outcome))
-            outcome = REPORTS[type(event)].outcome
-            if outcome and getattr(event, "trial", False):
+            if report.outcome and getattr(event, "trial", False):
                 error = getattr(event, "error", "")
-                row.trials.append(Trial(self.clock(), outcome == SUCCESS, error))
+                row.trials.append(Trial(self.clock(), report.outcome == SUCCESS, error))
 
-    def commits(self, balancer: str) -> Counter[str]:
-        """Return how many COMMITs of the last hour were asked about, by their outcome."""
+    def count(self, balancer: str, kind: type) -> Counter[str]:
+        """Return how many events of a kind there were in the last hour, by their words."""
         since = self.clock() - SPAN
         # Guards the deque, which a thread may add to.
         with self._lock:
-            known = list(self._commits.get(balancer, ()))
-        return Counter(outcome for at, outcome in known if at >= since)
+            known = list(self._counted.get((balancer, kind), ()))
+        return Counter(word for at, word in known if at >= since)
 
     def look_at(self, balancer: LoadBalancer) -> None:
         """Note how the peers of ``balancer`` are now."""

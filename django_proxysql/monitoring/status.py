@@ -15,7 +15,9 @@ from django.utils.timezone import localtime
 
 from ..core.balancer import LoadBalancer, PeerState
 from ..core.breaker import CLOSED, HALF_OPEN, OPEN
+from ..core.events import CommitResolved
 from ..core.logs import due_in
+from ..core.reports import REPORTS
 from ..core.sharing import Fleet, Moment
 from ..registry import balancers
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
@@ -92,8 +94,8 @@ class BalancerStatus(NamedTuple):
     usable: int = 0
     connections: str = "0"
     timeline: Timeline | None = None
-    #: What became of COMMITs whose answer was lost, as a sentence; "" where nothing finds out.
-    commits: str = ""
+    #: What this process did in the last hour besides, as sentences.
+    recent: Sequence[str] = ()
     has_weights: bool = False
     has_priorities: bool = False
 
@@ -271,21 +273,24 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
         usable=sum(map(_is_usable, states)),
         connections=str(sum(held.values())),
         timeline=draw(rows, now - SPAN, now, _local),
-        commits=_commits(balancer, seen.commits(balancer.name)),
+        recent=_recent(balancer, seen),
         has_weights=len({state.weight for state in states}) > 1,
         has_priorities=len({state.priority for state in states}) > 1,
     )
 
 
-def _commits(balancer: LoadBalancer, found: Mapping[str, int]) -> str:
-    if balancer.config.commit_outcome is None:
-        return ""
-    if not found:
-        return "No COMMIT was left unanswered."
-    counts = ", ".join(
-        f"{count} {outcome.replace('_', ' ')}" for outcome, count in sorted(found.items())
-    )
-    return f"COMMITs that were not answered, and what the engine found out: {counts}."
+def _recent(balancer: LoadBalancer, seen: History) -> list[str]:
+    said = []
+    for report in REPORTS.values():
+        if not report.recent:
+            continue
+        found = seen.count(balancer.name, report.event)
+        if found:
+            counts = ", ".join(f"{count} {word}".rstrip() for word, count in sorted(found.items()))
+            said.append(f"{report.recent}: {counts}.")
+        elif report.event is CommitResolved and balancer.config.commit_outcome is not None:
+            said.append("No COMMIT was left unanswered.")
+    return said
 
 
 def _fleet(balancer: LoadBalancer) -> Fleet | None:
