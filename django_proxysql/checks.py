@@ -7,7 +7,7 @@ from typing import Any
 from django.core.checks import CheckMessage, Error
 from django.db import connections
 
-from .conf.messages import messages
+from .conf import messages
 from .conf.options import option_problems
 
 __all__ = ["check_options", "check_settings", "check_with_databases"]

@@ -410,7 +410,7 @@ class TestFaults:
         def interrupt(*args: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("django_proxysql.core.breaker.Lease.wait_for_any", interrupt)
+        monkeypatch.setattr("django_proxysql.core.leases.Lease.wait_for_any", interrupt)
         with pytest.raises(KeyboardInterrupt):
             world.connect()
         assert world.driver.hosts == ["db1"]
@@ -909,7 +909,7 @@ class TestWaitingForATrial:
             waits.append((len(leases), seconds))
             left.pop(0)()
 
-        monkeypatch.setattr("django_proxysql.core.breaker.Lease.wait_for_any", wait)
+        monkeypatch.setattr("django_proxysql.core.leases.Lease.wait_for_any", wait)
         return waits
 
     @pytest.mark.parametrize("how", ["open", "suspect"])

@@ -11,7 +11,8 @@ import pybreaker
 import pytest
 
 from django_proxysql import Fault, NotReady, PeerBreaker
-from django_proxysql.core.breaker import CircuitBreakerError, Transition
+from django_proxysql.core.breaker import CircuitBreakerError
+from django_proxysql.core.circuit import Transition
 from django_proxysql.core.sharing.applying import apply_closed
 from tests.fakes import (
     Clock,

@@ -22,9 +22,9 @@ from django_proxysql.core import (
     balancer,
     breaker,
     circuit,
+    dispatch,
     group,
     leases,
-    listeners,
     permits,
     search,
 )
@@ -54,7 +54,7 @@ CIRCUITS = [str(module.__file__) for module in (breaker, circuit, leases, permit
 #: The files that a connect runs through.
 CONNECTING = [
     *CIRCUITS,
-    *(str(module.__file__) for module in (affinity, balancer, group, listeners, search)),
+    *(str(module.__file__) for module in (affinity, balancer, dispatch, group, search)),
 ]
 
 

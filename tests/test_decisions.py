@@ -16,6 +16,7 @@ import pytest
 
 from django_proxysql.backends.decisions import (
     After,
+    Answer,
     Cause,
     How,
     Leave,
@@ -24,8 +25,10 @@ from django_proxysql.backends.decisions import (
     Place,
     Replay,
     Situation,
+    Verdict,
     Why,
     after_error,
+    after_read_only,
     may_count_as_committed,
     may_leave,
     may_replace,
@@ -49,7 +52,7 @@ RULES = {
     "8": ["backends.replays:cause_of"],
     "9": ["backends.transactions:send_commit", "backends.decisions:may_count_as_committed"],
     "10": ["backends.state:Transaction.may_stand", "backends.transactions:begins_again"],
-    "11": ["backends.binding:bind", "backends.losses:ErrorHook"],
+    "11": ["backends.cursors:bind", "backends.losses:ErrorHook"],
     "12": ["backends.decisions:must_catch_up", "core.ready:catch_up"],
     "13": ["core.budget:ReplayBudget"],
     "14": ["backends.decisions:may_leave"],
@@ -260,3 +263,36 @@ def test_only_a_lost_commit_of_reads_alone_counts_as_committed() -> None:
             serializable=serializable,
         )
         assert counts is (known == (True, False, False, True, False))
+
+
+# A write that was refused
+
+WRITABLE, READ_ONLY, UNKNOWN = Answer.WRITABLE, Answer.READ_ONLY, Answer.UNKNOWN
+
+#: (the refused connection, a new one): what follows.
+AFTER_REFUSAL = {
+    (WRITABLE, WRITABLE): Verdict(),
+    (WRITABLE, READ_ONLY): Verdict(),
+    (WRITABLE, UNKNOWN): Verdict(),
+    (READ_ONLY, WRITABLE): Verdict(drops=True),
+    (READ_ONLY, READ_ONLY): Verdict(drops=True, opens=True),
+    (READ_ONLY, UNKNOWN): Verdict(drops=True),
+    (UNKNOWN, WRITABLE): Verdict(asks_later=True),
+    (UNKNOWN, READ_ONLY): Verdict(drops=True, opens=True),
+    (UNKNOWN, UNKNOWN): Verdict(asks_later=True),
+}
+
+
+@pytest.mark.parametrize(("own", "new"), list(itertools.product(Answer, Answer)))
+def test_refused_write_is_judged_by_what_both_connections_say(own: Answer, new: Answer) -> None:
+    assert after_read_only(own, new) == AFTER_REFUSAL[own, new]
+
+
+@pytest.mark.parametrize("new", Answer)
+def test_circuit_opens_only_if_a_new_connection_is_read_only_too(new: Answer) -> None:
+    assert any(after_read_only(own, new).opens for own in Answer) is (new is READ_ONLY)
+
+
+@pytest.mark.parametrize("new", Answer)
+def test_connection_that_says_it_is_read_only_is_dropped(new: Answer) -> None:
+    assert after_read_only(READ_ONLY, new).drops

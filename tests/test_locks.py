@@ -12,7 +12,7 @@ import pytest
 
 from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends import pools
-from django_proxysql.core import listeners
+from django_proxysql.core import dispatch
 from django_proxysql.core.runtime import RecoveringLock, new_lock
 from tests.fakes import in_thread, running
 
@@ -127,7 +127,7 @@ def test_signal_handlers_do_not_wait_for_their_own_thread() -> None:
         db.add_listener(listener)
         db.remove_listener(listener)
 
-    assert at_every_line(listen, listeners.__file__) > 5
+    assert at_every_line(listen, dispatch.__file__) > 5
     assert at_every_line(lambda: pools.pools_of(another()), pools.__file__) > 5
     assert at_every_line(lambda: pools.pools_of(db).retire("db1"), pools.__file__) > 3
 

@@ -1,4 +1,4 @@
-"""``COMMIT_OUTCOME: "record"`` under Django's own test runner, on test databases of real servers."""
+"""``COMMIT_OUTCOME: "record"`` under Django's own test runner, on test databases of servers."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from django.core.management import call_command
 from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.backends.versions import different_versions
 from django_proxysql.core import logs
-from django_proxysql.core.breaker import CLOSED, CircuitBreakerError
+from django_proxysql.core.breaker import CircuitBreakerError
+from django_proxysql.core.circuit import CLOSED
 from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.core.logs import due_in
 from django_proxysql.core.sharing.applying import apply_open

@@ -21,7 +21,7 @@ import django_proxysql
 from django_proxysql import Fault, LoadBalancer
 from django_proxysql.backends.pools import Pool, Pools
 from django_proxysql.core import runtime
-from django_proxysql.core.breaker import Lease
+from django_proxysql.core.leases import Lease
 from tests.fakes import Driver, peers, raised_by, refused_by_host, running
 
 ROOT = Path(django_proxysql.__file__).parent

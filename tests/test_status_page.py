@@ -36,7 +36,7 @@ from django.urls import reverse
 
 from django_proxysql.conf.options import OPTIONS
 from django_proxysql.core.balancer import LoadBalancer
-from django_proxysql.core.breaker import CLOSED, HALF_OPEN, OPEN
+from django_proxysql.core.circuit import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.core.events import BlockRetried, CommitResolved
 from django_proxysql.core.sharing import Fleet, Moment, Sharing
 from django_proxysql.monitoring import views

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from django_proxysql.core.breaker import CLOSED, HALF_OPEN, OPEN
+from django_proxysql.core.circuit import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.core.events import Connected, ConnectFailed, PeerDrained
 from django_proxysql.core.faults import Fault
 from django_proxysql.monitoring.history import (

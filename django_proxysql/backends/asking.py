@@ -11,11 +11,11 @@ import math
 from typing import Any
 
 from ..core import drivers, ready
-from ..core.breaker import CLOSED
+from ..core.circuit import CLOSED
 from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement
 from ..core.peer import Peer
-from .refusals import Answer, after_read_only
+from .decisions import Answer, after_read_only
 from .sessions import Session, interrupted
 
 __all__ = [

@@ -18,8 +18,8 @@ from django.db import DEFAULT_DB_ALIAS
 from ..conf import ALIAS_KEY
 from ..core import drivers
 from ..core.balancer import Attempt
-from ..core.breaker import JITTER
 from ..core.peer import Checkout, Peer
+from ..core.permits import JITTER
 from ..registry import Registered, balancers, register
 from .forked import remember
 

@@ -16,6 +16,7 @@ from .state import Stage
 
 __all__ = [
     "After",
+    "Answer",
     "Cause",
     "How",
     "Leave",
@@ -24,8 +25,10 @@ __all__ = [
     "Place",
     "Replay",
     "Situation",
+    "Verdict",
     "Why",
     "after_error",
+    "after_read_only",
     "may_count_as_committed",
     "may_leave",
     "may_replace",
@@ -340,3 +343,42 @@ def writes_token(
     :param only_read: all that was sent in it is proven to be reads: it has nothing to lose.
     """
     return enabled and stage is Stage.ACTIVE and not by_hand and is_whole and not only_read
+
+
+class Answer(enum.Enum):
+    """What one connection says of the writes that are sent over it.
+
+    A server that was made read-only keeps its connections, and new ones may lead elsewhere: a proxy
+    sends them to the new primary. So the connection that was refused is asked, and a new one too.
+    Each answers for itself.
+    """
+
+    WRITABLE = "writable"
+    READ_ONLY = "read-only"
+    #: It could not be asked: PostgreSQL answers nothing in a transaction that has failed.
+    UNKNOWN = "unknown"
+
+
+class Verdict(NamedTuple):
+    """What follows from a refused write for its connection and for its peer."""
+
+    #: The connection is replaced at its next safe point.
+    drops: bool = False
+    #: The peer's circuit opens.
+    opens: bool = False
+    #: The connection is asked again at its next safe point.
+    asks_later: bool = False
+
+
+def after_read_only(own: Answer, new: Answer) -> Verdict:
+    """Judge a statement that was refused for being a write, where peers are to be writable.
+
+    :param own: what the connection says that it was refused on.
+    :param new: what a new connection to the same peer says. Not asked where ``own`` takes
+        writes: the refusal was the application's own doing (``SET TRANSACTION READ ONLY``).
+    """
+    if own is Answer.WRITABLE:
+        return Verdict()
+    opens = new is Answer.READ_ONLY
+    drops = opens or own is Answer.READ_ONLY
+    return Verdict(drops, opens, asks_later=not drops)

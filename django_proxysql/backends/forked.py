@@ -19,7 +19,6 @@ forks in C), that goes for the forking thread's connections only.
 from __future__ import annotations
 
 import threading
-import weakref
 from typing import Any
 
 from ..core import runtime
@@ -27,9 +26,7 @@ from ..core.logger import complain
 
 __all__ = ["remember"]
 
-# References rather than a WeakSet: list() of a set of them is one step, whichever
-# threads add to it meanwhile.
-_wrappers: set[weakref.ref[Any]] = set()
+_wrappers: runtime.Living[Any] = runtime.Living()
 
 #: What is held across a fork, by the forking thread: two may be at it at once.
 _held: dict[int, list[Any]] = {}
@@ -37,14 +34,11 @@ _held: dict[int, list[Any]] = {}
 
 def remember(wrapper: Any) -> None:
     """Have ``wrapper._after_fork()`` called in whichever child it is inherited by."""
-    _wrappers.add(weakref.ref(wrapper, _wrappers.discard))
+    _wrappers.add(wrapper)
 
 
 def _before() -> None:
-    wrappers = [reference() for reference in list(_wrappers)]
-    _held[threading.get_ident()] = [
-        (wrapper, wrapper.connection) for wrapper in wrappers if wrapper is not None
-    ]
+    _held[threading.get_ident()] = [(wrapper, wrapper.connection) for wrapper in _wrappers.all()]
 
 
 def _in_parent() -> None:
@@ -52,13 +46,11 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
-    for reference in list(_wrappers):
-        wrapper = reference()
-        if wrapper is not None:
-            try:
-                wrapper._after_fork()
-            except Exception:
-                complain("A connection of the parent's could not be left to it")
+    for wrapper in _wrappers.all():
+        try:
+            wrapper._after_fork()
+        except Exception:
+            complain("A connection of the parent's could not be left to it")
     _held.clear()
 
 

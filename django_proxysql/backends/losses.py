@@ -14,7 +14,7 @@ from django.db.utils import DatabaseErrorWrapper
 from ..core import drivers, sockets
 from ..core.events import ConnectionLost
 from ..core.faults import Fault, Judgement, Loss, loss_counts
-from ..core.parameters import are_small
+from ..core.texts import are_small
 from .asking import is_given_up
 from .decisions import after_error
 from .sessions import OF_THE_CALL, Session, abandon, current, interrupted

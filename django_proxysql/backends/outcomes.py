@@ -17,15 +17,14 @@ from django.db import OperationalError
 from django.db.backends import utils
 
 from ..core import drivers, outcome, ready
-from ..core.breaker import CLOSED
+from ..core.circuit import CLOSED
 from ..core.events import CommitResolved
 from ..core.faults import Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
-from ..core.parameters import VALUES
 from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
-from ..core.texts import with_parameters
+from ..core.texts import VALUES, with_parameters
 from ..errors import CommitOutcomeUnknown
 from .asking import is_of_server, is_serializable, isolation_of, throw_away
 from .decisions import may_count_as_committed, writes_token

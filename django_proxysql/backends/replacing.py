@@ -14,7 +14,7 @@ from typing import Any
 from django.db.utils import OperationalError
 
 from ..core import ready
-from ..core.breaker import CLOSED
+from ..core.circuit import CLOSED
 from ..core.events import ConnectionReplaced
 from ..core.exceptions import NotReady
 from ..core.statements import (

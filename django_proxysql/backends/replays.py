@@ -13,15 +13,23 @@ from django.db.utils import Error
 from ..core import drivers
 from ..core.events import StatementReplayed
 from ..core.faults import Fault, Judgement
-from ..core.parameters import are_small, are_values, may_be_sql
 from ..core.statements import (
     SCOPED,
     STATE,
     is_provable_read,
 )
-from ..core.texts import Text, is_of_transaction, tells_time, text_of, with_parameters
+from ..core.texts import (
+    Text,
+    are_small,
+    are_values,
+    is_of_transaction,
+    may_be_sql,
+    tells_time,
+    text_of,
+    with_parameters,
+)
 from .asking import did_not_run
-from .binding import bind
+from .cursors import bind
 from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .pools import close_for_good
 from .proofs import ReadOnly, Refused, refuses

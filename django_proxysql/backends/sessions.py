@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from django.db.utils import Error
 
 from ..core import drivers
-from ..core.breaker import CLOSED, Permit
+from ..core.circuit import CLOSED
 from ..core.group import PeerGroup
 from ..core.holdings import Holdings
-from ..core.parameters import VALUES
 from ..core.peer import Peer
+from ..core.permits import Permit
+from ..core.texts import VALUES
 from .pools import close_for_good
 from .state import Health
 

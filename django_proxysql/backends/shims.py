@@ -18,8 +18,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.utils import OperationalError
 
-from ..conf import ALIAS_KEY, merged_settings, mirrored, peer_engine
-from ..conf.messages import messages
+from ..conf import ALIAS_KEY, merged_settings, messages, mirrored, peer_engine
 from ..core import drivers
 from ..core.peer import Peer
 from ..registry import balancers

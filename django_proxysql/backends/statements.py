@@ -23,7 +23,7 @@ from ..core.statements import (
     writes,
 )
 from ..core.texts import may_end
-from .binding import bind
+from .cursors import bind
 from .replacing import at_safe_point, before_first
 from .replays import ends_with_block, give_up, kind_of_params, run_again
 from .sessions import Session, current

@@ -28,7 +28,7 @@ from django.utils.functional import cached_property
 from ..core import sockets
 from ..core.balancer import Attempt
 from ..registry import Registered
-from . import binding, losses, replacing, replays, requests, savepoints, statements, transactions
+from . import cursors, losses, replacing, replays, requests, savepoints, statements, transactions
 from .connecting import LoadBalancedMixin
 from .cursors import PlainCursor, made_cursor
 from .pools import give_back, is_pooled
@@ -65,7 +65,7 @@ class SafePointsMixin(LoadBalancedMixin):
         super().__init_subclass__(**kwargs)
         theirs = cls._cursor
         if theirs is not SafePointsMixin._cursor and not hasattr(theirs, "sets_cursors_up"):
-            cls._cursor = binding.setting_up(theirs)  # type: ignore[method-assign]
+            cls._cursor = cursors.setting_up(theirs)  # type: ignore[method-assign]
 
     #: Numbers for wrappers, each of which is one thread's or task's.
     _callers = itertools.count()
@@ -178,7 +178,7 @@ class SafePointsMixin(LoadBalancedMixin):
             if self._attempt is not None:
                 # Django's own, while it sets the connection up.
                 return super()._cursor(name)  # type: ignore[misc]
-            return binding.make_cursor(self, name)
+            return cursors.make_cursor(self, name)
         try:
             cursor = super()._cursor()  # type: ignore[misc]
         except Error:
@@ -186,11 +186,11 @@ class SafePointsMixin(LoadBalancedMixin):
             if not session.dead:
                 raise
             session.not_raised()
-            return binding.make_cursor(self)
+            return cursors.make_cursor(self)
         if session.dead:
             # What the engine sends for each cursor has met the loss, and kept it to itself.
             session.not_raised()
-        return cursor if cursor.__class__ is PlainCursor else binding.look_after(self, cursor)
+        return cursor if cursor.__class__ is PlainCursor else cursors.look_after(self, cursor)
 
     def make_cursor(self, cursor: Any) -> Any:
         """Make what Django's own method makes, with our hooks; an engine's own makes its own."""
@@ -199,7 +199,7 @@ class SafePointsMixin(LoadBalancedMixin):
             session is None
             or session.connection is not self.connection
             or self._attempt is not None
-            or binding.sets_up(self.__class__)  # type: ignore[arg-type]
+            or cursors.sets_up(self.__class__)  # type: ignore[arg-type]
         ):
             return super().make_cursor(cursor)
         return made_cursor(cursor, self, session)

@@ -10,7 +10,7 @@ from .engines import PeerEngine, engine_path, load_wrapper, peer_engine
 from .entry import Problem
 from .keys import ALIAS_KEY, CONNECTION_KEYS, ENGINE, NAME_KEY, PEER_ALIAS_ENGINE, is_balancer
 from .merging import changed_keys, first_reading, merged_settings, same
-from .reading import balancer_config, problems
+from .reading import balancer_config, messages, problems
 
 __all__ = [
     "ALIAS_KEY",
@@ -29,6 +29,7 @@ __all__ = [
     "is_testing",
     "load_wrapper",
     "merged_settings",
+    "messages",
     "mirrored",
     "mirrors",
     "name_of_a_peer",

@@ -9,7 +9,9 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from django.core.checks import CheckMessage, Error, Warning
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 
 from ..core.config import BalancerConfig, BreakerConfig, PeerConfig, check_field
 from ..core.exceptions import ConfigError
@@ -31,7 +33,7 @@ from .keys import (
 from .merging import address
 from .spelling import misplaced, misspelt, named_twice
 
-__all__ = ["Reading", "balancer_config", "problems", "read"]
+__all__ = ["Reading", "balancer_config", "messages", "problems", "read"]
 
 #: Packages whose backends take connections out of a pool that they keep by alias. These are
 #: known before they connect. Of others backends.origins finds it out when they connect.
@@ -80,6 +82,22 @@ def balancer_config(
     if config is None:
         raise ImproperlyConfigured(str(next(one for one in found if one.stops_connections)))
     return config
+
+
+def messages(alias: str) -> list[CheckMessage]:
+    """Return the messages for one alias of DATABASES; none if it is no balancer."""
+    databases = connections.databases
+    entry = databases.get(alias, {})
+    if not is_balancer(entry):
+        return []
+    return [
+        (Error if problem.is_error else Warning)(
+            f"DATABASES[{alias!r}]: {problem.message}",
+            hint=problem.hint,
+            id=f"django_proxysql.{problem.id}",
+        )
+        for problem in problems(alias, entry, databases)
+    ]
 
 
 class _Reader:

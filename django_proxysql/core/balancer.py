@@ -25,11 +25,10 @@ from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
 from .face import Face, Waiting, carrying_on
 from .leases import Lease
-from .peer import Peer, count_while_alive
+from .peer import Peer, PeerState, count_while_alive
 from .ready import QUESTIONS, Unanswered, Writer, galera, throw_away, writable
 from .search import Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
-from .view import PeerState
 
 if TYPE_CHECKING:
     import sqlalchemy.engine

@@ -22,8 +22,10 @@ import random
 import time
 import types
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Callable,
+    Generator,
     Iterable,
     Iterator,
     Sequence,
@@ -45,30 +47,15 @@ from .circuit import (
     Rescheduled,
     Transition,
     Tripped,
-    trial_of,
 )
 from .config import function, number
 from .dispatch import Dispatcher
 from .exceptions import ConfigError
 from .faults import Fault
-from .guards import run_through, run_through_async
-from .leases import Lease
 from .logger import complain
-from .permits import JITTER, Keeper, Permit, Subscriber
+from .permits import Keeper, Permit, Subscriber
 
-__all__ = [
-    "CLOSED",
-    "HALF_OPEN",
-    "JITTER",
-    "OPEN",
-    "Circuit",
-    "CircuitBreakerError",
-    "Lease",
-    "PeerBreaker",
-    "Permit",
-    "Transition",
-    "trial_of",
-]
+__all__ = ["CircuitBreakerError", "PeerBreaker"]
 
 CircuitBreakerError = pybreaker.CircuitBreakerError
 
@@ -192,7 +179,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
             permit.judge(exc)
             raise
         if isinstance(result, types.GeneratorType):
-            return run_through(result, permit)  # type: ignore[return-value]
+            return _run_through(result, permit)  # type: ignore[return-value]
         permit.succeeded()
         return result
 
@@ -230,7 +217,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
             permit.judge(exc)
             raise
         if inspect.isasyncgen(result):
-            return run_through_async(result, permit)
+            return _run_through_async(result, permit)
         permit.succeeded()
         return result
 
@@ -381,6 +368,41 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
                 getattr(listener, method)(self, *args, **kwargs)
             except Exception:
                 complain("A listener of the circuit of %s raised", self._name)
+
+
+def _run_through(generator: Generator[Any, Any, Any], permit: Permit) -> Generator[Any, Any, Any]:
+    """Yield from ``generator``; its end is the permit's."""
+    try:
+        result = yield from generator
+    except BaseException as exc:
+        permit.judge(exc)
+        raise
+    permit.succeeded()
+    return result
+
+
+async def _run_through_async(
+    generator: AsyncGenerator[Any, Any], permit: Permit
+) -> AsyncGenerator[Any, Any]:
+    """Do for an asynchronous generator what ``yield from`` does for another."""
+    try:
+        try:
+            item = await generator.__anext__()
+            while True:
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    await generator.aclose()
+                    raise
+                except BaseException as exc:
+                    item = await generator.athrow(exc)
+                else:
+                    item = await generator.asend(sent)
+        except StopAsyncIteration:
+            permit.succeeded()
+    except BaseException as exc:
+        permit.judge(exc)
+        raise
 
 
 def _stored(

@@ -18,10 +18,9 @@ from .events import Listener
 from .exceptions import ConfigError, NoPeerAvailable
 from .group import PeerGroup
 from .logger import Limit, logger
-from .peer import Peer
+from .peer import Peer, PeerState
 from .search import Search
 from .trials import trial_worker
-from .view import PeerState
 
 if TYPE_CHECKING:
     from .sharing import Sharing

@@ -23,16 +23,16 @@ from .breaker import PeerBreaker
 from .budget import LossMemory, ReplayBudget
 from .circuit import CLOSED, HALF_OPEN, Circuit, Transition, trial_of
 from .config import BalancerConfig
+from .dispatch import Listeners
 from .events import CircuitClosed, CircuitOpened, Event, PeerDrained, PeerUndrained
 from .exceptions import DrainRefused, NoPeerAvailable, UnknownPeer
 from .faults import Fault
-from .listeners import Listeners
-from .peer import Peer
+from .logs import log_event
+from .peer import Peer, PeerState, View
 from .ready import ready_check_from, writable
 from .rebalance import Move, Rebalance
 from .runtime import new_lock, renew_in_child, watch_uwsgi
 from .strategies import strategy_from
-from .view import PeerState, View
 
 __all__ = ["PeerGroup"]
 
@@ -93,7 +93,7 @@ class PeerGroup:
         by_weight = getattr(self.strategy, "by_weight", False)
         #: Moves kept connections to peers that have come back.
         self.rebalance = Rebalance(config.rebalance if by_weight else None, clock, self.draw)
-        self.listeners = Listeners(config.name)
+        self.listeners = Listeners(config.name, log_event)
         self._drains_lock = new_lock()
         #: Changes of circuits whose consequences are still to be seen to.
         self._changes: deque[tuple[str, Transition]] = deque()

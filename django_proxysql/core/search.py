@@ -30,11 +30,10 @@ from .group import PeerGroup
 from .leases import Lease
 from .logger import logger
 from .logs import due_in
-from .peer import Peer
+from .peer import Peer, PeerState, View
 from .permits import Permit
 from .ready import is_unanswered
 from .strategies import iterated
-from .view import PeerState, View
 
 __all__ = ["Attempt", "Search", "Wait"]
 

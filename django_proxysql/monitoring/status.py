@@ -14,7 +14,7 @@ from django.db import connections
 from django.utils.timezone import localtime
 
 from ..core.balancer import LoadBalancer, PeerState
-from ..core.breaker import CLOSED, HALF_OPEN, OPEN
+from ..core.circuit import CLOSED, HALF_OPEN, OPEN
 from ..core.events import CommitResolved
 from ..core.logs import due_in
 from ..core.reports import REPORTS

@@ -30,7 +30,7 @@ from django.views.decorators.http import require_POST, require_safe
 
 from ..conf.options import healthz_is_on, operate_permission
 from ..core.balancer import LoadBalancer
-from ..core.breaker import CLOSED
+from ..core.circuit import CLOSED
 from ..core.drivers import describe
 from ..core.exceptions import DrainRefused
 from ..core.logger import complain, logger
