@@ -6,8 +6,9 @@
     python -m tests.programs --on postgres --seed 1 --first 4711 --programs 1
 
 A program is a few operations of one request: writes and reads in autocommit, atomic blocks with
-nested blocks, savepoints and hooks, some of them run by ``retrying_atomic``. Meanwhile connections
-are cut at random packets: before them, in the middle, after them, in the answer.
+nested blocks, savepoints and hooks, some of them run by ``retrying_atomic`` or as views of requests
+under ATOMIC_REQUESTS. Meanwhile connections are cut at random packets: before them, in the middle,
+after them, in the answer.
 
 What must hold: **what was acknowledged stands exactly once, what was refused never, what is unknown
 at most once**, and a block as a whole. A block's hooks run once, in their order, if it stands and
@@ -30,6 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
 
 KINDS = ("mariadb", "postgres", "galera")
+#: transaction.atomic, retrying_atomic, and requests of two kinds under ATOMIC_REQUESTS.
+WAYS = ("atomic", "retrying", "decorator", "middleware")
 ALIAS = "programs"
 TABLE = "programs_row"
 
@@ -73,7 +76,8 @@ class Nested(NamedTuple):
 class Block(NamedTuple):
     ops: tuple[Op, ...]
     raises: bool
-    retrying: bool
+    #: What begins it, and may run it again: one of WAYS.
+    way: str
 
 
 Op = Union[Write, Read, Hook, Lose, Savepoint, Nested, Block]
@@ -131,7 +135,8 @@ class Generator:
         kind = draw.choices(("block", "write", "read", "lose"), (6, 2, 1, 1))[0]
         if kind != "block":
             return self._simple(kind)
-        return Block(self._body(self._depth), draw.random() < 0.1, draw.random() < 0.5)
+        way = draw.choices(WAYS, (4, 4, 1, 1))[0]
+        return Block(self._body(self._depth), draw.random() < 0.1, way)
 
     def _simple(self, kind: str) -> Op:
         return {"write": Write(self._name()), "read": Read(), "lose": Lose()}[kind]
@@ -266,11 +271,15 @@ class Run:
 
         outcome = "done"
         try:
-            if block.retrying:
-                retrying_atomic(ALIAS, wait=lambda state: 0)(body)()
-            else:
+            if block.way == "atomic":
                 with transaction.atomic(ALIAS):
                     body()
+            elif block.way == "retrying":
+                retrying_atomic(ALIAS, wait=lambda state: 0)(body)()
+            else:
+                from tests.program_requests import serve
+
+                serve(body, block.way)
         except _ApplicationError:
             outcome = "refused"
         except CommitOutcomeUnknown as exc:
@@ -448,6 +457,7 @@ class World:
             peers,
             alias=ALIAS,
             PEER_ENGINE=self.engine,
+            ATOMIC_REQUESTS=True,
             CONN_MAX_AGE=None,
             CHECK_INTERVAL=0.05,
             LAST_RESORT_INTERVAL=0.05,
@@ -611,7 +621,7 @@ def main() -> int:
     import django
 
     django.setup()
-    for name in ("django_proxysql", "django.db.backends.base"):
+    for name in ("django_proxysql", "django.db.backends.base", "django.request"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     parser = argparse.ArgumentParser(
         prog="python -m tests.programs",
