@@ -12,8 +12,6 @@ from django.db.models.signals import pre_migrate
 from .checks import check_options, check_settings, check_with_databases
 from .conf import introduce_peers
 
-__all__ = ["DjangoProxySQLConfig"]
-
 
 class DjangoProxySQLConfig(AppConfig):
     """django-proxysql as a Django app."""

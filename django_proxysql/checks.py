@@ -10,8 +10,6 @@ from django.db import connections
 from .conf import messages
 from .conf.options import option_problems
 
-__all__ = ["check_options", "check_settings", "check_with_databases"]
-
 
 def check_options(**kwargs: Any) -> list[CheckMessage]:
     """Check the setting DJANGO_PROXYSQL."""

@@ -31,8 +31,6 @@ from .core.ready import backend, galera, greeting_id, rows
 from .core.runtime import new_lock
 from .registry import Registered, balancers
 
-__all__ = ["Inspection", "inspect"]
-
 
 @dataclass(frozen=True)
 class Inspection:

@@ -14,8 +14,6 @@ from .backends.state import NO_TRANSACTION
 from .request import Body, Kept, atomic_aliases
 from .retry import Call, Rules
 
-__all__ = ["RetryingRequestMiddleware"]
-
 _BODY = "_django_proxysql_body"
 _RUN = "_django_proxysql_run"
 

@@ -33,8 +33,6 @@ from .core.runtime import new_lock
 from .core.trials import trial_worker
 from .errors import NoPeerAvailable
 
-__all__ = ["Registered", "balancers", "register"]
-
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
 

@@ -32,8 +32,6 @@ from .core.events import BlockRetried
 from .errors import NoPeerAvailable
 from .registry import balancers
 
-__all__ = ["Call", "Rules", "retrying_atomic"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 #: A wait strategy of tenacity's, or a function like one. It returns seconds.

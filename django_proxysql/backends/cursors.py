@@ -24,10 +24,6 @@ from .replacing import at_safe_point, before_first
 from .sessions import Session, current
 from .state import BEGUN, Transaction
 
-__all__ = [
-    *("PlainCursor", "bind", "look_after", "made_cursor", "make_cursor", "setting_up", "sets_up"),
-]
-
 _SEQUENCES = frozenset({tuple, list})
 
 

@@ -14,31 +14,6 @@ from ..core.faults import Fault, Judgement
 from ..core.texts import Text
 from .state import Stage
 
-__all__ = [
-    "After",
-    "Answer",
-    "Cause",
-    "How",
-    "Leave",
-    "Lost",
-    "Pinned",
-    "Place",
-    "Replay",
-    "Situation",
-    "Verdict",
-    "Why",
-    "after_error",
-    "after_read_only",
-    "may_count_as_committed",
-    "may_leave",
-    "may_replace",
-    "may_replay",
-    "may_restart",
-    "must_catch_up",
-    "must_raise_loss",
-    "writes_token",
-]
-
 
 class After(NamedTuple):
     """What follows from an error for its connection and for its peer."""

@@ -29,8 +29,6 @@ from .pools import has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
 from .types_of_peers import GeometriesOfPeersMixin, TypesOfPeersMixin, has_geometries, has_types
 
-__all__ = ["EngineType", "EngineUnknown", "engine_class", "first_class", "made_over"]
-
 
 class EngineUnknown(ImproperlyConfigured, AttributeError):
     """The class that ENGINE names was asked for something that no settings say."""

@@ -24,8 +24,6 @@ from typing import Any
 from ..core import runtime
 from ..core.logger import complain
 
-__all__ = ["remember"]
-
 _wrappers: runtime.Living[Any] = runtime.Living()
 
 #: What is held across a fork, by the forking thread: two may be at it at once.

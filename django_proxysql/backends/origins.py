@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["OriginsMixin", "is_of_another_package"]
-
 _Endpoint = tuple[str, str]
 
 #: Where each peer's connections were last seen to lead, by the peer's name.

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["PooledMixin"]
-
 _Check = Callable[[Any], object]
 
 #: Seconds for which a pool is waited for while there are other peers to go to:

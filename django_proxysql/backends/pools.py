@@ -20,17 +20,6 @@ from ..core.balancer import LoadBalancer
 from ..core.events import CircuitOpened, Event, PeerDrained
 from ..core.runtime import new_lock
 
-__all__ = [
-    "Pool",
-    "Pools",
-    "close_for_good",
-    "close_in_child",
-    "give_back",
-    "has_pools",
-    "is_pooled",
-    "pools_of",
-]
-
 #: What, besides what a connection is made with, is set up in it once.
 _KEYS = (*CONNECTION_KEYS, "CONN_HEALTH_CHECKS", "CONN_MAX_AGE", "TIME_ZONE")
 

@@ -43,24 +43,6 @@ from .proofs import prove, reads_anew
 from .sessions import Session, current
 from .state import NO_TRANSACTION
 
-__all__ = [
-    "at_safe_point",
-    "before_first",
-    "begin_anew",
-    "close_old",
-    "connect",
-    "follow",
-    "is_restartable",
-    "is_safe",
-    "leave_if_out",
-    "quietly",
-    "raise_loss",
-    "replace",
-    "restart",
-    "restore_log",
-    "settle",
-]
-
 #: What Django's connect() resets, and what a transaction that is started anew
 #: on another connection must keep.
 _OF_THE_TRANSACTION = (

@@ -37,21 +37,6 @@ from .replacing import replace, restart
 from .sessions import Session
 from .state import MOST_BEGUN_ANEW
 
-__all__ = [
-    "are_sendable",
-    "cause_of",
-    "dialect_of",
-    "ends",
-    "ends_with_block",
-    "give_up",
-    "has_only_read",
-    "kind_of_params",
-    "lost_statement",
-    "place",
-    "run_again",
-    "run_read_only",
-]
-
 #: Rows of an executemany() that are sent again, and the most that each may hold.
 _MOST_ROWS = 10_000
 

@@ -17,17 +17,6 @@ from .replacing import is_safe, replace, restore_log, situation_of
 from .replays import give_up
 from .sessions import Session, current
 
-__all__ = [
-    "after_fork",
-    "close",
-    "close_if_health_check_failed",
-    "close_if_unusable_or_obsolete",
-    "is_to_leave",
-    "is_unannounced",
-    "move",
-    "recover",
-]
-
 
 def close_if_unusable_or_obsolete(db: Any) -> None:
     """End a request or task: close what is not to be kept."""

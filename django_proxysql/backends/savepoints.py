@@ -19,16 +19,6 @@ from .losses import mark, notice_unseen
 from .replacing import before_first, is_restartable, restart
 from .sessions import Session, current
 
-__all__ = [
-    "lost_is_rolled_back",
-    "of_django",
-    "passed_over",
-    "savepoint",
-    "savepoint_commit",
-    "savepoint_rollback",
-    "send_of_django",
-]
-
 
 def passed_over(session: Session, was_raised: bool) -> None:
     """Note that an error that ends nothing is not raised. If the connection held session

@@ -18,8 +18,6 @@ from ..core.texts import VALUES
 from .pools import close_for_good
 from .state import Health
 
-__all__ = ["OF_THE_CALL", "MadeWith", "Session", "abandon", "current", "interrupted"]
-
 #: What a driver, or what it calls, raises of the arguments it was given. All else that is no
 #: error of a driver comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
 OF_THE_CALL = (

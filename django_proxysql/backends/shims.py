@@ -25,16 +25,6 @@ from ..registry import balancers
 from .tokens import problems
 from .versions import different_versions
 
-__all__ = [
-    "client_class",
-    "creation_class",
-    "peer_client_class",
-    "peer_creation_class",
-    "peer_validation_class",
-    "schema_editor_class",
-    "validation_class",
-]
-
 
 def on_one_peer(
     connection: Any, peer: Peer | None = None

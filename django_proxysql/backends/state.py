@@ -15,8 +15,6 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["BEGUN", "MOST_BEGUN_ANEW", "NO_TRANSACTION", "Health", "Life", "Stage", "Transaction"]
-
 
 class Life(enum.Enum):
     """Whether a connection can be used."""

@@ -28,22 +28,6 @@ from .replacing import at_safe_point, before_first
 from .replays import ends_with_block, give_up, kind_of_params, run_again
 from .sessions import Session, current
 
-__all__ = [
-    "after_statement",
-    "answers_no",
-    "before_many",
-    "before_other",
-    "before_statement",
-    "declare",
-    "fetch_first",
-    "has_results",
-    "note_answered",
-    "raise_lost_results",
-    "run_many",
-    "takes",
-    "unseen",
-]
-
 
 def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, params: Any) -> Session:
     """Have ``cursor`` on a connection that is as good as can be known.

@@ -28,26 +28,6 @@ from .savepoints import lost_is_rolled_back, passed_over
 from .sessions import Session, abandon, current
 from .state import NO_TRANSACTION, Stage, Transaction
 
-__all__ = [
-    "begin",
-    "begins_again",
-    "change_autocommit",
-    "commit",
-    "end",
-    "end_of_nothing",
-    "ended_by_hand",
-    "is_as_good_as_committed",
-    "leave",
-    "note_end_of_transaction",
-    "now_holding",
-    "open_transaction",
-    "rollback",
-    "send_commit",
-    "set_autocommit",
-    "still_holds",
-    "switch_on",
-]
-
 
 def set_autocommit(
     db: Any, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False

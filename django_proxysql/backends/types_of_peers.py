@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["GeometriesOfPeersMixin", "TypesOfPeersMixin", "has_geometries", "has_types"]
-
 
 def has_types(wrapper: type) -> bool:
     """Return whether the peer engine ``wrapper`` is one of databases with types of their own."""

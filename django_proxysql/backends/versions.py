@@ -9,8 +9,6 @@ from django.core.checks import Warning
 from ..conf import ALIAS_KEY
 from ..registry import balancers
 
-__all__ = ["different_versions"]
-
 
 def different_versions(connection: Any) -> list[Any]:
     """Return a warning if the peers are not all of one kind and version.

@@ -13,8 +13,6 @@ from django.db.backends.signals import connection_created
 from .engines import PeerEngine, engine_path
 from .keys import is_balancer, listed
 
-__all__ = ["introduce_peers", "is_testing", "mirrored", "mirrors", "name_of_a_peer"]
-
 #: Aliases that are tested as mirrors: what of, and the NAMEs of production.
 mirrors: dict[str, tuple[str, list[Any]]] = {}
 

@@ -15,8 +15,6 @@ from .engines import load_wrapper
 from .entry import Entry, Problem
 from .merging import address
 
-__all__ = ["is_number", "of_peer", "one_address", "options", "shared_pools", "timeouts", "tokens"]
-
 #: What is written in a settings file in place of a string.
 _NO_TEXT = (int, float, list, tuple, dict, set)
 

@@ -13,8 +13,6 @@ from django.db.utils import load_backend
 from ..core.exceptions import ConfigError
 from .keys import DEFAULT_PEER_ENGINE, NO_ENGINE, PEER_ALIAS_ENGINE, is_balancer, listed
 
-__all__ = ["PeerEngine", "engine_path", "load_wrapper", "peer_engine"]
-
 
 class PeerEngine(str):
     """The ENGINE of an alias that serves as a peer: what the user wrote, and whose peer it is.

@@ -14,8 +14,6 @@ from .engines import load_wrapper, peer_engine
 from .keys import listed
 from .merging import merged_settings
 
-__all__ = ["Entry", "Problem", "given_name"]
-
 #: The id of what a driver cannot take in one peer's settings.
 _OF_ONE_PEER = "E018"
 

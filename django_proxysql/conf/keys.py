@@ -5,23 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = [
-    "ALIAS_KEY",
-    "BALANCER_FIELDS",
-    "BALANCER_KEYS",
-    "CONNECTION_KEYS",
-    "DEFAULT_PEER_ENGINE",
-    "DJANGO_KEYS",
-    "ENGINE",
-    "NAME_KEY",
-    "NO_ENGINE",
-    "PEER_ALIAS_ENGINE",
-    "PEER_FIELDS",
-    "PEER_KEYS",
-    "is_balancer",
-    "listed",
-]
-
 ENGINE = "django_proxysql.backends.proxysql"
 #: What takes the place of an alias's own ENGINE once it is known to be a peer's.
 PEER_ALIAS_ENGINE = "django_proxysql.backends.peer"

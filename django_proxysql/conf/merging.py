@@ -9,8 +9,6 @@ from typing import Any
 from ..core.config import address_in_words
 from .keys import CONNECTION_KEYS, NAME_KEY
 
-__all__ = ["address", "changed_keys", "first_reading", "merged_settings", "options_of", "same"]
-
 #: What Django takes a key for that is not given. Before 4.1 it fills them in when the first
 #: connection of an entry is made: an entry that is read earlier is to be the same one.
 _DEFAULTS: dict[str, Any] = {**dict.fromkeys(CONNECTION_KEYS, ""), "OPTIONS": {}}

@@ -8,8 +8,6 @@ from typing import Any
 
 from django.conf import settings
 
-__all__ = ["OPTIONS", "SETTING", "healthz_is_on", "operate_permission", "option_problems"]
-
 SETTING = "DJANGO_PROXYSQL"
 
 #: What it may say, and what holds where it does not.

@@ -33,8 +33,6 @@ from .keys import (
 from .merging import address
 from .spelling import misplaced, misspelt, named_twice
 
-__all__ = ["Reading", "balancer_config", "messages", "problems", "read"]
-
 #: Packages whose backends take connections out of a pool that they keep by alias. These are
 #: known before they connect. Of others backends.origins finds it out when they connect.
 _POOLS_BY_ALIAS = frozenset(

@@ -16,8 +16,6 @@ from .keys import (
     PEER_KEYS,
 )
 
-__all__ = ["misplaced", "misspelt", "named_twice"]
-
 
 def misspelt(
     entry: Entry, where: str, settings: Mapping[str, Any], own: Iterable[str]

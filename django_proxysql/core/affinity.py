@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 
 from .peer import Peer
 
-__all__ = ["Affinity", "Pin"]
-
 
 class Pin:
     """One ``pinned()`` block; its peer is known once the block has connected."""

@@ -55,8 +55,6 @@ from .faults import Fault
 from .logger import complain
 from .permits import Keeper, Permit, Subscriber
 
-__all__ = ["CircuitBreakerError", "PeerBreaker"]
-
 CircuitBreakerError = pybreaker.CircuitBreakerError
 
 _T = TypeVar("_T")

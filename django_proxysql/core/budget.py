@@ -12,8 +12,6 @@ from typing import Any
 
 from .runtime import new_lock
 
-__all__ = ["LossMemory", "ReplayBudget"]
-
 #: Replays are at most this share of the statements of the last minute …
 SHARE = 0.1
 #: … but so many are always allowed.

@@ -15,8 +15,6 @@ from typing import Any, Optional
 
 from .config import BalancerConfig, address_in_words
 
-__all__ = ["Facts", "Source", "mysql_facts", "postgresql_facts", "warnings"]
-
 #: Seconds by which a clock may differ: timestamps of one request are in order to the second.
 CLOCKS_APART = 1.0
 #: Seconds by which a replica may lag before it is worth a word.

@@ -14,20 +14,6 @@ from typing import Any
 
 from .exceptions import ConfigError
 
-__all__ = [
-    "MOST_SECONDS",
-    "BalancerConfig",
-    "BreakerConfig",
-    "PeerConfig",
-    "address_in_words",
-    "check_field",
-    "config_from",
-    "function",
-    "host_and_port",
-    "imported",
-    "number",
-]
-
 #: Seconds: the longest OUTCOME_DEADLINE.
 MOST_SECONDS = 600
 

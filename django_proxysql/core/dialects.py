@@ -8,25 +8,6 @@ other arguments may be preferred: what is run again runs READ ONLY as well.
 
 from __future__ import annotations
 
-__all__ = [
-    "AFTER_CALLS",
-    "BEFORE_BY",
-    "BEFORE_STRINGS",
-    "CAST_TO",
-    "INFIX",
-    "INFIX_OF_MYSQL",
-    "INFIX_OF_POSTGRESQL",
-    "KEEPS_SIGN",
-    "NO_FUNCTIONS",
-    "NO_OPERANDS",
-    "OF_MYSQL",
-    "OF_POSTGRESQL",
-    "OPERATORS",
-    "PURE",
-    "TYPES",
-    "functions_of",
-]
-
 _EVERYWHERE = frozenset(
     """
     ABS ACOS ASCII ASIN ATAN ATAN2 AVG BIT_AND BIT_COUNT BIT_LENGTH BIT_OR BIT_XOR CAST CEIL

@@ -29,8 +29,6 @@ from .events import Connected, Event, Listener
 from .logger import complain
 from .runtime import Worker, current_worker, new_lock
 
-__all__ = ["Dispatcher", "Listeners", "in_listener_thread"]
-
 #: How many events may wait for a listener that hangs.
 MOST = 1000
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _Face = TypeVar("_Face", bound="Face")
 
-__all__ = ["Face", "Waiting", "carrying_on"]
-
 #: Seconds between two searches for a peer: processes that wait do not search in step.
 _WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=2)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-__all__ = ["Count", "Fault", "Judgement", "Loss", "Proof", "Verdict", "loss_counts", "verdict_on"]
-
 
 class Fault(enum.Enum):
     """The kinds of failure that a load balancer distinguishes."""

@@ -34,8 +34,6 @@ from .rebalance import Move, Rebalance
 from .runtime import new_lock, renew_in_child, watch_uwsgi
 from .strategies import strategy_from
 
-__all__ = ["PeerGroup"]
-
 
 class _Desired(Protocol):
     """What became of an operator's drain in other processes."""

@@ -22,8 +22,6 @@ from typing import Any
 
 from .statements import CALL, readings
 
-__all__ = ["Holdings", "asks_for_a_lock", "changes"]
-
 
 class Holdings:
     """What one session holds. Belongs to one thread at a time."""

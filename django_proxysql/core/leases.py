@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-__all__ = ["LOOK_AGAIN", "Bell", "Lease"]
-
 #: Seconds after which what waits for a trial's end looks whether it has missed it.
 LOOK_AGAIN = 1.0
 

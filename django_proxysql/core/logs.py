@@ -17,8 +17,6 @@ from .faults import Fault
 from .logger import Limit, logger
 from .reports import REPORTS, Limited, Line, fits
 
-__all__ = ["due_in", "log_event"]
-
 #: What structured logging gets of an event: the record's attribute, the event's field.
 _EXTRA = (
     ("alias", "balancer"),

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from .breaker import PeerBreaker
     from .config import PeerConfig
 
-__all__ = ["Checkout", "Peer", "PeerState", "View", "count_while_alive"]
-
 
 class Peer:
     """One of a load balancer's equivalent endpoints.

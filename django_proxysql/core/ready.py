@@ -16,24 +16,6 @@ from . import drivers, sockets
 from .config import imported
 from .exceptions import ConfigError, NotReady
 
-__all__ = [
-    "QUESTIONS",
-    "Check",
-    "ServerCheck",
-    "Unanswered",
-    "Writer",
-    "backend",
-    "catch_up",
-    "galera",
-    "greeting_id",
-    "is_unanswered",
-    "ready_check_from",
-    "rows",
-    "throw_away",
-    "writable",
-    "writer_of",
-]
-
 Check = Callable[[Any], object]
 _T = TypeVar("_T")
 #: Yields statements, is sent the rows of each, and returns what they come to.

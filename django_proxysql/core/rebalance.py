@@ -28,8 +28,6 @@ from collections.abc import Callable, Iterable, Sequence
 from .peer import Peer
 from .runtime import new_lock
 
-__all__ = ["Move", "Rebalance"]
-
 #: What sums of weights may be off by.
 _HAIR = 1e-9
 

@@ -14,8 +14,6 @@ from typing import Any
 from . import events
 from .faults import Fault
 
-__all__ = ["FAILURE", "REPORTS", "SUCCESS", "Count", "Limited", "Line", "Metric", "Report", "fits"]
-
 #: How an attempt to connect ended.
 SUCCESS, FAILURE = "success", "failure"
 

@@ -47,18 +47,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from .logger import Limit, complain
 
-__all__ = [
-    "Living",
-    "RecoveringLock",
-    "Worker",
-    "at_fork",
-    "current_worker",
-    "finish",
-    "new_lock",
-    "renew_in_child",
-    "watch_uwsgi",
-]
-
 #: Seconds after which a background thread looks by itself: a caller that brought work may
 #: have been killed before it could wake the thread.
 LOOK_AGAIN = 1.0

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import sqlalchemy.engine
     import sqlalchemy.ext.asyncio
 
-__all__ = ["async_sqlalchemy_engine", "sqlalchemy_engine"]
-
 #: Names that drivers take for the same argument.
 _SAME = (
     frozenset({"passwd", "password"}),

@@ -43,12 +43,6 @@ from .dialects import (
 )
 from .dialects import PURE as _PURE
 
-__all__ = [
-    *("CALL", "CALLS", "ENDS", "IDS", "KEEPS_HEADS", "READ", "RESULT", "SCOPED", "STATE"),
-    *("head_of", "is_plain", "is_provable_read", "kinds", "makes_ids", "readings", "scan"),
-    *("without_lock", "without_tail", "writes"),
-]
-
 #: Looks like a read. Only decides whether the socket is looked at first.
 READ = 1
 #: Leaves something in the session, or takes it back: see :mod:`.holdings`.

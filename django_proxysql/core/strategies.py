@@ -30,8 +30,6 @@ from .exceptions import ConfigError
 if TYPE_CHECKING:
     from .peer import Peer
 
-__all__ = ["LeastConnections", "Random", "RoundRobin", "Strategy", "iterated", "strategy_from"]
-
 
 class Strategy(Protocol):
     """What the load balancer asks of a strategy."""

@@ -27,11 +27,6 @@ from .statements import (
     without_tail,
 )
 
-__all__ = [
-    *("VALUES", "Text", "are_small", "are_values", "is_of_transaction", "may_be_sql", "may_end"),
-    *("names_in", "tells_time", "text_of", "with_parameters"),
-]
-
 #: Longer texts are values, and no setting.
 _LENGTH = 20_000
 

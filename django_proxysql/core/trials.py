@@ -27,8 +27,6 @@ from .group import PeerGroup
 from .peer import Peer
 from .runtime import Worker
 
-__all__ = ["TrialWorker", "trial_worker"]
-
 #: Seconds that lie between two trials of one peer at least, whatever is set.
 _SHORTEST_PAUSE = 0.1
 

@@ -26,8 +26,6 @@ from urllib.parse import unquote_to_bytes
 from .config import BalancerConfig, BreakerConfig, PeerConfig, check_field
 from .exceptions import ConfigError
 
-__all__ = ["from_url"]
-
 _ENGINE = "django_proxysql.backends.proxysql"
 _SQLITE = "django.db.backends.sqlite3"
 _ENGINES = {

@@ -15,8 +15,6 @@ from .peers import Peers
 from .screen import Screen, ScreenHandler
 from .tally import Sample, Tally
 
-__all__ = ["Demo"]
-
 #: The peer that fails.
 VICTIM = "peer1"
 

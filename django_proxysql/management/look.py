@@ -10,19 +10,6 @@ from ..core.balancer import LoadBalancer, PeerState
 from ..core.comparison import warnings
 from ..inspection import Inspection, inspect
 
-__all__ = [
-    "CRITICAL",
-    "OK",
-    "UNKNOWN",
-    "WARNING",
-    "Look",
-    "Row",
-    "as_json",
-    "ask",
-    "table",
-    "worst",
-]
-
 #: Exit codes, in the words of Nagios, which knows the same four.
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")

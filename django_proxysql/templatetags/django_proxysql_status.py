@@ -7,8 +7,6 @@ from typing import Any
 from django import template
 from django.urls import NoReverseMatch, reverse
 
-__all__ = ["add_status_page", "register"]
-
 register = template.Library()
 
 

@@ -30,8 +30,6 @@ from ..forked import remember
 from ..pools import close_in_child, has_pools
 from ..shims import peer_client_class, peer_creation_class, peer_validation_class
 
-__all__ = ["DatabaseWrapper"]
-
 #: What wrappers ask a server for, and keep, in one Django or another.
 FACTS = (
     "mysql_server_data",

@@ -10,8 +10,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from ..engines import EngineType, engine_class, first_class
 from ..wrapper import SafePointsMixin
 
-__all__ = ["DatabaseWrapper"]
-
 
 class DatabaseWrapper(SafePointsMixin, BaseDatabaseWrapper, metaclass=EngineType):
     """A load-balanced connection: an instance of this and of the peer engine's own class.

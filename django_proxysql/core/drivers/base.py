@@ -11,8 +11,6 @@ from typing import Any
 
 from ..faults import Fault, Proof
 
-__all__ = ["Driver", "generic", "is_of_first", "mark_first"]
-
 
 def mark_first(exc: Exception) -> None:
     """Note on an exception that it was raised before COMMIT was run."""

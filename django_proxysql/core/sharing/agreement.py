@@ -29,8 +29,6 @@ from .records import (
     seconds_of,
 )
 
-__all__ = ["Agreement"]
-
 
 class Agreement:
     """What one balancer's circuits and drains are here, beside what was agreed on with Redis.

@@ -7,8 +7,6 @@ from ..circuit import Circuit, ClosedElsewhere, OpenedElsewhere, PutOff
 from ..faults import Fault
 from ..permits import JITTER
 
-__all__ = ["apply_closed", "apply_open", "put_off"]
-
 
 def apply_open(
     breaker: PeerBreaker,

@@ -25,8 +25,6 @@ from .scripts import FLEET, HEARTBEAT, SHA, SYNC
 from .trouble import Trouble, trouble_from
 from .url import checked_url
 
-__all__ = ["INTERVAL", "PATIENCE", "Link", "Question", "link_to", "log", "refusal"]
-
 #: Seconds between two round trips while all is well.
 INTERVAL = 1.0
 

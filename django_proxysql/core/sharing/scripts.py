@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-__all__ = ["FLEET", "HEARTBEAT", "SHA", "SYNC"]
-
 
 def _lua(*names: str) -> str:
     folder = Path(__file__).parent

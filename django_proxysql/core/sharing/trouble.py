@@ -7,8 +7,6 @@ import ssl
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["NO_ANSWER", "Trouble", "trouble_from"]
-
 
 class Trouble(NamedTuple):
     """Why a Redis is of no use."""

@@ -9,8 +9,6 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from ..exceptions import ConfigError
 
-__all__ = ["TIMEOUT", "checked_url"]
-
 #: What the keys begin with.
 PREFIX = "django-proxysql"
 

@@ -27,8 +27,6 @@ from ...core.exceptions import DrainRefused
 from ...registry import balancers
 from ..look import CRITICAL, OK, UNKNOWN, WARNING, Look, as_json, ask, table, worst
 
-__all__ = ["Command"]
-
 #: A shell's for Ctrl-C.
 INTERRUPTED = 130
 #: Seconds between two looks of --wait.

@@ -11,8 +11,6 @@ from django.db import connections
 from ...backends.tokens import delete_old, has_table, records
 from ...core.outcome import TABLE
 
-__all__ = ["Command"]
-
 _UNITS = {"h": 3600, "d": 86_400, "w": 604_800}
 
 

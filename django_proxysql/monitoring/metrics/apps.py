@@ -11,8 +11,6 @@ from ...core.logger import logger
 from ...registry import balancers
 from . import Metrics
 
-__all__ = ["MetricsConfig"]
-
 
 class MetricsConfig(AppConfig):
     """Registers the metrics with prometheus_client's own registry, as the process starts."""

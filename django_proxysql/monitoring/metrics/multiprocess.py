@@ -14,8 +14,6 @@ from ...core.logger import logger
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__all__ = ["MultiProcessCollector"]
-
 #: The broken files that the log has named.
 _named: set[str] = set()
 

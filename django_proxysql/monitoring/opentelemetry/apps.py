@@ -9,8 +9,6 @@ from django.apps import AppConfig
 from ...registry import balancers
 from . import Telemetry
 
-__all__ = ["TelemetryConfig"]
-
 
 class TelemetryConfig(AppConfig):
     """Listens to the balancers, as the process starts."""
