@@ -43,7 +43,7 @@ class RetryingRequestMiddleware(MiddlewareMixin):
 
     def process_request(self, request: Any) -> None:
         """Have the body recorded from here on: CSRF protection reads it before the view does."""
-        setattr(request, _BODY, Body(request))
+        setattr(request, _BODY, Body.record(request))
 
     def process_view(self, request: Any, view: Any, args: Any, kwargs: Any) -> None:
         """Keep the request as the view will find it."""

@@ -95,24 +95,25 @@ class _Recorded:
 
 
 class Body:
-    """A request's body, to be there for each run.
+    """A request's body, to be there for each run: see :meth:`record`."""
 
-    What is read of it from here on is recorded. What was made of it before is kept.
-
-    :param request: Django's request.
-    """
-
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, stream: _Recorded | None) -> None:
         state = vars(request)
-        self._stream: _Recorded | None = None
-        if state.get("_read_started") is False and "_stream" in state:
-            self._stream = request._stream = _Recorded(request._stream)
+        self._stream = stream
         self._before = {name: state[name] for name in _OF_BODY if name in state}
         #: Uploads that were read before: a run may close them or move them away.
         self._uploads = [
             (field, [(one, self._content(one)) for one in files])
             for field, files in (state["_files"].lists() if state.get("_files") else ())
         ]
+
+    @classmethod
+    def record(cls, request: Any) -> Body:
+        """Record what is read of Django's ``request`` from here on; keep what was made of it."""
+        stream = None
+        if vars(request).get("_read_started") is False and "_stream" in vars(request):
+            stream = request._stream = _Recorded(request._stream)
+        return cls(request, stream)
 
     def _content(self, upload: Any) -> bytes | int | None:
         """Return what an uploaded file holds, or another descriptor of it."""
@@ -171,7 +172,7 @@ class Kept:
 
     def __init__(self, request: Any, body: Body | None = None) -> None:
         self._request = request
-        self._body = body or Body(request)
+        self._body = body or Body.record(request)
         self._attributes = dict(vars(request))
         #: What a run may change in place, and what gives its attributes or items as they were.
         self._states: list[tuple[Any, Callable[[], dict[str, Any]]]] = []

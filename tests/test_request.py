@@ -478,7 +478,7 @@ class TestKept:
 
             scope = AsyncRequestFactory()._base_scope(path="/", method="POST")
             request = ASGIRequest(scope, io.BytesIO(b"abc\ndef\n"))
-        body = Body(request)
+        body = Body.record(request)
         first = read(request)
         body.restore(request)
         assert read(request) == first
@@ -490,7 +490,7 @@ class TestKept:
     def test_a_body_read_before_is_kept(self) -> None:
         request: Any = self.request()
         assert request.body == b"abc\ndef\n"
-        body = Body(request)
+        body = Body.record(request)
         assert request.read() == b"abc\ndef\n"
         body.restore(request)
         assert request.read() == b"abc\ndef\n"

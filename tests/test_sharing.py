@@ -114,7 +114,8 @@ class Process:
         self.link = link(fleet.url, now=fleet.redis_clock)
         if host:
             self.link.host = host
-        self.db.group.sharing = self.sharing = Sharing(self.db.group, self.link)
+        self.sharing = Sharing(self.db.group, self.link)
+        self.db.group.share(self.sharing)
         self.events: list[Any] = []
         self.db.add_listener(self.events.append, connects=False)
         self.step()
@@ -1033,7 +1034,7 @@ class TestThread:
         assert db.sharing.settle(10)
         life = db.sharing.link._running
         # Another process, as far as Redis knows.
-        other.group.sharing = Sharing(other.group, SteppedLink(own_url))
+        other.group.share(Sharing(other.group, SteppedLink(own_url)))
         other.sharing.start()
         other.peers["db1"].breaker.open()
         other.drain("db1")
@@ -1064,7 +1065,7 @@ class TestThread:
         db.add_listener(events.append, connects=False)
         assert db.sharing is not None
         assert db.sharing.settle(10)
-        other.group.sharing = Sharing(other.group, SteppedLink(own_url))
+        other.group.share(Sharing(other.group, SteppedLink(own_url)))
         other.sharing.start()
         try:
             for name in ("db1", "db2"):
@@ -1330,7 +1331,7 @@ class TestDrains:
         for _ in range(2):
             db = LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
             # A link of its own: another process.
-            db.group.sharing = Sharing(db.group, Link(own_url))
+            db.group.share(Sharing(db.group, Link(own_url)))
             fleet.append(db)
         for _ in range(20):
             assert all(db.sharing.settle(10) for db in fleet if db.sharing)

@@ -490,8 +490,8 @@ class TestButtons:
         client = site.admin()
         config = dataclasses.replace(site.balancer.config, shared_state=redis_server.url)
         other = LoadBalancer(config)
-        other.group.sharing = Sharing(other.group, SteppedLink(redis_server.url))
-        site.balancer.group.sharing = Sharing(site.balancer.group, SteppedLink(redis_server.url))
+        other.group.share(Sharing(other.group, SteppedLink(redis_server.url)))
+        site.balancer.group.share(Sharing(site.balancer.group, SteppedLink(redis_server.url)))
         site.fail("peer1")
         for balancer in (site.balancer, other):
             assert balancer.sharing is not None

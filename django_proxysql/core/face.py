@@ -85,7 +85,7 @@ class Face:
         if config.shared_state is not None:
             from .sharing import Sharing
 
-            group.sharing = Sharing(group)
+            group.share(Sharing(group))
         self._set_up(group, connect, wait, stop, sleep)
 
     @classmethod

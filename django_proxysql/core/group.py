@@ -9,6 +9,7 @@ Longer than other files: drains, trials and changes of circuits share one view a
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -48,6 +49,7 @@ class Shares(Protocol):
     def has_news(self) -> None: ...
     def settle(self) -> bool: ...
     def publish(self, peer: Peer, drained: bool, *, forced: bool) -> _Desired: ...
+    def may_try(self, name: str, by_hand: bool) -> float: ...
 
 
 class PeerGroup:
@@ -60,7 +62,7 @@ class PeerGroup:
 
     #: What a connect() raises when it finds no peer. The Django engine sets its own.
     no_peer_error: type[NoPeerAvailable] = NoPeerAvailable
-    #: What the group shares with other processes; None: nothing.
+    #: What the group shares with other processes, by :meth:`share`; None: nothing.
     sharing: Shares | None = None
     #: Has the background thread look after the peers, given whether something has changed;
     #: None: callers of connect() make the trials.
@@ -150,6 +152,12 @@ class PeerGroup:
             f"is {said}, which is no peer of {self.name!r}",
             f"Give one of its peers or their names: {', '.join(self.peers)}.",
         )
+
+    def share(self, sharing: Shares) -> None:
+        """Have circuits, trials and drains shared with other processes."""
+        self.sharing = sharing
+        for name, peer in self.peers.items():
+            peer.breaker.gate = functools.partial(sharing.may_try, name)
 
     def undrained(self) -> list[Peer]:
         """Return the peers that may be connected to, whatever their circuits say."""

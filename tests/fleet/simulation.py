@@ -159,7 +159,7 @@ class _Process:
         if scenario.sharing:
             self.link = _SimulatedLink(fleet.url, now=fleet.clock)
             self.link.process = self
-            self.db.group.sharing = Sharing(self.db.group, self.link)
+            self.db.group.share(Sharing(self.db.group, self.link))
 
     def woken(self) -> None:
         self.fleet.plan_step(self, self.fleet.clock())

@@ -40,10 +40,8 @@ No lock is held while anything waits. Only the thread uses the connection to Red
 
 from __future__ import annotations
 
-import functools
 import json
 
-from ..group import PeerGroup
 from ..logger import complain
 from ..peer import Peer
 from .agreement import Agreement
@@ -61,17 +59,12 @@ OPERATOR_WAITS = 1.0
 class Sharing(Agreement):
     """What one balancer shares with the same balancer in other processes.
 
-    It is ``balancer.sharing`` where the balancer has ``SHARED_STATE``.
+    It is ``balancer.sharing`` where the balancer has ``SHARED_STATE``, by :meth:`.PeerGroup.share`.
 
     :param group: whose circuits and drains they are.
     :param link: for tests, in place of the process's own.
     :raises ConfigError: see :func:`checked_url`.
     """
-
-    def __init__(self, group: PeerGroup, link: Link | None = None) -> None:
-        super().__init__(group, link)
-        for name, peer in group.peers.items():
-            peer.breaker.gate = functools.partial(self.may_try, name)
 
     def __repr__(self) -> str:
         return f"<Sharing by Redis at {self.link.address}>"
