@@ -376,15 +376,15 @@ class TestFaults:
             assert (here.written(), tokens(here)) == ([], [True])
 
     def test_a_lock_that_is_held_for_longer_than_the_deadline_leaves_it_unknown(
-        self, mariadb: Any, fault_proxy: Callable[..., Any], known_token: bytes
+        self, here: Site, known_token: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with recording(mariadb, fault_proxy, OUTCOME_DEADLINE=1.5) as here:
-            here.read()
-            cut_at_commit(here, "before")
-            with pytest.raises(CommitOutcomeUnknown), transaction.atomic("plain"):
-                run(here.plain, outcome.insert("mysql", outcome.TABLE, known_token))
-                block(here, "one")
-            assert resolved(here) == ["unknown"]
+        change_setting(here, monkeypatch, outcome_deadline=1.5)
+        here.read()
+        cut_at_commit(here, "before")
+        with pytest.raises(CommitOutcomeUnknown), transaction.atomic("plain"):
+            run(here.plain, outcome.insert(here.plain.vendor, outcome.TABLE, known_token))
+            block(here, "one")
+        assert resolved(here) == ["unknown"]
 
     def test_a_peer_that_takes_no_writes_is_asked_again(
         self, mariadb: Any, fault_proxy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -107,6 +108,35 @@ class TestKilled:
         expected = Outcome.COMMITTED if stands else Outcome.ROLLED_BACK
         assert scene.asked_by_another() is expected
         assert scene.settled() == stands
+
+
+def test_two_that_fence_at_once_agree(scene: Scene) -> None:
+    """The other process' fence waits for the first one's, which is not committed yet."""
+    scene.way.cut_before(COMMIT)
+    found: list[Outcome] = []
+    with scene.asking(WRITTEN) as process:
+        process.reaches(WRITTEN)
+        asking = threading.Thread(target=lambda: found.append(scene.asked_by_another()))
+        asking.start()
+        until(lambda: waits_for_a_lock(scene.here))
+        process.goes_on()
+        assert process.line() == "rolled back, 0"
+        asking.join()
+    assert found == [Outcome.ROLLED_BACK]
+    assert scene.settled() == []
+
+
+def waits_for_a_lock(here: Site) -> bool:
+    """Whether a session of the server's is writing a fence, and waits for another's."""
+    with here.plain.cursor() as cursor:
+        cursor.execute(
+            # InnoDB's own table of waits is not read anew while it is read often.
+            "SELECT count(*) FROM information_schema.processlist"
+            " WHERE id <> CONNECTION_ID() AND info LIKE 'INSERT%'"
+            if here.is_mysql
+            else "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        )
+        return bool(cursor.fetchone()[0])
 
 
 class TestFrozen:

@@ -44,8 +44,8 @@ _SEQUENCES = frozenset({tuple, list})
 
 
 @functools.lru_cache(maxsize=2000)
-def _proven(sql: str, dialect: str) -> bool:
-    return is_provable_read(sql, dialect=dialect)
+def _proven(sql: str, is_bare: bool, dialect: str) -> bool:
+    return is_provable_read(with_parameters(sql, None if is_bare else ()), dialect=dialect)
 
 
 #: The MySQL family's ER_PARSE_ERROR.
@@ -103,7 +103,7 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool
     for sql, params in reads:
         if not isinstance(sql, str) or len(sql) > _LONGEST_PROVEN:
             return False
-        if not _proven(with_parameters(sql, params), dialect):
+        if not _proven(sql, params is None, dialect):
             return False
         # Whether the driver quotes plain values in its own way is asked once COMMIT is lost:
         # here it would cost more than the rest.
