@@ -192,7 +192,9 @@ class _Inquiry:
             if recognise is not None:
                 recognise(connection, self)
             balancer = self._registered.balancer
-            balancer.check_ready(connection, Attempt(self._peer, self._seconds, is_trial=False))
+            attempt = Attempt(self._peer, balancer.config)
+            attempt.timeout = self._seconds
+            balancer.check_ready(connection, attempt)
             balancer.ask(connection, self._peer)
         finally:
             self._no_longer_shut_down()

@@ -182,8 +182,7 @@ class LoadBalancedMixin(_Base):
         driver = self._driver
         params.update(driver.connect_options(params, attempt.timeout))
         params.update(driver.session_options(params, settings["AUTOCOMMIT"]))
-        registered = self._registered()
-        if registered is not None and registered.balancer.config.commit_outcome is not None:
+        if attempt.config.commit_outcome is not None:
             params.update(driver.recording_options(params))
         return params
 

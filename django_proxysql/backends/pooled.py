@@ -156,7 +156,7 @@ class PooledMixin(_Base):
         wrapper.settings_dict = {**settings, "OPTIONS": options, "CONN_HEALTH_CHECKS": False}
         wrapper._peer_settings = wrapper.settings_dict
         # Not this attempt's time, which may be what is left of a deadline.
-        wrapper._attempt = Attempt(peer, registered.balancer.config.connect_timeout, False)
+        wrapper._attempt = Attempt(peer, registered.balancer.config)
         # Django keeps pools by alias, in a dictionary of the class's.
         wrapper._connection_pools = {}
         return super(PooledMixin, type(wrapper)).pool.fget(wrapper)  # type: ignore[misc]

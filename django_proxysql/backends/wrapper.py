@@ -108,11 +108,17 @@ class SafePointsMixin(LoadBalancedMixin):
         return connection
 
     def _watch_over(self, connection: Any, conn_params: dict[str, Any]) -> None:
-        registered, driver = self._registered(), self._driver
-        if registered is None or not driver.WATCHED:
+        driver, attempt = self._driver, self._attempt
+        if attempt is not None:
+            config = attempt.config
+        else:
+            registered = self._registered()
+            if registered is None:
+                return
+            config = registered.balancer.config
+        if not driver.WATCHED:
             return
-        descriptor = driver.fileno(connection)
-        seconds = registered.balancer.config.tcp_user_timeout
+        descriptor, seconds = driver.fileno(connection), config.tcp_user_timeout
         patience = sockets.keepalive(
             descriptor, seconds, driver.socket_options(connection, conn_params)
         )

@@ -23,6 +23,7 @@ from typing import NamedTuple, Union
 
 from . import drivers
 from .circuit import CLOSED, OPEN, Circuit
+from .config import BalancerConfig
 from .events import Connected, ConnectFailed, PeersExhausted
 from .exceptions import ConfigError, PoolBusy
 from .faults import Count, Fault, Verdict, verdict_on
@@ -45,14 +46,20 @@ class Attempt:
     """One try to connect to one peer: what the function that opens a connection is given.
 
     :param peer: the peer to connect to.
-    :param timeout: seconds that it may take.
-    :param is_trial: whether it is the one attempt that an open or suspect circuit allows.
-    :param may_wait: whether to wait for our own pool of connections to that peer, where it
-        has none to spare: False as long as other peers have not been asked.
+    :param config: its balancer's settings.
     """
+
+    #: Seconds that it may take.
+    timeout: float
+    #: Whether it is the one attempt that an open or suspect circuit allows.
+    is_trial: bool
+    #: Whether to wait for our own pool of connections to that peer, where it has none to spare:
+    #: False as long as other peers have not been asked.
+    may_wait: bool
 
     __slots__ = (
         "__weakref__",
+        "config",
         "is_over",
         "is_trial",
         "may_wait",
@@ -62,13 +69,12 @@ class Attempt:
         "timeout",
     )
 
-    def __init__(
-        self, peer: Peer, timeout: float, is_trial: bool = False, may_wait: bool = True
-    ) -> None:
+    def __init__(self, peer: Peer, config: BalancerConfig) -> None:
         self.peer = peer
-        self.timeout = timeout
-        self.is_trial = is_trial
-        self.may_wait = may_wait
+        self.config = config
+        self.timeout = config.connect_timeout
+        self.is_trial = False
+        self.may_wait = True
         #: The permit that it is made with.
         self.permit: Permit | None = None
         #: When it began, on the balancer's clock.
@@ -181,7 +187,7 @@ class Search:
                     self._seen[peer.name] = _seen(peer)
                 # No frame but the attempt refers to the permit: an exception's traceback would
                 # hold it, and with it the trial.
-                attempt = self.attempt = Attempt(peer, config.connect_timeout)
+                attempt = self.attempt = Attempt(peer, config)
                 attempt.permit = peer.breaker.acquire(
                     # A peer that has become suspect since we looked comes last all the same.
                     last_resort=last_resort,
