@@ -157,6 +157,29 @@ class TestBlocksWithoutAToken:
             getattr(here.here, f"cut_{cut}")(b"COMMIT")
         assert (tokens(here), resolved(here)) == ([], [])
 
+    def test_of_a_view_that_writes_is_unknown_and_of_a_function_is_not(
+        self, postgres: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        """The view's text is a read's. A function's name is one that may write: it has a token."""
+        with recording(postgres, fault_proxy) as here:
+            run(
+                here.plain,
+                "CREATE FUNCTION writes() RETURNS int LANGUAGE sql VOLATILE"
+                " AS $$ INSERT INTO app_token (value) VALUES ('by a read') RETURNING 1 $$",
+                "CREATE VIEW writing AS SELECT writes() AS a",
+            )
+            try:
+                with transaction.atomic("balanced"):
+                    here.sql("SELECT writes()")
+                    here.here.cut_after(COMMIT)
+                assert (tokens(here), resolved(here)) == ([False], ["committed"])
+                prepare(here)
+                with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
+                    here.sql("SELECT a FROM writing")
+                    here.here.cut_after(b"COMMIT")
+            finally:
+                run(here.plain, "DROP FUNCTION writes() CASCADE")
+
     @pytest.mark.parametrize("cut", [None, "before", "after"])
     def test_that_was_begun_by_hand_has_none(self, here: Site, cut: str | None) -> None:
         here.read()

@@ -21,7 +21,7 @@ from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.handlers.wsgi import WSGIRequest
 from django.db import OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
-from django.http import HttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.test import Client, RequestFactory, TestCase, override_settings
 from django.test.utils import setup_test_environment, teardown_test_environment
 from django.urls import path
@@ -171,6 +171,31 @@ class TestRuns:
             serve(view, way)()
         assert runs == [1]
         assert on_site.written() == ["view"]
+
+    def test_what_a_stream_sends_is_after_the_block_and_never_repeated(
+        self, on_site: Site, serve: Any, way: str
+    ) -> None:
+        runs: list[int] = []
+
+        def rows() -> Iterator[bytes]:
+            yield b"begun"
+            on_site.cut("after")
+            on_site.write("stream")
+
+        def view(request: Any) -> StreamingHttpResponse:
+            runs.append(1)
+            on_site.write(f"run {len(runs)}")
+            if len(runs) == 1:
+                on_site.kill()
+            return StreamingHttpResponse(rows())
+
+        sent = iter(serve(view, way)().streaming_content)
+        assert next(sent) == b"begun"
+        assert runs == [1, 1]
+        with pytest.raises(OperationalError):
+            next(sent)
+        assert runs == [1, 1]
+        assert on_site.written() == ["run 2", "stream"]
 
     def test_it_gives_up_after_its_attempts(self, on_site: Site, serve: Any, way: str) -> None:
         view = View(on_site, losses=5)
