@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from django.core.checks import Warning
 from django.db import connections
 
 from .conf import load_wrapper, peer_engine
@@ -84,6 +85,35 @@ def inspect(
         for inquiry in each:
             inquiry.start()
     return {alias: tuple(inquiry.result() for inquiry in each) for alias, each in inquiries.items()}
+
+
+def different_versions(alias: str) -> list[Warning]:
+    """Return a warning if a balancer's peers that answer are not all of one kind and version.
+
+    Asked by ``check --database``. Minor versions of PostgreSQL and Oracle make no difference.
+    """
+    found: dict[str, list[str]] = {}
+    for one in inspect([alias])[alias]:
+        if one.version and not one.version.startswith("SQLite"):
+            found.setdefault(_release(one.version), []).append(one.peer)
+    if len(found) < 2:
+        return []
+    servers = "; ".join(f"{', '.join(names)}: {server}" for server, names in found.items())
+    return [
+        Warning(
+            f"DATABASES[{alias!r}]: the peers are different servers ({servers}).",
+            hint="Django asks the first that it meets what SQL to write for all of them. "
+            "Give all peers one version.",
+            id="django_proxysql.W005",
+        )
+    ]
+
+
+def _release(version: str) -> str:
+    """Return a server's name and version as precisely as Django tells servers apart."""
+    name, _, number = version.partition(" ")
+    parts = number.split(".")
+    return f"{name} {'.'.join(parts[: 2 if name in ('MariaDB', 'MySQL') else 1])}"
 
 
 class _Inquiry:

@@ -25,12 +25,13 @@ ROOT = Path(django_proxysql.__file__).parent
 #: The house: each line a floor, what stands on it, and what that is. A file imports from the
 #: floors below its own only; the files of a folder may import one another.
 HOUSE = """
-17  middleware
-16  request
-15  __main__ management retry             programs, and what users call
-14  apps demo models monitoring signals
-13  backends inspection                   the engine
-13  checks
+18  middleware
+17  request
+16  __main__ management retry             programs, and what users call
+15  apps demo models monitoring signals
+14  backends                              the engine
+14  checks
+13  inspection
 12  registry
 11  conf
 10  errors templatetags                   what knows Django

@@ -15,7 +15,6 @@ from django.core.checks import run_checks
 from django.core.management import call_command
 
 from django_proxysql import Fault, NoPeerAvailable
-from django_proxysql.backends.versions import different_versions
 from django_proxysql.core import logs
 from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.circuit import CLOSED
@@ -23,6 +22,7 @@ from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhau
 from django_proxysql.core.logs import due_in
 from django_proxysql.core.sharing.applying import apply_open
 from django_proxysql.core.trials import trial_worker
+from django_proxysql.inspection import different_versions
 from django_proxysql.monitoring.status import health
 from django_proxysql.registry import balancers
 from tests.engine import engine, mysql_peer
@@ -156,11 +156,14 @@ def test_commands_with_one_of_two_peers_down(mariadb_pair: tuple[Node, Node], do
     mariadb_pair[down].kill()
     admin = {"USER": ADMIN, "PASSWORD": ADMIN_PASSWORD}
     peers = [mysql_peer(node, **admin) for node in mariadb_pair]
-    with engine(peers, CONNECT_TIMEOUT=2) as connection:
+    with engine(peers, CONNECT_TIMEOUT=2, STRATEGY="round_robin") as connection:
         told: list[Any] = []
         balancer = balancers["balanced"]
         balancer.add_listener(told.append)
-        assert different_versions(connection) == []
+        assert different_versions("balanced") == []
+        for _ in peers:
+            connection.close()
+            connection.ensure_connection()
         run_checks(tags=["database"], databases=["balanced"])
         connection.close()
         with connection.schema_editor() as editor:

@@ -23,7 +23,6 @@ from ..core import drivers
 from ..core.peer import Peer
 from ..registry import balancers
 from .tokens import problems
-from .versions import different_versions
 
 
 def on_one_peer(
@@ -300,10 +299,16 @@ def validation_class(base: type) -> type:
 
     class DatabaseValidation(base):  # type: ignore[misc]
         def check(self, **kwargs: Any) -> list[Any]:
+            # Not before: it is a command's business, and no connection's.
+            from ..inspection import different_versions
+
             found = [] if apps.is_installed("django_proxysql") else messages(self.connection.alias)
+            alias = self.connection.settings_dict.get(ALIAS_KEY)
+            with contextlib.suppress(ImproperlyConfigured):
+                # Otherwise the settings' own messages say what is wrong.
+                found += [] if alias is None else different_versions(alias)
             return [
                 *found,
-                *different_versions(self.connection),
                 *problems(self.connection),
                 *super().check(**kwargs),
             ]
