@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from django.core.checks import Warning
@@ -191,7 +191,9 @@ class _Inquiry:
 
     def note_facts(self, facts: Callable[[str, Ask], Facts], connection: Any) -> None:
         """Ask the server for its facts, to be compared with the other peers'."""
-        self.facts = facts(self._peer.name, functools.partial(_described, connection))
+        found = facts(self._peer.name, functools.partial(_described, connection))
+        version = {"version": _release(self.version)}
+        self.facts = replace(found, settings={**version, **found.settings})
 
     def _ask(self) -> None:
         settings = self._registered.to_connect_with(self._peer, self._own, self._alias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import django
 import pytest
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
 from django.db import Error, OperationalError, connections, transaction
 from django.db.utils import load_backend
 
@@ -546,6 +548,7 @@ def test_check_of_versions(mariadb_pair: tuple[Node, Node]) -> None:
     """Peers that are not of one version: a warning, which names them."""
     first, second = mariadb_pair
     peers = [mysql_peer(node) for node in mariadb_pair]
+    printed = io.StringIO()
     with engine(peers):
         assert check("balanced") == []
     for version, said in (("10.12.3-MariaDB", "MariaDB 10.12"), ("8.4.9", "MySQL 8.4")):
@@ -556,6 +559,10 @@ def test_check_of_versions(mariadb_pair: tuple[Node, Node]) -> None:
             (message,) = check("balanced")
             assert (message.id, message.level) == ("django_proxysql.W005", checks.WARNING)
             assert f"(peer0: MariaDB 10.11; peer1: {said})" in message.msg
+            with pytest.raises(SystemExit):
+                call_command("peers", "balanced", stdout=printed)
+            differ = f"differ in their version: peer0: MariaDB 10.11; peer1: {said}."
+            assert differ in printed.getvalue()
             # Nothing else is left behind: neither connections nor open circuits.
             # (Django 2.2's own check leaves the balancer's connection open.)
             connection.close()
@@ -568,7 +575,7 @@ def test_check_of_versions_passes_by_what_is_down(mariadb_pair: tuple[Node, Node
     first, second = mariadb_pair
     second.freeze()
     with engine([mysql_peer(node) for node in mariadb_pair], CONNECT_TIMEOUT=1):
-        assert check("balanced") == []
+        assert inspection.different_versions("balanced") == []
         assert {state.state for state in balancers["balanced"].snapshot()} == {"closed"}
     second.thaw()
     assert first.sql("SELECT 1").strip() == "1"

@@ -1,6 +1,7 @@
 """What is known of an unknown driver, and what others say of themselves.
 
-PEP 249's names, and nothing more. A driver's own file overrides what differs.
+PEP 249's names, and nothing more. A driver's own file overrides what differs. A
+method there says what it does where that is more than what is said here.
 """
 
 from __future__ import annotations

@@ -148,12 +148,10 @@ class MySQL(Driver):
     SPLITS = True
 
     def code_of(self, exc: BaseException) -> int | None:
-        """Return the error's number, if it has one."""
         code = exc.args[0] if exc.args else None
         return code if isinstance(code, int) else None
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        """Return what ``exc``, an error of this driver, says about the peer."""
         code, text = self.code_of(exc), text_of(exc)
         if code in (2001, 2002, 2003, 2004) and _NO_DESCRIPTORS.search(text):
             return Fault.LOCAL
@@ -210,7 +208,6 @@ class MySQL(Driver):
         return bool(params.get("multi_statements", True))
 
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:
-        """Run ``statement`` and COMMIT."""
         if not together:
             super().commit_after(connection, statement, together)
             return
@@ -236,7 +233,6 @@ class MySQL(Driver):
             connection.commit()
 
     def greeting(self, connection: Any) -> str:
-        """Return the version that the server has greeted with."""
         return str(connection.get_server_info())
 
     def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
@@ -257,11 +253,9 @@ class MySQL(Driver):
         return getattr(connection, "open", True) in (False, 0)
 
     def known_options(self) -> frozenset[str] | None:
-        """Return what the two drivers take by name, and Django's engine in OPTIONS."""
         return _OPTIONS
 
     def is_killed_connection(self, exc: BaseException) -> bool:
-        """Return whether ``exc`` says that the connection itself was ended on purpose."""
         return self.code_of(exc) in (1153, 1927, 3169, 4031)
 
     def is_answer(self, exc: BaseException) -> bool:
@@ -274,7 +268,6 @@ class MySQL(Driver):
         return code is not None and code > 0 and not 2000 <= code < 3000
 
     def is_read_only_refusal(self, exc: BaseException) -> bool:
-        """Return whether the server refused a write for being read-only."""
         return (
             self.code_of(exc) in (1290, 1836)
             and self.fault(exc, connecting=False) is Fault.NOT_READY
@@ -293,7 +286,6 @@ class MySQL(Driver):
         return (code == 1047 and "WSREP" in text_of(exc)) or self.is_read_only_refusal(exc)
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
-        """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
         # A constraint that fails at COMMIT is an answer; anything less clear is not.
         return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
 
@@ -302,7 +294,6 @@ class MySQL(Driver):
         return self.code_of(exc) in (9001, 9002) or bool(_PROXYSQL_NO_BACKEND.match(text_of(exc)))
 
     def question_of(self, exc: BaseException) -> str:
-        """Return what a trial must ask a peer that answered a statement with ``exc``."""
         code = self.code_of(exc)
         if code in (1047, 1180):
             return "galera"
@@ -316,7 +307,6 @@ class MySQL(Driver):
         return sockets.descriptor(number() if callable(number) else None)
 
     def leave(self, connection: Any) -> None:
-        """Part this process from a connection that is another's, without a word to the server."""
         # PyMySQL's, whatever it is wrapped in. As its destructor: close() would send COM_QUIT.
         force_close = getattr(connection, "_force_close", None)
         if callable(force_close):
@@ -347,7 +337,6 @@ class MySQL(Driver):
         return (host, str(connection.port)) if isinstance(host, str) else None
 
     def is_unbuffered(self, params: Any) -> bool:
-        """Return whether cursors made with these arguments leave rows on the wire."""
         cursorclass = params.get("cursorclass")
         if cursorclass is None:
             return False

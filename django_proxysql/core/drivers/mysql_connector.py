@@ -28,7 +28,6 @@ class MySQLConnector(Driver):
     SPLITS = True
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        """Return what ``exc`` says about the peer."""
         names = {cls.__name__ for cls in type(exc).__mro__}
         if names & {"ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"}:
             # Its own, with a code of the server's for a statement that took too long.
@@ -37,11 +36,9 @@ class MySQLConnector(Driver):
         return super().fault(exc, connecting) if meaning is Fault.OTHER else meaning
 
     def code_of(self, exc: BaseException) -> int | None:
-        """Return the error's number, if it has one."""
         return mysql.code_of(exc)
 
     def may_be_busy(self, exc: BaseException) -> bool:
-        """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
         return mysql.may_be_busy(_as_of_mysqlclient(exc))
 
     def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:

@@ -34,7 +34,6 @@ class Oracle(Driver):
         return f"{found.group(0).split('-')[0]}-{found.group(1)}" if found else None
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        """Return what ``exc``, an error of this driver, says about the peer."""
         code = self.code_of(exc)
         if code is None:
             return Fault.OTHER

@@ -22,7 +22,6 @@ class SQLite(Driver):
     WATCHED = False
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        """Return what ``exc``, an error of this driver, says about the peer."""
         text = str(exc)
         for pattern, meaning in _BY_TEXT:
             if pattern.search(text):
