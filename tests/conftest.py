@@ -58,15 +58,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that need a server, for ``-m "not server"``; several processes: slow first."""
     for item in items:
-        needed = set(getattr(item, "fixturenames", ()))
-        # A test may be given a fixture's name, for request.getfixturevalue().
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        needed.update(value for value in params.values() if isinstance(value, str))
-        if not SERVERS.isdisjoint(needed):
+        if not SERVERS.isdisjoint(needed_by(item)):
             item.add_marker(pytest.mark.server)
     if hasattr(config, "workerinput"):
         # A process that is done takes tests from another's end, and not the one that that is at.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def needed_by(item: pytest.Item) -> set[str]:
+    """Return the fixtures that a test asks for, among other names."""
+    needed = set(getattr(item, "fixturenames", ()))
+    # A test may be given a fixture's name, for request.getfixturevalue().
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    needed.update(value for value in params.values() if isinstance(value, str))
+    return needed
 
 
 def pytest_runtest_logstart() -> None:

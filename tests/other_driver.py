@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 DRIVER = os.environ.get("TEST_DRIVER")
 
 if DRIVER == "psycopg2":
@@ -22,8 +24,22 @@ elif DRIVER == "pymysql":
     pymysql.version_info = (2, 2, 7, "final", 0)
 
 
+#: The fixtures of the servers that a driver cannot connect to.
+NOT_ITS = {
+    "pymysql": {"postgres", "postgres_pair", "postgres_tls"},
+    "psycopg2": {"mariadb", "mariadb_pair", "mariadb_third", "mariadb_tls", "galera"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that may connect with DRIVER: the others would be the same once more."""
+    from tests.conftest import needed_by
+
+    items[:] = [item for item in items if NOT_ITS[str(DRIVER)].isdisjoint(needed_by(item))]
+
+
 def run_all_of(path: str, driver: str) -> None:
-    """Run a file of tests once more, with ``driver``.
+    """Run a file's tests once more, with ``driver``.
 
     :raises AssertionError: one of them fails.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -692,15 +693,23 @@ def test_without_prometheus_client() -> None:
     assert 'pip install "django-proxysql[prometheus]"' in error
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a process's metrics, to be copied."""
+    folder = tmp_path_factory.mktemp("written")
+    multiprocess("", folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\0\0", b"\xff" * 16, b"\x40\0\0\0\0\0\0\0\x20\0\0\0cut"]
 )
 @pytest.mark.parametrize("kind", ["gauge_livesum", "counter", "histogram"])
 def test_broken_file_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes, kind: str
+    tmp_path: Path, written: Path, caplog: pytest.LogCaptureFixture, content: bytes, kind: str
 ) -> None:
     """A file that a killed process has left empty, or a full disk cut off, harms no page."""
-    multiprocess("", tmp_path)
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     broken = tmp_path / f"{kind}_1234567.db"
     broken.write_bytes(content)
     registry = CollectorRegistry()
