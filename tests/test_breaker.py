@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import types
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.fakes import (
     lock_is_free,
     raised_by,
     refused_by_host,
+    running,
     too_many,
 )
 
@@ -475,8 +477,19 @@ class TestLostPermits:
         opened(breaker)
         clock.advance(30)
         permits = [breaker.acquire()]
-        with breaker._lock:
-            in_thread(permits.clear)
+        held, go_on, in_time = threading.Event(), threading.Event(), list[bool]()
+
+        def hold() -> None:
+            with breaker._lock:
+                held.set()
+                in_time.append(go_on.wait(10))
+
+        with running(hold):
+            assert held.wait(10)
+            # Here, where it was made: elsewhere free-threaded Python leaves its end to this thread.
+            permits.clear()
+            go_on.set()
+        assert in_time == [True]
         assert breaker.trial is None
         assert breaker.acquire().is_trial
 
@@ -828,10 +841,10 @@ class TestCalls:
             with breaker.calling():
                 yield 1
 
-        running = work()
-        next(running)
+        under_way = work()
+        next(under_way)
         assert breaker.acquire() is None
-        running.close()
+        under_way.close()
         clock.advance(1)
         assert breaker.acquire().is_trial
 
