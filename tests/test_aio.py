@@ -17,7 +17,7 @@ from django_proxysql.core import aio
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
-from tests.fakes import Clock, bad_password, even, peers, refused_by_host, until
+from tests.fakes import Clock, bad_password, even, peers, refused_by_host
 from tests.fakes import Driver as SyncDriver
 from tests.test_balancer import InOrder
 
@@ -377,15 +377,6 @@ def test_try_out_makes_the_trial_and_keeps_no_connection() -> None:
     assert asyncio.run(world.db.try_out("db1", now=True)) is True
     assert world.db.peers["db1"].breaker.current_state == "closed"
     assert world.driver.sockets == set()
-
-
-def test_background_thread_makes_the_trials() -> None:
-    world = World("db1", "db2", trials="background", check_interval=0.01)
-    world.driver.down["db1"] = refused_by_host
-    assert world.connect().host == "db2"
-    world.driver.down.clear()
-    until(lambda: world.clock.advance(1) or world.db.peers["db1"].breaker.is_available)
-    until(lambda: not world.driver.sockets - {c for c in world.driver.sockets if c.host == "db2"})
 
 
 def test_pinned_holds_for_the_task() -> None:

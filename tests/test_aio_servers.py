@@ -15,6 +15,7 @@ from django_proxysql import AsyncLoadBalancer, Fault, NoPeerAvailable
 from django_proxysql.core import aio
 from tests.servers import DATABASE, PASSWORD, USER, Address
 from tests.servers.faultproxy import FaultProxy
+from tests.test_aio_trials import others, until_true
 from tests.test_balancer import InOrder
 
 #: How a driver connects, the fixture of its servers, and what it calls the database.
@@ -134,6 +135,22 @@ def test_cancelled_at_many_moments_it_leaves_no_socket(site: Site) -> None:
         gc.collect()
         assert [peer.connections for peer in db.peers.values()] == [0, 0]
         assert [peer.connecting for peer in db.peers.values()] == [0, 0]
+
+    asyncio.run(scene())
+    for proxy in site.proxies:
+        proxy.wait_until_idle()
+
+
+def test_background_trial_is_a_task_of_the_idle_loop(site: Site) -> None:
+    """Nothing connects meanwhile, and the trial's connection is closed again."""
+    db = site.balancer(trials="background", check_interval=0.2)
+
+    async def scene() -> None:
+        site.proxies[0].refuse()
+        assert await connected_to(db) == "db2"
+        site.proxies[0].forward()
+        await until_true(lambda: db.peers["db1"].breaker.is_available)
+        await until_true(lambda: not others())
 
     asyncio.run(scene())
     for proxy in site.proxies:

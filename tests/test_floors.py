@@ -37,7 +37,7 @@ HOUSE = """
 10  errors templatetags                   what knows Django
 -----------------------------------------------------------------------------------------------
  9  core.aio core.balancer                AsyncLoadBalancer, LoadBalancer
- 8  core.face core.sqlalchemy_engine
+ 8  core.face core.sqlalchemy_engine core.tasks
  7  core.search core.sharing core.trials  what works on a group
  6  core.group                            what is known of the peers
  5  core.affinity core.rebalance core.strategies

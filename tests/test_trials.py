@@ -55,7 +55,7 @@ Pair = tuple[Node, Node]
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
     """A worker of the test's own; its thread has ended when the test has."""
     made = TrialWorker()
-    monkeypatch.setattr("django_proxysql.core.face.trial_worker", made)
+    monkeypatch.setattr("django_proxysql.core.balancer.trial_worker", made)
     monkeypatch.setattr("django_proxysql.registry.trial_worker", made)
     yield made
     for db in list(made._scheduled):
@@ -515,7 +515,7 @@ class TestThread:
             if pause is None:
                 monkeypatch.undo()
                 # What opens it finds a thread that runs.
-                monkeypatch.setattr("django_proxysql.core.face.trial_worker", worker)
+                monkeypatch.setattr("django_proxysql.core.balancer.trial_worker", worker)
                 circuit.open()
                 circuit.half_open()
             return pause

@@ -6,11 +6,9 @@
   hangs holds no caller, and no trial needs a throw-away connection ahead of it.
 * *Cancellation*, at any await, ends the attempt. It says nothing about the peer: a trial is due
   again soon. What was opened is closed.
-* *Loops.* Nothing is kept that belongs to a loop. Several loops, each in a thread of its own, and a
-  synchronous face may share one group.
-* *Trials in the background* are made by the process's one thread for them, each in a loop of its
-  own (:mod:`~django_proxysql.core.trials`). A task would end with the application's loop and wait
-  behind what blocks it, and each loop would need one.
+* *Loops.* Several loops, each in a thread of its own, and a synchronous face may share one group.
+* *Trials in the background* are tasks of a loop that connects
+  (:mod:`~django_proxysql.core.tasks`).
 """
 
 from __future__ import annotations
@@ -28,11 +26,13 @@ from . import drivers
 from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
 from .face import Face, Waiting, carrying_on
+from .group import PeerGroup
 from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
 from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer
 from .search import Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
+from .tasks import TrialTasks
 
 if TYPE_CHECKING:
     import sqlalchemy.ext.asyncio
@@ -122,6 +122,8 @@ class AsyncLoadBalancer(Face):
         group = self.group
         if group.sharing is None or not (group.view().out or group.view().suspects):
             return search.step()
+        # The thread has no loop to make trials on.
+        group.schedule(news=False)
         # A trial asks the other processes first, for 50 ms at most: in a thread.
         asking = asyncio.get_running_loop().run_in_executor(None, search.step)
         try:
@@ -244,8 +246,9 @@ class AsyncLoadBalancer(Face):
             search.forget()
         return True
 
-    def _try_out_in_background(self, peer: Peer) -> bool:
-        return asyncio.run(self.try_out(peer))
+    def _make_trials_in_background(self, group: PeerGroup) -> None:
+        tasks = TrialTasks(group, self.try_out)
+        group.background = lambda group, news: tasks.schedule(news=news)
 
     async def _open_and_close(self, attempt: Attempt) -> None:
         connection = await self._open_one(attempt)

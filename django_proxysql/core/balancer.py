@@ -24,11 +24,13 @@ from . import drivers
 from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
 from .face import Face, Waiting, carrying_on
+from .group import PeerGroup
 from .leases import Lease
 from .peer import Peer, PeerState, count_while_alive
 from .ready import QUESTIONS, Unanswered, Writer, galera, throw_away, writable
 from .search import Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
+from .trials import trial_worker
 
 if TYPE_CHECKING:
     import sqlalchemy.engine
@@ -64,7 +66,8 @@ class LoadBalancer(Face):
     :param shared_state: ``"redis://…"``: circuits and drains are shared with all
         processes that name the same Redis (:mod:`django_proxysql.core.sharing`).
     :param trials: ``"inline"``: callers of :meth:`connect` make the trials;
-        ``"background"``: a thread does (:mod:`django_proxysql.core.trials`).
+        ``"background"``: a thread does (:mod:`django_proxysql.core.trials`), under asyncio a
+        task (:mod:`django_proxysql.core.tasks`).
     :param clock: a monotonic clock, in seconds.
     :param jitter: draws from [0, 1).
     :raises ConfigError: a wrong argument; the message names it.
@@ -249,8 +252,9 @@ class LoadBalancer(Face):
             search.forget()
         return True
 
-    def _try_out_in_background(self, peer: Peer) -> bool:
-        return self.try_out(peer)
+    def _make_trials_in_background(self, group: PeerGroup) -> None:
+        group.try_out = self.try_out
+        group.background = lambda group, news: trial_worker.schedule(group, news=news)
 
     def _open_and_close(self, attempt: Attempt) -> None:
         connection = self._open_one(attempt)

@@ -20,7 +20,6 @@ from .group import PeerGroup
 from .logger import Limit, logger
 from .peer import Peer, PeerState
 from .search import Search
-from .trials import trial_worker
 
 if TYPE_CHECKING:
     from .sharing import Sharing
@@ -79,9 +78,8 @@ class Face:
         )
         group = PeerGroup(config, clock=clock, jitter=jitter)
         # The face that makes the group makes its background trials, too.
-        group.try_out = self._try_out_in_background
         if config.trials == "background":
-            group.background = lambda group, news: trial_worker.schedule(group, news=news)
+            self._make_trials_in_background(group)
         if config.shared_state is not None:
             from .sharing import Sharing
 
@@ -148,7 +146,7 @@ class Face:
         """Make the peer's trial; each face says how."""
         raise NotImplementedError
 
-    def _try_out_in_background(self, peer: Peer) -> bool:
+    def _make_trials_in_background(self, group: PeerGroup) -> None:
         raise NotImplementedError
 
     # Knowing

@@ -67,10 +67,10 @@ class TrialWorker(Worker):
         pause = math.inf
         for balancer in self._balancers():
             not_before = self._scheduled.setdefault(balancer, {})
-            for moment, peer in _due(balancer, not_before):
+            for moment, peer in due(balancer, not_before):
                 if moment <= balancer.clock():
                     self._try(balancer, peer, not_before)
-            for moment, _ in _due(balancer, not_before):
+            for moment, _ in due(balancer, not_before):
                 pause = min(pause, max(0.0, moment - balancer.clock()))
         return None if pause == math.inf else pause
 
@@ -88,23 +88,30 @@ class TrialWorker(Worker):
             self.complain(f"The trial of {balancer.name}/{peer.name} raised")
         finally:
             if not succeeded:
-                # Its trial is another's (permit refused), or says nothing, or its
-                # interval is 0: whatever it is, not at once again.
-                pause = peer.breaker.release_interval
-                not_before[peer.name] = balancer.clock() + max(pause, _SHORTEST_PAUSE)
+                not_before[peer.name] = balancer.clock() + pause_after_failure(peer)
 
 
-def _due(balancer: PeerGroup, not_before: dict[str, float]) -> list[tuple[float, Peer]]:
-    """Return the peers that need a trial and when, on the balancer's clock, the first first."""
+def pause_after_failure(peer: Peer) -> float:
+    """Return the seconds between a trial that has not succeeded and the next, at least."""
+    # Its trial is another's (permit refused), or says nothing, or its
+    # interval is 0: whatever it is, not at once again.
+    return max(peer.breaker.release_interval, _SHORTEST_PAUSE)
+
+
+def due(balancer: PeerGroup, not_before: dict[str, float]) -> list[tuple[float, Peer]]:
+    """Return the peers that need a trial and when, on the balancer's clock, the first first.
+
+    :param not_before: when each may be tried again, by its name.
+    """
     moments = []
     for peer in balancer.undrained():
-        due = balancer.next_trial(peer)
-        if due is not None:
+        moment = balancer.next_trial(peer)
+        if moment is not None:
             lease = peer.breaker.trial
             if lease is not None:
-                # It is being tried; the end of that wakes the thread.
-                due = max(due, lease.expires)
-            moments.append((max(due, not_before.get(peer.name, -math.inf)), peer))
+                # It is being tried; the end of that is news.
+                moment = max(moment, lease.expires)
+            moments.append((max(moment, not_before.get(peer.name, -math.inf)), peer))
     return sorted(moments, key=lambda moment: moment[0])
 
 
