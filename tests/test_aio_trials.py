@@ -157,7 +157,7 @@ def test_cancelled_at_each_await_a_trial_leaves_nothing(error: Any, loop_goes_on
                 await after(world)
 
         async def after(world: World = world) -> None:
-            # Nobody says that something has changed: a connect() finds it.
+            # No news comes: a connect() finds it.
             world.driver.down.clear()
             world.clock.advance(31)
             await (await world.db.connect()).close()

@@ -296,6 +296,19 @@ def test_balancers_need_names_of_their_own() -> None:
         Metrics(*dbs, registry=None)
 
 
+def test_a_balancer_under_asyncio_is_counted_as_well() -> None:
+    from tests.test_aio import World as AsyncWorld
+
+    world, registry = AsyncWorld("db1", "db2"), CollectorRegistry()
+    world.db.add_listener(Metrics(world.db, registry=registry))
+    world.driver.down["db1"] = refused_by_host
+    connection = world.connect()
+    said = generate_latest(registry).decode()
+    assert 'peer="db2"' in said
+    assert 'peer="db1"' in said
+    connection.terminate()
+
+
 def test_several_balancers() -> None:
     registry = CollectorRegistry()
     worlds = {name: World("db1", name=name) for name in ("shop", "stock")}

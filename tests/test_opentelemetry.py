@@ -104,6 +104,19 @@ def test_a_balancer_that_is_named_twice_is_counted_once() -> None:
     del connection
 
 
+def test_a_balancer_under_asyncio_is_counted_as_well() -> None:
+    from tests.test_aio import World as AsyncWorld
+
+    world, reader = AsyncWorld("db1", "db2"), InMemoryMetricReader()
+    Telemetry(world.db, meter_provider=sdk.MeterProvider([reader]))
+    world.driver.down["db1"] = refused_by_host
+    connection = world.connect()
+    said = str(reader.get_metrics_data())
+    for name in ("db.client.connection.count", "django_proxysql.circuit.open", "default/db2"):
+        assert name in said
+    connection.terminate()
+
+
 def test_a_failed_attempt_is_counted_by_its_fault_and_opens_the_circuit_once() -> None:
     world = Watched("db1")
     world.driver.down["db1"] = refused_by_host

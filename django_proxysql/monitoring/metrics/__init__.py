@@ -33,8 +33,8 @@ except ImportError as exc:
     ) from exc
 
 from ...core import runtime
-from ...core.balancer import LoadBalancer
 from ...core.events import Event
+from ...core.face import Face
 from ...core.peer import Peer
 from ...core.reports import REPORTS, Count, fits
 from .multiprocess import MultiProcessCollector
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from ...registry import Balancers
 
-    Source = Union[LoadBalancer, Balancers]
+    Source = Union[Face, Balancers]
 
 __all__ = ["Metrics", "MultiProcessCollector"]
 
@@ -67,8 +67,8 @@ class Metrics:
     Its labels are the balancer's alias, the peer's name, and words of a fixed set: never an
     address, an error's text or anything else that grows.
 
-    :param sources: the :class:`LoadBalancer` s, each with a name of its own, or Django's
-        ``balancers``: all of them, present and future.
+    :param sources: the :class:`LoadBalancer` s and :class:`AsyncLoadBalancer` s, each with a name
+        of its own, or Django's ``balancers``: all of them, present and future.
     :param registry: where it is registered; None: nowhere.
     :raises TypeError: a source is neither.
     :raises ValueError: the registry has it, or another of the same names, already; or two balancers
@@ -83,7 +83,7 @@ class Metrics:
                     f"Metrics takes load balancers, or Django's balancers, and not a "
                     f"{type(source).__name__}."
                 )
-        names = [source.name for source in sources if isinstance(source, LoadBalancer)]
+        names = [source.name for source in sources if isinstance(source, Face)]
         if len(set(names)) < len(names):
             raise ValueError(f"Balancers need different names: {names}")
         directory = _multiprocess_directory()
@@ -230,9 +230,9 @@ class Metrics:
 
     # Showing
 
-    def _balancers(self) -> Iterator[LoadBalancer]:
+    def _balancers(self) -> Iterator[Face]:
         for source in self._sources:
-            if isinstance(source, LoadBalancer):
+            if isinstance(source, Face):
                 yield source
                 continue
             for alias in source:
@@ -243,13 +243,13 @@ class Metrics:
 
     def _introduce_alias(self, alias: str) -> None:
         for source in self._sources:
-            if isinstance(source, LoadBalancer):
+            if isinstance(source, Face):
                 if source.name == alias:
                     self._introduce(source)
             elif alias in source.known:
                 self._introduce(source.known[alias].balancer)
 
-    def _introduce(self, balancer: LoadBalancer) -> None:
+    def _introduce(self, balancer: Face) -> None:
         """Have a balancer's series begin at 0: increase() overlooks one that begins at 1."""
         alias = balancer.name
         self._begin_at_zero((alias,))

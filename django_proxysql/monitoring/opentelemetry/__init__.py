@@ -28,16 +28,16 @@ except ImportError as exc:
     ) from exc
 
 from ... import __version__
-from ...core.balancer import LoadBalancer
 from ...core.config import host_and_port
 from ...core.events import Event
+from ...core.face import Face
 from ...core.reports import REPORTS, Count, fits
 
 if TYPE_CHECKING:
     from ...core.peer import Peer
     from ...registry import Balancers
 
-    Source = Union[LoadBalancer, Balancers]
+    Source = Union[Face, Balancers]
 
 __all__ = ["Telemetry"]
 
@@ -56,8 +56,8 @@ _ATTRIBUTES = {"error": "exception.message", "fault": "error.type"}
 class Telemetry:
     """Hands the events of load balancers to OpenTelemetry; a listener.
 
-    :param sources: the :class:`LoadBalancer` s, or Django's ``balancers``: all of them, present
-        and future.
+    :param sources: the :class:`LoadBalancer` s and :class:`AsyncLoadBalancer` s, or Django's
+        ``balancers``: all of them, present and future.
     :param meter_provider: where the metrics go; None: to the global provider.
     :raises TypeError: a source is neither.
     """
@@ -117,9 +117,9 @@ class Telemetry:
             yield metrics.Observation(int(peer.breaker.circuit.state != "closed"), {_POOL: pool})
 
     def _peers(self) -> Iterator[tuple[str, Peer]]:
-        balancers: dict[LoadBalancer, None] = {}
+        balancers: dict[Face, None] = {}
         for source in self._sources:
-            if isinstance(source, LoadBalancer):
+            if isinstance(source, Face):
                 balancers[source] = None
             else:
                 # Those that were used: one whose settings are wrong is none of ours.
