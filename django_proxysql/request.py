@@ -28,8 +28,6 @@ from django.utils.functional import LazyObject
 
 from .retry import Call, Rules, Wait
 
-__all__ = ["Body", "Kept", "atomic_aliases", "retrying_request"]
-
 _V = TypeVar("_V", bound=Callable[..., Any])
 
 #: What Django's request keeps of its body, and of what it made of it.

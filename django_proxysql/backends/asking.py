@@ -18,20 +18,6 @@ from ..core.peer import Peer
 from .decisions import Answer, after_read_only
 from .sessions import Session, interrupted
 
-__all__ = [
-    "answer_of",
-    "ask",
-    "ask_anew",
-    "did_not_run",
-    "has_no_server",
-    "is_given_up",
-    "is_of_server",
-    "is_serializable",
-    "isolation_of",
-    "settle_doubt",
-    "throw_away",
-]
-
 #: psycopg 3's names, psycopg2's numbers.
 _NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["LoadBalancedMixin"]
-
-
 #: What Django's MySQL backend asks a server once for each wrapper, which is each thread: its
 #: version, sql_mode and the like. That of PostgreSQL asks nothing.
 _FACTS = "mysql_server_data"

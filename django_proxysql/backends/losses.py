@@ -20,22 +20,6 @@ from .decisions import after_error
 from .sessions import OF_THE_CALL, Session, abandon, current, interrupted
 from .state import Stage, Transaction
 
-__all__ = [
-    "ErrorHook",
-    "act_on",
-    "is_end",
-    "is_end_of",
-    "is_lost",
-    "is_untouched",
-    "is_usable",
-    "loss_of",
-    "mark",
-    "mark_as_end",
-    "note",
-    "notice_unseen",
-    "saw",
-]
-
 #: A statement with more than this may be over the server's max_allowed_packet (MySQL's least
 #: default is 1 MB, and what is escaped grows): its connection's end may be its own doing.
 _LARGE_PACKET = 250_000

@@ -32,8 +32,6 @@ from .replays import are_sendable, dialect_of
 from .sessions import Session
 from .tokens import delete_some, wait_briefly
 
-__all__ = ["Token", "commit_with", "counts_as_committed", "stands", "token_for"]
-
 #: Django before 4.2 logs no COMMIT.
 _logged: Any = getattr(utils, "debug_transaction", None) or (
     lambda connection, sql: contextlib.nullcontext()

@@ -17,8 +17,6 @@ from ..core.statements import without_lock
 from ..core.texts import names_in
 from .decisions import Replay
 
-__all__ = ["ReadOnly", "Refused", "is_undone", "prove", "reads_anew", "refuses", "rehearse"]
-
 #: MySQL's refusal of a write in a READ ONLY transaction, and PostgreSQL's.
 _REFUSALS = (1792, "25006")
 _SAVEPOINT = "django_proxysql_replay"

@@ -15,8 +15,6 @@ from ..core.runtime import Worker
 from .asking import throw_away
 from .sessions import Session
 
-__all__ = ["DAY", "delete_old", "delete_some", "has_table", "make_table", "problems"]
-
 #: Seconds.
 DAY = 86_400.0
 

@@ -35,8 +35,6 @@ from .pools import give_back, is_pooled
 from .sessions import MadeWith, Session
 from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
-__all__ = ["SafePointsMixin"]
-
 
 class SafePointsMixin(LoadBalancedMixin):
     """Looks after the connection between connect() and close()."""

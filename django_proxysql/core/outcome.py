@@ -20,12 +20,6 @@ from typing import NamedTuple
 
 from .runtime import new_lock
 
-__all__ = [
-    *("LEAST_AGE", "TABLE", "Answer", "Candidate", "Outcome", "Refusal"),
-    *("Tokens", "ask_until", "creates", "deletes", "fence", "insert", "is_fit", "oldest_kept"),
-    *("peers_to_ask", "qualified", "reads_row", "refusal", "verdict", "where_is"),
-]
-
 #: The table's name, as in Django's own tables: the app's label, and what a row is.
 TABLE = "django_proxysql_commit"
 

@@ -50,8 +50,6 @@ from .leases import Lease
 from .logger import complain
 from .runtime import new_lock, renew_in_child
 
-__all__ = ["JITTER", "Keeper", "Permit", "Subscriber"]
-
 #: A fleet that saw a peer fail at one moment must not try it again at one moment.
 JITTER = 0.1
 

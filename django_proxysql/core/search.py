@@ -36,8 +36,6 @@ from .permits import Permit
 from .ready import is_unanswered
 from .strategies import iterated
 
-__all__ = ["Attempt", "Search", "Wait"]
-
 #: When a connect() makes trials.
 _TRIALS = ("first", "last", "never")
 

@@ -20,8 +20,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-__all__ = ["descriptor", "detach", "keepalive", "limited", "sent", "watch"]
-
 #: Linux's POLLRDHUP: the other side has closed its half.
 _EVENTS = (
     (select.POLLIN | select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0))

@@ -24,8 +24,6 @@ from ..core.reports import REPORTS, SUCCESS
 from ..core.runtime import new_lock
 from ..registry import balancers
 
-__all__ = ["DRAINED", "SUSPECT", "Change", "History", "Trial", "history", "state_of", "watch"]
-
 #: How far back it goes, in seconds.
 SPAN = 3600.0
 

@@ -23,18 +23,6 @@ from ..registry import balancers
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
 from .timeline import Span, Timeline, draw, spans
 
-__all__ = [
-    "BalancerStatus",
-    "PeerStatus",
-    "Status",
-    "balancer_status",
-    "fleet_changes",
-    "health",
-    "laid_over",
-    "process_name",
-    "status",
-]
-
 #: How much of the fleet's history Redis keeps (:class:`~django_proxysql.core.sharing.Fleet`).
 MOST_MOMENTS = 500
 

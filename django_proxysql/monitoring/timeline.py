@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-__all__ = ["UNKNOWN", "Bar", "Mark", "Row", "Span", "Tick", "Timeline", "draw", "spans", "ticks"]
-
 #: What a peer was before anybody looked.
 UNKNOWN = "unknown"
 

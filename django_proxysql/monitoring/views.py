@@ -38,8 +38,6 @@ from ..core.peer import Peer
 from ..registry import balancers
 from .status import health, process_name, status
 
-__all__ = ["healthz", "operate", "page", "script", "stylesheet"]
-
 #: Seconds between two looks of a page that refreshes itself.
 REFRESH = 5
 
