@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import OperationalError, connections, transaction
 
-from django_proxysql.core.sockets import keepalive, limited, watch
+from django_proxysql.core.drivers.postgresql import PostgreSQL, _keepalive_parameters
+from django_proxysql.core.sockets import keepalive, keepalive_options, limited, watch
 from django_proxysql.registry import balancers
 from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
+from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.namespace import Host, host_for, why_not
 from tests.site import with_table
 
@@ -549,6 +552,46 @@ def test_libpq_s_own_options_go_first(
         assert {name: found[name] for name in expected} == expected
         limit = expected.get("TCP_USER_TIMEOUT", 20_000) / 1_000
         assert connection._session.read_timeout == min(limit, 20)
+
+
+@linux
+@pytest.mark.server
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_libpq_does_the_same_by_its_parameters(postgres: Any, driver: str) -> None:
+    connect = pytest.importorskip(driver).connect
+    params = {"host": postgres.host, "port": postgres.port, "dbname": DATABASE}
+    params.update(user=USER, password=PASSWORD)
+    with contextlib.closing(connect(**params)) as plain:
+        keepalive(plain.fileno(), 20)
+        given = PostgreSQL().keepalive_options(params, 20)
+        with contextlib.closing(connect(**params, **given)) as connection:
+            assert options_of(connection.fileno()) == options_of(plain.fileno())
+
+
+@linux
+@pytest.mark.server
+def test_libpq_sets_them_and_nothing_is_set_by_hand(postgres: Any) -> None:
+    """Each of the socket's options is left to libpq, which has them as parameters of a connect."""
+    by_hand = mock.patch("django_proxysql.core.sockets.keepalive", side_effect=keepalive)
+    peers = [mysql_peer(postgres)]
+    with engine(peers, PEER_ENGINE=POSTGRESQL) as connection, by_hand as called:
+        connection.ensure_connection()
+    ((_, seconds, left), _) = called.call_args
+    assert seconds == 20
+    assert left >= {name for name, *_ in keepalive_options(20)}
+
+
+def test_libpq_before_12_is_given_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules[PostgreSQL.__module__]
+    monkeypatch.setattr(module, "_libpq_version", lambda: 110_022)
+    _keepalive_parameters.cache_clear()
+    try:
+        known = PostgreSQL().keepalive_options({"keepalives_count": 3}, 20)
+    finally:
+        _keepalive_parameters.cache_clear()
+    assert known == {"keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 1}
 
 
 class TestLimited:

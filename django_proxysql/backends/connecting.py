@@ -179,6 +179,8 @@ class LoadBalancedMixin(_Base):
         driver = self._driver
         params.update(driver.connect_options(params, attempt.timeout))
         params.update(driver.session_options(params, settings["AUTOCOMMIT"]))
+        if attempt.config.tcp_user_timeout is not None:
+            params.update(driver.keepalive_options(params, attempt.config.tcp_user_timeout))
         if attempt.config.commit_outcome is not None:
             params.update(driver.recording_options(params))
         return params

@@ -96,7 +96,7 @@ def keepalive(
             return math.inf
         limit = None
         if seconds is not None:
-            for name, level, option, value in _options(seconds):
+            for name, level, option, value in keepalive_options(seconds):
                 if name in leave:
                     continue
                 try:
@@ -124,7 +124,7 @@ _INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
 
 
 @functools.cache
-def _options(seconds: float) -> tuple[tuple[str, int, int, int], ...]:
+def keepalive_options(seconds: float) -> tuple[tuple[str, int, int, int], ...]:
     """Return names, levels, options and values, as far as the platform has them."""
     # The kernel asks a silent host after half the time, then ten times in what is
     # left. Linux gives up at the first probe that is due once TCP_USER_TIMEOUT

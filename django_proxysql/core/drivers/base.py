@@ -165,6 +165,10 @@ class Driver:
         """Return the host and port that a connection was opened to, where it knows them."""
         return None
 
+    def keepalive_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return arguments that have the driver do what :func:`.sockets.keepalive` does."""
+        return {}
+
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
         """Return the names of the socket's options that the driver's own arguments set."""
         return frozenset()

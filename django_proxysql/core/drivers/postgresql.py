@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,41 @@ _SOCKET_OPTIONS = {
 }
 
 
+def _may_be_in_a_file(params: Any) -> bool:
+    """Return whether libpq reads parameters out of a service file."""
+    return "service" in params or "PGSERVICE" in os.environ
+
+
+@functools.cache
+def _keepalive_parameters(seconds: float) -> dict[str, int]:
+    values = {name: value for name, _, _, value in sockets.keepalive_options(seconds)}
+    parameters = {
+        name: values[option]
+        for name, options in _SOCKET_OPTIONS.items()
+        for option in options
+        if option in values
+    }
+    if _libpq_version() < _FIRST_WITH_USER_TIMEOUT:
+        # libpq takes no connection with a parameter that it does not know.
+        parameters.pop("tcp_user_timeout", None)
+    return parameters
+
+
+#: PostgreSQL's documentation, release notes of 12.
+_FIRST_WITH_USER_TIMEOUT = 120_000
+
+
+def _libpq_version() -> int:
+    """Return the oldest libpq that is loaded: each driver may have one of its own."""
+    versions = []
+    psycopg, psycopg2 = sys.modules.get("psycopg"), sys.modules.get("psycopg2.extensions")
+    if psycopg is not None:
+        versions.append(psycopg.pq.version())
+    if psycopg2 is not None:
+        versions.append(psycopg2.libpq_version())
+    return min(versions, default=0)
+
+
 def is_psycopg2(connection: Any) -> bool:
     """Return whether ``connection`` is psycopg2's. aiomysql has the method, too."""
     return hasattr(connection, "get_transaction_status") and not hasattr(connection, "thread_id")
@@ -386,11 +422,21 @@ class PostgreSQL(Driver):
         host, port = connection.info.host, connection.info.port
         return (host, str(port)) if isinstance(host, str) and host else None
 
+    def keepalive_options(self, params: Any, seconds: float) -> dict[str, Any]:
+        """Return libpq's own parameters, where ``params`` has none."""
+        if _may_be_in_a_file(params) or params.get("keepalives") is not None:
+            # What is said here would go before the file. With keepalives=0 libpq sets none of them.
+            return {}
+        return {
+            name: value
+            for name, value in _keepalive_parameters(seconds).items()
+            if params.get(name) is None
+        }
+
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
         """Return the names of the socket options that libpq was given."""
         given = params
-        if "service" in params or "PGSERVICE" in os.environ:
-            # They may stand in a file.
+        if _may_be_in_a_file(params):
             ask = getattr(connection, "get_dsn_parameters", None) or connection.info.get_parameters
             given = ask()
         return frozenset(
