@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ import pytest
 from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.core.events import (
     CircuitClosed,
+    CommitResolved,
     ConnectionLost,
     ConnectionReplaced,
     StatementReplayed,
 )
+from django_proxysql.core.reports import REPORTS
 from tests.fakes import refused_by_host
 from tests.test_balancer import World
 
@@ -180,6 +183,23 @@ def test_an_event_on_a_span_has_the_conventions_words(spans: InMemorySpanExporte
             },
         ),
     ]
+
+
+def test_what_became_of_a_commit_stands_on_the_span(spans: InMemorySpanExporter) -> None:
+    world = Watched("db1")
+    world.db.group.emit(CommitResolved("default", "db1", "db1:3306", "committed", 0.02, "gone"))
+    ((name, attributes),) = events_of(spans)
+    assert name == "django_proxysql.commit_resolved"
+    assert attributes["django_proxysql.outcome"] == "committed"
+    counted = {"django_proxysql.outcome": "committed"}
+    assert world.value("django_proxysql.commit.outcomes", "db1", **counted) == 1
+
+
+@pytest.mark.parametrize("event", REPORTS)
+def test_each_event_on_a_span_is_named_in_the_docs(event: type) -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "howto", "opentelemetry.rst").read_text()
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", event.__name__).lower()
+    assert f"``django_proxysql.{name}``" in page
 
 
 def test_without_a_span_nothing_is_noted_and_nothing_fails() -> None:
