@@ -15,8 +15,8 @@ from .delay import Delay
 from .figures import Figure, Measured, interleaved
 from .statement import one_core_each, python_calls
 
-#: The most CPU that may be added, by how many peers there are, in microseconds.
-LIMITS = {2: 30, 1000: 40}
+#: How many there are.
+PEERS = (2, 1000)
 #: Python functions that a connect may call besides the plain engine's.
 MOST_CALLS = 53
 POSTGRESQL = "django.db.backends.postgresql"
@@ -47,8 +47,7 @@ def counted(node: Address) -> list[Figure]:
         connection = project.wrapper(f"calls{len(calls)}", **entry)
         counts = []
         for _ in range(6):
-            # The first time something is imported, compiled, cached, asked; and any time
-            # garbage of others may be collected.
+            # The first time something is imported, compiled, cached, asked.
             counts.append(python_calls(connection.connect))
             connection.close()
         calls.append(min(counts))
@@ -117,7 +116,7 @@ def _to_mariadb(node: Node, rounds: int) -> Iterator[Figure]:
     control = project.wrapper("control", **project.plain(node))
     engines = {
         peers: project.wrapper(f"engine{peers}", **project.balanced([node] * peers))
-        for peers in LIMITS
+        for peers in PEERS
     }
     bare = project.wrapper("bare", **project.balanced([node] * 2, TCP_USER_TIMEOUT=None))
     wrappers = [plain, control, engines[2], bare]
@@ -137,34 +136,31 @@ def _to_mariadb(node: Node, rounds: int) -> Iterator[Figure]:
     yield Figure("MariaDB: plain engine / plain engine", wall.ratio(0, 1))
     yield Figure("MariaDB: engine / plain engine", wall.ratio(0, 2), "", 0.90)
     yield Figure("MariaDB: the same, TCP_USER_TIMEOUT None", wall.ratio(0, 3))
-    for peers, limit in LIMITS.items():
-        cpu = interleaved(
-            plain.connect,
-            engines[peers].connect,
-            rounds=rounds,
-            clock=time.process_time,
-            after=close,
-        )
-        yield Figure(f"MariaDB: CPU added, {peers:,} peers", cpu.added(0, 1) * 1e6, "us", limit)
+    cpu = interleaved(
+        *(connection.connect for connection in (plain, *engines.values())),
+        rounds=rounds,
+        clock=time.process_time,
+        after=close,
+    )
+    yield from _cpu_figures("MariaDB: CPU added{}", cpu)
 
 
 def _to_nothing(rounds: int) -> Iterator[Figure]:
     """The same without a server, whose work puts noise on the figures."""
     plain = project.wrapper("null", ENGINE="tests.benchmarks.null")
-    for peers, limit in LIMITS.items():
-        cpu = interleaved(
-            _connect_and_close(plain),
-            _connect_and_close(project.wrapper(f"null{peers}", **project.null(peers))),
-            rounds=rounds,
-            batch=50,
-            clock=time.process_time,
-        )
-        yield Figure(
-            f"no server: CPU added, {peers:,} peers, with close()",
-            cpu.added(0, 1) * 1e6,
-            "us",
-            limit,
-        )
+    engines = [project.wrapper(f"null{peers}", **project.null(peers)) for peers in PEERS]
+    cpu = interleaved(
+        *(_connect_and_close(connection) for connection in (plain, *engines)),
+        rounds=rounds,
+        batch=50,
+        clock=time.process_time,
+    )
+    yield from _cpu_figures("no server: CPU added{}, with close()", cpu)
+
+
+def _cpu_figures(name: str, cpu: Measured) -> Iterator[Figure]:
+    yield Figure(name.format(", 2 peers"), cpu.added(0, 1) * 1e6, "us", 30)
+    yield Figure(name.format(" by 1,000 peers to that"), cpu.added(1, 2) * 1e6, "us", 10)
 
 
 def _connect_and_close(connection: Any) -> Callable[[], None]:
