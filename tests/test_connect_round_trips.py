@@ -190,8 +190,22 @@ def test_a_server_of_another_version_is_asked_anew(mariadb: Node, log: Log) -> N
         in_new_thread(log)
         peer = balancers["balanced"].peers["peer0"]
         assert peer.server_facts is not None
-        peer.server_facts = ("5.5.5-10.4.1-MariaDB", peer.server_facts[1])
+        peer.server_facts = peer.server_facts._replace(greeting="5.5.5-10.4.1-MariaDB")
         assert asks(in_new_thread(log))
+
+
+def test_a_server_is_asked_anew_after_ten_minutes(mariadb: Node, log: Log) -> None:
+    """SET GLOBAL sql_mode reaches the next threads, as with the plain engine."""
+    with engine([mysql_peer(mariadb)]):
+        in_new_thread(log)
+        peer = balancers["balanced"].peers["peer0"]
+        for age, is_asked in ((590, False), (610, True), (0, False)):
+            assert peer.server_facts is not None
+            asked = peer.server_facts.asked - age
+            peer.server_facts = peer.server_facts._replace(asked=asked)
+            assert bool(asks(in_new_thread(log))) is is_asked
+            # Only who has asked says that it was asked now.
+            assert (peer.server_facts.asked > asked) is is_asked
 
 
 def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> None:

@@ -18,7 +18,7 @@ from django.db import DEFAULT_DB_ALIAS
 from ..conf import ALIAS_KEY
 from ..core import drivers
 from ..core.balancer import Attempt
-from ..core.peer import Checkout, Peer
+from ..core.peer import Checkout, Peer, ServerFacts
 from ..core.permits import JITTER
 from ..registry import Registered, balancers, register
 from .forked import remember
@@ -31,6 +31,8 @@ else:
 #: What Django's MySQL backend asks a server once for each wrapper, which is each thread: its
 #: version, sql_mode and the like. That of PostgreSQL asks nothing.
 _FACTS = "mysql_server_data"
+#: Seconds for which they are believed: SET GLOBAL may change them on a server that goes on.
+_FACTS_HOLD = 600
 
 
 class LoadBalancedMixin(_Base):
@@ -132,7 +134,7 @@ class LoadBalancedMixin(_Base):
                 # An engine with a set-up of its own.
                 self._put_own_settings_back()
             if not knew:
-                self._note_facts(registered, attempt.peer)
+                self._note_facts(registered, attempt)
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
                 registered.balancer.check_ready(self.connection, attempt, asked=self._asked)
             max_age = self.settings_dict["CONN_MAX_AGE"]
@@ -205,23 +207,30 @@ class LoadBalancedMixin(_Base):
         else:
             connection = self._as_peer(super().get_new_connection, conn_params)
         if attempt is not None and _FACTS not in self.__dict__:
-            self._recall_facts(attempt.peer, connection)
+            self._recall_facts(attempt, connection)
         return connection
 
-    def _recall_facts(self, peer: Peer, connection: Any) -> None:
+    def _recall_facts(self, attempt: Attempt, connection: Any) -> None:
         """Hand Django what another wrapper has found out about this very server."""
-        known = peer.server_facts
-        if known is not None and known[0] == self._driver.greeting(connection):
-            self.__dict__[_FACTS] = known[1]
+        known = attempt.peer.server_facts
+        if (
+            known is not None
+            and attempt.started < known.asked + _FACTS_HOLD
+            and known.greeting == self._driver.greeting(connection)
+        ):
+            self.__dict__[_FACTS] = known.facts
 
-    def _note_facts(self, registered: Registered, peer: Peer) -> None:
+    def _note_facts(self, registered: Registered, attempt: Attempt) -> None:
         """Note what Django has asked the server just now, for the wrappers of other threads.
 
         What it asks hangs on OPTIONS as well, which may have been changed for this wrapper.
         """
-        facts = self.__dict__.get(_FACTS)
-        if facts is not None and not registered.is_changed(self.settings_dict):
-            peer.server_facts = (self._driver.greeting(self.connection), facts)
+        facts, known = self.__dict__.get(_FACTS), attempt.peer.server_facts
+        if facts is None or (known is not None and facts is known.facts):
+            return
+        if not registered.is_changed(self.settings_dict):
+            greeting = self._driver.greeting(self.connection)
+            attempt.peer.server_facts = ServerFacts(greeting, facts, attempt.started)
 
     def _open_directly(self, conn_params: dict[str, Any]) -> Any:
         """Open a connection for code that calls get_new_connection() and not connect()."""

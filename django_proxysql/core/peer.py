@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from .config import PeerConfig
 
 
+class ServerFacts(NamedTuple):
+    """What Django asked a server about itself: its version, its ``sql_mode`` and the like."""
+
+    #: The version that the server greeted with.
+    greeting: str
+    #: What it answered.
+    facts: Any
+    #: When it was asked, on the balancer's clock.
+    asked: float
+
+
 class Peer:
     """One of a load balancer's equivalent endpoints.
 
@@ -45,8 +56,8 @@ class Peer:
         #: Whether statements are answered by the server that greets us; None while that is
         #: not known, and again when the circuit opens. One look that says no is believed.
         self.is_server: bool | None = None
-        #: The version that the server greets with, and what Django then asked it about itself.
-        self.server_facts: tuple[str, Any] | None = None
+        #: What Django asked the server about itself.
+        self.server_facts: ServerFacts | None = None
         #: When the last statement that was answered here was begun, on the balancer's clock.
         self.served = -math.inf
         #: How many questions in a row no server behind this proxy has answered.
