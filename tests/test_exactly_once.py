@@ -398,6 +398,10 @@ class TestFaults:
             frozen.wait_until_idle()
             assert (here.written(), tokens(here)) == ([], [True])
 
+    @pytest.mark.skipif(
+        os.environ.get("TEST_DRIVER") == "psycopg2",
+        reason="its token goes ahead of COMMIT, and would wait for this thread's own lock",
+    )
     def test_a_lock_that_is_held_for_longer_than_the_deadline_leaves_it_unknown(
         self, here: Site, known_token: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
