@@ -102,8 +102,10 @@ def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
     """Add entries to DATABASES; afterwards close what was connected, and forget them."""
     hidden = {alias: connections[alias] for alias in databases if alias in connections.databases}
     entries = {alias: connections.databases[alias] for alias in hidden}
-    for alias in hidden:
-        del connections[alias]
+    for alias in databases:
+        # Also one that a test left behind without its entry.
+        with contextlib.suppress(AttributeError):
+            del connections[alias]
     connections.databases.update(configured(databases))
     forget()
     try:
@@ -115,6 +117,7 @@ def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
                 connections[alias].close()
                 if hasattr(connections[alias], "close_pool"):
                     connections[alias].close_pool()
+            with contextlib.suppress(AttributeError):
                 del connections[alias]
             del connections.databases[alias]
         connections.databases.update(entries)

@@ -40,7 +40,10 @@ def state(name: str = "peer0") -> PeerState:
 
 
 def sockets() -> set[str]:
-    """Return this process's open sockets."""
+    """Return this process's open sockets.
+
+    Of those that were open before, one of another test's may end at any time.
+    """
     found = set()
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -268,7 +271,7 @@ def test_galera_node_cut_off(galera: GaleraCluster) -> None:
         assert (state().state, state().fault) == ("open", Fault.NOT_READY)
         assert "wsrep" in state().error
         connection.close()
-        assert sockets() == before
+        assert sockets() <= before
         # Without READY_CHECK it is found out by the first statement on a table, here a receiver's.
         galera[0].sql("SELECT 1")
     peers = [mysql_peer(cut, OPTIONS={"init_command": "SELECT 1 FROM app.nonesuch LIMIT 0"})]
@@ -389,7 +392,7 @@ def test_ready_check_that_breaks(mariadb_pair: Pair) -> None:
 def assert_nobodys_fault(connection: Any, before: set[str]) -> None:
     assert connection.connection is None
     assert connection.peer is None
-    assert sockets() == before
+    assert sockets() <= before
     for peer in balancers["balanced"].peers.values():
         assert peer.connections == 0
         assert (state(peer.name).state, state(peer.name).failures) == ("closed", 0)
@@ -541,7 +544,7 @@ def test_peer_that_dies_half_way(
         connection.close()
         # The proxy's own are in this process too.
         proxy.wait_until_idle()
-        assert sockets() == before
+        assert sockets() <= before
 
 
 @pytest.mark.parametrize("error", [NotReady("not this one"), KeyboardInterrupt()], ids=repr)
@@ -560,7 +563,7 @@ def test_failed_attempt_is_closed_also_where_others_hold_it(
         before = sockets()
         with pytest.raises((NoPeerAvailable, KeyboardInterrupt)):
             connection.ensure_connection()
-        assert sockets() == before
+        assert sockets() <= before
         assert [bool(driver.open) for driver in kept] == [False]
 
 
@@ -587,7 +590,7 @@ def test_postgresql_that_dies_half_way(
         assert state().fault in (Fault.UNREACHABLE, Fault.LOST)
         connection.close()
         proxy.wait_until_idle()
-        assert sockets() == before
+        assert sockets() <= before
 
 
 def test_failing_receiver_of_the_only_peer(mariadb: Node, received: list[Any]) -> None:
@@ -604,7 +607,7 @@ def test_failing_receiver_of_the_only_peer(mariadb: Node, received: list[Any]) -
         with pytest.raises(NoPeerAvailable):
             connection.ensure_connection()
         assert connection.connection is None
-        assert sockets() == before
+        assert sockets() <= before
         assert (state().state, state().connections) == ("open", 0)
 
 

@@ -10,7 +10,7 @@ from django.db import connections
 
 from django_proxysql import balancers
 from tests.app.models import Token
-from tests.engine import SQLITE, Clock, engine, sqlite_peer
+from tests.engine import SQLITE, Clock, added, engine, sqlite_peer
 
 
 def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -36,6 +36,14 @@ def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "balanced" not in connections.databases
     with pytest.raises(KeyError):
         balancers["balanced"]
+
+
+def test_what_another_test_left_under_an_alias_is_not_taken_for_its_connection(
+    tmp_path: Path,
+) -> None:
+    connections["second"] = object()
+    with added({"second": {"ENGINE": SQLITE, "NAME": str(tmp_path / "db")}}):
+        assert connections["second"].vendor == "sqlite"
 
 
 def test_engine_stands_in_for_default(tmp_path: Path) -> None:

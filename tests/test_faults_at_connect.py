@@ -59,7 +59,7 @@ def test_not_reached(mariadb_pair: Pair, wrong: dict[str, Any], code: int) -> No
         assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
         assert state().error.startswith(f"({code}, ")
         connection.close()
-        assert sockets() == before
+        assert sockets() <= before
 
 
 def test_accepts_and_closes(mariadb_pair: Pair, fault_proxy: Callable[..., Any]) -> None:
