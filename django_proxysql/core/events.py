@@ -33,24 +33,27 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Connected:
-    """A connection was made."""
+class _OfPeer:
+    """Something that happened to one peer."""
 
     balancer: str
     peer: str
     address: str
+
+
+@dataclass(frozen=True)
+class Connected(_OfPeer):
+    """A connection was made."""
+
     #: How long the attempt took, in seconds.
     seconds: float
     trial: bool
 
 
 @dataclass(frozen=True)
-class ConnectFailed:
+class ConnectFailed(_OfPeer):
     """An attempt to connect failed."""
 
-    balancer: str
-    peer: str
-    address: str
     #: How long the attempt took, in seconds.
     seconds: float
     trial: bool
@@ -64,12 +67,9 @@ class ConnectFailed:
 
 
 @dataclass(frozen=True)
-class CircuitOpened:
+class CircuitOpened(_OfPeer):
     """A closed circuit opened. A trial that fails opens no circuit anew."""
 
-    balancer: str
-    peer: str
-    address: str
     fault: Fault | None
     error: str
     #: Seconds until the first trial, as things stand: it comes sooner if the last other peer
@@ -80,12 +80,9 @@ class CircuitOpened:
 
 
 @dataclass(frozen=True)
-class CircuitClosed:
+class CircuitClosed(_OfPeer):
     """A circuit that was open closed: the peer is in use again."""
 
-    balancer: str
-    peer: str
-    address: str
     #: For how many seconds the peer was out.
     seconds: float
     #: Another process's trial closed it, and this one applied it (``SHARED_STATE``).
@@ -107,12 +104,9 @@ class PeersExhausted:
 
 
 @dataclass(frozen=True)
-class ConnectionLost:
+class ConnectionLost(_OfPeer):
     """An established connection was found lost."""
 
-    balancer: str
-    peer: str
-    address: str
     fault: Fault
     error: str
     #: Found by a look at the socket, before anything was sent.
@@ -158,13 +152,9 @@ class BlockRetried:
 
 
 @dataclass(frozen=True)
-class CommitResolved:
-    """The answer to a COMMIT was lost, and the engine has asked what became of it."""
+class CommitResolved(_OfPeer):
+    """The answer to a COMMIT to this peer was lost, and the engine has asked what became of it."""
 
-    balancer: str
-    #: The peer that COMMIT was sent to.
-    peer: str
-    address: str
     #: "committed", "rolled_back", or "unknown": no peer knew in time.
     outcome: str
     #: How long the asking took, in seconds.
@@ -174,12 +164,9 @@ class CommitResolved:
 
 
 @dataclass(frozen=True)
-class PeerDrained:
+class PeerDrained(_OfPeer):
     """A peer is to get no new connections, and to lose those it has at their safe points."""
 
-    balancer: str
-    peer: str
-    address: str
     #: How many connections to it this process held at that moment.
     connections: int
     #: The desired state came from another process (``SHARED_STATE``).
@@ -187,12 +174,9 @@ class PeerDrained:
 
 
 @dataclass(frozen=True)
-class PeerUndrained:
+class PeerUndrained(_OfPeer):
     """A peer that was drained takes connections again."""
 
-    balancer: str
-    peer: str
-    address: str
     #: The desired state came from another process (``SHARED_STATE``).
     elsewhere: bool = False
 
