@@ -13,8 +13,7 @@ import pytest
 
 from django_proxysql import Fault, NotReady, PeerBreaker
 from django_proxysql.core.breaker import CircuitBreakerError
-from django_proxysql.core.circuit import Transition
-from django_proxysql.core.sharing.applying import apply_closed
+from django_proxysql.core.circuit import ClosedElsewhere, Transition
 from tests.fakes import (
     Clock,
     OperationalError,
@@ -1173,13 +1172,13 @@ class TestGate:
         return breaker
 
     def test_circuit_that_closes_meanwhile_is_not_tried(
-        self, due: PeerBreaker, told: Recorder
+        self, due: PeerBreaker, told: Recorder, clock: Clock
     ) -> None:
         """What another process's trial has closed is used, and not tried."""
 
         def gate(by_hand: bool) -> float:
             assert due.trial is not None
-            apply_closed(due, due.circuit.generation)
+            due.apply(ClosedElsewhere(due.circuit.generation), clock(), elsewhere=True)
             return 0.0
 
         due.gate = gate
@@ -1218,11 +1217,11 @@ class TestGate:
         assert trial is not None
         assert trial.is_trial
 
-    def test_who_is_held_back_uses_a_closed_circuit(self, due: PeerBreaker) -> None:
+    def test_who_is_held_back_uses_a_closed_circuit(self, due: PeerBreaker, clock: Clock) -> None:
         """The others say no, and close it in the same breath."""
 
         def gate(by_hand: bool) -> float:
-            apply_closed(due, due.circuit.generation)
+            due.apply(ClosedElsewhere(due.circuit.generation), clock(), elsewhere=True)
             return 5.0
 
         due.gate = gate

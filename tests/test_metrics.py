@@ -20,7 +20,7 @@ from django.db import OperationalError
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from django_proxysql import Fault, LoadBalancer, balancers
-from django_proxysql.core.sharing.applying import apply_closed, apply_open
+from django_proxysql.core.circuit import ClosedElsewhere, OpenedElsewhere
 from django_proxysql.monitoring.metrics import Metrics, MultiProcessCollector
 from tests.fakes import Driver, bad_password, in_thread, raised_by, refused_by_host, too_many
 from tests.servers import PASSWORD
@@ -155,11 +155,12 @@ class TestConnecting:
         """A process that applies another's circuit or drain shows it as if it had found it out."""
         world = Watched("db1", "db2")
         peer = world.db.peers["db1"]
-        found = {"due_in": 30, "out_for": 1, "error": "", "fault": Fault.UNREACHABLE}
-        apply_open(peer.breaker, peer.breaker.circuit.generation, **found)  # type: ignore[arg-type]
+        breaker, now = peer.breaker, world.clock()
+        opened = OpenedElsewhere(0, now + 30, 1, error="", fault=Fault.UNREACHABLE, question="")
+        breaker.apply(opened, now, elsewhere=True)
         assert world.states() == "open closed"
         assert world.value("circuit_openings_total", peer="db1") == 1
-        apply_closed(peer.breaker, peer.breaker.circuit.generation)
+        breaker.apply(ClosedElsewhere(breaker.circuit.generation), now, elsewhere=True)
         assert world.states() == "closed closed"
         world.db.group.apply_drained(peer, True, elsewhere=True)
         assert world.value("peer_drained", peer="db1") == 1

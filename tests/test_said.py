@@ -17,10 +17,9 @@ from django.core.management import call_command
 from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.core import logs
 from django_proxysql.core.breaker import CircuitBreakerError
-from django_proxysql.core.circuit import CLOSED
+from django_proxysql.core.circuit import CLOSED, OpenedElsewhere
 from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.core.logs import due_in
-from django_proxysql.core.sharing.applying import apply_open
 from django_proxysql.core.trials import trial_worker
 from django_proxysql.inspection import different_versions
 from django_proxysql.monitoring.status import health
@@ -320,14 +319,9 @@ class TestNextTrial:
         """Where nothing was tried here and no peer is left, the next connect() makes the trial."""
         world = World("db1", last_resort_interval=None)
         breaker = world.db.peers["db1"].breaker
-        apply_open(
-            breaker,
-            breaker.circuit.generation,
-            due_in=20,
-            out_for=1,
-            error="",
-            fault=Fault.UNREACHABLE,
-        )
+        now = world.clock()
+        opened = OpenedElsewhere(0, now + 20, 1, error="", fault=Fault.UNREACHABLE, question="")
+        breaker.apply(opened, now, elsewhere=True)
         assert world.db.snapshot()[0].trial_in == 0
         assert world.connect() == "db1"
 

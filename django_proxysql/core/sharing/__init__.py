@@ -3,7 +3,7 @@
 Each process keeps its own circuits, and its connects and statements look at nothing else. One
 thread a process (:mod:`.link`) compares them with what Redis knows, in one round trip a
 second, and at once when a circuit has changed here. What the others have found out
-is applied to the local circuit (:mod:`.applying`).
+is applied to the local circuit (:mod:`.agreement`).
 
 How it holds
 ------------

@@ -10,10 +10,18 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..circuit import CLOSED, Circuit, trial_of
+from ..circuit import (
+    CLOSED,
+    Circuit,
+    CircuitEvent,
+    ClosedElsewhere,
+    OpenedElsewhere,
+    PutOff,
+    trial_of,
+)
 from ..group import PeerGroup
 from ..peer import Peer
-from .applying import apply_closed, apply_open, put_off
+from ..permits import JITTER
 from .link import INTERVAL, Link, Question, link_to, log, refusal
 from .records import (
     KEEP_DRAINS,
@@ -183,28 +191,35 @@ class Agreement:
             # What was said here.
             shared.agreed = Agreed(version, is_open, seen.generation)
             return not held_for
+        now = breaker._clock()
         if version <= shared.agreed.version:
             if is_open and held_for:
                 # Somebody is at it: to ask for the trial would be of no use.
-                put_off(breaker, seen.generation, held_for)
+                breaker.replace(PutOff(seen.generation, now + held_for), now)
             return not held_for
-        after: Circuit | None = seen
+        event: CircuitEvent | None = None
         if is_open:
-            after = apply_open(
-                breaker,
+            # This process's own trial comes a little later than the fleet's, spread as widely as
+            # ever, and only if the fleet is silent.
+            spread = breaker.reset_timeout * 2 * JITTER * breaker._jitter()
+            event = OpenedElsewhere(
                 seen.generation,
-                due_in=due_in,
+                due=now + due_in + spread,
                 out_for=seconds_of(said.get("out"), 365 * 86400),
                 error=str(said.get("err") or "")[:500],
                 fault=fault_of(said.get("fault")),
                 question=str(said.get("q") or "")[:50],
             )
         elif seen.state != CLOSED:
-            after = apply_closed(breaker, seen.generation)
-        # Otherwise it has changed meanwhile, or is being tried: the next round trip sees to it.
-        if after is not None:
-            shared.agreed = Agreed(version, is_open, after.generation)
-        return after is not None and not held_for
+            event = ClosedElsewhere(seen.generation)
+        after = seen
+        if event is not None:
+            before, after = breaker.apply(event, now, elsewhere=True)
+            if after is before:
+                # It has changed meanwhile, or is being tried: the next round trip sees to it.
+                return False
+        shared.agreed = Agreed(version, is_open, after.generation)
+        return not held_for
 
     def _apply_drain(
         self,

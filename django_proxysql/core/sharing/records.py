@@ -6,7 +6,7 @@ import json
 import socket
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..circuit import CLOSED, Circuit
@@ -76,50 +76,37 @@ class KeptLease(NamedTuple):
     until: float
 
 
+@dataclass(eq=False)
 class DesiredState:
     """What an operator has said of a peer."""
 
-    __slots__ = ("drained", "forced", "made", "was_refused")
-
-    def __init__(self, drained: bool, forced: bool, made: float) -> None:
-        self.drained = drained
-        #: Whether it holds even if it leaves no peer undrained.
-        self.forced = forced
-        #: When, on the balancer's clock.
-        self.made = made
-        #: Whether Redis has refused it: the others have drained all other peers.
-        self.was_refused = False
+    drained: bool
+    #: Whether it holds even if it leaves no peer undrained.
+    forced: bool
+    #: When, on the balancer's clock.
+    made: float
+    #: Whether Redis has refused it: the others have drained all other peers.
+    was_refused: bool = False
 
 
+@dataclass(eq=False)
 class SharedPeer:
     """One peer's part. All but ``desired`` is the thread's own, and replaced by one assignment."""
 
-    __slots__ = (
-        "agreed",
-        "desired",
-        "drain_at",
-        "drain_on",
-        "drain_version",
-        "kept_lease",
-        "left_to_others",
-        "waited",
-    )
-
-    def __init__(self) -> None:
-        self.agreed = Agreed()
-        #: Seconds for which a trial that was asked for is to be left to others.
-        self.left_to_others = 0.0
-        #: The lease that was given to a thread that may not have waited for the answer.
-        self.kept_lease: KeptLease | None = None
-        #: The process that put a trial off for an answer that is late; "" once there is one.
-        self.waited = ""
-        self.drain_version = 0
-        #: Whether Redis says that it is drained.
-        self.drain_on = False
-        #: When an operator asked for what Redis says of the drain, on the balancer's clock.
-        self.drain_at = float("-inf")
-        #: Desired states that Redis does not have yet. Other threads add, the link's removes.
-        self.desired: deque[DesiredState] = deque()
+    agreed: Agreed = field(default_factory=Agreed)
+    #: Seconds for which a trial that was asked for is to be left to others.
+    left_to_others: float = 0.0
+    #: The lease that was given to a thread that may not have waited for the answer.
+    kept_lease: KeptLease | None = None
+    #: The process that put a trial off for an answer that is late; "" once there is one.
+    waited: str = ""
+    drain_version: int = 0
+    #: Whether Redis says that it is drained.
+    drain_on: bool = False
+    #: When an operator asked for what Redis says of the drain, on the balancer's clock.
+    drain_at: float = float("-inf")
+    #: Desired states that Redis does not have yet. Other threads add, the link's removes.
+    desired: deque[DesiredState] = field(default_factory=deque)
 
 
 @dataclass
