@@ -133,7 +133,7 @@ def test_examples_of_settings_are_right(page: str, databases: dict[str, dict[str
                 str(problem)
                 for problem in conf.problems(alias, entry, databases)
                 # A check of the reader's own that the page tells how to write.
-                if "shop.databases" not in str(problem)
+                if "shop.ready" not in str(problem)
             ] == []
 
 

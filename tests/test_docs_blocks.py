@@ -281,7 +281,7 @@ def look_at(page: str, shown: Mapping[str, Any]) -> None:
         if conf.is_balancer(entry):
             found = [str(one) for one in conf.problems(alias, entry, databases)]
             # A check of the reader's own, which the page tells how to write.
-            assert [one for one in found if "shop.databases" not in one] == []
+            assert [one for one in found if "shop.ready" not in one] == []
 
 
 def unknown(code: ast.Module, names: Mapping[str, Any]) -> list[str]:
