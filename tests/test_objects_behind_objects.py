@@ -451,8 +451,8 @@ def test_checks_know_an_engine_s_driver_whatever_it_is_called(
         "CONNECT_TIMEOUT": 2.5,
         "OPTIONS": {"connect_timeout": 2.5},
     }
-    known = {problem.id for problem in problems("balanced", entry, {"balanced": entry})}
+    known = {str(p.id)[-4:] for p in problems("balanced", entry, {"balanced": entry})}
     assert known == (set() if path == SQLITE else {"E010", "W001"})
     del entry["OPTIONS"]
-    known = {problem.id for problem in problems("balanced", entry, {"balanced": entry})}
+    known = {str(p.id)[-4:] for p in problems("balanced", entry, {"balanced": entry})}
     assert known == (set() if path == SQLITE else {"W001", "W003"})

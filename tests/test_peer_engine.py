@@ -115,8 +115,8 @@ def test_engine_that_cannot_be_imported() -> None:
     with added({"peer0": {"ENGINE": "nonesuch"}, "balanced": balancer("peer0")}):
         introduce_peers()
         (problem,) = problems("balanced", connections.databases["balanced"], connections.databases)
-        assert problem.id == "E013"
-        assert "ENGINE of the peers is 'nonesuch'" in problem.message
+        assert problem.id == "django_proxysql.E013"
+        assert "ENGINE of the peers is 'nonesuch'" in problem.msg
         with pytest.raises(ImproperlyConfigured, match="'nonesuch' isn't an available"):
             connections["peer0"].ensure_connection()
         connections["peer0"] = mock.Mock()

@@ -27,7 +27,8 @@ def found(*peers: Any, **entry: Any) -> list[tuple[str, str]]:
         "default": {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": [*peers], **entry},
         "direct": {"ENGINE": SQLITE, "NAME": "x", "PEER_NAME": "a"},
     }
-    return [(p.id, p.setting) for p in problems("default", databases["default"], databases)]
+    found = problems("default", databases["default"], databases)
+    return [(str(p.id)[-4:], p.msg.split()[1]) for p in found]
 
 
 def test_a_named_peer_has_its_name_and_the_others_have_their_place(tmp_path: Path) -> None:

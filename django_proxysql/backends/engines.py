@@ -19,7 +19,16 @@ from django.db import connections, utils
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 
-from ..conf import ALIAS_KEY, engine_path, is_balancer, load_wrapper, peer_engine, problems
+from ..conf import (
+    ALIAS_KEY,
+    engine_path,
+    in_words,
+    is_balancer,
+    load_wrapper,
+    peer_engine,
+    problems,
+    stops_connections,
+)
 from ..core import drivers
 from ..core.exceptions import ConfigError
 from ..registry import balancers
@@ -84,7 +93,7 @@ def first_class(cls: type) -> type:
     entry = entries[alias]
     made = engine_class(cls, entry, alias)
     if issubclass(made, _Unknown):
-        said = next((str(p) for p in problems(alias, entry, connections.databases)), "")
+        said = next(map(in_words, problems(alias, entry, connections.databases)), "")
         raise EngineUnknown(f"The engine of the peers of {alias!r} is not known. {said}".rstrip())
     return made
 
@@ -207,5 +216,4 @@ def _is_misconfigured(settings: dict[str, Any], alias: str) -> bool:
     # cannot be imported now may be a moment later.
     if settings.get(ALIAS_KEY) in balancers.known or not apps.ready or not is_balancer(settings):
         return False
-    found = problems(alias, settings, connections.databases)
-    return any(problem.stops_connections for problem in found)
+    return any(map(stops_connections, problems(alias, settings, connections.databases)))

@@ -7,10 +7,9 @@ here connects to anything.
 
 from .aliases import introduce_peers, is_testing, mirrored, mirrors, name_of_a_peer
 from .engines import PeerEngine, engine_path, load_wrapper, peer_engine
-from .entry import Problem
 from .keys import ALIAS_KEY, CONNECTION_KEYS, ENGINE, NAME_KEY, PEER_ALIAS_ENGINE, is_balancer
 from .merging import changed_keys, first_reading, merged_settings, same
-from .reading import balancer_config, messages, problems
+from .reading import balancer_config, in_words, messages, problems, stops_connections
 
 __all__ = [
     "ALIAS_KEY",
@@ -19,11 +18,11 @@ __all__ = [
     "NAME_KEY",
     "PEER_ALIAS_ENGINE",
     "PeerEngine",
-    "Problem",
     "balancer_config",
     "changed_keys",
     "engine_path",
     "first_reading",
+    "in_words",
     "introduce_peers",
     "is_balancer",
     "is_testing",
@@ -36,4 +35,5 @@ __all__ = [
     "peer_engine",
     "problems",
     "same",
+    "stops_connections",
 ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.config import host_and_port
 from ..core.exceptions import ConfigError
 from .engines import load_wrapper
-from .entry import Entry, Problem
+from .entry import Entry, Peer, did_you_mean, of_peer
 from .merging import address
 
 #: What is written in a settings file in place of a string.
@@ -24,127 +23,106 @@ _ISOLATION_LEVELS = frozenset(
 )
 
 
-def options(entry: Entry, where: str, settings: Mapping[str, Any]) -> Iterator[Problem]:
-    of = "" if where == entry.alias else f" of peer {where}"
+def options(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
+    """Note OPTIONS that are no dict, and a pool in them that cannot be had."""
     given = settings.get("OPTIONS")
     if given is not None and not isinstance(given, Mapping):
-        yield entry.problem(
+        entry.add(
             "E012",
-            "OPTIONS",
-            f"OPTIONS{of} is a {type(given).__name__}.",
+            f"OPTIONS{of_peer(where)} is a {type(given).__name__}.",
             "Give a dict of what the driver's connect() takes.",
         )
     elif given and given.get("pool"):
-        for message, hint in _pool(entry, given["pool"], of):
-            yield entry.problem("E014", "OPTIONS", message, hint)
+        _pool(entry, given["pool"], of_peer(where))
 
 
-def _pool(entry: Entry, pool: Any, of: str) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with a pool in OPTIONS, and a remedy."""
+def _pool(entry: Entry, pool: Any, of: str) -> None:
     try:
         wrapper = load_wrapper(entry.engine)
     except ConfigError:
         # Has been said.
         return
     if wrapper.vendor != "postgresql":
-        yield (
+        entry.add(
+            "E014",
             f"OPTIONS['pool']{of} would keep connections to one peer for all of them.",
             "Leave it out; CONN_MAX_AGE keeps connections, each to its own peer.",
         )
-    elif not hasattr(wrapper, "close_pool"):
-        yield (
+        return
+    if not hasattr(wrapper, "close_pool"):
+        entry.add(
+            "E014",
             f"OPTIONS['pool']{of} is none of this Django's.",
             "Leave it out: pools came with Django 5.1.",
         )
-    elif pool is not True and not isinstance(pool, Mapping):
-        yield (
+        return
+    if pool is True:
+        pool = {}
+    if not isinstance(pool, Mapping):
+        entry.add(
+            "E014",
             f"OPTIONS['pool']{of} is a {type(pool).__name__}.",
             "Give True or a dict of what psycopg_pool.ConnectionPool takes: "
             "each peer has a pool of its own, made from that.",
         )
-    else:
-        known = () if pool is True else pool
-        for key in ("conninfo", "kwargs", "configure", "open"):
-            if key in known:
-                yield (
-                    f"OPTIONS['pool']['{key}']{of} would be the same for every peer.",
-                    "Leave it out: what a peer's pool connects with is the peer's settings.",
-                )
-        takes = _pool_takes()
-        for key in known:
-            if takes and key not in takes:
-                close = difflib.get_close_matches(str(key), takes, n=1)
-                yield (
-                    f"OPTIONS['pool'][{key!r}]{of} is nothing that psycopg's pool takes.",
-                    f"Did you mean {close[0]!r}?" if close else "Leave it out.",
-                )
-        check = None if pool is True else pool.get("check")
-        if check is not None and not callable(check):
-            yield (
-                f"OPTIONS['pool']['check']{of} is a {type(check).__name__}.",
-                "Give a function that raises if the connection must not be used.",
-            )
-        if entry.settings.get("CONN_MAX_AGE", 0) != 0:
-            yield (
-                f"OPTIONS['pool']{of} and CONN_MAX_AGE keep connections, both of them.",
-                "Leave CONN_MAX_AGE out: a connection goes back to its pool when a request ends.",
-            )
-
-
-def shared_pools(entry: Entry) -> Iterator[Problem]:
-    """Yield pools by name, a driver's own, that several peers would take connections from."""
-    seen: dict[str, str] = {}
-    for name, peer in entry.named:
-        pool = entry.merged(peer)["OPTIONS"].get("pool_name")
-        if pool and seen.setdefault(str(pool), name) != name:
-            yield entry.problem(
+        return
+    takes = _pool_takes()
+    for key in pool:
+        if key in ("conninfo", "kwargs", "configure", "open"):
+            entry.add(
                 "E014",
-                "OPTIONS",
-                f"OPTIONS['pool_name'] is {pool!r} for {seen[str(pool)]!r} and {name!r}: one "
-                "pool, whose connections all lead to one of them.",
-                "Give each peer a name of its own, or none.",
+                f"OPTIONS['pool']['{key}']{of} would be the same for every peer.",
+                "Leave it out: what a peer's pool connects with is the peer's settings.",
             )
-
-
-def tokens(entry: Entry) -> Iterator[Problem]:
-    """Yield where COMMIT_OUTCOME has no effect, or costs more than it need."""
-    if entry.settings.get("COMMIT_OUTCOME") is None:
-        return
-    if not entry.driver.WATCHED:
-        yield entry.problem(
-            "W009",
-            "COMMIT_OUTCOME",
-            f"COMMIT_OUTCOME has no effect with {entry.engine!r}.",
-            "Leave it out: it is for mysqlclient, PyMySQL, psycopg and psycopg2.",
+        elif takes and key not in takes:
+            entry.add(
+                "E014",
+                f"OPTIONS['pool'][{key!r}]{of} is nothing that psycopg's pool takes.",
+                did_you_mean(key, takes) or "Leave it out.",
+            )
+    check = pool.get("check")
+    if check is not None and not callable(check):
+        entry.add(
+            "E014",
+            f"OPTIONS['pool']['check']{of} is a {type(check).__name__}.",
+            "Give a function that raises if the connection must not be used.",
         )
-        return
-    for name, peer in entry.named:
-        if not entry.driver.takes_two(entry.merged(peer)["OPTIONS"]):
-            yield entry.problem(
-                "W009",
-                "OPTIONS",
-                f"OPTIONS['multi_statements'] of peer {name} is off: COMMIT_OUTCOME takes a round "
-                "trip more for each transaction that writes.",
-                "Leave it out: then a token is sent in the packet of COMMIT.",
-            )
+    if entry.settings.get("CONN_MAX_AGE", 0) != 0:
+        entry.add(
+            "E014",
+            f"OPTIONS['pool']{of} and CONN_MAX_AGE keep connections, both of them.",
+            "Leave CONN_MAX_AGE out: a connection goes back to its pool when a request ends.",
+        )
 
 
-def of_peer(entry: Entry, name: str, peer: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what the driver cannot take in a peer's settings, the balancer's below them."""
-    merged = entry.merged(peer)
-    options = merged["OPTIONS"]
-    for key, host in (("HOST", merged.get("HOST")), ("OPTIONS['host']", options.get("host"))):
+def _pool_takes() -> list[str]:
+    """Return the names of what psycopg's pool takes; none where it is not installed."""
+    try:
+        from psycopg_pool import ConnectionPool
+    except ImportError:
+        return []
+    return list(inspect.signature(ConnectionPool.__init__).parameters)
+
+
+# One peer
+
+
+def of_one_peer(entry: Entry, peer: Peer) -> None:
+    """Note what the driver cannot take in a peer's settings, the balancer's below them."""
+    merged, options, is_mysql = peer.merged, peer.merged["OPTIONS"], entry.is_mysql
+    hosts = {"HOST": merged.get("HOST"), "OPTIONS['host']": options.get("host")}
+    for key, host in hosts.items():
         if "," in str(host or ""):
-            yield entry.problem(
+            entry.add(
                 "E009",
-                key,
-                f"{key} of peer {name} has a comma in it.",
+                f"{key} of peer {peer.where} has a comma in it.",
                 "The driver would take it for a list of its own and go round the circuits: "
                 "make each host a peer.",
             )
-    for setting, message, hint in _not_for_the_driver(entry, merged):
-        yield entry.problem("E018", setting, f"{setting} of peer {name} {message}.", hint)
-    yield from _unknown_options(entry, name, options)
+    # Of other engines the settings are not known.
+    if is_mysql or entry.is_postgresql:
+        _not_for_the_driver(entry, peer, hosts)
+    _unknown_options(entry, peer)
     for key in ("connect_timeout", "connection_timeout"):
         given = options.get(key)
         bound = entry.driver.connect_options
@@ -155,121 +133,152 @@ def of_peer(entry: Entry, name: str, peer: Mapping[str, Any]) -> Iterator[Proble
         if isinstance(given, str) and given.isdigit() and entry.is_postgresql:
             given = int(given)
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            yield entry.problem(
+            entry.add(
                 "E010",
-                "OPTIONS",
-                f"OPTIONS[{key!r}] of peer {name} is {given!r}.",
+                f"OPTIONS[{key!r}] of peer {peer.where} is {given!r}.",
                 "The driver takes whole seconds, at least 1.",
             )
 
 
-def _not_for_the_driver(entry: Entry, merged: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the settings that the driver cannot take, what they are, and a remedy."""
-    is_mysql = entry.is_mysql
-    if not (is_mysql or entry.is_postgresql):
-        # An engine whose settings we do not know.
-        return
-    options = merged["OPTIONS"]
-    host = merged.get("HOST")
-    takes = (str,) if is_mysql else (str, os.PathLike)
-    if not isinstance(host, takes) and (is_mysql or host):
-        yield "HOST", f"is a {type(host).__name__}", "Give the host's name as a string."
-    for setting, value in (("HOST", host), ("OPTIONS['host']", options.get("host"))):
+def _not_for_the_driver(entry: Entry, peer: Peer, hosts: Mapping[str, Any]) -> None:
+    def refuse(setting: str, problem: str, hint: str) -> None:
+        entry.add("E018", f"{setting} of peer {peer.where} {problem}.", hint)
+
+    merged, options, is_mysql = peer.merged, peer.merged["OPTIONS"], entry.is_mysql
+    host = hosts["HOST"]
+    if not isinstance(host, str if is_mysql else (str, os.PathLike)) and (is_mysql or host):
+        refuse("HOST", f"is a {type(host).__name__}", "Give the host's name as a string.")
+    for setting, value in hosts.items():
         if isinstance(value, str) and host_and_port(value.strip())[1] is not None:
-            yield setting, f"is {value!r}, with a port in it", "Move the port into PORT."
-    for setting, value in (
-        ("PORT", merged.get("PORT")),
-        ("OPTIONS['port']", options.get("port")),
+            refuse(setting, f"is {value!r}, with a port in it", "Move the port into PORT.")
+    for setting, value, or_text in (
+        ("PORT", merged.get("PORT"), True),
+        ("OPTIONS['port']", options.get("port"), not is_mysql),
     ):
-        if value and not _is_port(value, or_text=setting == "PORT" or not is_mysql):
-            yield setting, f"is {value!r}", "Give a number from 1 to 65535."
-    for setting in ("USER", "PASSWORD", "NAME"):
+        if value and not _is_port(value, or_text):
+            refuse(setting, f"is {value!r}", "Give a number from 1 to 65535.")
+    for setting in ("USER", "PASSWORD", "NAME") if is_mysql else ("NAME",):
         value = merged.get(setting)
-        if (is_mysql or setting == "NAME") and value and isinstance(value, _NO_TEXT):
+        if value and isinstance(value, _NO_TEXT):
             # Never its value.
-            yield setting, f"is a {type(value).__name__}", "Put it in quotes: a string."
+            refuse(setting, f"is a {type(value).__name__}", "Put it in quotes: a string.")
     level = options.get("isolation_level")
     if level and not _is_isolation_level(level, is_mysql):
-        yield (
+        refuse(
             "OPTIONS['isolation_level']",
             f"is {level!r}",
             "Give 'read committed' or another of MySQL's levels."
             if is_mysql
             else "Give one of psycopg.IsolationLevel.",
         )
-    if is_mysql:
-        for option in ("read_timeout", "write_timeout"):
-            value = options.get(option)
-            if value is not None and not is_number(value):
-                yield f"OPTIONS[{option!r}]", f"is {value!r}", "Give seconds as a number."
+    for option in ("read_timeout", "write_timeout") if is_mysql else ():
+        value = options.get(option)
+        if value is not None and not is_number(value):
+            refuse(f"OPTIONS[{option!r}]", f"is {value!r}", "Give seconds as a number.")
 
 
-def _unknown_options(entry: Entry, name: str, options: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield keys of OPTIONS that the driver is not known to take."""
+def _unknown_options(entry: Entry, peer: Peer) -> None:
+    """Note keys of OPTIONS that the driver is not known to take."""
     known = entry.driver.known_options()
     if known is None:
         return
     # Another package's engine may have options of its own: only what looks like a slip.
     is_djangos = entry.engine.startswith("django.")
-    for key in options:
+    for key in peer.merged["OPTIONS"]:
         # Of pools more is said elsewhere.
         if not isinstance(key, str) or key in known or key.startswith("pool"):
             continue
-        close = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.75)
-        if close or is_djangos:
-            yield entry.problem(
+        hint = did_you_mean(key.lower(), sorted(known), 0.75)
+        if hint or is_djangos:
+            entry.add(
                 "W008",
-                "OPTIONS",
-                f"OPTIONS[{key!r}] of peer {name} is none that the driver is known to take.",
-                f"Did you mean {close[0]!r}?"
-                if close
-                else "Leave it out, or see the driver's documentation.",
+                f"OPTIONS[{key!r}] of peer {peer.where} is none that the driver is known to take.",
+                hint or "Leave it out, or see the driver's documentation.",
             )
 
 
-def timeouts(entry: Entry) -> Iterator[Problem]:
-    own = [entry.merged(peer)["OPTIONS"] for _name, peer in entry.named]
+# All peers
+
+
+def shared_pools(entry: Entry) -> None:
+    """Note pools by name, a driver's own, that several peers would take connections from."""
+    seen: dict[str, str] = {}
+    for peer in entry.peers:
+        pool = peer.merged["OPTIONS"].get("pool_name")
+        if pool and seen.setdefault(str(pool), peer.name) != peer.name:
+            entry.add(
+                "E014",
+                f"OPTIONS['pool_name'] is {pool!r} for {seen[str(pool)]!r} and {peer.name!r}: one "
+                "pool, whose connections all lead to one of them.",
+                "Give each peer a name of its own, or none.",
+            )
+
+
+def tokens(entry: Entry) -> None:
+    """Note where COMMIT_OUTCOME has no effect, or costs more than it need."""
+    if entry.settings.get("COMMIT_OUTCOME") is None:
+        return
+    if not entry.driver.WATCHED:
+        entry.add(
+            "W009",
+            f"COMMIT_OUTCOME has no effect with {entry.engine!r}.",
+            "Leave it out: it is for mysqlclient, PyMySQL, psycopg and psycopg2.",
+        )
+        return
+    for peer in entry.peers:
+        if not entry.driver.takes_two(peer.merged["OPTIONS"]):
+            entry.add(
+                "W009",
+                f"OPTIONS['multi_statements'] of peer {peer.name} is off: COMMIT_OUTCOME takes a "
+                "round trip more for each transaction that writes.",
+                "Leave it out: then a token is sent in the packet of COMMIT.",
+            )
+
+
+def timeouts(entry: Entry) -> None:
+    """Note timeouts that the driver rounds."""
     driver = entry.driver
-    if not any(driver.connect_options(given, 1) for given in own or [{}]):
+    own = [peer.merged["OPTIONS"] for peer in entry.peers] or [{}]
+    if not any(driver.connect_options(given, 1) for given in own):
         return
     for setting in ("CONNECT_TIMEOUT", "TRIAL_TIMEOUT"):
-        seconds = entry.settings.get(setting)
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            continue
-        if not 0 < seconds < math.inf:
+        seconds: Any = entry.settings.get(setting)
+        if not is_number(seconds) or not 0 < seconds < math.inf:
             continue
         (taken,) = driver.connect_options({}, seconds).values()
         if taken != seconds:
-            yield entry.problem(
+            entry.add(
                 "W003",
-                setting,
                 f"{setting} is {seconds!r}, which the driver cannot take.",
                 f"It becomes {taken}: the driver takes whole seconds.",
             )
 
 
-def one_address(entry: Entry) -> Iterator[Problem]:
+def one_address(entry: Entry) -> None:
+    """Note peers that lead to one server."""
     seen: dict[Any, str] = {}
     default_port = "5432" if entry.is_postgresql else "3306" if entry.is_mysql else ""
-    for name, peer in entry.named:
-        settings = entry.merged(peer)
-        options = settings["OPTIONS"]
+    for peer in entry.peers:
+        settings, options = peer.merged, peer.merged["OPTIONS"]
         host = settings.get("HOST") or options.get("host") or options.get("unix_socket")
         port = settings.get("PORT") or options.get("port") or default_port
-        where = (
-            str(host or "").lower(),
-            str(port),
-            # Without a host these tell one server from another.
-            *(("",) if host else (str(settings.get("NAME")), *_elsewhere(options))),
-        )
-        if seen.get(where, name) != name:
-            yield entry.problem(
+        where = [str(host or "").lower(), str(port)]
+        if not host:
+            # What else tells one server from another.
+            where.append(str(settings.get("NAME")))
+            for key in ("read_default_file", "read_default_group", "service", "hostaddr"):
+                where.append(str(options.get(key) or ""))
+        first = seen.get(tuple(where), peer.name)
+        if first != peer.name:
+            entry.add(
                 "W001",
-                "PEERS",
-                f"PEERS has {seen[where]!r} and {name!r} at one address, {address(settings)}.",
+                f"PEERS has {first!r} and {peer.name!r} at one address, {address(settings)}.",
                 "One failure will be met twice, and one server gets two shares.",
             )
-        seen[where] = name
+        seen[tuple(where)] = peer.name
+
+
+# One value
 
 
 def is_number(value: Any) -> bool:
@@ -294,18 +303,3 @@ def _is_port(value: Any, or_text: bool) -> bool:
         except ValueError:
             return False
     return type(value) is int and 0 < value < 65536
-
-
-def _pool_takes() -> list[str]:
-    """Return the names of what psycopg's pool takes; none where it is not installed."""
-    try:
-        from psycopg_pool import ConnectionPool
-    except ImportError:
-        return []
-    return list(inspect.signature(ConnectionPool.__init__).parameters)
-
-
-def _elsewhere(options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what OPTIONS say of where an address is to be found."""
-    for key in ("read_default_file", "read_default_group", "service", "hostaddr"):
-        yield str(options.get(key) or "")

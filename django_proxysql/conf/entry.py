@@ -1,12 +1,15 @@
-"""A balancer's entry of DATABASES while it is read, and a problem found in it."""
+"""A balancer's entry of DATABASES while it is read, and the problems found in it."""
 
 from __future__ import annotations
 
+import difflib
 import functools
+import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from django.core.checks import CheckMessage, Error, Warning
 
 from ..core import drivers
 from ..core.exceptions import ConfigError
@@ -14,36 +17,21 @@ from .engines import load_wrapper, peer_engine
 from .keys import listed
 from .merging import merged_settings
 
-#: The id of what a driver cannot take in one peer's settings.
-_OF_ONE_PEER = "E018"
-
 #: What a name may hold: it stands in logs, in metrics and on a command line.
 _PEER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", re.ASCII)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with an entry of DATABASES."""
+class Peer(NamedTuple):
+    """A peer of an entry that can be read."""
 
-    #: The system check's id without its prefix: E… for errors, W… for warnings.
-    id: str
-    alias: str
-    setting: str
-    message: str
-    hint: str
-
-    @property
-    def is_error(self) -> bool:
-        """Whether the checks call it an error."""
-        return self.id.startswith("E")
-
-    @property
-    def stops_connections(self) -> bool:
-        """Whether no connection is made with it. One peer's typo does not stop the others."""
-        return self.is_error and self.id != _OF_ONE_PEER
-
-    def __str__(self) -> str:
-        return f"DATABASES[{self.alias!r}]: {self.message} {self.hint}".rstrip()
+    #: Its alias, PEER_NAME, or peer0, peer1 … by place.
+    name: str
+    #: What messages call it: its alias or its place.
+    where: str
+    is_alias: bool
+    settings: Mapping[str, Any]
+    #: What it is connected to with.
+    merged: dict[str, Any]
 
 
 class Entry:
@@ -59,37 +47,45 @@ class Entry:
         self.settings = settings
         self.databases = databases
         #: Its PEERS, as they are written.
-        self.peers = listed(settings.get("PEERS"))
+        self.listed = listed(settings.get("PEERS"))
         #: The dotted path of the peers' backend.
         self.engine = peer_engine(settings, databases)
+        self.problems: list[CheckMessage] = []
 
-    def problem(self, id_: str, setting: str, message: str, hint: str) -> Problem:
-        """Return a problem of this entry."""
-        return Problem(id_, self.alias, setting, message, hint)
+    def add(self, id_: str, message: str, hint: str) -> None:
+        """Note a problem: E… is an error's id, W… a warning's."""
+        self.problems.append(
+            (Error if id_.startswith("E") else Warning)(
+                f"DATABASES[{self.alias!r}]: {message}", hint=hint, id=f"django_proxysql.{id_}"
+            )
+        )
 
-    def merged(self, peer: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a peer is connected to with."""
-        return merged_settings(peer, self.settings, self.settings)
+    def read(self, id_: str, where: str, reader: Callable[..., Any], *args: Any) -> Any:
+        """Return what ``reader`` does; note the ConfigError that it raises."""
+        try:
+            return reader(*args)
+        except ConfigError as exc:
+            self.add(id_, f"{exc.setting}{of_peer(where)} {exc.problem}.", exc.hint)
 
     @functools.cached_property
-    def named(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Each usable peer with its name: alias, PEER_NAME, or peer0, peer1 … by place."""
-        taken = {peer if isinstance(peer, str) else given_name(peer) for peer in self.peers}
-        named: list[tuple[str, Mapping[str, Any]]] = []
-        for position, peer in enumerate(self.peers):
-            if isinstance(peer, str):
-                if peer in self.databases:
-                    named.append((peer, self.databases[peer]))
-            elif isinstance(peer, Mapping):
-                name = given_name(peer)
-                if name is None:
-                    name = f"peer{position}"
-                    while name in taken:
-                        position += len(self.peers)
-                        name = f"peer{position}"
-                    taken.add(name)
-                named.append((name, peer))
-        return named
+    def peers(self) -> list[Peer]:
+        """Those of its peers that can be read."""
+        taken = {peer if isinstance(peer, str) else given_name(peer) for peer in self.listed}
+        found = []
+        for position, peer in enumerate(self.listed):
+            is_alias = isinstance(peer, str)
+            settings = self.databases.get(peer) if is_alias else peer
+            if not isinstance(settings, Mapping):
+                continue
+            name = peer if is_alias else given_name(peer)
+            if name is None:
+                places = itertools.count(position, len(self.listed))
+                name = next(name for name in map("peer{}".format, places) if name not in taken)
+                taken.add(name)
+            where = peer if is_alias else f"PEERS[{position}]"
+            merged = merged_settings(settings, self.settings, self.settings)
+            found.append(Peer(name, where, is_alias, settings, merged))
+        return found
 
     @functools.cached_property
     def driver(self) -> drivers.Driver:
@@ -112,7 +108,18 @@ class Entry:
         return self.driver is drivers.postgresql
 
 
+def of_peer(where: str) -> str:
+    """Return what follows a setting's name in a message; nothing for the balancer's own."""
+    return f" of peer {where}" if where else ""
+
+
 def given_name(peer: Any) -> str | None:
     """Return an inline peer's PEER_NAME, if it is one."""
     name = peer.get("PEER_NAME") if isinstance(peer, Mapping) else None
     return name if isinstance(name, str) and _PEER_NAME.fullmatch(name) else None
+
+
+def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a hint at what is known and looks like ``word``; nothing if nothing does."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
+    return f"Did you mean {close[0]!r}?" if close else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from django.conf import settings
+
+from .entry import did_you_mean
 
 SETTING = "DJANGO_PROXYSQL"
 
@@ -33,9 +34,11 @@ def option_problems() -> Iterator[tuple[str, str]]:
         return
     for key, value in given.items():
         if key not in OPTIONS:
-            close = difflib.get_close_matches(str(key).upper(), list(OPTIONS), n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"It may have {', '.join(OPTIONS)}."
-            yield f"{SETTING} has {key!r}, which is no option.", hint
+            hint = did_you_mean(str(key).upper(), OPTIONS)
+            yield (
+                f"{SETTING} has {key!r}, which is no option.",
+                hint or f"It may have {', '.join(OPTIONS)}.",
+            )
         elif key == "HEALTHZ" and not isinstance(value, bool):
             yield f"{SETTING}['HEALTHZ'] is {value!r}.", "Give True or False."
         elif key == "OPERATE_PERMISSION" and not (

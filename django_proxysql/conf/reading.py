@@ -5,11 +5,10 @@ A value that breaks a rule of :mod:`..core.config` is a problem; the others are 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-from django.core.checks import CheckMessage, Error, Warning
+from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
@@ -17,21 +16,18 @@ from ..core.config import BalancerConfig, BreakerConfig, PeerConfig, check_field
 from ..core.exceptions import ConfigError
 from ..core.ready import ready_check_from
 from ..core.strategies import strategy_from
-from . import driver_settings
+from . import driver_settings, spelling
 from .aliases import mirrored
 from .engines import load_wrapper
-from .entry import Entry, Problem, given_name
+from .entry import Entry, Peer, did_you_mean, given_name
 from .keys import (
     BALANCER_FIELDS,
-    BALANCER_KEYS,
     CONNECTION_KEYS,
     NO_ENGINE,
     PEER_FIELDS,
-    PEER_KEYS,
     is_balancer,
 )
 from .merging import address
-from .spelling import misplaced, misspelt, named_twice
 
 #: Packages whose backends take connections out of a pool that they keep by alias. These are
 #: known before they connect. Of others backends.origins finds it out when they connect.
@@ -45,27 +41,11 @@ _POOLS_BY_ALIAS = frozenset(
 )
 
 
-class Reading(NamedTuple):
-    """What an entry says."""
-
-    #: None: it has a problem that stops connections.
-    config: BalancerConfig | None
-    #: Errors first.
-    problems: list[Problem]
-
-
-def read(
-    alias: str, settings: Mapping[str, Any], databases: Mapping[str, Mapping[str, Any]]
-) -> Reading:
-    """Return what a balancer's entry says, and everything that is wrong with it."""
-    return _Reader(Entry(alias, settings, databases)).read()
-
-
 def problems(
     alias: str, settings: Mapping[str, Any], databases: Mapping[str, Mapping[str, Any]]
-) -> list[Problem]:
+) -> list[CheckMessage]:
     """Return everything that is wrong with a balancer's entry, errors first."""
-    return read(alias, settings, databases).problems
+    return _read(Entry(alias, settings, databases))[1]
 
 
 def balancer_config(
@@ -76,235 +56,174 @@ def balancer_config(
     :raises ImproperlyConfigured: the entry has an error; the message names the
         alias, the setting and a remedy.
     """
-    config, found = read(alias, settings, databases)
+    config, found = _read(Entry(alias, settings, databases))
     if config is None:
-        raise ImproperlyConfigured(str(next(one for one in found if one.stops_connections)))
+        raise ImproperlyConfigured(in_words(next(filter(stops_connections, found))))
     return config
 
 
 def messages(alias: str) -> list[CheckMessage]:
-    """Return the messages for one alias of DATABASES; none if it is no balancer."""
+    """Return what is wrong with one alias of DATABASES; nothing if it is no balancer."""
     databases = connections.databases
     entry = databases.get(alias, {})
-    if not is_balancer(entry):
-        return []
-    return [
-        (Error if problem.is_error else Warning)(
-            f"DATABASES[{alias!r}]: {problem.message}",
-            hint=problem.hint,
-            id=f"django_proxysql.{problem.id}",
+    return problems(alias, entry, databases) if is_balancer(entry) else []
+
+
+def stops_connections(problem: CheckMessage) -> bool:
+    """Return whether no connection is made with it. One peer's typo does not stop the others."""
+    return problem.is_serious() and problem.id != "django_proxysql.E018"
+
+
+def in_words(problem: CheckMessage) -> str:
+    """Return a problem and its remedy, as an error and the log name it."""
+    return f"{problem.msg} {problem.hint}".rstrip()
+
+
+def _read(entry: Entry) -> tuple[BalancerConfig | None, list[CheckMessage]]:
+    """Return the config, unless a problem stops connections, and the problems, errors first."""
+    spelling.balancers_keys(entry)
+    given = _balancer(entry)
+    _engine(entry)
+    _mirror(entry)
+    _listed(entry)
+    breaker = _thresholds(entry, "", entry.settings, BreakerConfig())
+    peers = [_peer(entry, peer, breaker) for peer in entry.peers]
+    for rule in (
+        spelling.named_twice,
+        driver_settings.timeouts,
+        driver_settings.one_address,
+        driver_settings.shared_pools,
+        driver_settings.tokens,
+    ):
+        rule(entry)
+    found = sorted(entry.problems, key=lambda problem: not problem.is_serious())
+    if any(map(stops_connections, found)):
+        return None, found
+    made = tuple(PeerConfig(**peer) for peer in peers)
+    return BalancerConfig(entry.alias, made, **given), found
+
+
+def _balancer(entry: Entry) -> dict[str, Any]:
+    """Return the fields of the config that the balancer's own settings give."""
+    settings = entry.settings
+    given = _fields(entry, "", settings, BALANCER_FIELDS, BalancerConfig)
+    _fields(entry, "", settings, {"CHECK_INTERVAL": "check_interval"}, PeerConfig)
+    for id_, key, reader in (
+        ("E007", "STRATEGY", strategy_from),
+        ("E008", "READY_CHECK", ready_check_from),
+        ("E015", "SHARED_STATE", _redis_url),
+    ):
+        value = settings.get(key)
+        if value is not None or (key == "STRATEGY" and key in settings):
+            given[key.lower()] = value
+            entry.read(id_, "", reader, value)
+    driver_settings.options(entry, "", settings)
+    age = settings.get("CONN_MAX_AGE", 0)
+    if age is not None and not driver_settings.is_number(age):
+        entry.add("E005", f"CONN_MAX_AGE is {age!r}, not a number.", "Give seconds, 0 or None.")
+    return given
+
+
+def _listed(entry: Entry) -> None:
+    """Note what stands in PEERS and is no peer."""
+    if not entry.listed:
+        # Never its value: that of a dict in place of a list has a password.
+        value = entry.settings.get("PEERS")
+        empty = value is None or isinstance(value, (list, tuple))
+        entry.add(
+            "E001",
+            "PEERS is empty." if empty else f"PEERS is a {type(value).__name__}.",
+            "Give a list of at least one alias or dict, such as [{'HOST': '10.0.0.1'}].",
         )
-        for problem in problems(alias, entry, databases)
-    ]
-
-
-class _Reader:
-    """One pass over one entry."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
-        self._found: list[Problem] = []
-        self._breaker = BreakerConfig()
-
-    def read(self) -> Reading:
-        entry = self._entry
-        self._found += misspelt(entry, entry.alias, entry.settings, BALANCER_KEYS)
-        self._found += misplaced(entry)
-        given = self._balancer()
-        self._found += _engine(entry)
-        self._found += _mirror(entry)
-        peers = self._peers()
-        for rule in (
-            named_twice,
-            driver_settings.timeouts,
-            driver_settings.one_address,
-            driver_settings.shared_pools,
-            driver_settings.tokens,
-        ):
-            self._found += rule(entry)
-        self._found.sort(key=lambda problem: not problem.is_error)
-        if any(problem.stops_connections for problem in self._found):
-            return Reading(None, self._found)
-        return Reading(BalancerConfig(entry.alias, peers, **given), self._found)
-
-    def _balancer(self) -> dict[str, Any]:
-        """Return the fields that the balancer's own settings give."""
-        entry, settings = self._entry, self._entry.settings
-        given = self._fields(BALANCER_FIELDS, settings, BalancerConfig)
-        self._fields({"CHECK_INTERVAL": "check_interval"}, settings, PeerConfig)
-        self._breaker = self._thresholds(settings, BreakerConfig())
-        for id_, key, checked in (
-            ("E007", "STRATEGY", strategy_from),
-            ("E008", "READY_CHECK", ready_check_from),
-            ("E015", "SHARED_STATE", _redis_url),
-        ):
-            value = settings.get(key)
-            if value is not None or (key == "STRATEGY" and key in settings):
-                given[key.lower()] = value
-                self._checked(id_, lambda check=checked, value=value: check(value))  # type: ignore[misc]
-        self._found += driver_settings.options(entry, entry.alias, settings)
-        age = settings.get("CONN_MAX_AGE", 0)
-        if age is not None and not driver_settings.is_number(age):
-            self._add(
-                "E005",
-                "CONN_MAX_AGE",
-                f"CONN_MAX_AGE is {age!r}, not a number.",
-                "Give seconds, 0 or None.",
-            )
-        return given
-
-    def _peers(self) -> tuple[PeerConfig, ...]:
-        entry = self._entry
-        if not entry.peers:
-            # Never its value: that of a dict in place of a list has a password.
-            value = entry.settings.get("PEERS")
-            empty = value is None or isinstance(value, (list, tuple))
-            self._add(
-                "E001",
-                "PEERS",
-                "PEERS is empty." if empty else f"PEERS is a {type(value).__name__}.",
-                "Give a list of at least one alias or dict, such as [{'HOST': '10.0.0.1'}].",
-            )
-        named = iter(entry.named)
-        made = []
-        for position, peer in enumerate(entry.peers):
-            if isinstance(peer, str) and peer not in entry.databases:
-                self._found += _no_alias(entry, peer)
-            elif isinstance(peer, str):
-                name, settings = next(named)
-                made.append(self._alias(name, settings))
-            elif isinstance(peer, Mapping):
-                name, settings = next(named)
-                made.append(self._inline(f"PEERS[{position}]", name, settings))
-            else:
-                self._add(
-                    "E001",
-                    "PEERS",
-                    f"PEERS[{position}] is a {type(peer).__name__}.",
-                    "Each peer is the alias of another entry, or a dict.",
+    for position, peer in enumerate(entry.listed):
+        if isinstance(peer, str):
+            if peer not in entry.databases:
+                entry.add(
+                    "E002",
+                    f"PEERS names {peer!r}, which is no alias in DATABASES.",
+                    did_you_mean(peer, entry.databases) or "Add it, or write the peer as a dict.",
                 )
-        return tuple(made)
+        elif not isinstance(peer, Mapping):
+            entry.add(
+                "E001",
+                f"PEERS[{position}] is a {type(peer).__name__}.",
+                "Each peer is the alias of another entry, or a dict.",
+            )
 
-    def _alias(self, peer: str, settings: Mapping[str, Any]) -> PeerConfig:
-        """Read a peer that is another entry of DATABASES."""
-        entry = self._entry
-        if is_balancer(settings):
-            self._add(
-                "E003",
-                "PEERS",
-                f"PEERS names {peer!r}, which is a load balancer itself.",
-                "Name the databases behind it instead.",
-            )
-            return PeerConfig(peer)
-        engine = settings.get("ENGINE") or NO_ENGINE
-        if engine != entry.engine:
-            self._add(
-                "E004",
-                "PEERS",
-                f"PEERS mixes engines: {peer!r} has the ENGINE {engine!r}, not {entry.engine!r}.",
-                "All peers of a load balancer have one engine.",
-            )
-        self._found += misspelt(entry, peer, settings, PEER_KEYS)
-        config = self._peer(peer, peer, settings)
-        if "PEER_NAME" in settings:
-            self._add(
-                "W004",
-                "PEER_NAME",
-                f"PEER_NAME of peer {peer!r} has no effect: its alias is its name.",
-                "Leave it out.",
-            )
-        self._found += _of_tests_and_requests(entry, peer, settings)
-        return config
 
-    def _inline(self, where: str, name: str, settings: Mapping[str, Any]) -> PeerConfig:
-        """Read a peer that is a dict in PEERS."""
-        entry = self._entry
-        self._found += misspelt(entry, where, settings, (*PEER_KEYS, *CONNECTION_KEYS))
-        given = settings.get("PEER_NAME")
-        if given is not None and given_name(settings) is None:
-            self._add(
+def _peer(entry: Entry, peer: Peer, breaker: BreakerConfig) -> dict[str, Any]:
+    """Return the fields of a peer's config."""
+    settings, where = peer.settings, peer.where
+    if peer.is_alias and is_balancer(settings):
+        entry.add(
+            "E003",
+            f"PEERS names {where!r}, which is a load balancer itself.",
+            "Name the databases behind it instead.",
+        )
+        return {}
+    if peer.is_alias:
+        engine, named, remedy = settings.get("ENGINE") or NO_ENGINE, repr(where), ""
+        spelling.alias_keys(entry, where, settings)
+        _of_tests_and_requests(entry, where, settings)
+    else:
+        engine, named = settings.get("ENGINE", entry.engine), where
+        remedy = "; set PEER_ENGINE for all"
+        spelling.inline_keys(entry, where, settings)
+        name = settings.get("PEER_NAME")
+        if name is not None and given_name(settings) is None:
+            entry.add(
                 "E005",
-                "PEER_NAME",
-                f"PEER_NAME of peer {where} is {given!r}.",
+                f"PEER_NAME of peer {where} is {name!r}.",
                 "Give a name of letters, digits and the marks _ . : -",
             )
-        engine = settings.get("ENGINE", entry.engine)
-        if engine != entry.engine:
-            self._add(
-                "E004",
-                "PEERS",
-                f"PEERS mixes engines: {where} has the ENGINE {engine!r}, not {entry.engine!r}.",
-                "All peers of a load balancer have one engine; set PEER_ENGINE for all.",
-            )
-        return self._peer(where, name, settings)
-
-    def _peer(self, where: str, name: str, settings: Mapping[str, Any]) -> PeerConfig:
-        entry = self._entry
-        given = self._fields(PEER_FIELDS, settings, PeerConfig, where)
-        if "CHECK_INTERVAL" in entry.settings:
-            given.setdefault("check_interval", entry.settings["CHECK_INTERVAL"])
-        breaker = self._thresholds(settings, self._breaker, where)
-        self._found += driver_settings.options(entry, where, settings)
-        self._found += driver_settings.of_peer(entry, where, settings)
-        if any(problem.stops_connections for problem in self._found):
-            # No config is made.
-            return PeerConfig(name)
-        return PeerConfig(
-            name=name,
-            address=address(entry.merged(settings)),
-            breaker=breaker,
-            params={key: settings[key] for key in CONNECTION_KEYS if key in settings},
-            **given,
+    if engine != entry.engine:
+        entry.add(
+            "E004",
+            f"PEERS mixes engines: {named} has the ENGINE {engine!r}, not {entry.engine!r}.",
+            f"All peers of a load balancer have one engine{remedy}.",
         )
-
-    # One value
-
-    def _fields(
-        self,
-        fields: Mapping[str, str],
-        settings: Mapping[str, Any],
-        config: type,
-        where: str = "",
-    ) -> dict[str, Any]:
-        """Return the fields that ``settings`` give, each tried by itself in a config."""
-        given = {name: settings[key] for key, name in fields.items() if key in settings}
-        for name, value in given.items():
-            self._checked(
-                "E005",
-                lambda name=name, value=value: check_field(config, name, value),  # type: ignore[misc]
-                where,
-            )
-        return given
-
-    def _thresholds(
-        self, settings: Mapping[str, Any], over: BreakerConfig, where: str = ""
-    ) -> BreakerConfig:
-        made: BreakerConfig = self._checked(
-            "E005", lambda: BreakerConfig.of(settings.get("BREAKER"), over), where, over
-        )
-        return made
-
-    def _checked(
-        self, id_: str, read: Callable[[], Any], where: str = "", otherwise: Any = None
-    ) -> Any:
-        """Return what ``read`` does; note what is wrong with it."""
-        try:
-            return read()
-        except ConfigError as exc:
-            of = f" of peer {where}" if where else ""
-            self._add(id_, exc.setting, f"{exc.setting}{of} {exc.problem}.", exc.hint)
-            return otherwise
-
-    def _add(self, id_: str, setting: str, message: str, hint: str) -> None:
-        self._found.append(self._entry.problem(id_, setting, message, hint))
+    given = _fields(entry, where, settings, PEER_FIELDS, PeerConfig)
+    if "CHECK_INTERVAL" in entry.settings:
+        given.setdefault("check_interval", entry.settings["CHECK_INTERVAL"])
+    given["breaker"] = _thresholds(entry, where, settings, breaker)
+    driver_settings.options(entry, where, settings)
+    driver_settings.of_one_peer(entry, peer)
+    return {
+        **given,
+        "name": peer.name,
+        "address": address(peer.merged),
+        "params": {key: settings[key] for key in CONNECTION_KEYS if key in settings},
+    }
 
 
-def _engine(entry: Entry) -> Iterator[Problem]:
-    """Yield what is wrong with the backend of the peers."""
+def _fields(
+    entry: Entry, where: str, settings: Mapping[str, Any], fields: Mapping[str, str], config: type
+) -> dict[str, Any]:
+    """Return the fields that ``settings`` give, each tried by itself in a config."""
+    given = {name: settings[key] for key, name in fields.items() if key in settings}
+    for name, value in given.items():
+        entry.read("E005", where, check_field, config, name, value)
+    return given
+
+
+def _thresholds(
+    entry: Entry, where: str, settings: Mapping[str, Any], over: BreakerConfig
+) -> BreakerConfig:
+    return entry.read("E005", where, BreakerConfig.of, settings.get("BREAKER"), over) or over
+
+
+def _redis_url(url: object) -> object:
+    """Check SHARED_STATE. Without it nothing of the sharing is imported."""
+    from ..core.sharing import checked_url
+
+    return checked_url(url)
+
+
+def _engine(entry: Entry) -> None:
+    """Note what is wrong with the backend of the peers."""
     if is_balancer({"ENGINE": entry.engine}):
-        yield entry.problem(
+        entry.add(
             "E003",
-            "PEER_ENGINE",
             "PEER_ENGINE is a load balancer itself.",
             "Give the backend of the databases, such as 'django.db.backends.mysql'.",
         )
@@ -313,17 +232,15 @@ def _engine(entry: Entry) -> Iterator[Problem]:
         wrapper = load_wrapper(entry.engine)
     except ConfigError as exc:
         setting = "PEER_ENGINE" if entry.settings.get("PEER_ENGINE") else "ENGINE of the peers"
-        yield entry.problem(
+        entry.add(
             "E013",
-            setting,
             f"{setting} {exc.problem}.",
             "Give the backend of the databases, and install its driver.",
         )
         return
     if any(cls.__module__.partition(".")[0] in _POOLS_BY_ALIAS for cls in wrapper.__mro__):
-        yield entry.problem(
+        entry.add(
             "E014",
-            "PEER_ENGINE",
             f"PEER_ENGINE is {entry.engine!r}, which keeps one pool for each alias: all "
             "its connections would lead to one of the peers.",
             "Give the backend that it builds on; CONN_MAX_AGE keeps connections, each to "
@@ -331,33 +248,21 @@ def _engine(entry: Entry) -> Iterator[Problem]:
         )
 
 
-def _mirror(entry: Entry) -> Iterator[Problem]:
+def _mirror(entry: Entry) -> None:
     target = mirrored(entry.alias, entry.databases)
-    if target in entry.databases or target == entry.alias:
-        return
-    says = "leads back to where it began"
-    yield entry.problem(
-        "W006",
-        "TEST",
-        f"TEST['MIRROR'] {says if target is None else f'leads to {target!r}, no alias'}.",
-        "A test run is refused. Name the alias whose test database this one has.",
-    )
+    if target not in entry.databases and target != entry.alias:
+        says = (
+            "leads back to where it began" if target is None else f"leads to {target!r}, no alias"
+        )
+        entry.add(
+            "W006",
+            f"TEST['MIRROR'] {says}.",
+            "A test run is refused. Name the alias whose test database this one has.",
+        )
 
 
-def _no_alias(entry: Entry, peer: str) -> Iterator[Problem]:
-    close = difflib.get_close_matches(peer, list(entry.databases), n=1)
-    yield entry.problem(
-        "E002",
-        "PEERS",
-        f"PEERS names {peer!r}, which is no alias in DATABASES.",
-        f"Did you mean {close[0]!r}?" if close else "Add it, or write the peer as a dict.",
-    )
-
-
-def _of_tests_and_requests(
-    entry: Entry, peer: str, settings: Mapping[str, Any]
-) -> Iterator[Problem]:
-    """Yield settings of an alias that belong to its balancer."""
+def _of_tests_and_requests(entry: Entry, peer: str, settings: Mapping[str, Any]) -> None:
+    """Note settings of an alias that belong to its balancer."""
     for key, surprise in (
         ("ATOMIC_REQUESTS", "It opens a transaction on the peer itself for every request."),
         ("TEST", "A test database is made for the load balancer, by its own TEST."),
@@ -370,16 +275,8 @@ def _of_tests_and_requests(
             # The one whose test database the balancer has is made by its own.
             given = given and mirrored(entry.alias, entry.databases) != peer
         if given:
-            yield entry.problem(
+            entry.add(
                 "W002",
-                key,
                 f"Peer {peer!r} has {key}. {surprise}",
                 f"Move {key} to {entry.alias!r}.",
             )
-
-
-def _redis_url(url: object) -> object:
-    """Check SHARED_STATE. Without it nothing of the sharing is imported."""
-    from ..core.sharing import checked_url
-
-    return checked_url(url)
