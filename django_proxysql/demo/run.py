@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack
-from typing import Callable
+from typing import Any, Callable
 
+from ..core.events import CircuitClosed, CircuitOpened, Connected, ConnectFailed
 from ..registry import balancers
 from . import site
 from .load import CLIENTS, Load
-from .peers import Peers
-from .screen import Screen, ScreenHandler
-from .tally import Sample, Tally
+from .peers import NAMES, Peers
+from .screen import Sample, Screen, ScreenHandler
 
 #: The peer that fails.
 VICTIM = "peer1"
@@ -27,9 +28,16 @@ CHECK_INTERVAL = 0.1
 #: Seconds that the end waits, at most, for the victim's circuit to close.
 GRACE = 15.0
 
+_COUNTED = {
+    Connected: "connects",
+    ConnectFailed: "failed",
+    CircuitOpened: "opened",
+    CircuitClosed: "closed",
+}
+
 
 class Demo:
-    """One run.
+    """One run; a listener of the balancer, whose own log lines report circuits.
 
     :param screen: where it writes.
     :param seconds: how long it runs.
@@ -40,8 +48,11 @@ class Demo:
         self._peers = Peers()
         self._seconds = seconds
         self._load = Load()
-        self._tally = Tally(lambda line: screen.say(line, "yellow"))
         self._handler = ScreenHandler(screen)
+        #: By peer how often each thing happened, and for how many seconds it was "out".
+        self._counts: dict[str, Any] = {name: Counter() for name in NAMES}
+        # Events come in the threads to which the things happen.
+        self._lock = threading.Lock()
 
     def run(self) -> int:
         """Run to the end; return the exit code."""
@@ -68,13 +79,30 @@ class Demo:
         finally:
             if took:
                 screen.end_table()
-                screen.summarize(self._load, self._tally, took)
+                screen.summarize(self._load.requests, self._load.errors, self._counts, took)
         return 1 if self._load.errors else 0
+
+    def __call__(self, event: Any) -> None:
+        """Count an event, and say how a trial ended; a listener."""
+        what = _COUNTED.get(type(event))
+        if what is None:
+            return
+        is_trial = getattr(event, "trial", False)
+        with self._lock:
+            counts = self._counts[event.peer]
+            counts[what] += 1
+            counts["trials"] += is_trial
+            if isinstance(event, CircuitClosed):
+                counts["out"] += event.seconds
+        if is_trial:
+            outcome = f"failed: {event.error}" if isinstance(event, ConnectFailed) else "succeeded"
+            line = f"the trial of {event.peer}, its circuit half-open, {outcome}"
+            self._screen.say(line, "yellow")
 
     def _listen(self, stack: ExitStack) -> None:
         balancer = balancers["default"]
-        balancer.add_listener(self._tally)
-        stack.callback(balancer.remove_listener, self._tally)
+        balancer.add_listener(self)
+        stack.callback(balancer.remove_listener, self)
         for name, level in (("django_proxysql", logging.INFO), ("django.request", logging.ERROR)):
             logger = logging.getLogger(name)
             logger.setLevel(level)
@@ -96,21 +124,12 @@ class Demo:
                 _, line, step = steps.popleft()
                 screen.say(line, "bold")
                 step(VICTIM)
-            sample = self._sample(elapsed)
-            screen.show(sample)
-            is_out = any(state.state != "closed" for state in sample.states)
+            with self._lock:
+                counts = {name: counts.copy() for name, counts in self._counts.items()}
+            states = balancers["default"].snapshot()
+            requests, errors = self._load.requests, sum(self._load.errors.values())
+            screen.show(Sample(elapsed, self._seconds, requests, errors, counts, states))
+            is_out = any(state.state != "closed" for state in states)
             if elapsed >= self._seconds + (GRACE if is_out else 0):
                 return
             time.sleep(0.1)
-
-    def _sample(self, elapsed: float) -> Sample:
-        connects, failed = self._tally.counts()
-        return Sample(
-            elapsed=elapsed,
-            seconds=self._seconds,
-            requests=self._load.requests,
-            errors=sum(self._load.errors.values()),
-            connects=connects,
-            failed=failed,
-            states=balancers["default"].snapshot(),
-        )

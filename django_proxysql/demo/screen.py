@@ -12,12 +12,10 @@ import shutil
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from typing import Callable, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Callable, NamedTuple, TextIO
 
 from ..core.balancer import PeerState
-from .load import Load
-from .tally import PeerTally, Sample, Tally
 
 #: Seconds over which rates and shares are taken.
 WINDOW = 1.0
@@ -28,6 +26,19 @@ TUTORIAL = "docs/tutorial/index.rst"
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 _STATE_COLOURS = {"closed": "green", "half-open": "yellow", "open": "red"}
+
+
+class Sample(NamedTuple):
+    """How things stand at one moment."""
+
+    #: Seconds since the start, and the planned end.
+    elapsed: float
+    seconds: float
+    requests: int
+    errors: int
+    #: By peer what has happened since the start, and how often.
+    counts: Mapping[str, Any]
+    states: Sequence[PeerState]
 
 
 class Screen:
@@ -105,74 +116,76 @@ class Screen:
 
     def _table(self, sample: Sample) -> list[str]:
         width = shutil.get_terminal_size().columns - 1
-        rate, made = self._lately()
-        total = sum(made.values())
         heading = (
             f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}"
             "  last second's connects"
         )
         lines = [("", ""), (heading, "bold")]
-        for state in sample.states:
-            share = made[state.name] / total if total else 0
+        for state, counts, share in self._rows(sample):
             text = (
                 f"{state.name:8}{_circuit(state):20}{state.connections:6}"
-                f"{sample.connects[state.name]:10}{sample.failed[state.name]:8}  "
+                f"{counts['connects']:10}{counts['failed']:8}  "
                 f"{share:4.0%} {'#' * round(share * BAR)}"
             )
             lines.append((text, _STATE_COLOURS[state.state]))
-        text = f"{sample.requests} requests, {rate:.0f}/s, {sample.errors} errors"
         lines += [
             ("", ""),
-            (text, "red" if sample.errors else "bold"),
+            (self._requests(sample), "red" if sample.errors else "bold"),
             (f"{sample.elapsed:.1f} s of {sample.seconds:g} s; Ctrl-C ends it", "dim"),
         ]
         # A line that wraps would put the next drawing at the wrong place.
         return [self._paint(text[:width], colour) for text, colour in lines]
 
     def _line(self, sample: Sample) -> str:
-        rate, made = self._lately()
-        total = sum(made.values())
-        parts = [
-            f"{sample.elapsed:5.1f} s  {sample.requests} requests, {rate:.0f}/s, "
-            f"{sample.errors} errors"
-        ]
-        for state in sample.states:
-            share = made[state.name] / total if total else 0
+        parts = [f"{sample.elapsed:5.1f} s  {self._requests(sample)}"]
+        for state, counts, share in self._rows(sample):
             parts.append(
                 f"{state.name} {state.state}, holds {state.connections}, "
-                f"made {sample.connects[state.name]} connects, {share:.0%} of the last second's"
+                f"made {counts['connects']} connects, {share:.0%} of the last second's"
             )
         return " | ".join(parts)
 
-    def _lately(self) -> tuple[float, Counter[str]]:
-        """Return the requests a second and the connects a peer of the last second."""
-        first, last = self._window[0], self._window[-1]
-        if first is last:
-            return 0.0, last.connects
-        seconds = last.elapsed - first.elapsed
-        return (last.requests - first.requests) / seconds, last.connects - first.connects
+    def _requests(self, sample: Sample) -> str:
+        first = self._window[0]
+        seconds = sample.elapsed - first.elapsed
+        rate = (sample.requests - first.requests) / seconds if seconds else 0
+        return f"{sample.requests} requests, {rate:.0f}/s, {sample.errors} errors"
+
+    def _rows(self, sample: Sample) -> Iterator[tuple[PeerState, Counter[str], float]]:
+        """Yield each peer, its counts, and its share of the last second's connects."""
+        before = self._window[0].counts
+        made = {
+            name: counts["connects"] - before[name]["connects"]
+            for name, counts in sample.counts.items()
+        }
+        total = sum(made.values())
+        for state in sample.states:
+            yield state, sample.counts[state.name], made[state.name] / total if total else 0
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def summarize(self, load: Load, tally: Tally, seconds: float) -> None:
+    def summarize(
+        self, requests: int, problems: Counter[str], peers: Mapping[str, Any], seconds: float
+    ) -> None:
         """Write the summary."""
-        errors = sum(load.errors.values())
-        total = sum(peer.connects for peer in tally.peers.values())
+        errors = sum(problems.values())
         self.say("")
         self.say(
-            f"{load.requests} requests in {seconds:.1f} s ({load.requests / seconds:.0f}/s), "
-            f"{errors} errors",
+            f"{requests} requests in {seconds:.1f} s ({requests / seconds:.0f}/s), {errors} errors",
             "red" if errors else "green",
         )
-        for problem, count in load.errors.most_common(5):
+        for problem, count in problems.most_common(5):
             self.say(f"  {count} x {problem}", "red")
         self.say("")
         self.say("peer    connects  of all  failed  trials  opened  closed     out", "bold")
-        for name in sorted(tally.peers):
-            peer: PeerTally = tally.peers[name]
+        total = max(sum(counts["connects"] for counts in peers.values()), 1)
+        for name, counts in peers.items():
+            columns = "".join(
+                f"{counts[what]:8}" for what in ("failed", "trials", "opened", "closed")
+            )
             self.say(
-                f"{name:8}{peer.connects:8}{peer.connects / max(total, 1):8.0%}{peer.failed:8}"
-                f"{peer.trials:8}{peer.opened:8}{peer.closed:8}{peer.out_for:6.1f} s"
+                f"{name:8}{counts['connects']:8}{counts['connects'] / total:8.0%}{columns}"
+                f"{counts['out']:6.1f} s"
             )
         self.say("")
         self.say(f"Next, use it in a project of yours: {TUTORIAL}")
