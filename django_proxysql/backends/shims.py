@@ -46,7 +46,7 @@ def on_one_peer(
 
 @functools.cache
 def client_class(base: type) -> type:
-    """Return the peer engine's client, opening its shell on a live peer."""
+    """Return an engine's client, opening its shell on a live peer."""
 
     class DatabaseClient(base):  # type: ignore[misc]
         def runshell(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,32 +55,11 @@ def client_class(base: type) -> type:
     return DatabaseClient
 
 
-def _with_password(connection: Any) -> Any:
-    """Return a copy of a peer's wrapper, without a connection, whose PASSWORD is no callable."""
-    stand_in = copy.copy(connection)
-    stand_in.connection = None
-    settings = connection.settings_dict
-    password = drivers.password_from(settings.get("PASSWORD"))
-    stand_in.settings_dict = {**settings, "PASSWORD": password}
-    return stand_in
-
-
-@functools.cache
-def peer_client_class(base: type) -> type:
-    """Return the peer's own engine's client, with a callable PASSWORD called."""
-
-    class DatabaseClient(base):  # type: ignore[misc]
-        def runshell(self, *args: Any, **kwargs: Any) -> Any:
-            return base(_with_password(self.connection)).runshell(*args, **kwargs)
-
-    return DatabaseClient
-
-
 @functools.cache
 def creation_class(base: type) -> type:
     """Return the peer engine's creation, making and cloning test databases on one live peer."""
 
-    class DatabaseCreation(mirror_class(base)):  # type: ignore[misc]
+    class DatabaseCreation(peer_creation_class(base)):  # type: ignore[misc]
         def test_db_signature(self) -> Any:
             # Aliases with equal signatures share one test database. A balancer
             # has no HOST: its signature is the least that one of its peers
@@ -193,11 +172,6 @@ def creation_class(base: type) -> type:
                     raise ImproperlyConfigured(message)
                 creation.create_test_db = functools.partial(_refuse, message)
 
-        def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
-            return base(self.connection.on_a_live_peer())._clone_db(*args, **kwargs)
-
-    if not hasattr(base, "_clone_db"):
-        del DatabaseCreation._clone_db
     return DatabaseCreation
 
 
@@ -217,8 +191,9 @@ class _Mirror:
 
 
 @functools.cache
-def mirror_class(base: type) -> type:
-    """Return the peer engine's creation, taking a mirror for that of the chain's end."""
+def peer_creation_class(base: type) -> type:
+    """Return an engine's creation, taking a mirror for that of the chain's end, and cloning on a
+    live peer."""
 
     class DatabaseCreation(_Mirror, base):  # type: ignore[misc]
         def set_as_test_mirror(self, primary_settings_dict: dict[str, Any]) -> None:
@@ -243,16 +218,8 @@ def mirror_class(base: type) -> type:
             if data is not None:
                 super().deserialize_db_from_string(data)
 
-    return DatabaseCreation
-
-
-@functools.cache
-def peer_creation_class(base: type) -> type:
-    """Return the peer's own engine's creation: a mirror's, with a callable PASSWORD called."""
-
-    class DatabaseCreation(mirror_class(base)):  # type: ignore[misc]
         def _clone_db(self, *args: Any, **kwargs: Any) -> Any:
-            return base(_with_password(self.connection))._clone_db(*args, **kwargs)
+            return base(self.connection.on_a_live_peer())._clone_db(*args, **kwargs)
 
     if not hasattr(base, "_clone_db"):
         del DatabaseCreation._clone_db

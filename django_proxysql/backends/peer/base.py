@@ -10,6 +10,7 @@ Queries go to the peer and nowhere else.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from ...registry import balancers
 from ..engines import EngineType, EngineUnknown, made_over
 from ..forked import remember
 from ..pools import close_in_child, has_pools
-from ..shims import peer_client_class, peer_creation_class, peer_validation_class
+from ..shims import client_class, peer_creation_class, peer_validation_class
 
 #: What wrappers ask a server for, and keep, in one Django or another.
 FACTS = (
@@ -181,6 +182,14 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
             # It is there no longer, or says itself what is wrong with it.
             return None
 
+    def on_a_live_peer(self) -> DatabaseWrapper:
+        """Return a copy of this wrapper, without a connection, whose PASSWORD is no callable."""
+        stand_in = copy.copy(self)
+        stand_in.connection = None
+        password = drivers.password_from(self.settings_dict.get("PASSWORD"))
+        stand_in.settings_dict = {**self.settings_dict, "PASSWORD": password}
+        return stand_in
+
     # Forked
 
     def _after_fork(self) -> None:
@@ -270,7 +279,7 @@ def _namespace(real: type[Any]) -> dict[str, Any]:
     """Return what the class over ``real`` has besides."""
     return {
         "_real": real,
-        "client_class": peer_client_class(real.client_class),
+        "client_class": client_class(real.client_class),
         "creation_class": peer_creation_class(real.creation_class),
         "validation_class": peer_validation_class(real.validation_class),
         # A connection straight to the peer is one that is made now, within
