@@ -58,7 +58,6 @@ NOT_RUN = {
     ("howto/proxysql.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
     ("howto/upgrade.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
     ("howto/neighbours.rst", '"default": {"ENGINE": "psqlextra'): "leaves out most of the entry",
-    ("howto/several-balancers.rst", '"reports": {"ENGINE": "shop'): "leaves out most of the entry",
 }
 #: Programs of others, whose options are not ours to check.
 THEIRS = {
