@@ -53,8 +53,9 @@ NOT_RUN = {
     ("explanation/sizing.rst", "connections of the site"): "arithmetic",
     ("explanation/sizing.rst", "connections of one peer"): "arithmetic",
     ("explanation/exactly-once.rst", "-- MySQL"): "test_outcome.py compares it with what is run",
-    ("howto/redis.rst", "ACL SETUSER"): "test_sharing_processes.py runs with these rights",
-    ("howto/galera.rst", "SET GLOBAL wsrep_desync"): "test_ready checks such a node",
+    ("howto/redis.rst", "ACL SETUSER"): "test_sharing.py has a user with these rights",
+    ("howto/galera.rst", "SET GLOBAL wsrep_desync"): "test_outside_django.py does it to a node",
+    ("howto/galera.rst", "SELECT COUNT"): "test_outside_django.py asks a node",
     ("howto/proxysql.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
     ("howto/upgrade.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
     ("howto/neighbours.rst", '"default": {"ENGINE": "psqlextra'): "leaves out most of the entry",
@@ -154,6 +155,13 @@ def test_every_block_is_found_and_has_one_way_to_be_run() -> None:
 def test_no_reason_is_left_over() -> None:
     used = {one.reason for page in ALL.values() for one in page}
     assert set(NOT_RUN.values()) <= used
+
+
+def test_a_reason_names_a_test_that_reads_the_page() -> None:
+    for (page, _), reason in NOT_RUN.items():
+        for name in re.findall(r"test_\w+(?:\.py)?", reason):
+            reads = (ROOT / "tests" / name).read_text(encoding="utf-8")
+            assert Path(page).name in reads, reason
 
 
 # Python

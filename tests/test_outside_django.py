@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import MySQLdb
@@ -284,24 +286,36 @@ class TestReadyChecks:
 
     @pytest.mark.parametrize("driver", ["mysqlclient", "PyMySQL"])
     @pytest.mark.parametrize(
-        ("variable", "value", "off"),
-        [("wsrep_reject_queries", "ALL", "NONE"), ("wsrep_desync", "ON", "OFF")],
+        "statements",
+        [
+            ["SET GLOBAL wsrep_reject_queries = ALL", "SET GLOBAL wsrep_reject_queries = NONE"],
+            "docs/howto/galera.rst",
+        ],
     )
     def test_galera_taken_out_by_its_operator(
-        self, galera: GaleraCluster, driver: str, variable: str, value: str, off: str
+        self, galera: GaleraCluster, driver: str, statements: str | list[str]
     ) -> None:
         """A node that its operator has taken out gets no connections until it is put back."""
         out, *rest = nodes = list(galera)
         db, clock = self.balancer(driver, nodes, ready_check="galera")
+        if isinstance(statements, str):
+            page = (Path(__file__).parents[1] / statements).read_text(encoding="utf-8")
+            statements = re.findall(r"^ +(SET GLOBAL wsrep_desync .*|SELECT COUNT.*);$", page, re.M)
+            count = statements.pop(1).replace("'shop'", f"'{USER}'")
+            with contextlib.ExitStack() as held:
+                for _ in nodes:
+                    held.enter_context(contextlib.closing(db.connect()))
+                assert out.sql(count) == "1\n"
+        take_out, put_back = statements
         assert self.leads_to(db, driver, 3) == {node.port for node in nodes}
-        out.set_global(variable, value)
+        out.sql(take_out)
         try:
             assert self.leads_to(db, driver, 6) == {node.port for node in rest}
             state = db.snapshot()[0]
             assert (state.state, state.fault) == ("open", Fault.NOT_READY)
             assert state.error
         finally:
-            out.set_global(variable, off)
+            out.sql(put_back)
         until = time.monotonic() + 20
         while not out.synced() and time.monotonic() < until:
             time.sleep(0.05)
