@@ -25,7 +25,7 @@ from django.db import connections
 from .conf import load_wrapper, peer_engine
 from .core import drivers
 from .core.balancer import Attempt
-from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts
+from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts, value_of
 from .core.faults import Fault
 from .core.peer import Peer
 from .core.ready import backend, galera, greeting_id, rows
@@ -41,21 +41,21 @@ class Inspection:
     peer: str
     address: str
     #: Whether it let us in.
-    reachable: bool
+    reachable: bool = False
     #: Seconds for connecting and one trivial round trip; None if there was none.
-    latency: float | None
+    latency: float | None = None
     #: ``MariaDB 10.11.6``, ``PostgreSQL 15.4``, ``SQLite 3.40.1``; "" if it is not known.
-    version: str
+    version: str = ""
     #: Whether it can do its work, as far as is known: it is reachable, passes
     #: READY_CHECK, and, where it is a Galera node, belongs to its cluster.
-    ready: bool
+    ready: bool = False
     #: What it was recognised as: ``Galera: Synced``, ``read-only``, ``standby``,
     #: ``ProxySQL``, ``MaxScale``, ``MySQL Router``.
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     #: Why it is not reachable or not ready; never a password.
-    error: str
+    error: str = ""
     #: What that error says about the peer.
-    fault: Fault | None
+    fault: Fault | None = None
     #: What it says of itself, to be compared with the others; None behind a proxy.
     facts: Facts | None = None
 
@@ -127,19 +127,15 @@ class _Inquiry:
         # Django before 4.1 fills in an entry's defaults when its wrapper is made.
         self._own = connections[alias].settings_dict
         self._engine = peer_engine(self._own, connections.databases)
-        # What is known so far.
-        self._reachable = False
-        self._latency: float | None = None
-        self.version = ""
-        self.notes: list[str] = []
-        self.facts: Facts | None = None
+        #: What is known so far.
+        self.found = Inspection(alias, peer.name, peer.address)
         #: A second descriptor of the connection's socket. Its number is ours,
         #: so that it cannot become another connection's behind our back.
         self._socket: socket.socket | None = None
-        #: Guards the two that follow, and is held for no longer than it takes to set them.
+        #: Guards what is found and the two that follow, and is held for no longer than it takes
+        #: to set them.
         self._lock = new_lock()
-        self._given_up = False
-        self._found: Inspection | None = None
+        self._has_answered = self._given_up = False
         # A daemon: the interpreter's end does not wait for a peer that hangs.
         self._thread = threading.Thread(
             target=self._run, name=f"django-proxysql inspects {peer.name}", daemon=True
@@ -153,47 +149,39 @@ class _Inquiry:
         """Wait for the answer, but not for ever."""
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
         with self._lock:
-            self._given_up = self._found is None
-            if self._found is None:
-                self._found = self._is(f"no answer within {self._seconds:g} s", Fault.UNREACHABLE)
+            self._given_up = not self._has_answered
             hanging, self._socket = self._socket if self._given_up else None, None
         if hanging is not None:
             # What the thread waits for ends now, and so does the thread.
             _shut_down(hanging)
-        return self._found
+        if not self._given_up:
+            return self.found
+        error = f"no answer within {self._seconds:g} s"
+        return replace(self.found, error=error, fault=Fault.UNREACHABLE)
 
     def _run(self) -> None:
         try:
             self._ask()
-            found = self._is()
+            answer: dict[str, Any] = {"ready": True}
         except BaseException as exc:
             # SystemExit from somebody's check, too, is an answer, and came at once.
-            judgement = drivers.judge(exc, connecting=not self._reachable)
-            found = self._is(judgement.text, judgement.fault)
+            judgement = drivers.judge(exc, connecting=not self.found.reachable)
+            answer = {"error": judgement.text, "fault": judgement.fault}
         with self._lock:
-            if self._found is None:
-                self._found = found
+            if not self._given_up:
+                self.found = replace(self.found, **answer)
+                self._has_answered = True
 
-    def _is(self, error: str = "", fault: Fault | None = None) -> Inspection:
-        return Inspection(
-            self._alias,
-            self._peer.name,
-            self._peer.address,
-            self._reachable,
-            self._latency,
-            self.version,
-            self._reachable and not error,
-            tuple(self.notes.copy()),
-            error,
-            fault,
-            self.facts,
-        )
+    def note(self, *words: str, **known: Any) -> None:
+        """Note what the peer was recognised as, and what else is known of it by now."""
+        with self._lock:
+            self.found = replace(self.found, notes=(*self.found.notes, *words), **known)
 
-    def note_facts(self, facts: Callable[[str, Ask], Facts], connection: Any) -> None:
+    def note_facts(self, facts: Callable[[str, Ask], Facts], ask: Ask) -> None:
         """Ask the server for its facts, to be compared with the other peers'."""
-        found = facts(self._peer.name, functools.partial(_described, connection))
-        version = {"version": _release(self.version)}
-        self.facts = replace(found, settings={**version, **found.settings})
+        found = facts(self._peer.name, ask)
+        version = {"version": _release(self.found.version)}
+        self.note(facts=replace(found, settings={**version, **found.settings}))
 
     def _ask(self) -> None:
         settings = self._registered.to_connect_with(self._peer, self._own, self._alias)
@@ -210,19 +198,20 @@ class _Inquiry:
         connection = wrapper.connection = wrapper.get_new_connection(params)
         connecting = time.monotonic() - started
         try:
-            self._reachable = True
+            self.note(reachable=True)
             self._can_be_shut_down(driver.fileno(connection))
             # On PostgreSQL a question that is refused would spoil all that follow.
             wrapper._set_autocommit(True)
+            ask = functools.partial(rows_or_none, connection)
             if wrapper.vendor == "mysql":
                 # Before anything that must get past a proxy.
-                self.notes += _proxy(connection)
+                self.note(*_proxy(connection, ask))
             started = time.monotonic()
             rows(connection, _TRIVIAL.get(wrapper.vendor, "SELECT 1"))
-            self._latency = connecting + time.monotonic() - started
+            self.note(latency=connecting + time.monotonic() - started)
             recognise = _BY_VENDOR.get(wrapper.vendor)
             if recognise is not None:
-                recognise(connection, self)
+                recognise(connection, ask, self)
             balancer = self._registered.balancer
             attempt = Attempt(self._peer, balancer.config)
             attempt.timeout = self._seconds
@@ -274,7 +263,7 @@ def _shut_down(hanging: socket.socket) -> None:
 _TRIVIAL = {"oracle": "SELECT 1 FROM DUAL", "sqlite": "PRAGMA schema_version"}
 
 
-def _proxy(connection: Any) -> list[str]:
+def _proxy(connection: Any, ask: Ask) -> list[str]:
     """Return which proxy answers on the MySQL protocol, if one can be recognised.
 
     ProxySQL answers the mysql client's first question by itself, by its exact
@@ -285,93 +274,83 @@ def _proxy(connection: Any) -> list[str]:
     own, and ``CONNECTION_ID()`` is answered by a server. That holds for every
     proxy that makes connections of its own: MaxScale is the one that is meant.
     """
-    if _value(connection, "select @@version_comment limit 1") == "(ProxySQL)":
+    if value_of(ask, "select @@version_comment limit 1") == "(ProxySQL)":
         return ["ProxySQL"]
     greeting = str(getattr(connection, "get_server_info", lambda: "")()).lower()
     if "-router" in greeting:
         return ["MySQL Router"]
-    if "maxscale" in greeting or _value(connection, "SELECT @@maxscale_version"):
+    if "maxscale" in greeting or value_of(ask, "SELECT @@maxscale_version"):
         return ["MaxScale"]
     greeted = greeting_id(connection)
     for question in ("SELECT CONNECTION_ID()", "SELECT CONNECTION_ID() FOR UPDATE"):
         # The one is a read, and the other goes where writes go.
-        answered = _value(connection, question)
+        answered = value_of(ask, question)
         if greeted is not None and answered and int(answered) % 2**32 != greeted % 2**32:
             return ["MaxScale"]
     return []
 
 
-def _mysql(connection: Any, found: _Inquiry) -> None:
-    version = _value(connection, "SELECT VERSION()")
+def _mysql(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
+    version = value_of(ask, "SELECT VERSION()")
     number = re.match(r"(?:5\.5\.5-)?([\d.]+)", version)
     name = "MariaDB" if "mariadb" in version.lower() else "MySQL"
-    found.version = f"{name} {number[1]}" if number else version
-    if found.notes:
+    inquiry.note(version=f"{name} {number[1]}" if number else version)
+    if inquiry.found.notes:
         # A proxy: what one of the servers behind it says of itself is no verdict on it.
         backend(connection)
         return
-    if _value(connection, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
-        found.notes.append("read-only")
-    found.note_facts(mysql_facts, connection)
-    variables = dict(
-        _unless_refused(
-            connection, "SHOW VARIABLES WHERE Variable_name IN ('wsrep_on', 'wsrep_provider')"
-        )
-    )
+    if value_of(ask, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
+        inquiry.note("read-only")
+    inquiry.note_facts(mysql_facts, ask)
+    names = "('wsrep_on', 'wsrep_provider')"
+    variables = {
+        row["variable_name"]: row["value"]
+        for row in ask(f"SHOW VARIABLES WHERE Variable_name IN {names}") or ()
+    }
     # MariaDB knows these variables even where no library of Galera's is loaded.
     if variables.get("wsrep_on") == "ON" and variables.get("wsrep_provider") != "none":
-        state = _unless_refused(connection, "SHOW GLOBAL STATUS LIKE 'wsrep_local_state_comment'")
-        found.notes.append(f"Galera: {state[0][1]}" if state else "Galera")
+        state = ask("SHOW GLOBAL STATUS LIKE 'wsrep_local_state_comment'")
+        inquiry.note(f"Galera: {state[0]['value']}" if state else "Galera")
         # Whatever READY_CHECK is: a node without its cluster answers everything with 1047.
         galera(connection)
 
 
-def _postgresql(connection: Any, found: _Inquiry) -> None:
-    version = _value(connection, "SHOW server_version").partition(" ")[0]
-    found.version = f"PostgreSQL {version}" if version else ""
-    if _value(connection, "SELECT pg_is_in_recovery()") == "True":
-        found.notes.append("standby")
-    elif _value(connection, "SHOW default_transaction_read_only") == "on":
-        found.notes.append("read-only")
-    found.note_facts(postgresql_facts, connection)
+def _postgresql(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
+    version = value_of(ask, "SHOW server_version").partition(" ")[0]
+    inquiry.note(version=f"PostgreSQL {version}" if version else "")
+    if value_of(ask, "SELECT pg_is_in_recovery()") == "True":
+        inquiry.note("standby")
+    elif value_of(ask, "SHOW default_transaction_read_only") == "on":
+        inquiry.note("read-only")
+    inquiry.note_facts(postgresql_facts, ask)
 
 
-def _sqlite(connection: Any, found: _Inquiry) -> None:
-    found.version = f"SQLite {_value(connection, 'SELECT sqlite_version()')}"
+def _sqlite(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
+    inquiry.note(version=f"SQLite {value_of(ask, 'SELECT sqlite_version()')}")
 
 
-def _oracle(connection: Any, found: _Inquiry) -> None:
+def _oracle(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
     version = str(getattr(connection, "version", ""))
-    found.version = f"Oracle {version}" if version else ""
+    inquiry.note(version=f"Oracle {version}" if version else "")
 
 
-_BY_VENDOR: dict[str, Callable[[Any, _Inquiry], None]] = {
+_BY_VENDOR: dict[str, Callable[[Any, Ask, _Inquiry], None]] = {
     "mysql": _mysql,
     "postgresql": _postgresql,
     "sqlite": _sqlite,
     "oracle": _oracle,
 }
 
-
-def _value(connection: Any, statement: str) -> str:
-    """Return what a statement of one row and one column says; "" if it is refused."""
-    answer = _unless_refused(connection, statement)
-    value = answer[0][0] if answer else None
-    return "" if value is None else str(value)
+#: What no other question would get a better answer after.
+_IN_EARNEST = (Fault.LOST, Fault.KILLED, Fault.NOT_READY)
 
 
-def _unless_refused(connection: Any, statement: str) -> list[Any]:
-    """Return a statement's rows; none if the server will not say.
+def rows_or_none(connection: Any, statement: str) -> list[dict[str, Any]] | None:
+    """Return a statement's rows by their columns' names; None if the server will not say.
 
     A user may lack the right, and a proxy or an old server not know the words.
     """
-    return _answer(lambda: rows(connection, statement)) or []
-
-
-def _described(connection: Any, statement: str) -> list[dict[str, Any]] | None:
-    """Return a statement's rows by their columns' names; None if the server will not say."""
-
-    def run() -> list[dict[str, Any]]:
+    try:
         cursor = connection.cursor()
         try:
             cursor.execute(statement)
@@ -383,18 +362,7 @@ def _described(connection: Any, statement: str) -> list[dict[str, Any]] | None:
             ]
         finally:
             cursor.close()
-
-    return _answer(run)
-
-
-def _answer(ask: Callable[[], list[Any]]) -> list[Any] | None:
-    try:
-        return ask()
     except Exception as exc:
         if not drivers.is_driver_error(exc) or drivers.judgement_of(exc).fault in _IN_EARNEST:
             raise
         return None
-
-
-#: What no other question would get a better answer after.
-_IN_EARNEST = (Fault.LOST, Fault.KILLED, Fault.NOT_READY)

@@ -17,7 +17,7 @@ import pytest
 from django.db import connections
 
 from django_proxysql import Fault, NotReady, balancers
-from django_proxysql.inspection import Inspection, inspect
+from django_proxysql.inspection import Inspection, inspect, rows_or_none
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, engine, mysql_peer, postgres_peer, sqlite_peer
 from tests.servers import PASSWORD
 from tests.servers.faultproxy import FaultProxy
@@ -181,12 +181,12 @@ def test_question_refused(postgres: PostgreSQLNode) -> None:
     real = {"SHOW server_version": "SELECT no_such_function()"}
 
     def asked(connection: Any, statement: str) -> Any:
-        return rows_of(connection, real.get(statement, statement))
+        return rows_or_none(connection, real.get(statement, statement))
 
     postgres.set_global("default_transaction_read_only = on")
     with (
         engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL),
-        mock.patch("django_proxysql.inspection.rows", asked),
+        mock.patch("django_proxysql.inspection.rows_or_none", asked),
     ):
         (one,) = found()
     assert (one.ready, one.version, one.notes) == (True, "", ("read-only",))

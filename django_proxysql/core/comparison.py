@@ -183,7 +183,7 @@ def mysql_facts(peer: str, ask: Ask) -> Facts:
     galera = _row(ask, "SHOW GLOBAL STATUS LIKE 'wsrep_cluster_state_uuid'").get("value")
     if galera == _NO_CLUSTER:
         galera = ""
-    group = _value(ask, "SELECT @@group_replication_group_name")
+    group = value_of(ask, "SELECT @@group_replication_group_name")
     return Facts(
         peer,
         server=f"{one['host']}:{one['port']}/{one['id']}",
@@ -227,7 +227,7 @@ def _mysql_source(row: Mapping[str, Any]) -> Source:
 def postgresql_facts(peer: str, ask: Ask) -> Facts:
     """Ask a PostgreSQL server for its facts."""
     clock = _clock(ask, "SELECT extract(epoch FROM clock_timestamp()) AS now")
-    is_standby = _value(ask, "SELECT pg_is_in_recovery() AS standby") == "True"
+    is_standby = value_of(ask, "SELECT pg_is_in_recovery() AS standby") == "True"
     one = _row(
         ask,
         "SELECT pg_encoding_to_char(encoding) AS encoding, datcollate AS collation,"
@@ -238,7 +238,7 @@ def postgresql_facts(peer: str, ask: Ask) -> Facts:
         peer,
         server=address_in_words(one["host"], one["port"]) if one.get("host") else "",
         # Equal on a primary and all that were copied from it.
-        lineage=_value(ask, "SELECT system_identifier FROM pg_control_system()"),
+        lineage=value_of(ask, "SELECT system_identifier FROM pg_control_system()"),
         sources=_primary(ask) if is_standby else _publishers(ask),
         is_read_only=is_standby,
         clock=clock,
@@ -277,7 +277,7 @@ def _primary(ask: Ask) -> tuple[Source, ...] | None:
     receivers = ask("SELECT status, sender_host, sender_port FROM pg_stat_wal_receiver")
     if receivers is None:
         return None
-    lag = _value(
+    lag = value_of(
         ask,
         "SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() THEN 0"
         " ELSE extract(epoch FROM now() - pg_last_xact_replay_timestamp()) END AS lag",
@@ -300,7 +300,7 @@ def _row(ask: Ask, statement: str) -> Mapping[str, Any]:
     return answer[0] if answer else {}
 
 
-def _value(ask: Ask, statement: str) -> str:
+def value_of(ask: Ask, statement: str) -> str:
     """Return the one value that a statement returns, or ""."""
     for value in _row(ask, statement).values():
         return "" if value is None else str(value)
@@ -309,7 +309,7 @@ def _value(ask: Ask, statement: str) -> str:
 
 def _clock(ask: Ask, statement: str) -> float | None:
     before = time.time()
-    said = _number(_value(ask, statement))
+    said = _number(value_of(ask, statement))
     after = time.time()
     # The answer was true somewhere between the two. If they lie far apart it says nothing.
     if said is None or after - before > CLOCKS_APART:
