@@ -480,16 +480,11 @@ class TestLooks:
 WSREP = "WSREP has not yet prepared node for application use"
 
 
-def run_whole(here: Site, statement: str) -> None:
-    """Run a statement of the server's administrator that has semicolons in it."""
-    here.server.sql(f"DELIMITER $$\n{statement}$$", database=DATABASE)
-
-
 @contextlib.contextmanager
 def refusing(here: Site, errno: int, text: str, table: str = "app_token") -> Iterator[None]:
     """Have the server answer the present connection's INSERTs of some values with an error."""
     thread = here.connection.connection.thread_id()
-    run = functools.partial(run_whole, here)
+    run = functools.partial(here.server.sql, database=DATABASE)
     signal = f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {errno}, MESSAGE_TEXT = '{text}'"
     run(
         f"CREATE OR REPLACE TRIGGER refusing BEFORE INSERT ON {table} FOR EACH ROW"
@@ -587,7 +582,7 @@ class TestProvenNotToHaveRun:
     )
     def test_not_plain(self, mysql: Site, statement: str) -> None:
         """A part of it may stand: with CALL, and with more than one statement, it did."""
-        run = functools.partial(run_whole, mysql)
+        run = functools.partial(mysql.server.sql, database=DATABASE)
         run(
             "CREATE OR REPLACE PROCEDURE write_two() BEGIN"
             " INSERT INTO app_token (value) VALUES ('well');"

@@ -126,7 +126,7 @@ def _run(
         for engine in engines:
             site = site_of(scenario.site)
             say(f"{name}, {engine}")
-            results.append(run(scenario, site, engine, seconds, say=lambda text: say(f"  {text}")))
+            results += run(scenario, site, (engine,), seconds, say=lambda text: say(f"  {text}"))
     return results, own_writes
 
 

@@ -132,7 +132,7 @@ class Load:
         self._something_broke = threading.Event()
         self._threads = [
             threading.Thread(
-                target=self._work, args=(ledger,), name=f"site-{ledger.thread}", daemon=True
+                target=self._work, args=(ledger,), name=f"{alias}-{ledger.thread}", daemon=True
             )
             for ledger in self.ledgers
         ]
@@ -203,11 +203,11 @@ class Load:
 
     def _serve(self, ledger: Ledger) -> bool:
         """Serve one request; the first error ends it, as it would a view."""
-        number = ledger.requests
+        token = f"{self.alias}-{ledger.thread}-{ledger.requests}"
         return (
             self._read(ledger)
-            and self._write(ledger, f"{ledger.thread}-{number}-w")
-            and self._block(ledger, f"{ledger.thread}-{number}-b")
+            and self._write(ledger, f"{token}-w")
+            and self._block(ledger, f"{token}-b")
         )
 
     def _read(self, ledger: Ledger) -> bool:

@@ -22,7 +22,7 @@ from tests.engine import engine, mysql_peer
 from tests.servers import DATABASE, PASSWORD, USER
 
 from .load import Load, Pace, Row
-from .sites import ALIAS, Galera
+from .sites import Galera
 
 OWN = "own"
 
@@ -66,7 +66,7 @@ def measure(
         contextlib.ExitStack() as stack,
     ):
         plain = [stack.enter_context(_plain(node)) for node in site.peers]
-        with Load(ALIAS, pace=Pace(pause=0.001, idle_every=10_000)) as load:
+        with Load("ours", pace=Pace(pause=0.001, idle_every=10_000)) as load:
             load.wait(0.5)
             for number in range(tries):
                 load.check()

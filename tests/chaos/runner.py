@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
 from django_proxysql.core.events import (
@@ -19,7 +19,7 @@ from django_proxysql.registry import balancers
 from .judgement import Result, judge
 from .load import Load
 from .scenarios import Scenario, Stage
-from .sites import ALIAS, Site
+from .sites import Site
 
 #: The engines, as the tables are headed.
 ENGINES = {
@@ -32,25 +32,34 @@ ENGINES = {
 def run(
     scenario: Scenario,
     site: Site,
-    engine: str = "ours",
+    engines: Sequence[str] = ("ours",),
     seconds: float = 0,
     patience: float = 1.5,
     say: Callable[[str], None] = lambda text: None,
-) -> Result:
+) -> list[Result]:
     """Put a site through a scenario, at least once, and for so many seconds.
 
+    :param engines: the same blows strike all of these; there is a result for each.
     :param patience: seconds after an outage from which on an error is a failure again.
     """
     site.restore()
     site.empty()
-    events: list[Any] = []
-    with _variables(site, scenario), site.engine(engine, scenario.options):
-        if engine != "plain":
-            balancers[ALIAS].add_listener(events.append)
-        load = Load(ALIAS, pace=scenario.pace, retries=engine == "retrying")
-        stage = Stage(site, load, say, patience)
+    events: dict[str, list[Any]] = {engine: [] for engine in engines}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_variables(site, scenario))
+        for engine in engines:
+            stack.enter_context(site.engine(engine, scenario.options))
+        for engine in engines:
+            if engine != "plain":
+                balancers[engine].add_listener(events[engine].append)
+        loads = [
+            Load(engine, pace=scenario.pace, retries=engine == "retrying") for engine in engines
+        ]
+        stage = Stage(site, loads, say, patience)
         try:
-            with load:
+            with contextlib.ExitStack() as at_work:
+                for load in loads:
+                    at_work.enter_context(load)
                 until = time.monotonic() + seconds
                 while True:
                     scenario.run(stage)
@@ -59,12 +68,19 @@ def run(
         finally:
             # Whatever a thread still waits for can come now.
             site.restore()
-            load.join()
-    result = judge(scenario, engine, load.ledgers, stage.faults, site.rows())
-    kinds = Counter(type(event) for event in events)
-    result.replaced, result.replayed = kinds[ConnectionReplaced], kinds[StatementReplayed]
-    result.retried, result.resolved = kinds[BlockRetried], kinds[CommitResolved]
-    return result
+            for load in loads:
+                load.join()
+    rows = site.rows()
+    results = []
+    for load in loads:
+        engine = load.alias
+        its = Counter({token: n for token, n in rows.items() if token.startswith(f"{engine}-")})
+        result = judge(scenario, engine, load.ledgers, stage.faults, its)
+        kinds = Counter(type(event) for event in events[engine])
+        result.replaced, result.replayed = kinds[ConnectionReplaced], kinds[StatementReplayed]
+        result.retried, result.resolved = kinds[BlockRetried], kinds[CommitResolved]
+        results.append(result)
+    return results
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple
 
@@ -37,12 +37,12 @@ class Stage:
     def __init__(
         self,
         site: Any,
-        load: Load,
+        loads: Sequence[Load],
         say: Callable[[str], None],
         patience: float,
     ) -> None:
         self.site = site
-        self.load = load
+        self.loads = loads
         #: Seconds after an outage in which work must have gone on.
         self.patience = patience
         self.faults: list[Fault] = []
@@ -50,7 +50,10 @@ class Stage:
 
     def wait(self, seconds: float) -> None:
         """Let the site work for some time."""
-        self.load.wait(seconds)
+        first, *others = self.loads
+        first.wait(seconds)
+        for load in others:
+            load.check()
 
     @contextlib.contextmanager
     def fault(self, what: str, **details: Any) -> Iterator[Fault]:

@@ -27,7 +27,6 @@ from tests.servers.mariadb import Node
 
 from .load import TABLE, HarnessError
 
-ALIAS = "site"
 #: How often the peers of both are looked at: by trials here, by health checks there.
 CHECK_INTERVAL = 1.0
 FRONT = "front"
@@ -67,14 +66,14 @@ class Site:
 
     @contextlib.contextmanager
     def engine(self, name: str, options: dict[str, Any]) -> Iterator[None]:
-        """Have ``connections[ALIAS]`` lead here, by one of the runner's ENGINES."""
+        """Have ``connections[name]`` lead here; ``name`` is one of the runner's ENGINES."""
         settings: dict[str, Any] = {"CONN_MAX_AGE": 60, "OPTIONS": dict(options)}
         if name != "plain":
             peers = [mysql_peer(peer) for peer in self.peers]
             settings["CHECK_INTERVAL"] = CHECK_INTERVAL
             if name == "retrying":
                 settings["COMMIT_OUTCOME"] = "record"
-            with engine(peers, alias=ALIAS, **settings):
+            with engine(peers, alias=name, **settings):
                 yield
             return
         assert self.front is not None
@@ -82,7 +81,7 @@ class Site:
         if django.VERSION >= (4, 1):
             # The best that Django offers by itself.
             entry["CONN_HEALTH_CHECKS"] = True
-        with added({ALIAS: entry}):
+        with added({name: entry}):
             yield
 
     def empty(self) -> None:

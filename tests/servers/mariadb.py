@@ -7,11 +7,15 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
+
+import pymysql
+from pymysql.constants import CLIENT
 
 from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from .certificates import certificates_for
@@ -90,19 +94,41 @@ class MariaDBNode(ServerProcess):
         Returns the rows, one a line, columns parted by tabs, without headings. Raises ServerError
         with the server's message, and if there is no answer within ``timeout`` seconds.
         """
+        # In this process: a client of its own for each would take longer than most statements.
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(timeout)
+                client.connect(str(self.socket))
+                # Not by pymysql.connect(), in whose place a test may have put something.
+                connection = pymysql.connections.Connection(
+                    user="root",
+                    database=database or None,
+                    read_timeout=timeout,
+                    client_flag=CLIENT.MULTI_STATEMENTS,
+                    ssl_disabled=True,
+                    conv={},
+                    autocommit=None,
+                    defer_connect=True,
+                )
+                connection.connect(client)
+                with contextlib.closing(connection):
+                    cursor = connection.cursor()
+                    cursor.execute(statement)
+                    rows = list(cursor.fetchall())
+                    while cursor.nextset():
+                        rows += cursor.fetchall()
+        except (OSError, pymysql.MySQLError) as error:
+            raise ServerError(f"{self.name}: {error}") from error
+        return "".join("\t".join(map(_shown, row)) + "\n" for row in rows)
+
+    def script(self, statements: str, database: str) -> None:
+        """Run what only the servers' own client understands: it has commands of its own."""
         client = find_program("mariadb", "mysql", package="mariadb-client")
-        options = [
-            "--no-defaults",
-            "--batch",
-            "--skip-column-names",
-            "--user=root",
-            f"--socket={self.socket}",
-        ]
         # By standard input: a command line has a limit, and is there for all to read.
-        return self.run(
-            [client, *options, *([database] if database else [])],
-            stdin=statement.encode(),
-            timeout=timeout,
+        self.run(
+            [client, "--no-defaults", "--user=root", f"--socket={self.socket}", database],
+            stdin=statements.encode(),
+            timeout=120,
         )
 
     def create_database(self, name: str) -> None:
@@ -130,7 +156,7 @@ class MariaDBNode(ServerProcess):
                 "/usr/share/zoneinfo is missing. On Debian and Ubuntu: apt-get install tzdata"
             )
         statements = self.run([program, "/usr/share/zoneinfo"])
-        self.sql(statements, database="mysql", timeout=120)
+        self.script(statements, "mysql")
 
     def has_time_zones(self) -> bool:
         """Whether the time zone tables are filled."""
@@ -151,6 +177,13 @@ class MariaDBNode(ServerProcess):
                 if "Unknown thread id" not in str(error):  # it has ended by itself
                     raise
         return len(ids)
+
+
+def _shown(value: str | bytes | None) -> str:
+    """A value in a line of its own row: no tab, and no end of the line, is in it."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return "NULL" if value is None else value.replace("\t", "\\t").replace("\n", "\\n")
 
 
 def quote_name(name: str) -> str:
@@ -202,10 +235,14 @@ class Node(MariaDBNode):
 
     def globals(self) -> dict[str, str]:
         """The server's global variables, without those that follow from its work."""
-        rows = (
-            line.partition("\t")[::2] for line in self.sql("SHOW GLOBAL VARIABLES").splitlines()
-        )
-        return {name: value for name, value in rows if not name.startswith(UNSETTABLE)}
+        # In one row: reading many takes this process longer than it takes the server.
+        (row,) = self.sql(
+            "SET SESSION group_concat_max_len = 1000000;"
+            "SELECT GROUP_CONCAT(LOWER(variable_name), ' ', variable_value SEPARATOR '\n')"
+            " FROM information_schema.global_variables"
+        ).splitlines()
+        pairs = (line.partition(" ")[::2] for line in row.split("\\n"))
+        return {name: value for name, value in pairs if not name.startswith(UNSETTABLE)}
 
     def set_global(self, name: str, value: str | int) -> None:
         """SET GLOBAL, until the test's end."""
