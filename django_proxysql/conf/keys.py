@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+from ..core.config import BalancerConfig
 
 ENGINE = "django_proxysql.backends.proxysql"
 #: What takes the place of an alias's own ENGINE once it is known to be a peer's.
@@ -24,38 +27,15 @@ NAME_KEY = "LOAD_BALANCER_NAME"
 #: What a connection is made with; a peer's own is laid over the balancer's.
 CONNECTION_KEYS = ("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
 
-#: Settings that have a range, and the fields that know it.
-PEER_FIELDS = {
-    "WEIGHT": "weight",
-    "PRIORITY": "priority",
-    "CHECK_INTERVAL": "check_interval",
-}
+#: Settings that are fields of a config, and those.
+PEER_FIELDS = {name.upper(): name for name in ("weight", "priority", "check_interval")}
 BALANCER_FIELDS = {
-    "CONNECT_TIMEOUT": "connect_timeout",
-    "TRIAL_TIMEOUT": "trial_timeout",
-    "CONNECT_DEADLINE": "connect_deadline",
-    "WAIT_FOR_PEER": "wait_for_peer",
-    "LAST_RESORT_INTERVAL": "last_resort_interval",
-    "REPLAY": "replay",
-    "IDLE_CHECK": "idle_check",
-    "SYNCHRONOUS_PEERS": "synchronous_peers",
-    "COMMIT_OUTCOME": "commit_outcome",
-    "OUTCOME_DEADLINE": "outcome_deadline",
-    "TCP_USER_TIMEOUT": "tcp_user_timeout",
-    "TRIALS": "trials",
-    "REBALANCE": "rebalance",
+    field.name.upper(): field.name
+    for field in fields(BalancerConfig)
+    if field.name not in ("name", "peers")
 }
 PEER_KEYS = (*PEER_FIELDS, "BREAKER", "PEER_NAME")
-BALANCER_KEYS = (
-    *BALANCER_FIELDS,
-    "BREAKER",
-    "CHECK_INTERVAL",
-    "PEERS",
-    "PEER_ENGINE",
-    "READY_CHECK",
-    "SHARED_STATE",
-    "STRATEGY",
-)
+BALANCER_KEYS = (*BALANCER_FIELDS, "BREAKER", "CHECK_INTERVAL", "PEERS", "PEER_ENGINE")
 DJANGO_KEYS = (
     "ATOMIC_REQUESTS",
     "AUTOCOMMIT",

@@ -113,10 +113,8 @@ def _balancer(entry: Entry) -> dict[str, Any]:
         ("E008", "READY_CHECK", ready_check_from),
         ("E015", "SHARED_STATE", _redis_url),
     ):
-        value = settings.get(key)
-        if value is not None or (key == "STRATEGY" and key in settings):
-            given[key.lower()] = value
-            entry.read(id_, "", reader, value)
+        if key in settings:
+            entry.read(id_, "", reader, settings[key])
     driver_settings.options(entry, "", settings)
     age = settings.get("CONN_MAX_AGE", 0)
     if age is not None and not driver_settings.is_number(age):
@@ -212,11 +210,12 @@ def _thresholds(
     return entry.read("E005", where, BreakerConfig.of, settings.get("BREAKER"), over) or over
 
 
-def _redis_url(url: object) -> object:
+def _redis_url(url: object) -> None:
     """Check SHARED_STATE. Without it nothing of the sharing is imported."""
-    from ..core.sharing import checked_url
+    if url is not None:
+        from ..core.sharing import checked_url
 
-    return checked_url(url)
+        checked_url(url)
 
 
 def _engine(entry: Entry) -> None:
