@@ -23,10 +23,10 @@ HARMLESS = frozenset({"functools.update_wrapper", "object.__setattr__", "type"})
 #: What its constructor does beside making the object, and why.
 ALLOWED = {
     # To be found by a fork and by the process's end. Each is a list that keeps nothing alive.
-    "Keeper": {"renew_in_child(self)"},
+    "Guarded": {"renew_in_child(self)"},
     "PeerGroup": {"renew_in_child(self)"},
     "TrialTasks": {"renew_in_child(self)"},
-    "Worker": {"_workers.add(self)", "renew_in_child(self)"},
+    "Worker": {"_workers.add(self)"},
     "backends.peer.base.DatabaseWrapper": {"remember(self)"},
     # Django's copies of the settings carry the alias: see registry.register().
     "LoadBalancedMixin": {"register(settings_dict, alias)", "remember(self)"},

@@ -48,17 +48,19 @@ def saw(db: Any, exc: BaseException) -> None:
         session.raised()
 
 
-def note(db: Any, session: Session, exc: BaseException, idle: bool = False) -> None:
-    """Judge a driver error, and act on the judgement. Never raises an Exception.
+def note(db: Any, session: Session, exc: BaseException) -> None:
+    """Judge a driver error, and act on the judgement. Never raises an Exception."""
+    with contextlib.suppress(Exception):
+        act_on(db, session, exc, drivers.judgement_of(exc, db._driver))
+
+
+def act_on(
+    db: Any, session: Session, exc: BaseException, judgement: Judgement, idle: bool = False
+) -> None:
+    """Note what an error says of the connection; notify the peer's circuit and listeners.
 
     :param idle: a ping met it, before anything was sent.
     """
-    with contextlib.suppress(Exception):
-        act_on(db, session, exc, drivers.judgement_of(exc, db._driver), idle)
-
-
-def act_on(db: Any, session: Session, exc: BaseException, judgement: Judgement, idle: bool) -> None:
-    """Note what an error says of the connection; notify the peer's circuit and listeners."""
     fault, text = judgement.fault, judgement.text
     is_closed = db._driver.is_closed(session.connection)
     breaker = session.peer.breaker

@@ -22,7 +22,6 @@ from ..core.events import CommitResolved
 from ..core.faults import Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
-from ..core.runtime import renew_in_child
 from ..core.statements import is_provable_read
 from ..core.texts import VALUES, with_parameters
 from ..errors import CommitOutcomeUnknown
@@ -50,7 +49,6 @@ def _proven(sql: str, is_bare: bool, dialect: str) -> bool:
 _SYNTAX_ERROR = 1064
 
 _tokens = Tokens()
-renew_in_child(_tokens)
 
 #: In which schema a balancer's connections find the table, by what they connect with.
 _schemas: weakref.WeakKeyDictionary[PeerGroup, dict[Any, str]] = weakref.WeakKeyDictionary()

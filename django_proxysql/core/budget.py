@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .runtime import new_lock
+from .runtime import Guarded
 
 #: Replays are at most this share of the statements of the last minute …
 SHARE = 0.1
@@ -28,15 +28,15 @@ CALLER_REMEMBERED = 60.0
 _MOST_REMEMBERED = 1_000
 
 
-class ReplayBudget:
+class ReplayBudget(Guarded):
     """Counts one balancer's statements and replays in this process.
 
     :param clock: a monotonic clock, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
         self._clock = clock
-        self._lock = new_lock()
         #: Added to by every thread without a lock: an addition that is lost to
         #: a race makes the budget a little smaller, never larger.
         self.statements = 0
@@ -107,12 +107,8 @@ class ReplayBudget:
             while len(self._barred) > _MOST_BARRED or next(iter(self._barred.values())) <= now:
                 del self._barred[next(iter(self._barred))]
 
-    def after_fork(self) -> None:
-        """In the child: a free lock."""
-        self._lock = new_lock()
 
-
-class LossMemory:
+class LossMemory(Guarded):
     """Remembers which statements and which callers have lost a connection, and to which peer.
 
     A statement that ends its connection wherever it runs takes out one peer at most, and so does
@@ -122,8 +118,8 @@ class LossMemory:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
         self._clock = clock
-        self._lock = new_lock()
         #: By a statement's hash, and by a caller's number: the first peer, and the end of the time.
         #: The oldest come first.
         self._statements: dict[int, tuple[str, float]] = {}
@@ -159,7 +155,3 @@ class LossMemory:
         while len(memory) > _MOST_REMEMBERED or memory[next(iter(memory))][1] < now:
             del memory[next(iter(memory))]
         return first
-
-    def after_fork(self) -> None:
-        """In the child: a free lock."""
-        self._lock = new_lock()

@@ -27,7 +27,7 @@ from typing import Any
 from .config import function
 from .events import Connected, Event, Listener
 from .logger import complain
-from .runtime import Worker, current_worker, new_lock
+from .runtime import Guarded, Worker, current_worker
 
 #: How many events may wait for a listener that hangs.
 MOST = 1000
@@ -130,7 +130,7 @@ class Dispatcher(Worker):
         self.waiting.clear()
 
 
-class Listeners:
+class Listeners(Guarded):
     """The listeners of one balancer, logging among them.
 
     :param name: the balancer's, for the log.
@@ -138,13 +138,12 @@ class Listeners:
     """
 
     def __init__(self, name: str, log: Listener) -> None:
+        super().__init__()
         self._name = name
         self._log = Dispatcher(log, name)
         self.dispatchers: tuple[Dispatcher, ...] = (self._log,)
         #: Those, logging aside, that get each connection made.
         self.of_connects: tuple[Dispatcher, ...] = ()
-        # Re-entrant: a signal handler may come here while its thread is here.
-        self._lock = new_lock()
 
     def add(self, listener: Listener, connects: bool) -> None:
         """Call ``listener`` with each event from now on. Adding it again changes nothing.
@@ -202,7 +201,3 @@ class Listeners:
                 if dispatcher.waiting:
                     dispatcher.start()
             raise
-
-    def after_fork(self) -> None:
-        """In the child: a lock that no thread holds, for the parent's thread may hold it."""
-        self._lock = new_lock()

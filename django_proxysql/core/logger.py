@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
 logger = logging.getLogger("django_proxysql")
+
+#: Seconds between two complaints of one kind: what goes wrong may do so at each step.
+COMPLAINTS_APART = 60.0
 
 
 def complain(message: str, *args: object, extra: Mapping[str, object] | None = None) -> None:
@@ -48,3 +52,16 @@ class Limit:
             return None
         kept_back, self._kept_back, self._last = self._kept_back, 0, now
         return kept_back
+
+
+class Complaints:
+    """Logs exceptions that are being handled, each message once a minute; raises nothing."""
+
+    def __init__(self) -> None:
+        self._limits: dict[str, Limit] = {}
+
+    def __call__(self, message: str) -> None:
+        limit = self._limits.setdefault(message, Limit(COMPLAINTS_APART))
+        kept_back = limit.passes(time.monotonic())
+        if kept_back is not None:
+            complain("%s%s", message, f" (and {kept_back} times more)" if kept_back else "")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from .runtime import new_lock
+from .runtime import Guarded
 
 #: The table's name, as in Django's own tables: the app's label, and what a row is.
 TABLE = "django_proxysql_commit"
@@ -131,7 +131,7 @@ def ask_until(
         wait = min(2 * wait, _LONGEST_WAIT)
 
 
-class Tokens:
+class Tokens(Guarded):
     """Gives out UUIDv7s (RFC 9562) that grow, also when the clock goes back.
 
     Time first, so that the table's index grows at its end; 62 random bits last, so that no
@@ -144,9 +144,9 @@ class Tokens:
     def __init__(
         self, clock: Callable[[], float] = time.time, random: Callable[[int], bytes] = os.urandom
     ) -> None:
+        super().__init__()
         self._clock = clock
         self._random = random
-        self._lock = new_lock()
         #: 48 bits of milliseconds and 12 bits of a counter, of the last token.
         self._last = 0
 
@@ -159,10 +159,6 @@ class Tokens:
         head = (last >> 12) << 16 | 0x7000 | last & 0xFFF
         tail = int.from_bytes(self._random(8), "big") & (1 << 62) - 1 | 1 << 63
         return (head << 64 | tail).to_bytes(16, "big")
-
-    def after_fork(self) -> None:
-        """In the child: a lock that no thread holds."""
-        self._lock = new_lock()
 
 
 # What is sent. "mysql" and "postgresql" are Django's vendors.

@@ -48,7 +48,7 @@ from .circuit import (
 from .faults import Fault
 from .leases import Lease
 from .logger import complain
-from .runtime import new_lock, renew_in_child
+from .runtime import Guarded
 
 #: A fleet that saw a peer fail at one moment must not try it again at one moment.
 JITTER = 0.1
@@ -166,7 +166,7 @@ class _Life:
     __slots__ = ("__weakref__",)
 
 
-class Keeper:
+class Keeper(Guarded):
     """Keeps a circuit's record and gives out permits to use the peer.
 
     :class:`~.breaker.PeerBreaker` is one; the settings are its arguments.
@@ -189,6 +189,7 @@ class Keeper:
         lease: float,
         release_interval: float,
     ) -> None:
+        super().__init__()
         self._circuit = circuit
         self._clock = clock
         self._jitter = jitter
@@ -201,8 +202,6 @@ class Keeper:
         self.gate: Callable[[bool], float] | None = None
         #: Alive while a thread hands out the record's pending changes.
         self._handing: weakref.ref[_Life] | None = None
-        self._lock = new_lock()
-        renew_in_child(self)
 
     # Knowing
 
@@ -385,7 +384,7 @@ class Keeper:
 
     def after_fork(self) -> None:
         """In the child: a lock that no thread holds, and no trial of the parent's."""
-        self._lock = new_lock()
+        super().after_fork()
         self._handing = None
         self._circuit = inherited(self._circuit)
 

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 from .peer import Peer
-from .runtime import new_lock
+from .runtime import Guarded
 
 #: What sums of weights may be off by.
 _HAIR = 1e-9
@@ -57,7 +57,7 @@ class _Return:
         self.under_way: weakref.WeakSet[Move] = weakref.WeakSet()
 
 
-class Rebalance:
+class Rebalance(Guarded):
     """Lets the connections of one process move to peers that have come back.
 
     :param seconds: how long it takes at least; None: none is moved.
@@ -68,10 +68,10 @@ class Rebalance:
     def __init__(
         self, seconds: float | None, clock: Callable[[], float], draw: Callable[[], float]
     ) -> None:
+        super().__init__()
         self._seconds = seconds
         self._clock = clock
         self._draw = draw
-        self._lock = new_lock()
         #: The peers that are coming back. Replaced as a whole; read without the lock.
         self.returns: tuple[_Return, ...] = ()
 
@@ -130,5 +130,5 @@ class Rebalance:
 
     def after_fork(self) -> None:
         """In the child: nothing to move, and a free lock."""
-        self._lock = new_lock()
+        super().after_fork()
         self.returns = ()

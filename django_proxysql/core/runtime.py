@@ -45,13 +45,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from .logger import Limit, complain
+from .logger import Complaints, complain
 
 #: Seconds after which a background thread looks by itself: a caller that brought work may
 #: have been killed before it could wake the thread.
 LOOK_AGAIN = 1.0
-#: Seconds between two complaints of one kind: what goes wrong may do so at each step.
-COMPLAINTS_APART = 60.0
 #: Seconds for which the process's end waits for work that must not be cut off.
 AT_EXIT = 5.0
 
@@ -142,6 +140,19 @@ _forkable: Living[Forkable] = Living()
 def renew_in_child(thing: Forkable) -> None:
     """Have ``thing.after_fork()`` called in each child, for as long as it lives."""
     _forkable.add(thing)
+
+
+class Guarded:
+    """What has a lock of its own, which a forked child gets anew."""
+
+    def __init__(self) -> None:
+        # Re-entrant: a signal handler may come here while its thread is here.
+        self._lock = new_lock()
+        renew_in_child(self)
+
+    def after_fork(self) -> None:
+        """In the child: a lock that no thread holds, for the parent's thread may hold it."""
+        self._lock = new_lock()
 
 
 def at_fork(
@@ -265,7 +276,7 @@ def current_worker() -> Worker | None:
     return _here.worker
 
 
-class Worker:
+class Worker(Guarded):
     """A piece of work that a background thread does while there is some.
 
     Derive from it, with :meth:`step` and :meth:`is_needed`.
@@ -278,13 +289,12 @@ class Worker:
     finishes = False
 
     def __init__(self, purpose: str, otherwise: str = "") -> None:
+        super().__init__()
         self._purpose, self._otherwise = purpose, otherwise
-        # Re-entrant: a signal handler may come here while its thread is here.
-        self._lock = new_lock()
         self._life: weakref.ref[_Life] | None = None
-        self._limits: dict[str, Limit] = {}
+        #: Logs the exception that is handled, once a minute for each message; raises nothing.
+        self.complain = Complaints()
         _workers.add(self)
-        renew_in_child(self)
 
     def step(self) -> float | None:
         """Do what is due; return the seconds until there is more, None if nothing is left."""
@@ -328,16 +338,9 @@ class Worker:
             life.over = True
             raise
 
-    def complain(self, message: str) -> None:
-        """Log the exception that is handled, once a minute for each message; raise nothing."""
-        limit = self._limits.setdefault(message, Limit(COMPLAINTS_APART))
-        kept_back = limit.passes(time.monotonic())
-        if kept_back is not None:
-            complain("%s%s", message, f" (and {kept_back} times more)" if kept_back else "")
-
     def after_fork(self) -> None:
         """In the child: no thread, and a lock that no thread holds."""
-        self._lock = new_lock()
+        super().after_fork()
         self._life = None
 
     @property
@@ -414,14 +417,12 @@ def _may_begin() -> bool:
 
 
 @atexit.register
-def finish(seconds: float | None = None) -> None:
+def finish() -> None:
     """Wait until no step runs that must not be cut off, and let no thread make another.
 
-    At the process's end. Work in the main thread goes on.
-
-    :param seconds: how long to wait at most, for all of them together; None: :data:`AT_EXIT`.
+    At the process's end, :data:`AT_EXIT` at most. Work in the main thread goes on.
     """
-    until = time.monotonic() + (AT_EXIT if seconds is None else seconds)
+    until = time.monotonic() + AT_EXIT
     _wait_for_workers(until)
     _exit.is_over = True
     # A thread that began between the two lines.

@@ -22,15 +22,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import time
 import weakref
 from collections.abc import Awaitable, Callable
 
 from .group import PeerGroup
 from .leases import LOOK_AGAIN
-from .logger import Limit, complain
+from .logger import Complaints
 from .peer import Peer
-from .runtime import COMPLAINTS_APART, renew_in_child
+from .runtime import renew_in_child
 from .trials import due, pause_after_failure
 
 
@@ -49,7 +48,7 @@ class TrialTasks:
         #: The trials under way, by the peer's name. A loop refers to its tasks weakly.
         self._tasks: dict[str, asyncio.Task[bool]] = {}
         self._not_before: dict[str, float] = {}
-        self._complaints = Limit(COMPLAINTS_APART)
+        self._complain = Complaints()
         renew_in_child(self)
 
     def schedule(self, *, news: bool) -> None:
@@ -108,10 +107,7 @@ class TrialTasks:
             return await self._try_out(peer)
         except (Exception, SystemExit):
             # SystemExit from somebody's check, too, ends this trial and no more.
-            kept_back = self._complaints.passes(time.monotonic())
-            if kept_back is not None:
-                more = f" (and {kept_back} times more)" if kept_back else ""
-                complain("The trial of %s/%s raised%s", self._group.name, peer.name, more)
+            self._complain(f"The trial of {self._group.name}/{peer.name} raised")
             return False
 
     def _ended(self, task: asyncio.Task[bool], peer: Peer, loop: asyncio.AbstractEventLoop) -> None:
