@@ -75,9 +75,8 @@ class PooledMixin(_Base):
         settings = _raw_settings(registered, peer, self.settings_dict)
         if not settings["OPTIONS"].get("pool"):
             return None
-        return pools_of(registered.balancer).get(
-            peer.name, settings, functools.partial(self._make_pool, registered, peer, settings)
-        )
+        make = functools.partial(self._make_pool, registered, peer, settings)
+        return pools_of(registered.balancer).find(peer.name, settings, make).pool
 
     def close_pool(self) -> None:
         """Close every pool of the balancer, whichever peer's, as Django does before it drops,

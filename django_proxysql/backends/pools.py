@@ -90,10 +90,6 @@ class Pools:
         #: without the lock.
         self._pools: Mapping[str, tuple[Pool, ...]] = {}
 
-    def get(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """Return the psycopg pool for ``settings``; see :meth:`find`."""
-        return self.find(peer, settings, make).pool
-
     def find(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Pool:
         """Return the pool of ``peer`` for ``settings``, made if there is none."""
         key = {name: settings.get(name) for name in _KEYS}

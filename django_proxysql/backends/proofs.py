@@ -31,14 +31,6 @@ def refuses(exc: BaseException) -> bool:
     return drivers.driver_of(type(exc)).code_of(exc) in _REFUSALS
 
 
-def _send(connection: Any, statement: str) -> None:
-    cursor = connection.cursor()
-    try:
-        cursor.execute(statement)
-    finally:
-        cursor.close()
-
-
 class ReadOnly:
     """A READ ONLY transaction around one statement, or a part of PostgreSQL's transaction.
 
@@ -60,9 +52,9 @@ class ReadOnly:
         :raises Exception: the driver's error.
         """
         if self._in_block:
-            _send(self._connection, f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY")
+            rows(self._connection, f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY")
         else:
-            _send(self._connection, "START TRANSACTION READ ONLY")
+            rows(self._connection, "START TRANSACTION READ ONLY")
 
     def end(self, answered: bool) -> None:
         """Send what ends it.
@@ -71,9 +63,9 @@ class ReadOnly:
         :raises Exception: the driver's error.
         """
         if not self._in_block:
-            _send(self._connection, "COMMIT" if answered else "ROLLBACK")
+            rows(self._connection, "COMMIT" if answered else "ROLLBACK")
         elif answered:
-            _send(self._connection, f"RELEASE SAVEPOINT {_SAVEPOINT}")
+            rows(self._connection, f"RELEASE SAVEPOINT {_SAVEPOINT}")
         # Else the application's transaction has failed, as it would have without a savepoint.
 
 
@@ -99,17 +91,9 @@ def is_undone(connection: Any, vendor: str, sql: str) -> bool:
     """
     names = sorted(names_in(sql))
     if vendor == "postgresql":
-        return _ask(connection, _ONLY_POSTGRESQL) or _ask(connection, _ITS_TABLES, names)
+        [(is_plain,)] = rows(connection, _ONLY_POSTGRESQL)
+        return bool(is_plain or rows(connection, _ITS_TABLES, {"names": names})[0][0])
     return _only_innodb(connection, names)
-
-
-def _ask(connection: Any, question: str, names: list[str] | None = None) -> bool:
-    cursor = connection.cursor()
-    try:
-        cursor.execute(question, None if names is None else {"names": names})
-        return bool(cursor.fetchall()[0][0])
-    finally:
-        cursor.close()
 
 
 #: Extensions whose functions, in C as they are, do nothing outside of the transaction.
@@ -187,20 +171,14 @@ def _only_innodb(connection: Any, names: list[str]) -> bool:
     A rollback undoes what InnoDB has changed. Triggers are seen by those alone
     who have the right to make them.
     """
-    cursor = connection.cursor()
-    try:
-        cursor.execute(_TABLES, (names, names))
-        tables = list(cursor.fetchall())
-        if not tables or any(
-            (kind, engine, bool(is_here)) != ("BASE TABLE", "InnoDB", True)
-            for kind, engine, is_here in tables
-        ):
-            return False
-        cursor.execute(_TRIGGERS, (names,))
-        (may_see, triggers) = cursor.fetchall()[0]
-        return bool(may_see) and not triggers
-    finally:
-        cursor.close()
+    tables = rows(connection, _TABLES, (names, names))
+    if not tables or any(
+        (kind, engine, bool(is_here)) != ("BASE TABLE", "InnoDB", True)
+        for kind, engine, is_here in tables
+    ):
+        return False
+    [(may_see, triggers)] = rows(connection, _TRIGGERS, (names,))
+    return bool(may_see) and not triggers
 
 
 _TABLES = """SELECT TABLE_TYPE, ENGINE, TABLE_SCHEMA = DATABASE() FROM information_schema.TABLES

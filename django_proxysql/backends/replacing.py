@@ -17,13 +17,7 @@ from ..core import ready
 from ..core.circuit import CLOSED
 from ..core.events import ConnectionReplaced
 from ..core.exceptions import NotReady
-from ..core.statements import (
-    IDS,
-    READ,
-    RESULT,
-    SCOPED,
-    STATE,
-)
+from ..core.statements import IDS, READ, RESULT, SCOPED, STATE
 from .asking import settle_doubt
 from .decisions import (
     Leave,

@@ -5,6 +5,7 @@ Gathers what that decision needs; acts on the new connection.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,7 @@ from django.db.utils import Error
 from ..core import drivers
 from ..core.events import StatementReplayed
 from ..core.faults import Fault, Judgement
-from ..core.statements import (
-    SCOPED,
-    STATE,
-    is_provable_read,
-)
+from ..core.statements import SCOPED, STATE, is_provable_read
 from ..core.texts import (
     Text,
     are_small,
@@ -256,15 +253,17 @@ def cause_of(db: Any, session: Session, judgement: Judgement, started: float) ->
 
 def kind_of_params(db: Any, session: Session, params: Any) -> int:
     """Return STATE if what the parameters put into the statement cannot be known."""
-    connection = drivers.unwrapped(session.connection)
     try:
-        hidden = may_be_sql(
-            params, session.known_types, lambda cls: db._driver.is_usual(connection, cls)
-        )
+        hidden = may_be_sql(params, session.known_types, usual(db, session))
     except Exception:
         # The driver will not know it either.
         hidden = True
     return STATE if hidden else 0
+
+
+def usual(db: Any, session: Session) -> Callable[[type], bool]:
+    """Return what says whether the driver's own way or Django's makes SQL of a type's values."""
+    return functools.partial(db._driver.is_usual, drivers.unwrapped(session.connection))
 
 
 def are_sendable(
@@ -274,11 +273,7 @@ def are_sendable(
 
     :param any_size: whether they may be of any size.
     """
-    connection = drivers.unwrapped(session.connection)
-
-    def is_usual(cls: type) -> bool:
-        return bool(db._driver.is_usual(connection, cls))
-
+    is_usual = usual(db, session)
     try:
         if single:
             return (any_size or are_small(params)) and are_values(params, is_usual)

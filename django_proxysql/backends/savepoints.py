@@ -12,9 +12,7 @@ from typing import Any
 
 from django.db.utils import Error
 
-from ..core.statements import (
-    READ,
-)
+from ..core.statements import READ
 from .losses import mark, notice_unseen
 from .replacing import before_first, is_restartable, restart
 from .sessions import Session, current

@@ -13,15 +13,7 @@ from typing import Any
 from django.db.utils import Error, OperationalError
 
 from ..core.holdings import asks_for_a_lock
-from ..core.statements import (
-    ENDS,
-    READ,
-    RESULT,
-    STATE,
-    makes_ids,
-    scan,
-    writes,
-)
+from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
 from ..core.texts import may_end
 from .cursors import bind
 from .replacing import at_safe_point, before_first

@@ -243,10 +243,9 @@ class Failed(NamedTuple):
 
     def after(self, circuit: Circuit, now: float) -> Circuit:
         """Count it; open the circuit at ``fail_max`` failures, or if it was a trial's."""
-        late = is_late(circuit, self.generation, self.lease)
+        if is_late(circuit, self.generation, self.lease):
+            return _without(circuit, self.lease)
         circuit = _without(circuit, self.lease)
-        if late:
-            return circuit
         circuit = circuit._replace(failures=circuit.failures + 1)
         # Half-open: the connection of a good trial, one of several that are asked for.
         is_trials = self.lease is not None or circuit.state == HALF_OPEN
@@ -265,10 +264,9 @@ class Released(NamedTuple):
 
     def after(self, circuit: Circuit, now: float) -> Circuit:
         """End the trial without a result."""
-        late = is_late(circuit, self.generation, self.lease)
+        if is_late(circuit, self.generation, self.lease):
+            return _without(circuit, self.lease)
         circuit = _without(circuit, self.lease)
-        if late:
-            return circuit
         if circuit.state == CLOSED:
             # A suspect is never excluded: a caller that has no other peer may try at once.
             return circuit._replace(tried=now)

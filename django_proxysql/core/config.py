@@ -57,6 +57,11 @@ def function(setting: str, value: object, hint: str, *, optional: bool = False) 
     raise ConfigError(setting, f"is a {type(value).__name__}, which cannot be called", hint)
 
 
+def _one_of(setting: str, value: object, one: object, other: object) -> None:
+    if value not in (one, other):
+        raise ConfigError(setting, f"is {value!r}", f"Give {one!r} or {other!r}.")
+
+
 def imported(setting: str, path: str, known: Iterable[str]) -> Any:
     """Return what the dotted ``path`` names.
 
@@ -191,12 +196,8 @@ class BalancerConfig:
         number("LAST_RESORT_INTERVAL", self.last_resort_interval, optional=True)
         number("IDLE_CHECK", self.idle_check, optional=True)
         number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)
-        if self.replay not in ("safe", None):
-            raise ConfigError("REPLAY", f"is {self.replay!r}", "Give 'safe' or None.")
-        if self.commit_outcome not in ("record", None):
-            raise ConfigError(
-                "COMMIT_OUTCOME", f"is {self.commit_outcome!r}", "Give 'record' or None."
-            )
+        _one_of("REPLAY", self.replay, "safe", None)
+        _one_of("COMMIT_OUTCOME", self.commit_outcome, "record", None)
         if number("OUTCOME_DEADLINE", self.outcome_deadline, exclusive=True) > MOST_SECONDS:
             raise ConfigError(
                 "OUTCOME_DEADLINE",
@@ -204,8 +205,7 @@ class BalancerConfig:
                 f"Give at most {MOST_SECONDS}: a request waits for it.",
             )
         number("REBALANCE", self.rebalance, optional=True)
-        if self.trials not in ("inline", "background"):
-            raise ConfigError("TRIALS", f"is {self.trials!r}", "Give 'inline' or 'background'.")
+        _one_of("TRIALS", self.trials, "inline", "background")
         if not isinstance(self.synchronous_peers, bool):
             raise ConfigError(
                 "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."

@@ -230,14 +230,9 @@ def catch_up(connection: Any) -> None:
     if session.get("wsrep_on") != "ON":
         return
     before = int(session.get("wsrep_sync_wait", "0"))
-    cursor = connection.cursor()
-    try:
-        cursor.execute("SET SESSION wsrep_sync_wait = 1")
-        cursor.execute("SELECT 1")
-        cursor.fetchall()
-        cursor.execute(f"SET SESSION wsrep_sync_wait = {before:d}")
-    finally:
-        cursor.close()
+    rows(connection, "SET SESSION wsrep_sync_wait = 1")
+    rows(connection, "SELECT 1")
+    rows(connection, f"SET SESSION wsrep_sync_wait = {before:d}")
 
 
 _BY_NAME: dict[str, Check] = {"galera": galera, "writable": writable}
@@ -259,11 +254,14 @@ def ready_check_from(setting: Any) -> Check | None:
     return setting  # type: ignore[no-any-return]
 
 
-def rows(connection: Any, statement: str) -> list[Any]:
-    """Return what a statement returns on a driver's own connection."""
+def rows(connection: Any, statement: str, *parameters: Any) -> list[Any]:
+    """Return what a statement returns on a driver's own connection.
+
+    :param parameters: a list or dict of them, where the statement takes some.
+    """
     cursor = connection.cursor()
     try:
-        cursor.execute(statement)
+        cursor.execute(statement, *parameters)
         if cursor.description is None:
             return []
         # Cursors of the user's own class may give dicts.

@@ -278,7 +278,6 @@ class PostgreSQL(Driver):
     SPLITS = False
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        """Return what ``exc``, an error of this driver, says about the peer."""
         # An application may have subclassed the driver's classes.
         names = {cls.__name__ for cls in type(exc).__mro__}
         if names & {"PoolTimeout", "TooManyRequests", "PoolClosed"}:
@@ -343,7 +342,6 @@ class PostgreSQL(Driver):
             connection.execute(f"{statement}; COMMIT", prepare=False).close()
 
     def code_of(self, exc: BaseException) -> str | None:
-        """Return the error's SQLSTATE, if it has one."""
         return sqlstate_of(exc)
 
     def owns(self, connection: Any) -> bool:
@@ -358,11 +356,9 @@ class PostgreSQL(Driver):
         return is_psycopg2(connection)
 
     def is_closed(self, connection: Any) -> bool:
-        """Return whether the driver knows that the connection is gone."""
         return bool(connection.closed)
 
     def known_options(self) -> frozenset[str] | None:
-        """Return what libpq and psycopg take by name, and Django's engine in OPTIONS."""
         return _OPTIONS
 
     def is_option_error(self, exc: BaseException) -> bool:
@@ -370,16 +366,13 @@ class PostgreSQL(Driver):
         return sqlstate_of(exc) is None and _BAD_OPTION.search(str(exc)) is not None
 
     def is_killed_connection(self, exc: BaseException) -> bool:
-        """Return whether ``exc`` says that the connection itself was ended on purpose."""
         return sqlstate_of(exc) in ("57P05", "25P03", "25P04")
 
     def is_answer(self, exc: BaseException) -> bool:
-        """Return whether ``exc`` is the server's answer, so that the socket is what it was."""
         state = sqlstate_of(exc)
         return state is not None and (_goes_on(exc) or not state.startswith(("08", "57P")))
 
     def is_read_only_refusal(self, exc: BaseException) -> bool:
-        """Return whether the server refused a write for being read-only."""
         return sqlstate_of(exc) == "25006"
 
     def proves_not_run(self, exc: BaseException) -> bool:
@@ -390,7 +383,6 @@ class PostgreSQL(Driver):
         return self.is_read_only_refusal(exc) or _WAITED.search(_poolers_words(exc)) is not None
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
-        """Return whether ``exc``, of a COMMIT that was sent, leaves open what came of it."""
         state = sqlstate_of(exc)
         if state is None:
             return type(exc).__name__ in ("OperationalError", "InterfaceError")
@@ -403,7 +395,6 @@ class PostgreSQL(Driver):
         return state in ("40003",) or state.startswith(("08", "57P", "58", "XX"))
 
     def question_of(self, exc: BaseException) -> str:
-        """Return what a trial must ask a peer that answered a statement with ``exc``."""
         if self.is_read_only_refusal(exc):
             return "writable"
         # A pooler without a server lets clients in.
@@ -414,11 +405,9 @@ class PostgreSQL(Driver):
         return "could not get connection from the pool" in _poolers_words(exc)
 
     def fileno(self, connection: Any) -> int | None:
-        """Return the socket's descriptor."""
         return sockets.descriptor(connection.fileno())
 
     def leads_to(self, connection: Any) -> tuple[str, str] | None:
-        """Return the host and port that a connection was opened to."""
         host, port = connection.info.host, connection.info.port
         return (host, str(port)) if isinstance(host, str) and host else None
 
@@ -447,7 +436,6 @@ class PostgreSQL(Driver):
         )
 
     def leave(self, connection: Any) -> None:
-        """Part this process from a connection that is another's, without a word to the server."""
         sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
