@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from django_proxysql import Fault
-from django_proxysql.core import events, logs, runtime
+from django_proxysql.core import events, logger, logs
 from django_proxysql.core.trials import TrialWorker
 from tests.fakes import Clock, raised_by
 from tests.test_balancer import World
@@ -215,7 +215,7 @@ def test_complaints_of_the_trials_thread(
 ) -> None:
     """Each kind of complaint of the thread that makes trials has its own limit."""
     clock = Clock()
-    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(logger, "time", SimpleNamespace(monotonic=clock))
     worker = TrialWorker()
     for _ in range(3):
         worker.complain("The trial of shop/db1 raised")
