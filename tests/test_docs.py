@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
-import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from django_proxysql.conf import keys
 from django_proxysql.core.config import BalancerConfig, BreakerConfig, PeerConfig
 from tests.engine import configured
 from tests.fakes import Clock, Driver, OperationalError
+from tests.test_docs_blocks import environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text(encoding="utf-8")
@@ -90,13 +90,11 @@ def test_settings_table_has_the_defaults() -> None:
 def entries(page: Path) -> Iterator[dict[str, dict[str, Any]]]:
     """Yield each DATABASES of a page, whole or only an entry of it."""
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
-        known = {"Path": Path, "os": os, "from_url": django_proxysql.from_url}
+        known: dict[str, Any] = {}
         if "DATABASES = {" in block:
-            urls = {f"DB{n}_URL": f"mysql://shop:x@db{n}/shop" for n in (1, 2)}
-            urls["DATABASE_URL"] = "mysql://shop:x@db1,db2/shop"
-            with mock.patch.dict(os.environ, urls):
+            with environment():
                 exec(block, known)
-            yield known["DATABASES"]  # type: ignore[misc]
+            yield known["DATABASES"]
         elif re.match(r'"\w+": {\n', block):
             yield eval("{" + block + "}", known)
 
@@ -111,7 +109,7 @@ def test_examples_of_settings_are_found() -> None:
     pages = [page.read_text(encoding="utf-8") for page in PAGES]
     # Those of a shell block are run by the page's own test.
     text = "".join(block for page in pages for block in blocks(page, "python"))
-    written = text.count(f'"ENGINE": "{conf.ENGINE}"') + text.count("from_url(os.environ")
+    written = len(re.findall(rf'"ENGINE": "{conf.ENGINE}"|from_url\((?:os\.)?env', text))
     looked_at = [entry for _, databases in all_entries() for entry in databases.values()]
     assert sum(conf.is_balancer(entry) for entry in looked_at) == written > 8
 

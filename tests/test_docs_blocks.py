@@ -34,7 +34,6 @@ import pytest
 from django.core.management import get_commands, load_command_class
 from django.core.management.base import CommandError
 
-import django_proxysql
 from django_proxysql import LoadBalancer, conf
 from django_proxysql.core.logger import logger
 from tests.engine import configured, engine
@@ -82,11 +81,9 @@ OF_PAGE = {"howto/postgresql.rst": {"PEER_ENGINE": "django.db.backends.postgresq
 #: Packages that may not be installed. Their names are stand-ins then.
 OPTIONAL = {
     "asyncpg",
-    "environ",
     "celery",
     "health_check",
     "gevent",
-    "tenacity",
     "pymysql",
     "MySQLdb",
 }
@@ -168,34 +165,12 @@ def test_a_reason_names_a_test_that_reads_the_page() -> None:
 
 
 def site() -> dict[str, Any]:
-    """Return what a site's files have at their top, and stand-ins for what is its own."""
-    import pybreaker
-    import tenacity
-    from django.contrib import admin
-    from django.db import transaction
-    from django.test import TransactionTestCase
-    from django.urls import include, path
-
-    ours = {name: getattr(django_proxysql, name) for name in django_proxysql.__all__}
-    drivers = {}
-    for name in ("MySQLdb", "pymysql"):
-        with contextlib.suppress(ImportError):
-            drivers[name] = import_module(name)
+    """Return stand-ins for what is a site's own. All else a page imports."""
     its_own = (
-        *("Account", "Order", "OrderView", "pager", "send_receipt", "page_somebody"),
+        *("Account", "Order", "OrderView", "pager", "send_receipt"),
         *("order", "token"),
     )
     return {
-        **ours,
-        **drivers,
-        **{"admin": admin, "include": include, "os": os, "path": path, "Path": Path},
-        **{"pybreaker": pybreaker, "tenacity": tenacity, "transaction": transaction},
-        "TransactionTestCase": TransactionTestCase,
-        # As django-environ's.
-        "environ": SimpleNamespace(
-            Env=lambda: SimpleNamespace(read_env=lambda file: None, str=os.environ.__getitem__)
-        ),
-        "db": LoadBalancer({"db1": {}, "db2": {}}),
         "pay": lambda order, token: None,
         **{name: mock.MagicMock(name=name) for name in its_own},
         "__name__": "docs",
@@ -203,18 +178,34 @@ def site() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def nothing_connects(tmp_path: Path) -> Iterator[None]:
-    """Have drivers connect to nothing, and the alias default lead to files."""
-    environment = {
+def environment() -> Iterator[None]:
+    """Have the URLs that pages read in the environment, and a stand-in for django-environ."""
+    urls = {
         "DATABASE_URL": "mysql://shop:secret@db1,db2/shop",
         **{f"DB{number}_URL": f"mysql://shop:secret@db{number}/shop" for number in (1, 2)},
     }
+    django_environ: Any = ModuleType("environ")
+    django_environ.Env = lambda: SimpleNamespace(
+        read_env=lambda file: None, str=os.environ.__getitem__
+    )
+    modules = mock.patch.dict(sys.modules, environ=django_environ)
+    with mock.patch.dict(os.environ, urls), modules:
+        yield
+
+
+@contextlib.contextmanager
+def nothing_connects(tmp_path: Path) -> Iterator[None]:
+    """Have drivers connect to nothing, and the alias default lead to files."""
+    connected = mock.AsyncMock(return_value=mock.AsyncMock())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, environment))
+        stack.enter_context(environment())
         for module in ("MySQLdb", "pymysql"):
             with contextlib.suppress(ImportError):
                 driver = import_module(module)
                 stack.enter_context(mock.patch.object(driver, "connect", Driver().connect))
+        with contextlib.suppress(ImportError):
+            connection = import_module("psycopg").AsyncConnection
+            stack.enter_context(mock.patch.object(connection, "connect", connected))
         with contextlib.suppress(ImportError):
             client = import_module("prometheus_client")
             stack.enter_context(mock.patch.object(client, "start_http_server"))
