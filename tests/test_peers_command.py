@@ -258,6 +258,10 @@ def test_drain_unshared(tmp_path: Path, option: str) -> None:
         assert "'balanced' shares no state (it has no SHARED_STATE)" in said
         assert "Nothing was changed." in said
         assert not balancers["balanced"].peers["peer0"].drained
+    if option == "--drain":
+        page = ROOT / "docs" / "howto" / "upgrade.rst"
+        (shown,) = re.findall(r"CommandError: (.*)", page.read_text(encoding="utf-8"))
+        assert said.replace("balanced", "default") == shown
 
 
 def test_drain_unknown_peer(tmp_path: Path) -> None:
