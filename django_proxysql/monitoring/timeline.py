@@ -109,7 +109,7 @@ def ticks(start: float, end: float, local: Callable[[float], datetime]) -> list[
     found = []
     at = -(-(start + shift) // STEP) * STEP - shift
     while at <= end:
-        percent = _percent(at, start, end)
+        percent = (at - start) / (end - start) * 100
         # Nearer to an edge its text would be cut off.
         if 5 <= percent <= 95:
             found.append(Tick(_text(percent), local(at).strftime("%H:%M")))
@@ -128,49 +128,42 @@ def draw(
     :param rows: a peer's name, its spans, and its trials: when, whether they succeeded, what
         the peer said.
     """
+
+    def place(at: float) -> float:
+        return (at - start) / (end - start) * 100
+
+    def clock(at: float) -> str:
+        return f"{local(at):%H:%M:%S}"
+
     drawn = []
     top = 0
     for name, its_spans, trials in rows:
+        bars = []
         # What is wrong is drawn over what is well, which may be wider than it.
-        ordered = sorted(its_spans, key=lambda span: span.state not in ("closed", UNKNOWN))
-        drawn.append(
-            Row(
-                name,
-                [_bar(name, span, start, end, local) for span in ordered],
-                [_mark(trial, start, end, local) for trial in trials if start <= trial[0] <= end],
-                top + NAME - 6,
-                top + NAME,
-                top + NAME + BAR // 2,
+        for span in sorted(its_spans, key=_is_wrong):
+            x = place(span.start)
+            width = place(span.end) - x
+            if _is_wrong(span) and width < NARROWEST:
+                width = NARROWEST
+                x = min(x, 100 - width)
+            text = f"{name}: {span.state}, {clock(span.start)} to {clock(span.end)}"
+            bars.append(Bar(_text(x), _text(width), span.state, text))
+        marks = [
+            Mark(
+                _text(place(at)),
+                succeeded,
+                f"{clock(at)}, a trial {'succeeded' if succeeded else f'failed: {error}'}",
             )
-        )
+            for at, succeeded, error in trials
+            if start <= at <= end
+        ]
+        drawn.append(Row(name, bars, marks, top + NAME - 6, top + NAME, top + NAME + BAR // 2))
         top += ROW
     return Timeline(drawn, ticks(start, end, local), top + AXIS, top, top + AXIS - 6)
 
 
-def _bar(
-    name: str, span: Span, start: float, end: float, local: Callable[[float], datetime]
-) -> Bar:
-    x, width = _percent(span.start, start, end), _percent(span.end, start, end)
-    width -= x
-    if span.state not in ("closed", UNKNOWN) and width < NARROWEST:
-        width = NARROWEST
-        x = min(x, 100 - width)
-    text = f"{name}: {span.state}, {local(span.start):%H:%M:%S} to {local(span.end):%H:%M:%S}"
-    return Bar(_text(x), _text(width), span.state, text)
-
-
-def _mark(
-    trial: tuple[float, bool, str], start: float, end: float, local: Callable[[float], datetime]
-) -> Mark:
-    at, succeeded, error = trial
-    outcome = "succeeded" if succeeded else f"failed: {error}"
-    return Mark(
-        _text(_percent(at, start, end)), succeeded, f"{local(at):%H:%M:%S}, a trial {outcome}"
-    )
-
-
-def _percent(at: float, start: float, end: float) -> float:
-    return (at - start) / (end - start) * 100
+def _is_wrong(span: Span) -> bool:
+    return span.state not in ("closed", UNKNOWN)
 
 
 def _text(percent: float) -> str:

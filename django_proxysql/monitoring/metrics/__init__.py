@@ -22,8 +22,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 try:
     from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -37,14 +38,13 @@ from ...core.events import Event
 from ...core.face import Face
 from ...core.peer import Peer
 from ...core.reports import REPORTS, Count, fits
+from .. import check_sources, in_use
 from .multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
-    from ...registry import Balancers
-
-    Source = Union[Face, Balancers]
+    from .. import Source
 
 __all__ = ["Metrics", "MultiProcessCollector"]
 
@@ -77,12 +77,7 @@ class Metrics:
     """
 
     def __init__(self, *sources: Source, registry: CollectorRegistry | None = REGISTRY) -> None:
-        for source in sources:
-            if not hasattr(source, "add_listener"):
-                raise TypeError(
-                    f"Metrics takes load balancers, or Django's balancers, and not a "
-                    f"{type(source).__name__}."
-                )
+        check_sources("Metrics", sources)
         names = [source.name for source in sources if isinstance(source, Face)]
         if len(set(names)) < len(names):
             raise ValueError(f"Balancers need different names: {names}")
@@ -198,7 +193,8 @@ class Metrics:
             for key in self._held.copy():
                 self._show(key)
         elif item is _LOOK_AT_ALL:
-            for balancer in self._balancers():
+            self._make_all()
+            for balancer in in_use(self._sources):
                 self._introduce(balancer)
             self._has_looked_at_all = True
             for key in list(self._peers):
@@ -210,7 +206,9 @@ class Metrics:
         peer = getattr(event, "peer", None)
         key = (event.balancer,) if peer is None else (event.balancer, peer)
         if peer is not None and key not in self._peers:
-            self._introduce_alias(event.balancer)
+            for balancer in in_use(self._sources):
+                if balancer.name == event.balancer:
+                    self._introduce(balancer)
         for count in REPORTS[type(event)].counts:
             if fits(event, count.when):
                 child = self._child(self._counted[count.metric.name], *key, *count.label_of(event))
@@ -230,24 +228,12 @@ class Metrics:
 
     # Showing
 
-    def _balancers(self) -> Iterator[Face]:
+    def _make_all(self) -> None:
         for source in self._sources:
-            if isinstance(source, Face):
-                yield source
-                continue
-            for alias in source:
-                try:
-                    yield source[alias]
-                except Exception:  # noqa: S112 - its settings are wrong, as checks and connects say
-                    continue
-
-    def _introduce_alias(self, alias: str) -> None:
-        for source in self._sources:
-            if isinstance(source, Face):
-                if source.name == alias:
-                    self._introduce(source)
-            elif alias in source.known:
-                self._introduce(source.known[alias].balancer)
+            for alias in () if isinstance(source, Face) else source:
+                # Its settings may be wrong, as checks and connects say.
+                with suppress(Exception):
+                    source[alias]  # type: ignore[index]
 
     def _introduce(self, balancer: Face) -> None:
         """Have a balancer's series begin at 0: increase() overlooks one that begins at 1."""

@@ -18,7 +18,7 @@ import enum
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 try:
     from opentelemetry import metrics, trace
@@ -30,14 +30,12 @@ except ImportError as exc:
 from ... import __version__
 from ...core.config import host_and_port
 from ...core.events import Event
-from ...core.face import Face
 from ...core.reports import REPORTS, Count, fits
+from .. import check_sources, in_use
 
 if TYPE_CHECKING:
     from ...core.peer import Peer
-    from ...registry import Balancers
-
-    Source = Union[Face, Balancers]
+    from .. import Source
 
 __all__ = ["Telemetry"]
 
@@ -65,12 +63,7 @@ class Telemetry:
     def __init__(
         self, *sources: Source, meter_provider: metrics.MeterProvider | None = None
     ) -> None:
-        for source in sources:
-            if not hasattr(source, "add_listener"):
-                raise TypeError(
-                    "Telemetry takes load balancers, or Django's balancers, and not a "
-                    f"{type(source).__name__}."
-                )
+        check_sources("Telemetry", sources)
         self._sources = sources
         meter = metrics.get_meter(_NAME, __version__, meter_provider)
         self._counted = {
@@ -117,15 +110,7 @@ class Telemetry:
             yield metrics.Observation(int(peer.breaker.circuit.state != "closed"), {_POOL: pool})
 
     def _peers(self) -> Iterator[tuple[str, Peer]]:
-        balancers: dict[Face, None] = {}
-        for source in self._sources:
-            if isinstance(source, Face):
-                balancers[source] = None
-            else:
-                # Those that were used: one whose settings are wrong is none of ours.
-                for registered in list(source.known.values()):
-                    balancers[registered.balancer] = None
-        for balancer in balancers:
+        for balancer in in_use(self._sources):
             for name, peer in balancer.peers.items():
                 yield f"{balancer.name}/{name}", peer
 
