@@ -24,30 +24,7 @@ from .oracle import oracle
 from .postgresql import postgresql
 from .sqlite import sqlite
 
-__all__ = [
-    "Driver",
-    "describe",
-    "driver_of",
-    "driver_of_engine",
-    "generic",
-    "is_driver_error",
-    "is_of_first",
-    "judge",
-    "judgement_of",
-    "layers",
-    "mark_of_settings",
-    "may_be_busy",
-    "mysql",
-    "mysql_connector",
-    "name_peer",
-    "oracle",
-    "password_from",
-    "postgresql",
-    "root_error",
-    "sqlite",
-    "unwrapped",
-    "with_password",
-]
+__all__ = ["Driver", "generic", "is_of_first", "mysql", "mysql_connector", "postgresql"]
 
 
 _BY_MODULE: dict[str, Driver] = {
