@@ -7,11 +7,14 @@ import os
 import sys
 import threading
 import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-from django.db import connections
+from django.db import connections, reset_queries
+from django.test import override_settings
 
 from django_proxysql import LoadBalancer, balancers
 from django_proxysql.conf import first_reading, merged_settings
@@ -22,6 +25,7 @@ from tests.engine import MYSQL, added, engine, mysql_peer
 from tests.other_driver import run_all_of
 from tests.servers.mariadb import Node
 
+IS_PYMYSQL = os.environ.get("TEST_DRIVER") == "pymysql"
 SESSION = (
     "SELECT @@autocommit, @@sql_mode, @@tx_isolation, @@character_set_client,"
     " @@collation_connection, @@sql_auto_is_null, @@time_zone, @@tx_read_only"
@@ -55,6 +59,23 @@ def log(mariadb: Node) -> Log:
     return Log(mariadb)
 
 
+@pytest.fixture
+def engine_of_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], str]:
+    """Return what makes an engine of a DatabaseWrapper, and returns its name."""
+
+    def make(wrapper: type) -> str:
+        name = "engine_of_another"
+        package, module = types.ModuleType(name), types.ModuleType(f"{name}.base")
+        module.DatabaseWrapper = wrapper  # type: ignore[attr-defined]
+        package.base = module  # type: ignore[attr-defined]
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, name, package)
+        monkeypatch.setitem(sys.modules, f"{name}.base", module)
+        return name
+
+    return make
+
+
 def plain(node: Node, **settings: Any) -> dict[str, Any]:
     return {"ENGINE": MYSQL, **mysql_peer(node), **settings}
 
@@ -72,6 +93,130 @@ def test_a_connect_sends_what_the_plain_engine_sends_but_for_autocommit(
         theirs, ours = log.of(connected("plain")), log.of(connected("balanced"))
     assert [said for said in theirs if "autocommit" not in said.lower()] == ours
     assert len(theirs) - len(ours) == 2
+
+
+#: The plain engine sends two statements at once to a server that has it on: not by PyMySQL.
+AUTO_IS_NULL = [0] if IS_PYMYSQL else [0, 1]
+LEVEL = "SET SESSION TRANSACTION ISOLATION LEVEL "
+COMMAND = "SET tx_isolation='SERIALIZABLE', time_zone='+01:00'"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "a level": {"isolation_level": "serializable"},
+    "no level": {"isolation_level": None},
+    "a command": {"init_command": COMMAND},
+    "a file": {"read_default_file": "my.cnf"},
+}
+
+
+@pytest.fixture
+def options(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    found = dict(OPTIONS[request.param])
+    if "read_default_file" in found:
+        file = tmp_path / "my.cnf"
+        file.write_text(f"[client]\ninit-command = {COMMAND}\n")
+        found["read_default_file"] = str(file)
+    return found
+
+
+@pytest.mark.parametrize("options", OPTIONS, indirect=True)
+@pytest.mark.parametrize("auto_is_null", AUTO_IS_NULL)
+def test_the_isolation_level_ends_up_as_the_plain_engines(
+    mariadb: Node, options: dict[str, Any], auto_is_null: int
+) -> None:
+    """Whether the server is known already or not."""
+    mariadb.set_global("sql_auto_is_null", auto_is_null)
+    seen = []
+    with (
+        added({"plain": plain(mariadb, OPTIONS=options)}),
+        engine([mysql_peer(mariadb)], OPTIONS=options),
+    ):
+        for alias in ("plain", "balanced", "balanced", "balanced"):
+            connection = connected(alias)
+            with connection.cursor() as cursor:
+                cursor.execute(SESSION)
+                seen.append((cursor.fetchone(), connection.isolation_level))
+            connection.close()
+    assert len(set(seen)) == 1
+
+
+def asked_by_the_driver(log: Log, connection: Any) -> bool | None:
+    """Return whether the driver asked for the isolation level; None: nobody did.
+
+    It does before it sets the character set; Django does afterwards.
+    """
+    connection.ensure_connection()
+    said = [statement.upper() for statement in log.of(connection)]
+    connection.close()
+    levels = [number for number, one in enumerate(said) if LEVEL in one]
+    assert len(levels) <= 1
+    names = next(number for number, one in enumerate(said) if "SET NAMES" in one)
+    return levels[0] < names if levels else None
+
+
+@pytest.mark.parametrize("options", OPTIONS, indirect=True)
+@pytest.mark.parametrize("auto_is_null", AUTO_IS_NULL)
+def test_the_driver_asks_for_the_isolation_level_where_that_changes_nothing(
+    mariadb: Node, log: Log, options: dict[str, Any], auto_is_null: int
+) -> None:
+    mariadb.set_global("sql_auto_is_null", auto_is_null)
+    is_none = options.get("isolation_level", "") is None
+    others = {"init_command", "read_default_file"} & set(options)
+    known = not (auto_is_null or others or IS_PYMYSQL)
+    with engine([mysql_peer(mariadb)], OPTIONS=options) as connection:
+        seen = [asked_by_the_driver(log, connection) for _ in range(3)]
+    assert seen == ([None] * 3 if is_none else [False, known, known])
+
+
+def test_what_logs_or_wraps_statements_sees_the_isolation_level(mariadb: Node, log: Log) -> None:
+    with engine([mysql_peer(mariadb)]) as connection:
+        asked_by_the_driver(log, connection)
+        seen: list[str] = []
+
+        def wrapper(execute: Any, sql: str, *args: Any) -> Any:
+            seen.append(sql)
+            return execute(sql, *args)
+
+        connection.execute_wrappers.append(wrapper)
+        assert asked_by_the_driver(log, connection) is False
+        connection.execute_wrappers.remove(wrapper)
+        assert seen[0].startswith(LEVEL)
+        with override_settings(DEBUG=True):
+            reset_queries()
+            assert asked_by_the_driver(log, connection) is False
+            assert connection.queries[0]["sql"].startswith(LEVEL)
+        assert asked_by_the_driver(log, connection) is not IS_PYMYSQL
+
+
+@pytest.mark.skipif("IS_PYMYSQL", reason="the driver never asks")
+def test_what_stands_before_the_driver_is_not_given_the_isolation_level(
+    mariadb: Node, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool's connection is connected already, and a tracer is to see the statement."""
+    from django.db.backends.mysql import base
+
+    theirs = base.Database.connect
+    with engine([mysql_peer(mariadb)]) as connection:
+        asked_by_the_driver(log, connection)
+        monkeypatch.setattr(base.Database, "connect", lambda **options: theirs(**options))
+        assert asked_by_the_driver(log, connection) is False
+        monkeypatch.undo()
+        assert asked_by_the_driver(log, connection) is True
+
+
+@pytest.mark.parametrize("method", ["get_new_connection", "init_connection_state"])
+def test_an_engine_that_connects_in_its_own_way_asks_for_the_isolation_level_itself(
+    mariadb: Node, log: Log, engine_of_another: Callable[[type], str], method: str
+) -> None:
+    from django.db.backends.mysql import base
+
+    class DatabaseWrapper(base.DatabaseWrapper):
+        pass
+
+    plain_one = getattr(base.DatabaseWrapper, method)
+    setattr(DatabaseWrapper, method, lambda self, *args: plain_one(self, *args))
+    name = engine_of_another(DatabaseWrapper)
+    with engine([mysql_peer(mariadb)], PEER_ENGINE=name) as connection:
+        assert [asked_by_the_driver(log, connection) for _ in range(2)] == [False, False]
 
 
 @pytest.mark.parametrize("of_the_server", [0, 1])
@@ -99,7 +244,7 @@ def test_the_session_ends_up_as_the_plain_engines(
 
 @pytest.mark.parametrize("given", [True, False])
 def test_an_engine_that_sets_autocommit_itself_ends_up_as_without_us(
-    mariadb: Node, monkeypatch: pytest.MonkeyPatch, given: bool
+    mariadb: Node, engine_of_another: Callable[[type], str], given: bool
 ) -> None:
     from django.db.backends.mysql import base
 
@@ -107,20 +252,12 @@ def test_an_engine_that_sets_autocommit_itself_ends_up_as_without_us(
         def get_connection_params(self) -> Any:
             return {**super().get_connection_params(), "autocommit": given}
 
-    package, module = (
-        types.ModuleType("engine_of_another"),
-        types.ModuleType("engine_of_another.base"),
-    )
-    module.DatabaseWrapper = DatabaseWrapper  # type: ignore[attr-defined]
-    package.base = module  # type: ignore[attr-defined]
-    package.__path__ = []
-    monkeypatch.setitem(sys.modules, "engine_of_another", package)
-    monkeypatch.setitem(sys.modules, "engine_of_another.base", module)
-    theirs = {"ENGINE": "engine_of_another", **mysql_peer(mariadb)}
+    name = engine_of_another(DatabaseWrapper)
+    theirs = {"ENGINE": name, **mysql_peer(mariadb)}
     seen = []
     with (
         added({"plain": theirs}),
-        engine([mysql_peer(mariadb)], PEER_ENGINE="engine_of_another"),
+        engine([mysql_peer(mariadb)], PEER_ENGINE=name),
     ):
         for alias in ("plain", "balanced"):
             with connected(alias).cursor() as cursor:

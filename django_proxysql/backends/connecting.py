@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS
@@ -31,6 +32,8 @@ else:
 #: What Django's MySQL backend asks a server once for each wrapper, which is each thread: its
 #: version, sql_mode and the like. That of PostgreSQL asks nothing.
 _FACTS = "mysql_server_data"
+#: Where that backend is.
+_DJANGOS = "django.db.backends.mysql.base"
 #: Seconds for which they are believed: SET GLOBAL may change them on a server that goes on.
 _FACTS_HOLD = 600
 
@@ -55,6 +58,8 @@ class LoadBalancedMixin(_Base):
     _peer_settings: dict[str, Any] | None = None
     #: This wrapper's own settings, while the peer's are in their place.
     _own_settings: dict[str, Any] | None = None
+    #: The isolation level that the driver sets as it connects, so that Django need not.
+    _level_set: str | None = None
     #: The present connection's place in its peer's count.
     _counted: Checkout | None = None
 
@@ -185,7 +190,39 @@ class LoadBalancedMixin(_Base):
             params.update(driver.keepalive_options(params, attempt.config.tcp_user_timeout))
         if attempt.config.commit_outcome is not None:
             params.update(driver.recording_options(params))
+        if self.connection is None:
+            self._level_set = self._have_level_set(params)
         return params
+
+    def _have_level_set(self, params: dict[str, Any]) -> str | None:
+        """Have the driver set Django's isolation level; return that level, if it does.
+
+        The server gets the same statement. Django's cursor for it, a fifth of what the client does
+        for a connect, is not made.
+        """
+        level: str | None = getattr(self, "isolation_level", None)
+        known = self.__dict__.get(_FACTS)
+        if known is None and self._attempt is not None:
+            noted = self._attempt.peer.server_facts
+            known = None if noted is None else noted.facts
+        if (
+            not level
+            or known is None
+            # Django sends both in one packet.
+            or known.get("sql_auto_is_null", True)
+            or not _sets_level_only(self.__class__)  # type: ignore[arg-type]
+            # What logs or wraps statements sees this one, too.
+            or self.execute_wrappers
+            or self.queries_logged
+        ):
+            return None
+        options = self._driver.opening_options(
+            sys.modules[_DJANGOS].Database.connect,
+            params,
+            f"SET SESSION TRANSACTION ISOLATION LEVEL {level.upper()}",
+        )
+        params.update(options)
+        return level if options else None
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection; a trial sends a throw-away one ahead."""
@@ -245,10 +282,17 @@ class LoadBalancedMixin(_Base):
 
     def init_connection_state(self) -> None:
         """Set the session up, by the peer's OPTIONS."""
-        if self._peer_settings is not self.settings_dict:
-            self._as_peer(super().init_connection_state)
-            return
-        super().init_connection_state()
+        level, self._level_set = self._level_set, None
+        if level is not None:
+            self.isolation_level = None
+        try:
+            if self._peer_settings is not self.settings_dict:
+                self._as_peer(super().init_connection_state)
+                return
+            super().init_connection_state()
+        finally:
+            if level is not None:
+                self.isolation_level = level
         if self._own_settings is not None:
             # Receivers of connection_created are to see what stands in ``connections``.
             self._put_own_settings_back()
@@ -351,6 +395,17 @@ class LoadBalancedMixin(_Base):
         hold, self._counted = self._counted, None
         if hold is not None:
             hold.release()
+
+
+@functools.cache
+def _sets_level_only(cls: type) -> bool:
+    """Return whether Django's own MySQL backend connects, and sets the session up."""
+    mro = cls.__mro__
+    below = mro[mro.index(LoadBalancedMixin) + 1 :]
+    return all(
+        next((base.__module__ for base in below if name in vars(base)), "") == _DJANGOS
+        for name in ("get_new_connection", "init_connection_state")
+    )
 
 
 def _with_password(settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .statement import one_core_each, python_calls
 #: How many there are.
 PEERS = (2, 1000)
 #: Python functions that a connect may call besides the plain engine's.
-MOST_CALLS = 53
+MOST_CALLS = 12
 POSTGRESQL = "django.db.backends.postgresql"
 
 

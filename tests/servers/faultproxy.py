@@ -249,6 +249,8 @@ class FaultProxy:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{len(self._connections)} connections left after {timeout} s")
             time.sleep(0.005)
+        # The last one is off the list before its client's side is closed.
+        self._ask(lambda: None)
 
     # --- the thread ---
 

@@ -51,6 +51,16 @@ class Driver:
         """Return connect() arguments that spare the session a round trip later."""
         return {}
 
+    def opening_options(
+        self, connect: Callable[..., Any], params: Any, statement: str
+    ) -> dict[str, Any]:
+        """Return connect() arguments by which the driver itself sends ``statement``.
+
+        :param connect: the driver's own function, or what stands in its place.
+        :returns: {} where it would cost a packet more, or something may come after it.
+        """
+        return {}
+
     def greeting(self, connection: Any) -> str:
         """Return the version that the server has greeted with; "" if none is known."""
         return ""

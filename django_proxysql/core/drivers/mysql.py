@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 import socket
+import types
+from collections.abc import Callable
 from typing import Any
 
 from .. import sockets
@@ -109,6 +111,10 @@ _IN_TRANSACTION = 1
 _MULTI_STATEMENTS = 1 << 16
 
 
+#: mysqlclient's arguments by which statements of the user's run first.
+_OTHERS_FIRST = frozenset({"init_command", "read_default_file", "read_default_group"})
+
+
 def _fileno_of(sock: Any) -> object:
     number = getattr(sock, "fileno", None)
     return number() if callable(number) else None
@@ -196,6 +202,23 @@ class MySQL(Driver):
         and Django switches it on again: two round trips that change nothing.
         """
         return {} if "autocommit" in params else {"autocommit": autocommit}
+
+    def opening_options(
+        self, connect: Callable[..., Any], params: Any, statement: str
+    ) -> dict[str, Any]:
+        """Return mysqlclient's ``init_command``, which its C library runs.
+
+        Not for a function that stands before the driver's: a pool's connections are connected
+        already, and a tracer is to see the statement. A file of options may have an
+        ``init_command`` of its own.
+        """
+        if (
+            type(connect) is not types.FunctionType
+            or connect.__module__ != "MySQLdb"
+            or not _OTHERS_FIRST.isdisjoint(params)
+        ):
+            return {}
+        return {"init_command": statement}
 
     def recording_options(self, params: Any) -> dict[str, Any]:
         """Return the flag that PyMySQL leaves out, and mysqlclient sets by itself."""
