@@ -140,7 +140,7 @@ def test_the_isolation_level_ends_up_as_the_plain_engines(
 
 
 def asked_by_the_driver(log: Log, connection: Any) -> bool | None:
-    """Return whether the driver asked for the isolation level; None: nobody did.
+    """Return whether the driver asked for the isolation level; None: it was not set.
 
     It does before it sets the character set; Django does afterwards.
     """
