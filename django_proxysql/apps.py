@@ -10,7 +10,7 @@ from django.core import checks
 from django.db.models.signals import pre_migrate
 
 from .checks import check_options, check_settings, check_with_databases
-from .conf import introduce_peers
+from .conf.aliases import introduce_peers
 
 
 class DjangoProxySQLConfig(AppConfig):

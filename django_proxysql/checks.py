@@ -7,8 +7,8 @@ from typing import Any
 from django.core.checks import CheckMessage, Error
 from django.db import connections
 
-from .conf import messages
 from .conf.options import option_problems
+from .conf.reading import messages
 
 
 def check_options(**kwargs: Any) -> list[CheckMessage]:

@@ -22,7 +22,7 @@ from typing import Any
 from django.core.checks import Warning
 from django.db import connections
 
-from .conf import load_wrapper, peer_engine
+from .conf.engines import load_wrapper, peer_engine
 from .core import drivers
 from .core.balancer import Attempt
 from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts, value_of

@@ -13,18 +13,10 @@ from typing import Any, NamedTuple
 
 from django.db import connections
 
-from .conf import (
-    ALIAS_KEY,
-    NAME_KEY,
-    balancer_config,
-    changed_keys,
-    first_reading,
-    introduce_peers,
-    is_balancer,
-    merged_settings,
-    name_of_a_peer,
-)
-from .conf.merging import options_of
+from .conf.aliases import introduce_peers, name_of_a_peer
+from .conf.keys import ALIAS_KEY, NAME_KEY, is_balancer
+from .conf.merging import changed_keys, first_reading, merged_settings, options_of
+from .conf.reading import balancer_config
 from .core import drivers, runtime
 from .core.balancer import Attempt, LoadBalancer
 from .core.events import Listener

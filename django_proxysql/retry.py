@@ -26,7 +26,7 @@ from django.db.transaction import TransactionManagementError
 
 from .backends.state import NO_TRANSACTION, Transaction
 from .backends.wrapper import SafePointsMixin
-from .conf import is_testing
+from .conf.aliases import is_testing
 from .core import drivers
 from .core.events import BlockRetried
 from .errors import NoPeerAvailable

@@ -23,7 +23,8 @@ from django.db import connections
 
 from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends.connecting import LoadBalancedMixin
-from django_proxysql.conf import ENGINE, NAME_KEY, mirrors
+from django_proxysql.conf.aliases import mirrors
+from django_proxysql.conf.keys import ENGINE, NAME_KEY
 from django_proxysql.core import outcome
 from django_proxysql.core.config import BalancerConfig
 from django_proxysql.core.trials import trial_worker

@@ -25,7 +25,8 @@ from django.db import connections
 from django.db.utils import load_backend
 
 from django_proxysql import balancers
-from django_proxysql.conf import ENGINE, balancer_config, problems, stops_connections
+from django_proxysql.conf.keys import ENGINE
+from django_proxysql.conf.reading import balancer_config, problems, stops_connections
 from django_proxysql.core.drivers import driver_of_engine
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine
 

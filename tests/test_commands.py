@@ -19,7 +19,7 @@ import pytest
 from django.db import connections
 from django.test import SimpleTestCase
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.project import Project, get
 from tests.servers import USER

@@ -17,7 +17,7 @@ from django.db import connections, reset_queries
 from django.test import override_settings
 
 from django_proxysql import LoadBalancer, balancers
-from django_proxysql.conf import first_reading, merged_settings
+from django_proxysql.conf.merging import first_reading, merged_settings
 from django_proxysql.core import drivers
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.registry import Registered

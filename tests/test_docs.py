@@ -16,8 +16,8 @@ import MySQLdb
 import pytest
 
 import django_proxysql
-from django_proxysql import LoadBalancer, NoPeerAvailable, conf
-from django_proxysql.conf import keys
+from django_proxysql import LoadBalancer, NoPeerAvailable
+from django_proxysql.conf import keys, reading
 from django_proxysql.core.config import BalancerConfig, BreakerConfig, PeerConfig
 from tests.engine import configured
 from tests.fakes import Clock, Driver, OperationalError
@@ -109,9 +109,9 @@ def test_examples_of_settings_are_found() -> None:
     pages = [page.read_text(encoding="utf-8") for page in PAGES]
     # Those of a shell block are run by the page's own test.
     text = "".join(block for page in pages for block in blocks(page, "python"))
-    written = len(re.findall(rf'"ENGINE": "{conf.ENGINE}"|from_url\((?:os\.)?env', text))
+    written = len(re.findall(rf'"ENGINE": "{keys.ENGINE}"|from_url\((?:os\.)?env', text))
     looked_at = [entry for _, databases in all_entries() for entry in databases.values()]
-    assert sum(conf.is_balancer(entry) for entry in looked_at) == written > 8
+    assert sum(keys.is_balancer(entry) for entry in looked_at) == written > 8
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_examples_of_settings_are_right(page: str, databases: dict[str, dict[str
     """No example in the docs has anything to complain about."""
     databases = configured(databases)
     for alias, entry in databases.items():
-        if conf.is_balancer(entry):
-            assert [str(problem) for problem in conf.problems(alias, entry, databases)] == []
+        if keys.is_balancer(entry):
+            assert [str(problem) for problem in reading.problems(alias, entry, databases)] == []
 
 
 # What is logged and raised

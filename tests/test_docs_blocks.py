@@ -35,7 +35,8 @@ from django.core.management import get_commands, load_command_class
 from django.core.management.base import CommandError
 from django.db.utils import load_backend
 
-from django_proxysql import LoadBalancer, conf
+from django_proxysql import LoadBalancer
+from django_proxysql.conf import keys, reading
 from django_proxysql.core.logger import logger
 from tests.engine import configured, engine
 from tests.fakes import Driver
@@ -282,7 +283,7 @@ def look_at(page: str, shown: Mapping[str, Any]) -> None:
     shown = dict(shown)
     if not all(isinstance(entry, dict) and "ENGINE" in entry for entry in shown.values()):
         entry = {"PEERS": [{"HOST": "10.0.0.1"}], **OF_PAGE.get(page, {}), **shown}
-        shown = {"default": {"ENGINE": conf.ENGINE, "NAME": "shop", **entry}}
+        shown = {"default": {"ENGINE": keys.ENGINE, "NAME": "shop", **entry}}
     if len(shown) == 1:
         # The aliases that it names stand elsewhere.
         for name in [one for entry in shown.values() for one in entry.get("PEERS", ())]:
@@ -290,8 +291,8 @@ def look_at(page: str, shown: Mapping[str, Any]) -> None:
                 shown[name] = {"ENGINE": "django.db.backends.mysql", "HOST": name}
     databases = configured(shown)
     for alias, entry in databases.items():
-        if conf.is_balancer(entry):
-            assert [str(one) for one in conf.problems(alias, entry, databases)] == []
+        if keys.is_balancer(entry):
+            assert [str(one) for one in reading.problems(alias, entry, databases)] == []
             load_backend(entry["ENGINE"])
 
 

@@ -22,7 +22,8 @@ from django.db.utils import load_backend
 
 from django_proxysql.backends.peer.base import DatabaseWrapper as PeerWrapper
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, introduce_peers
+from django_proxysql.conf.aliases import introduce_peers
+from django_proxysql.conf.keys import ENGINE, PEER_ALIAS_ENGINE
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, sqlite_peer
 
 #: What a backend's class is asked for.

@@ -26,7 +26,7 @@ from django.test import modify_settings
 
 from django_proxysql import balancers
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.app.models import Token
 from tests.engine import (
     MYSQL,

@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.test.utils import get_unique_databases_and_mirrors
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, mysql_peer
 from tests.project import Project
 from tests.servers import USER

@@ -24,7 +24,7 @@ import django
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import mysql_peer
 from tests.project import Project, get
 from tests.servers import PASSWORD

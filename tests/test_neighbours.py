@@ -29,7 +29,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import include, path
 
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from django_proxysql.registry import balancers
 from tests import test_project
 from tests.app.models import Token

@@ -27,7 +27,8 @@ from django.db.utils import load_backend
 from django.test import SimpleTestCase
 
 from django_proxysql import LoadBalancer
-from django_proxysql.conf import introduce_peers, problems
+from django_proxysql.conf.aliases import introduce_peers
+from django_proxysql.conf.reading import problems
 from django_proxysql.core import drivers, ready
 from django_proxysql.core.exceptions import NotReady
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, postgres_peer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, mysql_peer
 from tests.project import Project
 from tests.servers import USER

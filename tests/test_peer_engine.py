@@ -24,7 +24,10 @@ from django.db.utils import load_backend
 
 from django_proxysql import NotReady, balancers, inspection
 from django_proxysql.backends.peer.base import DatabaseWrapper
-from django_proxysql.conf import ENGINE, PEER_ALIAS_ENGINE, PeerEngine, introduce_peers, problems
+from django_proxysql.conf.aliases import introduce_peers
+from django_proxysql.conf.engines import PeerEngine
+from django_proxysql.conf.keys import ENGINE, PEER_ALIAS_ENGINE
+from django_proxysql.conf.reading import problems
 from tests.app.models import Token
 from tests.children import in_child
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, nodb_cursor

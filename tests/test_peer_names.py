@@ -10,7 +10,7 @@ import pytest
 from django.core.management import call_command
 
 from django_proxysql import balancers
-from django_proxysql.conf import problems
+from django_proxysql.conf.reading import problems
 from tests.engine import SQLITE, engine, sqlite_peer
 
 ENGINE = "django_proxysql.backends.proxysql"

@@ -24,7 +24,7 @@ from django.core.management import CommandError, call_command
 from django.db import close_old_connections
 
 from django_proxysql import balancers
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from django_proxysql.inspection import Inspection
 from tests.engine import MYSQL, SQLITE, added, engine, mysql_peer, sqlite_peer
 from tests.servers import PASSWORD

@@ -15,7 +15,7 @@ import django
 import pytest
 from django.db import connections
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.project import Project
 from tests.servers import PASSWORD, USER, Address

@@ -11,7 +11,7 @@ from typing import Any
 import django
 import pytest
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, mysql_peer
 from tests.project import Project, get
 from tests.servers.mariadb import Node

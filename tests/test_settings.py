@@ -17,14 +17,9 @@ from django.db.backends.signals import connection_created
 from django.test.utils import setup_databases, teardown_databases
 
 from django_proxysql import balancers
-from django_proxysql.conf import (
-    CONNECTION_KEYS,
-    ENGINE,
-    balancer_config,
-    changed_keys,
-    first_reading,
-    merged_settings,
-)
+from django_proxysql.conf.keys import CONNECTION_KEYS, ENGINE
+from django_proxysql.conf.merging import changed_keys, first_reading, merged_settings
+from django_proxysql.conf.reading import balancer_config
 from django_proxysql.registry import NoPeerAvailable
 from tests.app.models import Token
 from tests.engine import MYSQL, SQLITE, Clock, engine, forget, mysql_peer, nodb_cursor, sqlite_peer

@@ -17,7 +17,7 @@ import pytest
 from django.db import close_old_connections, connections, transaction
 
 from django_proxysql import balancers
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests import fakes
 from tests.chaos.load import Load, Pace
 from tests.chaos.sites import admin, connected, make_tables

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from django_proxysql import from_url
-from django_proxysql.conf import problems
+from django_proxysql.conf.reading import problems
 from django_proxysql.core.exceptions import ConfigError
 from tests.engine import added
 from tests.servers import DATABASE, PASSWORD, USER

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from django_proxysql.conf import ENGINE
+from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, mysql_peer
 from tests.project import Project
 from tests.servers import DATABASE, USER

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS
 
-from ..conf import ALIAS_KEY
+from ..conf.keys import ALIAS_KEY
 from ..core import drivers
 from ..core.balancer import Attempt
 from ..core.peer import Checkout, Peer, ServerFacts

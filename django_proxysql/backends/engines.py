@@ -19,16 +19,9 @@ from django.db import connections, utils
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 
-from ..conf import (
-    ALIAS_KEY,
-    engine_path,
-    in_words,
-    is_balancer,
-    load_wrapper,
-    peer_engine,
-    problems,
-    stops_connections,
-)
+from ..conf.engines import engine_path, load_wrapper, peer_engine
+from ..conf.keys import ALIAS_KEY, is_balancer
+from ..conf.reading import in_words, problems, stops_connections
 from ..core import drivers
 from ..core.exceptions import ConfigError
 from ..registry import balancers

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..conf import merged_settings
+from ..conf.merging import merged_settings
 from ..core import drivers, sockets
 from ..core.balancer import Attempt
 from ..core.exceptions import PoolBusy

@@ -14,7 +14,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..conf import CONNECTION_KEYS, same
+from ..conf.keys import CONNECTION_KEYS
+from ..conf.merging import same
 from ..core import drivers, runtime
 from ..core.balancer import LoadBalancer
 from ..core.events import CircuitOpened, Event, PeerDrained

@@ -18,7 +18,11 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.utils import OperationalError
 
-from ..conf import ALIAS_KEY, merged_settings, messages, mirrored, peer_engine
+from ..conf.aliases import mirrored
+from ..conf.engines import peer_engine
+from ..conf.keys import ALIAS_KEY
+from ..conf.merging import merged_settings
+from ..conf.reading import messages
 from ..core import drivers
 from ..core.peer import Peer
 from ..registry import balancers

@@ -21,7 +21,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import OperationalError, load_backend
 from django.utils.functional import cached_property
 
-from ...conf import PEER_ALIAS_ENGINE, PeerEngine, is_balancer
+from ...conf.engines import PeerEngine
+from ...conf.keys import PEER_ALIAS_ENGINE, is_balancer
 from ...core import drivers
 from ...core.balancer import LoadBalancer
 from ...core.ready import throw_away
