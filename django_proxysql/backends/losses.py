@@ -71,10 +71,10 @@ def act_on(
         if is_closed:
             # A pooler without a server says so, and hangs up.
             session.lose(text)
-            mark_as_end(exc)
+            drivers.mark(exc, "end")
         if is_given_up(db, session, exc, judgement):
             session.leave(text)
-            mark_as_end(exc)
+            drivers.mark(exc, "end")
         elif session.dead:
             # It may be busy: the next connect goes elsewhere first.
             breaker.suspect(text, fault)
@@ -86,7 +86,7 @@ def act_on(
     if after.ends:
         session.lose(text, timed_out=not idle and session.has_timed_out())
     if after.may_begin_again:
-        mark_as_end(exc)
+        drivers.mark(exc, "end")
     if after.distrusts:
         session.distrust()
     if after.suspects:
@@ -217,13 +217,3 @@ def is_end_of(db: Any, session: Session, exc: BaseException) -> bool:
     if session is current(db):
         note(db, session, exc)
     return session.dead
-
-
-def mark_as_end(exc: BaseException) -> None:
-    """Note on a driver's error that it ended its connection's use."""
-    with contextlib.suppress(AttributeError, TypeError):
-        exc._django_proxysql_end = True  # type: ignore[attr-defined]
-
-
-def is_end(exc: BaseException) -> bool:
-    return getattr(exc, "_django_proxysql_end", False)

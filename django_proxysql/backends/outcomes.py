@@ -181,7 +181,11 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
         transaction.rolled_back()
     if refused is not None:
         raise _refused(session, refused, cause) from cause
-    if drivers.is_of_first(cause) and driver.is_answer(cause) and is_of_server(db, session):
+    if (
+        drivers.is_marked(cause, "of_first")
+        and driver.is_answer(cause)
+        and is_of_server(db, session)
+    ):
         # The server has not come to COMMIT.
         transaction.commit_not_sent()
         return False

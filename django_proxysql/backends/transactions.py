@@ -18,7 +18,7 @@ from ..core.faults import Proof
 from ..core.holdings import Holdings
 from ..errors import CommitOutcomeUnknown
 from .asking import did_not_run, is_serializable, isolation_of, settle_doubt
-from .losses import is_end, is_lost, mark, notice_unseen
+from .losses import is_lost, mark, notice_unseen
 from .outcomes import Token, commit_with, counts_as_committed, stands, token_for
 from .pools import close_for_good
 from .proofs import rehearse
@@ -355,7 +355,7 @@ def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
         if session.is_leaving:
             return True
     # After a time-out the server may be at it still, and in the way.
-    return session is not None and is_end(cause) and not session.timed_out
+    return session is not None and drivers.is_marked(cause, "end") and not session.timed_out
 
 
 def now_holding(db: Any) -> tuple[Session, Holdings] | None:

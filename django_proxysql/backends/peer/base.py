@@ -62,7 +62,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
     #: Something that the balancer has said may be kept here.
     _has_borrowed = False
     #: Tells the present connection's socket from whatever has its number later.
-    _socket: _Socket | None = None
+    _socket: tuple[int, int, int] | None = None
 
     def __new__(
         cls,
@@ -172,7 +172,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
                     with throw_away(self._driver, self.Database.connect, conn_params, seconds):
                         pass
         connection = super().get_new_connection(conn_params)
-        self._socket = _Socket.of(self._driver.fileno(connection))
+        self._socket = _socket_at(self._driver.fileno(connection))
         return connection
 
     def _balancer(self) -> LoadBalancer | None:
@@ -202,7 +202,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         connection = self.connection
         if connection is None or not self._driver.LEAVES:
             return
-        if self._socket is not None and not self._socket.is_there():
+        if self._socket is not None and _socket_at(self._socket[0]) != self._socket:
             # The driver has lost it, and its number may be another's now.
             return
         self._driver.leave(connection)
@@ -212,26 +212,15 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         close_in_child(connection, self._driver)
 
 
-class _Socket:
-    """Which socket a descriptor is."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+def _socket_at(descriptor: int | None) -> tuple[int, int, int] | None:
+    """Return a descriptor, and which socket it is; None where there is none."""
+    if descriptor is None:
+        return None
+    try:
         found = os.fstat(descriptor)
-        self._known = found.st_dev, found.st_ino
-
-    @classmethod
-    def of(cls, descriptor: int | None) -> _Socket | None:
-        """Return it; None where there is no descriptor."""
-        try:
-            return None if descriptor is None else cls(descriptor)
-        except OSError:
-            return None
-
-    def is_there(self) -> bool:
-        """Return whether the descriptor is still that socket."""
-        now = self.of(self._descriptor)
-        return now is not None and now._known == self._known
+    except OSError:
+        return None
+    return descriptor, found.st_dev, found.st_ino
 
 
 class _Features:

@@ -17,14 +17,14 @@ from typing import Any
 
 from ..exceptions import NoPeerAvailable, NotReady, PoolBusy
 from ..faults import Fault, Judgement
-from .base import Driver, generic, is_of_first
+from .base import Driver, generic, is_marked, mark
 from .mysql import mysql
 from .mysql_connector import mysql_connector
 from .oracle import oracle
 from .postgresql import postgresql
 from .sqlite import sqlite
 
-__all__ = ["Driver", "generic", "is_of_first", "mysql", "mysql_connector", "postgresql"]
+__all__ = ["Driver", "generic", "is_marked", "mark", "mysql", "mysql_connector", "postgresql"]
 
 
 _BY_MODULE: dict[str, Driver] = {
@@ -154,8 +154,7 @@ def password_from(source: Any) -> Any:
     try:
         return source()
     except Exception as exc:
-        with contextlib.suppress(AttributeError):
-            exc._django_proxysql_is_ours = True  # type: ignore[attr-defined]
+        mark(exc, "is_ours")
         raise
 
 
@@ -172,25 +171,22 @@ def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def mark_of_settings(exc: Exception) -> None:
     """Note on ``exc`` that it was raised while a driver was given one peer's settings."""
-    with contextlib.suppress(AttributeError):
-        exc._django_proxysql_of_settings = True  # type: ignore[attr-defined]
+    mark(exc, "of_settings")
 
 
 def _is_of_settings(exc: BaseException) -> bool:
     """Return whether ``exc`` says that a peer's settings are such as the driver cannot take."""
-    is_marked = getattr(exc, "_django_proxysql_of_settings", False)
+    by_settings = is_marked(exc, "of_settings")
     table = _table_of(exc)
     if table is not None:
         # mysqlclient's of an ssl_mode that it does not know: it asked no server.
-        is_drivers_own = is_marked and table.code_of(exc) is None
+        is_drivers_own = by_settings and table.code_of(exc) is None
         names = {cls.__name__ for cls in type(exc).__mro__}
         return table.is_option_error(exc) or (
             is_drivers_own and not names.isdisjoint({"NotSupportedError", "ProgrammingError"})
         )
-    if getattr(exc, "_django_proxysql_is_ours", False):
-        # A token service that cannot be reached.
-        return False
-    if not is_marked:
+    # Ours: a token service that cannot be reached.
+    if is_marked(exc, "is_ours") or not by_settings:
         return False
     if _is_local_class(exc):
         return True
@@ -228,18 +224,16 @@ def name_peer(exc: BaseException, where: str) -> None:
 
     :param where: the alias, the peer and its address, as people read it.
     """
-    if not isinstance(exc, Exception) or getattr(exc, "_django_proxysql_is_named", False):
+    if not isinstance(exc, Exception) or is_marked(exc, "is_named"):
         return
     said = f" [while connecting {where}]"
     root = root_error(exc)
     for error in (exc,) if root is exc else (exc, root):
         with contextlib.suppress(Exception):
-            error._django_proxysql_is_named = True  # type: ignore[attr-defined]
+            mark(error, "is_named")
             error._django_proxysql_judgement = None  # type: ignore[attr-defined]
             if not (
-                is_driver_error(error)
-                or _is_by_server(error)
-                or getattr(root, "_django_proxysql_of_settings", False)
+                is_driver_error(error) or _is_by_server(error) or is_marked(root, "of_settings")
             ):
                 error.add_note(said.strip())  # type: ignore[attr-defined]
             elif isinstance(error, OSError) and isinstance(error.strerror, str):
@@ -307,9 +301,7 @@ def _fault_of(exc: BaseException, connecting: bool) -> Fault:
     if isinstance(exc, NoPeerAvailable):
         # Another balancer's, that a receiver of ours has asked.
         return Fault.OTHER
-    if getattr(exc, "_django_proxysql_is_ours", False):
-        return Fault.LOCAL
-    if _is_local_class(exc):
+    if is_marked(exc, "is_ours") or _is_local_class(exc):
         return Fault.LOCAL
     table = _table_of(exc)
     if table is not None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from ..faults import Fault, Proof
 
+#: What may be noted on an exception: a callable password raised it; a driver did that was given one
+#: peer's settings; its text names the peer; it was raised before COMMIT was run; it ended its
+#: connection's use.
+Mark = Literal["is_ours", "of_settings", "is_named", "of_first", "end"]
 
-def mark_first(exc: Exception) -> None:
-    """Note on an exception that it was raised before COMMIT was run."""
-    with contextlib.suppress(AttributeError):
-        exc._django_proxysql_of_first = True  # type: ignore[attr-defined]
+
+def mark(exc: BaseException, what: Mark) -> None:
+    """Note something on an exception."""
+    with contextlib.suppress(AttributeError, TypeError):
+        setattr(exc, f"_django_proxysql_{what}", True)
 
 
-def is_of_first(exc: BaseException) -> bool:
-    """Return whether ``exc`` is marked by :func:`mark_first`."""
-    return getattr(exc, "_django_proxysql_of_first", False)
+def is_marked(exc: BaseException, what: Mark) -> bool:
+    """Return whether that is noted on an exception."""
+    return getattr(exc, f"_django_proxysql_{what}", False)
 
 
 class Driver:
@@ -84,7 +89,7 @@ class Driver:
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:
         """Run ``statement`` and COMMIT.
 
-        What ``statement`` met is marked (:func:`is_of_first`), where the driver knows that it
+        What ``statement`` met is marked (:func:`is_marked`), where the driver knows that it
         was not COMMIT.
 
         :param together: in one packet.
@@ -97,7 +102,7 @@ class Driver:
             finally:
                 cursor.close()
         except Exception as exc:
-            mark_first(exc)
+            mark(exc, "of_first")
             raise
         connection.commit()
 

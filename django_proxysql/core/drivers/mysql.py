@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-from .base import Driver, mark_first
+from .base import Driver, mark
 
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
@@ -241,7 +241,7 @@ class MySQL(Driver):
             if store is not None:
                 store()
         except Exception as exc:
-            mark_first(exc)
+            mark(exc, "of_first")
             raise
         if store is None:
             is_answered = connection._result.has_next
