@@ -60,6 +60,9 @@ NOT_RUN = {
     ("howto/proxysql.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
     ("howto/upgrade.rst", "PROXYSQL PAUSE"): "ProxySQL's admin interface; HAProxy stands for it",
     ("howto/neighbours.rst", '"ENGINE": "psqlextra'): "django-postgres-extra is not installed",
+    ("howto/testing.rst", "GRANT ALL"): "test_project.py gives its user these rights",
+    ("howto/testing.rst", "ALTER ROLE"): "the user of the tests' servers has this right",
+    ("howto/testing.rst", "A test uses 'peer0'"): "an error; test_project.py raises it",
 }
 #: Programs of others, whose options are not ours to check.
 THEIRS = {

@@ -13,12 +13,14 @@ import pytest
 
 from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, mysql_peer
-from tests.project import Project, get
+from tests.project import ROOT, Project, get
+from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
 from tests.servers.ports import HOST, ports
 from tests.test_checks import has_database_option
 
 DATABASE = "shop"
+TESTING = (ROOT / "docs" / "howto" / "testing.rst").read_text(encoding="utf-8")
 
 FILES = {
     "settings.py": """
@@ -99,9 +101,10 @@ def project(
     dead, alive = mariadb_pair
     dead.kill()
     alive.create_database(DATABASE)
+    alive.create_user("shop", PASSWORD, "ALL PRIVILEGES ON shop.*")
     peers: list[Any] = [
-        mysql_peer(dead, NAME=DATABASE),
-        mysql_peer(alive, NAME=DATABASE, PRIORITY=1),
+        mysql_peer(dead, NAME=DATABASE, USER="shop"),
+        mysql_peer(alive, NAME=DATABASE, USER="shop", PRIORITY=1),
     ]
     databases: dict[str, Any] = {"default": {"ENGINE": ENGINE, "PEERS": peers}}
     if request.param == "aliases":
@@ -113,7 +116,7 @@ def project(
     assert "Applying shop.0001_initial... OK" in made.manage("migrate")
     made.log()
     yield made
-    alive.sql(f"DROP DATABASE {DATABASE}")
+    alive.sql(f"DROP DATABASE {DATABASE}; DROP USER shop")
 
 
 def assert_one_line_of_the_dead_peer(project: Shop) -> None:
@@ -143,13 +146,37 @@ def test_shell(project: Shop) -> None:
 
 
 def test_test(project: Shop) -> None:
-    """test: on a test database of the living peer's, which is gone afterwards."""
+    """test: on a test database of the living peer's, which is gone afterwards.
+
+    The user may do what the docs grant.
+    """
+    (grant,) = re.findall(r"^ +(GRANT .*;)$", TESTING, re.MULTILINE)
+    project.alive.sql(grant)
     assert "Ran 2 tests" in project.manage("test")
     assert_one_line_of_the_dead_peer(project)
     # Each process of a parallel run has a clone of the test database.
     project.manage("test", "--parallel", "2")
     assert project.items() == ""
     assert "test_shop" not in project.alive.sql("SHOW DATABASES")
+
+
+@pytest.mark.parametrize("project", ["aliases"], indirect=True)
+def test_test_of_a_mirror_alone_is_refused(project: Shop) -> None:
+    """It would be on production's database. The docs show the error."""
+    project.write(
+        {
+            "shop/alone.py": """
+from django.db import connections
+from django.test import TransactionTestCase
+class Alone(TransactionTestCase):
+    databases = {"peer1"}
+    def test_alone(self):
+        connections["peer1"].cursor()
+"""
+        }
+    )
+    (error,) = re.findall(r"^ +(A test uses 'peer0'.*)$", TESTING, re.MULTILINE)
+    assert error.replace("peer0", "peer1") in project.manage("test", "shop.alone", status=1)
 
 
 @pytest.mark.parametrize(
