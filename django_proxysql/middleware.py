@@ -72,10 +72,4 @@ class RetryingRequestMiddleware(MiddlewareMixin):
         if seconds is None:
             return None
         time.sleep(seconds)
-
-        def once() -> Any:
-            kept.restore()
-            with call:
-                return view(request, *args, **kwargs)
-
-        return call.repeat(once)
+        return call.repeat(lambda: view(request, *args, **kwargs), kept.restore)

@@ -305,15 +305,9 @@ def _retrying(view: _V, rules: Rules) -> _V:
     @functools.wraps(view)
     def run(request: Any, *args: Any, **kwargs: Any) -> Any:
         call = _call(rules, view, made)
-        kept = Kept(request)
-
-        def once() -> Any:
-            if call.runs:
-                kept.restore()
-            with call:
-                return _is_answer(view, view(request, *args, **kwargs))
-
-        return call.repeat(once)
+        return call.repeat(
+            lambda: _is_answer(view, view(request, *args, **kwargs)), Kept(request).restore
+        )
 
     @functools.wraps(view)
     async def run_async(request: Any, *args: Any, **kwargs: Any) -> Any:

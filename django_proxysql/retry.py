@@ -154,11 +154,17 @@ class Call:
         self._begun = begun
         self.runs += any(one is not NO_TRANSACTION for one in begun)
 
-    def repeat(self, once: Callable[[], _T]) -> _T:
-        """Run ``once`` until it ends well, or its error is to be raised; return what it does."""
+    def repeat(self, run: Callable[[], _T], again: Callable[[], object] = lambda: None) -> _T:
+        """Run ``run`` in the blocks until it ends well, or its error is to be raised.
+
+        :param again: called before each run but the first.
+        """
         while True:
             try:
-                return once()
+                if self.runs or self._begun:
+                    again()
+                with self:
+                    return run()
             except Error as exc:
                 seconds = self.seconds_to_wait(exc)
                 if seconds is None:
@@ -305,13 +311,7 @@ def _retrying(function: _F, using: str | None, rules: Rules) -> _F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        call = Call(rules, function, aliases)
-
-        def once() -> Any:
-            with call:
-                return function(*args, **kwargs)
-
-        return call.repeat(once)
+        return Call(rules, function, aliases).repeat(lambda: function(*args, **kwargs))
 
     return run  # type: ignore[return-value]
 

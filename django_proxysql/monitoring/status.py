@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from django.core.exceptions import ImproperlyConfigured
@@ -18,10 +19,10 @@ from ..core.circuit import CLOSED, HALF_OPEN, OPEN
 from ..core.events import CommitResolved
 from ..core.logs import due_in
 from ..core.reports import REPORTS
-from ..core.sharing import Fleet, Moment
+from ..core.sharing import Fleet
 from ..registry import balancers
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
-from .timeline import Span, Timeline, draw, spans
+from .timeline import Timeline, draw, spans
 
 #: How much of the fleet's history Redis keeps (:class:`~django_proxysql.core.sharing.Fleet`).
 MOST_MOMENTS = 500
@@ -208,7 +209,8 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
     """
     seen.look_at(balancer)
     states = balancer.snapshot()
-    fleet = _fleet(balancer)
+    # What all processes know together; None where they share nothing, or Redis is silent.
+    fleet = balancer.sharing.fleet() if balancer.sharing else None
     held = {state.name: state.connections for state in states}
     if fleet is not None:
         held.update(fleet.connections)
@@ -242,7 +244,10 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
                 weight=f"{state.weight:g}",
                 priority=str(state.priority),
                 can_retry=state.state != CLOSED and not state.drained,
-                story=_story(its_spans, now - SPAN),
+                story=[
+                    (None if span.start <= now - SPAN else _local(span.start), span.state)
+                    for span in reversed(its_spans)
+                ],
             )
         )
         rows.append(
@@ -281,11 +286,6 @@ def _recent(balancer: LoadBalancer, seen: History) -> list[str]:
     return said
 
 
-def _fleet(balancer: LoadBalancer) -> Fleet | None:
-    """Ask what all processes know together; None where they share nothing, or Redis is silent."""
-    return None if balancer.sharing is None else balancer.sharing.fleet()
-
-
 def fleet_changes(fleet: Fleet, peer: str) -> list[tuple[float, str]]:
     """Return when a peer came into which state, as all processes found it, oldest first.
 
@@ -295,30 +295,20 @@ def fleet_changes(fleet: Fleet, peer: str) -> list[tuple[float, str]]:
     :param peer: its name.
     :returns: moments on Redis's clock, and states.
     """
-    moments = [moment for moment in fleet.timeline if moment.peer == peer]
-    circuit = _before(moments, {OPEN: CLOSED, CLOSED: OPEN}, OPEN if peer in fleet.out else CLOSED)
-    drained = _before(
-        moments, {DRAINED: "", "undrained": DRAINED}, DRAINED if peer in fleet.drained else ""
-    )
     # Where the record is full, what was before it is not known.
     full = len(fleet.timeline) >= MOST_MOMENTS
     start = fleet.timeline[0].when if full else 0.0
-    changes = [(start, drained or circuit)]
-    for moment in moments:
-        if moment.state in (OPEN, CLOSED):
-            circuit = moment.state
-        else:
-            drained = DRAINED if moment.state == DRAINED else ""
-        if changes[-1][1] != (drained or circuit):
-            changes.append((moment.when, drained or circuit))
-    return changes
-
-
-def _before(moments: Sequence[Moment], opposites: Mapping[str, str], otherwise: str) -> str:
-    for moment in moments:
-        if moment.state in opposites:
-            return opposites[moment.state]
-    return otherwise
+    so = {DRAINED: peer in fleet.drained, OPEN: peer in fleet.out}
+    # Backwards from now.
+    changes = []
+    for moment in reversed(fleet.timeline):
+        if moment.peer == peer:
+            track = OPEN if moment.state in (OPEN, CLOSED) else DRAINED
+            so[track] = moment.state == track
+            changes.append((moment.when, next(filter(so.get, so), CLOSED)))
+            so[track] = not so[track]
+    changes.append((start, next(filter(so.get, so), CLOSED)))
+    return _without_repeats(reversed(changes))
 
 
 def laid_over(
@@ -345,17 +335,23 @@ def laid_over(
     begin = changes[0][0]
     edges = [edge for span in every for edge in span[:2] if edge < now]
     moments = {begin, *(max(begin, edge) for edge in edges)}
-    found: list[tuple[float, str]] = []
-    for moment in sorted(moments):
-        states = [state for start, end, state in every if start <= moment < end]
-        state = min(states, key=_WORST_FIRST.index, default=CLOSED)
-        if not found or found[-1][1] != state:
-            found.append((moment, state))
+
+    def states_at(moment: float) -> list[str]:
+        return [state for start, end, state in every if start <= moment < end]
+
+    found = _without_repeats(
+        (moment, min(states_at(moment), key=_WORST_FIRST.index, default=CLOSED))
+        for moment in sorted(moments)
+    )
     last = own[-1][1]
     if found[-1][1] != last and (found[-1][1], last) != (OPEN, HALF_OPEN):
         # The others do not know it yet.
         found.append((max(found[-1][0], own[-1][0]), last))
     return found
+
+
+def _without_repeats(changes: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    return [next(equal) for _, equal in groupby(changes, key=lambda change: change[1])]
 
 
 def _out(changes: Sequence[tuple[float, str]], now: float) -> list[tuple[float, float, str]]:
@@ -396,13 +392,6 @@ def _meaning(state: PeerState) -> str:
     if state.state == OPEN and state.trial_in is not None:
         return f"{meaning}, next trial due {due_in(state.trial_in)}"
     return meaning
-
-
-def _story(its_spans: Sequence[Span], start: float) -> list[tuple[datetime | None, str]]:
-    return [
-        (None if span.start <= start else _local(span.start), span.state)
-        for span in reversed(its_spans)
-    ]
 
 
 def _local(moment: float) -> datetime:

@@ -104,7 +104,7 @@ def operate(request: HttpRequest) -> HttpResponse:
     else:
         return _say(request, 400, "No such action", "It is drain, undrain or retry.")
     _note(request, balancer, name, action, said)
-    return _back(request)
+    return HttpResponseRedirect(_url(request, "status"))
 
 
 def _try(balancer: LoadBalancer, peer: Peer) -> str:
@@ -307,10 +307,6 @@ def _has_admin() -> bool:
     except NoReverseMatch:
         return False
     return True
-
-
-def _back(request: HttpRequest) -> HttpResponse:
-    return HttpResponseRedirect(_url(request, "status"))
 
 
 def _url(request: HttpRequest, name: str) -> str:
