@@ -235,6 +235,7 @@ def assert_statements_wait_together(web: Web, holder: Any, waiting: Callable[[],
     with Client(web.port, "/lock", threads=6) as client:
         while waiting() != 6:
             assert not client.failures
+            time.sleep(0.02)
         holder.close()
         client.until(lambda answers: len(answers) > 20)
     assert client.failures == []
