@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from django.db import connections, reset_queries
+from django.db import OperationalError, connections, reset_queries
 from django.test import override_settings
 
 from django_proxysql import LoadBalancer, balancers
@@ -23,6 +23,7 @@ from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
 from tests.other_driver import run_all_of
+from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 
 IS_PYMYSQL = os.environ.get("TEST_DRIVER") == "pymysql"
@@ -201,6 +202,24 @@ def test_what_stands_before_the_driver_is_not_given_the_isolation_level(
         assert asked_by_the_driver(log, connection) is False
         monkeypatch.undo()
         assert asked_by_the_driver(log, connection) is True
+
+
+def test_a_failed_connect_leaves_no_isolation_level_unset(
+    mariadb: Node, log: Log, fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    """Code that calls get_new_connection() and init_connection_state() itself gets it set."""
+    proxy = fault_proxy(mariadb)
+    with engine([mysql_peer(proxy)], LAST_RESORT_INTERVAL=0) as connection:
+        asked_by_the_driver(log, connection)
+        proxy.refuse()
+        with pytest.raises(OperationalError):
+            connection.ensure_connection()
+        proxy.forward()
+        connection.connection = connection.get_new_connection(connection.get_connection_params())
+        connection.init_connection_state()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT @@tx_isolation, @@GLOBAL.tx_isolation")
+            assert cursor.fetchone() == ("READ-COMMITTED", "REPEATABLE-READ")
 
 
 @pytest.mark.parametrize("method", ["get_new_connection", "init_connection_state"])

@@ -157,6 +157,7 @@ class LoadBalancedMixin(_Base):
         finally:
             self._attempt = None
             self._peer_settings = None
+            self._level_set = None
         return self.connection
 
     def get_connection_params(self) -> dict[str, Any]:
@@ -282,7 +283,7 @@ class LoadBalancedMixin(_Base):
 
     def init_connection_state(self) -> None:
         """Set the session up, by the peer's OPTIONS."""
-        level, self._level_set = self._level_set, None
+        level = None if self._attempt is None else self._level_set
         if level is not None:
             self.isolation_level = None
         try:

@@ -297,5 +297,10 @@ def dialect_of(db: Any) -> str:
     if db.vendor != "mysql":
         return str(db.vendor)
     # Django has asked for it when it set the connection up.
-    data = vars(db).get("mysql_server_data") or {}
-    return "mariadb" if "mariadb" in str(data.get("version", "")).lower() else "mysql"
+    data = vars(db).get("mysql_server_data")
+    return _dialect(data.get("version")) if data else "mysql"
+
+
+@functools.cache
+def _dialect(version: object) -> str:
+    return "mariadb" if "mariadb" in str(version).lower() else "mysql"
