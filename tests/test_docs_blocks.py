@@ -421,7 +421,7 @@ def understood(words: list[str]) -> None:
         assert rest[:1] == ["-e"]
         assert rest[1] in known
     elif program == "pip":
-        extras = re.findall(r"\[(\w+)\]", " ".join(words))
+        extras = re.findall(r"django-proxysql\[(\w+)\]", " ".join(words))
         in_setup = (ROOT / "setup.py").read_text()
         assert [extra for extra in extras if f'"{extra}":' not in in_setup] == []
     else:
