@@ -140,7 +140,7 @@ def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
     why, situation = Why.LOST if session.dead else Why.LEAVING, situation_of(db, session)
     if not may_replace(why, situation, bool(kind & SCOPED)):
         if must_raise_loss(session.dead, situation):
-            raise_loss(db, session)
+            raise_loss(session)
         return
     if session.doubted:
         settle_doubt(db, session)
@@ -153,7 +153,7 @@ def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
         leave_if_out(db, session)
 
 
-def raise_loss(db: Any, session: Session) -> None:
+def raise_loss(session: Session) -> None:
     """Raise, once, that a connection is lost and what its session held with it.
 
     :raises OperationalError: always.
@@ -238,7 +238,13 @@ def replace(
                 state[name] = kept[name]
         if resume is not None:
             db._transaction = transaction
-            quietly(db, resume)
+            was_quiet = db._quiet
+            try:
+                # What is sent now means nothing to the session.
+                db._quiet = True
+                resume()
+            finally:
+                db._quiet = was_quiet
     except BaseException:
         new = db.connection
         if new is not None and new is not old:
@@ -320,13 +326,3 @@ def begin_anew(db: Any) -> None:
         db._plain("_savepoint")(sid)
     assert db._session is not None
     mark(db, db._session)
-
-
-def quietly(db: Any, work: Callable[..., Any], *args: Any) -> Any:
-    """Run statements of our own or of Django's, which mean nothing to the session."""
-    before = db._quiet
-    try:
-        db._quiet = True
-        return work(*args)
-    finally:
-        db._quiet = before

@@ -131,11 +131,11 @@ def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
             frame.begin()
         begun = True
         result = run()
-        is_well = ends(db, session, frame, answered=True)
+        is_well = ends(session, frame, answered=True)
         return result
     except Error as exc:
         refused = not session.dead and (not begun or refuses(exc.__cause__ or exc))
-        is_well = session.dead or ends(db, session, frame, answered=False)
+        is_well = session.dead or ends(session, frame, answered=False)
         if refused:
             raise Refused from exc
         raise
@@ -147,7 +147,7 @@ def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
             give_up(db)
 
 
-def ends(db: Any, session: Session, frame: ReadOnly, answered: bool) -> bool:
+def ends(session: Session, frame: ReadOnly, answered: bool) -> bool:
     """End a READ ONLY transaction; return whether that was answered, or the connection lost."""
     if not session.dead:
         try:

@@ -44,7 +44,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
         at_safe_point(db, session, kind, now)
     session = db._session
     if kind & session.lost_results:
-        raise_lost_results(db, session)
+        raise_lost_results(session)
     if cursor._session is not session:
         session = bind(db, cursor)
     if kind & STATE:
@@ -54,7 +54,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
     return session
 
 
-def raise_lost_results(db: Any, session: Session) -> None:
+def raise_lost_results(session: Session) -> None:
     raise OperationalError(
         f"{session.balancer.name}: what this statement asks for went with a connection "
         "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
@@ -179,7 +179,7 @@ def declare(
     if params:
         kind |= kind_of_params(db, session, params)
     if kind & session.lost_results:
-        raise_lost_results(db, session)
+        raise_lost_results(session)
     if kind & STATE:
         takes(db, session, sql, params)
     sends(session, started, sql, params)

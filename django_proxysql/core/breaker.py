@@ -188,13 +188,8 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         :raises pybreaker.CircuitBreakerError: the circuit is open, or another
             caller has the trial; the block is not entered.
         """
-        permit = self._enter(self.calling)
-        try:
+        with self._enter(self.calling):
             yield
-        except BaseException as exc:
-            permit.judge(exc)
-            raise
-        permit.succeeded()
 
     async def call_async(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Await ``func``'s result if the circuit allows the call; no lock is held meanwhile.
@@ -370,37 +365,26 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
 
 def _run_through(generator: Generator[Any, Any, Any], permit: Permit) -> Generator[Any, Any, Any]:
     """Yield from ``generator``; its end is the permit's."""
-    try:
-        result = yield from generator
-    except BaseException as exc:
-        permit.judge(exc)
-        raise
-    permit.succeeded()
-    return result
+    with permit:
+        return (yield from generator)
 
 
 async def _run_through_async(
     generator: AsyncGenerator[Any, Any], permit: Permit
 ) -> AsyncGenerator[Any, Any]:
     """Do for an asynchronous generator what ``yield from`` does for another."""
-    try:
-        try:
-            item = await generator.__anext__()
-            while True:
-                try:
-                    sent = yield item
-                except GeneratorExit:
-                    await generator.aclose()
-                    raise
-                except BaseException as exc:
-                    item = await generator.athrow(exc)
-                else:
-                    item = await generator.asend(sent)
-        except StopAsyncIteration:
-            permit.succeeded()
-    except BaseException as exc:
-        permit.judge(exc)
-        raise
+    with permit, contextlib.suppress(StopAsyncIteration):
+        item = await generator.__anext__()
+        while True:
+            try:
+                sent = yield item
+            except GeneratorExit:
+                await generator.aclose()
+                raise
+            except BaseException as exc:
+                item = await generator.athrow(exc)
+            else:
+                item = await generator.asend(sent)
 
 
 def _stored(

@@ -204,19 +204,19 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
         here = [
             (takes, name)
             for piece in pieces
-            for takes, name in _changes(piece, sql, params)
+            for takes, name in _changes(piece, params)
             if (takes or is_sure) and name not in found
         ]
         found.update(name for _takes, name in here)
         yield from here
     if _COMMENT.search(read[0]):
         # What looks like a comment may be none: in a value, or an operator of PostgreSQL's.
-        for takes, name in _changes(sql, sql, params):
+        for takes, name in _changes(sql, params):
             if takes and name not in found:
                 yield takes, name
 
 
-def _changes(piece: str, sql: str, params: Any) -> Iterator[tuple[bool, str]]:
+def _changes(piece: str, params: Any) -> Iterator[tuple[bool, str]]:
     text = piece.lstrip(" \t\r\n\f(")
     for name, takes, gives in _STATEMENTS:
         if takes.match(text):

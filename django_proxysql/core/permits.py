@@ -141,6 +141,16 @@ class Permit:
         else:
             self.failed(exc)
 
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(self, cls: object, exc: BaseException | None, traceback: object) -> None:
+        """End the permit as what the block raised demands."""
+        if exc is None:
+            self.succeeded()
+        else:
+            self.judge(exc)
+
     def _end(self) -> bool:
         if self._ended:
             return False
