@@ -19,7 +19,6 @@ from ..conf.merging import same
 from ..core import drivers, runtime
 from ..core.balancer import LoadBalancer
 from ..core.events import CircuitOpened, Event, PeerDrained
-from ..core.runtime import new_lock
 
 #: What, besides what a connection is made with, is set up in it once.
 _KEYS = (*CONNECTION_KEYS, "CONN_HEALTH_CHECKS", "CONN_MAX_AGE", "TIME_ZONE")
@@ -81,12 +80,11 @@ class Pool:
         self.asked_until = 0.0
 
 
-class Pools:
+class Pools(runtime.Guarded):
     """The pools of one balancer. Nothing is waited for under its lock."""
 
     def __init__(self) -> None:
-        # Re-entrant: a signal handler may ask the database while its thread is here.
-        self._lock = new_lock()
+        super().__init__()
         #: Never changed, but replaced by another, under the lock: so it can be looked through
         #: without the lock.
         self._pools: Mapping[str, tuple[Pool, ...]] = {}
@@ -163,7 +161,6 @@ def _close_all(pools: tuple[Pool, ...]) -> None:
 
 # By balancer. The values must not refer to their keys.
 _known: weakref.WeakKeyDictionary[LoadBalancer, Pools] = weakref.WeakKeyDictionary()
-_known_lock = new_lock()
 #: Pools of the process that we were forked from. Kept for ever: psycopg's own
 #: destructor would wait for locks that no thread releases.
 _of_parent: list[Any] = []
@@ -172,19 +169,15 @@ _of_parent: list[Any] = []
 def pools_of(balancer: LoadBalancer) -> Pools:
     pools = _known.get(balancer)
     if pools is None:
-        with _known_lock:
-            pools = _known.get(balancer)
-            if pools is None:
-                made = Pools()
-                # Before any thread has them and may be interrupted: each opening closes its pools.
-                balancer.add_listener(made.notify, connects=False)
-                pools = _known.setdefault(balancer, made)
+        made = Pools()
+        # Before any thread has them and may be interrupted: each opening closes its pools.
+        balancer.add_listener(made.notify, connects=False)
+        # Of two threads that come here at once, one's are kept. The other's stay empty.
+        pools = _known.setdefault(balancer, made)
     return pools
 
 
 def _after_fork_in_child() -> None:
-    global _known_lock
-    _known_lock = new_lock()
     for pools in list(_known.values()):
         for known in pools._pools.values():
             for one in known:
@@ -193,7 +186,6 @@ def _after_fork_in_child() -> None:
                 # close what comes back: what this process had out of it, and has
                 # been parted from (:mod:`.forked`).
                 one.pool._closed = True
-        pools._lock = new_lock()
         pools._pools = {}
 
 
