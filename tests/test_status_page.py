@@ -943,7 +943,7 @@ class TestFleet:
             assert re.search(
                 rf"peer0 127\.0\.0\.1:\d+ In use closed the start {NONE} 3 100% ", text
             )
-            assert "A drain holds in all of them." in text
+            assert "A drain holds in all processes." in text
             form = {"balancer": "shop", "peer": "peer1", "action": "drain"}
             (message,) = said(client.post(OPERATE, form))
             assert message == (
