@@ -74,9 +74,12 @@ THEIRS = {
         "git",
         "exec",
         "export",
+        "gunicorn",
         "mariadb",
         "promtool",
         "python3",
+        "uvicorn",
+        "uwsgi",
     ),
     # A virtual environment's, just made.
     *(".venv/bin/pip", ".venv/bin/python"),
