@@ -29,6 +29,7 @@ from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQLNode
 from tests.servers.processes import start_together
 from tests.servers.redis import RedisServer
+from tests.servers.runs import current_run
 
 if TYPE_CHECKING:
     from tests.site import Site
@@ -51,6 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(
         "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis-of-tests")
     )
+    if getattr(config.option, "numprocesses", None):
+        # What servers are copied from is made once for all processes.
+        current_run()
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
     django.setup()
 
@@ -98,7 +102,7 @@ def mariadb_pair_session(servers_session: ExitStack) -> tuple[Node, Node]:
         servers_session.callback(node.close)
     start_together(*pair)
     for node in pair:
-        node.set_up().load_time_zones()
+        node.set_up()
     return pair
 
 

@@ -59,7 +59,7 @@ def mariadb() -> Iterator[Databases]:
     """One MariaDB server of the run's own."""
     with contextlib.closing(Node("suite")) as node:
         node.start()
-        node.set_up().load_time_zones()
+        node.set_up()
         yield {
             alias: {
                 "ENGINE": MYSQL,

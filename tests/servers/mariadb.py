@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +20,7 @@ from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from .certificates import certificates_for
 from .ports import MissingProgram, ServerError, find_program
 from .processes import ServerProcess
-from .runs import current_run
+from .runs import template
 
 # All that an application's user needs, test databases included, and none of what would make it an
 # administrator: those get the one connection above max_connections, and write to read-only servers.
@@ -74,8 +73,8 @@ class MariaDBNode(ServerProcess):
         ]
 
     def prepare(self) -> None:
-        # Installing takes as long as starting; a copy of 26 MB takes next to no time.
-        shutil.copytree(_installed_datadir(), self.datadir)
+        # Installing takes longer than starting; a copy of 30 MB takes next to no time.
+        shutil.copytree(template("mariadb", _install), self.datadir)
         self.give(self.datadir)
 
     def ready(self) -> bool:
@@ -146,7 +145,7 @@ class MariaDBNode(ServerProcess):
             f"GRANT {grants} TO {account}"
         )
 
-    def load_time_zones(self) -> None:
+    def _load_time_zones(self) -> None:
         """Fill the time zone tables, without which Django's date functions fail. About 1 s."""
         program = find_program(
             "mariadb-tzinfo-to-sql", "mysql_tzinfo_to_sql", package="mariadb-server"
@@ -266,49 +265,44 @@ class Node(MariaDBNode):
                         raise
 
 
-_template_lock = threading.Lock()
-
-
-def _installed_datadir() -> Path:
-    """A data directory to copy, fresh from mariadb-install-db; made once a run."""
-    template = current_run().workspace.path / "mariadb-template"
-    with _template_lock:
-        if template.is_dir():
-            return template
-        find_program("mariadbd", "mysqld", package="mariadb-server")
-        installer = find_program("mariadb-install-db", "mysql_install_db", package="mariadb-server")
-        folder = current_run().workspace.folder("mariadb-template")
-        unfinished = folder / "data"
-        # Not ours: the server may run as a user who cannot write there.
-        temporary = folder / "tmp"
-        temporary.mkdir()
-        temporary.chmod(0o1777)
-        command = [
-            installer,
-            "--no-defaults",
-            f"--datadir={unfinished}",
-            "--auth-root-authentication-method=normal",
-            "--skip-test-db",
-            "--innodb-log-file-size=8M",
-            *(["--user=mysql"] if os.geteuid() == 0 else []),
-        ]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(temporary)},
-            start_new_session=True,
-        )
-        try:
-            output = process.communicate()[0].decode(errors="replace")
-        except BaseException:
-            # It is a script: the server that it runs would go on.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        if process.returncode:
-            raise ServerError(f"{installer} ended with exit code {process.returncode}\n{output}")
-        unfinished.rename(template)
-        return template
+def _install(folder: Path) -> None:
+    """Make a data directory, with the time zone tables filled."""
+    find_program("mariadbd", "mysqld", package="mariadb-server")
+    installer = find_program("mariadb-install-db", "mysql_install_db", package="mariadb-server")
+    # Not ours: the server may run as a user who cannot write there.
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    temporary.chmod(0o1777)
+    command = [
+        installer,
+        "--no-defaults",
+        f"--datadir={folder / 'data'}",
+        "--auth-root-authentication-method=normal",
+        "--skip-test-db",
+        "--innodb-log-file-size=8M",
+        *(["--user=mysql"] if os.geteuid() == 0 else []),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate()[0].decode(errors="replace")
+    except BaseException:
+        # It is a script: the server that it runs would go on.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
+        raise ServerError(f"{installer} ended with exit code {process.returncode}\n{output}")
+    node = MariaDBNode("mariadb-template")
+    node.datadir = folder / "data"
+    node.prepared = True
+    with node:
+        node._load_time_zones()
+        node.stop()

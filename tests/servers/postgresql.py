@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from .certificates import certificates_for
 from .ports import ServerError, find_program
 from .processes import ServerProcess
-from .runs import current_run
-
-_template_lock = threading.Lock()
+from .runs import template
 
 
 class PostgreSQLNode(ServerProcess):
@@ -70,7 +67,7 @@ class PostgreSQLNode(ServerProcess):
         return command + [part for setting in settings for part in ("-c", setting)]
 
     def prepare(self) -> None:
-        shutil.copytree(self._template(), self.datadir)
+        shutil.copytree(template("postgresql", self._install), self.datadir)
         self.give(self.datadir)
         self.datadir.chmod(0o700)  # PostgreSQL insists
 
@@ -128,28 +125,20 @@ class PostgreSQLNode(ServerProcess):
         if any(line and not line.startswith("#") for line in changed.read_text().splitlines()):
             self.sql("ALTER SYSTEM RESET ALL; SELECT pg_reload_conf()")
 
-    def _template(self) -> Path:
-        """A data directory to copy, fresh from initdb; made once a run."""
-        template = current_run().workspace.path / "postgresql-template"
-        with _template_lock:
-            if not template.is_dir():
-                unfinished = current_run().workspace.folder("postgresql-template")
-                self.give(unfinished)
-                command = [
-                    postgresql_program("initdb"),
-                    f"--pgdata={unfinished / 'data'}",
-                    *["--username=postgres", "--auth-local=trust", "--auth-host=scram-sha-256"],
-                    *["--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"],
-                ]
-                # initdb refuses to run as root.
-                who: dict[str, Any] = (
-                    {"user": self.run_as, "group": self.run_as, "extra_groups": []}
-                    if self.run_as
-                    else {}
-                )
-                self.run(command, cwd=unfinished, **who)
-                (unfinished / "data").rename(template)
-        return template
+    def _install(self, folder: Path) -> None:
+        """Make a data directory."""
+        self.give(folder)
+        command = [
+            postgresql_program("initdb"),
+            f"--pgdata={folder / 'data'}",
+            *["--username=postgres", "--auth-local=trust", "--auth-host=scram-sha-256"],
+            *["--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"],
+        ]
+        # initdb refuses to run as root.
+        who: dict[str, Any] = (
+            {"user": self.run_as, "group": self.run_as, "extra_groups": []} if self.run_as else {}
+        )
+        self.run(command, cwd=folder, **who)
 
 
 def postgresql_program(name: str) -> str:

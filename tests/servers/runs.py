@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import os
 import queue
 import shutil
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .processes import ServerProcess
 
 Job = Callable[[], None]
+
+#: The variable that tells the processes we start where our templates are: they have the same.
+TEMPLATES = "DJANGO_PROXYSQL_TEST_TEMPLATES"
 
 
 class Workspace:
@@ -84,6 +88,8 @@ class _Run:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.workspace = Workspace()
+        if not Path(os.environ.get(TEMPLATES, "")).is_absolute():
+            os.environ[TEMPLATES] = str(self.workspace.path)
         self.servers: list[ServerProcess] = []
         self._jobs: queue.SimpleQueue[tuple[Job, Future[None]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="server-spawner", daemon=True).start()
@@ -127,6 +133,24 @@ def current_run() -> _Run:
         if _run is None or _run.owner != os.getpid():
             _run = _Run()
         return _run
+
+
+def template(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a directory to copy; made once for this run and the runs that it starts.
+
+    :param make: fills the folder ``data`` in the folder that it is given.
+    """
+    current_run()
+    folder = Path(os.environ[TEMPLATES])
+    made = folder / f"{name}-template"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{name}-template-", dir=folder))
+            unfinished.chmod(0o755)
+            make(unfinished)
+            (unfinished / "data").rename(made)
+    return made
 
 
 def exit_on_sigterm() -> None:
