@@ -9,6 +9,7 @@ whose socket is shut down, for no driver bounds everything.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -131,7 +132,7 @@ class _Inquiry:
         self.found = Inspection(alias, peer.name, peer.address)
         #: A second descriptor of the connection's socket. Its number is ours,
         #: so that it cannot become another connection's behind our back.
-        self._socket: socket.socket | None = None
+        self._socket: int | None = None
         #: Guards what is found and the two that follow, and is held for no longer than it takes
         #: to set them.
         self._lock = new_lock()
@@ -219,21 +220,17 @@ class _Inquiry:
             balancer.ask(connection, self._peer)
         finally:
             self._no_longer_shut_down()
-            try:
+            # It has served its purpose.
+            with contextlib.suppress(Exception):
                 connection.close()
-            except Exception:  # noqa: S110 - it has served its purpose
-                pass
 
     def _can_be_shut_down(self, descriptor: int | None) -> None:
         if descriptor is None or descriptor < 0:
             return
-        blocking = os.get_blocking(descriptor)
         try:
-            duplicate = socket.socket(fileno=os.dup(descriptor))
+            duplicate = os.dup(descriptor)
         except OSError:
             return
-        # Python's default timeout would change the mode that both share.
-        os.set_blocking(descriptor, blocking)
         with self._lock:
             given_up = self._given_up
             if not given_up:
@@ -246,15 +243,13 @@ class _Inquiry:
         with self._lock:
             duplicate, self._socket = self._socket, None
         if duplicate is not None:
-            duplicate.close()
+            os.close(duplicate)
 
 
-def _shut_down(hanging: socket.socket) -> None:
-    try:
-        hanging.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-    hanging.close()
+def _shut_down(hanging: int) -> None:
+    # It may have ended by itself.
+    with contextlib.suppress(OSError), socket.socket(fileno=hanging) as other:
+        other.shutdown(socket.SHUT_RDWR)
 
 
 # What can be recognised

@@ -189,25 +189,20 @@ def _refusal(request: HttpRequest) -> HttpResponse | None:
             "error. The health endpoint answers without the database, too.",
         )
     user = getattr(request, "user", None)
+    title = "For staff only"
     if user is None:
-        return _say(
-            request,
-            403,
-            "Not for everybody",
+        title = "Not for everybody"
+        text = (
             "This page is for staff, and it is unknown who you are: the site has no "
-            "AuthenticationMiddleware.",
+            "AuthenticationMiddleware."
         )
-    if not user.is_authenticated:
-        login = _login_page()
-        if login:
-            return HttpResponseRedirect(f"{login}?{urlencode({'next': request.get_full_path()})}")
-        return _say(request, 403, "For staff only", "Log in first, with a staff account.")
-    return _say(
-        request,
-        403,
-        "For staff only",
-        f"You are logged in as {user.get_username()}, which is no staff account.",
-    )
+    elif user.is_authenticated:
+        text = f"You are logged in as {user.get_username()}, which is no staff account."
+    elif login := _login_page():
+        return HttpResponseRedirect(f"{login}?{urlencode({'next': request.get_full_path()})}")
+    else:
+        text = "Log in first, with a staff account."
+    return _say(request, 403, title, text)
 
 
 def _login_page() -> str:
