@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import unittest
 from collections.abc import Iterator
@@ -338,6 +339,63 @@ def test_conflict_at_commit(postgres: Any, fault_proxy: Any) -> None:
         work()
         assert len(runs) == 2
         assert sorted(here.written()) == ["mine", "other"]
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "CREATE TABLE IF NOT EXISTS split (a int)"])
+@pytest.mark.parametrize("how", ["loss", "conflict"])
+def test_a_block_of_which_a_part_may_stand_is_not_run_again(
+    here: Site, how: str, statement: str
+) -> None:
+    """What came before MySQL's DDL, or a COMMIT by hand, would stand twice."""
+    splits = here.is_mysql or statement == "COMMIT"
+    runs: list[int] = []
+
+    @retrying_atomic(here.connection.alias)
+    def work() -> None:
+        runs.append(1)
+        here.write(f"run {len(runs)}")
+        here.sql(statement)
+        here.write(f"run {len(runs)}, again")
+        if len(runs) > 1:
+            return
+        if how == "loss":
+            here.kill()
+            here.read()
+        elif here.is_mysql:
+            here.sql("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213")
+        else:
+            here.sql("SELECT conflicts()")
+
+    with here.plain.cursor() as cursor:
+        if not here.is_mysql:
+            cursor.execute(
+                "CREATE OR REPLACE FUNCTION conflicts() RETURNS int LANGUAGE plpgsql"
+                " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
+            )
+        with pytest.raises(OperationalError) if splits else contextlib.nullcontext():
+            work()
+        here.connection.close()
+        cursor.execute("DROP TABLE IF EXISTS split")
+        if not here.is_mysql:
+            cursor.execute("DROP FUNCTION conflicts")
+    assert here.written() == (["run 1"] if splits else ["run 2", "run 2, again"])
+
+
+def test_a_block_with_a_temporary_table_is_run_again(on_mariadb: Site) -> None:
+    """MySQL commits nothing there."""
+    here, runs = on_mariadb, []
+
+    @retrying_atomic(here.connection.alias)
+    def work() -> None:
+        runs.append(1)
+        here.write(f"run {len(runs)}")
+        here.sql("CREATE TEMPORARY TABLE passing (a int)")
+        if len(runs) == 1:
+            here.kill()
+        here.sql("DROP TEMPORARY TABLE passing")
+
+    work()
+    assert here.written() == ["run 2"]
 
 
 def test_other_errors(here: Site) -> None:

@@ -80,6 +80,14 @@ def test_a_commit_that_was_sent_and_not_refused_may_stand(stage: Stage) -> None:
     )
 
 
+def test_a_transaction_that_was_split_may_stand_in_part() -> None:
+    transaction = Transaction(by_hand=False)
+    assert not transaction.may_stand
+    transaction.is_whole = False
+    transaction.commit_not_done()
+    assert transaction.may_stand
+
+
 def test_a_rollback_does_not_make_an_unknown_commit_known() -> None:
     transaction = Transaction(by_hand=False)
     for transition in ("statement_sent", "commit_sent", "outcome_unknown", "rolled_back"):

@@ -284,8 +284,8 @@ class Transaction:
 
     @property
     def may_stand(self) -> bool:
-        """Whether COMMIT was sent, and not answered with a refusal."""
-        return self.stage in _MAY_STAND
+        """Whether COMMIT was sent, and not answered with a refusal, or a part may stand alone."""
+        return self.stage in _MAY_STAND or not self.is_whole
 
 
 #: What is in a record's place while there is no transaction. It never changes.

@@ -87,6 +87,7 @@ _ENDS_POSTGRESQL = frozenset(
     {"", "BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "PREPARE", "CALL", "EXECUTE"}
 )
 _KEEPS_MYSQL = frozenset({"SET", "USE", "DO", "SAVEPOINT", "RELEASE"})
+_TEMPORARY = re.compile(r"\s*(?:CREATE|DROP)\s+TEMPORARY\s+TABLE\b", re.IGNORECASE)
 _SET_THAT_ENDS = re.compile(r"\b(?:autocommit|password|statement)\b", re.IGNORECASE)
 
 
@@ -113,7 +114,7 @@ def _may_end(text: str, vendor: str) -> bool:
         return head in _ENDS_POSTGRESQL
     if head in _KEEPS_MYSQL:
         return head == "SET" and _SET_THAT_ENDS.search(text) is not None
-    return head not in KEEPS_HEADS
+    return head not in KEEPS_HEADS and not _TEMPORARY.match(text)
 
 
 _TIME = re.compile(
