@@ -85,34 +85,17 @@ class Metrics:
         if directory is not None and not os.path.isdir(directory):
             raise NotADirectoryError(f"PROMETHEUS_MULTIPROC_DIR={directory!r} is no directory")
         self._sources = sources
-        of_peer = ("alias", "peer")
         #: What the table's metrics are here, by their names there.
         self._counted = {
             count.metric.name: _made(row.event, count)
             for row in REPORTS.values()
             for count in row.counts
         }
-        self._connections = Gauge(
-            "django_proxysql_connections",
-            "Open connections.",
-            of_peer,
-            registry=None,
-            multiprocess_mode="livesum",
+        self._connections = _gauge("connections", "Open connections.")
+        self._circuits = _gauge(
+            "circuit_state", "How many processes have the peer's circuit in this state.", "state"
         )
-        self._circuits = Gauge(
-            "django_proxysql_circuit_state",
-            "How many processes have the peer's circuit in this state.",
-            (*of_peer, "state"),
-            registry=None,
-            multiprocess_mode="livesum",
-        )
-        self._drains = Gauge(
-            "django_proxysql_peer_drained",
-            "How many processes have the peer drained.",
-            of_peer,
-            registry=None,
-            multiprocess_mode="livesum",
-        )
+        self._drains = _gauge("peer_drained", "How many processes have the peer drained.")
         self._metrics: tuple[Any, ...] = (
             *self._counted.values(),
             self._connections,
@@ -324,6 +307,13 @@ def _made(event: type, count: Count) -> Any:
     if metric.is_duration:
         return Histogram(name, metric.about, labels, buckets=BUCKETS, registry=None)
     return Counter(f"{name}_total", metric.about, labels, registry=None)
+
+
+def _gauge(name: str, about: str, *labels: str) -> Any:
+    """Return a gauge of each peer, summed over the processes that are alive."""
+    labels = ("alias", "peer", *labels)
+    name = f"django_proxysql_{name}"
+    return Gauge(name, about, labels, registry=None, multiprocess_mode="livesum")
 
 
 def _multiprocess_directory() -> str | None:
