@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -20,10 +21,11 @@ from django_proxysql.core.comparison import Facts, Source, mysql_facts, warnings
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.inspection import inspect
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
+from tests.fakes import until
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
-from tests.servers.postgresql import PostgreSQLNode
+from tests.servers.postgresql import PostgreSQLNode, postgresql_program
 from tests.servers.processes import start_together
 
 REPLICATES = (Source("10.0.0.1:3306", True, 0.0),)
@@ -246,6 +248,29 @@ def test_a_replica_that_has_stopped_is_a_warning(replicas: tuple[Node, Node]) ->
         replicas[1].sql("START SLAVE")
 
 
+@pytest.mark.server
+def test_a_replica_that_lags_is_a_warning(replicas: tuple[Node, Node]) -> None:
+    """It waits for a lock with a write that the other server has made an hour ago."""
+    source, replica = replicas
+    peers = [mysql_peer(source), mysql_peer(replica, PRIORITY=1)]
+    source.sql("CREATE TABLE slow (x int)", database=DATABASE)
+    until(lambda: replica.sql("SHOW TABLES LIKE 'slow'", database=DATABASE))
+    admin = {"host": replica.host, "port": replica.port, "user": ADMIN, "password": ADMIN_PASSWORD}
+    with closing(MySQLdb.connect(**admin, database=DATABASE)) as holder:
+        holder.cursor().execute("LOCK TABLES slow WRITE")
+        # A statement's event would have the time of its end.
+        source.sql(
+            "SET binlog_format = ROW, timestamp = UNIX_TIMESTAMP() - 3600;"
+            "INSERT INTO slow VALUES (1)",
+            database=DATABASE,
+        )
+        until(lambda: "Waiting for table metadata lock" in replica.sql("SHOW PROCESSLIST"))
+        printed = looks_of(*peers, status=1, SYNCHRONOUS_PEERS=False)
+    until(lambda: replica.sql("SELECT x FROM slow", database=DATABASE))
+    source.sql("DROP TABLE slow", database=DATABASE)
+    assert re.search(rf"default: peer1 is 36\d\d s behind 127.0.0.1:{source.port}\.", printed)
+
+
 def test_a_user_without_the_right_to_see_replication_is_not_warned(
     mariadb_pair: tuple[Node, Node],
 ) -> None:
@@ -263,6 +288,31 @@ def test_settings_that_differ_are_a_warning_on_mariadb(mariadb_pair: tuple[Node,
     mariadb_pair[1].set_global("sql_mode", "ANSI")
     printed = looks_of(*(mysql_peer(node) for node in mariadb_pair), status=1)
     assert "default: The peers differ in their sql_mode: peer0: " in printed
+
+
+def test_versions_characters_and_zones_that_differ_are_a_warning(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    other = mariadb_pair[1]
+    other.options += ["--version=11.8.2-MariaDB", "--default-time-zone=+05:00"]
+    other.restart()
+    other.sql(f"ALTER DATABASE {DATABASE} CHARACTER SET latin1")
+    try:
+        printed = looks_of(*map(mysql_peer, mariadb_pair), status=1)
+    finally:
+        other.sql(f"ALTER DATABASE {DATABASE} CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci")
+    assert re.search(
+        r"differ in their version: peer0: MariaDB 1.*; peer1: MariaDB 11\.8\.", printed
+    )
+    assert re.search(r"differ in their character set: peer0: utf8mb4,.*; peer1: latin1,", printed)
+    assert re.search(r"differ in their time zone .*: peer0: [-:\d]+; peer1: 05:00:00\.", printed)
+
+
+def test_clocks_apart_are_a_warning(mariadb_pair: tuple[Node, Node]) -> None:
+    """The servers have this machine's clock; each new connection to one tells another time."""
+    mariadb_pair[1].set_global("init_connect", "SET timestamp = UNIX_TIMESTAMP() + 3600")
+    printed = looks_of(*map(mysql_peer, mariadb_pair), status=1)
+    assert re.search(r"default: The clock of peer1 is 3\d{3}\.\d s ahead of that of peer0", printed)
 
 
 def test_cursors_that_give_dicts_are_asked_as_well(mariadb_pair: tuple[Node, Node]) -> None:
@@ -308,6 +358,42 @@ def test_a_postgresql_server_says_which_database_it_is(
     assert one.sources == ()
     assert abs(one.clock or 0) < 60
     assert one.settings["character set"].startswith("UTF8")
+
+
+class StandBy(PostgreSQLNode):
+    """Replicates from another server, as PostgreSQL's own tool sets it up."""
+
+    def __init__(self, primary: PostgreSQLNode) -> None:
+        super().__init__("stand-by")
+        self.primary = primary
+
+    def prepare(self) -> None:
+        primary = self.primary
+        where = f"host={primary.host} port={primary.port} user={ADMIN} password={ADMIN_PASSWORD}"
+        how = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+        tool = postgresql_program("pg_basebackup")
+        self.run([tool, *how, f"--dbname={where}", f"--pgdata={self.datadir}"])
+        self.give(self.datadir)
+
+
+@pytest.mark.server
+def test_a_stand_by_of_postgresql_is_a_replica_that_may_lag_or_stop(
+    postgres: PostgreSQLNode,
+) -> None:
+    with StandBy(postgres) as standby:
+        peers = [postgres_peer(postgres), postgres_peer(standby, PRIORITY=1)]
+        looks = partial(looks_of, *peers, PEER_ENGINE=POSTGRESQL)
+        until(lambda: standby.sql("SELECT pid FROM pg_stat_wal_receiver"))
+        printed = looks(status=1)
+        assert "default: peer1 is a replica that may lag. Set SYNCHRONOUS_PEERS: False" in printed
+        assert "standby" in printed
+
+        assert looks(SYNCHRONOUS_PEERS=False).startswith("OK: default: all well\n")
+
+        standby.set_global("primary_conninfo = ''")
+        until(lambda: not standby.sql("SELECT pid FROM pg_stat_wal_receiver"))
+        printed = looks(status=1, SYNCHRONOUS_PEERS=False)
+        assert "default: peer1 no longer replicates from its primary" in printed
 
 
 def test_a_subscriber_of_a_logical_replication_is_a_replica(postgres: PostgreSQLNode) -> None:
