@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from django.db import OperationalError, connections, reset_queries
+from django.db import DatabaseError, OperationalError, connections, reset_queries
 from django.test import override_settings
 
 from django_proxysql import LoadBalancer, balancers
@@ -198,8 +199,10 @@ def test_what_stands_before_the_driver_is_not_given_the_isolation_level(
     theirs = base.Database.connect
     with engine([mysql_peer(mariadb)]) as connection:
         asked_by_the_driver(log, connection)
-        monkeypatch.setattr(base.Database, "connect", lambda **options: theirs(**options))
-        assert asked_by_the_driver(log, connection) is False
+        for decorate in (lambda function: function, functools.wraps(theirs)):
+            instead = decorate(lambda **options: theirs(**options))
+            monkeypatch.setattr(base.Database, "connect", instead)
+            assert asked_by_the_driver(log, connection) is False
         monkeypatch.undo()
         assert asked_by_the_driver(log, connection) is True
 
@@ -222,20 +225,172 @@ def test_a_failed_connect_leaves_no_isolation_level_unset(
             assert cursor.fetchone() == ("READ-COMMITTED", "REPEATABLE-READ")
 
 
-@pytest.mark.parametrize("method", ["get_new_connection", "init_connection_state"])
-def test_an_engine_that_connects_in_its_own_way_asks_for_the_isolation_level_itself(
-    mariadb: Node, log: Log, engine_of_another: Callable[[type], str], method: str
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_an_error_of_the_isolation_level_is_one_by_django_and_by_the_driver(
+    mariadb: Node,
+    fault_proxy: Callable[..., FaultProxy],
+    monkeypatch: pytest.MonkeyPatch,
+    is_cut: bool,
+) -> None:
+    """Django asks first; then the wrapper knows the server, and the driver asks."""
+    from django.db.backends.mysql.base import DatabaseWrapper
+
+    proxy, level = fault_proxy(mariadb), "read committed"
+    if not is_cut:
+        level = "strict"
+        monkeypatch.setattr(DatabaseWrapper, "isolation_levels", {level})
+    options = {"isolation_level": level}
+    said: list[Any] = []
+    with engine([mysql_peer(proxy)], OPTIONS=options, LAST_RESORT_INTERVAL=0) as connection:
+        peer = balancers["balanced"].peers["peer0"]
+        for _ in range(3):
+            if is_cut:
+                proxy.cut_after(LEVEL.encode())
+            peer.breaker.close()
+            with pytest.raises(DatabaseError) as raised:
+                connection.ensure_connection()
+            assert connection.connection is None
+            circuit = peer.breaker.circuit
+            said.append((type(raised.value), raised.value.args))
+            said.append((circuit.state, circuit.fault, circuit.error, circuit.failures))
+    assert said[0:2] == said[2:4] == said[4:6]
+
+
+def test_a_trial_has_the_isolation_level_set_once(
+    mariadb: Node, fault_proxy: Callable[..., FaultProxy]
+) -> None:
+    """A throw-away connection has no use for it."""
+    proxy = fault_proxy(mariadb)
+    with engine([mysql_peer(proxy)], LAST_RESORT_INTERVAL=0) as connection:
+        session_of("balanced")
+        balancers["balanced"].peers["peer0"].breaker.open()
+        before = proxy.accepted
+        proxy.packets.clear()
+        connection.ensure_connection()
+        assert proxy.accepted - before == 2
+        assert sum(LEVEL.encode() in packet for packet in proxy.packets) == 1
+
+
+SERIALIZABLE = f"{LEVEL}SERIALIZABLE"
+
+
+class AddsCommand:
+    def get_connection_params(self) -> Any:
+        return {**super().get_connection_params(), "init_command": SERIALIZABLE}  # type: ignore[misc]
+
+
+class SetsAfterOpening:
+    def get_new_connection(self, conn_params: Any) -> Any:
+        connection = super().get_new_connection(conn_params)  # type: ignore[misc]
+        connection.cursor().execute(SERIALIZABLE)
+        return connection
+
+
+class OpensByItself:
+    def get_new_connection(self, conn_params: Any) -> Any:
+        from django.db.backends.mysql import base
+
+        theirs = {"conv", "charset", "user", "database", "password", "host", "port", "client_flag"}
+        return base.Database.connect(**{key: conn_params[key] for key in theirs})
+
+
+class SetsWithAutocommit:
+    def _set_autocommit(self, autocommit: bool) -> None:
+        super()._set_autocommit(autocommit)  # type: ignore[misc]
+        self.connection.cursor().execute(SERIALIZABLE)  # type: ignore[attr-defined]
+
+
+class SetsBefore:
+    def init_connection_state(self) -> None:
+        self.connection.cursor().execute(SERIALIZABLE)  # type: ignore[attr-defined]
+        super().init_connection_state()  # type: ignore[misc]
+
+
+class SetsAfter:
+    def init_connection_state(self) -> None:
+        super().init_connection_state()  # type: ignore[misc]
+        self.connection.cursor().execute(SERIALIZABLE)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("place", ["ENGINE", "PEER_ENGINE"])
+@pytest.mark.parametrize(
+    "mixin",
+    [AddsCommand, SetsAfterOpening, OpensByItself, SetsWithAutocommit, SetsBefore, SetsAfter],
+)
+def test_an_engine_of_another_ends_up_with_the_isolation_level_of_the_plain_engine(
+    mariadb: Node, engine_of_another: Callable[[type], str], mixin: type, place: str
+) -> None:
+    """Whether it lies over ours or under it."""
+    from django.db.backends.mysql import base
+
+    from django_proxysql.backends.proxysql.base import DatabaseWrapper as Ours
+
+    theirs = engine_of_another(type("DatabaseWrapper", (mixin, base.DatabaseWrapper), {}))
+    seen = []
+    with added({"plain": {**plain(mariadb), "ENGINE": theirs}}):
+        seen.append(session_of("plain"))
+    over: Any = Ours if place == "ENGINE" else base.DatabaseWrapper
+    name = engine_of_another(type("DatabaseWrapper", (mixin, over), {}))
+    with engine([mysql_peer(mariadb)], **{place: name}):
+        seen += [session_of("balanced") for _ in range(3)]
+    assert len(set(seen)) == 1
+
+
+def session_of(alias: str) -> tuple[Any, ...]:
+    """Return how a new session is set up."""
+    with connected(alias).cursor() as cursor:
+        cursor.execute(SESSION)
+        (found,) = cursor.fetchall()
+    connections[alias].close()
+    return tuple(found)
+
+
+@pytest.mark.parametrize("place", ["ENGINE", "PEER_ENGINE"])
+@pytest.mark.parametrize("method", ["cursor", "make_cursor", "create_cursor"])
+def test_an_engine_whose_cursors_are_its_own_sees_the_isolation_level(
+    mariadb: Node, engine_of_another: Callable[[type], str], method: str, place: str
 ) -> None:
     from django.db.backends.mysql import base
 
-    class DatabaseWrapper(base.DatabaseWrapper):
-        pass
+    from django_proxysql.backends.proxysql.base import DatabaseWrapper as Ours
 
-    plain_one = getattr(base.DatabaseWrapper, method)
-    setattr(DatabaseWrapper, method, lambda self, *args: plain_one(self, *args))
-    name = engine_of_another(DatabaseWrapper)
-    with engine([mysql_peer(mariadb)], PEER_ENGINE=name) as connection:
-        assert [asked_by_the_driver(log, connection) for _ in range(2)] == [False, False]
+    over: Any = Ours if place == "ENGINE" else base.DatabaseWrapper
+    made = type("DatabaseWrapper", (over,), {})
+    seen: list[str] = []
+
+    def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cursor = getattr(super(made, self), method)(*args, **kwargs)
+        execute = cursor.execute
+
+        def noted(sql: str, *args: Any) -> Any:
+            seen.append(sql)
+            return execute(sql, *args)
+
+        cursor.execute = noted
+        return cursor
+
+    setattr(made, method, theirs)
+    with engine([mysql_peer(mariadb)], **{place: engine_of_another(made)}) as connection:
+        for _ in range(3):
+            seen.clear()
+            connection.ensure_connection()
+            connection.close()
+            assert any(LEVEL in sql for sql in seen)
+
+
+def test_a_tracer_of_one_wrapper_sees_the_isolation_level(mariadb: Node) -> None:
+    """By a method that it puts on the wrapper, as Django Debug Toolbar does."""
+    with engine([mysql_peer(mariadb)]) as connection:
+        session_of("balanced")
+        plain_cursor, seen = connection.cursor, []
+
+        def traced(*args: Any) -> Any:
+            seen.append(args)
+            return plain_cursor(*args)
+
+        connection.cursor = traced
+        connection.ensure_connection()
+        assert seen
 
 
 @pytest.mark.parametrize("of_the_server", [0, 1])

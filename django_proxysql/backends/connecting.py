@@ -32,8 +32,14 @@ else:
 #: What Django's MySQL backend asks a server once for each wrapper, which is each thread: its
 #: version, sql_mode and the like. That of PostgreSQL asks nothing.
 _FACTS = "mysql_server_data"
-#: Where that backend is.
-_DJANGOS = "django.db.backends.mysql.base"
+#: Where that backend is, and what all of Django's have in common.
+_DJANGOS, _BASE = "django.db.backends.mysql.base", "django.db.backends.base.base"
+_OURS = "django_proxysql."
+#: What may set an isolation level between opening and Django's own, or see that set.
+_HOOKS = frozenset(
+    "get_new_connection set_autocommit _set_autocommit init_connection_state "
+    "cursor _cursor make_cursor make_debug_cursor create_cursor".split()
+)
 #: Seconds for which they are believed: SET GLOBAL may change them on a server that goes on.
 _FACTS_HOLD = 600
 
@@ -45,6 +51,8 @@ class LoadBalancedMixin(_Base):
     Database: Any
     #: What is known of that driver; set in the class made for the peer engine.
     _driver: drivers.Driver
+    #: Django's, of the engines that set one.
+    isolation_level: Any
 
     #: When connect() makes trials; see :meth:`LoadBalancer.connect`.
     _trials = "first"
@@ -58,8 +66,8 @@ class LoadBalancedMixin(_Base):
     _peer_settings: dict[str, Any] | None = None
     #: This wrapper's own settings, while the peer's are in their place.
     _own_settings: dict[str, Any] | None = None
-    #: The isolation level that the driver sets as it connects, so that Django need not.
-    _level_set: str | None = None
+    #: The new connection whose isolation level the driver has set, so that Django need not.
+    _with_level: Any = None
     #: The present connection's place in its peer's count.
     _counted: Checkout | None = None
 
@@ -155,9 +163,9 @@ class LoadBalancedMixin(_Base):
             self._discard()
             raise
         finally:
+            self._with_level = None
             self._attempt = None
             self._peer_settings = None
-            self._level_set = None
         return self.connection
 
     def get_connection_params(self) -> dict[str, Any]:
@@ -191,12 +199,10 @@ class LoadBalancedMixin(_Base):
             params.update(driver.keepalive_options(params, attempt.config.tcp_user_timeout))
         if attempt.config.commit_outcome is not None:
             params.update(driver.recording_options(params))
-        if self.connection is None:
-            self._level_set = self._have_level_set(params)
         return params
 
-    def _have_level_set(self, params: dict[str, Any]) -> str | None:
-        """Have the driver set Django's isolation level; return that level, if it does.
+    def _opening_options(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return what has the driver set Django's isolation level; {} where Django is to do it.
 
         The server gets the same statement. Django's cursor for it, a fifth of what the client does
         for a connect, is not made.
@@ -211,19 +217,18 @@ class LoadBalancedMixin(_Base):
             or known is None
             # Django sends both in one packet.
             or known.get("sql_auto_is_null", True)
-            or not _sets_level_only(self.__class__)  # type: ignore[arg-type]
+            or not _is_djangos(self.__class__)  # type: ignore[arg-type]
             # What logs or wraps statements sees this one, too.
             or self.execute_wrappers
             or self.queries_logged
+            or not self.__dict__.keys().isdisjoint(_HOOKS)
         ):
-            return None
-        options = self._driver.opening_options(
+            return {}
+        return self._driver.opening_options(
             sys.modules[_DJANGOS].Database.connect,
             params,
             f"SET SESSION TRANSACTION ISOLATION LEVEL {level.upper()}",
         )
-        params.update(options)
-        return level if options else None
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection; a trial sends a throw-away one ahead."""
@@ -240,10 +245,14 @@ class LoadBalancedMixin(_Base):
                 self.Database.connect,
                 conn_params,
             )
+        opening = self._opening_options(conn_params)
+        if opening:
+            conn_params = {**conn_params, **opening}
         if self._peer_settings is self.settings_dict:
             connection = super().get_new_connection(conn_params)
         else:
             connection = self._as_peer(super().get_new_connection, conn_params)
+        self._with_level = connection if opening else None
         if attempt is not None and _FACTS not in self.__dict__:
             self._recall_facts(attempt, connection)
         return connection
@@ -283,10 +292,10 @@ class LoadBalancedMixin(_Base):
 
     def init_connection_state(self) -> None:
         """Set the session up, by the peer's OPTIONS."""
-        level = None if self._attempt is None else self._level_set
-        if level is not None:
-            self.isolation_level = None
+        level = None
         try:
+            if self._with_level is not None and self._with_level is self.connection:
+                level, self.isolation_level = self.isolation_level, None
             if self._peer_settings is not self.settings_dict:
                 self._as_peer(super().init_connection_state)
                 return
@@ -311,6 +320,7 @@ class LoadBalancedMixin(_Base):
 
         It may strike before the first line of a ``finally``, too.
         """
+        self._with_level = None
         self._attempt = None
         self._peer_settings = None
         if self._own_settings is not None:
@@ -399,13 +409,12 @@ class LoadBalancedMixin(_Base):
 
 
 @functools.cache
-def _sets_level_only(cls: type) -> bool:
-    """Return whether Django's own MySQL backend connects, and sets the session up."""
-    mro = cls.__mro__
-    below = mro[mro.index(LoadBalancedMixin) + 1 :]
+def _is_djangos(cls: type) -> bool:
+    """Return whether, but for us, Django's own MySQL backend alone opens and sets up."""
+    theirs = [base for base in cls.__mro__ if not base.__module__.startswith(_OURS)]
     return all(
-        next((base.__module__ for base in below if name in vars(base)), "") == _DJANGOS
-        for name in ("get_new_connection", "init_connection_state")
+        next((base.__module__ for base in theirs if name in vars(base)), "") in (_DJANGOS, _BASE)
+        for name in _HOOKS
     )
 
 

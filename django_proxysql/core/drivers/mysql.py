@@ -214,7 +214,8 @@ class MySQL(Driver):
         """
         if (
             type(connect) is not types.FunctionType
-            or connect.__module__ != "MySQLdb"
+            # A decorated one has the driver's name in __module__.
+            or connect.__globals__["__name__"] != "MySQLdb"
             or not _OTHERS_FIRST.isdisjoint(params)
         ):
             return {}
