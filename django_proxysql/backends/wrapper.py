@@ -159,7 +159,6 @@ class SafePointsMixin(LoadBalancedMixin):
         """Django's translation of driver errors, with our hook on it."""
         return losses.ErrorHook(self)
 
-    _saw = losses.saw
     _is_end_of = losses.is_end_of
 
     def is_usable(self) -> bool:

@@ -453,15 +453,11 @@ class PeerGroup:
 
     def after_fork(self) -> None:
         """In the child: locks that no thread holds, and no connection of the parent's."""
-        # The circuits see to themselves.
+        # Circuits, listeners, budgets and the like renew their own.
         self._drains_lock = new_lock()
         self._changes.clear()
-        self.listeners.after_fork()
         for peer in self.peers.values():
             peer.forget_connections()
-        self.budget.after_fork()
-        self.losses.after_fork()
-        self.rebalance.after_fork()
         self.invalidate()
 
 
