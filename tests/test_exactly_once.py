@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import django
 import pytest
 from django.apps import apps
 from django.core.management import CommandError, call_command
-from django.db import DatabaseError, OperationalError, transaction
+from django.db import DatabaseError, OperationalError, connections, transaction
 from django.db.models.signals import pre_migrate
+from django.test import RequestFactory
 
-from django_proxysql import retrying_atomic
+from django_proxysql import retrying_atomic, retrying_request
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import _cleaner, delete_old, problems
 from django_proxysql.core import outcome
@@ -35,6 +37,8 @@ from tests.site import Site, site
 
 #: What is in the packet of COMMIT, and in no AUTOCOMMIT. psycopg2 sends the token ahead.
 COMMIT = b"COMMIT" if os.environ.get("TEST_DRIVER") == "psycopg2" else b"; COMMIT"
+#: Hooks of a kind that Django 4.2 brought.
+ROBUST = {"robust": True} if django.VERSION >= (4, 2) else {}
 
 
 def run(connection: Any, *statements: str) -> list[Any]:
@@ -76,11 +80,11 @@ def resolved(here: Site) -> list[str]:
     return [event.outcome for event in here.events if type(event) is CommitResolved]
 
 
-def block(here: Site, value: str) -> list[str]:
+def block(here: Site, value: str, **kind: bool) -> list[str]:
     """Write in a block; return what its hook saw, once for each time it ran."""
     ran: list[str] = []
     with transaction.atomic("balanced"):
-        transaction.on_commit(lambda: ran.append(value), using="balanced")
+        transaction.on_commit(lambda: ran.append(value), using="balanced", **kind)
         here.write(value)
     return ran
 
@@ -104,10 +108,13 @@ class TestVerdicts:
         assert block(here, "one") == ["one"]
         assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], [])
 
-    def test_committed_block_ends_well_and_runs_its_hooks_once(self, here: Site) -> None:
+    @pytest.mark.parametrize("kind", [{}, ROBUST], ids=["", "robust"])
+    def test_committed_block_ends_well_and_runs_its_hooks_once(
+        self, here: Site, kind: dict[str, bool]
+    ) -> None:
         here.read()
         cut_at_commit(here, "reply")
-        assert block(here, "one") == ["one"]
+        assert block(here, "one", **kind) == ["one"]
         assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], ["committed"])
         assert block(here, "two") == ["two"]
 
@@ -413,22 +420,61 @@ class TestFaults:
             block(here, "one")
         assert resolved(here) == ["unknown"]
 
+    @pytest.mark.parametrize("how", ["before", "reply"])
     def test_a_peer_that_takes_no_writes_is_asked_again(
-        self, mariadb: Any, fault_proxy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, how: str
     ) -> None:
         plain_ask, asked = outcomes._ask, []
 
         def ask(*arguments: Any) -> Any:
-            mariadb.sql(f"SET GLOBAL read_only = {int(len(asked) < 2)}")
-            asked.append(plain_ask(*arguments))
+            with no_writes(here) if len(asked) < 2 else contextlib.nullcontext():
+                asked.append(plain_ask(*arguments))
             return asked[-1]
 
         monkeypatch.setattr(outcomes, "_ask", ask)
-        with recording(mariadb, fault_proxy) as here:
-            here.read()
-            cut_at_commit(here, "reply")
+        here.read()
+        cut_at_commit(here, how)
+        if how == "reply":
             assert block(here, "one") == ["one"]
-        assert asked == [Answer.NONE, Answer.NONE, Answer.COMMIT_STANDS]
+        else:
+            with pytest.raises(OperationalError, match="was rolled back"):
+                block(here, "one")
+        told = Answer.COMMIT_STANDS if how == "reply" else Answer.INSERTED
+        assert asked == [Answer.NONE, Answer.NONE, told]
+
+    def test_a_server_that_takes_no_writes_any_more_commits_nothing(
+        self, mariadb: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        with recording(mariadb, fault_proxy) as here:
+            with (
+                contextlib.ExitStack() as stack,
+                pytest.raises(DatabaseError, match="read-only") as raised,
+                transaction.atomic("balanced"),
+            ):
+                here.write("one")
+                stack.enter_context(no_writes(here))
+            assert not isinstance(raised.value, CommitOutcomeUnknown)
+            assert (here.written(), tokens(here), resolved(here)) == ([], [], [])
+
+    def test_a_full_disk_at_the_token_commits_nothing_and_asks_no_peer(self, here: Site) -> None:
+        here.read()
+        with full_disk(here, fences=False), pytest.raises(DatabaseError, match=FULL) as raised:
+            block(here, "one")
+        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        assert (here.written(), tokens(here), resolved(here)) == ([], [], [])
+        assert block(here, "two") == ["two"]
+
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    def test_a_full_disk_at_the_fence_leaves_it_unknown(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        change_setting(here, monkeypatch, outcome_deadline=0.5)
+        here.read()
+        cut_at_commit(here, how)
+        with full_disk(here, fences=True), pytest.raises(CommitOutcomeUnknown):
+            block(here, "one")
+        assert resolved(here) == ["unknown"]
+        assert here.written() == (["one"] if how == "reply" else [])
 
     def test_where_peers_may_lag_only_the_transactions_own_is_asked(
         self, here: Site, monkeypatch: pytest.MonkeyPatch
@@ -495,17 +541,48 @@ class TestFaults:
             assert sum(said.endswith("; COMMIT") for said in ends) == (1 if refusal else 2)
             assert ends.count("COMMIT") == 2
 
-    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="of the proxies alone")
-    def test_a_full_disk_commits_nothing_and_asks_no_peer(self) -> None:
-        with ScriptedServer() as server, behind(server) as connection:
-            server.refusals[outcome.TABLE] = Refusal(1021, "Disk full")
-            with (
-                pytest.raises(OperationalError, match="Disk full") as raised,
-                transaction.atomic("balanced"),
-            ):
-                run(connection, "INSERT INTO a VALUES ('one')")
-            assert not isinstance(raised.value, CommitOutcomeUnknown)
-            assert server.connections == 1
+
+@contextlib.contextmanager
+def no_writes(here: Site) -> Iterator[None]:
+    """Have the server take no writes: PostgreSQL those of new sessions, MariaDB any."""
+    on, off = "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"
+    if not here.is_mysql:
+        setting = f"ALTER DATABASE {DATABASE} SET default_transaction_read_only ="
+        on, off = f"{setting} on", f"{setting} off"
+    here.server.sql(on)
+    try:
+        yield
+    finally:
+        here.server.sql(off)
+
+
+FULL = "No space left"
+
+
+@contextlib.contextmanager
+def full_disk(here: Site, fences: bool) -> Iterator[None]:
+    """Have the server answer as on a full disk where a fence, or a transaction, writes a token."""
+    fires = f"BEFORE INSERT ON {outcome.TABLE} FOR EACH ROW"
+    which = "NEW.fence" if fences else "NOT NEW.fence"
+    if here.is_mysql:
+        raises = f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1021, MESSAGE_TEXT = '{FULL}'"
+        trigger = f"BEGIN IF {which} THEN {raises}; END IF; END"
+        here.server.sql(f"CREATE TRIGGER full_disk {fires} {trigger}", DATABASE)
+    else:
+        raises = f"RAISE EXCEPTION '{FULL}' USING ERRCODE = 'disk_full'"
+        run(
+            here.plain,
+            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql"
+            f" AS $$ BEGIN {raises}; END $$",
+            f"CREATE TRIGGER full_disk {fires} WHEN ({which}) EXECUTE FUNCTION full_disk()",
+        )
+    try:
+        yield
+    finally:
+        if here.is_mysql:
+            here.server.sql("DROP TRIGGER full_disk", DATABASE)
+        else:
+            run(here.plain, "DROP FUNCTION full_disk CASCADE")
 
 
 @contextlib.contextmanager
@@ -660,14 +737,17 @@ def test_all_of_this_with(driver: str) -> None:
 class TestRunAgain:
     """retrying_atomic after a COMMIT whose answer is lost."""
 
+    @pytest.mark.parametrize("is_view", [False, True], ids=["block", "view"])
     @pytest.mark.parametrize("how", ["before", "within", "after", "reply"])
-    def test_a_block_stands_once_and_its_hooks_run_once(self, here: Site, how: str) -> None:
+    def test_a_block_stands_once_and_its_hooks_run_once(
+        self, here: Site, how: str, is_view: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         here.read()
+        monkeypatch.setitem(connections.databases["balanced"], "ATOMIC_REQUESTS", True)
         runs: list[int] = []
         hooks: list[int] = []
 
-        @retrying_atomic(here.connection.alias)
-        def work() -> None:
+        def work(*request: Any) -> None:
             runs.append(1)
             run = len(runs)
             transaction.on_commit(lambda: hooks.append(run), using="balanced")
@@ -675,7 +755,10 @@ class TestRunAgain:
 
         arguments = {"within": (20,), "reply": (0,)}.get(how, ())
         getattr(here.here, f"cut_{how}")(*arguments, matching=COMMIT)
-        work()
+        if is_view:
+            retrying_request(work)(RequestFactory().get("/"))
+        else:
+            retrying_atomic("balanced")(work)()
         stands = 1 if how in ("after", "reply") else 2
         assert runs == [1] * stands
         assert hooks == [stands]
