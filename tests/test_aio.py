@@ -301,7 +301,7 @@ async def cancelled_at(awaits: int, work: Any) -> bool:
 
 
 def test_thousand_cancelled_connects_leave_nothing() -> None:
-    """As tests.benchmarks.cancelled does with ten thousand."""
+    """``python -m tests.benchmarks.asynchronous 10000`` does so with ten thousand."""
     from tests.benchmarks.asynchronous import cancelled
 
     assert cancelled(1000) == (0, 0, 0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import (  # noqa: E4
     InMemorySpanExporter,
 )
 
-from django_proxysql.monitoring.opentelemetry import Telemetry  # noqa: E402
+from django_proxysql.monitoring.opentelemetry import (  # noqa: E402
+    _ATTRIBUTES,
+    _POOL,
+    Telemetry,
+    _attributes,
+)
 
 
 class Watched(World):
@@ -79,6 +85,53 @@ def events_of(spans: InMemorySpanExporter) -> list[tuple[str, dict[str, Any]]]:
     trace.get_current_span().end()
     (span,) = spans.get_finished_spans()
     return [(event.name, dict(event.attributes or {})) for event in span.events]
+
+
+def test_names_units_and_instruments_are_the_conventions() -> None:
+    """What begins with ``db.`` is as OpenTelemetry's own package makes it."""
+    theirs = pytest.importorskip("opentelemetry.semconv._incubating.metrics.db_metrics")
+
+    def made(reader: InMemoryMetricReader) -> dict[str, Any]:
+        data = reader.get_metrics_data()
+        assert data is not None
+        metrics = data.resource_metrics[0].scope_metrics[0].metrics
+        return {
+            metric.name: (
+                metric.unit,
+                type(metric.data),
+                getattr(metric.data, "is_monotonic", None),
+            )
+            for metric in metrics
+            if metric.name.startswith("db.")
+        }
+
+    world = Watched("db1")
+    connection = world.db.connect()
+    world.driver.down["db1"] = refused_by_host
+    with pytest.raises(NoPeerAvailable):
+        world.db.connect()
+    ours = made(world.reader)
+    del connection
+    assert len(ours) == 3
+
+    reader = InMemoryMetricReader()
+    meter = sdk.MeterProvider([reader]).get_meter("theirs")
+    for name in ours:
+        instrument = getattr(theirs, f"create_{name.replace('.', '_')}")(meter)
+        getattr(instrument, "record", getattr(instrument, "add", None))(1)
+    assert ours == made(reader)
+
+
+def test_each_attribute_that_is_not_ours_is_the_conventions() -> None:
+    known: set[object] = set()
+    for kind in ("db", "error", "exception", "server"):
+        module = pytest.importorskip(
+            f"opentelemetry.semconv._incubating.attributes.{kind}_attributes"
+        )
+        known.update(word for word in vars(module).values() if isinstance(word, str))
+    used = {_POOL, "db.client.connection.state", *_ATTRIBUTES.values()}
+    used.update(_attributes(SimpleNamespace(address="db1:3306"), ["address"]))  # type: ignore[arg-type]
+    assert used <= known
 
 
 def test_a_connect_is_timed_by_peer_and_the_connection_counted() -> None:
