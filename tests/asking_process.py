@@ -1,8 +1,8 @@
 """A process that sends one COMMIT and asks what became of it; its parent names where it waits.
 
-``python -m tests.asking_process '{"peers": …, "engine": …, "token": …, "moments": […]}'`` prints a
-moment's name when it comes there, and goes on once it has read a line. At its end it prints how
-the block ended, and how often the block's hook ran.
+``python -m tests.asking_process '{"peers": …, "engine": …, "token": …, …}'`` prints a moment's name
+when it comes there, and goes on once it has read a line. At its end it prints how the block ended,
+and how often the block's hook ran.
 """
 
 from __future__ import annotations
@@ -13,24 +13,40 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
-#: COMMIT is about to be sent; its answer was lost, and the fence is about to be written; the fence
-#: was written in a transaction that is not committed; the fence was answered.
-MOMENTS = COMMITTING, FENCING, WRITTEN, ANSWERED = "committing", "fencing", "written", "answered"
+#: The token is about to be sent; it was answered, and COMMIT is about to be sent in a packet of its
+#: own; COMMIT's answer was lost, and the fence is about to be written; the fence was written in a
+#: transaction that is not committed; the fence was answered.
+MOMENTS = ("committing", "between", "fencing", "written", "answered")
+COMMITTING, BETWEEN, FENCING, WRITTEN, ANSWERED = MOMENTS
 
 
 class AskingProcess:
-    """The process, for the one that started it."""
+    """The process, for the one that started it.
 
-    def __init__(self, peers: Sequence[Any], engine: str, token: bytes, *moments: str) -> None:
+    :param driver: "pymysql" or "psycopg2"; None: the one that Django takes by itself.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[Any],
+        engine: str,
+        token: bytes,
+        *moments: str,
+        driver: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         about = {"peers": peers, "engine": engine, "token": token.hex(), "moments": moments}
+        about["options"] = options or {}
+        environment = {**os.environ, **({"TEST_DRIVER": driver} if driver else {})}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(about)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
         )
 
     def __enter__(self) -> AskingProcess:
@@ -77,13 +93,15 @@ class AskingProcess:
 def main() -> None:
     about = json.loads(sys.argv[1])
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
+    if "TEST_DRIVER" in os.environ:
+        import tests.other_driver  # noqa: F401
     import django
 
     django.setup()
     from django.db import OperationalError, transaction
 
     from django_proxysql.backends import outcomes
-    from django_proxysql.core import outcome, ready
+    from django_proxysql.core import drivers, outcome, ready
     from django_proxysql.core.outcome import Answer
     from django_proxysql.errors import CommitOutcomeUnknown
     from tests.engine import engine
@@ -100,6 +118,14 @@ def main() -> None:
 
         return run
 
+    plain_commit = drivers.base.Driver.commit_after
+
+    def commit_after(driver: Any, connection: Any, statement: str, together: bool) -> None:
+        commit = before(BETWEEN, connection.commit)
+        stopping = SimpleNamespace(cursor=connection.cursor, commit=commit)
+        plain_commit(driver, stopping, statement, together)
+
+    drivers.base.Driver.commit_after = commit_after  # type: ignore[method-assign]
     outcome.insert = before(COMMITTING, outcome.insert)
     outcome.fence = before(FENCING, outcome.fence)
     plain_rows, plain_verdict = ready.rows, outcome.verdict
@@ -119,7 +145,12 @@ def main() -> None:
     outcomes._tokens.next = lambda: bytes.fromhex(about["token"])  # type: ignore[method-assign]
 
     hooks: list[str] = []
-    settings = {"PEER_ENGINE": about["engine"], "COMMIT_OUTCOME": "record", "OUTCOME_DEADLINE": 60}
+    settings = {
+        "PEER_ENGINE": about["engine"],
+        "OPTIONS": about["options"],
+        "COMMIT_OUTCOME": "record",
+        "OUTCOME_DEADLINE": 60,
+    }
     with engine(about["peers"], CONN_MAX_AGE=None, **settings) as connection:
         try:
             with transaction.atomic(connection.alias):

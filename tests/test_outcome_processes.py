@@ -14,7 +14,14 @@ from django.db import OperationalError
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import delete_old
 from django_proxysql.core.outcome import Outcome, Tokens
-from tests.asking_process import ANSWERED, COMMITTING, FENCING, WRITTEN, AskingProcess
+from tests.asking_process import (
+    ANSWERED,
+    BETWEEN,
+    COMMITTING,
+    FENCING,
+    WRITTEN,
+    AskingProcess,
+)
 from tests.engine import make_outcome_table, mysql_peer
 from tests.fakes import until
 from tests.servers.faultproxy import FaultProxy
@@ -32,9 +39,10 @@ class Scene(NamedTuple):
     other: FaultProxy
     token: bytes
 
-    def asking(self, *moments: str) -> AskingProcess:
+    def asking(self, *moments: str, **how: Any) -> AskingProcess:
         peers = [mysql_peer(self.way), mysql_peer(self.other, PRIORITY=1)]
-        return AskingProcess(peers, self.here.plain.settings_dict["ENGINE"], self.token, *moments)
+        peer_engine = self.here.plain.settings_dict["ENGINE"]
+        return AskingProcess(peers, peer_engine, self.token, *moments, **how)
 
     def sends_commit(self, process: AskingProcess) -> None:
         """Have the process send COMMIT; return when it has left."""
@@ -124,6 +132,38 @@ def test_two_that_fence_at_once_agree(scene: Scene) -> None:
         asking.join()
     assert found == [Outcome.ROLLED_BACK]
     assert scene.settled() == []
+
+
+class TestTwoPackets:
+    """The token goes ahead of COMMIT. Between them the transaction is open, and has its lock."""
+
+    def asking(self, scene: Scene) -> AskingProcess:
+        if scene.here.is_mysql:
+            return scene.asking(BETWEEN, options={"multi_statements": False})
+        pytest.importorskip("psycopg2")
+        return scene.asking(BETWEEN, driver="psycopg2")
+
+    def test_a_process_that_is_killed_between_them_has_committed_nothing(
+        self, scene: Scene
+    ) -> None:
+        with self.asking(scene) as process:
+            process.reaches(BETWEEN)
+            process.kill()
+        assert scene.asked_by_another() is Outcome.ROLLED_BACK
+        assert scene.settled() == []
+
+    def test_another_that_asks_between_them_waits_for_the_end(self, scene: Scene) -> None:
+        found: list[Outcome] = []
+        with self.asking(scene) as process:
+            process.reaches(BETWEEN)
+            asking = threading.Thread(target=lambda: found.append(scene.asked_by_another()))
+            asking.start()
+            until(lambda: waits_for_a_lock(scene.here))
+            process.goes_on()
+            assert process.line() == "well, 1"
+            asking.join()
+        assert found == [Outcome.COMMITTED]
+        assert scene.settled() == ["one"]
 
 
 def waits_for_a_lock(here: Site) -> bool:
