@@ -543,15 +543,62 @@ def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> No
     ]
 
 
+def answers_of(connection: Any) -> tuple[Any, ...]:
+    """Return how the session is set up, and what Django says of the server."""
+    with connection.cursor() as cursor:
+        cursor.execute(SESSION)
+        (session,) = cursor.fetchall()
+    facts = connection.mysql_server_data, frozenset(connection.sql_mode)
+    return (*session, *facts, connection.features.is_sql_auto_is_null_enabled)
+
+
+def test_a_wrapper_that_goes_to_another_peer_says_what_the_plain_engine_says_of_that(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    """One thread's, to peers that differ and back, whether they are known or not."""
+    mariadb_pair[1].set_global("sql_mode", "ANSI")
+    if not IS_PYMYSQL:
+        mariadb_pair[1].set_global("sql_auto_is_null", 1)
+    plain_ones = {f"plain{n}": plain(node) for n, node in enumerate(mariadb_pair)}
+    with added(plain_ones), engine([mysql_peer(node) for node in mariadb_pair]) as connection:
+        theirs = {f"peer{n}": answers_of(connected(f"plain{n}")) for n in range(2)}
+        assert theirs["peer0"] != theirs["peer1"]
+        for name in ("peer0", "peer1", "peer0", "peer1", "peer1"):
+            connection.close()
+            with balancers["balanced"].pinned(name):
+                connection.ensure_connection()
+                assert answers_of(connection) == theirs[name]
+
+
+def test_a_wrapper_that_goes_between_equal_peers_asks_each_once(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    logs = [Log(node) for node in mariadb_pair]
+    asked = []
+    with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
+        for n in (0, 1, 0, 1):
+            connection.close()
+            with balancers["balanced"].pinned(f"peer{n}"):
+                connection.ensure_connection()
+                asked.append(asks(logs[n].of(connection)))
+    assert asked == [True, True, False, False]
+
+
 def test_changed_options_are_not_taken_for_the_peers_own(mariadb: Node) -> None:
     """A wrapper whose settings were changed asks for itself, and shares nothing."""
-    with engine([mysql_peer(mariadb)]):
+    with engine([mysql_peer(mariadb)]) as connection:
         peer = balancers["balanced"].peers["peer0"]
-        other = connections["balanced"].copy("balanced")
-        other.settings_dict["OPTIONS"] = {"init_command": "SET sql_mode='ANSI'"}
-        other.ensure_connection()
-        other.close()
-        assert peer.server_facts is None
+        for is_known in (False, True):
+            if is_known:
+                connection.ensure_connection()
+            known = peer.server_facts
+            assert (known is not None) is is_known
+            other = connections["balanced"].copy("balanced")
+            other.settings_dict["OPTIONS"] = {"init_command": "SET sql_mode='ANSI'"}
+            other.ensure_connection()
+            assert "ANSI" in other.sql_mode
+            other.close()
+            assert peer.server_facts is known
 
 
 @pytest.mark.server

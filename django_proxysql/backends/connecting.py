@@ -15,6 +15,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils.functional import cached_property
 
 from ..conf.keys import ALIAS_KEY
 from ..core import drivers
@@ -25,7 +27,7 @@ from ..registry import Registered, balancers, register
 from .forked import remember
 
 if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper as _Base
+    _Base = BaseDatabaseWrapper
 else:
     _Base = object
 
@@ -53,6 +55,8 @@ class LoadBalancedMixin(_Base):
     _driver: drivers.Driver
     #: Django's, of the engines that set one.
     isolation_level: Any
+    #: The peer engine's own class is the first; set in the class made for it.
+    _made_of: tuple[Any, ...]
 
     #: When connect() makes trials; see :meth:`LoadBalancer.connect`.
     _trials = "first"
@@ -141,13 +145,11 @@ class LoadBalancedMixin(_Base):
             self._peer_settings = registered.to_connect_with(
                 attempt.peer, self.settings_dict, self.alias
             )
-            knew = _FACTS in self.__dict__
             super().connect()
             if self._own_settings is not None:
                 # An engine with a set-up of its own.
                 self._put_own_settings_back()
-            if not knew:
-                self._note_facts(registered, attempt)
+            self._note_facts(registered, attempt)
             if attempt.is_trial or registered.balancer.config.ready_check is not None:
                 registered.balancer.check_ready(self.connection, attempt, asked=self._asked)
             max_age = self.settings_dict["CONN_MAX_AGE"]
@@ -253,19 +255,37 @@ class LoadBalancedMixin(_Base):
         else:
             connection = self._as_peer(super().get_new_connection, conn_params)
         self._with_level = connection if opening else None
-        if attempt is not None and _FACTS not in self.__dict__:
+        if attempt is not None:
             self._recall_facts(attempt, connection)
         return connection
 
     def _recall_facts(self, attempt: Attempt, connection: Any) -> None:
-        """Hand Django what another wrapper has found out about this very server."""
-        known = attempt.peer.server_facts
+        """Hand Django what another wrapper has found out about this very server.
+
+        What it knows of another peer, and of what this one was, does not hold here.
+        """
+        own, known = self.__dict__.get(_FACTS), attempt.peer.server_facts
+        facts = None if known is None else known.facts
+        if own is facts:
+            return
+        registered = self._registered()
+        # Other OPTIONS may have other answers.
+        if registered is None or registered.is_changed(self._own_settings or self.settings_dict):
+            return
         if (
-            known is not None
-            and attempt.started < known.asked + _FACTS_HOLD
-            and known.greeting == self._driver.greeting(connection)
+            known is None
+            or attempt.started >= known.asked + _FACTS_HOLD
+            or known.greeting != self._driver.greeting(connection)
         ):
-            self.__dict__[_FACTS] = known.facts
+            facts = None
+        if own is not None and own != facts:
+            of_features: Any = type(self.features)
+            for name in cached_by(self._made_of[0]):
+                self.__dict__.pop(name, None)
+            for name in cached_by(of_features):
+                self.features.__dict__.pop(name, None)
+        if facts is not None:
+            self.__dict__[_FACTS] = facts
 
     def _note_facts(self, registered: Registered, attempt: Attempt) -> None:
         """Note what Django has asked the server just now, for the wrappers of other threads.
@@ -406,6 +426,18 @@ class LoadBalancedMixin(_Base):
         hold, self._counted = self._counted, None
         if hold is not None:
             hold.release()
+
+
+@functools.cache
+def cached_by(cls: type) -> frozenset[str]:
+    """Return what objects keep once they were asked for it, but for what all wrappers do."""
+    return frozenset(
+        name
+        for base in cls.__mro__
+        if base is not BaseDatabaseWrapper
+        for name, value in vars(base).items()
+        if isinstance(value, (cached_property, functools.cached_property))
+    )
 
 
 @functools.cache

@@ -11,7 +11,6 @@ Queries go to the peer and nowhere else.
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from ...core import drivers
 from ...core.balancer import LoadBalancer
 from ...core.ready import throw_away
 from ...registry import balancers
+from ..connecting import cached_by
 from ..engines import EngineType, EngineUnknown, made_over
 from ..forked import remember
 from ..pools import close_in_child, has_pools
@@ -128,7 +128,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         if self._has_borrowed:
             self._has_borrowed = False
             own: Any = type(self)
-            for name in _cached(own):
+            for name in cached_by(own):
                 self.__dict__.pop(name, None)
 
     # Connecting
@@ -251,18 +251,6 @@ class _Features:
 
     def __delattr__(self, name: str) -> None:
         delattr(self._other.features, name)
-
-
-@functools.cache
-def _cached(cls: Any) -> frozenset[str]:
-    """Return what an engine's wrappers keep once it was asked for, but for Django's own basics."""
-    return frozenset(
-        name
-        for base in cls.__mro__
-        if base is not BaseDatabaseWrapper
-        for name, value in vars(base).items()
-        if isinstance(value, (cached_property, functools.cached_property))
-    )
 
 
 def _namespace(real: type[Any]) -> dict[str, Any]:
