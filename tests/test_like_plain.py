@@ -357,7 +357,6 @@ class Production:
 
     def run(self) -> Iterator[Production]:
         """Make the tables and a row; when the test is over see that there is nothing else."""
-        self.project.manage("makemigrations", "shop")
         self.project.manage("migrate")
         self.sql("INSERT INTO shop_item (name) VALUES ('production')")
         before = self.contents()
@@ -462,7 +461,6 @@ class TwoAlive:
         made.configure()
         self.project = made.project
         self.project.write({"shop/tests.py": UNCONNECTED})
-        self.project.manage("makemigrations", "shop")
 
     def on_each(self, statement: str, database: str = "") -> list[list[str]]:
         """The rows that a statement gives, on each node."""
@@ -590,7 +588,6 @@ def test_postgresql(on_postgresql: Production, aliases: bool) -> None:
 def test_sqlite(tmp_path: Path) -> None:
     """SQLite: in memory, shared with the live server's thread and cloned; or in a file by NAME."""
     made = OnSQLite(tmp_path, tmp_path / "missing" / "db", tmp_path / DATABASE)
-    made.project.manage("makemigrations", "shop")
     made.project.manage("migrate")
     before = (tmp_path / DATABASE).read_bytes()
     assert "Ran 5 tests" in made.project.manage("test")
@@ -762,7 +759,6 @@ def test_dropped_where_it_was_made(mariadb_pair: tuple[Node, Node], tmp_path: Pa
     databases = {"default": entry(PEERS=peers, STRATEGY="round_robin")}
     project = Project(tmp_path, {**FILES, "databases.json": json.dumps(databases)})
     project.write({"shop/tests.py": UNTOUCHED})
-    project.manage("makemigrations", "shop")
     try:
         assert "Ran 2 tests" in project.manage("test", "--parallel", "2", "--noinput")
         for node in mariadb_pair:

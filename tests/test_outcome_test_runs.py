@@ -91,7 +91,6 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]
 @pytest.mark.parametrize("arguments", [(), ("--parallel", "2")], ids=["", "parallel"])
 def test_its_databases_have_the_table(project: Project, arguments: tuple[str, ...]) -> None:
     """TestCase's blocks write nothing, TransactionTestCase's write tokens; clones have it too."""
-    project.manage("makemigrations", "shop")
     said = project.manage("test", *arguments)
     assert "Ran 9 tests" in said
     assert "W010" not in said

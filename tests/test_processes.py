@@ -230,7 +230,6 @@ def test_test_runs_that_pickle_the_settings(
     """test --parallel hands the settings on; a PASSWORD goes along that can be pickled."""
     password, error = CALLABLES[name]
     shop = Shop(tmp_path, pair, password)
-    shop.manage("makemigrations", "shop")
     output = shop.test_in_parallel(method, status=1 if error else 0)
     assert error in output
     assert ("Ran 2 tests" in output) is not bool(error)
@@ -318,7 +317,6 @@ def test_a_password_that_cannot_be_copied(pair: tuple[Node, Node], tmp_path: Pat
     """A method of an object that holds a lock: every command works that pickles no settings."""
     password, _ = CALLABLES["with a lock"]
     shop = Shop(tmp_path, pair, password)
-    shop.manage("makemigrations", "shop")
     shop.manage("migrate")
     if django.VERSION >= (3, 1):
         assert "no issues" in shop.manage("check", "--database", "default")
