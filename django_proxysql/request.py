@@ -280,7 +280,7 @@ def retrying_request(
     the thread that its ORM calls run in.
 
     :param view: the view; None where the parameters are given first.
-    :param attempts: how many times the view is run at most.
+    :param attempts: how many times the view is run at most; see :func:`.retrying_atomic`.
     :param wait: how long it waits between two runs: a wait strategy of tenacity's.
     :param wait_for_peer: for how many seconds it waits for a peer when none can be reached.
     :raises TypeError: it is given no view; or, at a request, a view that returns a coroutine and

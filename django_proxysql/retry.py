@@ -24,7 +24,7 @@ import tenacity
 from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
-from .backends.state import NO_TRANSACTION, Transaction
+from .backends.state import NO_TRANSACTION, Stage, Transaction
 from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers
@@ -119,6 +119,9 @@ class Call:
         self._idle = 0.0
         self._no_peer_since: float | None = None
         self._no_peer = 0
+        #: Runs that use up no attempt, and since when there are such.
+        self._uncounted = 0
+        self._undone_since: float | None = None
         #: Which alias's error ended the last run, and what it said.
         self._error: tuple[str, str] | None = None
 
@@ -176,10 +179,15 @@ class Call:
 
     def seconds_to_wait(self, exc: BaseException) -> float | None:
         """Return the seconds to wait before the next run; None if the error is to be raised."""
-        if self.is_in_test or self.runs >= self._rules.attempts or not self._begins_again(exc):
+        now = time.monotonic()
+        if any(one.stage is Stage.NOT_DONE for one in self._begun):
+            # The run came to its end, and its COMMIT met a fault: that says nothing against it.
+            self._undone_since = self._undone_since or now
+            self._uncounted += now < self._undone_since + self._rules.wait_for_peer
+        is_last = self.runs - self._uncounted >= self._rules.attempts
+        if self.is_in_test or is_last or not self._begins_again(exc):
             return None
         if isinstance(exc, NoPeerAvailable):
-            now = time.monotonic()
             self._no_peer_since = self._no_peer_since or now
             self._no_peer += 1
             left = self._no_peer_since + self._rules.wait_for_peer - now
@@ -269,7 +277,8 @@ def retrying_atomic(
     ``transaction.atomic``.
 
     :param using: the alias; the default one if None.
-    :param attempts: how many times the function is run at most.
+    :param attempts: how many times the function is run at most. A run whose COMMIT is known not
+        to stand uses up no attempt until ``wait_for_peer`` seconds after the first such run.
     :param wait: how long it waits between two runs: a wait strategy of tenacity's. By
         default a random time of up to 0.05 s, doubled each time, at most 2 s.
     :param wait_for_peer: for how many seconds it waits for a peer when none can be

@@ -764,6 +764,27 @@ class TestRunAgain:
         assert hooks == [stands]
         assert here.written() == [f"run {stands}"]
 
+    @pytest.mark.parametrize(("seconds", "runs"), [(10.0, 5), (0.0, 3)])
+    def test_a_run_whose_commit_is_known_not_to_stand_uses_up_no_attempt_for_some_seconds(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, runs: int
+    ) -> None:
+        """The block did its work: how often its COMMIT meets a fault is chance."""
+        here.read()
+        monkeypatch.setattr("django_proxysql.retry.time.sleep", lambda seconds: here.settle())
+        done: list[int] = []
+
+        @retrying_atomic(here.connection.alias, wait_for_peer=seconds)
+        def work() -> None:
+            here.write(f"run {len(done)}")
+            done.append(1)
+            if len(done) < 5:
+                here.here.cut_before(COMMIT)
+
+        with contextlib.nullcontext() if seconds else pytest.raises(OperationalError):
+            work()
+        assert len(done) == runs
+        assert here.written() == (["run 4"] if seconds else [])
+
     def test_a_commit_that_timed_out_and_was_not_done_is_run_again(
         self, mariadb: Any, fault_proxy: Callable[..., Any]
     ) -> None:
