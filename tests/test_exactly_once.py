@@ -26,7 +26,7 @@ from django_proxysql.core import outcome
 from django_proxysql.core.events import CommitResolved, ConnectionLost
 from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
-from tests.engine import engine
+from tests.engine import engine, make_outcome_table
 from tests.fakes import until
 from tests.other_driver import run_all_of
 from tests.outcomes.cutter import Cutter
@@ -49,11 +49,6 @@ def run(connection: Any, *statements: str) -> list[Any]:
         return list(cursor.fetchall()) if cursor.description else []
 
 
-def with_tokens(plain: Any) -> None:
-    """Leave an empty table of tokens there."""
-    run(plain, f"DROP TABLE IF EXISTS {outcome.TABLE}", outcome.creates(plain.vendor))
-
-
 @contextlib.contextmanager
 def recording(server: Any, fault_proxy: Callable[..., Any], **settings: Any) -> Iterator[Site]:
     driver = os.environ.get("TEST_DRIVER")
@@ -61,7 +56,7 @@ def recording(server: Any, fault_proxy: Callable[..., Any], **settings: Any) -> 
     if driver and (driver == "psycopg2") is not is_postgres:
         pytest.skip(f"{driver} is another server's")
     with site(server, fault_proxy, **{"COMMIT_OUTCOME": "record", **settings}) as here:
-        with_tokens(here.plain)
+        make_outcome_table(here.plain)
         yield here
 
 
@@ -281,7 +276,7 @@ class TestTable:
         run(here.plain, f"DROP TABLE {outcome.TABLE}")
         said = str(self.refused(here, "balanced: COMMIT_OUTCOME is 'record', and there is no"))
         assert "manage.py migrate --database balanced" in said
-        with_tokens(here.plain)
+        make_outcome_table(here.plain)
         assert block(here, "two") == ["two"]
 
     def test_no_rights_on_it(self, here: Site) -> None:
@@ -320,7 +315,7 @@ class TestTable:
         (found,) = problems(here.connection)
         assert "there is no table" in found.msg
         assert "manage.py migrate --database balanced" in found.hint
-        with_tokens(here.plain)
+        make_outcome_table(here.plain)
         with no_rights(here):
             assert "cannot be written" in problems(here.connection)[0].msg
 
@@ -784,6 +779,26 @@ class TestRunAgain:
             work()
         assert len(done) == runs
         assert here.written() == (["run 4"] if seconds else [])
+
+    def test_a_conflict_of_galeras_at_commit_is_run_again_and_not_asked_about(
+        self, galera: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        node, other = galera[0], galera[1]
+        with recording(node, fault_proxy) as here:
+            here.write("one")
+            until(lambda: "one" in other.sql("SELECT value FROM app_token", DATABASE))
+            runs: list[int] = []
+
+            @retrying_atomic(here.connection.alias)
+            def work() -> None:
+                runs.append(1)
+                here.sql("UPDATE app_token SET value = CONCAT(value, ', mine')")
+                if len(runs) == 1:
+                    other.sql("UPDATE app_token SET value = 'other'", DATABASE)
+
+            work()
+            assert runs == [1, 1]
+            assert (here.written(), resolved(here)) == (["other, mine"], [])
 
     def test_a_commit_that_timed_out_and_was_not_done_is_run_again(
         self, mariadb: Any, fault_proxy: Callable[..., Any]

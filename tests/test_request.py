@@ -276,25 +276,45 @@ class TestRuns:
 class TestAsync:
     """An async view has its blocks in the thread of its ORM calls."""
 
-    def ask(self) -> Any:
+    def ask(self, method: str = "get", data: Any = None) -> Any:
         from asgiref.sync import async_to_sync
         from django.test import AsyncClient
 
-        return async_to_sync(AsyncClient().get)("/")
+        return async_to_sync(getattr(AsyncClient(), method))("/", data)
 
-    def test_an_async_view_is_run_again(self, on_site: Site, serve: Any) -> None:
+    @pytest.mark.parametrize("of_a_class", [False, True], ids=["function", "class"])
+    def test_an_async_view_is_run_again_and_reads_its_body_again(
+        self, on_site: Site, serve: Any, of_a_class: bool
+    ) -> None:
         from asgiref.sync import sync_to_async
 
-        view = View(on_site)
+        if of_a_class and django.VERSION < (4, 1):
+            pytest.skip("needs Django 4.1")
+        view, seen, told = View(on_site), [], []
 
         async def page(request: Any) -> HttpResponse:
             assert await sync_to_async(lambda: on_site.connection.in_atomic_block)()
+            seen.append((request.POST["name"], request.FILES["file"].read()))
             return await sync_to_async(view)(request)  # type: ignore[no-any-return]
 
-        serve(page)
-        assert self.ask().content == b"response 2"
+        class Page(ClassView):
+            async def post(self, request: Any) -> HttpResponse:
+                return await page(request)
+
+        def receive(**kwargs: Any) -> None:
+            told.append((kwargs["alias"], kwargs["run"]))
+
+        serve(Page.as_view() if of_a_class else page)
+        signals.block_retried.connect(receive)
+        try:
+            upload = {"name": "Ada", "file": SimpleUploadedFile("a.txt", b"content")}
+            assert self.ask("post", upload).content == b"response 2"
+        finally:
+            signals.block_retried.disconnect(receive)
         assert on_site.written() == ["run 2", "run 2, again"]
         assert view.hooks == 1
+        assert seen == [("Ada", b"content")] * 2
+        assert told == [(on_site.connection.alias, 2)]
 
     def test_an_async_view_that_raises_leaves_no_block_open(
         self, on_site: Site, serve: Any

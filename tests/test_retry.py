@@ -16,8 +16,8 @@ from django.test import TestCase
 from django.test.utils import setup_test_environment, teardown_test_environment
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic, signals
-from django_proxysql.core.events import BlockRetried, PeersExhausted
-from tests.engine import SQLITE, engine, sqlite_peer
+from django_proxysql.core.events import BlockRetried, CommitResolved, PeersExhausted
+from tests.engine import SQLITE, engine, make_outcome_table, sqlite_peer
 from tests.site import Site, site
 
 CUTS = ["before", "after", "reply"]
@@ -317,9 +317,11 @@ def test_serialization_failure(postgres: Any, fault_proxy: Any) -> None:
         assert here.written() == ["other!"]
 
 
-def test_conflict_at_commit(postgres: Any, fault_proxy: Any) -> None:
-    """The answer to COMMIT is a CONFLICT: undone for certain, and so run again."""
-    with site(postgres, fault_proxy) as here:
+@pytest.mark.parametrize("outcome", [None, "record"])
+def test_conflict_at_commit(postgres: Any, fault_proxy: Any, outcome: str | None) -> None:
+    """The answer to COMMIT is a CONFLICT: undone for certain, and so run again, without asking."""
+    with site(postgres, fault_proxy, COMMIT_OUTCOME=outcome) as here:
+        make_outcome_table(here.plain)
         runs: list[int] = []
         alias = here.connection.alias
 
@@ -339,6 +341,7 @@ def test_conflict_at_commit(postgres: Any, fault_proxy: Any) -> None:
         work()
         assert len(runs) == 2
         assert sorted(here.written()) == ["mine", "other"]
+        assert not [event for event in here.events if type(event) is CommitResolved]
 
 
 @pytest.mark.parametrize("statement", ["COMMIT", "CREATE TABLE IF NOT EXISTS split (a int)"])

@@ -13,11 +13,18 @@ from typing import Any, NamedTuple
 
 from django.db import DatabaseError, OperationalError, connections, transaction
 
-from django_proxysql.core import outcome
 from django_proxysql.core.events import CommitResolved
 from django_proxysql.errors import CommitOutcomeUnknown
 from django_proxysql.registry import balancers
-from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer, wait_until_alone
+from tests.engine import (
+    MYSQL,
+    POSTGRESQL,
+    added,
+    engine,
+    make_outcome_table,
+    mysql_peer,
+    wait_until_alone,
+)
 from tests.servers import Address
 from tests.site import with_table
 
@@ -84,9 +91,7 @@ class Trial:
         }
         with added(plain), engine(peers, **settings):
             with_table(connections["plain"])
-            with connections["plain"].cursor() as cursor:
-                cursor.execute(f"DROP TABLE IF EXISTS {outcome.TABLE}")
-                cursor.execute(outcome.creates(connections["plain"].vendor))
+            make_outcome_table(connections["plain"])
             balancers["balanced"].add_listener(self._notified, connects=False)
             yield
 
