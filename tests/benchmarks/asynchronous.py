@@ -14,6 +14,8 @@ from .figures import Figure, interleaved
 
 #: The most CPU that may be added to the driver's own connect, in microseconds.
 LIMIT = 30
+#: How often a connect that is cancelled awaits something in the driver, and again in READY_CHECK.
+AWAITS = 3
 
 
 class _Connection:
@@ -31,12 +33,16 @@ async def _connect(**params: Any) -> _Connection:
     return _Connection()
 
 
+async def _awaits(connection: object = None) -> None:
+    for _ in range(AWAITS):
+        await asyncio.sleep(0)
+
+
 async def _connect_slowly(**params: Any) -> _Connection:
     connection = _Connection()
     _Server.sockets += 1
     try:
-        for _ in range(3):
-            await asyncio.sleep(0)
+        await _awaits()
     except BaseException:
         connection.terminate()
         raise
@@ -70,7 +76,9 @@ def run(quick: bool = False) -> list[Figure]:
 def cancelled(count: int) -> tuple[int, int, int]:
     """Cancel connects, each at another await; return the permits, leases and sockets left."""
     params = {"host": "nowhere", "port": 3306}
-    db = AsyncLoadBalancer({"db1": params, "db2": params}, _connect_slowly, check_interval=0.001)
+    db = AsyncLoadBalancer(
+        {"db1": params, "db2": params}, _connect_slowly, check_interval=0.001, ready_check=_awaits
+    )
     breaker = db.peers["db1"].breaker
     _Server.sockets = 0
 
@@ -80,15 +88,20 @@ def cancelled(count: int) -> tuple[int, int, int]:
                 # The next one is a trial.
                 breaker.half_open()
             task = asyncio.ensure_future(db.connect())
-            for _ in range(number % 4):
+            for _ in range(number % (2 * AWAITS + 1)):
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
+            tasks.append(task)
 
+    # They are kept, and with them what their connects held when they were cancelled.
+    tasks: list[asyncio.Future[object]] = []
     asyncio.run(scene())
-    gc.collect()
-    permits = sum(peer.connecting + peer.connections for peer in db.peers.values())
+    # Before objects that hold each other are collected, and what they hold with them.
+    permits = sum(peer.connecting for peer in db.peers.values())
     leases = sum(peer.breaker.trial is not None for peer in db.peers.values())
+    gc.collect()
+    permits += sum(peer.connections for peer in db.peers.values())
     return permits, leases, _Server.sockets
 
 
