@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Callable
 import django
 import pytest
 
+from django_proxysql.core import logs
 from tests.servers import Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
@@ -67,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         # A process that is done takes tests from another's end, and not the one that that is at.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def no_line_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log each test's lines, whatever another test has logged less than a minute ago."""
+    monkeypatch.setattr(logs, "_limits", {})
 
 
 def needed_by(item: pytest.Item) -> set[str]:

@@ -155,17 +155,17 @@ def test_told_as_its_thread_ends(dispatcher: Dispatcher, listening: Listening) -
             return len(self) > 0
 
     def tell_two() -> None:
+        lives.append(dispatcher._life)
         listening.go_on.clear()
         deliver(dispatcher, event(2))
         deliver(dispatcher, event(3))
         listening.wait(2)
 
     late: list[Callable[[], None]] = [tell_two]
+    lives: list[Any] = []
     dispatcher.waiting = Late(maxlen=MOST)
     deliver(dispatcher, event(1))
-    first = dispatcher._life
-    assert first is not None
-    until(lambda: not late and first() is None)
+    until(lambda: lives and lives[0]() is None)
     assert listening.told == [1]
     listening.go_on.set()
     until(lambda: len(listening.told) == 3)

@@ -43,9 +43,8 @@ WANTED = ("balancer", "peer", "address", "successor", "fault", "seconds")
 
 
 @pytest.mark.parametrize("kind", get_args(events.Event), ids=lambda kind: str(kind.__name__))
-def test_record(kind: Any, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+def test_record(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     """One record an event, with everything that the event knows."""
-    monkeypatch.setattr(logs, "_limits", {})
     caplog.set_level(logging.DEBUG, "django_proxysql")
     fields = [field.name for field in dataclasses.fields(kind)]
     logs.log_event(kind(**{name: VALUES[name] for name in fields}))
@@ -143,11 +142,8 @@ def test_every_kind_is_here() -> None:
 
 @pytest.mark.parametrize("second", LINES)
 @pytest.mark.parametrize("first", LINES)
-def test_no_kind_hides_another(
-    first: str, second: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_kind_hides_another(first: str, second: str, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever was logged right before, a line of another kind is written."""
-    monkeypatch.setattr(logs, "_limits", {})
     caplog.set_level(logging.DEBUG, "django_proxysql")
     logs.log_event(LINES[first])
     logs.log_event(LINES[second])
@@ -171,7 +167,6 @@ def test_limited_lines(
 ) -> None:
     """One line a second of each alias and kind; the next one says how many were kept back."""
     clock = Clock(100.0)
-    monkeypatch.setattr(logs, "_limits", {})
     monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=clock))
     event = LINES[words]
     elsewhere = dataclasses.replace(event, balancer="reports")

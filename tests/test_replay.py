@@ -229,7 +229,6 @@ class TestSaid:
     ) -> None:
         """Each rescue is counted, and told at WARNING, one line a second of each kind."""
         monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=here.clock))
-        monkeypatch.setattr(logs, "_limits", {})
         caplog.set_level(logging.WARNING, "django_proxysql")
         here.read()
         for _ in range(3):

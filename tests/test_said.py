@@ -216,7 +216,6 @@ class TestPasswordThatRaises:
     ) -> None:
         """A token service's error names the request: one line a minute for each peer."""
         now = [0.0]
-        monkeypatch.setattr(logs, "_limits", {})
         monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
         requests = (f"{number} ({uuid4()})" for number in itertools.count(1))
 
