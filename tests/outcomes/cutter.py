@@ -16,6 +16,8 @@ from tests.servers.ports import HOST
 
 #: What is in the packet of a transaction's token and COMMIT, and in that of a fence.
 COMMIT, FENCE = b"; COMMIT", b"TRUE"
+#: What is in the packet of a token that goes ahead, and how that of its COMMIT ends.
+TOKEN, COMMIT_ALONE = b", FALSE, ", (b"COMMIT\0", b"\x03COMMIT")
 #: Seconds between the packet and the cut; the server may answer meanwhile, and its answer is
 #: dropped.
 DELAYS = (0.0, 0.0003, 0.0006, 0.001, 0.002, 0.005)
@@ -73,9 +75,11 @@ class Cutter:
             to_client.transport.abort()
             return
         back = asyncio.ensure_future(self._pass_on(server, to_client))
+        has_token = False
         try:
             while data := await client.read(65536):
-                if self.is_on and self._strikes(data):
+                has_token |= TOKEN in data
+                if self.is_on and self._strikes(data, has_token):
                     self.cuts += 1
                     back.cancel()
                     await self._cut(data, to_server)
@@ -87,8 +91,8 @@ class Cutter:
         for side in (to_server, to_client):
             self._end(side)
 
-    def _strikes(self, data: bytes) -> bool:
-        if COMMIT in data:
+    def _strikes(self, data: bytes, has_token: bool) -> bool:
+        if COMMIT in data or (has_token and data.endswith(COMMIT_ALONE)):
             return True
         return FENCE in data and self._random.randrange(100) < self._fences
 
