@@ -219,7 +219,7 @@ class TestOrder:
         assert world.hosts() == ["db2"]
 
     def test_tiers(self) -> None:
-        """A worse tier is used only when no peer of the better ones can be had."""
+        """A worse tier is used only when no peer of the better ones is available."""
         world = World(
             peers={
                 "spare": {"host": "spare", "priority": 1},
@@ -839,7 +839,7 @@ class TestViewLeftBehind:
 
     @pytest.mark.parametrize("trials", ["first", "last", "never"])
     @pytest.mark.parametrize("before", ["suspect", "open"])
-    def test_peer_that_can_be_had_again(self, before: str, trials: str) -> None:
+    def test_peer_that_is_available_again(self, before: str, trials: str) -> None:
         """A peer that has recovered is used, though the view has it for out or suspect."""
         world = World("db1", "db2")
         circuit = world.db.peers["db1"].breaker
@@ -887,7 +887,7 @@ class TestViewLeftBehind:
         assert world.db.connect(trials="last").host == "db1"
 
     @pytest.mark.parametrize("after", ["suspect", "open"])
-    def test_peer_that_cannot_be_had_any_longer(self, after: str) -> None:
+    def test_peer_that_is_no_longer_available(self, after: str) -> None:
         """A peer that is out or suspect is found out when it is chosen."""
         world = World("db1", "db2")
         assert len(world.db.group.view().tiers[0]) == 2

@@ -231,7 +231,7 @@ class TestEngine:
         assert here.read() == ["one"]
         assert here.connection.peer.name != name
 
-    def test_stays_where_no_other_can_be_had(self, here: Site) -> None:
+    def test_stays_where_no_other_is_available(self, here: Site) -> None:
         """A connection that works is better than none."""
         here.write("one")
         name = here.connection.peer.name

@@ -158,7 +158,7 @@ def test_before_a_transactions_first_statement(here: Site, mine: int) -> None:
 
 
 def test_session_state_is_the_parents(here: Site) -> None:
-    """What is held in the session cannot be had in the child: one error, then a new connection."""
+    """What is held in the session is lost in the child: one error, then a new connection."""
     lock = "SELECT GET_LOCK('l', 0)" if here.is_mysql else "SELECT pg_advisory_lock(1)"
     here.sql(lock)
 

@@ -155,7 +155,7 @@ class TestApart:
     """Each peer has its own pool, and so has whatever else is asked for."""
 
     def test_peers(self, postgres_pair: Pair, others: Callable[[Any], Others]) -> None:
-        """What was closed is had again, on the peer where it was."""
+        """What was closed is used again, on the peer where it was."""
         peers = [postgres_peer(node, PRIORITY=0) for node in postgres_pair]
         with pooled(peers, ONE, STRATEGY="round_robin") as one:
             one.ensure_connection()

@@ -407,7 +407,7 @@ class TestEngine:
         if here.is_mysql:
             assert here.sql("SELECT @lost") == [(1,)]
 
-    def test_cannot_be_had(self, here: Site) -> None:
+    def test_move_that_fails_leaves_the_connection(self, here: Site) -> None:
         """A move that fails costs nothing but the attempt: the connection stays."""
         here.write("one")
         self.all_of(here)

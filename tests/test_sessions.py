@@ -289,8 +289,8 @@ class TestLeaving:
         here.read()
         assert here.connection.peer is other
 
-    def test_the_other_cannot_be_had_either(self, here: Site) -> None:
-        """The new connection is had before the old one is given up."""
+    def test_the_other_is_not_available_either(self, here: Site) -> None:
+        """The new connection is there before the old one is given up."""
         for proxy in here.proxies:
             if proxy is not here.here:
                 proxy.refuse()

@@ -103,7 +103,7 @@ def test_round_robin_by_weight(shares: Callable[..., dict[str, int]]) -> None:
 
 
 def test_tiers(shares: Callable[..., dict[str, int]]) -> None:
-    """A tier is used only when no peer of a lower number can be had."""
+    """A tier is used only when no peer of a lower number is available."""
     tier = {"PRIORITY": 1}
     counts = shares([{"PRIORITY": 2}, tier, {"NAME": "/nowhere/db"}, tier], STRATEGY="round_robin")
     assert counts == {"peer1": 150, "peer3": 150}

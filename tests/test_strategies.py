@@ -336,7 +336,7 @@ class TestLeastConnections:
 
 class TestTiers:
     @pytest.mark.parametrize("strategy", ["random", "round_robin", "least_connections"])
-    def test_next_tier_only_when_none_of_the_first_can_be_had(self, strategy: str) -> None:
+    def test_next_tier_only_when_none_of_the_first_is_available(self, strategy: str) -> None:
         """Lower priority numbers come first; the next tier waits until all of them are out."""
         endpoints = peers("far1", "near1", "far2", "near2", "last")
         for name, priority in {"far1": 1, "far2": 1, "last": 7}.items():

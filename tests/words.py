@@ -23,7 +23,7 @@ WORDS = {
     r"\bwhoever\b": "name who: the caller, the thread that …",
     r"\bwhom\b": "who, or name them",
     r"\bnobody\b": "no one, no thread, no process",
-    r"\bto be had\b": "available, or what can be done",
+    r"\b(?:be|is|are) had\b": "available, or what can be done",
     r"\b(?:is|are|was|were|be|been|being) told\b": "is given, learns, or who tells it",
     r"\bof one's own\b": "its own",
     r"\bsave for\b": "except",

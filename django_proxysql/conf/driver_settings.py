@@ -24,7 +24,7 @@ _ISOLATION_LEVELS = frozenset(
 
 
 def options(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
-    """Note OPTIONS that are no dict, and a pool in them that cannot be had."""
+    """Note OPTIONS that are no dict, and a pool in them that does not work here."""
     given = settings.get("OPTIONS")
     if given is not None and not isinstance(given, Mapping):
         entry.add(
