@@ -229,6 +229,21 @@ class TestBlocksWithoutAToken:
                     here.sql("SELECT 1 / 0")
             assert (here.written(), tokens(here)) == ([], [])
 
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "SET TRANSACTION READ ONLY",
+            "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",
+            "START TRANSACTION READ ONLY",
+        ],
+    )
+    def test_that_is_read_only_has_none(self, here: Site, statement: str) -> None:
+        """The server takes none there. Without the setting such a block ends well."""
+        with transaction.atomic("balanced"):
+            here.sql(statement)
+            assert here.read() == []
+        assert tokens(here) == []
+
     def test_of_a_testcase_have_none(self, here: Site) -> None:
         with transaction.atomic("balanced"):
             block(here, "one")

@@ -79,7 +79,7 @@ def token_for(db: Any, session: Session) -> Token | None:
         only_read=bool(reads) and _needs_none(db, session, reads),
     ):
         return None
-    if not db._driver.may_write(session.connection):
+    if transaction.is_read_only or not db._driver.may_write(session.connection):
         return None
     table = _table(db, session)
     return Token(_tokens.next(), table, (time.monotonic(), time.time()))

@@ -164,7 +164,10 @@ class Transaction:
         transactions by hand, whose COMMIT was answered.
     """
 
-    __slots__ = ("by_hand", "hooks", "is_whole", "mark", "reads", "savepoints", "stage", "undone")
+    __slots__ = (
+        *("by_hand", "hooks", "is_read_only", "is_whole", "mark", "reads", "savepoints", "stage"),
+        "undone",
+    )
 
     def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN, hooks: int = 0) -> None:
         self.by_hand = by_hand
@@ -173,6 +176,8 @@ class Transaction:
         #: Nothing was sent in it that may have ended it, as MySQL's DDL does: what COMMIT
         #: commits is all of it.
         self.is_whole = True
+        #: The application made it READ ONLY: it takes no token.
+        self.is_read_only = False
         #: What the socket had sent when the transaction was last known to hold nothing;
         #: None where the driver knows that by itself, or it cannot be known.
         self.mark: object = None

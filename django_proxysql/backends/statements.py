@@ -14,7 +14,7 @@ from django.db.utils import Error, OperationalError
 
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
-from ..core.texts import may_end
+from ..core.texts import makes_read_only, may_end
 from .cursors import bind
 from .replacing import at_safe_point, before_first
 from .replays import ends_with_block, give_up, kind_of_params, run_again
@@ -49,8 +49,10 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
         session = bind(db, cursor)
     if kind & STATE:
         takes(db, session, sql, params)
-    if kind & (STATE | ENDS) and db._transaction.is_of_atomic:
-        db._transaction.is_whole &= not may_end(sql, db.vendor)
+    transaction = db._transaction
+    if kind & (STATE | ENDS) and transaction.is_of_atomic:
+        transaction.is_whole &= not may_end(sql, db.vendor)
+        transaction.is_read_only |= makes_read_only(sql)
     return session
 
 

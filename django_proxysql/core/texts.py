@@ -117,6 +117,17 @@ def _may_end(text: str, vendor: str) -> bool:
     return head not in KEEPS_HEADS and not _TEMPORARY.match(text)
 
 
+_READ_ONLY = re.compile(
+    r"\s*(?:SET|START|BEGIN)\b.*(?:\bREAD\s+ONLY\b|\btransaction_read_only\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def makes_read_only(sql: Any) -> bool:
+    """Return whether ``sql`` makes the transaction READ ONLY that it is sent in."""
+    return isinstance(sql, str) and _READ_ONLY.match(sql) is not None
+
+
 _TIME = re.compile(
     r"\bnow\b|current_(?:date|time)|localtime|transaction_timestamp|\bage\b"
     r"|today|tomorrow|yesterday",
