@@ -519,6 +519,17 @@ def test_a_server_is_asked_anew_after_ten_minutes(mariadb: Node, log: Log) -> No
             assert (peer.server_facts.asked > asked) is is_asked
 
 
+def test_equal_peers_share_what_they_say_of_themselves(mariadb_pair: tuple[Node, Node]) -> None:
+    with engine([mysql_peer(node) for node in mariadb_pair], STRATEGY="round_robin") as connection:
+        for _ in mariadb_pair:
+            connection.close()
+            connection.copy().connect()
+        first, second = balancers["balanced"].peers.values()
+        assert first.server_facts is not None
+        assert second.server_facts is not None
+        assert first.server_facts.facts is second.server_facts.facts
+
+
 def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> None:
     """What one says of itself is not taken for the other's."""
     mariadb_pair[1].set_global("sql_mode", "ANSI")

@@ -296,6 +296,11 @@ class LoadBalancedMixin(_Base):
         if facts is None or (known is not None and facts is known.facts):
             return
         if not registered.is_changed(self.settings_dict):
+            # Equal servers share one object: a connect to another one sees that at a glance.
+            peers = registered.balancer.peers.values()
+            noted = [peer.server_facts for peer in peers]
+            facts = next((one.facts for one in noted if one and one.facts == facts), facts)
+            self.__dict__[_FACTS] = facts
             greeting = self._driver.greeting(self.connection)
             attempt.peer.server_facts = ServerFacts(greeting, facts, attempt.started)
 
