@@ -274,7 +274,7 @@ class LoadBalancedMixin(_Base):
             return
         if (
             known is None
-            or attempt.started >= known.asked + _FACTS_HOLD
+            or (own is None and attempt.started >= known.asked + _FACTS_HOLD)
             or known.greeting != self._driver.greeting(connection)
         ):
             facts = None

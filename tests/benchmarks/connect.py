@@ -115,7 +115,9 @@ def _to_mariadb(node: Node, rounds: int) -> Iterator[Figure]:
     plain = project.wrapper("plain", **project.plain(node))
     control = project.wrapper("control", **project.plain(node))
     engines = {
-        peers: project.wrapper(f"engine{peers}", **project.balanced([node] * peers))
+        peers: project.knowing_all(
+            project.wrapper(f"engine{peers}", **project.balanced([node] * peers))
+        )
         for peers in PEERS
     }
     bare = project.wrapper("bare", **project.balanced([node] * 2, TCP_USER_TIMEOUT=None))

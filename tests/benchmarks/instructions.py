@@ -106,6 +106,8 @@ def main() -> None:
         # A look at a connection that has idled is another thing.
         for entry in (project.plain(server), project.balanced(peers, IDLE_CHECK=3600)):
             first = project.wrapper(f"{number}{entry['ENGINE']}", **entry)
+            if "PEERS" in entry:
+                project.knowing_all(first)
             wrappers = [first.copy() for _ in range(int(times))]
             for connection in wrappers:
                 # Whatever is imported, compiled and cached is so by now.

@@ -63,6 +63,19 @@ def wrapper(alias: str, **entry: Any) -> Any:
     return connections[add(alias, **entry)]
 
 
+def knowing_all(connection: Any) -> Any:
+    """Have each peer's server known, as it is once a process has connected to all of them."""
+    from django_proxysql import balancers
+
+    connection.connect()
+    connection.close()
+    peers = balancers[connection.alias].peers.values()
+    known = next(peer.server_facts for peer in peers if peer.server_facts is not None)
+    for peer in peers:
+        peer.server_facts = known
+    return connection
+
+
 def plain(server: Address) -> dict[str, Any]:
     """Return the entry of one MariaDB server, through Django's own engine."""
     return {"ENGINE": MYSQL, "HOST": server.host, "PORT": server.port, **account()}

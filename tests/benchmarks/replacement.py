@@ -58,8 +58,8 @@ def counted(node: Node) -> list[Figure]:
         def connected(alias: str, **more: Any) -> Any:
             connection = project.wrapper(alias, **project.balanced(proxies, **more))
             stack.callback(connection.close)
-            # The first of a process asks the server for its version.
-            _read(connection)
+            # The first of a process to each peer asks the server for its version.
+            _read(project.knowing_all(connection))
             return connection
 
         def cost(connection: Any) -> Traffic:
