@@ -244,6 +244,18 @@ class TestBlocksWithoutAToken:
             assert here.read() == []
         assert tokens(here) == []
 
+    def test_of_a_session_that_has_tables_locked_has_none(
+        self, mariadb: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        """The server takes writes to these alone. Without the setting such a block ends well."""
+        with recording(mariadb, fault_proxy) as here:
+            here.sql("LOCK TABLES app_token WRITE")
+            assert block(here, "one") == ["one"]
+            here.sql("UNLOCK TABLES")
+            assert (here.written(), tokens(here)) == (["one"], [])
+            assert block(here, "two") == ["two"]
+            assert tokens(here) == [False]
+
     def test_of_a_testcase_have_none(self, here: Site) -> None:
         with transaction.atomic("balanced"):
             block(here, "one")
@@ -297,6 +309,15 @@ class TestTable:
         assert "manage.py migrate --database balanced" in said
         make_outcome_table(here.plain)
         assert block(here, "two") == ["two"]
+
+    def test_is_found_whatever_the_first_block_sets(
+        self, postgres: Any, fault_proxy: Callable[..., Any]
+    ) -> None:
+        with recording(postgres, fault_proxy) as here:
+            with transaction.atomic("balanced"):
+                here.write("one")
+                here.sql("SET LOCAL search_path = pg_catalog")
+            assert tokens(here) == [False]
 
     def test_no_rights_on_it(self, here: Site) -> None:
         with no_rights(here):

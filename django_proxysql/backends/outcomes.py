@@ -81,6 +81,9 @@ def token_for(db: Any, session: Session) -> Token | None:
         return None
     if transaction.is_read_only or not db._driver.may_write(session.connection):
         return None
+    if "tables" in session.holds.for_life:
+        # MySQL's LOCK TABLES: the session writes to these alone.
+        return None
     table = _table(db, session)
     return Token(_tokens.next(), table, (time.monotonic(), time.time()))
 
@@ -139,8 +142,13 @@ def _table(db: Any, session: Session) -> str:
     schema = known.get(key)
     if schema is None:
         # Once a process, on the session itself: what it has set counts.
+        question = outcome.where_is(vendor)
         with db.wrap_database_errors:
-            [(schema,)] = ready.rows(session.connection, outcome.where_is(vendor))
+            [(schema,)] = ready.rows(session.connection, question)
+            if schema is None:
+                # The block may have set a search_path of its own.
+                with throw_away(db, session.peer) as connection:
+                    [(schema,)] = ready.rows(connection, question)
         if schema is None:
             raise _missing(session)
         known[key] = schema
