@@ -141,6 +141,22 @@ def test_the_isolation_level_ends_up_as_the_plain_engines(
     assert len(set(seen)) == 1
 
 
+@pytest.mark.parametrize("way", ["tls", "unix", "two statements a packet"])
+def test_the_session_is_the_plain_engines_by_each_way(
+    request: pytest.FixtureRequest, way: str
+) -> None:
+    node: Node = request.getfixturevalue("mariadb_tls" if way == "tls" else "mariadb")
+    peer = mysql_peer(node)
+    if way == "tls":
+        peer["OPTIONS"] = {"ssl": {"ca": node.ca}}  # type: ignore[attr-defined]
+    elif way == "unix":
+        peer["HOST"] = str(node.socket)
+    settings = {} if way in ("tls", "unix") else {"COMMIT_OUTCOME": "record"}
+    with added({"plain": {"ENGINE": MYSQL, **peer}}), engine([peer], **settings):
+        seen = [session_of(alias) for alias in ("plain", "balanced", "balanced", "balanced")]
+    assert len(set(seen)) == 1
+
+
 def asked_by_the_driver(log: Log, connection: Any) -> bool | None:
     """Return whether the driver asked for the isolation level; None: it was not set.
 
@@ -590,6 +606,25 @@ def test_a_wrapper_that_goes_between_equal_peers_asks_each_once(
         for n in (0, 1, 0, 1):
             connection.close()
             with balancers["balanced"].pinned(f"peer{n}"):
+                connection.ensure_connection()
+                asked.append(asks(logs[n].of(connection)))
+    assert asked == [True, True, False, False]
+
+
+def test_a_wrapper_that_knows_a_server_does_not_ask_it_for_its_age(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    """As with the plain engine it is new threads that ask."""
+    mariadb_pair[1].set_global("sql_mode", "ANSI")
+    logs = [Log(node) for node in mariadb_pair]
+    asked = []
+    with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
+        for n in (0, 1, 0, 1):
+            peer = balancers["balanced"].peers[f"peer{n}"]
+            if peer.server_facts is not None:
+                peer.server_facts = peer.server_facts._replace(asked=peer.server_facts.asked - 610)
+            connection.close()
+            with balancers["balanced"].pinned(peer):
                 connection.ensure_connection()
                 asked.append(asks(logs[n].of(connection)))
     assert asked == [True, True, False, False]
