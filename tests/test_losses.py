@@ -300,7 +300,9 @@ class TestStatementsOwnFault:
         """After 1153 the server hangs up: the next statement gets another connection at once."""
         with site(mariadb, fault_proxy) as here:
             driver = here.connection.connection
-            here.connection._saw(here.connection.Database.OperationalError(1153, "Got a packet"))
+            theirs = here.connection.Database.OperationalError(1153, "Got a packet")
+            with pytest.raises(OperationalError), here.connection.wrap_database_errors:
+                raise theirs
             assert here.session.dead
             here.write("one")
             assert here.connection.connection is not driver
