@@ -150,6 +150,19 @@ class TestRuns:
         assert view.runs == 1
         assert on_site.written() == ["run 1", "run 1, again"]
 
+    def test_a_view_of_which_a_part_may_stand_is_never_repeated(
+        self, on_site: Site, serve: Any, way: str
+    ) -> None:
+        def lose() -> None:
+            on_site.sql("COMMIT")
+            on_site.kill()
+
+        view = View(on_site, lose=lose)
+        with pytest.raises(OperationalError):
+            serve(view, way)()
+        assert view.runs == 1
+        assert on_site.written() == ["run 1"]
+
     def test_a_hook_that_loses_the_connection_repeats_nothing(
         self, on_site: Site, serve: Any, way: str
     ) -> None:
