@@ -2,6 +2,7 @@
 
 Each server is started once, by the first test that wants it (the ``…_session`` fixtures), and a
 test gets it through a fixture that afterwards thaws, restarts and sets back what the test has hurt.
+A run that one of our tests starts and waits for may borrow our servers (lending.py).
 What is in the tables is left as it is.
 """
 
@@ -25,6 +26,7 @@ from tests.servers import Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
+from tests.servers.lending import borrowed
 from tests.servers.mariadb import Node
 from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQLNode
@@ -104,6 +106,8 @@ def servers_session() -> Iterator[ExitStack]:
 
 @pytest.fixture(scope="session")
 def mariadb_pair_session(servers_session: ExitStack) -> tuple[Node, Node]:
+    if lent := borrowed("mariadb_pair"):
+        return lent
     pair = Node("mariadb-1"), Node("mariadb-2")
     for node in pair:
         servers_session.callback(node.close)
@@ -153,7 +157,7 @@ def mariadb_tls(mariadb_tls_session: Node) -> Iterator[Node]:
 
 @pytest.fixture(scope="session")
 def galera_session(servers_session: ExitStack) -> GaleraCluster:
-    return servers_session.enter_context(GaleraCluster())
+    return borrowed("galera") or servers_session.enter_context(GaleraCluster())
 
 
 @pytest.fixture
@@ -165,6 +169,8 @@ def galera(galera_session: GaleraCluster) -> Iterator[GaleraCluster]:
 
 @pytest.fixture(scope="session")
 def postgres_pair_session(servers_session: ExitStack) -> tuple[PostgreSQLNode, PostgreSQLNode]:
+    if lent := borrowed("postgres_pair"):
+        return lent
     pair = PostgreSQLNode("postgres-1"), PostgreSQLNode("postgres-2")
     for node in pair:
         servers_session.callback(node.close)

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from tests.servers.lending import lend
+
 DRIVER = os.environ.get("TEST_DRIVER")
 
 if DRIVER == "psycopg2":
@@ -38,14 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if NOT_ITS[str(DRIVER)].isdisjoint(needed_by(item))]
 
 
-def run_all_of(path: str, driver: str) -> None:
-    """Run a file's tests once more, with ``driver``.
+def run_again(tests: str, driver: str, request: pytest.FixtureRequest, *servers: str) -> None:
+    """Run a file's tests, or one of them, once more, with ``driver``.
 
+    :param servers: the fixtures whose servers these tests borrow. Others they start themselves.
     :raises AssertionError: one of them fails.
     """
+    lent = lend(**{name: request.getfixturevalue(name) for name in servers})
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", __name__, path],
-        env={**os.environ, "TEST_DRIVER": driver},
+        [sys.executable, "-m", "pytest", "-q", "-p", __name__, tests],
+        env={**os.environ, **lent, "TEST_DRIVER": driver},
         capture_output=True,
         text=True,
     )

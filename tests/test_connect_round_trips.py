@@ -24,7 +24,7 @@ from django_proxysql.core import drivers
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
-from tests.other_driver import run_all_of
+from tests.other_driver import run_again
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 
@@ -668,8 +668,8 @@ def test_changed_options_are_not_taken_for_the_peers_own(mariadb: Node) -> None:
 
 @pytest.mark.server
 @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
-def test_all_of_this_holds_with_pymysql() -> None:
-    run_all_of(__file__, "pymysql")
+def test_all_of_this_holds_with_pymysql(request: pytest.FixtureRequest) -> None:
+    run_again(__file__, "pymysql", request, "mariadb_pair")
 
 
 # What is made once

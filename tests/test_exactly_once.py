@@ -28,7 +28,7 @@ from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.engine import engine, make_outcome_table
 from tests.fakes import until
-from tests.other_driver import run_all_of
+from tests.other_driver import run_again
 from tests.outcomes.cutter import Cutter
 from tests.outcomes.trial import Trial
 from tests.servers import DATABASE, USER
@@ -769,11 +769,14 @@ def test_commits_that_are_cut_at_random_places_are_resolved_rightly(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("driver", ["pymysql", "psycopg2"])
+@pytest.mark.parametrize(
+    ("driver", "servers"),
+    [("pymysql", ["mariadb_pair", "galera"]), ("psycopg2", ["postgres_pair"])],
+)
 @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
-def test_all_of_this_with(driver: str) -> None:
+def test_all_of_this_with(driver: str, servers: list[str], request: pytest.FixtureRequest) -> None:
     pytest.importorskip(driver)
-    run_all_of(__file__, driver)
+    run_again(__file__, driver, request, *servers)
 
 
 class TestRunAgain:

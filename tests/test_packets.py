@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 from django.db import connections, transaction
 
 from tests.engine import MYSQL, POSTGRESQL, added, engine, mysql_peer
+from tests.other_driver import run_again
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
@@ -105,14 +103,10 @@ def test_postgresql(postgres: PostgreSQLNode, fault_proxy: Callable[..., FaultPr
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("driver", "test"), [("pymysql", "test_mysql"), ("psycopg2", "test_postgresql")]
+    ("driver", "test", "servers"),
+    [("pymysql", "test_mysql", "mariadb_pair"), ("psycopg2", "test_postgresql", "postgres_pair")],
 )
-def test_other_drivers(driver: str, test: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.other_driver", f"{__file__}::{test}"],
-        env={**os.environ, "TEST_DRIVER": driver},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_other_drivers(
+    driver: str, test: str, servers: str, request: pytest.FixtureRequest
+) -> None:
+    run_again(f"{__file__}::{test}", driver, request, servers)

@@ -24,6 +24,7 @@ from tests.conftest import pytest_runtest_logstart
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
+from tests.servers.lending import borrowed, lend
 from tests.servers.mariadb import MariaDBNode, Node
 from tests.servers.ports import MissingProgram, PortPool, ServerError, find_program
 from tests.servers.postgresql import PostgreSQLNode
@@ -334,6 +335,27 @@ def test_forked_child_leaves_the_servers_alone(mariadb: Node) -> None:
     os.waitpid(child, 0)
     assert mariadb.running
     assert mariadb.sql("SELECT 1") == "1\n"
+
+
+@pytest.mark.parametrize("kind", ["mariadb_pair", "postgres_pair", "galera"])
+def test_borrowed_servers_are_used_and_never_stopped(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that borrows a server sets back what it changes, and leaves the process alone."""
+    ours = request.getfixturevalue(kind)
+    for name, value in lend(**{kind: ours}).items():
+        monkeypatch.setenv(name, value)
+    assert borrowed("redis_server") is None
+    for our, their in zip(ours, borrowed(kind)):
+        pid = our.pid
+        their.freeze()
+        their.restore()
+        assert their.sql("SELECT 1") == "1\n"
+        for end in (their.stop, their.kill, their.restart):
+            with pytest.raises(ServerError, match="is lent"):
+                end()
+        assert (our.running, our.pid) == (True, pid)
+        assert our.sql("SELECT 1") == "1\n"
 
 
 def test_ports_are_kept_and_outside_the_ephemeral_range() -> None:

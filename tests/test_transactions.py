@@ -19,7 +19,7 @@ from django.db import Error, close_old_connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from django_proxysql.errors import CommitOutcomeUnknown
-from tests.other_driver import run_all_of
+from tests.other_driver import run_again
 from tests.site import Site, site
 
 #: How a connection is lost at a step: its packet does not arrive, its answer does not, or the
@@ -37,11 +37,13 @@ def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., Any]) -> Ite
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("driver", ["pymysql", "psycopg2"])
+@pytest.mark.parametrize(
+    ("driver", "servers"), [("pymysql", ["mariadb_pair"]), ("psycopg2", ["postgres_pair"])]
+)
 @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="this is that run")
-def test_all_of_this_with(driver: str) -> None:
+def test_all_of_this_with(driver: str, servers: list[str], request: pytest.FixtureRequest) -> None:
     pytest.importorskip(driver)
-    run_all_of(__file__, driver)
+    run_again(__file__, driver, request, *servers)
 
 
 # What is lost

@@ -58,6 +58,18 @@ os.execv(command[0], command)
 """
 
 
+class _BorrowedProcess:
+    """The process of a server that another run has started."""
+
+    returncode = None
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return None if _alive(self.pid) else -1
+
+
 class ServerProcess:
     """One server: a folder, a port on loopback, a process to start, stop, kill, freeze and thaw.
 
@@ -81,7 +93,7 @@ class ServerProcess:
         run = current_run()
         self.directory = run.workspace.folder(self.kind)
         self.log_path = self.directory / "server.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | _BorrowedProcess | None = None
         self.frozen = False
         self.closed = False
         self.prepared = False
@@ -124,6 +136,7 @@ class ServerProcess:
         if self.closed:
             raise ServerError(f"{self.name} is closed")
         if not self.running:
+            self._check_not_borrowed()
             if not self.prepared:
                 self.prepare()
                 self.prepared = True
@@ -155,6 +168,7 @@ class ServerProcess:
         """An orderly shutdown (SIGTERM); after ``timeout`` seconds a SIGKILL."""
         if self.process is None or not self.running:
             return
+        self._check_not_borrowed()
         if self.frozen:
             self.thaw()
         self.process.send_signal(self.stop_signal)
@@ -168,6 +182,7 @@ class ServerProcess:
     def kill(self) -> None:
         """A crash (SIGKILL) of the server and its child processes. Works on a frozen one, too."""
         if self.process is not None and self.running:
+            self._check_not_borrowed()
             gone = self._signal_all(signal.SIGKILL)
             self.process.wait(20)
             # A server that finds processes of its former self alive may refuse to start.
@@ -223,6 +238,10 @@ class ServerProcess:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process may know of the server; see lending.py."""
+        return {**self.__dict__, "process": _BorrowedProcess(self.pid)}
 
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "running" if self.running else "down"
@@ -296,6 +315,10 @@ class ServerProcess:
                 env=self._clean_environment(),
                 start_new_session=True,  # Ctrl-C in a terminal ends us, and we end the servers
             )
+
+    def _check_not_borrowed(self) -> None:
+        if isinstance(self.process, _BorrowedProcess):
+            raise ServerError(f"{self.name} is lent: only its owner stops and starts it")
 
     def _signal_all(self, number: signal.Signals) -> list[int]:
         """Signal the server, then its children: so it takes no action when they are signalled."""
