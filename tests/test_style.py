@@ -1,8 +1,9 @@
-"""Words that :mod:`tests.words` lists are nowhere, and files that are long say why."""
+"""Words that :mod:`tests.words` lists are nowhere; sentences are short; long files say why."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from tests import words
 PACKAGE = Path(django_proxysql.__file__).parent
 #: Lines.
 LONG_FILE, LONG_CLASS = 450, 300
+#: Words.
+LONG_SENTENCE = 35
+#: Code, figures and other directives with no prose; rows of a table; a bullet.
+NO_PROSE = r"^( *)\.\. (?:code-block|image|include|raw|toctree|_).*\n(?:\n|\1 .*\n)*"
+TABLE = r"^ *(?:=+ +=[= ]*|\+[-=+]+)\n(?:.+\n)*"
+BULLET = r"^ *(?:[*#-]|\d+\.) "
 
 
 def test_no_file_has_a_listed_word(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +43,35 @@ def test_a_word_is_found_and_a_word_that_has_it_in_it_is_not(
     text: str, found: list[tuple[int, str]]
 ) -> None:
     assert [(number, word) for number, word, _ in words.hits(text)] == found
+
+
+def long_sentences(page: str) -> Iterator[str]:
+    """Yield the first words of each sentence that is too long, outside code and tables."""
+    page = re.sub(rf"{NO_PROSE}|{TABLE}|{BULLET}", "\n", page, flags=re.M)
+    page = re.sub(r"``.+?``", "CODE", page)
+    for sentence in re.split(r"[.!?][)\"*]*\s|\n\s*\n", page):
+        if len(re.findall(r"\S*\w\S*", sentence)) > LONG_SENTENCE:
+            yield " ".join(sentence.split()[:8])
+
+
+def test_no_sentence_of_the_docs_is_long() -> None:
+    found = {
+        path.relative_to(words.ROOT).as_posix(): list(long_sentences(path.read_text("utf-8")))
+        for path in words.files()
+        if path.suffix in {".rst", ".md"}
+    }
+    assert {path: long for path, long in found.items() if long} == {}
+
+
+def test_a_long_sentence_is_found_and_code_and_tables_are_not() -> None:
+    line = "so many words " * 6
+    assert list(long_sentences(f"One.\n\n* It has {line}\n  {line}.")) == [
+        "It has so many words so many words"
+    ]
+    assert list(long_sentences(f"{line}.\n{line}")) == []
+    assert list(long_sentences(f"* {line}\n* {line}")) == []
+    assert list(long_sentences(f".. code-block:: text\n\n   {line}\n\n   {line}{line}\n")) == []
+    assert list(long_sentences(f"=== ===\n{line}{line}{line}\n=== ===\n")) == []
 
 
 def too_long(text: str) -> Iterator[str]:
