@@ -162,6 +162,16 @@ class TestJudgement:
             result = self.judge(failures=[failure], faults=[fault], scenario=cut_off)
             assert bool(result.violations) is bad
 
+    def test_a_loss_and_a_conflict_of_one_fault_are_two(self) -> None:
+        fault = Fault("a node is killed", began=10.0, over=10.05)
+        lost = self.failure("block", "commit")
+        conflict = self.failure("block", "commit", OperationalError(1213, "Deadlock found"))
+        for failures, bad in (([lost, conflict], False), ([conflict] * 2, True)):
+            result = self.judge(
+                failures=failures, faults=[fault], scenario=SCENARIOS["galera-killed"]
+            )
+            assert bool(result.violations) is bad
+
     def test_timed_out(self) -> None:
         fault = Fault("it freezes", began=10.0, over=13.0)
         failure = self.failure("read", "read", started=10.0, ended=13.0)

@@ -13,6 +13,8 @@ from .scenarios import READ_TIMEOUT, Fault, Scenario
 
 #: Seconds for the news of a blow to travel.
 GRACE = 0.25
+#: Galera's answer to a transaction that another one, or a change of the cluster, came before.
+_CONFLICT = 1213
 
 
 @dataclass
@@ -60,7 +62,7 @@ def judge(
     result = Result(scenario.name, engine, len(faults), sum(ledger.requests for ledger in ledgers))
     result.longest = max(ledger.longest for ledger in ledgers)
     _count_rows(result, ledgers, rows)
-    spent: Counter[tuple[int, int | None]] = Counter()
+    spent: Counter[tuple[int, int | None, bool]] = Counter()
     for ledger in ledgers:
         for failure in ledger.failures:
             _count_failure(result, failure, scenario, faults, spent, engine)
@@ -98,7 +100,7 @@ def _count_failure(
     failure: Failure,
     scenario: Scenario,
     faults: list[Fault],
-    spent: Counter[tuple[int, int | None]],
+    spent: Counter[tuple[int, int | None, bool]],
     engine: str,
 ) -> None:
     if not isinstance(failure.error, OperationalError):
@@ -129,8 +131,9 @@ def _count_failure(
         result.violations.append(f"{failure}: it was struck by no fault, {when} began")
     else:
         thread = None if fault.at_most is not None else failure.thread
-        spent[number, thread] += 1
-        if spent[number, thread] > (fault.at_most or 1):
+        # Nodes that agree anew on who is there may refuse a transaction besides: a conflict.
+        spent[number, thread, failure.code == _CONFLICT] += 1
+        if spent[number, thread, failure.code == _CONFLICT] > (fault.at_most or 1):
             result.violations.append(f"{failure}: one too many over “{fault.what}”")
 
 
