@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: The fixtures that start a server, or the browser.
 SERVERS = frozenset(
-    "servers_session haproxy pgbouncer mariadb mariadb_pair mariadb_third mariadb_tls galera "
+    "servers_session haproxy pgbouncer mariadb mariadb_pair mariadb_tls galera "
     "postgres postgres_pair postgres_tls redis_server chromium_session".split()
 )
 
@@ -129,18 +129,6 @@ def mariadb_pair(mariadb_pair_session: tuple[Node, Node]) -> Iterator[tuple[Node
 def mariadb(mariadb_pair: tuple[Node, Node]) -> Node:
     """One MariaDB server: the first of the pair."""
     return mariadb_pair[0]
-
-
-@pytest.fixture(scope="session")
-def mariadb_third_session(servers_session: ExitStack) -> Node:
-    return servers_session.enter_context(Node("mariadb-3")).set_up()
-
-
-@pytest.fixture
-def mariadb_third(mariadb_third_session: Node) -> Iterator[Node]:
-    """A third MariaDB server, beside the pair."""
-    yield mariadb_third_session
-    mariadb_third_session.restore()
 
 
 @pytest.fixture(scope="session")

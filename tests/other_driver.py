@@ -29,7 +29,7 @@ elif DRIVER == "pymysql":
 #: The fixtures of the servers that a driver cannot connect to.
 NOT_ITS = {
     "pymysql": {"postgres", "postgres_pair", "postgres_tls"},
-    "psycopg2": {"mariadb", "mariadb_pair", "mariadb_third", "mariadb_tls", "galera"},
+    "psycopg2": {"mariadb", "mariadb_pair", "mariadb_tls", "galera"},
 }
 
 

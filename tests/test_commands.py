@@ -6,8 +6,10 @@ is there, so that makemigrations (from Django 3.2 on) looks at every alias; it d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,28 +96,32 @@ class Shop(Project):
         self.write({"databases.json": json.dumps(databases)})
 
 
+@pytest.fixture
+def dead() -> Iterator[int]:
+    """A port that refuses connections, as a dead server's does."""
+    port = ports.reserve()
+    yield port
+    ports.release(port)
+
+
 @pytest.fixture(params=["inline", "aliases"])
 def shop(
-    request: pytest.FixtureRequest,
-    mariadb_pair: tuple[Node, Node],
-    mariadb_third: Node,
-    tmp_path: Path,
+    request: pytest.FixtureRequest, mariadb: Node, dead: int, tmp_path: Path
 ) -> Iterator[Shop]:
     """A project whose tables are made while all peers but one are out."""
-    dead, hangs = mariadb_pair
-    dead.kill()
-    hangs.freeze()
-    mariadb_third.create_database(DATABASE)
-    peers = [
-        mysql_peer(dead, NAME=DATABASE),
-        mysql_peer(hangs, NAME=DATABASE),
-        mysql_peer(mariadb_third, NAME=DATABASE, PRIORITY=1),
-    ]
-    made = Shop(tmp_path, mariadb_third, peers)
-    made.configure(request.param == "aliases")
-    assert "Applying shop.0001_initial... OK" in made.manage("migrate")
-    yield made
-    mariadb_third.sql(f"DROP DATABASE {DATABASE}")
+    mariadb.create_database(DATABASE)
+    # It takes connections, and says nothing, as a frozen server does.
+    with socket.create_server((HOST, 0)) as hangs:
+        peers = [
+            mysql_peer(mariadb, NAME=DATABASE, PORT=dead),
+            mysql_peer(mariadb, NAME=DATABASE, PORT=hangs.getsockname()[1]),
+            mysql_peer(mariadb, NAME=DATABASE, PRIORITY=1),
+        ]
+        made = Shop(tmp_path, mariadb, peers)
+        made.configure(request.param == "aliases")
+        assert "Applying shop.0001_initial... OK" in made.manage("migrate")
+        yield made
+    mariadb.sql(f"DROP DATABASE {DATABASE}")
 
 
 def items(shop: Shop) -> list[str]:
@@ -180,21 +186,20 @@ def test_dbshell(shop: Shop) -> None:
 
 @pytest.fixture(params=["inline", "aliases"])
 def postgres_shop(
-    request: pytest.FixtureRequest,
-    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
-    tmp_path: Path,
+    request: pytest.FixtureRequest, postgres: PostgreSQLNode, dead: int, tmp_path: Path
 ) -> Iterator[Shop]:
     """The same on PostgreSQL, with one peer that is dead and one that lives."""
-    dead, alive = postgres_pair
-    dead.kill()
-    alive.create_database(DATABASE, USER)
-    peers = [postgres_peer(dead, NAME=DATABASE), postgres_peer(alive, NAME=DATABASE, PRIORITY=1)]
-    made = Shop(tmp_path, alive, peers, POSTGRESQL)
+    postgres.create_database(DATABASE, USER)
+    peers = [
+        postgres_peer(postgres, NAME=DATABASE, PORT=dead),
+        postgres_peer(postgres, NAME=DATABASE, PRIORITY=1),
+    ]
+    made = Shop(tmp_path, postgres, peers, POSTGRESQL)
     # libpq takes no less.
     made.configure(request.param == "aliases", CONNECT_TIMEOUT=2)
     assert "Applying shop.0001_initial... OK" in made.manage("migrate")
     yield made
-    alive.sql(f"DROP DATABASE {DATABASE}")
+    postgres.sql(f"DROP DATABASE {DATABASE}")
 
 
 PSQL = ("dbshell", "--", "-X", "-A", "-t", "-F", " ", "-c")
@@ -221,16 +226,12 @@ def test_migrations_on_postgresql(postgres_shop: Shop) -> None:
 
 
 @pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
-@pytest.mark.parametrize("fault", ["kill", "freeze"])
-def test_dbshell_on_postgresql(
-    postgres_shop: Shop, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], fault: str
-) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_dbshell_on_postgresql(postgres_shop: Shop, dead: int, hangs: bool) -> None:
     """psql opens on the peer that lives, logged in by the peer's own entry."""
-    if fault == "freeze":
-        postgres_pair[0].start()
-        postgres_pair[0].freeze()
     statement = "SELECT inet_server_port(), current_database(), current_user"
-    output = postgres_shop.manage(*PSQL, statement, timeout=BOUND)
+    with socket.create_server((HOST, dead)) if hangs else contextlib.nullcontext():
+        output = postgres_shop.manage(*PSQL, statement, timeout=BOUND)
     assert output.split() == [str(postgres_shop.alive.port), DATABASE, USER]
 
 
@@ -272,15 +273,12 @@ def test_testserver(shop: Shop) -> None:
     assert items(shop) == []
 
 
-def test_a_migration_stays_on_one_peer(
-    mariadb_pair: tuple[Node, Node], mariadb_third: Node, tmp_path: Path
-) -> None:
+def test_a_migration_stays_on_one_peer(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> None:
     """Several operations, and functions that connect anew: all of one migration on one peer."""
-    nodes = mariadb_third, mariadb_pair[0]
-    for node in nodes:
+    for node in mariadb_pair:
         node.create_database(DATABASE)
-    peers = [mysql_peer(node, NAME=DATABASE) for node in nodes]
-    shop = Shop(tmp_path, mariadb_third, peers)
+    peers = [mysql_peer(node, NAME=DATABASE) for node in mariadb_pair]
+    shop = Shop(tmp_path, mariadb_pair[0], peers)
     # In turn: each connection but for the pin is one to the other peer.
     shop.configure(False, STRATEGY="round_robin")
     shop.write({"shop/migrations/0002_more.py": MIGRATION})
@@ -293,11 +291,12 @@ def test_a_migration_stays_on_one_peer(
     said = re.search(r"ports \[(\d+), \1, \1, \1\]", output)
     assert said, output
     counts = {
-        node.port: node.sql("SELECT COUNT(*) FROM shop_item", DATABASE).strip() for node in nodes
+        node.port: node.sql("SELECT COUNT(*) FROM shop_item", DATABASE).strip()
+        for node in mariadb_pair
     }
     assert counts.pop(int(said[1])) == "4"
     assert list(counts.values()) == ["0"]
-    for node in nodes:
+    for node in mariadb_pair:
         node.sql(f"DROP DATABASE {DATABASE}")
 
 
