@@ -29,6 +29,7 @@ from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers
 from .core.events import BlockRetried
+from .core.faults import Proof
 from .errors import NoPeerAvailable
 from .registry import balancers
 
@@ -121,7 +122,7 @@ class Call:
         self._no_peer = 0
         #: Runs that use up no attempt, and since when there are such.
         self._uncounted = 0
-        self._undone_since: float | None = None
+        self._lost_since: float | None = None
         #: Which alias's error ended the last run, and what it said.
         self._error: tuple[str, str] | None = None
 
@@ -180,10 +181,9 @@ class Call:
     def seconds_to_wait(self, exc: BaseException) -> float | None:
         """Return the seconds to wait before the next run; None if the error is to be raised."""
         now = time.monotonic()
-        if any(one.stage is Stage.NOT_DONE for one in self._begun):
-            # The run came to its end, and its COMMIT met a fault: that says nothing against it.
-            self._undone_since = self._undone_since or now
-            self._uncounted += now < self._undone_since + self._rules.wait_for_peer
+        if self._was_lost_at_its_end(exc):
+            self._lost_since = self._lost_since or now
+            self._uncounted += now < self._lost_since + self._rules.wait_for_peer
         is_last = self.runs - self._uncounted >= self._rules.attempts
         if self.is_in_test or is_last or not self._begins_again(exc):
             return None
@@ -195,6 +195,15 @@ class Call:
         seconds = self._wait(self._rules.wait or _WAIT, self.runs, exc)
         self._idle += seconds
         return seconds
+
+    def _was_lost_at_its_end(self, exc: BaseException) -> bool:
+        """Return whether the run's COMMIT was lost and is known not to stand.
+
+        That says nothing against the run. A conflict does: another one may meet it again.
+        """
+        return any(one.stage is Stage.NOT_DONE for one in self._begun) and (
+            drivers.judgement_of(exc).proof is not Proof.ROLLED_BACK
+        )
 
     def _begins_again(self, exc: BaseException) -> bool:
         """Return whether nothing stands of the last run, and another may come to its end."""
@@ -277,8 +286,9 @@ def retrying_atomic(
     ``transaction.atomic``.
 
     :param using: the alias; the default one if None.
-    :param attempts: how many times the function is run at most. A run whose COMMIT is known not
-        to stand uses up no attempt until ``wait_for_peer`` seconds after the first such run.
+    :param attempts: how many times the function is run at most. A run whose COMMIT was lost and
+        is known not to stand uses up no attempt, until ``wait_for_peer`` seconds after the first
+        such run.
     :param wait: how long it waits between two runs: a wait strategy of tenacity's. By
         default a random time of up to 0.05 s, doubled each time, at most 2 s.
     :param wait_for_peer: for how many seconds it waits for a peer when none can be

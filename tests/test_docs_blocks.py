@@ -68,6 +68,7 @@ NOT_RUN = {
 THEIRS = {
     *(
         "apt-get",
+        "build",
         "cat",
         "curl",
         "docker",
@@ -410,7 +411,7 @@ def understood(words: list[str]) -> None:
     elif words[:4] == ["python", "-X", "importtime", "-c"]:
         for name in words[4].replace("import ", "").split(", "):
             assert importlib.util.find_spec(name), name
-    elif words[:2] == ["python", "-m"]:
+    elif words[:2] == ["python", "-m"] and words[2] not in THEIRS:
         with only_parsed(), mock.patch.object(sys, "argv", [words[2], *words[3:]]):
             with pytest.raises((Parsed, SystemExit)) as ended:
                 runpy.run_module(words[2], run_name="__main__", alter_sys=False)
@@ -428,6 +429,7 @@ def understood(words: list[str]) -> None:
         in_setup = (ROOT / "setup.py").read_text()
         assert [extra for extra in extras if f'"{extra}":' not in in_setup] == []
     else:
+        program = words[2] if words[:2] == ["python", "-m"] else program
         assert program in THEIRS or (ROOT / program).exists(), words
 
 

@@ -793,5 +793,5 @@ def test_under_django_prometheus(mariadb: Node, fault_proxy: Callable[..., Fault
             # Sent twice, beside what sets up the new connection.
             cursor.execute("SELECT 2")
             assert cursor.fetchone() == (2,)
-        assert counted() == [3, 1, executed + 1 + 2 + 1]
+        assert counted() == [3, 1, executed + 1 + 2 + 2]
         wrapper.close()

@@ -178,7 +178,7 @@ class TestThreads:
         known = Pool({}, None)
         busy(
             lambda n: pools.has(known),
-            lambda n: pools.get(f"peer{n}", {"NAME": n}, Closes),
+            lambda n: pools.find(f"peer{n}", {"NAME": n}, Closes),
             lambda n: pools.discard(f"peer{n}", known),
             lambda n: pools.retire(f"peer{n}") if n % 50 == 0 else None,
         )
@@ -259,8 +259,8 @@ def test_pools_that_are_looked_through_stay_as_they_are() -> None:
     pools = Pools()
     known = pools.find("db1", {"NAME": 1}, Closes)
     for change in (
-        lambda: pools.get("db2", {"NAME": 2}, Closes),
-        lambda: pools.get("db1", {"NAME": 3}, Closes),
+        lambda: pools.find("db2", {"NAME": 2}, Closes),
+        lambda: pools.find("db1", {"NAME": 3}, Closes),
         lambda: pools.discard("db1", known),
         lambda: pools.retire("db2"),
         pools.close,

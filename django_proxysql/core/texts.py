@@ -86,7 +86,7 @@ _BACK_TO_SAVEPOINT = re.compile(r"\s*ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b
 _ENDS_POSTGRESQL = frozenset(
     {"", "BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "PREPARE", "CALL", "EXECUTE"}
 )
-_KEEPS_MYSQL = frozenset({"SET", "USE", "DO", "SAVEPOINT", "RELEASE"})
+_KEEPS_MYSQL = frozenset({"SET", "USE", "DO", "SAVEPOINT", "RELEASE", "SIGNAL", "RESIGNAL"})
 _TEMPORARY = re.compile(r"\s*(?:CREATE|DROP)\s+TEMPORARY\s+TABLE\b", re.IGNORECASE)
 _SET_THAT_ENDS = re.compile(r"\b(?:autocommit|password|statement)\b", re.IGNORECASE)
 
