@@ -591,7 +591,7 @@ def test_libpq_before_12_is_given_what_it_knows(
         known = PostgreSQL().keepalive_options({"keepalives_count": 3}, 20)
     finally:
         _keepalive_parameters.cache_clear()
-    assert known == {"keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 1}
+    assert known == {"keepalives_idle": 10, "keepalives_interval": 1}
 
 
 class TestLimited:

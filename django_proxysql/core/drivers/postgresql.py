@@ -217,13 +217,19 @@ def _may_be_in_a_file(params: Any) -> bool:
 
 
 @functools.cache
+def _options_of(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(option for name in names for option in _SOCKET_OPTIONS[name])
+
+
+@functools.cache
 def _keepalive_parameters(seconds: float) -> dict[str, int]:
     values = {name: value for name, _, _, value in sockets.keepalive_options(seconds)}
     parameters = {
         name: values[option]
         for name, options in _SOCKET_OPTIONS.items()
         for option in options
-        if option in values
+        # libpq's own default; each parameter takes psycopg its time.
+        if option in values and name != "keepalives"
     }
     if _libpq_version() < _FIRST_WITH_USER_TIMEOUT:
         # libpq takes no connection with a parameter that it does not know.
@@ -424,16 +430,12 @@ class PostgreSQL(Driver):
 
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
         """Return the names of the socket options that libpq was given."""
-        given = params
-        if _may_be_in_a_file(params):
+        given = {"keepalives": 1, **params}
+        # With what keepalive_options() says nothing is left to ask.
+        if not _SOCKET_OPTIONS.keys() <= given.keys() and _may_be_in_a_file(params):
             ask = getattr(connection, "get_dsn_parameters", None) or connection.info.get_parameters
             given = ask()
-        return frozenset(
-            option
-            for name, options in _SOCKET_OPTIONS.items()
-            if given.get(name) is not None
-            for option in options
-        )
+        return _options_of(tuple(name for name in _SOCKET_OPTIONS if given.get(name) is not None))
 
     def leave(self, connection: Any) -> None:
         sockets.detach(connection.fileno())
