@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,8 +149,10 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        self._process.stdin.write(question + "\n")
-        self._process.stdin.flush()
+        # Of a process that has ended, what it said is the answer.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
         answer = self._process.stdout.readline().strip()
         if not answer:
             said = self._process.stderr.read().strip().splitlines()
@@ -198,7 +200,7 @@ def environment() -> str | None:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         django = f"Django=={metadata.version('Django')}"
         # What this module imports, too.
-        ours = ("pybreaker", "tenacity", "sqlparse")
+        ours = ("pybreaker", "tenacity", "sqlparse", "PyMySQL")
         pip = [str(python), "-m", "pip", "install", "--quiet", django, *ours, *PACKAGES]
         subprocess.run(pip, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
