@@ -121,16 +121,10 @@ class TestKilled:
 def test_two_that_fence_at_once_agree(scene: Scene) -> None:
     """The other process' fence waits for the first one's, which is not committed yet."""
     scene.way.cut_before(COMMIT)
-    found: list[Outcome] = []
     with scene.asking(WRITTEN) as process:
         process.reaches(WRITTEN)
-        asking = threading.Thread(target=lambda: found.append(scene.asked_by_another()))
-        asking.start()
-        until(lambda: waits_for_a_lock(scene.here))
-        process.goes_on()
+        assert asked_until_it_goes_on(scene, process) is Outcome.ROLLED_BACK
         assert process.line() == "rolled back, 0"
-        asking.join()
-    assert found == [Outcome.ROLLED_BACK]
     assert scene.settled() == []
 
 
@@ -153,17 +147,22 @@ class TestTwoPackets:
         assert scene.settled() == []
 
     def test_another_that_asks_between_them_waits_for_the_end(self, scene: Scene) -> None:
-        found: list[Outcome] = []
         with self.asking(scene) as process:
             process.reaches(BETWEEN)
-            asking = threading.Thread(target=lambda: found.append(scene.asked_by_another()))
-            asking.start()
-            until(lambda: waits_for_a_lock(scene.here))
-            process.goes_on()
+            assert asked_until_it_goes_on(scene, process) is Outcome.COMMITTED
             assert process.line() == "well, 1"
-            asking.join()
-        assert found == [Outcome.COMMITTED]
         assert scene.settled() == ["one"]
+
+
+def asked_until_it_goes_on(scene: Scene, process: AskingProcess) -> Outcome:
+    """Have another process ask while this one has its lock; let it go on; return what was found."""
+    found: list[Outcome] = []
+    asking = threading.Thread(target=lambda: found.append(scene.asked_by_another()))
+    asking.start()
+    until(lambda: waits_for_a_lock(scene.here))
+    process.goes_on()
+    asking.join()
+    return found[0]
 
 
 def waits_for_a_lock(here: Site) -> bool:

@@ -279,11 +279,8 @@ class LoadBalancedMixin(_Base):
         ):
             facts = None
         if own is not None and own != facts:
-            of_features: Any = type(self.features)
-            for name in cached_by(self._made_of[0]):
-                self.__dict__.pop(name, None)
-            for name in cached_by(of_features):
-                self.features.__dict__.pop(name, None)
+            forget_cached(self, self._made_of[0])
+            forget_cached(self.features, type(self.features))
         if facts is not None:
             self.__dict__[_FACTS] = facts
 
@@ -433,9 +430,14 @@ class LoadBalancedMixin(_Base):
             hold.release()
 
 
+def forget_cached(kept: Any, cls: Any) -> None:
+    """Have ``kept`` work out anew what ``cls`` keeps, but for what all wrappers keep."""
+    for name in _cached_by(cls):
+        kept.__dict__.pop(name, None)
+
+
 @functools.cache
-def cached_by(cls: type) -> frozenset[str]:
-    """Return what objects keep once they were asked for it, but for what all wrappers do."""
+def _cached_by(cls: type) -> frozenset[str]:
     return frozenset(
         name
         for base in cls.__mro__

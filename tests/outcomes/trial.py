@@ -121,6 +121,7 @@ class Trial:
         def strike() -> None:
             steps = [cut, hurt]
             self._random.shuffle(steps)
+            # Paces the load, in a command: threads that write are all at work by then.
             time.sleep(0.5)
             for step in steps:
                 step()

@@ -26,7 +26,7 @@ from ...core import drivers
 from ...core.balancer import LoadBalancer
 from ...core.ready import throw_away
 from ...registry import balancers
-from ..connecting import cached_by
+from ..connecting import forget_cached
 from ..engines import EngineType, EngineUnknown, made_over
 from ..forked import remember
 from ..pools import close_in_child, has_pools
@@ -127,9 +127,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         """Forget what the balancer has said, and what was concluded from it."""
         if self._has_borrowed:
             self._has_borrowed = False
-            own: Any = type(self)
-            for name in cached_by(own):
-                self.__dict__.pop(name, None)
+            forget_cached(self, type(self))
 
     # Connecting
 
