@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from django.db import connections
+from django.db.backends.signals import connection_created
 
 from tests.benchmarks import connect, project, replacement, shares, statement
 from tests.benchmarks.__main__ import NAMES
@@ -79,7 +80,11 @@ def test_python_calls_are_counted() -> None:
 # What a connect costs
 
 
-def test_connect_calls_no_more_python_functions_than_it_is_known_for(mariadb: Node) -> None:
+def test_connect_calls_no_more_python_functions_than_it_is_known_for(
+    mariadb: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A receiver that another test has left is called by Django, and counts for no engine.
+    monkeypatch.setattr(connection_created, "receivers", [])
     assert_met(connect.counted(mariadb))
 
 

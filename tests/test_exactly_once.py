@@ -582,8 +582,10 @@ def no_writes(here: Site) -> Iterator[None]:
     """Have the server take no writes: PostgreSQL those of new sessions, MariaDB any."""
     on, off = "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"
     if not here.is_mysql:
-        setting = f"ALTER DATABASE {DATABASE} SET default_transaction_read_only ="
-        on, off = f"{setting} on", f"{setting} off"
+        name = "default_transaction_read_only"
+        on = f"ALTER DATABASE {DATABASE} SET {name} = on"
+        # Not off: a database's own setting goes before the server's, in every later test.
+        off = f"ALTER DATABASE {DATABASE} RESET {name}"
     here.server.sql(on)
     try:
         yield

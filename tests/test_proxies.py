@@ -34,6 +34,7 @@ from django_proxysql.core.faults import Fault
 from django_proxysql.inspection import inspect
 from django_proxysql.registry import balancers
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, postgres_peer
+from tests.fakes import until
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.scripted import NO_SERVER, READ_ONLY, MaxScale, ProxySQL, Refusal, ScriptedServer
 from tests.site import with_table
@@ -705,10 +706,8 @@ class TestDemotedPrimary:
                 else:
                     old.set_global("default_transaction_read_only = on")
                     driver = connection.connection
-                    while (
-                        driver.execute("SHOW default_transaction_read_only").fetchone()[0] != "on"
-                    ):
-                        pass
+                    said = "SHOW default_transaction_read_only"
+                    until(lambda: driver.execute(said).fetchone()[0] == "on")
                 for proxy in proxies:
                     proxy._ask(lambda proxy=proxy: setattr(proxy, "target", new))
 

@@ -17,6 +17,7 @@ from django.db.utils import DatabaseError, Error
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
+from tests.fakes import until
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site, with_table
 
@@ -737,8 +738,8 @@ class TestReadOnlyPostgreSQL:
         old, driver = connection.peer, connection.connection
         nodes[old.name].set_global("default_transaction_read_only = on")
         # Told to reload its settings, each session does so in its own time.
-        while driver.execute("SHOW default_transaction_read_only").fetchone() != ("on",):
-            pass
+        said = "SHOW default_transaction_read_only"
+        until(lambda: driver.execute(said).fetchone() == ("on",))
         block = transaction.atomic(connection.alias) if in_block else contextlib.nullcontext()
         with block:
             self.write(connection, "one")
