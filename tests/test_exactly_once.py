@@ -173,7 +173,7 @@ class TestBlocksWithoutAToken:
             try:
                 with transaction.atomic("balanced"):
                     here.sql("SELECT writes()")
-                    here.here.cut_after(COMMIT)
+                    cut_at_commit(here, "reply")
                 assert (tokens(here), resolved(here)) == ([False], ["committed"])
                 prepare(here)
                 with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
@@ -806,10 +806,11 @@ class TestRunAgain:
             retrying_request(work)(RequestFactory().get("/"))
         else:
             retrying_atomic("balanced")(work)()
-        stands = 1 if how in ("after", "reply") else 2
-        assert runs == [1] * stands
-        assert hooks == [stands]
-        assert here.written() == [f"run {stands}"]
+        # "after": the fence and the COMMIT are on their way at once, and either may be first.
+        stands = {"after": (1, 2), "reply": (1,)}.get(how, (2,))
+        assert len(runs) in stands
+        assert hooks == [len(runs)]
+        assert here.written() == [f"run {len(runs)}"]
 
     @pytest.mark.parametrize(("seconds", "runs"), [(10.0, 5), (0.0, 3)])
     def test_a_run_whose_commit_is_known_not_to_stand_uses_up_no_attempt_for_some_seconds(
