@@ -55,13 +55,14 @@ WORDS = {
     r"\bteller\b": "dispatcher",
     r"\b(?:there|here)by\b": "so",
 }
-# A phrase may go on in the next line.
+# A phrase may go on in the next line. Looked for at the beginnings of words alone: a fifth of the
+# time.
 PATTERN = re.compile(
-    "|".join("({})".format(pattern.replace(" ", r"\s+")) for pattern in WORDS), re.IGNORECASE
+    r"\b(?=\w)(?:{})".format(
+        "|".join("({})".format(pattern.replace(" ", r"\s+")) for pattern in WORDS)
+    ),
+    re.IGNORECASE,
 )
-
-#: Files that are still to be gone over.
-NOT_YET: set[str] = set()
 
 
 def files() -> list[Path]:
@@ -86,12 +87,10 @@ def hits(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def main(names: list[str]) -> int:
-    """Print all places; return 1 if there is one in a file that has been gone over."""
+    """Print all places; return 1 if there is one."""
     bad = 0
     for path in [Path(name).resolve() for name in names] or files():
         name = path.relative_to(ROOT).as_posix()
-        if name in NOT_YET and not names:
-            continue
         for number, words, instead in hits(path.read_text(encoding="utf-8")):
             bad += 1
             print(f"{name}:{number}: {words!r}: {instead}")
