@@ -45,7 +45,7 @@ FINE = {
     ("monitoring.history", "changes"): "under the lock",
     ("monitoring.history", "trials"): "under the lock",
     ("backends.pools", "_pools"): "replaced as a whole, never changed",
-    ("backends.types_of_peers", "_geometries"): "not gone through",
+    ("backends.engines", "_geometries"): "not gone through",
     ("core.sharing", "_shared"): "made once",
     ("request", "_attributes"): "one request's own",
     ("request", "_states"): "one request's own",

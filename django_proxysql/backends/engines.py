@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copyreg
 import sys
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured
@@ -23,13 +24,18 @@ from ..conf.engines import engine_path, load_wrapper, peer_engine
 from ..conf.keys import ALIAS_KEY, is_balancer
 from ..conf.reading import in_words, problems, stops_connections
 from ..core import drivers
+from ..core.balancer import LoadBalancer
 from ..core.exceptions import ConfigError
+from ..core.peer import Peer
 from ..registry import balancers
 from .connecting import LoadBalancedMixin
-from .origins import OriginsMixin, is_of_another_package
 from .pools import has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
-from .types_of_peers import GeometriesOfPeersMixin, TypesOfPeersMixin, has_geometries, has_types
+
+if TYPE_CHECKING:
+    _Base = LoadBalancedMixin
+else:
+    _Base = object
 
 
 class EngineUnknown(ImproperlyConfigured, AttributeError):
@@ -175,11 +181,12 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
         bases: list[Any] = [base, wrapper]
         # What an engine keeps by alias is kept apart where there is a peer to do it by.
         if issubclass(base, LoadBalancedMixin):
-            if is_of_another_package(wrapper) and wrapper is not _Unknown:
+            packages = {cls.__module__.partition(".")[0] for cls in wrapper.__mro__}
+            if not packages <= {"django", "builtins"} and wrapper is not _Unknown:
                 bases.insert(1, OriginsMixin)
-            if has_geometries(wrapper):
+            if isinstance(getattr(wrapper, "_type_infos", None), dict):
                 bases.insert(1, GeometriesOfPeersMixin)
-            if has_types(wrapper):
+            if wrapper.vendor == "postgresql":
                 bases.insert(1, TypesOfPeersMixin)
             if has_pools(wrapper):
                 from .pooled import PooledMixin
@@ -210,3 +217,167 @@ def _is_misconfigured(settings: dict[str, Any], alias: str) -> bool:
     if settings.get(ALIAS_KEY) in balancers.known or not apps.ready or not is_balancer(settings):
         return False
     return any(map(stops_connections, problems(alias, settings, connections.databases)))
+
+
+# Laid between our engine and some DatabaseWrappers
+
+
+#: Where each peer's connections were last seen to lead, by the peer's name.
+_seen: weakref.WeakKeyDictionary[LoadBalancer, dict[str, tuple[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+#: What is wrong, once it has been found out.
+_wrong: weakref.WeakKeyDictionary[LoadBalancer, str] = weakref.WeakKeyDictionary()
+
+
+class OriginsMixin(_Base):
+    """For a backend of another package, which may keep connections of its own, by alias.
+
+    Such a backend would give one peer's to all of them: each circuit would count another server's
+    faults. No list names all such backends. Their connections say where they lead.
+    """
+
+    def connect(self) -> None:
+        """Connect, and look where that leads.
+
+        :raises ImproperlyConfigured: it leads to another peer, or has done so: the next peer's
+            connections are no better.
+        """
+        registered = self._registered()
+        wrong = None if registered is None else _wrong.get(registered.balancer)
+        if wrong is not None:
+            raise ImproperlyConfigured(wrong)
+        super().connect()
+        # Where get_new_connection() is not called.
+        self._look_where(self.connection)
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """Open the driver's connection, or what the backend has for one; look where it leads."""
+        connection = super().get_new_connection(conn_params)
+        try:
+            self._look_where(connection)
+        except BaseException:
+            # The backend's, to do with it what it does.
+            self.connection = connection
+            raise
+        return connection
+
+    def _look_where(self, connection: Any) -> None:
+        attempt, settings = self._attempt, self._peer_settings
+        registered = self._registered()
+        if attempt is None or settings is None or registered is None:
+            return
+        try:
+            found = self._driver.leads_to(connection)
+        except Exception:
+            # Something that is no driver's connection.
+            return
+        if found is None:
+            return
+        seen = _seen.setdefault(registered.balancer, {})
+        name = attempt.peer.name
+        if not _leads_to(settings, found):
+            # An engine may go another way than its settings say (by a tunnel), but not to
+            # another peer, nor the same way for two.
+            own = self._own_settings or self.settings_dict
+            for other in registered.balancer.peers.values():
+                if other is attempt.peer:
+                    continue
+                theirs = registered.settings_for(other, own, self.alias)
+                if seen.get(other.name) == found or (
+                    _given(theirs, "HOST") and _leads_to(theirs, found)
+                ):
+                    wrong = _wrong[registered.balancer] = (
+                        f"DATABASES[{registered.balancer.name!r}]: PEER_ENGINE gave for peer "
+                        f"{name!r} a connection to {other.name!r} ({':'.join(found)}): "
+                        f"{self._made_of[0].__module__} keeps connections that it does not tell "
+                        "apart by peer. Give the backend that it builds on; CONN_MAX_AGE keeps "
+                        "connections, each to its own peer."
+                    )
+                    raise ImproperlyConfigured(wrong)
+        seen[name] = found
+
+
+def _leads_to(settings: Mapping[str, Any], found: tuple[str, str]) -> bool:
+    """Return whether a peer's settings lead to a host and port, as far as they say where."""
+    host, port = found
+    hosts, ports = _given(settings, "HOST"), _given(settings, "PORT")
+    return (not hosts or host.lower() in hosts) and (not ports or port in ports)
+
+
+def _given(settings: Mapping[str, Any], key: str) -> set[str]:
+    given = settings.get(key), settings["OPTIONS"].get(key.lower())
+    return {str(value).lower() for value in given if value}
+
+
+class TypesOfPeersMixin(_Base):
+    """For PostgreSQL, where an extension's types have numbers of each server's own.
+
+    They differ from one server to the next, unless one is the other's copy, block by block. Django
+    remembers them by alias: hstore's and citext's, and PostGIS's. A second peer's values would be
+    read as text, and written as something else.
+    """
+
+    def connect(self) -> None:
+        """Connect, with django.contrib.postgres asking for this peer's types."""
+        attempt, settings = self._attempt, self._peer_settings
+        if attempt is None or settings is None or _RECEIVERS not in sys.modules:
+            super().connect()
+            return
+        alias = str(self.alias)
+        try:
+            self.alias = _AliasOfPeer(alias, (attempt.peer.name, settings["NAME"]))
+            super().connect()
+        finally:
+            self.alias = alias
+
+
+#: Its receivers of connection_created ask for types by ``connection.alias``, and keep the answers.
+_RECEIVERS = "django.contrib.postgres.signals"
+
+
+class _AliasOfPeer(str):
+    """A balancer's alias, equal to it, of which that of another peer is another one."""
+
+    __slots__ = ("_of",)
+
+    def __new__(cls, alias: str, of: tuple[Any, ...]) -> _AliasOfPeer:
+        made = super().__new__(cls, alias)
+        made._of = of
+        return made
+
+    _of: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _AliasOfPeer) and other._of != self._of:
+            return False
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+#: PostGIS's, by peer, then by database.
+_geometries: weakref.WeakKeyDictionary[Peer, dict[Any, dict[str, dict[str, Any]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class GeometriesOfPeersMixin(_Base):
+    """For PostGIS, whose backend remembers its types by alias."""
+
+    @property
+    def _type_infos(self) -> dict[str, dict[str, Any]]:
+        plain: dict[str, dict[str, Any]] = super()._type_infos  # type: ignore[misc]
+        peer = self.peer
+        if peer is None:
+            return plain
+        if self.connection is not None:
+            database = self.connection.info.dbname
+        else:
+            # While Django opens a connection it sees the peer's settings.
+            database = self.settings_dict["NAME"]
+        of_peer = _geometries.setdefault(peer, {})
+        return of_peer.setdefault(database, {name: {} for name in plain})

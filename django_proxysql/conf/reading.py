@@ -30,7 +30,7 @@ from .keys import (
 from .merging import address
 
 #: Packages whose backends take connections out of a pool that they keep by alias. These are
-#: known before they connect. Of others backends.origins finds it out when they connect.
+#: known before they connect. Of others backends.engines finds it out when they connect.
 _POOLS_BY_ALIAS = frozenset(
     {
         "dj_db_conn_pool",
