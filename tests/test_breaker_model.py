@@ -103,7 +103,6 @@ class CircuitMachine(RuleBasedStateMachine):
     def acquire(self, last_resort: float | None) -> None:
         permit = self.breaker.acquire(last_resort=last_resort)
         if self.state == "closed" and not self.suspect:
-            assert permit is not None
             assert not permit.is_trial
             self.tickets.append(Ticket(permit, self.generation, None))
             return
@@ -112,7 +111,6 @@ class CircuitMachine(RuleBasedStateMachine):
         if self.trial_under_way() or not due:
             assert permit is None
             return
-        assert permit is not None
         assert permit.is_trial
         self.lease = (object(), now + LEASE)
         if not self.suspect:
@@ -297,7 +295,6 @@ class CircuitMachine(RuleBasedStateMachine):
         self.clock.advance(LEASE + INTERVAL)
         for _ in range(self.success_threshold):
             permit = self.breaker.acquire()
-            assert permit is not None
             permit.succeeded()
         assert self.breaker.is_available
 
