@@ -67,6 +67,7 @@ class World:
         self.db = LoadBalancer(
             endpoints, self.driver.connect, clock=self.clock, jitter=even, **options
         )
+        self.permits: list[Any] = []
         self.events: list[Any] = []
         self.db.add_listener(self.events.append)
 
@@ -86,6 +87,25 @@ class World:
     def open(self, *names: str) -> None:
         for name in names:
             self.db.peers[name].breaker.acquire().failed(refused_by_host(), Fault.UNREACHABLE)
+
+    def due(self, *names: str) -> None:
+        """Open circuits, and let the time pass until their trials are due."""
+        self.open(*names)
+        self.clock.advance(30)
+
+    def trial(self, name: str) -> Any:
+        """Begin the trial that is due."""
+        permit = self.db.peers[name].breaker.acquire()
+        assert permit.is_trial
+        # Kept: a trial whose permit is gone is over.
+        self.permits.append(permit)
+        return permit
+
+    def exhausted(self) -> NoPeerAvailable:
+        """Return the error of a connect() that gets no connection."""
+        with pytest.raises(NoPeerAvailable) as caught:
+            self.db.connect()
+        return caught.value
 
     def told(self, kind: type) -> list[Any]:
         return [event for event in self.events if type(event) is kind]
@@ -143,24 +163,14 @@ class TestOrder:
         assert connection is world.driver.made[0]
         assert world.driver.calls == [{"host": "db1", "port": 3306}]
 
-    def test_next_peer_when_one_fails(self) -> None:
-        """A peer that cannot be reached costs an attempt; the same connect() goes on."""
+    def test_peer_that_cannot_be_reached_costs_an_attempt(self) -> None:
         world = World("db1", "db2", "db3")
         world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
         assert world.connect() == "db3"
         assert world.driver.hosts == ["db1", "db2", "db3"]
         assert world.states() == "open open closed"
 
-    def test_open_circuits_are_passed_by(self) -> None:
-        """A peer whose circuit is open is not attempted."""
-        world = World("db1", "db2")
-        world.open("db1")
-        assert [world.connect() for _ in range(5)] == ["db2"] * 5
-        assert world.driver.hosts == ["db2"] * 5
-
-    def test_each_is_attempted_once(self) -> None:
-        """One connect() attempts no peer twice, however often a strategy names it."""
-
+    def test_no_peer_is_attempted_twice_however_often_a_strategy_names_it(self) -> None:
         class Stubborn:
             def order(self, peers: Any) -> Any:
                 yield from [peers[0]] * 5
@@ -179,25 +189,14 @@ class TestOrder:
 
         world = World("db1", "db2", "db3", strategy=Forgetful)
         if is_trial_due:
-            world.open("db3")
-            world.clock.advance(30)
+            world.due("db3")
         with pytest.raises(ConfigError, match=r"STRATEGY has an order\(\) that returned NoneType"):
             world.db.connect(trials="last")
         assert world.states().startswith("closed closed")
 
-    def test_trial_goes_first(self) -> None:
-        """A peer whose trial is due is tried before those in use, and is then in use again."""
+    def test_one_caller_makes_the_trial_and_no_other_waits(self) -> None:
         world = World("db1", "db2")
-        world.open("db2")
-        world.clock.advance(30)
-        assert world.hosts() == ["db2"]
-        assert world.states() == "closed closed"
-
-    def test_one_caller_gets_the_trial(self) -> None:
-        """While one caller makes the trial, the others pass the peer by without waiting."""
-        world = World("db1", "db2")
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         others: list[str] = []
 
         def during() -> None:
@@ -210,16 +209,13 @@ class TestOrder:
         assert world.states() == "closed closed"
 
     def test_bad_trial_costs_its_caller_an_attempt(self) -> None:
-        """A trial that fails opens the circuit again and its caller gets another peer."""
         world = World("db1", "db2")
         world.driver.down["db1"] = refused_by_host
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         assert world.hosts() == ["db1", "db2"]
         assert world.hosts() == ["db2"]
 
-    def test_tiers(self) -> None:
-        """A worse tier is used only when no peer of the better ones is available."""
+    def test_worse_tier_is_used_when_no_better_peer_is_available(self) -> None:
         world = World(
             peers={
                 "spare": {"host": "spare", "priority": 1},
@@ -233,8 +229,7 @@ class TestOrder:
         assert world.hosts() == ["db1", "db2", "spare", "last"]
         assert world.hosts() == ["last"]
 
-    def test_trial_of_a_worse_tier_waits(self) -> None:
-        """While a better tier is in use, no connection goes to a worse tier's peer as a trial."""
+    def test_no_trial_of_a_worse_tier_while_a_better_one_is_in_use(self) -> None:
         world = World(peers={"db1": {"host": "db1"}, "spare": {"host": "spare", "priority": 1}})
         world.open("spare")
         world.clock.advance(1000)
@@ -242,8 +237,7 @@ class TestOrder:
         world.driver.down["db1"] = refused_by_host
         assert world.hosts() == ["db1", "spare"]
 
-    def test_better_tier_comes_back(self) -> None:
-        """A better tier's peer is tried again while a worse tier is in use."""
+    def test_better_tier_is_tried_while_a_worse_one_is_in_use(self) -> None:
         world = World(peers={"db1": {"host": "db1"}, "spare": {"host": "spare", "priority": 1}})
         world.open("db1")
         assert world.hosts() == ["spare"]
@@ -251,8 +245,7 @@ class TestOrder:
         assert world.hosts() == ["db1"]
         assert world.hosts() == ["db1"]
 
-    def test_suspects_come_last(self) -> None:
-        """A suspect peer is attempted after all others of every tier."""
+    def test_suspect_is_attempted_after_all_others_of_every_tier(self) -> None:
         world = World(
             peers={
                 "db1": {"host": "db1"},
@@ -267,8 +260,7 @@ class TestOrder:
         assert world.states() == "closed open open"
         assert world.db.peers["db1"].breaker.is_available
 
-    def test_suspects_are_never_excluded(self) -> None:
-        """Where all peers are suspect, connect() works as if none were."""
+    def test_where_all_are_suspect_connect_works_as_if_none_were(self) -> None:
         world = World("db1", "db2")
         for peer in world.db.peers.values():
             peer.breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
@@ -276,24 +268,21 @@ class TestOrder:
         assert not world.told(CircuitOpened)
         assert not world.told(CircuitClosed)
 
-    def test_suspect_whose_trial_fails_is_out(self) -> None:
-        """A suspect that cannot be reached opens at once, whatever fail_max says."""
+    def test_suspect_whose_trial_fails_opens_whatever_fail_max_says(self) -> None:
         world = World("db1", breaker={"fail_max": 5})
         world.db.peers["db1"].breaker.suspect()
         world.driver.down["db1"] = refused_by_host
-        assert isinstance(raised_by(world.connect), NoPeerAvailable)
+        world.exhausted()
         assert world.states() == "open"
         assert len(world.told(CircuitOpened)) == 1
 
-    def test_fail_max(self) -> None:
-        """Below fail_max a failing peer stays in use; with it, it is out."""
+    def test_peer_is_in_use_below_fail_max_and_out_with_it(self) -> None:
         world = World("db1", "db2", breaker={"fail_max": 3})
         world.driver.down["db1"] = refused_by_host
         assert [world.hosts() for _ in range(3)] == [["db1", "db2"]] * 3
         assert world.hosts() == ["db2"]
 
-    def test_per_peer_settings(self) -> None:
-        """A peer's own breaker and check_interval stand before the balancer's."""
+    def test_peers_own_settings_stand_before_the_balancers(self) -> None:
         world = World(
             peers={
                 "db1": {"host": "db1", "breaker": {"fail_max": 2}, "check_interval": 5},
@@ -308,16 +297,13 @@ class TestOrder:
         assert "breaker" not in world.driver.calls[0]
 
     def test_balancers_share_nothing(self) -> None:
-        """Two balancers over the same hosts have circuits of their own."""
         one, other = World("db1", "db2"), World("db1", "db2")
         one.open("db1")
         assert other.states() == "closed closed"
 
-    def test_success_threshold(self) -> None:
-        """With success_threshold 2 the peer is closed by the second good trial."""
+    def test_success_threshold_of_2_takes_two_good_trials(self) -> None:
         world = World("db1", breaker={"success_threshold": 2})
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         world.connect()
         assert world.states() == "half-open"
         world.connect()
@@ -362,13 +348,11 @@ class TestFaults:
         ids=lambda error: type(error).__name__ + str(error)[:10],
     )
     @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
-    def test_ours_and_others_are_raised_at_once(self, error: BaseException, trial: bool) -> None:
-        """What is not the peer's fault is raised as it is, and no circuit counts it."""
+    def test_what_is_no_peers_fault_is_raised(self, error: BaseException, trial: bool) -> None:
         world = World("db1", "db2", "db3")
         world.driver.down["db1"] = error
         if trial:
-            world.open("db1")
-            world.clock.advance(30)
+            world.due("db1")
         assert raised_by(world.connect) is error
         assert world.driver.hosts == ["db1"]
         assert world.states() == ("open closed closed" if trial else "closed closed closed")
@@ -378,7 +362,6 @@ class TestFaults:
         "error", [KeyboardInterrupt(), ValueError("other"), OSError(24, "Too many open files")]
     )
     def test_raised_at_once_from_a_later_attempt_too(self, error: BaseException) -> None:
-        """The second attempt's Ctrl-C ends connect() as the first one's does."""
         world = World("db1", "db2", "db3")
         world.driver.down.update(db1=refused_by_host, db2=error)
         assert raised_by(world.connect) is error
@@ -386,8 +369,6 @@ class TestFaults:
         assert world.states() == "open closed closed"
 
     def test_failing_strategy_is_not_taken_for_a_peers_fault(self) -> None:
-        """What a strategy raises between two attempts reaches the caller."""
-
         class Broken:
             def order(self, peers: Any) -> Any:
                 yield peers[0]
@@ -399,13 +380,10 @@ class TestFaults:
             world.connect()
 
     def test_interrupt_while_waiting_for_a_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Ctrl-C while connect() waits for somebody's trial reaches the caller."""
         world = World("db1", "db2")
         world.driver.down["db1"] = refused_by_host
-        world.open("db2")
-        world.clock.advance(30)
-        trial = world.db.peers["db2"].breaker.acquire()
-        assert trial.is_trial
+        world.due("db2")
+        world.trial("db2")
 
         def interrupt(*args: Any) -> None:
             raise KeyboardInterrupt
@@ -415,8 +393,7 @@ class TestFaults:
             world.connect()
         assert world.driver.hosts == ["db1"]
 
-    def test_every_peer_refuses(self) -> None:
-        """Where every peer was attempted and refused us, the driver's own error is raised."""
+    def test_drivers_own_error_is_raised_where_every_peer_refuses(self) -> None:
         world = World("db1", "db2")
         errors = {"db1": bad_password(), "db2": OperationalError(1049, "Unknown database 'x'")}
         world.driver.down.update(errors)
@@ -429,27 +406,22 @@ class TestFaults:
         world = World("db1", "db2")
         world.driver.down.update(db1=bad_password, db2=bad_password)
         raised_by(world.connect)
-        error = raised_by(world.connect)
-        assert isinstance(error, NoPeerAvailable)
+        error = world.exhausted()
         assert str(error).count("last error (1045, ") == 2
         world.clock.advance(1)
         assert isinstance(raised_by(world.connect), OperationalError)
 
-    def test_some_refuse(self) -> None:
-        """Where not every peer refused us, the error names them all."""
+    def test_error_names_all_where_not_every_peer_refuses(self) -> None:
         world = World("db1", "db2")
         world.driver.down.update(db1=refused_by_host, db2=bad_password)
-        error = raised_by(world.connect)
-        assert isinstance(error, NoPeerAvailable)
+        error = world.exhausted()
         assert isinstance(error.__cause__, OperationalError)
 
     @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
-    def test_refusal_that_is_the_callers(self, trial: bool) -> None:
-        """A refusal of what this caller alone asks for is raised and counts nothing."""
+    def test_refusal_that_is_the_callers_counts_nothing(self, trial: bool) -> None:
         world = World("db1", "db2")
         if trial:
-            world.open("db1")
-            world.clock.advance(30)
+            world.due("db1")
         error = OperationalError(1049, "Unknown database 'test_shop'")
         world.driver.down["db1"] = error
         with pytest.raises(OperationalError) as caught:
@@ -459,7 +431,6 @@ class TestFaults:
         assert world.driver.hosts == ["db1"]
 
     def test_unreachable_counts_for_such_a_caller_too(self) -> None:
-        """refusal_is_callers changes nothing for other faults."""
         world = World("db1", "db2")
         world.driver.down["db1"] = refused_by_host
         assert world.db.connect(refusal_is_callers=True).host == "db2"
@@ -522,8 +493,7 @@ class TestEveryError:
         (opened,) = world.told(CircuitOpened)
         assert (opened.peer, opened.fault) == ("db1", Fault.REFUSED)
 
-    def test_mysql_of_all_peers(self) -> None:
-        """Said by all of them alike, it is raised, and counts for none."""
+    def test_mysql_error_of_all_peers_alike_is_raised_and_counts_for_none(self) -> None:
         for code in (*range(1054, 1129), *range(3300, 3400)):
             world = World("db1", "db2")
             errors = [of_driver("MySQLdb", "OperationalError", code, "text") for _ in range(2)]
@@ -590,8 +560,7 @@ class TestEveryError:
         assert "db1 (db1:3306)" in first.getMessage()
         assert len(others) == (1 if fail_max == 3 else 0)
 
-    def test_trial_by_hand(self) -> None:
-        """A trial that ends so has failed."""
+    def test_trial_that_ends_so_has_failed(self) -> None:
         world = World("db1", "db2")
         world.open("db1")
         world.driver.down["db1"] = of_driver("MySQLdb", "OperationalError", 4999, "text")
@@ -604,13 +573,11 @@ class TestEveryError:
         world.driver.down.update(
             db1=of_driver("MySQLdb", "OperationalError", 4999, "text"), db2=refused_by_host
         )
-        error = raised_by(world.connect)
-        assert isinstance(error, NoPeerAvailable)
+        error = world.exhausted()
         assert "4999" in str(error)
         assert world.states() == "closed open"
 
-    def test_what_the_caller_asks_for(self) -> None:
-        """Asked for another database, no peer is blamed for an error that no table lists."""
+    def test_another_database_of_the_callers_blames_no_peer(self) -> None:
         world = World("db1", "db2")
         world.driver.down["db1"] = of_driver("MySQLdb", "OperationalError", 4999, "text")
         assert world.db.connect(refusal_is_callers=True).host == "db2"
@@ -619,7 +586,6 @@ class TestEveryError:
 
 class TestLastResort:
     def test_hurries_while_no_circuit_is_closed(self) -> None:
-        """With no circuit closed, peers are tried again after last_resort_interval."""
         world = World("db1", "db2", last_resort_interval=2)
         world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
         assert world.hosts() == ["db1", "db2"]
@@ -632,24 +598,18 @@ class TestLastResort:
         del world.driver.down["db2"]
         assert world.connect() == "db2"
 
-    def test_none_waits_for_the_whole_interval(self) -> None:
-        """last_resort_interval None leaves an open circuit alone for its check_interval."""
-        world = World("db1", last_resort_interval=None)
+    @pytest.mark.parametrize(("interval", "due"), [(None, 30), (0, 0)])
+    def test_without_an_interval(self, interval: float | None, due: float) -> None:
+        """None leaves an open circuit alone for its check_interval, 0 tries at each connect()."""
+        world = World("db1", last_resort_interval=interval)
         world.driver.down["db1"] = refused_by_host
         assert world.hosts() == ["db1"]
-        world.clock.advance(29)
-        assert world.hosts() == []
+        world.clock.advance(max(0, due - 1))
+        assert world.hosts() == ([] if due else ["db1"])
         world.clock.advance(1)
         assert world.hosts() == ["db1"]
 
-    def test_zero_tries_each_time(self) -> None:
-        """last_resort_interval 0 tries at each connect()."""
-        world = World("db1", last_resort_interval=0)
-        world.driver.down["db1"] = refused_by_host
-        assert [world.hosts() for _ in range(3)] == [["db1"]] * 3
-
-    def test_not_while_a_circuit_is_closed(self) -> None:
-        """One closed circuit, a full peer's even, and no trial comes early."""
+    def test_no_trial_comes_early_while_a_circuit_is_closed(self) -> None:
         world = World("db1", "db2")
         world.driver.down["db2"] = too_many
         world.open("db1")
@@ -667,8 +627,7 @@ class TestLastResort:
 
 
 class TestFullSuspect:
-    def test_is_not_tried_first_by_everyone(self) -> None:
-        """A suspect that has no connection to spare gets one trial a second, not one a connect."""
+    def test_gets_one_trial_a_second_not_one_a_connect(self) -> None:
         world = World("db1", "db2")
         world.driver.down["db1"] = too_many
         world.db.peers["db1"].breaker.suspect()
@@ -744,20 +703,16 @@ class TestBusyPools:
             assert self.search(world, "db1") == [("db1", False), ("db1", True)]
 
     def test_pinned_peer_that_refuses_raises_what_it_said(self) -> None:
-        """It is every peer that there is here."""
         world = World("db1", "db2")
         world.driver.down["db1"] = bad_password
         with world.db.pinned("db1"), pytest.raises(Exception, match="Access denied") as raised:
             world.connect()
         assert not isinstance(raised.value, NoPeerAvailable)
 
-    def test_optional(self) -> None:
-        """A replacement that need not be waits for no pool."""
+    def test_replacement_that_need_not_be_waits_for_no_pool(self) -> None:
         assert self.search(World("db1"), "db1", trials="never") == [("db1", False)]
 
-    def test_that_does_not_wait(self) -> None:
-        """Raised all the same: a full peer, counted for nothing."""
-
+    def test_empty_pool_is_a_full_peer_counted_for_nothing(self) -> None:
         def open_one(attempt: Attempt) -> None:
             raise PoolBusy("empty")
 
@@ -770,8 +725,7 @@ class TestBusyPools:
 
 
 class TestInterrupted:
-    def test_on_the_way_into_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A thread that is hit on its way into pinned() is not pinned for ever."""
+    def test_thread_hit_on_its_way_into_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         world = World("db1", "db2")
 
         def interrupt() -> None:
@@ -782,15 +736,13 @@ class TestInterrupted:
             pass
         assert world.db.group.affinity.pin() is None
 
-    def test_within_pinned(self) -> None:
-        """Nor one that is hit inside."""
+    def test_thread_hit_within_pinned(self) -> None:
         world = World("db1", "db2")
         with pytest.raises(KeyboardInterrupt), world.db.pinned():
             raise KeyboardInterrupt
         assert world.db.group.affinity.pin() is None
 
-    def test_listeners_added_by_many_threads(self) -> None:
-        """No listener is lost where many are added and removed at once."""
+    def test_no_listener_of_many_threads_is_lost(self) -> None:
         world = World("db1")
         before = len(world.db.group.listeners.dispatchers)
         stay = [lambda event: None for _ in range(200)]
@@ -812,9 +764,7 @@ class TestInterrupted:
             sys.setswitchinterval(interval)
         assert len(world.db.group.listeners.dispatchers) == before + 200
 
-    def test_error_that_cannot_be_written_down(self) -> None:
-        """An error whose own __str__ raises is raised as it is, and counted."""
-
+    def test_error_whose_str_raises_is_raised_and_counted(self) -> None:
         class Mute(OperationalError):
             def __str__(self) -> str:
                 raise RuntimeError("no words")
@@ -840,7 +790,6 @@ class TestViewLeftBehind:
     @pytest.mark.parametrize("trials", ["first", "last", "never"])
     @pytest.mark.parametrize("before", ["suspect", "open"])
     def test_peer_that_is_available_again(self, before: str, trials: str) -> None:
-        """A peer that has recovered is used, though the view has it for out or suspect."""
         world = World("db1", "db2")
         circuit = world.db.peers["db1"].breaker
         getattr(circuit, before)()
@@ -856,7 +805,6 @@ class TestViewLeftBehind:
 
     @pytest.mark.parametrize("trials", ["first", "last", "never"])
     def test_suspect_comes_last_all_the_same(self, trials: str) -> None:
-        """A suspect that the view has for closed is not the first to be tried."""
         world = World("db1", "db2")
         world.db.group.view()
         world.db.peers["db1"].breaker.suspect()
@@ -864,8 +812,7 @@ class TestViewLeftBehind:
         assert world.driver.hosts == ["db2"]
 
     @pytest.mark.parametrize("trials", ["first", "last", "never"])
-    def test_suspected_while_another_is_tried(self, trials: str) -> None:
-        """A peer that becomes suspect in the middle of a connect() comes last in it."""
+    def test_suspect_since_the_middle_of_a_connect_comes_last(self, trials: str) -> None:
         world = World("db1", "db2", "db3")
 
         def fail() -> None:
@@ -876,8 +823,7 @@ class TestViewLeftBehind:
         assert world.db.connect(trials=trials).host == "db3"
         assert world.driver.hosts == ["db1", "db3"]
 
-    def test_none_but_a_suspect_is_left(self) -> None:
-        """It is found and tried, but for a caller that makes no trials."""
+    def test_suspect_alone_is_tried_by_a_caller_that_makes_trials(self) -> None:
         world = World("db1")
         world.db.group.view()
         world.db.peers["db1"].breaker.suspect()
@@ -888,7 +834,6 @@ class TestViewLeftBehind:
 
     @pytest.mark.parametrize("after", ["suspect", "open"])
     def test_peer_that_is_no_longer_available(self, after: str) -> None:
-        """A peer that is out or suspect is found out when it is chosen."""
         world = World("db1", "db2")
         assert len(world.db.group.view().tiers[0]) == 2
         getattr(world.db.peers["db1"].breaker, after)()
@@ -917,11 +862,10 @@ class TestWaitingForATrial:
         """Somebody's trial ends well: those who waited connect, and no caller sees an error."""
         world = World("db1")
         if how == "open":
-            world.open("db1")
-            world.clock.advance(30)
+            world.due("db1")
         else:
             world.db.peers["db1"].breaker.suspect()
-        trial = world.db.peers["db1"].breaker.acquire()
+        trial = world.trial("db1")
         waits = self.on_wait(world, monkeypatch, trial.succeeded)
         assert world.connect() == "db1"
         assert waits == [(1, 15)]
@@ -929,14 +873,12 @@ class TestWaitingForATrial:
     def test_bad_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Somebody's trial ends badly: those who waited get its error, and do not wait again."""
         world = World("db1")
-        world.open("db1")
-        world.clock.advance(30)
-        trial = world.db.peers["db1"].breaker.acquire()
+        world.due("db1")
+        trial = world.trial("db1")
         waits = self.on_wait(
             world, monkeypatch, lambda: trial.failed(bad_password(), Fault.REFUSED)
         )
-        error = raised_by(world.connect)
-        assert isinstance(error, NoPeerAvailable)
+        error = world.exhausted()
         assert "(1045, " in str(error)
         assert len(waits) == 1
         assert world.driver.hosts == []
@@ -944,8 +886,7 @@ class TestWaitingForATrial:
     def test_next_trial_of_the_same_peer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A peer whose trial has failed is not waited for again, though it is tried again."""
         world = World("db1")
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         breaker = world.db.peers["db1"].breaker
         trial = breaker.acquire()
         waits = self.on_wait(world, monkeypatch, lambda: trial.failed(refused_by_host()))
@@ -957,8 +898,7 @@ class TestWaitingForATrial:
             return view()
 
         monkeypatch.setattr(world.db.group, "view", while_another_begins)
-        error = raised_by(world.connect)
-        assert isinstance(error, NoPeerAvailable)
+        error = world.exhausted()
         assert "being tried by another caller" in str(error)
         assert (len(waits), others[0].is_trial) == (1, True)
 
@@ -966,12 +906,11 @@ class TestWaitingForATrial:
         """The one with the trial pressed Ctrl-C: the one who waited makes the trial, none loses."""
         world = World("db1")
         world.db.peers["db1"].breaker.suspect()
-        trial = world.db.peers["db1"].breaker.acquire()
+        trial = world.trial("db1")
         self.on_wait(world, monkeypatch, trial.released)
         assert world.connect() == "db1"
 
     def test_suspects_trial_released_just_before_we_look(self) -> None:
-        """A suspect's trial that is given back between two looks is taken over."""
         world = World("db1")
         breaker = world.db.peers["db1"].breaker
         breaker.suspect()
@@ -986,12 +925,10 @@ class TestWaitingForATrial:
         breaker.acquire = acquire  # the moment between our look and our wait
         assert world.connect() == "db1"
 
-    def test_overtaken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With success_threshold 2 another caller may get the second trial: wait for it too."""
+    def test_second_trial_is_waited_for_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         world = World("db1", breaker={"success_threshold": 2})
         breaker = world.db.peers["db1"].breaker
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         trials = [breaker.acquire()]
 
         def first() -> None:
@@ -1002,11 +939,9 @@ class TestWaitingForATrial:
         assert world.connect() == "db1"
         assert len(waits) == 2
 
-    def test_whichever_ends_first(self) -> None:
-        """Of two trials under way the one that ends first frees those who wait."""
+    def test_the_trial_that_ends_first_frees_those_who_wait(self) -> None:
         world = World("db1", "db2")
-        world.open("db1", "db2")
-        world.clock.advance(30)
+        world.due("db1", "db2")
         hanging, good = (peer.breaker.acquire() for peer in world.db.peers.values())
         lease = world.db.peers["db2"].breaker.trial
         waiting = Bell(lease)
@@ -1018,10 +953,8 @@ class TestWaitingForATrial:
         hanging.released()
 
     def test_one_fails_the_other_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After one trial's failure the other is still waited for."""
         world = World("db1", "db2")
-        world.open("db1", "db2")
-        world.clock.advance(30)
+        world.due("db1", "db2")
         bad, good = (peer.breaker.acquire() for peer in world.db.peers.values())
         waits = self.on_wait(
             world, monkeypatch, lambda: bad.failed(refused_by_host()), good.succeeded
@@ -1032,30 +965,23 @@ class TestWaitingForATrial:
     def test_up_to_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A trial is waited for up to connect_deadline, and the error says who has it."""
         world = World("db1", connect_deadline=3)
-        world.open("db1")
-        world.clock.advance(30)
-        trial = world.db.peers["db1"].breaker.acquire()
-        assert trial.is_trial
+        world.due("db1")
+        world.trial("db1")
         waits = self.on_wait(world, monkeypatch, lambda: world.clock.advance(3))
-        error = raised_by(world.connect)
-        assert isinstance(error, NoPeerAvailable)
+        error = world.exhausted()
         assert "db1 (db1:3306): being tried by another caller, last error (2002, " in str(error)
         assert waits == [(1, 3)]
 
     def test_abandoned_trial_is_taken_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A trial whose lease runs out while others wait passes to one of them."""
         world = World("db1", connect_deadline=10)
-        world.open("db1")
-        world.clock.advance(30)
-        trial = world.db.peers["db1"].breaker.acquire()
-        assert trial.is_trial
+        world.due("db1")
+        world.trial("db1")
         world.clock.advance(20)
         waits = self.on_wait(world, monkeypatch, lambda: world.clock.advance(1))
         assert world.connect() == "db1"
         assert waits == [(1, 1)]
 
-    def test_with_threads(self) -> None:
-        """One peer, one lost connection, 16 callers: one trial, 16 connections, no error."""
+    def test_16_callers_of_one_suspect_get_one_trial_and_no_error(self) -> None:
         world = World("db1")
         breaker = world.db.peers["db1"].breaker
         breaker.suspect()
@@ -1078,8 +1004,7 @@ class TestWaitingForATrial:
         assert len(lease.bells) == 15
         assert got == ["db1"] * 16
 
-    def test_of_the_peer_one_stays_with(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Inside pinned() the one peer's trial is waited for, whatever the others do."""
+    def test_pinned_caller_waits_for_a_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
         world = World("db1", "db2")
         db1 = world.db.peers["db1"]
         db1.breaker.suspect()
@@ -1104,12 +1029,9 @@ class TestWaitingForATrial:
     def test_no_caller_waits_while_another_peer_is_usable(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A trial under way delays no caller while a closed circuit is left."""
         world = World("db1", "db2")
-        world.open("db1")
-        world.clock.advance(30)
-        trial = world.db.peers["db1"].breaker.acquire()
-        assert trial.is_trial
+        world.due("db1")
+        world.trial("db1")
         assert not self.on_wait(world, monkeypatch)
         assert world.connect() == "db2"
 
@@ -1144,14 +1066,11 @@ class TestTime:
         return seen
 
     def test_attempts_are_cut_to_the_deadline(self) -> None:
-        """An attempt gets connect_timeout or what is left of the deadline, then no more follow."""
         world = World("db1", "db2", "db3", "db4", connect_timeout=5, connect_deadline=12)
         assert [attempt.timeout for attempt in self.attempts(world)] == [5, 5, 2]
         assert world.states() == "open open open closed"
 
     def test_no_caller_sleeps_between_peers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """From one peer to the next no time is lost."""
-
         def sleep(seconds: float) -> None:
             raise AssertionError(f"slept for {seconds} s")
 
@@ -1159,17 +1078,14 @@ class TestTime:
         assert len(self.attempts(World("db1", "db2", "db3"))) == 3
 
     def test_peers_not_reached_in_time_are_named(self) -> None:
-        """A peer for which no time was left is named as such."""
         world = World("db1", "db2", connect_timeout=5, connect_deadline=5)
         error = raised_by(lambda: self.attempts(world) and world.db.connect(lambda _: 1 / 0))
         assert isinstance(error, ZeroDivisionError)
         assert "db2 (db2:3306): no time was left to try it" in world.told(PeersExhausted)[0].error
 
-    def test_trial_timeout(self) -> None:
-        """A trial gets trial_timeout, an ordinary attempt connect_timeout."""
+    def test_trial_gets_trial_timeout_and_another_attempt_connect_timeout(self) -> None:
         world = World("db1", "db2", trial_timeout=1)
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         seen = self.attempts(world)
         assert [(a.peer.name, a.timeout, a.is_trial) for a in seen] == [
             ("db1", 1, True),
@@ -1182,8 +1098,7 @@ class TestTime:
         world.db._connect = as_mysqlclient(world.driver)
         world.db.connect()
         assert world.driver.calls.pop()["connect_timeout"] == 3
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         connection = world.db.connect()
         first, second = world.driver.calls
         assert (first["read_timeout"], first["write_timeout"]) == (3, 3)
@@ -1191,21 +1106,19 @@ class TestTime:
         assert world.driver.made[-2].closed
         assert not connection.closed
 
-    def test_users_own_timeout_stands(self) -> None:
-        """A connect_timeout in the peer's arguments is left as it is."""
+    def test_connect_timeout_of_the_peers_arguments_stands(self) -> None:
         world = World(peers=peers("db1", connect_timeout=9))
         world.db._connect = as_mysqlclient(world.driver)
         world.db.connect()
         assert world.driver.calls[0]["connect_timeout"] == 9
 
     def test_frozen_throw_away_connection_is_the_trial(self) -> None:
-        """A trial whose throw-away connection fails is a failed trial."""
         world = World("db1")
         world.db._connect = as_mysqlclient(world.driver)
         world.open("db1")
         world.driver.down["db1"] = OperationalError(2013, "Lost connection")
         world.clock.advance(30)
-        assert isinstance(raised_by(world.connect), NoPeerAvailable)
+        world.exhausted()
         assert len(world.driver.calls) == 1
 
 
@@ -1218,8 +1131,7 @@ def as_mysqlclient(driver: Driver) -> Any:
 
 
 class TestWhatIsSaid:
-    def test_as_in_the_documentation(self) -> None:
-        """NoPeerAvailable names each peer, what it last said, and when it is tried next."""
+    def test_error_names_each_peer_what_it_said_and_when_it_is_tried_next(self) -> None:
         world = World(
             peers={
                 "peer0": {"host": "10.0.0.1", "port": 3306},
@@ -1253,7 +1165,6 @@ class TestWhatIsSaid:
         )
 
     def test_no_password_anywhere(self, caplog: pytest.LogCaptureFixture) -> None:
-        """Neither texts, reprs, events nor log lines hold a password."""
         caplog.set_level(logging.DEBUG, "django_proxysql")
         world = World(
             peers={
@@ -1276,16 +1187,14 @@ class TestWhatIsSaid:
         assert "/run/db.sock" in text
         assert len(caplog.records) > 5
 
-    def test_password_may_be_a_callable(self) -> None:
-        """A callable password is called at each attempt, a fresh one each time."""
+    def test_password_that_is_a_callable_is_called_at_each_attempt(self) -> None:
         passwords = iter("abc")
         world = World(peers={"db1": {"host": "db1", "password": lambda: next(passwords)}})
         world.db.connect()
         world.db.connect()
         assert [call["password"] for call in world.driver.calls] == ["a", "b"]
 
-    def test_snapshot(self) -> None:
-        """snapshot() says of each peer what is known, without asking any."""
+    def test_snapshot_says_what_is_known_and_asks_no_peer(self) -> None:
         world = World(
             peers={
                 "db1": {"host": "db1", "port": 1, "weight": 2, "priority": 3},
@@ -1316,8 +1225,7 @@ class TestWhatIsSaid:
         assert (three.address, three.state, three.out_for) == ("/s", "closed", None)
         assert world.driver.calls == []
 
-    def test_repr(self) -> None:
-        """repr() of a balancer names its peers and their states."""
+    def test_repr_names_peers_and_their_states(self) -> None:
         world = World("db1", "db2")
         world.open("db2")
         assert repr(world.db) == "<LoadBalancer 'default': db1 closed, db2 open>"
@@ -1352,21 +1260,18 @@ class TestLogging:
         opened = next(r for r in caplog.records if r.levelno == logging.WARNING)
         assert (opened.alias, opened.peer, opened.fault) == ("default", "db1", "unreachable")
 
-    def test_each_connection_at_debug(self, lines: Any) -> None:
-        """Each connection is a DEBUG line, each failed attempt too."""
+    def test_each_connection_is_a_debug_line(self, lines: Any) -> None:
         world = World("db1", "db2")
         world.driver.down["db1"] = lambda: world.clock.advance(0.25)
         world.connect()
-        world.open("db1")
-        world.clock.advance(30)
+        world.due("db1")
         world.connect()
         assert lines(logging.DEBUG) == [
             "default: connected to db1 (db1:3306) in 250.0 ms",
             "default: connected to db1 (db1:3306) in 250.0 ms (trial)",
         ]
 
-    def test_refusal_is_an_error_once(self, lines: Any) -> None:
-        """A wrong password is an ERROR when the circuit opens, not at every trial."""
+    def test_wrong_password_is_an_error_when_the_circuit_opens(self, lines: Any) -> None:
         world = World("db1", "db2")
         world.driver.down["db1"] = bad_password
         for _ in range(3):
@@ -1387,16 +1292,13 @@ class TestLogging:
         assert line.startswith("default: connecting to db1 (db1:3306) failed (refused): (1045, ")
 
     def test_a_suspect_that_is_well_is_no_line(self, lines: Any) -> None:
-        """A suspect whose trial succeeds is logged as the connection that it is."""
         world = World("db1")
         world.db.peers["db1"].breaker.suspect("lost", Fault.LOST)
         world.connect()
         assert len(lines(logging.DEBUG)) == 1
         assert not lines(logging.INFO) + lines(logging.WARNING) + lines(logging.ERROR)
 
-    def test_broken_log_handler(self) -> None:
-        """A log handler that raises keeps no caller from a connection."""
-
+    def test_log_handler_that_raises_keeps_no_caller_from_a_connection(self) -> None:
         class Broken(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
                 raise RuntimeError("disk full")
@@ -1415,8 +1317,7 @@ class TestLogging:
 
 
 class TestEvents:
-    def test_story(self) -> None:
-        """Listeners get each attempt, opening, closing and exhaustion, in turn."""
+    def test_listeners_get_attempts_openings_closings_and_exhaustion(self) -> None:
         world = World("db1")
         world.driver.down["db1"] = refused_by_host
         raised_by(world.connect)
@@ -1482,7 +1383,6 @@ class TestEvents:
         assert seen == [True, "db2", True, "db1"]
 
     def test_listener_can_be_removed(self) -> None:
-        """A removed listener gets nothing more."""
         world = World("db1")
         world.db.remove_listener(world.events.append)
         world.connect()
@@ -1491,8 +1391,6 @@ class TestEvents:
 
 class TestOpeningOne:
     def test_failing_check_closes_the_connection(self) -> None:
-        """A connection whose READY_CHECK says no is closed, and counts as not ready."""
-
         def check(connection: Connection) -> None:
             if connection.host == "db1":
                 raise NotReady("wsrep_ready is OFF")
@@ -1504,9 +1402,7 @@ class TestOpeningOne:
         assert world.db.peers["db1"].breaker.circuit.error == "wsrep_ready is OFF"
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError()])
-    def test_check_that_breaks_closes_too(self, error: BaseException) -> None:
-        """Whatever a check raises, the connection is closed."""
-
+    def test_check_that_raises_anything_closes_the_connection(self, error: BaseException) -> None:
         def check(connection: Connection) -> None:
             raise error
 
@@ -1514,8 +1410,7 @@ class TestOpeningOne:
         assert raised_by(world.connect) is error
         assert world.driver.made[0].closed
 
-    def test_callers_own_function(self) -> None:
-        """connect(open_one) hands over the peer and gives back what open_one returns."""
+    def test_open_one_gets_the_peer_and_its_result_is_returned(self) -> None:
         world = World("db1")
         world.db._connect = None
         assert world.db.connect(lambda attempt: attempt.peer.address) == "db1:3306"
@@ -1545,8 +1440,7 @@ class TestOpeningOne:
         finally:
             gc.enable()
 
-    def test_balancer_dies_with_its_last_user(self) -> None:
-        """A balancer that is not used is collected; a circuit of it that is kept goes on."""
+    def test_unused_balancer_is_collected_and_its_kept_circuit_goes_on(self) -> None:
         world = World("db1")
         breaker = world.db.peers["db1"].breaker
         gone = weakref.ref(world.db)
@@ -1590,7 +1484,6 @@ class TestConfiguration:
         ids=str,
     )
     def test_mistakes_are_named(self, arguments: dict[str, Any], message: str) -> None:
-        """A wrong argument is a ConfigError, a ValueError, that names it."""
         arguments.setdefault("peers", {"db1": {}})
         with pytest.raises(ConfigError, match=message) as caught:
             LoadBalancer(connect=Driver().connect, **arguments)
@@ -1609,6 +1502,5 @@ class TestConfiguration:
         ids=str,
     )
     def test_address(self, params: dict[str, Any], address: str) -> None:
-        """A peer's address is written as people write it."""
         db = LoadBalancer({"a": params}, Driver().connect)
         assert db.peers["a"].address == address
