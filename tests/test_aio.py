@@ -93,7 +93,6 @@ class World:
     def open(self, *names: str) -> None:
         for name in names:
             permit = self.db.peers[name].breaker.acquire()
-            assert permit is not None
             permit.failed(refused_by_host(), Fault.UNREACHABLE)
 
     def told(self, kind: type) -> list[Any]:
@@ -153,7 +152,6 @@ def test_trial_that_is_due_goes_first_and_closes_the_circuit() -> None:
 
 
 def test_waits_for_another_tasks_trial_without_blocking_the_loop() -> None:
-    """One task makes the trial; the other waits for its end, and a third one runs meanwhile."""
     world = World("db1")
     world.open("db1")
     world.clock.advance(31)
@@ -178,7 +176,6 @@ def test_waits_for_another_tasks_trial_without_blocking_the_loop() -> None:
 
 
 def test_thread_and_task_wait_for_each_other_on_one_group() -> None:
-    """A synchronous face and one under asyncio share circuits, trials and listeners."""
     made: list[str] = []
     sync = LoadBalancer(peers("db1"), lambda **params: made.append(params["host"]))
     db = AsyncLoadBalancer.from_group(sync.group, Driver().connect)
@@ -308,8 +305,6 @@ def test_thousand_cancelled_connects_leave_nothing() -> None:
 
 
 def test_cancelled_while_time_is_over_too_is_cancelled() -> None:
-    """Where the limit of an attempt and the caller both cancel it, the caller's word counts."""
-
     async def scene() -> None:
         async def slowly() -> None:
             await asyncio.sleep(3600)
@@ -450,8 +445,7 @@ def test_bell_of_a_closed_loop_wakes_and_harms_no_task() -> None:
         asyncio.run(bell()).release()
 
 
-def test_a_face_of_the_other_kind_is_named() -> None:
-    """A connect function or READY_CHECK of the wrong kind is an error, and never passed by."""
+def test_connect_or_check_of_the_wrong_kind_is_an_error() -> None:
     driver = Driver()
     with pytest.raises(ConfigError, match=r"coroutine function.*Use AsyncLoadBalancer"):
         LoadBalancer(peers("db1"), driver.connect).connect()

@@ -142,7 +142,6 @@ def test_cancelled_at_many_moments_it_leaves_no_socket(site: Site) -> None:
 
 
 def test_background_trial_is_a_task_of_the_idle_loop(site: Site) -> None:
-    """Nothing connects meanwhile, and the trial's connection is closed again."""
     db = site.balancer(trials="background", check_interval=0.2)
 
     async def scene() -> None:

@@ -112,7 +112,6 @@ def test_trial_that_fails_is_made_again() -> None:
 
 
 def test_trials_of_two_peers_go_on_at_once() -> None:
-    """One that hangs does not hold up another's."""
     world = World("db1", "db2", "db3", trials="background")
 
     async def scene() -> None:
@@ -237,8 +236,7 @@ def test_loop_that_stops_in_the_middle_of_a_trial_keeps_no_lease() -> None:
     assert world.db.peers["db1"].breaker.trial is None
 
 
-def test_threads_news_wakes_the_loop() -> None:
-    """A circuit that opens in another thread, by the synchronous face, is looked after."""
+def test_circuit_opened_by_another_thread_wakes_the_loop() -> None:
     world = world_without_db1()
     sync = LoadBalancer.from_group(world.db.group, lambda **params: refuse(params["host"]))
     world.driver.down["db2"] = None
@@ -314,8 +312,6 @@ def test_check_that_raises_is_logged_and_the_trial_comes_again(
 
 
 def test_balancer_that_is_dropped_is_looked_after_no_more() -> None:
-    """Neither the timer nor the loop keeps it."""
-
     async def scene() -> None:
         world = world_without_db1()
         await world.db.connect()

@@ -148,7 +148,6 @@ def expressions() -> list[str]:
 
 
 def test_dashboard_is_understood_by_prometheus(tmp_path: Path) -> None:
-    """Each expression is one."""
     rules = [
         {"record": f"panel:{number}", "expr": expr} for number, expr in enumerate(expressions())
     ]
@@ -194,8 +193,7 @@ def test_dashboard_has_a_place_for_each_panel() -> None:
 # The page
 
 
-def test_page_names_every_metric() -> None:
-    """The table in the docs has each metric, its type and its labels, and no other."""
+def test_page_has_each_metric_its_type_and_labels_and_no_other() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(World("db1").db, registry=registry)
     there = {}

@@ -85,8 +85,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("argument", parameters(LoadBalancer.__init__))
 @pytest.mark.parametrize("face", [LoadBalancer, AsyncLoadBalancer])
-def test_load_balancer(face: Any, argument: str, value: Any) -> None:
-    """A wrong argument is a ConfigError that names it and a remedy, and quotes no password."""
+def test_wrong_argument_names_itself_and_a_remedy(face: Any, argument: str, value: Any) -> None:
     if is_good(argument, value):
         return
     arguments: dict[str, Any] = {"peers": peers("db1"), "connect": connects(face)}
@@ -114,8 +113,7 @@ def test_load_balancer(face: Any, argument: str, value: Any) -> None:
     ],
     ids=repr,
 )
-def test_peers(wrong: Any) -> None:
-    """So is what is wrong inside of it."""
+def test_wrong_argument_of_a_peer_is_named(wrong: Any) -> None:
     error = raised_by(lambda: LoadBalancer(wrong, Driver().connect))
     assert isinstance(error, ConfigError)
     assert error.hint
@@ -123,8 +121,7 @@ def test_peers(wrong: Any) -> None:
 
 @pytest.mark.parametrize("value", [*WRONG, None, "db9"], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("method", ["pinned", "only", "drain", "undrain", "try_out", "next_trial"])
-def test_a_peer_that_is_none(method: str, value: Any) -> None:
-    """Whatever takes a peer says that this is none, and which there are."""
+def test_what_is_no_peer_is_answered_with_all_peers(method: str, value: Any) -> None:
     world = World("db1", "db2")
     other = World("db1").db.peers["db1"]
 
@@ -149,8 +146,7 @@ def test_a_peer_that_is_none(method: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("give", ["name", "peer"])
-def test_a_peer_by_its_name(give: str) -> None:
-    """Whatever takes a peer takes its name."""
+def test_whatever_takes_a_peer_takes_its_name(give: str) -> None:
     world = World("db1", "db2")
     db1: Any = "db1" if give == "name" else world.db.peers["db1"]
     db2: Any = "db2" if give == "name" else world.db.peers["db2"]
@@ -171,8 +167,7 @@ def test_a_peer_by_its_name(give: str) -> None:
     ("argument", "value"),
     [("open_one", 5), ("open_one", "connect"), ("trials", "sometimes"), ("trials", None)],
 )
-def test_connect(argument: str, value: Any) -> None:
-    """connect() names what it cannot use, before it tries any peer."""
+def test_connect_names_what_it_cannot_use_first(argument: str, value: Any) -> None:
     world = World("db1")
     error = raised_by(lambda: world.db.connect(**{argument: value}))
     assert isinstance(error, ConfigError)
@@ -182,8 +177,7 @@ def test_connect(argument: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 5, "log", ["log"]])
-def test_listener(value: Any) -> None:
-    """What cannot be called is no listener, and is not added."""
+def test_what_cannot_be_called_is_no_listener_and_is_not_added(value: Any) -> None:
     world = World("db1")
     error = raised_by(lambda: world.db.add_listener(value))
     assert isinstance(error, ConfigError)
@@ -195,8 +189,7 @@ def test_listener(value: Any) -> None:
 @pytest.mark.parametrize(
     "argument", ["fail_max", "reset_timeout", "success_threshold", "release_interval", "lease"]
 )
-def test_breaker(argument: str, value: Any) -> None:
-    """A PeerBreaker's numbers are numbers."""
+def test_numbers_of_a_breaker_are_numbers(argument: str, value: Any) -> None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
         whole = argument in ("fail_max", "success_threshold")
         if not whole or (isinstance(value, int) and value > 0):
@@ -220,8 +213,7 @@ def test_a_finished_configuration_has_peers_configurations(peer: Any) -> None:
 
 
 @pytest.mark.parametrize("argument", ["clock", "jitter", "on_transition"])
-def test_breaker_functions(argument: str) -> None:
-    """… and its functions are functions."""
+def test_functions_of_a_breaker_are_functions(argument: str) -> None:
     error = raised_by(lambda: PeerBreaker(**{argument: 5}))  # type: ignore[arg-type]
     assert isinstance(error, ConfigError)
     assert str(error).startswith(f"{argument} is a int, which cannot be called")
@@ -239,8 +231,7 @@ def test_retrying_atomic(value: Any) -> None:
 
 
 @pytest.mark.parametrize("attempts", [0, -1, "3", 2.5, None, True])
-def test_attempts(attempts: Any) -> None:
-    """Whether a function is given at once or later, attempts is looked at."""
+def test_attempts_is_looked_at_with_and_without_a_function(attempts: Any) -> None:
     for give in (
         lambda: retrying_atomic(lambda: None, attempts),
         lambda: retrying_atomic(attempts=attempts),
@@ -249,16 +240,14 @@ def test_attempts(attempts: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["nope", 5, None, ("default",)])
-def test_balancers(value: Any) -> None:
-    """What is no load balancer's alias is a KeyError that says which there are."""
+def test_unknown_alias_is_a_key_error_that_says_which_there_are(value: Any) -> None:
     error = raised_by(lambda: balancers[value])
     assert isinstance(error, KeyError)
     assert "is no load balancer. Load balancers in DATABASES: " in str(error)
 
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
-def test_metrics(value: Any) -> None:
-    """Metrics says what it takes."""
+def test_wrong_argument_of_metrics_is_named(value: Any) -> None:
     error = raised_by(lambda: Metrics(value, registry=None))
     assert isinstance(error, TypeError)
     assert "Metrics takes load balancers" in str(error)
@@ -277,13 +266,11 @@ def test_strategies() -> None:
     assert "Give a class without arguments" in str(error)
 
 
-def test_peers_in_one_line() -> None:
-    """NoPeerAvailable takes one line for one peer."""
+def test_no_peer_available_takes_one_line_for_one_peer() -> None:
     assert str(NoPeerAvailable("default", "db1: refused")).endswith("reached. db1: refused.")
 
 
 def test_every_public_callable_is_here() -> None:
-    """Nothing is public and left out."""
     public = {
         name
         for name in django_proxysql.__all__

@@ -102,7 +102,6 @@ class TestHammering:
     @pytest.mark.parametrize("success_threshold", [1, 3])
     @pytest.mark.parametrize("suspicions", [False, True], ids=["", "suspicions"])
     def test_never_two_trials_at_once(self, success_threshold: int, suspicions: bool) -> None:
-        """64 threads on a flapping peer never make two trials of it at once."""
         clock = RunningClock()
         turn = random.Random(3)
         gate = Gate(lambda: turn.random() < 0.5)
@@ -206,7 +205,6 @@ class TestHammering:
         assert [record.levelname for record in caplog.records] == ["WARNING"]
 
     def test_burst_of_refused_statements_opens_once(self) -> None:
-        """64 threads whose statements get NOT_READY open the circuit once, for one reason."""
         db = LoadBalancer(peers("db1"), breaker={"fail_max": 100}, clock=Clock())
         told: list[Any] = []
         db.add_listener(told.append)
@@ -234,8 +232,7 @@ class TestHammering:
             pass
         assert sorted(counts) == [0] * 54 + list(range(1, 11))
 
-    def test_no_thread_waits_for_a_guarded_call(self) -> None:
-        """Two threads are inside a guarded call at once; pybreaker's lock would forbid it."""
+    def test_two_threads_are_inside_a_guarded_call_at_once(self) -> None:
         circuit = PeerBreaker()
         barrier = threading.Barrier(8)
 
@@ -248,7 +245,6 @@ class TestHammering:
         assert circuit.current_state == "closed"
 
     def test_32_threads_connect_at_once(self) -> None:
-        """32 threads are inside connect() to one peer at the same moment."""
         barrier = threading.Barrier(32)
         driver = Driver()
 
@@ -262,7 +258,6 @@ class TestHammering:
         assert len(driver.made) == 32
 
     def test_only_the_trial_waits_on_a_hanging_peer(self) -> None:
-        """While a trial hangs, seven other threads connect elsewhere again and again."""
         clock = Clock()
         driver = Driver()
         db = LoadBalancer(peers("hangs", "db2"), driver.connect, clock=clock, jitter=even)
@@ -284,7 +279,6 @@ class TestHammering:
         assert db.peers["hangs"].breaker.is_available
 
     def test_view_is_never_left_behind(self) -> None:
-        """However threads change circuits, the next look at the peers shows what they are."""
         db = LoadBalancer(peers("db1", "db2", "db3"), clock=Clock())
         circuits = [peer.breaker for peer in db.peers.values()]
 
@@ -342,8 +336,7 @@ class TestFork:
         with self.locked(circuit):
             assert self.in_child(lambda: db.connect().host + circuit.current_state) == "db1closed"
 
-    def test_breaker_of_its_own(self) -> None:
-        """The same for a PeerBreaker that belongs to no balancer."""
+    def test_while_a_thread_holds_the_lock_of_a_breaker_of_its_own(self) -> None:
         circuit = PeerBreaker(fail_max=1)
         with self.locked(circuit):
 
@@ -376,7 +369,6 @@ class TestFork:
         assert circuit.current_state == "closed"
 
     def test_while_a_suspects_trial_is_under_way(self) -> None:
-        """The same for a suspect."""
         db = LoadBalancer(peers("db1"), Driver().connect)
         circuit = db.peers["db1"].breaker
         circuit.suspect()
@@ -384,8 +376,7 @@ class TestFork:
         assert trial.is_trial
         assert self.in_child(lambda: str(db.connect().host)) == "db1"
 
-    def test_within_a_guarded_call(self) -> None:
-        """A child made inside a guarded trial leaves the with block and goes on."""
+    def test_child_made_within_a_guarded_trial_goes_on(self) -> None:
         clock = Clock()
         circuit = PeerBreaker(clock=clock, jitter=even)
         circuit.open()
@@ -398,8 +389,7 @@ class TestFork:
         permits = [circuit.acquire()]
         assert self.in_child(work) == "open closed"
 
-    def test_keeps_what_is_known(self) -> None:
-        """The child begins with what its parent knew of the peers, and with no connections."""
+    def test_child_keeps_what_is_known_and_no_connections(self) -> None:
         db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=Clock())
         connection = db.connect()
         db.peers["db1"].breaker.open()
@@ -412,8 +402,7 @@ class TestFork:
         assert sum(peer.connections for peer in db.peers.values()) == 1
         assert connection
 
-    def test_children_draw_their_own(self) -> None:
-        """Two children of one parent do not choose their peers alike."""
+    def test_two_children_do_not_choose_their_peers_alike(self) -> None:
         db = LoadBalancer(peers(*"abcdefgh"), Driver().connect)
 
         def work() -> str:
@@ -604,8 +593,7 @@ class TestAsynchronousExceptions:
         }
 
     @pytest.mark.parametrize("name", list(scenes.__func__()))
-    def test_at_every_line_in_turn(self, name: str) -> None:
-        """An exception at any line of the core leaves circuits and peers in working order."""
+    def test_circuits_work_after_one_at_any_line_of_the_core(self, name: str) -> None:
         scene = self.scenes()[name]
         step = 0
         gc.disable()
@@ -708,9 +696,7 @@ class TestAsynchronousExceptions:
             assert len(looks) <= 2, where
         assert step > 50
 
-    def test_at_the_recursion_limit(self) -> None:
-        """Wherever a connect hits it: the next one is made after a second."""
-
+    def test_connect_after_one_that_hit_the_recursion_limit_is_made(self) -> None:
         def nested(depth: int, function: Callable[[], object]) -> object:
             return function() if depth == 0 else nested(depth - 1, function)
 
@@ -743,8 +729,7 @@ class TestAsynchronousExceptions:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
     @pytest.mark.parametrize("name", ["trials, bad", "suspects"])
-    def test_child_at_every_line(self, name: str) -> None:
-        """A child that is made at any line of the core, within locks too, connects at once."""
+    def test_child_made_at_any_line_connects_at_once(self, name: str) -> None:
         scene = self.scenes()[name]
         clock = Clock()
         db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
@@ -787,8 +772,7 @@ class TestAsynchronousExceptions:
         assert not isinstance(raised, AssertionError), raised
         assert len(made) > 50
 
-    def test_events_stay_in_pairs(self) -> None:
-        """A circuit that is interrupted opens and closes in turn all the same."""
+    def test_interrupted_circuit_opens_and_closes_in_turn(self) -> None:
         clock = Clock()
         db = LoadBalancer(peers("db1"), clock=clock, jitter=even)
         told: list[type] = []

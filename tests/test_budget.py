@@ -223,8 +223,7 @@ def test_threads_share_it(used: Used) -> None:
     assert sum(allowed) == 100
 
 
-def test_barred_texts_under_threads(used: Used) -> None:
-    """Barring, spending and noting at once raise nothing."""
+def test_barring_spending_and_noting_at_once_raise_nothing(used: Used) -> None:
     errors: list[BaseException] = []
     until = time.monotonic() + 0.5
 

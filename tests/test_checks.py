@@ -314,8 +314,7 @@ def entry(settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", ["HOST", "PORT", "USER", "PASSWORD"])
 @pytest.mark.parametrize("peers", [[{}, {"own": 1}], ["bare"], ["bare", {"own": 1}]], ids=str)
-def test_setting_that_some_peer_reads(key: str, peers: list[Any]) -> None:
-    """A setting of the balancer's that a single peer takes from it is no mistake."""
+def test_setting_that_one_peer_takes_is_no_mistake(key: str, peers: list[Any]) -> None:
     peers = [
         peer
         if isinstance(peer, str)
@@ -332,7 +331,6 @@ def test_setting_that_some_peer_reads(key: str, peers: list[Any]) -> None:
 def test_mistake_is_said_by_the_checks_and_at_connect(
     id_: str, settings: dict[str, Any], message: str, hint: str
 ) -> None:
-    """A mistake is one message of both checks, naming alias and setting; an error stops connect."""
     aliases = {alias: dict(values) for alias, values in ALIASES.items()}
     with added({**aliases, "balanced": entry(settings)}):
         # Never in the constructor.
@@ -423,8 +421,7 @@ def test_what_psycopg_can_take(settings: dict[str, Any], right: bool) -> None:
 
 
 @pytest.mark.parametrize("engine_path", [MYSQL, POSTGRESQL])
-def test_known_options(engine_path: str) -> None:
-    """What the drivers that are installed take by name is known, all of it."""
+def test_what_installed_drivers_take_by_name_is_known(engine_path: str) -> None:
     driver = driver_of_engine(load_backend(engine_path).DatabaseWrapper)
     known = driver.known_options()
     assert known is not None
@@ -440,7 +437,6 @@ def test_known_options(engine_path: str) -> None:
 
 
 def test_right_settings_have_no_message() -> None:
-    """Settings of every kind that are right, other packages' among them, have no message."""
     settings = {
         "NAME": "shop",
         "USER": "shop",
@@ -481,8 +477,7 @@ def test_right_settings_have_no_message() -> None:
             assert ids(run_checks()) == []
 
 
-def test_redis_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says which extra it comes with."""
+def test_redis_missing_names_the_extra_it_comes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.setitem(sys.modules, "redis.connection", None)
     with added({**ALIASES, "balanced": entry({"PEERS": [ONE], "SHARED_STATE": "redis://host"})}):
@@ -495,7 +490,6 @@ def test_redis_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_servers_told_apart_by_files_are_no_duplicates() -> None:
-    """Peers whose OPTIONS name other option files, sockets or services are not one address."""
     files = [{"OPTIONS": {"read_default_file": f"/etc/{name}.cnf"}} for name in "ab"]
     sockets = [{"OPTIONS": {"unix_socket": f"/run/{name}.sock"}} for name in "ab"]
     ports = [{**ONE, "PORT": port} for port in (3306, "3307")]
@@ -503,8 +497,7 @@ def test_servers_told_apart_by_files_are_no_duplicates() -> None:
         assert ids(run_checks()) == []
 
 
-def test_all_mistakes_at_once() -> None:
-    """Several mistakes in one entry are all shown, errors first, each once."""
+def test_several_mistakes_are_all_shown_errors_first_each_once() -> None:
     settings = {
         "PEERS": [ONE, dict(ONE), "nonesuch"],
         "CHECK_INTERVAL": "30",
@@ -515,8 +508,7 @@ def test_all_mistakes_at_once() -> None:
         assert ids(checks.run_checks()) == ["E006", "E005", "E005", "E002", "W001"]
 
 
-def test_each_balancer_is_checked() -> None:
-    """Each load balancer has its own messages."""
+def test_each_balancer_has_its_own_messages() -> None:
     with added({"left": entry({"PEERS": []}), "right": entry({"PEERS": ["nonesuch"]})}):
         assert ids(checks.run_checks()) == ["E001", "E002"]
 
@@ -587,8 +579,7 @@ def test_check_command_without_the_app(with_app: bool, with_database: bool) -> N
     assert output.count("django_proxysql.E001") == with_app
 
 
-def test_checks_connect_to_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """The checks make no connection and no log line, and never say a password."""
+def test_checks_make_no_connection_no_log_say_no_password(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "django_proxysql")
     with engine([{"HOST": "10.255.255.1", "PASSWORD": "sesame", "HOTS": 1}]) as connection:
         assert "sesame" not in repr(checks.run_checks())
@@ -596,8 +587,7 @@ def test_checks_connect_to_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
 
 
-def test_every_id_is_in_the_docs() -> None:
-    """Each id that can be said has its anchor and its heading in the docs, and no other has."""
+def test_every_id_has_its_anchor_and_heading_in_the_docs_and_no_other() -> None:
     package = ROOT / "django_proxysql"
     said = {
         word for path in (package / "conf").glob("*.py") for word in _words(path) if is_id(word)
@@ -628,7 +618,6 @@ def is_id(word: str) -> bool:
 
 
 def test_strange_entries_break_nothing() -> None:
-    """Whatever stands in an entry, reading it says what is wrong and raises nothing else."""
     strange: list[Any] = [None, 0, 1.5, "", "x", ".x", [], [[]], {}, {"x": {}}, object(), b"x", {1}]
     keys = [
         *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),

@@ -246,8 +246,7 @@ def test_every_record_with_every_event(elsewhere: bool) -> None:
     assert combinations > 15_000
 
 
-def test_no_event_makes_a_record_that_cannot_be() -> None:
-    """A suspect is closed, and a peer is out exactly while its circuit is not closed."""
+def test_a_suspect_is_closed_and_a_peer_is_out_while_its_circuit_is_not_closed() -> None:
     for was, event in itertools.product(records(), events()):
         now = transition(was, event, NOW)
         assert not now.suspect or now.state == "closed", (was, event)
@@ -255,7 +254,6 @@ def test_no_event_makes_a_record_that_cannot_be() -> None:
 
 
 def test_every_event_is_tried() -> None:
-    """A new event has its rules here."""
     known = {
         name
         for name, thing in vars(module).items()
@@ -279,7 +277,6 @@ def test_generation_grows_with_each_opening_and_closing_alone() -> None:
 
 
 def test_a_trial_under_way_is_alone_whatever_happens() -> None:
-    """No event puts another lease in the place of one that is under way."""
     for was, event in itertools.product(records(), events()):
         if trial_of(was, NOW) is not None and was.lease is not MINE:
             assert transition(was, event, NOW).lease is was.lease, (was, event)

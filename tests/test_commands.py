@@ -178,8 +178,7 @@ def test_check_of_databases(shop: Shop) -> None:
 
 
 @pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
-def test_dbshell(shop: Shop) -> None:
-    """dbshell opens on the peer that lives."""
+def test_dbshell_opens_on_the_peer_that_lives(shop: Shop) -> None:
     output = shop.manage("dbshell", "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()")
     assert output.split() == [str(shop.alive.port), DATABASE]
 

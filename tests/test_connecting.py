@@ -75,8 +75,7 @@ def first_then_second(first: Any, second: Any, **settings: Any) -> Any:
 # One row after the other of what an error means
 
 
-def test_refused(mariadb_pair: Pair) -> None:
-    """Nothing listens: the next peer is used, and the circuit opens."""
+def test_where_nothing_listens_the_next_peer_is_used(mariadb_pair: Pair) -> None:
     dead, alive = mariadb_pair
     dead.kill()
     with first_then_second(mysql_peer(dead), mysql_peer(alive)) as connection:
@@ -86,8 +85,7 @@ def test_refused(mariadb_pair: Pair) -> None:
         assert state().error.startswith("(2002, ")
 
 
-def test_killed_and_restarted(mariadb_pair: Pair) -> None:
-    """A peer that was killed is left alone until its trial, and is back after it."""
+def test_killed_peer_is_left_alone_until_its_trial_and_is_back(mariadb_pair: Pair) -> None:
     first, second = mariadb_pair
     clock = Clock()
     settings = {"clock": clock, "CHECK_INTERVAL": 30}
@@ -122,7 +120,6 @@ def test_stopped(mariadb_pair: Pair) -> None:
 
 
 def test_stopped_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
-    """PostgreSQL: stopped, then killed, is UNREACHABLE both times."""
     bad, alive = postgres_pair
     clock = Clock()
     settings = {"CONNECT_TIMEOUT": 2, "PEER_ENGINE": POSTGRESQL, "clock": clock}
@@ -162,7 +159,6 @@ def test_full(mariadb_pair: Pair) -> None:
 
 
 def test_full_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
-    """PostgreSQL's 53300 is the same: next peer, counted for nothing."""
     full, alive = postgres_pair
     full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT 0")
     settings = {"PEER_ENGINE": POSTGRESQL}
@@ -202,7 +198,6 @@ def test_refusing(
 
 @pytest.mark.parametrize("wrong", [{"PASSWORD": "no"}, {"NAME": "nonesuch"}])
 def test_refusing_postgresql(postgres: PostgreSQLNode, wrong: dict[str, Any]) -> None:
-    """PostgreSQL: wrong password and unknown database are refusals, raised when all refuse."""
     with engine([postgres_peer(postgres, **wrong)], PEER_ENGINE=POSTGRESQL) as connection:
         with pytest.raises(OperationalError) as raised:
             connection.ensure_connection()
@@ -210,8 +205,7 @@ def test_refusing_postgresql(postgres: PostgreSQLNode, wrong: dict[str, Any]) ->
         assert (state().state, state().fault) == ("open", Fault.REFUSED)
 
 
-def test_all_refuse(mariadb_pair: Pair) -> None:
-    """All peers refusing gives the driver's own error; between trials it is quoted."""
+def test_drivers_own_error_where_all_refuse_and_quoted_between_trials(mariadb_pair: Pair) -> None:
     clock = Clock()
     peers = [mysql_peer(node, PASSWORD="no") for node in mariadb_pair]
     with engine(peers, clock=clock, LAST_RESORT_INTERVAL=5) as connection:
@@ -282,8 +276,7 @@ def test_galera_node_cut_off(galera: GaleraCluster) -> None:
         assert state().error.startswith("(1047, 'WSREP")
 
 
-def test_writable_mariadb(mariadb_pair: Pair) -> None:
-    """READY_CHECK writable passes a read-only MariaDB by, until it takes writes again."""
+def test_read_only_mariadb_is_passed_by_until_it_takes_writes(mariadb_pair: Pair) -> None:
     replica, writer = mariadb_pair
     replica.set_global("read_only", 1)
     clock = Clock()
@@ -300,8 +293,7 @@ def test_writable_mariadb(mariadb_pair: Pair) -> None:
         assert connection.peer.name == "peer0"
 
 
-def test_writable_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
-    """READY_CHECK writable passes a read-only PostgreSQL by."""
+def test_read_only_postgres_passed_by(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
     replica, writer = postgres_pair
     replica.set_global("default_transaction_read_only = on")
     settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL}
@@ -311,10 +303,9 @@ def test_writable_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode
         assert (state().state, state().fault) == ("open", Fault.NOT_READY)
 
 
-def test_writable_postgresql_in_recovery(
+def test_postgresql_standby_is_passed_by_until_it_is_promoted(
     postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
 ) -> None:
-    """A standby of PostgreSQL's is passed by until it is promoted."""
     standby, writer = postgres_pair
     signal_file = standby.datadir / "standby.signal"
     standby.stop()
@@ -376,8 +367,7 @@ def breaks(connection: Any) -> None:
     raise LookupError("a mistake")
 
 
-def test_ready_check_that_breaks(mariadb_pair: Pair) -> None:
-    """What a READY_CHECK raises other than NotReady is raised, and leaves nothing open."""
+def test_ready_check_that_breaks_is_raised_and_leaves_nothing_open(mariadb_pair: Pair) -> None:
     settings = {"READY_CHECK": f"{__name__}.breaks"}
     with engine([mysql_peer(node) for node in mariadb_pair], **settings) as connection:
         before = sockets()
@@ -403,10 +393,9 @@ def assert_nobodys_fault(connection: Any, before: set[str]) -> None:
     [ImproperlyConfigured("no"), ValueError("no"), KeyboardInterrupt(), SystemExit(1)],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_that_are_not_the_peers(
+def test_error_of_the_applications_own_is_raised_and_no_other_peer_is_tried(
     mariadb_pair: Pair, received: list[Any], error: BaseException
 ) -> None:
-    """An error of the application's own is raised as it is; no other peer is tried for it."""
     tried = []
 
     def receiver(connection: Any) -> None:
@@ -425,8 +414,7 @@ def test_errors_that_are_not_the_peers(
         connection.ensure_connection()
 
 
-def test_bad_options_are_local(mariadb_pair: Pair) -> None:
-    """OPTIONS that the driver does not know are raised as its own error, on the first peer."""
+def test_bad_options_raise_the_drivers_error_on_the_first_peer(mariadb_pair: Pair) -> None:
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers, OPTIONS={"nonesuch": 1}) as connection:
         before = sockets()
@@ -524,8 +512,6 @@ def test_peer_that_dies_half_way(
     received: list[Any],
     packet: bytes,
 ) -> None:
-    """A peer that dies after the handshake, in SET or in a receiver, counts; the next is used."""
-
     def receiver(connection: Any) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 42")
@@ -551,7 +537,6 @@ def test_peer_that_dies_half_way(
 def test_failed_attempt_is_closed_also_where_others_hold_it(
     mariadb: Node, received: list[Any], error: BaseException
 ) -> None:
-    """What an attempt has opened is closed when it fails, not only when nothing refers to it."""
     kept: list[Any] = []
 
     def receiver(connection: Any) -> None:
@@ -572,8 +557,6 @@ def test_postgresql_that_dies_half_way(
     fault_proxy: Callable[..., FaultProxy],
     received: list[Any],
 ) -> None:
-    """The same of a PostgreSQL, in a receiver: it counts, nothing stays open, the next is used."""
-
     def receiver(connection: Any) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 42")
@@ -645,7 +628,6 @@ def test_no_peer_available_under_django(mariadb_pair: Pair) -> None:
 def test_passwords_are_nowhere(
     mariadb_pair: Pair, caplog: pytest.LogCaptureFixture, received: list[Any]
 ) -> None:
-    """No password in logs at DEBUG, in errors, reprs, snapshots or states, its own or a peer's."""
     caplog.set_level(logging.DEBUG)
     wrong = "tell-no-one"
     peers = mysql_peer(mariadb_pair[0], PASSWORD=wrong), mysql_peer(mariadb_pair[1])
@@ -676,7 +658,6 @@ def test_passwords_are_nowhere(
 def test_log_of_a_peers_death_and_return(
     mariadb_pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One WARNING when the circuit opens, one INFO when it closes, DEBUG for each connection."""
     caplog.set_level(logging.DEBUG, "django_proxysql")
     first, second = mariadb_pair
     clock = Clock()
@@ -729,8 +710,7 @@ def reads(connection: Any) -> None:
     connection.execute("SELECT * FROM sqlite_master").fetchall()
 
 
-def test_connections_of_other_aliases_stay(mariadb_pair: Pair) -> None:
-    """A balancer without any peer does no harm to another alias."""
+def test_balancer_without_any_peer_does_no_harm_to_another_alias(mariadb_pair: Pair) -> None:
     with engine([mysql_peer(mariadb_pair[0])]) as connection:
         mariadb_pair[0].kill()
         with pytest.raises(NoPeerAvailable):

@@ -107,7 +107,6 @@ class TestCursors:
         assert here.written()[-1] == "five"
 
     def test_params_that_are_used_up(self, here: Site) -> None:
-        """What can be read but once cannot be sent twice."""
         if here.is_mysql:
             with here.connection.cursor() as cursor:
                 here.cut("after")
@@ -205,8 +204,7 @@ class TestOrm:
 
 
 class TestPsycopg:
-    def test_copy(self, on_postgres: Site) -> None:
-        """COPY is never run again."""
+    def test_copy_is_never_run_again(self, on_postgres: Site) -> None:
         here = on_postgres
         here.kill()
         here.idle()

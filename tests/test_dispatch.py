@@ -86,8 +86,7 @@ def test_elsewhere_and_in_order(dispatcher: Dispatcher, listening: Listening) ->
     assert threading.get_ident() not in listening.threads
 
 
-def test_one_that_hangs(dispatcher: Dispatcher, listening: Listening) -> None:
-    """It delays the latest of its own later events, and nothing else."""
+def test_listener_that_hangs_holds_up_itself(dispatcher: Dispatcher, listening: Listening) -> None:
     listening.go_on.clear()
     deliver(dispatcher, event(0))
     listening.wait(1)
@@ -127,9 +126,7 @@ def test_behind_what_waits(listening: Listening) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_many_who_tell(dispatcher: Dispatcher, listening: Listening) -> None:
-    """No event is left behind by a thread that is about to end, and no two come at once."""
-
+def test_no_event_is_left_and_no_two_at_once(dispatcher: Dispatcher, listening: Listening) -> None:
     def tell() -> None:
         for _ in range(100):
             deliver(dispatcher, event(1))
@@ -397,7 +394,6 @@ def test_listener_that_changes_the_circuit() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
 def test_listener_that_raises_keeps_the_order(error: type[BaseException]) -> None:
-    """No listener misses a change for it."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
     pager = Pager()

@@ -99,8 +99,7 @@ def test_expected_differences_have_a_reason() -> None:
         pytest.param("postgresql", ["transactions", "backends"], marks=pytest.mark.server),
     ],
 )
-def test_like_the_plain_engine(engine: str, labels: list[str]) -> None:
-    """What passes on the plain engine passes through the balancer."""
+def test_what_passes_on_the_plain_engine_passes_here(engine: str, labels: list[str]) -> None:
     command = [sys.executable, "-m", "tests.django_suite", "--engine", engine, *labels]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -60,13 +60,11 @@ def settings_table() -> dict[str, str]:
     }
 
 
-def test_settings_table_names_every_setting() -> None:
-    """The table has each setting that an entry or a peer may have, and no other."""
+def test_settings_table_names_every_setting_and_no_other() -> None:
     assert set(settings_table()) == {*keys.BALANCER_KEYS, *keys.PEER_KEYS}
 
 
 def test_settings_table_has_the_defaults() -> None:
-    """The defaults in the table are those of an entry that says nothing."""
     table = settings_table()
     balancer = BalancerConfig("default", (PeerConfig("peer0"),))
     fields = {
@@ -118,7 +116,6 @@ def test_examples_of_settings_are_found() -> None:
     ("page", "databases"), all_entries(), ids=lambda value: value if type(value) is str else ""
 )
 def test_examples_of_settings_are_right(page: str, databases: dict[str, dict[str, Any]]) -> None:
-    """No example in the docs has anything to complain about."""
     databases = configured(databases)
     for alias, entry in databases.items():
         if keys.is_balancer(entry):
@@ -165,8 +162,7 @@ def test_log_of_the_first_screen(caplog: pytest.LogCaptureFixture) -> None:
     assert logged == re.findall(r"^    \d\d:\d\d:\d\d (.*)$", README, re.MULTILINE)
 
 
-def test_error_that_the_reference_shows() -> None:
-    """The error of a balancer that has no peer left is the one in the docs, to the letter."""
+def test_error_in_the_docs_is_that_of_a_balancer_without_peers() -> None:
     balancer, driver, _ = as_it_is_shown()
     for peer in balancer.peers.values():
         driver.down[peer.params["port"]] = no_answer
@@ -236,7 +232,6 @@ def test_public_names_are_documented(name: str) -> None:
     "name", ["LoadBalancer", "PeerBreaker", "retrying_atomic", "retrying_request"]
 )
 def test_parameters_are_documented(name: str) -> None:
-    """Each parameter of what is called to make or use them is documented by its name."""
     untold = []
     for where, value in documented(getattr(django_proxysql, name)):
         text = inspect.getdoc(value) or ""

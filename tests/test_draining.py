@@ -21,8 +21,7 @@ from tests.test_balancer import World
 
 
 class TestBalancer:
-    def test_no_new_connections(self) -> None:
-        """Until it is undrained again."""
+    def test_gets_no_new_connections_until_it_is_undrained(self) -> None:
         world = World("db1", "db2")
         world.db.drain("db1")
         assert [world.connect() for _ in range(3)] == ["db2"] * 3
@@ -40,8 +39,7 @@ class TestBalancer:
         world.clock.advance(30)
         assert world.hosts() == ["db2"]
 
-    def test_suspect(self) -> None:
-        """… nor one to find out about a doubt."""
+    def test_suspect_is_not_tried_either(self) -> None:
         world = World("db1", "db2")
         world.db.peers["db1"].breaker.suspect()
         world.db.drain("db1")
@@ -49,7 +47,6 @@ class TestBalancer:
         assert world.hosts() == ["db2"]
 
     def test_last_peer_is_refused(self) -> None:
-        """A drain after which nothing could be connected to changes nothing."""
         world = World("db1", "db2")
         world.open("db2")
         with pytest.raises(DrainRefused, match="'db1' is the last peer of 'default'"):
@@ -57,8 +54,7 @@ class TestBalancer:
         assert not world.db.peers["db1"].drained
         assert world.events[1:] == []
 
-    def test_two_at_once(self) -> None:
-        """Of two threads that drain the last two peers one is refused, whatever the moment."""
+    def test_of_two_threads_that_drain_the_last_two_one_is_refused(self) -> None:
         for _ in range(50):
             world = World("db1", "db2")
             together = threading.Barrier(2)
@@ -84,8 +80,7 @@ class TestBalancer:
         assert error.peers == ("db1 (db1:3306): drained", "db2 (db2:3306): drained")
         assert world.driver.calls == []
 
-    def test_twice(self) -> None:
-        """Draining what is drained is no error, and nothing new: no event comes again."""
+    def test_drained_twice_is_no_error_and_no_event(self) -> None:
         world = World("db1", "db2")
         world.db.drain("db1")
         world.db.drain("db1")
@@ -93,21 +88,18 @@ class TestBalancer:
         world.db.undrain("db1")
         assert [type(event) for event in world.events] == [PeerDrained, PeerUndrained]
 
-    def test_unknown(self) -> None:
-        """A name that is no peer's."""
+    def test_unknown_name(self) -> None:
         world = World("db1", "db2")
         with pytest.raises(KeyError):
             world.db.drain("db3")
 
-    def test_others_refuse_us(self) -> None:
-        """Where all that may be asked refuse us, the driver's own error is raised."""
+    def test_drivers_error_is_raised_where_all_others_refuse(self) -> None:
         world = World("db1", "db2")
         world.db.drain("db1")
         refused = world.driver.down["db2"] = type(refused_by_host())(1045, "Access denied")
         assert raised_by(world.db.connect) is refused
 
-    def test_drained_in_the_middle_of_a_search(self) -> None:
-        """A peer drained while a connect() fails elsewhere is neither tried nor waited for."""
+    def test_peer_drained_during_a_connect_is_neither_tried_nor_waited_for(self) -> None:
         world = World("db1", "db2")
 
         def drained_meanwhile() -> Any:
@@ -167,8 +159,7 @@ class TestEngine:
         here.balancer.drain(name)
         return name
 
-    def test_leaves_at_a_safe_point(self, here: Site) -> None:
-        """The next statement outside a transaction goes to another peer."""
+    def test_next_statement_outside_a_transaction_goes_elsewhere(self, here: Site) -> None:
         here.read()
         name = self.drain(here)
         assert here.read() == []
@@ -232,7 +223,6 @@ class TestEngine:
         assert here.connection.peer.name != name
 
     def test_stays_where_no_other_is_available(self, here: Site) -> None:
-        """A connection that works is better than none."""
         here.write("one")
         name = here.connection.peer.name
         for peer in here.balancer.peers.values():

@@ -233,7 +233,6 @@ class TestMade:
                 assert pickle.loads(pickle.dumps(cls)) is cls
 
     def test_can_be_subclassed(self) -> None:
-        """As django-postgres-extra does, over POSTGRES_EXTRA_DB_BACKEND_BASE."""
         with engine([sqlite_peer(":memory:")], PEER_ENGINE=SQLITE) as connection:
 
             class Deeper(type(connection)):  # type: ignore[misc]

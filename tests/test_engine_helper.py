@@ -14,7 +14,6 @@ from tests.engine import SQLITE, Clock, added, engine, sqlite_peer
 
 
 def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
-    """An engine works with models, and afterwards its alias, circuits and connections are gone."""
     clock = Clock()
     of_thread = []
 
@@ -47,7 +46,6 @@ def test_what_another_test_left_under_an_alias_is_not_taken_for_its_connection(
 
 
 def test_engine_stands_in_for_default(tmp_path: Path) -> None:
-    """An engine may have the alias of another database, which is back afterwards."""
     before = connections["default"]
     peers = [sqlite_peer(tmp_path / "db")]
     with engine(peers, alias="default", PEER_ENGINE=SQLITE) as connection:

@@ -197,8 +197,7 @@ def run(script: str) -> str:
 GIS = "django.contrib.gis.db.backends."
 
 
-def test_gis_without_its_libraries() -> None:
-    """Where GDAL cannot be loaded, connect and check say so."""
+def test_connect_and_check_say_where_gdal_cannot_be_loaded() -> None:
     script = """
     import os
     from django.conf import settings
@@ -458,7 +457,6 @@ def test_django_prometheus_with_a_peer_that_dies(
 
 
 def test_copies_share_circuits(mariadb: Node) -> None:
-    """copy.copy, connection.copy, _nodb_cursor's wrapper and each thread's: one balancer's all."""
     with engine([mysql_peer(mariadb)]) as connection:
         peer = balancers["balanced"].peers["peer0"]
         connection.ensure_connection()
@@ -505,8 +503,7 @@ def test_connections_are_counted_with_their_copies(mariadb: Node) -> None:
         assert peer.connections == 0
 
 
-def test_subclass_of_the_engine(mariadb: Node) -> None:
-    """A user's subclass of the engine is an ENGINE like any other, by a path of its own."""
+def test_users_subclass_is_an_engine_like_any_other(mariadb: Node) -> None:
     settings = {"ENGINE": __name__, "PEERS": [mysql_peer(mariadb)]}
     with engine([mysql_peer(mariadb)]) as connection:
         balanced = connection.settings_dict
@@ -537,7 +534,6 @@ def test_wrapper_of_a_bare_dict() -> None:
 
 
 def test_engine_without_peers_is_misconfigured() -> None:
-    """An entry of DATABASES without PEERS is never taken for a plain database."""
     with engine([{"HOST": "127.0.0.1"}]):
         entry = connections.databases["balanced"]
         forget()

@@ -106,7 +106,6 @@ class TestStatements:
         assert len(here.losses()) == 1
 
     def test_read_with_a_percent_sign(self, here: Site) -> None:
-        """Without parameters it is no placeholder."""
         here.write("one")
         here.write("two")
         close_old_connections()

@@ -413,7 +413,6 @@ class TestFaults:
         assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
 
     def test_two_that_fence_at_once_agree(self, here: Site, known_token: bytes) -> None:
-        """The other one's row stands, by a process that was killed since."""
         here.read()
         cut_at_commit(here, "before")
         statement = outcome.fence(here.plain.vendor, outcome.TABLE, known_token)

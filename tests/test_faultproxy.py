@@ -106,8 +106,7 @@ def test_forward(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     assert upper.ends == ["FIN"]
 
 
-def test_forward_much(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
-    """A reader that is slower than the writer loses nothing."""
+def test_slow_reader_loses_nothing(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     data = bytes(range(97, 123)) * 400_000
@@ -122,7 +121,6 @@ def test_forward_much(upper: Upper, fault_proxy: Proxies, open_client: Open) -> 
 
 
 def test_refuse(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
-    """New connections are refused, established ones go on; then the same port is open again."""
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     proxy.refuse()
@@ -133,8 +131,7 @@ def test_refuse(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     assert ask(open_client(proxy), b"new") == b"NEW"
 
 
-def test_accept_and_close(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
-    """A new connection ends before the first byte."""
+def test_connection_ends_at_once(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     proxy = fault_proxy(upper)
     proxy.accept_and_close()
     assert open_client(proxy, greeting=b"").recv(1) == b""
@@ -246,7 +243,6 @@ def test_cut_within(upper: Upper, fault_proxy: Proxies, open_client: Open, after
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_cut_reply(upper: Upper, fault_proxy: Proxies, open_client: Open, after: int) -> None:
-    """Just so many bytes of the reply to the matching packet arrive."""
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     proxy.cut_reply(after, b"select")
@@ -258,8 +254,7 @@ def test_cut_reply(upper: Upper, fault_proxy: Proxies, open_client: Open, after:
     assert proxy.cuts == 1
 
 
-def test_cut_nth_packet(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
-    """Without a text to look for, the n-th packet from now is struck."""
+def test_nth_packet_is_cut(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     ask(client, b"zero")
@@ -278,8 +273,7 @@ def test_cut_handshake(upper: Upper, fault_proxy: Proxies, open_client: Open) ->
     open_client(proxy)
 
 
-def test_disarm(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
-    """A cut that has not struck can be called off."""
+def test_cut_can_be_called_off(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     proxy.cut_before(b"x")

@@ -70,11 +70,9 @@ class TestFault:
         ],
     )
     def test_what_follows(self, fault: Fault, counts: bool, tries_next: bool) -> None:
-        """Each fault counts against the circuit, and sends connect() on, or does not."""
         assert (fault.counts, fault.tries_next) == (counts, tries_next)
 
-    def test_all_are_listed(self) -> None:
-        """There are no others."""
+    def test_there_are_no_other_faults(self) -> None:
         assert len(Fault) == 9
 
 
@@ -108,8 +106,7 @@ class TestVerdict:
                 expected = Verdict(False, Count.NO, fault)
             assert verdict == expected
 
-    def test_loss(self) -> None:
-        """Of all losses one kind counts: of no use, and with no other cause to be seen."""
+    def test_one_kind_of_loss_counts_of_no_use_and_with_no_other_cause(self) -> None:
         counting = [
             loss
             for loss in itertools.starmap(Loss, itertools.product([False, True], repeat=7))
@@ -224,7 +221,6 @@ class TestMySQL:
     def test_code(
         self, cls: type[Exception], code: int, text: str, connecting: Fault, established: Fault
     ) -> None:
-        """Each code says what it says, at connect and later."""
         at_connect, later = judged(cls(code, text))
         assert at_connect is connecting
         # Codes of connecting are not met later; what they would say there is of no account.
@@ -242,8 +238,7 @@ class TestMySQL:
     @pytest.mark.parametrize(
         "name", ["IntegrityError", "ProgrammingError", "DataError", "NotSupportedError"]
     )
-    def test_application(self, package: Any, name: str) -> None:
-        """Errors in what the application asked say nothing about the peer."""
+    def test_errors_of_the_application_judge_no_peer(self, package: Any, name: str) -> None:
         assert judged(getattr(package, name)(1062, "Duplicate entry")) == (OTHER, OTHER)
         assert judged(getattr(package, name)("%d format: a number is required")) == (OTHER, OTHER)
 
@@ -264,13 +259,11 @@ class TestMySQL:
             assert judged(cls(9001, "Max connect timeout")) == (NOT_READY, NOT_READY)
 
     @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
-    def test_subclass_of_ones_own(self, package: Any) -> None:
-        """An application's subclass of a driver's error is the driver's error."""
+    def test_subclass_of_a_drivers_error_is_one(self, package: Any) -> None:
         mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
         assert judged(mine(2013, "Lost connection")) == (UNREACHABLE, LOST)
 
-    def test_what_ends_the_connection(self) -> None:
-        """A killed statement leaves its connection alive; a killed connection does not."""
+    def test_killed_statement_leaves_its_connection_alive(self) -> None:
         for code, text, _, established in MYSQL:
             if established is KILLED:
                 ended = mysql.is_killed_connection(MySQLdb.OperationalError(code, text))
@@ -286,8 +279,7 @@ class TestMySQL:
             (0, "", False),
         ],
     )
-    def test_answers(self, code: int, text: str, answer: bool) -> None:
-        """The server's errors are answers, the client's own are none."""
+    def test_servers_errors_are_answers(self, code: int, text: str, answer: bool) -> None:
         assert mysql.is_answer(MySQLdb.OperationalError(code, text)) is answer
 
     @pytest.mark.parametrize(
@@ -304,7 +296,6 @@ class TestMySQL:
         ],
     )
     def test_question(self, code: int, text: str, question: str) -> None:
-        """What took a peer out is what its trials ask about."""
         assert mysql.question_of(MySQLdb.OperationalError(code, text)) == question
 
     @pytest.mark.parametrize(
@@ -323,7 +314,6 @@ class TestMySQL:
         ],
     )
     def test_proof_that_nothing_ran(self, code: int, text: str, proved: bool) -> None:
-        """Few errors prove that the statement did not run."""
         assert mysql.proves_not_run(MySQLdb.OperationalError(code, text)) is proved
 
 
@@ -512,7 +502,6 @@ class TestPostgreSQL:
         connecting: Fault,
         established: Fault,
     ) -> None:
-        """Each SQLSTATE says what it says, at connect and later."""
         assert judged(made(sqlstate)) == (connecting, established)
 
     @POSTGRES_PACKAGES
@@ -610,40 +599,34 @@ class TestPostgreSQL:
 
     @POSTGRES_PACKAGES
     def test_text_of_a_statement_is_no_poolers(self, package: Any) -> None:
-        """What a statement quotes is not taken for what a pooler says."""
         text = "invalid message format\nLINE 1: SELECT 'no such database'"
         said = (by_psycopg if package is psycopg else by_psycopg2)("08P01", text)
         assert drivers.judge(said, connecting=False).fault is OTHER
 
     @POSTGRES_PACKAGES
-    def test_application(self, package: Any) -> None:
-        """Other errors without a SQLSTATE are the application's."""
+    def test_other_errors_without_a_sqlstate_judge_no_peer(self, package: Any) -> None:
         assert judged(package.ProgrammingError("the query has 1 placeholder")) == (OTHER, OTHER)
         assert judged(package.InterfaceError("cursor already closed"))[1] is OTHER
         assert judged(package.OperationalError("sending is not allowed in pipeline"))[1] is OTHER
         assert judged(package.DataError("integer out of range")) == (OTHER, OTHER)
 
     @POSTGRES_PACKAGES
-    def test_closed_connection(self, package: Any) -> None:
-        """A statement on a connection that is closed finds it lost."""
+    def test_statement_on_a_closed_connection_finds_it_lost(self, package: Any) -> None:
         assert judged(package.InterfaceError("connection already closed"))[1] is LOST
 
     @POSTGRES_PACKAGES
-    def test_subclass_of_ones_own(self, package: Any) -> None:
-        """An application's subclass of a driver's error is the driver's error."""
+    def test_subclass_of_a_drivers_error_is_one(self, package: Any) -> None:
         mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
         assert judged(mine("server closed the connection unexpectedly")) == (UNREACHABLE, LOST)
 
     @POSTGRES_PACKAGES
-    def test_bad_options(self, package: Any) -> None:
-        """An option that libpq does not know is no peer's fault, and no other peer is tried."""
+    def test_option_that_libpq_does_not_know_tries_no_other_peer(self, package: Any) -> None:
         exc = raised(lambda: package.connect("host=127.0.0.1 port=1 nonsense=1"))
         fault = drivers.judge(exc, connecting=True).fault
         assert not fault.counts
         assert not fault.tries_next
 
-    def test_pool(self) -> None:
-        """A pool of ours that has nothing to give says nothing about the peer."""
+    def test_pool_of_ours_says_nothing_about_the_peer(self) -> None:
         for name in ("PoolTimeout", "TooManyRequests", "PoolClosed"):
             cls = type(name, (psycopg.OperationalError,), {"__module__": "psycopg_pool.errors"})
             assert judged(cls("no connection")) == (OVERLOADED, OVERLOADED)
@@ -665,7 +648,6 @@ class TestPostgreSQL:
     def test_outcome_of_commit(
         self, made: Callable[[str], Exception], sqlstate: str, unknown: bool
     ) -> None:
-        """After some errors of a COMMIT its outcome is unknown."""
         assert postgresql.outcome_is_unknown(made(sqlstate)) is unknown
 
 
@@ -687,8 +669,7 @@ class TestSQLite:
             (sqlite3.ProgrammingError("Cannot operate on a closed database."), OTHER),
         ],
     )
-    def test_text(self, exc: Exception, fault: Fault) -> None:
-        """SQLite's errors are known by their words."""
+    def test_errors_are_known_by_their_words(self, exc: Exception, fault: Fault) -> None:
         assert judged(exc) == (fault, fault)
 
     def test_the_real_ones(self, tmp_path: Path) -> None:
@@ -748,7 +729,6 @@ class TestOracle:
         ("text", "connecting", "established"), ORACLE, ids=[text[:9] for text, *_ in ORACLE]
     )
     def test_number(self, package: str, text: str, connecting: Fault, established: Fault) -> None:
-        """Oracle's errors are known by the number in their text."""
         assert judged(oracles_error(package)(text)) == (connecting, established)
 
 
@@ -774,8 +754,7 @@ class TestAnyOtherDriver:
         """PEP 249's names say something while connecting; afterwards nothing is assumed."""
         assert judged(pep249(name)("text")) == (connecting, OTHER)
 
-    def test_subclasses(self) -> None:
-        """A subclass of one of them is one of them."""
+    def test_subclass_of_one_of_them_is_one_of_them(self) -> None:
         mine = type("Timeout", (pep249("OperationalError"),), {"__module__": "somedriver"})
         assert judged(mine("text")) == (UNREACHABLE, OTHER)
 
@@ -817,17 +796,14 @@ class TestNoDrivers:
         """What comes from sockets, settings and time-outs around us."""
         assert judged(exc) == (connecting, established)
 
-    def test_password_service(self) -> None:
-        """A token service that cannot be reached is this side's trouble."""
-
+    def test_password_service_that_cannot_be_reached_is_this_sides_trouble(self) -> None:
         def token() -> str:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the token service")
 
         assert judged(raised(lambda: drivers.password_from(token))) == (LOCAL, LOCAL)
 
     @pytest.mark.parametrize("inner", [MySQLdb.OperationalError, pymysql.err.OperationalError])
-    def test_wrapped(self, inner: type[Exception]) -> None:
-        """Django's and SQLAlchemy's errors are judged by the driver's inside."""
+    def test_wrapped_errors_are_judged_by_the_drivers_inside(self, inner: type[Exception]) -> None:
         cause = inner(1047, WSREP)
         by_django = django.db.utils.OperationalError(*cause.args)
         by_django.__cause__ = cause
@@ -837,8 +813,7 @@ class TestNoDrivers:
             assert drivers.root_error(exc) is cause
             assert drivers.describe(exc) == str(cause)
 
-    def test_djangos_own(self) -> None:
-        """An error that Django raised by itself says nothing."""
+    def test_error_that_django_raised_by_itself_says_nothing(self) -> None:
         assert judged(django.db.utils.InterfaceError("connection already closed"))[1] is OTHER
 
 
@@ -891,8 +866,7 @@ CONNECTS: dict[str, Callable[[int], object]] = {
 
 
 @pytest.mark.parametrize("driver", list(CONNECTS))
-def test_nothing_listens(driver: str, closed_port: int) -> None:
-    """Where nothing listens, each driver says UNREACHABLE."""
+def test_where_nothing_listens_each_driver_says_unreachable(driver: str, closed_port: int) -> None:
     exc = raised(lambda: CONNECTS[driver](closed_port))
     assert drivers.judge(exc, connecting=True).fault is UNREACHABLE
 
@@ -905,8 +879,7 @@ def test_hangs_up(driver: str, hanging_up: int) -> None:
 
 
 @pytest.mark.parametrize("driver", list(CONNECTS))
-def test_driver_is_found(driver: str) -> None:
-    """A driver's functions lead to its table."""
+def test_a_drivers_functions_lead_to_its_table(driver: str) -> None:
     module = {"mysqlclient": "MySQLdb", "PyMySQL": "pymysql"}.get(driver, driver)
     connect = importlib.import_module(module).connect
     table = mysql if driver in ("mysqlclient", "PyMySQL") else postgresql

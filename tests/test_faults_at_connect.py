@@ -74,10 +74,9 @@ def test_accepts_and_closes(mariadb_pair: Pair, fault_proxy: Callable[..., Any])
 
 
 @pytest.mark.parametrize("byte", [1, 40, 100])
-def test_dies_in_the_handshake(
+def test_peer_that_dies_in_its_handshake_is_unreachable(
     mariadb_pair: Pair, fault_proxy: Callable[..., Any], byte: int
 ) -> None:
-    """A peer that dies in the middle of its handshake is UNREACHABLE, and leaves no socket."""
     proxy = fault_proxy(mariadb_pair[0])
     proxy.cut_handshake(byte)
     with first_then_second(mysql_peer(proxy), mysql_peer(mariadb_pair[1])) as connection:
@@ -130,7 +129,6 @@ def test_postgresql_shutting_down(postgres_pair: tuple[PostgreSQLNode, PostgreSQ
     with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
         connection.ensure_connection()
         assert connection.peer.name == "peer0"
-        assert leaving.process is not None
         leaving.process.send_signal(signal.SIGTERM)
         other = connection.copy()
         # It says so from the moment on at which it has read the signal.
@@ -243,10 +241,9 @@ class Timeout(BaseException):
     ids=name_of,
 )
 @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
-def test_raised_at_once(
+def test_what_is_no_peers_fault_is_raised_at_once(
     mariadb_pair: Pair, error: BaseException, raised: type[BaseException], trial: bool
 ) -> None:
-    """Not the peer's fault: raised as it is, counted for nothing, no other peer is asked."""
     bad, good = mariadb_pair
     clock = Clock()
     with first_then_second(mysql_peer(bad), mysql_peer(good), clock=clock) as connection:
@@ -307,7 +304,6 @@ def test_error_that_no_table_lists(mariadb_pair: Pair, kind: str, trial: bool) -
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "InternalError"])
 def test_error_that_all_peers_say_alike(mariadb_pair: Pair, kind: str) -> None:
-    """Where every peer says the same, its error is raised: what we ask for is wrong."""
     error = ODD[kind]()
     code = error.args[0]
     with (
@@ -383,10 +379,9 @@ def test_libpqs_answer_that_no_table_lists(
         assert state().state == "closed"
 
 
-def test_tenant_that_may_not_connect(
+def test_tenant_that_may_not_connect_takes_no_peer_out(
     postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
 ) -> None:
-    """42501 for a database that the caller asks for takes no peer out."""
     for node in postgres_pair:
         node.sql("CREATE DATABASE closed_shop; REVOKE CONNECT ON DATABASE closed_shop FROM PUBLIC")
     try:

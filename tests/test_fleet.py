@@ -59,7 +59,6 @@ def test_each_for_itself(redis_server: RedisServer) -> None:
 
 
 def test_same_seed_same_outcome(redis_server: RedisServer) -> None:
-    """The figures in the docs come out again."""
     one, other = (outcome(redis_server, False) for _ in range(2))
     assert (one.failed, one.trials, one.connects, one.closed) == (
         other.failed,

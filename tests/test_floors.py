@@ -155,7 +155,6 @@ def test_every_file_has_its_floor() -> None:
 
 
 def test_imports_come_from_floors_below() -> None:
-    """No file imports from its own floor or a higher one, and none above the line knows Django."""
     assert violations(sources()) == []
 
 
@@ -190,7 +189,6 @@ def test_imports_come_from_floors_below() -> None:
     ],
 )
 def test_is_not_blind(module: str, text: str, complaint: str) -> None:
-    """The reading finds each way of going wrong."""
     (found,) = violations({module: text})
     assert complaint in found
 
@@ -206,7 +204,6 @@ def test_is_not_blind(module: str, text: str, complaint: str) -> None:
     ],
 )
 def test_cries_no_wolf(module: str, text: str) -> None:
-    """What is allowed is found innocent."""
     assert violations({module: text}) == []
 
 
@@ -248,7 +245,6 @@ def without_django(program: str, *arguments: str) -> str:
 
 
 def test_core_connects_without_django() -> None:
-    """Where Django is not installed the core is imported whole and connects."""
     modules = [f"{PACKAGE}.{name}" for name, floor in FLOORS.items() if floor < DJANGO_LINE]
     there = [m for m in modules if (ROOT / f"{m.partition('.')[2].replace('.', '/')}.py").exists()]
     assert len(there) > 10
@@ -285,7 +281,6 @@ def test_core_connects_without_django() -> None:
 
 
 def test_nothing_begins_at_import() -> None:
-    """Importing the core starts no thread and opens nothing."""
     printed = without_django(
         """
         import os

@@ -72,7 +72,6 @@ def test_says_no_goodbye(here: Site, mine: int) -> None:
 
 
 def test_holds_no_socket_of_its_parents(here: Site, mine: int) -> None:
-    """No descriptor of the child's leads where the parent's connection does."""
     descriptor = here.connection.connection.fileno()
     inode = os.stat(f"/proc/self/fd/{descriptor}").st_ino
 
@@ -89,7 +88,6 @@ def test_holds_no_socket_of_its_parents(here: Site, mine: int) -> None:
 
 
 def test_each_gets_its_own_answers(here: Site, mine: int) -> None:
-    """Parent and child at the same time: each reads what it has asked for."""
     go, begun = os.pipe()
 
     def ask(name: str) -> list[str]:
@@ -177,8 +175,6 @@ def test_session_state_is_the_parents(here: Site) -> None:
 
 
 def test_peers_are_no_suspects(here: Site, mine: int) -> None:
-    """That a connection was left to the parent says nothing about its peer."""
-
     def work() -> str:
         with transaction.atomic(here.connection.alias):
             # The parent's transaction ended in the child.
@@ -226,7 +222,6 @@ def test_connections_of_other_threads(here: Site, mine: int) -> None:
 
 
 def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> None:
-    """The child waits for no other thread's statement; the parent's gets its answer."""
     said: list[Any] = []
     lock, unlock = "SELECT GET_LOCK('gate', 20)", "SELECT RELEASE_LOCK('gate')"
     is_waiting = "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"

@@ -58,7 +58,6 @@ class TestPinnedTasks:
         assert asyncio.run(main()) == [{"db1"}, {"db2"}, {"db1", "db2"}]
 
     def test_in_the_threads_that_a_task_waits_for(self) -> None:
-        """What runs by way of sync_to_async() is where its task is."""
         sync = pytest.importorskip("asgiref.sync")
         db = LoadBalancer({"db1": {}, "db2": {}})
 

@@ -64,8 +64,7 @@ class Two:
         self.peers = [sqlite_peer(self.folder / "b"), sqlite_peer(root / "a", PRIORITY=1)]
 
 
-def test_well(tmp_path: Path) -> None:
-    """A balancer whose peers answer."""
+def test_peers_that_answer_are_well(tmp_path: Path) -> None:
     with engine([sqlite_peer(tmp_path / "a")], PEER_ENGINE=SQLITE) as connection:
         assert seen(alias="balanced") == (200, "OK")
         # In a thread of its own, and closed again.
@@ -87,8 +86,7 @@ def test_degraded(tmp_path: Path) -> None:
         )
 
 
-def test_drained(tmp_path: Path) -> None:
-    """A peer that an operator has taken out is nothing to complain of."""
+def test_drained_peer_is_nothing_to_complain_of(tmp_path: Path) -> None:
     peers = [sqlite_peer(tmp_path / name) for name in "ab"]
     with engine(peers, PEER_ENGINE=SQLITE):
         balancers["balanced"].drain("peer0")
@@ -123,14 +121,12 @@ def test_says_no_secrets(mariadb: Node) -> None:
         ({"alias": "balanced"}, "Unavailable: the load balancer's settings are wrong"),
     ],
 )
-def test_mistakes(options: dict[str, Any], said: str) -> None:
-    """What is wrong with the settings is said, too."""
+def test_mistakes_in_settings_are_said(options: dict[str, Any], said: str) -> None:
     with engine([]):
         assert seen(**options) == (500, said)
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The package's own command, which Kubernetes may call, makes the check."""
+def test_command_makes_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from health_check.management.commands.health_check import Command
     from health_check.views import HealthCheckView
 
@@ -144,8 +140,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Peers(alias='balanced'): OK" in capsys.readouterr().out
 
 
-def test_without_the_package() -> None:
-    """Without it the error says what to install."""
+def test_error_without_the_package_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['health_check'] = None\n"
         "try:\n"

@@ -82,8 +82,7 @@ def test_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
     assert dead.fault is Fault.UNREACHABLE
 
 
-def test_refused(mariadb: Node) -> None:
-    """A wrong password is said, and not shown."""
+def test_wrong_password_is_said_and_not_shown(mariadb: Node) -> None:
     with engine([mysql_peer(mariadb, PASSWORD="not-the-one")]):
         (one,) = found()
     assert not one.reachable
@@ -108,8 +107,7 @@ def test_changes_nothing(mariadb_pair: tuple[Node, Node]) -> None:
             balancers.remove_listener(events.append)
 
 
-def test_read_only(mariadb: Node) -> None:
-    """A server that takes no writes is ready unless a setting asks for a writer."""
+def test_read_only_server_is_ready_unless_a_setting_asks_for_a_writer(mariadb: Node) -> None:
     mariadb.set_global("read_only", "ON")
     with engine([mysql_peer(mariadb)]):
         (one,) = found()
@@ -160,8 +158,7 @@ def test_pool(postgres: PostgreSQLNode) -> None:
         assert not one.reachable
 
 
-def test_standby(postgres: PostgreSQLNode) -> None:
-    """A standby of PostgreSQL's is recognised."""
+def test_standby_of_postgresql_is_recognised(postgres: PostgreSQLNode) -> None:
     signal_file = postgres.datadir / "standby.signal"
     postgres.stop()
     signal_file.touch()
@@ -176,8 +173,7 @@ def test_standby(postgres: PostgreSQLNode) -> None:
         signal_file.unlink()
 
 
-def test_question_refused(postgres: PostgreSQLNode) -> None:
-    """What a server will not say is left out, and the questions after it are answered."""
+def test_refused_question_is_left_out_and_the_next_are_asked(postgres: PostgreSQLNode) -> None:
     real = {"SHOW server_version": "SELECT no_such_function()"}
 
     def asked(connection: Any, statement: str) -> Any:
@@ -365,9 +361,7 @@ def test_freezes_afterwards(
         assert not thread.is_alive()
 
 
-def test_password_that_is_called(mariadb: Node) -> None:
-    """A callable PASSWORD is called; one that fails is that peer's line."""
-
+def test_callable_password_that_fails_is_its_peers_line(mariadb: Node) -> None:
     def broken() -> str:
         raise RuntimeError("the token service is away")
 
@@ -397,14 +391,12 @@ def test_as_the_settings_are_now(mariadb: Node) -> None:
         mariadb.sql("DROP DATABASE test_app")
 
 
-def test_unknown_alias() -> None:
-    """What is no balancer's alias is the caller's mistake."""
+def test_unknown_alias_is_the_callers_mistake() -> None:
     with pytest.raises(KeyError):
         inspect(["nonesuch"])
 
 
-def test_peers_that_are_aliases(mariadb_pair: tuple[Node, Node]) -> None:
-    """They are asked by their own settings, the dead one like the other."""
+def test_peers_that_are_aliases_are_asked(mariadb_pair: tuple[Node, Node]) -> None:
     mariadb_pair[1].kill()
     databases = {
         f"shop{n}": {"ENGINE": MYSQL, **mysql_peer(node)} for n, node in enumerate(mariadb_pair)

@@ -424,13 +424,11 @@ def on_postgresql(
 
 
 def test_manage_test(production: Production) -> None:
-    """One test database, on the peer that lives; nothing of it is left."""
     assert "Ran 5 tests" in production.project.manage("test")
     assert production.test_databases() == []
 
 
 def test_keepdb(production: Production) -> None:
-    """--keepdb: made once, found again."""
     assert "Creating" in production.project.manage("test", "--keepdb", "--noinput", "-v2")
     assert production.test_databases() == [f"test_{DATABASE}"]
     assert "No migrations to apply" in production.project.manage("test", "--keepdb", "-v2")
@@ -625,15 +623,13 @@ def test_mirror_of_one_of_its_peers(production: Production) -> None:
     assert production.test_databases() == []
 
 
-def test_mirror_of_itself(production: Production) -> None:
-    """A ring of mirrors is refused before anything is made."""
+def test_ring_of_mirrors_is_refused_before_anything_is_made(production: Production) -> None:
     production.databases["default"] = production.balancer(TEST={"MIRROR": "default"})
     production.configure()
     assert "leads back to where it began" in production.project.manage("test", status=1)
 
 
 def test_mirrors_and_names(production: Production) -> None:
-    """TEST: NAME, MIRROR and DEPENDENCIES of balancers are read as of any other alias."""
     peers = production.databases["default"]["PEERS"]
     production.databases = {
         "default": entry(
@@ -657,7 +653,6 @@ def test_mirrors_and_names(production: Production) -> None:
 
 
 def test_reverse(production: Production) -> None:
-    """--reverse: of each kind of test the last comes first."""
     orders = []
     for args in ((), ("--reverse",)):
         output = production.project.manage("test", "-v2", *args)

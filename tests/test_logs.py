@@ -58,14 +58,12 @@ def test_record(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert others.isdisjoint(vars(record))
 
 
-def test_no_fault_known(caplog: pytest.LogCaptureFixture) -> None:
-    """A circuit that was opened by hand has none."""
+def test_circuit_opened_by_hand_has_no_fault(caplog: pytest.LogCaptureFixture) -> None:
     logs.log_event(events.CircuitOpened("shop", "db1", "", None, "", 30))
     assert vars(caplog.records[0])["fault"] is None
 
 
-def test_search(caplog: pytest.LogCaptureFixture) -> None:
-    """A connect() that found no peer says how long it looked."""
+def test_exhaustion_says_how_long_it_looked(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "django_proxysql")
     world = World("db1", "db2")
 
@@ -80,8 +78,7 @@ def test_search(caplog: pytest.LogCaptureFixture) -> None:
     assert (vars(record)["alias"], vars(record)["duration"]) == ("default", 4)
 
 
-def test_listener_that_raises(caplog: pytest.LogCaptureFixture) -> None:
-    """The complaint about a listener says whose it is."""
+def test_complaint_about_a_listener_says_whose_it_is(caplog: pytest.LogCaptureFixture) -> None:
     world = World("db1", "db2")
 
     def broken(event: object) -> None:
@@ -135,8 +132,7 @@ LINES: dict[str, events.Event] = {
 }
 
 
-def test_every_kind_is_here() -> None:
-    """No event is without a line."""
+def test_no_event_is_without_a_line() -> None:
     assert {type(event) for event in LINES.values()} == set(get_args(events.Event))
 
 
@@ -195,7 +191,6 @@ def test_limited_lines(
 
 
 def test_other_lines_have_no_limit(caplog: pytest.LogCaptureFixture) -> None:
-    """A line that is not limited is written each time."""
     caplog.set_level(logging.DEBUG, "django_proxysql")
     for words, event in LINES.items():
         if words not in LIMITED:

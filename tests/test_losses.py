@@ -72,7 +72,6 @@ class TestSuspects:
             assert not opened(here)
 
     def test_dead_after_one_refused_connect(self, here: Site) -> None:
-        """A peer that is dead, and not merely hurt, is out after one connect more."""
         here.read()
         dead = here.connection.peer
         proxy = here.here
@@ -297,7 +296,6 @@ class TestStatementsOwnFault:
             mariadb.set_global("max_allowed_packet", before)
 
     def test_refused_packet_ends_the_connection(self, mariadb: Any, fault_proxy: Any) -> None:
-        """After 1153 the server hangs up: the next statement gets another connection at once."""
         with site(mariadb, fault_proxy) as here:
             driver = here.connection.connection
             theirs = here.connection.Database.OperationalError(1153, "Got a packet")
