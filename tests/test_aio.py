@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import gc
 import threading
 import time
@@ -397,18 +399,30 @@ def test_open_one_gets_the_attempt_and_is_limited() -> None:
         world.connect(open_one=3)
 
 
+class Sharing:
+    """What the group knows of other processes: nothing; the gate of a breaker speaks for them."""
+
+    def start(self) -> None:
+        pass
+
+    def has_news(self) -> None:
+        pass
+
+
+def shared(*names: str, gate: Callable[[bool], float], **options: Any) -> World:
+    """Return a world whose first peer's trial is due, and asks ``gate`` first."""
+    world = World(*names, **options)
+    world.open("db1")
+    world.clock.advance(31)
+    world.db.group.sharing = Sharing()  # type: ignore[assignment]
+    world.db.peers["db1"].breaker.gate = gate
+    return world
+
+
 def test_trial_that_asks_other_processes_asks_in_a_thread() -> None:
     """Redis may take 50 ms to answer, and the loop goes on. A cancelled connect keeps no permit."""
-    world = World("db1", "db2")
     asked, go_on = threading.Event(), threading.Event()
     threads: list[int] = []
-
-    class Sharing:
-        def start(self) -> None:
-            pass
-
-        def has_news(self) -> None:
-            pass
 
     def gate(by_hand: bool) -> float:
         threads.append(threading.get_ident())
@@ -416,24 +430,71 @@ def test_trial_that_asks_other_processes_asks_in_a_thread() -> None:
         assert go_on.wait(20)
         return 0.0
 
-    world.open("db1")
-    world.clock.advance(31)
-    world.db.group.sharing = Sharing()  # type: ignore[assignment]
-    world.db.peers["db1"].breaker.gate = gate
+    world = shared("db1", "db2", gate=gate)
 
     async def scene() -> None:
         task = asyncio.ensure_future(world.db.connect())
         while not asked.is_set():
             await asyncio.sleep(0.001)
+        # One asks; the others pass the peer by meanwhile.
+        assert (await world.db.connect()).host == "db2"
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         go_on.set()
 
     asyncio.run(scene())
+    assert len(threads) == 1
     assert threads != [threading.get_ident()]
-    world.assert_nothing_is_left()
+    gc.collect()
+    assert world.db.peers["db1"].breaker.trial is None
+    assert world.db.peers["db1"].connecting == 0
     world.clock.advance(31)
+    assert world.connect().host == "db1"
+
+
+@pytest.mark.parametrize("held_back", [0.0, 5.0])
+def test_trial_that_asks_other_processes_waits_for_no_thread_of_the_loops(held_back: float) -> None:
+    """The executor's threads wait for this very connect(). Strategies and listeners run here."""
+    here: list[Any] = []
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
+
+    class Noting:
+        def order(self, peers: Any) -> Any:
+            here.append((threading.get_ident(), request.get()))
+            return peers
+
+    world = shared("db1", "db2", "db3", gate=lambda by_hand: held_back, strategy=Noting)
+    world.db.add_listener(lambda event: here.append((threading.get_ident(), request.get())))
+    world.driver.down["db1"] = refused_by_host
+
+    async def connect() -> str:
+        request.set("one")
+        return str((await world.db.connect()).host)
+
+    async def scene() -> list[str]:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(2))
+
+        def blocking() -> str:
+            return asyncio.run_coroutine_threadsafe(connect(), loop).result(20)
+
+        return await asyncio.gather(*(loop.run_in_executor(None, blocking) for _ in range(2)))
+
+    assert set(asyncio.run(scene())) <= {"db2", "db3"}
+    assert set(here) == {(threading.get_ident(), "one")}
+    circuit = world.db.peers["db1"].breaker.circuit
+    assert circuit.due == world.clock.now + (held_back or 30)
+
+
+def test_trial_is_made_unasked_where_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", no_thread)
+    world = shared("db1", "db2", gate=lambda by_hand: 5.0)
     assert world.connect().host == "db1"
 
 

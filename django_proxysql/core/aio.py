@@ -13,9 +13,9 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
-import functools
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from .group import PeerGroup
 from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
 from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer
-from .search import Attempt, Search, Wait
+from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
 from .tasks import TrialTasks
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["AsyncLoadBalancer"]
 
 _OpenOne = Callable[[Attempt], Awaitable[Any]]
+
+
+class _Search(Search):
+    asks = False
 
 
 class AsyncLoadBalancer(Face):
@@ -78,7 +82,7 @@ class AsyncLoadBalancer(Face):
         elif not callable(open_one):
             function("open_one", open_one, "Give a coroutine function that takes an Attempt.")
         one = None if only is None else self.group.named(only, "only")
-        search = Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
+        search = _Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
         try:
             try:
                 return await self._attempt(search, open_one)
@@ -97,10 +101,15 @@ class AsyncLoadBalancer(Face):
 
     async def _attempt(self, search: Search, open_one: _OpenOne) -> Any:
         """Make one attempt, after waiting for another caller's trial where that is next."""
-        step = None
+        step: Attempt | Wait | Ask | None = None
         try:
-            while isinstance(step := await self._step(search), Wait):
-                await _first_to_end(step.leases, step.seconds)
+            step = search.step()
+            while not isinstance(step, Attempt):
+                if isinstance(step, Wait):
+                    await _first_to_end(step.leases, step.seconds)
+                    step = search.step()
+                else:
+                    step = search.step(await _answer_of_others(step))
             with _Limit(step.timeout):
                 connection = await open_one(step)
         except BaseException as exc:
@@ -117,20 +126,6 @@ class AsyncLoadBalancer(Face):
                 attempt.is_over = True
                 if attempt.permit is not None and attempt.permit.lease is not None:
                     attempt.permit.lease.ended = True
-
-    async def _step(self, search: Search) -> Attempt | Wait:
-        group = self.group
-        if group.sharing is None or not (group.view().out or group.view().suspects):
-            return search.step()
-        # The thread has no loop to make trials on.
-        group.schedule(news=False)
-        # A trial asks the other processes first, for 50 ms at most: in a thread.
-        asking = asyncio.get_running_loop().run_in_executor(None, search.step)
-        try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            asking.add_done_callback(functools.partial(_give_back, search))
-            raise
 
     async def _carry_on(self, search: Search, open_one: _OpenOne) -> Any:
         try:
@@ -234,7 +229,7 @@ class AsyncLoadBalancer(Face):
         if peer.breaker.is_available:
             # It has recovered just now.
             return True
-        search = Search(self.group, "never", peer, by_hand=now)
+        search = _Search(self.group, "never", peer, by_hand=now)
         try:
             await self._attempt(search, self._open_and_close)
         except Exception as exc:
@@ -331,15 +326,28 @@ async def _first_to_end(leases: Sequence[Lease], seconds: float) -> None:
                 lease.bells.remove(bell)
 
 
-def _give_back(search: Search, asking: asyncio.Future[Any]) -> None:
-    """End the permit that a thread got for a connect that was cancelled meanwhile."""
-    if not asking.cancelled():
-        asking.exception()
-    attempt = search.attempt
-    if attempt is not None:
-        attempt.is_over = True
-        if attempt.permit is not None:
-            attempt.permit.released()
+async def _answer_of_others(ask: Ask) -> float:
+    """Return what the other processes say of a trial. They are asked in a thread, which waits.
+
+    It is none of the loop's executor: all of those may wait for this very connect().
+    """
+    bell = _Bell()
+    answers: list[float] = []
+
+    def asking() -> None:
+        try:
+            answers.append(ask.peer.breaker.ask(ask.by_hand))
+        finally:
+            with contextlib.suppress(RuntimeError):
+                bell.release()
+
+    try:
+        _thread.start_new_thread(asking, ())
+    except RuntimeError:
+        # No thread can be started: as where no process answers.
+        return 0.0
+    await bell.rung
+    return answers[0] if answers else 0.0
 
 
 async def _not_at_all(seconds: float) -> None:

@@ -141,13 +141,13 @@ class LoadBalancer(Face):
         try:
             while isinstance(step := search.step(), Wait):
                 Lease.wait_for_any(step.leases, step.seconds)
-            connection = open_one(step)
+            connection = open_one(step)  # type: ignore[arg-type]
         except BaseException as exc:
             if isinstance(step, Attempt):
                 search.failed(step, exc)
             raise
         else:
-            search.succeeded(step)
+            search.succeeded(step)  # type: ignore[arg-type]
             return connection
         finally:
             # Without a call, which the recursion limit might refuse: however this is broken off,

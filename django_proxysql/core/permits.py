@@ -17,6 +17,8 @@ an asynchronous exception there leaves it held. (Python before 3.11:
 
 Each use of the peer takes a :class:`Permit` first and ends it with exactly one of *succeeded*,
 *failed* or *released* (the error was not the peer's).
+
+Longer than other files: a permit and what it reports to are one mechanism.
 """
 
 from __future__ import annotations
@@ -72,6 +74,9 @@ class Permit:
     """
 
     __slots__ = ("_ended", "_keeper", "generation", "is_trial", "lease")
+
+    #: Whether others are to be asked first: :meth:`Keeper.ask` and :meth:`Keeper.answered`.
+    must_ask = False
 
     def __init__(self, keeper: Keeper, generation: int, lease: Lease | None) -> None:
         self._keeper = keeper
@@ -161,7 +166,13 @@ class Permit:
 class _TrialPermit(Permit):
     """A trial's permit: its own end cancels a trial that has no result."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "due", "must_ask")
+
+    def __init__(self, keeper: Keeper, circuit: Circuit, lease: Lease) -> None:
+        super().__init__(keeper, circuit.generation, lease)
+        self.must_ask = False
+        #: When the trial was due before the caller asked for it.
+        self.due = circuit.due
 
     def __del__(self) -> None:
         lease = getattr(self, "lease", None)
@@ -233,7 +244,12 @@ class Keeper(Guarded):
     # Admission
 
     def acquire(
-        self, *, last_resort: float | None = None, trial: bool = True, by_hand: bool = False
+        self,
+        *,
+        last_resort: float | None = None,
+        trial: bool = True,
+        by_hand: bool = False,
+        asks: bool = True,
     ) -> Permit | None:
         """Ask for the right to use the peer, without waiting for any other caller.
 
@@ -245,6 +261,8 @@ class Keeper(Guarded):
         :param trial: False: the caller will not make a trial.
         :param by_hand: an operator demands the trial, which is due for that. It is not urgent:
             one that another process has under way goes before it.
+        :param asks: False: the caller asks the others by itself, where the permit
+            :attr:`~Permit.must_ask`.
         :returns: a permit, or None while the circuit is open or another
             caller holds the trial.
         """
@@ -260,34 +278,60 @@ class Keeper(Guarded):
         if not is_usable(circuit) and not trial_due(circuit, now, last_resort):
             return None
         lease = Lease(now + self._lease_seconds)
-        permit = _TrialPermit(self, circuit.generation, lease)
+        permit = _TrialPermit(self, circuit, lease)
         lease.holder = weakref.ref(permit)
-        gate = self.gate if last_resort is None or by_hand else None
+        asks_gate = self.gate is not None and (last_resort is None or by_hand)
         try:
-            asked = Asked(lease, last_resort, asks_gate=gate is not None)
-            before, after = self.replace(asked, now)
-            if after.lease is lease and gate is not None and not after.suspect:
-                held_back = self._ask(gate, by_hand)
-                answered = Answered(lease, before.generation, held_back, before.due)
-                _, after = self.replace(answered, self._clock())
-            self.notify_pending()
-            permit.generation = after.generation
-            if after.lease is lease:
-                return permit
-            lease.end()
-            return Permit(self, after.generation, None) if is_usable(after) else None
+            before, after = self.replace(Asked(lease, last_resort, asks_gate), now)
+            permit.generation, permit.due = before.generation, before.due
+            if after.lease is not lease or after.suspect or not asks_gate:
+                return self._admitted(permit, after)
+            permit.must_ask = True
+            return self.answered(permit, self.ask(by_hand)) if asks else permit
         except BaseException:
             # Interrupted before the caller had it: no other code would end it.
             lease.ended = True
             self._abandon(lease)
             raise
 
-    def _ask(self, gate: Callable[[bool], float], by_hand: bool) -> float:
+    def ask(self, by_hand: bool) -> float:
+        """Return for how many seconds others want the trial left to them; 0: go ahead.
+
+        Waits for them, in whichever thread.
+        """
+        gate = self.gate
         try:
-            return gate(by_hand)
+            return 0.0 if gate is None else gate(by_hand)
         except Exception:
             complain("The gate of the circuit of %s raised", self._name)
             return 0.0
+
+    def answered(self, permit: Permit, held_back: float) -> Permit | None:
+        """Go on with :meth:`acquire`, whose permit had to ask first.
+
+        :param held_back: what :meth:`ask` has returned.
+        :returns: as :meth:`acquire`.
+        """
+        assert isinstance(permit, _TrialPermit)
+        lease: Any = permit.lease
+        try:
+            permit.must_ask = False
+            event = Answered(lease, permit.generation, held_back, permit.due)
+            return self._admitted(permit, self.replace(event, self._clock())[1])
+        except BaseException:
+            lease.ended = True
+            self._abandon(lease)
+            raise
+
+    def _admitted(self, permit: _TrialPermit, after: Circuit) -> Permit | None:
+        """Return the permit that a caller has in ``after``, if it has one."""
+        self.notify_pending()
+        permit.generation = after.generation
+        lease: Any = permit.lease
+        if after.lease is lease:
+            return permit
+        lease.end()
+        return Permit(self, after.generation, None) if is_usable(after) else None
 
     # What permits report
 

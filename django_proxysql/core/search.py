@@ -4,7 +4,8 @@ A face asks :meth:`Search.step` what to do. The answer is an :class:`Attempt` to
 :class:`Wait` for another caller's trial, or :class:`NoPeerAvailable`. The face does it, and says
 how an attempt ended: :meth:`Search.succeeded` or :meth:`Search.failed`. Nothing here calls a
 driver or sleeps, and no lock is held between two steps. So a synchronous and an asynchronous
-face are one small loop each.
+face are one small loop each. Where circuits are shared, a trial asks the other processes first: a
+synchronous face's within :meth:`Search.step`, an asynchronous one's by an :class:`Ask`.
 
 The order of the candidates: peers whose trial is due, closed circuits tier by tier as the strategy
 orders them, suspects, and at last every peer that is out. Each is attempted once.
@@ -14,6 +15,7 @@ Longer than other files: one connect() is one class, so that its rules are read 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import weakref
@@ -90,6 +92,15 @@ class Wait(NamedTuple):
     seconds: float
 
 
+class Ask(NamedTuple):
+    """Other processes are to be asked first: hand what they say to :meth:`Search.step`."""
+
+    #: Its :meth:`~.permits.Keeper.ask` asks, and waits for them.
+    peer: Peer
+    #: What that takes: an operator demands the trial.
+    by_hand: bool
+
+
 #: A peer to try; whether the view has it for out or suspect (None: no view was looked at); and
 #: after how many seconds without a trial it may be tried as a last resort.
 _Candidate = tuple[Peer, Union[bool, None], Union[float, None]]
@@ -113,6 +124,10 @@ class Search:
     # Most of it is needed only after a failure: a default in the class costs
     # a connect that succeeds at once nothing.
     _plan: Iterator[_Candidate | Wait] | None = None
+    #: Whether step() asks other processes, and waits for them; False: it returns an :class:`Ask`.
+    asks = True
+    #: The candidate that they are asked about.
+    _asked: tuple[_Candidate, ...] = ()
     #: The attempt under way. Whatever breaks it off, the face marks it as over.
     attempt: Attempt | None = None
     _faults: Mapping[str, Fault] = MappingProxyType({})
@@ -163,9 +178,10 @@ class Search:
 
     # What to do next
 
-    def step(self) -> Attempt | Wait:
+    def step(self, held_back: float | None = None) -> Attempt | Wait | Ask:
         """Return what to do next.
 
+        :param held_back: after an :class:`Ask`: what the peer's breaker has returned.
         :raises NoPeerAvailable: no candidate is left, or no time.
         :raises Exception: the driver's last error, where every peer refused us.
         """
@@ -173,25 +189,34 @@ class Search:
         if plan is None:
             plan = self._plan = self._candidates()
         now, config = self._clock(), self._group.config
-        if now < self._deadline:
-            for candidate in plan:
+        if now < self._deadline or held_back is not None:
+            for candidate in plan if held_back is None else itertools.chain(self._asked, plan):
                 if isinstance(candidate, Wait):
                     return candidate
                 peer, out, last_resort = candidate
-                if peer.name in self._faults or (peer.drained and peer is not self._pinned):
-                    # Attempted already, or drained since we looked.
-                    continue
-                if out is not False:
-                    self._seen[peer.name] = _seen(peer)
                 # No frame but the attempt refers to the permit: an exception's traceback would
                 # hold it, and with it the trial.
-                attempt = self.attempt = Attempt(peer, config)
-                attempt.permit = peer.breaker.acquire(
-                    # A peer that has become suspect since we looked comes last all the same.
-                    last_resort=last_resort,
-                    trial=out is not False,
-                    by_hand=self._by_hand is True,
-                )
+                if held_back is not None:
+                    attempt: Attempt = self.attempt  # type: ignore[assignment]
+                    attempt.permit = peer.breaker.answered(attempt.permit, held_back)  # type: ignore[arg-type]
+                    held_back = None
+                elif peer.name in self._faults or (peer.drained and peer is not self._pinned):
+                    # Attempted already, or drained since we looked.
+                    continue
+                else:
+                    if out is not False:
+                        self._seen[peer.name] = _seen(peer)
+                    attempt = self.attempt = Attempt(peer, config)
+                    attempt.permit = peer.breaker.acquire(
+                        # A peer that has become suspect since we looked comes last all the same.
+                        last_resort=last_resort,
+                        trial=out is not False,
+                        by_hand=self._by_hand is True,
+                        asks=self.asks,
+                    )
+                    if attempt.permit is not None and attempt.permit.must_ask:
+                        self._asked = (candidate,)
+                        return Ask(peer, self._by_hand is True)
                 is_trial = attempt.permit is None or attempt.permit.is_trial
                 if out is not None and out is not is_trial:
                     # The view is older than the circuit. Every change of a circuit
@@ -406,7 +431,7 @@ class Search:
     def again(self) -> Search:
         """Return a new search for the same."""
         callers = self._refusal_is_callers
-        return Search(self._group, self._trials, self._only, callers, self._may_search_again)
+        return type(self)(self._group, self._trials, self._only, callers, self._may_search_again)
 
     def forget(self) -> None:
         """Drop the last error: with its traceback's frames it holds the failed socket."""
