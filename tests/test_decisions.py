@@ -45,7 +45,7 @@ RULES = {
     "1": ["backends.decisions:may_replace", "backends.decisions:may_leave"],
     "2": ["core.holdings:Holdings", "backends.decisions:must_raise_loss"],
     "3": ["backends.losses:is_lost", "backends.state:Health"],
-    "4": ["core.faults:Proof", "backends.asking:did_not_run"],
+    "4": ["core.faults:Proof", "backends.losses:did_not_run"],
     "5": ["core.statements:is_provable_read"],
     "6": ["backends.decisions:may_replace", "backends.statements:raise_lost_results"],
     "7": ["backends.state:Transaction.is_pending", "backends.decisions:may_restart"],
@@ -58,7 +58,7 @@ RULES = {
     "14": ["backends.decisions:may_leave"],
     "15a": ["backends.losses:notice_unseen", "backends.statements:unseen"],
     "15b": ["backends.replacing:follow"],
-    "15c": ["backends.proofs:ReadOnly", "backends.decisions:may_replay"],
+    "15c": ["backends.replays:run_read_only", "backends.decisions:may_replay"],
     "15d": ["core.faults:loss_counts", "core.budget:LossMemory"],
 }
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "established.rst"

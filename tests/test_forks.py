@@ -260,7 +260,7 @@ def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> No
 
 def test_child_finds_out_afterwards(here: Site, mine: int) -> None:
     """uWSGI forks in C and calls Python only afterwards, in the child."""
-    from django_proxysql.backends import forked as inherited
+    from django_proxysql.backends import sessions as inherited
 
     held = inherited._held
 
@@ -274,7 +274,7 @@ def test_child_finds_out_afterwards(here: Site, mine: int) -> None:
 
 def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
     """Wrappers are forgotten with their threads, and not held on to after a fork."""
-    from django_proxysql.backends import forked as inherited
+    from django_proxysql.backends import sessions as inherited
 
     others: list[Any] = []
     thread = threading.Thread(

@@ -180,7 +180,7 @@ def test_interrupted_replay_is_no_silence(
     def interrupted(*_: Any, **__: Any) -> None:
         raise Interrupt
 
-    monkeypatch.setattr(replays, "restart" if in_block else "replace", interrupted)
+    monkeypatch.setattr(replays, "replace", interrupted)
     block = transaction.atomic(here.connection.alias) if in_block else contextlib.nullcontext()
     with contextlib.suppress(Error), block:
         here.cut("after")

@@ -24,7 +24,7 @@ from ..core.balancer import Attempt
 from ..core.peer import Checkout, Peer, ServerFacts
 from ..core.permits import JITTER
 from ..registry import Registered, balancers, register
-from .forked import remember
+from .sessions import remember
 
 if TYPE_CHECKING:
     _Base = BaseDatabaseWrapper

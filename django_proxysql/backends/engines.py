@@ -29,7 +29,6 @@ from ..core.exceptions import ConfigError
 from ..core.peer import Peer
 from ..registry import balancers
 from .connecting import LoadBalancedMixin
-from .pools import has_pools
 from .shims import client_class, creation_class, schema_editor_class, validation_class
 
 if TYPE_CHECKING:
@@ -115,6 +114,11 @@ class _Unknown(DummyWrapper):
 _made: dict[tuple[type, type], type] = {}
 
 
+def has_pools(wrapper: Any) -> bool:
+    """Return whether the peer engine ``wrapper`` keeps pools that we know how to keep apart."""
+    return wrapper.vendor == "postgresql" and hasattr(wrapper, "close_pool")
+
+
 def engine_class(base: type, settings: dict[str, Any], alias: str) -> type:
     """Return the class of wrappers for the balancer whose settings these are.
 
@@ -189,7 +193,7 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
             if wrapper.vendor == "postgresql":
                 bases.insert(1, TypesOfPeersMixin)
             if has_pools(wrapper):
-                from .pooled import PooledMixin
+                from .pools import PooledMixin
 
                 bases.insert(1, PooledMixin)
         # Of two threads that come here at once, one's class is kept.

@@ -25,8 +25,8 @@ from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from ..core.statements import is_provable_read
 from ..core.texts import VALUES, with_parameters
 from ..errors import CommitOutcomeUnknown
-from .asking import is_of_server, is_serializable, isolation_of, throw_away
 from .decisions import may_count_as_committed, writes_token
+from .losses import is_of_server, throw_away
 from .replays import are_sendable, dialect_of
 from .sessions import Session
 from .tokens import delete_some, wait_briefly
@@ -45,6 +45,8 @@ def _proven(sql: str, is_bare: bool, dialect: str) -> bool:
     return is_provable_read(with_parameters(sql, None if is_bare else ()), dialect=dialect)
 
 
+#: psycopg 3's names, psycopg2's numbers.
+_NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 #: The MySQL family's ER_PARSE_ERROR.
 _SYNTAX_ERROR = 1064
 
@@ -130,6 +132,33 @@ def counts_as_committed(
         enabled=session.balancer.config.replay is not None,
         serializable=serializable,
     )
+
+
+def isolation_of(session: Session) -> Any:
+    """Return the isolation level that psycopg keeps for the connection; None: the server's."""
+    try:
+        return getattr(session.connection, "isolation_level", None)
+    except Exception:
+        # The driver does not say of a connection that is closed: it may be SERIALIZABLE.
+        return "unknown"
+
+
+def is_serializable(db: Any, level: Any, connection: Any = None) -> bool | None:
+    """Return whether COMMIT may find a conflict of reads alone; None: that is not known.
+
+    :param level: as of :func:`isolation_of`.
+    :param connection: is asked for its server's default; None: no server is asked.
+    """
+    if db.vendor == "mysql":
+        # Its reads take locks, then: a conflict is found before.
+        return False
+    if level is not None:
+        # psycopg's: 4 in version 3, 3 in psycopg2's first releases still.
+        return getattr(level, "name", str(level)) not in _NOT_SERIALIZABLE
+    if connection is None:
+        return None
+    [(name,)] = ready.rows(connection, "SHOW default_transaction_isolation")
+    return str(name) == "serializable"
 
 
 def _table(db: Any, session: Session) -> str:

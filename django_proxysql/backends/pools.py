@@ -1,7 +1,17 @@
-"""Which psycopg_pool.ConnectionPools a balancer has: one a peer and settings.
+"""OPTIONS["pool"] of the PostgreSQL engine: a connection is taken out of its peer's pool.
 
-Nothing that asks for another database, another user or another server gets a connection out of
-one. :mod:`.pooled` takes connections out of them.
+Django keeps one psycopg_pool.ConnectionPool an alias; here each peer has one for its settings.
+Nothing that asks for another database, another user or another server gets a connection out of it.
+What is in a pool was good when it was put there. So:
+
+* A connection whose socket has something to say is tested before it is handed
+  out, and thrown away if it is dead.
+* A pool that has nothing to give says nothing about the peer. Other peers go first, as long as
+  there are any; then the attempt waits for the pool, no longer than it may take. Only a throw-away
+  connection straight to the peer says whether the peer is down: its error is the attempt's.
+* When the peer's circuit opens, or it is drained, its pools are closed: what
+  lies in them is of no use, their workers no longer knock at a dead door, and
+  threads that wait for them go on at once. After its trial the peer has a fresh one.
 
 A forked child never touches its parent's pools: a goodbye on a shared socket would end the
 parent's session, and their locks may be held for ever.
@@ -9,62 +19,43 @@ parent's session, and their locks may be held for ever.
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..conf.keys import CONNECTION_KEYS
 from ..conf.merging import same
-from ..core import drivers, runtime
-from ..core.balancer import LoadBalancer
+from ..core import drivers, runtime, sockets
+from ..core.balancer import Attempt, LoadBalancer
 from ..core.events import CircuitOpened, Event, PeerDrained
+from ..core.exceptions import PoolBusy
+from ..core.peer import Peer
+from ..core.ready import throw_away
+from ..registry import NO_DB_ALIAS, Registered
+from .sessions import give_back, is_pooled
+
+if TYPE_CHECKING:
+    from .connecting import LoadBalancedMixin as _Base
+else:
+    _Base = object
+
+_Check = Callable[[Any], object]
 
 #: What, besides what a connection is made with, is set up in it once.
 _KEYS = (*CONNECTION_KEYS, "CONN_HEALTH_CHECKS", "CONN_MAX_AGE", "TIME_ZONE")
 
+#: Seconds for which a pool is waited for while there are other peers to go to:
+#: enough for it to grow by a connection, where the server is near.
+_A_MOMENT = 0.05
 
-def has_pools(wrapper: type) -> bool:
-    """Return whether the peer engine ``wrapper`` keeps pools that we know how to keep apart."""
-    return getattr(wrapper, "vendor", "") == "postgresql" and hasattr(wrapper, "close_pool")
-
-
-def is_pooled(connection: Any) -> bool:
-    """Return whether a driver's connection has been taken out of a pool."""
-    return getattr(connection, "_pool", None) is not None
-
-
-def close_for_good(connection: Any) -> None:
-    """Close a driver's connection, and not into its pool. Never raises."""
-    pool = getattr(connection, "_pool", None)
-    try:
-        if pool is not None:
-            # With close_returns, close() would put it back.
-            connection._pool = None
-        connection.close()
-    except Exception:  # noqa: S110 - it is thrown away
-        pass
-    finally:
-        if pool is not None:
-            connection._pool = pool
-
-
-def close_in_child(connection: Any, driver: drivers.Driver) -> None:
-    """Close, in a forked child, what has been left to the parent (:meth:`Driver.leave`)."""
-    # psycopg2's close() would wait for the thread that was at a statement when the process forked.
-    if not driver.ends_its_cursors(connection):
-        close_for_good(connection)
-
-
-def give_back(connection: Any) -> None:
-    """Close a driver's connection for good; its pool, if it has one, makes another."""
-    pool = getattr(connection, "_pool", None)
-    close_for_good(connection)
-    if pool is not None:
-        try:
-            pool.putconn(connection)
-        except Exception:  # noqa: S110 - not its any more
-            pass
+#: Seconds after which a thread that waits for a pool looks whether it has been closed.
+#: psycopg_pool wakes the threads that wait, but not one that queues up just after that: it
+#: asks whether it is open before it takes its lock, and not there.
+_LOOK_AGAIN = 1.0
 
 
 class Pool:
@@ -184,9 +175,271 @@ def _after_fork_in_child() -> None:
                 _of_parent.append(one.pool)
                 # So that nothing, its destructor included, does anything with it but
                 # close what comes back: what this process had out of it, and has
-                # been parted from (:mod:`.forked`).
+                # been parted from.
                 one.pool._closed = True
         pools._pools = {}
 
 
 runtime.at_fork(_after_fork_in_child)
+
+
+class PooledMixin(_Base):
+    """Lies between our engine and the peer engine's own DatabaseWrapper, if that has pools."""
+
+    #: The pool that the attempt under way takes its connection out of.
+    _checkout: Checkout | None = None
+
+    @property
+    def pool(self) -> Any:
+        """The pool that the present connection belongs to; while there is none, the first peer's.
+
+        None where there is no pool: OPTIONS ask for none, or the connection
+        was made without one.
+        """
+        connection = self.connection
+        if connection is not None:
+            return getattr(connection, "_pool", None)
+        if self._attempt is not None:
+            # Django's get_new_connection() asks, and opens it, and takes a connection.
+            return self._checkout
+        registered = self._registered()
+        if registered is None:
+            return super().pool  # type: ignore[misc]
+        if self.alias == NO_DB_ALIAS or not _may_have_pools(registered, self.settings_dict):
+            return None
+        peer = next(iter(registered.balancer.peers.values()))
+        settings = registered.settings_for(peer, self.settings_dict, self.alias)
+        if not settings["OPTIONS"].get("pool"):
+            return None
+        make = functools.partial(self._make_pool, registered, peer, settings)
+        return pools_of(registered.balancer).find(peer.name, settings, make).pool
+
+    def close_pool(self) -> None:
+        """Close every pool of the balancer, whichever peer's, as Django does before it drops,
+        clones or reconfigures a database. The next connect makes new ones."""
+        registered = self._registered()
+        if registered is None:
+            super().close_pool()  # type: ignore[misc]
+        else:
+            pools_of(registered.balancer).close()
+
+    def close_if_health_check_failed(self) -> None:
+        """Do what the peer engine does; what comes out of a pool has been looked at."""
+        if self.connection is not None and not is_pooled(self.connection):
+            super().close_if_health_check_failed()
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """Open the driver's connection, or take one out of the peer's pool."""
+        attempt = self._attempt
+        registered = self._registered()
+        if (
+            attempt is None
+            or registered is None
+            or self.alias == NO_DB_ALIAS
+            or not self.settings_dict["OPTIONS"].get("pool")
+        ):
+            self._checkout = None
+            return super().get_new_connection(conn_params)
+        own = self._own_settings
+        settings = registered.settings_for(attempt.peer, own or self.settings_dict, self.alias)
+        checkout = self._checkout = Checkout(
+            pools_of(registered.balancer),
+            settings,
+            functools.partial(self._make_pool, registered, attempt.peer, settings),
+            attempt,
+            functools.partial(self._connect_directly, conn_params),
+            self._driver,
+        )
+        try:
+            return super().get_new_connection(conn_params)
+        except BaseException:
+            # A place in a pool is lost for ever with a connection that is not given back.
+            if checkout.taken is not None:
+                give_back(checkout.taken)
+            raise
+        finally:
+            self._checkout = None
+
+    def _connect_directly(self, conn_params: dict[str, Any], check: _Check | None) -> None:
+        attempt: Any = self._attempt
+        params = {**conn_params, "autocommit": True}
+        with throw_away(self._driver, self.Database.connect, params, attempt.timeout) as connection:
+            if check is not None:
+                check(connection)
+
+    def _make_pool(self, registered: Registered, peer: Peer, settings: dict[str, Any]) -> Any:
+        """Have Django make a pool for ``peer``, not opened yet.
+
+        Its workers configure new connections by the wrapper that it was made
+        with, in threads of their own: one that nothing else uses, and that stays as it is.
+        """
+        wrapper: Any = copy.copy(self)
+        wrapper.__dict__.pop("wrap_database_errors", None)
+        wrapper.connection = wrapper._counted = wrapper._session = None
+        wrapper._checkout = wrapper._own_settings = None
+        options = dict(settings["OPTIONS"])
+        given = options["pool"]
+        pool_options: dict[str, Any] = {"name": f"{registered.balancer.name}/{peer.name}"}
+        pool_options.update({} if given is True else given)
+        if callable(settings.get("PASSWORD")):
+            pool_options["connection_class"] = _rotating(pool_options.get("connection_class"))
+        # Called by us, whatever CONN_HEALTH_CHECKS says: Django gives the pool one of its own.
+        pool_options.pop("check", None)
+        options["pool"] = pool_options
+        # The health check is made here: psycopg's pool waits a second after
+        # each connection that fails it, and they are dead all at once.
+        wrapper.settings_dict = {**settings, "OPTIONS": options, "CONN_HEALTH_CHECKS": False}
+        wrapper._peer_settings = wrapper.settings_dict
+        # Not this attempt's time, which may be what is left of a deadline.
+        wrapper._attempt = Attempt(peer, registered.balancer.config)
+        # Django keeps pools by alias, in a dictionary of the class's.
+        wrapper._connection_pools = {}
+        return super(PooledMixin, type(wrapper)).pool.fget(wrapper)  # type: ignore[misc]
+
+
+class Checkout:
+    """What Django's get_new_connection() takes for the pool: takes one connection out of it."""
+
+    def __init__(
+        self,
+        pools: Pools,
+        settings: Mapping[str, Any],
+        make: Callable[[], Any],
+        attempt: Attempt,
+        ask: Callable[[_Check | None], None],
+        driver: drivers.Driver,
+    ) -> None:
+        self._pools = pools
+        self._settings = settings
+        self._make = make
+        self._attempt = attempt
+        self._connect_directly = ask
+        pool = settings["OPTIONS"]["pool"]
+        #: The site's own, of what comes out of a pool. A peer is well if it passes on a
+        #: connection that was made just now.
+        self._check: _Check | None = pool.get("check") if isinstance(pool, Mapping) else None
+        self._driver = driver
+        self._asked = False
+        #: The connection, from when it has left the pool.
+        self.taken: Any = None
+
+    def open(self) -> None:
+        """Do nothing: it is opened when it is known that the peer lives."""
+
+    def getconn(self) -> Any:
+        """Return a connection to the peer that works, as far as can be seen.
+
+        :raises PoolBusy: there is none just now, and other peers may be asked.
+        :raises PoolTimeout: there is none; the peer is well.
+        :raises Exception: what connecting to the peer directly raised.
+        """
+        from psycopg_pool import PoolClosed, PoolTimeout
+
+        attempt = self._attempt
+        began = time.monotonic()
+        ends = began + attempt.timeout
+        while True:
+            known = self._pools.find(attempt.peer.name, self._settings, self._make)
+            pool = known.pool
+            if attempt.is_trial or not known.proven:
+                self._ask(known)
+            impatient = known.proven and not attempt.may_wait
+            until = min(ends, began + pool.timeout)
+            seconds = min(max(until - time.monotonic(), 0.001), _LOOK_AGAIN)
+            try:
+                if pool.closed:
+                    try:
+                        pool.open()
+                    except Exception as exc:
+                        if not pool.closed:
+                            raise
+                        # Closed for good since it was found. psycopg_pool before 3.3 says so
+                        # by an error that reads like the server's.
+                        self._pools.discard(attempt.peer.name, known)
+                        raise PoolClosed(str(exc)) from None
+                    if not self._pools.has(known):
+                        # Given up by another thread before it was open.
+                        pool.close()
+                connection = self.taken = pool.getconn(
+                    timeout=min(seconds, _A_MOMENT) if impatient else seconds
+                )
+            except PoolClosed:
+                # The application called close_pool(), or the peer is out of use by now.
+                if time.monotonic() >= ends or not (attempt.is_trial or attempt.peer.is_available):
+                    raise
+                continue
+            except PoolTimeout:
+                now = time.monotonic()
+                if now < until and (pool.closed or not impatient):
+                    continue
+                if impatient:
+                    raise PoolBusy("its pool has no connection to spare") from None
+                self._ask(known)
+                raise PoolTimeout(
+                    f"couldn't get a connection after {now - began:.2f} sec"
+                ) from None
+            if self._is_alive(connection):
+                known.proven = True
+                return connection
+            known.proven = False
+            self.taken = None
+            give_back(connection)
+            if time.monotonic() >= ends:
+                raise PoolTimeout("none of its connections is fit for use")
+
+    def _ask(self, known: Pool) -> None:
+        """Connect straight to the peer, once an attempt: what that raises is the peer's answer.
+
+        Of many threads one at a time does so, or a pool would be none. The
+        others wait for the pool, which is closed to them if the answer is bad.
+        """
+        now = time.monotonic()
+        if self._asked or (now < known.asked_until and not self._attempt.is_trial):
+            return
+        known.asked_until = now + 2 * self._attempt.timeout
+        try:
+            self._connect_directly(self._check)
+        except Exception as exc:
+            if drivers.judge(exc, connecting=True).fault.counts:
+                self._pools.retire(self._attempt.peer.name)
+            raise
+        finally:
+            known.asked_until = 0.0
+        self._asked = True
+
+    def _is_alive(self, connection: Any) -> bool:
+        if connection.closed:
+            return False
+        poll = sockets.watch(self._driver.fileno(connection))
+        try:
+            if self._settings.get("CONN_HEALTH_CHECKS") or (poll is not None and poll(0)):
+                connection._pool.check_connection(connection)
+            if self._check is not None:
+                self._check(connection)
+        except Exception:
+            return False
+        return True
+
+
+@functools.cache
+def _rotating(base: type | None) -> type:
+    """Return a class of connections that call a callable PASSWORD at each connect."""
+    if base is None:
+        from psycopg import Connection as base
+
+    class RotatingConnection(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
+            if "password" in kwargs:
+                kwargs["password"] = drivers.password_from(kwargs["password"])
+            return super().connect(conninfo, **kwargs)
+
+    return RotatingConnection
+
+
+def _may_have_pools(registered: Registered, own: Mapping[str, Any]) -> bool:
+    """Return whether any peer's connections may come out of a pool."""
+    if (own.get("OPTIONS") or {}).get("pool"):
+        return True
+    peers = registered.balancer.peers.values()
+    return any((peer.params.get("OPTIONS") or {}).get("pool") for peer in peers)

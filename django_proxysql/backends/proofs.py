@@ -1,72 +1,15 @@
-"""What is sent around a statement that is run again, on the new connection.
+"""Questions that only a server can answer, before a statement is run again there.
 
-A READ ONLY transaction, in which both servers refuse every write, also one that
-a function makes which a view calls. And the questions that only a server can
-answer: is what the statement changes undone by a rollback? All by the driver's
-own connection: none of it is a statement of the application's.
+Is what the statement changes undone by a rollback? They are asked by the driver's own connection:
+none of them is a statement of the application's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..core import drivers, ready
-from ..core.exceptions import NotReady
 from ..core.ready import rows
-from ..core.statements import without_lock
 from ..core.texts import names_in
-from .decisions import Replay
-
-#: MySQL's refusal of a write in a READ ONLY transaction, and PostgreSQL's.
-_REFUSALS = (1792, "25006")
-_SAVEPOINT = "django_proxysql_replay"
-
-
-class Refused(Exception):
-    """The server does not run READ ONLY what was to be run again as a read."""
-
-
-def refuses(exc: BaseException) -> bool:
-    """Return whether a server refused a statement because its transaction is READ ONLY."""
-    return drivers.driver_of(type(exc)).code_of(exc) in _REFUSALS
-
-
-class ReadOnly:
-    """A READ ONLY transaction around one statement, or a part of PostgreSQL's transaction.
-
-    PostgreSQL makes the transaction what it was at the savepoint's end (seen).
-    ``SET TRANSACTION READ ONLY`` before one statement of autocommit would be one
-    round trip less, but outlives a SELECT of no table on MariaDB (seen).
-
-    :param connection: the driver's own.
-    :param in_block: the connection is in a transaction of PostgreSQL's, which goes on.
-    """
-
-    def __init__(self, connection: Any, in_block: bool) -> None:
-        self._connection = connection
-        self._in_block = in_block
-
-    def begin(self) -> None:
-        """Send what begins it.
-
-        :raises Exception: the driver's error.
-        """
-        if self._in_block:
-            rows(self._connection, f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY")
-        else:
-            rows(self._connection, "START TRANSACTION READ ONLY")
-
-    def end(self, answered: bool) -> None:
-        """Send what ends it.
-
-        :param answered: the statement succeeded.
-        :raises Exception: the driver's error.
-        """
-        if not self._in_block:
-            rows(self._connection, "COMMIT" if answered else "ROLLBACK")
-        elif answered:
-            rows(self._connection, f"RELEASE SAVEPOINT {_SAVEPOINT}")
-        # Else the application's transaction has failed, as it would have without a savepoint.
 
 
 def reads_anew(connection: Any, vendor: str) -> bool:
@@ -191,39 +134,3 @@ _TRIGGERS = f"""SELECT
         WHERE PRIVILEGE_TYPE = 'TRIGGER' AND GRANTEE = {_GRANTEE}
         AND DATABASE() LIKE TABLE_SCHEMA),
     (SELECT COUNT(*) FROM information_schema.TRIGGERS WHERE EVENT_OBJECT_TABLE IN %s)"""  # noqa: S608
-
-
-def prove(db: Any, replay: Replay, sql: str, params: Any) -> None:
-    """Ask the new peer what must be known before a statement is run again there.
-
-    :raises Exception: what the answer was, or what kept it from coming.
-    """
-    connection = db.connection
-    if replay.reads_anew and db.vendor == "mysql":
-        # What the block has read is not older here.
-        ready.catch_up(connection)
-    if replay.is_undone and not is_undone(connection, db.vendor, sql):
-        raise NotReady("not all that the statement may change is undone by a rollback")
-    reads = list(db._transaction.reads or ()) if replay.reads_anew else []
-    if replay.rehearse:
-        reads.append((without_lock(sql), params))
-    if reads:
-        rehearse(db, reads)
-
-
-def rehearse(db: Any, reads: list[tuple[Any, Any]]) -> None:
-    """Run what looks like reads READ ONLY on the new connection: writes show there.
-
-    What they wrote in a transaction that is lost would be gone with it, without an error.
-
-    :raises Exception: the driver's error.
-    """
-    frame = ReadOnly(db.connection, in_block=False)
-    frame.begin()
-    for sql, params in reads:
-        cursor = db.create_cursor()
-        try:
-            cursor.execute(sql, params)
-        finally:
-            cursor.close()
-    frame.end(answered=True)

@@ -8,6 +8,7 @@ transaction would commit one half of it and lose the other.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,10 @@ from django.db.utils import OperationalError
 from ..core import ready
 from ..core.circuit import CLOSED
 from ..core.events import ConnectionReplaced
-from ..core.exceptions import NotReady
 from ..core.statements import IDS, READ, RESULT, SCOPED, STATE
-from .asking import settle_doubt
 from .decisions import (
     Leave,
     Pinned,
-    Replay,
     Situation,
     Why,
     may_leave,
@@ -31,10 +29,8 @@ from .decisions import (
     must_catch_up,
     must_raise_loss,
 )
-from .losses import is_lost, mark, notice_unseen
-from .pools import give_back
-from .proofs import prove, reads_anew
-from .sessions import Session, current
+from .losses import is_lost, mark, notice_unseen, settle_doubt
+from .sessions import Session, current, give_back
 from .state import NO_TRANSACTION
 
 #: What Django's connect() resets, and what a transaction that is started anew
@@ -295,28 +291,9 @@ def close_old(db: Any, session: Session) -> None:
     give_back(session.connection)
 
 
-def restart(
-    db: Any,
-    session: Session,
-    replay: Replay | None = None,
-    sql: Any = None,
-    params: Any = None,
-) -> None:
-    """Begin the transaction, in which nothing has changed yet, on another connection.
-
-    :param replay: what must be known there before ``sql`` is run again.
-    """
-
-    def resume() -> None:
-        if replay is not None:
-            prove(db, replay, sql, params)
-        begin_anew(db)
-        if replay is None or not replay.reads_anew:
-            return
-        if not reads_anew(db.connection, db.vendor):
-            raise NotReady("the transaction must see what it has read before")
-
-    replace(db, session, "last", resume=resume)
+def restart(db: Any, session: Session) -> None:
+    """Begin the transaction, in which nothing has changed yet, on another connection."""
+    replace(db, session, "last", resume=functools.partial(begin_anew, db))
 
 
 def begin_anew(db: Any) -> None:

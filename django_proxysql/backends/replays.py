@@ -11,10 +11,11 @@ from typing import Any
 
 from django.db.utils import Error
 
-from ..core import drivers
+from ..core import drivers, ready
 from ..core.events import StatementReplayed
+from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement
-from ..core.statements import SCOPED, STATE, is_provable_read
+from ..core.statements import SCOPED, STATE, is_provable_read, without_lock
 from ..core.texts import (
     Text,
     are_small,
@@ -25,17 +26,23 @@ from ..core.texts import (
     text_of,
     with_parameters,
 )
-from .asking import did_not_run
 from .cursors import bind
 from .decisions import Cause, How, Lost, Place, Replay, may_replay
-from .pools import close_for_good
-from .proofs import ReadOnly, Refused, refuses
-from .replacing import replace, restart
-from .sessions import Session
+from .losses import did_not_run
+from .proofs import is_undone, reads_anew
+from .replacing import begin_anew, replace
+from .sessions import Session, close_for_good
 from .state import MOST_BEGUN_ANEW
 
+#: MySQL's refusal of a write in a READ ONLY transaction, and PostgreSQL's.
+_REFUSALS = (1792, "25006")
+_SAVEPOINT = "django_proxysql_replay"
 #: Rows of an executemany() that are sent again, and the most that each may hold.
 _MOST_ROWS = 10_000
+
+
+class Refused(Exception):
+    """The server does not run READ ONLY what was to be run again as a read."""
 
 
 def run_again(
@@ -70,10 +77,8 @@ def run_again(
     name = None if cursor._server_side is None else cursor.cursor.name
     session.not_raised()
     try:
-        if db.in_atomic_block:
-            restart(db, session, replay, sql, params)
-        else:
-            replace(db, session, "last")
+        begin = functools.partial(prove_and_begin, db, replay, sql, params)
+        replace(db, session, "last", resume=begin if db.in_atomic_block else None)
         successor = bind(db, cursor, name)
         if kind & STATE and not db._of_ours and not ends_with_block(db, sql):
             successor.holds.sent(sql, params)
@@ -115,27 +120,32 @@ def cost_of(db: Any, replay: Replay) -> int:
 
 
 def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
-    """Run a statement within a READ ONLY transaction of its own, and end that.
+    """Run a statement READ ONLY, in which a server refuses every write, also a view's function's.
+
+    That is a transaction around it, or a part of PostgreSQL's transaction, which is what it was
+    at the savepoint's end (seen). ``SET TRANSACTION READ ONLY`` before one statement of autocommit
+    would be one round trip less, but outlives a SELECT of no table on MariaDB (seen).
 
     :raises Refused: the server does not take it for a read.
     """
-    session = db._session
-    assert session is not None
-    frame = ReadOnly(db.connection, db.in_atomic_block)
+    session, in_block = db._session, db.in_atomic_block
+    begins = f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY"
     begun = is_well = False
     try:
         db._read_only = True
         # An interrupt may come at any line: until all is well the next statement asks.
         version, session.version = session.version, None
         with db.wrap_database_errors:
-            frame.begin()
+            ready.rows(session.connection, begins if in_block else "START TRANSACTION READ ONLY")
         begun = True
         result = run()
-        is_well = ends(session, frame, answered=True)
+        is_well = ends(session, f"RELEASE SAVEPOINT {_SAVEPOINT}" if in_block else "COMMIT")
         return result
     except Error as exc:
-        refused = not session.dead and (not begun or refuses(exc.__cause__ or exc))
-        is_well = session.dead or ends(session, frame, answered=False)
+        code = db._driver.code_of(exc.__cause__ or exc)
+        refused = not session.dead and (not begun or code in _REFUSALS)
+        # In a block the application's transaction has failed, as it would have without a savepoint.
+        is_well = in_block or ends(session, "ROLLBACK")
         if refused:
             raise Refused from exc
         raise
@@ -147,15 +157,54 @@ def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
             give_up(db)
 
 
-def ends(session: Session, frame: ReadOnly, answered: bool) -> bool:
+def ends(session: Session, statement: str) -> bool:
     """End a READ ONLY transaction; return whether that was answered, or the connection lost."""
     if not session.dead:
         try:
-            frame.end(answered)
+            ready.rows(session.connection, statement)
         except Exception:
             # The rows are there. What follows must not be read only.
             return False
     return True
+
+
+def prove_and_begin(db: Any, replay: Replay, sql: Any, params: Any) -> None:
+    """Ask the new peer what must be known before a statement is run again there, and begin the
+    transaction in which it is.
+
+    :raises Exception: what the answer was, or what kept it from coming.
+    """
+    connection = db.connection
+    if replay.reads_anew and db.vendor == "mysql":
+        # What the block has read is not older here.
+        ready.catch_up(connection)
+    if replay.is_undone and not is_undone(connection, db.vendor, sql):
+        raise NotReady("not all that the statement may change is undone by a rollback")
+    reads = list(db._transaction.reads or ()) if replay.reads_anew else []
+    if replay.rehearse:
+        reads.append((without_lock(sql), params))
+    if reads:
+        rehearse(db, reads)
+    begin_anew(db)
+    if replay.reads_anew and not reads_anew(connection, db.vendor):
+        raise NotReady("the transaction must see what it has read before")
+
+
+def rehearse(db: Any, reads: list[tuple[Any, Any]]) -> None:
+    """Run what looks like reads READ ONLY on the new connection: writes show there.
+
+    What they wrote in a transaction that is lost would be gone with it, without an error.
+
+    :raises Exception: the driver's error.
+    """
+    ready.rows(db.connection, "START TRANSACTION READ ONLY")
+    for sql, params in reads:
+        cursor = db.create_cursor()
+        try:
+            cursor.execute(sql, params)
+        finally:
+            cursor.close()
+    ready.rows(db.connection, "COMMIT")
 
 
 def give_up(db: Any) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 from django.db.utils import Error
 
 from .decisions import Why, may_replace, must_raise_loss
-from .pools import close_for_good, close_in_child, is_pooled
 from .replacing import is_safe, replace, restore_log, situation_of
 from .replays import give_up
-from .sessions import Session, current
+from .sessions import Session, close_for_good, close_in_child, current, is_pooled
 
 
 def close_if_unusable_or_obsolete(db: Any) -> None:

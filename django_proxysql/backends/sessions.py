@@ -1,38 +1,32 @@
-"""What is known of one established connection, and how it is given up."""
+"""What is known of one established connection, and how the driver's is closed.
+
+A forked child has a copy of every descriptor. Two processes that talk over one
+connection get each other's answers, and a child that closes one says goodbye in
+the parent's name: the server ends the session under the parent's hands. So in
+the child /dev/null is laid over each inherited descriptor
+(:func:`django_proxysql.core.sockets.detach`). Whatever the driver does with it
+then, the parent's connection is untouched, and the child connects for itself.
+
+Of drivers whose descriptor is not known (Oracle's, MySQL Connector/Python's)
+the connections stay as they are, as with Django's own engines.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from django.db.utils import Error
-
-from ..core import drivers
+from ..core import drivers, runtime
 from ..core.circuit import CLOSED
 from ..core.group import PeerGroup
 from ..core.holdings import Holdings
+from ..core.logger import complain
 from ..core.peer import Peer
 from ..core.permits import Permit
 from ..core.texts import VALUES
-from .pools import close_for_good
 from .state import Health
-
-#: What a driver, or what it calls, raises of the arguments it was given. All else that is no
-#: error of a driver comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
-OF_THE_CALL = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    NotImplementedError,
-    StopIteration,
-    TypeError,
-    ValueError,
-    Warning,
-    Error,
-)
 
 
 class MadeWith(NamedTuple):
@@ -150,23 +144,78 @@ def current(db: Any) -> Session | None:
     return None if db._attempt is not None else session
 
 
-def abandon(db: Any, session: Session, exc: BaseException) -> None:
-    """Never use a connection again: its next answer may be an interrupted statement's.
-
-    It is closed at once, so that no statement can be sent over it, and
-    replaced at the next safe point. If it held session state, the next
-    statement is an error: the application does not know yet that the state is gone.
-    """
-    db._transaction.statement_sent()
-    session.lose(f"interrupted by {drivers.describe(exc)}")
-    close_for_good(session.connection)
+# Closing a driver's connection
 
 
-def interrupted(db: Any, exc: BaseException) -> None:
-    """Take note of an exception out of a driver's method that is no error of the driver's."""
-    session = current(db)
-    if session is None:
-        return
-    if isinstance(exc, OF_THE_CALL) and db._driver.is_in_step(session.connection, exc):
-        return
-    abandon(db, session, exc)
+def is_pooled(connection: Any) -> bool:
+    """Return whether a driver's connection has been taken out of a pool."""
+    return getattr(connection, "_pool", None) is not None
+
+
+def close_for_good(connection: Any) -> None:
+    """Close a driver's connection, and not into its pool. Never raises."""
+    pool = getattr(connection, "_pool", None)
+    try:
+        if pool is not None:
+            # With close_returns, close() would put it back.
+            connection._pool = None
+        connection.close()
+    except Exception:  # noqa: S110 - it is thrown away
+        pass
+    finally:
+        if pool is not None:
+            connection._pool = pool
+
+
+def close_in_child(connection: Any, driver: drivers.Driver) -> None:
+    """Close, in a forked child, what has been left to the parent (:meth:`Driver.leave`)."""
+    # psycopg2's close() would wait for the thread that was at a statement when the process forked.
+    if not driver.ends_its_cursors(connection):
+        close_for_good(connection)
+
+
+def give_back(connection: Any) -> None:
+    """Close a driver's connection for good; its pool, if it has one, makes another."""
+    pool = getattr(connection, "_pool", None)
+    close_for_good(connection)
+    if pool is not None:
+        try:
+            pool.putconn(connection)
+        except Exception:  # noqa: S110 - not its any more
+            pass
+
+
+# Forks
+
+_wrappers: runtime.Living[Any] = runtime.Living()
+
+#: What is held across a fork, by the forking thread: two may be at it at once. Python clears the
+#: other threads' thread-locals in the child, connections among them, before it calls any hook.
+#: (Where nothing is called before the fork, as in uWSGI, which forks in C, it is the forking
+#: thread's connections alone that are left to the parent.)
+_held: dict[int, list[Any]] = {}
+
+
+def remember(wrapper: Any) -> None:
+    """Have ``wrapper._after_fork()`` called in whichever child it is inherited by."""
+    _wrappers.add(wrapper)
+
+
+def _before() -> None:
+    _held[threading.get_ident()] = [(wrapper, wrapper.connection) for wrapper in _wrappers.all()]
+
+
+def _in_parent() -> None:
+    _held.pop(threading.get_ident(), None)
+
+
+def _in_child() -> None:
+    for wrapper in _wrappers.all():
+        try:
+            wrapper._after_fork()
+        except Exception:
+            complain("A connection of the parent's could not be left to it")
+    _held.clear()
+
+
+runtime.at_fork(_in_child, before=_before, after_in_parent=_in_parent)

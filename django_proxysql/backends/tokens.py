@@ -12,7 +12,7 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 
 from ..core import drivers, outcome, ready
 from ..core.runtime import Worker
-from .asking import throw_away
+from .losses import throw_away
 from .sessions import Session
 
 #: Seconds.

@@ -17,15 +17,20 @@ from ..core.exceptions import NotReady
 from ..core.faults import Proof
 from ..core.holdings import Holdings
 from ..errors import CommitOutcomeUnknown
-from .asking import did_not_run, is_serializable, isolation_of, settle_doubt
-from .losses import is_lost, mark, notice_unseen
-from .outcomes import Token, commit_with, counts_as_committed, stands, token_for
-from .pools import close_for_good
-from .proofs import rehearse
+from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, settle_doubt
+from .outcomes import (
+    Token,
+    commit_with,
+    counts_as_committed,
+    is_serializable,
+    isolation_of,
+    stands,
+    token_for,
+)
 from .replacing import at_safe_point, is_safe, replace
-from .replays import has_only_read
+from .replays import has_only_read, rehearse
 from .savepoints import lost_is_rolled_back, passed_over
-from .sessions import Session, abandon, current
+from .sessions import Session, close_for_good, current
 from .state import NO_TRANSACTION, Stage, Transaction
 
 

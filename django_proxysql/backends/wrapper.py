@@ -31,8 +31,7 @@ from ..registry import Registered
 from . import cursors, losses, replacing, replays, requests, savepoints, statements, transactions
 from .connecting import LoadBalancedMixin
 from .cursors import PlainCursor, made_cursor
-from .pools import give_back, is_pooled
-from .sessions import MadeWith, Session
+from .sessions import MadeWith, Session, give_back, is_pooled
 from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
 

@@ -27,9 +27,8 @@ from ...core.balancer import LoadBalancer
 from ...core.ready import throw_away
 from ...registry import balancers
 from ..connecting import forget_cached
-from ..engines import EngineType, EngineUnknown, made_over
-from ..forked import remember
-from ..pools import close_in_child, has_pools
+from ..engines import EngineType, EngineUnknown, has_pools, made_over
+from ..sessions import close_in_child, remember
 from ..shims import client_class, peer_creation_class, peer_validation_class
 
 #: What wrappers ask a server for, and keep, in one Django or another.
