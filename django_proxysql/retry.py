@@ -25,6 +25,7 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
 from .backends.state import NO_TRANSACTION, Stage, Transaction
+from .backends.transactions import begins_again, now_holding, still_holds
 from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers
@@ -112,7 +113,7 @@ class Call:
                     "transaction that was begun by hand would be given up with the block, and only "
                     "the block be run again. Switch autocommit on, or use transaction.atomic here."
                 )
-        self._held = [(wrapper, wrapper.now_holding()) for wrapper in self.ours]
+        self._held = [(wrapper, now_holding(wrapper)) for wrapper in self.ours]
         self._begun: list[Transaction] = []
         #: How often the function was run.
         self.runs = 0
@@ -209,15 +210,15 @@ class Call:
         """Return whether nothing stands of the last run, and another may come to its end."""
         if any(begun.may_stand for begun in self._begun):
             return False
-        if not all(wrapper.still_holds(held) for wrapper, held in self._held):
+        if not all(still_holds(wrapper, held) for wrapper, held in self._held):
             return False
         begun = self._begun or [NO_TRANSACTION] * len(self.ours)
         for wrapper, one in zip(self.ours, begun):
             if isinstance(exc, NoPeerAvailable):
-                begins_again = exc.balancer == wrapper.alias
+                may_begin = exc.balancer == wrapper.alias
             else:
-                begins_again = isinstance(exc, Error) and wrapper.begins_again(exc, one)
-            if begins_again:
+                may_begin = isinstance(exc, Error) and begins_again(wrapper, exc, one)
+            if may_begin:
                 if self.runs:
                     self._error = wrapper.alias, drivers.describe(exc.__cause__ or exc)
                 return True

@@ -52,7 +52,7 @@ RULES = {
     "8": ["backends.replays:cause_of"],
     "9": ["backends.transactions:send_commit", "backends.decisions:may_count_as_committed"],
     "10": ["backends.state:Transaction.may_stand", "backends.transactions:begins_again"],
-    "11": ["backends.cursors:bind", "backends.losses:ErrorHook"],
+    "11": ["backends.replacing:bind", "backends.losses:ErrorHook"],
     "12": ["backends.decisions:must_catch_up", "core.ready:catch_up"],
     "13": ["core.budget:ReplayBudget"],
     "14": ["backends.decisions:may_leave"],

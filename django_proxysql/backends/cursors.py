@@ -8,9 +8,7 @@ run again is one statement to both.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +17,21 @@ from django.db.utils import Error
 
 from ..core import drivers
 from ..core.statements import CALLS, ENDS, READ, SCOPED, STATE, kinds, scan
-from .losses import mark, notice_unseen
-from .replacing import at_safe_point, before_first
+from .losses import is_end_of, mark, notice_unseen
+from .replacing import at_safe_point, before_first, note_named
+from .replays import kind_of_params, run_again
 from .sessions import Session, current
 from .state import BEGUN, Transaction
+from .statements import (
+    after_statement,
+    before_other,
+    before_statement,
+    declare,
+    fetch_first,
+    note_answered,
+    run_many,
+    unseen,
+)
 
 _SEQUENCES = frozenset({tuple, list})
 
@@ -62,7 +71,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             or (own is None and self._server_side is not None)
         ):
             if session is not None and self._server_side is not None:
-                return db._declare(self, session, sql, params, plain)
+                return declare(db, self, session, sql, params, plain)
             return plain(self, sql, params, many, context)
         try:
             kind = kinds[sql]
@@ -71,7 +80,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         if params and not (
             params.__class__ in _SEQUENCES and session.known_types.issuperset(map(type, params))
         ):
-            kind |= db._kind_of_params(session, params)
+            kind |= kind_of_params(db, session, params)
         now = session.clock()
         budget = session.budget
         budget.statements += 1
@@ -92,7 +101,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
                 )
             )
         ):
-            session = db._before_statement(self, kind, now, sql, params)
+            session = before_statement(db, self, kind, now, sql, params)
         session.used = now
         session.sending = (sql, params)
         # As writes(), without the call.
@@ -102,7 +111,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             result = plain(self, sql, params, many, context)
         except Error as exc:
             run = functools.partial(plain, self, sql, params, many, context)
-            done = db._run_again(self, session, exc, sql, params, kind, now, run)
+            done = run_again(db, self, session, exc, sql, params, kind, run)
             if done is None:
                 db._transaction.statement_sent()
                 raise
@@ -114,9 +123,9 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         session.peer.served = now
         session.sending = None
         if db._transaction.reads is not None:
-            db._note_answered(session, kind, sql, params)
+            note_answered(db, session, kind, sql, params)
         if kind != READ and (session.holds.for_life or session.lost_results):
-            db._after_statement(self, session, kind, sql, params)
+            after_statement(self, session, kind, sql, params)
         return result
 
     return execute
@@ -128,7 +137,7 @@ def _getattr_over(plain: Callable[..., Any]) -> Callable[..., Any]:
     def getattribute(self: Any, attr: str) -> Any:
         if attr not in _HARMLESS:
             # copy(), stream(), the driver's own connection: what is done with it passes by us.
-            self.__dict__["db"]._unseen()
+            unseen(self.__dict__["db"])
         return plain(self, attr)
 
     return getattribute
@@ -142,28 +151,12 @@ def _fetching(method: str) -> Callable[..., Any]:
         if self._declared is not None:
             # Its first rows may be fetched again, and no others.
             declared, self._declared = self._declared, None
-            return db._fetch_first(
-                self, declared, lambda: _fetch(db, self.cursor, method, args, kwargs)
-            )
+            return fetch_first(db, self, declared, functools.partial(fetch, self, *args, **kwargs))
         with db.wrap_database_errors:
             return getattr(self.cursor, method)(*args, **kwargs)
 
     fetch.__name__ = method
     return fetch
-
-
-def _fetch(db: Any, cursor: Any, method: str, args: Any, kwargs: Any) -> Any:
-    with db.wrap_database_errors:
-        return getattr(cursor, method)(*args, **kwargs)
-
-
-def note_named(cursor: Any, session: Any) -> None:
-    """Take note that ``cursor`` is a server-side one: what it reads is on this connection only."""
-    cursor._session = None
-    cursor._server_side = session
-    if not session.server_side:
-        session.server_side = weakref.WeakSet()
-    session.server_side.add(cursor)
 
 
 _FETCHES = ("fetchone", "fetchmany", "fetchall")
@@ -217,17 +210,17 @@ class _Hooks(CursorWrapper):
             # there is no server any more: what could be read has been read.
             session = self._session or self._server_side
             if session is None or not (
-                session.dead or session is not self.db._session or self.db._is_end_of(session, exc)
+                session.dead or session is not self.db._session or is_end_of(self.db, session, exc)
             ):
                 raise
 
     def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
         run = functools.partial(super()._executemany, sql, param_list, *ignored)  # type: ignore[misc]
-        return self.db._run_many(self, sql, param_list, run)
+        return run_many(self.db, self, sql, param_list, run)
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
         """Call a stored procedure; what it does in the session is unknown."""
-        session = self.db._before_other(self, f"CALL {procname}", params)
+        session = before_other(self.db, self, f"CALL {procname}", params)
         # Django 2.2's takes no third argument.
         arguments = (params,) if kparams is None else (params, kparams)
         result = super().callproc(procname, *arguments)
@@ -254,7 +247,7 @@ def made_cursor(cursor: Any, db: Any, session: Any) -> Any:
     return made
 
 
-# Making cursors, and binding each to the present connection
+# Making cursors
 
 
 def make_cursor(db: Any, name: str | None = None) -> Any:
@@ -325,25 +318,6 @@ def before_cursor(db: Any, session: Session) -> None:
         before_first(db, session, READ, now)
     else:
         at_safe_point(db, session, READ, now)
-
-
-def bind(db: Any, cursor: Any, name: str | None = None) -> Session:
-    """Give ``cursor`` a driver's cursor on the present connection; return its session.
-
-    It is made as the peer engine makes one: what the engine sends for each cursor
-    (a tenant's schema, a role) is sent for this one.
-    """
-    made = db._cursor(name)
-    if name is not None:
-        # psycopg complains about a server-side cursor that is still open.
-        with contextlib.suppress(Exception):
-            cursor.cursor.close()
-    session: Session = db._session
-    cursor.cursor = made.cursor
-    cursor._session = session
-    if name is not None:
-        note_named(cursor, session)
-    return session
 
 
 def setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,9 @@ transaction would commit one half of it and lose the other.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -303,3 +305,34 @@ def begin_anew(db: Any) -> None:
         db._plain("_savepoint")(sid)
     assert db._session is not None
     mark(db, db._session)
+
+
+# Cursors on the present connection
+
+
+def bind(db: Any, cursor: Any, name: str | None = None) -> Session:
+    """Give ``cursor`` a driver's cursor on the present connection; return its session.
+
+    It is made as the peer engine makes one: what the engine sends for each cursor
+    (a tenant's schema, a role) is sent for this one.
+    """
+    made = db._cursor(name)
+    if name is not None:
+        # psycopg complains about a server-side cursor that is still open.
+        with contextlib.suppress(Exception):
+            cursor.cursor.close()
+    session: Session = db._session
+    cursor.cursor = made.cursor
+    cursor._session = session
+    if name is not None:
+        note_named(cursor, session)
+    return session
+
+
+def note_named(cursor: Any, session: Any) -> None:
+    """Take note that ``cursor`` is a server-side one: what it reads is on this connection only."""
+    cursor._session = None
+    cursor._server_side = session
+    if not session.server_side:
+        session.server_side = weakref.WeakSet()
+    session.server_side.add(cursor)

@@ -26,11 +26,10 @@ from ..core.texts import (
     text_of,
     with_parameters,
 )
-from .cursors import bind
 from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .losses import did_not_run
 from .proofs import is_undone, reads_anew
-from .replacing import begin_anew, replace
+from .replacing import begin_anew, bind, replace
 from .sessions import Session, close_for_good
 from .state import MOST_BEGUN_ANEW
 
@@ -53,7 +52,6 @@ def run_again(
     sql: Any,
     params: Any,
     kind: int,
-    started: float,
     run: Callable[[], Any],
     single: bool = True,
 ) -> tuple[Session, Any] | None:
@@ -70,7 +68,7 @@ def run_again(
     if not (session.dead or session.is_leaving) or cause is None:
         return None
     judgement = drivers.judgement_of(cause, db._driver)
-    lost = lost_statement(db, cursor, session, judgement, sql, params, kind, started, single)
+    lost = lost_statement(db, cursor, session, judgement, sql, params, kind, single)
     replay = may_replay(lost)
     if replay.how is How.NEVER or not session.budget.spend(sql, cost_of(db, replay)):
         return None
@@ -89,7 +87,7 @@ def run_again(
             raise
         # What the application is raised is what happened to its statement.
         return None
-    successor.used = started
+    successor.used = session.used
     successor.sending = (sql, params)
     balancer = session.balancer
     names = balancer.name, session.peer.name, successor.peer.name
@@ -225,7 +223,6 @@ def lost_statement(
     sql: Any,
     params: Any,
     kind: int,
-    started: float,
     single: bool,
 ) -> Lost:
     """Return what counts for whether a lost statement may be run again."""
@@ -239,7 +236,7 @@ def lost_statement(
         holds = bool(session.holds)
     return Lost(
         place=place(db, session),
-        cause=cause_of(db, session, judgement, started),
+        cause=cause_of(db, session, judgement),
         text=text,
         dialect=dialect_of(db),
         enabled=config.replay is not None,
@@ -287,12 +284,12 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
     )
 
 
-def cause_of(db: Any, session: Session, judgement: Judgement, started: float) -> Cause:
+def cause_of(db: Any, session: Session, judgement: Judgement) -> Cause:
     if did_not_run(db, session, judgement):
         return Cause.NOT_RUN
     # The same words for a closed socket and for a time-out, after which
     # the statement may be running still. (mysqlclient)
-    if session.dead and session.clock() - started >= session.read_timeout * 0.98:
+    if session.dead and session.has_timed_out():
         return Cause.TIMED_OUT
     if session.dead:
         return Cause.CLOSED

@@ -15,8 +15,7 @@ from django.db.utils import Error, OperationalError
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
 from ..core.texts import makes_read_only, may_end
-from .cursors import bind
-from .replacing import at_safe_point, before_first
+from .replacing import at_safe_point, before_first, bind
 from .replays import ends_with_block, give_up, kind_of_params, run_again
 from .sessions import Session, current
 
@@ -81,9 +80,7 @@ def note_answered(db: Any, session: Session, kind: int, sql: Any, params: Any) -
     transaction.mark = db._driver.sent(session.connection)
 
 
-def after_statement(
-    db: Any, cursor: Any, session: Session, kind: int, sql: Any, params: Any
-) -> None:
+def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: Any) -> None:
     """Take note of what a statement that succeeded, and is no plain read, has changed."""
     if session.holds.for_life:
         session.holds.answered(sql, params)
@@ -146,14 +143,11 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
             return run()
         finally:
             db._transaction.statement_sent()
-    started = session.used
     try:
         result = run()
     except Error as exc:
         kind = kind_of_many(db, session, sql, param_list)
-        done = run_again(
-            db, cursor, session, exc, sql, param_list, kind, started, run, single=False
-        )
+        done = run_again(db, cursor, session, exc, sql, param_list, kind, run, single=False)
         if done is None:
             raise
         session, result = done
@@ -165,32 +159,27 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
 
 
 def declare(
-    db: Any,
-    cursor: Any,
-    session: Session,
-    sql: Any,
-    params: Any,
-    plain: Callable[..., Any],
+    db: Any, cursor: Any, session: Session, sql: Any, params: Any, plain: Callable[..., Any]
 ) -> Any:
     """Run the statement of a server-side cursor, which sends DECLARE."""
     run = functools.partial(plain, cursor, sql, params)
     if db._quiet or session.connection is not db.connection:
         db._transaction.statement_sent()
         return run()
-    kind, started = scan(sql), session.clock()
+    kind = scan(sql)
     if params:
         kind |= kind_of_params(db, session, params)
     if kind & session.lost_results:
         raise_lost_results(session)
     if kind & STATE:
         takes(db, session, sql, params)
-    sends(session, started, sql, params)
+    sends(session, session.clock(), sql, params)
     if writes(kind):
         session.wrote = session.results = True
     try:
         result = run()
     except Error as exc:
-        done = run_again(db, cursor, session, exc, sql, params, kind, started, run)
+        done = run_again(db, cursor, session, exc, sql, params, kind, run)
         if done is None:
             db._transaction.statement_sent()
             raise
@@ -211,8 +200,7 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     session, sql, params, kind, plain = declared
     if session is not current(db):
         return fetch()
-    started = session.clock()
-    sends(session, started, sql, params)
+    sends(session, session.clock(), sql, params)
 
     def run_and_fetch() -> Any:
         plain(cursor, sql, params)
@@ -221,7 +209,7 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     try:
         result = fetch()
     except Error as exc:
-        done = run_again(db, cursor, session, exc, sql, params, kind, started, run_and_fetch)
+        done = run_again(db, cursor, session, exc, sql, params, kind, run_and_fetch)
         if done is None:
             raise
         session, result = done

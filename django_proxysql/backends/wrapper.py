@@ -18,20 +18,33 @@ of its own.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
-from django.db.utils import DatabaseErrorWrapper, Error
+from django.db.utils import Error
 from django.utils.functional import cached_property
 
 from ..core import sockets
 from ..core.balancer import Attempt
 from ..registry import Registered
-from . import cursors, losses, replacing, replays, requests, savepoints, statements, transactions
+from . import cursors, losses, replacing, savepoints, transactions
 from .connecting import LoadBalancedMixin
 from .cursors import PlainCursor, made_cursor
-from .sessions import MadeWith, Session, give_back, is_pooled
+from .decisions import Why, may_replace, must_raise_loss
+from .replacing import replace, situation_of
+from .replays import give_up
+from .sessions import (
+    MadeWith,
+    Session,
+    close_for_good,
+    close_in_child,
+    current,
+    give_back,
+    is_pooled,
+)
 from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 
 
@@ -82,7 +95,14 @@ class SafePointsMixin(LoadBalancedMixin):
         connection = super()._open_one(registered, attempt)
         session = None
         if self._driver.WATCHED:
-            session = self._new_session(registered, attempt, connection)
+            session = Session(
+                connection,
+                attempt.peer,
+                registered.balancer.group,
+                attempt.permit,
+                self._made_with,
+                self._driver.status(connection),
+            )
             # Out of a pool: it has been one for a while, and is lost like any other.
             session.served = is_pooled(connection)
             if self._session is not None:
@@ -105,17 +125,11 @@ class SafePointsMixin(LoadBalancedMixin):
         return connection
 
     def _watch_over(self, connection: Any, conn_params: dict[str, Any]) -> None:
-        driver, attempt = self._driver, self._attempt
-        if attempt is not None:
-            config = attempt.config
-        else:
-            registered = self._registered()
-            if registered is None:
-                return
-            config = registered.balancer.config
-        if not driver.WATCHED:
+        driver, registered = self._driver, self._registered()
+        if registered is None or not driver.WATCHED:
             return
-        descriptor, seconds = driver.fileno(connection), config.tcp_user_timeout
+        descriptor = driver.fileno(connection)
+        seconds = registered.balancer.config.tcp_user_timeout
         patience = sockets.keepalive(
             descriptor, seconds, driver.socket_options(connection, conn_params)
         )
@@ -137,34 +151,40 @@ class SafePointsMixin(LoadBalancedMixin):
     #: What the present connection was made with.
     _made_with = MadeWith()
 
-    def _new_session(self, registered: Registered, attempt: Attempt, connection: Any) -> Session:
-        return Session(
-            connection,
-            attempt.peer,
-            registered.balancer.group,
-            attempt.permit,
-            self._made_with,
-            self._driver.status(connection),
-        )
-
     def _plain(self, name: str) -> Any:
         """Return one of the peer engine's own methods, without ours over it."""
         return getattr(super(), name)
 
-    # What is seen of errors
+    # Each of these hooks is a function of the part that it belongs to.
 
-    @cached_property
-    def wrap_database_errors(self) -> DatabaseErrorWrapper:
-        """Django's translation of driver errors, with our hook on it."""
-        return losses.ErrorHook(self)
+    #: Django's translation of driver errors, with our hook on it.
+    wrap_database_errors = cached_property(losses.ErrorHook)
+    is_usable = losses.is_usable
+    settle = replacing.settle
+    _commit = transactions.commit
+    _rollback = transactions.rollback
+    _savepoint = savepoints.savepoint
+    _savepoint_rollback = savepoints.savepoint_rollback
+    _savepoint_commit = savepoints.savepoint_commit
 
-    _is_end_of = losses.is_end_of
+    def set_autocommit(
+        self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
+    ) -> None:
+        """Begin or end a transaction; see Django."""
+        if self._quiet or self._attempt is not None:
+            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
+            return
+        transactions.set_autocommit(
+            self, autocommit, force_begin_transaction_with_broken_autocommit
+        )
 
-    def is_usable(self) -> bool:
-        """Ask the driver; what it says counts for the peer, too."""
-        return losses.is_usable(self)
+    def _set_autocommit(self, autocommit: bool) -> None:
+        if self._attempt is not None:
+            super()._set_autocommit(autocommit)  # type: ignore[misc]
+            return
+        transactions.switch_autocommit(self, autocommit)
 
-    # Statements; cursors.py calls these
+    # Cursors
 
     def _cursor(self, name: str | None = None) -> Any:
         session = self._session
@@ -206,85 +226,100 @@ class SafePointsMixin(LoadBalancedMixin):
             return super().make_cursor(cursor)
         return made_cursor(cursor, self, session)
 
-    _before_statement = statements.before_statement
-    _after_statement = statements.after_statement
-    _note_answered = statements.note_answered
-    _before_other = statements.before_other
-    _unseen = statements.unseen
-    _run_many = statements.run_many
-    _declare = statements.declare
-    _fetch_first = statements.fetch_first
-    _run_again = replays.run_again
-    _kind_of_params = replays.kind_of_params
-
-    def settle(self) -> None:
-        """Leave a lost connection, and a peer that is out, if the application cannot tell.
-
-        For code that is about to stay with this connection's peer.
-
-        :raises Exception: what connect() raised, as Django translates it: no peer is left.
-        """
-        replacing.settle(self)
-
-    # Transactions
-
-    def set_autocommit(
-        self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
-    ) -> None:
-        """Begin or end a transaction; see Django."""
-        if self._quiet or self._attempt is not None:
-            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
-            return
-        transactions.set_autocommit(
-            self, autocommit, force_begin_transaction_with_broken_autocommit
-        )
-
-    def _set_autocommit(self, autocommit: bool) -> None:
-        if self._attempt is not None:
-            super()._set_autocommit(autocommit)  # type: ignore[misc]
-            return
-        transactions.switch_autocommit(self, autocommit)
-
-    def _commit(self) -> Any:
-        return transactions.commit(self)
-
-    def _rollback(self) -> Any:
-        return transactions.rollback(self)
-
-    def _savepoint(self, sid: str) -> None:
-        savepoints.savepoint(self, sid)
-
-    def _savepoint_rollback(self, sid: str) -> None:
-        savepoints.savepoint_rollback(self, sid)
-
-    def _savepoint_commit(self, sid: str) -> None:
-        savepoints.savepoint_commit(self, sid)
-
-    # For retrying_atomic
-
-    begins_again = transactions.begins_again
-    now_holding = transactions.now_holding
-    still_holds = transactions.still_holds
-
-    # The end of a request, of a connection, and a fork
-
-    def _after_fork(self) -> None:
-        requests.after_fork(self)
-
-    def _recover(self) -> None:
-        requests.recover(self)
+    # The end of a request or task, of a connection, and a fork
 
     def close_if_unusable_or_obsolete(self) -> None:
         """End a request or task: close what is not to be kept."""
-        requests.close_if_unusable_or_obsolete(self)
+        if not self.in_atomic_block:
+            self._recover()
+            if self._session is not None:
+                # Of a connection that is closed by now, too: the next one follows it.
+                self._session.wrote = self._session.results = False
+                self._session.lost_results = 0
+                self._ends_requests = True
+        session = current(self)
+        if session is not None and not self.in_atomic_block:
+            if self.autocommit and not self._transaction.is_of_atomic:
+                session.holds.end_request()
+            if is_unannounced(self, session, self.errors_occurred):
+                if self.close_at is None or time.monotonic() < self.close_at:
+                    # The next statement shows the loss.
+                    return
+            elif session.dead and self.autocommit and not self._transaction.is_of_atomic:
+                self.close()
+        if is_to_leave(self):
+            self.close()
+        super().close_if_unusable_or_obsolete()
+        if session is not None and session.balancer.rebalance.returns:
+            move(self, session)
 
     def close_if_health_check_failed(self) -> None:
-        """Close a connection that is found unusable, as Django does; see CONN_HEALTH_CHECKS."""
-        if self.health_check_enabled and not self.health_check_done:  # type: ignore[attr-defined]
-            requests.close_if_health_check_failed(self)
+        """Close a connection that is found unusable, unless its loss would go unnoticed."""
+        if not self.health_check_enabled or self.health_check_done:  # type: ignore[attr-defined, has-type]
+            return
+        session = current(self)
+        if session is not None and session.holds and not session.error_raised:
+            # If it is not usable it is marked, and the statement that is to come shows the loss.
+            self.is_usable()
+            self.health_check_done = True
+        super().close_if_health_check_failed()
 
     def _close(self) -> Any:
-        return requests.close(self)
+        session = self._session
+        if session is not None and session.connection is self.connection:
+            if session.dead and is_pooled(self.connection):
+                # The driver need not know of it: the pool must not hand it out again.
+                close_for_good(self.connection)
+            was_dead = session.dead
+            session.lose()
+            session.raised()
+            if was_dead:
+                # It may be closed already, which mysqlclient and PyMySQL complain of.
+                with contextlib.suppress(Error):
+                    return super()._close()
+                return None
+        return super()._close()
+
+    def _after_fork(self) -> None:
+        """In a forked child: leave the connection to the parent, whose it is.
+
+        At a safe point the wrapper is as one that has not connected yet.
+        Elsewhere what the child thinks it is in the middle of is the parent's:
+        for the child the connection is lost.
+        """
+        connection = self.connection
+        if connection is None or not self._driver.LEAVES:
+            return
+        if self._counted is None and self._attempt is None:
+            # Made without a balancer.
+            return
+        session = self._session if self._attempt is None else None
+        if session is None or session.connection is not connection:
+            # The very thread that is at connect() has forked: out of a receiver.
+            self._driver.leave(connection)
+            return
+        safe = replacing.is_safe(self, session)
+        try:
+            # After an error the number of its socket may be another's.
+            if not session.dead and not session.unsure:
+                self._driver.leave(connection)
+        finally:
+            if safe:
+                self.connection = self._session = None
+                self._release()
+                close_in_child(connection, self._driver)
+            else:
+                session.lose("the connection is the parent process's")
+
+    def _recover(self) -> None:
+        super()._recover()
+        if self._read_only:
+            # An interrupt has left it so.
+            give_up(self)
+        self._quiet = self._of_ours = False
+        self._trials = "first"
+        self._only = None
+        replacing.restore_log(self)
 
     # Django's own session state
 
@@ -309,3 +344,61 @@ class SafePointsMixin(LoadBalancedMixin):
             return method()
         finally:
             self._of_ours = False
+
+
+# Between two requests or tasks
+
+
+def is_unannounced(db: Any, session: Session, ask: bool) -> bool:
+    """Return whether session state is lost, and the application does not know it.
+
+    :param ask: ask the driver whether the connection is usable, if it is not known dead.
+    """
+    if session.connection is not db.connection or not (session.dead or ask):
+        return False
+    may_be_news = must_raise_loss(True, situation_of(db, session))
+    return may_be_news and (session.dead or not db.is_usable())
+
+
+def move(db: Any, session: Session) -> None:
+    """Between two requests or tasks, go to a peer that has come back, if it is our turn."""
+    balancer = session.balancer
+    # What an earlier request has left may be there still, and so is the peer it is on.
+    if session is not current(db) or session.dead:
+        return
+    if not may_replace(Why.REBALANCING, situation_of(db, session)):
+        return
+    if balancer.pinned_to(session.peer) is not None:
+        return
+    move = balancer.claim_move(session.peer)
+    if move is None:
+        return
+    try:
+        db._only = move.peer
+        replace(db, session, "never")
+    except Exception:  # noqa: S110 - the connection that is there works
+        pass
+    finally:
+        db._only = None
+
+
+def is_to_leave(db: Any) -> bool:
+    """Return whether the connection, between two requests or tasks, leads to a drained peer."""
+    peer = db.peer
+    if peer is None or not peer.drained or db.in_atomic_block or not db.autocommit:
+        return False
+    if db._thread_sharing_count > 0:
+        return False
+    session = current(db)
+    if session is not None:
+        # Unbuffered cursors end with the request, unless one is in the middle of its rows.
+        is_read = not (session.server_side or db._driver.is_busy(session.connection))
+        now = situation_of(db, session)._replace(unread=not is_read)
+        if not may_replace(Why.LEAVING, now):
+            return False
+    registered = db._registered()
+    if registered is None:
+        return False
+    balancer = registered.balancer.group
+    # As with a circuit that has opened: a connection that works is better than none.
+    return balancer.has_usable() and balancer.pinned_to(peer) is not peer
