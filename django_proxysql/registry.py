@@ -60,10 +60,7 @@ class Registered(NamedTuple):
     def to_connect_with(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
         """Return what to connect to ``peer`` with now: a callable PASSWORD is called."""
         merged = self.settings_for(peer, own, alias)
-        password = merged.get("PASSWORD")
-        if callable(password):
-            merged["PASSWORD"] = drivers.password_from(password)
-        return merged
+        return drivers.with_password(merged) if callable(merged.get("PASSWORD")) else merged
 
 
 class Balancers(Mapping[str, LoadBalancer]):

@@ -58,10 +58,8 @@ class LoadBalancedMixin(_Base):
     #: The peer engine's own class is the first; set in the class made for it.
     _made_of: tuple[Any, ...]
 
-    #: When connect() makes trials; see :meth:`LoadBalancer.connect`.
-    _trials = "first"
-    #: The one peer to connect to, if it is not to be another.
-    _only: Peer | None = None
+    #: What the next connect() asks of :meth:`LoadBalancer.connect`: ``trials`` and ``only``.
+    _terms: dict[str, Any] = {}  # noqa: RUF012 - replaced as a whole
     #: The attempt under way, while connect() runs.
     _attempt: Attempt | None = None
     #: Whether a throw-away connection has been asked what a trial must ask.
@@ -113,15 +111,12 @@ class LoadBalancedMixin(_Base):
             # the old connection belongs to the code that has a reference to it: closed here,
             # it would take a database in memory along.
             self._release()
-        only = self._only
-        if only is not None:
-            # For this once: the caller may be interrupted before it could take it back.
-            self._only = None
+        # For this once: the caller may be interrupted before it could take them back.
+        terms, self._terms = self._terms, {}
         registered.balancer.connect(
             functools.partial(self._open_one, registered),
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),
-            trials=self._trials,
-            only=only,
+            **terms,
         )
 
     def try_out(self, attempt: Attempt) -> None:
@@ -303,12 +298,9 @@ class LoadBalancedMixin(_Base):
 
     def _open_directly(self, conn_params: dict[str, Any]) -> Any:
         """Open a connection for code that calls get_new_connection() and not connect()."""
-        settings = _with_password(self.peer_settings())
-        asked = {key for key in ("password", "passwd") if callable(conn_params.get(key))}
-        params = {**conn_params, **dict.fromkeys(asked, settings.get("PASSWORD"))}
         try:
-            self._peer_settings = settings
-            return self._as_peer(super().get_new_connection, params)
+            self._peer_settings = self.peer_settings()
+            return self._as_peer(super().get_new_connection, drivers.with_password(conn_params))
         finally:
             self._peer_settings = None
 
@@ -408,7 +400,7 @@ class LoadBalancedMixin(_Base):
         stand_in = copy.copy(self)
         stand_in.connection = None
         stand_in._counted = None
-        stand_in.settings_dict = _with_password(self.peer_settings())
+        stand_in.settings_dict = drivers.with_password(self.peer_settings())
         return stand_in
 
     def _discard(self) -> None:
@@ -455,11 +447,3 @@ def _is_djangos(cls: type) -> bool:
         next((base.__module__ for base in theirs if name in vars(base)), "") in (_DJANGOS, _BASE)
         for name in _HOOKS
     )
-
-
-def _with_password(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a peer's settings to connect with now: a callable PASSWORD is called."""
-    password = settings.get("PASSWORD")
-    if not callable(password):
-        return settings
-    return {**settings, "PASSWORD": drivers.password_from(password)}

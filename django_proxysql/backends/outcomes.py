@@ -19,6 +19,7 @@ from django.db.backends import utils
 from ..core import drivers, outcome, ready
 from ..core.circuit import CLOSED
 from ..core.events import CommitResolved
+from ..core.exceptions import NotReady
 from ..core.faults import Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
@@ -27,7 +28,8 @@ from ..core.texts import VALUES, with_parameters
 from ..errors import CommitOutcomeUnknown
 from .decisions import may_count_as_committed, writes_token
 from .losses import is_of_server, throw_away
-from .replays import are_sendable, dialect_of
+from .replacing import replace
+from .replays import are_sendable, dialect_of, has_only_read, rehearse
 from .sessions import Session
 from .tokens import delete_some, wait_briefly
 
@@ -93,7 +95,7 @@ def token_for(db: Any, session: Session) -> Token | None:
 def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool:
     """Return whether a block is proven to be reads, and ends well whatever becomes of COMMIT.
 
-    See :func:`.transactions.is_as_good_as_committed`.
+    See :func:`is_as_good_as_committed`.
     """
     # The server's own default is asked for once COMMIT is lost: here it is a round trip.
     serializable = bool(is_serializable(db, isolation_of(session)))
@@ -132,6 +134,35 @@ def counts_as_committed(
         enabled=session.balancer.config.replay is not None,
         serializable=serializable,
     )
+
+
+def is_as_good_as_committed(db: Any, session: Session) -> bool:
+    """Return whether the transaction, whose end is lost, is as good as committed.
+
+    If it is, the connection was replaced.
+    """
+    only_read = has_only_read(db, session, anew=False)
+    may_count = functools.partial(counts_as_committed, db, session, only_read=only_read)
+    if not may_count(serializable=False):
+        return False
+    reads = list(db._transaction.reads)
+    level = isolation_of(session)
+
+    def resume() -> None:
+        # Any peer can tell, and the old one may be dead.
+        if not may_count(serializable=is_serializable(db, level, db.connection)):
+            raise NotReady("COMMIT might have found a conflict of reads")
+        rehearse(db, reads)
+
+    try:
+        # Where outcomes are found out, each is.
+        is_free = session.balancer.config.commit_outcome is not None
+        if not is_free and not session.budget.spend("COMMIT", len(reads)):
+            return False
+        replace(db, session, resume=resume)
+    except Exception:
+        return False
+    return True
 
 
 def isolation_of(session: Session) -> Any:

@@ -19,6 +19,7 @@ from django.db.utils import OperationalError
 from ..core import ready
 from ..core.circuit import CLOSED
 from ..core.events import ConnectionReplaced
+from ..core.peer import Peer
 from ..core.statements import IDS, READ, RESULT, SCOPED, STATE
 from .decisions import (
     Leave,
@@ -146,7 +147,7 @@ def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
     if idle and not db._ends_requests:
         session.wrote = False
     if session.dead or ((idle or kind != READ) and is_lost(db, session)):
-        replace(db, session, "last")
+        replace(db, session)
     elif session.is_leaving or session.version is not session.balancer.version:
         leave_if_out(db, session)
 
@@ -187,7 +188,7 @@ def leave_if_out(db: Any, session: Session) -> None:
         can_go=balancer.has_usable(),
     )
     if leave is Leave.MUST_GO:
-        replace(db, session, "last")
+        replace(db, session)
     elif leave is Leave.SETTLES:
         session.version = version
     elif leave is not Leave.STAYS:
@@ -199,14 +200,20 @@ def leave_if_out(db: Any, session: Session) -> None:
 
 
 def replace(
-    db: Any, session: Session, trials: str, resume: Callable[[], object] | None = None
+    db: Any,
+    session: Session,
+    trials: str = "last",
+    resume: Callable[[], object] | None = None,
+    only: Peer | None = None,
 ) -> None:
     """Put a new connection into the place of the present one.
 
     The new one is opened before the old one is given up. If that fails,
     the old one stays, dead or not, with all that Django knows of it.
 
+    :param trials: see :meth:`LoadBalancer.connect`.
     :param resume: begins the transaction anew on the new connection.
+    :param only: the peer to connect to; None: any.
     :raises Exception: what connect() raised, as Django translates it.
     """
     present = current(db)
@@ -230,7 +237,8 @@ def replace(
         # connect() switches autocommit on, and Django runs hooks there.
         db.run_commit_hooks_on_set_autocommit_on = False
         with db.wrap_database_errors:
-            connect(db, trials)
+            db._terms = {"trials": trials, "only": only}
+            db.connect()
         for name in _OF_THE_TRANSACTION:
             if name in kept:
                 state[name] = kept[name]
@@ -253,6 +261,7 @@ def replace(
         db._transaction = transaction
         raise
     finally:
+        db._terms = {}
         restore_log(db)
     if hold is not None:
         hold.release()
@@ -276,14 +285,6 @@ def restore_log(db: Any) -> None:
         db.queries_log = log
 
 
-def connect(db: Any, trials: str) -> None:
-    db._trials = trials
-    try:
-        db.connect()
-    finally:
-        db._trials = "first"
-
-
 def close_old(db: Any, session: Session) -> None:
     """Close the connection that was replaced."""
     if db._driver.ends_its_cursors(session.connection) and not session.dead:
@@ -295,7 +296,7 @@ def close_old(db: Any, session: Session) -> None:
 
 def restart(db: Any, session: Session) -> None:
     """Begin the transaction, in which nothing has changed yet, on another connection."""
-    replace(db, session, "last", resume=functools.partial(begin_anew, db))
+    replace(db, session, resume=functools.partial(begin_anew, db))
 
 
 def begin_anew(db: Any) -> None:

@@ -76,7 +76,7 @@ def run_again(
     session.not_raised()
     try:
         begin = functools.partial(prove_and_begin, db, replay, sql, params)
-        replace(db, session, "last", resume=begin if db.in_atomic_block else None)
+        replace(db, session, resume=begin if db.in_atomic_block else None)
         successor = bind(db, cursor, name)
         if kind & STATE and not db._of_ours and not ends_with_block(db, sql):
             successor.holds.sent(sql, params)

@@ -6,6 +6,7 @@ on_commit hooks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +14,13 @@ from typing import Any
 from django.db.utils import Error
 
 from ..core import drivers
-from ..core.exceptions import NotReady
 from ..core.faults import Proof
 from ..core.holdings import Holdings
+from ..core.statements import READ
 from ..errors import CommitOutcomeUnknown
 from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, settle_doubt
-from .outcomes import (
-    Token,
-    commit_with,
-    counts_as_committed,
-    is_serializable,
-    isolation_of,
-    stands,
-    token_for,
-)
-from .replacing import at_safe_point, is_safe, replace
-from .replays import has_only_read, rehearse
-from .savepoints import lost_is_rolled_back, passed_over
+from .outcomes import Token, commit_with, is_as_good_as_committed, stands, token_for
+from .replacing import at_safe_point, before_first, is_restartable, is_safe, replace, restart
 from .sessions import Session, close_for_good, current
 from .state import NO_TRANSACTION, Stage, Transaction
 
@@ -140,7 +131,7 @@ def begin(db: Any, session: Session) -> None:
             session.raised()
             raise
         try:
-            replace(db, session, "last")
+            replace(db, session)
         except BaseException as exc:
             session.raised()
             if not isinstance(exc, Exception):
@@ -191,7 +182,7 @@ def commit(db: Any) -> Any:
         # A driver we do not look after; for retrying_atomic a COMMIT it is.
         return send_commit(db, send)
     if db._transaction is NO_TRANSACTION:
-        return end_of_nothing(db, session, functools.partial(send_commit, db), send)
+        return end_of_nothing(db, session, functools.partial(send_commit, db, send))
     notice_unseen(db, session)
     nothing_sent = db._transaction.stage is Stage.BEGUN
     was_raised = session.error_raised
@@ -219,15 +210,13 @@ def commit(db: Any) -> Any:
     return result
 
 
-def end_of_nothing(
-    db: Any, session: Session, send: Callable[..., Any], end: Callable[[], Any]
-) -> Any:
+def end_of_nothing(db: Any, session: Session, send: Callable[[], Any]) -> Any:
     """Send COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
     at_safe_point(db, session, 0, session.clock())
     session = db._session or session
     safe, was_raised = is_safe(db, session), session.error_raised
     try:
-        return send(end)
+        return send()
     except Error:
         if not (safe and session.dead):
             raise
@@ -282,35 +271,6 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
     return result
 
 
-def is_as_good_as_committed(db: Any, session: Session) -> bool:
-    """Return whether the transaction, whose end is lost, is as good as committed.
-
-    If it is, the connection was replaced.
-    """
-    only_read = has_only_read(db, session, anew=False)
-    may_count = functools.partial(counts_as_committed, db, session, only_read=only_read)
-    if not may_count(serializable=False):
-        return False
-    reads = list(db._transaction.reads)
-    level = isolation_of(session)
-
-    def resume() -> None:
-        # Any peer can tell, and the old one may be dead.
-        if not may_count(serializable=is_serializable(db, level, db.connection)):
-            raise NotReady("COMMIT might have found a conflict of reads")
-        rehearse(db, reads)
-
-    try:
-        # Where outcomes are found out, each is.
-        is_free = session.balancer.config.commit_outcome is not None
-        if not is_free and not session.budget.spend("COMMIT", len(reads)):
-            return False
-        replace(db, session, "last", resume=resume)
-    except Exception:
-        return False
-    return True
-
-
 def note_end_of_transaction(db: Any) -> None:
     session = current(db)
     if session is not None:
@@ -323,7 +283,7 @@ def rollback(db: Any) -> Any:
     if session is None:
         result = send()
     elif db._transaction is NO_TRANSACTION:
-        result = end_of_nothing(db, session, lambda end: end(), send)
+        result = end_of_nothing(db, session, send)
     elif db._transaction.by_hand:
         try:
             result = send()
@@ -377,3 +337,113 @@ def still_holds(db: Any, held: tuple[Session, Holdings] | None) -> bool:
         return True
     session, holdings = held
     return session is current(db) and not session.dead and session.holds.include(holdings)
+
+
+# SAVEPOINTs of Django's own, which are made again with their transaction
+
+
+def passed_over(session: Session, was_raised: bool) -> None:
+    """Note that an error that ends nothing is not raised. If the connection held session
+    state, the next statement raises its loss.
+
+    :param was_raised: the loss was raised before.
+    """
+    if session.holds and not was_raised:
+        session.not_raised()
+    else:
+        session.raised()
+
+
+def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], Any]) -> Any:
+    """Run a ROLLBACK, TO SAVEPOINT and its RELEASE too. A connection that is lost has done it.
+
+    Were it an error, Django would give the whole block up without one: a failed ROLLBACK TO
+    or RELEASE after it is an outer block that ends well, and nothing stands.
+    """
+    was_raised = session.error_raised
+    if session.dead:
+        return None
+    try:
+        return rollback()
+    except Error:
+        session = db._session or session
+        if not session.dead:
+            raise
+        passed_over(session, was_raised)
+        return None
+
+
+def savepoint(db: Any, sid: str) -> None:
+    db._transaction.savepoint_made(sid)
+    of_django(db, db._plain("_savepoint"), sid)
+
+
+def savepoint_rollback(db: Any, sid: str) -> None:
+    session = current(db)
+    db._transaction.savepoint_restored(sid)
+    restore = functools.partial(of_django, db, db._plain("_savepoint_rollback"), sid)
+    if session is None:
+        restore()
+    else:
+        lost_is_rolled_back(db, session, restore)
+
+
+def savepoint_commit(db: Any, sid: str) -> None:
+    transaction, session = db._transaction, current(db)
+    transaction.savepoint_released(sid)
+    release = functools.partial(of_django, db, db._plain("_savepoint_commit"), sid)
+    if session is None or sid not in transaction.undone:
+        release()
+    else:
+        # Django releases what it has rolled back to.
+        lost_is_rolled_back(db, session, release)
+
+
+def of_django(db: Any, method: Callable[[str], object], sid: str) -> None:
+    """Run SAVEPOINT and the like: made again with the transaction, they use up no first.
+
+    The record says which there are to be afterwards: where the transaction
+    is begun anew, they are made by that.
+    """
+    session = current(db)
+    if session is None or not db._transaction.is_pending:
+        transaction = db._transaction
+        if session is not None:
+            notice_unseen(db, session)
+        reads = transaction.reads
+        method(sid)
+        if session is not None and reads:
+            transaction.only_savepoints_sent(reads)
+            transaction.mark = db._driver.sent(session.connection)
+        return
+    try:
+        before_first(db, session, READ, session.clock())
+        if db._session is session:
+            db._of_ours = True
+            send_of_django(db, session, method, sid)
+    finally:
+        db._of_ours = False
+
+
+def send_of_django(db: Any, session: Session, method: Callable[[str], object], sid: str) -> None:
+    transaction = db._transaction
+    is_pending = transaction.is_pending
+    try:
+        method(sid)
+    except Error:
+        if not (is_pending and session.dead):
+            raise
+        # The statement's own handling took it for the application's first.
+        session.not_raised()
+        transaction.only_savepoints_sent()
+        if is_restartable(db, session):
+            with contextlib.suppress(Exception):
+                restart(db, session)
+        if db._session is session:
+            session.raised()
+            transaction.statement_sent()
+            raise
+        return
+    if is_pending:
+        transaction.only_savepoints_sent()
+        mark(db, session)

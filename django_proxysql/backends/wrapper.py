@@ -30,7 +30,7 @@ from django.utils.functional import cached_property
 from ..core import sockets
 from ..core.balancer import Attempt
 from ..registry import Registered
-from . import cursors, losses, replacing, savepoints, transactions
+from . import cursors, losses, replacing, transactions
 from .connecting import LoadBalancedMixin
 from .cursors import PlainCursor, made_cursor
 from .decisions import Why, may_replace, must_raise_loss
@@ -163,9 +163,9 @@ class SafePointsMixin(LoadBalancedMixin):
     settle = replacing.settle
     _commit = transactions.commit
     _rollback = transactions.rollback
-    _savepoint = savepoints.savepoint
-    _savepoint_rollback = savepoints.savepoint_rollback
-    _savepoint_commit = savepoints.savepoint_commit
+    _savepoint = transactions.savepoint
+    _savepoint_rollback = transactions.savepoint_rollback
+    _savepoint_commit = transactions.savepoint_commit
 
     def set_autocommit(
         self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
@@ -317,8 +317,7 @@ class SafePointsMixin(LoadBalancedMixin):
             # An interrupt has left it so.
             give_up(self)
         self._quiet = self._of_ours = False
-        self._trials = "first"
-        self._only = None
+        self._terms = {}
         replacing.restore_log(self)
 
     # Django's own session state
@@ -374,12 +373,9 @@ def move(db: Any, session: Session) -> None:
     if move is None:
         return
     try:
-        db._only = move.peer
-        replace(db, session, "never")
+        replace(db, session, "never", only=move.peer)
     except Exception:  # noqa: S110 - the connection that is there works
         pass
-    finally:
-        db._only = None
 
 
 def is_to_leave(db: Any) -> bool:

@@ -184,8 +184,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         """Return a copy of this wrapper, without a connection, whose PASSWORD is no callable."""
         stand_in = copy.copy(self)
         stand_in.connection = None
-        password = drivers.password_from(self.settings_dict.get("PASSWORD"))
-        stand_in.settings_dict = {**self.settings_dict, "PASSWORD": password}
+        stand_in.settings_dict = drivers.with_password(self.settings_dict)
         return stand_in
 
     # Forked

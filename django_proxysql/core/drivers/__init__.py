@@ -159,12 +159,12 @@ def password_from(source: Any) -> Any:
 
 
 def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of what a driver's connect() is called with, a callable password called.
+    """Return a copy of settings, or of connect()'s arguments, with a callable password called.
 
     :raises Exception: what the callable raised, marked as ours (:func:`password_from`).
     """
     return {
-        key: password_from(value) if key in ("password", "passwd") else value
+        key: password_from(value) if key in ("password", "passwd", "PASSWORD") else value
         for key, value in params.items()
     }
 
