@@ -30,7 +30,6 @@ HOUSE = """
 16  __main__ management retry             programs, and what users call
 15  apps demo models monitoring signals
 14  backends                              the engine
-14  checks
 13  inspection
 12  registry
 11  conf

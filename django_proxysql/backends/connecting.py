@@ -317,9 +317,8 @@ class LoadBalancedMixin(_Base):
         finally:
             if level is not None:
                 self.isolation_level = level
-        if self._own_settings is not None:
-            # Receivers of connection_created are to see what stands in ``connections``.
-            self._put_own_settings_back()
+        # Receivers of connection_created are to see what stands in ``connections``.
+        self._put_own_settings_back()
 
     def _close(self) -> Any:
         try:
@@ -337,13 +336,12 @@ class LoadBalancedMixin(_Base):
         self._with_level = None
         self._attempt = None
         self._peer_settings = None
-        if self._own_settings is not None:
-            self._put_own_settings_back()
+        self._put_own_settings_back()
 
     def _put_own_settings_back(self) -> None:
-        assert self._own_settings is not None
-        self.settings_dict = self._own_settings
-        self._own_settings = None
+        if self._own_settings is not None:
+            self.settings_dict = self._own_settings
+            self._own_settings = None
 
     def _registered(self) -> Registered | None:
         alias = self.settings_dict.get(ALIAS_KEY)

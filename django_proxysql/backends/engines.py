@@ -131,7 +131,7 @@ def engine_class(base: type, settings: dict[str, Any], alias: str) -> type:
             wrapper = load_wrapper(peer_engine(settings, connections.databases))
         except ConfigError:
             pass
-    return made_over(wrapper, base, _helpers)
+    return made_over(wrapper, base)
 
 
 def _engine_of(entry: dict[str, Any]) -> object:
@@ -140,7 +140,7 @@ def _engine_of(entry: dict[str, Any]) -> object:
     return getattr(module, "DatabaseWrapper", None)
 
 
-class _Helper:
+class Helper:
     """A helper class of the peer engine's, made to know of peers.
 
     Looked up when it is asked for: apps put their own in its place (django-pgtrigger), on
@@ -163,21 +163,21 @@ class _Helper:
         return made
 
 
-def _helpers(wrapper: Any) -> dict[str, Any]:
-    return {
-        "client_class": _Helper(client_class),
-        "creation_class": _Helper(creation_class),
-        "validation_class": _Helper(validation_class),
-        "SchemaEditorClass": _Helper(schema_editor_class),
-    }
+#: What the engine's class has besides, over any backend.
+HELPERS: dict[str, Callable[[type], type]] = {
+    "client_class": client_class,
+    "creation_class": creation_class,
+    "validation_class": validation_class,
+    "SchemaEditorClass": schema_editor_class,
+}
 
 
-def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any]]) -> type:
+def made_over(wrapper: Any, base: Any) -> type:
     """Return the class that is ``base`` over the DatabaseWrapper of a real backend.
 
     :param wrapper: that backend's class.
-    :param base: one of our engines' classes, or a user's subclass of it.
-    :param namespace: gives what the class has besides, when it is first made.
+    :param base: one of our engines' classes, or a user's subclass of it. Its ``_namespace()`` gives
+        what the class has besides.
     """
     key = (base, wrapper)
     made = _made.get(key)
@@ -206,9 +206,9 @@ def made_over(wrapper: Any, base: type, namespace: Callable[[Any], dict[str, Any
                     "__module__": base.__module__,
                     "__doc__": base.__doc__,
                     "_is_made": True,
-                    "_made_of": (wrapper, base, namespace),
+                    "_made_of": (wrapper, base),
                     "_driver": drivers.driver_of_engine(wrapper),
-                    **namespace(wrapper),
+                    **base._namespace(wrapper),
                 },
             ),
         )

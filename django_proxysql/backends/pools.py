@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_Check = Callable[[Any], object]
-
 #: What, besides what a connection is made with, is set up in it once.
 _KEYS = (*CONNECTION_KEYS, "CONN_HEALTH_CHECKS", "CONN_MAX_AGE", "TIME_ZONE")
 
@@ -207,12 +205,17 @@ class PooledMixin(_Base):
             return super().pool  # type: ignore[misc]
         if self.alias == NO_DB_ALIAS or not _may_have_pools(registered, self.settings_dict):
             return None
-        peer = next(iter(registered.balancer.peers.values()))
-        settings = registered.settings_for(peer, self.settings_dict, self.alias)
+        known = self._pool_of(registered, next(iter(registered.balancer.peers.values())))
+        return None if known is None else known.pool
+
+    def _pool_of(self, registered: Registered, peer: Peer) -> Pool | None:
+        """Return the peer's pool for this wrapper's own settings; None: OPTIONS ask for none."""
+        own = self._own_settings or self.settings_dict
+        settings = registered.settings_for(peer, own, self.alias)
         if not settings["OPTIONS"].get("pool"):
             return None
         make = functools.partial(self._make_pool, registered, peer, settings)
-        return pools_of(registered.balancer).find(peer.name, settings, make).pool
+        return pools_of(registered.balancer).find(peer.name, settings, make)
 
     def close_pool(self) -> None:
         """Close every pool of the balancer, whichever peer's, as Django does before it drops,
@@ -230,26 +233,16 @@ class PooledMixin(_Base):
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection, or take one out of the peer's pool."""
-        attempt = self._attempt
         registered = self._registered()
         if (
-            attempt is None
+            self._attempt is None
             or registered is None
             or self.alias == NO_DB_ALIAS
             or not self.settings_dict["OPTIONS"].get("pool")
         ):
             self._checkout = None
             return super().get_new_connection(conn_params)
-        own = self._own_settings
-        settings = registered.settings_for(attempt.peer, own or self.settings_dict, self.alias)
-        checkout = self._checkout = Checkout(
-            pools_of(registered.balancer),
-            settings,
-            functools.partial(self._make_pool, registered, attempt.peer, settings),
-            attempt,
-            functools.partial(self._connect_directly, conn_params),
-            self._driver,
-        )
+        checkout = self._checkout = Checkout(self, registered, conn_params)
         try:
             return super().get_new_connection(conn_params)
         except BaseException:
@@ -259,13 +252,6 @@ class PooledMixin(_Base):
             raise
         finally:
             self._checkout = None
-
-    def _connect_directly(self, conn_params: dict[str, Any], check: _Check | None) -> None:
-        attempt: Any = self._attempt
-        params = {**conn_params, "autocommit": True}
-        with throw_away(self._driver, self.Database.connect, params, attempt.timeout) as connection:
-            if check is not None:
-                check(connection)
 
     def _make_pool(self, registered: Registered, peer: Peer, settings: dict[str, Any]) -> Any:
         """Have Django make a pool for ``peer``, not opened yet.
@@ -300,25 +286,18 @@ class PooledMixin(_Base):
 class Checkout:
     """What Django's get_new_connection() takes for the pool: takes one connection out of it."""
 
-    def __init__(
-        self,
-        pools: Pools,
-        settings: Mapping[str, Any],
-        make: Callable[[], Any],
-        attempt: Attempt,
-        ask: Callable[[_Check | None], None],
-        driver: drivers.Driver,
-    ) -> None:
-        self._pools = pools
-        self._settings = settings
-        self._make = make
-        self._attempt = attempt
-        self._connect_directly = ask
-        pool = settings["OPTIONS"]["pool"]
+    def __init__(self, db: Any, registered: Registered, conn_params: dict[str, Any]) -> None:
+        self._db = db
+        self._attempt: Attempt = db._attempt
+        self._registered = registered
+        self._pools = pools_of(registered.balancer)
+        self._conn_params = conn_params
+        pool = db.settings_dict["OPTIONS"]["pool"]
         #: The site's own, of what comes out of a pool. A peer is well if it passes on a
         #: connection that was made just now.
-        self._check: _Check | None = pool.get("check") if isinstance(pool, Mapping) else None
-        self._driver = driver
+        self._check: Callable[[Any], object] | None = (
+            pool.get("check") if isinstance(pool, Mapping) else None
+        )
         self._asked = False
         #: The connection, from when it has left the pool.
         self.taken: Any = None
@@ -339,7 +318,7 @@ class Checkout:
         began = time.monotonic()
         ends = began + attempt.timeout
         while True:
-            known = self._pools.find(attempt.peer.name, self._settings, self._make)
+            known = self._db._pool_of(self._registered, attempt.peer)
             pool = known.pool
             if attempt.is_trial or not known.proven:
                 self._ask(known)
@@ -396,9 +375,13 @@ class Checkout:
         now = time.monotonic()
         if self._asked or (now < known.asked_until and not self._attempt.is_trial):
             return
-        known.asked_until = now + 2 * self._attempt.timeout
+        db, seconds = self._db, self._attempt.timeout
+        known.asked_until = now + 2 * seconds
+        params = {**self._conn_params, "autocommit": True}
         try:
-            self._connect_directly(self._check)
+            with throw_away(db._driver, db.Database.connect, params, seconds) as connection:
+                if self._check is not None:
+                    self._check(connection)
         except Exception as exc:
             if drivers.judge(exc, connecting=True).fault.counts:
                 self._pools.retire(self._attempt.peer.name)
@@ -410,9 +393,9 @@ class Checkout:
     def _is_alive(self, connection: Any) -> bool:
         if connection.closed:
             return False
-        poll = sockets.watch(self._driver.fileno(connection))
+        poll = sockets.watch(self._db._driver.fileno(connection))
         try:
-            if self._settings.get("CONN_HEALTH_CHECKS") or (poll is not None and poll(0)):
+            if self._db.settings_dict.get("CONN_HEALTH_CHECKS") or (poll is not None and poll(0)):
                 connection._pool.check_connection(connection)
             if self._check is not None:
                 self._check(connection)

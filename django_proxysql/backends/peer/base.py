@@ -78,7 +78,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
                     f"{PEER_ALIAS_ENGINE!r} is no ENGINE to name in DATABASES. Name the peer's "
                     "own: ours is laid over that where a load balancer lists the alias."
                 )
-            cls = made_over(load_backend(engine.path).DatabaseWrapper, cls, _namespace)
+            cls = made_over(load_backend(engine.path).DatabaseWrapper, cls)
         return super().__new__(cls)
 
     @classmethod
@@ -86,8 +86,21 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         for entry in list(connections.databases.values()):
             engine = entry.get("ENGINE")
             if isinstance(engine, PeerEngine):
-                return made_over(load_backend(engine.path).DatabaseWrapper, cls, _namespace)
+                return made_over(load_backend(engine.path).DatabaseWrapper, cls)
         raise EngineUnknown("The engine of the peers is not known: no alias is a peer.")
+
+    @staticmethod
+    def _namespace(real: Any) -> dict[str, Any]:
+        return {
+            "_real": real,
+            "client_class": client_class(real.client_class),
+            "creation_class": peer_creation_class(real.creation_class),
+            "validation_class": peer_validation_class(real.validation_class),
+            # A connection straight to the peer is one that is made now, within
+            # CONNECT_TIMEOUT and with the PASSWORD of now.
+            **({"pool": None} if has_pools(real) else {}),
+            **{name: _fact(name, getattr(real, name)) for name in FACTS if hasattr(real, name)},
+        }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -247,20 +260,6 @@ class _Features:
 
     def __delattr__(self, name: str) -> None:
         delattr(self._other.features, name)
-
-
-def _namespace(real: type[Any]) -> dict[str, Any]:
-    """Return what the class over ``real`` has besides."""
-    return {
-        "_real": real,
-        "client_class": client_class(real.client_class),
-        "creation_class": peer_creation_class(real.creation_class),
-        "validation_class": peer_validation_class(real.validation_class),
-        # A connection straight to the peer is one that is made now, within
-        # CONNECT_TIMEOUT and with the PASSWORD of now.
-        **({"pool": None} if has_pools(real) else {}),
-        **{name: _fact(name, getattr(real, name)) for name in FACTS if hasattr(real, name)},
-    }
 
 
 def _fact(name: str, own: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from django.db import DEFAULT_DB_ALIAS
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from ..engines import EngineType, engine_class, first_class
+from ..engines import HELPERS, EngineType, Helper, engine_class, first_class
 from ..wrapper import SafePointsMixin
 
 
@@ -25,6 +25,10 @@ class DatabaseWrapper(SafePointsMixin, BaseDatabaseWrapper, metaclass=EngineType
     @classmethod
     def _class_for_settings(cls) -> type:
         return first_class(cls)
+
+    @staticmethod
+    def _namespace(real: Any) -> dict[str, Any]:
+        return {name: Helper(with_peers) for name, with_peers in HELPERS.items()}
 
     def __new__(
         cls,
