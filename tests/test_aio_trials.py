@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
@@ -309,6 +310,45 @@ def test_check_that_raises_is_logged_and_the_trial_comes_again(
     world.driver.down.clear()
     asyncio.run(scene())
     assert "The trial of default/db1 raised" in caplog.text
+
+
+class Odd(BaseException):
+    """No Exception, as gevent's and pytest's time-outs are none."""
+
+
+@pytest.mark.parametrize("error", [OSError, SystemExit, Odd, KeyboardInterrupt])
+def test_whatever_ends_a_trial_the_idle_loop_makes_the_next(error: type[BaseException]) -> None:
+    """KeyboardInterrupt ends the loop once; what runs on it afterwards is not interrupted."""
+
+    def check(connection: Any) -> None:
+        if connection.host == "db1":
+            raise error
+
+    world = world_without_db1(ready_check=check)
+
+    async def scene() -> None:
+        await due_soon(world)
+        world.driver.down.clear()
+        await until_true(lambda: asked)
+        await until_true(lambda: not others())
+
+    async def goes_on() -> bool:
+        await until_true(lambda: not tasks_of(world)._tasks)
+        return tasks_of(world)._timer is not None
+
+    asked: list[Any] = []
+    world.db.add_listener(lambda event: asked.append(event) if getattr(event, "trial", 0) else 0)
+    loop = asyncio.new_event_loop()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            loop.run_until_complete(scene())
+        assert asked
+        assert loop.run_until_complete(goes_on())
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
 
 
 def test_balancer_that_is_dropped_is_looked_after_no_more() -> None:

@@ -105,7 +105,9 @@ class TrialTasks:
     async def _try(self, peer: Peer) -> bool:
         try:
             return await self._try_out(peer)
-        except (Exception, SystemExit):
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException:
             # SystemExit from somebody's check, too, ends this trial and no more.
             self._complain(f"The trial of {self._group.name}/{peer.name} raised")
             return False
@@ -118,7 +120,8 @@ class TrialTasks:
             # The loop comes to its end. The next connect() begins anew.
             self._loop = None
             return
-        if not task.result():
+        # KeyboardInterrupt has ended the loop, and is not to end its next run as well.
+        if task.exception() is not None or not task.result():
             self._not_before[peer.name] = self._group.clock() + pause_after_failure(peer)
         self.look(loop)
 
