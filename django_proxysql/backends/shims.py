@@ -92,6 +92,7 @@ def creation_class(base: type) -> type:
         _peer: Peer | None = None
 
         def create_test_db(self, *args: Any, **kwargs: Any) -> Any:
+            self._refuse_a_second()
             self._refuse_an_overlap()
             # What one statement makes the next one needs: CREATE DATABASE, the
             # tables, mysqldump. Other peers may be a moment behind.
@@ -111,12 +112,38 @@ def creation_class(base: type) -> type:
             with on_one_peer(self.connection, self._peer):
                 return super().destroy_test_db(*args, **kwargs)
 
+        def _refuse_a_second(self) -> None:
+            # Where the app is not installed and the peers stand before their
+            # balancer, Django has met them before they were made its mirrors.
+            # (After a run of ours that NAME is the mirror's.)
+            peers = () if self._peer else self.connection.settings_dict.get("PEERS") or ()
+            for peer in peers:
+                theirs = connections.databases.get(peer) if isinstance(peer, str) else None
+                if theirs and theirs.get("NAME") == self._get_test_db_name():
+                    raise ImproperlyConfigured(
+                        f"{peer!r} has made a test database of its own where that of "
+                        f"{self.connection.alias!r} is to be. "
+                        "Add 'django_proxysql' to INSTALLED_APPS."
+                    )
+                if theirs and peer != DEFAULT_DB_ALIAS:
+                    creation: Any = connections[peer].creation
+                    # So may one be that is to be made after us, by its DEPENDENCIES.
+                    if not isinstance(creation, _Mirror) and self._has_name_of(creation):
+                        creation.create_test_db = functools.partial(
+                            _refuse,
+                            f"{peer!r} would make a test database of its own where that of "
+                            f"{self.connection.alias!r} is. "
+                            "Add 'django_proxysql' to INSTALLED_APPS.",
+                        )
+
+        def _has_name_of(self, creation: Any) -> bool:
+            return bool(creation._get_test_db_name() == self._get_test_db_name())
+
         def _refuse_an_overlap(self) -> None:
             # Aliases of one signature have one test database, which is made once.
             # These have two, on servers of which one at least is the other's.
             own = self.connection.settings_dict
             if self._peer or own.get(ALIAS_KEY) is None:
-                # (After a run of ours that NAME is the mirrors', too.)
                 return
             name = self._get_test_db_name()
             plain = {"NAME": name, "TEST": {**own["TEST"], "NAME": None}}
@@ -129,7 +156,7 @@ def creation_class(base: type) -> type:
                 creation: Any = connections[alias].creation
                 is_made = theirs.get("NAME") == name
                 is_plain = theirs.get(ALIAS_KEY) is None
-                if not is_made and not (is_plain and creation._get_test_db_name() == name):
+                if not is_made and not (is_plain and self._has_name_of(creation)):
                     # Another balancer, to be made after us, will see this itself.
                     continue
                 if not is_made and creation.test_db_signature() == self.test_db_signature():
@@ -145,13 +172,6 @@ def creation_class(base: type) -> type:
                     f"{name!r}, and have a server in common. Give one of them a TEST['NAME'] of "
                     "its own, or TEST['MIRROR'] if they are to share one."
                 )
-                if alias in (own.get("PEERS") or ()):
-                    # The app, which makes peers mirrors, is not installed.
-                    message = (
-                        f"{alias!r} {'has made' if is_made else 'would make'} a test database of "
-                        f"its own where that of {self.connection.alias!r} is"
-                        f"{' to be' if is_made else ''}. Add 'django_proxysql' to INSTALLED_APPS."
-                    )
                 if is_made:
                     raise ImproperlyConfigured(message)
                 creation.create_test_db = functools.partial(_refuse, message)
@@ -170,12 +190,16 @@ def _refuse(message: str, *args: Any, **kwargs: Any) -> None:
     raise ImproperlyConfigured(message)
 
 
+class _Mirror:
+    """Marks the creations that know of mirrors."""
+
+
 @functools.cache
 def peer_creation_class(base: type) -> type:
     """Return an engine's creation, taking a mirror for that of the chain's end, and cloning on a
     live peer."""
 
-    class DatabaseCreation(base):  # type: ignore[misc]
+    class DatabaseCreation(_Mirror, base):  # type: ignore[misc]
         def set_as_test_mirror(self, primary_settings_dict: dict[str, Any]) -> None:
             # Django would give the last of a chain the name of production, if it
             # met that before the others, and so an alias that mirrors itself.
