@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any
 
 #: The token is about to be sent; it was answered, and COMMIT is about to be sent in a packet of its
@@ -52,12 +52,7 @@ class AskingProcess:
     def __enter__(self) -> AskingProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()
 
     def reaches(self, moment: str) -> None:

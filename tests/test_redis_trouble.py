@@ -11,7 +11,6 @@ import pytest
 import redis.exceptions
 
 from django_proxysql.core.sharing.trouble import NO_ANSWER, Trouble, trouble_from
-from tests.servers.certificates import certificates_for
 from tests.servers.ports import ports
 from tests.servers.redis import RedisServer
 from tests.test_sharing import World
@@ -157,19 +156,12 @@ def test_ring_of_causes() -> None:
 @pytest.fixture(scope="module")
 def urls() -> Iterator[dict[str, str]]:
     """One server, with a password, an ACL user and a port for TLS."""
-    secure = ports.reserve()
-    server = RedisServer()
-    made = certificates_for(server)
-    server.options += (
-        f"--tls-port {secure} --tls-auth-clients no --tls-ca-cert-file {made.ca}".split()
-    )
-    server.options += f"--tls-cert-file {made.certificate} --tls-key-file {made.key}".split()
-    server.options += ["--rename-command", "HELLO", ""]
+    server = RedisServer(options=["--rename-command", "HELLO", ""], tls=True)
     with server:
         server.ask("ACL", "SETUSER", "weak", "on", ">pw", "~*", "+ping", "+select", "+client")
         server.ask("ACL", "SETUSER", "shop", "on", ">right", "~*", "+@all")
         server.ask("ACL", "SETUSER", "default", "-@all", "+ping", "+acl", "+shutdown")
-        host, port = server.host, server.port
+        host, port, secure = server.host, server.port, server.tls_port
         yield {
             "WRONGPASS": f"redis://shop:{SECRET}@{host}:{port}/0",
             "NOPERM": f"redis://weak:pw@{host}:{port}/0",
@@ -183,7 +175,6 @@ def urls() -> Iterator[dict[str, str]]:
             "no file": f"unix://shop:{SECRET}@/no/such/redis.sock",
             "nothing": f"redis://shop:{SECRET}@{host}:1/0",
         }
-    ports.release(secure)
 
 
 class TestRealRedis:

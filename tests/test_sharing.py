@@ -45,11 +45,10 @@ from tests.fakes import (
     running,
     until,
 )
-from tests.servers.certificates import certificates_for
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
-from tests.servers.ports import ports
 from tests.servers.redis import RedisServer
+from tests.test_balancer import InOrder
 
 
 class SteppedLink(Link):
@@ -82,11 +81,6 @@ class LateLink(SteppedLink):
         answer = question.answer
         self.step(self._now() if self._now else 0.0)
         return answer
-
-
-class InOrder:
-    def order(self, peers: Any) -> Any:
-        return peers
 
 
 class Process:
@@ -162,6 +156,20 @@ class World:
     def processes(self, number: int, *names: str, **options: Any) -> list[Process]:
         return [self.process(*names, **options) for _ in range(number)]
 
+    def processes_without_db1(self, number: int, **options: Any) -> list[Process]:
+        """Processes of which the first has found db1 dead, and the others know it."""
+        fleet = self.processes(number, **options)
+        self.down["db1"] = refused_by_host
+        fleet[0].connect()
+        step(*fleet)
+        return fleet
+
+
+def step(*processes: Process) -> None:
+    """Have each make its round trip, in turn."""
+    for process in processes:
+        process.step()
+
 
 @pytest.fixture
 def world(redis_server: RedisServer) -> World:
@@ -171,11 +179,7 @@ def world(redis_server: RedisServer) -> World:
 class TestCircuits:
     def test_opening_is_applied(self, world: World) -> None:
         """Who has not tried a peer that another found dead leaves it alone."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        assert one.connect() == "db2"
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         assert other.states == ["open", "closed"]
         assert other.connect() == "db2"
         assert other.hosts == ["db2"]
@@ -190,22 +194,16 @@ class TestCircuits:
         world.down["db1"] = refused_by_host
         one.connect()
         one.connect()
-        one.step()
-        other.step()
+        step(one, other)
         assert [peer.failures for peer in other.db.snapshot()] == [0, 0]
 
     def test_closing_is_applied(self, world: World) -> None:
         """One process's trial takes the peer back for all."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         world.down.clear()
         world.clock.advance(30)
         assert one.connect() == "db1"
-        one.step()
-        other.step()
+        step(one, other)
         assert other.states == ["closed", "closed"]
         closed = other.events[-1]
         assert isinstance(closed, CircuitClosed)
@@ -213,11 +211,7 @@ class TestCircuits:
 
     def test_one_trial_at_a_time(self, world: World) -> None:
         """While one process makes the trial, the others pass the peer by."""
-        one, *others = world.processes(5)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        for process in (one, *others):
-            process.step()
+        one, *others = world.processes_without_db1(5)
         world.clock.advance(36)
         tried: list[list[str]] = []
 
@@ -233,11 +227,7 @@ class TestCircuits:
 
     def test_one_trial_an_interval(self, world: World) -> None:
         """A trial that failed puts off everybody's."""
-        one, *others = world.processes(5)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        for process in (one, *others):
-            process.step()
+        one, *others = world.processes_without_db1(5)
         trials = 0
         for _ in range(120):
             world.clock.advance(1)
@@ -250,11 +240,7 @@ class TestCircuits:
 
     def test_holder_dies(self, world: World) -> None:
         """The lease of a process that is gone runs out, and no sooner."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         world.clock.advance(36)
         assert one.sharing.may_try("db1") == 0
         assert other.sharing.may_try("db1") > 0
@@ -265,11 +251,7 @@ class TestCircuits:
 
     def test_long_trial(self, world: World) -> None:
         """A lease is renewed for as long as its trial takes, and given back after it."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         world.clock.advance(36)
         answers = []
 
@@ -312,8 +294,7 @@ class TestCircuits:
         told = one.db.peers["db1"].breaker
         if meanwhile == "open":
             told.open()
-            one.step()
-            other.step()
+            step(one, other)
             told.close()
         else:
             told.open()
@@ -332,32 +313,21 @@ class TestCircuits:
         assert other.states[0] == ("open" if meanwhile == "open" else "closed")
         other.link._exchange = exchange  # type: ignore[method-assign]
         # Both are of one mind again after that.
-        for process in (other, one, other):
-            process.step()
+        step(other, one, other)
         assert one.states == other.states
 
     def test_closing_that_comes_late(self, world: World) -> None:
         """A trial that failed since is younger than a success that was published too late."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         other.db.peers["db1"].breaker.close()
         world.clock.advance(36)
         one.connect()
-        one.step()
-        other.step()
-        one.step()
+        step(one, other, one)
         assert one.states == other.states == ["open", "closed"]
 
     def test_trial_that_another_has_made(self, world: World) -> None:
         """Who asks for a trial that has failed elsewhere just now waits for the next."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         world.clock.advance(36)
         one.connect()
         one.step()
@@ -365,11 +335,8 @@ class TestCircuits:
 
     def test_by_hand(self, world: World) -> None:
         """An operator's trial need not be due, and is one of the one at a time all the same."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
+        one, other = world.processes_without_db1(2)
         for process in (one, other):
-            process.step()
             process.driver.calls.clear()
 
         def meanwhile() -> Any:
@@ -385,13 +352,11 @@ class TestCircuits:
         assert not one.db.try_out(one.db.peers["db1"], now=True)
         assert one.hosts == ["db1"]
         # It has failed, and the next one is due in half a minute; but not for an operator.
-        one.step()
-        other.step()
+        step(one, other)
         world.down.clear()
         assert other.db.try_out(other.db.peers["db1"], now=True)
         assert other.hosts == ["db1"]
-        other.step()
-        one.step()
+        step(other, one)
         assert one.states == ["closed", "closed"]
 
     def test_by_hand_while_redis_is_away(self, world: World, redis_server: RedisServer) -> None:
@@ -406,11 +371,7 @@ class TestCircuits:
 
     def test_last_resort_asks_no_process(self, world: World) -> None:
         """Who has no other peer left tries, whichever process has the trial."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         world.clock.advance(36)
         assert one.sharing.may_try("db1") == 0
         assert other.sharing.may_try("db1") > 0
@@ -443,8 +404,7 @@ class TestCircuits:
         one, other = world.processes(2)
         world.down["db1"] = bad_password
         one.connect()
-        one.step()
-        other.step()
+        step(one, other)
         assert one.states[0] == "open"
         assert other.states[0] == "closed"
 
@@ -455,8 +415,7 @@ class TestCircuits:
         lost.down = {"db1": refused_by_host, "db2": refused_by_host}
         one.db._connect = lost.connect
         assert isinstance(raised_by(one.connect), NoPeerAvailable)
-        one.step()
-        other.step()
+        step(one, other)
         assert one.states == ["open", "open"]
         assert other.states == ["closed", "closed"]
 
@@ -467,13 +426,11 @@ class TestCircuits:
         lost.down = {"db1": refused_by_host}
         one.db._connect = lost.connect
         one.connect()
-        one.step()
-        other.step()
+        step(one, other)
         assert other.states == ["open", "closed"]
         lost.down["db2"] = refused_by_host
         assert isinstance(raised_by(one.connect), NoPeerAvailable)
-        one.step()
-        other.step()
+        step(one, other)
         assert one.states == ["open", "open"]
         assert other.states == ["closed", "closed"]
         one.step()
@@ -485,8 +442,7 @@ class TestCircuits:
         cut.driver.down = {"db1": refused_by_host}
         for turn in range(4):
             cut.db.connect()
-            for process in (cut, *others):
-                process.step()
+            step(cut, *others)
             world.clock.advance(36)
             for process in others:
                 assert process.connect() == "db1"
@@ -510,14 +466,12 @@ class TestCircuits:
         for _ in range(4):
             world.down["db1"] = refused_by_host
             one.connect()
-            one.step()
-            other.step()
+            step(one, other)
             assert other.states[0] == "open"
             world.down.clear()
             world.clock.advance(36)
             assert other.connect() == "db1"
-            other.step()
-            one.step()
+            step(other, one)
             assert one.states[0] == "closed"
 
     def test_error_that_is_no_text(self, world: World) -> None:
@@ -525,17 +479,12 @@ class TestCircuits:
         one, other = world.processes(2)
         world.down["db1"] = type(refused_by_host())(2002, "caf\udce9 \x00 \u2028")
         one.connect()
-        one.step()
-        other.step()
+        step(one, other)
         assert other.states[0] == "open"
 
     def test_no_wrong_refusal(self, world: World) -> None:
         """Who has no other peer left connects, whatever the others say."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        _, other = world.processes_without_db1(2)
         world.down = other.driver.down = {"db2": refused_by_host}
         assert other.connect() == "db1"
         assert other.hosts == ["db2", "db1"]
@@ -547,8 +496,7 @@ class TestCircuits:
         one.connect()
         world.clock.advance(0.5)
         other.connect()
-        one.step()
-        other.step()
+        step(one, other)
         assert one.due_in("db1") == pytest.approx(29.5)
         # What Redis says, and a little later: the fleet's trial is somebody's, not everybody's.
         assert other.due_in("db1") == pytest.approx(29.5 + 3, abs=0.01)
@@ -559,14 +507,10 @@ class TestSlowRedis:
 
     def fleet(self, world: World) -> list[Process]:
         """Two processes that know of a peer that is out, whose trial is due now, Redis slow."""
-        processes = world.processes(2, link=LateLink)
-        world.down["db1"] = refused_by_host
-        processes[0].connect()
-        for process in processes:
-            process.step()
-            process.driver.calls.clear()
+        processes = world.processes_without_db1(2, link=LateLink)
         world.clock.advance(36)
         for process in processes:
+            process.driver.calls.clear()
             process.link.is_slow = True  # type: ignore[attr-defined]
         return processes
 
@@ -575,8 +519,7 @@ class TestSlowRedis:
         one, other = self.fleet(world)
         world.down.clear()
         assert (one.connect(), other.connect()) == ("db2", "db2")
-        for process in (one, other):
-            process.step()
+        step(one, other)
         world.clock.advance(1)
         tried = []
 
@@ -592,8 +535,7 @@ class TestSlowRedis:
         assert tried == ["db2"] * 3
         assert one.hosts == ["db2", "db1"]
         assert "db1" not in other.hosts
-        one.step()
-        other.step()
+        step(one, other)
         assert one.states == other.states == ["closed", "closed"]
 
     def test_lease_that_no_process_uses(self, world: World) -> None:
@@ -601,8 +543,7 @@ class TestSlowRedis:
         one, other = self.fleet(world)
         one.connect()
         world.clock.advance(12)
-        for process in (one, other):
-            process.step()
+        step(one, other)
         other.link.is_slow = False  # type: ignore[attr-defined]
         assert other.sharing.may_try("db1") == 0
         one, _ = self.fleet(world)
@@ -653,8 +594,7 @@ class TestRedis:
         one.step()
         one.db.drain("db2", force=True)
         redis_server.ask("FLUSHALL")
-        one.step()
-        other.step()
+        step(one, other)
         assert other.states == ["open", "closed"]
         assert other.db.peers["db2"].drained
 
@@ -680,23 +620,16 @@ class TestRedis:
     @pytest.mark.parametrize("hours", [-100, -1, 1, 100])
     def test_clock_jumps(self, world: World, hours: int) -> None:
         """Redis's own: no process is kept from a trial for longer than an interval or two."""
-        one, other = world.processes(2)
-        world.down["db1"] = refused_by_host
-        one.connect()
-        one.step()
-        other.step()
+        one, other = world.processes_without_db1(2)
         world.jump = hours * 3600
         other.db.drain("db2", force=True)
         other.db.undrain("db2")
         world.down.clear()
         world.clock.advance(66)
         assert other.connect() == "db1"
-        other.step()
-        one.step()
+        step(other, one)
         assert one.states == ["closed", "closed"]
-        fleet = one.sharing.fleet()
-        assert fleet is not None
-        assert fleet.processes == 2
+        assert one.sharing.fleet().processes == 2
 
     def test_no_password_reaches_it(self, world: World, redis_server: RedisServer) -> None:
         """Nothing of how a peer is connected to is stored."""
@@ -764,14 +697,7 @@ class TestRedis:
         self, world: World, redis_server: RedisServer
     ) -> None:
         """… nor where there is no interval for a last resort: what was not tried here, is."""
-        one = world.process(last_resort_interval=None)
-        lie = json.dumps(
-            {"v": "1700000000000001", "s": "open", "due": 1_700_000_060_000, "err": "x"}
-        )
-        for field in ("db1:3306", "db2:3306", "*"):
-            redis_server.ask("HSET", "django-proxysql:{default}:circuits", field, lie)
-        one.step()
-        assert one.states == ["open", "open"]
+        one = self.told_that_all_are_out(world, redis_server, last_resort_interval=None)
         world.down["db1"] = refused_by_host
         assert one.connect() == "db2"
         assert one.hosts == ["db1", "db2"]
@@ -782,7 +708,15 @@ class TestRedis:
 
     def test_everything_is_said_to_be_out(self, world: World, redis_server: RedisServer) -> None:
         """A Redis that has every circuit open refuses no caller a connection."""
-        one = world.process()
+        one = self.told_that_all_are_out(world, redis_server)
+        assert one.connect() == "db1"
+        one.step()
+        assert one.states == ["closed", "open"]
+
+    def told_that_all_are_out(
+        self, world: World, redis_server: RedisServer, **options: Any
+    ) -> Process:
+        one = world.process(**options)
         lie = json.dumps(
             {"v": "1700000000000001", "s": "open", "due": 1_700_000_060_000, "err": "x"}
         )
@@ -790,9 +724,7 @@ class TestRedis:
             redis_server.ask("HSET", "django-proxysql:{default}:circuits", field, lie)
         one.step()
         assert one.states == ["open", "open"]
-        assert one.connect() == "db1"
-        one.step()
-        assert one.states == ["closed", "open"]
+        return one
 
     @pytest.mark.parametrize("key", ["circuits", "drains", "processes", "connections", "timeline"])
     def test_wrong_type(
@@ -807,8 +739,7 @@ class TestRedis:
         world.down["db1"] = refused_by_host
         one.connect()
         for _ in range(3):
-            one.step()
-            other.step()
+            step(one, other)
         assert one.connect() == other.connect() == "db2"
         warnings = [r for r in caplog.records if "is of no use" in r.getMessage()]
         # What happens is noted by the process that it happens to.
@@ -843,8 +774,7 @@ class TestRedis:
             assert other.sharing.may_try("db1") == third.sharing.may_try("db1") == 0
         finally:
             redis_server.ask(*mend)
-        other.step()
-        third.step()
+        step(other, third)
         assert third.states == ["open", "open", "closed"]
         third.step()
         told = [record.getMessage() for record in caplog.records if "Redis" in record.getMessage()]
@@ -917,9 +847,7 @@ class TestRedis:
             other.step()
             assert other.states == ["open", "closed"]
             assert other.db.peers["db2"].drained
-            fleet = other.sharing.fleet()
-            assert fleet is not None
-            assert len(fleet.timeline) == 2
+            assert len(other.sharing.fleet().timeline) == 2
             assert one.sharing.settle()
         finally:
             redis_server.ask("ACL", "DELUSER", "shop")
@@ -941,26 +869,21 @@ class TestRedis:
         """Wherever a round trip is broken off, the next ones put it right."""
         one, other = world.processes(2)
         reached = 0
+        peer1, peer2 = one.db.peers.values()
         for turn in itertools.count():
             # Open, drain, close and undrain in turn, each told by a round trip that is killed.
-            if turn % 4 == 0:
-                one.db.peers["db1"].breaker.open()
-            elif turn % 4 == 1:
-                one.db.group.apply_drained(one.db.peers["db2"], True, elsewhere=False)
-                one.sharing.publish(one.db.peers["db2"], True)
-            elif turn % 4 == 2:
-                one.db.peers["db1"].breaker.close()
+            begins = turn % 4 < 2
+            if turn % 2:
+                one.db.group.apply_drained(peer2, begins, elsewhere=False)
+                one.sharing.publish(peer2, begins)
             else:
-                one.db.group.apply_drained(one.db.peers["db2"], False, elsewhere=False)
-                one.sharing.publish(one.db.peers["db2"], False)
+                (peer1.breaker.open if begins else peer1.breaker.close)()
             if not killed_at(reached, lambda: one.link.step(world.clock())):
                 break
             world.clock.advance(2)
-            one.step()
-            other.step()
-            one.step()
+            step(one, other, one)
             for process in (one, other):
-                assert process.states[0] == ("open" if turn % 4 < 2 else "closed"), reached
+                assert process.states[0] == ("open" if begins else "closed"), reached
                 assert process.db.peers["db2"].drained is (turn % 4 in (1, 2)), reached
             if turn % 4 == 3:
                 reached += 1
@@ -973,25 +896,34 @@ def own_url(redis_server: RedisServer) -> str:
     return f"{redis_server.url}?prefix=test-{secrets.token_hex(4)}"
 
 
+def sharing_at(url: str, *names: str, **options: Any) -> Any:
+    """A balancer with a link of the real kind."""
+    return LoadBalancer(peers(*names or ("db1",)), Driver().connect, shared_state=url, **options)
+
+
+def as_another_process(db: Any, url: str) -> None:
+    """Give it a link of its own: it is another process, as far as Redis knows."""
+    db.group.share(Sharing(db.group, SteppedLink(url)))
+    db.sharing.start()
+
+
 class TestThread:
     """What the thread does by itself; nothing here looks at a clock."""
 
     def test_begins_at_the_first_connect(self, own_url: str) -> None:
         """… and not before; the next ones make no other. It ends when none is left."""
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
-        assert db.sharing is not None
+        db = sharing_at(own_url)
         assert not db.sharing.link.is_running
         db.connect()
-        running = db.sharing.link._running
-        assert running is not None
+        life = db.sharing.link._running
+        assert life is not None
         db.group.invalidate()
         db.connect()
-        assert db.sharing.link._running is running
+        assert db.sharing.link._running is life
 
     def test_is_not_what_keeps_a_balancer(self, own_url: str) -> None:
         """One that is dropped is gone."""
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
-        assert db.sharing is not None
+        db = sharing_at(own_url)
         assert db.sharing.settle(10)
         gone = weakref.ref(db)
         link = db.sharing.link
@@ -1002,12 +934,7 @@ class TestThread:
 
     def test_one_thread_for_all_balancers(self, own_url: str, redis_server: RedisServer) -> None:
         """They share the connection and the round trip."""
-        one, two = (
-            LoadBalancer(peers("db1"), Driver().connect, name=name, shared_state=own_url)
-            for name in ("one", "two")
-        )
-        assert one.sharing is not None
-        assert two.sharing is not None
+        one, two = (sharing_at(own_url, name=name) for name in ("one", "two"))
         assert one.sharing.settle(10)
         assert two.sharing.settle(10)
         assert one.sharing.link is two.sharing.link
@@ -1017,10 +944,7 @@ class TestThread:
     @pytest.mark.parametrize("how", ["hangs", "exits"])
     def test_listener_is_notified_in_a_thread_of_its_own(self, own_url: str, how: str) -> None:
         """One that hangs over what others have found, or ends its thread, ends no sharing."""
-        db, other = (
-            LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
-            for _ in range(2)
-        )
+        db, other = (sharing_at(own_url, "db1", "db2") for _ in range(2))
         called, go_on = threading.Event(), threading.Event()
 
         def listen(event: Any) -> None:
@@ -1030,12 +954,9 @@ class TestThread:
             go_on.wait(60)
 
         db.add_listener(listen, connects=False)
-        assert db.sharing is not None
         assert db.sharing.settle(10)
         life = db.sharing.link._running
-        # Another process, as far as Redis knows.
-        other.group.share(Sharing(other.group, SteppedLink(own_url)))
-        other.sharing.start()
+        as_another_process(other, own_url)
         other.peers["db1"].breaker.open()
         other.drain("db1")
         try:
@@ -1049,10 +970,7 @@ class TestThread:
     def test_listener_that_hangs(self, own_url: str, caplog: pytest.LogCaptureFixture) -> None:
         """It keeps its own later events: the log and other listeners get each peer's."""
         caplog.set_level("INFO", "django_proxysql")
-        db, other = (
-            LoadBalancer(peers("db1", "db2", "db3"), Driver().connect, shared_state=own_url)
-            for _ in range(2)
-        )
+        db, other = (sharing_at(own_url, "db1", "db2", "db3") for _ in range(2))
         go_on = threading.Event()
         hung: list[Any] = []
         events: list[Any] = []
@@ -1063,10 +981,8 @@ class TestThread:
 
         db.add_listener(hang, connects=False)
         db.add_listener(events.append, connects=False)
-        assert db.sharing is not None
         assert db.sharing.settle(10)
-        other.group.share(Sharing(other.group, SteppedLink(own_url)))
-        other.sharing.start()
+        as_another_process(other, own_url)
         try:
             for name in ("db1", "db2"):
                 other.peers[name].breaker.open()
@@ -1080,8 +996,7 @@ class TestThread:
 
     def test_killed(self, own_url: str) -> None:
         """A thread that an asynchronous exception strikes goes on, or another takes its place."""
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url)
-        assert db.sharing is not None
+        db = sharing_at(own_url)
         assert db.sharing.settle(10)
         link = db.sharing.link
         throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -1090,15 +1005,12 @@ class TestThread:
             if life is not None:
                 throw(ctypes.c_ulong(life.ident), ctypes.py_object(SystemExit))
             link.wake()
-        until(lambda: db.sharing.settle(10))  # type: ignore[union-attr]
+        until(lambda: db.sharing.settle(10))
         assert link.is_running
 
     def test_asks_no_longer_than_it_may(self, own_url: str, redis_server: RedisServer) -> None:
         """A connect whose peer's trial is due waits 50 ms once, and the next one not at all."""
-        db = LoadBalancer(
-            peers("db1", "db2"), Driver().connect, shared_state=own_url, strategy=InOrder
-        )
-        assert db.sharing is not None
+        db = sharing_at(own_url, "db1", "db2", strategy=InOrder)
         db.peers["db1"].breaker.open()
         assert db.sharing.settle(10)
         redis_server.freeze()
@@ -1145,7 +1057,6 @@ class TestThread:
             shared_state=own_url,
             trials=trials,
         )
-        assert db.sharing is not None
         exchange = Link._exchange
 
         def far(link: Link, calls: Any) -> list[Any]:
@@ -1163,8 +1074,7 @@ class TestThread:
     def test_operator_has_more_patience(self, own_url: str) -> None:
         """A drain waits for Redis, although a connect has given up just now; the next one not."""
         link = Link(own_url)
-        sharing = LoadBalancer(peers("db1"), Driver().connect, shared_state=own_url).sharing
-        assert sharing is not None
+        sharing = sharing_at(own_url).sharing
         waits: list[float] = []
 
         class Bell:
@@ -1191,7 +1101,7 @@ class TestThread:
 
         monkeypatch.setattr(_thread, "start_new_thread", none)
         url = f"{own_url}-none"
-        db = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
+        db = sharing_at(url)
         for _ in range(3):
             db.group.invalidate()
             assert db.connect().host == "db1"
@@ -1201,10 +1111,9 @@ class TestThread:
         monkeypatch.undo()
         db.group.invalidate()
         db.connect()
-        other = LoadBalancer(peers("db1"), Driver().connect, shared_state=url)
+        other = sharing_at(url)
         other.connect()
         for one in (db, other):
-            assert one.sharing is not None
             assert one.sharing.settle(10)
 
     def test_gevent(self, own_url: str) -> None:
@@ -1327,14 +1236,12 @@ class TestDrains:
 
     def test_the_last_two_in_threads(self, own_url: str) -> None:
         """Two operators, again and again: one of the two is refused, whichever it is."""
-        fleet = []
-        for _ in range(2):
-            db = LoadBalancer(peers("db1", "db2"), Driver().connect, shared_state=own_url)
+        fleet = [sharing_at(own_url, "db1", "db2") for _ in range(2)]
+        for db in fleet:
             # A link of its own: another process.
             db.group.share(Sharing(db.group, Link(own_url)))
-            fleet.append(db)
         for _ in range(20):
-            assert all(db.sharing.settle(10) for db in fleet if db.sharing)
+            assert all(db.sharing.settle(10) for db in fleet)
             errors: list[BaseException | None] = []
             start = threading.Barrier(2)
 
@@ -1345,7 +1252,6 @@ class TestDrains:
             with running(lambda: drain(fleet[0], "db1"), lambda: drain(fleet[1], "db2")):
                 pass
             for db in fleet:
-                assert db.sharing is not None
                 assert db.sharing.settle(10)
                 assert [peer.drained for peer in db.snapshot()].count(True) == 1
             assert sorted(type(error).__name__ for error in errors) == ["DrainRefused", "NoneType"]
@@ -1356,14 +1262,12 @@ class TestDrains:
         """A drain that Redis gets later than the other peer's is taken back then."""
         one, other = world.processes(2)
         redis_server.kill()
-        for process in (one, other):
-            process.step()
+        step(one, other)
         one.db.drain("db1")
         other.db.drain("db2")
         redis_server.start()
         world.clock.advance(2)
-        for process in (one, other, one):
-            process.step()
+        step(one, other, one)
         for process in (one, other):
             assert [peer.drained for peer in process.db.snapshot()] == [True, False]
 
@@ -1380,8 +1284,7 @@ class TestDrains:
             fleet[0].db.undrain("db1")
             fleet[1].step()
         redis_server.kill()
-        for process in fleet:
-            process.step()
+        step(*fleet)
         for process, drained in zip(fleet, (not last, last)):
             (process.db.drain if drained else process.db.undrain)("db1")
             world.clock.advance(0.2)
@@ -1405,8 +1308,7 @@ class TestDrains:
         one.db.undrain("db1")
         redis_server.ask("FLUSHALL")
         world.clock.advance(60)
-        for process in (one, other, one):
-            process.step()
+        step(one, other, one)
         for process in (one, other):
             assert not process.db.peers["db1"].drained
 
@@ -1476,8 +1378,7 @@ class TestLastPeer:
         new.db.drain("db1")
         old.step()
         redis_server.ask("FLUSHALL")
-        old.step()
-        new.step()
+        step(old, new)
         later = world.process("db1", "db2")
         assert [state.drained for state in new.db.snapshot()] == [True, False]
         assert [state.drained for state in later.db.snapshot()] == [True, False]
@@ -1548,8 +1449,7 @@ class TestFleet:
         """How many there are, what they hold, and what has happened."""
         one, other = world.processes(2)
         held = [one.db.connect(), other.db.connect(), other.db.connect()]
-        other.step()
-        one.step()
+        step(other, one)
         world.down["db1"] = refused_by_host
         one.connect()
         one.step()
@@ -1570,9 +1470,7 @@ class TestFleet:
         one, other = world.processes(2)
         world.clock.advance(6)
         other.step()
-        fleet = other.sharing.fleet()
-        assert fleet is not None
-        assert fleet.processes == 1
+        assert other.sharing.fleet().processes == 1
         del one
 
 
@@ -1647,20 +1545,14 @@ class TestURL:
 
     def test_ways_to_a_redis(self) -> None:
         """Those that the docs name lead there: TLS, a socket, a password and another database."""
-        secure = ports.reserve()
-        server = RedisServer()
+        server = RedisServer(tls=True)
         socket = server.directory / "redis.sock"
-        made = certificates_for(server)
-        server.options += (
-            f"--tls-port {secure} --tls-auth-clients no --tls-ca-cert-file {made.ca}".split()
-        )
-        server.options += f"--tls-cert-file {made.certificate} --tls-key-file {made.key}".split()
         server.options += ["--unixsocket", str(socket)]
         with server:
             server.ask("ACL", "SETUSER", "shop", "on", ">p@ss", "~*", "+@all")
             plain = f"redis://{server.host}:{server.port}?"
             urls = [
-                f"rediss://shop:p%40ss@{server.host}:{secure}/1?ssl_ca_certs={made.ca}",
+                f"rediss://shop:p%40ss@{server.host}:{server.tls_port}/1?ssl_ca_certs={server.ca}",
                 f"unix://shop:p%40ss@{socket}?db=2",
                 f"{plain}db=3&username=shop&password=p%40ss&protocol=2",
             ]
@@ -1669,9 +1561,8 @@ class TestURL:
                 assert one.sharing.is_answered, url
                 assert f"db{number}:keys=" in server.ask("INFO", "keyspace")
             # … and a certificate of somebody else's does not.
-            wrong = World(f"rediss://{server.host}:{secure}/1").process()
+            wrong = World(f"rediss://{server.host}:{server.tls_port}/1").process()
             assert not wrong.sharing.is_answered
-        ports.release(secure)
 
     def test_hidden(self) -> None:
         """No repr shows it."""

@@ -8,7 +8,6 @@ import random
 import socket
 import struct
 import threading
-from types import TracebackType
 from typing import Any
 
 from tests.servers import Address
@@ -50,12 +49,7 @@ class Cutter:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .certificates import certificates_for
 from .ports import ServerError, find_program
 from .processes import ServerProcess
 
 
 class RedisServer(ServerProcess):
-    """``options`` are added to its command line: ``["--maxclients", "5"]``."""
+    """``options`` are added to its command line: ``["--maxclients", "5"]``.
+
+    :param tls: listen with TLS on a second port, ``tls_port``; ``ca`` is the authority's.
+    """
 
     kind = "redis"
 
-    def __init__(self, name: str = "", options: Sequence[str] = ()) -> None:
-        super().__init__(name)
+    def __init__(self, name: str = "", options: Sequence[str] = (), tls: bool = False) -> None:
+        super().__init__(name, port_count=2)
         self.options = list(options)
+        if tls:
+            self.tls_port = self.port + 1
+            made = certificates_for(self)
+            self.ca = made.ca
+            self.options += f"--tls-port {self.tls_port} --tls-auth-clients no".split()
+            self.options += f"--tls-ca-cert-file {made.ca} --tls-key-file {made.key}".split()
+            self.options += ["--tls-cert-file", str(made.certificate)]
 
     @property
     def url(self) -> str:
