@@ -16,10 +16,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import django
 import pytest
+from django.dispatch import Signal
 
 from django_proxysql.core import logs
 from tests.servers import Address
@@ -70,6 +71,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         # A process that is done takes tests from another's end, and not the one that that is at.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def receive() -> Iterator[Callable[..., Any]]:
+    """Connect receivers until the test's end; without one, return a list of what is sent."""
+    with ExitStack() as stack:
+
+        def connect(signal: Signal, receiver: Any = None, sender: Any = None) -> Any:
+            told: list[dict[str, Any]] = []
+
+            def note(**named: Any) -> None:
+                told.append(named)
+
+            connected = receiver or note
+            signal.connect(connected, sender=sender, weak=False)
+            stack.callback(signal.disconnect, connected, sender=sender)
+            return told
+
+        yield connect
 
 
 @pytest.fixture(autouse=True)

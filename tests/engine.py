@@ -17,9 +17,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
+from unittest import TestCase, TestResult, TestSuite, mock
 
 from django.db import connections
+from django.test.utils import setup_test_environment, teardown_test_environment
 
 from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends.connecting import LoadBalancedMixin
@@ -209,3 +210,14 @@ def nodb_cursor(connection: Any) -> Iterator[Any]:
     else:  # Django before 3.1
         with contextlib.closing(connection._nodb_connection) as wrapper, wrapper.cursor() as cursor:
             yield cursor
+
+
+def run_case(case: type[TestCase]) -> None:
+    """Run a TestCase with a ``runTest()`` as Django's runner does; fail where it fails."""
+    result = TestResult()
+    setup_test_environment()
+    try:
+        TestSuite([case()]).run(result)
+    finally:
+        teardown_test_environment()
+    assert result.wasSuccessful(), result.errors + result.failures

@@ -113,6 +113,13 @@ class Site:
     def replayed(self) -> list[StatementReplayed]:
         return [event for event in self.events if type(event) is StatementReplayed]
 
+    def plainly(self, *statements: str) -> Any:
+        """Run statements by Django's own engine; return the last one's rows, if it has any."""
+        with self.plain.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+            return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
+
     # What happens to it
 
     def cut_idle(self) -> None:
@@ -132,6 +139,11 @@ class Site:
                     f"SELECT pg_terminate_backend({self.connection.connection.info.backend_pid})"
                 )
         assert select.select([descriptor], [], [], 10)[0]
+
+    def kill_idle(self) -> None:
+        """Have the session ended while it is idle: the next statement looks first."""
+        self.kill()
+        self.idle()
 
     def cut(self, kind: str, nth: int = 1) -> None:
         """Lose the connection at the nth packet from now.

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import unittest
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,16 @@ from django_proxysql.conf.aliases import introduce_peers
 from django_proxysql.conf.reading import problems
 from django_proxysql.core import drivers, ready
 from django_proxysql.core.exceptions import NotReady
-from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, postgres_peer
+from tests.engine import (
+    MYSQL,
+    POSTGRESQL,
+    SQLITE,
+    added,
+    engine,
+    mysql_peer,
+    postgres_peer,
+    run_case,
+)
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
@@ -418,7 +426,7 @@ def test_a_check_of_all_aliases_in_a_test_that_names_one(
     class OnlyTheBalancer(SimpleTestCase):
         databases = {"balanced"}
 
-        def test_checks(self) -> None:
+        def runTest(self) -> None:
             found = [
                 message.id
                 for alias in ("own", "balanced")
@@ -430,9 +438,7 @@ def test_a_check_of_all_aliases_in_a_test_that_names_one(
 
     with engine(["own"], databases={"own": peer}):
         introduce_peers()
-        result = unittest.TestResult()
-        unittest.TestSuite([OnlyTheBalancer("test_checks")]).run(result)
-    assert (result.testsRun, result.failures, result.errors) == (1, [], [])
+        run_case(OnlyTheBalancer)
 
 
 @pytest.mark.parametrize("path", [MYSQL, POSTGRESQL, SQLITE])

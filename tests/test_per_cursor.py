@@ -138,15 +138,13 @@ def is_set(tenants: Site, cursor: Any) -> bool:
 def test_a_cursor_that_outlives_its_connection_is_set_up_again(tenants: Site) -> None:
     with tenants.connection.cursor() as cursor:
         assert is_set(tenants, cursor)
-        tenants.kill()
-        tenants.idle()
+        tenants.kill_idle()
         assert is_set(tenants, cursor)
         assert tenants.replaced()
 
 
 def test_a_new_cursor_after_a_loss_is_set_up(tenants: Site) -> None:
-    tenants.kill()
-    tenants.idle()
+    tenants.kill_idle()
     with tenants.connection.cursor() as cursor:
         assert is_set(tenants, cursor)
 
@@ -162,16 +160,14 @@ def test_a_replayed_read_runs_set_up(tenants: Site) -> None:
 def test_a_write_by_a_kept_cursor_runs_set_up(tenants: Site) -> None:
     with tenants.connection.cursor() as cursor:
         cursor.execute("SELECT 1")
-        tenants.kill()
-        tenants.idle()
+        tenants.kill_idle()
         cursor.execute(f"INSERT INTO app_token (value) {ASK[tenants.connection.vendor]}")
     assert tenants.written() == [ANSWER[tenants.connection.vendor]]
 
 
 def test_a_transaction_begun_again_runs_set_up(tenants: Site) -> None:
     with transaction.atomic(tenants.connection.alias), tenants.connection.cursor() as cursor:
-        tenants.kill()
-        tenants.idle()
+        tenants.kill_idle()
         assert is_set(tenants, cursor)
 
 

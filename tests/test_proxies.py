@@ -27,9 +27,7 @@ from django_proxysql import (
     retrying_atomic,
 )
 from django_proxysql.core import ready
-from django_proxysql.core.events import (
-    PeersExhausted,
-)
+from django_proxysql.core.events import PeersExhausted
 from django_proxysql.core.faults import Fault
 from django_proxysql.inspection import inspect
 from django_proxysql.registry import balancers
@@ -86,7 +84,6 @@ class TestWhoIsIt:
     def test_ids_that_are_equal_by_chance(self) -> None:
         """A reader's thread may have the number of MaxScale's own."""
         with MaxScale() as peer, engine([mysql_peer(peer)]):
-            assert peer.reader is not None
             peer.reader.ids = iter([11])
             (one,) = inspect(["balanced"])["balanced"]
             assert one.notes == ("MaxScale",)
@@ -207,7 +204,7 @@ class TestRefusalsOfAProxy:
             ) as connection,
         ):
             connection.ensure_connection()
-            old = pair[int(connection.peer.name[-1])]
+            old = current(pair)
             (other,) = [one for one in pair if one is not old]
             old.refusals["INSERT"] = Refusal(code, text)
             # … and for new connections, too.
@@ -226,7 +223,7 @@ class TestRefusalsOfAProxy:
         connection = connections["balanced"]
         connection.ensure_connection()
         first = connection.connection
-        old = pair[int(connection.peer.name[-1])]
+        old = current(pair)
         old.error_on_write = True
         with pytest.raises(OperationalError, match="1290"):
             execute(connection, INSERT)
@@ -268,7 +265,7 @@ class TestRefusalsOfAProxy:
         """One look that shows a proxy is believed, whatever another shows."""
         connection = connections["balanced"]
         connection.ensure_connection()
-        old = pair[int(connection.peer.name[-1])]
+        old = current(pair)
         assert connection.peer.is_server is False
         old.by_chance = old.writer.read_only = True
         with pytest.raises(OperationalError, match="1290"):
@@ -343,6 +340,11 @@ def test_check_is_known_by_what_it_is(check: Any) -> None:
         assert one.connection is not first
 
 
+def current(pair: list[Any]) -> Any:
+    """Return the one of the proxies that this thread's connection leads to."""
+    return pair[int(connections["balanced"].peer.name[-1])]
+
+
 class TestBusyProxySQL:
     """9001 may say that all servers are gone, or that all connections to them are in use."""
 
@@ -363,14 +365,33 @@ class TestBusyProxySQL:
     def told(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
-    def test_answered_question_leaves_the_circuit_closed(self, pair: list[ProxySQL]) -> None:
+    def fails(self, match: str = "9001") -> Any:
+        """Write in vain; return the error."""
+        with pytest.raises(DatabaseError, match=match) as raised:
+            execute(connections["balanced"], INSERT)
+        return raised.value
+
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            Refusal(9001, NO_SERVER.format(0)),
+            Refusal(9002, "Max connect failure while reaching hostgroup 0"),
+        ],
+    )
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_answered_question_leaves_the_circuit_closed(
+        self, pair: list[ProxySQL], refusal: Refusal, in_block: bool
+    ) -> None:
+        """The statement is not run again: its error is no proof that it did not run."""
         with self.site(pair) as connection:
-            old = pair[int(connection.peer.name[-1])]
-            old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
+            old = current(pair)
+            old.refusals["INSERT"] = refusal
             first = connection.connection
             for _ in range(3):
-                with pytest.raises(DatabaseError, match="9001"):
+                block = transaction.atomic("balanced") if in_block else contextlib.nullcontext()
+                with pytest.raises(DatabaseError, match=f"{refusal.code}"), block:
                     execute(connection, INSERT)
+            assert not [proxy.ran for proxy in pair if proxy.ran]
             assert states() == ["closed", "closed"]
             assert connection.connection is first
             assert connection.peer.unanswered == 0
@@ -380,7 +401,7 @@ class TestBusyProxySQL:
     def test_unanswered_question_opens_the_circuit(self, pair: list[ProxySQL], gone: str) -> None:
         with self.site(pair) as connection:
             peer = connection.peer
-            old = pair[int(peer.name[-1])]
+            old = current(pair)
             setattr(old, gone, None)
             statement = INSERT if gone == "writer" else "SELECT @@version"
             raises = (
@@ -399,23 +420,20 @@ class TestBusyProxySQL:
     def test_fail_max_questions_in_a_row(self, pair: list[ProxySQL]) -> None:
         with self.site(pair, BREAKER={"fail_max": 3}) as connection:
             peer = connection.peer
-            old = pair[int(peer.name[-1])]
+            old = current(pair)
             for number, state in [(1, "closed"), (2, "closed"), (0, "closed"), (1, "closed")]:
                 if number:
                     old.writer.up = False
-                    with pytest.raises(DatabaseError, match="9001"):
-                        execute(connection, INSERT)
+                    self.fails()
                     old.writer.up = True
                 else:
                     old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
-                    with pytest.raises(DatabaseError, match="9001"):
-                        execute(connection, INSERT)
+                    self.fails()
                     del old.refusals["INSERT"]
                 assert (peer.unanswered, peer.breaker.current_state) == (number, state)
             old.writer.up = False
             for _ in range(2):
-                with pytest.raises(DatabaseError, match="9001"):
-                    execute(connection, INSERT)
+                self.fails()
             assert peer.breaker.current_state == "open"
             assert peer.breaker.circuit.failures == 3
 
@@ -424,9 +442,7 @@ class TestBusyProxySQL:
             for proxy in pair:
                 proxy.writer.busy = proxy.reader.busy = True
             for _ in range(6):
-                with pytest.raises(DatabaseError, match="9001") as raised:
-                    execute(connection, INSERT)
-                assert not isinstance(raised.value, NoPeerAvailable)
+                assert not isinstance(self.fails(), NoPeerAvailable)
                 connection.close()
             assert sorted(states()) == ["closed", "open"]
             assert not self.told(PeersExhausted)
@@ -441,7 +457,7 @@ class TestBusyProxySQL:
         """A statement that was begun later was answered: the servers are there."""
         with self.site(pair) as connection:
             peer, clock = connection.peer, balancers["balanced"].clock
-            old = pair[int(peer.name[-1])]
+            old = current(pair)
             old.writer.up = False
             if before:
                 peer.served = clock() + 1
@@ -449,8 +465,7 @@ class TestBusyProxySQL:
                 # While the question is waiting.
                 old.on_question = lambda: setattr(peer, "served", clock() + 1)
             peer.unanswered = 5
-            with pytest.raises(DatabaseError, match="9001"):
-                execute(connection, INSERT)
+            self.fails()
             assert (peer.breaker.current_state, peer.unanswered) == ("closed", 0)
             assert ("DO 1" in old.statements()) is not before
 
@@ -459,9 +474,8 @@ class TestBusyProxySQL:
             peer = connection.peer
             execute(connection, INSERT)
             assert peer.served == balancers["balanced"].clock()
-            pair[int(peer.name[-1])].writer.up = False
-            with pytest.raises(DatabaseError, match="9001"):
-                execute(connection, INSERT)
+            current(pair).writer.up = False
+            self.fails()
             assert peer.breaker.current_state == "open"
 
     def test_error_of_a_busy_proxy_is_the_drivers(self, pair: list[ProxySQL]) -> None:
@@ -477,11 +491,10 @@ class TestBusyProxySQL:
                     connection.ensure_connection()
 
     def test_last_peer_is_not_asked(self, pair: list[ProxySQL]) -> None:
-        with self.site(pair[:1]) as connection:
+        with self.site(pair[:1]):
             pair[0].writer.busy = True
             before = pair[0].connections
-            with pytest.raises(DatabaseError, match="9001"):
-                execute(connection, INSERT)
+            self.fails()
             assert pair[0].connections == before
             assert "DO 1" not in pair[0].statements()
 
@@ -509,15 +522,13 @@ class TestBusyProxySQL:
     def test_one_thread_asks_at_a_time(self, pair: list[ProxySQL]) -> None:
         with self.site(pair) as connection:
             peer = connection.peer
-            old = pair[int(peer.name[-1])]
+            old = current(pair)
             old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
             peer.asked_until = balancers["balanced"].clock() + 1
-            with pytest.raises(DatabaseError, match="9001"):
-                execute(connection, INSERT)
+            self.fails()
             assert "DO 1" not in old.statements()
             peer.asked_until = balancers["balanced"].clock()
-            with pytest.raises(DatabaseError, match="9001"):
-                execute(connection, INSERT)
+            self.fails()
             assert "DO 1" in old.statements()
 
     def test_9001_in_the_middle_of_a_connect(self, pair: list[ProxySQL]) -> None:
@@ -540,11 +551,10 @@ class TestBusyProxySQL:
         """A question that cannot be put counts for nothing."""
         with self.site(pair) as connection:
             peer = connection.peer
-            old = pair[int(peer.name[-1])]
+            old = current(pair)
             old.writer.up = False
             old.limit = 1
-            with pytest.raises(DatabaseError, match="9001"):
-                execute(connection, INSERT)
+            self.fails()
             assert (peer.breaker.current_state, peer.unanswered) == ("closed", 0)
 
 

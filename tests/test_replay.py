@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import re
@@ -18,6 +20,7 @@ from django.db.utils import Error
 
 from django_proxysql.core import logs
 from tests.engine import POSTGRESQL, engine, mysql_peer
+from tests.fakes import running
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.site import Site, site, with_table
 
@@ -33,8 +36,7 @@ class TestSettings:
             here.read()
             here.kill()
             here.write("one")
-            here.kill()
-            here.idle()
+            here.kill_idle()
             assert here.read() == ["one"]
             assert not here.replayed()
 
@@ -62,22 +64,28 @@ class TestSettings:
             with pytest.raises(OperationalError):
                 here.read()
 
+    @pytest.mark.parametrize("in_block", [False, True])
     @pytest.mark.parametrize("synchronous", [True, False])
-    def test_synchronous_peers(self, mariadb: Any, fault_proxy: Any, synchronous: bool) -> None:
+    def test_synchronous_peers(
+        self, mariadb: Any, fault_proxy: Any, synchronous: bool, in_block: bool
+    ) -> None:
         """Where peers may lag, no read is run again elsewhere after a write of the same unit."""
         with site(mariadb, fault_proxy, SYNCHRONOUS_PEERS=synchronous) as here:
+
+            def block() -> Any:
+                return transaction.atomic("balanced") if in_block else contextlib.nullcontext()
+
             close_old_connections()
             here.write("one")
-            here.cut("after")
-            if synchronous:
+            fails = contextlib.nullcontext() if synchronous else pytest.raises(OperationalError)
+            with fails, block():
+                here.cut("after")
                 assert here.read() == ["one"]
-            else:
-                with pytest.raises(OperationalError):
-                    here.read()
             close_old_connections()
             here.read()
-            here.cut("after")
-            assert here.read() == ["one"]
+            with block():
+                here.cut("after")
+                assert here.read() == ["one"]
 
 
 class TestDrivers:
@@ -185,8 +193,7 @@ with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as 
                 cursor.execute("SELECT value FROM app_token")
                 here.idle()
                 assert cursor.fetchall() == (("one",),) or cursor.fetchall() == []
-            here.kill()
-            here.idle()
+            here.kill_idle()
             with pytest.raises(Error):
                 here.sql("SELECT 1")
             assert here.sql("SELECT 2") == [(2,)]
@@ -318,7 +325,6 @@ class TestThreads:
         """Eight threads whose connections are all cut at once lose nothing."""
         alias = here.connection.alias
         ready, go = threading.Barrier(9), threading.Event()
-        failures: list[BaseException] = []
 
         def work(number: int) -> None:
             wrapper = connections[alias]
@@ -330,19 +336,12 @@ class TestThreads:
                     cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"a{number}"])
                     with transaction.atomic(alias):
                         cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"b{number}"])
-            except BaseException as exc:
-                failures.append(exc)
             finally:
                 wrapper.close()
 
-        threads = [threading.Thread(target=work, args=[i], daemon=True) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        ready.wait(20)
-        for proxy in here.proxies:
-            proxy.drop_connections()
-        go.set()
-        for thread in threads:
-            thread.join(30)
-        assert failures == []
+        with running(*[functools.partial(work, number) for number in range(8)], seconds=30):
+            ready.wait(20)
+            for proxy in here.proxies:
+                proxy.drop_connections()
+            go.set()
         assert len(here.written()) == 16

@@ -6,7 +6,6 @@ import asyncio
 import io
 import sys
 import tempfile
-import unittest
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,6 @@ from django.db import OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.http import HttpResponse, StreamingHttpResponse
 from django.test import Client, RequestFactory, TestCase, override_settings
-from django.test.utils import setup_test_environment, teardown_test_environment
 from django.urls import path
 from django.utils.functional import SimpleLazyObject
 from django.views import View as ClassView
@@ -31,6 +29,7 @@ from django.views import View as ClassView
 from django_proxysql import CommitOutcomeUnknown, retrying_request, signals
 from django_proxysql.middleware import RetryingRequestMiddleware
 from django_proxysql.request import Body, Kept
+from tests.engine import run_case
 from tests.servers.mariadb import Node
 from tests.site import Site, site
 
@@ -90,39 +89,27 @@ class View:
 
 @pytest.mark.parametrize("way", WAYS)
 class TestRuns:
-    def test_a_view_is_run_again_after_a_loss(self, on_site: Site, serve: Any, way: str) -> None:
+    def test_a_view_is_run_again_after_a_loss(
+        self, on_site: Site, serve: Any, receive: Any, way: str
+    ) -> None:
         view = View(on_site)
-        told: list[Any] = []
-
-        def receive(**kwargs: Any) -> None:
-            told.append((kwargs["alias"], kwargs["function"], kwargs["run"]))
-
-        signals.block_retried.connect(receive)
-        try:
-            assert serve(view, way)().content == b"response 2"
-        finally:
-            signals.block_retried.disconnect(receive)
+        told = receive(signals.block_retried)
+        assert serve(view, way)().content == b"response 2"
         assert on_site.written() == ["run 2", "run 2, again"]
         assert view.hooks == 1
-        assert told == [(on_site.connection.alias, "tests.test_request.View", 2)]
+        (sent,) = told
+        assert (sent["alias"], sent["run"]) == (on_site.connection.alias, 2)
+        assert sent["function"] == "tests.test_request.View"
 
     def test_a_view_of_a_class_is_named_by_its_class(
-        self, on_site: Site, serve: Any, way: str
+        self, on_site: Site, serve: Any, receive: Any, way: str
     ) -> None:
         class Orders(ClassView):
             get = staticmethod(View(on_site))
 
-        told: list[str] = []
-
-        def receive(**kwargs: Any) -> None:
-            told.append(kwargs["function"])
-
-        signals.block_retried.connect(receive)
-        try:
-            assert serve(Orders.as_view(), way)().content == b"response 2"
-        finally:
-            signals.block_retried.disconnect(receive)
-        assert told == [f"{__name__}.{Orders.__qualname__}"]
+        told = receive(signals.block_retried)
+        assert serve(Orders.as_view(), way)().content == b"response 2"
+        assert [sent["function"] for sent in told] == [f"{__name__}.{Orders.__qualname__}"]
 
     def test_a_socket_found_dead_at_commit_is_a_loss(
         self, on_site: Site, serve: Any, way: str
@@ -297,13 +284,13 @@ class TestAsync:
 
     @pytest.mark.parametrize("of_a_class", [False, True], ids=["function", "class"])
     def test_an_async_view_is_run_again_and_reads_its_body_again(
-        self, on_site: Site, serve: Any, of_a_class: bool
+        self, on_site: Site, serve: Any, receive: Any, of_a_class: bool
     ) -> None:
         from asgiref.sync import sync_to_async
 
         if of_a_class and django.VERSION < (4, 1):
             pytest.skip("needs Django 4.1")
-        view, seen, told = View(on_site), [], []
+        view, seen = View(on_site), []
 
         async def page(request: Any) -> HttpResponse:
             assert await sync_to_async(lambda: on_site.connection.in_atomic_block)()
@@ -314,20 +301,14 @@ class TestAsync:
             async def post(self, request: Any) -> HttpResponse:
                 return await page(request)
 
-        def receive(**kwargs: Any) -> None:
-            told.append((kwargs["alias"], kwargs["run"]))
-
         serve(Page.as_view() if of_a_class else page)
-        signals.block_retried.connect(receive)
-        try:
-            upload = {"name": "Ada", "file": SimpleUploadedFile("a.txt", b"content")}
-            assert self.ask("post", upload).content == b"response 2"
-        finally:
-            signals.block_retried.disconnect(receive)
+        told = receive(signals.block_retried)
+        upload = {"name": "Ada", "file": SimpleUploadedFile("a.txt", b"content")}
+        assert self.ask("post", upload).content == b"response 2"
         assert on_site.written() == ["run 2", "run 2, again"]
         assert view.hooks == 1
         assert seen == [("Ada", b"content")] * 2
-        assert told == [(on_site.connection.alias, 2)]
+        assert [(sent["alias"], sent["run"]) for sent in told] == [(on_site.connection.alias, 2)]
 
     def test_an_async_view_that_raises_leaves_no_block_open(
         self, on_site: Site, serve: Any
@@ -434,13 +415,7 @@ def test_in_a_test_case_a_view_runs_once_in_its_block(on_site: Site, serve: Any,
         def runTest(self) -> None:
             assert get().content == b"response 1"
 
-    result = unittest.TestResult()
-    setup_test_environment()
-    try:
-        unittest.TestSuite([Case()]).run(result)
-    finally:
-        teardown_test_environment()
-    assert result.wasSuccessful(), result.errors + result.failures
+    run_case(Case)
     assert view.runs == 1
     assert on_site.written() == []
 

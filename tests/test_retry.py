@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import unittest
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +12,11 @@ import tenacity
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase
-from django.test.utils import setup_test_environment, teardown_test_environment
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic, signals
 from django_proxysql.core.events import BlockRetried, CommitResolved, PeersExhausted
-from tests.engine import SQLITE, engine, make_outcome_table, sqlite_peer
+from tests.engine import SQLITE, engine, make_outcome_table, run_case, sqlite_peer
+from tests.fakes import running
 from tests.site import Site, site
 
 CUTS = ["before", "after", "reply"]
@@ -83,23 +82,6 @@ def test_socket_dead_before_commit(here: Site) -> None:
     assert writer.hooks == 1
 
 
-@pytest.mark.parametrize("attempts", [1, 2])
-def test_gives_up(here: Site, attempts: int) -> None:
-    runs: list[int] = []
-
-    @retrying_atomic(here.connection.alias, attempts=attempts)
-    def work() -> None:
-        runs.append(1)
-        here.write("one")
-        here.kill()
-        here.read()
-
-    with pytest.raises(OperationalError):
-        work()
-    assert len(runs) == attempts
-    assert here.written() == []
-
-
 class Loser:
     """Writes, and loses its connection at each run."""
 
@@ -114,6 +96,15 @@ class Loser:
         self.here.read()
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_gives_up(here: Site, attempts: int) -> None:
+    loser = Loser(here)
+    with pytest.raises(OperationalError):
+        retrying_atomic(here.connection.alias, attempts=attempts)(loser)()
+    assert loser.runs == attempts
+    assert here.written() == []
+
+
 def test_a_wait_strategy_is_asked_after_each_run(
     on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +114,6 @@ def test_a_wait_strategy_is_asked_after_each_run(
     monkeypatch.setattr("django_proxysql.retry.time.sleep", slept.append)
 
     def strategy(state: tenacity.RetryCallState) -> float:
-        assert state.outcome is not None
         asked.append((state.attempt_number, type(state.outcome.exception()), state.idle_for))
         return 10.0
 
@@ -230,20 +220,17 @@ def test_ctrl_c_ends_it_at_once(
     assert on_mariadb.written() == []
 
 
-def test_each_run_after_the_first_is_an_event(here: Site) -> None:
+def test_each_run_after_the_first_is_an_event(here: Site, receive: Any) -> None:
     """It is called before the run's block begins: a receiver may write to the database."""
     told: list[BlockRetried] = []
 
-    def receive(event: Any, **kwargs: Any) -> None:
+    def note(event: Any, **kwargs: Any) -> None:
         told.append(event)
         here.write(f"told of run {event.run}")
 
-    signals.block_retried.connect(receive)
-    try:
-        with pytest.raises(OperationalError):
-            retrying_atomic(here.connection.alias)(Loser(here))()
-    finally:
-        signals.block_retried.disconnect(receive)
+    receive(signals.block_retried, note)
+    with pytest.raises(OperationalError):
+        retrying_atomic(here.connection.alias)(Loser(here))()
     assert [(event.function, event.run) for event in told] == [
         ("tests.test_retry.Loser", 2),
         ("tests.test_retry.Loser", 3),
@@ -260,7 +247,6 @@ def test_deadlock(here: Site) -> None:
     ids = dict(here.sql("SELECT value, id FROM app_token"))
     both = threading.Barrier(2)
     runs: list[str] = []
-    failures: list[BaseException] = []
 
     def work(first: str, second: str) -> None:
         with connections[alias].cursor() as cursor:
@@ -277,20 +263,11 @@ def test_deadlock(here: Site) -> None:
     def run(*args: str) -> None:
         try:
             retrying_atomic(alias)(work)(*args)
-        except BaseException as exc:
-            failures.append(exc)
         finally:
             connections[alias].close()
 
-    threads = [
-        threading.Thread(target=run, args=args, daemon=True)
-        for args in (("left", "right"), ("right", "left"))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert failures == []
+    with running(lambda: run("left", "right"), lambda: run("right", "left"), seconds=30):
+        pass
     assert len(runs) == 3
     assert here.read() == ["left!", "right!"]
 
@@ -369,18 +346,17 @@ def test_a_block_of_which_a_part_may_stand_is_not_run_again(
         else:
             here.sql("SELECT conflicts()")
 
-    with here.plain.cursor() as cursor:
-        if not here.is_mysql:
-            cursor.execute(
-                "CREATE OR REPLACE FUNCTION conflicts() RETURNS int LANGUAGE plpgsql"
-                " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
-            )
-        with pytest.raises(OperationalError) if splits else contextlib.nullcontext():
-            work()
-        here.connection.close()
-        cursor.execute("DROP TABLE IF EXISTS split")
-        if not here.is_mysql:
-            cursor.execute("DROP FUNCTION conflicts")
+    if not here.is_mysql:
+        here.plainly(
+            "CREATE OR REPLACE FUNCTION conflicts() RETURNS int LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
+        )
+    with pytest.raises(OperationalError) if splits else contextlib.nullcontext():
+        work()
+    here.connection.close()
+    here.plainly("DROP TABLE IF EXISTS split")
+    if not here.is_mysql:
+        here.plainly("DROP FUNCTION conflicts")
     assert here.written() == (["run 1"] if splits else ["run 2", "run 2, again"])
 
 
@@ -458,13 +434,7 @@ def test_inside_a_test_case(on_mariadb: Site) -> None:
             # Only the savepoint was rolled back.
             assert on_mariadb.read() == ["run 1", "run 1, again"]
 
-    result = unittest.TestResult()
-    setup_test_environment()
-    try:
-        unittest.TestSuite([Case()]).run(result)
-    finally:
-        teardown_test_environment()
-    assert result.wasSuccessful(), result.errors + result.failures
+    run_case(Case)
     assert on_mariadb.written() == []
 
 
@@ -491,16 +461,27 @@ def test_ways_to_write_it(tmp_path: Any) -> None:
 
 def test_another_engine() -> None:
     """With a plain engine it is atomic()."""
-    assert retrying_atomic(lambda: connections["default"].in_atomic_block)() is True
+    runs: list[bool] = []
+
+    def work() -> None:
+        runs.append(connections["default"].in_atomic_block)
+        raise OperationalError("database is locked")
+
+    with pytest.raises(OperationalError, match="locked"):
+        retrying_atomic(work)()
+    assert runs == [True]
 
 
 def test_bad_use() -> None:
     async def coroutine() -> None: ...
 
+    async def asynchronous_generator() -> Any:
+        yield 1
+
     def generator() -> Iterator[int]:
         yield 1
 
-    for function in (coroutine, generator):
+    for function in (coroutine, asynchronous_generator, generator):
         with pytest.raises(TypeError, match="after the block has ended"):
             retrying_atomic(function)
     with pytest.raises(TypeError, match="wait must be a wait strategy of tenacity's"):

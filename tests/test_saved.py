@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,21 +16,9 @@ from tests.site import Site, site
 CUTS = ["before", "after", "reply"]
 
 
-@pytest.fixture
-def made(here: Site) -> Iterator[Callable[[str, str], None]]:
-    """Make something for a test, and drop it after."""
-    drops: list[str] = []
-
-    def make(statement: str, drop: str) -> None:
-        with here.plain.cursor() as cursor:
-            cursor.execute(drop)
-            cursor.execute(statement)
-        drops.insert(0, drop)
-
-    yield make
-    with here.plain.cursor() as cursor:
-        for drop in drops:
-            cursor.execute(drop)
+def executemany(here: Site, rows: Any) -> None:
+    with here.connection.cursor() as cursor:
+        cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
 
 
 class TestBlockThatReadSoFar:
@@ -77,48 +64,19 @@ class TestBlockThatReadSoFar:
         assert here.written() == ["two"]
         assert here.replayed()
 
-    def test_a_savepoint_of_the_applications_own_is_made_again(self, here: Site) -> None:
-        alias = here.connection.alias
-        with transaction.atomic(alias):
-            here.read()
-            sid = here.connection.savepoint()
-            here.cut("after")
-            here.write("one")
-            here.connection.savepoint_rollback(sid)
-            here.write("two")
-        assert here.written() == ["two"]
-        assert here.replayed()
-
-    def test_what_passed_by_the_engine_ends_it(self, here: Site) -> None:
-        """The driver's own cursor has written: no restart loses that."""
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            here.read()
-            here.connection.connection.cursor().execute(
-                "INSERT INTO app_token (value) VALUES ('unseen')"
-            )
-            here.cut("after")
-            here.read()
-        assert not here.replayed()
-        assert here.written() == []
-
-    def test_what_passed_by_the_engine_is_not_committed_by_reads(self, here: Site) -> None:
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            here.read()
-            here.connection.connection.cursor().execute(
-                "INSERT INTO app_token (value) VALUES ('unseen')"
-            )
-            here.kill()
-
-    @pytest.mark.parametrize("before", ["write", "lock", "function"])
-    def test_what_did_more_than_read_is_not(self, here: Site, before: str) -> None:
+    @pytest.mark.parametrize("kind", CUTS)
+    @pytest.mark.parametrize("before", ["write", "executemany", "lock", "function"])
+    def test_what_did_more_than_read_is_not(self, here: Site, before: str, kind: str) -> None:
         with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
             if before == "write":
                 here.write("one")
+            elif before == "executemany":
+                executemany(here, [["one"]])
             elif before == "lock":
                 here.sql("SELECT value FROM app_token FOR UPDATE")
             else:
                 here.sql("SELECT SLEEP(0)" if here.is_mysql else "SELECT pg_sleep(0)")
-            here.cut("after")
+            here.cut(kind)
             here.read()
         assert not here.replayed()
         assert here.written() == []
@@ -183,20 +141,18 @@ class TestCommitOfReads:
     ) -> None:
         """PostgreSQL's answer to it is a SELECT's, and names no transaction id."""
         here = on_postgres
-        with here.plain.cursor() as cursor:
-            cursor.execute(
-                "CREATE FUNCTION writes() RETURNS int LANGUAGE sql VOLATILE"
-                " AS $$ INSERT INTO app_token (value) VALUES ('by a read') RETURNING 1 $$"
-            )
-            cursor.execute("CREATE VIEW writing AS SELECT writes() AS a")
+        here.plainly(
+            "CREATE FUNCTION writes() RETURNS int LANGUAGE sql VOLATILE"
+            " AS $$ INSERT INTO app_token (value) VALUES ('by a read') RETURNING 1 $$",
+            "CREATE VIEW writing AS SELECT writes() AS a",
+        )
         try:
             with pytest.raises(CommitOutcomeUnknown), transaction.atomic(here.connection.alias):
                 assert here.sql(statement) == [(1,)]
                 here.cut(kind)
             assert here.written() == (["by a read"] if kind == "after" else [])
         finally:
-            with here.plain.cursor() as cursor:
-                cursor.execute("DROP FUNCTION writes() CASCADE")
+            here.plainly("DROP FUNCTION writes() CASCADE")
 
     def test_found_dead_before_it_is_saved(self, here: Site) -> None:
         with transaction.atomic(here.connection.alias):
@@ -273,9 +229,8 @@ class TestFirstWrite:
 
     def count(self, here: Site, table: str) -> int:
         here.settle()
-        with here.plain.cursor() as cursor:
-            cursor.execute(f"SELECT count(*) FROM {table}")
-            return int(cursor.fetchone()[0])
+        ((count,),) = here.plainly(f"SELECT count(*) FROM {table}")
+        return int(count)
 
     def test_of_a_table_without_transactions_is_raised(
         self, on_mariadb: Site, mariadb: Any
@@ -349,14 +304,13 @@ class TestFirstWrite:
     ) -> None:
         """PL/pgSQL can set a sequence, run a program, write a file: no rollback undoes that."""
         here = on_postgres
-        with here.plain.cursor() as cursor:
-            cursor.execute("DROP TABLE IF EXISTS watched; CREATE TABLE watched (a int)")
-            cursor.execute(
-                "CREATE SEQUENCE IF NOT EXISTS counted;"
-                "CREATE OR REPLACE FUNCTION reach() RETURNS trigger LANGUAGE plpgsql AS"
-                f" $$ BEGIN {body}; RETURN NEW; END $$;"
-                "CREATE TRIGGER r AFTER DELETE ON watched FOR EACH ROW EXECUTE FUNCTION reach()"
-            )
+        here.plainly(
+            "DROP TABLE IF EXISTS watched; CREATE TABLE watched (a int);"
+            "CREATE SEQUENCE IF NOT EXISTS counted;"
+            "CREATE OR REPLACE FUNCTION reach() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN {body}; RETURN NEW; END $$;"
+            "CREATE TRIGGER r AFTER DELETE ON watched FOR EACH ROW EXECUTE FUNCTION reach()"
+        )
         try:
             assert not self.lose(here, "INSERT INTO watched (a) VALUES (1)")
             assert not here.replayed()
@@ -372,10 +326,6 @@ class TestFirstWrite:
         assert self.lose(on_postgres, "ALTER TABLE fresh ADD COLUMN b int")
         assert self.lose(on_postgres, "DROP TABLE fresh")
 
-    def many(self, here: Site, rows: Any) -> None:
-        with here.connection.cursor() as cursor:
-            cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
-
     @pytest.mark.parametrize("reads", [0, 1])
     def test_executemany_is_saved_as_a_whole(self, here: Site, reads: int) -> None:
         here.sql("SELECT 1")
@@ -387,7 +337,7 @@ class TestFirstWrite:
                 here.read()
             if reads:
                 here.cut("after")
-            self.many(here, rows)
+            executemany(here, rows)
         assert here.written() == [value for [value] in rows]
         assert here.replayed()
 
@@ -396,14 +346,14 @@ class TestFirstWrite:
         here.cut("after", 2)
         rows = iter([["one"], ["two"]])
         with pytest.raises(Error), transaction.atomic(here.connection.alias):
-            self.many(here, rows)
+            executemany(here, rows)
         assert here.written() == []
 
     def test_executemany_in_autocommit_is_raised(self, here: Site) -> None:
         here.sql("SELECT 1")
         here.cut("after")
         with pytest.raises(Error):
-            self.many(here, [["one"]])
+            executemany(here, [["one"]])
         assert len(here.written()) <= 1
         assert not here.replayed()
 
@@ -508,8 +458,7 @@ class TestSettings:
             here.sql(statement)
             assert here.session.holds, statement
             # It is state from here on: its loss is an error.
-            here.kill()
-            here.idle()
+            here.kill_idle()
             with pytest.raises(Error):
                 here.sql("SELECT 1")
 

@@ -53,8 +53,7 @@ class TestBetweenRequests:
 
     def test_a_loss_between_requests_is_shown_once(self, holding: Site) -> None:
         close_old_connections()
-        holding.kill()
-        holding.idle()
+        holding.kill_idle()
         shows_its_loss_once(holding)
         assert not holding.replayed()
 
@@ -107,22 +106,19 @@ class TestGivenBack:
     def test_a_connection_without_its_lock_is_as_any_other(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SELECT GET_LOCK(%s, 0)", ["a"])
         on_mariadb.sql("SELECT RELEASE_LOCK(%s)", ["a"])
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         assert on_mariadb.sql("SELECT 1") == [(1,)]
 
     def test_a_transaction_by_hand_ends_with_rollback(self, here: Site) -> None:
         here.sql("BEGIN")
         here.connection.rollback()
-        here.kill()
-        here.idle()
+        here.kill_idle()
         assert here.sql("SELECT 1") == [(1,)]
 
     def test_a_transactions_own_lock_is_no_state(self, on_postgres: Site) -> None:
         with transaction.atomic(on_postgres.connection.alias):
             on_postgres.sql("SELECT pg_advisory_xact_lock(7)")
-        on_postgres.kill()
-        on_postgres.idle()
+        on_postgres.kill_idle()
         assert on_postgres.sql("SELECT 1") == [(1,)]
 
     @pytest.mark.parametrize("alone", [True, False])
@@ -148,8 +144,7 @@ class TestGivenBack:
     @pytest.mark.parametrize("column", ["temp", "connection_id", "get_lock"])
     def test_a_column_is_no_state(self, here: Site, column: str) -> None:
         here.sql(f"SELECT {column} FROM (SELECT 1 AS {column}) AS t")
-        here.kill()
-        here.idle()
+        here.kill_idle()
         assert here.sql(f"SELECT {column} FROM (SELECT 1 AS {column}) AS t") == [(1,)]
 
 
@@ -162,15 +157,13 @@ class TestServerSideCursor:
             cursor.execute("SELECT pg_advisory_lock(%s)", [7])
             cursor.fetchall()
         close_old_connections()
-        here.kill()
-        here.idle()
+        here.kill_idle()
         shows_its_loss_once(here)
 
     def test_it_asks_no_other_connection(self, on_postgres: Site) -> None:
         here = on_postgres
         here.write("one")
-        here.kill()
-        here.idle()
+        here.kill_idle()
         here.read()
         cursor = here.connection.chunked_cursor()
         with pytest.raises(OperationalError, match="replaced"):
@@ -206,8 +199,7 @@ class TestAnswersOfOneConnection:
 
     def test_after_a_replaced_connection(self, here: Site) -> None:
         here.write("one")
-        here.kill()
-        here.idle()
+        here.kill_idle()
         assert here.read() == ["one"]
         self.asks(here)
 
@@ -229,8 +221,7 @@ class TestAnswersOfOneConnection:
 
     def test_inside_a_block(self, here: Site) -> None:
         here.write("one")
-        here.kill()
-        here.idle()
+        here.kill_idle()
         with transaction.atomic(here.connection.alias):
             here.read()
             with pytest.raises(OperationalError, match="replaced"):
@@ -238,8 +229,7 @@ class TestAnswersOfOneConnection:
 
     def test_an_update_answers_for_its_rows_only(self, on_mariadb: Site) -> None:
         on_mariadb.write("one")
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         on_mariadb.sql("UPDATE app_token SET value = 'two'")
         assert on_mariadb.sql("SELECT ROW_COUNT()") == [(1,)]
         with pytest.raises(OperationalError, match="replaced"):
@@ -247,8 +237,7 @@ class TestAnswersOfOneConnection:
 
     def test_many_updates_answer_for_their_rows_only(self, on_mariadb: Site) -> None:
         on_mariadb.write("one")
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         with on_mariadb.connection.cursor() as cursor:
             cursor.executemany("UPDATE app_token SET value = %s", [["two"]])
         assert on_mariadb.sql("SELECT ROW_COUNT()") == [(1,)]
@@ -260,16 +249,14 @@ class TestAnswersOfOneConnection:
 
     def test_in_the_next_request_nothing_was_written(self, on_mariadb: Site) -> None:
         on_mariadb.write("one")
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         on_mariadb.read()
         close_old_connections()
         assert on_mariadb.sql("SELECT LAST_INSERT_ID()") == [(0,)]
 
     def test_who_am_i_is_answered(self, here: Site) -> None:
         here.write("one")
-        here.kill()
-        here.idle()
+        here.kill_idle()
         here.read()
         assert here.sql("SELECT CONNECTION_ID()" if here.is_mysql else "SELECT pg_backend_pid()")
 

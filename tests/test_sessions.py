@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 from django.db import OperationalError, close_old_connections, connection, connections, transaction
+from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
+from tests.fakes import running
 from tests.site import Site
 
 MYSQL_STATE = [
@@ -42,8 +43,7 @@ POSTGRES_STATE = [
 
 def shows_its_loss(here: Site) -> None:
     """One error, however safe the statement; then a new connection."""
-    here.kill()
-    here.idle()
+    here.kill_idle()
     with pytest.raises(Error):
         here.sql("SELECT 1")
     assert here.sql("SELECT 2") == [(2,)]
@@ -51,8 +51,7 @@ def shows_its_loss(here: Site) -> None:
     assert "after" in here.read()
     assert not here.replayed()
     # What is new holds nothing: its loss is mended.
-    here.kill()
-    here.idle()
+    here.kill_idle()
     assert here.sql("SELECT 3") == [(3,)]
 
 
@@ -74,14 +73,6 @@ class TestSessionState:
         on_postgres.sql(statement)
         shows_its_loss(on_postgres)
 
-    def test_lock_is_not_lost_silently(self, on_mariadb: Site) -> None:
-        """The next statement of who holds a lock shows that it is gone, a write too."""
-        assert on_mariadb.sql("SELECT GET_LOCK('a', 0)") == [(1,)]
-        on_mariadb.kill()
-        with pytest.raises(OperationalError):
-            on_mariadb.write("under the lock")
-        assert on_mariadb.written() == []
-
     def test_transaction_after_a_lock(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SELECT GET_LOCK('a', 0)")
         on_mariadb.kill()
@@ -95,8 +86,7 @@ class TestSessionState:
     def test_until_the_request_ends(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SET @a = 1")
         close_old_connections()
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         assert on_mariadb.sql("SELECT 1") == [(1,)]
 
     def test_found_dead_at_the_units_end(self, on_mariadb: Site) -> None:
@@ -120,20 +110,6 @@ class TestSessionState:
                 pass
         shows_its_loss(on_mariadb)
 
-    def test_set_autocommit_by_hand(self, here: Site) -> None:
-        here.connection.set_autocommit(False)
-        here.write("one")
-        here.kill()
-        with pytest.raises(OperationalError):
-            here.write("two")
-        with pytest.raises(Error):
-            here.connection.rollback()
-        here.connection.close()
-        here.connection.set_autocommit(True)
-        assert here.written() == []
-        here.write("three")
-        assert here.written() == ["three"]
-
     def test_constraint_checks_off(self, on_mariadb: Site) -> None:
         with pytest.raises(OperationalError), on_mariadb.connection.constraint_checks_disabled():
             on_mariadb.kill()
@@ -150,33 +126,27 @@ class TestSessionState:
     def test_shared_between_threads(self, on_mariadb: Site) -> None:
         on_mariadb.connection.inc_thread_sharing()
         try:
-            on_mariadb.kill()
-            on_mariadb.idle()
+            on_mariadb.kill_idle()
             with pytest.raises(OperationalError):
                 on_mariadb.sql("SELECT 1")
         finally:
             on_mariadb.connection.dec_thread_sharing()
         assert on_mariadb.sql("SELECT 1") == [(1,)]
 
-    def test_what_receivers_set_is_no_state(self, on_mariadb: Site) -> None:
+    def test_what_receivers_set_is_no_state(self, on_mariadb: Site, receive: Any) -> None:
         """What is set up at each connect is set up again on the next one."""
-        from django.db.backends.signals import connection_created
 
         def set_up(sender: Any, connection: Any, **_: Any) -> None:
             if connection is on_mariadb.connection:
                 with connection.cursor() as cursor:
                     cursor.execute("SET @receiver = 5")
 
-        connection_created.connect(set_up)
-        try:
-            on_mariadb.connection.close()
-            on_mariadb.sql("SELECT 1")
-            on_mariadb.kill()
-            on_mariadb.idle()
-            assert on_mariadb.sql("SELECT 1") == [(1,)]
-            assert on_mariadb.sql("SELECT @receiver") == [(5,)]
-        finally:
-            connection_created.disconnect(set_up)
+        receive(connection_created, set_up)
+        on_mariadb.connection.close()
+        on_mariadb.sql("SELECT 1")
+        on_mariadb.kill_idle()
+        assert on_mariadb.sql("SELECT 1") == [(1,)]
+        assert on_mariadb.sql("SELECT @receiver") == [(5,)]
 
 
 class TestScoped:
@@ -191,16 +161,14 @@ class TestScoped:
     )
     def test_on_mariadb(self, on_mariadb: Site, statement: str) -> None:
         on_mariadb.write("one")
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         with pytest.raises(OperationalError):
             on_mariadb.sql(statement)
         assert on_mariadb.sql("SELECT 1") == [(1,)]
 
     def test_on_postgresql(self, on_postgres: Site) -> None:
         on_postgres.write("one")
-        on_postgres.kill()
-        on_postgres.idle()
+        on_postgres.kill_idle()
         with pytest.raises(OperationalError):
             on_postgres.sql("SELECT lastval()")
         assert on_postgres.sql("SELECT 1") == [(1,)]
@@ -246,17 +214,6 @@ class TestLeaving:
             assert here.connection.peer.name == name
         assert here.written() == ["one", "two"]
 
-    def test_after_a_write_at_the_units_end(self, here: Site) -> None:
-        """What was written may not be readable elsewhere yet: the request stays."""
-        close_old_connections()
-        here.write("one")
-        name = self.away(here)
-        here.read()
-        assert here.connection.peer.name == name
-        close_old_connections()
-        here.read()
-        assert here.connection.peer.name != name
-
     def test_after_a_write_with_no_units(self, here: Site) -> None:
         """Code that never calls close_old_connections(): idleness ends a request."""
         here.write("one")
@@ -272,36 +229,6 @@ class TestLeaving:
         name = self.away(on_mariadb)
         assert on_mariadb.sql("SELECT @a") == [(1,)]
         assert on_mariadb.connection.peer.name == name
-
-    def test_nowhere_to_go(self, here: Site) -> None:
-        """It works, and there is no other: it is kept, and no trial is made for it."""
-        for peer in here.balancer.peers.values():
-            peer.breaker.open()
-        accepted = [proxy.accepted for proxy in here.proxies]
-        before = here.connection.connection
-        here.read()
-        here.read()
-        assert here.connection.connection is before
-        assert [proxy.accepted for proxy in here.proxies] == accepted
-        # Another comes back.
-        other = self.other(here)
-        other.breaker.close()
-        here.read()
-        assert here.connection.peer is other
-
-    def test_the_other_is_not_available_either(self, here: Site) -> None:
-        """The new connection is there before the old one is given up."""
-        for proxy in here.proxies:
-            if proxy is not here.here:
-                proxy.refuse()
-        before = here.connection.connection
-        name = self.away(here)
-        here.read()
-        assert here.connection.connection is before
-        assert here.connection.peer.name == name
-        with transaction.atomic(here.connection.alias):
-            here.write("one")
-        assert here.written() == ["one"]
 
     def test_pinned(self, here: Site) -> None:
         with here.balancer.pinned():
@@ -344,9 +271,8 @@ class TestLeaving:
             finally:
                 wrapper.close()
 
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join(20)
+        with running(other):
+            pass
         here.read()
         assert here.connection.peer is not mine
 
@@ -355,8 +281,7 @@ def test_hold_counts_follow(here: Site) -> None:
     """A replaced connection is counted where it leads, and nowhere else."""
     here.read()
     for _ in range(3):
-        here.kill()
-        here.idle()
+        here.kill_idle()
         here.read()
     counts = {name: peer.connections for name, peer in here.balancer.peers.items()}
     assert sum(counts.values()) == 1

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +18,7 @@ from django.dispatch import Signal
 from django_proxysql import Fault, NoPeerAvailable, balancers, signals
 from django_proxysql.core import events
 from django_proxysql.core.trials import trial_worker
+from tests.children import run_python
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
 from tests.fakes import in_thread, lock_is_free, running, until
 from tests.servers.faultproxy import FaultProxy
@@ -66,27 +64,6 @@ class Peers:
 def peers(tmp_path: Path) -> Iterator[Peers]:
     with ExitStack() as stack:
         yield Peers(tmp_path, stack)
-
-
-@pytest.fixture
-def receive() -> Iterator[Callable[..., Any]]:
-    """Connect receivers until the test's end; without one, return a list of what is sent."""
-    connected: list[tuple[Signal, Any]] = []
-
-    def connect(signal: Signal, receiver: Any = None, **kwargs: Any) -> Any:
-        told: list[dict[str, Any]] = []
-
-        def note(**named: Any) -> None:
-            told.append(named)
-
-        signal.connect(receiver or note, weak=False, **kwargs)
-        connected.append((signal, receiver or note))
-        return told
-
-    yield connect
-    for signal, receiver in connected:
-        for sender in (None, *(each.balancer for each in balancers.known.values())):
-            signal.disconnect(receiver, sender=sender)
 
 
 # What they say
@@ -211,9 +188,7 @@ def test_costs_nothing_before() -> None:
             signals.peer_closed.connect(print)
         assert [connects for _, connects in balancers._listeners] == [False]
     """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT, timeout=60
-    )
+    run_python(program)
 
 
 @pytest.mark.skipif(django.VERSION < (5, 0), reason="receivers may be async from Django 5.0 on")
