@@ -266,7 +266,7 @@ def test_testserver(shop: Shop) -> None:
         answer = json.loads(get(f"http://{address}/", server))
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
         shop.alive.sql(f"DROP DATABASE IF EXISTS test_{DATABASE}")
     assert answer == {"id": 8, "items": 2, "peer": "peer2"}
     assert items(shop) == []

@@ -225,7 +225,7 @@ def test_runserver(project: Shop) -> None:
             assert answer == {"id": number, "items": number, "peer": "peer1"}
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
     assert_one_line_of_the_dead_peer(project)
 
 

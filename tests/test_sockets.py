@@ -475,7 +475,7 @@ class TestVanishedHost:
         begun = time.monotonic()
         assert answer(away.connection, "SELECT 1") == 1
         assert not away.is_at_first()
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < TIMEOUT
         away.host.come_back()
         thread.join(30)
         assert control in ([0], [""])
@@ -513,7 +513,7 @@ class TestVanishedHost:
         time.sleep(TIMEOUT + 1.5)
         begun = time.monotonic()
         away.write()
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < TIMEOUT
         assert not away.is_at_first()
         assert away.is_suspect()
 
