@@ -98,6 +98,15 @@ def no_line_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_limits", {})
 
 
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Have the interpreter change threads as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def needed_by(item: pytest.Item) -> set[str]:
     """Return the fixtures that a test asks for, among other names."""
     needed = set(getattr(item, "fixturenames", ()))

@@ -228,6 +228,22 @@ def in_thread(target: Callable[[], Any], seconds: float = 10) -> Any:
     return result[0]
 
 
+@contextlib.contextmanager
+def holding(lock: Any) -> Iterator[None]:
+    """Have another thread hold a lock for the block."""
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            over.wait(20)
+
+    with running(hold):
+        assert held.wait(20)
+        yield
+        over.set()
+
+
 def lock_is_free(breaker: Any) -> bool:
     """Whether another thread gets the breaker's lock."""
 

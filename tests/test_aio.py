@@ -19,7 +19,7 @@ from django_proxysql.core import aio
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
-from tests.fakes import Clock, bad_password, even, peers, refused_by_host
+from tests.fakes import Clock, bad_password, even, peers, refused_by_host, running
 from tests.fakes import Driver as SyncDriver
 from tests.test_balancer import InOrder
 
@@ -97,6 +97,11 @@ class World:
             permit = self.db.peers[name].breaker.acquire()
             permit.failed(refused_by_host(), Fault.UNREACHABLE)
 
+    def due(self, *names: str) -> None:
+        """Open circuits, and let the time pass until their trials are due."""
+        self.open(*names)
+        self.clock.advance(31)
+
     def told(self, kind: type) -> list[Any]:
         return [event for event in self.events if type(event) is kind]
 
@@ -155,8 +160,7 @@ def test_trial_that_is_due_goes_first_and_closes_the_circuit() -> None:
 
 def test_waits_for_another_tasks_trial_without_blocking_the_loop() -> None:
     world = World("db1")
-    world.open("db1")
-    world.clock.advance(31)
+    world.due("db1")
 
     async def scene() -> list[str]:
         go_on, ticks = asyncio.Event(), 0
@@ -211,11 +215,8 @@ def test_several_loops_in_threads_share_a_group() -> None:
         for _ in range(20):
             hosts.append(world.connect().host)
 
-    threads = [threading.Thread(target=loop) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    with running(*[loop] * 3):
+        pass
     assert hosts == ["db2"] * 60
     assert len(world.told(CircuitOpened)) == 1
 
@@ -230,8 +231,7 @@ def ready(connection: Any) -> Awaitable[None]:
 
 def out(world: World, error: Any = None) -> None:
     """Have the first peer's trial due."""
-    world.open("db1")
-    world.clock.advance(31)
+    world.due("db1")
     world.driver.down["db1"] = error
 
 
@@ -252,8 +252,7 @@ async def not_ready(connection: Any) -> None:
 
 
 def hold_the_trials(world: World) -> None:
-    world.open("db1", "db2")
-    world.clock.advance(31)
+    world.due("db1", "db2")
     world.held = [peer.breaker.acquire() for peer in world.db.peers.values()]  # type: ignore[attr-defined]
 
 
@@ -412,8 +411,7 @@ class Sharing:
 def shared(*names: str, gate: Callable[[bool], float], **options: Any) -> World:
     """Return a world whose first peer's trial is due, and asks ``gate`` first."""
     world = World(*names, **options)
-    world.open("db1")
-    world.clock.advance(31)
+    world.due("db1")
     world.db.group.sharing = Sharing()  # type: ignore[assignment]
     world.db.peers["db1"].breaker.gate = gate
     return world

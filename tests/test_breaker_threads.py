@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -28,7 +28,6 @@ from django_proxysql.core import (
     permits,
     search,
 )
-from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
 from django_proxysql.core.logs import log_event
 from django_proxysql.core.runtime import new_lock
@@ -40,6 +39,7 @@ from tests.fakes import (
     OperationalError,
     RunningClock,
     even,
+    holding,
     in_thread,
     lock_is_free,
     peers,
@@ -48,6 +48,7 @@ from tests.fakes import (
     running,
     struck_at,
 )
+from tests.test_balancer import InOrder
 
 #: The files that a circuit's life is in.
 CIRCUITS = [str(module.__file__) for module in (breaker, circuit, leases, permits)]
@@ -56,15 +57,6 @@ CONNECTING = [
     *CIRCUITS,
     *(str(module.__file__) for module in (affinity, balancer, dispatch, group, search)),
 ]
-
-
-@pytest.fixture
-def hurried() -> Iterator[None]:
-    """Have the interpreter change threads as often as it can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 class Gate:
@@ -97,6 +89,13 @@ class Gate:
                     self.trials -= 1
 
 
+def openings(db: LoadBalancer) -> list[CircuitOpened]:
+    """Return a list that gets each opening."""
+    told: list[CircuitOpened] = []
+    db.add_listener(lambda event: told.append(event) if type(event) is CircuitOpened else None)
+    return told
+
+
 @pytest.mark.usefixtures("hurried")
 class TestHammering:
     @pytest.mark.parametrize("success_threshold", [1, 3])
@@ -112,8 +111,7 @@ class TestHammering:
             connect_deadline=15,
         )
         circuit = db.peers["flapping"].breaker
-        opened: list[Any] = []
-        db.add_listener(lambda event: opened.append(event) if type(event) is CircuitOpened else 0)
+        opened = openings(db)
         rounds = iter(range(100_000))
 
         def hammer() -> None:
@@ -134,51 +132,6 @@ class TestHammering:
         assert len(opened) > 5
         assert lock_is_free(circuit)
 
-    def test_never_two_trials_at_once_by_call(self) -> None:
-        """The same for callers of call() and calling()."""
-        clock = Clock()
-        turn = random.Random(4)
-        circuit = PeerBreaker(reset_timeout=1, clock=clock)
-        inside = threading.Semaphore(1)
-        overlaps: list[int] = []
-        refused: list[int] = []
-
-        def work() -> None:
-            if circuit.current_state != "closed":
-                if not inside.acquire(blocking=False):
-                    overlaps.append(1)
-                    return
-                time.sleep(0)
-                inside.release()
-            if turn.random() < 0.5:
-                raise refused_by_host()
-
-        rounds = iter(range(3000))
-
-        def hammer() -> None:
-            for number in rounds:
-                try:
-                    if number % 2:
-                        circuit.call(work)
-                    else:
-                        with circuit.calling():
-                            work()
-                except CircuitBreakerError:
-                    refused.append(1)
-                    clock.advance(0.2)
-                except Exception:
-                    pass
-
-        # A caller admitted while the circuit was closed may find it half-open as it
-        # begins to work, so only callers that come afterwards are counted: one at a time.
-        circuit.open()
-        clock.advance(2)
-        with running(*[hammer] * 64):
-            pass
-        assert refused
-        assert circuit.trial is None
-        assert lock_is_free(circuit)
-
     def test_burst_of_failures_opens_once(self, caplog: pytest.LogCaptureFixture) -> None:
         """64 threads that fail at once open the circuit once and write one line."""
         barrier = threading.Barrier(64)
@@ -189,13 +142,8 @@ class TestHammering:
                 raise refused_by_host()
             return Connection(attempt.peer.name)
 
-        class InOrder:
-            def order(self, peers: Any) -> Any:
-                return peers
-
         db = LoadBalancer(peers("db1", "db2"), strategy=InOrder, clock=Clock())
-        told: list[Any] = []
-        db.add_listener(lambda event: told.append(event) if type(event) is CircuitOpened else None)
+        told = openings(db)
         got: list[str] = []
         with running(*[lambda: got.append(db.connect(open_one).host)] * 64):
             pass
@@ -301,30 +249,6 @@ class TestHammering:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
 class TestFork:
-    in_child = staticmethod(in_child)
-
-    @staticmethod
-    def locked(circuit: Any) -> Any:
-        """Hold the circuit's lock in another thread for the length of the block."""
-        held, release = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with circuit._lock:
-                held.set()
-                assert release.wait(20)
-
-        class Locked:
-            def __enter__(self) -> None:
-                self.thread = threading.Thread(target=hold)
-                self.thread.start()
-                assert held.wait(10)
-
-            def __exit__(self, *exc: Any) -> None:
-                release.set()
-                self.thread.join()
-
-        return Locked()
-
     def test_while_another_thread_holds_the_lock(self) -> None:
         """A child made while the parent holds a circuit's lock connects, by a trial even."""
         clock = Clock()
@@ -333,19 +257,19 @@ class TestFork:
         circuit = db.peers["db1"].breaker
         circuit.open()
         clock.advance(30)
-        with self.locked(circuit):
-            assert self.in_child(lambda: db.connect().host + circuit.current_state) == "db1closed"
+        with holding(circuit._lock):
+            assert in_child(lambda: db.connect().host + circuit.current_state) == "db1closed"
 
     def test_while_a_thread_holds_the_lock_of_a_breaker_of_its_own(self) -> None:
         circuit = PeerBreaker(fail_max=1)
-        with self.locked(circuit):
+        with holding(circuit._lock):
 
             def work() -> str:
                 with pytest.raises(ZeroDivisionError):
                     circuit.call(lambda: 1 / 0)
                 return str(circuit.current_state)
 
-            assert self.in_child(work) == "open"
+            assert in_child(work) == "open"
         assert circuit.current_state == "closed"
 
     def test_while_a_trial_is_under_way(self) -> None:
@@ -363,7 +287,7 @@ class TestFork:
             trial.failed(OSError())  # the parent's; the child has no part in it
             return f"{before} {host} {circuit.current_state}"
 
-        assert self.in_child(work) == "open db1 closed"
+        assert in_child(work) == "open db1 closed"
         assert circuit.trial is not None
         trial.succeeded()
         assert circuit.current_state == "closed"
@@ -374,7 +298,7 @@ class TestFork:
         circuit.suspect()
         trial = circuit.acquire()
         assert trial.is_trial
-        assert self.in_child(lambda: str(db.connect().host)) == "db1"
+        assert in_child(lambda: str(db.connect().host)) == "db1"
 
     def test_child_made_within_a_guarded_trial_goes_on(self) -> None:
         clock = Clock()
@@ -387,7 +311,7 @@ class TestFork:
             return f"{circuit.current_state} {circuit.call(str)}{circuit.current_state}"
 
         permits = [circuit.acquire()]
-        assert self.in_child(work) == "open closed"
+        assert in_child(work) == "open closed"
 
     def test_child_keeps_what_is_known_and_no_connections(self) -> None:
         db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=Clock())
@@ -398,7 +322,7 @@ class TestFork:
             states = " ".join(state.state for state in db.snapshot())
             return states + str([peer.connections for peer in db.peers.values()])
 
-        assert self.in_child(work) == "open closed[0, 0]"
+        assert in_child(work) == "open closed[0, 0]"
         assert sum(peer.connections for peer in db.peers.values()) == 1
         assert connection
 
@@ -408,11 +332,24 @@ class TestFork:
         def work() -> str:
             return "".join(db.connect().host for _ in range(30))
 
-        assert self.in_child(work) != self.in_child(work)
+        assert in_child(work) != in_child(work)
+
+
+#: What a test does with a balancer.
+Scene = Callable[[LoadBalancer], object]
 
 
 class Injected(BaseException):
     """What is thrown into threads, as Celery's and debuggers' time-outs are."""
+
+
+def failing_at_times(seed: int) -> tuple[RunningClock, Gate, LoadBalancer]:
+    clock, turn = RunningClock(), random.Random(seed)
+    db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
+    # A thread that is killed where logging has just taken a handler's lock keeps it
+    # for ever, whichever thread writes the line.
+    db.remove_listener(log_event)
+    return clock, Gate(lambda: turn.random() < 0.6), db
 
 
 def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
@@ -439,6 +376,65 @@ def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
     assert {peer.name for tier in view.tiers for peer in tier} == set(db.peers)
 
 
+def interrupted_at(
+    step: int, work: Callable[[], object], files: Collection[str] = CONNECTING
+) -> tuple[bool, str]:
+    """Run ``work`` and raise Injected at the step-th line that it runs of ``files``."""
+    return struck_at(step, work, Injected, None, files)
+
+
+def connecting(*down: str) -> Scene:
+    def open_one(attempt: Any) -> str:
+        if attempt.peer.name in down:
+            raise refused_by_host()
+        return str(attempt.peer.name)
+
+    return lambda db: db.connect(open_one)
+
+
+def suspected(db: LoadBalancer) -> object:
+    for peer in db.peers.values():
+        peer.breaker.suspect("lost", Fault.LOST)
+    return connecting("db1")(db)
+
+
+def released(db: LoadBalancer) -> object:
+    return raised_by(lambda: db.connect(lambda attempt: 1 / 0))
+
+
+def guarded(db: LoadBalancer) -> object:
+    with db.peers["db1"].breaker.calling():
+        pass
+    return db.peers["db1"].breaker.call(lambda: 1 / 0)
+
+
+#: What is done, and whether the peers are out and their trials due.
+SCENES: dict[str, tuple[Scene, bool]] = {
+    "connecting": (connecting(), False),
+    "failing over": (connecting("db1"), False),
+    "all down": (connecting("db1", "db2"), False),
+    "trials, good": (connecting(), True),
+    "trials, bad": (connecting("db1", "db2"), True),
+    "suspects": (suspected, False),
+    "trial released": (released, True),
+    "guarded calls": (guarded, False),
+    "guarded trial": (guarded, True),
+}
+
+
+def prepared(name: str) -> tuple[LoadBalancer, Clock, Callable[[], object]]:
+    """Return a balancer as the scene begins, its clock, and what is done."""
+    scene, out = SCENES[name]
+    clock = Clock()
+    db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
+    db.remove_listener(log_event)
+    if out:
+        for peer in db.peers.values():
+            peer.breaker.open()
+        clock.advance(30)
+    return db, clock, lambda: scene(db)
+
+
 class TestAsynchronousExceptions:
     @pytest.fixture(autouse=True)
     def unraisable(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,15 +444,8 @@ class TestAsynchronousExceptions:
     @pytest.mark.usefixtures("hurried")
     def test_thrown_into_threads_that_hammer(self) -> None:
         """Threads that are hit anywhere leave circuits that work: no lock lost, no trial stuck."""
-        clock = RunningClock()
-        turn = random.Random(5)
-        gate = Gate(lambda: turn.random() < 0.6)
-        db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
-        # A thread that is killed where logging has just taken a handler's lock keeps it
-        # for ever, whichever thread writes the line.
-        db.remove_listener(log_event)
+        clock, gate, db = failing_at_times(5)
         stop = threading.Event()
-        hits = [0]
 
         def hammer() -> None:
             while not stop.is_set():
@@ -468,13 +457,11 @@ class TestAsynchronousExceptions:
                             clock.advance(0.5)
                         db.peers["db1"].breaker.suspect()
                 except Injected:
-                    hits[0] += 1
+                    pass
 
         def victim() -> None:
-            try:
+            with contextlib.suppress(Injected):
                 hammer()
-            except Injected:
-                hits[0] += 1
 
         threads = [threading.Thread(target=victim, daemon=True) for _ in range(8)]
         for thread in threads:
@@ -496,13 +483,7 @@ class TestAsynchronousExceptions:
 
     def test_by_a_signal(self) -> None:
         """The same for a signal handler that raises, as Ctrl-C's and alarm's do."""
-        clock = RunningClock()
-        turn = random.Random(7)
-        gate = Gate(lambda: turn.random() < 0.6)
-        db = LoadBalancer(peers("db1", "db2"), clock=clock, connect_deadline=0.01)
-        # A thread that is killed where logging has just taken a handler's lock keeps it
-        # for ever, whichever thread writes the line.
-        db.remove_listener(log_event)
+        clock, gate, db = failing_at_times(7)
         armed = False
 
         def strike(*args: Any) -> None:
@@ -536,78 +517,15 @@ class TestAsynchronousExceptions:
             signal.signal(signal.SIGVTALRM, before)
         works_again(db, clock)
 
-    # Each line in turn
-
-    @staticmethod
-    def interrupted_at(
-        step: int,
-        work: Callable[[], object],
-        files: Collection[str] = CONNECTING,
-    ) -> tuple[bool, str]:
-        """Run ``work`` and raise Injected at the step-th line that it runs of the core."""
-        return struck_at(step, work, Injected, None, files)
-
-    @staticmethod
-    def scenes() -> dict[str, Callable[[LoadBalancer, Clock], object]]:
-        def connecting(*down: str) -> Callable[[LoadBalancer, Clock], object]:
-            def scene(db: LoadBalancer, clock: Clock) -> object:
-                def open_one(attempt: Any) -> str:
-                    if attempt.peer.name in down:
-                        raise refused_by_host()
-                    return str(attempt.peer.name)
-
-                return db.connect(open_one)
-
-            return scene
-
-        def out(scene: Callable[[LoadBalancer, Clock], object]) -> Any:
-            def prepared(db: LoadBalancer, clock: Clock) -> object:
-                return scene(db, clock)
-
-            prepared.out = True  # type: ignore[attr-defined]
-            return prepared
-
-        def suspected(db: LoadBalancer, clock: Clock) -> object:
-            for peer in db.peers.values():
-                peer.breaker.suspect("lost", Fault.LOST)
-            return connecting("db1")(db, clock)
-
-        def released(db: LoadBalancer, clock: Clock) -> object:
-            return raised_by(lambda: db.connect(lambda attempt: 1 / 0))
-
-        def guarded(db: LoadBalancer, clock: Clock) -> object:
-            with db.peers["db1"].breaker.calling():
-                pass
-            return db.peers["db1"].breaker.call(lambda: 1 / 0)
-
-        return {
-            "connecting": connecting(),
-            "failing over": connecting("db1"),
-            "all down": connecting("db1", "db2"),
-            "trials, good": out(connecting()),
-            "trials, bad": out(connecting("db1", "db2")),
-            "suspects": suspected,
-            "trial released": out(released),
-            "guarded calls": guarded,
-            "guarded trial": out(guarded),
-        }
-
-    @pytest.mark.parametrize("name", list(scenes.__func__()))
+    @pytest.mark.parametrize("name", list(SCENES))
     def test_circuits_work_after_one_at_any_line_of_the_core(self, name: str) -> None:
-        scene = self.scenes()[name]
         step = 0
         gc.disable()
         try:
             while True:
                 step += 1
-                clock = Clock()
-                db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
-                db.remove_listener(log_event)
-                if getattr(scene, "out", False):
-                    for peer in db.peers.values():
-                        peer.breaker.open()
-                    clock.advance(30)
-                there, where = self.interrupted_at(step, lambda: scene(db, clock))  # noqa: B023
+                db, clock, scene = prepared(name)
+                there, where = interrupted_at(step, scene)
                 try:
                     # The failures of a scene count: those peers are left alone for longer.
                     works_again(db, clock, after=33 if "bad" in name or "down" in name else 1)
@@ -730,14 +648,7 @@ class TestAsynchronousExceptions:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
     @pytest.mark.parametrize("name", ["trials, bad", "suspects"])
     def test_child_made_at_any_line_connects_at_once(self, name: str) -> None:
-        scene = self.scenes()[name]
-        clock = Clock()
-        db = LoadBalancer(peers("db1", "db2"), clock=clock, jitter=even)
-        db.remove_listener(log_event)
-        if getattr(scene, "out", False):
-            for peer in db.peers.values():
-                peer.breaker.open()
-            clock.advance(30)
+        db, clock, scene = prepared(name)
         files = set(CONNECTING)
         made: dict[tuple[str, int], str] = {}
 
@@ -758,7 +669,7 @@ class TestAsynchronousExceptions:
             at = frame.f_code.co_name, frame.f_lineno
             if event == "line" and at not in made:
                 sys.settrace(None)
-                made[at] = TestFork.in_child(work)
+                made[at] = in_child(work)
                 assert made[at] == "db1 db2 True", at
                 sys.settrace(trace)
             return trace
@@ -766,7 +677,7 @@ class TestAsynchronousExceptions:
         gc.collect()
         sys.settrace(trace)
         try:
-            raised = raised_by(lambda: scene(db, clock))
+            raised = raised_by(scene)
         finally:
             sys.settrace(None)
         assert not isinstance(raised, AssertionError), raised

@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from django_proxysql.core.budget import (
     ReplayBudget,
 )
 from django_proxysql.registry import balancers
+from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
+from tests.fakes import holding, running
 
 
 class Used:
@@ -215,65 +218,40 @@ def test_threads_share_it(used: Used) -> None:
         barrier.wait()
         allowed.append(sum(used.budget.spend(f"SELECT {n}") for n in range(100)))
 
-    threads = [threading.Thread(target=spend) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with running(*[spend] * 8):
+        pass
     assert sum(allowed) == 100
 
 
 def test_barring_spending_and_noting_at_once_raise_nothing(used: Used) -> None:
-    errors: list[BaseException] = []
     until = time.monotonic() + 0.5
 
     def use(mine: int) -> None:
         number = 0
-        try:
-            while time.monotonic() < until:
-                number += 1
-                used.budget.bar(f"SELECT {mine}, {number}")
-                used.budget.spend(f"SELECT {mine}, {number - 1}")
-                used.clock.advance(0.1)
-                used.run()
-        except BaseException as exc:
-            errors.append(exc)
+        while time.monotonic() < until:
+            number += 1
+            used.budget.bar(f"SELECT {mine}, {number}")
+            used.budget.spend(f"SELECT {mine}, {number - 1}")
+            used.clock.advance(0.1)
+            used.run()
 
-    threads = [threading.Thread(target=use, args=[mine]) for mine in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with running(*[partial(use, mine) for mine in range(4)]):
+        pass
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork()")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_while_it_is_held(tmp_path: Any) -> None:
     with engine([sqlite_peer(tmp_path / "db")], PEER_ENGINE=SQLITE) as connection:
         budget = balancers[connection.alias].group.budget
         budget.spend("SELECT 1")
-        held, release = threading.Event(), threading.Event()
 
-        def hold() -> None:
-            with budget._lock:
-                held.set()
-                release.wait(30)
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait(30)
-        child = os.fork()
-        if not child:
-            threading.Timer(10, os._exit, [3]).start()
+        def child() -> int:
             allowed = sum(budget.spend("SELECT 1") for _ in range(20))
             budget.bar("SELECT 1")
-            os._exit(0 if allowed == 9 else 4)
-        try:
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        finally:
-            release.set()
-            thread.join()
+            return allowed
+
+        with holding(budget._lock):
+            assert in_child(child) == "9"
         assert sum(budget.spend("SELECT 1") for _ in range(20)) == 9
 
 
@@ -342,9 +320,6 @@ class TestLosses:
         def lose() -> None:
             seen.extend(losses.note("one", f"SELECT {n % 7}", next(someone)) for n in range(2000))
 
-        threads = [threading.Thread(target=lose) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
+        with running(*[lose] * 4):
+            pass
         assert seen == [False] * 8000

@@ -5,28 +5,22 @@ from __future__ import annotations
 import _thread
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from django_proxysql import LoadBalancer
+from django_proxysql import LoadBalancer, PeerBreaker
 from django_proxysql.core import dispatch, runtime
 from django_proxysql.core.dispatch import MOST, Dispatcher
 from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhausted
 from django_proxysql.core.logs import log_event
-from tests.children import in_child
+from tests.children import in_child, run_python
 from tests.fakes import Recorder, in_thread, raised_by, running, until
-from tests.test_breaker_threads import CIRCUITS, TestAsynchronousExceptions, hurried  # noqa: F401
-
-interrupted_at = TestAsynchronousExceptions.interrupted_at
-# Not to be collected here again.
-del TestAsynchronousExceptions
+from tests.test_breaker_threads import CIRCUITS, interrupted_at
 
 
 def event(number: int) -> PeersExhausted:
@@ -106,11 +100,8 @@ def test_behind_what_waits(listening: Listening) -> None:
     db.add_listener(listening)
     db.add_listener(lambda told: numbers.append((told.error, threading.get_ident())))
     listening.go_on.clear()
-    (dispatcher,) = (
-        dispatcher
-        for dispatcher in db.group.listeners.dispatchers
-        if dispatcher.listener is listening
-    )
+    dispatcher = db.group.listeners.dispatchers[-2]
+    assert dispatcher.listener is listening
     deliver(dispatcher, event(0))
     listening.wait(1)
     deliver(dispatcher, event(1))
@@ -132,11 +123,8 @@ def test_no_event_is_left_and_no_two_at_once(dispatcher: Dispatcher, listening: 
             deliver(dispatcher, event(1))
             until(lambda: not dispatcher.waiting)
 
-    threads = [threading.Thread(target=tell) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with running(*[tell] * 4):
+        pass
     until(lambda: len(listening.told) == 400)
     assert listening.most == 1
 
@@ -276,18 +264,28 @@ class Pager:
         self.ended.append(type(told))
 
 
-def test_change_waits_for_the_one_before_it() -> None:
-    """A change that is made while the thread delivers an older one comes after that."""
+def paged(hangs_at: type | None = None) -> tuple[LoadBalancer, PeerBreaker, Pager]:
+    """Return a balancer, the circuit of its peer, and a listener of it."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     pager = Pager()
-    pager.hangs_at = CircuitClosed
+    pager.hangs_at = hangs_at
     db.add_listener(pager)
-    (dispatcher,) = (
-        dispatcher for dispatcher in db.group.listeners.dispatchers if dispatcher.listener is pager
-    )
-    deliver(dispatcher, CircuitClosed("default", "db1", "db1", 1.0, True))
+    return db, db.peers["db1"].breaker, pager
+
+
+def assert_in_turn(pager: Pager, circuit: PeerBreaker) -> None:
+    turn = [CircuitOpened, CircuitClosed]
+    assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))]
+    assert pager.ended[-1] is turn[circuit.current_state == "closed"]
+
+
+def test_change_waits_for_the_one_before_it() -> None:
+    """A change that is made while the thread delivers an older one comes after that."""
+    db, circuit, pager = paged(CircuitClosed)
+    closed = CircuitClosed("default", "db1", "db1", 1.0, True)
+    deliver(db.group.listeners.dispatchers[-1], closed)
     assert pager.inside.wait(30)
-    in_thread(db.peers["db1"].breaker.open)
+    in_thread(circuit.open)
     pager.go_on.set()
     until(lambda: len(pager.ended) == 2)
     assert pager.ended == [CircuitClosed, CircuitOpened]
@@ -327,12 +325,9 @@ def test_an_event_waits_behind_a_change_that_is_not_delivered_yet() -> None:
 
 def test_change_that_is_delivered_here_holds_up_no_other_thread() -> None:
     """A second thread's change waits behind a listener that hangs in the first; it does not."""
-    db = LoadBalancer({"db1": {"host": "db1"}})
-    pager, listening = Pager(), Pager()
-    pager.hangs_at = CircuitOpened
-    db.add_listener(pager)
+    db, circuit, pager = paged(CircuitOpened)
+    listening = Pager()
     db.add_listener(listening)
-    circuit = db.peers["db1"].breaker
     with running(circuit.open):
         assert pager.inside.wait(30)
         circuit.close()
@@ -346,10 +341,8 @@ def test_change_that_is_delivered_here_holds_up_no_other_thread() -> None:
 def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -> None:
     """Each listener, the log and pybreaker's listeners get the changes in turn."""
     caplog.set_level("INFO", "django_proxysql")
-    db = LoadBalancer({"db1": {"host": "db1"}})
-    circuit = db.peers["db1"].breaker
-    pager, recorder = Pager(), Recorder()
-    db.add_listener(pager)
+    db, circuit, pager = paged()
+    recorder = Recorder()
     circuit.add_listener(recorder)
 
     def flap() -> None:
@@ -362,10 +355,7 @@ def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -
     until(
         lambda: not any(dispatcher.waiting or dispatcher.is_running for dispatcher in dispatchers)
     )
-    turn = [CircuitOpened, CircuitClosed]
-    assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))]
-    last = {"open": CircuitOpened, "closed": CircuitClosed}[circuit.current_state]
-    assert pager.ended[-1] is last
+    assert_in_turn(pager, circuit)
     words = [re.search("opened|closed", line)[0] for line in caplog.messages]  # type: ignore[index]
     assert words == [("opened", "closed")[number % 2] for number in range(len(pager.ended))]
     states = [told for told in recorder.told if isinstance(told, tuple)]
@@ -414,11 +404,8 @@ def test_change_within_a_change() -> None:
     step, there = 0, True
     while there:
         step += 1
-        db = LoadBalancer({"db1": {"host": "db1"}})
+        db, circuit, pager = paged()
         db.remove_listener(log_event)
-        circuit = db.peers["db1"].breaker
-        pager = Pager()
-        db.add_listener(pager)
         left, there = step, False
 
         def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -440,21 +427,14 @@ def test_change_within_a_change() -> None:
             circuit.open()
         finally:
             sys.settrace(None)
-        turn = [CircuitOpened, CircuitClosed]
-        assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))], step
-        last = {"open": CircuitOpened, "closed": CircuitClosed}[circuit.current_state]
-        assert pager.ended[-1] is last, step
+        assert_in_turn(pager, circuit)
     assert step > 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_fork_while_a_change_is_delivered() -> None:
     """The child delivers its own changes, in their order, and none of its parent's."""
-    db = LoadBalancer({"db1": {"host": "db1"}})
-    circuit = db.peers["db1"].breaker
-    pager = Pager()
-    pager.hangs_at = CircuitOpened
-    db.add_listener(pager)
+    _, circuit, pager = paged(CircuitOpened)
 
     def child() -> str:
         pager.ended.clear()
@@ -477,7 +457,7 @@ def test_fork_while_a_change_is_delivered() -> None:
 EXIT = """
 import sys, threading, time
 from django_proxysql.core import runtime
-from django_proxysql import LoadBalancer
+from django_proxysql import LoadBalancer, PeerBreaker
 
 db = LoadBalancer({"db1": {"host": "db1"}})
 begun = threading.Event()
@@ -498,15 +478,8 @@ runtime.AT_EXIT = {seconds}
 
 
 def at_exit(work: str, seconds: float = 5) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT.replace("{work}", work).replace("{seconds}", str(seconds))],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    program = EXIT.replace("{work}", work).replace("{seconds}", str(seconds))
+    return run_python(program).stdout
 
 
 def test_process_ends_when_what_was_begun_is_written() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
-import os
 import pathlib
 import re
 import sqlite3
-import subprocess
 import sys
 import textwrap
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import django
@@ -28,6 +26,7 @@ from django_proxysql import balancers
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
 from django_proxysql.conf.keys import ENGINE
 from tests.app.models import Token
+from tests.children import run_python
 from tests.engine import (
     MYSQL,
     POSTGRESQL,
@@ -39,13 +38,11 @@ from tests.engine import (
     postgres_peer,
     sqlite_peer,
 )
+from tests.fakes import in_thread
 from tests.servers import USER
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
-
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 # What the extra [test] brings where its Djangos are tested.
 without_prometheus = pytest.mark.skipif(
@@ -179,19 +176,9 @@ def test_pymysql_in_the_place_of_mysqlclient(mariadb_pair: tuple[Node, Node]) ->
 def run(script: str) -> str:
     """Return what ``script`` prints in a process of its own, where Django is set up."""
     setup = "import django\ndjango.setup()\n"
-    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"}
-    script = textwrap.dedent(script)
     # What is to be imported before Django stands before its own line "import tests…".
-    before, middle, after = script.partition("import tests.")
-    process = subprocess.run(
-        [sys.executable, "-c", before + setup + middle + after],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    before, middle, after = textwrap.dedent(script).partition("import tests.")
+    return run_python(before + setup + middle + after).stdout
 
 
 GIS = "django.contrib.gis.db.backends."
@@ -259,10 +246,11 @@ def test_gis_on_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
             mariadb_pair[0].kill()
 
 
+@contextlib.contextmanager
 def differently_numbered(
     nodes: tuple[PostgreSQLNode, PostgreSQLNode], name: str, *extensions: str
-) -> None:
-    """Make a database ``maps`` on each, where the type ``name`` of an extension has two numbers."""
+) -> Iterator[Any]:
+    """Have a database ``maps`` on each, where the type ``name`` of an extension has two numbers."""
     numbers = set()
     for node in nodes:
         node.create_database("maps", USER)
@@ -273,30 +261,31 @@ def differently_numbered(
                 break
             node.sql("; ".join(f"DROP EXTENSION {one} CASCADE" for one in extensions[::-1]), "maps")
         numbers.add(number)
+    try:
+        yield [postgres_peer(node, NAME="maps") for node in nodes]
+    finally:
+        # One of them has been killed.
+        nodes[0].start()
+        for node in nodes:
+            node.terminate_connections(USER)
+            node.sql("DROP DATABASE maps")
 
 
 @pytest.mark.skipif(django.VERSION < (4, 2), reason="psycopg 3 came with Django 4.2")
 def test_types_of_extensions(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
     """django.contrib.postgres: hstore and citext, on peers where they have different numbers."""
-    differently_numbered(postgres_pair, "hstore", "citext", "hstore")
-    peers = [postgres_peer(node, NAME="maps") for node in postgres_pair]
-    try:
-        with (
-            modify_settings(INSTALLED_APPS={"append": ["django.contrib.postgres"]}),
-            engine(peers, PEER_ENGINE=POSTGRESQL) as connection,
-        ):
-            balancer = balancers["balanced"]
-            for name in ("peer0", "peer1", "peer0"):
-                connection.close()
-                with balancer.pinned(balancer.peers[name]), connection.cursor() as cursor:
-                    cursor.execute("SELECT 'a=>1'::hstore, ARRAY['x']::citext[]")
-                    assert cursor.fetchone() == ({"a": "1"}, ["x"])
-                    assert connection.peer.name == name
-            assert type(connection.alias) is str
-    finally:
-        for node in postgres_pair:
-            node.terminate_connections(USER)
-            node.sql("DROP DATABASE maps")
+    with (
+        differently_numbered(postgres_pair, "hstore", "citext", "hstore") as peers,
+        modify_settings(INSTALLED_APPS={"append": ["django.contrib.postgres"]}),
+        engine(peers, PEER_ENGINE=POSTGRESQL) as connection,
+    ):
+        for name in ("peer0", "peer1", "peer0"):
+            connection.close()
+            with balancers["balanced"].pinned(name), connection.cursor() as cursor:
+                cursor.execute("SELECT 'a=>1'::hstore, ARRAY['x']::citext[]")
+                assert cursor.fetchone() == ({"a": "1"}, ["x"])
+                assert connection.peer.name == name
+        assert type(connection.alias) is str
 
 
 @pytest.mark.parametrize(
@@ -319,28 +308,22 @@ def test_postgis(
     """PostGIS, on peers whose types have different numbers, and of which one dies."""
     if "server_side_binding" in options and django.VERSION < (4, 2):
         pytest.skip("psycopg 3, and its option, came with Django 4.2")
-    differently_numbered(postgres_pair, "geometry", "postgis", "postgis_raster")
-    peers = [postgres_peer(node, NAME="maps") for node in postgres_pair]
-    try:
-        with engine(peers, PEER_ENGINE=GIS + "postgis", OPTIONS=options) as connection:
-            assert_is_like(connection, GIS + "postgis")
-            balancer = balancers["balanced"]
-            for name in ("peer0", "peer1", "peer0"):
-                connection.close()
-                with balancer.pinned(balancer.peers[name]):
-                    assert_works(connection)
-                    assert_maps(connection)
-                    assert connection.peer.name == name
+    with (
+        differently_numbered(postgres_pair, "geometry", "postgis", "postgis_raster") as peers,
+        engine(peers, PEER_ENGINE=GIS + "postgis", OPTIONS=options) as connection,
+    ):
+        assert_is_like(connection, GIS + "postgis")
+        for name in ("peer0", "peer1", "peer0"):
             connection.close()
-            postgres_pair[0].kill()
-            assert_works(connection)
-            assert_maps(connection)
-            assert connection.peer.name == "peer1"
-    finally:
-        postgres_pair[0].start()
-        for node in postgres_pair:
-            node.terminate_connections(USER)
-            node.sql("DROP DATABASE maps")
+            with balancers["balanced"].pinned(name):
+                assert_works(connection)
+                assert_maps(connection)
+                assert connection.peer.name == name
+        connection.close()
+        postgres_pair[0].kill()
+        assert_works(connection)
+        assert_maps(connection)
+        assert connection.peer.name == "peer1"
 
 
 @pytest.mark.skipif(
@@ -470,9 +453,7 @@ def test_copies_share_circuits(mariadb: Node) -> None:
             type(connection)(copy.deepcopy(connection.settings_dict)),
             connections["balanced"],
         ]
-        thread = threading.Thread(target=lambda: made.append(connections["balanced"]))
-        thread.start()
-        thread.join()
+        made.append(in_thread(lambda: connections["balanced"]))
         made[-1].inc_thread_sharing()
         for wrapper in made:
             assert type(wrapper) is type(connection)

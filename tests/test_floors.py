@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import re
 import runpy
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import django_proxysql
+from tests.children import run_python
 
 PACKAGE = "django_proxysql"
 ROOT = Path(django_proxysql.__file__).parent
@@ -227,20 +226,8 @@ WITHOUT_DJANGO = """
 
 def without_django(program: str, *arguments: str) -> str:
     """Return what ``program`` prints in a process in which ``import django`` fails."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(WITHOUT_DJANGO) + textwrap.dedent(program),
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    script = textwrap.dedent(WITHOUT_DJANGO) + textwrap.dedent(program)
+    return run_python(script, *arguments).stdout
 
 
 def test_core_connects_without_django() -> None:
@@ -331,15 +318,8 @@ def test_redis_is_imported_where_state_is_shared_alone(shared: bool) -> None:
             cursor.execute("SELECT 1")
         print("django_proxysql" in asked, "django_proxysql.core.sharing" in sys.modules)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{shared} {shared}"
+    printed = run_python(program).stdout
+    assert printed.splitlines()[-1] == f"{shared} {shared}"
 
 
 @pytest.mark.skipif(not (ROOT.parent / "docs").exists(), reason="the docs are not here")
@@ -354,15 +334,8 @@ def test_picture_of_the_house_is_drawn_from_the_imports_of_today() -> None:
 
 def test_walks_go_through_both_sides_of_the_house() -> None:
     """The command for contributors shows a connect and a lost read."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.walks"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    connect, _, lost = done.stdout.partition("a lost read: ")
+    program = "import runpy; runpy.run_module('tests.walks', run_name='__main__')"
+    connect, _, lost = run_python(program).stdout.partition("a lost read: ")
     assert "core/search.py" in connect
     assert "may_replay" not in connect
     assert re.search("backends/decisions.py +may_replay", lost)

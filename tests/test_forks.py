@@ -17,6 +17,7 @@ from django.db.utils import Error
 
 from django_proxysql import LoadBalancer
 from tests.children import in_child
+from tests.fakes import in_thread, running
 from tests.site import Site
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
@@ -203,25 +204,20 @@ def test_connections_of_other_threads(here: Site, mine: int) -> None:
         said.append(ask() == before)
         connections[here.connection.alias].close()
 
-    thread = threading.Thread(target=hold)
-    thread.start()
-    try:
+    def work() -> str:
+        gc.collect()
+        return "done"
+
+    with running(hold):
         assert ready.wait(20)
-
-        def work() -> str:
-            gc.collect()
-            return "done"
-
         assert in_child(work) == "done"
         assert in_child(work) == "done"
-    finally:
         over.set()
-        thread.join()
     assert said == [True]
     assert not here.losses()
 
 
-def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> None:
+def test_child_waits_for_no_other_threads_statement(here: Site, mine: int) -> None:
     said: list[Any] = []
     lock, unlock = "SELECT GET_LOCK('gate', 20)", "SELECT RELEASE_LOCK('gate')"
     is_waiting = "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"
@@ -236,24 +232,21 @@ def test_in_the_middle_of_another_threads_statement(here: Site, mine: int) -> No
             said.extend(cursor.fetchall())
         connection.close()
 
+    def work() -> str:
+        gc.collect()
+        return f"{here.sql('SELECT 1')}"
+
     with here.plain.cursor() as cursor:
         cursor.execute(lock)
-        thread = threading.Thread(target=ask)
-        thread.start()
-        try:
+        with running(ask):
             waiting = 0
             while not waiting:
                 cursor.execute(is_waiting)
                 ((waiting,),) = cursor.fetchall()
-
-            def work() -> str:
-                gc.collect()
-                return f"{here.sql('SELECT 1')}"
-
-            assert in_child(work) == "[(1,)]"
-        finally:
-            cursor.execute(unlock)
-            thread.join()
+            try:
+                assert in_child(work) == "[(1,)]"
+            finally:
+                cursor.execute(unlock)
     assert said == [(1 if here.is_mysql else "",)]
     assert not here.losses()
 
@@ -276,16 +269,11 @@ def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
     """Wrappers are forgotten with their threads, and not held on to after a fork."""
     from django_proxysql.backends import sessions as inherited
 
-    others: list[Any] = []
-    thread = threading.Thread(
-        target=lambda: others.append(weakref.ref(connections[here.connection.alias]))
-    )
-    thread.start()
-    thread.join()
+    other = in_thread(lambda: weakref.ref(connections[here.connection.alias]))
     assert in_child(lambda: "done") == "done"
     gc.collect()
     assert inherited._held == {}
-    assert others[0]() is None
+    assert other() is None
     assert here.connection in inherited._wrappers.all()
 
 
@@ -315,7 +303,6 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(decorators.postfork_chain) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_python_calls_the_child_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python has called in the child is not called there again."""
     from django_proxysql.core import runtime

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from django.test.utils import override_settings
 from django.urls import path
 
 from django_proxysql import balancers
+from tests.children import run_python
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
@@ -148,7 +148,4 @@ def test_error_without_the_package_says_what_to_install() -> None:
         "except ImportError as exc:\n"
         "    print(exc)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert 'pip install "django-health-check>=4"' in done.stdout
+    assert 'pip install "django-health-check>=4"' in run_python(program).stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,7 +13,7 @@ from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends import pools
 from django_proxysql.core import dispatch
 from django_proxysql.core.runtime import RecoveringLock, new_lock
-from tests.fakes import in_thread, running
+from tests.fakes import holding, in_thread, running
 
 
 def test_one_at_a_time() -> None:
@@ -38,32 +37,17 @@ def test_holder_that_never_releases() -> None:
             assert inside == [1]
             inside.pop()
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+    with running(*[work] * 8):
+        pass
 
 
 def test_holder_who_is_late() -> None:
     """A release of what has been taken away does nothing, and another's is not touched."""
     lock = RecoveringLock(patience=0.01)
     lock.acquire()
-    taken, over = threading.Event(), threading.Event()
-
-    def take() -> None:
-        with lock:
-            taken.set()
-            over.wait(10)
-
-    thread = threading.Thread(target=take)
-    thread.start()
-    assert taken.wait(10)
-    lock.release()
-    assert not lock.acquire(blocking=False)
-    over.set()
-    thread.join()
+    with holding(lock):
+        lock.release()
+        assert not lock.acquire(blocking=False)
     assert lock.acquire(blocking=False)
 
 

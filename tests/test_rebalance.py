@@ -20,14 +20,14 @@ from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.core.events import ConnectionReplaced
 from django_proxysql.core.peer import Checkout, Peer
-from tests import test_breaker_threads
+from tests.children import in_child
 from tests.engine import SQLITE, engine, mysql_peer, sqlite_peer
 from tests.engine import Clock as EngineClock
 from tests.fakes import Clock, in_thread, running, until
 from tests.servers.mariadb import Node
 from tests.site import Site
 from tests.test_balancer import InOrder
-from tests.test_breaker_threads import hurried  # noqa: F401
+from tests.test_breaker_threads import interrupted_at
 
 SECONDS = 30.0
 
@@ -313,7 +313,7 @@ class TestClaim:
             process = self.process(2)
             process.clock.advance(SECONDS)
             a = process.db.peers["a"]
-            there, _ = test_breaker_threads.TestAsynchronousExceptions.interrupted_at(
+            there, _ = interrupted_at(
                 step,
                 lambda: process.db.group.claim_move(a),  # noqa: B023
                 [rebalance.__file__],
@@ -334,7 +334,7 @@ class TestClaim:
             return f"{returns} {len(process.db.group.rebalance.returns)}"
 
         with process.db.group.rebalance._lock:
-            assert test_breaker_threads.TestFork.in_child(work) == "() 1"
+            assert in_child(work) == "() 1"
 
 
 class TestEngine:

@@ -29,7 +29,7 @@ from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.logs import log_event
 from django_proxysql.core.trials import TrialWorker, trial_worker
-from tests import test_breaker_threads
+from tests.children import in_child
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.engine import Clock as EngineClock
 from tests.fakes import (
@@ -45,7 +45,7 @@ from tests.fakes import (
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 from tests.test_balancer import World
-from tests.test_breaker_threads import Injected, hurried  # noqa: F401
+from tests.test_breaker_threads import Injected, interrupted_at
 
 ROOT = Path(__file__).parent.parent
 Pair = tuple[Node, Node]
@@ -642,7 +642,7 @@ class TestThread:
         over = threading.Event()
 
         def victim(*args: Any) -> None:
-            there, where = test_breaker_threads.TestAsynchronousExceptions.interrupted_at(
+            there, where = interrupted_at(
                 step, lambda: worker._run(*args), [trials.__file__, runtime.__file__]
             )
             if there:
@@ -736,7 +736,7 @@ class TestForked:
             until(lambda: not trial_worker.is_running)
             return f"{before} {after} {world.driver.hosts}"
 
-        assert test_breaker_threads.TestFork.in_child(work) == "False True ['db2', 'db1']"
+        assert in_child(work) == "False True ['db2', 'db1']"
         assert world.states() == "open closed"
         assert trial_worker.is_running
         world.db.peers["db1"].breaker.close()

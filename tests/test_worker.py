@@ -19,7 +19,7 @@ from django_proxysql.core import runtime
 from django_proxysql.core.runtime import Worker, current_worker, new_lock
 from tests.children import in_child
 from tests.fakes import in_thread, running, struck_at, until
-from tests.test_breaker_threads import Injected, hurried  # noqa: F401
+from tests.test_breaker_threads import Injected
 from tests.test_locks import at_every_line
 
 ROOT = Path(__file__).parent.parent
