@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import types
+from functools import partial
 from typing import Any
 
 import pybreaker
@@ -32,6 +33,7 @@ from tests.fakes import (
     running,
     too_many,
 )
+from tests.test_like_pybreaker import WAYS
 
 
 class Boom(Exception):
@@ -271,62 +273,42 @@ class TestFromWithin:
         assert got[0].is_trial
 
 
+async def within(breaker: PeerBreaker, func: Any) -> Any:
+    async with breaker.calling_async():
+        return func()
+
+
+async def awaited(breaker: PeerBreaker, func: Any) -> Any:
+    async def work() -> Any:
+        return func()
+
+    return await breaker.call_async(work)
+
+
+async def run_through(breaker: PeerBreaker, func: Any) -> Any:
+    async def items() -> Any:
+        yield func()
+
+    (item,) = [item async for item in await breaker.call_async(items)]
+    return item
+
+
+#: The ways to guard a function.
+GUARDS: dict[str, Any] = {
+    **{name: way for name, way in WAYS.items() if name != "generator"},
+    "call_async": lambda breaker, func: asyncio.run(awaited(breaker, func)),
+    "call_async, plain function": lambda breaker, func: asyncio.run(breaker.call_async(func)),
+    "call_async, generator": lambda breaker, func: asyncio.run(run_through(breaker, func)),
+    "calling_async": lambda breaker, func: asyncio.run(within(breaker, func)),
+}
+
+
 class TestCalls:
     """call, calling, the decorator and call_async: pybreaker's interface."""
 
-    def guards(self, breaker: PeerBreaker) -> dict[str, Any]:
-        def by_calling(func: Any) -> Any:
-            with breaker.calling():
-                return func()
-
-        def by_call_async(func: Any) -> Any:
-            async def work() -> Any:
-                return func()
-
-            return asyncio.run(breaker.call_async(work))
-
-        def by_calling_async(func: Any) -> Any:
-            async def work() -> Any:
-                async with breaker.calling_async():
-                    return func()
-
-            return asyncio.run(work())
-
-        def by_async_generator(func: Any) -> Any:
-            async def items() -> Any:
-                yield func()
-
-            async def work() -> Any:
-                (item,) = [item async for item in await breaker.call_async(items)]
-                return item
-
-            return asyncio.run(work())
-
-        return {
-            "call": breaker.call,
-            "calling": by_calling,
-            "decorator": lambda func: breaker(func)(),
-            "decorator with brackets": lambda func: breaker()(func)(),
-            "call_async": by_call_async,
-            "call_async, plain function": lambda func: asyncio.run(breaker.call_async(func)),
-            "call_async, generator": by_async_generator,
-            "calling_async": by_calling_async,
-        }
-
-    WAYS = (
-        "call",
-        "calling",
-        "decorator",
-        "decorator with brackets",
-        "call_async",
-        "call_async, plain function",
-        "call_async, generator",
-        "calling_async",
-    )
-
-    @pytest.fixture(params=WAYS)
+    @pytest.fixture(params=GUARDS)
     def guard(self, request: pytest.FixtureRequest, breaker: PeerBreaker) -> Any:
-        return self.guards(breaker)[request.param]
+        return partial(GUARDS[request.param], breaker)
 
     def test_returns_what_the_function_returns(self, guard: Any, breaker: PeerBreaker) -> None:
         breaker.acquire().failed(Boom())
@@ -353,14 +335,15 @@ class TestCalls:
         refused: list[Any] = []
 
         def during() -> None:
-            for other in self.guards(breaker).values():
-                refused.append(in_thread(lambda other=other: raised_by(lambda: other(int))))
+            for other in GUARDS.values():
+                call = partial(other, breaker, int)
+                refused.append(in_thread(lambda call=call: raised_by(call)))
 
         guard(during)
-        assert [type(error) for error in refused] == [CircuitBreakerError] * len(self.WAYS)
+        assert [type(error) for error in refused] == [CircuitBreakerError] * len(GUARDS)
         assert breaker.current_state == "closed"
 
-    def test_bad_trial(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
+    def test_bad_trial_opens_it_again(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
         due_for_trial(breaker, clock)
         with pytest.raises(Boom):
             guard(fail)
@@ -750,7 +733,7 @@ class TestPybreakersOwnInterface:
         breaker.state = state
         assert breaker.current_state == state
 
-    def test_unknown_state(self, breaker: PeerBreaker) -> None:
+    def test_unknown_state_is_a_value_error(self, breaker: PeerBreaker) -> None:
         with pytest.raises(ValueError, match="Unknown state 'ajar'"):
             breaker.state = "ajar"
 
