@@ -10,70 +10,65 @@ import pytest
 from django_proxysql.core.holdings import Holdings, changes
 from django_proxysql.core.statements import STATE, scan
 
-#: What lives on after close_old_connections(), and how it is given back.
-PAIRS: list[tuple[tuple[Any, Any], tuple[Any, Any]]] = [
-    (("SELECT GET_LOCK('a', 0)", None), ("SELECT RELEASE_LOCK('a')", None)),
+#: What lives on after close_old_connections(), and how it is given back: SQL, or that and its
+#: parameters.
+PAIRS: list[tuple[Any, Any]] = [
+    ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_LOCK('a')"),
     (("SELECT GET_LOCK(%s, %s)", ["a", 0]), ("SELECT RELEASE_LOCK(%s)", ["a"])),
-    (("SELECT GET_LOCK(%s, 0)", ("a",)), ("DO RELEASE_LOCK('a')", None)),
-    (('SELECT GET_LOCK("a", 0)', None), ("SELECT RELEASE_LOCK('a')", None)),
+    (("SELECT GET_LOCK(%s, 0)", ("a",)), "DO RELEASE_LOCK('a')"),
+    ('SELECT GET_LOCK("a", 0)', "SELECT RELEASE_LOCK('a')"),
     (("SELECT GET_LOCK(CONCAT('a', %s), 0)", [1]), ("DO RELEASE_LOCK(CONCAT('a', %s))", [1])),
     (("SELECT GET_LOCK(%(n)s, 0)", {"n": "a"}), ("SELECT RELEASE_LOCK(%(n)s)", {"n": "a"})),
-    (("SELECT GET_LOCK('a', 0)", None), ("SELECT RELEASE_ALL_LOCKS()", None)),
-    (("SELECT id, GET_LOCK(name, 0) FROM t", None), ("SELECT RELEASE_ALL_LOCKS()", None)),
-    (("SELECT pg_advisory_lock(7)", None), ("SELECT pg_advisory_unlock(7)", None)),
+    ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_ALL_LOCKS()"),
+    ("SELECT id, GET_LOCK(name, 0) FROM t", "SELECT RELEASE_ALL_LOCKS()"),
+    ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)"),
     (("SELECT pg_advisory_lock(%s, %s)", [1, 2]), ("SELECT pg_advisory_unlock(%s, %s)", [1, 2])),
     (
-        ("SELECT pg_try_advisory_lock(hashtext('a')::bigint)", None),
-        ("SELECT pg_advisory_unlock(hashtext('a')::bigint)", None),
+        "SELECT pg_try_advisory_lock(hashtext('a')::bigint)",
+        "SELECT pg_advisory_unlock(hashtext('a')::bigint)",
     ),
+    ("SELECT pg_advisory_lock_shared(7)", "SELECT pg_advisory_unlock_shared(7)"),
+    ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock_all()"),
+    ("SELECT pg_advisory_lock(7)", "DISCARD ALL"),
+    ("LISTEN jobs", "UNLISTEN jobs"),
+    ("LISTEN jobs", "UNLISTEN *"),
+    ('LISTEN "jobs"', 'UNLISTEN "jobs"'),
+    ("BEGIN", "COMMIT"),
+    ("begin", "rollback;"),
+    ("/* x */ START TRANSACTION", "ROLLBACK"),
+    ("BEGIN", "END"),
+    ("XA START 'x'", "XA COMMIT 'x' ONE PHASE"),
+    ("COMMIT AND CHAIN", "COMMIT AND NO CHAIN"),
+    ("SET autocommit = 0", "SET autocommit=1"),
+    ("SET SESSION autocommit = OFF, sql_mode = ''", "SET autocommit = ON"),
+    ("LOCK TABLES t WRITE", "UNLOCK TABLES"),
+    ("LOCK TABLE t READ", "UNLOCK TABLES"),
+    ("FLUSH TABLES WITH READ LOCK", "UNLOCK TABLES"),
+    ("FLUSH TABLES t FOR EXPORT", "UNLOCK TABLES"),
+    ("BACKUP STAGE START", "BACKUP STAGE END"),
     (
-        ("SELECT pg_advisory_lock_shared(7)", None),
-        ("SELECT pg_advisory_unlock_shared(7)", None),
+        "SELECT pg_create_physical_replication_slot('s', true, true)",
+        "SELECT pg_drop_replication_slot('s')",
     ),
-    (("SELECT pg_advisory_lock(7)", None), ("SELECT pg_advisory_unlock_all()", None)),
-    (("SELECT pg_advisory_lock(7)", None), ("DISCARD ALL", None)),
-    (("LISTEN jobs", None), ("UNLISTEN jobs", None)),
-    (("LISTEN jobs", None), ("UNLISTEN *", None)),
-    (('LISTEN "jobs"', None), ('UNLISTEN "jobs"', None)),
-    (("BEGIN", None), ("COMMIT", None)),
-    (("begin", None), ("rollback;", None)),
-    (("/* x */ START TRANSACTION", None), ("ROLLBACK", None)),
-    (("BEGIN", None), ("END", None)),
-    (("XA START 'x'", None), ("XA COMMIT 'x' ONE PHASE", None)),
-    (("COMMIT AND CHAIN", None), ("COMMIT AND NO CHAIN", None)),
-    (("SET autocommit = 0", None), ("SET autocommit=1", None)),
-    (("SET SESSION autocommit = OFF, sql_mode = ''", None), ("SET autocommit = ON", None)),
-    (("LOCK TABLES t WRITE", None), ("UNLOCK TABLES", None)),
-    (("LOCK TABLE t READ", None), ("UNLOCK TABLES", None)),
-    (("FLUSH TABLES WITH READ LOCK", None), ("UNLOCK TABLES", None)),
-    (("FLUSH TABLES t FOR EXPORT", None), ("UNLOCK TABLES", None)),
-    (("BACKUP STAGE START", None), ("BACKUP STAGE END", None)),
-    (
-        ("SELECT pg_create_physical_replication_slot('s', true, true)", None),
-        ("SELECT pg_drop_replication_slot('s')", None),
-    ),
-    (("SELECT pg_backup_start('x')", None), ("SELECT pg_backup_stop()", None)),
+    ("SELECT pg_backup_start('x')", "SELECT pg_backup_stop()"),
 ]
 #: Something else is given back, or nothing is sure to be.
-NO_PAIRS: list[tuple[tuple[Any, Any], tuple[Any, Any]]] = [
-    (("SELECT GET_LOCK('a', 0)", None), ("SELECT RELEASE_LOCK('b')", None)),
+NO_PAIRS: list[tuple[Any, Any]] = [
+    ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_LOCK('b')"),
     (("SELECT GET_LOCK(%s, 0)", ["a"]), ("SELECT RELEASE_LOCK(%s)", ["b"])),
-    (("SELECT GET_LOCK(name, 0) FROM t", None), ("SELECT RELEASE_LOCK(name) FROM t", None)),
-    (("SELECT GET_LOCK('a', 0)", None), ("COMMIT", None)),
-    (("SELECT GET_LOCK('a', 0)", None), ("SELECT 'RELEASE_LOCK'", None)),
-    (("SELECT GET_LOCK('a', 0)", None), ("SELECT 1; SELECT RELEASE_LOCK('a')", None)),
-    (
-        ("SELECT pg_advisory_lock(id) FROM t", None),
-        ("SELECT pg_advisory_unlock(id) FROM t WHERE id = 1", None),
-    ),
-    (("SELECT pg_advisory_lock(7)", None), ("SELECT pg_advisory_unlock_shared(7)", None)),
-    (("LISTEN jobs", None), ("UNLISTEN others", None)),
-    (("BEGIN", None), ("ROLLBACK TO SAVEPOINT a", None)),
-    (("BEGIN", None), ("ROLLBACK\nTO a", None)),
-    (("BEGIN", None), ("COMMIT PREPARED 'x'", None)),
-    (("BEGIN", None), ("COMMIT AND CHAIN", None)),
-    (("BEGIN; INSERT INTO t VALUES ('; COMMIT')", None), ("SELECT 1", None)),
-    (("SET autocommit = 0", None), ("COMMIT", None)),
+    ("SELECT GET_LOCK(name, 0) FROM t", "SELECT RELEASE_LOCK(name) FROM t"),
+    ("SELECT GET_LOCK('a', 0)", "COMMIT"),
+    ("SELECT GET_LOCK('a', 0)", "SELECT 'RELEASE_LOCK'"),
+    ("SELECT GET_LOCK('a', 0)", "SELECT 1; SELECT RELEASE_LOCK('a')"),
+    ("SELECT pg_advisory_lock(id) FROM t", "SELECT pg_advisory_unlock(id) FROM t WHERE id = 1"),
+    ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock_shared(7)"),
+    ("LISTEN jobs", "UNLISTEN others"),
+    ("BEGIN", "ROLLBACK TO SAVEPOINT a"),
+    ("BEGIN", "ROLLBACK\nTO a"),
+    ("BEGIN", "COMMIT PREPARED 'x'"),
+    ("BEGIN", "COMMIT AND CHAIN"),
+    ("BEGIN; INSERT INTO t VALUES ('; COMMIT')", "SELECT 1"),
+    ("SET autocommit = 0", "COMMIT"),
 ]
 FOR_THE_REQUEST = [
     *("SET @a = 1", "SET time_zone = 'UTC'", "SET ROLE a", "USE app", "PREPARE p FROM 'SELECT 1'"),
@@ -82,7 +77,8 @@ FOR_THE_REQUEST = [
 ]
 
 
-def run(holdings: Holdings, sql: Any, params: Any = None) -> None:
+def run(holdings: Holdings, statement: Any, params: Any = None) -> None:
+    sql, params = statement if isinstance(statement, tuple) else (statement, params)
     if scan(sql) & STATE:
         holdings.sent(sql, params)
     holdings.answered(sql, params)
@@ -91,20 +87,20 @@ def run(holdings: Holdings, sql: Any, params: Any = None) -> None:
 @pytest.mark.parametrize(("takes", "gives"), PAIRS)
 def test_what_is_taken_stays_until_it_is_given_back(takes: Any, gives: Any) -> None:
     holdings = Holdings()
-    run(holdings, *takes)
+    run(holdings, takes)
     assert holdings
     assert not holdings.for_request
     holdings.end_request()
     assert holdings
-    run(holdings, *gives)
+    run(holdings, gives)
     assert not holdings
 
 
 @pytest.mark.parametrize(("takes", "gives"), NO_PAIRS)
 def test_what_is_not_surely_given_back_is_held(takes: Any, gives: Any) -> None:
     holdings = Holdings()
-    run(holdings, *takes)
-    run(holdings, *gives)
+    run(holdings, takes)
+    run(holdings, gives)
     holdings.end_request()
     assert holdings
 
