@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import sys
-import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from django_proxysql.core import drivers
 from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
+from tests.fakes import in_thread
 from tests.other_driver import run_again
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
@@ -429,15 +428,10 @@ def test_the_session_ends_up_as_the_plain_engines(
         options["init_command"] = first
     mariadb.set_global("autocommit", of_the_server)
     settings = {"AUTOCOMMIT": setting, "OPTIONS": options}
-    seen = []
     with added({"plain": plain(mariadb, **settings)}), engine([mysql_peer(mariadb)], **settings):
         for alias in ("plain", "balanced"):
-            connection = connected(alias)
-            assert connection.autocommit is setting
-            with connection.cursor() as cursor:
-                cursor.execute(SESSION)
-                seen.append(cursor.fetchone())
-    assert seen[0] == seen[1]
+            assert connected(alias).autocommit is setting
+        assert session_of("plain") == session_of("balanced")
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -452,16 +446,8 @@ def test_an_engine_that_sets_autocommit_itself_ends_up_as_without_us(
 
     name = engine_of_another(DatabaseWrapper)
     theirs = {"ENGINE": name, **mysql_peer(mariadb)}
-    seen = []
-    with (
-        added({"plain": theirs}),
-        engine([mysql_peer(mariadb)], PEER_ENGINE=name),
-    ):
-        for alias in ("plain", "balanced"):
-            with connected(alias).cursor() as cursor:
-                cursor.execute(SESSION)
-                seen.append(cursor.fetchone())
-    assert seen[0] == seen[1]
+    with added({"plain": theirs}), engine([mysql_peer(mariadb)], PEER_ENGINE=name):
+        assert session_of("plain") == session_of("balanced")
 
 
 def test_only_drivers_that_know_autocommit_are_given_it() -> None:
@@ -473,17 +459,16 @@ def test_only_drivers_that_know_autocommit_are_given_it() -> None:
 
 def in_new_thread(log: Log) -> list[str]:
     """Return what a new thread's first connection sends."""
-    found: list[list[str]] = []
 
-    def run() -> None:
+    def run() -> list[str]:
         connection = connected("balanced")
-        found.append(log.of(connection))
-        connection.close()
+        try:
+            return log.of(connection)
+        finally:
+            connection.close()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(60)
-    return found[0]
+    found: list[str] = in_thread(run, seconds=60)
+    return found
 
 
 def asks(said: list[str]) -> bool:
@@ -553,8 +538,6 @@ def test_equal_peers_share_what_they_say_of_themselves(mariadb_pair: tuple[Node,
             connection.close()
             connection.copy().connect()
         first, second = balancers["balanced"].peers.values()
-        assert first.server_facts is not None
-        assert second.server_facts is not None
         assert first.server_facts.facts is second.server_facts.facts
 
 
@@ -564,23 +547,16 @@ def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> No
     mariadb_pair[1].set_global("sql_mode", "ANSI")
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers, STRATEGY="round_robin"):
-        modes = {}
-        for _ in range(4):
-            found: list[Any] = []
 
-            def run(found: list[Any] = found) -> None:
-                connection = connected("balanced")
-                found += [connection.peer.name, frozenset(connection.sql_mode)]
+        def found() -> tuple[str, bool]:
+            connection = connected("balanced")
+            try:
+                return connection.peer.name, "ANSI" in connection.sql_mode
+            finally:
                 connection.close()
 
-            thread = threading.Thread(target=run)
-            thread.start()
-            thread.join(60)
-            modes.setdefault(found[0], set()).add(found[1])
-    assert ["ANSI" in mode for mode in itertools.chain(*(modes[n] for n in sorted(modes)))] == [
-        False,
-        True,
-    ]
+        modes = {in_thread(found, seconds=60) for _ in range(4)}
+    assert modes == {("peer0", False), ("peer1", True)}
 
 
 def answers_of(connection: Any) -> tuple[Any, ...]:

@@ -7,9 +7,6 @@ import gc
 import logging
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import django_proxysql
 from django_proxysql import Fault, NotReady, balancers
 from django_proxysql.core.balancer import PeerState
 from django_proxysql.registry import NoPeerAvailable
+from tests.children import run_python
 from tests.engine import POSTGRESQL, SQLITE, Clock, engine, mysql_peer, postgres_peer, sqlite_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
@@ -31,7 +29,6 @@ from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 
-ROOT = Path(__file__).parent.parent
 Pair = tuple[Node, Node]
 
 
@@ -72,6 +69,16 @@ def first_then_second(first: Any, second: Any, **settings: Any) -> Any:
     return engine([first, {**second, "PRIORITY": 1}], **settings)
 
 
+def assert_passed_by(connection: Any, fault: Fault | None) -> None:
+    """Connect, to the next peer; the first one's circuit opens for ``fault``, or not for None."""
+    connection.ensure_connection()
+    assert connection.peer.name == "peer1"
+    if fault is None:
+        assert (state().state, state().failures) == ("closed", 0)
+    else:
+        assert (state().state, state().fault) == ("open", fault)
+
+
 # One row after the other of what an error means
 
 
@@ -79,9 +86,7 @@ def test_where_nothing_listens_the_next_peer_is_used(mariadb_pair: Pair) -> None
     dead, alive = mariadb_pair
     dead.kill()
     with first_then_second(mysql_peer(dead), mysql_peer(alive)) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert_passed_by(connection, Fault.UNREACHABLE)
         assert state().error.startswith("(2002, ")
 
 
@@ -113,21 +118,17 @@ def test_stopped(mariadb_pair: Pair) -> None:
     frozen.freeze()
     settings = {"CONNECT_TIMEOUT": 1}
     with first_then_second(mysql_peer(frozen), mysql_peer(alive), **settings) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert_passed_by(connection, Fault.UNREACHABLE)
         assert state().error.startswith("(2013, ")
 
 
-def test_stopped_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+def test_stopped_postgres_unreachable(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
     bad, alive = postgres_pair
     clock = Clock()
     settings = {"CONNECT_TIMEOUT": 2, "PEER_ENGINE": POSTGRESQL, "clock": clock}
     with first_then_second(postgres_peer(bad), postgres_peer(alive), **settings) as connection:
         bad.freeze()
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
+        assert_passed_by(connection, Fault.UNREACHABLE)
         assert "timeout expired" in state().error
         bad.kill()
         clock.advance(60)
@@ -147,9 +148,7 @@ def test_full(mariadb_pair: Pair) -> None:
         while True:
             held.append(MySQLdb.connect(port=full.port, **address))
     with first_then_second(mysql_peer(full), mysql_peer(alive)) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().failures) == ("closed", 0)
+        assert_passed_by(connection, None)
         connection.close()
         alive.kill()
         with pytest.raises(NoPeerAvailable, match=r"peer0 \(.*1040.*tried just now; peer1.*2002"):
@@ -158,15 +157,13 @@ def test_full(mariadb_pair: Pair) -> None:
             connection_held.close()
 
 
-def test_full_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+def test_full_postgres_is_passed_over(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
     full, alive = postgres_pair
     full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT 0")
     settings = {"PEER_ENGINE": POSTGRESQL}
     try:
         with first_then_second(postgres_peer(full), postgres_peer(alive), **settings) as connection:
-            connection.ensure_connection()
-            assert connection.peer.name == "peer1"
-            assert (state().state, state().failures) == ("closed", 0)
+            assert_passed_by(connection, None)
     finally:
         full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT -1")
 
@@ -187,9 +184,7 @@ def test_refusing(
     refusing.create_user("narrow", "narrow", grants=f"SELECT ON {DATABASE}.*")
     peers = mysql_peer(refusing, **wrong), mysql_peer(alive)
     with first_then_second(*peers) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.REFUSED)
+        assert_passed_by(connection, Fault.REFUSED)
         assert state().error.startswith(f"({code}, ")
     (record,) = [r for r in caplog.records if r.levelno >= logging.INFO]
     assert record.levelno == logging.ERROR
@@ -197,7 +192,7 @@ def test_refusing(
 
 
 @pytest.mark.parametrize("wrong", [{"PASSWORD": "no"}, {"NAME": "nonesuch"}])
-def test_refusing_postgresql(postgres: PostgreSQLNode, wrong: dict[str, Any]) -> None:
+def test_refusals_of_postgres_are_raised(postgres: PostgreSQLNode, wrong: dict[str, Any]) -> None:
     with engine([postgres_peer(postgres, **wrong)], PEER_ENGINE=POSTGRESQL) as connection:
         with pytest.raises(OperationalError) as raised:
             connection.ensure_connection()
@@ -260,9 +255,7 @@ def test_galera_node_cut_off(galera: GaleraCluster) -> None:
         connection.close()
         galera.isolate(cut)
         before = sockets()
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert_passed_by(connection, Fault.NOT_READY)
         assert "wsrep" in state().error
         connection.close()
         assert sockets() <= before
@@ -270,9 +263,7 @@ def test_galera_node_cut_off(galera: GaleraCluster) -> None:
         galera[0].sql("SELECT 1")
     peers = [mysql_peer(cut, OPTIONS={"init_command": "SELECT 1 FROM app.nonesuch LIMIT 0"})]
     with first_then_second(peers[0], mysql_peer(alive)) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert_passed_by(connection, Fault.NOT_READY)
         assert state().error.startswith("(1047, 'WSREP")
 
 
@@ -282,9 +273,7 @@ def test_read_only_mariadb_is_passed_by_until_it_takes_writes(mariadb_pair: Pair
     clock = Clock()
     settings = {"READY_CHECK": "writable", "clock": clock}
     with first_then_second(mysql_peer(replica), mysql_peer(writer), **settings) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert_passed_by(connection, Fault.NOT_READY)
         assert "read_only" in state().error
         replica.set_global("read_only", 0)
         clock.advance(60)
@@ -298,38 +287,40 @@ def test_read_only_postgres_passed_by(postgres_pair: tuple[PostgreSQLNode, Postg
     replica.set_global("default_transaction_read_only = on")
     settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL}
     with first_then_second(postgres_peer(replica), postgres_peer(writer), **settings) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().fault) == ("open", Fault.NOT_READY)
+        assert_passed_by(connection, Fault.NOT_READY)
+
+
+@contextlib.contextmanager
+def as_standby(node: PostgreSQLNode) -> Iterator[None]:
+    """Have a PostgreSQL server in recovery, until it is promoted."""
+    signal_file = node.datadir / "standby.signal"
+    node.stop()
+    signal_file.touch()
+    node.give(signal_file)
+    try:
+        node.start()
+        yield
+    finally:
+        if signal_file.exists():
+            node.stop()
+            signal_file.unlink()
 
 
 def test_postgresql_standby_is_passed_by_until_it_is_promoted(
     postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
 ) -> None:
     standby, writer = postgres_pair
-    signal_file = standby.datadir / "standby.signal"
-    standby.stop()
-    signal_file.touch()
-    standby.give(signal_file)
-    try:
-        standby.start()
-        clock = Clock()
-        settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL, "clock": clock}
-        peers = postgres_peer(standby), postgres_peer(writer)
-        with first_then_second(*peers, **settings) as connection:
-            connection.ensure_connection()
-            assert connection.peer.name == "peer1"
-            assert (state().state, state().fault) == ("open", Fault.NOT_READY)
-            assert "in recovery" in state().error
-            standby.sql("SELECT pg_promote()")
-            clock.advance(60)
-            connection.close()
-            connection.ensure_connection()
-            assert connection.peer.name == "peer0"
-    finally:
-        if signal_file.exists():
-            standby.stop()
-            signal_file.unlink()
+    clock = Clock()
+    settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL, "clock": clock}
+    peers = postgres_peer(standby), postgres_peer(writer)
+    with as_standby(standby), first_then_second(*peers, **settings) as connection:
+        assert_passed_by(connection, Fault.NOT_READY)
+        assert "in recovery" in state().error
+        standby.sql("SELECT pg_promote()")
+        clock.advance(60)
+        connection.close()
+        connection.ensure_connection()
+        assert connection.peer.name == "peer0"
 
 
 refused_ports: set[int] = set()
@@ -478,15 +469,7 @@ def test_no_descriptors_left(mariadb_pair: Pair, host: str, afterwards: str) -> 
                 print(exc)
     """
     peers = [mysql_peer(node, HOST=host) for node in mariadb_pair]
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script).format(peers=peers, host=host)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"},
-    )
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
+    lines = run_python(script.format(peers=peers, host=host)).stdout.splitlines()
     assert lines[0].split()[0] == "OperationalError"
     assert lines[1] == "[('closed', 0), ('closed', 0)]"
     assert afterwards in lines[2]
@@ -505,22 +488,33 @@ def test_wrong_init_command(mariadb_pair: Pair) -> None:
         assert_nobodys_fault(connection, before)
 
 
-@pytest.mark.parametrize("packet", [b"SET", b"TRANSACTION", b"SELECT 42"])
-def test_peer_that_dies_half_way(
-    mariadb_pair: Pair,
+@pytest.mark.parametrize(
+    ("pair", "packet"),
+    [
+        ("mariadb_pair", b"SET"),
+        ("mariadb_pair", b"TRANSACTION"),
+        ("mariadb_pair", b"SELECT 42"),
+        ("postgres_pair", b"SELECT 42"),
+    ],
+)
+def test_peer_that_dies_half_way_is_passed_by(
+    pair: str,
+    packet: bytes,
+    request: pytest.FixtureRequest,
     fault_proxy: Callable[..., FaultProxy],
     received: list[Any],
-    packet: bytes,
 ) -> None:
     def receiver(connection: Any) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 42")
 
     received.append(receiver)
-    proxy = fault_proxy(mariadb_pair[0])
-    options = {"isolation_level": "repeatable read"}
-    peers = mysql_peer(proxy), mysql_peer(mariadb_pair[1])
-    with first_then_second(*peers, OPTIONS=options) as connection:
+    bad, good = request.getfixturevalue(pair)
+    proxy = fault_proxy(bad)
+    settings: dict[str, Any] = {"OPTIONS": {"isolation_level": "repeatable read"}}
+    if pair == "postgres_pair":
+        settings = {"PEER_ENGINE": POSTGRESQL}
+    with first_then_second(mysql_peer(proxy), mysql_peer(good), **settings) as connection:
         before = sockets()
         proxy.cut_before(packet)
         connection.ensure_connection()
@@ -550,30 +544,6 @@ def test_failed_attempt_is_closed_also_where_others_hold_it(
             connection.ensure_connection()
         assert sockets() <= before
         assert [bool(driver.open) for driver in kept] == [False]
-
-
-def test_postgresql_that_dies_half_way(
-    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
-    fault_proxy: Callable[..., FaultProxy],
-    received: list[Any],
-) -> None:
-    def receiver(connection: Any) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 42")
-
-    received.append(receiver)
-    proxy = fault_proxy(postgres_pair[0])
-    peers = postgres_peer(proxy), postgres_peer(postgres_pair[1])
-    with first_then_second(*peers, PEER_ENGINE=POSTGRESQL) as connection:
-        before = sockets()
-        proxy.cut_before(b"SELECT 42")
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert (state().state, state().connections) == ("open", 0)
-        assert state().fault in (Fault.UNREACHABLE, Fault.LOST)
-        connection.close()
-        proxy.wait_until_idle()
-        assert sockets() <= before
 
 
 def test_failing_receiver_of_the_only_peer(mariadb: Node, received: list[Any]) -> None:
@@ -653,36 +623,6 @@ def test_passwords_are_nowhere(
     assert caplog.text
     for secret in (wrong, PASSWORD, "nor-this"):
         assert not [text for text in said if secret in text]
-
-
-def test_log_of_a_peers_death_and_return(
-    mariadb_pair: Pair, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "django_proxysql")
-    first, second = mariadb_pair
-    clock = Clock()
-    peers = mysql_peer(first), mysql_peer(second)
-    with first_then_second(*peers, clock=clock) as connection:
-        first.kill()
-        for _ in range(3):
-            connection.ensure_connection()
-            connection.close()
-        first.start()
-        clock.advance(42)
-        connection.ensure_connection()
-    lines = [(r.levelname, r.getMessage()) for r in caplog.records if r.levelno > logging.DEBUG]
-    address = f"127.0.0.1:{first.port}"
-    assert lines == [
-        (
-            "WARNING",
-            f"balanced: circuit of peer0 ({address}) opened, first trial in 30 s: "
-            "(2002, \"Can't connect to server on '127.0.0.1' (115)\")",
-        ),
-        ("INFO", f"balanced: circuit of peer0 ({address}) closed, the peer was out for 42.0 s"),
-    ]
-    connected = [r for r in caplog.records if ": connected to " in r.getMessage()]
-    assert [record.peer for record in connected] == ["peer1"] * 3 + ["peer0"]
-    assert {record.alias for record in connected} == {"balanced"}
 
 
 # Django's engine does not close what fails in its first PRAGMA, as newer versions of SQLite do.

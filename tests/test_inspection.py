@@ -24,6 +24,7 @@ from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
+from tests.test_connecting import as_standby
 
 #: What the READY_CHECK below does with the driver's connection.
 checks: list[Callable[[Any], object]] = []
@@ -71,7 +72,6 @@ def test_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
     assert alive.address == f"127.0.0.1:{mariadb_pair[0].port}"
     assert alive.reachable
     assert alive.ready
-    assert alive.latency is not None
     assert 0 < alive.latency < 60
     assert alive.version.startswith("MariaDB 1")
     assert (alive.notes, alive.error, alive.fault) == ((), "", None)
@@ -159,18 +159,9 @@ def test_pool(postgres: PostgreSQLNode) -> None:
 
 
 def test_standby_of_postgresql_is_recognised(postgres: PostgreSQLNode) -> None:
-    signal_file = postgres.datadir / "standby.signal"
-    postgres.stop()
-    signal_file.touch()
-    postgres.give(signal_file)
-    try:
-        postgres.start()
-        with engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL):
-            (one,) = found()
-        assert (one.ready, one.notes) == (True, ("standby",))
-    finally:
-        postgres.stop()
-        signal_file.unlink()
+    with as_standby(postgres), engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL):
+        (one,) = found()
+    assert (one.ready, one.notes) == (True, ("standby",))
 
 
 def test_refused_question_is_left_out_and_the_next_are_asked(postgres: PostgreSQLNode) -> None:
@@ -290,34 +281,32 @@ def test_maxscale(mariadb: Node, own: dict[str, Any], handshake: str) -> None:
 # READY_CHECK, time
 
 
-def test_ready_check(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
-    """A check of the site's own has a say, with the driver's connection."""
+def refuses(connection: Any) -> None:
+    raise NotReady(f"number {rows_of(connection, 'SELECT 42')[0][0]}: not today")
 
-    def refuse(connection: Any) -> None:
-        raise NotReady(f"port {rows_of(connection, 'SELECT @@port')[0][0]}: not today")
 
-    checking.append(refuse)
+@pytest.mark.parametrize(
+    ("does", "error", "fault"),
+    [
+        (refuses, "number 42: not today", Fault.NOT_READY),
+        (lambda connection: 1 / 0, "division by zero", Fault.OTHER),
+        (lambda connection: sys.exit("not here"), "not here", Fault.OTHER),
+    ],
+    ids=["refuses", "breaks", "exits"],
+)
+def test_ready_check_of_ones_own_has_a_say(
+    mariadb: Node,
+    checking: list[Callable[[Any], object]],
+    does: Callable[[Any], object],
+    error: str,
+    fault: Fault,
+) -> None:
+    """One that breaks or exits is one peer's line, and is not taken for a peer that is silent."""
+    checking.append(does)
     with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
         (one,) = found()
     assert (one.reachable, one.ready) == (True, False)
-    assert one.error == f"port {mariadb.port}: not today"
-
-
-def test_ready_check_that_breaks(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
-    """A check with a mistake in it is one peer's line, and not the end of all."""
-    checking.append(lambda connection: 1 / 0)
-    with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
-        (one,) = found()
-    assert (one.ready, one.error) == (False, "division by zero")
-
-
-def test_ready_check_that_exits(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
-    """It ends that peer's questioning, and is said; it is not taken for a peer that is silent."""
-    checking.append(lambda connection: sys.exit("not here"))
-    with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
-        (one,) = found()
-    assert (one.reachable, one.ready) == (True, False)
-    assert (one.error, one.fault) == ("not here", Fault.OTHER)
+    assert (one.error, one.fault) == (error, fault)
 
 
 @pytest.mark.parametrize("kind", ["mariadb", "postgres"])
@@ -373,19 +362,16 @@ def test_callable_password_that_fails_is_its_peers_line(mariadb: Node) -> None:
     assert failed.error == "the token service is away"
 
 
-def test_as_the_settings_are_now(mariadb: Node) -> None:
+def test_as_the_settings_are_now(mariadb: Node, checking: list[Callable[[Any], object]]) -> None:
     """Like any connection, it goes to the test runner's database, not to production's."""
+    seen: list[Any] = []
+    checking.append(lambda connection: seen.extend(rows_of(connection, "SELECT DATABASE()")))
     mariadb.create_database("test_app")
     try:
         with engine([mysql_peer(mariadb)], READY_CHECK=CHECK):
             balancers["balanced"]
             connections["balanced"].settings_dict["NAME"] = "test_app"
-            seen: list[Any] = []
-            checks.append(lambda connection: seen.extend(rows_of(connection, "SELECT DATABASE()")))
-            try:
-                found()
-            finally:
-                checks.clear()
+            found()
             assert seen == [("test_app",)]
     finally:
         mariadb.sql("DROP DATABASE test_app")

@@ -12,18 +12,34 @@ import pytest
 from django.db import OperationalError, close_old_connections, connections, transaction
 from django.db.utils import DataError, Error, InternalError
 
-from django_proxysql import retrying_atomic
+from django_proxysql import balancers, retrying_atomic
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
 from tests.fakes import in_thread, until
 from tests.site import Site, site, with_table
 
 
-@pytest.fixture(params=["mariadb", "postgres"])
-def plain(request: pytest.FixtureRequest, fault_proxy: Any) -> Iterator[Site]:
-    """A site whose packets a proxy can read: without TLS. It has three peers: the last stays."""
-    with site(request.getfixturevalue(request.param), fault_proxy, number=3) as made:
-        yield made
+def reconnect(connection: Any) -> None:
+    connection.close()
+    connection.ensure_connection()
+
+
+@contextlib.contextmanager
+def a_second_passes(here: Site) -> Iterator[None]:
+    """The balancer's clock stands still: have it see the second that a time-out takes."""
+    waiting = threading.Timer(0.5, here.clock.advance, [1])
+    waiting.start()
+    with pytest.raises(OperationalError):
+        yield
+    waiting.join()
+
+
+def refused_by(here: Site, dead: Any) -> None:
+    """Connect to a peer that refuses: its circuit opens."""
+    here.connection.close()
+    with here.balancer.pinned(dead), pytest.raises(OperationalError):
+        here.connection.ensure_connection()
+    assert dead.breaker.current_state == "open"
 
 
 def opened(here: Site) -> list[CircuitOpened]:
@@ -81,16 +97,12 @@ class TestSuspects:
         here.read()
         assert here.connection.peer is not dead
         assert dead.breaker.circuit.suspect
-        here.connection.close()
-        with here.balancer.pinned(dead), pytest.raises(OperationalError):
-            here.connection.ensure_connection()
-        assert dead.breaker.current_state == "open"
+        refused_by(here, dead)
         assert len(opened(here)) == 1
 
     def test_lost_before_it_was_of_use(self, here: Site) -> None:
         """A peer that accepts connections and drops them at their first statement fails."""
-        here.connection.close()
-        here.connection.ensure_connection()
+        reconnect(here.connection)
         peer = here.connection.peer
         here.cut("before")
         assert here.sql("SELECT 1") == [(1,)]
@@ -120,13 +132,8 @@ class TestSuspects:
         with site(mariadb, fault_proxy, OPTIONS=options) as here:
             here.sql("SELECT 1")
             peer = here.connection.peer
-            here.balancer.clock.advance(0)
-            # The balancer's clock stands still: have it see the second pass.
-            waiting = threading.Timer(0.5, here.clock.advance, [1])
-            waiting.start()
-            with pytest.raises(OperationalError):
+            with a_second_passes(here):
                 here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
-            waiting.join()
             assert not here.replayed()
             assert peer.breaker.circuit.suspect
             assert not opened(here)
@@ -137,11 +144,8 @@ class TestSuspects:
         with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
             here.sql("SELECT 1")
             here.here.freeze()
-            waiting = threading.Timer(0.5, here.clock.advance, [1])
-            waiting.start()
-            with pytest.raises(OperationalError):
+            with a_second_passes(here):
                 here.sql("SELECT 42")
-            waiting.join()
             assert not here.replayed()
 
 
@@ -163,15 +167,19 @@ def states(here: Site) -> list[str]:
 class TestStatementsOwnFault:
     """One statement, or one caller, never takes out a second peer."""
 
+    @pytest.fixture(params=["mariadb", "postgres"])
+    def here(self, request: pytest.FixtureRequest, fault_proxy: Any) -> Iterator[Site]:
+        """Without TLS: a proxy can read its packets. It has three peers: the last stays."""
+        with site(request.getfixturevalue(request.param), fault_proxy, number=3) as made:
+            yield made
+
     @pytest.mark.parametrize("served", [False, True], ids=["first", "served"])
     @pytest.mark.parametrize("in_block", [False, True], ids=["", "block"])
-    def test_read_that_ends_its_connection(self, plain: Site, served: bool, in_block: bool) -> None:
+    def test_read_that_ends_its_connection(self, here: Site, served: bool, in_block: bool) -> None:
         """Run again on the other peer it is lost again; the others are served all the same."""
-        here = plain
         with poisoned(here, b"poison"):
             for _ in range(4):
-                here.connection.close()
-                here.connection.ensure_connection()
+                reconnect(here.connection)
                 if served:
                     here.sql("SELECT 1")
                 with (
@@ -185,15 +193,17 @@ class TestStatementsOwnFault:
                 assert here.sql("SELECT 1") == [(1,)]
         assert len(opened(here)) <= 1
 
-    def test_two_tasks_with_one_statement(self, plain: Site) -> None:
-        """Each task has a thread and a connection of its own."""
-        here = plain
+    @pytest.mark.parametrize("many", [False, True], ids=["execute", "executemany"])
+    def test_tasks_with_one_statement(self, here: Site, many: bool) -> None:
+        """Each task has a thread and a connection of its own, and rows of its own."""
         alias = here.connection.alias
 
         def task() -> None:
+            rows = [(f"poison {number}",) for number in range(3)]
             try:
                 with connections[alias].cursor() as cursor, pytest.raises(OperationalError):
-                    cursor.execute("INSERT INTO app_token (value) VALUES (%s)", ["poison"])
+                    run = cursor.executemany if many else cursor.execute
+                    run("INSERT INTO app_token (value) VALUES (%s)", rows if many else rows[0])
             finally:
                 connections[alias].close()
 
@@ -205,28 +215,8 @@ class TestStatementsOwnFault:
         assert len(opened(here)) == 1
         assert here.written() == []
 
-    def test_executemany(self, plain: Site) -> None:
-        """Two tasks, each with rows of its own."""
-        here = plain
-        alias = here.connection.alias
-
-        def task() -> None:
-            rows = [(f"poison {number}",) for number in range(3)]
-            try:
-                with connections[alias].cursor() as cursor, pytest.raises(OperationalError):
-                    cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
-            finally:
-                connections[alias].close()
-
-        with poisoned(here, b"poison"):
-            for _ in range(4):
-                in_thread(task)
-                here.idle(2)
-        assert len(opened(here)) == 1
-
-    def test_large_executemany(self, plain: Site) -> None:
+    def test_large_executemany(self, here: Site) -> None:
         """Its rows together are the packet."""
-        here = plain
         with poisoned(here, b"poison"):
             for number in range(3):
                 here.connection.close()
@@ -238,9 +228,8 @@ class TestStatementsOwnFault:
                     cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
         assert not opened(here)
 
-    def test_one_caller_with_many_statements(self, plain: Site) -> None:
+    def test_one_caller_with_many_statements(self, here: Site) -> None:
         """A loop of one thread that tries again and again, with another text each time."""
-        here = plain
         with poisoned(here, b"poison"):
             for number in range(6):
                 close_old_connections()
@@ -250,8 +239,7 @@ class TestStatementsOwnFault:
                 here.idle(2)
         assert len(opened(here)) == 1
 
-    def test_retrying_atomic(self, plain: Site) -> None:
-        here = plain
+    def test_retrying_atomic(self, here: Site) -> None:
 
         @retrying_atomic(using=here.connection.alias, attempts=4)
         def block() -> None:
@@ -263,9 +251,8 @@ class TestStatementsOwnFault:
         assert len(opened(here)) <= 1
         assert here.sql("SELECT 1") == [(1,)]
 
-    def test_large_statement(self, plain: Site) -> None:
+    def test_large_statement(self, here: Site) -> None:
         """It may be over max_allowed_packet: the loss counts against no peer."""
-        here = plain
         with poisoned(here, b"poison"):
             for number in range(4):
                 here.connection.close()
@@ -284,8 +271,7 @@ class TestStatementsOwnFault:
             with site(mariadb, fault_proxy) as here:
                 for size in (1_100_000, 1_500_000, 5_000_000):
                     for served in (False, True):
-                        here.connection.close()
-                        here.connection.ensure_connection()
+                        reconnect(here.connection)
                         if served:
                             here.sql("SELECT 1")
                         with pytest.raises(OperationalError):
@@ -307,11 +293,9 @@ class TestStatementsOwnFault:
             assert not here.losses()
             assert not here.session.peer.breaker.circuit.suspect
 
-    def test_error_of_the_application_before(self, plain: Site) -> None:
+    def test_error_of_the_application_before(self, here: Site) -> None:
         """A statement that has failed is not the one that loses its connection later."""
-        here = plain
-        here.connection.close()
-        here.connection.ensure_connection()
+        reconnect(here.connection)
         with pytest.raises(Error):
             here.sql("SELECT nonesuch")
         assert here.session.sending is None
@@ -321,8 +305,7 @@ class TestStatementsOwnFault:
     def test_last_peer(self, mariadb: Any, fault_proxy: Any) -> None:
         """The only peer stays in use; whether it is dead the next connect finds out."""
         with site(mariadb, fault_proxy, number=1) as here:
-            here.connection.close()
-            here.connection.ensure_connection()
+            reconnect(here.connection)
             here.cut("before")
             with pytest.raises(OperationalError):
                 here.write("one")
@@ -330,9 +313,8 @@ class TestStatementsOwnFault:
             here.write("two")
             assert here.written() == ["two"]
 
-    def test_peer_that_dies_under_its_first_statement(self, plain: Site) -> None:
+    def test_peer_that_dies_under_its_first_statement(self, here: Site) -> None:
         """Whatever the statement has done before: a peer that is dead is found at once."""
-        here = plain
         dead = here.connection.peer
         here.balancer.group.losses.note("another", "SELECT 1", -1)
         here.connection.close()
@@ -343,10 +325,7 @@ class TestStatementsOwnFault:
         proxy.refuse()
         assert here.sql("SELECT 1") == [(1,)]
         assert here.connection.peer is not dead
-        here.connection.close()
-        with here.balancer.pinned(dead), pytest.raises(OperationalError):
-            here.connection.ensure_connection()
-        assert dead.breaker.current_state == "open"
+        refused_by(here, dead)
 
     @pytest.mark.parametrize("option", ["read_timeout", "write_timeout"])
     def test_time_out_of_the_first_statement(
@@ -355,19 +334,14 @@ class TestStatementsOwnFault:
         """A slow report is no loss, wherever it is run first."""
         with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1, option: 1}) as here:
             for _ in range(2):
-                here.connection.close()
-                here.connection.ensure_connection()
-                waiting = threading.Timer(0.5, here.clock.advance, [1])
-                waiting.start()
-                with pytest.raises(OperationalError):
+                reconnect(here.connection)
+                with a_second_passes(here):
                     here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
-                waiting.join()
             assert not opened(here)
             assert states(here) == ["closed", "closed"]
 
-    def test_trial_whose_connection_is_lost_at_once(self, plain: Site) -> None:
+    def test_trial_whose_connection_is_lost_at_once(self, here: Site) -> None:
         """The trial has closed the circuit; its own connection is of no use: that counts."""
-        here = plain
         peer = here.connection.peer
         here.connection.close()
         peer.breaker.open()
@@ -381,6 +355,15 @@ class TestStatementsOwnFault:
         assert peer.breaker.current_state == "open"
 
 
+def with_tables(connection: Any) -> None:
+    """Leave an empty table ``app_token`` on each peer."""
+    balancer = balancers[connection.alias]
+    for peer in balancer.peers.values():
+        with balancer.pinned(peer):
+            connection.close()
+            with_table(connection)
+
+
 class TestReadOnly:
     """A server that has become read-only (a failover's old writer)."""
 
@@ -389,14 +372,8 @@ class TestReadOnly:
         clock = Clock()
         peers = [mysql_peer(node) for node in mariadb_pair]
         with engine(peers, clock=clock, READY_CHECK="writable", CHECK_INTERVAL=30) as connection:
-            for node, name in zip(mariadb_pair, ("peer0", "peer1")):
-                node.set_global("read_only", 0)
-                balancer = connection._registered().balancer
-                with balancer.pinned(balancer.peers[name]):
-                    connection.close()
-                    with_table(connection)
-            connection.close()
-            connection.ensure_connection()
+            with_tables(connection)
+            reconnect(connection)
             yield connection, clock, dict(zip(("peer0", "peer1"), mariadb_pair))
 
     def write(self, connection: Any, value: str) -> None:
@@ -419,13 +396,11 @@ class TestReadOnly:
         assert old.breaker.current_state == "open"
         # Its trials ask the same question, and are answered the same.
         clock.advance(31)
-        connection.close()
-        connection.ensure_connection()
+        reconnect(connection)
         assert old.breaker.current_state == "open"
         nodes[old.name].set_global("read_only", 0)
         clock.advance(62)
-        connection.close()
-        connection.ensure_connection()
+        reconnect(connection)
         assert old.breaker.current_state == "closed"
 
     def test_second_statement_is_raised(self, pair: Any) -> None:
@@ -452,11 +427,7 @@ class TestReadOnly:
     def test_without_the_ready_check(self, mariadb_pair: Any) -> None:
         """Peers that were never asked to be writable: the refusal is the application's."""
         with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
-            for name in ("peer0", "peer1"):
-                balancer = connection._registered().balancer
-                with balancer.pinned(balancer.peers[name]):
-                    connection.close()
-                    with_table(connection)
+            with_tables(connection)
             node = mariadb_pair[int(connection.peer.name[-1])]
             node.set_global("read_only", 1)
             with pytest.raises(OperationalError, match="read-only"):
@@ -551,13 +522,11 @@ class TestGalera:
         assert len([line for line in lines if "opened" in line]) == 1
         # It connects, and would answer SELECT 1: a trial asks what it failed at.
         clock.advance(40)
-        connection.close()
-        connection.ensure_connection()
+        reconnect(connection)
         assert bad.breaker.current_state == "open"
         galera.rejoin(galera[2])
         clock.advance(40)
-        connection.close()
-        connection.ensure_connection()
+        reconnect(connection)
         assert bad.breaker.current_state == "closed"
         assert [type(event) for event in events].count(CircuitClosed) == 1
         with connection.cursor() as cursor:
@@ -582,12 +551,10 @@ class TestSuspectsComeBack:
         here.idle()
         here.read()
         assert doubted.breaker.circuit.suspect
-        here.connection.close()
-        here.connection.ensure_connection()
+        reconnect(here.connection)
         assert here.connection.peer is not doubted
         here.clock.advance(1.1)
-        here.connection.close()
-        here.connection.ensure_connection()
+        reconnect(here.connection)
         assert here.connection.peer is doubted
         assert not doubted.breaker.circuit.suspect
 
@@ -598,8 +565,7 @@ class TestSuspectsComeBack:
             older.breaker.suspect("then")
             here.clock.advance(0.1)
             newer.breaker.suspect("now")
-            here.connection.close()
-            here.connection.ensure_connection()
+            reconnect(here.connection)
             assert here.connection.peer is older
             newer.breaker.close()
 
