@@ -66,6 +66,10 @@ def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., Any]) -> Ite
         yield made
 
 
+ON_MARIADB = pytest.mark.parametrize("here", ["mariadb"], indirect=True)
+ON_POSTGRES = pytest.mark.parametrize("here", ["postgres"], indirect=True)
+
+
 def tokens(here: Site) -> list[bool]:
     """Who wrote each token that is there: True for a fence."""
     return [bool(fence) for (fence,) in run(here.plain, f"SELECT fence FROM {outcome.TABLE}")]
@@ -84,18 +88,33 @@ def block(here: Site, value: str, **kind: bool) -> list[str]:
     return ran
 
 
+def rolled_back(here: Site, value: str = "one") -> None:
+    """Write in a block whose error says that nothing of it stands."""
+    with pytest.raises(OperationalError, match="was rolled back") as raised:
+        block(here, value)
+    assert not isinstance(raised.value, CommitOutcomeUnknown)
+
+
+def ends_as_it_was_cut(here: Site, how: str, value: str = "one") -> None:
+    """Write in a block whose COMMIT was answered, or did not arrive."""
+    if how == "reply":
+        assert block(here, value) == [value]
+    else:
+        rolled_back(here, value)
+
+
 def change_setting(here: Site, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Have the balancer's settings changed for this test."""
     group = here.session.balancer
     monkeypatch.setattr(group, "config", dataclasses.replace(group.config, **changes))
 
 
-def cut_at_commit(here: Site, how: str) -> None:
+def cut_at_commit(here: Site, how: str, matching: bytes = COMMIT) -> None:
     """Lose the next COMMIT before it arrives, or its reply."""
     if how == "reply":
-        here.here.cut_reply(0, COMMIT)
+        here.here.cut_reply(0, matching)
     else:
-        here.here.cut_before(COMMIT)
+        here.here.cut_before(matching)
 
 
 class TestVerdicts:
@@ -116,9 +135,7 @@ class TestVerdicts:
     def test_rolled_back_block_says_so(self, here: Site) -> None:
         here.read()
         cut_at_commit(here, "before")
-        with pytest.raises(OperationalError, match="was rolled back") as raised:
-            block(here, "one")
-        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        rolled_back(here)
         assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
         assert block(here, "two") == ["two"]
 
@@ -159,28 +176,26 @@ class TestBlocksWithoutAToken:
             getattr(here.here, f"cut_{cut}")(b"COMMIT")
         assert (tokens(here), resolved(here)) == ([], [])
 
-    def test_of_a_view_that_writes_is_unknown_and_of_a_function_is_not(
-        self, postgres: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
+    @ON_POSTGRES
+    def test_of_a_view_that_writes_is_unknown_and_of_a_function_is_not(self, here: Site) -> None:
         """The view's text is a read's. A function's name is one that may write: it has a token."""
-        with recording(postgres, fault_proxy) as here:
-            run(
-                here.plain,
-                "CREATE FUNCTION writes() RETURNS int LANGUAGE sql VOLATILE"
-                " AS $$ INSERT INTO app_token (value) VALUES ('by a read') RETURNING 1 $$",
-                "CREATE VIEW writing AS SELECT writes() AS a",
-            )
-            try:
-                with transaction.atomic("balanced"):
-                    here.sql("SELECT writes()")
-                    cut_at_commit(here, "reply")
-                assert (tokens(here), resolved(here)) == ([False], ["committed"])
-                prepare(here)
-                with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
-                    here.sql("SELECT a FROM writing")
-                    here.here.cut_after(b"COMMIT")
-            finally:
-                run(here.plain, "DROP FUNCTION writes() CASCADE")
+        run(
+            here.plain,
+            "CREATE FUNCTION writes() RETURNS int LANGUAGE sql VOLATILE"
+            " AS $$ INSERT INTO app_token (value) VALUES ('by a read') RETURNING 1 $$",
+            "CREATE VIEW writing AS SELECT writes() AS a",
+        )
+        try:
+            with transaction.atomic("balanced"):
+                here.sql("SELECT writes()")
+                cut_at_commit(here, "reply")
+            assert (tokens(here), resolved(here)) == ([False], ["committed"])
+            prepare(here)
+            with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
+                here.sql("SELECT a FROM writing")
+                here.here.cut_after(b"COMMIT")
+        finally:
+            run(here.plain, "DROP FUNCTION writes() CASCADE")
 
     @pytest.mark.parametrize("cut", [None, "before", "after"])
     def test_that_was_begun_by_hand_has_none(self, here: Site, cut: str | None) -> None:
@@ -193,41 +208,35 @@ class TestBlocksWithoutAToken:
             here.connection.commit()
         assert (tokens(here), resolved(here)) == ([], [])
 
-    def test_that_a_change_of_the_schema_has_split_is_unknown(
-        self, mariadb: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
+    @ON_MARIADB
+    def test_that_a_change_of_the_schema_has_split_is_unknown(self, here: Site) -> None:
         """What came before MySQL's DDL stands whatever becomes of COMMIT."""
-        with recording(mariadb, fault_proxy) as here:
-            with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
-                here.write("one")
-                here.sql("CREATE TABLE IF NOT EXISTS split (a int)")
-                here.write("two")
-                here.here.cut_before(b"COMMIT")
-            assert here.written() == ["one"]
-            run(here.plain, "DROP TABLE split")
+        with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
+            here.write("one")
+            here.sql("CREATE TABLE IF NOT EXISTS split (a int)")
+            here.write("two")
+            here.here.cut_before(b"COMMIT")
+        assert here.written() == ["one"]
+        run(here.plain, "DROP TABLE split")
 
-    def test_that_a_change_of_the_schema_has_not_split_has_one(
-        self, postgres: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
-        with recording(postgres, fault_proxy) as here:
-            with (
-                pytest.raises(OperationalError, match="rolled back"),
-                transaction.atomic("balanced"),
-            ):
-                here.sql("CREATE TABLE split (a int)")
-                here.here.cut_before(COMMIT)
-            assert "split" not in here.plain.introspection.table_names()
+    @ON_POSTGRES
+    def test_that_a_change_of_the_schema_has_not_split_has_one(self, here: Site) -> None:
+        with (
+            pytest.raises(OperationalError, match="rolled back"),
+            transaction.atomic("balanced"),
+        ):
+            here.sql("CREATE TABLE split (a int)")
+            here.here.cut_before(COMMIT)
+        assert "split" not in here.plain.introspection.table_names()
 
-    def test_that_failed_on_the_way_ends_as_with_the_plain_engine(
-        self, postgres: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
+    @ON_POSTGRES
+    def test_that_failed_on_the_way_ends_as_with_the_plain_engine(self, here: Site) -> None:
         """PostgreSQL answers its COMMIT with a rollback, and takes no token."""
-        with recording(postgres, fault_proxy) as here:
-            with transaction.atomic("balanced"):
-                here.write("one")
-                with contextlib.suppress(DatabaseError):
-                    here.sql("SELECT 1 / 0")
-            assert (here.written(), tokens(here)) == ([], [])
+        with transaction.atomic("balanced"):
+            here.write("one")
+            with contextlib.suppress(DatabaseError):
+                here.sql("SELECT 1 / 0")
+        assert (here.written(), tokens(here)) == ([], [])
 
     @pytest.mark.parametrize(
         "statement",
@@ -244,17 +253,15 @@ class TestBlocksWithoutAToken:
             assert here.read() == []
         assert tokens(here) == []
 
-    def test_of_a_session_that_has_tables_locked_has_none(
-        self, mariadb: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
+    @ON_MARIADB
+    def test_of_a_session_that_has_tables_locked_has_none(self, here: Site) -> None:
         """The server takes writes to these alone. Without the setting such a block ends well."""
-        with recording(mariadb, fault_proxy) as here:
-            here.sql("LOCK TABLES app_token WRITE")
-            assert block(here, "one") == ["one"]
-            here.sql("UNLOCK TABLES")
-            assert (here.written(), tokens(here)) == (["one"], [])
-            assert block(here, "two") == ["two"]
-            assert tokens(here) == [False]
+        here.sql("LOCK TABLES app_token WRITE")
+        assert block(here, "one") == ["one"]
+        here.sql("UNLOCK TABLES")
+        assert (here.written(), tokens(here)) == (["one"], [])
+        assert block(here, "two") == ["two"]
+        assert tokens(here) == [False]
 
     def test_of_a_testcase_have_none(self, here: Site) -> None:
         with transaction.atomic("balanced"):
@@ -310,14 +317,12 @@ class TestTable:
         make_outcome_table(here.plain)
         assert block(here, "two") == ["two"]
 
-    def test_is_found_whatever_the_first_block_sets(
-        self, postgres: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
-        with recording(postgres, fault_proxy) as here:
-            with transaction.atomic("balanced"):
-                here.write("one")
-                here.sql("SET LOCAL search_path = pg_catalog")
-            assert tokens(here) == [False]
+    @ON_POSTGRES
+    def test_is_found_whatever_the_first_block_sets(self, here: Site) -> None:
+        with transaction.atomic("balanced"):
+            here.write("one")
+            here.sql("SET LOCAL search_path = pg_catalog")
+        assert tokens(here) == [False]
 
     def test_no_rights_on_it(self, here: Site) -> None:
         with no_rights(here):
@@ -396,9 +401,7 @@ class TestFaults:
         """This process was stopped while another fenced it; or two have one token by chance."""
         run(here.plain, statement(here.plain.vendor, outcome.TABLE, known_token))
         here.read()
-        with pytest.raises(OperationalError, match="was rolled back") as raised:
-            block(here, "one")
-        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        rolled_back(here)
         assert (here.written(), resolved(here)) == ([], [])
 
     def test_a_fence_whose_answer_is_lost_is_not_taken_for_the_transaction(
@@ -408,8 +411,7 @@ class TestFaults:
         cut_at_commit(here, "before")
         for proxy in elsewhere(here):
             proxy.cut_after(b"COMMIT")
-        with pytest.raises(OperationalError, match="was rolled back"):
-            block(here, "one")
+        rolled_back(here)
         assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
 
     def test_two_that_fence_at_once_agree(self, here: Site, known_token: bytes) -> None:
@@ -419,8 +421,7 @@ class TestFaults:
         here.balancer.add_listener(
             lambda event: run(here.plain, statement) if type(event) is ConnectionLost else None
         )
-        with pytest.raises(OperationalError, match="was rolled back"):
-            block(here, "one")
+        rolled_back(here)
         assert (here.written(), tokens(here)) == ([], [True])
 
     def test_a_packet_that_is_thawed_after_the_verdict_does_nothing(
@@ -468,27 +469,21 @@ class TestFaults:
         monkeypatch.setattr(outcomes, "_ask", ask)
         here.read()
         cut_at_commit(here, how)
-        if how == "reply":
-            assert block(here, "one") == ["one"]
-        else:
-            with pytest.raises(OperationalError, match="was rolled back"):
-                block(here, "one")
+        ends_as_it_was_cut(here, how)
         told = Answer.COMMIT_STANDS if how == "reply" else Answer.INSERTED
         assert asked == [Answer.NONE, Answer.NONE, told]
 
-    def test_a_server_that_takes_no_writes_any_more_commits_nothing(
-        self, mariadb: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
-        with recording(mariadb, fault_proxy) as here:
-            with (
-                contextlib.ExitStack() as stack,
-                pytest.raises(DatabaseError, match="read-only") as raised,
-                transaction.atomic("balanced"),
-            ):
-                here.write("one")
-                stack.enter_context(no_writes(here))
-            assert not isinstance(raised.value, CommitOutcomeUnknown)
-            assert (here.written(), tokens(here), resolved(here)) == ([], [], [])
+    @ON_MARIADB
+    def test_a_server_that_takes_no_writes_any_more_commits_nothing(self, here: Site) -> None:
+        with (
+            contextlib.ExitStack() as stack,
+            pytest.raises(DatabaseError, match="read-only") as raised,
+            transaction.atomic("balanced"),
+        ):
+            here.write("one")
+            stack.enter_context(no_writes(here))
+        assert not isinstance(raised.value, CommitOutcomeUnknown)
+        assert (here.written(), tokens(here), resolved(here)) == ([], [], [])
 
     def test_a_full_disk_at_the_token_commits_nothing_and_asks_no_peer(self, here: Site) -> None:
         here.read()
@@ -529,13 +524,8 @@ class TestFaults:
             assert block(here, "one") == ["one"]
             packets = list(here.here.packets)
             assert not any(b"; COMMIT" in packet for packet in packets)
-            if how == "reply":
-                here.here.cut_reply(0, b"COMMIT")
-                assert block(here, "two") == ["two"]
-            else:
-                here.here.cut_before(b"COMMIT")
-                with pytest.raises(OperationalError, match="was rolled back"):
-                    block(here, "two")
+            cut_at_commit(here, how, b"COMMIT")
+            ends_as_it_was_cut(here, how, "two")
             assert here.written() == ["one", *(["two"] if how == "reply" else [])]
 
     @pytest.mark.parametrize("how", ["before", "reply"])
@@ -551,11 +541,7 @@ class TestFaults:
         with recording(known(), fault_proxy) as here:
             here.read()
             cut_at_commit(here, how)
-            if how == "reply":
-                assert block(here, "one") == ["one"]
-            else:
-                with pytest.raises(OperationalError, match="was rolled back"):
-                    block(here, "one")
+            ends_as_it_was_cut(here, how)
             assert here.plain_rows() == (["one"] if how == "reply" else [])
             # What was set for one question stays with no server's session.
             assert run(here.plain, "SHOW lock_timeout") == [("0",)]
