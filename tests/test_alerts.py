@@ -33,6 +33,12 @@ def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def assert_passes(*arguments: object) -> str:
+    done = promtool(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def samples() -> dict[str, dict[str, set[str]]]:
     """Return the names of all samples that there are, with each label's words."""
     world, registry = World("db1"), CollectorRegistry()
@@ -96,8 +102,7 @@ def alerts() -> dict[str, str]:
 
 
 def test_rules_are_sound() -> None:
-    done = promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_passes("check", "rules", "--lint=all", "--lint-fatal", RULES)
 
 
 def test_rules_ask_for_what_there_is() -> None:
@@ -107,8 +112,7 @@ def test_rules_ask_for_what_there_is() -> None:
 
 
 def test_rules_pass_their_unit_tests() -> None:
-    done = promtool("test", "rules", UNIT_TESTS)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_passes("test", "rules", UNIT_TESTS)
 
 
 @pytest.mark.parametrize("alert", list(alerts()))
@@ -154,9 +158,7 @@ def test_dashboard_is_understood_by_prometheus(tmp_path: Path) -> None:
     # JSON is YAML.
     path = tmp_path / "rules.yml"
     path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
-    done = promtool("check", "rules", path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(rules)} rules found" in done.stdout
+    assert f"{len(rules)} rules found" in assert_passes("check", "rules", path)
 
 
 def test_dashboard_asks_for_what_there_is() -> None:

@@ -286,13 +286,3 @@ AFTER_REFUSAL = {
 @pytest.mark.parametrize(("own", "new"), list(itertools.product(Answer, Answer)))
 def test_refused_write_is_judged_by_what_both_connections_say(own: Answer, new: Answer) -> None:
     assert after_read_only(own, new) == AFTER_REFUSAL[own, new]
-
-
-@pytest.mark.parametrize("new", Answer)
-def test_circuit_opens_only_if_a_new_connection_is_read_only_too(new: Answer) -> None:
-    assert any(after_read_only(own, new).opens for own in Answer) is (new is READ_ONLY)
-
-
-@pytest.mark.parametrize("new", Answer)
-def test_connection_that_says_it_is_read_only_is_dropped(new: Answer) -> None:
-    assert after_read_only(READ_ONLY, new).drops
