@@ -106,7 +106,7 @@ class TestCursors:
         here.write("five")
         assert here.written()[-1] == "five"
 
-    def test_params_that_are_used_up(self, here: Site) -> None:
+    def test_params_that_are_used_up_are_not_sent_twice(self, here: Site) -> None:
         if here.is_mysql:
             with here.connection.cursor() as cursor:
                 here.cut("after")

@@ -105,7 +105,7 @@ class TestStatements:
         assert len(here.replayed()) == 1
         assert len(here.losses()) == 1
 
-    def test_read_with_a_percent_sign(self, here: Site) -> None:
+    def test_percent_sign_of_a_read_is_no_placeholder(self, here: Site) -> None:
         here.write("one")
         here.write("two")
         close_old_connections()

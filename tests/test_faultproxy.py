@@ -120,7 +120,7 @@ def test_slow_reader_loses_nothing(upper: Upper, fault_proxy: Proxies, open_clie
     assert received == data.upper()
 
 
-def test_refuse(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
+def test_refuse_lets_old_ones_go_on(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     proxy.refuse()
@@ -243,7 +243,7 @@ def test_cut_within(upper: Upper, fault_proxy: Proxies, open_client: Open, after
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_cut_reply(upper: Upper, fault_proxy: Proxies, open_client: Open, after: int) -> None:
+def test_reply_is_cut(upper: Upper, fault_proxy: Proxies, open_client: Open, after: int) -> None:
     proxy = fault_proxy(upper)
     client = open_client(proxy)
     proxy.cut_reply(after, b"select")

@@ -69,7 +69,7 @@ class TestFault:
             (OTHER, False, False),
         ],
     )
-    def test_what_follows(self, fault: Fault, counts: bool, tries_next: bool) -> None:
+    def test_counts_and_tries_next(self, fault: Fault, counts: bool, tries_next: bool) -> None:
         assert (fault.counts, fault.tries_next) == (counts, tries_next)
 
     def test_there_are_no_other_faults(self) -> None:
@@ -295,7 +295,7 @@ class TestMySQL:
             (1053, "Server shutdown in progress", ""),
         ],
     )
-    def test_question(self, code: int, text: str, question: str) -> None:
+    def test_trials_ask_what_took_a_peer_out(self, code: int, text: str, question: str) -> None:
         assert mysql.question_of(MySQLdb.OperationalError(code, text)) == question
 
     @pytest.mark.parametrize(
