@@ -28,7 +28,7 @@ from django_proxysql.core import (
     permits,
     search,
 )
-from django_proxysql.core.events import CircuitClosed, CircuitOpened
+from django_proxysql.core.events import CircuitOpened
 from django_proxysql.core.logs import log_event
 from django_proxysql.core.runtime import new_lock
 from tests.children import in_child
@@ -683,32 +683,9 @@ class TestAsynchronousExceptions:
         assert not isinstance(raised, AssertionError), raised
         assert len(made) > 50
 
-    def test_interrupted_circuit_opens_and_closes_in_turn(self) -> None:
-        clock = Clock()
-        db = LoadBalancer(peers("db1"), clock=clock, jitter=even)
-        told: list[type] = []
-        db.add_listener(
-            lambda event: (
-                told.append(type(event))
-                if isinstance(event, (CircuitOpened, CircuitClosed))
-                else None
-            )
-        )
-        for _ in range(3):
-            raised_by(lambda: db.connect(lambda attempt: fail_as_host()))
-            clock.advance(30)
-            raised_by(lambda: db.connect(lambda attempt: fail_as_interrupt()))
-            clock.advance(1)
-            db.connect(lambda attempt: "connected")
-        assert told == [CircuitOpened, CircuitClosed] * 3
-
 
 def fail_as_host() -> None:
     raise refused_by_host()
-
-
-def fail_as_interrupt() -> None:
-    raise Injected
 
 
 def raised_by_exception(function: Callable[[], object]) -> Exception | None:

@@ -405,15 +405,6 @@ def test_error_of_the_applications_own_is_raised_and_no_other_peer_is_tried(
         connection.ensure_connection()
 
 
-def test_bad_options_raise_the_drivers_error_on_the_first_peer(mariadb_pair: Pair) -> None:
-    peers = [mysql_peer(node) for node in mariadb_pair]
-    with engine(peers, OPTIONS={"nonesuch": 1}) as connection:
-        before = sockets()
-        with pytest.raises(TypeError, match="nonesuch"):
-            connection.ensure_connection()
-        assert_nobodys_fault(connection, before)
-
-
 def test_bad_options_of_postgresql_are_local(postgres: PostgreSQLNode) -> None:
     """So are libpq's, which it calls a ProgrammingError or an OperationalError."""
     peers = [postgres_peer(postgres)] * 2
@@ -476,16 +467,6 @@ def test_no_descriptors_left(mariadb_pair: Pair, host: str, afterwards: str) -> 
 
 
 # Failures after the handshake
-
-
-def test_wrong_init_command(mariadb_pair: Pair) -> None:
-    """A server's error in init_connection_state is the settings', and leaves nothing open."""
-    peers = [mysql_peer(node) for node in mariadb_pair]
-    with engine(peers, OPTIONS={"init_command": "SET nonesuch = 1"}) as connection:
-        before = sockets()
-        with pytest.raises(OperationalError, match="nonesuch"):
-            connection.ensure_connection()
-        assert_nobodys_fault(connection, before)
 
 
 @pytest.mark.parametrize(

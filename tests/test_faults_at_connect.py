@@ -32,7 +32,13 @@ from tests.engine import POSTGRESQL, Clock, engine, mysql_peer, nodb_cursor, pos
 from tests.servers import PASSWORD, USER
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
-from tests.test_connecting import assert_passed_by, first_then_second, sockets, state
+from tests.test_connecting import (
+    assert_nobodys_fault,
+    assert_passed_by,
+    first_then_second,
+    sockets,
+    state,
+)
 
 Pair = tuple[Node, Node]
 
@@ -60,23 +66,19 @@ def test_not_reached(mariadb_pair: Pair, wrong: dict[str, Any], code: int) -> No
         assert sockets() <= before
 
 
-def test_accepts_and_closes(mariadb_pair: Pair, fault_proxy: Callable[..., Any]) -> None:
-    """A peer that accepts and hangs up at once, as a proxy without servers does, is UNREACHABLE."""
+@pytest.mark.parametrize("byte", [None, 1, 40, 100])
+def test_peer_that_hangs_up_at_once_or_in_its_handshake_is_unreachable(
+    mariadb_pair: Pair, fault_proxy: Callable[..., Any], byte: int | None
+) -> None:
+    """The first as a proxy without servers does."""
     proxy = fault_proxy(mariadb_pair[0])
-    proxy.accept_and_close()
+    if byte is None:
+        proxy.accept_and_close()
+    else:
+        proxy.cut_handshake(byte)
     with first_then_second(mysql_peer(proxy), mysql_peer(mariadb_pair[1])) as connection:
         assert_passed_by(connection, Fault.UNREACHABLE)
         assert state().error.startswith("(2013, ")
-
-
-@pytest.mark.parametrize("byte", [1, 40, 100])
-def test_peer_that_dies_in_its_handshake_is_unreachable(
-    mariadb_pair: Pair, fault_proxy: Callable[..., Any], byte: int
-) -> None:
-    proxy = fault_proxy(mariadb_pair[0])
-    proxy.cut_handshake(byte)
-    with first_then_second(mysql_peer(proxy), mysql_peer(mariadb_pair[1])) as connection:
-        assert_passed_by(connection, Fault.UNREACHABLE)
 
 
 def test_limit_of_a_user(mariadb_pair: Pair) -> None:
@@ -302,18 +304,6 @@ def test_error_that_all_peers_say_alike(mariadb_pair: Pair, kind: str) -> None:
     assert str(raised.value.args[0]).startswith(str(code).rstrip())
 
 
-def test_what_all_peers_say_alike_names_one_and_counts_for_none(mariadb_pair: Pair) -> None:
-    peers = [mysql_peer(node) for node in mariadb_pair]
-    with engine(peers, OPTIONS={"init_command": "SET nonesuch = 1"}) as connection:
-        with pytest.raises(OperationalError) as raised:
-            connection.ensure_connection()
-        assert raised.value.args[0] == 1193
-        assert re.search(r"'nonesuch'.*to peer[01] \(.*\) of 'balanced'", str(raised.value))
-        assert [(s.state, s.failures) for s in balancers["balanced"].snapshot()] == [
-            ("closed", 0)
-        ] * 2
-
-
 #: One peer's settings that its driver cannot take, or its server.
 TYPOS: list[dict[str, Any]] = [
     {"OPTIONS": {"nonesuch": 1}},
@@ -383,11 +373,12 @@ def test_tenant_that_may_not_connect_takes_no_peer_out(
 def test_typo_of_all_peers(mariadb_pair: Pair, typo: dict[str, Any]) -> None:
     """The same typo in all of them is raised as the driver says it, with alias and peer named."""
     with engine([mysql_peer(node, **typo) for node in mariadb_pair]) as connection:
+        before = sockets()
         for _ in range(3):
             with pytest.raises(Exception, match=r"to peer[01] \(.*\) of 'balanced'") as raised:
                 connection.ensure_connection()
             assert not isinstance(raised.value, NoPeerAvailable)
-            assert connection.connection is None
+            assert_nobodys_fault(connection, before)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), PermissionError(13, "no")])

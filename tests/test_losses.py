@@ -535,13 +535,6 @@ class TestGalera:
         assert written == ["one", "w0", "w2", "w4", "w6"]
 
 
-#: What a full server says, by whether it is of the MySQL family.
-TOO_MANY: dict[bool, tuple[Any, ...]] = {
-    True: (1040, "Too many connections"),
-    False: ("FATAL:  sorry, too many clients already",),
-}
-
-
 class TestSuspectsComeBack:
     def test_after_a_second(self, here: Site) -> None:
         """Where others take all new connections a suspect is still tried, in its turn."""
@@ -568,24 +561,6 @@ class TestSuspectsComeBack:
             reconnect(here.connection)
             assert here.connection.peer is older
             newer.breaker.close()
-
-    def test_a_trial_without_a_verdict(self, here: Site) -> None:
-        """A suspect that is merely full does not have every connect begin with it."""
-        doubted, other = here.balancer.peers.values()
-        doubted.breaker.suspect("then")
-        here.clock.advance(1.1)
-        tries = []
-
-        def full(attempt: Any) -> Any:
-            tries.append(attempt.peer)
-            if attempt.peer is doubted:
-                raise here.connection.Database.OperationalError(*TOO_MANY[here.is_mysql])
-            return object()
-
-        for _ in range(3):
-            here.balancer.connect(full)
-        assert tries == [doubted, other, other, other]
-        assert doubted.breaker.circuit.suspect
 
 
 class TestListeners:
