@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import transaction
 from django.db.utils import Error, OperationalError
 
-from tests.site import Site
+from tests.site import Site, site
 
 #: What leaves a mark in ``effect`` (a row) or in the sequence ``effects``.
 ON_POSTGRESQL = [
@@ -176,6 +178,34 @@ class TestNothingTwice:
         here.write("two")
         assert here.written() == ["one", "two"]
         assert len(here.replayed()) == 1
+
+    @pytest.mark.parametrize("is_lost", [False, True])
+    def test_a_serializable_block_whose_first_read_is_replayed_meets_its_conflict(
+        self, postgres: Any, fault_proxy: Any, is_lost: bool
+    ) -> None:
+        """PostgreSQL does not watch a transaction that is READ ONLY when it gets its snapshot."""
+        level = {"isolation_level": psycopg.IsolationLevel.SERIALIZABLE}
+        with site(postgres, fault_proxy, OPTIONS=level) as here, contextlib.ExitStack() as stack:
+            here.write("one")
+            here.write("two")
+            other = stack.enter_context(contextlib.closing(here.connection.copy()))
+
+            def take(connection: Any, value: str) -> None:
+                """Delete a value, while there is another beside it."""
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT count(*) FROM app_token")
+                    assert cursor.fetchall() == [(2,)]
+                    cursor.execute("DELETE FROM app_token WHERE value = %s", [value])
+
+            if is_lost:
+                here.here.cut_after(b"count")
+            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+                take(here.connection, "one")
+                other.set_autocommit(False)
+                take(other, "two")
+                other.commit()
+            assert len(here.replayed()) == is_lost
+            assert here.plain_rows() == ["one"]
 
     def test_a_locking_read_is_replayed_with_its_lock(self, here: Site) -> None:
         here.write("one")

@@ -127,7 +127,9 @@ def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
     :raises Refused: the server does not take it for a read.
     """
     session, in_block = db._session, db.in_atomic_block
-    begins = f"SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY"
+    # SELECT: under SERIALIZABLE the server does not watch a transaction for conflicts that is
+    # READ ONLY when it gets its snapshot, whatever it writes later (seen).
+    begins = f"SELECT 1; SAVEPOINT {_SAVEPOINT}; SET TRANSACTION READ ONLY"
     begun = is_well = False
     try:
         db._read_only = True
