@@ -518,6 +518,21 @@ def test_a_server_of_another_version_is_asked_anew(mariadb: Node, log: Log) -> N
 
 
 @keeps_one_record
+def test_a_wrapper_asks_a_server_of_another_version_anew(mariadb: Node, log: Log) -> None:
+    """Not only the wrappers of other threads do."""
+    with engine([mysql_peer(mariadb)]) as connection:
+        peer = balancers["balanced"].peers["peer0"]
+        asked = []
+        for greeting in (None, "5.5.5-10.4.1-MariaDB", None):
+            if greeting is not None and peer.server_facts is not None:
+                peer.server_facts = peer.server_facts._replace(greeting=greeting)
+            connection.close()
+            connection.ensure_connection()
+            asked.append(asks(log.of(connection)))
+        assert asked == [True, True, False]
+
+
+@keeps_one_record
 def test_a_server_is_asked_anew_after_ten_minutes(mariadb: Node, log: Log) -> None:
     """SET GLOBAL sql_mode reaches the next threads, as with the plain engine."""
     with engine([mysql_peer(mariadb)]):

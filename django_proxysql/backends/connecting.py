@@ -260,6 +260,9 @@ class LoadBalancedMixin(_Base):
         What it knows of another peer, and of what this one was, does not hold here.
         """
         own, known = self.__dict__.get(_FACTS), attempt.peer.server_facts
+        if known is not None and known.greeting != self._driver.greeting(connection):
+            # Another server by now: what was known of it does not hold.
+            known = None
         facts = None if known is None else known.facts
         if own is facts:
             return
@@ -267,11 +270,7 @@ class LoadBalancedMixin(_Base):
         # Other OPTIONS may have other answers.
         if registered is None or registered.is_changed(self._own_settings or self.settings_dict):
             return
-        if (
-            known is None
-            or (own is None and attempt.started >= known.asked + _FACTS_HOLD)
-            or known.greeting != self._driver.greeting(connection)
-        ):
+        if known is None or (own is None and attempt.started >= known.asked + _FACTS_HOLD):
             facts = None
         if own is not None and own != facts:
             forget_cached(self, self._made_of[0])
