@@ -272,8 +272,9 @@ def retrying_atomic(
     certification, serialization failure), after a connection lost before
     COMMIT was sent, and after a COMMIT whose answer was lost if the transaction
     is known not to stand (``COMMIT_OUTCOME``). It is never run again after a
-    COMMIT whose outcome is unknown, nor because an ``on_commit`` hook raised, nor after a
-    statement that may have ended the transaction, like MySQL's DDL.
+    COMMIT whose outcome is unknown, nor because an ``on_commit`` hook raised, nor after an
+    error of another alias, nor after a statement that may have ended the transaction, like
+    MySQL's DDL.
 
     It is not run again without what the session held when it was first run: a lock, a
     ``SET``, a temporary table. Then the loss is raised.

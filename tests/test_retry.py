@@ -15,7 +15,7 @@ from django.test import TestCase
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic, signals
 from django_proxysql.core.events import BlockRetried, CommitResolved, PeersExhausted
-from tests.engine import SQLITE, engine, make_outcome_table, run_case, sqlite_peer
+from tests.engine import SQLITE, engine, make_outcome_table, mysql_peer, run_case, sqlite_peer
 from tests.fakes import running
 from tests.site import Site, site
 
@@ -375,6 +375,47 @@ def test_a_block_with_a_temporary_table_is_run_again(on_mariadb: Site) -> None:
 
     work()
     assert here.written() == ["run 2"]
+
+
+@pytest.mark.parametrize("how", ["loss", "loss of COMMIT", "conflict"])
+def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
+    """What was sent there may stand."""
+    second = "a second balancer of the same server"
+    settings = {"PEER_ENGINE": here.connection.settings_dict["PEER_ENGINE"]}
+    peers = [mysql_peer(proxy) for proxy in here.proxies]
+    with engine(peers, alias=second, CONN_MAX_AGE=None, **settings) as other:
+        runs: list[int] = []
+
+        def say(statement: str) -> None:
+            with other.cursor() as cursor:
+                cursor.execute(statement)
+
+        @retrying_atomic(here.connection.alias)
+        def work() -> None:
+            runs.append(1)
+            here.write("mine")
+            if how == "conflict":
+                raises = (
+                    "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"
+                    if here.is_mysql
+                    else "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"
+                )
+                say("INSERT INTO app_token (value) VALUES ('theirs')")
+                say(raises)
+            say("SELECT 1")
+            with contextlib.nullcontext() if how == "loss" else transaction.atomic(second):
+                say("SELECT 2")
+                proxy = next(one for one in here.proxies if str(one.port) in other.peer.address)
+                if how == "loss":
+                    proxy.cut_after()
+                say("INSERT INTO app_token (value) VALUES ('theirs')")
+                # What is sent after it is COMMIT.
+                proxy.cut_after()
+
+        with pytest.raises(OperationalError):
+            work()
+        assert runs == [1]
+        assert here.written() == ["theirs"]
 
 
 def test_other_errors(here: Site) -> None:

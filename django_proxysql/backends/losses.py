@@ -53,6 +53,7 @@ class ErrorHook(DatabaseErrorWrapper):
             # Each statement comes by here.
             return
         if isinstance(exc_value, self.wrapper.Database.Error):
+            drivers.mark(exc_value, "caller", self.wrapper._caller)
             saw(self.wrapper, exc_value)
         elif exc_type is not GeneratorExit:
             interrupted(self.wrapper, exc_value)

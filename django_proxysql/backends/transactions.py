@@ -303,13 +303,18 @@ def rollback(db: Any) -> Any:
 
 def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
     """Return whether a transaction that ended by ``exc`` stands for certain not, and may
-    come to its end if it is begun once more."""
+    come to its end if it is begun once more.
+
+    Another alias's error says nothing of that, and what was sent there may stand.
+    """
     if transaction.stage is Stage.NOT_DONE:
         return True
     if transaction.may_stand:
         return False
-    cause = exc.__cause__
-    if cause is None:
+    if exc.__cause__ is None:
+        return False
+    cause = drivers.root_error(exc.__cause__)
+    if not drivers.is_marked(cause, "caller", db._caller):
         return False
     if drivers.judgement_of(cause, db._driver).proof is Proof.ROLLED_BACK:
         return True

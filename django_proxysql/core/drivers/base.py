@@ -14,19 +14,19 @@ from ..faults import Fault, Proof
 
 #: What may be noted on an exception: a callable password raised it; a driver did that was given one
 #: peer's settings; its text names the peer; it was raised before COMMIT was run; it ended its
-#: connection's use.
-Mark = Literal["is_ours", "of_settings", "is_named", "of_first", "end"]
+#: connection's use; who has met it.
+Mark = Literal["is_ours", "of_settings", "is_named", "of_first", "end", "caller"]
 
 
-def mark(exc: BaseException, what: Mark) -> None:
+def mark(exc: BaseException, what: Mark, value: object = True) -> None:
     """Note something on an exception."""
     with contextlib.suppress(AttributeError, TypeError):
-        setattr(exc, f"_django_proxysql_{what}", True)
+        setattr(exc, f"_django_proxysql_{what}", value)
 
 
-def is_marked(exc: BaseException, what: Mark) -> bool:
+def is_marked(exc: BaseException, what: Mark, value: object = True) -> bool:
     """Return whether that is noted on an exception."""
-    return getattr(exc, f"_django_proxysql_{what}", False)
+    return bool(getattr(exc, f"_django_proxysql_{what}", None) == value)
 
 
 class Driver:
