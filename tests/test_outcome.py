@@ -89,6 +89,8 @@ class TestWhenATokenIsWritten:
             ("LOCK TABLES a WRITE", True, False),
             ("ANALYZE TABLE a", True, False),
             ("GRANT SELECT ON a TO b", True, False),
+            ("SET DEFAULT ROLE a", True, False),
+            ("SET ROLE a", False, False),
             ("COMMIT", True, True),
             ("ROLLBACK", True, True),
             ("BEGIN", True, True),

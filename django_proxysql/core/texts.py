@@ -88,7 +88,9 @@ _ENDS_POSTGRESQL = frozenset(
 )
 _KEEPS_MYSQL = frozenset({"SET", "USE", "DO", "SAVEPOINT", "RELEASE", "SIGNAL", "RESIGNAL"})
 _TEMPORARY = re.compile(r"\s*(?:CREATE|DROP)\s+TEMPORARY\s+TABLE\b", re.IGNORECASE)
-_SET_THAT_ENDS = re.compile(r"\b(?:autocommit|password|statement)\b", re.IGNORECASE)
+_SET_THAT_ENDS = re.compile(
+    r"\b(?:autocommit|password|statement|default\b.*\brole)\b", re.IGNORECASE | re.DOTALL
+)
 
 
 def may_end(sql: Any, vendor: str) -> bool:
