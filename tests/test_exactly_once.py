@@ -253,6 +253,78 @@ class TestBlocksWithoutAToken:
             assert here.read() == []
         assert tokens(here) == []
 
+    @pytest.mark.parametrize("what", ["session", "next transaction", "server"])
+    def test_whose_server_takes_no_writes_ends_well_without_one(
+        self, here: Site, what: str
+    ) -> None:
+        """A function's name is one that may write. Without the setting such a block ends well."""
+        if what == "next transaction" and not here.is_mysql:
+            pytest.skip("what MySQL's SET TRANSACTION is, outside of a transaction")
+        how = "RETURN 7" if here.is_mysql else "LANGUAGE sql AS 'SELECT 7'"
+        run(here.plain, f"CREATE FUNCTION seven() RETURNS int {how}")
+        said = {
+            "session": "SET SESSION TRANSACTION READ ONLY",
+            "next transaction": "SET TRANSACTION READ ONLY",
+        }
+        if not here.is_mysql:
+            said["session"] = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+        ran: list[int] = []
+        try:
+            with no_writes(here) if what == "server" else contextlib.nullcontext():
+                here.connection.close()
+                if what in said:
+                    here.sql(said[what])
+                with transaction.atomic("balanced"):
+                    transaction.on_commit(lambda: ran.append(1), using="balanced")
+                    assert here.sql("SELECT seven()") == [(7,)]
+        finally:
+            run(here.plain, "DROP FUNCTION seven")
+        assert (ran, tokens(here)) == ([1], [])
+        here.connection.close()
+        assert block(here, "one") == ["one"]
+        assert tokens(here) == [False]
+
+    @ON_POSTGRES
+    def test_whose_session_takes_no_writes_has_one_if_it_takes_them(self, here: Site) -> None:
+        """What the next ones are says nothing of the one that is open."""
+        with transaction.atomic("balanced"):
+            here.write("one")
+            here.sql("SET default_transaction_read_only = on")
+        assert tokens(here) == [False]
+        with transaction.atomic("balanced"):
+            here.sql("SET TRANSACTION READ WRITE")
+            here.write("two")
+        assert tokens(here) == [False, False]
+
+    @pytest.mark.skipif(django.VERSION < (4, 2), reason="assume_role came with Django 4.2")
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    def test_a_role_that_django_assumes_is_the_fences_too(
+        self, postgres: Any, fault_proxy: Callable[..., Any], how: str
+    ) -> None:
+        """The table belongs to the role, of which the user inherits nothing."""
+        granted = (
+            f"CREATE ROLE owner; GRANT owner TO {USER}; ALTER ROLE {USER} NOINHERIT;"
+            " GRANT ALL ON app_token, app_token_id_seq TO owner;"
+            f" ALTER TABLE {outcome.TABLE} OWNER TO owner"
+        )
+        taken = f"ALTER ROLE {USER} INHERIT; DROP OWNED BY owner; DROP ROLE owner"
+        with recording(postgres, fault_proxy) as here:
+            postgres.sql(granted, DATABASE)
+            try:
+                here.connection.close()
+                options = {**here.connection.settings_dict["OPTIONS"], "assume_role": "owner"}
+                here.connection.settings_dict["OPTIONS"] = options
+                here.sql("SELECT 1")
+                cut_at_commit(here, how)
+                if how == "reply":
+                    assert block(here, "one") == ["one"]
+                else:
+                    with pytest.raises(OperationalError, match="was rolled back"):
+                        block(here, "one")
+            finally:
+                here.connection.close()
+                postgres.sql(taken, DATABASE)
+
     @ON_MARIADB
     def test_of_a_session_that_has_tables_locked_has_none(self, here: Site) -> None:
         """The server takes writes to these alone. Without the setting such a block ends well."""
@@ -504,6 +576,17 @@ class TestFaults:
             block(here, "one")
         assert resolved(here) == ["unknown"]
         assert here.written() == (["one"] if how == "reply" else [])
+
+    def test_a_peer_whose_circuit_is_open_is_asked_where_no_other_answers(self, here: Site) -> None:
+        """It has come back, and the one that COMMIT was sent to is gone."""
+        here.read()
+        for peer in here.balancer.peers.values():
+            if peer is not here.connection.peer:
+                peer.breaker.open()
+        here.here.cut_before(COMMIT)
+        here.here.refuse()
+        with pytest.raises(OperationalError, match="was rolled back"):
+            block(here, "one")
 
     def test_where_peers_may_lag_only_the_transactions_own_is_asked(
         self, here: Site, monkeypatch: pytest.MonkeyPatch

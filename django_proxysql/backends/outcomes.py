@@ -31,7 +31,7 @@ from .losses import is_of_server, throw_away
 from .replacing import replace
 from .replays import are_sendable, dialect_of, has_only_read, rehearse
 from .sessions import Session
-from .tokens import delete_some, wait_briefly
+from .tokens import begin, delete_some
 
 #: Django before 4.2 logs no COMMIT.
 _logged: Any = getattr(utils, "debug_transaction", None) or (
@@ -83,8 +83,11 @@ def token_for(db: Any, session: Session) -> Token | None:
         only_read=bool(reads) and _needs_none(db, session, reads),
     ):
         return None
-    if transaction.is_read_only or not db._driver.may_write(session.connection):
+    if transaction.is_read_only:
         return None
+    with db.wrap_database_errors:
+        if not db._driver.may_write(session.connection):
+            return None
     if "tables" in session.holds.for_life:
         # MySQL's LOCK TABLES: the session writes to these alone.
         return None
@@ -208,6 +211,7 @@ def _table(db: Any, session: Session) -> str:
             if schema is None:
                 # The block may have set a search_path of its own.
                 with throw_away(db, session.peer) as connection:
+                    begin(vendor, connection, session.role)
                     [(schema,)] = ready.rows(connection, question)
         if schema is None:
             raise _missing(session)
@@ -215,22 +219,31 @@ def _table(db: Any, session: Session) -> str:
     return outcome.qualified(vendor, schema)
 
 
-def commit_with(db: Any, session: Any, token: Token) -> Any:
-    """Write the token and COMMIT, in one packet where that can be done; see Django's _commit()."""
+def commit_with(db: Any, session: Any, token: Token) -> bool:
+    """Write the token and COMMIT, in one packet where that can be done; see Django's _commit().
+
+    :returns: False: the transaction takes no writes, and is still open. Nothing was committed.
+    """
     driver, connection = db._driver, session.connection
     statement = outcome.insert(db.vendor, token.table, token.value)
     with _logged(db, "COMMIT"), db.wrap_database_errors:
         try:
-            driver.commit_after(connection, statement, session.takes_two)
+            try:
+                driver.commit_after(connection, statement, session.takes_two)
+            except Exception as exc:
+                if not session.takes_two or driver.code_of(exc) != _SYNTAX_ERROR:
+                    raise
+                # Something in between takes no two statements. MySQL's transaction is still open.
+                session.takes_two = False
+                driver.commit_after(connection, statement, together=False)
         except Exception as exc:
-            if not session.takes_two or driver.code_of(exc) != _SYNTAX_ERROR:
-                raise
-            # Something in between takes no two statements. MySQL's transaction is still open.
-            session.takes_two = False
-            driver.commit_after(connection, statement, together=False)
+            if drivers.is_marked(exc, "of_first") and driver.goes_on_without(exc):
+                return False
+            raise
     # COMMIT was answered: whatever this raises is no error of it.
     with contextlib.suppress(Exception):
         delete_some(db, session, token.table, token.value)
+    return True
 
 
 def stands(db: Any, session: Session, token: Token, cause: BaseException) -> bool:
@@ -296,15 +309,15 @@ def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> 
     peer = session.balancer.peers[name]
     try:
         with throw_away(db, peer, seconds) as connection:
-            return _fence(db, connection, token)
+            return _fence(db, connection, token, session.role)
     except Exception:
         # Whatever it was, it is no answer.
         return Answer.NONE
 
 
-def _fence(db: Any, connection: Any, token: Token) -> Answer:
+def _fence(db: Any, connection: Any, token: Token, role: str) -> Answer:
     vendor, driver = db.vendor, db._driver
-    wait_briefly(vendor, connection)
+    begin(vendor, connection, role)
     if not _is_true(ready.rows(connection, outcome.is_fit(vendor, token.table))):
         return Answer.UNFIT
     try:
@@ -316,6 +329,7 @@ def _fence(db: Any, connection: Any, token: Token) -> Answer:
     else:
         return Answer.INSERTED
     connection.rollback()
+    begin(vendor, connection, role)
     rows = ready.rows(connection, outcome.reads_row(vendor, token.table, token.value))
     if not rows:
         return Answer.NONE

@@ -42,6 +42,8 @@ class MadeWith(NamedTuple):
     database: str = ""
     #: A packet may hold two statements. False, too, once something in between took none.
     takes_two: bool = False
+    #: The role that Django has PostgreSQL's session take: OPTIONS["assume_role"]; "" for none.
+    role: str = ""
 
 
 class Session(Health):
@@ -67,6 +69,7 @@ class Session(Health):
         "permit",
         "read_timeout",
         "results",
+        "role",
         "sending",
         "served",
         "server_side",
@@ -97,7 +100,7 @@ class Session(Health):
         self.permit = permit
         #: The statement and its parameters that are under way; None between two statements.
         self.sending: tuple[Any, Any] | None = None
-        _, self.read_timeout, self.unbuffered, self.database, self.takes_two = made_with
+        _, self.read_timeout, self.unbuffered, self.database, self.takes_two, self.role = made_with
         #: Asks the driver whether a transaction is open, where it knows only before a loss.
         self.status = status
         idle = balancer.config.idle_check

@@ -127,7 +127,8 @@ def delete_some(db: Any, session: Session, table: str, token: bytes) -> None:
     vendor = db.vendor
     statement = outcome.deletes(vendor, table, outcome.oldest_kept(time.time(), DAY), DAY, _ROWS)
     # The connection is made by the thread that enters it.
-    _cleaner.jobs.append((vendor, statement, throw_away(db, session.peer, _DELETING)))
+    made = throw_away(db, session.peer, _DELETING)
+    _cleaner.jobs.append((vendor, session.role, statement, made))
     _cleaner.start()
 
 
@@ -135,8 +136,8 @@ class _Cleaner(Worker):
     """Deletes old tokens in a thread, on a connection of its own."""
 
     def __init__(self) -> None:
-        #: Vendor, statement, and what makes the connection.
-        self.jobs: deque[tuple[str, str, Any]] = deque(maxlen=10)
+        #: Vendor, role, statement, and what makes the connection.
+        self.jobs: deque[tuple[str, str, str, Any]] = deque(maxlen=10)
         super().__init__("to delete old tokens")
 
     def is_needed(self) -> bool:
@@ -146,13 +147,13 @@ class _Cleaner(Worker):
     def step(self) -> float | None:
         """Do one job."""
         try:
-            vendor, statement, connecting = self.jobs.popleft()
+            vendor, role, statement, connecting = self.jobs.popleft()
         except IndexError:
             return None
         # Another process may be at it, or the peer be gone: what is left is for the next time.
         with contextlib.suppress(Exception), connecting as connection:
-            wait_briefly(vendor, connection)
             for _ in range(_STATEMENTS):
+                begin(vendor, connection, role)
                 ready.rows(connection, statement)
                 connection.commit()
         return 0.0
@@ -166,11 +167,17 @@ class _Cleaner(Worker):
 _cleaner = _Cleaner()
 
 
-def wait_briefly(vendor: str, connection: Any) -> None:
-    """Have a connection of our own wait a second at most for a lock, and for no other node."""
+def begin(vendor: str, connection: Any, role: str) -> None:
+    """Begin a transaction of our own, which waits a second at most for a lock, and for no other
+    node.
+
+    :param role: that of the application's sessions.
+    """
     if vendor == "postgresql":
         # LOCAL: a pooler gives the server's session to others.
         ready.rows(connection, "SET LOCAL lock_timeout = '1s'")
+        if role:
+            ready.rows(connection, f"SET LOCAL ROLE {outcome.quoted(vendor, role)}")
         return
     ready.rows(connection, "SET SESSION innodb_lock_wait_timeout = 1")
     with contextlib.suppress(Exception):

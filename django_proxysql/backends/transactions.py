@@ -245,7 +245,11 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
     transaction = db._transaction
     try:
         transaction.commit_sent()
-        result = commit() if token is None else commit_with(db, session, token)
+        result = None
+        if token is None or not commit_with(db, session, token):
+            # Where it was refused, what becomes of this COMMIT it cannot tell.
+            token = None
+            result = commit()
         note_end_of_transaction(db)
     except Error as exc:
         cause = exc.__cause__ or exc

@@ -146,6 +146,7 @@ class SafePointsMixin(LoadBalancedMixin):
             driver.is_unbuffered(conn_params),
             conn_params.get("database") or conn_params.get("db") or "",
             driver.takes_two(conn_params),
+            (self.settings_dict.get("OPTIONS") or {}).get("assume_role") or "",
         )
 
     #: What the present connection was made with.

@@ -86,9 +86,8 @@ def peers_to_ask(peers: Iterable[Candidate], ran_on: str, synchronous: bool) -> 
         something on the peer alone that the transaction ran on.
     """
     fit = [peer for peer in peers if synchronous or peer.name == ran_on]
-    # A peer whose circuit is open is asked only where no other can answer.
-    known = [peer for peer in fit if peer.closed] or fit
-    return [peer.name for peer in sorted(known, key=lambda peer: peer.suspect)]
+    # Last a peer whose circuit is open: it may have come back, and the others may be gone.
+    return [peer.name for peer in sorted(fit, key=lambda peer: (not peer.closed, peer.suspect))]
 
 
 #: Seconds that one question may take: a lock wait of one, and the network.
@@ -167,8 +166,13 @@ class Tokens(Guarded):
 @functools.lru_cache(maxsize=100)
 def qualified(vendor: str, schema: str) -> str:
     """Return the table's name with its schema: a session's USE or search_path changes nothing."""
+    return f"{quoted(vendor, schema)}.{TABLE}"
+
+
+def quoted(vendor: str, name: str) -> str:
+    """Return a name as it stands in a statement."""
     mark = '"' if vendor == "postgresql" else "`"
-    return f"{mark}{schema.replace(mark, mark * 2)}{mark}.{TABLE}"
+    return f"{mark}{name.replace(mark, mark * 2)}{mark}"
 
 
 def where_is(vendor: str) -> str:

@@ -83,8 +83,15 @@ class Driver:
         return False
 
     def may_write(self, connection: Any) -> bool:
-        """Return whether, as far as the driver knows, the open transaction takes a write."""
+        """Return whether, as far as the driver knows, the open transaction takes a write.
+
+        :raises Exception: the driver's error: it may ask the server.
+        """
         return True
+
+    def goes_on_without(self, exc: BaseException) -> bool:
+        """Return whether a transaction in which ``exc`` refused a write takes none, and is open."""
+        return False
 
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:
         """Run ``statement`` and COMMIT.

@@ -260,6 +260,9 @@ def is_psycopg2(connection: Any) -> bool:
 _OWN = frozenset({"psycopg", "psycopg_c", "psycopg_binary", "psycopg2", "django"})
 
 
+#: Parameters that are on where a transaction may be READ ONLY by itself.
+_READ_ONLY = ("default_transaction_read_only", "in_hot_standby")
+
 #: libpq's PQTRANS_ACTIVE, PQTRANS_INTRANS and PQTRANS_INERROR.
 _ACTIVE, _OPEN, _FAILED = 1, (1, 2, 3), 3
 
@@ -331,10 +334,21 @@ class PostgreSQL(Driver):
         return True
 
     def may_write(self, connection: Any) -> bool:
-        """Return whether the transaction has not failed, and was not begun READ ONLY."""
+        """Return whether the transaction has not failed, and was not begun READ ONLY.
+
+        A server says unasked what the session's default is, since PostgreSQL 14. What the
+        transaction itself is it says when it is asked.
+        """
         read_only = "readonly" if is_psycopg2(connection) else "read_only"
-        is_failed = int(connection.info.transaction_status) == _FAILED
-        return not is_failed and getattr(connection, read_only, None) is not True
+        if int(connection.info.transaction_status) == _FAILED:
+            return False
+        if getattr(connection, read_only, None) is True:
+            return False
+        if not any(connection.info.parameter_status(name) == "on" for name in _READ_ONLY):
+            return True
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW transaction_read_only")
+            return bool(cursor.fetchone()[0] == "off")
 
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:
         """Run ``statement`` and COMMIT.
