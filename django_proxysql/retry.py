@@ -24,8 +24,9 @@ import tenacity
 from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
+from .backends.sessions import now_holding, still_holds
 from .backends.state import NO_TRANSACTION, Stage, Transaction
-from .backends.transactions import begins_again, now_holding, still_holds
+from .backends.transactions import begins_again
 from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers

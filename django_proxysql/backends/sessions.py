@@ -147,6 +147,22 @@ def current(db: Any) -> Session | None:
     return None if db._attempt is not None else session
 
 
+def now_holding(db: Any) -> tuple[Session, Holdings] | None:
+    """Return what the session holds, for :func:`still_holds`; None if it holds nothing."""
+    session = current(db)
+    if session is None or not session.holds or session.error_raised:
+        return None
+    return session, session.holds.copy()
+
+
+def still_holds(db: Any, held: tuple[Session, Holdings] | None) -> bool:
+    """Return whether all that :func:`now_holding` has seen is held now."""
+    if held is None:
+        return True
+    session, holdings = held
+    return session is current(db) and not session.dead and session.holds.include(holdings)
+
+
 # Closing a driver's connection
 
 

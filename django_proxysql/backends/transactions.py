@@ -15,7 +15,6 @@ from django.db.utils import Error
 
 from ..core import drivers
 from ..core.faults import Proof
-from ..core.holdings import Holdings
 from ..core.statements import READ
 from ..errors import CommitOutcomeUnknown
 from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, settle_doubt
@@ -330,22 +329,6 @@ def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
             return True
     # After a time-out the server may be at it still, and in the way.
     return session is not None and drivers.is_marked(cause, "end") and not session.timed_out
-
-
-def now_holding(db: Any) -> tuple[Session, Holdings] | None:
-    """Return what the session holds, for :meth:`still_holds`; None if it holds nothing."""
-    session = current(db)
-    if session is None or not session.holds or session.error_raised:
-        return None
-    return session, session.holds.copy()
-
-
-def still_holds(db: Any, held: tuple[Session, Holdings] | None) -> bool:
-    """Return whether all that :meth:`now_holding` has seen is held now."""
-    if held is None:
-        return True
-    session, holdings = held
-    return session is current(db) and not session.dead and session.holds.include(holdings)
 
 
 # SAVEPOINTs of Django's own, which are made again with their transaction
