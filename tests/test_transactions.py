@@ -727,6 +727,21 @@ def test_wrong_arguments_leave_the_connection_as_it_is(here: Site) -> None:
     assert here.connection.connection is before
 
 
+def test_a_parameter_that_the_driver_refuses_leaves_the_block_as_it_is(here: Site) -> None:
+    """With PyMySQL in mysqlclient's place the error is none of the module Django connects with."""
+    if not here.is_mysql:
+        pytest.skip("PostgreSQL has NaN")
+    prepare(here)
+    before = here.connection.connection
+    with transaction.atomic(here.connection.alias):
+        here.write("one")
+        with pytest.raises(Exception, match="nan can not be used"):
+            here.sql("SELECT %s", [float("nan")])
+        here.write("two")
+    assert here.written() == ["one", "two"]
+    assert here.connection.connection is before
+
+
 def test_a_loop_over_rows_that_is_left_early_leaves_the_connection(here: Site) -> None:
     prepare(here)
     before = here.connection.connection

@@ -24,9 +24,8 @@ from .decisions import Answer, after_error, after_read_only
 from .sessions import Session, close_for_good, current
 from .state import Stage, Transaction
 
-#: What a driver, or what it calls, raises of the arguments it was given. All else that is no
-#: error of a driver comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
-OF_THE_CALL = (
+#: What a driver, or what it calls, raises of the arguments it was given, besides its own errors.
+_OF_THE_CALL = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -134,12 +133,22 @@ def abandon(db: Any, session: Session, exc: BaseException) -> None:
     close_for_good(session.connection)
 
 
+def is_of_the_call(exc: BaseException) -> bool:
+    """Return whether a driver, or what it calls, raised ``exc`` of the arguments it was given.
+
+    All else comes from elsewhere: Ctrl-C, a task's time limit, a greenlet's end.
+    """
+    # PyMySQL in mysqlclient's place is loaded twice: what it raises of a parameter may be no
+    # Error of the module that Django connects with.
+    return isinstance(exc, _OF_THE_CALL) or drivers.is_driver_error(exc)
+
+
 def interrupted(db: Any, exc: BaseException) -> None:
-    """Take note of an exception out of a driver's method that is no error of the driver's."""
+    """Take note of an exception out of a driver's method that is no error of Django's driver."""
     session = current(db)
     if session is None:
         return
-    if isinstance(exc, OF_THE_CALL) and db._driver.is_in_step(session.connection, exc):
+    if is_of_the_call(exc) and db._driver.is_in_step(session.connection, exc):
         return
     abandon(db, session, exc)
 
@@ -195,7 +204,7 @@ def is_lost(db: Any, session: Session) -> bool:
     try:
         db._driver.ping(session.connection)
     except BaseException as exc:
-        if not isinstance(exc, (db.Database.Error, ConnectionError, *OF_THE_CALL)):
+        if not (is_of_the_call(exc) or isinstance(exc, (db.Database.Error, ConnectionError))):
             # Its answer may come yet.
             abandon(db, session, exc)
             raise
