@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import random
@@ -16,7 +17,14 @@ import pybreaker
 import pytest
 import tenacity
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady, PeerBreaker
+from django_proxysql import (
+    AsyncLoadBalancer,
+    Fault,
+    LoadBalancer,
+    NoPeerAvailable,
+    NotReady,
+    PeerBreaker,
+)
 from django_proxysql.core import search
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import (
@@ -1359,6 +1367,28 @@ class TestEvents:
         world.clock.advance(30)
         world.connect()
         assert seen == [True, "db2", True, "db1"]
+
+    @pytest.mark.parametrize("face", [LoadBalancer, AsyncLoadBalancer])
+    def test_connection_is_not_kept_where_a_listener_is_interrupted(self, face: Any) -> None:
+        """The exception is, and with its traceback all frames."""
+
+        async def coroutine(**params: Any) -> Any:
+            return connect(**params)
+
+        def connect(**params: Any) -> Connection:
+            connection = Connection("db1")
+            made.append(weakref.ref(connection))
+            return connection
+
+        def interrupt(event: Any) -> None:
+            raise KeyboardInterrupt
+
+        made: list[Any] = []
+        db = face(peers("db1"), connect if face is LoadBalancer else coroutine)
+        db.add_listener(interrupt)
+        kept = raised_by(db.connect if face is LoadBalancer else lambda: asyncio.run(db.connect()))
+        assert type(kept) is KeyboardInterrupt
+        assert [reference() for reference in made] == [None]
 
     def test_listener_can_be_removed(self) -> None:
         world = World("db1")

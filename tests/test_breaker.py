@@ -629,6 +629,50 @@ class TestListeners:
         assert len(free) >= 25
         assert all(free)
 
+    @pytest.mark.parametrize("who", ["before_call", "success", "failure", "exclude"])
+    @pytest.mark.parametrize("how", ["call", "calling", "call_async", "a generator"])
+    def test_trial_that_is_interrupted_in_one_of_them_is_over(
+        self, who: str, how: str, clock: Clock
+    ) -> None:
+        """Although the exception is kept, and with its traceback all frames."""
+
+        def interrupt(*_: Any, **__: Any) -> bool:
+            if armed:
+                raise KeyboardInterrupt
+            return False
+
+        armed: list[int] = []
+        listener = Recorder()
+        if who != "exclude":
+            setattr(listener, who, interrupt)
+        exclude = [interrupt] if who == "exclude" else []
+        breaker = PeerBreaker(clock=clock, listeners=[listener], exclude=exclude)
+        breaker.open()
+        clock.advance(40)
+        armed.append(1)
+
+        def work() -> None:
+            if who in ("failure", "exclude"):
+                raise Boom
+
+        def generate() -> Any:
+            work()
+            yield
+
+        def guarded() -> None:
+            with breaker.calling():
+                work()
+
+        ways = {
+            "call": lambda: breaker.call(work),
+            "calling": guarded,
+            "call_async": lambda: asyncio.run(breaker.call_async(work)),
+            "a generator": lambda: list(breaker.call(generate)),
+        }
+        kept = raised_by(ways[how])
+        assert type(kept) is KeyboardInterrupt
+        assert breaker.trial is None
+
     def test_that_raise_do_no_harm(self, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
         """Whatever a listener raises is logged; the call, the circuit and the others go on."""
 

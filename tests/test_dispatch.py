@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from django_proxysql import LoadBalancer, PeerBreaker
-from django_proxysql.core import dispatch, runtime
+from django_proxysql.core import dispatch, group, runtime
 from django_proxysql.core.dispatch import MOST, Dispatcher
 from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhausted
 from django_proxysql.core.logs import log_event
 from tests.children import in_child, run_python
-from tests.fakes import Recorder, in_thread, raised_by, running, until
+from tests.fakes import Clock, Recorder, in_thread, raised_by, running, until
 from tests.test_breaker_threads import CIRCUITS, interrupted_at
 
 
@@ -397,6 +397,64 @@ def test_listener_that_raises_keeps_the_order(error: type[BaseException]) -> Non
         raised_by(change)
     until(lambda: len(pager.ended) == 4)
     assert pager.ended == [CircuitOpened, CircuitClosed] * 2
+
+
+@pytest.mark.parametrize("method", ["failure", "state_change"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_listener_of_a_circuit_that_raises_keeps_nothing_from_the_others(
+    method: str, error: type[BaseException]
+) -> None:
+    """Ctrl-C in one of them: each later listener is notified of the change, without another one."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    db = LoadBalancer({"db1": {"host": "db1"}})
+    circuit = db.peers["db1"].breaker
+    pager, bad, recorder = Pager(), Recorder(), Recorder()
+    setattr(bad, method, fail)
+    db.add_listener(pager)
+    circuit.add_listeners(bad, recorder)
+    permit: Any = circuit.acquire()
+    raised = raised_by(lambda: permit.failed(OSError()))
+    assert type(raised) is (error if error is KeyboardInterrupt else type(None))
+    until(lambda: pager.ended == [CircuitOpened])
+    until(lambda: ("closed", "open") in recorder.told)
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed"])
+def test_thread_that_is_killed_at_a_change_has_it_delivered(end: str) -> None:
+    """At whichever line, and once. It is the last change: none follows that takes it along."""
+    step, there, told = 0, True, 0
+    #: The event of the state that the end of the permit brings.
+    kinds = {"closed": CircuitClosed} if end == "succeeded" else {"open": CircuitOpened}
+    files = [*CIRCUITS, group.__file__, dispatch.__file__]
+    while there:
+        step += 1
+        clock = Clock()
+        db = LoadBalancer({"db1": {"host": "db1"}}, clock=clock)
+        db.remove_listener(log_event)
+        circuit = db.peers["db1"].breaker
+        pager = Pager()
+        db.add_listener(pager)
+        if end == "failed":
+            permit: Any = circuit.acquire()
+        else:
+            circuit.open()
+            clock.advance(40)
+            permit = circuit.acquire()
+        pager.ended.clear()
+        arguments = [OSError()] if end == "failed" else []
+        there, where = interrupted_at(step, lambda: getattr(permit, end)(*arguments), files)  # noqa: B023
+        # One whose delivery had begun is lost. Before notify_pending() has begun, and where it
+        # ends, where nothing asks for signals, it waits for the next change.
+        waits = ("self.notify_pending()", "._circuit.pending:", "try:", "self._handing = None")
+        is_lost = where.startswith("step:") or where.endswith(waits)
+        if circuit.current_state in kinds and not is_lost:
+            told += 1
+            until(lambda: pager.ended == [kinds[circuit.current_state]])  # noqa: B023
+    assert step > 20
+    assert told > 20
 
 
 def test_change_within_a_change() -> None:

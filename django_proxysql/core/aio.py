@@ -121,6 +121,7 @@ class AsyncLoadBalancer(Face):
             return connection
         finally:
             # As in LoadBalancer: however this is broken off, the attempt is over.
+            connection = None
             attempt = search.attempt
             if attempt is not None:
                 attempt.is_over = True

@@ -151,7 +151,9 @@ class LoadBalancer(Face):
             return connection
         finally:
             # Without a call, which the recursion limit might refuse: however this is broken off,
-            # the attempt is over. tenacity keeps the exception, and with it all these frames.
+            # the attempt is over. tenacity keeps the exception, and with it all these frames: a
+            # listener's Ctrl-C after the connect is not to keep the socket.
+            connection = None
             attempt = search.attempt
             if attempt is not None:
                 attempt.is_over = True
@@ -210,10 +212,9 @@ class LoadBalancer(Face):
         asked = attempt.is_trial and self.send_ahead(attempt, driver, connect, params)
         params.update(driver.connect_options(params, attempt.timeout))
         connection = connect(**params)
-        if hasattr(type(connection), "__await__"):
-            connection.close()
-            raise ConfigError("connect", "is a coroutine function", "Use AsyncLoadBalancer.")
         try:
+            if hasattr(type(connection), "__await__"):
+                raise ConfigError("connect", "is a coroutine function", "Use AsyncLoadBalancer.")
             self.check_ready(connection, attempt, asked=asked)
             count_while_alive(connection, attempt.peer)
         except BaseException:

@@ -122,7 +122,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
                 "Leave it out. An open circuit's calls raise CircuitBreakerError.",
             )
         own: Any = on_transition
-        if own is not None and not (hasattr(own, "put") and hasattr(own, "notify")):
+        if own is not None and not all(hasattr(own, name) for name in ("put", "notify", "leave")):
             function("on_transition", own, "Give a function.")
             own = Dispatcher(own, name or "", "The on_transition of the circuit of %s raised")
         #: Follows the changes first.
@@ -173,11 +173,11 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         permit = self._enter(func, *args, **kwargs)
         try:
             result = func(*args, **kwargs)
+            if isinstance(result, types.GeneratorType):
+                return _run_through(result, permit)  # type: ignore[return-value]
         except BaseException as exc:
             permit.judge(exc)
             raise
-        if isinstance(result, types.GeneratorType):
-            return _run_through(result, permit)  # type: ignore[return-value]
         permit.succeeded()
         return result
 
@@ -206,11 +206,11 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
             result = func(*args, **kwargs)
             if inspect.isawaitable(result):
                 result = await result
+            if inspect.isasyncgen(result):
+                return _run_through_async(result, permit)
         except BaseException as exc:
             permit.judge(exc)
             raise
-        if inspect.isasyncgen(result):
-            return _run_through_async(result, permit)
         permit.succeeded()
         return result
 
@@ -235,7 +235,12 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
                 + (f": {circuit.error}" if circuit.error else "")
             )
         if self._listeners:
-            self._call_listeners("before_call", func, *args, **kwargs)
+            try:
+                self._call_listeners("before_call", func, *args, **kwargs)
+            except BaseException:
+                # Its traceback holds this frame, and with it the permit.
+                permit.released()
+                raise
         return permit
 
     # By hand
@@ -278,9 +283,9 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         """
         now = self._clock()
         due, error = now + self._spread_timeout(), drivers.describe(exc)
-        self.replace(Tripped(due, error, fault, question, failures), now)
-        if notify:
-            self.notify_pending()
+        (self.apply if notify else self.replace)(
+            Tripped(due, error, fault, question, failures), now
+        )
 
     # pybreaker's properties
 

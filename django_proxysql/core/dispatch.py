@@ -83,8 +83,9 @@ class Dispatcher(Worker):
         return not self.waiting
 
     def put(self, event: Any) -> None:
-        """Queue an event until somebody calls :meth:`notify`. Never blocks."""
-        self.waiting.append(event)
+        """Queue an event, once, until somebody calls :meth:`notify`. Never blocks."""
+        if not any(known is event for known in self.waiting.copy()):
+            self.waiting.append(event)
 
     def notify(self) -> None:
         """Deliver what waits: here, or in the listener's thread where this one must not wait."""
@@ -98,6 +99,11 @@ class Dispatcher(Worker):
             self.start()
         else:
             self._work_here(len(self.waiting))
+
+    def leave(self) -> None:
+        """Have what waits delivered by the listener's own thread."""
+        if self.waiting:
+            self.start()
 
     def is_needed(self) -> bool:
         """Return whether an event waits."""
@@ -192,12 +198,14 @@ class Listeners(Guarded):
 
     def notify(self) -> None:
         """Call the listeners with the queued changes, whichever thread put them. Needs no lock."""
-        dispatchers = self.dispatchers
         try:
-            for dispatcher in dispatchers:
+            for dispatcher in self.dispatchers:
                 dispatcher.notify()
         except BaseException:
-            for dispatcher in dispatchers:
-                if dispatcher.waiting:
-                    dispatcher.start()
+            self.leave()
             raise
+
+    def leave(self) -> None:
+        """Have what waits delivered by the listeners' own threads."""
+        for dispatcher in self.dispatchers:
+            dispatcher.leave()

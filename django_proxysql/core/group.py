@@ -407,21 +407,28 @@ class PeerGroup:
         """Call the listeners with ``event``."""
         self.listeners.emit(event)
 
-    def note_change(self, name: str, change: Transition) -> None:
-        """Note that a circuit has changed. Within its lock: never blocks, calls no listener."""
-        self.invalidate()
-        self._changes.append((name, change))
+    def event_of(self, name: str, change: Transition) -> Event | None:
+        """Return what the listeners are to know of a change of a circuit, if anything."""
         peer = self.peers[name]
-        if change.before != change.after and change.after != HALF_OPEN:
-            peer.forget_answers()
         where = (self.name, name, peer.address)
         if change.before == CLOSED and change.after != CLOSED:
             first_trial = self._first_trial_in(peer, change)
-            self.listeners.put(
-                CircuitOpened(*where, change.fault, change.error, first_trial, change.elsewhere)
-            )
-        elif change.after == CLOSED and change.before != CLOSED:
-            self.listeners.put(CircuitClosed(*where, change.seconds, change.elsewhere))
+            return CircuitOpened(*where, change.fault, change.error, first_trial, change.elsewhere)
+        if change.after == CLOSED and change.before != CLOSED:
+            return CircuitClosed(*where, change.seconds, change.elsewhere)
+        return None
+
+    def note_change(self, name: str, change: Transition, event: Event | None) -> None:
+        """Note that a circuit has changed. Within its lock: never blocks, calls no listener.
+
+        :param event: its :meth:`event_of`.
+        """
+        self.invalidate()
+        if change.before != change.after and change.after != HALF_OPEN:
+            self.peers[name].forget_answers()
+        if event is not None:
+            self.listeners.put(event)
+        self._changes.append((name, change))
 
     def _first_trial_in(self, peer: Peer, opened: Transition) -> float | None:
         """Return the seconds until the first trial of a peer whose circuit opens just now."""
@@ -436,6 +443,15 @@ class PeerGroup:
 
     def circuits_changed(self) -> None:
         """Do what the noted changes demand, whichever thread made them. Needs no lock."""
+        self._see_to_changes()
+        self.listeners.notify()
+
+    def leave_changes(self) -> None:
+        """Do so where a thread was interrupted at it; the listeners' own threads notify them."""
+        self._see_to_changes()
+        self.listeners.leave()
+
+    def _see_to_changes(self) -> None:
         while self._changes:
             try:
                 name, change = self._changes.popleft()
@@ -449,7 +465,6 @@ class PeerGroup:
                 self._apply_refused()
                 if change.before != CLOSED:
                     self.rebalance.begin(self.peers[name])
-        self.listeners.notify()
 
     def after_fork(self) -> None:
         """In the child: locks that no thread holds, and no connection of the parent's."""
@@ -467,13 +482,22 @@ class _Transitions:
     def __init__(self, group: PeerGroup, peer: str) -> None:
         self._group = weakref.ref(group)
         self._peer = peer
+        #: The last change, and its event: a change that is put again has the same.
+        self._last: tuple[Transition | None, Event | None] = (None, None)
 
     def put(self, change: Transition) -> None:
         group = self._group()
         if group is not None:
-            group.note_change(self._peer, change)
+            if self._last[0] is not change:
+                self._last = (change, group.event_of(self._peer, change))
+            group.note_change(self._peer, change, self._last[1])
 
     def notify(self) -> None:
         group = self._group()
         if group is not None:
             group.circuits_changed()
+
+    def leave(self) -> None:
+        group = self._group()
+        if group is not None:
+            group.leave_changes()

@@ -11,6 +11,10 @@ notifies happens under the lock. A signal handler or finalizer that uses the cir
 thread is replacing the record is let in by the lock; the replacement then begins anew from what it
 left (:meth:`Keeper.replace`).
 
+A change leaves the record when all its subscribers have it in their queues. A thread that is
+interrupted on the way, or by a listener, puts it there once more, which changes nothing, and leaves
+the delivery to the listeners' own threads.
+
 Locks of C are the only ones used: ``threading.Event`` and its kin take theirs in Python code, and
 an asynchronous exception there leaves it held. (Python before 3.11:
 :mod:`django_proxysql.core.runtime`.)
@@ -60,10 +64,16 @@ class Subscriber(Protocol):
     """What follows a circuit's changes, in their order."""
 
     def put(self, change: Transition, /) -> None:
-        """Note the change. Called within the circuit's lock: never blocks, calls no one."""
+        """Note the change, once: it is put again where a thread was interrupted at it.
+
+        Called within the circuit's lock: never blocks, calls no one.
+        """
 
     def notify(self) -> None:
         """Do what the noted changes demand. Called without a lock."""
+
+    def leave(self) -> None:
+        """Have done elsewhere what notify() has left undone: it, or its thread, was interrupted."""
 
 
 class Permit:
@@ -134,17 +144,23 @@ class Permit:
 
     def judge(self, exc: BaseException) -> None:
         """End the permit as ``exc``, raised by the guarded call, demands."""
-        if not isinstance(exc, Exception) or self._keeper._is_excluded(exc):
-            self.released()
-        elif drivers.is_driver_error(exc):
-            # A guarded call may be a connect or anything else.
-            fault = drivers.judge(exc, connecting=True).fault
-            if fault.counts:
-                self.failed(exc, fault)
-            else:
+        lease = self.lease
+        try:
+            if not isinstance(exc, Exception) or self._keeper._is_excluded(exc):
                 self.released()
-        else:
-            self.failed(exc)
+            elif drivers.is_driver_error(exc):
+                # A guarded call may be a connect or anything else.
+                fault = drivers.judge(exc, connecting=True).fault
+                if fault.counts:
+                    self.failed(exc, fault)
+                else:
+                    self.released()
+            else:
+                self.failed(exc)
+        finally:
+            # A predicate of the user's may be what raises.
+            if lease is not None:
+                lease.ended = True
 
     def __enter__(self) -> Permit:
         return self
@@ -338,10 +354,12 @@ class Keeper(Guarded):
     def _record_success(self, generation: int, lease: Lease | None) -> int:
         """Record it; return the generation that the success belongs to."""
         event = Succeeded(generation, lease, self._success_threshold)
-        before, after = self.replace(event, self._clock(), ends=lease)
-        if self._listeners:
-            self._call_listeners("success")
-        self.notify_pending()
+        try:
+            before, after = self.replace(event, self._clock(), ends=lease)
+            if self._listeners:
+                self._call_listeners("success")
+        finally:
+            self.notify_pending()
         return generation if is_late(before, generation, lease) else after.generation
 
     def _record_failure(
@@ -351,10 +369,12 @@ class Keeper(Guarded):
         now = self._clock()
         due, error = now + self._spread_timeout(), drivers.describe(exc)
         event = Failed(generation, lease, self._fail_max, due, error, fault)
-        before, after = self.replace(event, now, ends=lease)
-        if self._listeners:
-            self._call_listeners("failure", exc)
-        self.notify_pending()
+        try:
+            before, after = self.replace(event, now, ends=lease)
+            if self._listeners:
+                self._call_listeners("failure", exc)
+        finally:
+            self.notify_pending()
         return 0 if is_late(before, generation, lease) else after.failures
 
     def suspect(self, error: str = "", fault: Fault | None = None) -> None:
@@ -377,8 +397,10 @@ class Keeper(Guarded):
 
     def _record_release(self, generation: int, lease: Lease) -> None:
         now = self._clock()
-        self.replace(Released(generation, lease, now + self.release_interval), now, ends=lease)
-        self.notify_pending()
+        try:
+            self.replace(Released(generation, lease, now + self.release_interval), now, ends=lease)
+        finally:
+            self.notify_pending()
 
     def _abandon(self, lease: Lease) -> None:
         """Cancel a trial that no thread will report on. Never blocks."""
@@ -429,9 +451,10 @@ class Keeper(Guarded):
         self, event: CircuitEvent, now: float, *, elsewhere: bool = False
     ) -> tuple[Circuit, Circuit]:
         """Replace the record as :meth:`replace` does, and notify those who follow it."""
-        replaced = self.replace(event, now, elsewhere=elsewhere)
-        self.notify_pending()
-        return replaced
+        try:
+            return self.replace(event, now, elsewhere=elsewhere)
+        finally:
+            self.notify_pending()
 
     def _spread_timeout(self) -> float:
         return self._reset_timeout * (1 + JITTER * (2 * self._jitter() - 1))
@@ -447,8 +470,14 @@ class Keeper(Guarded):
     def notify_pending(self) -> None:
         """Notify of the changes that are pending in the record, whichever thread made them."""
         if self._circuit.pending:
-            for subscriber in self._hand_out():
-                subscriber.notify()
+            try:
+                for subscriber in self._hand_out():
+                    subscriber.notify()
+            except BaseException:
+                # A listener's own, or one from outside: the others are notified all the same.
+                for subscriber in self._hand_out():
+                    subscriber.leave()
+                raise
 
     def _hand_out(self) -> Sequence[Subscriber]:
         """Put each pending change into its subscribers' queues, in the order of the changes.
@@ -470,11 +499,12 @@ class Keeper(Guarded):
             self._handing = weakref.ref(life)
             while self._circuit.pending:
                 before = self._circuit
+                for subscriber in self._subscribers():
+                    subscriber.put(before.pending[0])
+                # Last: a change whose thread is interrupted above is put once more.
                 after = before._replace(pending=before.pending[1:])
                 if self._circuit is before:
                     self._circuit = after
-                    for subscriber in self._subscribers():
-                        subscriber.put(before.pending[0])
         finally:
             self._handing = None
 
