@@ -151,7 +151,7 @@ def stands(here: Site, where: str, work: Callable[[Site], None]) -> None:
     # As the next request or task begins.
     close_old_connections()
     assert connection._attempt is None, where
-    assert not connection._quiet, where
+    assert connection._session is not None, where
     assert not connection._of_ours, where
     assert connection.settings_dict is connections.databases[connection.alias], where
     try:

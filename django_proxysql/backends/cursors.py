@@ -66,7 +66,6 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         # a transaction: what they cost is what this method costs.
         if (
             session is None
-            or db._quiet
             or session.connection is not db.connection
             or (own is None and self._server_side is not None)
         ):
@@ -278,7 +277,7 @@ def make_cursor(db: Any, name: str | None = None) -> Any:
         session.not_raised()
     if pending is not None:
         was_set_up(db, pending)
-    return cursor if db._quiet else look_after(db, cursor, name)
+    return look_after(db, cursor, name)
 
 
 def look_after(db: Any, cursor: Any, name: str | None = None) -> Any:

@@ -48,6 +48,7 @@ _OF_THE_TRANSACTION = (
     "commit_on_exit",
     "run_on_commit",
     "run_commit_hooks_on_set_autocommit_on",
+    "queries_log",
 )
 #: What else connect() changes, to be put back if the new connection fails.
 _OF_THE_CONNECTION = (
@@ -225,10 +226,9 @@ def replace(
     kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
     transaction = db._transaction
     try:
-        # Out of the way before connect(), which releases a hold. What sets
-        # the new connection up is no query of the application's.
-        restore_log(db)
-        db._own_log, db.queries_log = db.queries_log, collections.deque()
+        # What sets the new connection up is no query of the application's.
+        db.queries_log = collections.deque()
+        # Out of the way before connect(), which releases a hold.
         db._counted = None
         db.connection = None
         # As Django does before it connects anew. It closes nothing here, but an engine
@@ -244,13 +244,14 @@ def replace(
                 state[name] = kept[name]
         if resume is not None:
             db._transaction = transaction
-            was_quiet = db._quiet
+            new_session = db._session
             try:
                 # What is sent now means nothing to the session.
-                db._quiet = True
+                db._session = None
                 resume()
             finally:
-                db._quiet = was_quiet
+                db._session = new_session
+            mark(db, new_session)
     except BaseException:
         new = db.connection
         if new is not None and new is not old:
@@ -262,7 +263,6 @@ def replace(
         raise
     finally:
         db._terms = {}
-        restore_log(db)
     if hold is not None:
         hold.release()
     close_old(db, session)
@@ -277,12 +277,6 @@ def replace(
             error=session.error,
         ),
     )
-
-
-def restore_log(db: Any) -> None:
-    log, db._own_log = db._own_log, None
-    if log is not None:
-        db.queries_log = log
 
 
 def close_old(db: Any, session: Session) -> None:
@@ -304,8 +298,6 @@ def begin_anew(db: Any) -> None:
     db.autocommit = False
     for sid in db._transaction.savepoints:
         db._plain("_savepoint")(sid)
-    assert db._session is not None
-    mark(db, db._session)
 
 
 # Cursors on the present connection

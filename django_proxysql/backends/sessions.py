@@ -141,10 +141,8 @@ class Session(Health):
 
 def current(db: Any) -> Session | None:
     """Return the session of the connection that is in place, if it is ours to look after."""
-    session = db._session
-    if session is None or db._quiet or session.connection is not db.connection:
-        return None
-    return None if db._attempt is not None else session
+    session: Session | None = db._session
+    return session if session is not None and session.connection is db.connection else None
 
 
 def now_holding(db: Any) -> tuple[Session, Holdings] | None:

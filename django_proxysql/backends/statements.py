@@ -163,7 +163,7 @@ def declare(
 ) -> Any:
     """Run the statement of a server-side cursor, which sends DECLARE."""
     run = functools.partial(plain, cursor, sql, params)
-    if db._quiet or session.connection is not db.connection:
+    if session.connection is not db.connection:
         db._transaction.statement_sent()
         return run()
     kind = scan(sql)

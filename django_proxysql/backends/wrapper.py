@@ -51,11 +51,9 @@ from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
 class SafePointsMixin(LoadBalancedMixin):
     """Looks after the connection between connect() and close()."""
 
-    #: The present connection's; None where nothing is looked after (SQLite).
+    #: The present connection's; None where nothing is looked after: on SQLite, while a connection
+    #: is being made, and while statements of our own are under way.
     _session: Session | None = None
-    #: Statements of our own are under way: nothing is to be seen. (Each statement asks, and
-    #: CPython finds a class's attribute by a longer way than an instance's.)
-    _quiet: bool
     #: A statement is run again in a READ ONLY transaction of our own. An interrupt may leave it so:
     #: apart from the next flag, whose end does not end this.
     _read_only = False
@@ -65,8 +63,6 @@ class SafePointsMixin(LoadBalancedMixin):
     _transaction = NO_TRANSACTION
     #: NO_TRANSACTION, put there by who wants to know, becomes the record of the next transaction.
     next_block: Transaction | None = None
-    #: The log of queries, while another is in its place.
-    _own_log: Any = None
     #: close_old_connections() is called for this wrapper: it ends requests or tasks.
     _ends_requests = False
 
@@ -87,27 +83,28 @@ class SafePointsMixin(LoadBalancedMixin):
 
     # Made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._quiet = False
-
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
-        connection = super()._open_one(registered, attempt)
-        session = None
-        if self._driver.WATCHED:
-            session = Session(
-                connection,
-                attempt.peer,
-                registered.balancer.group,
-                attempt.permit,
-                self._made_with,
-                self._driver.status(connection),
-            )
-            # Out of a pool: it has been one for a while, and is lost like any other.
-            session.served = is_pooled(connection)
-            if self._session is not None:
-                replacing.follow(self, self._session, session)
-        self._session = session
+        before, session = self._session, None
+        try:
+            self._session = None
+            connection = super()._open_one(registered, attempt)
+            if self._driver.WATCHED:
+                session = Session(
+                    connection,
+                    attempt.peer,
+                    registered.balancer.group,
+                    attempt.permit,
+                    self._made_with,
+                    self._driver.status(connection),
+                )
+                # Out of a pool: it has been one for a while, and is lost like any other.
+                session.served = is_pooled(connection)
+                if before is not None:
+                    replacing.follow(self, before, session)
+            self._session = session
+        except BaseException:
+            self._session = before
+            raise
         # Without autocommit in the settings there is one at once, and what is in it not known.
         self._transaction = (
             NO_TRANSACTION if self.autocommit else Transaction(by_hand=True, stage=Stage.ACTIVE)
@@ -172,7 +169,7 @@ class SafePointsMixin(LoadBalancedMixin):
         self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
     ) -> None:
         """Begin or end a transaction; see Django."""
-        if self._quiet or self._attempt is not None:
+        if self._attempt is not None:
             super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
             return
         transactions.set_autocommit(
@@ -195,12 +192,7 @@ class SafePointsMixin(LoadBalancedMixin):
             or session.dead
             or session.connection is not self.connection
             or self._transaction.stage is BEGUN
-            # A pool may hand out the very object that the last session was about.
-            or self._attempt is not None
         ):
-            if self._attempt is not None:
-                # Django's own, while it sets the connection up.
-                return super()._cursor(name)  # type: ignore[misc]
             return cursors.make_cursor(self, name)
         try:
             cursor = super()._cursor()  # type: ignore[misc]
@@ -221,7 +213,6 @@ class SafePointsMixin(LoadBalancedMixin):
         if (
             session is None
             or session.connection is not self.connection
-            or self._attempt is not None
             or cursors.sets_up(self.__class__)  # type: ignore[arg-type]
         ):
             return super().make_cursor(cursor)
@@ -294,7 +285,7 @@ class SafePointsMixin(LoadBalancedMixin):
         if self._counted is None and self._attempt is None:
             # Made without a balancer.
             return
-        session = self._session if self._attempt is None else None
+        session = self._session
         if session is None or session.connection is not connection:
             # The very thread that is at connect() has forked: out of a receiver.
             self._driver.leave(connection)
@@ -317,9 +308,8 @@ class SafePointsMixin(LoadBalancedMixin):
         if self._read_only:
             # An interrupt has left it so.
             give_up(self)
-        self._quiet = self._of_ours = False
+        self._of_ours = False
         self._terms = {}
-        replacing.restore_log(self)
 
     # Django's own session state
 
