@@ -56,7 +56,7 @@ def pooled(peers: list[Any], pool: Any = True, **settings: Any) -> Any:
 def pool_of(connection: Any, peer: str = "peer0") -> ConnectionPool[Any]:
     """The one pool of a peer."""
     balancer = balancers[connection.alias]
-    (known,) = pools.pools_of(balancer)._pools[peer]
+    (known,) = (one for one in pools.pools_of(balancer)._pools if one.peer == peer)
     return known.pool  # type: ignore[no-any-return]
 
 

@@ -31,6 +31,7 @@ from .losses import is_of_server, throw_away
 from .replacing import replace
 from .replays import are_sendable, dialect_of, has_only_read, rehearse
 from .sessions import Session
+from .state import Stage
 from .tokens import begin, delete_some
 
 #: Django before 4.2 logs no COMMIT.
@@ -257,9 +258,9 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
     driver, transaction = db._driver, db._transaction
     refused = outcome.refusal(driver.code_of(cause), str(cause))
     if refused is Refusal.FENCED:
-        transaction.commit_not_done()
+        transaction.to(Stage.NOT_DONE)
     elif refused is not None:
-        transaction.rolled_back()
+        transaction.to(Stage.ROLLED_BACK)
     if refused is not None:
         raise _refused(session, refused, cause) from cause
     if (
@@ -268,17 +269,17 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
         and is_of_server(db, session)
     ):
         # The server has not come to COMMIT.
-        transaction.commit_not_sent()
+        transaction.to(Stage.ACTIVE)
         return False
     judgement = drivers.judgement_of(cause, driver)
     if judgement.proof is Proof.ANSWERED:
         return False
     found = _find_out(db, session, token, cause)
     if found is Outcome.UNKNOWN:
-        transaction.outcome_unknown()
+        transaction.to(Stage.UNKNOWN)
         raise CommitOutcomeUnknown(*cause.args) from cause
     if found is Outcome.ROLLED_BACK:
-        transaction.commit_not_done()
+        transaction.to(Stage.NOT_DONE)
         raise _rolled_back(session, cause) from cause
     return True
 

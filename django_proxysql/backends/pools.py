@@ -59,7 +59,8 @@ _LOOK_AGAIN = 1.0
 class Pool:
     """One peer's pool, and the settings that it was made for."""
 
-    def __init__(self, key: Mapping[str, Any], pool: Any) -> None:
+    def __init__(self, peer: str, key: Mapping[str, Any], pool: Any) -> None:
+        self.peer = peer
         self.key = key
         self.pool = pool
         #: A connection out of it has worked, and none was found dead since.
@@ -76,55 +77,49 @@ class Pools(runtime.Guarded):
         super().__init__()
         #: Never changed, but replaced by another, under the lock: so it can be looked through
         #: without the lock.
-        self._pools: Mapping[str, tuple[Pool, ...]] = {}
+        self._pools: tuple[Pool, ...] = ()
 
     def find(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Pool:
         """Return the pool of ``peer`` for ``settings``, made if there is none."""
         key = {name: settings.get(name) for name in _KEYS}
         found = self._find(peer, key)
         if found is None:
-            made = Pool(key, make())
+            made = Pool(peer, key, make())
             with self._lock:
                 # Of two threads that come here at once one's is kept; the
                 # other's was never opened.
                 found = self._find(peer, key)
                 if found is None:
                     found = made
-                    self._replace(peer, (*self._pools.get(peer, ()), made))
+                    self._pools = (*self._pools, made)
         return found
 
     def _find(self, peer: str, key: Mapping[str, Any]) -> Pool | None:
-        for known in self._pools.get(peer, ()):
-            if same(known.key, key):
+        for known in self._pools:
+            if known.peer == peer and same(known.key, key):
                 return known
         return None
 
     def has(self, pool: Pool) -> bool:
         """Return whether ``pool`` is still one of them."""
-        return any(pool in pools for pools in self._pools.values())
+        return pool in self._pools
 
-    def discard(self, peer: str, pool: Pool) -> None:
+    def discard(self, pool: Pool) -> None:
         """Forget a pool that was closed elsewhere."""
         with self._lock:
-            known = self._pools.get(peer, ())
-            self._replace(peer, tuple(one for one in known if one is not pool))
-
-    def _replace(self, peer: str, pools: tuple[Pool, ...]) -> None:
-        others = {name: known for name, known in self._pools.items() if name != peer}
-        self._pools = {**others, peer: pools} if pools else others
+            self._pools = tuple(one for one in self._pools if one is not pool)
 
     def close(self) -> None:
         """Close all pools, and return when their workers are done."""
         with self._lock:
-            pools, self._pools = self._pools, {}
-        for known in pools.values():
-            _close_all(known)
+            pools, self._pools = self._pools, ()
+        _close_all(pools)
 
     def retire(self, peer: str) -> None:
         """Forget a peer's pools, and close them in a thread."""
         with self._lock:
-            known = self._pools.get(peer, ())
-            self._replace(peer, ())
+            known = tuple(one for one in self._pools if one.peer == peer)
+            self._pools = tuple(one for one in self._pools if one.peer != peer)
         if known:
             try:
                 threading.Thread(
@@ -168,14 +163,13 @@ def pools_of(balancer: LoadBalancer) -> Pools:
 
 def _after_fork_in_child() -> None:
     for pools in list(_known.values()):
-        for known in pools._pools.values():
-            for one in known:
-                _of_parent.append(one.pool)
-                # So that nothing, its destructor included, does anything with it but
-                # close what comes back: what this process had out of it, and has
-                # been parted from.
-                one.pool._closed = True
-        pools._pools = {}
+        for one in pools._pools:
+            _of_parent.append(one.pool)
+            # So that nothing, its destructor included, does anything with it but
+            # close what comes back: what this process had out of it, and has
+            # been parted from.
+            one.pool._closed = True
+        pools._pools = ()
 
 
 runtime.at_fork(_after_fork_in_child)
@@ -334,7 +328,7 @@ class Checkout:
                             raise
                         # Closed for good since it was found. psycopg_pool before 3.3 says so
                         # by an error that reads like the server's.
-                        self._pools.discard(attempt.peer.name, known)
+                        self._pools.discard(known)
                         raise PoolClosed(str(exc)) from None
                     if not self._pools.has(known):
                         # Given up by another thread before it was open.

@@ -70,7 +70,9 @@ def run_again(
     judgement = drivers.judgement_of(cause, db._driver)
     lost = lost_statement(db, cursor, session, judgement, sql, params, kind, single)
     replay = may_replay(lost)
-    if replay.how is How.NEVER or not session.budget.spend(sql, cost_of(db, replay)):
+    reads = len(db._transaction.reads or ()) if replay.reads_anew else 0
+    # What is rehearsed is run again, too.
+    if replay.how is How.NEVER or not session.budget.spend(sql, 1 + reads + replay.rehearse):
         return None
     name = None if cursor._server_side is None else cursor.cursor.name
     session.not_raised()
@@ -109,12 +111,6 @@ def run_again(
         raise
     successor.balancer.emit(event)
     return successor, result
-
-
-def cost_of(db: Any, replay: Replay) -> int:
-    """Return how many statements a replay sends: what is rehearsed is run again, too."""
-    reads = len(db._transaction.reads or ()) if replay.reads_anew else 0
-    return 1 + reads + replay.rehearse
 
 
 def run_read_only(db: Any, run: Callable[[], Any]) -> Any:

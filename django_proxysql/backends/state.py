@@ -234,36 +234,14 @@ class Transaction:
         if self.stage is not Stage.NONE:
             self.undone.add(sid)
 
-    # Its end
+    def to(self, stage: Stage) -> None:
+        """Note that COMMIT is about to be sent, or how COMMIT or ROLLBACK has ended.
 
-    def commit_sent(self) -> None:
-        """COMMIT is about to be sent: from here on it may stand."""
-        self._to(Stage.COMMITTING)
-
-    def committed(self) -> None:
-        """COMMIT was answered."""
-        self._to(Stage.COMMITTED)
-
-    def rolled_back(self) -> None:
-        """ROLLBACK was answered. What is known of a COMMIT before it stays known."""
-        if not self.has_ended:
-            self._to(Stage.ROLLED_BACK)
-
-    def commit_not_sent(self) -> None:
-        """COMMIT is known never to have left, or to have been refused."""
-        self._to(Stage.ACTIVE)
-
-    def commit_not_done(self) -> None:
-        """COMMIT was answered with a conflict, or found not to be done."""
-        self._to(Stage.NOT_DONE)
-
-    def outcome_unknown(self) -> None:
-        """The answer to COMMIT was lost, or leaves open what became of it."""
-        self._to(Stage.UNKNOWN)
-
-    def _to(self, stage: Stage) -> None:
-        if self.stage is not Stage.NONE:
-            self.stage = stage
+        What is known of a COMMIT stays known if a ROLLBACK comes after it.
+        """
+        if self.stage is Stage.NONE or (stage is Stage.ROLLED_BACK and self.has_ended):
+            return
+        self.stage = stage
 
     # Asked
 

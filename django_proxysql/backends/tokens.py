@@ -58,7 +58,9 @@ def problems(connection: Any) -> list[Any]:
     if not records(alias) or connection.vendor not in ("mysql", "postgresql"):
         return []
     try:
-        said = _what_is_wrong(connection)
+        with transaction.atomic(using=alias), connection.cursor() as cursor:
+            said = _what_is_wrong(cursor, connection.vendor)
+            transaction.set_rollback(True, using=alias)
     except Error as exc:
         said = f"a token cannot be written to {outcome.TABLE}: {drivers.describe(exc)}"
     except AssertionError:
@@ -76,14 +78,7 @@ def problems(connection: Any) -> list[Any]:
     ]
 
 
-def _what_is_wrong(connection: Any) -> str:
-    with transaction.atomic(using=connection.alias), connection.cursor() as cursor:
-        said = _ask(cursor, connection.vendor)
-        transaction.set_rollback(True, using=connection.alias)
-    return said
-
-
-def _ask(cursor: Any, vendor: str) -> str:
+def _what_is_wrong(cursor: Any, vendor: str) -> str:
     cursor.execute(outcome.where_is(vendor))
     schema = cursor.fetchone()[0]
     if schema is None:

@@ -204,7 +204,7 @@ def commit(db: Any) -> Any:
             raise
         result = None
         passed_over(session, was_raised)
-    db._transaction.committed()
+    db._transaction.to(Stage.COMMITTED)
     ended_by_hand(db)
     return result
 
@@ -243,7 +243,7 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
     # Only this COMMIT's: one that an on_commit hook sends is another's.
     transaction = db._transaction
     try:
-        transaction.commit_sent()
+        transaction.to(Stage.COMMITTING)
         result = None
         if token is None or not commit_with(db, session, token):
             # Where it was refused, what becomes of this COMMIT it cannot tell.
@@ -255,22 +255,22 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
         judgement = drivers.judgement_of(cause, db._driver)
         if known_dead or did_not_run(db, session, judgement):
             # It never left: rolled back.
-            transaction.commit_not_sent()
+            transaction.to(Stage.ACTIVE)
         elif judgement.proof is Proof.ROLLED_BACK:
-            transaction.commit_not_done()
+            transaction.to(Stage.NOT_DONE)
         elif token is not None and session is not None:
             if not stands(db, session, token, cause):
                 raise
             note_end_of_transaction(db)
             passed_over(session, was_raised)
-            transaction.committed()
+            transaction.to(Stage.COMMITTED)
             return None
         elif judgement.proof is not Proof.ANSWERED:
             # A proxy may say of what has run that it has not.
-            transaction.outcome_unknown()
+            transaction.to(Stage.UNKNOWN)
             raise CommitOutcomeUnknown(*exc.args) from cause
         raise
-    transaction.committed()
+    transaction.to(Stage.COMMITTED)
     return result
 
 
@@ -299,7 +299,7 @@ def rollback(db: Any) -> Any:
     else:
         result = lost_is_rolled_back(db, session, send)
     note_end_of_transaction(db)
-    db._transaction.rolled_back()
+    db._transaction.to(Stage.ROLLED_BACK)
     ended_by_hand(db)
     return result
 
