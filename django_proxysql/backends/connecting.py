@@ -173,14 +173,12 @@ class LoadBalancedMixin(_Base):
         callable PASSWORD stays what it is: only an attempt to connect calls it.
         """
         attempt, settings = self._attempt, self._peer_settings
-        if settings is None and self.connection is not None:
+        if attempt is None or settings is None:
             # Engines note what they find in the settings (an isolation level), on the wrapper.
             stand_in: Any = copy.copy(self)
-            stand_in.settings_dict = self.peer_settings()
+            stand_in.settings_dict = self.peer_settings() if settings is None else settings
             params: dict[str, Any] = super(LoadBalancedMixin, stand_in).get_connection_params()
             return params
-        if attempt is None or settings is None:
-            return self._as_peer(super().get_connection_params)  # type: ignore[no-any-return]
         if self.connection is None:
             # The peer's until init_connection_state() is over, which is Django's next but one.
             if settings is not self.settings_dict:
@@ -198,7 +196,7 @@ class LoadBalancedMixin(_Base):
             params.update(driver.recording_options(params))
         return params
 
-    def _opening_options(self, params: dict[str, Any]) -> dict[str, Any]:
+    def _opening_options(self, attempt: Attempt, params: dict[str, Any]) -> dict[str, Any]:
         """Return what has the driver set Django's isolation level; {} where Django is to do it.
 
         The server gets the same statement. Django's cursor for it, a fifth of what the client does
@@ -206,9 +204,8 @@ class LoadBalancedMixin(_Base):
         """
         level: str | None = getattr(self, "isolation_level", None)
         known = self.__dict__.get(_FACTS)
-        if known is None and self._attempt is not None:
-            noted = self._attempt.peer.server_facts
-            known = None if noted is None else noted.facts
+        if known is None and attempt.peer.server_facts is not None:
+            known = attempt.peer.server_facts.facts
         if (
             not level
             or known is None
@@ -230,9 +227,10 @@ class LoadBalancedMixin(_Base):
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Open the driver's connection; a trial sends a throw-away one ahead."""
         attempt = self._attempt
-        if self._peer_settings is None:
-            return self._open_directly(conn_params)
-        if attempt is not None and attempt.is_trial:
+        if attempt is None:
+            # For code that calls it, and not connect().
+            return self._as_peer(super().get_new_connection, drivers.with_password(conn_params))
+        if attempt.is_trial:
             registered = self._registered()
             assert registered is not None
             self._asked = self._as_peer(
@@ -242,7 +240,7 @@ class LoadBalancedMixin(_Base):
                 self.Database.connect,
                 conn_params,
             )
-        opening = self._opening_options(conn_params)
+        opening = self._opening_options(attempt, conn_params)
         if opening:
             conn_params = {**conn_params, **opening}
         if self._peer_settings is self.settings_dict:
@@ -250,8 +248,7 @@ class LoadBalancedMixin(_Base):
         else:
             connection = self._as_peer(super().get_new_connection, conn_params)
         self._with_level = connection if opening else None
-        if attempt is not None:
-            self._recall_facts(attempt, connection)
+        self._recall_facts(attempt, connection)
         return connection
 
     def _recall_facts(self, attempt: Attempt, connection: Any) -> None:
@@ -294,14 +291,6 @@ class LoadBalancedMixin(_Base):
             self.__dict__[_FACTS] = facts
             greeting = self._driver.greeting(self.connection)
             attempt.peer.server_facts = ServerFacts(greeting, facts, attempt.started)
-
-    def _open_directly(self, conn_params: dict[str, Any]) -> Any:
-        """Open a connection for code that calls get_new_connection() and not connect()."""
-        try:
-            self._peer_settings = self.peer_settings()
-            return self._as_peer(super().get_new_connection, drivers.with_password(conn_params))
-        finally:
-            self._peer_settings = None
 
     def init_connection_state(self) -> None:
         """Set the session up, by the peer's OPTIONS."""

@@ -8,6 +8,7 @@ error leaves open what is wrong, the connection or its peer is asked.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from typing import Any
 
@@ -383,14 +384,9 @@ def throw_away(
     """
     registered = db._registered()
     assert registered is not None
-    own = db.settings_dict
-    settings = registered.to_connect_with(peer, own, db.alias)
-    before = db._peer_settings
-    try:
-        db._peer_settings = settings
-        params = db.get_connection_params()
-    finally:
-        db._peer_settings = before
+    stand_in = copy.copy(db)
+    stand_in._peer_settings = registered.to_connect_with(peer, db.settings_dict, db.alias)
+    params = stand_in.get_connection_params()
     config = registered.balancer.config
     seconds = seconds or config.trial_timeout or config.connect_timeout
     return ready.throw_away(db._driver, db.Database.connect, params, seconds)

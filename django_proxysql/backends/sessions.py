@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..core import drivers, runtime
 from ..core.circuit import CLOSED
@@ -29,23 +29,6 @@ from ..core.texts import VALUES
 from .state import Health
 
 
-class MadeWith(NamedTuple):
-    """What a connection was made with, where that counts afterwards."""
-
-    #: Looks at the socket; None where that cannot be done.
-    poll: Callable[[int], object] | None = None
-    #: Seconds after which a loss may be a time-out: the two read alike.
-    read_timeout: float = math.inf
-    #: Rows may lie on the wire between two statements.
-    unbuffered: bool = False
-    #: The database; "" if the parameters name none.
-    database: str = ""
-    #: A packet may hold two statements. False, too, once something in between took none.
-    takes_two: bool = False
-    #: The role that Django has PostgreSQL's session take: OPTIONS["assume_role"]; "" for none.
-    role: str = ""
-
-
 class Session(Health):
     """One driver connection's state, from the moment it was handed out.
 
@@ -53,44 +36,22 @@ class Session(Health):
     :class:`~.state.Health` that it is; what it holds is :attr:`holds`.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "balancer",
-        "budget",
-        "clock",
-        "connection",
-        "database",
-        "holds",
-        "idle",
-        "is_server",
-        "known_types",
-        "lost_results",
-        "peer",
-        "permit",
-        "read_timeout",
-        "results",
-        "role",
-        "sending",
-        "served",
-        "server_side",
-        "status",
-        "takes_two",
-        "unbuffered",
-        "used",
-        "version",
-        "wrote",
-    )
-
     def __init__(
         self,
         connection: Any,
         peer: Peer,
         balancer: PeerGroup,
         permit: Permit | None,
-        made_with: MadeWith,
-        status: Callable[[], object] | None = None,
+        status: Callable[[], object] | None,
+        *,
+        poll: Callable[[int], object] | None = None,
+        read_timeout: float = math.inf,
+        unbuffered: bool = False,
+        database: str = "",
+        takes_two: bool = False,
+        role: str = "",
     ) -> None:
-        super().__init__(made_with.poll)
+        super().__init__(poll)
         self.connection = connection
         self.peer = peer
         self.balancer = balancer
@@ -100,7 +61,16 @@ class Session(Health):
         self.permit = permit
         #: The statement and its parameters that are under way; None between two statements.
         self.sending: tuple[Any, Any] | None = None
-        _, self.read_timeout, self.unbuffered, self.database, self.takes_two, self.role = made_with
+        #: Seconds after which a loss may be a time-out: the two read alike.
+        self.read_timeout = read_timeout
+        #: Rows may lie on the wire between two statements.
+        self.unbuffered = unbuffered
+        #: The database; "" if the parameters name none.
+        self.database = database
+        #: A packet may hold two statements. False, too, once something in between took none.
+        self.takes_two = takes_two
+        #: The role that Django has PostgreSQL's session take: OPTIONS["assume_role"]; "" for none.
+        self.role = role
         #: Asks the driver whether a transaction is open, where it knows only before a loss.
         self.status = status
         idle = balancer.config.idle_check

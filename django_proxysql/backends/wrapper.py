@@ -37,7 +37,6 @@ from .decisions import Why, may_replace, must_raise_loss
 from .replacing import replace, situation_of
 from .replays import give_up
 from .sessions import (
-    MadeWith,
     Session,
     close_for_good,
     close_in_child,
@@ -94,8 +93,8 @@ class SafePointsMixin(LoadBalancedMixin):
                     attempt.peer,
                     registered.balancer.group,
                     attempt.permit,
-                    self._made_with,
                     self._driver.status(connection),
+                    **self._made_with,
                 )
                 # Out of a pool: it has been one for a while, and is lost like any other.
                 session.served = is_pooled(connection)
@@ -130,24 +129,21 @@ class SafePointsMixin(LoadBalancedMixin):
         patience = sockets.keepalive(
             descriptor, seconds, driver.socket_options(connection, conn_params)
         )
-        for limit in (
-            seconds,
-            conn_params.get("read_timeout"),
-            conn_params.get("write_timeout"),
-        ):
+        limits = seconds, conn_params.get("read_timeout"), conn_params.get("write_timeout")
+        for limit in limits:
             if limit is not None and limit < patience:
                 patience = float(limit)
-        self._made_with = MadeWith(
-            sockets.watch(descriptor),
-            patience,
-            driver.is_unbuffered(conn_params),
-            conn_params.get("database") or conn_params.get("db") or "",
-            driver.takes_two(conn_params),
-            (self.settings_dict.get("OPTIONS") or {}).get("assume_role") or "",
-        )
+        self._made_with = {
+            "poll": sockets.watch(descriptor),
+            "read_timeout": patience,
+            "unbuffered": driver.is_unbuffered(conn_params),
+            "database": conn_params.get("database") or conn_params.get("db") or "",
+            "takes_two": driver.takes_two(conn_params),
+            "role": (self.settings_dict.get("OPTIONS") or {}).get("assume_role") or "",
+        }
 
-    #: What the present connection was made with.
-    _made_with = MadeWith()
+    #: What the next session must know of how its connection was made.
+    _made_with: dict[str, Any] = {}  # noqa: RUF012 - replaced as a whole
 
     def _plain(self, name: str) -> Any:
         """Return one of the peer engine's own methods, without ours over it."""
