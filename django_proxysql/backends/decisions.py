@@ -145,7 +145,6 @@ def may_leave(pinned: Pinned, *, is_out: bool, not_ready: bool, wrote: bool, can
 
     :param is_out: the peer's circuit is not closed, or the peer is drained.
     :param not_ready: the peer has refused this connection its service.
-    :param wrote: the request has written on it.
     :param can_go: another peer's circuit is closed.
     """
     if pinned is Pinned.HERE:
@@ -165,8 +164,7 @@ def may_leave(pinned: Pinned, *, is_out: bool, not_ready: bool, wrote: bool, can
 def must_catch_up(is_mysql: bool, *, has_written: bool, has_not_caught_up: bool) -> bool:
     """Return whether a connection waits for what the cluster has committed before it is used.
 
-    :param has_written: the request may have written on its last connection.
-    :param has_not_caught_up: or on one before that.
+    The request may have written on its last connection, or on one before that.
     """
     return is_mysql and (has_written or has_not_caught_up)
 
@@ -297,9 +295,6 @@ def may_count_as_committed(
     """Return whether a transaction whose COMMIT is lost is as good as committed.
 
     :param only_read: all that was answered in it is proven to be reads without locks.
-    :param holds: the session held something that is lost with it.
-    :param shared: several threads share the wrapper.
-    :param enabled: the REPLAY setting.
     :param serializable: COMMIT itself may find that what was read never was so; None: that is
         not known.
     """
@@ -311,9 +306,6 @@ def writes_token(
 ) -> bool:
     """Return whether a transaction writes a token before COMMIT.
 
-    :param enabled: the setting COMMIT_OUTCOME.
-    :param stage: how far it has come.
-    :param by_hand: no atomic block began it.
     :param is_whole: nothing has ended it in between. A token says what became of the last part.
     :param only_read: all that was sent in it is proven to be reads: it has nothing to lose.
     """

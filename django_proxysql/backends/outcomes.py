@@ -126,11 +126,7 @@ def _needs_none(db: Any, session: Session, reads: list[tuple[Any, Any]]) -> bool
 def counts_as_committed(
     db: Any, session: Session, *, only_read: bool, serializable: bool | None
 ) -> bool:
-    """Return whether the transaction counts as committed if its COMMIT is lost.
-
-    :param only_read: see :func:`.may_count_as_committed`.
-    :param serializable: see there.
-    """
+    """Return whether the transaction counts as committed if its COMMIT is lost."""
     return may_count_as_committed(
         only_read=only_read,
         holds=bool(session.holds),

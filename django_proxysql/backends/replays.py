@@ -91,8 +91,7 @@ def run_again(
         return None
     successor.used = session.used
     successor.sending = (sql, params)
-    balancer = session.balancer
-    names = balancer.name, session.peer.name, successor.peer.name
+    names = session.balancer.name, session.peer.name, successor.peer.name
     event = StatementReplayed(*names, judgement.text)
     try:
         result = run() if replay.how is How.AS_IT_IS else run_read_only(db, run)
@@ -101,13 +100,11 @@ def run_again(
         if db.in_atomic_block:
             give_up(db)
         return None
-    except Error:
+    except BaseException as error:
         db._transaction.statement_sent()
-        session.budget.bar(sql)
-        successor.balancer.emit(event)
-        raise
-    except BaseException:
-        db._transaction.statement_sent()
+        if isinstance(error, Error):
+            session.budget.bar(sql)
+            successor.balancer.emit(event)
         raise
     successor.balancer.emit(event)
     return successor, result

@@ -72,8 +72,6 @@ class Health:
     ) -> None:
         """Note that the connection has ended. What is learned of it later says nothing of how.
 
-        :param error: what the driver said.
-        :param timed_out: it was given up for its silence.
         :param loss: what a ping raised, where nothing was sent.
         """
         if not self.dead:

@@ -3,8 +3,7 @@
 It is the peer's own engine, but for three things. What Django asks a database without having a
 connection (its features, its version) the load balancer answers, from a server that works: commands
 look at every alias, and would end, or hang, with a peer that is down. Connecting takes no longer
-than
-``CONNECT_TIMEOUT``. And a forked child leaves the connection to its parent.
+than ``CONNECT_TIMEOUT``. And a forked child leaves the connection to its parent.
 Queries go to the peer and nowhere else.
 """
 
