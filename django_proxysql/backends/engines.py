@@ -52,6 +52,12 @@ class EngineType(type):
     _is_made: bool
     _made_of: tuple[Any, ...]
     _class_for_settings: Callable[[], type]
+    _made_for: Callable[..., EngineType]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an instance of the class that is made for the settings that it is given."""
+        made = cls if cls._is_made else cls._made_for(*args, **kwargs)
+        return super(EngineType, made).__call__(*args, **kwargs)
 
     def __getattribute__(cls, name: str) -> Any:
         plain = super().__getattribute__
@@ -111,7 +117,7 @@ class _Unknown(DummyWrapper):
     _cursor = getattr(BaseDatabaseWrapper, "_cursor")  # noqa: B009 - unknown to the stubs
 
 
-_made: dict[tuple[type, type], type] = {}
+_made: dict[tuple[type, type], EngineType] = {}
 
 
 def has_pools(wrapper: Any) -> bool:
@@ -119,7 +125,7 @@ def has_pools(wrapper: Any) -> bool:
     return wrapper.vendor == "postgresql" and hasattr(wrapper, "close_pool")
 
 
-def engine_class(base: type, settings: dict[str, Any], alias: str) -> type:
+def engine_class(base: type, settings: dict[str, Any], alias: str) -> EngineType:
     """Return the class of wrappers for the balancer whose settings these are.
 
     :param base: the engine's DatabaseWrapper, or a user's subclass of it.
@@ -172,7 +178,7 @@ HELPERS: dict[str, Callable[[type], type]] = {
 }
 
 
-def made_over(wrapper: Any, base: Any) -> type:
+def made_over(wrapper: Any, base: Any) -> EngineType:
     """Return the class that is ``base`` over the DatabaseWrapper of a real backend.
 
     :param wrapper: that backend's class.

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import OperationalError, load_backend
 from django.utils.functional import cached_property
@@ -62,23 +62,15 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
     #: Tells the present connection's socket from whatever has its number later.
     _socket: tuple[int, int, int] | None = None
 
-    def __new__(
-        cls,
-        settings_dict: dict[str, Any] | None = None,
-        alias: str = DEFAULT_DB_ALIAS,
-        *args: Any,
-        **kwargs: Any,
-    ) -> DatabaseWrapper:
-        # copy.copy() calls the finished class without arguments.
-        if not cls._is_made:
-            engine = (settings_dict or {}).get("ENGINE")
-            if not isinstance(engine, PeerEngine):
-                raise ImproperlyConfigured(
-                    f"{PEER_ALIAS_ENGINE!r} is no ENGINE to name in DATABASES. Name the peer's "
-                    "own: ours is laid over that where a load balancer lists the alias."
-                )
-            cls = made_over(load_backend(engine.path).DatabaseWrapper, cls)
-        return super().__new__(cls)
+    @classmethod
+    def _made_for(cls, settings_dict: dict[str, Any], *args: Any, **kwargs: Any) -> EngineType:
+        engine = settings_dict.get("ENGINE")
+        if not isinstance(engine, PeerEngine):
+            raise ImproperlyConfigured(
+                f"{PEER_ALIAS_ENGINE!r} is no ENGINE to name in DATABASES. Name the peer's "
+                "own: ours is laid over that where a load balancer lists the alias."
+            )
+        return made_over(load_backend(engine.path).DatabaseWrapper, cls)
 
     @classmethod
     def _class_for_settings(cls) -> type:

@@ -30,14 +30,8 @@ class DatabaseWrapper(SafePointsMixin, BaseDatabaseWrapper, metaclass=EngineType
     def _namespace(real: Any) -> dict[str, Any]:
         return {name: Helper(with_peers) for name, with_peers in HELPERS.items()}
 
-    def __new__(
-        cls,
-        settings_dict: dict[str, Any] | None = None,
-        alias: str = DEFAULT_DB_ALIAS,
-        *args: Any,
-        **kwargs: Any,
-    ) -> DatabaseWrapper:
-        # copy.copy() calls the finished class without arguments.
-        if not cls._is_made:
-            cls = engine_class(cls, settings_dict or {}, alias)
-        return super().__new__(cls)
+    @classmethod
+    def _made_for(
+        cls, settings_dict: dict[str, Any], alias: str = DEFAULT_DB_ALIAS, *args: Any, **kwargs: Any
+    ) -> EngineType:
+        return engine_class(cls, settings_dict, alias)
