@@ -399,9 +399,6 @@ class LoadBalancedMixin(_Base):
             self.connection = None
         self._release()
 
-    def _after_fork(self) -> None:
-        """In a forked child: leave the connection to the parent, whose it is."""
-
     def _release(self) -> None:
         hold, self._counted = self._counted, None
         if hold is not None:

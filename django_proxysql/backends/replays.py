@@ -339,9 +339,4 @@ def dialect_of(db: Any) -> str:
         return str(db.vendor)
     # Django has asked for it when it set the connection up.
     data = vars(db).get("mysql_server_data")
-    return _dialect(data.get("version")) if data else "mysql"
-
-
-@functools.cache
-def _dialect(version: object) -> str:
-    return "mariadb" if "mariadb" in str(version).lower() else "mysql"
+    return "mariadb" if data and "mariadb" in str(data.get("version")).lower() else "mysql"

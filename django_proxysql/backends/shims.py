@@ -21,7 +21,6 @@ from django.db.utils import OperationalError
 from ..conf.aliases import mirrored
 from ..conf.engines import peer_engine
 from ..conf.keys import ALIAS_KEY
-from ..conf.merging import merged_settings
 from ..conf.reading import messages
 from ..core import drivers
 from ..core.peer import Peer
@@ -83,7 +82,7 @@ def creation_class(base: type) -> type:
             registered = balancers.registered(own[ALIAS_KEY])
             found = {}
             for name, peer in registered.balancer.peers.items():
-                merged = merged_settings(peer.config.params, own, registered.first_read)
+                merged = registered.settings_for(peer, own, self.connection.alias)
                 merged.update({"NAME": own.get("NAME"), "ENGINE": engine}, **settings)
                 found[name] = _signature(self.connection, base, merged)
             return found
