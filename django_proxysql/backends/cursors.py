@@ -24,7 +24,6 @@ from .sessions import Session, current
 from .state import BEGUN, Transaction
 from .statements import (
     after_statement,
-    before_other,
     before_statement,
     declare,
     fetch_first,
@@ -219,14 +218,13 @@ class _Hooks(CursorWrapper):
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
         """Call a stored procedure; what it does in the session is unknown."""
-        session = before_other(self.db, self, f"CALL {procname}", params)
         # Django 2.2's takes no third argument.
         arguments = (params,) if kparams is None else (params, kparams)
-        result = super().callproc(procname, *arguments)
-        if session is not None:
-            session.sending = None
+        run = functools.partial(super().callproc, procname, *arguments)
+        result = run_many(self.db, self, f"CALL {procname}", params, run)
+        if self._session is not None:
             # What it made is unknown: the session answers for itself from here on.
-            session.lost_results = 0
+            self._session.lost_results = 0
         return result
 
 

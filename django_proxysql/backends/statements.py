@@ -90,17 +90,6 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
         has_results(session, sql)
 
 
-def before_other(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
-    """Prepare what is never run again: callproc.
-
-    :returns: the session that it is sent on, where that is looked after.
-    """
-    session = before_many(db, cursor, sql, params)
-    if session is not None:
-        unseen(db)
-    return session
-
-
 def before_many(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
     session = current(db)
     if session is None or cursor._server_side is not None:
@@ -136,7 +125,10 @@ def unseen(db: Any) -> None:
 
 
 def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], Any]) -> Any:
-    """Run executemany(); again from its beginning, if it is the first of a block and lost."""
+    """Run executemany(); again from its beginning, if it is the first of a block and lost.
+
+    Or callproc(), which no replay is allowed for.
+    """
     session = before_many(db, cursor, sql, param_list)
     if session is None or db._driver.is_busy(session.connection):
         try:
