@@ -24,9 +24,9 @@ import tenacity
 from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
+from .backends.losses import settle_doubt
 from .backends.sessions import now_holding, still_holds
 from .backends.state import NO_TRANSACTION, Stage, Transaction
-from .backends.transactions import begins_again
 from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers
@@ -337,6 +337,33 @@ def _retrying(function: _F, using: str | None, rules: Rules) -> _F:
         return Call(rules, function, aliases).repeat(lambda: function(*args, **kwargs))
 
     return run  # type: ignore[return-value]
+
+
+def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
+    """Return whether a transaction that ended by ``exc`` stands for certain not, and may
+    come to its end if it is begun once more.
+
+    Another alias's error says nothing of that, and what was sent there may stand.
+    """
+    if transaction.stage is Stage.NOT_DONE:
+        return True
+    if transaction.may_stand:
+        return False
+    if exc.__cause__ is None:
+        return False
+    cause = drivers.root_error(exc.__cause__)
+    if not drivers.is_marked(cause, "caller", db._caller):
+        return False
+    if drivers.judgement_of(cause, db._driver).proof is Proof.ROLLED_BACK:
+        return True
+    session = db._session
+    if session is not None and session.doubted:
+        # The transaction in which it could not be asked has ended.
+        settle_doubt(db, session)
+        if session.is_leaving:
+            return True
+    # After a time-out the server may be at it still, and in the way.
+    return session is not None and drivers.is_marked(cause, "end") and not session.timed_out
 
 
 def _refuse_unless_in_tests(caller: str, connection: Any) -> None:

@@ -17,7 +17,7 @@ from ..core import drivers
 from ..core.faults import Proof
 from ..core.statements import READ
 from ..errors import CommitOutcomeUnknown
-from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, settle_doubt
+from .losses import abandon, did_not_run, is_lost, mark, notice_unseen
 from .outcomes import Token, commit_with, is_as_good_as_committed, stands, token_for
 from .replacing import at_safe_point, before_first, is_restartable, is_safe, replace, restart
 from .sessions import Session, close_for_good, current
@@ -302,33 +302,6 @@ def rollback(db: Any) -> Any:
     db._transaction.to(Stage.ROLLED_BACK)
     ended_by_hand(db)
     return result
-
-
-def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
-    """Return whether a transaction that ended by ``exc`` stands for certain not, and may
-    come to its end if it is begun once more.
-
-    Another alias's error says nothing of that, and what was sent there may stand.
-    """
-    if transaction.stage is Stage.NOT_DONE:
-        return True
-    if transaction.may_stand:
-        return False
-    if exc.__cause__ is None:
-        return False
-    cause = drivers.root_error(exc.__cause__)
-    if not drivers.is_marked(cause, "caller", db._caller):
-        return False
-    if drivers.judgement_of(cause, db._driver).proof is Proof.ROLLED_BACK:
-        return True
-    session = db._session
-    if session is not None and session.doubted:
-        # The transaction in which it could not be asked has ended.
-        settle_doubt(db, session)
-        if session.is_leaving:
-            return True
-    # After a time-out the server may be at it still, and in the way.
-    return session is not None and drivers.is_marked(cause, "end") and not session.timed_out
 
 
 # SAVEPOINTs of Django's own, which are made again with their transaction
