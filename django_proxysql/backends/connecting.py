@@ -173,12 +173,14 @@ class LoadBalancedMixin(_Base):
         callable PASSWORD stays what it is: only an attempt to connect calls it.
         """
         attempt, settings = self._attempt, self._peer_settings
-        if attempt is None or settings is None:
+        if settings is None and self.connection is not None:
             # Engines note what they find in the settings (an isolation level), on the wrapper.
             stand_in: Any = copy.copy(self)
-            stand_in.settings_dict = self.peer_settings() if settings is None else settings
+            stand_in.settings_dict = self.peer_settings()
             params: dict[str, Any] = super(LoadBalancedMixin, stand_in).get_connection_params()
             return params
+        if attempt is None or settings is None:
+            return self._as_peer(super().get_connection_params)  # type: ignore[no-any-return]
         if self.connection is None:
             # The peer's until init_connection_state() is over, which is Django's next but one.
             if settings is not self.settings_dict:
