@@ -326,6 +326,61 @@ def test_cancelled_while_time_is_over_too_is_cancelled() -> None:
     world.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("first", ["caller", "limit"])
+@pytest.mark.parametrize("counts", [True, False], ids=["", "before Python 3.11"])
+def test_cancelled_while_the_driver_ends_an_attempt_it_is_cancelled(
+    first: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the caller and the limit comes first; a driver may take its time to end."""
+    if counts and not aio._TASKS_COUNT:
+        pytest.skip("tasks count from Python 3.11 on")
+    monkeypatch.setattr(aio, "_TASKS_COUNT", counts)
+    limits: list[Any] = []
+    enter = aio._Limit.__enter__
+    monkeypatch.setattr(aio._Limit, "__enter__", lambda self: limits.append(self) or enter(self))
+    steps: list[str] = []
+    goes_on: list[bool] = []
+
+    async def hang() -> None:
+        try:
+            steps.append("hangs")
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            steps.append("ends")
+            while not goes_on:
+                await asyncio.sleep(0)
+            raise
+
+    async def step(name: str) -> None:
+        while steps[-1:] != [name]:
+            await asyncio.sleep(0)
+
+    async def scene() -> None:
+        task = asyncio.ensure_future(world.db.connect())
+        await step("hangs")
+        cancels = [task.cancel, limits[0]._cancel]
+        for cancel in cancels if first == "caller" else reversed(cancels):
+            cancel()
+            await step("ends")
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # The next one is limited as ever.
+        task = asyncio.ensure_future(world.db.connect())
+        await step("hangs")
+        limits[-1]._cancel()
+        await step("ends")
+        goes_on.append(True)
+        connection = await task
+        assert connection.host == "db2"
+        connection.terminate()
+
+    world = World("db1", "db2")
+    world.driver.down["db1"] = hang
+    asyncio.run(scene())
+    limits.clear()
+    world.assert_nothing_is_left()
+
+
 # What is asked, given and waited for
 
 

@@ -262,33 +262,46 @@ class AsyncLoadBalancer(Face):
 # Waiting
 
 
-class _Limit:
-    """Cancels the block after ``seconds``, and raises TimeoutError in its place."""
+#: Whether tasks count the requests to cancel them: from Python 3.11 on.
+_TASKS_COUNT = hasattr(asyncio.Task, "uncancel")
 
-    __slots__ = ("_handle", "_is_over", "_requests", "_seconds", "_task")
+
+class _Limit:
+    """Cancels the block after ``seconds``, and raises TimeoutError in its place.
+
+    Where somebody else cancels the task as well, that is what counts.
+    """
+
+    __slots__ = ("_by_others", "_handle", "_is_over", "_requests", "_seconds", "_task")
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._is_over = False
+        self._is_over = self._by_others = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+        task: Any = asyncio.current_task()
         self._task = task
-        # Python 3.11 counts the requests to cancel: another one is the caller's.
-        self._requests = task.cancelling() if hasattr(task, "cancelling") else 0
+        if _TASKS_COUNT:
+            self._requests = task.cancelling()
+        else:
+            task.cancel = self._note
         self._handle = asyncio.get_running_loop().call_later(self._seconds, self._cancel)
+
+    def _note(self, *args: Any, **kwargs: Any) -> Any:
+        self._by_others = True
+        return type(self._task).cancel(self._task, *args, **kwargs)
 
     def _cancel(self) -> None:
         self._is_over = True
-        self._task.cancel()
+        type(self._task).cancel(self._task)
 
     def __exit__(self, cls: object, exc: BaseException | None, traceback: object) -> None:
         self._handle.cancel()
-        if not self._is_over:
-            return
-        left = self._task.uncancel() if hasattr(self._task, "uncancel") else 0
-        if isinstance(exc, asyncio.CancelledError) and left <= self._requests:
+        if not _TASKS_COUNT:
+            del self._task.cancel
+        elif self._is_over:
+            self._by_others = self._task.uncancel() > self._requests
+        if self._is_over and not self._by_others and isinstance(exc, asyncio.CancelledError):
             raise TimeoutError(f"timed out: no connection within {self._seconds:g} s") from exc
 
 
