@@ -396,6 +396,33 @@ class TestTable:
             here.sql("SET LOCAL search_path = pg_catalog")
         assert tokens(here) == [False]
 
+    @ON_POSTGRES
+    def test_that_has_moved_is_found_again(self, here: Site) -> None:
+        block(here, "one")
+        run(here.plain, "DELETE FROM app_token")
+        here.server.sql(f"CREATE SCHEMA {USER} AUTHORIZATION {USER}", DATABASE)
+        try:
+            run(here.plain, f"ALTER TABLE {outcome.TABLE} SET SCHEMA {USER}")
+            self.refused(here, "there is no table")
+            assert block(here, "two") == ["two"]
+            assert tokens(here) == [False, False]
+        finally:
+            here.server.sql(f"DROP SCHEMA {USER} CASCADE", DATABASE)
+
+    @ON_POSTGRES
+    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="a mode of psycopg 3's")
+    @pytest.mark.parametrize("is_lost", [False, True])
+    def test_is_found_in_pipeline_mode(self, here: Site, is_lost: bool) -> None:
+        """Where statements are answered later."""
+        here.read()
+        raises: Any = contextlib.nullcontext()
+        if is_lost:
+            here.here.cut_before(b"COMMIT")
+            raises = pytest.raises(OperationalError, match="rolled back")
+        with raises, here.connection.connection.pipeline():
+            assert block(here, "one") == ["one"]
+        assert (here.written(), tokens(here)) == ([] if is_lost else ["one"], [is_lost])
+
     def test_no_rights_on_it(self, here: Site) -> None:
         with no_rights(here):
             self.refused(here, "may not write to django_proxysql_commit")

@@ -204,9 +204,10 @@ def _table(db: Any, session: Session) -> str:
         # Once a process, on the session itself: what it has set counts.
         question = outcome.where_is(vendor)
         with db.wrap_database_errors:
-            [(schema,)] = ready.rows(session.connection, question)
+            if not db._driver.is_busy(session.connection):
+                [(schema,)] = ready.rows(session.connection, question)
             if schema is None:
-                # The block may have set a search_path of its own.
+                # The block may have set a search_path of its own, or not have had its answers yet.
                 with throw_away(db, session.peer) as connection:
                     begin(vendor, connection, session.role)
                     [(schema,)] = ready.rows(connection, question)
@@ -256,6 +257,8 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
     if refused is Refusal.FENCED:
         transaction.to(Stage.NOT_DONE)
     elif refused is not None:
+        # It may be in another schema by now.
+        _schemas.pop(session.balancer, None)
         transaction.to(Stage.ROLLED_BACK)
     if refused is not None:
         raise _refused(session, refused, cause) from cause
