@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from django_proxysql import LoadBalancer, registry
 from django_proxysql.backends import pools
-from django_proxysql.core import dispatch
+from django_proxysql.core import dispatch, runtime
 from django_proxysql.core.runtime import RecoveringLock, new_lock
 from tests.fakes import holding, in_thread, running
 
@@ -49,6 +50,46 @@ def test_holder_who_is_late() -> None:
         lock.release()
         assert not lock.acquire(blocking=False)
     assert lock.acquire(blocking=False)
+
+
+class Inner:
+    """An RLock that notes who asks for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.asked: list[int] = []
+
+    def acquire(self, *args: Any, **how: Any) -> bool:
+        self.asked.append(threading.get_ident())
+        return self.lock.acquire(*args, **how)
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+def test_two_threads_that_take_it_away_at_once_put_one_lock_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one, which has it, comes in between the first one's look and its replacement."""
+    made: list[Inner] = []
+    others: list[Any] = []
+
+    def take() -> None:
+        lock.acquire()
+        others.append(lock._lock)
+
+    def make() -> Inner:
+        made.append(Inner())
+        here = made[-1]
+        if len(made) == 2:
+            in_thread(take)
+        return here
+
+    monkeypatch.setattr(runtime, "threading", SimpleNamespace(RLock=make))
+    lock = RecoveringLock(patience=0.01)
+    with holding(lock):
+        lock.acquire()
+    assert threading.get_ident() in others[0].asked
 
 
 @pytest.mark.parametrize(

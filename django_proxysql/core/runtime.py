@@ -65,19 +65,28 @@ class RecoveringLock:
     """
 
     def __init__(self, patience: float = 1) -> None:
-        self._lock = threading.RLock()
+        self._first = threading.RLock()
+        #: By a lock that was taken from its holder: the one in its place. Threads that do so at
+        #: once get the same, for the dictionary's own methods are atomic.
+        self._successors: dict[Any, Any] = {}
         self._patience = patience
+
+    @property
+    def _lock(self) -> Any:
+        lock: Any = self._first
+        while lock in self._successors:
+            lock = self._successors[lock]
+        return lock
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         """Take the lock, as ``threading.RLock`` does; after ``patience`` in any case."""
         if not blocking or 0 <= timeout < self._patience:
-            return self._lock.acquire(blocking, timeout if blocking else -1)
+            return bool(self._lock.acquire(blocking, timeout if blocking else -1))
         while True:
             lock = self._lock
             if lock.acquire(timeout=self._patience):
                 return True
-            if self._lock is lock:
-                self._lock = threading.RLock()
+            self._successors.setdefault(lock, threading.RLock())
 
     def release(self) -> None:
         """Release it, if it has not been taken away."""
