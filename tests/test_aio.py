@@ -19,9 +19,9 @@ from django_proxysql.core import aio
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
-from tests.fakes import Clock, bad_password, even, peers, refused_by_host, running
 from tests.fakes import Driver as SyncDriver
-from tests.test_balancer import InOrder
+from tests.fakes import bad_password, peers, refused_by_host, running
+from tests.test_balancer import World as SyncWorld
 
 
 class Connection:
@@ -76,34 +76,13 @@ class Driver:
         return [call["host"] for call in self.calls]
 
 
-class World:
+class World(SyncWorld):
     """A balancer under asyncio, its driver, its clock and what it emitted."""
 
-    def __init__(self, *names: str, **options: Any) -> None:
-        self.clock = Clock()
-        self.driver = Driver()
-        options.setdefault("strategy", InOrder)
-        self.db = AsyncLoadBalancer(
-            peers(*names), self.driver.connect, clock=self.clock, jitter=even, **options
-        )
-        self.events: list[Any] = []
-        self.db.add_listener(self.events.append)
+    face, drivers = AsyncLoadBalancer, Driver
 
     def connect(self, **how: Any) -> Any:
         return asyncio.run(self.db.connect(**how))
-
-    def open(self, *names: str) -> None:
-        for name in names:
-            permit = self.db.peers[name].breaker.acquire()
-            permit.failed(refused_by_host(), Fault.UNREACHABLE)
-
-    def due(self, *names: str) -> None:
-        """Open circuits, and let the time pass until their trials are due."""
-        self.open(*names)
-        self.clock.advance(31)
-
-    def told(self, kind: type) -> list[Any]:
-        return [event for event in self.events if type(event) is kind]
 
     def assert_nothing_is_left(self) -> None:
         assert self.driver.sockets == set()

@@ -65,12 +65,15 @@ class InOrder:
 class World:
     """A balancer, its driver, its clock and what it told."""
 
+    face: Any = LoadBalancer
+    drivers: Any = Driver
+
     def __init__(self, *names: str, **options: Any) -> None:
         self.clock = Clock()
-        self.driver = Driver()
+        self.driver = self.drivers()
         options.setdefault("strategy", InOrder)
         endpoints = options.pop("peers", None) or peers(*names)
-        self.db = LoadBalancer(
+        self.db = self.face(
             endpoints, self.driver.connect, clock=self.clock, jitter=even, **options
         )
         self.permits: list[Any] = []
