@@ -32,7 +32,7 @@ from tests.other_driver import run_again
 from tests.outcomes.cutter import Cutter
 from tests.outcomes.trial import Trial
 from tests.servers import DATABASE, USER
-from tests.servers.scripted import Refusal, ScriptedServer
+from tests.servers.scripted import READ_ONLY, MaxScale, Refusal, ScriptedServer
 from tests.site import Site, site
 
 #: What is in the packet of COMMIT, and in no AUTOCOMMIT. psycopg2 sends the token ahead.
@@ -670,6 +670,22 @@ class TestFaults:
             ends = [said for said in server.statements("COMMIT") if "AUTO" not in said.upper()]
             assert sum(said.endswith("; COMMIT") for said in ends) == (1 if refusal else 2)
             assert ends.count("COMMIT") == 2
+
+    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="of the proxies alone")
+    @pytest.mark.parametrize("is_proxy", [False, True], ids=["server", "proxy"])
+    def test_commit_alone_follows_a_servers_own_refusal_of_the_token_and_no_proxys(
+        self, is_proxy: bool
+    ) -> None:
+        """A proxy may say so of a transaction that went with its server."""
+        server = MaxScale() if is_proxy else ScriptedServer()
+        with server, behind(server) as connection:
+            server.refusals["; COMMIT"] = Refusal(1290, READ_ONLY + " statement")
+            raises: Any = contextlib.nullcontext()
+            if is_proxy:
+                raises = pytest.raises(OperationalError, match="was rolled back")
+            with raises, transaction.atomic("balanced"):
+                run(connection, "INSERT INTO a VALUES ('one')")
+            assert server.statements("COMMIT").count("COMMIT") == (not is_proxy)
 
 
 @contextlib.contextmanager

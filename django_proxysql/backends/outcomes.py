@@ -235,7 +235,11 @@ def commit_with(db: Any, session: Any, token: Token) -> bool:
                 session.takes_two = False
                 driver.commit_after(connection, statement, together=False)
         except Exception as exc:
-            if drivers.is_marked(exc, "of_first") and driver.goes_on_without(exc):
+            if (
+                drivers.is_marked(exc, "of_first")
+                and driver.is_answer(exc)
+                and driver.goes_on_without(exc, is_of_server(db, session))
+            ):
                 return False
             raise
     # COMMIT was answered: whatever this raises is no error of it.

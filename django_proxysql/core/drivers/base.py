@@ -89,8 +89,11 @@ class Driver:
         """
         return True
 
-    def goes_on_without(self, exc: BaseException) -> bool:
-        """Return whether a transaction in which ``exc`` refused a write takes none, and is open."""
+    def goes_on_without(self, exc: BaseException, by_server: bool) -> bool:
+        """Return whether a transaction in which ``exc`` refused a write takes none, and is open.
+
+        :param by_server: a server itself refused it, and no proxy in its place.
+        """
         return False
 
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:

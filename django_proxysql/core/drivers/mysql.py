@@ -297,9 +297,9 @@ class MySQL(Driver):
             and self.fault(exc, connecting=False) is Fault.NOT_READY
         )
 
-    def goes_on_without(self, exc: BaseException) -> bool:
+    def goes_on_without(self, exc: BaseException, by_server: bool) -> bool:
         # 1792: the transaction is READ ONLY.
-        return self.code_of(exc) == 1792 or self.is_read_only_refusal(exc)
+        return self.code_of(exc) == 1792 or (by_server and self.is_read_only_refusal(exc))
 
     def proves_not_run(self, exc: BaseException) -> bool:
         """Return whether ``exc``, answered by a server itself, proves that one plain statement did
