@@ -95,11 +95,7 @@ class LoadBalancedMixin(_Base):
 
     def connect(self) -> None:
         """Connect to a peer that works; see :meth:`LoadBalancer.connect`."""
-        if (
-            self._attempt is not None
-            or self._own_settings is not None
-            or self._peer_settings is not None
-        ):
+        if self._attempt is not None or self._own_settings is not None:
             self._recover()
         registered = self._registered()
         if registered is None:
@@ -160,9 +156,9 @@ class LoadBalancedMixin(_Base):
             self._discard()
             raise
         finally:
-            self._with_level = None
+            self._with_level = self._peer_settings = None
+            # Last: as long as there is one, the next connect() puts back what is left.
             self._attempt = None
-            self._peer_settings = None
         return self.connection
 
     def get_connection_params(self) -> dict[str, Any]:
@@ -323,9 +319,8 @@ class LoadBalancedMixin(_Base):
 
         It may strike before the first line of a ``finally``, too.
         """
-        self._with_level = None
+        self._with_level = self._peer_settings = None
         self._attempt = None
-        self._peer_settings = None
         self._put_own_settings_back()
 
     def _put_own_settings_back(self) -> None:

@@ -197,7 +197,7 @@ class PooledMixin(_Base):
         registered = self._registered()
         if registered is None:
             return super().pool  # type: ignore[misc]
-        if self.alias == NO_DB_ALIAS or not _may_have_pools(registered, self.settings_dict):
+        if self.alias == NO_DB_ALIAS:
             return None
         known = self._pool_of(registered, next(iter(registered.balancer.peers.values())))
         return None if known is None else known.pool
@@ -412,11 +412,3 @@ def _rotating(base: type | None) -> type:
             return super().connect(conninfo, **kwargs)
 
     return RotatingConnection
-
-
-def _may_have_pools(registered: Registered, own: Mapping[str, Any]) -> bool:
-    """Return whether any peer's connections may come out of a pool."""
-    if (own.get("OPTIONS") or {}).get("pool"):
-        return True
-    peers = registered.balancer.peers.values()
-    return any((peer.params.get("OPTIONS") or {}).get("pool") for peer in peers)
