@@ -50,16 +50,6 @@ _OF_THE_TRANSACTION = (
     "run_commit_hooks_on_set_autocommit_on",
     "queries_log",
 )
-#: What else connect() changes, to be put back if the new connection fails.
-_OF_THE_CONNECTION = (
-    "autocommit",
-    "close_at",
-    "closed_in_transaction",
-    "errors_occurred",
-    "health_check_done",
-    "health_check_enabled",
-    "isolation_level",
-)
 
 
 def follow(db: Any, before: Session, session: Session) -> None:
@@ -221,10 +211,9 @@ def replace(
     if present is not None and present is not session and not present.dead:
         # A listener to the loss has asked the database: it is replaced already.
         return
-    old, hold = db.connection, db._counted
     state = vars(db)
-    kept = {k: state[k] for k in _OF_THE_TRANSACTION + _OF_THE_CONNECTION if k in state}
-    transaction = db._transaction
+    before = dict(state)
+    old, hold, transaction = db.connection, db._counted, db._transaction
     try:
         # What sets the new connection up is no query of the application's.
         db.queries_log = collections.deque()
@@ -240,8 +229,8 @@ def replace(
             db._terms = {"trials": trials, "only": only}
             db.connect()
         for name in _OF_THE_TRANSACTION:
-            if name in kept:
-                state[name] = kept[name]
+            if name in before:
+                state[name] = before[name]
         if resume is not None:
             db._transaction = transaction
             new_session = db._session
@@ -257,9 +246,8 @@ def replace(
         if new is not None and new is not old:
             give_back(new)
             db._release()
-        db.connection, db._session, db._counted = old, session, hold
-        state.update(kept)
-        db._transaction = transaction
+        # All that connect() has changed: autocommit, close_at and the like, too.
+        state.update(before)
         raise
     finally:
         db._terms = {}
