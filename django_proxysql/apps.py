@@ -47,8 +47,8 @@ def _make_table(using: str, **kwargs: Any) -> None:
 def _link_from_admin() -> None:
     """Have the admin's index show the status page.
 
-    By the index's template, which works in whatever order the apps are installed, and
-    extends the site's own admin/index.html. A site that has chosen another is left alone.
+    By the index's template, which works in whatever order the apps are installed. A site that
+    has chosen another is left alone.
     """
     if apps.is_installed("django.contrib.admin"):
         from django.contrib import admin

@@ -13,8 +13,6 @@ from django.db.utils import OperationalError
 
 from .core import exceptions
 
-__all__ = ["CommitOutcomeUnknown", "NoPeerAvailable"]
-
 
 class NoPeerAvailable(exceptions.NoPeerAvailable, OperationalError):
     """No peer could be connected to; Django's OperationalError as well as the core's own."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,13 +22,12 @@ from django.core.checks import Warning
 from django.db import connections
 
 from .conf.engines import load_wrapper, peer_engine
-from .core import drivers
+from .core import drivers, sockets
 from .core.balancer import Attempt
 from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts, value_of
 from .core.faults import Fault
 from .core.peer import Peer
 from .core.ready import backend, galera, greeting_id, rows
-from .core.runtime import new_lock
 from .registry import Registered, balancers
 
 
@@ -66,7 +63,6 @@ def inspect(
 ) -> dict[str, tuple[Inspection, ...]]:
     """Ask all peers of some balancers at once.
 
-    :param aliases: the balancers'.
     :param timeout: seconds for a peer; None: the balancer's CONNECT_TIMEOUT. A
         second is added, so that a driver, which may count in whole ones, is the
         first to speak.
@@ -128,15 +124,8 @@ class _Inquiry:
         # Django before 4.1 fills in an entry's defaults when its wrapper is made.
         self._own = connections[alias].settings_dict
         self._engine = peer_engine(self._own, connections.databases)
-        #: What is known so far.
+        #: What is known so far; replaced by the thread alone.
         self.found = Inspection(alias, peer.name, peer.address)
-        #: A second descriptor of the connection's socket. Its number is ours,
-        #: so that it cannot become another connection's behind our back.
-        self._socket: int | None = None
-        #: Guards what is found and the two that follow, and is held for no longer than it takes
-        #: to set them.
-        self._lock = new_lock()
-        self._has_answered = self._given_up = False
         # A daemon: the interpreter's end does not wait for a peer that hangs.
         self._thread = threading.Thread(
             target=self._run, name=f"django-proxysql inspects {peer.name}", daemon=True
@@ -149,34 +138,24 @@ class _Inquiry:
     def result(self) -> Inspection:
         """Wait for the answer, but not for ever."""
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        with self._lock:
-            self._given_up = not self._has_answered
-            hanging, self._socket = self._socket if self._given_up else None, None
-        if hanging is not None:
-            # What the thread waits for ends now, and so does the thread.
-            _shut_down(hanging)
-        if not self._given_up:
-            return self.found
+        found = self.found
+        if found.ready or found.fault:
+            return found
         error = f"no answer within {self._seconds:g} s"
-        return replace(self.found, error=error, fault=Fault.UNREACHABLE)
+        return replace(found, error=error, fault=Fault.UNREACHABLE)
 
     def _run(self) -> None:
         try:
             self._ask()
-            answer: dict[str, Any] = {"ready": True}
+            self.note(ready=True)
         except BaseException as exc:
             # SystemExit from somebody's check, too, is an answer, and came at once.
             judgement = drivers.judge(exc, connecting=not self.found.reachable)
-            answer = {"error": judgement.text, "fault": judgement.fault}
-        with self._lock:
-            if not self._given_up:
-                self.found = replace(self.found, **answer)
-                self._has_answered = True
+            self.note(error=judgement.text, fault=judgement.fault)
 
     def note(self, *words: str, **known: Any) -> None:
         """Note what the peer was recognised as, and what else is known of it by now."""
-        with self._lock:
-            self.found = replace(self.found, notes=(*self.found.notes, *words), **known)
+        self.found = replace(self.found, notes=(*self.found.notes, *words), **known)
 
     def note_facts(self, facts: Callable[[str, Ask], Facts], ask: Ask) -> None:
         """Ask the server for its facts, to be compared with the other peers'."""
@@ -198,58 +177,32 @@ class _Inquiry:
         # Django or the application would set up on it.
         connection = wrapper.connection = wrapper.get_new_connection(params)
         connecting = time.monotonic() - started
+        # It is shut down once no thread waits for the answer.
+        left = self._deadline + 1 - time.monotonic()
         try:
-            self.note(reachable=True)
-            self._can_be_shut_down(driver.fileno(connection))
-            # On PostgreSQL a question that is refused would spoil all that follow.
-            wrapper._set_autocommit(True)
-            ask = functools.partial(rows_or_none, connection)
-            if wrapper.vendor == "mysql":
-                # Before anything that must get past a proxy.
-                self.note(*_proxy(connection, ask))
-            started = time.monotonic()
-            rows(connection, _TRIVIAL.get(wrapper.vendor, "SELECT 1"))
-            self.note(latency=connecting + time.monotonic() - started)
-            recognise = _BY_VENDOR.get(wrapper.vendor)
-            if recognise is not None:
-                recognise(connection, ask, self)
-            balancer = self._registered.balancer
-            attempt = Attempt(self._peer, balancer.config)
-            attempt.timeout = self._seconds
-            balancer.check_ready(connection, attempt)
-            balancer.ask(connection, self._peer)
+            with sockets.limited(driver.fileno(connection), left):
+                self.note(reachable=True)
+                # On PostgreSQL a question that is refused would spoil all that follow.
+                wrapper._set_autocommit(True)
+                ask = functools.partial(rows_or_none, connection)
+                if wrapper.vendor == "mysql":
+                    # Before anything that must get past a proxy.
+                    self.note(*_proxy(connection, ask))
+                started = time.monotonic()
+                rows(connection, _TRIVIAL.get(wrapper.vendor, "SELECT 1"))
+                self.note(latency=connecting + time.monotonic() - started)
+                recognise = _BY_VENDOR.get(wrapper.vendor)
+                if recognise is not None:
+                    recognise(connection, ask, self)
+                balancer = self._registered.balancer
+                attempt = Attempt(self._peer, balancer.config)
+                attempt.timeout = self._seconds
+                balancer.check_ready(connection, attempt)
+                balancer.ask(connection, self._peer)
         finally:
-            self._no_longer_shut_down()
             # It has served its purpose.
             with contextlib.suppress(Exception):
                 connection.close()
-
-    def _can_be_shut_down(self, descriptor: int | None) -> None:
-        if descriptor is None or descriptor < 0:
-            return
-        try:
-            duplicate = os.dup(descriptor)
-        except OSError:
-            return
-        with self._lock:
-            given_up = self._given_up
-            if not given_up:
-                self._socket = duplicate
-        if given_up:
-            # It let us in when no thread waited any more.
-            _shut_down(duplicate)
-
-    def _no_longer_shut_down(self) -> None:
-        with self._lock:
-            duplicate, self._socket = self._socket, None
-        if duplicate is not None:
-            os.close(duplicate)
-
-
-def _shut_down(hanging: int) -> None:
-    # It may have ended by itself.
-    with contextlib.suppress(OSError), socket.socket(fileno=hanging) as other:
-        other.shutdown(socket.SHUT_RDWR)
 
 
 # What can be recognised

@@ -105,10 +105,7 @@ class Balancers(Mapping[str, LoadBalancer]):
         return sum(1 for _ in self)
 
     def registered(self, alias: str) -> Registered:
-        """Return the balancer of ``alias`` and what was first read for it.
-
-        :raises ImproperlyConfigured: its settings are wrong.
-        """
+        """Return the balancer of ``alias`` and what was first read for it."""
         known = self.known.get(alias)
         if known is None:
             if alias not in self._entries:
@@ -132,10 +129,7 @@ class Balancers(Mapping[str, LoadBalancer]):
     def add_listener(self, listener: Listener, *, connects: bool = True) -> None:
         """Call ``listener`` with the events of all balancers: those that are there, and later ones.
 
-        Adding it again changes nothing.
-
-        :param listener: see :meth:`LoadBalancer.add_listener`.
-        :param connects: as there.
+        See :meth:`LoadBalancer.add_listener`.
         """
         # Guards the listeners, and that each balancer has the same ones.
         with self._listeners_lock:

@@ -13,6 +13,8 @@ from typing import Any, Callable
 
 import pybreaker
 
+from django_proxysql.core import events
+
 
 class Clock:
     """A monotonic clock that moves when a test moves it."""
@@ -263,3 +265,11 @@ def raised_by(function: Callable[[], object]) -> BaseException | None:
     except BaseException as exc:
         return exc
     return None
+
+
+def event_kinds() -> list[type]:
+    """Every class of event that there is."""
+    classes = [kind for kind in vars(events).values() if isinstance(kind, type)]
+    return [
+        kind for kind in classes if issubclass(kind, events.Event) and not kind.__subclasses__()
+    ]

@@ -7,9 +7,9 @@ tests/test_breaker_model.py.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
-import types
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 from django_proxysql import Fault, NotReady, PeerBreaker
 from django_proxysql.core.breaker import CircuitBreakerError
-from django_proxysql.core.circuit import ClosedElsewhere, Transition
+from django_proxysql.core.circuit import Transition, closed_elsewhere
 from tests.fakes import (
     Clock,
     OperationalError,
@@ -235,13 +235,13 @@ class TestFromWithin:
 
         def replace(self, event: Any, *args: Any, **options: Any) -> Any:
             def interrupted(circuit: Any, now: float) -> Any:
-                after = event.after(circuit, now)
+                after = event(circuit, now)
                 handler, self.handler = self.handler, None
                 if handler is not None:
                     handler()
                 return after
 
-            return super().replace(types.SimpleNamespace(after=interrupted), *args, **options)
+            return super().replace(interrupted, *args, **options)
 
     def test_two_failures_are_both_counted(self, clock: Clock) -> None:
         breaker = self.Struck(fail_max=3, clock=clock)
@@ -825,7 +825,8 @@ class TestGate:
 
         def gate(by_hand: bool) -> float:
             assert due.trial is not None
-            due.apply(ClosedElsewhere(due.circuit.generation), clock(), elsewhere=True)
+            closed = functools.partial(closed_elsewhere, generation=due.circuit.generation)
+            due.apply(closed, clock(), elsewhere=True)
             return held_back
 
         due.gate = gate

@@ -448,7 +448,7 @@ def test_thread_that_is_killed_at_a_change_has_it_delivered(end: str) -> None:
         there, where = interrupted_at(step, lambda: getattr(permit, end)(*arguments), files)  # noqa: B023
         # One whose delivery had begun is lost. Before notify_pending() has begun, and where it
         # ends, where nothing asks for signals, it waits for the next change.
-        waits = ("self.notify_pending()", "._circuit.pending:", "try:", "self._handing = None")
+        waits = ("self.notify_pending()", ".circuit.pending:", "try:", "self._handing = None")
         is_lost = where.startswith("step:") or where.endswith(waits)
         if circuit.current_state in kinds and not is_lost:
             told += 1

@@ -207,10 +207,10 @@ class TestEngine:
         close_old_connections()
         assert here.connection.connection is not None
         here.connection.dec_thread_sharing()
-        here.session.holds.checks_off()
+        here.session.holds.by_django = True
         close_old_connections()
         assert here.connection.connection is not None
-        here.session.holds.checks_on()
+        here.session.holds.by_django = False
         if not here.is_mysql:
             rows = here.connection.chunked_cursor()
             rows.execute("SELECT generate_series(1, 9)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from django.db import OperationalError
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from django_proxysql import Fault, LoadBalancer, balancers
-from django_proxysql.core.circuit import ClosedElsewhere, OpenedElsewhere
+from django_proxysql.core.circuit import closed_elsewhere, opened_elsewhere
 from django_proxysql.monitoring.metrics import Metrics, MultiProcessCollector
 from tests.fakes import Driver, bad_password, in_thread, raised_by, refused_by_host, too_many
 from tests.servers import PASSWORD
@@ -156,11 +157,13 @@ class TestConnecting:
         world = Watched("db1", "db2")
         peer = world.db.peers["db1"]
         breaker, now = peer.breaker, world.clock()
-        opened = OpenedElsewhere(0, now + 30, 1, error="", fault=Fault.UNREACHABLE, question="")
+        says = {"error": "", "fault": Fault.UNREACHABLE, "question": ""}
+        opened = functools.partial(opened_elsewhere, generation=0, due=now + 30, out_for=1, **says)
         breaker.apply(opened, now, elsewhere=True)
         assert world.states() == "open closed"
         assert world.value("circuit_openings_total", peer="db1") == 1
-        breaker.apply(ClosedElsewhere(breaker.circuit.generation), now, elsewhere=True)
+        closed = functools.partial(closed_elsewhere, generation=breaker.circuit.generation)
+        breaker.apply(closed, now, elsewhere=True)
         assert world.states() == "closed closed"
         world.db.group.apply_drained(peer, True, elsewhere=True)
         assert world.value("peer_drained", peer="db1") == 1

@@ -6,14 +6,15 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from django.dispatch import Signal
 
 from django_proxysql import signals
-from django_proxysql.core import events, logs
+from django_proxysql.core import logs
 from django_proxysql.core.reports import REPORTS, Count, Line, Report
+from tests.fakes import event_kinds
 from tests.test_logs import VALUES
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -43,7 +44,7 @@ def written(line: Line) -> str:
 
 
 def test_every_event_has_its_row() -> None:
-    assert set(REPORTS) == set(get_args(events.Event))
+    assert set(REPORTS) == set(event_kinds())
     assert all(event is row.event for event, row in REPORTS.items())
 
 
@@ -66,10 +67,10 @@ def test_an_events_last_line_fits_whenever_no_other_does(row: Report) -> None:
 @pytest.mark.parametrize(("row", "count"), COUNTS, ids=lambda one: getattr(one, "telemetry", ""))
 def test_a_count_reads_only_what_its_event_has(row: Report, count: Count) -> None:
     event = made(row)
-    assert len(count.label_of(event)) == bool(count.metric.label)
+    assert len(count.label_of(event)) == bool(count.label)
     assert count.label_of(event) in count.labels()
     assert {*count.when, *count.attributes} <= set(fields(row))
-    assert not count.metric.is_duration or "seconds" in fields(row)
+    assert not count.is_duration or "seconds" in fields(row)
 
 
 def test_each_signal_is_in_the_signals_module_and_has_one_event() -> None:
@@ -91,8 +92,8 @@ def missing() -> Iterator[str]:
             if f"``{written(line)}``" not in pages["logging"]:
                 yield f"logging.rst: {written(line)}"
         for count in row.counts:
-            if f"``{count.metric.name}" not in prometheus:
-                yield f"prometheus.rst: {count.metric.name}"
+            if f"``{count.name}" not in prometheus:
+                yield f"prometheus.rst: {count.name}"
             if count.telemetry and f"``{count.telemetry}``" not in telemetry:
                 yield f"opentelemetry.rst: {count.telemetry}"
 

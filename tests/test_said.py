@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import logging
@@ -17,7 +18,7 @@ from django.core.management import call_command
 from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.core import logs
 from django_proxysql.core.breaker import CircuitBreakerError
-from django_proxysql.core.circuit import CLOSED, OpenedElsewhere
+from django_proxysql.core.circuit import CLOSED, opened_elsewhere
 from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.core.logs import due_in
 from django_proxysql.core.trials import trial_worker
@@ -319,7 +320,8 @@ class TestNextTrial:
         world = World("db1", last_resort_interval=None)
         breaker = world.db.peers["db1"].breaker
         now = world.clock()
-        opened = OpenedElsewhere(0, now + 20, 1, error="", fault=Fault.UNREACHABLE, question="")
+        says = {"error": "", "fault": Fault.UNREACHABLE, "question": ""}
+        opened = functools.partial(opened_elsewhere, generation=0, due=now + 20, out_for=1, **says)
         breaker.apply(opened, now, elsewhere=True)
         assert world.db.snapshot()[0].trial_in == 0
         assert world.connect() == "db1"

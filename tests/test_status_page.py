@@ -267,7 +267,7 @@ class TestPage:
         site.fail("peer1")
         site.clock.advance(900)
         page = client.get(PAGE).content.decode()
-        rows = re.findall(r"<g>.*?</g>", page, re.DOTALL)
+        rows = re.findall(r"<g .*?</g>", page, re.DOTALL)
         assert len(rows) == 3
         bars = re.findall(r'class="bar bar-(\w+)" x="([\d.]+)%" .* width="([\d.]+)%"', rows[1])
         assert {state: round(float(width)) for state, _, width in bars} == {

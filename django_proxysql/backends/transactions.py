@@ -277,7 +277,7 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
 def note_end_of_transaction(db: Any) -> None:
     session = current(db)
     if session is not None:
-        session.holds.transaction_ended()
+        session.holds.for_life.pop("transaction", None)
 
 
 def rollback(db: Any) -> Any:

@@ -293,10 +293,7 @@ def _is_isolation_level(value: Any, is_mysql: bool) -> bool:
 
 
 def _is_port(value: Any, or_text: bool) -> bool:
-    """Return whether a driver takes it for a port.
-
-    :param or_text: digits will do, as from an environment variable.
-    """
+    """Return whether a driver takes it for a port; digits in a text only where ``or_text``."""
     if or_text and isinstance(value, str):
         try:
             value = int(value)

@@ -73,8 +73,7 @@ def peer_engine(entry: Mapping[str, Any], databases: Mapping[str, Mapping[str, A
 def load_wrapper(path: str) -> type[BaseDatabaseWrapper]:
     """Return the DatabaseWrapper of the backend at ``path``.
 
-    :raises ConfigError: there is none, its driver is missing, or it is none
-        that a peer can have.
+    :raises ConfigError: there is none that a peer can have, or its driver is missing.
     """
     try:
         wrapper: type[BaseDatabaseWrapper] = load_backend(path).DatabaseWrapper

@@ -38,7 +38,7 @@ class Affinity:
     def pinned(self, peer: Peer | None, begun: Callable[[], object]) -> Iterator[None]:
         """Pin the thread or task to one peer for the block; inside another such block do nothing.
 
-        :param peer: the peer; None: the first one that the block connects to.
+        :param peer: None: the first one that the block connects to.
         :param begun: called once the block has its pin.
         """
         if self.pin() is not None:
@@ -57,8 +57,7 @@ class Affinity:
     def pinned_to(self, peer: Peer) -> Peer | None:
         """Return the peer that the caller is pinned to; None: it is not pinned.
 
-        :param peer: the peer of the caller's connection. The first call in a block pins an
-            available one.
+        :param peer: the caller's own. The first call in a block pins it, if it is available.
         """
         pin = self.pin()
         if pin is None:

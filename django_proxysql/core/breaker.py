@@ -31,23 +31,14 @@ from collections.abc import (
     Sequence,
 )
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any, TypeVar
 
 import pybreaker
 
+from . import circuit as events
 from . import drivers
-from .circuit import (
-    CLOSED,
-    HALF_OPEN,
-    OPEN,
-    Circuit,
-    Closed,
-    HalfOpened,
-    Opened,
-    Rescheduled,
-    Transition,
-    Tripped,
-)
+from .circuit import CLOSED, HALF_OPEN, OPEN, Circuit, Transition
 from .config import function, number
 from .dispatch import Dispatcher
 from .exceptions import ConfigError
@@ -151,7 +142,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         )
 
     def __repr__(self) -> str:
-        circuit = self._circuit
+        circuit = self.circuit
         return (
             f"<PeerBreaker {self._name!r} {circuit.state}"
             f"{', suspect' if circuit.suspect else ''}"
@@ -185,21 +176,16 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
     def calling(self) -> Iterator[None]:
         """Guard a ``with`` block. What is raised in it is judged, and raised as it is.
 
-        :raises pybreaker.CircuitBreakerError: the circuit is open, or another
-            caller has the trial; the block is not entered.
+        :raises pybreaker.CircuitBreakerError: as :meth:`call`; the block is not entered.
         """
         with self._enter(self.calling):
             yield
 
     async def call_async(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Await ``func``'s result if the circuit allows the call; no lock is held meanwhile.
+        """Await ``func``'s result if the circuit allows the call, as :meth:`call` does.
 
         An asynchronous generator that ``func`` returns is guarded while it is run through. A
         cancelled call counts for nothing.
-
-        :raises pybreaker.CircuitBreakerError: the circuit is open, or another
-            caller has the trial; ``func`` was not called.
-        :raises BaseException: what ``func`` raised, as it is.
         """
         permit = self._enter(func, *args, **kwargs)
         try:
@@ -216,18 +202,14 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
 
     @contextlib.asynccontextmanager
     async def calling_async(self) -> AsyncIterator[None]:
-        """Guard an ``async with`` block, as :meth:`calling` does a ``with`` block.
-
-        :raises pybreaker.CircuitBreakerError: the circuit is open, or another
-            caller has the trial; the block is not entered.
-        """
+        """Guard an ``async with`` block, as :meth:`calling` does a ``with`` block."""
         with self.calling():
             yield
 
     def _enter(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Permit:
         permit = self.acquire()
         if permit is None:
-            circuit = self._circuit
+            circuit = self.circuit
             under_way = self.trial is not None
             raise CircuitBreakerError(
                 f"The circuit of {self._name or 'this breaker'} is "
@@ -248,16 +230,16 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
     def open(self) -> bool:
         """Open the circuit by hand; the first trial is due after ``reset_timeout``."""
         now = self._clock()
-        self.apply(Opened(now + self._spread_timeout()), now)
+        self.apply(partial(events.opened_by_hand, due=now + self._spread_timeout()), now)
         return False
 
     def half_open(self) -> None:
         """Make a trial due now, or once the trial under way is over."""
-        self.apply(HalfOpened(), self._clock())
+        self.apply(events.half_opened_by_hand, self._clock())
 
     def close(self) -> None:
         """Close the circuit by hand."""
-        self.apply(Closed(), self._clock())
+        self.apply(events.closed_by_hand, self._clock())
 
     # What established connections say
 
@@ -282,27 +264,32 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         :param notify: False: the caller holds a lock, and calls :meth:`notify_pending` after it.
         """
         now = self._clock()
-        due, error = now + self._spread_timeout(), drivers.describe(exc)
-        (self.apply if notify else self.replace)(
-            Tripped(due, error, fault, question, failures), now
+        event = partial(
+            events.tripped,
+            due=now + self._spread_timeout(),
+            error=drivers.describe(exc),
+            fault=fault,
+            question=question,
+            failures=failures,
         )
+        (self.apply if notify else self.replace)(event, now)
 
     # pybreaker's properties
 
     @property
     def fail_counter(self) -> int:
         """How many failures in a row there were."""
-        return self._circuit.failures
+        return self.circuit.failures
 
     @property
     def success_counter(self) -> int:
         """How many good trials in a row there were."""
-        return self._circuit.successes
+        return self.circuit.successes
 
     @property
     def current_state(self) -> str:
         """``closed``, ``open`` or ``half-open``."""
-        return self._circuit.state
+        return self.circuit.state
 
     @property
     def reset_timeout(self) -> float:
@@ -315,7 +302,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
     @reset_timeout.setter
     def reset_timeout(self, timeout: float) -> None:
         self._reset_timeout = timeout
-        self.replace(Rescheduled(self._spread_timeout()), self._clock())
+        self.replace(partial(events.rescheduled, seconds=self._spread_timeout()), self._clock())
 
     @property
     def state(self) -> Any:
@@ -325,7 +312,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
 
         :raises ValueError: something else was.
         """
-        return _STATES[self._circuit.state](self, None, notify=False)
+        return _STATES[self.circuit.state](self, None, notify=False)
 
     @state.setter
     def state(self, state: str) -> None:

@@ -1,9 +1,9 @@
 """A peer's circuit: one immutable record, and what each event makes of it.
 
-The whole state is one record, :class:`Circuit`. :func:`transition` is a function of a record, an
-event and the time. It returns the next record, which also holds the changes that listeners have yet
-to be notified of. Nothing in here waits, calls out or takes a lock for the record;
-:mod:`django_proxysql.core.breaker` replaces the record by one assignment under a lock.
+The whole state is one record, :class:`Circuit`. Each event is a function of the record and the time
+that returns the next record, or the same one if it changes nothing. :func:`transition` adds the
+change that listeners have yet to be notified of. Nothing in here waits, calls out or takes a lock;
+:mod:`.permits` replaces the record by one assignment under a lock.
 
 Each use of the peer belongs to the circuit's *generation*. Opening and closing begin a new one, and
 a result from an older generation changes nothing. A trial has a :class:`Lease`: until it ends or
@@ -13,7 +13,8 @@ circuit moves on, and the next trial begins when this one is over.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .faults import Fault
 from .leases import Lease
@@ -66,11 +67,8 @@ class Circuit(NamedTuple):
     pending: tuple[Transition, ...] = ()
 
 
-class CircuitEvent(Protocol):
-    """Something that happens to a circuit."""
-
-    def after(self, circuit: Circuit, now: float, /) -> Circuit:
-        """Return the record after it; the same object if it changes nothing."""
+#: An event, with all that is to be said of it.
+CircuitEvent = Callable[[Circuit, float], Circuit]
 
 
 def transition(
@@ -81,7 +79,7 @@ def transition(
     :param now: the time, on the breaker's clock.
     :param elsewhere: another process found it out.
     """
-    after = event.after(before, now)
+    after = event(before, now)
     if (before.state, before.suspect) == (after.state, after.suspect):
         return after
     seconds = 0.0
@@ -111,10 +109,7 @@ def trial_of(circuit: Circuit, now: float) -> Lease | None:
 
 
 def trial_due(circuit: Circuit, now: float, last_resort: float | None = None) -> bool:
-    """Return whether a trial may begin now.
-
-    :param last_resort: if given, it is due already this many seconds after the last try.
-    """
+    """Return whether a trial may begin; as a last resort so many seconds after the last try."""
     if trial_of(circuit, now) is not None:
         return False
     if now >= circuit.due:
@@ -163,277 +158,204 @@ def _without(circuit: Circuit, lease: Lease | None) -> Circuit:
 # Admission
 
 
-class Asked(NamedTuple):
-    """A caller that makes trials asks for the right to use the peer."""
+def asked(
+    circuit: Circuit, now: float, lease: Lease, last_resort: float | None, asks_gate: bool
+) -> Circuit:
+    """Begin a trial if one is due: a caller that makes trials asks for the right to use the peer.
 
-    lease: Lease
-    last_resort: float | None
-    #: The breaker's gate is asked next: the circuit stays open until it has answered.
-    asks_gate: bool
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Begin a trial if one is due."""
-        if is_usable(circuit) or not trial_due(circuit, now, self.last_resort):
-            return circuit
-        if self.asks_gate and not circuit.suspect:
-            return circuit._replace(lease=self.lease)
-        return circuit._replace(
-            lease=self.lease, state=circuit.state if circuit.suspect else HALF_OPEN
-        )
+    :param asks_gate: the breaker's gate is asked next, and the circuit stays open until it has
+        answered.
+    """
+    if is_usable(circuit) or not trial_due(circuit, now, last_resort):
+        return circuit
+    if circuit.suspect or asks_gate:
+        return circuit._replace(lease=lease)
+    return circuit._replace(lease=lease, state=HALF_OPEN)
 
 
-class Answered(NamedTuple):
-    """The breaker's gate has answered the caller that asked it."""
+def answered(
+    circuit: Circuit, now: float, lease: Lease, generation: int, held_back: float, due: float
+) -> Circuit:
+    """Begin the trial or put it off, as the breaker's gate has answered.
 
-    lease: Lease
-    #: The circuit's, when the gate was asked.
-    generation: int
-    #: Seconds for which the trial is left to other processes; 0: go ahead.
-    held_back: float
-    #: When the trial was due before the caller asked.
-    due: float
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Begin the trial, or put it off."""
-        is_same = (circuit.lease, circuit.generation) == (self.lease, self.generation)
-        if not is_same or circuit.state == CLOSED:
-            # It has closed, or opened anew, while the gate was asked.
-            return _without(circuit, self.lease)
-        if self.held_back > 0:
-            # An operator asked, and it was not due yet: then it is no sooner for that.
-            due = max(now + self.held_back, self.due)
-            return circuit._replace(lease=None, state=OPEN, due=due)
-        return circuit._replace(state=HALF_OPEN)
+    :param generation: the circuit's, when the gate was asked.
+    :param held_back: seconds for which the trial is left to other processes; 0: go ahead.
+    :param due: when the trial was due before the caller asked.
+    """
+    if (circuit.lease, circuit.generation) != (lease, generation) or circuit.state == CLOSED:
+        # It has closed, or opened anew, while the gate was asked.
+        return _without(circuit, lease)
+    if held_back > 0:
+        # An operator asked, and it was not due yet: then it is no sooner for that.
+        return circuit._replace(lease=None, state=OPEN, due=max(now + held_back, due))
+    return circuit._replace(state=HALF_OPEN)
 
 
 # Results
 
 
-class Succeeded(NamedTuple):
-    """The peer did what it was asked to do."""
-
-    generation: int
-    lease: Lease | None
-    success_threshold: int
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Count a trial's success; end the row of failures."""
-        if is_late(circuit, self.generation, self.lease):
-            return _without(circuit, self.lease)
-        if self.lease is None:
-            return circuit._replace(failures=0)
-        if circuit.state == CLOSED:
-            # A suspect is well. Nothing has happened: no log line, no new generation.
-            return circuit._replace(suspect=False, lease=None, failures=0, error="", fault=None)
-        if circuit.successes + 1 >= self.success_threshold:
-            return _closed(circuit, now, None)
-        return circuit._replace(successes=circuit.successes + 1, lease=None, due=now, tried=now)
+def succeeded(
+    circuit: Circuit, now: float, generation: int, lease: Lease | None, success_threshold: int
+) -> Circuit:
+    """Count a trial's success; end the row of failures."""
+    if is_late(circuit, generation, lease):
+        return _without(circuit, lease)
+    if lease is None:
+        return circuit._replace(failures=0)
+    if circuit.state == CLOSED:
+        # A suspect is well. Nothing has happened: no log line, no new generation.
+        return circuit._replace(suspect=False, lease=None, failures=0, error="", fault=None)
+    if circuit.successes + 1 >= success_threshold:
+        return _closed(circuit, now, None)
+    return circuit._replace(successes=circuit.successes + 1, lease=None, due=now, tried=now)
 
 
-class Failed(NamedTuple):
-    """The peer failed."""
+def failed(
+    circuit: Circuit,
+    now: float,
+    generation: int,
+    lease: Lease | None,
+    fail_max: int,
+    due: float,
+    error: str,
+    fault: Fault | None,
+) -> Circuit:
+    """Count a failure; open the circuit at ``fail_max`` of them, or if it was a trial's.
 
-    generation: int
-    lease: Lease | None
-    fail_max: int
-    #: When the next trial may begin, if the circuit opens.
-    due: float
-    error: str
-    fault: Fault | None
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Count it; open the circuit at ``fail_max`` failures, or if it was a trial's."""
-        if is_late(circuit, self.generation, self.lease):
-            return _without(circuit, self.lease)
-        circuit = _without(circuit, self.lease)
-        circuit = circuit._replace(failures=circuit.failures + 1)
-        # Half-open: the connection of a good trial, one of several that are asked for.
-        is_trials = self.lease is not None or circuit.state == HALF_OPEN
-        if is_trials or circuit.failures >= self.fail_max:
-            return _opened(circuit, now, self.due, self.error, self.fault)
-        return circuit._replace(tried=now, error=self.error, fault=self.fault)
-
-
-class Released(NamedTuple):
-    """What happened in a trial says nothing about the peer."""
-
-    generation: int
-    lease: Lease
-    #: When the next trial may begin.
-    due: float
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """End the trial without a result."""
-        if is_late(circuit, self.generation, self.lease):
-            return _without(circuit, self.lease)
-        circuit = _without(circuit, self.lease)
-        if circuit.state == CLOSED:
-            # A suspect is never excluded: a caller that has no other peer may try at once.
-            return circuit._replace(tried=now)
-        return circuit._replace(state=OPEN, tried=now, due=self.due)
+    :param due: when the next trial may begin, if the circuit opens.
+    """
+    late = is_late(circuit, generation, lease)
+    circuit = _without(circuit, lease)
+    if late:
+        return circuit
+    circuit = circuit._replace(failures=circuit.failures + 1)
+    # Half-open: the connection of a good trial, one of several that are asked for.
+    if lease is not None or circuit.state == HALF_OPEN or circuit.failures >= fail_max:
+        return _opened(circuit, now, due, error, fault)
+    return circuit._replace(tried=now, error=error, fault=fault)
 
 
-class Abandoned(NamedTuple):
-    """A trial's permit is gone: no thread can report a result."""
+def released(circuit: Circuit, now: float, generation: int, lease: Lease, due: float) -> Circuit:
+    """End a trial that says nothing about the peer; the next one is ``due`` then."""
+    late = is_late(circuit, generation, lease)
+    circuit = _without(circuit, lease)
+    if late:
+        return circuit
+    if circuit.state == CLOSED:
+        # A suspect is never excluded: a caller that has no other peer may try at once.
+        return circuit._replace(tried=now)
+    return circuit._replace(state=OPEN, tried=now, due=due)
 
-    lease: Lease
-    #: When the next trial may begin.
-    due: float
 
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Cancel the trial; what is known of the peer is as old as it was."""
-        if circuit.lease is not self.lease:
-            return circuit
-        if circuit.state == HALF_OPEN:
-            return circuit._replace(lease=None, state=OPEN, due=self.due)
-        return circuit._replace(lease=None)
+def abandoned(circuit: Circuit, now: float, lease: Lease, due: float) -> Circuit:
+    """Cancel a trial whose permit is gone; what is known of the peer is as old as it was."""
+    if circuit.lease is lease and circuit.state == HALF_OPEN:
+        return circuit._replace(lease=None, state=OPEN, due=due)
+    return _without(circuit, lease)
 
 
 # What operators and established connections say
 
 
-class Opened(NamedTuple):
-    """An operator opens the circuit."""
-
-    due: float
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Open it, whatever it was."""
-        return _opened(circuit, now, self.due, "opened by hand", None)
+def opened_by_hand(circuit: Circuit, now: float, due: float) -> Circuit:
+    """Open the circuit, whatever it was."""
+    return _opened(circuit, now, due, "opened by hand", None)
 
 
-class HalfOpened(NamedTuple):
-    """An operator makes a trial due."""
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Make it due now, or once the trial under way is over."""
-        # What was begun while the circuit was closed is of another time.
-        generation = circuit.generation + (circuit.state == CLOSED)
-        return circuit._replace(
-            state=HALF_OPEN,
-            generation=generation,
-            suspect=False,
-            successes=0,
-            due=now,
-            out_since=now if circuit.out_since is None else circuit.out_since,
-        )
+def half_opened_by_hand(circuit: Circuit, now: float) -> Circuit:
+    """Make a trial due now, or once the trial under way is over."""
+    # What was begun while the circuit was closed is of another time.
+    generation = circuit.generation + (circuit.state == CLOSED)
+    return circuit._replace(
+        state=HALF_OPEN,
+        generation=generation,
+        suspect=False,
+        successes=0,
+        due=now,
+        out_since=now if circuit.out_since is None else circuit.out_since,
+    )
 
 
-class Closed(NamedTuple):
-    """An operator closes the circuit."""
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Close it. A trial under way is not over for that."""
-        return _closed(circuit, now, circuit.lease)
+def closed_by_hand(circuit: Circuit, now: float) -> Circuit:
+    """Close the circuit. A trial under way is not over for that."""
+    return _closed(circuit, now, circuit.lease)
 
 
-class Suspected(NamedTuple):
-    """A connection was lost, and nothing says why."""
-
-    error: str
-    fault: Fault | None
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Make the next use of a closed circuit a trial."""
-        if not is_usable(circuit):
-            return circuit
-        return circuit._replace(
-            suspect=True, tried=now, due=_LONG_AGO, error=self.error, fault=self.fault
-        )
+def suspected(circuit: Circuit, now: float, error: str, fault: Fault | None) -> Circuit:
+    """Make the next use of a closed circuit a trial: a connection was lost, for whatever reason."""
+    if not is_usable(circuit):
+        return circuit
+    return circuit._replace(suspect=True, tried=now, due=_LONG_AGO, error=error, fault=fault)
 
 
-class Tripped(NamedTuple):
-    """A statement's answer says that the peer must not be used."""
+def tripped(
+    circuit: Circuit,
+    now: float,
+    due: float,
+    error: str,
+    fault: Fault,
+    question: str,
+    failures: int = 0,
+) -> Circuit:
+    """Open a closed circuit at once: a statement's answer says that the peer must not be used.
 
-    due: float
-    error: str
-    fault: Fault
-    #: What its trials must ask.
-    question: str
-    #: How many failures in a row these were, if they were counted.
-    failures: int = 0
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Open a closed circuit at once."""
-        if circuit.state != CLOSED:
-            # A failed connect opened it: what a statement was answered is still to be asked.
-            return circuit._replace(question=circuit.question or self.question)
-        opened = _opened(circuit, now, self.due, self.error, self.fault)
-        failures = max(circuit.failures, self.failures)
-        return opened._replace(question=self.question, failures=failures)
-
-
-class Rescheduled(NamedTuple):
-    """The time-out of open circuits is another one."""
-
-    #: Seconds from the last try to the next trial.
-    seconds: float
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Apply it to the present opening, as pybreaker does."""
-        if circuit.state != OPEN:
-            return circuit
-        return circuit._replace(due=circuit.tried + self.seconds)
+    :param question: what its trials must ask.
+    :param failures: how many failures in a row these were, if they were counted.
+    """
+    if circuit.state != CLOSED:
+        # A failed connect opened it: what a statement was answered is still to be asked.
+        return circuit._replace(question=circuit.question or question)
+    opened = _opened(circuit, now, due, error, fault)
+    return opened._replace(question=question, failures=max(circuit.failures, failures))
 
 
-# What other processes found out
+def rescheduled(circuit: Circuit, now: float, seconds: float) -> Circuit:
+    """Apply another time-out to the present opening, as pybreaker does."""
+    return circuit._replace(due=circuit.tried + seconds) if circuit.state == OPEN else circuit
 
 
-class OpenedElsewhere(NamedTuple):
-    """Another process opened the circuit, or its trial failed."""
-
-    #: Of the record that was compared with the other's.
-    generation: int
-    due: float
-    out_for: float
-    error: str
-    fault: Fault | None
-    question: str
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Open the circuit or put off its trial. It counts as no failure of this process."""
-        if circuit.generation != self.generation:
-            return circuit
-        if circuit.state == CLOSED:
-            opened = _opened(circuit, now, self.due, self.error, self.fault)
-            # This process has not tried the peer: if it has no other left it may do so at once.
-            return opened._replace(
-                out_since=now - self.out_for, tried=_LONG_AGO, question=self.question
-            )
-        if trial_of(circuit, now) is not None:
-            # It is left to its own result.
-            return circuit
-        return circuit._replace(
-            state=OPEN,
-            successes=0,
-            due=self.due,
-            error=self.error,
-            fault=self.fault,
-            question=circuit.question or self.question,
-        )
+# What other processes found out. The generation is that of the record that was compared.
 
 
-class ClosedElsewhere(NamedTuple):
-    """Another process's trial closed the circuit."""
+def opened_elsewhere(
+    circuit: Circuit,
+    now: float,
+    generation: int,
+    due: float,
+    out_for: float,
+    error: str,
+    fault: Fault | None,
+    question: str,
+) -> Circuit:
+    """Open the circuit or put off its trial. It counts as no failure of this process."""
+    if circuit.generation != generation:
+        return circuit
+    if circuit.state == CLOSED:
+        opened = _opened(circuit, now, due, error, fault)
+        # This process has not tried the peer: if it has no other left it may do so at once.
+        return opened._replace(out_since=now - out_for, tried=_LONG_AGO, question=question)
+    if trial_of(circuit, now) is not None:
+        # It is left to its own result.
+        return circuit
+    return circuit._replace(
+        state=OPEN,
+        successes=0,
+        due=due,
+        error=error,
+        fault=fault,
+        question=circuit.question or question,
+    )
 
-    generation: int
 
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Close it. A trial under way is not over for that."""
-        if circuit.generation != self.generation or circuit.state == CLOSED:
-            return circuit
-        return _closed(circuit, now, circuit.lease)
+def closed_elsewhere(circuit: Circuit, now: float, generation: int) -> Circuit:
+    """Close the circuit: another process's trial did. A trial under way is not over for that."""
+    if circuit.generation != generation or circuit.state == CLOSED:
+        return circuit
+    return _closed(circuit, now, circuit.lease)
 
 
-class PutOff(NamedTuple):
-    """Another process is about to make the trial."""
-
-    generation: int
-    #: Not before this moment does this process make one.
-    due: float
-
-    def after(self, circuit: Circuit, now: float) -> Circuit:
-        """Put the trial off, never forward."""
-        if (circuit.generation, circuit.state) != (self.generation, OPEN):
-            return circuit
-        return circuit._replace(due=max(circuit.due, self.due))
+def put_off(circuit: Circuit, now: float, generation: int, due: float) -> Circuit:
+    """Put the trial off, never forward: another process is about to make it."""
+    if (circuit.generation, circuit.state) != (generation, OPEN):
+        return circuit
+    return circuit._replace(due=max(circuit.due, due))

@@ -47,11 +47,7 @@ def number(
 
 
 def function(setting: str, value: object, hint: str, *, optional: bool = False) -> Any:
-    """Return ``value`` if it can be called.
-
-    :param hint: what to give instead.
-    :raises ConfigError: it cannot; the message names the setting, and not the value.
-    """
+    """Return ``value`` if it can be called; or raise a ConfigError that does not quote it."""
     if callable(value) or (optional and value is None):
         return value
     raise ConfigError(setting, f"is a {type(value).__name__}, which cannot be called", hint)
@@ -63,10 +59,7 @@ def _one_of(setting: str, value: object, one: object, other: object) -> None:
 
 
 def imported(setting: str, path: str, known: Iterable[str]) -> Any:
-    """Return what the dotted ``path`` names.
-
-    :raises ConfigError: nothing does; the message lists the ``known`` names too.
-    """
+    """Return what the dotted ``path`` names; or raise a ConfigError with the ``known`` names."""
     hint = f"Give one of {', '.join(known)}, or a dotted path."
     module, dot, name = path.rpartition(".")
     if not dot:
@@ -221,10 +214,7 @@ _NEEDED: dict[type, tuple[Any, ...]] = {
 
 
 def check_field(config: type, name: str, value: Any) -> None:
-    """Check one field of a configuration by itself.
-
-    :raises ConfigError: the field cannot have that value.
-    """
+    """Raise a ConfigError if one field of a configuration cannot have that value."""
     config(*_NEEDED[config], **{name: value})
 
 

@@ -155,7 +155,6 @@ class Listeners(Guarded):
         """Call ``listener`` with each event from now on. Adding it again changes nothing.
 
         :param connects: False: not with a :class:`~.events.Connected` that is no trial.
-        :raises ConfigError: ``listener`` cannot be called.
         """
         function("listener", listener, "Give a function that takes an event.")
         dispatcher = Dispatcher(listener, self._name)

@@ -9,34 +9,25 @@ it raises is logged and otherwise ignored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Union
 
 from .faults import Fault
 
-__all__ = [
-    "BlockRetried",
-    "CircuitClosed",
-    "CircuitOpened",
-    "CommitResolved",
-    "ConnectFailed",
-    "Connected",
-    "ConnectionLost",
-    "ConnectionReplaced",
-    "Event",
-    "Listener",
-    "PeerDrained",
-    "PeerUndrained",
-    "PeersExhausted",
-    "StatementReplayed",
-]
+Listener = Callable[["Event"], object]
 
 
 @dataclass(frozen=True)
-class _OfPeer:
-    """Something that happened to one peer."""
+class Event:
+    """Something that happened."""
 
     balancer: str
+
+
+@dataclass(frozen=True)
+class _OfPeer(Event):
+    """Something that happened to one peer."""
+
     peer: str
     address: str
 
@@ -90,14 +81,13 @@ class CircuitClosed(_OfPeer):
 
 
 @dataclass(frozen=True)
-class PeersExhausted:
+class PeersExhausted(Event):
     """A connect() found no peer.
 
     Not emitted for a connect() that may use one peer alone (``pinned()``, ``only=``), for other
     peers may be well; nor for a replacement that failed while the old connection still works.
     """
 
-    balancer: str
     error: str
     #: How long it looked for one, in seconds.
     seconds: float
@@ -114,10 +104,9 @@ class ConnectionLost(_OfPeer):
 
 
 @dataclass(frozen=True)
-class ConnectionReplaced:
+class ConnectionReplaced(Event):
     """A connection was replaced at a safe point."""
 
-    balancer: str
     #: The peer that the replaced connection led to.
     peer: str
     #: The peer that the new one leads to.
@@ -128,10 +117,9 @@ class ConnectionReplaced:
 
 
 @dataclass(frozen=True)
-class StatementReplayed:
+class StatementReplayed(Event):
     """A statement was run again on another connection."""
 
-    balancer: str
     peer: str
     successor: str
     #: What its first run met.
@@ -139,10 +127,9 @@ class StatementReplayed:
 
 
 @dataclass(frozen=True)
-class BlockRetried:
+class BlockRetried(Event):
     """An atomic block was begun again: its function or view is run again from its beginning."""
 
-    balancer: str
     #: The dotted name of the function or view.
     function: str
     #: Which run begins: 2 is the second.
@@ -179,25 +166,3 @@ class PeerUndrained(_OfPeer):
 
     #: The desired state came from another process (``SHARED_STATE``).
     elsewhere: bool = False
-
-
-Event = Union[
-    Connected,
-    ConnectFailed,
-    CircuitOpened,
-    CircuitClosed,
-    PeersExhausted,
-    ConnectionLost,
-    ConnectionReplaced,
-    StatementReplayed,
-    BlockRetried,
-    CommitResolved,
-    PeerDrained,
-    PeerUndrained,
-]
-
-
-class Listener(Protocol):
-    """Anything that can be called with an event."""
-
-    def __call__(self, event: Event, /) -> object: ...

@@ -27,15 +27,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "ConfigError",
-    "DrainRefused",
-    "NoPeerAvailable",
-    "NotReady",
-    "PoolBusy",
-    "UnknownPeer",
-]
-
 
 class ConfigError(ValueError):
     """A setting that cannot work.

@@ -124,9 +124,7 @@ def verdict_on(
 
     :param fault: what the driver's table says.
     :param by_server: the error is a driver's, whether the table lists it or not.
-    :param of_settings: the driver cannot take the peer's settings.
     :param is_callers: the caller asks for another database than the settings name.
-    :param is_trial: it was the one attempt that an open circuit allows.
     """
     if fault is Fault.REFUSED and is_callers:
         return Verdict(False, Count.NO, fault)

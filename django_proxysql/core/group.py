@@ -135,9 +135,8 @@ class PeerGroup:
     # The peers
 
     def named(self, peer: Peer | str, argument: str = "peer") -> Peer:
-        """Return one of the group's peers.
+        """Return the peer, or the one of that name.
 
-        :param peer: the peer, or its name.
         :param argument: what the caller calls it, for the error.
         :raises UnknownPeer: it is none of this group's.
         """
@@ -219,10 +218,7 @@ class PeerGroup:
         return self.affinity.pinned_to(peer)
 
     def claim_move(self, peer: Peer) -> Move | None:
-        """Return where a kept connection moves between two requests or tasks, if it does.
-
-        :param peer: where it leads to.
-        """
+        """Return where a kept connection to ``peer`` moves between two requests, if it does."""
         view = self.view()
         tier = view.tiers[0] if view.tiers else ()
         return self.rebalance.claim(peer, self.peers.values(), tier)
@@ -274,10 +270,7 @@ class PeerGroup:
         return max(0.0, due - now)
 
     def schedule(self, *, news: bool) -> None:
-        """Have the background thread look after the peers, where there is one. Never blocks.
-
-        :param news: something has changed, and it is to look now.
-        """
+        """Have the background thread, where there is one, look: now, where there are ``news``."""
         if self.background is not None:
             self.background(self, news)
 
@@ -354,14 +347,15 @@ class PeerGroup:
         may have fewer peers than that one, or have found the others out of order. The peer is
         drained as soon as another one works.
 
-        :param drained: whether it gets no new connections.
-        :param elsewhere: another process asked for it.
         :returns: whether that is refused from now on.
         """
         # The lock guards what is left: of two threads that apply the last two drains one refuses.
         with self._drains_lock:
             others = [other for other in self.undrained() if other is not peer]
-            spared = any(other.is_available or not other.was_tried for other in others)
+            # One that has not been tried here is out because another process says so.
+            spared = any(
+                other.is_available or other.breaker.circuit.tried == -math.inf for other in others
+            )
             refused = drained and elsewhere and not (peer.drained or spared)
             was_refused = peer.drain_refused
             changed = not refused and self._set_drained(peer, drained, elsewhere=elsewhere)

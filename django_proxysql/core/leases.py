@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 #: Seconds after which what waits for a trial's end looks whether it has missed it.
 LOOK_AGAIN = 1.0
-
-
-class Bell(Protocol):
-    """Wakes what waits for a trial's result: a thread by its lock, a task by its loop."""
-
-    def release(self) -> object:
-        """Wake it. A RuntimeError, where that cannot be, is ignored."""
-
-
-def _no_holder() -> None:
-    """Hold a lease that no permit has."""
 
 
 class Lease:
@@ -35,9 +24,10 @@ class Lease:
         self.ended = False
         #: Returns the trial's permit. When that is gone, no thread can report a result. No code
         #: has to run for this: at the recursion limit a finalizer does not.
-        self.holder: Callable[[], object | None] = _no_holder
-        #: One for each thread or task that waits for the trial's result.
-        self.bells: list[Bell] = []
+        self.holder: Callable[[], object | None] = lambda: None
+        #: One for each thread or task that waits for the trial's result, which its release() wakes.
+        #: A RuntimeError, where that cannot be, is ignored.
+        self.bells: list[Any] = []
 
     @property
     def is_pending(self) -> bool:

@@ -17,8 +17,6 @@ def complain(message: str, *args: object, extra: Mapping[str, object] | None = N
 
     For what a listener raises. The log handler itself may be what is broken,
     and it must not cost anybody a connection.
-
-    :param extra: attributes of the record.
     """
     try:
         logger.exception(message, *args, extra=extra)
@@ -42,10 +40,7 @@ class Limit:
         self._kept_back = 0
 
     def passes(self, now: float) -> int | None:
-        """Return how many lines were kept back before this one; None: keep this one back, too.
-
-        :param now: a monotonic time in seconds.
-        """
+        """Return how many lines were kept back before this one; None: keep this one back, too."""
         if now - self._last < self._seconds:
             # Two threads may both come through, or lose a count: it is a log line.
             self._kept_back += 1

@@ -269,7 +269,6 @@ def deletes(vendor: str, table: str, before: bytes, seconds: float, most: int) -
 
     :param before: see :func:`oldest_kept`: by this host's clock.
     :param seconds: their age by the server's clock.
-    :param most: how many rows at most.
     """
     bound = _literal(vendor, before)
     if vendor == "postgresql":

@@ -84,11 +84,6 @@ class Peer:
         return not self.drained and self.breaker.is_available
 
     @property
-    def was_tried(self) -> bool:
-        """Whether this process itself has found what its open or suspect circuit says."""
-        return self.breaker.circuit.tried > -math.inf
-
-    @property
     def params(self) -> Mapping[str, Any]:
         """What a connection to the peer is made with. May hold a password."""
         return self.config.params

@@ -29,28 +29,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
+from . import circuit as events
 from . import drivers
-from .circuit import (
-    CLOSED,
-    Abandoned,
-    Answered,
-    Asked,
-    Circuit,
-    CircuitEvent,
-    Failed,
-    Released,
-    Succeeded,
-    Suspected,
-    Transition,
-    inherited,
-    is_late,
-    is_usable,
-    transition,
-    trial_due,
-    trial_of,
-)
+from .circuit import CLOSED, Circuit, CircuitEvent, Transition, is_late, is_usable, trial_of
 from .faults import Fault
 from .leases import Lease
 from .logger import complain
@@ -104,7 +88,7 @@ class Permit:
         keeper, lease = self._keeper, self.lease
         # The healthy peer's way, hundreds of times a second: nothing to
         # write, so no lock to take.
-        if lease is None and not keeper._circuit.failures:
+        if lease is None and not keeper.circuit.failures:
             if self._ended:
                 return
             self._ended = True
@@ -137,7 +121,13 @@ class Permit:
         lease = self.lease
         try:
             if self._end() and lease is not None:
-                self._keeper._record_release(self.generation, lease)
+                keeper, now = self._keeper, self._keeper._clock()
+                due = now + keeper.release_interval
+                event = partial(events.released, generation=self.generation, lease=lease, due=due)
+                try:
+                    keeper.replace(event, now, ends=lease)
+                finally:
+                    keeper.notify_pending()
         finally:
             if lease is not None:
                 lease.ended = True
@@ -193,7 +183,7 @@ class _TrialPermit(Permit):
     def __del__(self) -> None:
         lease = getattr(self, "lease", None)
         # No caller has ended it, or its end was interrupted: the record has it still.
-        if lease is not None and (not lease.ended or self._keeper._circuit.lease is lease):
+        if lease is not None and (not lease.ended or self._keeper.circuit.lease is lease):
             self._keeper._abandon(lease)
 
 
@@ -209,7 +199,8 @@ class Keeper(Guarded):
     :class:`~.breaker.PeerBreaker` is one; the settings are its arguments.
     """
 
-    _circuit = Circuit()
+    #: The circuit's present record; replaced by one assignment, and read without the lock.
+    circuit = Circuit()
     #: pybreaker's own.
     _name: str | None
     _fail_max: int
@@ -227,7 +218,7 @@ class Keeper(Guarded):
         release_interval: float,
     ) -> None:
         super().__init__()
-        self._circuit = circuit
+        self.circuit = circuit
         self._clock = clock
         self._jitter = jitter
         self._lease_seconds = lease
@@ -243,19 +234,14 @@ class Keeper(Guarded):
     # Knowing
 
     @property
-    def circuit(self) -> Circuit:
-        """The circuit's present record."""
-        return self._circuit
-
-    @property
     def is_available(self) -> bool:
         """Whether the circuit is closed and not suspect: anyone may use the peer."""
-        return is_usable(self._circuit)
+        return is_usable(self.circuit)
 
     @property
     def trial(self) -> Lease | None:
         """The trial under way, if there is one."""
-        return trial_of(self._circuit, self._clock())
+        return trial_of(self.circuit, self._clock())
 
     # Admission
 
@@ -282,7 +268,7 @@ class Keeper(Guarded):
         :returns: a permit, or None while the circuit is open or another
             caller holds the trial.
         """
-        circuit = self._circuit
+        circuit = self.circuit
         # As is_usable(), without the call: each connect comes by here.
         if circuit.state == CLOSED and not circuit.suspect:
             return Permit(self, circuit.generation, None)
@@ -291,14 +277,15 @@ class Keeper(Guarded):
         now = self._clock()
         if by_hand:
             last_resort = 0
-        if not is_usable(circuit) and not trial_due(circuit, now, last_resort):
+        if not is_usable(circuit) and not events.trial_due(circuit, now, last_resort):
             return None
         lease = Lease(now + self._lease_seconds)
         permit = _TrialPermit(self, circuit, lease)
         lease.holder = weakref.ref(permit)
         asks_gate = self.gate is not None and (last_resort is None or by_hand)
         try:
-            before, after = self.replace(Asked(lease, last_resort, asks_gate), now)
+            asked = partial(events.asked, lease=lease, last_resort=last_resort, asks_gate=asks_gate)
+            before, after = self.replace(asked, now)
             permit.generation, permit.due = before.generation, before.due
             if after.lease is not lease or after.suspect or not asks_gate:
                 return self._admitted(permit, after)
@@ -332,7 +319,13 @@ class Keeper(Guarded):
         lease: Any = permit.lease
         try:
             permit.must_ask = False
-            event = Answered(lease, permit.generation, held_back, permit.due)
+            event = partial(
+                events.answered,
+                lease=lease,
+                generation=permit.generation,
+                held_back=held_back,
+                due=permit.due,
+            )
             return self._admitted(permit, self.replace(event, self._clock())[1])
         except BaseException:
             lease.ended = True
@@ -353,7 +346,12 @@ class Keeper(Guarded):
 
     def _record_success(self, generation: int, lease: Lease | None) -> int:
         """Record it; return the generation that the success belongs to."""
-        event = Succeeded(generation, lease, self._success_threshold)
+        event = partial(
+            events.succeeded,
+            generation=generation,
+            lease=lease,
+            success_threshold=self._success_threshold,
+        )
         try:
             before, after = self.replace(event, self._clock(), ends=lease)
             if self._listeners:
@@ -367,8 +365,15 @@ class Keeper(Guarded):
     ) -> int:
         """Record it; return which failure in a row it was, 0 for one that came too late."""
         now = self._clock()
-        due, error = now + self._spread_timeout(), drivers.describe(exc)
-        event = Failed(generation, lease, self._fail_max, due, error, fault)
+        event = partial(
+            events.failed,
+            generation=generation,
+            lease=lease,
+            fail_max=self._fail_max,
+            due=now + self._spread_timeout(),
+            error=drivers.describe(exc),
+            fault=fault,
+        )
         try:
             before, after = self.replace(event, now, ends=lease)
             if self._listeners:
@@ -378,29 +383,16 @@ class Keeper(Guarded):
         return 0 if is_late(before, generation, lease) else after.failures
 
     def suspect(self, error: str = "", fault: Fault | None = None) -> None:
-        """Make the next use of a closed circuit a trial. Open ones stay as they are.
-
-        :param error: what gave rise to the doubt, as text.
-        :param fault: what that says about the peer.
-        """
-        self.apply(Suspected(error, fault), self._clock())
+        """Make the next use of a closed circuit a trial. Open ones stay as they are."""
+        self.apply(partial(events.suspected, error=error, fault=fault), self._clock())
 
     def count_failure(self, exc: BaseException, fault: Fault, generation: int) -> None:
         """Count a connection lost before it was of any use as a failed connect.
 
-        :param exc: what it was lost by.
-        :param fault: what that says about the peer.
         :param generation: the circuit's, when the connection was made. Later
             openings and closings make this result a late one, which changes nothing.
         """
         self._record_failure(generation, None, exc, fault)
-
-    def _record_release(self, generation: int, lease: Lease) -> None:
-        now = self._clock()
-        try:
-            self.replace(Released(generation, lease, now + self.release_interval), now, ends=lease)
-        finally:
-            self.notify_pending()
 
     def _abandon(self, lease: Lease) -> None:
         """Cancel a trial that no thread will report on. Never blocks."""
@@ -414,7 +406,8 @@ class Keeper(Guarded):
             # is released in any case. Where we have not got it, that raises.
             try:
                 if lock.acquire(blocking=False):
-                    self.replace(Abandoned(lease, now + self.release_interval), now)
+                    due = now + self.release_interval
+                    self.replace(partial(events.abandoned, lease=lease, due=due), now)
             finally:
                 lock.release()
         except RuntimeError:
@@ -436,10 +429,10 @@ class Keeper(Guarded):
             # Guards the record from its being read to its being replaced.
             with self._lock:
                 while True:
-                    before = self._circuit
-                    after = transition(before, event, now, elsewhere)
-                    if self._circuit is before:
-                        self._circuit = after
+                    before = self.circuit
+                    after = events.transition(before, event, now, elsewhere)
+                    if self.circuit is before:
+                        self.circuit = after
                         break
                     # This very thread has changed it, in a signal handler or finalizer.
         finally:
@@ -463,13 +456,13 @@ class Keeper(Guarded):
         """In the child: a lock that no thread holds, and no trial of the parent's."""
         super().after_fork()
         self._handing = None
-        self._circuit = inherited(self._circuit)
+        self.circuit = events.inherited(self.circuit)
 
     # Notifying
 
     def notify_pending(self) -> None:
         """Notify of the changes that are pending in the record, whichever thread made them."""
-        if self._circuit.pending:
+        if self.circuit.pending:
             try:
                 for subscriber in self._hand_out():
                     subscriber.notify()
@@ -480,33 +473,27 @@ class Keeper(Guarded):
                 raise
 
     def _hand_out(self) -> Sequence[Subscriber]:
-        """Put each pending change into its subscribers' queues, in the order of the changes.
-
-        :returns: those who are to :meth:`Subscriber.notify`.
-        """
+        """Put the changes into the subscribers' queues, in order; return who is to be notified."""
+        life = _Life()
         # Guards the order of the queues. It appends to them; nothing in it waits or calls out.
         with self._lock:
             handing = self._handing
             # A signal handler or finalizer within the loop leaves its change to that.
             if handing is not None and handing() is not None:
                 return ()
-            self._hand_out_in_order()
+            try:
+                self._handing = weakref.ref(life)
+                while self.circuit.pending:
+                    before = self.circuit
+                    for subscriber in self._subscribers():
+                        subscriber.put(before.pending[0])
+                    # Last: a change whose thread is interrupted above is put once more.
+                    after = before._replace(pending=before.pending[1:])
+                    if self.circuit is before:
+                        self.circuit = after
+            finally:
+                self._handing = None
             return self._subscribers()
-
-    def _hand_out_in_order(self) -> None:
-        life = _Life()
-        try:
-            self._handing = weakref.ref(life)
-            while self._circuit.pending:
-                before = self._circuit
-                for subscriber in self._subscribers():
-                    subscriber.put(before.pending[0])
-                # Last: a change whose thread is interrupted above is put once more.
-                after = before._replace(pending=before.pending[1:])
-                if self._circuit is before:
-                    self._circuit = after
-        finally:
-            self._handing = None
 
     # For the breaker to say
 

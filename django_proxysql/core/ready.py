@@ -192,9 +192,6 @@ def throw_away(
 ) -> Iterator[Any]:
     """Yield a connection that is there to be asked, and close it.
 
-    :param driver: the driver's.
-    :param connect: its ``connect``.
-    :param params: what a connection is made with, without time-outs.
     :param seconds: for connecting, and then for all answers together.
     """
     connection = connect(
@@ -239,10 +236,7 @@ _BY_NAME: dict[str, Check] = {"galera": galera, "writable": writable}
 
 
 def ready_check_from(setting: Any) -> Check | None:
-    """Return the check that the READY_CHECK setting names.
-
-    :raises ConfigError: it names none.
-    """
+    """Return the check that the READY_CHECK setting names; or raise a ConfigError."""
     if isinstance(setting, str):
         setting = _BY_NAME.get(setting) or imported("READY_CHECK", setting, known=_BY_NAME)
     if setting is not None and not callable(setting):
@@ -255,10 +249,7 @@ def ready_check_from(setting: Any) -> Check | None:
 
 
 def rows(connection: Any, statement: str, *parameters: Any) -> list[Any]:
-    """Return what a statement returns on a driver's own connection.
-
-    :param parameters: a list or dict of them, where the statement takes some.
-    """
+    """Return what a statement returns on a driver's own connection."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement, *parameters)

@@ -85,12 +85,7 @@ class Rebalance(Guarded):
             self.returns = (*(other for other in self.returns if other.peer is not peer), back)
 
     def claim(self, peer: Peer, peers: Iterable[Peer], tier: Sequence[Peer]) -> Move | None:
-        """Return where a connection is to move now, if it is; to be called once for each move.
-
-        :param peer: where it leads to.
-        :param peers: all peers of the balancer.
-        :param tier: those in use.
-        """
+        """Return where a connection to ``peer`` is to move now, if it is; once for each move."""
         seconds = self._seconds or 0
         now = self._clock()
         total = sum(other.connections for other in peers)

@@ -14,9 +14,6 @@ from typing import Any
 from . import events
 from .faults import Fault
 
-#: How an attempt to connect ended.
-SUCCESS, FAILURE = "success", "failure"
-
 
 @dataclass(frozen=True)
 class Limited:
@@ -43,8 +40,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A counter or a histogram, one for each peer; of events without one, for each balancer."""
+class Count:
+    """What one event adds to a counter or a histogram of its peer, or else of its balancer."""
 
     #: Prometheus' name between ``django_proxysql_`` and a counter's ``_total``.
     name: str
@@ -53,23 +50,9 @@ class Metric:
     label: str = ""
     #: OpenTelemetry's unit. ``s``: the event's ``seconds`` are what is measured.
     unit: str = "{event}"
-
-    @property
-    def is_duration(self) -> bool:
-        """Whether it is a histogram."""
-        return self.unit == "s"
-
-
-@dataclass(frozen=True)
-class Count:
-    """What one event adds to one metric."""
-
-    metric: Metric
-    #: The label's value: this word, …
-    word: str = ""
-    #: … or what ``words`` has for this field's value.
-    by: str = ""
+    #: The label's values by the event's field ``by``; one value alone without such a field.
     words: Mapping[Any, str] = field(default_factory=dict)
+    by: str = ""
     #: Values that the event's fields must have.
     when: Mapping[str, Any] = field(default_factory=dict)
     #: OpenTelemetry's name for it. Empty: OpenTelemetry is not given it.
@@ -77,17 +60,18 @@ class Count:
     #: The fields that OpenTelemetry gets as attributes.
     attributes: tuple[str, ...] = ()
 
+    @property
+    def is_duration(self) -> bool:
+        """Whether it is a histogram."""
+        return self.unit == "s"
+
     def label_of(self, event: Any) -> tuple[str, ...]:
-        """Return the value of the metric's label; nothing if it has none."""
-        if not self.metric.label:
-            return ()
-        return (self.words[getattr(event, self.by)] if self.by else self.word,)
+        """Return the value of the label; nothing if it has none."""
+        return (self.words[getattr(event, self.by, None)],) if self.label else ()
 
     def labels(self) -> list[tuple[str, ...]]:
         """Return all values that the label may have."""
-        if not self.metric.label:
-            return [()]
-        return [(word,) for word in (self.words.values() if self.by else [self.word])]
+        return [(word,) for word in self.words.values()] if self.label else [()]
 
 
 @dataclass(frozen=True)
@@ -99,13 +83,11 @@ class Report:
     #: Its name in :mod:`django_proxysql.signals`. Empty: it has none.
     signal: str = ""
     counts: tuple[Count, ...] = ()
-    #: How the attempt ended that the event is about.
-    outcome: str = ""
     #: What the status page calls those of the last hour. Empty: it does not count them.
     recent: str = ""
 
     def word_of(self, event: Any) -> str:
-        """Return what the event is counted as: its first metric's label, in words."""
+        """Return what the event is counted as: its first count's label, in words."""
         return " ".join(self.counts[0].label_of(event)).replace("_", " ")
 
 
@@ -114,14 +96,22 @@ def fits(event: object, when: Mapping[str, Any]) -> bool:
     return not when or all(getattr(event, name) == value for name, value in when.items())
 
 
-_CONNECTS = Metric("connects", "Attempts to connect to a peer.", "outcome")
-_SECONDS = Metric(
-    "connect_duration_seconds", "How long attempts to connect to a peer took.", "outcome", unit="s"
-)
-_TRIALS = Metric(
-    "trials", "Attempts to connect that were the trial of an open or suspect circuit.", "outcome"
-)
 _IS_TRIAL = {"trial": True}
+
+
+def _attempts(outcome: str, telemetry: str = "") -> tuple[Count, ...]:
+    """Return how attempts to connect that ended so are counted."""
+    words = {None: outcome}
+    connects = "Attempts to connect to a peer."
+    seconds = "How long attempts to connect to a peer took."
+    trials = "Attempts to connect that were the trial of an open or suspect circuit."
+    return (
+        Count("connects", connects, "outcome", words=words),
+        Count("connect_duration_seconds", seconds, "outcome", "s", words, telemetry=telemetry),
+        Count("trials", trials, "outcome", words=words, when=_IS_TRIAL),
+    )
+
+
 _FAULTS = {fault: fault.value for fault in Fault}
 
 _PEER = "%(peer)s (%(address)s)"
@@ -143,12 +133,7 @@ _ROWS = (
             Line(logging.DEBUG, f"{_CONNECTED} (trial)", _IS_TRIAL),
             Line(logging.DEBUG, _CONNECTED),
         ),
-        counts=(
-            Count(_CONNECTS, SUCCESS),
-            Count(_SECONDS, SUCCESS, telemetry="db.client.connection.create_time"),
-            Count(_TRIALS, SUCCESS, when=_IS_TRIAL),
-        ),
-        outcome=SUCCESS,
+        counts=_attempts("success", "db.client.connection.create_time"),
     ),
     Report(
         events.ConnectFailed,
@@ -167,23 +152,18 @@ _ROWS = (
         ),
         signal="peer_failed",
         counts=(
-            Count(_CONNECTS, FAILURE),
-            Count(_SECONDS, FAILURE),
-            Count(_TRIALS, FAILURE, when=_IS_TRIAL),
+            *_attempts("failure"),
             Count(
-                Metric(
-                    "connect_failures",
-                    "Failed attempts to connect, by what the error says about the peer.",
-                    "fault",
-                    "{attempt}",
-                ),
+                "connect_failures",
+                "Failed attempts to connect, by what the error says about the peer.",
+                "fault",
+                "{attempt}",
                 by="fault",
                 words=_FAULTS,
                 telemetry="django_proxysql.connect.failures",
                 attributes=("fault",),
             ),
         ),
-        outcome=FAILURE,
     ),
     Report(
         events.CircuitOpened,
@@ -204,11 +184,9 @@ _ROWS = (
         signal="peer_opened",
         counts=(
             Count(
-                Metric(
-                    "circuit_openings",
-                    "How often a peer's circuit opened, in any process.",
-                    unit="{opening}",
-                ),
+                "circuit_openings",
+                "How often a peer's circuit opened, in any process.",
+                unit="{opening}",
                 telemetry="django_proxysql.circuit.openings",
             ),
         ),
@@ -227,11 +205,9 @@ _ROWS = (
         signal="peers_exhausted",
         counts=(
             Count(
-                Metric(
-                    "peers_exhausted",
-                    "Calls of connect() that may use all peers and found none.",
-                    unit="{timeout}",
-                ),
+                "peers_exhausted",
+                "Calls of connect() that may use all peers and found none.",
+                unit="{timeout}",
                 telemetry="db.client.connection.timeouts",
             ),
         ),
@@ -249,13 +225,10 @@ _ROWS = (
         signal="connection_lost",
         counts=(
             Count(
-                Metric(
-                    "connections_lost",
-                    "Established connections found lost: idle, before anything was sent, or in "
-                    "use.",
-                    "found",
-                    "{connection}",
-                ),
+                "connections_lost",
+                "Established connections found lost: idle, before anything was sent, or in use.",
+                "found",
+                "{connection}",
                 by="idle",
                 words={True: "idle", False: "in_use"},
                 telemetry="django_proxysql.connection.losses",
@@ -276,13 +249,11 @@ _ROWS = (
         ),
         counts=(
             Count(
-                Metric(
-                    "connections_replaced",
-                    "Connections replaced at a safe point: because they were lost, or to leave a "
-                    "peer that is out or drained.",
-                    "reason",
-                    "{connection}",
-                ),
+                "connections_replaced",
+                "Connections replaced at a safe point: because they were lost, or to leave a "
+                "peer that is out or drained.",
+                "reason",
+                "{connection}",
                 by="forced",
                 words={True: "lost", False: "left"},
                 telemetry="django_proxysql.connection.replacements",
@@ -301,11 +272,9 @@ _ROWS = (
         signal="statement_replayed",
         counts=(
             Count(
-                Metric(
-                    "statements_replayed",
-                    "Statements run again on another connection, by the peer that lost them.",
-                    unit="{statement}",
-                ),
+                "statements_replayed",
+                "Statements run again on another connection, by the peer that lost them.",
+                unit="{statement}",
                 telemetry="django_proxysql.statement.replays",
             ),
         ),
@@ -323,11 +292,9 @@ _ROWS = (
         signal="block_retried",
         counts=(
             Count(
-                Metric(
-                    "blocks_retried",
-                    "Functions of retrying_atomic, and views, that were run again.",
-                    unit="{block}",
-                ),
+                "blocks_retried",
+                "Functions of retrying_atomic, and views, that were run again.",
+                unit="{block}",
                 telemetry="django_proxysql.block.retries",
             ),
         ),
@@ -340,25 +307,23 @@ _ROWS = (
                 logging.WARNING,
                 f"{_ASKED} and stands{_ASKED_IN}",
                 {"outcome": "committed"},
-                Limited(1, per=("balancer",)),
+                _ONCE_A_SECOND,
             ),
             Line(
                 logging.WARNING,
                 f"{_ASKED} and was rolled back{_ASKED_IN}",
                 {"outcome": "rolled_back"},
-                Limited(1, per=("balancer",)),
+                _ONCE_A_SECOND,
             ),
             Line(logging.ERROR, f"{_ASKED} and may stand or not{_ASKED_IN}"),
         ),
         signal="commit_resolved",
         counts=(
             Count(
-                Metric(
-                    "commits_resolved",
-                    "COMMITs whose answer was lost, by what the engine found out about them.",
-                    "outcome",
-                    "{commit}",
-                ),
+                "commits_resolved",
+                "COMMITs whose answer was lost, by what the engine found out about them.",
+                "outcome",
+                "{commit}",
                 by="outcome",
                 words={word: word for word in ("committed", "rolled_back", "unknown")},
                 telemetry="django_proxysql.commit.outcomes",

@@ -41,6 +41,7 @@ import os
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
@@ -268,21 +269,13 @@ class _Life:
         self._bell.acquire(timeout=min(seconds, LOOK_AGAIN))
 
 
-class _Here(threading.local):
-    worker: Worker | None = None
-
-
-class _Exit:
-    is_over = False
-
-
-_here = _Here()
-_exit = _Exit()
+_here = threading.local()
+_exit = types.SimpleNamespace(is_over=False)
 
 
 def current_worker() -> Worker | None:
     """Return the worker whose background thread the caller is, if it is one."""
-    return _here.worker
+    return getattr(_here, "worker", None)
 
 
 class Worker(Guarded):
@@ -370,10 +363,7 @@ class Worker(Guarded):
         return False
 
     def _work_here(self, steps: float) -> None:
-        """Do the work in the caller's thread, if no thread does it; leave the rest to a thread.
-
-        :param steps: how many steps at most.
-        """
+        """Do so many steps here, if no thread does the work; leave the rest to a thread."""
         life = _Life(steps)
         try:
             life.ident = _thread.get_ident()

@@ -175,8 +175,7 @@ def sent(descriptor: int | None) -> object:
 
 @functools.cache
 def _acknowledged() -> Callable[[int], int | None] | None:
-    """Return what reads a socket's tcpi_bytes_acked (Linux 4.1, <linux/tcp.h>), where there is
-    such a thing.
+    """Return what reads a socket's tcpi_bytes_acked (Linux 4.1, <linux/tcp.h>), if anything does.
 
     By the C library's getsockopt(): Python's needs a socket object, which
     closes what it is given, and costs twice the time.
@@ -210,10 +209,8 @@ def _acknowledged() -> Callable[[int], int | None] | None:
 def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
     """Have the socket shut down if the block takes longer: for drivers that wait without a limit.
 
-    What the driver waits for then ends in its error for a lost connection.
-
-    :param descriptor: the socket's; None where it is not known, and nothing is limited.
-    :param seconds: how long the block may take.
+    What the driver waits for then ends in its error for a lost connection. Where no descriptor is
+    known nothing is limited.
     """
     bell = threading.Lock()
     bell.acquire()

@@ -41,10 +41,7 @@ class Connects(Protocol):
 
 
 def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
-    """Return an engine whose connections lead to the peers of ``db``.
-
-    See :meth:`LoadBalancer.sqlalchemy_engine`.
-    """
+    """Return an engine for ``db``; see :meth:`LoadBalancer.sqlalchemy_engine`."""
     from sqlalchemy import create_engine, event
 
     _refuse_creators(options)
@@ -74,10 +71,7 @@ def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engi
 def async_sqlalchemy_engine(
     db: Connects, url: Any, **options: Any
 ) -> sqlalchemy.ext.asyncio.AsyncEngine:
-    """Return an asynchronous engine whose connections lead to the peers of ``db``.
-
-    See :meth:`AsyncLoadBalancer.sqlalchemy_engine`.
-    """
+    """Return an engine for ``db``; see :meth:`AsyncLoadBalancer.sqlalchemy_engine`."""
     from sqlalchemy import event
     from sqlalchemy.ext.asyncio import create_async_engine
 

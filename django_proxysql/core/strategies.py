@@ -133,10 +133,7 @@ _BY_NAME: dict[str, Callable[[], Strategy]] = {
 
 
 def iterated(order: Iterable[Peer]) -> Iterator[Peer]:
-    """Return an iterator over what a strategy's order() returned.
-
-    :raises ConfigError: that is nothing to iterate over: a ``return`` may be missing.
-    """
+    """Return an iterator over what order() returned; a ``return`` may be missing there."""
     try:
         return iter(order)
     except TypeError:
@@ -152,7 +149,6 @@ def strategy_from(setting: Any) -> Strategy:
 
     :param setting: a name, a dotted path to a class without arguments, such a
         class, or an object with an ``order`` method.
-    :raises ConfigError: it is none of these, or cannot be imported.
     """
     if isinstance(setting, str):
         setting = _BY_NAME.get(setting) or imported("STRATEGY", setting, known=_BY_NAME)

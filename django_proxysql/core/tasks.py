@@ -52,10 +52,7 @@ class TrialTasks:
         renew_in_child(self)
 
     def schedule(self, *, news: bool) -> None:
-        """Have the loop look after the peers. Never blocks; any thread may call it.
-
-        :param news: something has changed, and the loop is to look now.
-        """
+        """Have the loop look after the peers, now if there are ``news``. Any thread may call it."""
         loop = self._loop
         if loop is None or not loop.is_running():
             try:

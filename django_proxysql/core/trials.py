@@ -42,10 +42,7 @@ class TrialWorker(Worker):
         )
 
     def schedule(self, balancer: PeerGroup, *, news: bool = True) -> None:
-        """Have the thread look after a balancer's peers, if any needs it. Never blocks.
-
-        :param news: something has changed, and the thread is to look now.
-        """
+        """Have the thread look after a balancer's peers, now if there are ``news``."""
         if balancer not in self._scheduled:
             self._scheduled.setdefault(balancer, {})
         if news or not self.is_running:
@@ -99,10 +96,7 @@ def pause_after_failure(peer: Peer) -> float:
 
 
 def due(balancer: PeerGroup, not_before: dict[str, float]) -> list[tuple[float, Peer]]:
-    """Return the peers that need a trial and when, on the balancer's clock, the first first.
-
-    :param not_before: when each may be tried again, by its name.
-    """
+    """Return the peers that need a trial and when, the first first; by name, each not before."""
     moments = []
     for peer in balancer.undrained():
         moment = balancer.next_trial(peer)

@@ -20,7 +20,7 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from .config import BalancerConfig, BreakerConfig, PeerConfig, check_field
@@ -190,93 +190,82 @@ def _entry(url: str) -> dict[str, Any]:
             "has a '/' before its '@'",
             "Write it as %2F within a password, and an @ in the database's name as %40.",
         )
-    entry = {"ENGINE": _ENGINE, "PEER_ENGINE": engine, "NAME": _decoded(name, "database's name")}
+    entry: dict[str, Any] = {
+        "ENGINE": _ENGINE,
+        "PEER_ENGINE": engine,
+        "NAME": _decoded(name, "database's name"),
+    }
     if user:
         entry["USER"] = _decoded(user, "user")
     if password:
         entry["PASSWORD"] = _decoded(password, "password")
-    return _with_settings(entry, peers, given)
-
-
-class _Said(NamedTuple):
-    """The settings of a query, by where they belong."""
-
-    entry: dict[str, Any]
-    peers: list[dict[str, Any]]
-    options: dict[str, Any]
-
-
-def _with_settings(
-    entry: dict[str, Any], peers: list[dict[str, Any]], given: Mapping[str, str]
-) -> dict[str, Any]:
-    said = _said(given, len(peers))
-    entry.update(said.entry)
-    options = said.options
+    settings, options = _settings(given, peers)
+    entry.update(settings)
     if "mysql" in entry["PEER_ENGINE"]:
         tls = {_TLS[key]: options.pop(key) for key in _TLS if key in options}
         if tls:
             options["ssl"] = tls
     if options:
         entry["OPTIONS"] = options
-    entry["PEERS"] = [{**peer, **own} for peer, own in zip(peers, said.peers)]
+    entry["PEERS"] = peers
     return entry
 
 
-def _said(given: Mapping[str, str], hosts: int) -> _Said:
-    said = _Said({}, [{} for _ in range(hosts)], {})
+def _settings(
+    given: Mapping[str, str], peers: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a query sets, and its OPTIONS; lay what it says of each peer into ``peers``."""
+    entry: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     breaker: dict[str, Any] = {}
     for key, text in given.items():
         setting = key.upper()
         if setting in _PLACES:
             raise _Wrong(f"has {key!r} in its query", f"Write it {_PLACES[setting]}.")
         if setting == "PEER_ENGINE":
-            said.entry[setting] = text
+            entry[setting] = text
         elif setting in _BALANCER:
             field = _BALANCER[setting]
-            said.entry[setting] = _value(key, text, isinstance(field.default, bool))
-            _checked(BalancerConfig, field, said.entry[setting])
+            entry[setting] = _value(key, text, isinstance(field.default, bool))
+            _check(BalancerConfig, field, entry[setting])
         elif setting in _DJANGO:
-            said.entry[setting] = _value(key, text, _DJANGO[setting])
-            age = said.entry[setting]
+            entry[setting] = age = _value(key, text, _DJANGO[setting])
             # A nan would keep each connection for ever.
             if setting == "CONN_MAX_AGE" and (isinstance(age, str) or age != age):
                 raise _Wrong(f"has a {key!r} that is no number", "Give seconds, or none.")
         elif setting in _PEER or setting == "PEER_NAME":
-            _spread(said, key, text)
+            _spread(peers, key, text)
         elif setting in _BREAKER:
             field = _BREAKER[setting]
             breaker[field.name] = _value(key, text)
-            _checked(BreakerConfig, field, breaker[field.name])
+            _check(BreakerConfig, field, breaker[field.name])
         else:
             _refuse_a_slip(key)
-            said.options[key] = _option(text)
+            options[key] = _option(text)
     if breaker:
-        said.entry["BREAKER"] = breaker
-    return said
+        entry["BREAKER"] = breaker
+    return entry, options
 
 
-def _spread(said: _Said, key: str, text: str) -> None:
+def _spread(peers: list[dict[str, Any]], key: str, text: str) -> None:
     """Hand out a setting of peers: one value for all, or one for each."""
     setting = key.upper()
     is_name = setting == "PEER_NAME"
     values = [part if is_name else _value(key, part) for part in text.split(",")]
     if len(values) == 1 and not is_name:
-        values *= len(said.peers)
-    if len(values) != len(said.peers):
+        values *= len(peers)
+    if len(values) != len(peers):
+        hosts = "1 host" if len(peers) == 1 else f"{len(peers)} hosts"
         raise _Wrong(
-            f"has {len(values)} values of {key!r} for {_counted(len(said.peers), 'host')}",
+            f"has {len(values)} values of {key!r} for {hosts}",
             "Give one for each, in their order."
             if is_name
             else "Give one for all, or one for each, in their order.",
         )
-    for peer, value in zip(said.peers, values):
+    for peer, value in zip(peers, values):
         if not is_name:
-            _checked(PeerConfig, _PEER[setting], value)
+            _check(PeerConfig, _PEER[setting], value)
         peer[setting] = value
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _value(key: str, text: str, is_boolean: bool = False) -> Any:
@@ -296,11 +285,8 @@ def _value(key: str, text: str, is_boolean: bool = False) -> Any:
     return text
 
 
-def _checked(config: type, field: dataclasses.Field[Any], value: Any) -> None:
-    """Have the configuration judge one value.
-
-    :raises _Wrong: the value is out of range. The remedy is quoted, the value is not.
-    """
+def _check(config: type, field: dataclasses.Field[Any], value: Any) -> None:
+    """Have the configuration judge one value. The remedy is quoted, the value is not."""
     try:
         check_field(config, field.name, value)
     except ConfigError as exc:
@@ -382,10 +368,7 @@ def _peer(text: str, place: int, is_behind_at: bool) -> dict[str, Any]:
 
 
 def _decoded(text: str, part: str) -> str:
-    """Decode the percent-encoding of one part.
-
-    :raises _Wrong: the part is encoded wrongly.
-    """
+    """Decode the percent-encoding of one part."""
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise _Wrong(f"has a % in its {part} without two hex digits", "Write a % as %25.")
     try:
@@ -413,8 +396,9 @@ def _sqlite_entry(path: str, given: Mapping[str, str]) -> dict[str, Any]:
     # Wrong values are wrong here, too: what is tried in development is what runs later. (But for
     # those of peers, of which there are none.)
     of_peers = {*_PEER, "PEER_NAME"}
-    said = _said({key: text for key, text in given.items() if key.upper() not in of_peers}, 1)
-    entry.update({key: value for key, value in said.entry.items() if key in _DJANGO})
-    if said.options:
-        entry["OPTIONS"] = said.options
+    others = {key: text for key, text in given.items() if key.upper() not in of_peers}
+    settings, options = _settings(others, [])
+    entry.update({key: value for key, value in settings.items() if key in _DJANGO})
+    if options:
+        entry["OPTIONS"] = options
     return entry

@@ -21,45 +21,47 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import FrameType
 
 from .peers import CannotRun
 
 SHORTEST = 2.0
 
-
-class Interrupted(BaseException):
-    """A signal asks us to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.exit_code = 128 + signum
+#: What asks us to end. Windows has no SIGHUP.
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = _parser().parse_args(argv)
+    for number in _SIGNALS:
+        signal.signal(number, _end)
     try:
-        with _signals_raise():
-            print(
-                f"django-proxysql: a Django site on three SQLite peers, for {options.seconds:g} s",
-                flush=True,
-            )
-            from .run import Demo
-            from .screen import Screen
+        print(
+            f"django-proxysql: a Django site on three SQLite peers, for {options.seconds:g} s",
+            flush=True,
+        )
+        from .run import Demo
+        from .screen import Screen
 
-            return Demo(Screen(sys.stdout, os.environ), options.seconds).run()
+        return Demo(Screen(sys.stdout, os.environ), options.seconds).run()
     except CannotRun as error:
         print(f"django_proxysql demo: {error}", file=sys.stderr)
         return 2
-    except Interrupted as interrupted:
-        return interrupted.exit_code
     except BrokenPipeError:
         # Or the interpreter would fail once more at its end, when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    """End as a shell's commands do. Later signals do not disturb the cleaning up."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + signum)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,26 +91,3 @@ def _seconds(text: str) -> float:
     if not math.isfinite(seconds) or seconds < SHORTEST:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least {SHORTEST:g} seconds")
     return seconds
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let the first signal that asks us to end raise Interrupted; ignore those after it.
-
-    Then nothing disturbs the cleaning up.
-    """
-    numbers = [
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise Interrupted(signum)
-
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 
@@ -31,19 +32,13 @@ class Load:
     @contextmanager
     def on(self, port: int) -> Iterator[None]:
         """Ask the site on this port while the block runs."""
-        threads = [
-            threading.Thread(target=self._client, args=(port,), name=f"client{number}")
-            for number in range(CLIENTS)
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            yield
-        finally:
-            self._ended.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+        with ThreadPoolExecutor(CLIENTS, "client") as clients:
+            try:
+                for _ in range(CLIENTS):
+                    clients.submit(self._client, port)
+                yield
+            finally:
+                self._ended.set()
 
     def _client(self, port: int) -> None:
         while not self._ended.is_set():

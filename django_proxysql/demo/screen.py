@@ -13,7 +13,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Callable, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ..core.balancer import PeerState
 
@@ -53,25 +53,24 @@ class Screen:
         self._window: deque[Sample] = deque()
         self._drawn = 0
         self._next_line = 1.0
-        self._clock: Callable[[], float] | None = None
+        self._started: float | None = None
 
     # --- lines that stay: from any thread ---------------------------------------------------------
 
     def start_clock(self) -> None:
         """Say from now on when a line was said."""
-        started = time.monotonic()
-        self._clock = lambda: time.monotonic() - started
+        self._started = time.monotonic()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the clock was started."""
-        return self._clock() if self._clock else 0.0
+        return 0.0 if self._started is None else time.monotonic() - self._started
 
     def say(self, line: str, colour: str = "") -> None:
         """Write a line that stays; at once, or above the table when that is drawn next."""
-        when = f"{self.elapsed:5.1f} s  " if self._clock else ""
+        when = "" if self._started is None else f"{self.elapsed:5.1f} s  "
         self._said.append(self._paint(when + line.replace("\n", " "), colour))
-        if self._clock is None:
+        if self._started is None:
             self.flush()
 
     # --- the table: from one thread ---------------------------------------------------------------
@@ -84,35 +83,28 @@ class Screen:
             window.popleft()
         if self.live:
             self.flush(self._table(sample))
-        else:
-            line = []
-            if sample.elapsed >= self._next_line:
-                self._next_line = int(sample.elapsed) + 1
-                line = [self._line(sample)]
-            self._write([*self._pop_said(), *line])
+            return
+        if sample.elapsed >= self._next_line:
+            self._next_line = int(sample.elapsed) + 1
+            self._said.append(self._line(sample))
+        self.flush()
 
     def flush(self, table: Sequence[str] = ()) -> None:
         """Write the lines that wait, and the table below them."""
-        up = f"\x1b[{self._drawn}A\r\x1b[J" if self._drawn else ""
-        self._write([*self._pop_said(), *table], before=up)
+        # Not by iterating: other threads append.
+        lines = [self._said.popleft() for _ in range(len(self._said))]
+        text = f"\x1b[{self._drawn}A\r\x1b[J" if self._drawn else ""
+        text += "".join(f"{line}\n" for line in (*lines, *table))
         self._drawn = len(table)
+        # What a peer says may be more than the terminal can write.
+        encoding = self._stream.encoding or "ascii"
+        self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self._stream.flush()
 
     def end_table(self) -> None:
         """Take the table away; lines are said without the time from now on."""
         self.flush()
-        self._clock = None
-
-    def _pop_said(self) -> list[str]:
-        # Not by iterating: other threads append.
-        return [self._said.popleft() for _ in range(len(self._said))]
-
-    def _write(self, lines: Sequence[str], before: str = "") -> None:
-        if lines or before:
-            text = before + "".join(f"{line}\n" for line in lines)
-            # What a peer says may be more than the terminal can write.
-            encoding = self._stream.encoding or "ascii"
-            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            self._stream.flush()
+        self._started = None
 
     def _table(self, sample: Sample) -> list[str]:
         width = shutil.get_terminal_size().columns - 1

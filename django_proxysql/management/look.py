@@ -93,6 +93,10 @@ def worst(looks: Mapping[str, Look]) -> int:
     return max(look.status for look in looks.values())
 
 
+#: What ``--json`` prints of an inspection as it is.
+_AS_FOUND = ("peer", "address", "reachable", "latency", "version", "ready")
+
+
 def as_json(looks: Mapping[str, Look], exit_code: int) -> dict[str, Any]:
     """Return what ``--json`` prints; its form is promised in docs/reference/commands.rst."""
     status = worst(looks)
@@ -109,12 +113,7 @@ def as_json(looks: Mapping[str, Look], exit_code: int) -> dict[str, Any]:
                 "warnings": list(look.warnings),
                 "peers": [
                     {
-                        "peer": row.found.peer,
-                        "address": row.found.address,
-                        "reachable": row.found.reachable,
-                        "latency": row.found.latency,
-                        "version": row.found.version,
-                        "ready": row.found.ready,
+                        **{name: getattr(row.found, name) for name in _AS_FOUND},
                         "notes": [
                             *row.found.notes,
                             *(["drain refused"] if row.known and row.known.drain_refused else []),
@@ -136,10 +135,7 @@ def as_json(looks: Mapping[str, Look], exit_code: int) -> dict[str, Any]:
 def table(
     looks: Mapping[str, Look], paint: Callable[[int, str], str], verbosity: int
 ) -> Iterator[str]:
-    """Yield the lines to print: the verdict first, as Nagios wants it.
-
-    :param paint: colours a text by its status.
-    """
+    """Yield the lines to print, painted by a status: the verdict first, as Nagios wants it."""
     status = worst(looks)
     said = "; ".join(f"{alias}: {look.summary}" for alias, look in looks.items())
     yield paint(status, f"{_WORDS[status]}: {said}")

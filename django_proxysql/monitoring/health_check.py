@@ -23,8 +23,6 @@ except ImportError as exc:
         'pip install "django-health-check>=4"'
     ) from exc
 
-__all__ = ["Peers"]
-
 
 @dataclasses.dataclass
 class Peers(HealthCheck):  # type: ignore[misc]

@@ -16,12 +16,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..core import runtime
 from ..core.balancer import LoadBalancer
-from ..core.events import Event
+from ..core.events import Connected, Event
 from ..core.peer import Peer
-from ..core.reports import REPORTS, SUCCESS
-from ..core.runtime import new_lock
+from ..core.reports import REPORTS
+from ..core.runtime import Guarded
 from ..registry import balancers
 
 #: How far back it goes, in seconds.
@@ -67,21 +66,21 @@ class _Row:
         self.trials: deque[Trial] = deque(maxlen=MOST_TRIALS)
 
 
-class History:
+class History(Guarded):
     """Keeps the peers' changes of the last hour.
 
     :param clock: a monotonic clock, in seconds: the time of day may be set while we look.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        # A signal handler may cause an event while its thread notes one: the lock is re-entrant.
+        super().__init__()
         self.clock = clock
         #: When it began to look, on its clock.
         self.began = clock()
         self._rows: dict[tuple[str, str], _Row] = {}
         #: By balancer and kind of event: when there was one, and what it is counted as.
         self._counted: dict[tuple[str, type], deque[tuple[float, str]]] = {}
-        # A signal handler may cause an event while its thread notes one.
-        self._lock = new_lock()
 
     def __call__(self, event: Event) -> None:
         """Note what ``event`` is about; a :class:`Listener`."""
@@ -99,9 +98,9 @@ class History:
             if peer is None:
                 return
             row = self._note(registered.balancer, peer)
-            if report.outcome and getattr(event, "trial", False):
+            if getattr(event, "trial", False):
                 error = getattr(event, "error", "")
-                row.trials.append(Trial(self.clock(), report.outcome == SUCCESS, error))
+                row.trials.append(Trial(self.clock(), isinstance(event, Connected), error))
 
     def count(self, balancer: str, kind: type) -> Counter[str]:
         """Return how many events of a kind there were in the last hour, by their words."""
@@ -153,15 +152,9 @@ class History:
         known = [] if out_since <= self.began else [Change(self.began, "closed")]
         return [*known, Change(out_since, "open")]
 
-    def after_fork(self) -> None:
-        """In the child: a free lock. It goes on with what its parent saw."""
-        self._lock = new_lock()
-
 
 #: This process's.
 history = History()
-
-runtime.at_fork(lambda: history.after_fork())
 
 
 def watch() -> None:

@@ -141,10 +141,7 @@ def status(seen: History = history) -> Status:
 
 
 def health(*, detailed: bool = False) -> tuple[bool, dict[str, Any]]:
-    """Return whether every balancer has a usable peer, and that in detail.
-
-    :param detailed: with names, addresses and errors: for staff.
-    """
+    """Return whether every balancer has a usable peer, and that in detail; more for staff."""
     every, said = True, {}
     for alias, found in _all():
         if isinstance(found, Exception):
@@ -156,15 +153,13 @@ def health(*, detailed: bool = False) -> tuple[bool, dict[str, Any]]:
         every = every and usable > 0
         about: dict[str, Any] = {"usable": usable, "peers": len(states)}
         if detailed:
+            shown = ("suspect", "drained", "connections", "error")
             about["states"] = [
                 {
                     "peer": state.name,
                     "address": state.address,
                     "circuit": state.state,
-                    "suspect": state.suspect,
-                    "drained": state.drained,
-                    "connections": state.connections,
-                    "error": state.error,
+                    **{name: getattr(state, name) for name in shown},
                 }
                 for state in states
             ]
@@ -201,12 +196,7 @@ def _is_usable(state: PeerState) -> bool:
 
 
 def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float) -> BalancerStatus:
-    """Return how things stand with one balancer.
-
-    :param seen: what became of its peers here.
-    :param now: the time of day, in seconds since 1970.
-    :param at: the same moment on the clock of ``seen``.
-    """
+    """Return how things stand with one balancer, ``now`` and ``at`` on the clock of ``seen``."""
     seen.look_at(balancer)
     states = balancer.snapshot()
     # What all processes know together; None where they share nothing, or Redis is silent.
@@ -215,9 +205,10 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
     if fleet is not None:
         held.update(fleet.connections)
     shares = dict(held)
-    own = _of_this_page(balancer)
-    if shares.get(own):
-        shares[own] -= 1
+    # The one that serves this page is none of the site's load.
+    own = getattr(connections[balancer.name], "peer", None)
+    if own is not None and shares.get(own.name):
+        shares[own.name] -= 1
     total = sum(shares.values())
     peers, rows = [], []
     for state in states:
@@ -291,9 +282,6 @@ def fleet_changes(fleet: Fleet, peer: str) -> list[tuple[float, str]]:
 
     Only changes are on record. What a peer was before its first one is seen from that, and
     one that has none has been for all that time what all know it to be now.
-
-    :param peer: its name.
-    :returns: moments on Redis's clock, and states.
     """
     # Where the record is full, what was before it is not known.
     full = len(fleet.timeline) >= MOST_MOMENTS
@@ -373,12 +361,6 @@ def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
         else:
             found.append((start, end))
     return found
-
-
-def _of_this_page(balancer: LoadBalancer) -> str:
-    """Return the peer that this thread's own connection leads to; "" if it has none."""
-    peer = getattr(connections[balancer.name], "peer", None)
-    return "" if peer is None else str(peer.name)
 
 
 def _label(state: PeerState) -> tuple[str, str]:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 #: What a peer was before anybody looked.
 UNKNOWN = "unknown"
 
-#: Heights, in pixels: of a row, of the name in it, of the bar below that, of the axis.
-ROW, NAME, BAR, AXIS = 42, 18, 14, 22
+#: Pixels from one row to the next; where things are in a row, the template says.
+ROW = 42
 
 #: The narrowest that anything but "all is well" is drawn, in percent: a blip is to be seen.
 NARROWEST = 0.5
@@ -42,42 +42,25 @@ class Bar(NamedTuple):
     text: str
 
 
-class Mark(NamedTuple):
-    """A trial as it is drawn."""
-
-    x: str
-    succeeded: bool
-    text: str
-
-
-class Tick(NamedTuple):
-    """A mark of the axis."""
-
-    x: str
-    text: str
-
-
 class Row(NamedTuple):
     """One peer's."""
 
     name: str
+    #: Pixels from the top.
+    y: int
     bars: Sequence[Bar]
-    marks: Sequence[Mark]
-    #: Pixels from the top: the name's baseline, the bar, the middle of the bar.
-    name_y: int
-    bar_y: int
-    mark_y: int
+    #: The trials: where, whether they succeeded, and in words.
+    marks: Sequence[tuple[str, bool, str]]
 
 
 class Timeline(NamedTuple):
     """A whole drawing."""
 
     rows: Sequence[Row]
-    ticks: Sequence[Tick]
-    height: int
-    #: Pixels from the top: the end of the rows, and the baseline of the axis' text.
+    #: The marks of the axis: where, and its time.
+    ticks: Sequence[tuple[str, str]]
+    #: Pixels from the top to the axis.
     axis_y: int
-    tick_y: int
 
 
 def spans(changes: Iterable[tuple[float, str]], start: float, end: float) -> list[Span]:
@@ -99,11 +82,8 @@ def spans(changes: Iterable[tuple[float, str]], start: float, end: float) -> lis
     return found
 
 
-def ticks(start: float, end: float, local: Callable[[float], datetime]) -> list[Tick]:
-    """Return the axis' marks, at full ten minutes of the local time.
-
-    :param local: makes an aware datetime of a moment.
-    """
+def ticks(start: float, end: float, local: Callable[[float], datetime]) -> list[tuple[str, str]]:
+    """Return the axis' marks, at full ten minutes of the local time."""
     offset = local(start).utcoffset()
     shift = offset.total_seconds() if offset else 0.0
     found = []
@@ -112,7 +92,7 @@ def ticks(start: float, end: float, local: Callable[[float], datetime]) -> list[
         percent = (at - start) / (end - start) * 100
         # Nearer to an edge its text would be cut off.
         if 5 <= percent <= 95:
-            found.append(Tick(_text(percent), local(at).strftime("%H:%M")))
+            found.append((_text(percent), local(at).strftime("%H:%M")))
         at += STEP
     return found
 
@@ -135,8 +115,7 @@ def draw(
     def clock(at: float) -> str:
         return f"{local(at):%H:%M:%S}"
 
-    drawn = []
-    top = 0
+    drawn: list[Row] = []
     for name, its_spans, trials in rows:
         bars = []
         # What is wrong is drawn over what is well, which may be wider than it.
@@ -149,7 +128,7 @@ def draw(
             text = f"{name}: {span.state}, {clock(span.start)} to {clock(span.end)}"
             bars.append(Bar(_text(x), _text(width), span.state, text))
         marks = [
-            Mark(
+            (
                 _text(place(at)),
                 succeeded,
                 f"{clock(at)}, a trial {'succeeded' if succeeded else f'failed: {error}'}",
@@ -157,9 +136,8 @@ def draw(
             for at, succeeded, error in trials
             if start <= at <= end
         ]
-        drawn.append(Row(name, bars, marks, top + NAME - 6, top + NAME, top + NAME + BAR // 2))
-        top += ROW
-    return Timeline(drawn, ticks(start, end, local), top + AXIS, top, top + AXIS - 6)
+        drawn.append(Row(name, ROW * len(drawn), bars, marks))
+    return Timeline(drawn, ticks(start, end, local), ROW * len(drawn))
 
 
 def _is_wrong(span: Span) -> bool:

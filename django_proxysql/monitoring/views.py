@@ -165,13 +165,9 @@ def _is_staff(request: HttpRequest) -> bool | None:
     user = getattr(request, "user", None)
     try:
         # A site's own user model may know of no staff.
-        return user is not None and _is(user, "is_active") and _is(user, "is_staff")
+        return bool(getattr(user, "is_active", False) and getattr(user, "is_staff", False))
     except Error:
         return None
-
-
-def _is(user: Any, what: str) -> bool:
-    return bool(getattr(user, what, False))
 
 
 def _refusal(request: HttpRequest) -> HttpResponse | None:
@@ -221,7 +217,7 @@ def _may_operate(request: HttpRequest) -> bool:
     user: Any = request.user
     permission = operate_permission()
     if permission is None:
-        return _is(user, "is_superuser")
+        return bool(getattr(user, "is_superuser", False))
     try:
         return bool(user.has_perm(permission))
     except Error:

@@ -111,10 +111,7 @@ def _origins(thing: object) -> Iterator[str]:
 
 
 def driver_of_engine(wrapper: object) -> Driver:
-    """Return the driver that a Django backend connects with.
-
-    :param wrapper: the backend's DatabaseWrapper.
-    """
+    """Return the driver that a Django backend's DatabaseWrapper connects with."""
     return driver_of(getattr(wrapper, "Database", None))
 
 
@@ -159,10 +156,7 @@ def password_from(source: Any) -> Any:
 
 
 def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of settings, or of connect()'s arguments, with a callable password called.
-
-    :raises Exception: what the callable raised, marked as ours (:func:`password_from`).
-    """
+    """Return a copy of settings, or of connect()'s arguments, with a callable password called."""
     return {
         key: password_from(value) if key in ("password", "passwd", "PASSWORD") else value
         for key, value in params.items()
@@ -218,11 +212,9 @@ def _is_by_server(exc: BaseException) -> bool:
 
 
 def name_peer(exc: BaseException, where: str) -> None:
-    """Name the peer in an error that names none, and keep the error's class and code.
+    """Name the peer, as ``where`` says, in an error that names none; keep its class and code.
 
     An application's own exception gets a note, where Python has notes (3.11).
-
-    :param where: the alias, the peer and its address, as people read it.
     """
     if not isinstance(exc, Exception) or is_marked(exc, "is_named"):
         return

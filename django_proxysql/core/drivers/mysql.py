@@ -100,11 +100,6 @@ _OPTIONS = frozenset(
 )
 
 
-def _root_of(function: Any) -> str:
-    owner = getattr(function, "__module__", None) or type(function.__self__).__module__
-    return str(owner).partition(".")[0]
-
-
 #: The protocol's SERVER_STATUS_IN_TRANS.
 _IN_TRANSACTION = 1
 #: The protocol's CLIENT_MULTI_STATEMENTS.
@@ -113,11 +108,6 @@ _MULTI_STATEMENTS = 1 << 16
 
 #: mysqlclient's arguments by which statements of the user's run first.
 _OTHERS_FIRST = frozenset({"init_command", "read_default_file", "read_default_group"})
-
-
-def _fileno_of(sock: Any) -> object:
-    number = getattr(sock, "fileno", None)
-    return number() if callable(number) else None
 
 
 #: The drivers' own methods in which an answer may be outstanding.
@@ -343,10 +333,7 @@ class MySQL(Driver):
             sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
-        """Ask the server for a sign of life.
-
-        :raises Exception: the driver's error; the connection is lost.
-        """
+        """Ask the server for a sign of life, or raise the driver's error."""
         if hasattr(connection, "_force_close"):
             # PyMySQL's own default is to reconnect, and all session state is gone.
             connection.ping(reconnect=False)
@@ -377,7 +364,10 @@ class MySQL(Driver):
         A type without one is quoted as a text. The option ``conv`` may name others.
         """
         encoder = connection.encoders.get(cls)
-        return encoder is None or _root_of(encoder) in ("MySQLdb", "pymysql", "django", "builtins")
+        if encoder is None:
+            return True
+        module = getattr(encoder, "__module__", None) or type(encoder.__self__).__module__
+        return module.partition(".")[0] in ("MySQLdb", "pymysql", "django", "builtins")
 
     def in_transaction(self, connection: Any) -> bool | None:
         """Return True if the server's last answer says that a transaction is open, else None.
@@ -403,11 +393,9 @@ class MySQL(Driver):
 
     def sent(self, connection: Any) -> object:
         """Return what the kernel knows to have been sent over the connection's socket."""
-        number = self.fileno(connection)
-        if number is None:
-            # PyMySQL has no public name for it. Without one nothing is known, and nothing done.
-            number = sockets.descriptor(_fileno_of(getattr(connection, "_sock", None)))
-        return sockets.sent(number)
+        # PyMySQL has no public name for it. Without one nothing is known, and nothing done.
+        of = connection if hasattr(connection, "fileno") else getattr(connection, "_sock", None)
+        return sockets.sent(self.fileno(of))
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
         """Return whether no answer is outstanding after ``exc`` came out of a driver's method.

@@ -455,10 +455,7 @@ class PostgreSQL(Driver):
         sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
-        """Ask the server for a sign of life.
-
-        :raises Exception: the driver's error; the connection is lost.
-        """
+        """Ask the server for a sign of life, or raise the driver's error."""
         # A transaction that has failed answers nothing but its end; what becomes
         # of it is a rollback either way. (libpq's PQTRANS_INERROR)
         if int(connection.info.transaction_status) == 3:

@@ -19,7 +19,6 @@ class SQLite(Driver):
     """sqlite3. Its ``timeout`` is the wait for locks, and bounds no connect."""
 
     MODULES = ("sqlite3", "pysqlite3")
-    WATCHED = False
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
         text = str(exc)

@@ -96,7 +96,6 @@ class Sharing(Agreement):
     def settle(self, seconds: float = OPERATOR_WAITS) -> bool:
         """Wait until Redis knows what this process knows, and this process what Redis does.
 
-        :param seconds: how long to wait at most.
         :returns: whether it does. If not, drains and circuits of this process are its own until
             Redis is back, which then gets them from it, if it still runs.
         """
@@ -111,9 +110,8 @@ class Sharing(Agreement):
     def publish(self, peer: Peer, drained: bool, *, forced: bool = False) -> DesiredState:
         """Have all processes drain or undrain a peer.
 
-        :param peer: one of the balancer's.
-        :param drained: the desired state. The last one counts, of whichever process, however
-            late it comes to Redis.
+        The last desired state counts, of whichever process, however late it comes to Redis.
+
         :param forced: drain it even if that leaves no peer undrained.
         :returns: the desired state; it says whether it was refused, once Redis has answered.
         """
@@ -124,11 +122,7 @@ class Sharing(Agreement):
         return desired
 
     def fleet(self, seconds: float = PATIENCE) -> Fleet | None:
-        """Ask what all processes know together.
-
-        :param seconds: how long to wait at most.
-        :returns: None where Redis does not say.
-        """
+        """Ask what all processes know together; None where Redis does not say in time."""
         self.start()
         answer = self.link.ask(Question(self, fleet=True), seconds)
         try:

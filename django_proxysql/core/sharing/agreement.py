@@ -8,17 +8,11 @@ import json
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from ..circuit import (
-    CLOSED,
-    Circuit,
-    CircuitEvent,
-    ClosedElsewhere,
-    OpenedElsewhere,
-    PutOff,
-    trial_of,
-)
+from .. import circuit as events
+from ..circuit import CLOSED, Circuit, CircuitEvent, trial_of
 from ..group import PeerGroup
 from ..peer import Peer
 from ..permits import JITTER
@@ -71,10 +65,7 @@ class Agreement:
         ]
 
     def compose(self, asking: Sequence[Question]) -> Request:
-        """Return what to send to Redis.
-
-        :param asking: whose trials somebody here is ready to make.
-        """
+        """Return what to send to Redis, with the questions for leave to make a trial."""
         request = Request({}, {}, {}, {}, {}, self._version)
         group = self._group()
         if group is None:
@@ -195,15 +186,17 @@ class Agreement:
         if version <= shared.agreed.version:
             if is_open and held_for:
                 # Somebody is at it: to ask for the trial would be of no use.
-                breaker.replace(PutOff(seen.generation, now + held_for), now)
+                put_off = partial(events.put_off, generation=seen.generation, due=now + held_for)
+                breaker.replace(put_off, now)
             return not held_for
         event: CircuitEvent | None = None
         if is_open:
             # This process's own trial comes a little later than the fleet's, spread as widely as
             # ever, and only if the fleet is silent.
             spread = breaker.reset_timeout * 2 * JITTER * breaker._jitter()
-            event = OpenedElsewhere(
-                seen.generation,
+            event = partial(
+                events.opened_elsewhere,
+                generation=seen.generation,
                 due=now + due_in + spread,
                 out_for=seconds_of(said.get("out"), 365 * 86400),
                 error=str(said.get("err") or "")[:500],
@@ -211,7 +204,7 @@ class Agreement:
                 question=str(said.get("q") or "")[:50],
             )
         elif seen.state != CLOSED:
-            event = ClosedElsewhere(seen.generation)
+            event = partial(events.closed_elsewhere, generation=seen.generation)
         after = seen
         if event is not None:
             before, after = breaker.apply(event, now, elsewhere=True)

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..config import address_in_words
 from ..logger import logger
@@ -24,6 +24,9 @@ from ..runtime import Worker
 from .scripts import FLEET, HEARTBEAT, SHA, SYNC
 from .trouble import Trouble, trouble_from
 from .url import checked_url
+
+if TYPE_CHECKING:
+    from . import Sharing
 
 #: Seconds between two round trips while all is well.
 INTERVAL = 1.0
@@ -35,18 +38,6 @@ SLOW = 5
 
 #: Seconds after which a process that says nothing counts as gone.
 ALIVE = 5
-
-
-class Member(Protocol):
-    """A balancer that shares its state by the link."""
-
-    keys: list[str]
-
-    def compose(self, asking: list[Question], /) -> Any: ...
-    def apply(self, request: Any, answer: Any, /) -> str: ...
-    def answer_for(self, peer: str, /) -> float: ...
-    @property
-    def has_published_all(self) -> bool: ...
 
 
 class Link(Worker):
@@ -68,7 +59,7 @@ class Link(Worker):
             self._options.get("host"), self._options.get("port", 6379), self._options.get("path")
         )
         self._now = now
-        self._members: dict[int, weakref.ref[Member]] = {}
+        self._members: dict[int, weakref.ref[Sharing]] = {}
         self._client: Any = None
         self._begin()
         super().__init__("to share circuits with other processes")
@@ -109,7 +100,7 @@ class Link(Worker):
 
     # The thread
 
-    def join(self, member: Member) -> None:
+    def join(self, member: Sharing) -> None:
         """Share what ``member`` knows from now on. Costs nothing later, and never blocks."""
         known = self._members.get(id(member))
         if known is None or known() is not member:
@@ -147,7 +138,7 @@ class Link(Worker):
             for question in asked:
                 question.bell.release()
 
-    def _living(self) -> list[Member]:
+    def _living(self) -> list[Sharing]:
         living = []
         for key, reference in list(self._members.items()):
             member = reference()
@@ -157,13 +148,14 @@ class Link(Worker):
                 living.append(member)
         return living
 
-    def _round_trip(self, now: float, members: list[Member], asked: list[Question]) -> float:
+    def _round_trip(self, now: float, members: list[Sharing], asked: list[Question]) -> float:
         asking = [question for question in asked if question.peer]
         composed = [
             (member, member.compose([question for question in asking if question.of is member]))
             for member in members
         ]
         views = [question for question in asked if question.fleet]
+        alive = json.dumps({"alive": ALIVE, "now": self.now_us()})
         began = time.monotonic()
         try:
             answers = self._exchange(
@@ -171,7 +163,7 @@ class Link(Worker):
                     (HEARTBEAT if request.is_quiet else SYNC, member.keys, request.text(self))
                     for member, request in composed
                 ]
-                + [(FLEET, question.of.keys, self._fleet_request()) for question in views]
+                + [(FLEET, question.of.keys, alive) for question in views]
             )
             said = ""
             behind = []
@@ -265,9 +257,6 @@ class Link(Worker):
         answers: list[Any] = pipeline.execute(raise_on_error=False)
         return answers
 
-    def _fleet_request(self) -> str:
-        return json.dumps({"alive": ALIVE, "now": self.now_us()})
-
     def serial(self) -> str:
         """Return what no other request of any process is called."""
         return f"{self.me}-{next(self._requests)}"
@@ -341,7 +330,7 @@ class Question:
     __slots__ = ("answer", "bell", "by_hand", "fleet", "of", "peer")
 
     def __init__(
-        self, of: Member, *, peer: str = "", by_hand: bool = False, fleet: bool = False
+        self, of: Sharing, *, peer: str = "", by_hand: bool = False, fleet: bool = False
     ) -> None:
         self.of = of
         #: Whose trial somebody here is ready to make; and whether that is due or not.

@@ -36,10 +36,7 @@ def trouble_from(
 ) -> Trouble:
     """Return what an error of redis-py's says about a Redis and about SHARED_STATE.
 
-    :param exc: what connecting, or a command, raised.
     :param database: the number of the database that SHARED_STATE names.
-    :param has_password: SHARED_STATE names a password.
-    :param uses_tls: SHARED_STATE is a ``rediss://`` URL.
     :param was_answered: this Redis has answered this process before.
     """
     detail = f"{type(exc).__name__}: {' '.join(str(exc).split())}"

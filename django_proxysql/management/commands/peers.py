@@ -106,11 +106,7 @@ class Command(BaseCommand):
             raise SystemExit(UNKNOWN) from None
 
     def handle(self, *aliases: str, **options: Any) -> None:
-        """Show the peers, or drain or undrain one.
-
-        :raises SystemExit: with the exit code, unless that is 0.
-        :raises CommandError: it cannot be done; nothing has been changed.
-        """
+        """Show the peers, or drain or undrain one; exit with the code that says how they are."""
         if "NO_COLOR" in os.environ and not options.get("force_color"):
             self.style = no_style()
         chosen = self._chosen(options["aliases"] or aliases)
@@ -141,10 +137,7 @@ class Command(BaseCommand):
         raise self._verdict
 
     def _chosen(self, aliases: Sequence[str]) -> dict[str, LoadBalancer]:
-        """Return the load balancers that are asked for, by alias.
-
-        :raises CommandError: there are none, one is none, or its settings are wrong.
-        """
+        """Return the load balancers that are asked for, by alias."""
         known = list(balancers)
         if not known:
             raise CommandError(
@@ -164,10 +157,7 @@ class Command(BaseCommand):
     # Draining
 
     def _set_drain(self, chosen: Mapping[str, LoadBalancer], options: Mapping[str, Any]) -> None:
-        """Drain a peer in all processes, or take that back.
-
-        :raises CommandError: it cannot be done; nothing has been changed.
-        """
+        """Drain a peer in all processes, or take that back."""
         if options["json"] or options["watch"] is not None:
             raise CommandError("--json and --watch are for looking; leave them out to drain.")
         drain = options["drain"] is not None
@@ -336,10 +326,7 @@ def _is_drain(options: Mapping[str, Any]) -> bool:
 
 
 def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
-    """Return the one load balancer that has a peer of that name.
-
-    :raises CommandError: none has, or several have.
-    """
+    """Return the one load balancer that has a peer of that name."""
     owners = {alias: balancer for alias, balancer in chosen.items() if name in balancer.peers}
     if not owners:
         there = "; ".join(f"{alias}: {', '.join(b.peers)}" for alias, b in chosen.items())

@@ -53,9 +53,8 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 
 STATES = ("closed", "open", "half-open")
 
-#: Notes among the events that wait: look at the peers that had connections last, or at every one.
-_LOOK_AT_HELD = object()
-_LOOK_AT_ALL = object()
+#: A note among the events that wait: look at the peers.
+_LOOK = object()
 
 #: So many events wait only if the thread that was to count them was killed at it.
 _STUCK = 10_000
@@ -87,9 +86,7 @@ class Metrics:
         self._sources = sources
         #: What the table's metrics are here, by their names there.
         self._counted = {
-            count.metric.name: _made(row.event, count)
-            for row in REPORTS.values()
-            for count in row.counts
+            count.name: _made(row.event, count) for row in REPORTS.values() for count in row.counts
         }
         self._connections = _gauge("connections", "Open connections.")
         self._circuits = _gauge(
@@ -102,14 +99,13 @@ class Metrics:
             self._circuits,
             self._drains,
         )
-        #: What labels() has made, for it takes a lock and its time.
+        #: What labels() has made, for it takes a lock, which a fork may leave held, and its time.
         self._children: dict[tuple[Any, ...], Any] = {}
         #: The peers that are known, and what their gauges say.
         self._peers: dict[tuple[str, ...], Peer] = {}
         self._shown: dict[tuple[str, ...], tuple[int, str, bool]] = {}
-        #: Those of them whose gauge says that there are connections.
-        self._held: set[tuple[str, ...]] = set()
-        self._has_looked_at_all = False
+        #: Whether all balancers that there are have been made, and their peers are known.
+        self._knows_all = False
         # prometheus_client's locks are plain ones: a thread that comes by here again while it
         # counts (a signal handler, a finalizer) would wait for itself. So no thread waits: an
         # event is put down, and the thread that is counting already takes it along.
@@ -133,12 +129,12 @@ class Metrics:
         multiprocess mode, where a scrape reads what the processes wrote last, a process that
         serves no requests may call it: a task queue's after each task, say.
         """
-        self._pending.append(_LOOK_AT_ALL)
-        self._count_pending()
+        self._knows_all = False
+        self._at_request()
 
     def _at_request(self, **kwargs: Any) -> None:
         """Write down which connections are there; a receiver of Django's request signals."""
-        self._pending.append(_LOOK_AT_HELD if self._has_looked_at_all else _LOOK_AT_ALL)
+        self._pending.append(_LOOK)
         self._count_pending()
 
     # A collector
@@ -172,18 +168,20 @@ class Metrics:
                 counting.release()
 
     def _take(self, item: Any) -> None:
-        if item is _LOOK_AT_HELD:
-            for key in self._held.copy():
-                self._show(key)
-        elif item is _LOOK_AT_ALL:
-            self._make_all()
+        if item is not _LOOK:
+            self._count(item)
+            return
+        if not self._knows_all:
+            for source in self._sources:
+                for alias in () if isinstance(source, Face) else source:
+                    # Its settings may be wrong, as checks and connects say.
+                    with suppress(Exception):
+                        source[alias]  # type: ignore[index]
             for balancer in in_use(self._sources):
                 self._introduce(balancer)
-            self._has_looked_at_all = True
-            for key in list(self._peers):
-                self._show(key)
-        else:
-            self._count(item)
+            self._knows_all = True
+        for key in list(self._peers):
+            self._show(key)
 
     def _count(self, event: Any) -> None:
         peer = getattr(event, "peer", None)
@@ -194,8 +192,8 @@ class Metrics:
                     self._introduce(balancer)
         for count in REPORTS[type(event)].counts:
             if fits(event, count.when):
-                child = self._child(self._counted[count.metric.name], *key, *count.label_of(event))
-                if count.metric.is_duration:
+                child = self._child(self._counted[count.name], *key, *count.label_of(event))
+                if count.is_duration:
                     child.observe(event.seconds)
                 else:
                     child.inc()
@@ -211,32 +209,22 @@ class Metrics:
 
     # Showing
 
-    def _make_all(self) -> None:
-        for source in self._sources:
-            for alias in () if isinstance(source, Face) else source:
-                # Its settings may be wrong, as checks and connects say.
-                with suppress(Exception):
-                    source[alias]  # type: ignore[index]
-
     def _introduce(self, balancer: Face) -> None:
         """Have a balancer's series begin at 0: increase() overlooks one that begins at 1."""
         alias = balancer.name
         self._begin_at_zero((alias,))
         for name, peer in balancer.peers.items():
-            key = (alias, name)
-            known = self._peers.get(key)
+            if (alias, name) not in self._peers:
+                self._begin_at_zero((alias, name))
             # In tests a balancer may be forgotten, and another have its name.
-            self._peers[key] = peer
-            if known is not None:
-                continue
-            self._begin_at_zero(key)
+            self._peers[alias, name] = peer
 
     def _begin_at_zero(self, key: tuple[str, ...]) -> None:
         for row in REPORTS.values():
             for count in row.counts:
-                if len(key) == len(_keys(row.event)) and not count.metric.is_duration:
+                if len(key) == len(_keys(row.event)) and not count.is_duration:
                     for label in count.labels():
-                        self._child(self._counted[count.metric.name], *key, *label)
+                        self._child(self._counted[count.name], *key, *label)
 
     def _show(self, key: tuple[str, ...]) -> None:
         """Have the gauges of one peer say what is so now; those that say it are left alone."""
@@ -259,10 +247,6 @@ class Metrics:
         if shown is None or shown[2] != drained:
             self._child(self._drains, *key).set(drained)
         self._shown[key] = now
-        if connections:
-            self._held.add(key)
-        else:
-            self._held.discard(key)
 
     # Processes
 
@@ -276,8 +260,7 @@ class Metrics:
         self._counting = threading.Lock()
         self._pending.clear()
         self._shown.clear()
-        self._held.clear()
-        self._has_looked_at_all = False
+        self._knows_all = False
 
     def _leave(self) -> None:
         """Write that this process has nothing, for nothing else may remove what it wrote.
@@ -301,12 +284,11 @@ def _keys(event: type) -> tuple[str, ...]:
 
 def _made(event: type, count: Count) -> Any:
     """Return prometheus_client's metric for one of the table."""
-    metric = count.metric
-    labels = (*_keys(event), *([metric.label] if metric.label else ()))
-    name = f"django_proxysql_{metric.name}"
-    if metric.is_duration:
-        return Histogram(name, metric.about, labels, buckets=BUCKETS, registry=None)
-    return Counter(f"{name}_total", metric.about, labels, registry=None)
+    labels = (*_keys(event), *([count.label] if count.label else ()))
+    name = f"django_proxysql_{count.name}"
+    if count.is_duration:
+        return Histogram(name, count.about, labels, buckets=BUCKETS, registry=None)
+    return Counter(f"{name}_total", count.about, labels, registry=None)
 
 
 def _gauge(name: str, about: str, *labels: str) -> Any:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from ...core.peer import Peer
     from .. import Source
 
-__all__ = ["Telemetry"]
-
 _NAME = "django_proxysql"
 _POOL = "db.client.connection.pool.name"
 
@@ -90,7 +88,7 @@ class Telemetry:
         """Count ``event``, and note it on the current span; a listener."""
         for count in REPORTS[type(event)].counts:
             if count.telemetry and fits(event, count.when):
-                amount = event.seconds if count.metric.is_duration else 1  # type: ignore[union-attr]
+                amount = event.seconds if count.is_duration else 1  # type: ignore[attr-defined]
                 attributes = {_POOL: _pool(event), **_attributes(event, count.attributes)}
                 self._counted[count.telemetry](amount, attributes)
         span = trace.get_current_span()
@@ -126,15 +124,14 @@ def _name(event: Event) -> str:
 
 def _made(meter: metrics.Meter, count: Count) -> Callable[[float, Mapping[str, Any]], None]:
     """Return what adds to OpenTelemetry's instrument for one of the table's."""
-    metric = count.metric
-    if metric.is_duration:
+    if count.is_duration:
         return meter.create_histogram(
             count.telemetry,
-            unit=metric.unit,
-            description=metric.about,
+            unit=count.unit,
+            description=count.about,
             explicit_bucket_boundaries_advisory=_BUCKETS,
         ).record
-    return meter.create_counter(count.telemetry, unit=metric.unit, description=metric.about).add
+    return meter.create_counter(count.telemetry, unit=count.unit, description=count.about).add
 
 
 def _attributes(event: Event, names: Iterable[str]) -> dict[str, Any]:
