@@ -519,6 +519,14 @@ def test_trial_that_asks_other_processes_waits_for_no_thread_of_the_loops(held_b
     assert circuit.due == world.clock.now + (held_back or 30)
 
 
+def test_answer_whose_bell_does_not_ring_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An asynchronous exception may end the loop's callback that rings it."""
+    monkeypatch.setattr(aio, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(aio._Bell, "_ring", lambda self: None)
+    world = shared("db1", "db2", gate=lambda by_hand: 0.0)
+    assert world.connect().host == "db1"
+
+
 def test_trial_is_made_unasked_where_no_thread_can_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
