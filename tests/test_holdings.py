@@ -105,6 +105,28 @@ def test_what_is_not_surely_given_back_is_held(takes: Any, gives: Any) -> None:
     assert holdings
 
 
+@pytest.mark.parametrize("stands", [False, True])
+@pytest.mark.parametrize("sql", ["UNLISTEN jobs", "UNLISTEN *"])
+def test_a_listen_that_is_given_back_in_a_transaction_is_when_that_stands(
+    sql: str, stands: bool
+) -> None:
+    holdings = Holdings()
+    run(holdings, "LISTEN jobs")
+    holdings.answered(sql, None, in_transaction=True)
+    assert holdings
+    holdings.transaction_ended(stands)
+    assert bool(holdings) is not stands
+
+
+def test_a_listen_is_held_that_comes_after_what_gives_it_back() -> None:
+    holdings = Holdings()
+    for sql in ("LISTEN jobs", "UNLISTEN jobs", "LISTEN jobs"):
+        holdings.sent(sql, None)
+        holdings.answered(sql, None, in_transaction=True)
+    holdings.transaction_ended(stands=True)
+    assert holdings
+
+
 @pytest.mark.parametrize("sql", FOR_THE_REQUEST)
 def test_what_is_held_for_a_request_ends_with_it(sql: str) -> None:
     holdings = Holdings()

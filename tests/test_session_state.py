@@ -115,6 +115,19 @@ class TestGivenBack:
         here.kill_idle()
         assert here.sql("SELECT 1") == [(1,)]
 
+    @pytest.mark.parametrize("ends", ["commit", "rollback", "savepoint"])
+    def test_an_unlisten_is_part_of_its_block(self, on_postgres: Site, ends: str) -> None:
+        """A channel that a rollback has the session listen to again is not lost in silence."""
+        alias = on_postgres.connection.alias
+        on_postgres.sql("LISTEN jobs")
+        with transaction.atomic(alias), transaction.atomic(alias, savepoint=ends == "savepoint"):
+            on_postgres.sql("UNLISTEN jobs")
+            if ends != "commit":
+                transaction.set_rollback(True, alias)
+        listens = on_postgres.sql("SELECT pg_listening_channels()") == [("jobs",)]
+        assert listens is (ends != "commit")
+        assert bool(on_postgres.session.holds) is listens
+
     def test_a_transactions_own_lock_is_no_state(self, on_postgres: Site) -> None:
         with transaction.atomic(on_postgres.connection.alias):
             on_postgres.sql("SELECT pg_advisory_xact_lock(7)")

@@ -83,7 +83,8 @@ def note_answered(db: Any, session: Session, kind: int, sql: Any, params: Any) -
 def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: Any) -> None:
     """Take note of what a statement that succeeded, and is no plain read, has changed."""
     if session.holds.for_life:
-        session.holds.answered(sql, params)
+        db = cursor.db
+        session.holds.answered(sql, params, db.in_atomic_block or not db.autocommit)
         if kind & STATE and asks_for_a_lock(sql) and answers_no(cursor.cursor):
             session.holds.refused(sql, params)
     if writes(kind):

@@ -249,7 +249,7 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
             # Where it was refused, what becomes of this COMMIT it cannot tell.
             token = None
             result = commit()
-        note_end_of_transaction(db)
+        note_end_of_transaction(db, stands=True)
     except Error as exc:
         cause = exc.__cause__ or exc
         judgement = drivers.judgement_of(cause, db._driver)
@@ -261,7 +261,7 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
         elif token is not None and session is not None:
             if not stands(db, session, token, cause):
                 raise
-            note_end_of_transaction(db)
+            note_end_of_transaction(db, stands=True)
             passed_over(session, was_raised)
             transaction.to(Stage.COMMITTED)
             return None
@@ -274,10 +274,10 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
     return result
 
 
-def note_end_of_transaction(db: Any) -> None:
+def note_end_of_transaction(db: Any, stands: bool) -> None:
     session = current(db)
     if session is not None:
-        session.holds.for_life.pop("transaction", None)
+        session.holds.transaction_ended(stands)
 
 
 def rollback(db: Any) -> Any:
@@ -298,7 +298,7 @@ def rollback(db: Any) -> Any:
         db.run_on_commit = []
     else:
         result = lost_is_rolled_back(db, session, send)
-    note_end_of_transaction(db)
+    note_end_of_transaction(db, stands=False)
     db._transaction.to(Stage.ROLLED_BACK)
     ended_by_hand(db)
     return result
@@ -351,6 +351,7 @@ def savepoint_rollback(db: Any, sid: str) -> None:
         restore()
     else:
         lost_is_rolled_back(db, session, restore)
+        session.holds.at_commit.clear()
 
 
 def savepoint_commit(db: Any, sid: str) -> None:

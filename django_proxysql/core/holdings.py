@@ -26,13 +26,15 @@ from .statements import CALL, readings
 class Holdings:
     """What one session holds. Belongs to one thread at a time."""
 
-    __slots__ = ("before", "by_django", "earlier", "for_life", "for_request")
+    __slots__ = ("at_commit", "before", "by_django", "earlier", "for_life", "for_request")
 
     def __init__(self) -> None:
         #: ``SET``, a temporary table and the like: until the request or task ends.
         self.for_request = False
         #: Locks and the like, by name: how often each was taken and not given back.
         self.for_life: dict[str, int] = {}
+        #: Of those, what was given back in the open transaction: a rollback takes it again.
+        self.at_commit: list[str] = []
         #: Django's own ``foreign_key_checks=0`` is in force.
         self.by_django = False
         #: Something was held when the last statement that takes something was sent.
@@ -51,18 +53,29 @@ class Holdings:
             # Of locks alone it matters how often: the servers count them, too.
             before = self.for_life.get(name, 0) if name.startswith("lock ") else 0
             self.for_life[name] = before + 1
+            if name.startswith("listen "):
+                self.at_commit.clear()
         if not taken and not given:
             # Something may have been taken by what was not seen.
             self.for_request = True
 
-    def answered(self, sql: Any, params: Any) -> None:
-        """Note what a statement has given back, once it has succeeded."""
+    def answered(self, sql: Any, params: Any, in_transaction: bool = False) -> None:
+        """Note what a statement has given back, once it has succeeded.
+
+        :param in_transaction: a transaction is open, of which ``UNLISTEN`` is a part.
+        """
         for name in _sorted(changes(sql, params))[1]:
-            if name.endswith("*"):
-                for held in [one for one in self.for_life if one.startswith(name[:-1])]:
-                    del self.for_life[held]
+            if in_transaction and name.startswith("listen "):
+                self.at_commit.append(name)
             else:
                 self._give_back(name)
+
+    def transaction_ended(self, stands: bool) -> None:
+        """Note that COMMIT or ROLLBACK, sent by Django, was answered."""
+        self.for_life.pop("transaction", None)
+        given, self.at_commit = self.at_commit, []
+        for name in given if stands else ():
+            self._give_back(name)
 
     def refused(self, sql: Any, params: Any) -> None:
         """Note that a lock that was asked for was not granted."""
@@ -70,6 +83,10 @@ class Holdings:
             self._give_back(name)
 
     def _give_back(self, name: str) -> None:
+        if name.endswith("*"):
+            for held in [one for one in self.for_life if one.startswith(name[:-1])]:
+                del self.for_life[held]
+            return
         left = self.for_life.pop(name, 0) - 1
         if left > 0:
             self.for_life[name] = left
