@@ -61,12 +61,10 @@ class AskingProcess:
 
     def line(self) -> str:
         """Return what it prints next."""
-        assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def goes_on(self) -> None:
         """Let it go on."""
-        assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import logging
 import os
 import random
 import sys
@@ -29,6 +30,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
+
+import django
+from django.db import Error, connections, transaction
+
+from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, balancers, retrying_atomic
+from tests.engine import (
+    MYSQL,
+    POSTGRESQL,
+    added,
+    engine,
+    make_outcome_table,
+    mysql_peer,
+    wait_until_alone,
+)
+from tests.servers.faultproxy import FaultProxy
+from tests.servers.galera import GaleraCluster
+from tests.servers.mariadb import Node
+from tests.servers.postgresql import PostgreSQLNode
 
 KINDS = ("mariadb", "postgres", "galera")
 #: transaction.atomic, retrying_atomic, and requests of two kinds under ATOMIC_REQUESTS.
@@ -235,16 +254,12 @@ class Run:
             elif isinstance(op, Write):
                 self._autocommit_write(op.token)
             else:
-                from django.db import Error
-
                 with contextlib.suppress(Error):
                     self._run((op,))
 
     # In autocommit
 
     def _autocommit_write(self, token: str) -> None:
-        from django.db import Error
-
         try:
             self.world.write(token)
         except Error:
@@ -256,10 +271,6 @@ class Run:
     # A block
 
     def _block(self, block: Block) -> None:
-        from django.db import Error, transaction
-
-        from django_proxysql import CommitOutcomeUnknown, retrying_atomic
-
         self._ran, self._of_a_hook = [], None
 
         def body() -> None:
@@ -331,8 +342,6 @@ class Run:
             raise Violation(f"{written[-1]} was written, and is read {found} times")
 
     def _register(self, hook: Hook) -> None:
-        from django.db import transaction
-
         number = self._number
 
         def run() -> None:
@@ -358,8 +367,6 @@ class Run:
         self.ledger.stands.append(token)
 
     def _savepoint(self, op: Savepoint) -> None:
-        from django.db import transaction
-
         before = len(self._tokens)
         sid = transaction.savepoint(ALIAS)
         self._run(op.ops)
@@ -371,8 +378,6 @@ class Run:
             transaction.savepoint_commit(sid, ALIAS)
 
     def _nested(self, op: Nested) -> None:
-        from django.db import Error, transaction
-
         before = len(self._tokens), len(self._hooks)
         try:
             with transaction.atomic(ALIAS):
@@ -393,8 +398,6 @@ class World:
     """A balancer over two fault proxies, and the servers behind them."""
 
     def __init__(self, servers: Sequence[Any], records: bool) -> None:
-        from tests.engine import MYSQL, POSTGRESQL
-
         self.servers = servers
         self.records = records
         self.is_galera = type(servers[0]).__name__.startswith("Galera")
@@ -408,16 +411,11 @@ class World:
         if is_postgres:
             self._commit = b"COMMIT\x00"
         self._plain = {
-            f"plain{n}": {"ENGINE": self.engine, **_peer(server)}
+            f"plain{n}": {"ENGINE": self.engine, **mysql_peer(server)}
             for n, server in enumerate(servers)
         }
 
     def __enter__(self) -> World:
-        from django.db import connections
-
-        from tests.engine import added
-        from tests.servers.faultproxy import FaultProxy
-
         with contextlib.ExitStack() as stack:
             stack.enter_context(added(self._plain))
             self.plain = [connections[alias] for alias in self._plain]
@@ -442,15 +440,11 @@ class World:
                 f"CREATE TABLE {TABLE} (id {number} PRIMARY KEY, value varchar(64) NOT NULL)"
             )
         if self.records:
-            from tests.engine import make_outcome_table
-
             make_outcome_table(self.plain[0])
 
     @contextlib.contextmanager
     def balanced(self) -> Iterator[None]:
         """Have a balancer of its own: the budget of replays is a new one."""
-        from tests.engine import engine, mysql_peer
-
         settings = {"COMMIT_OUTCOME": "record"} if self.records else {}
         peers = [mysql_peer(proxy) for proxy in self.proxies]
         with engine(
@@ -485,8 +479,6 @@ class World:
 
     def begin(self, faults: Sequence[Fault]) -> None:
         """Have an empty table, and the faults armed."""
-        from django_proxysql import NoPeerAvailable, balancers
-
         with self.plain[0].cursor() as cursor:
             cursor.execute(f"DELETE FROM {TABLE}")
         try:
@@ -515,8 +507,6 @@ class World:
 
         :raises Violation: two nodes do not agree.
         """
-        from tests.engine import wait_until_alone
-
         for proxy in self.proxies:
             proxy.wait_until_idle()
         found = []
@@ -533,12 +523,6 @@ class World:
         if any(rows != found[0] for rows in found):
             raise Violation(f"the nodes have different rows: {found}")
         return found[0]
-
-
-def _peer(server: Any) -> dict[str, Any]:
-    from tests.engine import mysql_peer
-
-    return mysql_peer(server)
 
 
 # Many programs
@@ -576,8 +560,6 @@ def run_programs(
     :param first: the number of the first program: with the seed it is what the program is made of.
     :raises Violation: with the program, and how it can be run again.
     """
-    import django
-
     tally = Tally()
     until = None if seconds is None else time.monotonic() + seconds
     cut_before = sum(proxy.cuts for proxy in world.proxies)
@@ -616,10 +598,6 @@ def _run_one(world: World, program: Program, tally: Tally, again: str) -> None:
 
 def main() -> int:
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
-    import logging
-
-    import django
-
     django.setup()
     for name in ("django_proxysql", "django.db.backends.base", "django.request"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
@@ -661,14 +639,9 @@ def main() -> int:
 
 def _start(kind: str, stack: contextlib.ExitStack) -> list[Any]:
     if kind == "galera":
-        from tests.servers.galera import GaleraCluster
-
         return list(stack.enter_context(GaleraCluster()))
-    if kind == "postgres":
-        from tests.servers.postgresql import PostgreSQLNode as Kind
-    else:
-        from tests.servers.mariadb import Node as Kind  # type: ignore[assignment]
-    return [stack.enter_context(Kind(f"programs-{kind}")).set_up()]
+    made = (PostgreSQLNode if kind == "postgres" else Node)(f"programs-{kind}")
+    return [stack.enter_context(made).set_up()]
 
 
 if __name__ == "__main__":

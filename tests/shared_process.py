@@ -122,12 +122,10 @@ class SharedProcess:
         )
 
     def tell(self, *command: Any) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
 
     def answer(self) -> Any:
-        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the process has ended"
         return json.loads(line)
@@ -138,7 +136,6 @@ class SharedProcess:
 
     def close(self) -> int:
         """Let it end by itself; return its exit status."""
-        assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 import shutil
 import subprocess
@@ -23,7 +22,16 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from django_proxysql import Fault, LoadBalancer, balancers
 from django_proxysql.core.circuit import closed_elsewhere, opened_elsewhere
 from django_proxysql.monitoring.metrics import Metrics, MultiProcessCollector
-from tests.fakes import Driver, bad_password, in_thread, raised_by, refused_by_host, too_many
+from tests.children import run_python
+from tests.fakes import (
+    Driver,
+    bad_password,
+    in_thread,
+    raised_by,
+    refused_by_host,
+    running,
+    too_many,
+)
 from tests.servers import PASSWORD
 from tests.servers.ports import find_program
 from tests.site import Site
@@ -59,6 +67,21 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
     """Return a sample of ours, or None if there is none."""
     found: float | None = registry.get_sample_value(f"django_proxysql_{name}", labels)
     return found
+
+
+def counts(registry: CollectorRegistry, peer: str) -> dict[str, float]:
+    """Return what is not 0 of a peer's connections."""
+    of_peer = {"alias": "balanced", "peer": peer}
+    found = {
+        "lost idle": value(registry, "connections_lost_total", found="idle", **of_peer),
+        "lost in use": value(registry, "connections_lost_total", found="in_use", **of_peer),
+        "replaced": value(registry, "connections_replaced_total", reason="lost", **of_peer),
+        "left": value(registry, "connections_replaced_total", reason="left", **of_peer),
+        "replayed": value(registry, "statements_replayed_total", **of_peer),
+        "drained": value(registry, "peer_drained", **of_peer),
+        "connections": value(registry, "connections", **of_peer),
+    }
+    return {name: number for name, number in found.items() if number}
 
 
 def check(text: bytes) -> str:
@@ -209,42 +232,30 @@ class TestEstablished:
         peer = on_mariadb.connection.peer.name
         on_mariadb.cut_idle()
         on_mariadb.write("one")
-        of_peer = {"alias": "balanced", "peer": peer}
-        assert value(registry, "connections_lost_total", found="idle", **of_peer) == 1
-        assert value(registry, "connections_lost_total", found="in_use", **of_peer) == 0
-        assert value(registry, "connections_replaced_total", reason="lost", **of_peer) == 1
-        assert value(registry, "connections_replaced_total", reason="left", **of_peer) == 0
-        assert value(registry, "statements_replayed_total", **of_peer) == 0
-        assert value(registry, "connections", **of_peer) == 0
-        successor = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
-        assert value(registry, "connections", **successor) == 1
+        assert counts(registry, peer) == {"lost idle": 1, "replaced": 1}
+        assert counts(registry, on_mariadb.connection.peer.name) == {"connections": 1}
 
     def test_lost_in_use(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
         """… and a read run again."""
-        of_peer = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
+        peer = on_mariadb.connection.peer.name
         on_mariadb.cut("after")
         on_mariadb.read()
-        assert value(registry, "connections_lost_total", found="in_use", **of_peer) == 1
-        assert value(registry, "statements_replayed_total", **of_peer) == 1
+        assert counts(registry, peer) == {"lost in use": 1, "replaced": 1, "replayed": 1}
 
     def test_lost_and_raised(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
         """… a write is not."""
-        of_peer = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
+        peer = on_mariadb.connection.peer.name
         on_mariadb.cut("after")
         with pytest.raises(OperationalError):
             on_mariadb.write("one")
-        assert value(registry, "connections_lost_total", found="in_use", **of_peer) == 1
-        assert value(registry, "statements_replayed_total", **of_peer) == 0
+        assert counts(registry, peer) == {"lost in use": 1, "connections": 1}
 
     def test_left(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
         """A drained peer is left at a safe point."""
-        of_peer = {"alias": "balanced", "peer": on_mariadb.connection.peer.name}
-        on_mariadb.balancer.drain(of_peer["peer"])
+        peer = on_mariadb.connection.peer.name
+        on_mariadb.balancer.drain(peer)
         on_mariadb.write("one")
-        assert value(registry, "connections_replaced_total", reason="left", **of_peer) == 1
-        assert value(registry, "connections_replaced_total", reason="lost", **of_peer) == 0
-        assert value(registry, "peer_drained", **of_peer) == 1
-        assert value(registry, "connections", **of_peer) == 0
+        assert counts(registry, peer) == {"left": 1, "drained": 1}
 
     def test_labels_are_bounded(self, on_mariadb: Site, registry: CollectorRegistry) -> None:
         """Labels are names of the settings and words of ours: no address, error or password."""
@@ -378,14 +389,11 @@ def test_no_thread_waits_for_another() -> None:
         inside.set()
         assert go_on.wait(30)
 
-    with in_the_middle(successes(world), stay):
-        thread = threading.Thread(target=world.connect)
-        thread.start()
+    with in_the_middle(successes(world), stay), running(world.connect):
         assert inside.wait(30)
         world.connect()
         assert len(world.driver.made) == 2
         go_on.set()
-        thread.join(30)
     assert world.value("connects_total", peer="db1", outcome="success") == 2
 
 
@@ -417,13 +425,8 @@ def test_counting_goes_on_though_somebody_was_killed_at_it(monkeypatch: Any) -> 
 @pytest.mark.timeout(60)
 def test_threads_lose_no_count() -> None:
     world = Watched("db1")
-    threads = [
-        threading.Thread(target=lambda: [world.connect() for _ in range(200)]) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with running(*[lambda: [world.connect() for _ in range(200)]] * 8):
+        pass
     assert world.value("connects_total", peer="db1", outcome="success") == 1600
 
 
@@ -460,15 +463,8 @@ FORK = """
 
 def run(program: str, *, errors: bool = False, **environment: str) -> str:
     """Return what a program prints, in a process of its own; with ``errors`` on stderr as well."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(program)],
-        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings", **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment["DJANGO_SETTINGS_MODULE"] = "tests.django_settings"
+    done = run_python(program, PYTHONWARNINGS="ignore::DeprecationWarning", **environment)
     return done.stderr + done.stdout if errors else done.stdout
 
 
@@ -619,12 +615,16 @@ DJANGO = """
 """
 
 
+def with_app(program: str, app: str = "django_proxysql.monitoring.metrics", **options: Any) -> str:
+    """Return what a program prints whose Django has a load balancer, and the app."""
+    settings = textwrap.dedent(DJANGO.format(apps=repr(app)))
+    return run(settings + textwrap.dedent(program), **options)
+
+
 def test_nothing_is_registered_unasked() -> None:
     """Without the app prometheus_client is not even imported."""
-    assert run(
-        textwrap.dedent(DJANGO.format(apps="'django_proxysql'"))
-        + "print('prometheus_client' in sys.modules)"
-    ).endswith("False\n")
+    program = "print('prometheus_client' in sys.modules)"
+    assert with_app(program, app="django_proxysql").endswith("False\n")
 
 
 def test_app() -> None:
@@ -632,11 +632,13 @@ def test_app() -> None:
 
     One whose settings are wrong is no reason that the others are not.
     """
-    text = run(
-        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
-        + "from django.db import connection; connection.ensure_connection()\n"
-        + "import prometheus_client\n"
-        + "print(prometheus_client.generate_latest().decode())"
+    text = with_app(
+        """
+        from django.db import connection
+        import prometheus_client
+        connection.ensure_connection()
+        print(prometheus_client.generate_latest().decode())
+        """
     )
     labels = '{alias="default",outcome="success",peer="peer0"}'
     assert f"django_proxysql_connects_total{labels} 1.0" in text
@@ -645,14 +647,15 @@ def test_app() -> None:
 
 def test_site_is_served_though_nothing_can_be_counted() -> None:
     """Where the directory is missing, that is logged, and all else works."""
-    said = run(
-        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
-        + "from django.apps import apps\n"
-        + "from django.core.signals import request_started\n"
-        + "from django.db import connection\n"
-        + "request_started.send(None)\n"
-        + "connection.ensure_connection()\n"
-        + "print(apps.get_app_config('django_proxysql_metrics').metrics)",
+    said = with_app(
+        """
+        from django.apps import apps
+        from django.core.signals import request_started
+        from django.db import connection
+        request_started.send(None)
+        connection.ensure_connection()
+        print(apps.get_app_config('django_proxysql_metrics').metrics)
+        """,
         PROMETHEUS_MULTIPROC_DIR="/nowhere/at/all",
         errors=True,
     )
@@ -663,36 +666,34 @@ def test_site_is_served_though_nothing_can_be_counted() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Celery is tested on Python 3.11 and later")
 def test_example_of_a_celery_worker() -> None:
     """After a task the gauges are written, as the docs' receiver does it."""
-    assert run(
-        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
-        + from_the_docs("task_postrun")
-        + textwrap.dedent(
-            """
-            from django.db import connection
-            from prometheus_client import REGISTRY
-            metrics = apps.get_app_config("django_proxysql_metrics").metrics
-            connection.ensure_connection()
-            connection._release()
-            gauge = metrics._connections.labels("default", "peer0")
-            print(gauge._value.get(), end=" ")
-            task_postrun.send(None)
-            print(gauge._value.get())
-            """
-        )
-    ).endswith("1.0 0.0\n")
+    program = """
+        from django.db import connection
+        from prometheus_client import REGISTRY
+        metrics = apps.get_app_config("django_proxysql_metrics").metrics
+        connection.ensure_connection()
+        connection._release()
+        gauge = metrics._connections.labels("default", "peer0")
+        print(gauge._value.get(), end=" ")
+        task_postrun.send(None)
+        print(gauge._value.get())
+        """
+    printed = with_app(from_the_docs("task_postrun") + textwrap.dedent(program))
+    assert printed.endswith("1.0 0.0\n")
 
 
 def test_app_that_is_made_ready_twice() -> None:
     """Tests that change INSTALLED_APPS do that to all apps."""
-    assert run(
-        textwrap.dedent(DJANGO.format(apps="'django_proxysql.monitoring.metrics'"))
-        + "from django.apps import apps\n"
-        + "from django.test import override_settings\n"
-        + "first = apps.get_app_config('django_proxysql_metrics')\n"
-        + "with override_settings(INSTALLED_APPS=settings.INSTALLED_APPS):\n"
-        + "    second = apps.get_app_config('django_proxysql_metrics')\n"
-        + "    print(second is first, second.metrics is first.metrics)\n"
-    ).endswith("False True\n")
+    printed = with_app(
+        """
+        from django.apps import apps
+        from django.test import override_settings
+        first = apps.get_app_config('django_proxysql_metrics')
+        with override_settings(INSTALLED_APPS=settings.INSTALLED_APPS):
+            second = apps.get_app_config('django_proxysql_metrics')
+            print(second is first, second.metrics is first.metrics)
+        """
+    )
+    assert printed.endswith("False True\n")
 
 
 def test_without_prometheus_client() -> None:

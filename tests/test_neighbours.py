@@ -34,6 +34,7 @@ from django_proxysql.registry import balancers
 from tests import test_project
 from tests.app.models import Token
 from tests.engine import MYSQL, POSTGRESQL, engine, mysql_peer
+from tests.fakes import running
 from tests.project import Project
 from tests.servers import PASSWORD
 from tests.servers.faultproxy import FaultProxy
@@ -111,27 +112,23 @@ class TestDebugToolbar:
         ):
             yield
 
-    def panel(self, work: Callable[[], object]) -> Any:
+    @pytest.fixture
+    def panel(self, receive: Any) -> Callable[..., Any]:
         """What the SQL panel of a request has to show."""
         from debug_toolbar.toolbar import DebugToolbar
 
-        made: list[Any] = []
-
-        def note(sender: Any, toolbar: Any, **kwargs: Any) -> None:
-            made.append(toolbar)
-
-        DebugToolbar._created.connect(note)
-        try:
+        def of_a_request(work: Callable[[], object]) -> Any:
+            made = receive(DebugToolbar._created)
             served(
                 work,
                 ["debug_toolbar.middleware.DebugToolbarMiddleware"],
                 [path("__debug__/", include("debug_toolbar.urls", namespace="djdt"))],
             )
-        finally:
-            DebugToolbar._created.disconnect(note)
-        return made[0].get_panel_by_id("SQLPanel").get_stats()
+            return made[0]["toolbar"].get_panel_by_id("SQLPanel").get_stats()
 
-    def test_run_again(self, here: Site) -> None:
+        return of_a_request
+
+    def test_run_again(self, here: Site, panel: Callable[..., Any]) -> None:
         here.sql("SELECT 1")
 
         def work() -> None:
@@ -140,12 +137,12 @@ class TestDebugToolbar:
             assert tokens(here).get(value="one")
             assert here.replayed()
 
-        shown = self.panel(work)
+        shown = panel(work)
         assert len(of_the_table(shown["queries"])) == 2
         assert {query["alias"] for query in shown["queries"]} == {"balanced"}
         assert {query["vendor"] for query in shown["queries"]} == {here.connection.vendor}
 
-    def test_transactions(self, here: Site) -> None:
+    def test_transactions(self, here: Site, panel: Callable[..., Any]) -> None:
         here.sql("SELECT 1")
 
         def work() -> None:
@@ -154,12 +151,12 @@ class TestDebugToolbar:
                 assert tokens(here).count() == 0
                 tokens(here).create(value="one")
 
-        shown = self.panel(work)
+        shown = panel(work)
         assert len(of_the_table(shown["queries"])) == 2
         assert here.replayed()
         assert here.plain_rows() == ["one"]
 
-    def test_server_side_cursors(self, on_postgres: Site) -> None:
+    def test_server_side_cursors(self, on_postgres: Site, panel: Callable[..., Any]) -> None:
         """It wraps these, too; they stay what they are."""
         tokens(on_postgres).bulk_create(Token(value=str(number)) for number in range(5))
         open_ones = "SELECT count(*) FROM pg_cursors"
@@ -172,7 +169,7 @@ class TestDebugToolbar:
             assert len(list(rows)) == 4
             assert on_postgres.sql(open_ones) == [(0,)]
 
-        assert len(of_the_table(self.panel(work)["queries"])) == 1
+        assert len(of_the_table(panel(work)["queries"])) == 1
 
 
 @installed
@@ -364,7 +361,7 @@ class TestReceivers:
     """connection_created: sent for every new connection, replacements included, by the wrapper
     with the balancer's alias and settings."""
 
-    def test_each_connection(self, here: Site) -> None:
+    def test_each_connection(self, here: Site, receive: Any) -> None:
         seen: list[Any] = []
 
         def note(sender: Any, connection: Any, **kwargs: Any) -> None:
@@ -372,19 +369,16 @@ class TestReceivers:
                 seen.append((sender, connection, connection.peer, connection.connection))
                 assert connection.settings_dict is connections.databases["balanced"]
 
-        connection_created.connect(note)
-        try:
-            connection = here.connection
-            connection.close()
-            for lose in (here.kill, lambda: here.cut("after"), here.cut_idle):
-                here.sql("SELECT 1")
-                lose()
-                if lose is here.cut_idle:
-                    here.idle()
-                here.sql("SELECT 1")
+        receive(connection_created, note)
+        connection = here.connection
+        connection.close()
+        for lose in (here.kill, lambda: here.cut("after"), here.cut_idle):
             here.sql("SELECT 1")
-        finally:
-            connection_created.disconnect(note)
+            lose()
+            if lose is here.cut_idle:
+                here.idle()
+            here.sql("SELECT 1")
+        here.sql("SELECT 1")
         assert [one[:2] for one in seen] == [(type(connection), connection)] * 4
         assert len({id(one[3]) for one in seen}) == 4
         assert seen[-1][2] is connection.peer
@@ -414,16 +408,13 @@ class TestSettingsDict:
                 wrapper.ensure_connection()
                 wrapper.close()
 
-            with mock.patch.object(connection.Database, "connect", connect):
-                thread = threading.Thread(target=work)
-                thread.start()
+            with mock.patch.object(connection.Database, "connect", connect), running(work):
                 assert connecting.wait(20)
                 assert connection.settings_dict is own
                 assert dict(own) == before
                 assert (own["HOST"], own["NAME"], own["USER"]) == ("", "app", "")
                 assert connection.copy().settings_dict["HOST"] == ""
                 checked.set()
-                thread.join()
             assert dict(own) == before
 
     def test_who_wants_to_know(self, here: Site) -> None:
@@ -682,8 +673,7 @@ class TestDjangoMySQL:
 
         on_mariadb.kill()
         assert check_variables(databases=["balanced"]) == []
-        on_mariadb.kill()
-        on_mariadb.idle()
+        on_mariadb.kill_idle()
         assert GlobalStatus(using="balanced").get("Max_used_connections") > 0
         on_mariadb.cut("after")
         assert on_mariadb.connection.mysql_is_mariadb
@@ -695,8 +685,7 @@ class TestDjangoMySQL:
         here = on_mariadb
         tokens(here).create(value="one")
         hinted = add_QuerySetMixin(tokens(here)).sql_no_cache()
-        here.kill()
-        here.idle()
+        here.kill_idle()
         assert hinted.get().value == "one"
         assert b"SELECT SQL_NO_CACHE" in here.here.packets[-1]
         labelled = add_QuerySetMixin(tokens(here)).label("of a test")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ from django_proxysql.core.events import (
     StatementReplayed,
 )
 from django_proxysql.core.reports import REPORTS
+from tests.children import run_python
 from tests.fakes import refused_by_host
 from tests.test_balancer import World
 
@@ -93,7 +92,6 @@ def test_names_units_and_instruments_are_the_conventions() -> None:
 
     def made(reader: InMemoryMetricReader) -> dict[str, Any]:
         data = reader.get_metrics_data()
-        assert data is not None
         metrics = data.resource_metrics[0].scope_metrics[0].metrics
         return {
             metric.name: (
@@ -289,15 +287,7 @@ print("connection.create_time" in reader.get_metrics_data().to_json())
 
 def run_site(path: Path, apps: list[str], more: str = "") -> list[str]:
     code = SITE.format(path=str(path / "db.sqlite3"), apps=apps, more=more)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    return done.stdout.split("\n")[:-1]
+    return run_python(code).stdout.splitlines()
 
 
 def test_one_line_in_installed_apps_switches_it_on(tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+
+from tests.children import run_python
 
 OPTIONAL = {"redis", "prometheus_client", "opentelemetry", "sqlalchemy", "psycopg_pool"}
 
@@ -24,14 +23,6 @@ print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - b
 
 
 def test_engine_imports_no_part_that_is_not_used() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CONNECT],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    imported = set(json.loads(done.stdout))
+    imported = set(json.loads(run_python(CONNECT).stdout))
     assert "django_proxysql" in imported
     assert imported.isdisjoint(OPTIONAL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from django_proxysql.core import outcome
 from django_proxysql.core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from django_proxysql.core.statements import ENDS, STATE, scan
 from django_proxysql.core.texts import may_end
+from tests.fakes import running
 
 DOCS = Path(__file__).parent.parent / "docs" / "explanation" / "exactly-once.rst"
 
@@ -34,14 +34,8 @@ class TestTokens:
 
     def test_threads_get_no_token_twice(self) -> None:
         tokens, made = Tokens(clock=lambda: 1.0), []
-        threads = [
-            threading.Thread(target=lambda: made.extend(tokens.next() for _ in range(500)))
-            for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with running(*[lambda: made.extend(tokens.next() for _ in range(500))] * 4):
+            pass
         assert len(set(made)) == 2000
 
     def test_a_parent_and_its_child_differ_by_chance_alone(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from tests.asking_process import (
     AskingProcess,
 )
 from tests.engine import make_outcome_table, mysql_peer
-from tests.fakes import until
+from tests.fakes import running, until
 from tests.servers.faultproxy import FaultProxy
 from tests.site import Site, site
 
@@ -157,25 +156,22 @@ class TestTwoPackets:
 def asked_until_it_goes_on(scene: Scene, process: AskingProcess) -> Outcome:
     """Have another process ask while this one has its lock; let it go on; return what was found."""
     found: list[Outcome] = []
-    asking = threading.Thread(target=lambda: found.append(scene.asked_by_another()))
-    asking.start()
-    until(lambda: waits_for_a_lock(scene.here))
-    process.goes_on()
-    asking.join()
+    with running(lambda: found.append(scene.asked_by_another()), seconds=100):
+        until(lambda: waits_for_a_lock(scene.here))
+        process.goes_on()
     return found[0]
 
 
 def waits_for_a_lock(here: Site) -> bool:
     """Whether a session of the server's is writing a fence, and waits for another's."""
-    with here.plain.cursor() as cursor:
-        cursor.execute(
-            # InnoDB's own table of waits is not read anew while it is read often.
-            "SELECT count(*) FROM information_schema.processlist"
-            " WHERE id <> CONNECTION_ID() AND info LIKE 'INSERT%'"
-            if here.is_mysql
-            else "SELECT count(*) FROM pg_locks WHERE NOT granted"
-        )
-        return bool(cursor.fetchone()[0])
+    ((number,),) = here.plainly(
+        # InnoDB's own table of waits is not read anew while it is read often.
+        "SELECT count(*) FROM information_schema.processlist"
+        " WHERE id <> CONNECTION_ID() AND info LIKE 'INSERT%'"
+        if here.is_mysql
+        else "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    )
+    return bool(number)
 
 
 class TestFrozen:

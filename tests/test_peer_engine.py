@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
 import json
 import os
 import pickle
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,10 +31,15 @@ from django_proxysql.conf.reading import problems
 from tests.app.models import Token
 from tests.children import in_child
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, mysql_peer, nodb_cursor
+from tests.fakes import in_thread
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 from tests.site import with_table
+
+Pair = tuple[Node, Node]
+Postgres = tuple[PostgreSQLNode, PostgreSQLNode]
+Entries = dict[str, dict[str, Any]]
 
 
 def alias(server: Any, engine: str = MYSQL, **settings: Any) -> dict[str, Any]:
@@ -43,6 +48,14 @@ def alias(server: Any, engine: str = MYSQL, **settings: Any) -> dict[str, Any]:
 
 def balancer(*peers: str, **settings: Any) -> dict[str, Any]:
     return {"ENGINE": ENGINE, "PEERS": list(peers), **settings}
+
+
+@contextlib.contextmanager
+def introduced(peers: Entries, **settings: Any) -> Iterator[None]:
+    """Have these aliases, and a balancer over them that has made them known."""
+    with added({**peers, "balanced": balancer(*peers, **settings)}):
+        introduce_peers()
+        yield
 
 
 # Who has it
@@ -115,8 +128,7 @@ def test_named_by_hand() -> None:
 
 def test_engine_that_cannot_be_imported() -> None:
     """Django says what it says of any such alias: the ENGINE that the user wrote."""
-    with added({"peer0": {"ENGINE": "nonesuch"}, "balanced": balancer("peer0")}):
-        introduce_peers()
+    with introduced({"peer0": {"ENGINE": "nonesuch"}}):
         (problem,) = problems("balanced", connections.databases["balanced"], connections.databases)
         assert problem.id == "django_proxysql.E013"
         assert "ENGINE of the peers is 'nonesuch'" in problem.msg
@@ -127,8 +139,7 @@ def test_engine_that_cannot_be_imported() -> None:
 
 def test_without_its_balancer(mariadb: Node) -> None:
     """A connection outlives its balancer's entry as a plain one."""
-    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
-        introduce_peers()
+    with introduced({"peer0": alias(mariadb)}):
         peer = connections["peer0"]
         with mock.patch.dict(connections.databases):
             del connections.databases["balanced"]
@@ -141,21 +152,16 @@ def test_without_its_balancer(mariadb: Node) -> None:
 
 
 @pytest.fixture
-def dead_and_alive(mariadb_pair: tuple[Node, Node]) -> dict[str, dict[str, Any]]:
+def dead_and_alive(mariadb_pair: Pair) -> Entries:
     """A balancer over two aliases, of which the first is down."""
     dead, alive = mariadb_pair
     dead.kill()
-    return {
-        "peer0": alias(dead),
-        "peer1": alias(alive),
-        "balanced": balancer("peer0", "peer1"),
-    }
+    return {"peer0": alias(dead), "peer1": alias(alive)}
 
 
-def test_asks_no_dead_peer(dead_and_alive: dict[str, dict[str, Any]]) -> None:
+def test_asks_no_dead_peer(dead_and_alive: Entries) -> None:
     """Features, types and the server's version, as Django's checks and migrations ask for them."""
-    with added(dead_and_alive):
-        introduce_peers()
+    with introduced(dead_and_alive):
         peer = connections["peer0"]
         assert peer.features.has_select_for_update
         assert peer.features.supports_column_check_constraints is not None
@@ -172,9 +178,7 @@ def test_asks_no_dead_peer(dead_and_alive: dict[str, dict[str, Any]]) -> None:
             pass
 
 
-def test_connected_it_is_asked_itself(
-    mariadb_pair: tuple[Node, Node],
-) -> None:
+def test_connected_it_is_asked_itself(mariadb_pair: Pair) -> None:
     """What it says of itself comes from the peer, once there is a connection to it."""
     first, second = mariadb_pair
     second.options.append("--version=10.12.3-MariaDB")
@@ -183,10 +187,8 @@ def test_connected_it_is_asked_itself(
     entries = {
         "peer0": alias(first),
         "peer1": alias(second, PRIORITY=1),
-        "balanced": balancer("peer0", "peer1"),
     }
-    with added(entries):
-        introduce_peers()
+    with introduced(entries):
         peer = connections["peer1"]
         other = connections["balanced"].mysql_version
         assert peer.features.connection is connections["balanced"]
@@ -202,15 +204,14 @@ def test_connected_it_is_asked_itself(
         assert peer.mysql_version == (10, 12, 3)
 
 
-def test_what_follows_from_an_answer(mariadb_pair: tuple[Node, Node]) -> None:
+def test_what_follows_from_an_answer(mariadb_pair: Pair) -> None:
     """A MySQL among peers that are MariaDB: once connected nothing is MariaDB's any more."""
     first, second = mariadb_pair
     second.options.append("--version=8.4.9")
     second.kill()
     second.start()
     entries = {"peer0": alias(first), "peer1": alias(second, PRIORITY=1)}
-    with added({**entries, "balanced": balancer(*entries)}):
-        introduce_peers()
+    with introduced(entries):
         peer = connections["peer1"]
         asked = [name for name in ("display_name", "mysql_is_mariadb") if hasattr(peer, name)]
         before = [getattr(peer, name) for name in asked]
@@ -235,9 +236,7 @@ def real_wrapper(connection: Any) -> Any:
 def test_asked_where_the_balancer_has_no_peer(mariadb: Node, features_first: bool) -> None:
     """READY_CHECK refuses them all: a peer that is up says of itself what it is."""
     entries = {"peer0": alias(mariadb), "peer1": alias(mariadb)}
-    refusing = balancer(*entries, READY_CHECK="tests.test_peer_engine.not_ready")
-    with added({**entries, "balanced": refusing}):
-        introduce_peers()
+    with introduced(entries, READY_CHECK="tests.test_peer_engine.not_ready"):
         peer = connections["peer0"]
         # Of the features one that the server is asked for, in every Django.
         if features_first:
@@ -258,8 +257,7 @@ def not_ready(connection: Any) -> None:
 
 def test_features_can_be_patched(mariadb: Node) -> None:
     """As tests do: for the balancer's, whose they are, and for a while."""
-    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
-        introduce_peers()
+    with introduced({"peer0": alias(mariadb)}):
         features = connections["peer0"].features
         with mock.patch.object(features, "has_bulk_insert", "patched"):
             assert connections["balanced"].features.has_bulk_insert == "patched"
@@ -270,15 +268,12 @@ def test_features_can_be_patched(mariadb: Node) -> None:
 
 def test_not_asked_of_a_broken_transaction(mariadb: Node) -> None:
     """In a transaction of the balancer's that has failed, the peer itself is asked."""
-    entries = {"peer0": alias(mariadb), "balanced": balancer("peer0")}
-    with added(entries):
-        introduce_peers()
-        with transaction.atomic("balanced"):
-            transaction.set_rollback(True, "balanced")
-            assert connections["peer0"].features.connection is connections["peer0"]
-            assert connections["peer0"].mysql_is_mariadb
-            assert connections["peer0"].connection is None
-            transaction.set_rollback(False, "balanced")
+    with introduced({"peer0": alias(mariadb)}), transaction.atomic("balanced"):
+        transaction.set_rollback(True, "balanced")
+        assert connections["peer0"].features.connection is connections["peer0"]
+        assert connections["peer0"].mysql_is_mariadb
+        assert connections["peer0"].connection is None
+        transaction.set_rollback(False, "balanced")
 
 
 def test_each_thread_has_its_own(mariadb: Node) -> None:
@@ -289,18 +284,14 @@ def test_each_thread_has_its_own(mariadb: Node) -> None:
         found.extend([connections["peer0"].features, connections["balanced"].features])
         connections.close_all()
 
-    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
-        introduce_peers()
-        thread = threading.Thread(target=ask)
-        thread.start()
-        thread.join()
+    with introduced({"peer0": alias(mariadb)}):
+        in_thread(ask)
         assert found[0].connection is found[1].connection is not connections["balanced"]
 
 
 def test_balancer_with_an_error(mariadb: Node) -> None:
     """Where the balancer is misconfigured its peers are as they always were."""
-    with added({"peer0": alias(mariadb), "balanced": balancer("peer0", CHECK_INTERVAL=-1)}):
-        introduce_peers()
+    with introduced({"peer0": alias(mariadb)}, CHECK_INTERVAL=-1):
         peer = connections["peer0"]
         assert peer.features.connection is peer
         with peer.cursor() as cursor:
@@ -310,11 +301,10 @@ def test_balancer_with_an_error(mariadb: Node) -> None:
 # Connecting
 
 
-def test_queries_go_to_the_peer(mariadb_pair: tuple[Node, Node]) -> None:
+def test_queries_go_to_the_peer(mariadb_pair: Pair) -> None:
     """Each alias is its own server, and works as on the plain engine."""
     entries = {f"peer{n}": alias(node) for n, node in enumerate(mariadb_pair)}
-    with added({**entries, "balanced": balancer(*entries)}):
-        introduce_peers()
+    with introduced(entries):
         for number, node in enumerate(mariadb_pair):
             connection = connections[f"peer{number}"]
             with connection.cursor() as cursor:
@@ -334,10 +324,8 @@ def test_connect_timeout(fault_proxy: Callable[..., FaultProxy], mariadb: Node) 
     entries = {
         "peer0": alias(proxy, PASSWORD=lambda: mysql_peer(mariadb)["PASSWORD"]),
         "own": alias(proxy, OPTIONS={"connect_timeout": 2}),
-        "balanced": balancer("peer0", "own", CONNECT_TIMEOUT=1),
     }
-    with added(entries):
-        introduce_peers()
+    with introduced(entries, CONNECT_TIMEOUT=1):
         assert connections["own"].get_connection_params()["connect_timeout"] == 2
         peer = connections["peer0"]
         assert peer.get_connection_params()["connect_timeout"] == 1
@@ -352,9 +340,7 @@ def test_connect_timeout(fault_proxy: Callable[..., FaultProxy], mariadb: Node) 
 
 def test_freezes_when_it_has_let_us_in(mariadb: Node) -> None:
     """A peer in doubt is tried by a connection that is thrown away and has a read timeout."""
-    entries = {"peer0": alias(mariadb), "balanced": balancer("peer0", TRIAL_TIMEOUT=2)}
-    with added(entries):
-        introduce_peers()
+    with introduced({"peer0": alias(mariadb)}, TRIAL_TIMEOUT=2):
         peer = connections["peer0"]
         with mock.patch.object(peer.Database, "connect", wraps=peer.Database.connect) as connect:
             peer.ensure_connection()
@@ -367,13 +353,12 @@ def test_freezes_when_it_has_let_us_in(mariadb: Node) -> None:
         assert "read_timeout" not in connect.mock_calls[-1].kwargs
 
 
-def test_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+def test_postgresql(postgres_pair: Postgres) -> None:
     """PostgreSQL: the dead peer is not asked, the other's timeout is libpq's."""
     dead, alive = postgres_pair
     dead.kill()
     entries = {"peer0": alias(dead, POSTGRESQL), "peer1": alias(alive, POSTGRESQL)}
-    with added({**entries, "balanced": balancer(*entries, CONNECT_TIMEOUT=3)}):
-        introduce_peers()
+    with introduced(entries, CONNECT_TIMEOUT=3):
         peer = connections["peer0"]
         assert peer.pg_version >= 150000
         assert peer.features.supports_transactions
@@ -389,7 +374,7 @@ def test_postgresql(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> Non
     not hasattr(load_backend(POSTGRESQL).DatabaseWrapper, "close_pool"),
     reason="pools came with Django 5.1",
 )
-def test_pool(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
+def test_pool(postgres_pair: Postgres) -> None:
     """The balancer's pools are its own: a direct connection is made there and then."""
     dead, alive = postgres_pair
     dead.kill()
@@ -399,8 +384,7 @@ def test_pool(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
         "peer0": alias(dead, POSTGRESQL, OPTIONS=pool),
         "peer1": alias(alive, POSTGRESQL, OPTIONS=pool, PASSWORD=passwords),
     }
-    with added({**entries, "balanced": balancer(*entries, CONNECT_TIMEOUT=2)}):
-        introduce_peers()
+    with introduced(entries, CONNECT_TIMEOUT=2):
         # The driver's own error, and not that a pool could not be filled in time.
         with pytest.raises(OperationalError, match="refused"):
             connections["peer0"].ensure_connection()
@@ -430,8 +414,7 @@ def test_over_django_prometheus(mariadb: Node) -> None:
     # What the extra [test] brings on one Python only.
     metrics = pytest.importorskip("django_prometheus.db").metrics
     path = "django_prometheus.db.backends.mysql"
-    with added({"peer0": alias(mariadb, path), "balanced": balancer("peer0")}):
-        introduce_peers()
+    with introduced({"peer0": alias(mariadb, path)}):
         peer = connections["peer0"]
         assert isinstance(peer, load_backend(path).DatabaseWrapper)
         with peer.cursor() as cursor:
@@ -452,8 +435,7 @@ def pair_of(kind: str, request: pytest.FixtureRequest) -> tuple[Any, str]:
 def test_forked(kind: str, request: pytest.FixtureRequest) -> None:
     """A child leaves its parent's connection alone, and makes its own."""
     node, engine_ = pair_of(kind, request)
-    with added({"peer0": alias(node, engine_), "balanced": balancer("peer0")}):
-        introduce_peers()
+    with introduced({"peer0": alias(node, engine_)}):
         peer = connections["peer0"]
         session = "CONNECTION_ID()" if kind == "mariadb" else "pg_backend_pid()"
 
@@ -497,8 +479,7 @@ def inherited_descriptors() -> list[str]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
 def test_forked_after_a_loss(mariadb: Node) -> None:
     """The number of a socket that the driver has closed may be another's: it is let alone."""
-    with added({"peer0": alias(mariadb), "balanced": balancer("peer0")}):
-        introduce_peers()
+    with introduced({"peer0": alias(mariadb)}):
         peer = connections["peer0"]
         peer.ensure_connection()
         number = peer.connection.fileno()
@@ -533,10 +514,9 @@ def check(*databases: str) -> list[Any]:
     return [message for message in found if (message.id or "").startswith("django_proxysql")]
 
 
-def test_check_of_a_dead_peer(dead_and_alive: dict[str, dict[str, Any]]) -> None:
+def test_check_of_a_dead_peer(dead_and_alive: Entries) -> None:
     """check --database of a peer that is down: a warning."""
-    with added(dead_and_alive):
-        introduce_peers()
+    with introduced(dead_and_alive):
         (message,) = check("peer0", "peer1")
         assert (message.id, message.level) == ("django_proxysql.W007", checks.WARNING)
         assert "Peer 'peer0' cannot be reached" in message.msg
@@ -547,7 +527,7 @@ def test_check_of_a_dead_peer(dead_and_alive: dict[str, dict[str, Any]]) -> None
         assert connections["peer1"].connection is not None
 
 
-def test_check_of_versions(mariadb_pair: tuple[Node, Node]) -> None:
+def test_check_of_versions(mariadb_pair: Pair) -> None:
     """Peers that are not of one version: a warning, which names them."""
     first, second = mariadb_pair
     peers = [mysql_peer(node) for node in mariadb_pair]
@@ -573,7 +553,7 @@ def test_check_of_versions(mariadb_pair: tuple[Node, Node]) -> None:
             assert {state.state for state in balancers["balanced"].snapshot()} == {"closed"}
 
 
-def test_check_of_versions_passes_by_what_is_down(mariadb_pair: tuple[Node, Node]) -> None:
+def test_check_of_versions_passes_by_what_is_down(mariadb_pair: Pair) -> None:
     """A peer that is dead or hangs is passed by, and its circuit is as it was."""
     first, second = mariadb_pair
     second.freeze()
@@ -584,9 +564,7 @@ def test_check_of_versions_passes_by_what_is_down(mariadb_pair: tuple[Node, Node
     assert first.sql("SELECT 1").strip() == "1"
 
 
-def test_check_of_versions_on_postgresql(
-    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
-) -> None:
+def test_check_of_versions_on_postgresql(postgres_pair: Postgres) -> None:
     """Minor versions of PostgreSQL make no difference."""
     found = mock.patch.object(inspection, "inspect")
     with engine([mysql_peer(node) for node in postgres_pair], PEER_ENGINE=POSTGRESQL):
@@ -612,31 +590,29 @@ def port(connection: Any) -> int:
         return int(cursor.fetchone()[0])
 
 
-def test_schema_editor_stays_on_one_peer(mariadb_pair: tuple[Node, Node]) -> None:
+def test_schema_editor_stays_on_one_peer(mariadb_pair: Pair) -> None:
     """However often the connection is closed, and whatever is chosen next: one peer."""
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers, STRATEGY="round_robin") as connection:
-        spread = set()
-        for _ in range(2):
-            connection.close()
-            spread.add(port(connection))
-        assert len(spread) == 2
+
+        def spread() -> int:
+            ports = set()
+            for _ in range(2):
+                connection.close()
+                ports.add(port(connection))
+            return len(ports)
+
+        assert spread() == 2
         before = port(connection)
         with connection.schema_editor() as editor:
             for _ in range(3):
                 editor.execute("SELECT 1")
                 assert port(connection) == before
                 connection.close()
-        spread = set()
-        for _ in range(2):
-            connection.close()
-            spread.add(port(connection))
-        assert len(spread) == 2
+        assert spread() == 2
 
 
-def test_schema_editor_goes_where_its_first_statement_went(
-    mariadb_pair: tuple[Node, Node],
-) -> None:
+def test_schema_editor_goes_where_its_first_statement_went(mariadb_pair: Pair) -> None:
     """Begun without a connection it stays on whichever peer it gets; a dead one it does not get."""
     dead, alive = mariadb_pair
     peers = [mysql_peer(node) for node in mariadb_pair]
@@ -649,7 +625,7 @@ def test_schema_editor_goes_where_its_first_statement_went(
                 connection.close()
 
 
-def test_schema_editor_stays_while_its_peer_is_drained(mariadb_pair: tuple[Node, Node]) -> None:
+def test_schema_editor_stays_while_its_peer_is_drained(mariadb_pair: Pair) -> None:
     """An operator who drains the peer, or a circuit that opens, does not move half a migration."""
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers) as connection:
@@ -663,7 +639,7 @@ def test_schema_editor_stays_while_its_peer_is_drained(mariadb_pair: tuple[Node,
         assert port(connection) != before
 
 
-def test_schema_editor_that_fails_ends_the_pin(mariadb_pair: tuple[Node, Node]) -> None:
+def test_schema_editor_that_fails_ends_the_pin(mariadb_pair: Pair) -> None:
     """Whether it fails on the way in or inside, the thread is free afterwards."""
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers) as connection:
@@ -685,7 +661,7 @@ def test_schema_editor_that_fails_ends_the_pin(mariadb_pair: tuple[Node, Node]) 
         assert db.group.affinity.pin() is None
 
 
-def test_schema_editor_whose_peer_dies(mariadb_pair: tuple[Node, Node]) -> None:
+def test_schema_editor_whose_peer_dies(mariadb_pair: Pair) -> None:
     """What is left of a migration does not go to another peer: an error."""
     peers = [mysql_peer(node) for node in mariadb_pair]
     with engine(peers) as connection:

@@ -413,7 +413,6 @@ class Serving:
     def command(self, *args: str) -> tuple[int, str, str]:
         """Run it; afterwards this process knows what it has told."""
         done = self.project.run(*args)
-        assert self.balancer.sharing is not None
         self.balancer.sharing.settle(20)
         return done
 
@@ -432,7 +431,6 @@ def test_drain(serving: Serving) -> None:
     serving.down.parent.mkdir(parents=True)
     serving.connection.ensure_connection()
     assert serving.connection.peer.name == "peer0"
-    assert serving.balancer.sharing is not None
     serving.balancer.sharing.settle(20)
     code, out, err = serving.command("--drain", "peer0")
     assert (code, err) == (0, "")
@@ -525,7 +523,6 @@ def read_until(descriptor: int, pattern: str) -> str:
 def test_watch(project: Project) -> None:
     """Look after look, each with its time; Ctrl-C ends it with the last look's exit code."""
     process = project.start("--watch", "0.05")
-    assert process.stdout is not None
     text = read_until(process.stdout.fileno(), r"(?s)(WARNING.*){3}")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -537,7 +534,6 @@ def test_watch(project: Project) -> None:
 def test_watch_sees_a_recovery(project: Project) -> None:
     """The next look is a new one; JSON comes a line a look."""
     process = project.start("--watch", "0.05", "--json")
-    assert process.stdout is not None
     read_until(process.stdout.fileno(), "\n")
     (project.root / DOWN).parent.mkdir(parents=True)
     read_until(process.stdout.fileno(), '"exit_code": 0')
@@ -588,7 +584,6 @@ def test_drain_that_this_process_refuses_is_shown(
     """Where all peers are drained by the word of others, the last one is not."""
     serving.down.parent.mkdir(parents=True)
     sharing = serving.balancer.sharing
-    assert sharing is not None
     sharing.settle(20)
     drains = next(key for key in sharing.keys if key.endswith(":drains"))
     for field in sharing._fields.values():

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any, Callable
 from unittest import mock
@@ -32,7 +31,7 @@ from django_proxysql.core.faults import Fault
 from django_proxysql.registry import balancers
 from tests.children import in_child
 from tests.engine import POSTGRESQL, Clock, engine, nodb_cursor, postgres_peer
-from tests.fakes import until
+from tests.fakes import running, until
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.postgresql import PostgreSQLNode
@@ -101,6 +100,13 @@ def pid(connection: Any) -> int:
     return int(connection.connection.info.backend_pid)
 
 
+def asked_pid(connection: Any) -> int:
+    """Return what the server says of it."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return int(cursor.fetchone()[0])
+
+
 @pytest.fixture
 def proxies(
     postgres: PostgreSQLNode, fault_proxy: Callable[..., FaultProxy]
@@ -138,8 +144,16 @@ def until_seen(connection: Any) -> None:
 
 def until_filled(pool: ConnectionPool[Any], number: int) -> None:
     """Wait until so many connections lie in a pool."""
-    while pool.get_stats()["pool_available"] < number:
-        time.sleep(0.01)
+    until(lambda: pool.get_stats()["pool_available"] >= number)
+
+
+def until_one_waits(connection: Any) -> None:
+    """Wait until somebody waits for a connection of the first peer's pool."""
+    until(lambda: pool_of(connection).get_stats().get("requests_waiting"))
+
+
+def state(peer: str = "peer0") -> str:
+    return str(balancers["balanced"].peers[peer].breaker.current_state)
 
 
 def shorten(connection: Any, *peers: str) -> None:
@@ -251,7 +265,7 @@ class TestApart:
             with mock.patch.object(first, "_check_open", closed):
                 connection.ensure_connection()
             assert pool_of(connection) is not first
-            assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
+            assert state() == "closed"
 
     def test_while_others_connect(
         self, postgres: PostgreSQLNode, others: Callable[[Any], Others]
@@ -260,7 +274,6 @@ class TestApart:
         with pooled([postgres_peer(postgres)]) as connection:
             connection.ensure_connection()
             events = listen(connection)
-            errors: list[BaseException] = []
             ended = threading.Event()
 
             def work() -> None:
@@ -270,21 +283,14 @@ class TestApart:
                         wrapper.close()
                         with wrapper.cursor() as cursor:
                             cursor.execute("SELECT 1")
-                except BaseException as exc:
-                    errors.append(exc)
                 finally:
                     wrapper.close()
 
             connection.close()
-            threads = [threading.Thread(target=work) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            for _ in range(20):
-                connection.close_pool()
-            ended.set()
-            for thread in threads:
-                thread.join()
-            assert errors == []
+            with running(work, work):
+                for _ in range(20):
+                    connection.close_pool()
+                ended.set()
             assert of(ConnectFailed, events) == []
 
     def test_closed_as_somebody_queues_up(
@@ -341,7 +347,7 @@ class TestEmpty:
             # What would have been waited for is CONNECT_TIMEOUT's 5 seconds.
             assert [type(event) for event in events] == [Connected]
             assert events[0].seconds < 4
-            assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
+            assert state() == "closed"
 
     def test_waits_where_nothing_else_is_left(
         self, proxies: Proxies, others: Callable[[Any], Others]
@@ -350,13 +356,10 @@ class TestEmpty:
         with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
             more = others(connection)
             held = [more.connect(), more.connect()]
-            waiting = threading.Thread(target=lambda: more.connect())
-            waiting.start()
-            while not pool_of(connection).get_stats()["requests_waiting"]:
-                assert waiting.is_alive()
-            pid_of_first = pid(held[0])
-            held[0].close()
-            waiting.join()
+            with running(more.connect):
+                until_one_waits(connection)
+                pid_of_first = pid(held[0])
+                held[0].close()
             (third,) = [wrapper for wrapper in more.made if wrapper not in held]
             assert pid(third) == pid_of_first
 
@@ -397,31 +400,22 @@ class TestEmpty:
         with pooled([postgres_peer(proxies[0])], {**ONE, "max_waiting": 1}) as connection:
             more = others(connection)
             holder = more.connect()
-            waiting = threading.Thread(target=lambda: more.connect())
-            waiting.start()
-            while not pool_of(connection).get_stats()["requests_waiting"]:
-                assert waiting.is_alive()
-            events = listen(connection)
-            with pytest.raises(NoPeerAvailable, match="1 requests waiting"):
-                connection.ensure_connection()
-            assert [event.fault for event in of(ConnectFailed, events)] == [Fault.OVERLOADED]
-            holder.close()
-            waiting.join()
+            with running(more.connect):
+                until_one_waits(connection)
+                events = listen(connection)
+                with pytest.raises(NoPeerAvailable, match="1 requests waiting"):
+                    connection.ensure_connection()
+                assert [event.fault for event in of(ConnectFailed, events)] == [Fault.OVERLOADED]
+                holder.close()
 
     def test_the_crowd_asks_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
         """A peer without connections so far is asked by one thread, not by each."""
         with pooled([postgres_peer(proxies[0])], {"min_size": 1, "max_size": 8}) as connection:
             more = others(connection)
             proxies[0].freeze()
-            with direct_connects() as direct:
-                threads = [threading.Thread(target=lambda: more.connect()) for _ in range(8)]
-                for thread in threads:
-                    thread.start()
-                while len(more.made) < 8 or not direct.call_count:
-                    time.sleep(0.01)
+            with direct_connects() as direct, running(*[more.connect] * 8):
+                until(lambda: len(more.made) == 8 and direct.call_count)
                 proxies[0].thaw()
-                for thread in threads:
-                    thread.join()
             assert all(wrapper.connection is not None for wrapper in more.made)
             assert direct.call_count == 1
 
@@ -443,8 +437,7 @@ class TestDeath:
             assert [event.fault for event in of(ConnectFailed, events)] == [Fault.UNREACHABLE]
             assert [event.peer for event in of(CircuitOpened, events)] == ["peer0"]
             # Its workers do not go on knocking at a dead door.
-            while not pool.closed:
-                time.sleep(0.01)
+            until(lambda: pool.closed)
 
     def test_connections(self, proxies: Proxies) -> None:
         """The server was restarted: all are thrown away, none is an error, nothing counts."""
@@ -495,7 +488,7 @@ class TestDeath:
             clock.advance(2)
             connection.ensure_connection()
             connection.close()
-            assert balancers["balanced"].peers["peer0"].breaker.current_state == "open"
+            assert state() == "open"
             proxies[0].forward()
             clock.advance(40)
             with direct_connects() as direct:
@@ -503,7 +496,7 @@ class TestDeath:
             assert direct.call_count == 1
             assert connection.peer.name == "peer0"
             assert connection.pool is not first
-            assert balancers["balanced"].peers["peer0"].breaker.current_state == "closed"
+            assert state() == "closed"
 
     def test_drained(self, proxies: Proxies) -> None:
         """A drained peer keeps no connections in a pool."""
@@ -512,8 +505,7 @@ class TestDeath:
             pool = connection.pool
             balancers["balanced"].drain("peer0")
             connection.close()
-            while proxies[0].established:
-                time.sleep(0.01)
+            until(lambda: not proxies[0].established)
             assert pool.closed
             connection.ensure_connection()
             assert connection.peer.name == "peer1"
@@ -545,16 +537,11 @@ class TestDeath:
         with pooled(peers, ONE, **settings) as connection, direct_connects() as direct:
             more, events = others(connection), listen(connection)
             proxies[0].accept_and_hang()
-            threads = [threading.Thread(target=more.try_to_connect) for _ in range(2)]
-            threads[0].start()
-            while not direct.call_count:
-                time.sleep(0.01)
-            threads[1].start()
-            while not pool_of(connection).get_stats().get("requests_waiting"):
-                time.sleep(0.01)
-            die(proxies[0])
-            for thread in threads:
-                thread.join()
+            with running(more.try_to_connect):
+                until(lambda: direct.call_count)
+                with running(more.try_to_connect):
+                    until_one_waits(connection)
+                    die(proxies[0])
             failed = of(ConnectFailed, events)
             assert [event.fault for event in failed] == 2 * [Fault.UNREACHABLE]
             assert all(event.seconds < 20 for event in failed)
@@ -594,20 +581,21 @@ class TestPlaces:
                     cursor.execute("SELECT 1")
                 connection.close()
 
-    def test_failed_attempts(self, proxies: Proxies) -> None:
+    def test_failed_attempts(self, proxies: Proxies, receive: Any) -> None:
         """A receiver that raises, an interrupt in our own code: the place is free again."""
         with pooled([postgres_peer(proxies[0])], ONE) as connection:
+            failing: list[int] = []
 
             def fail(**kwargs: Any) -> None:
-                raise ZeroDivisionError
+                if failing:
+                    raise ZeroDivisionError
 
+            receive(connection_created, fail)
             for _ in range(2):
-                connection_created.connect(fail)
-                try:
-                    with pytest.raises(ZeroDivisionError):
-                        connection.ensure_connection()
-                finally:
-                    connection_created.disconnect(fail)
+                failing.append(1)
+                with pytest.raises(ZeroDivisionError):
+                    connection.ensure_connection()
+                failing.clear()
                 for what in (
                     "django_proxysql.core.sockets.keepalive",
                     "django_proxysql.core.sockets.watch",
@@ -657,42 +645,28 @@ class TestFork:
             until_filled(pool, 1)
             mine = pid(connection)
             parents = {mine, *(one.info.backend_pid for one in pool._pool)}
+
+            def work() -> int:
+                connection.close()
+                connection.ensure_connection()
+                its = asked_pid(connection)
+                connection.close()
+                connection.close_pool()
+                return its
+
             # A lock that no thread of the child holds, and that stays locked there.
             with pool._lock:
-                reading, writing = os.pipe()
-                child = os.fork()
-            if not child:
-                status = 1
-                try:
-                    connection.close()
-                    connection.ensure_connection()
-                    with connection.cursor() as cursor:
-                        cursor.execute("SELECT pg_backend_pid()")
-                        its = cursor.fetchone()[0]
-                    connection.close()
-                    connection.close_pool()
-                    os.write(writing, str(its).encode())
-                    status = 0
-                finally:
-                    os._exit(status)
-            os.close(writing)
-            assert select.select([reading], [], [], 60)[0]
-            its = int(os.read(reading, 100))
-            os.close(reading)
-            assert os.waitpid(child, 0)[1] == 0
+                its = int(in_child(work))
             assert its not in parents
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_backend_pid()")
-                assert cursor.fetchone() == (mine,)
+            assert asked_pid(connection) == mine
             other = others(connection).connect()
             assert pid(other) in parents
 
     def test_in_the_middle_of_a_transaction(self, proxies: Proxies) -> None:
         """What the child closes there is not its own, nor is the pool that it came out of."""
         with pooled([postgres_peer(proxies[0])], ONE) as connection:
-            with transaction.atomic("balanced"), connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
-                mine, pool = pid(connection), connection.pool
+            with transaction.atomic("balanced"):
+                mine, pool = asked_pid(connection), connection.pool
 
                 def work() -> str:
                     connection.close()
@@ -700,8 +674,7 @@ class TestFork:
 
                 with pool._lock:
                     assert in_child(work) == "True"
-                cursor.execute("SELECT pg_backend_pid()")
-                assert cursor.fetchone() == (mine,)
+                assert asked_pid(connection) == mine
             connection.close()
             connection.ensure_connection()
             assert pid(connection) == mine
@@ -797,10 +770,7 @@ class TestOwnCheck:
 
     def test_that_always_fails(self, postgres_pair: Pair) -> None:
         """With no peer that passes there is none, and nothing is left behind."""
-
-        def check(connection: Any) -> None:
-            raise psycopg.OperationalError("no good")
-
+        check = mock.Mock(side_effect=psycopg.OperationalError("no good"))
         with (
             self.checked(postgres_pair, check) as here,
             pytest.raises(NoPeerAvailable, match="no good"),
@@ -809,10 +779,7 @@ class TestOwnCheck:
 
     def test_that_is_broken_is_the_site_s_affair(self, postgres_pair: Pair) -> None:
         """A mistake in it is raised as it is, and no peer is blamed."""
-
-        def check(connection: Any) -> None:
-            raise KeyError("a mistake")
-
+        check = mock.Mock(side_effect=KeyError("a mistake"))
         with self.checked(postgres_pair, check) as here:
             with pytest.raises(KeyError):
                 here.ensure_connection()

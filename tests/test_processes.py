@@ -245,6 +245,7 @@ def test_settings_survive_copies() -> None:
     """Django deep-copies and pickles settings; what finds the circuits goes along."""
     with engine([{"HOST": "127.0.0.1"}], NAME="x", PASSWORD=password) as connection:
         settings = connection.settings_dict
+        assert b"breaker" not in pickle.dumps(settings).lower()
         for made in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
             assert made == settings
             other = type(connection)(made, "another")

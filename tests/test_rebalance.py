@@ -185,10 +185,8 @@ class TestClaim:
         process.clock.advance(SECONDS)
         assert process.db.group.claim_move(process.db.peers["a"]) is None
         trial = process.back.breaker.acquire()
-        assert trial is not None
         trial.succeeded()
         move = process.db.group.claim_move(process.db.peers["a"])
-        assert move is not None
         assert move.peer is process.back
 
     def test_undrained(self) -> None:

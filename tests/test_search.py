@@ -39,7 +39,6 @@ def group_of(*circuits: str, **settings: Any) -> tuple[PeerGroup, Clock, list[An
         if circuit in ("open", "due", "under trial"):
             clock.now = 0.0 if circuit != "open" else clock.now
             permit = breaker.acquire()
-            assert permit is not None
             permit.failed(refused_by_host(), Fault.UNREACHABLE)
     clock.advance(40)
     for name, circuit in zip(NAMES, circuits):
@@ -47,7 +46,6 @@ def group_of(*circuits: str, **settings: Any) -> tuple[PeerGroup, Clock, list[An
         if circuit == "open":
             breaker.close()
             permit = breaker.acquire()
-            assert permit is not None
             permit.failed(refused_by_host(), Fault.UNREACHABLE)
         elif circuit == "under trial":
             held.append(breaker.acquire())
@@ -73,7 +71,6 @@ def run(search: Search, ends: dict[str, Any], clock: Clock) -> Iterator[str]:
             continue
         assert isinstance(step, Attempt)
         assert step.timeout > 0
-        assert step.permit is not None
         assert step.permit.is_trial is step.is_trial
         yield f"{step.peer.name}{'?' if step.is_trial else ''}"
         error = ends[step.peer.name]

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -21,6 +20,7 @@ import psycopg
 import pytest
 
 from tests.conftest import pytest_runtest_logstart
+from tests.fakes import in_thread
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
@@ -316,9 +316,7 @@ def test_server_that_cannot_start_says_why() -> None:
 def test_started_by_a_thread_that_ends(mariadb: Node) -> None:
     """A server outlives the thread that started it."""
     mariadb.kill()
-    thread = threading.Thread(target=mariadb.start)
-    thread.start()
-    thread.join()
+    in_thread(mariadb.start, 60)
     time.sleep(0.2)
     assert mariadb.running
 

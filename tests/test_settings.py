@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import pathlib
-import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -21,6 +18,7 @@ from django_proxysql.conf.keys import CONNECTION_KEYS, ENGINE
 from django_proxysql.conf.merging import changed_keys, first_reading, merged_settings
 from django_proxysql.conf.reading import balancer_config
 from django_proxysql.registry import NoPeerAvailable
+from tests import fakes
 from tests.app.models import Token
 from tests.engine import MYSQL, SQLITE, Clock, engine, forget, mysql_peer, nodb_cursor, sqlite_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
@@ -37,18 +35,14 @@ def scalar(connection: Any, statement: str) -> Any:
 
 def in_thread(function: Callable[[], Any]) -> Any:
     """Return what ``function`` returns in a new thread, whose connections it then closes."""
-    results = []
 
-    def run() -> None:
+    def run() -> Any:
         try:
-            results.append(function())
+            return function()
         finally:
             connections.close_all()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return results[0]
+    return fakes.in_thread(run)
 
 
 # Where peers come from
@@ -259,7 +253,7 @@ def test_balancers_is_a_mapping(tmp_path: pathlib.Path) -> None:
 # The dict in django.db.connections
 
 
-def test_settings_dict_is_never_replaced(mariadb_pair: Pair) -> None:
+def test_settings_dict_is_never_replaced(mariadb_pair: Pair, receive: Any) -> None:
     """connection.settings_dict is DATABASES' own dict, also while connecting and failing."""
     seen = []
 
@@ -271,37 +265,18 @@ def test_settings_dict_is_never_replaced(mariadb_pair: Pair) -> None:
     with engine(peers) as connection:
         own = connections.databases["balanced"]
         before = dict(own)
-        connection_created.connect(receiver)
-        try:
-            assert connection.settings_dict is own
+        receive(connection_created, receiver)
+        assert connection.settings_dict is own
+        connection.ensure_connection()
+        assert connection.peer.name == "peer1"
+        assert seen == [own]
+        assert seen[0] is own
+        mariadb_pair[1].kill()
+        connection.close()
+        with pytest.raises(NoPeerAvailable):
             connection.ensure_connection()
-            assert connection.peer.name == "peer1"
-            assert seen == [own]
-            assert seen[0] is own
-            mariadb_pair[1].kill()
-            connection.close()
-            with pytest.raises(NoPeerAvailable):
-                connection.ensure_connection()
-        finally:
-            connection_created.disconnect(receiver)
         assert connection.settings_dict is own
         assert own == before
-
-
-def test_settings_dict_can_be_copied_and_pickled(mariadb: Node) -> None:
-    """settings_dict is plain data: it deep-copies and pickles, and holds no breaker."""
-    with engine([mysql_peer(mariadb)]) as connection:
-        connection.ensure_connection()
-        for settings in (
-            copy.deepcopy(connection.settings_dict),
-            pickle.loads(pickle.dumps(connection.settings_dict)),
-        ):
-            assert settings == connection.settings_dict
-            again = type(connection)(settings, "balanced")
-            again.ensure_connection()
-            assert again.peer is connection.peer
-            again.close()
-        assert b"breaker" not in pickle.dumps(connection.settings_dict).lower()
 
 
 # NAME and the test runner

@@ -16,9 +16,7 @@ import json
 import logging
 import secrets
 import socket
-import subprocess
 import sys
-import textwrap
 import threading
 import weakref
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from django_proxysql.core.exceptions import ConfigError, DrainRefused, NoPeerAva
 from django_proxysql.core.sharing import Fleet, Link, Moment, Sharing, checked_url
 from django_proxysql.core.sharing.link import Question
 from django_proxysql.core.sharing.records import names_for_others
+from tests.children import run_python
 from tests.fakes import (
     Clock,
     Driver,
@@ -1136,13 +1135,7 @@ class TestThread:
             other.join()
             print(len(turns))
         """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), own_url],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert (done.stdout, done.returncode) == ("True True\nTrue\n1000\n", 0), done.stderr
+        assert run_python(program, own_url).stdout == "True True\nTrue\n1000\n"
 
 
 def killed_at(line: int, function: Callable[[], object]) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import MySQLdb
-import pybreaker
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connections, transaction
@@ -21,7 +20,7 @@ from django.db import OperationalError, connections, transaction
 from django_proxysql import Fault, balancers
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
-from tests.fakes import until
+from tests.fakes import in_thread, running, until
 from tests.servers.mariadb import Node
 from tests.test_connecting import first_then_second, state
 
@@ -42,11 +41,8 @@ def threads(count: int, work: Callable[[], Any]) -> list[Any]:
         finally:
             connections.close_all()
 
-    started = [threading.Thread(target=run) for _ in range(count)]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join(60)
+    with running(*[run] * count, seconds=60):
+        pass
     return results
 
 
@@ -81,34 +77,6 @@ def shares(tmp_path: pathlib.Path) -> Callable[..., dict[str, int]]:
     return count_them
 
 
-def test_random_is_the_default(shares: Callable[..., dict[str, int]]) -> None:
-    """Connections go to peers by chance, within five standard deviations of their weights."""
-    counts = shares([{}, {}, {"WEIGHT": 2}], 1000)
-    for name, share in (("peer0", 0.25), ("peer1", 0.25), ("peer2", 0.5)):
-        deviation = (1000 * share * (1 - share)) ** 0.5
-        assert abs(counts[name] - 1000 * share) < 5 * deviation
-
-
-def test_round_robin(shares: Callable[..., dict[str, int]]) -> None:
-    """In turn, exactly."""
-    assert shares([{}, {}, {}], STRATEGY="round_robin") == dict.fromkeys(
-        ("peer0", "peer1", "peer2"), 100
-    )
-
-
-def test_round_robin_by_weight(shares: Callable[..., dict[str, int]]) -> None:
-    """In turn, by weight."""
-    counts = shares([{}, {"WEIGHT": 2}], STRATEGY="round_robin")
-    assert counts == {"peer0": 100, "peer1": 200}
-
-
-def test_tiers(shares: Callable[..., dict[str, int]]) -> None:
-    """A tier is used only when no peer of a lower number is available."""
-    tier = {"PRIORITY": 1}
-    counts = shares([{"PRIORITY": 2}, tier, {"NAME": "/nowhere/db"}, tier], STRATEGY="round_robin")
-    assert counts == {"peer1": 150, "peer3": 150}
-
-
 class Last:
     """A strategy of a user's own: the last peer first."""
 
@@ -116,9 +84,27 @@ class Last:
         return reversed(peers)
 
 
-def test_strategy_of_ones_own(shares: Callable[..., dict[str, int]]) -> None:
-    """STRATEGY as a dotted path to a class."""
-    assert shares([{}, {}], 5, STRATEGY=f"{__name__}.Last") == {"peer1": 5}
+TIER = {"PRIORITY": 1}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "peers", "counts"),
+    [
+        ("round_robin", [{}, {}, {}], {"peer0": 100, "peer1": 100, "peer2": 100}),
+        ("round_robin", [{}, {"WEIGHT": 2}], {"peer0": 100, "peer1": 200}),
+        # A tier is used only when no peer of a lower number is available.
+        (
+            "round_robin",
+            [{"PRIORITY": 2}, TIER, {"NAME": "/nowhere/db"}, TIER],
+            {"peer1": 150, "peer3": 150},
+        ),
+        (f"{__name__}.Last", [{}, {}], {"peer1": 300}),
+    ],
+)
+def test_strategy_weights_and_priorities(
+    shares: Callable[..., dict[str, int]], strategy: str, peers: Any, counts: dict[str, int]
+) -> None:
+    assert shares(peers, STRATEGY=strategy) == counts
 
 
 def test_least_connections(mariadb_pair: Pair) -> None:
@@ -140,9 +126,7 @@ def test_least_connections(mariadb_pair: Pair) -> None:
             assert sum(held()) == 1
 
         for _ in range(10):
-            thread = threading.Thread(target=connect_and_die)
-            thread.start()
-            thread.join()
+            in_thread(connect_and_die)
             until(lambda: held() == [0, 0])
         assert len(kept) == 10
         # Those that live are counted, and spread evenly.
@@ -214,15 +198,13 @@ def test_one_caller_makes_the_trial(mariadb_pair: Pair) -> None:
         clock.advance(60)
         with mock.patch.object(connection.Database, "connect", connect_or_hang):
             trial: list[str] = []
-            thread = threading.Thread(target=lambda: trial.extend(threads(1, connected_to)))
-            thread.start()
-            assert hanging.wait(30)
-            tried.clear()
-            assert threads(16, connected_to) == ["peer1"] * 16
-            assert tried == [second.port] * 16
-            assert state().state == "half-open"
-            go_on.set()
-            thread.join(30)
+            with running(lambda: trial.extend(threads(1, connected_to)), seconds=30):
+                assert hanging.wait(30)
+                tried.clear()
+                assert threads(16, connected_to) == ["peer1"] * 16
+                assert tried == [second.port] * 16
+                assert state().state == "half-open"
+                go_on.set()
             assert trial == ["peer0"]
         assert state().state == "closed"
 
@@ -269,37 +251,6 @@ def test_trial_of_a_peer_that_freezes_after_its_handshake(mariadb_pair: Pair) ->
         assert state().trial_in == 30
 
 
-def test_thresholds(mariadb_pair: Pair) -> None:
-    """fail_max failed connects in a row open a circuit, success_threshold good trials close it."""
-    first, second = mariadb_pair
-    clock = Clock()
-    settings = {"BREAKER": {"fail_max": 3, "success_threshold": 2}, "clock": clock}
-    with first_then_second(mysql_peer(first), mysql_peer(second), **settings):
-
-        def told() -> tuple[str, str, int]:
-            return connected_to(), state().state, state().failures
-
-        first.kill()
-        assert [told() for _ in range(2)] == [("peer1", "closed", 1), ("peer1", "closed", 2)]
-        first.start()
-        # A good connect ends the row.
-        assert told() == ("peer0", "closed", 0)
-        first.kill()
-        assert [told()[1] for _ in range(4)] == ["closed", "closed", "open", "open"]
-        first.start()
-        assert told()[:2] == ("peer1", "open")
-        clock.advance(31)
-        assert told()[:2] == ("peer0", "half-open")
-        # A bad trial starts anew, whatever fail_max says, and for the whole interval.
-        first.kill()
-        assert told()[:2] == ("peer1", "open")
-        first.start()
-        clock.advance(29)
-        assert told()[:2] == ("peer1", "open")
-        clock.advance(2)
-        assert [told()[:2] for _ in range(2)] == [("peer0", "half-open"), ("peer0", "closed")]
-
-
 def test_no_caller_is_turned_away_for_one_killed_connection(mariadb: Node) -> None:
     """With a single peer that is suspect, all who come at once wait for the one trial."""
     with engine([mysql_peer(mariadb)]) as connection:
@@ -316,26 +267,6 @@ def test_no_caller_is_turned_away_for_one_killed_connection(mariadb: Node) -> No
             assert (state().state, state().suspect) == ("closed", True)
             assert threads(16, connected_to) == ["peer0"] * 16
             assert (state().state, state().suspect) == ("closed", False)
-
-
-# The circuits are anybody's
-
-
-def test_circuit_guards_other_calls(mariadb_pair: Pair) -> None:
-    """The engine's circuit is a pybreaker.CircuitBreaker that guards whatever goes to that host."""
-    with engine([mysql_peer(node) for node in mariadb_pair], STRATEGY="round_robin"):
-        breaker = balancers["balanced"].peers["peer0"].breaker
-        assert isinstance(breaker, pybreaker.CircuitBreaker)
-        with pytest.raises(MySQLdb.ProgrammingError), breaker.calling():
-            raise MySQLdb.ProgrammingError(1064, "the caller's own mistake")
-        assert breaker.current_state == "closed"
-        with pytest.raises(MySQLdb.OperationalError) as raised, breaker.calling():
-            raise MySQLdb.OperationalError(2003, "no route")
-        assert type(raised.value) is MySQLdb.OperationalError
-        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
-        assert {connected_to() for _ in range(4)} == {"peer1"}
-        with pytest.raises(pybreaker.CircuitBreakerError), breaker.calling():
-            pass
 
 
 # Forks
@@ -356,21 +287,16 @@ def test_fork_while_locks_are_held(mariadb_pair: Pair) -> None:
                 held.set()
                 release.wait(60)
 
-        thread = threading.Thread(target=hold)
-        thread.start()
-        try:
+        def work() -> str:
+            before = [peer.connections for peer in balancer.peers.values()]
+            name = connected_to()
+            connection.close()
+            return f"{before} {name[:4]} {[s.state for s in balancer.snapshot()]}"
+
+        with running(hold):
             assert held.wait(10)
-
-            def work() -> str:
-                before = [peer.connections for peer in balancer.peers.values()]
-                name = connected_to()
-                connection.close()
-                return f"{before} {name[:4]} {[s.state for s in balancer.snapshot()]}"
-
             assert in_child(work) == "[0, 0] peer ['closed', 'closed']"
-        finally:
             release.set()
-            thread.join()
         # The parent's connection is the parent's still.
         with wrapper.cursor() as cursor:
             cursor.execute("SELECT 1")
@@ -389,16 +315,11 @@ def test_forks_of_a_busy_parent(mariadb_pair: Pair) -> None:
             connected_to()
         connections.close_all()
 
-    with engine(peers, CHECK_INTERVAL=0.01):
-        hammering = [threading.Thread(target=busy) for _ in range(4)]
-        for thread in hammering:
-            thread.start()
+    with engine(peers, CHECK_INTERVAL=0.01), running(*[busy] * 4):
         try:
             assert [in_child(connected_to) for _ in range(20)] == ["peer1"] * 20
         finally:
             ended.set()
-            for thread in hammering:
-                thread.join()
 
 
 def test_child_goes_on_with_what_was_known(mariadb_pair: Pair) -> None:

@@ -38,6 +38,7 @@ from django_proxysql.conf.options import OPTIONS
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.circuit import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.core.events import BlockRetried, CommitResolved
+from django_proxysql.core.faults import Fault
 from django_proxysql.core.sharing import Fleet, Moment, Sharing
 from django_proxysql.monitoring import views
 from django_proxysql.monitoring.history import History
@@ -47,6 +48,7 @@ from django_proxysql.monitoring.status import (
     balancer_status,
     fleet_changes,
     laid_over,
+    status,
 )
 from django_proxysql.registry import balancers
 from tests.django_settings import MIDDLEWARE
@@ -79,8 +81,20 @@ def site(tables: Path) -> Iterator[Site]:
         yield made
 
 
+def operate(client: Client, follow: bool = False, **data: str) -> Any:
+    form = {"balancer": "default", "peer": "peer1", "action": "drain", **data}
+    return client.post(OPERATE, form, follow=follow)
+
+
 def drain(client: Client, peer: str = "peer1", **data: str) -> Any:
-    return client.post(OPERATE, {"balancer": "default", "peer": peer, "action": "drain", **data})
+    return operate(client, peer=peer, **data)
+
+
+def raising(error: type[Exception]) -> Any:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error("connection already closed")
+
+    return fails
 
 
 def drained(site: Site) -> list[str]:
@@ -174,26 +188,16 @@ class TestWhoMaySeeIt:
             assert "You drained peer0 (load balancer default)" in text_of(response)
             assert drained(site) == ["peer0"]
 
-    def test_database_is_down(self, site: Site) -> None:
-        """It is unknown then who asks: the page says so."""
-        client = site.admin()
-        site.fail(*NAMES)
-        for response in (client.get(PAGE), drain(client)):
-            assert response.status_code == 503
-            assert "cannot tell whether you may see it" in text_of(response)
-        assert drained(site) == []
-
-    @pytest.mark.parametrize("error", [InterfaceError, OperationalError])
-    def test_database_fails_as_it_is_asked(
-        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    @pytest.mark.parametrize("error", [None, InterfaceError, OperationalError])
+    def test_database_is_down(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None
     ) -> None:
-        """Whichever kind of error the driver has for that."""
+        """It is unknown then who asks: the page says so, whichever kind of error that is."""
         client = site.admin()
-
-        def fails(*args: Any) -> None:
-            raise error("connection already closed")
-
-        monkeypatch.setattr(connections["default"], "cursor", fails)
+        if error is None:
+            site.fail(*NAMES)
+        else:
+            monkeypatch.setattr(connections["default"], "cursor", raising(error))
         for response in (client.get(PAGE), drain(client)):
             assert response.status_code == 503
             assert "cannot tell whether you may see it" in text_of(response)
@@ -207,11 +211,7 @@ class TestWhoMaySeeIt:
         from django.contrib.auth.models import User
 
         client = site.client(is_staff=True)
-
-        def fails(*args: Any) -> None:
-            raise error("connection already closed")
-
-        monkeypatch.setattr(User, "has_perm", fails)
+        monkeypatch.setattr(User, "has_perm", raising(error))
         with override_settings(DJANGO_PROXYSQL={"OPERATE_PERMISSION": "auth.change_user"}):
             assert client.get(PAGE).status_code == 200
             assert drain(client).status_code == 403
@@ -221,7 +221,6 @@ class TestWhoMaySeeIt:
 class TestPage:
     def test_what_it_shows(self, site: Site) -> None:
         """Peers, state, last error, connections, share; process and host."""
-        assert site.clock is not None
         client = site.admin()
         client.get(PAGE)
         site.clock.advance(60)
@@ -260,7 +259,6 @@ class TestPage:
 
     def test_timeline(self, site: Site) -> None:
         """Is drawn into the page, and told in words."""
-        assert site.clock is not None
         client = site.admin()
         client.get(PAGE)
         site.clock.advance(600)
@@ -282,7 +280,6 @@ class TestPage:
 
     def test_commits_that_were_asked_about(self, site: Site, monkeypatch: Any) -> None:
         """Those of the last hour are counted, where the setting is."""
-        assert site.clock is not None
         client = site.admin()
         assert "COMMIT" not in text_of(client.get(PAGE))
         config = dataclasses.replace(site.balancer.config, commit_outcome="record")
@@ -297,7 +294,6 @@ class TestPage:
 
     def test_blocks_that_were_run_again(self, site: Site) -> None:
         """Those of the last hour are counted, whatever the settings, beside the others."""
-        assert site.clock is not None
         client, name = site.admin(), site.balancer.name
         assert "run again" not in text_of(client.get(PAGE))
         for run, later in ((2, 3000), (2, 700), (3, 0)):
@@ -319,8 +315,6 @@ class TestPage:
     def test_nothing_to_show(self, tmp_path: Path) -> None:
         """A site that has the page, and no load balancer yet."""
         with added({"default": {"ENGINE": SQLITE, "NAME": str(tmp_path / "plain")}}):
-            from django_proxysql.monitoring.status import status
-
             assert status().balancers == []
 
     def test_wrong_settings(self, site: Site) -> None:
@@ -331,17 +325,13 @@ class TestPage:
             assert "Load balancer default" in text
 
     def test_what_peers_say_is_no_markup(self, site: Site) -> None:
-        site.balancer.peers["peer1"].breaker.open()
-        breaker = site.balancer.peers["peer1"].breaker
-        breaker.close()
-        breaker.trip(Exception("<script>alert(1)</script>"), django_fault())
+        failed = Exception("<script>alert(1)</script>")
+        site.balancer.peers["peer1"].breaker.trip(failed, Fault.NOT_READY)
         page = site.admin().get(PAGE).content.decode()
         assert "<script>alert" not in page
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
     def test_weights_and_priorities_where_they_differ(self, tmp_path: Path) -> None:
-        from django_proxysql.monitoring.status import status
-
         peers = [{"NAME": str(tmp_path / "a"), "WEIGHT": 2.5}, {"NAME": str(tmp_path / "b")}]
         with engine(peers, PEER_ENGINE=SQLITE):
             (shown,) = [one for one in status().balancers if one.alias == "balanced"]
@@ -384,12 +374,6 @@ class TestPage:
         assert Client().get(f"/peers/{name}?old")["Cache-Control"] == "no-cache"
 
 
-def django_fault() -> Any:
-    from django_proxysql.core.faults import Fault
-
-    return Fault.NOT_READY
-
-
 class TestButtons:
     def test_drain_and_take_back(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
         """With a word for who did it, a line in the log, and one in the admin's."""
@@ -415,8 +399,7 @@ class TestButtons:
         assert entry.change_message == f"Drained peer1, in {where} only."
         assert "peer1 of load balancer default" in text_of(client.get("/admin/"))
 
-        form = {"balancer": "default", "peer": "peer1", "action": "undrain"}
-        text = text_of(client.post(OPERATE, form, follow=True))
+        text = text_of(operate(client, action="undrain", follow=True))
         assert "You took peer1 back into use" in text
         assert drained(site) == []
         assert LogEntry.objects.count() == 2
@@ -430,10 +413,9 @@ class TestButtons:
         before = here.connection.peer.name
         with transaction.atomic(here.connection.alias):
             here.write("two")
-            assert site.clock is not None
             site.clock.advance(5)
-            form = {"balancer": "balanced", "peer": before, "action": "drain"}
-            assert said(client.post(OPERATE, form))[-1].startswith(f"You drained {before} ")
+            response = operate(client, balancer="balanced", peer=before)
+            assert said(response)[-1].startswith(f"You drained {before} ")
             here.write("three")
             assert here.connection.peer.name == before
         close_old_connections()
@@ -446,8 +428,7 @@ class TestButtons:
         )
 
     def retry(self, client: Client) -> str:
-        form = {"balancer": "default", "peer": "peer1", "action": "retry"}
-        return said(client.post(OPERATE, form))[-1]
+        return said(operate(client, action="retry"))[-1]
 
     def test_retry_now(self, site: Site) -> None:
         """The trial is made at once, long before its interval is over, and keeps no connection."""
@@ -482,19 +463,16 @@ class TestButtons:
         site.fail("peer1")
         permit = site.balancer.peers["peer1"].breaker.acquire(last_resort=0)
         assert "another trial of it is under way" in self.retry(site.admin())
-        assert permit is not None
         permit.released()
 
     def test_retry_while_another_process_tries(self, site: Site, redis_server: RedisServer) -> None:
         """… nor over all processes that share the circuit."""
         client = site.admin()
         config = dataclasses.replace(site.balancer.config, shared_state=redis_server.url)
-        other = LoadBalancer(config)
-        other.group.share(Sharing(other.group, SteppedLink(redis_server.url)))
-        site.balancer.group.share(Sharing(site.balancer.group, SteppedLink(redis_server.url)))
+        other: Any = LoadBalancer(config)
         site.fail("peer1")
         for balancer in (site.balancer, other):
-            assert balancer.sharing is not None
+            balancer.group.share(Sharing(balancer.group, SteppedLink(redis_server.url)))
             assert balancer.sharing.settle()
         assert other.sharing.may_try("peer1", by_hand=True) == 0
         site.peers.restore("peer1")
@@ -509,11 +487,7 @@ class TestButtons:
     def test_retry_that_cannot_be_made(self, site: Site, monkeypatch: Any) -> None:
         """A mistake of this process's is said, and counts for nothing."""
         site.fail("peer1")
-
-        def full(attempt: Any) -> None:
-            raise OSError(24, "Too many open files")
-
-        monkeypatch.setattr(site.balancer, "open_and_close", full)
+        monkeypatch.setattr(site.balancer, "open_and_close", raising(OSError))
         assert "which could not be done: " in self.retry(site.admin())
         assert site.balancer.peers["peer1"].breaker.trial is None
 
@@ -597,9 +571,7 @@ class TestButtons:
         ],
     )
     def test_nonsense(self, site: Site, form: dict[str, str], code: int, text: str) -> None:
-        client = site.admin()
-        given = {"balancer": "default", "peer": "peer1", "action": "drain", **form}
-        response = client.post(OPERATE, given)
+        response = operate(site.admin(), **form)
         assert response.status_code == code
         assert text in text_of(response)
         assert drained(site) == []
@@ -620,10 +592,7 @@ class TestButtons:
         """The drain holds; the log says what could not be written."""
         from django.contrib.admin.models import LogEntry
 
-        def fails(**kwargs: Any) -> None:
-            raise error("read-only")
-
-        monkeypatch.setattr(LogEntry.objects, "create", fails)
+        monkeypatch.setattr(LogEntry.objects, "create", raising(error))
         assert drain(site.admin()).status_code == 302
         assert drained(site) == ["peer1"]
         assert "default: the admin's log could not be written" in caplog.messages
@@ -932,9 +901,8 @@ class TestFleet:
         with ExitStack() as stack:
             stack.enter_context(engine(entries, alias="shop", SHARED_STATE=url))
             other = stack.enter_context(SharedProcess(peers=peers, name="shop", shared_state=url))
-            balancer = balancers["shop"]
+            balancer: Any = balancers["shop"]
             assert other.do("settle")
-            assert balancer.sharing is not None
             assert balancer.sharing.settle(20)
             holds = [balancer.peers["peer0"].check_out() for _ in range(3)]
             assert balancer.sharing.settle(20)
@@ -944,8 +912,7 @@ class TestFleet:
                 rf"peer0 127\.0\.0\.1:\d+ In use closed the start {NONE} 3 100% ", text
             )
             assert "A drain holds in all processes." in text
-            form = {"balancer": "shop", "peer": "peer1", "action": "drain"}
-            (message,) = said(client.post(OPERATE, form))
+            (message,) = said(operate(client, balancer="shop"))
             assert message == (
                 "You drained peer1 (load balancer shop), in all processes that share its state."
             )
@@ -964,7 +931,7 @@ class TestFleet:
             try:
                 text = text_of(client.get(PAGE))
                 assert "Redis does not answer: this is what process" in text
-                (message,) = said(client.post(OPERATE, form))
+                (message,) = said(operate(client, balancer="shop"))
                 assert "the others will follow when Redis answers again" in message
                 assert balancer.peers["peer1"].drained
             finally:

@@ -25,7 +25,9 @@ from django_proxysql.monitoring.history import (
 )
 from django_proxysql.monitoring.timeline import NARROWEST, UNKNOWN, Span, draw, spans, ticks
 from django_proxysql.registry import balancers
+from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
+from tests.fakes import running, until
 
 
 class World:
@@ -92,7 +94,6 @@ class TestHistory:
         world.history.look_at(world.balancer)
         world.clock.advance(1)
         permit = breaker.acquire()
-        assert permit is not None
         permit.succeeded()
         world.history(Connected("balanced", "peer0", "", 0.1, True))
         breaker.half_open()
@@ -157,14 +158,9 @@ class TestHistory:
                 world.balancer.drain("peer0", force=True)
                 world.balancer.undrain("peer0")
 
-        threads = [threading.Thread(target=flap) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        while len(world.changes()) < 200:
-            pass
-        end.set()
-        for thread in threads:
-            thread.join()
+        with running(*[flap] * 4):
+            until(lambda: len(world.changes()) >= 200)
+            end.set()
         world.history.look_at(world.balancer)
         states = [state for _, state in world.changes()]
         assert all(one != other for one, other in zip(states, states[1:]))
@@ -181,18 +177,12 @@ class TestHistory:
         def hold() -> None:
             with history._lock:
                 held.set()
-                done.wait()
+                assert done.wait(20)
 
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait()
-        pid = os.fork()
-        if not pid:
-            got = history._lock.acquire(blocking=False)
-            os._exit(0 if got else 1)
-        done.set()
-        thread.join()
-        assert os.waitpid(pid, 0)[1] == 0
+        with running(hold):
+            assert held.wait(20)
+            assert in_child(lambda: history._lock.acquire(blocking=False)) == "True"
+            done.set()
 
 
 def utc(moment: float) -> datetime:

@@ -7,15 +7,12 @@ import gc
 import logging
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,7 +26,7 @@ from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.logs import log_event
 from django_proxysql.core.trials import TrialWorker, trial_worker
-from tests.children import in_child
+from tests.children import in_child, run_python
 from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
 from tests.engine import Clock as EngineClock
 from tests.fakes import (
@@ -47,7 +44,6 @@ from tests.servers.postgresql import PostgreSQLNode
 from tests.test_balancer import World
 from tests.test_breaker_threads import Injected, interrupted_at
 
-ROOT = Path(__file__).parent.parent
 Pair = tuple[Node, Node]
 
 
@@ -98,6 +94,21 @@ def background(*names: str, **options: Any) -> World:
     return World(*names, trials="background", **options)
 
 
+def with_due_trial(*names: str, **options: Any) -> World:
+    """Return such a balancer whose first peer is out, and its trial due."""
+    world = background(*(names or ("db1", "db2")), **options)
+    world.open(next(iter(world.db.peers)))
+    world.clock.advance(30)
+    return world
+
+
+def silent(endpoints: dict[str, Any], connect: Any, clock: Clock) -> LoadBalancer:
+    """Return a balancer whose many openings are not logged."""
+    db = LoadBalancer(endpoints, connect, clock=clock, jitter=even, trials="background")
+    db.remove_listener(log_event)
+    return db
+
+
 @pytest.mark.usefixtures("stalled")
 class TestStep:
     """What is tried and when, on a clock that stands still."""
@@ -117,9 +128,7 @@ class TestStep:
 
     def test_keeps_no_connection(self, stalled: TrialWorker) -> None:
         """What a trial opens is closed again, and told of as a trial."""
-        world = background("db1", "db2")
-        world.open("db1")
-        world.clock.advance(30)
+        world = with_due_trial()
         stalled.step()
         assert [(made.host, made.closed) for made in world.driver.made] == [("db1", True)]
         assert [event.trial for event in world.told(Connected)] == [True]
@@ -162,9 +171,7 @@ class TestStep:
 
     def test_success_threshold(self, stalled: TrialWorker) -> None:
         """As many good trials as are wanted are made one after the other."""
-        world = background("db1", "db2", breaker={"success_threshold": 3})
-        world.open("db1")
-        world.clock.advance(30)
+        world = with_due_trial(breaker={"success_threshold": 3})
         assert stalled.step() == 0
         assert stalled.step() == 0
         assert stalled.step() is None
@@ -178,9 +185,7 @@ class TestStep:
             asked.append(connection.host)
             raise NotReady("not yet")
 
-        world = background("db1", "db2", ready_check=check)
-        world.open("db1")
-        world.clock.advance(30)
+        world = with_due_trial(ready_check=check)
         assert stalled.step() == 30
         assert asked == ["db1"]
         assert world.db.peers["db1"].breaker.circuit.fault is Fault.NOT_READY
@@ -236,9 +241,7 @@ class TestStep:
 
     def test_somebody_elses_trial(self, stalled: TrialWorker) -> None:
         """While a caller of calling() has the trial it is left alone, however long it takes."""
-        world = background("db1", "db2")
-        world.open("db1")
-        world.clock.advance(30)
+        world = with_due_trial()
         with world.db.peers["db1"].breaker.calling():
             assert stalled.step() == 31  # when its lease runs out
             assert world.driver.hosts == []
@@ -246,9 +249,7 @@ class TestStep:
 
     def test_left_to_others(self, stalled: TrialWorker) -> None:
         """Where another process is to make the trial, this one comes back when it is due."""
-        world = background("db1", "db2")
-        world.open("db1")
-        world.clock.advance(30)
+        world = with_due_trial()
         world.db.peers["db1"].breaker.gate = lambda by_hand: 5
         assert stalled.step() == 5
         assert stalled.step() == 5
@@ -334,25 +335,16 @@ class TestRequests:
     """What connect() does beside it."""
 
     @pytest.mark.usefixtures("stalled")
-    def test_thread_does_not_run(self) -> None:
+    @pytest.mark.parametrize(("trouble", "overdue"), [("open", 90), ("suspect", 61)])
+    def test_thread_does_not_run(self, trouble: str, overdue: int) -> None:
         """Trials that are overdue by two intervals are made by the callers that connect."""
         world = background("db1", "db2")
-        world.open("db1")
-        world.clock.advance(89)
+        getattr(world.db.peers["db1"].breaker, trouble)()
+        world.clock.advance(overdue - 1)
         assert world.hosts() == ["db2"]
         world.clock.advance(1)
         assert world.hosts() == ["db1"]
         assert world.states() == "closed closed"
-
-    @pytest.mark.usefixtures("stalled")
-    def test_thread_does_not_run_suspect(self) -> None:
-        """The same for one that is suspect."""
-        world = background("db1", "db2")
-        world.db.peers["db1"].breaker.suspect()
-        world.clock.advance(60)
-        assert world.hosts() == ["db2"]
-        world.clock.advance(1)
-        assert world.hosts() == ["db1"]
 
     def test_no_thread_can_be_started(
         self,
@@ -480,15 +472,7 @@ class TestThread:
     @pytest.mark.usefixtures("hurried")
     def test_ends_while_circuits_open(self, worker: TrialWorker) -> None:
         """However its end meets the opening of a circuit, an open circuit has a thread."""
-        clock = Clock()
-        db = LoadBalancer(
-            peers("db1", "db2", "db3"),
-            Driver().connect,
-            clock=clock,
-            jitter=even,
-            trials="background",
-        )
-        db.remove_listener(log_event)
+        db = silent(peers("db1", "db2", "db3"), Driver().connect, Clock())
 
         def open_and_await(name: str) -> None:
             circuit = db.peers[name].breaker
@@ -538,10 +522,7 @@ class TestThread:
             inside.pop()
             raise refused_by_host()
 
-        db = LoadBalancer(
-            peers(*"abcdefgh"), connect, clock=clock, jitter=even, trials="background"
-        )
-        db.remove_listener(log_event)
+        db = silent(peers(*"abcdefgh"), connect, clock)
         barrier = threading.Barrier(8)
 
         def open_it(name: str) -> None:
@@ -602,8 +583,7 @@ class TestThread:
     def test_opened_by_a_signal_handler(self, worker: TrialWorker) -> None:
         """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
         clock = Clock()
-        db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=clock, trials="background")
-        db.remove_listener(log_event)
+        db = silent(peers("db1", "db2"), Driver().connect, clock)
         circuits = [peer.breaker for peer in db.peers.values()]
         hits = [0]
 
@@ -634,10 +614,7 @@ class TestThread:
     def killed(self, worker: TrialWorker, step: int, name: str) -> list[str]:
         """Kill the thread at its step-th line; return where that was, if it came there."""
         clock = Clock()
-        db = LoadBalancer(
-            peers("db1", "db2"), Driver().connect, clock=clock, jitter=even, trials="background"
-        )
-        db.remove_listener(log_event)
+        db = silent(peers("db1", "db2"), Driver().connect, clock)
         struck: list[str] = []
         over = threading.Event()
 
@@ -708,14 +685,7 @@ class TestThread:
             assert inside.wait(10)
             print("bye")
         """
-        ran = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        ran = run_python(script)
         assert (ran.stdout, ran.stderr) == ("bye\n", "")
 
 
@@ -823,21 +793,14 @@ GEVENT = """
 
 def test_gevent() -> None:
     """Where threads are greenlets it is one, and waits for patched sockets as such."""
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(GEVENT)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = run_python(GEVENT)
     assert (ran.stdout, ran.stderr) == ("closed\n", "")
 
 
 class TestEngine:
     """Under Django, on real servers."""
 
-    def test_hanging_peer(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
+    def test_hanging_peer(self, mariadb_pair: Pair, worker: TrialWorker, receive: Any) -> None:
         """Requests go on while the thread waits for a peer that is silent, and it comes back."""
         frozen, alive = mariadb_pair
         clock = EngineClock()
@@ -846,51 +809,47 @@ class TestEngine:
         def receiver(connection: Any, **kwargs: Any) -> None:
             made.append((_thread.get_ident(), connection.peer.name))
 
-        connection_created.connect(receiver)
-        try:
-            with engine(
-                [mysql_peer(frozen), {**mysql_peer(alive), "PRIORITY": 1}],
-                clock=clock,
-                TRIALS="background",
-                CONNECT_TIMEOUT=2,
-                READY_CHECK="writable",
-            ) as connection:
-                told: list[Any] = []
-                balancers["balanced"].add_listener(
-                    lambda event: told.append((_thread.get_ident(), event))
-                )
-                peer = balancers["balanced"].peers["peer0"]
-                frozen.freeze()
-                peer.breaker.open()
-                clock.advance(30)
-                worker.schedule(balancers["balanced"].group)
-                until(lambda: peer.breaker.trial is not None)
-                while peer.breaker.trial is not None:
-                    connection.close()
-                    connection.ensure_connection()
-                    assert connection.peer.name == "peer1"
-                me = _thread.get_ident()
-                until(lambda: [event for _, event in told if getattr(event, "trial", False)])
-                trials = [(who, type(event)) for who, event in told if getattr(event, "trial", 0)]
-                assert [kind for _, kind in trials] == [ConnectFailed]
-                assert trials[0][0] != me
-                assert set(made) == {(me, "peer1")}
-                assert worker._running is not None
-                thread = worker._running.ident
-                frozen.thaw()
-                clock.advance(34)
-                worker.schedule(balancers["balanced"].group)
-                until(lambda: peer.breaker.is_available)
-                assert made[-1] == (thread, "peer0")
-                until(lambda: not worker.is_running)
-                assert peer.connections == 0
+        receive(connection_created, receiver)
+        with engine(
+            [mysql_peer(frozen), {**mysql_peer(alive), "PRIORITY": 1}],
+            clock=clock,
+            TRIALS="background",
+            CONNECT_TIMEOUT=2,
+            READY_CHECK="writable",
+        ) as connection:
+            told: list[Any] = []
+            balancers["balanced"].add_listener(
+                lambda event: told.append((_thread.get_ident(), event))
+            )
+            peer = balancers["balanced"].peers["peer0"]
+            frozen.freeze()
+            peer.breaker.open()
+            clock.advance(30)
+            worker.schedule(balancers["balanced"].group)
+            until(lambda: peer.breaker.trial is not None)
+            while peer.breaker.trial is not None:
                 connection.close()
                 connection.ensure_connection()
-                assert connection.peer.name == "peer0"
-        finally:
-            connection_created.disconnect(receiver)
+                assert connection.peer.name == "peer1"
+            me = _thread.get_ident()
+            until(lambda: [event for _, event in told if getattr(event, "trial", False)])
+            trials = [(who, type(event)) for who, event in told if getattr(event, "trial", 0)]
+            assert [kind for _, kind in trials] == [ConnectFailed]
+            assert trials[0][0] != me
+            assert set(made) == {(me, "peer1")}
+            thread = worker._running.ident
+            frozen.thaw()
+            clock.advance(34)
+            worker.schedule(balancers["balanced"].group)
+            until(lambda: peer.breaker.is_available)
+            assert made[-1] == (thread, "peer0")
+            until(lambda: not worker.is_running)
+            assert peer.connections == 0
+            connection.close()
+            connection.ensure_connection()
+            assert connection.peer.name == "peer0"
 
-    def test_keeps_nothing(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
+    def test_keeps_nothing(self, mariadb_pair: Pair, worker: TrialWorker, receive: Any) -> None:
         """What a receiver opens in its thread, under any alias, is closed with the trial."""
         clock = EngineClock()
         seen: list[Any] = []
@@ -902,18 +861,13 @@ class TestEngine:
                 other.ensure_connection()
                 seen.append(other.connection)
 
-        connection_created.connect(receiver)
-        try:
-            with engine(
-                [mysql_peer(node) for node in mariadb_pair], clock=clock, TRIALS="background"
-            ):
-                balancers["balanced"].peers["peer0"].breaker.suspect()
-                until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
-                until(lambda: not worker.is_running)
-                assert seen[1] is not None
-                assert seen[0].connection is None
-        finally:
-            connection_created.disconnect(receiver)
+        receive(connection_created, receiver)
+        with engine([mysql_peer(node) for node in mariadb_pair], clock=clock, TRIALS="background"):
+            balancers["balanced"].peers["peer0"].breaker.suspect()
+            until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
+            until(lambda: not worker.is_running)
+            assert seen[1] is not None
+            assert seen[0].connection is None
 
     def test_postgresql(
         self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], worker: TrialWorker

@@ -5,24 +5,20 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from django_proxysql.core import runtime
 from django_proxysql.core.runtime import Worker, current_worker, new_lock
-from tests.children import in_child
+from tests.children import in_child, run_python
 from tests.fakes import in_thread, running, struck_at, until
 from tests.test_breaker_threads import Injected
 from tests.test_locks import at_every_line
-
-ROOT = Path(__file__).parent.parent
 
 
 class Desk(Worker):
@@ -257,13 +253,13 @@ def test_error_of_a_step_ends_that_step_alone(
     assert caplog.messages == ["The thread for a test met an error and goes on"]
 
 
-def killed_thread(desk: Desk, step: int, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:
-    """Have the thread do three things, killed at its step-th line; return where that was."""
+def doomed_thread(step: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str]]:
+    """Have the thread that begins next killed at its step-th line; where that was comes later."""
     struck: list[tuple[bool, str]] = []
     start = _thread.start_new_thread
 
     def doomed(run: Any, args: Any) -> int:
-        monkeypatch.undo()
+        monkeypatch.setattr(_thread, "start_new_thread", start)
         return start(
             lambda: struck.append(
                 struck_at(step, lambda: run(*args), Injected, None, [runtime.__file__])
@@ -272,9 +268,7 @@ def killed_thread(desk: Desk, step: int, monkeypatch: pytest.MonkeyPatch) -> tup
         )
 
     monkeypatch.setattr(_thread, "start_new_thread", doomed)
-    desk.do(1, 2, 3)
-    until(lambda: struck)
-    return struck[0]
+    return struck
 
 
 def test_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +277,10 @@ def test_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     while there:
         step += 1
         desk = Desk()
-        there, where = killed_thread(desk, step, monkeypatch)
+        struck = doomed_thread(step, monkeypatch)
+        desk.do(1, 2, 3)
+        until(lambda: struck)  # noqa: B023
+        there, where = struck[0]
         # Before its first line, or as it left, it could start no other.
         desk.do(4)
         until(lambda: 4 in desk.done)  # noqa: B023
@@ -296,21 +293,12 @@ def test_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_waiting_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for one that waits between two steps."""
     monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.001)
-    start, step, there = _thread.start_new_thread, 0, True
+    step, there = 0, True
     while there:
         step += 1
         desk = Desk()
         desk.pause = 60
-        struck: list[tuple[bool, str]] = []
-
-        def doomed(run: Any, args: Any) -> int:
-            monkeypatch.setattr(_thread, "start_new_thread", start)
-            return start(
-                lambda: struck.append(  # noqa: B023
-                    struck_at(step, lambda: run(*args), Injected, None, [runtime.__file__])  # noqa: B023
-                ),
-                (),
-            )
+        struck = doomed_thread(step, monkeypatch)
 
         def once_more(what: int | None, desk: Desk = desk) -> None:
             # Long enough to have come by each line.
@@ -321,7 +309,6 @@ def test_waiting_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) ->
                 desk.pause = None
 
         desk.during = once_more
-        monkeypatch.setattr(_thread, "start_new_thread", doomed)
         desk.start()
         until(lambda: struck)  # noqa: B023
         there, where = struck[0]
@@ -491,14 +478,8 @@ runtime.AT_EXIT = {seconds}
 
 def at_exit(work: str, *, finishes: bool = True, seconds: float = 5) -> str:
     program = PROGRAM.replace("{work}", work).replace("{seconds}", str(seconds))
-    done = subprocess.run(
-        [sys.executable, "-c", program.replace("{finishes}", str(finishes))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_python(program.replace("{finishes}", str(finishes)))
+    assert done.stderr == ""
     return done.stdout
 
 

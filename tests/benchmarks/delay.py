@@ -24,7 +24,6 @@ class Delay:
         self.port = 0
 
     def __enter__(self) -> Delay:
-        assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
         return self
 

@@ -89,7 +89,6 @@ def counts(node: Address, names: Sequence[str], times: int) -> Sequence[int]:
 
 def _total(dump: Path) -> int:
     found = re.search(r"^(?:totals|summary): (\d+)", dump.read_text(), re.MULTILINE)
-    assert found is not None
     return int(found[1])
 
 

@@ -10,19 +10,16 @@ import contextlib
 import os
 import random
 import socket
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable
 
-import MySQLdb
 from django.db import Error, close_old_connections, connections
 
 from django_proxysql.registry import balancers
 from tests.engine import engine, mysql_peer
-from tests.servers import DATABASE, PASSWORD, USER
 
 from .load import Load, Pace, Row
-from .sites import Galera
+from .sites import Galera, straight
 
 OWN = "own"
 
@@ -65,7 +62,7 @@ def measure(
         engine(peers, alias=OWN, IDLE_CHECK=0),
         contextlib.ExitStack() as stack,
     ):
-        plain = [stack.enter_context(_plain(node)) for node in site.peers]
+        plain = [stack.enter_context(straight(node)) for node in site.peers]
         with Load("ours", pace=Pace(pause=0.001, idle_every=10_000)) as load:
             load.wait(0.5)
             for number in range(tries):
@@ -116,19 +113,3 @@ def _try_plain(found: OwnWrites, number: int, plain: list[Any]) -> None:
     with contextlib.closing(there.cursor()) as cursor:
         cursor.execute("SELECT 1 FROM chaos_row WHERE value = %s", [token])
         found.control_stale += not cursor.fetchall()
-
-
-@contextlib.contextmanager
-def _plain(node: Any) -> Iterator[Any]:
-    connection = MySQLdb.connect(
-        host=node.host,
-        port=node.port,
-        user=USER,
-        password=PASSWORD,
-        database=DATABASE,
-        autocommit=True,
-    )
-    try:
-        yield connection
-    finally:
-        connection.close()

@@ -1,9 +1,8 @@
 """What the site runs on: servers, and for Django's own engine an HAProxy in front of them.
 
 The engine under test has all peers in its settings. Django's own engine has one HAProxy that
-balances
-over the same peers, as such a site would have it: with health checks, retries on another server,
-and connections to a server that is found dead closed at once.
+balances over the same peers, as such a site would have it: with health checks, retries on another
+server, and connections to a server that is found dead closed at once.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import django
 import MySQLdb
 
 from django_proxysql.core import outcome
 from tests.engine import MYSQL, added, engine, mysql_peer
-from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, Address
+from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER, Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster, GaleraNode
 from tests.servers.haproxy import HAProxy
@@ -53,6 +52,9 @@ class Front(HAProxy):
         path.write_text("\n".join(lines) + "\n")
 
 
+Self = TypeVar("Self", bound="Site")
+
+
 class Site:
     """Peers, and the servers behind them that hold the rows."""
 
@@ -61,8 +63,21 @@ class Site:
     #: Those whose rows are compared; each must have all of them.
     servers: Sequence[Node]
 
-    def __init__(self) -> None:
-        self.front: Front | None = None
+    front: Front
+
+    def __enter__(self: Self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.peers = self.start_peers(stack)
+            self.front = stack.enter_context(Front(self.peers))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def start_peers(self, stack: contextlib.ExitStack) -> Sequence[Any]:
+        """Start the peers, which ``stack`` ends."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def engine(self, name: str, options: dict[str, Any]) -> Iterator[None]:
@@ -76,7 +91,6 @@ class Site:
             with engine(peers, alias=name, **settings):
                 yield
             return
-        assert self.front is not None
         entry = {"ENGINE": MYSQL, **mysql_peer(self.front), **settings}
         if django.VERSION >= (4, 1):
             # The best that Django offers by itself.
@@ -125,9 +139,15 @@ class Site:
         """The peer with most connections."""
         raise NotImplementedError
 
-    def restore(self) -> None:
-        """Mend all that was hurt."""
+    def mend(self) -> None:
+        """Mend what was hurt."""
         raise NotImplementedError
+
+    def restore(self) -> None:
+        """Mend all that was hurt; return once HAProxy has found all of its servers up."""
+        self.mend()
+        self.front.start()
+        _up(self.front)
 
 
 class Ways(Site):
@@ -137,84 +157,50 @@ class Ways(Site):
     """
 
     def __init__(self, server: Node) -> None:
-        super().__init__()
         self.server = server
         self.servers = [server]
-        self.peers: list[HAProxy] = []
 
-    def __enter__(self) -> Ways:
-        self._stack = contextlib.ExitStack()
-        with self._stack:
-            self.peers = [
-                self._stack.enter_context(HAProxy({WAY: self.server}, name=f"way-{n}"))
-                for n in (1, 2, 3)
-            ]
-            self.front = self._stack.enter_context(Front(self.peers))
-            self._stack = self._stack.pop_all()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
+    def start_peers(self, stack: contextlib.ExitStack) -> list[HAProxy]:
+        ways = [HAProxy({WAY: self.server}, name=f"way-{n}") for n in (1, 2, 3)]
+        return [stack.enter_context(way) for way in ways]
 
     def busiest(self) -> HAProxy:
         return max(self.peers, key=lambda way: way.sessions(WAY))
 
-    def restore(self) -> None:
+    def mend(self) -> None:
         for way in self.peers:
             if way.frozen:
                 way.thaw()
             way.start()
             way.ask(f"enable frontend {WAY}")
             way.ask(f"enable server {WAY}-servers/s0")
-        assert self.front is not None
-        self.front.start()
-        _up(self.front)
 
 
 class Cuts(Site):
     """One MariaDB server, and three fault proxies in front of it that are the peers."""
 
     def __init__(self, server: Node) -> None:
-        super().__init__()
         self.server = server
         self.servers = [server]
-        self.peers: list[FaultProxy] = []
 
-    def __enter__(self) -> Cuts:
-        with contextlib.ExitStack() as stack:
-            # Connections end by FIN, and by RST.
-            self.peers = [
-                stack.enter_context(FaultProxy(self.server, reset=n == 1)) for n in range(3)
-            ]
-            self.front = stack.enter_context(Front(self.peers))
-            self._stack = stack.pop_all()
-        return self
+    def start_peers(self, stack: contextlib.ExitStack) -> list[FaultProxy]:
+        # Connections end by FIN, and by RST.
+        return [stack.enter_context(FaultProxy(self.server, reset=n == 1)) for n in range(3)]
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
-
-    def restore(self) -> None:
+    def mend(self) -> None:
         for proxy in self.peers:
             proxy.disarm()
-        assert self.front is not None
-        _up(self.front)
 
 
 class Galera(Site):
     """A Galera cluster, whose nodes are the peers."""
 
     def __init__(self, cluster: GaleraCluster) -> None:
-        super().__init__()
         self.cluster = cluster
-        self.servers = self.peers = list(cluster)
+        self.servers = list(cluster)
 
-    def __enter__(self) -> Galera:
-        self.front = Front(self.peers).start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        assert self.front is not None
-        self.front.close()
+    def start_peers(self, stack: contextlib.ExitStack) -> list[GaleraNode]:
+        return list(self.cluster)
 
     def busiest(self) -> GaleraNode:
         def load(node: GaleraNode) -> int:
@@ -223,40 +209,25 @@ class Galera(Site):
 
         return max(self.peers, key=load)
 
-    def restore(self) -> None:
+    def mend(self) -> None:
         self.cluster.restore()
-        assert self.front is not None
-        _up(self.front)
 
 
 class Stack(Site):
     """A Galera cluster, and a proxy in front of each node: the proxies are the peers."""
 
     def __init__(self, cluster: GaleraCluster) -> None:
-        super().__init__()
         self.cluster = cluster
         self.servers = list(cluster)
-        self.peers: list[HAProxy] = []
 
-    def __enter__(self) -> Stack:
-        with contextlib.ExitStack() as stack:
-            self.peers = [
-                stack.enter_context(HAProxy({WAY: node}, name=f"way-to-{node.name}"))
-                for node in self.cluster
-            ]
-            self.front = stack.enter_context(Front(self.peers))
-            self._stack = stack.pop_all()
-        return self
+    def start_peers(self, stack: contextlib.ExitStack) -> list[HAProxy]:
+        ways = [HAProxy({WAY: node}, name=f"way-to-{node.name}") for node in self.cluster]
+        return [stack.enter_context(way) for way in ways]
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
-
-    def restore(self) -> None:
+    def mend(self) -> None:
         self.cluster.restore()
         for way in self.peers:
             way.start()
-        assert self.front is not None
-        _up(self.front)
 
 
 #: How a site is made of servers, and whether these are a Galera cluster.
@@ -280,21 +251,26 @@ def make_tables(servers: Sequence[Address], statements: Iterable[str] = TABLE) -
 
 
 @contextlib.contextmanager
-def admin(server: Address) -> Iterator[Any]:
-    """A cursor straight to a server, with all rights."""
+def straight(server: Address, user: str = USER, password: str = PASSWORD) -> Iterator[Any]:
+    """A connection straight to a server."""
     connection = MySQLdb.connect(
         host=server.host,
         port=server.port,
-        user=ADMIN,
-        password=ADMIN_PASSWORD,
+        user=user,
+        password=password,
         database=DATABASE,
         autocommit=True,
         read_timeout=30,
     )
-    try:
+    with contextlib.closing(connection):
+        yield connection
+
+
+@contextlib.contextmanager
+def admin(server: Address) -> Iterator[Any]:
+    """A cursor straight to a server, with all rights."""
+    with straight(server, ADMIN, ADMIN_PASSWORD) as connection:
         yield connection.cursor()
-    finally:
-        connection.close()
 
 
 def connected(cursor: Any) -> list[int]:

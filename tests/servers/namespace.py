@@ -100,14 +100,12 @@ def host_for(unix_socket: str) -> Iterator[Host]:
             text=True,
         )
         stack.callback(_end, forwarder)
-        assert forwarder.stdout is not None
         yield Host(name, its, int(forwarder.stdout.readline()))
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
     process.kill()
     process.wait()
-    assert process.stdout is not None
     process.stdout.close()
 
 
