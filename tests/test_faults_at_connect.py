@@ -173,6 +173,8 @@ def name_of(value: Any) -> str | None:
         (mysql(2003), Fault.UNREACHABLE),
         (mysql(1049), Fault.REFUSED),
         (mysql(1047, "WSREP has not yet prepared node for application use"), Fault.NOT_READY),
+        # Of a server behind a proxy: counted in a way of its own, for it may be busy.
+        (mysql(9001, "Max connect timeout reached while reaching hostgroup 0"), Fault.NOT_READY),
         (MySQLdb.InterfaceError(0, ""), Fault.LOST),
     ],
     ids=name_of,
