@@ -341,10 +341,11 @@ class Production:
         self.project.write({"databases.json": json.dumps(self.databases)})
 
     def use_aliases(self) -> None:
-        """Make each peer an alias of its own, before the balancer's."""
+        """Make each peer an alias of its own, before the balancer's; test two of them."""
         aliases = {f"peer{n}": {"ENGINE": self.engine, **p} for n, p in enumerate(self.peers)}
         self.databases = {**aliases, "default": self.balancer(PEERS=list(aliases))}
         self.configure()
+        self.use_tests('{"default", "peer1"}')
 
     def use_tests(self, databases: str) -> None:
         # What a TestCase writes through one alias has not been committed for another.
@@ -366,6 +367,12 @@ class Production:
         for name in (DATABASE, *self.test_databases()):
             self.node.sql(f"DROP DATABASE {name}")
         assert after == before
+
+    def tested(self, *arguments: str, **options: Any) -> str:
+        """Run the five tests, by ``manage.py test``; return what it prints."""
+        output = self.project.manage("test", *arguments, **options)
+        assert "Ran 5 tests" in output
+        return output
 
     def sql(self, statement: str) -> str:
         return str(self.node.sql(statement, DATABASE))
@@ -423,12 +430,12 @@ def on_postgresql(
     yield from OnPostgreSQL(tmp_path, dead, alive).run()
 
 
-def test_manage_test(production: Production) -> None:
-    assert "Ran 5 tests" in production.project.manage("test")
+def test_manage_test_leaves_nothing_behind(production: Production) -> None:
+    production.tested()
     assert production.test_databases() == []
 
 
-def test_keepdb(production: Production) -> None:
+def test_keepdb_makes_it_once_and_finds_it_again(production: Production) -> None:
     assert "Creating" in production.project.manage("test", "--keepdb", "--noinput", "-v2")
     assert production.test_databases() == [f"test_{DATABASE}"]
     assert "No migrations to apply" in production.project.manage("test", "--keepdb", "-v2")
@@ -437,11 +444,11 @@ def test_keepdb(production: Production) -> None:
 
 def test_parallel(production: Production) -> None:
     """--parallel: each process has its clone; with --keepdb they are found again."""
-    args = ("test", "--parallel", "2", "--keepdb", "-v2")
-    assert "Ran 5 tests" in production.project.manage(*args)
+    args = ("--parallel", "2", "--keepdb", "-v2")
+    production.tested(*args)
     assert production.test_databases() == [f"test_{DATABASE}{n}" for n in ("", "_1", "_2")]
-    assert "Ran 5 tests" in production.project.manage(*args)
-    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2", "--noinput")
+    production.tested(*args)
+    production.tested("--parallel", "2", "--noinput")
     assert production.test_databases() == []
 
 
@@ -507,10 +514,9 @@ def test_peer_that_hangs(
     hangs.freeze()
     if aliases:
         production.use_aliases()
-        production.use_tests('{"default", "peer1"}')
     production.databases["default"]["CONNECT_TIMEOUT"] = 1
     production.configure()
-    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2", timeout=60)
+    production.tested("--parallel", "2", timeout=60)
     assert production.test_databases() == []
 
 
@@ -556,7 +562,6 @@ def test_pytest_xdist(production: Production, aliases: bool) -> None:
     """pytest-xdist: each process has a test database of its own, named by the peers' NAME."""
     if aliases:
         production.use_aliases()
-        production.use_tests('{"default", "peer1"}')
     args = ("-n", "2", "--dist", "each")
     assert "10 passed" in production.project.pytest("shop/tests.py", *args)
     assert production.test_databases() == []
@@ -572,12 +577,11 @@ def test_postgresql(on_postgresql: Production, aliases: bool) -> None:
     project = on_postgresql.project
     if aliases:
         on_postgresql.use_aliases()
-        on_postgresql.use_tests('{"default", "peer1"}')
-    assert "Ran 5 tests" in project.manage("test", "--reverse")
+    on_postgresql.tested("--reverse")
     for _ in range(2):
-        assert "Ran 5 tests" in project.manage("test", "--parallel", "2", "--keepdb")
+        on_postgresql.tested("--parallel", "2", "--keepdb")
         assert on_postgresql.test_databases() == pytest_names("", "_1", "_2")
-    assert "Ran 5 tests" in project.manage("test", "--parallel", "2", "--noinput")
+    on_postgresql.tested("--parallel", "2", "--noinput")
     assert on_postgresql.test_databases() == []
     assert "10 passed" in project.pytest("shop/tests.py", "-n", "2", "--dist", "each")
     assert on_postgresql.test_databases() == []
@@ -588,8 +592,8 @@ def test_sqlite(tmp_path: Path) -> None:
     made = OnSQLite(tmp_path, tmp_path / "missing" / "db", tmp_path / DATABASE)
     made.project.manage("migrate")
     before = (tmp_path / DATABASE).read_bytes()
-    assert "Ran 5 tests" in made.project.manage("test")
-    assert "Ran 5 tests" in made.project.manage("test", "--parallel", "2")
+    made.tested()
+    made.tested("--parallel", "2")
     assert "5 passed" in made.project.pytest("shop/tests.py")
     made.databases["default"]["TEST"] = {"NAME": str(tmp_path / "test")}
     made.configure()
@@ -616,9 +620,7 @@ def test_mirror_of_one_of_its_peers(production: Production) -> None:
     # Django makes no default alias's database first that is a mirror itself.
     production.databases["peer1"]["TEST"] = {"DEPENDENCIES": []}
     production.configure()
-    production.use_tests('{"default", "peer1"}')
-    output = production.project.manage("test", "-v2")
-    assert "Ran 5 tests" in output
+    output = production.tested("-v2")
     assert output.count("Creating test database") == 1
     assert production.test_databases() == []
 
@@ -629,7 +631,7 @@ def test_ring_of_mirrors_is_refused_before_anything_is_made(production: Producti
     assert "leads back to where it began" in production.project.manage("test", status=1)
 
 
-def test_mirrors_and_names(production: Production) -> None:
+def test_mirrors_names_and_dependencies_are_read(production: Production) -> None:
     peers = production.databases["default"]["PEERS"]
     production.databases = {
         "default": entry(
@@ -641,8 +643,7 @@ def test_mirrors_and_names(production: Production) -> None:
     }
     production.configure()
     production.use_tests('{"default", "mirror", "same", "other"}')
-    output = production.project.manage("test", "-v2", "--keepdb")
-    assert "Ran 5 tests" in output
+    output = production.tested("-v2", "--keepdb")
     names = [f"test_{DATABASE}_first", f"test_{DATABASE}_other"]
     assert production.test_databases() == names
     # The default alias comes first but for what it depends on.
@@ -652,11 +653,10 @@ def test_mirrors_and_names(production: Production) -> None:
     ]
 
 
-def test_reverse(production: Production) -> None:
+def test_reverse_runs_the_last_of_each_kind_first(production: Production) -> None:
     orders = []
     for args in ((), ("--reverse",)):
-        output = production.project.manage("test", "-v2", *args)
-        assert "Ran 5 tests" in output
+        output = production.tested("-v2", *args)
         orders.append(re.findall(r"^test_\w+ \(shop\.tests\.(\w+)", output, re.MULTILINE))
     (case, *others), backwards = orders
     assert case == "One"
@@ -675,26 +675,23 @@ def test_default_alias_under_another_balancer(production: Production) -> None:
     # The plain engine's connection, which serves the view, knows no peer.
     production.project.write({"urls.py": FILES["urls.py"].replace("connection.peer.name", "None")})
     production.use_tests('{"default", "balanced"}')
-    output = production.project.manage("test", "-v2")
-    assert "Ran 5 tests" in output
+    output = production.tested("-v2")
     assert re.findall(r"Creating test database for alias '(\w+)'", output) == ["default"]
-    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
+    production.tested("--parallel", "2")
     assert production.test_databases() == []
 
 
 def test_aliases_as_peers_share_the_test_database(production: Production) -> None:
     """Tests that ask for all aliases: one test database, and no connection to the dead peer."""
     production.use_aliases()
-    production.use_tests('{"default", "peer1"}')
-    output = production.project.manage("test", "-v2")
-    assert "Ran 5 tests" in output
+    output = production.tested("-v2")
     assert output.count("Creating test database") == 1
-    assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
+    production.tested("--parallel", "2")
     assert production.test_databases() == []
     if django.VERSION >= (4, 1):
         # Processes that are not forked are given what serialized_rollback puts back.
         production.project.write({"manage.py": SPAWNING})
-        assert "Ran 5 tests" in production.project.manage("test", "--parallel", "2")
+        production.tested("--parallel", "2")
         assert production.test_databases() == []
 
 
@@ -746,22 +743,11 @@ class Two(Base, unittest.TestCase):
 """
 
 
-def test_dropped_where_it_was_made(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> None:
-    """Two servers that know nothing of each other, in turn: test databases are of one of them."""
-    for node in mariadb_pair:
-        node.create_database(DATABASE)
-    peers = [mysql_peer(node, NAME=DATABASE) for node in mariadb_pair]
-    databases = {"default": entry(PEERS=peers, STRATEGY="round_robin")}
-    project = Project(tmp_path, {**FILES, "databases.json": json.dumps(databases)})
-    project.write({"shop/tests.py": UNTOUCHED})
-    try:
-        assert "Ran 2 tests" in project.manage("test", "--parallel", "2", "--noinput")
-        for node in mariadb_pair:
-            assert node.sql("SHOW DATABASES LIKE 'test%'") == ""
-    finally:
-        for node in mariadb_pair:
-            for name in (DATABASE, *node.sql("SHOW DATABASES LIKE 'test%'").split()):
-                node.sql(f"DROP DATABASE {name}")
+def test_dropped_where_it_was_made(two_alive: TwoAlive) -> None:
+    two_alive.project.write({"shop/tests.py": UNTOUCHED})
+    output = two_alive.project.manage("test", "--parallel", "2", "--noinput")
+    assert "Ran 2 tests" in output
+    assert two_alive.on_each("SHOW DATABASES LIKE 'test%'") == [[], []]
 
 
 def test_overlap(production: Production) -> None:
@@ -781,8 +767,7 @@ def test_overlap(production: Production) -> None:
     assert production.test_databases() == [f"test_{DATABASE}"]
     production.databases["reports"]["TEST"] = {"NAME": f"test_{DATABASE}_reports"}
     production.configure()
-    output = production.project.manage("test", "--noinput", "-v2")
-    assert "Ran 5 tests" in output
+    output = production.tested("--noinput", "-v2")
     assert output.count("Creating test database") == 2
 
 
