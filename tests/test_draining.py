@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from django.db import close_old_connections, transaction
 
 from django_proxysql import NoPeerAvailable, balancers
+from django_proxysql.core import group
 from django_proxysql.core.events import PeerDrained, PeerUndrained
 from django_proxysql.core.exceptions import DrainRefused
 from tests.engine import SQLITE, engine, sqlite_peer
@@ -21,6 +23,35 @@ from tests.test_balancer import World
 
 
 class TestBalancer:
+    def test_signal_handler_that_drains_another_peer_leaves_one(self) -> None:
+        """Wherever it comes in, while the thread drains the one: of the last two one is refused."""
+        step, there = 0, True
+        while there:
+            step += 1
+            world = World("db1", "db2")
+            refused: list[BaseException | None] = []
+            left, there = step, False
+
+            def trace(frame: Any, event: str, arg: Any) -> None:
+                nonlocal left, there
+                if frame.f_code.co_filename == group.__file__:
+                    # As signals do: where functions are called.
+                    left -= 1
+                    if left == 0:
+                        there = True
+                        sys.settrace(None)
+                        refused.append(raised_by(lambda: world.db.drain("db2")))  # noqa: B023
+
+            sys.settrace(trace)
+            try:
+                refused.append(raised_by(lambda: world.db.drain("db1")))  # noqa: B023
+            finally:
+                sys.settrace(None)
+            drained = [peer.drained for peer in world.db.peers.values()]
+            assert sorted(drained) == [False, True], step
+            assert [type(error) for error in refused].count(DrainRefused) == len(refused) - 1, step
+        assert step > 5
+
     def test_gets_no_new_connections_until_it_is_undrained(self) -> None:
         world = World("db1", "db2")
         world.db.drain("db1")

@@ -95,6 +95,8 @@ class PeerGroup:
         self.rebalance = Rebalance(config.rebalance if by_weight else None, clock, self.draw)
         self.listeners = Listeners(config.name, log_event)
         self._drains_lock = new_lock()
+        #: Another object whenever a peer is drained or undrained.
+        self._drains = object()
         #: Changes of circuits whose consequences are still to be seen to.
         self._changes: deque[tuple[str, Transition]] = deque()
         self._view: View | None = None
@@ -311,12 +313,16 @@ class PeerGroup:
         # The lock guards what is left: of two threads that drain the last two peers one is refused.
         with self._drains_lock:
             others = [other for other in self.peers.values() if other is not peer]
-            if not (force or peer.drained or any(other.is_available for other in others)):
-                raise DrainRefused(
-                    f"{peer.name!r} is the last peer of {self.name!r} that takes connections: none "
-                    "could be made after it is drained."
-                )
-            changed = self._set_drained(peer, True, elsewhere=False)
+            changed: bool | None = None
+            # This very thread may drain another one meanwhile, in a signal handler.
+            while changed is None:
+                seen = self._drains
+                if not (force or peer.drained or any(other.is_available for other in others)):
+                    raise DrainRefused(
+                        f"{peer.name!r} is the last peer of {self.name!r} that takes connections: "
+                        "none could be made after it is drained."
+                    )
+                changed = self._set_drained(peer, True, elsewhere=False, seen=seen)
         if self._ask_for(peer, True, changed, force):
             raise DrainRefused(
                 f"{peer.name!r} is the last peer of {self.name!r} that takes connections: another "
@@ -327,7 +333,7 @@ class PeerGroup:
         """Let a peer have new connections again."""
         # The lock guards the desired state, and the order of its events.
         with self._drains_lock:
-            changed = self._set_drained(peer, False, elsewhere=False)
+            changed = bool(self._set_drained(peer, False, elsewhere=False))
         self._ask_for(peer, False, changed)
 
     def _ask_for(self, peer: Peer, drained: bool, changed: bool, force: bool = False) -> bool:
@@ -358,17 +364,26 @@ class PeerGroup:
             )
             refused = drained and elsewhere and not (peer.drained or spared)
             was_refused = peer.drain_refused
-            changed = not refused and self._set_drained(peer, drained, elsewhere=elsewhere)
+            changed = not refused and bool(self._set_drained(peer, drained, elsewhere=elsewhere))
             peer.drain_refused = refused
         self._drain_changed(peer, drained, changed)
         return refused and not was_refused
 
-    def _set_drained(self, peer: Peer, drained: bool, *, elsewhere: bool) -> bool:
-        """Drain or undrain a peer, within the drains' lock; return whether that is a change."""
+    def _set_drained(
+        self, peer: Peer, drained: bool, *, elsewhere: bool, seen: object = None
+    ) -> bool | None:
+        """Drain or undrain a peer, within the drains' lock; return whether that is a change.
+
+        :param seen: the drains that the caller looked at; None: it does so whatever they are.
+        :returns: None: they are others by now, and nothing is done.
+        """
         peer.drain_refused = False
         if peer.drained is drained:
             return False
+        if seen is not None and self._drains is not seen:
+            return None
         peer.drained = drained
+        self._drains = object()
         # It is drained to be upgraded, say: what is there by now is asked anew.
         peer.forget_answers()
         where = (self.name, peer.name, peer.address)
