@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import connections, transaction
 from django.db.backends.signals import connection_created
 
 from tests.benchmarks import connect, project, replacement, shares, statement
@@ -64,6 +65,31 @@ def test_statement_in_a_transaction_calls_two_python_functions_more_at_most(sql:
             cursor.execute(sql)
             calls.append(statement.python_calls(lambda: cursor.execute(sql)))
     assert calls[1] <= calls[0] + 2
+
+
+def write(connection: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(statement.WRITE)
+
+
+def block(connection: Any) -> None:
+    with transaction.atomic(using=connection.alias):
+        write(connection)
+
+
+@pytest.mark.parametrize(("work", "most"), [(write, 6), (block, 55)])
+def test_write_and_block_call_few_python_functions_more(
+    work: Callable[[Any], None], most: int
+) -> None:
+    plain = project.wrapper("plain", ENGINE=statement.NULL)
+    engine = project.wrapper("engine", **project.null(2))
+    calls = []
+    for connection in (plain, engine):
+        # The first time something may be imported, compiled or cached.
+        for _ in range(3):
+            work(connection)
+        calls.append(statement.python_calls(functools.partial(work, connection)))
+    assert calls[1] <= calls[0] + most
 
 
 def test_python_calls_are_counted() -> None:

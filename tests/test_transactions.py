@@ -18,6 +18,7 @@ import pytest
 from django.db import Error, close_old_connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from django_proxysql.core import sockets
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.other_driver import run_again
 from tests.site import Site, site
@@ -372,8 +373,8 @@ def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then:
 def test_a_block_of_one_read_asks_the_kernel_four_times_at_most(here: Site) -> None:
     """At its beginning (libpq knows by itself), before and after the read, and before COMMIT."""
     prepare(here)
-    driver = here.connection._driver
-    with mock.patch.object(driver, "sent", wraps=driver.sent) as asked:
+    asks = sockets.Counter.sent
+    with mock.patch.object(sockets.Counter, "sent", autospec=True, side_effect=asks) as asked:
         with transaction.atomic("balanced"):
             here.sql("SELECT 1")
         assert asked.call_count == {"mysql": 4, "postgresql": 2}[here.connection.vendor]

@@ -22,8 +22,8 @@ from ..core.faults import Fault, Judgement, Loss, loss_counts
 from ..core.peer import Peer
 from ..core.texts import are_small
 from .decisions import Answer, after_error, after_read_only
-from .sessions import Session, close_for_good, current
-from .state import Stage, Transaction
+from .sessions import NOT_MADE, Session, close_for_good, current
+from .state import Stage
 
 #: What a driver, or what it calls, raises of the arguments it was given, besides its own errors.
 _OF_THE_CALL = (
@@ -224,7 +224,7 @@ def is_lost(db: Any, session: Session) -> bool:
     if db._transaction.stage is Stage.BEGUN:
         mark(db, session)
     elif db._transaction.reads:
-        db._transaction.mark = db._driver.sent(session.connection)
+        db._transaction.mark = sent(db, session)
     if session.unsure:
         session.trust(sockets.watch(db._driver.fileno(session.connection)))
     return False
@@ -239,30 +239,39 @@ def notice_unseen(db: Any, session: Session) -> None:
     transaction = db._transaction
     if transaction.reads is None or session.dead:
         return
-    if transaction.reads:
-        mark = transaction.mark
-        untouched = mark is not None and mark == db._driver.sent(session.connection)
+    if transaction.mark is not None:
+        counter, sent_by_then = transaction.mark
+        is_untouched = counter is session.counter and counter.is_still(sent_by_then)
     else:
-        untouched = is_untouched(db, session, transaction)
-    if not untouched:
+        # The driver knows by itself, as long as nothing was read either.
+        is_untouched = not transaction.reads and has_sent_nothing(db, session)
+    if not is_untouched:
         transaction.statement_sent()
 
 
-def is_untouched(db: Any, session: Session, transaction: Transaction) -> bool:
-    """Return whether nothing was sent in a transaction but Django's own SAVEPOINTs."""
+def has_sent_nothing(db: Any, session: Session) -> bool:
+    """Return whether the driver knows by itself that nothing was sent in the transaction."""
     driver, connection = db._driver, session.connection
-    if driver.is_closed(connection):
-        return False
-    if transaction.mark is None:
-        return driver.in_transaction(connection) is False
-    return bool(transaction.mark == driver.sent(connection))
+    return not driver.is_closed(connection) and driver.in_transaction(connection) is False
 
 
 def mark(db: Any, session: Session) -> None:
     """Take note of what has been sent, unless the driver can tell that nothing was."""
-    driver, connection = db._driver, session.connection
-    knows = driver.in_transaction(connection) is False
-    db._transaction.mark = None if knows else driver.sent(connection)
+    # A driver without a status never can.
+    knows = session.status is not None and db._driver.in_transaction(session.connection) is False
+    db._transaction.mark = None if knows else sent(db, session)
+
+
+def sent(db: Any, session: Session) -> tuple[sockets.Counter, int] | None:
+    """Return how much was sent over a connection that was answered just now, and what counted
+    it; None: unknown."""
+    counter = session.counter
+    if counter is NOT_MADE:
+        counter = session.counter = db._driver.counter(session.connection)
+    if counter is None:
+        return None
+    now = counter.sent()
+    return None if now is None else (counter, now)
 
 
 def is_end_of(db: Any, session: Session, exc: BaseException) -> bool:

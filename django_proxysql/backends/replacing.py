@@ -34,7 +34,7 @@ from .decisions import (
 )
 from .losses import is_lost, mark, notice_unseen, settle_doubt
 from .sessions import Session, current, give_back
-from .state import NO_TRANSACTION
+from .state import NO_TRANSACTION, WORKS
 
 #: What Django's connect() resets, and what a transaction that is started anew
 #: on another connection must keep.
@@ -106,10 +106,8 @@ def is_safe(db: Any, session: Session) -> bool:
 
 def is_restartable(db: Any, session: Session, kind: int = READ) -> bool:
     """Return whether the transaction may be begun anew before a statement of ``kind``."""
-    is_pending = db._transaction.is_pending
-    # Each statement of a block comes by here until something was sent.
-    return is_pending and may_restart(
-        is_pending, situation_of(db, session), bool(kind & (SCOPED | STATE))
+    return may_restart(
+        db._transaction.is_pending, situation_of(db, session), bool(kind & (SCOPED | STATE))
     )
 
 
@@ -127,6 +125,15 @@ def settle(db: Any) -> None:
 
 def at_safe_point(db: Any, session: Session, kind: int, now: float) -> None:
     """Replace what is lost or to be left, before something is sent in autocommit."""
+    if (
+        session.life is WORKS
+        and session.version is session.balancer.version
+        and now - session.used <= session.idle
+        and not (session.unsure or session.doubted)
+        and (kind == READ or session.poll is None or not session.poll(0))
+    ):
+        # Nothing says that it is lost, or to be left: whether it may be makes no difference.
+        return
     why, situation = Why.LOST if session.dead else Why.LEAVING, situation_of(db, session)
     if not may_replace(why, situation, bool(kind & SCOPED)):
         if must_raise_loss(session.dead, situation):
@@ -160,9 +167,9 @@ def raise_loss(session: Session) -> None:
 def before_first(db: Any, session: Session, kind: int, now: float) -> None:
     """Begin a lost block anew, before its first statement is sent."""
     notice_unseen(db, session)
-    if not is_restartable(db, session, kind):
+    if not session.dead and now - session.used <= session.idle:
         return
-    if session.dead or (now - session.used > session.idle and is_lost(db, session)):
+    if is_restartable(db, session, kind) and is_lost(db, session):
         restart(db, session)
 
 

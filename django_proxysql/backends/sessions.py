@@ -28,6 +28,9 @@ from ..core.permits import Permit
 from ..core.texts import VALUES
 from .state import Health
 
+#: Not every connection has a transaction, and none needs a counter before its first.
+NOT_MADE = object()
+
 
 class Session(Health):
     """One driver connection's state, from the moment it was handed out.
@@ -71,6 +74,8 @@ class Session(Health):
         self.takes_two = takes_two
         #: The role that Django has PostgreSQL's session take: OPTIONS["assume_role"]; "" for none.
         self.role = role
+        #: Counts what is sent over it; None where that is not known, NOT_MADE before the first use.
+        self.counter: Any = NOT_MADE
         #: Asks the driver whether a transaction is open, where it knows only before a loss.
         self.status = status
         idle = balancer.config.idle_check

@@ -15,6 +15,8 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
+from ..core.sockets import Counter
+
 
 class Life(enum.Enum):
     """Whether a connection can be used."""
@@ -26,6 +28,10 @@ class Life(enum.Enum):
     LOST = "lost"
     #: It is lost, and its error was raised in the application.
     ERROR_RAISED = "error raised"
+
+
+#: For code that asks at each statement.
+WORKS = Life.WORKS
 
 
 class Health:
@@ -145,9 +151,10 @@ _MOST_READS, MOST_BEGUN_ANEW = 200, 20
 #: For code that asks at each statement.
 BEGUN = Stage.BEGUN
 
-_ENDED = frozenset({Stage.COMMITTED, Stage.ROLLED_BACK, Stage.NOT_DONE, Stage.UNKNOWN})
-_SENT = frozenset({Stage.ACTIVE, Stage.COMMITTING, Stage.UNKNOWN})
-_MAY_STAND = frozenset({Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN})
+# Tuples: a set asks each member for its hash, by a function in Python.
+_ENDED = (Stage.COMMITTED, Stage.ROLLED_BACK, Stage.NOT_DONE, Stage.UNKNOWN)
+_SENT = (Stage.ACTIVE, Stage.COMMITTING, Stage.UNKNOWN)
+_MAY_STAND = (Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN)
 
 
 class Transaction:
@@ -176,9 +183,9 @@ class Transaction:
         self.is_whole = True
         #: The application made it READ ONLY: it takes no token.
         self.is_read_only = False
-        #: What the socket had sent when the transaction was last known to hold nothing;
-        #: None where the driver knows that by itself, or it cannot be known.
-        self.mark: object = None
+        #: What counts what is sent, and its count when the transaction was last known to hold
+        #: nothing else; None where the driver knows that by itself, or it cannot be known.
+        self.mark: tuple[Counter, int] | None = None
         #: What was answered in it, texts and parameters, as long as all of it looks like
         #: reads; None once anything else was sent.
         self.reads: list[tuple[Any, Any]] | None = None if stage is Stage.NONE else []

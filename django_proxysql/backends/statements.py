@@ -15,6 +15,7 @@ from django.db.utils import Error, OperationalError
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
 from ..core.texts import makes_read_only, may_end
+from .losses import sent
 from .replacing import at_safe_point, before_first, bind
 from .replays import ends_with_block, give_up, kind_of_params, run_again
 from .sessions import Session, current
@@ -77,7 +78,7 @@ def note_answered(db: Any, session: Session, kind: int, sql: Any, params: Any) -
         transaction.statement_sent()
         return
     transaction.read_answered(sql, params)
-    transaction.mark = db._driver.sent(session.connection)
+    transaction.mark = sent(db, session)
 
 
 def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: Any) -> None:

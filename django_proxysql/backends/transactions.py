@@ -17,7 +17,7 @@ from ..core import drivers
 from ..core.faults import Proof
 from ..core.statements import READ
 from ..errors import CommitOutcomeUnknown
-from .losses import abandon, did_not_run, is_lost, mark, notice_unseen
+from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, sent
 from .outcomes import Token, commit_with, is_as_good_as_committed, stands, token_for
 from .replacing import at_safe_point, before_first, is_restartable, is_safe, replace, restart
 from .sessions import Session, close_for_good, current
@@ -380,7 +380,7 @@ def of_django(db: Any, method: Callable[[str], object], sid: str) -> None:
         method(sid)
         if session is not None and reads:
             transaction.only_savepoints_sent(reads)
-            transaction.mark = db._driver.sent(session.connection)
+            transaction.mark = sent(db, session)
         return
     try:
         before_first(db, session, READ, session.clock())

@@ -187,7 +187,7 @@ class SafePointsMixin(LoadBalancedMixin):
             or session is None
             or session.dead
             or session.connection is not self.connection
-            or self._transaction.stage is BEGUN
+            or (self._transaction.stage is BEGUN and cursors.sets_up(self.__class__))  # type: ignore[arg-type]
         ):
             return cursors.make_cursor(self, name)
         try:

@@ -150,35 +150,70 @@ def keepalive_options(seconds: float) -> tuple[tuple[str, int, int, int], ...]:
     )
 
 
-def sent(descriptor: int | None) -> object:
-    """Return a value that changes when something is sent over a TCP connection.
+class Counter:
+    """How much was sent over a TCP connection: whatever sent it, and by whichever way.
 
-    It is the socket's own number and the count of bytes that the other side
-    has acknowledged, as the kernel knows them: whatever sent them, and by whichever way. It costs
-    two microseconds. None where nothing is known: no
-    descriptor, no TCP, another system than Linux.
+    It is the count of bytes that the other side has acknowledged, as the kernel knows it. A
+    statement that was answered is acknowledged with its answer.
 
-    A statement that was answered is acknowledged with its answer.
+    Belongs to one thread at a time, as its connection does.
+
+    :param descriptor: the connection's, which was answered just now.
+    :raises OSError: nothing is known: no TCP, another system than Linux.
     """
-    ask = _acknowledged()
-    if descriptor is None or ask is None:
-        return None
-    acknowledged = ask(descriptor)
-    if not acknowledged:
-        # Something that only looks like Linux: it does not count.
+
+    __slots__ = ("_arguments", "_descriptor", "_getsockopt", "_info", "_inode")
+
+    def __init__(self, descriptor: int) -> None:
+        found = _tcp_info()
+        if found is None:
+            raise OSError("no TCP_INFO")
+        self._getsockopt, info, size_t, byref = found
+        self._descriptor, self._info = descriptor, info()
+        # The kernel writes there, at each call: made once.
+        length = size_t(_UP_TO_ACKNOWLEDGED)
+        self._arguments = (descriptor, _TCP, _TCP_INFO, byref(self._info), byref(length))
+        # The number of a socket that was closed may be another's afterwards.
+        self._inode = os.fstat(descriptor).st_ino
+
+    def sent(self) -> int | None:
+        """Return a number that grows with whatever is sent; None: unknown."""
+        if self._getsockopt(*self._arguments):
+            return None
+        # 0: an older kernel, or something that only looks like Linux, does not count.
+        return self._info.bytes_acked or None
+
+    def is_still(self, sent: int) -> bool:
+        """Return whether nothing was sent since :meth:`sent` returned ``sent``."""
+        if self.sent() != sent:
+            return False
+        try:
+            return os.fstat(self._descriptor).st_ino == self._inode
+        except OSError:
+            return False
+
+
+#: As the C function has it: a member of an enumeration becomes a number in Python.
+_TCP = int(socket.IPPROTO_TCP)
+#: Linux's option, and how long its answer is up to tcpi_bytes_acked (Linux 4.1, <linux/tcp.h>).
+_TCP_INFO, _UP_TO_ACKNOWLEDGED = 11, 128
+
+
+def counter(descriptor: int | None) -> Counter | None:
+    """Return what counts what is sent over a connection; None where nothing is known."""
+    if descriptor is None:
         return None
     try:
-        return os.fstat(descriptor).st_ino, acknowledged
+        return Counter(descriptor)
     except OSError:
         return None
 
 
 @functools.cache
-def _acknowledged() -> Callable[[int], int | None] | None:
-    """Return what reads a socket's tcpi_bytes_acked (Linux 4.1, <linux/tcp.h>), if anything does.
+def _tcp_info() -> tuple[Callable[..., int], type, type, Callable[..., object]] | None:
+    """Return the C library's getsockopt() and what it is called with; None where there is none.
 
-    By the C library's getsockopt(): Python's needs a socket object, which
-    closes what it is given, and costs twice the time.
+    Python's own needs a socket object, which closes what it is given.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -189,20 +224,11 @@ def _acknowledged() -> Callable[[int], int | None] | None:
     except Exception:
         # A Python without ctypes.
         return None
-    byref, size_t, level, name = ctypes.byref, ctypes.c_uint32, int(socket.IPPROTO_TCP), 11
 
     class Info(ctypes.Structure):
         _fields_ = [("before", ctypes.c_ubyte * 120), ("bytes_acked", ctypes.c_uint64)]
 
-    size = ctypes.sizeof(Info)
-
-    def ask(descriptor: int) -> int | None:
-        info, length = Info(), size_t(size)
-        if getsockopt(descriptor, level, name, byref(info), byref(length)) or length.value < size:
-            return None
-        return int(info.bytes_acked)
-
-    return ask
+    return getsockopt, Info, ctypes.c_uint32, ctypes.byref
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ Longer than other files: a third of it is lists of words, which the patterns bes
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -220,11 +221,17 @@ def makes_ids(sql: Any) -> bool:
     """Return whether a statement may give LAST_INSERT_ID() or lastval() something to tell."""
     if isinstance(sql, bytes):
         sql = sql.decode("latin-1")
-    return (
-        not isinstance(sql, str)
-        or head_of(sql) not in _MAKE_NO_IDS
-        or _NEXT.search(sql) is not None
-    )
+    if not isinstance(sql, str):
+        return True
+    # After a replacement each write asks.
+    return _makes_ids(sql) if len(sql) <= _MEMO_LENGTH else _may_make_ids(sql)
+
+
+def _may_make_ids(sql: str) -> bool:
+    return head_of(sql) not in _MAKE_NO_IDS or _NEXT.search(sql) is not None
+
+
+_makes_ids = functools.lru_cache(_MEMO_SIZE)(_may_make_ids)
 
 
 def readings(text: str) -> tuple[str, ...]:

@@ -196,7 +196,8 @@ def _round_on_new_connections(wrappers: Sequence[Any], sql: str, turns: int) -> 
 
     with contextlib.ExitStack() as stack:
         for connection in wrappers:
-            connection.close()
+            # As a request ends: a connection after it has no writes to follow.
+            connection.close_if_unusable_or_obsolete()
         cursors = [stack.enter_context(connection.cursor()) for connection in wrappers]
         wall = interleaved(
             *(execute(cursor) for cursor in cursors),

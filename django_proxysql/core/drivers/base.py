@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from ..faults import Fault, Proof
+from ..sockets import Counter
 
 #: What may be noted on an exception: a callable password raised it; a driver did that was given one
 #: peer's settings; its text names the peer; it was raised before COMMIT was run; it ended its
@@ -224,8 +225,8 @@ class Driver:
         """Return whether, as far as the driver knows, autocommit is on and no transaction open."""
         return True
 
-    def sent(self, connection: Any) -> object:
-        """Return a value that changes with whatever is sent over the connection; None: unknown."""
+    def counter(self, connection: Any) -> Counter | None:
+        """Return what counts what is sent over the connection; None where nothing is known."""
         return None
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:

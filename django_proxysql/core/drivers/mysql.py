@@ -391,11 +391,10 @@ class MySQL(Driver):
             pass
         return not self.in_transaction(connection)
 
-    def sent(self, connection: Any) -> object:
-        """Return what the kernel knows to have been sent over the connection's socket."""
+    def counter(self, connection: Any) -> sockets.Counter | None:
         # PyMySQL has no public name for it. Without one nothing is known, and nothing done.
         of = connection if hasattr(connection, "fileno") else getattr(connection, "_sock", None)
-        return sockets.sent(self.fileno(of))
+        return sockets.counter(self.fileno(of))
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
         """Return whether no answer is outstanding after ``exc`` came out of a driver's method.

@@ -525,9 +525,8 @@ class PostgreSQL(Driver):
             and getattr(connection, "autocommit", True) is not False
         )
 
-    def sent(self, connection: Any) -> object:
-        """Return what the kernel knows to have been sent over the connection's socket."""
-        return None if self.is_closed(connection) else sockets.sent(self.fileno(connection))
+    def counter(self, connection: Any) -> sockets.Counter | None:
+        return None if self.is_closed(connection) else sockets.counter(self.fileno(connection))
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
         """Return whether libpq waits for no answer."""
