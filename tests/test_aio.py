@@ -20,7 +20,7 @@ from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
 from tests.fakes import Driver as SyncDriver
-from tests.fakes import bad_password, peers, refused_by_host, running
+from tests.fakes import bad_password, carried_on_by_tenacity, peers, refused_by_host, running
 from tests.test_balancer import World as SyncWorld
 
 
@@ -104,6 +104,10 @@ def test_connects_to_the_next_peer_and_opens_the_circuit_of_the_failed_one() -> 
     assert world.db.peers["db2"].connections == 1
     assert world.connect().host == "db2"
     assert world.driver.hosts == ["db1", "db2", "db2"]
+
+
+def test_tenacity_carries_on_after_the_first_failure() -> None:
+    assert carried_on_by_tenacity(World("db1", "db2", "db3")) == [False, True, True]
 
 
 def test_exhaustion_names_each_peer() -> None:

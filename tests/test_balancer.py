@@ -41,6 +41,7 @@ from tests.fakes import (
     Driver,
     OperationalError,
     bad_password,
+    carried_on_by_tenacity,
     even,
     holding,
     in_thread,
@@ -428,6 +429,10 @@ class TestFaults:
         world.driver.down["db1"] = refused_by_host
         assert world.db.connect(refusal_is_callers=True).host == "db2"
         assert world.states() == "open closed"
+
+    def test_tenacity_carries_on_after_the_first_failure(self) -> None:
+        """The first attempt of a connect that succeeds at once does without it."""
+        assert carried_on_by_tenacity(World("db1", "db2", "db3")) == [False, True, True]
 
     def test_no_exception_of_our_tools(self) -> None:
         """Whatever peers do, neither pybreaker's nor tenacity's exceptions reach the caller."""

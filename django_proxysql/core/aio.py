@@ -25,7 +25,7 @@ import tenacity
 from . import drivers
 from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
-from .face import Face, Waiting
+from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
@@ -36,6 +36,8 @@ from .tasks import TrialTasks
 
 if TYPE_CHECKING:
     import sqlalchemy.ext.asyncio
+
+__all__ = ["AsyncLoadBalancer"]
 
 _OpenOne = Callable[[Attempt], Awaitable[Any]]
 
@@ -65,10 +67,15 @@ class AsyncLoadBalancer(Face):
     ) -> Any:
         """Return a connection to a peer that works.
 
-        The arguments and errors are those of :meth:`LoadBalancer.connect`.
+        The arguments are those of :meth:`LoadBalancer.connect`.
 
         :param open_one: a coroutine function that opens a connection as the :class:`Attempt`
             says, and closes what it opened if it fails or is cancelled.
+        :raises NoPeerAvailable: no peer was available within the deadline.
+        :raises ConfigError: an argument is wrong, the balancer was made without ``connect``, or
+            the strategy yields what is no peer.
+        :raises Exception: the driver's own error, where it is not the peer's
+            fault, or where every peer was attempted and refused us.
         """
         if open_one is None:
             open_one = self._open_one
@@ -77,48 +84,62 @@ class AsyncLoadBalancer(Face):
         one = None if only is None else self.group.named(only, "only")
         search = _Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
         try:
-            return await self._find(search, open_one)
+            try:
+                return await self._attempt(search, open_one)
+            except Exception as exc:
+                if not search.goes_on(exc):
+                    raise
+            return await self._carry_on(search, open_one)
         except NoPeerAvailable as exc:
             if search.may_be_repeated:
                 return await self._wait_for_peer(Waiting(self, search, exc), open_one)
             search.emit_exhausted()
             raise
+        except BaseException as exc:
+            search.raised(exc)
+            raise
 
-    async def _find(self, search: Search, open_one: _OpenOne) -> Any:
-        """Make attempts until one has connected, or none is left that may."""
-        while True:
-            step: Attempt | Wait | Ask | None = None
-            try:
-                step = search.step()
-                while not isinstance(step, Attempt):
-                    if isinstance(step, Wait):
-                        await _first_to_end(step.leases, step.seconds)
-                        step = search.step()
-                    else:
-                        step = search.step(await _answer_of_others(step))
-                with _Limit(step.timeout):
-                    connection = await open_one(step)
-            except BaseException as exc:
-                if isinstance(step, Attempt):
-                    search.failed(step, exc)
-                if not search.goes_on(exc):
-                    search.raised(exc)
-                    raise
-            else:
-                search.succeeded(step)
-                return connection
-            finally:
-                # As in LoadBalancer: however this is broken off, the attempt is over.
-                connection = None
-                attempt = search.attempt
-                if attempt is not None:
-                    attempt.is_over = True
-                    if attempt.permit is not None and attempt.permit.lease is not None:
-                        attempt.permit.lease.ended = True
+    async def _attempt(self, search: Search, open_one: _OpenOne) -> Any:
+        """Make one attempt, after waiting for another caller's trial where that is next."""
+        step: Attempt | Wait | Ask | None = None
+        try:
+            step = search.step()
+            while not isinstance(step, Attempt):
+                if isinstance(step, Wait):
+                    await _first_to_end(step.leases, step.seconds)
+                    step = search.step()
+                else:
+                    step = search.step(await _answer_of_others(step))
+            with _Limit(step.timeout):
+                connection = await open_one(step)
+        except BaseException as exc:
+            if isinstance(step, Attempt):
+                search.failed(step, exc)
+            raise
+        else:
+            search.succeeded(step)
+            return connection
+        finally:
+            # As in LoadBalancer: however this is broken off, the attempt is over.
+            connection = None
+            attempt = search.attempt
+            if attempt is not None:
+                attempt.is_over = True
+                if attempt.permit is not None and attempt.permit.lease is not None:
+                    attempt.permit.lease.ended = True
+
+    async def _carry_on(self, search: Search, open_one: _OpenOne) -> Any:
+        try:
+            return await tenacity.AsyncRetrying(sleep=_not_at_all, **carrying_on(search))(
+                self._attempt, search, open_one
+            )
+        except BaseException as exc:
+            search.raised(exc)
+            raise
 
     async def _wait_for_peer(self, waiting: Waiting, open_one: _OpenOne) -> Any:
         async def search_again() -> Any:
-            return await self._find(waiting.next_search(), open_one)
+            return await self._carry_on(waiting.next_search(), open_one)
 
         sleep: Any = self._sleep or asyncio.sleep
         try:
@@ -148,7 +169,13 @@ class AsyncLoadBalancer(Face):
     async def open_with(
         self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
     ) -> Any:
-        """Open and check a connection, and count it; see :meth:`LoadBalancer.open_with`."""
+        """Open and check a connection as ``attempt`` says, and count it for its peer.
+
+        :param connect: a driver's connect function.
+        :param attempt: what the connection is for.
+        :param params: what to call it with; a callable password is called.
+        :raises Exception: what connecting, or READY_CHECK, raised; nothing stays open.
+        """
         params = drivers.with_password(params)
         for key in ("password", "passwd"):
             if inspect.isawaitable(params.get(key)):
@@ -168,7 +195,12 @@ class AsyncLoadBalancer(Face):
         return connection
 
     async def check_ready(self, connection: Any, attempt: Attempt) -> None:
-        """Run READY_CHECK, and ask what a trial must; see :meth:`LoadBalancer.check_ready`."""
+        """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
+
+        :param connection: the driver's own, just made.
+        :param attempt: what it was made for.
+        :raises NotReady: the peer must not be used.
+        """
         peer = attempt.peer
         if self.group.ready_check is not None:
             answer = await _answer_of(self.group.ready_check, connection)
@@ -186,17 +218,25 @@ class AsyncLoadBalancer(Face):
     # Trials
 
     async def try_out(self, peer: Peer | str, *, now: bool = False) -> bool:
-        """Make the peer's trial if it is due, or ``now``; see :meth:`LoadBalancer.try_out`."""
+        """Make the peer's trial if it is due, and keep no connection.
+
+        :param peer: one of :attr:`peers`, or its name.
+        :param now: make it also if it is not due yet; see :meth:`LoadBalancer.try_out`.
+        :returns: whether one was made, and succeeded.
+        :raises UnknownPeer: it is none of this balancer's.
+        :raises BaseException: what was raised and says nothing about the peer.
+        """
         peer = self.group.named(peer)
         if peer.breaker.is_available:
             # It has recovered just now.
             return True
         search = _Search(self.group, "never", peer, by_hand=now)
         try:
-            await self._find(search, self._open_and_close)
+            await self._attempt(search, self._open_and_close)
         except Exception as exc:
             if search.is_over or search.is_of_the_peer(exc):
                 return False
+            search.raised(exc)
             raise
         finally:
             search.forget()
@@ -327,6 +367,10 @@ async def _answer_of_others(ask: Ask) -> float:
         if not answers:
             await asyncio.wait([bell.rung], timeout=LOOK_AGAIN)
     return answers[0] if answers else 0.0
+
+
+async def _not_at_all(seconds: float) -> None:
+    """Between two peers there is nothing to wait for."""
 
 
 # Asking a driver's connection

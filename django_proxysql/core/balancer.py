@@ -1,7 +1,8 @@
 """The load balancer: hands out connections to those of its equivalent peers that work.
 
-``LoadBalancer.connect`` reads as the whole story: one attempt after the other, over the peers
-that are left; when none is left and another caller's trial is under way, it waits for the
+``LoadBalancer.connect`` reads as the whole story: the first attempt is made
+directly; after a failure tenacity carries on over the peers that are left;
+when none is left and another caller's trial is under way, it waits for the
 result; then :class:`NoPeerAvailable` says what every peer last said. Which peer
 comes next is the search's business (:mod:`~django_proxysql.core.search`).
 
@@ -22,7 +23,7 @@ import tenacity
 from . import drivers
 from .config import function
 from .exceptions import ConfigError, NoPeerAvailable
-from .face import Face, Waiting
+from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import Lease
 from .peer import Peer, PeerState, count_while_alive
@@ -119,45 +120,59 @@ class LoadBalancer(Face):
         one = None if only is None else self.group.named(only, "only")
         search = Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
         try:
-            return self._find(search, open_one)
+            try:
+                return self._attempt(search, open_one)
+            except Exception as exc:
+                if not search.goes_on(exc):
+                    raise
+            return self._carry_on(search, open_one)
         except NoPeerAvailable as exc:
             if search.may_be_repeated:
                 return self._wait_for_peer(Waiting(self, search, exc), open_one)
             search.emit_exhausted()
             raise
+        except BaseException as exc:
+            search.raised(exc)
+            raise
 
-    def _find(self, search: Search, open_one: Callable[[Attempt], Any]) -> Any:
-        """Make attempts until one has connected, or none is left that may."""
-        while True:
-            step = None
-            try:
-                while isinstance(step := search.step(), Wait):
-                    Lease.wait_for_any(step.leases, step.seconds)
-                connection = open_one(step)  # type: ignore[arg-type]
-            except BaseException as exc:
-                if isinstance(step, Attempt):
-                    search.failed(step, exc)
-                if not search.goes_on(exc):
-                    search.raised(exc)
-                    raise
-            else:
-                search.succeeded(step)  # type: ignore[arg-type]
-                return connection
-            finally:
-                # Without a call, which the recursion limit might refuse: however this is broken
-                # off, the attempt is over. An exception that is kept keeps all these frames: a
-                # listener's Ctrl-C after the connect is not to keep the socket.
-                connection = None
-                attempt = search.attempt
-                if attempt is not None:
-                    attempt.is_over = True
-                    if attempt.permit is not None and attempt.permit.lease is not None:
-                        attempt.permit.lease.ended = True
+    def _attempt(self, search: Search, open_one: Callable[[Attempt], Any]) -> Any:
+        """Make one attempt, after waiting for another caller's trial where that is next."""
+        step = None
+        try:
+            while isinstance(step := search.step(), Wait):
+                Lease.wait_for_any(step.leases, step.seconds)
+            connection = open_one(step)  # type: ignore[arg-type]
+        except BaseException as exc:
+            if isinstance(step, Attempt):
+                search.failed(step, exc)
+            raise
+        else:
+            search.succeeded(step)  # type: ignore[arg-type]
+            return connection
+        finally:
+            # Without a call, which the recursion limit might refuse: however this is broken off,
+            # the attempt is over. tenacity keeps the exception, and with it all these frames: a
+            # listener's Ctrl-C after the connect is not to keep the socket.
+            connection = None
+            attempt = search.attempt
+            if attempt is not None:
+                attempt.is_over = True
+                if attempt.permit is not None and attempt.permit.lease is not None:
+                    attempt.permit.lease.ended = True
+
+    def _carry_on(self, search: Search, open_one: Callable[[Attempt], Any]) -> Any:
+        try:
+            return tenacity.Retrying(sleep=_not_at_all, **carrying_on(search))(
+                self._attempt, search, open_one
+            )
+        except BaseException as exc:
+            search.raised(exc)
+            raise
 
     def _wait_for_peer(self, waiting: Waiting, open_one: Callable[[Attempt], Any]) -> Any:
         try:
             return tenacity.Retrying(sleep=self._sleep or time.sleep, **waiting.options())(
-                lambda: self._find(waiting.next_search(), open_one)
+                lambda: self._carry_on(waiting.next_search(), open_one)
             )
         except NoPeerAvailable:
             waiting.search.emit_exhausted()
@@ -228,10 +243,11 @@ class LoadBalancer(Face):
             return True
         search = Search(self.group, "never", peer, self.asks_for_another, by_hand=now)
         try:
-            self._find(search, self.open_and_close or self._open_and_close)
+            self._attempt(search, self.open_and_close or self._open_and_close)
         except Exception as exc:
             if search.is_over or search.is_of_the_peer(exc):
                 return False
+            search.raised(exc)
             raise
         finally:
             search.forget()
@@ -324,3 +340,7 @@ class LoadBalancer(Face):
             # A proxy that may only be busy is better than none.
             if self.group.can_spare(peer):
                 raise
+
+
+def _not_at_all(seconds: float) -> None:
+    """Between two peers there is nothing to wait for."""

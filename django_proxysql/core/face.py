@@ -152,7 +152,10 @@ class Face:
     # Knowing
 
     def snapshot(self) -> list[PeerState]:
-        """Return what this process knows of each peer, in their order, without asking any."""
+        """Return what this process knows of each peer, without asking any.
+
+        :returns: a :class:`PeerState` for each, in the order of :attr:`peers`.
+        """
         return self.group.snapshot()
 
     def next_trial(self, peer: Peer | str) -> float | None:
@@ -226,6 +229,20 @@ class Face:
         :raises NoPeerAvailable: in the block, out of a connect, when the peer fails.
         """
         return self.group.pinned(peer)
+
+
+def carrying_on(search: Search) -> dict[str, Any]:
+    """Return how tenacity carries on after the first failure: over the peers that are left.
+
+    That costs 35 µs a run, which a connect that succeeds at once need not pay.
+    """
+    return {
+        "retry": tenacity.retry_if_exception(search.goes_on),
+        # Candidates run out, the deadline passes: the search itself says so.
+        "stop": tenacity.stop_never,
+        "wait": tenacity.wait_none(),
+        "reraise": True,
+    }
 
 
 class Waiting:
