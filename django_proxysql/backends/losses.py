@@ -214,7 +214,7 @@ def is_lost(db: Any, session: Session) -> bool:
             return False
         if db._driver.code_of(exc) == 2014:
             # Results are unread: the connection is healthy.
-            session.holds.for_request = True
+            session.holds.takes_unknown()
             return False
         with contextlib.suppress(Exception):
             act_on(db, session, exc, judgement, idle=True)

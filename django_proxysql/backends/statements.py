@@ -40,7 +40,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
         ):
             # A transaction that was begun past us is state like a raw BEGIN's.
             # Once the connection is lost the driver knows no longer.
-            session.holds.for_request = True
+            session.holds.takes_unknown()
         at_safe_point(db, session, kind, now)
     session = db._session
     if kind & session.lost_results:
@@ -66,7 +66,7 @@ def raise_lost_results(session: Session) -> None:
 
 def takes(db: Any, session: Session, sql: Any, params: Any) -> None:
     """Take note, before it is sent, of a statement that leaves something in the session."""
-    session.holds.before = bool(session.holds)
+    session.holds.note_before()
     if not db._of_ours and not ends_with_block(db, sql):
         session.holds.sent(sql, params)
 

@@ -313,7 +313,7 @@ class SafePointsMixin(LoadBalancedMixin):
         """Switch foreign keys off; until they are on again the connection stays."""
         disabled: bool = self._unscanned(super().disable_constraint_checking)
         if self._session is not None and disabled:
-            self._session.holds.by_django = True
+            self._session.holds.checks_off()
         return disabled
 
     def enable_constraint_checking(self) -> None:
@@ -322,7 +322,7 @@ class SafePointsMixin(LoadBalancedMixin):
             self._unscanned(super().enable_constraint_checking)
         finally:
             if self._session is not None:
-                self._session.holds.by_django = False
+                self._session.holds.checks_on()
 
     def _unscanned(self, method: Callable[[], Any]) -> Any:
         try:

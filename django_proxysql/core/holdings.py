@@ -46,6 +46,10 @@ class Holdings:
         """Whether a new connection in its place would lack something."""
         return self.for_request or self.by_django or bool(self.for_life)
 
+    def note_before(self) -> None:
+        """Note whether something is held, before a statement that takes something is sent."""
+        self.before = bool(self)
+
     def sent(self, sql: Any, params: Any) -> None:
         """Note what a statement takes. Call it before the statement is sent."""
         taken, given = _sorted(changes(sql, params))
@@ -56,8 +60,7 @@ class Holdings:
             if name.startswith("listen "):
                 self.at_commit.clear()
         if not taken and not given:
-            # Something may have been taken by what was not seen.
-            self.for_request = True
+            self.takes_unknown()
 
     def answered(self, sql: Any, params: Any, in_transaction: bool = False) -> None:
         """Note what a statement has given back, once it has succeeded.
@@ -95,6 +98,18 @@ class Holdings:
         """Note that the request or task has ended, and what it held for itself with it."""
         self.earlier = self.earlier or bool(self)
         self.for_request = False
+
+    def takes_unknown(self) -> None:
+        """Note that something may have been taken by what was not seen."""
+        self.for_request = True
+
+    def checks_off(self) -> None:
+        """Note that Django's own ``foreign_key_checks=0`` was sent."""
+        self.by_django = True
+
+    def checks_on(self) -> None:
+        """Note that Django has switched foreign keys on again."""
+        self.by_django = False
 
     def copy(self) -> Holdings:
         """Return what is held now, to be compared with later."""
