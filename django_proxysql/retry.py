@@ -26,7 +26,7 @@ from django.db.transaction import TransactionManagementError
 
 from .backends.losses import settle_doubt
 from .backends.sessions import now_holding, still_holds
-from .backends.state import NO_TRANSACTION, Stage, Transaction
+from .backends.state import NO_TRANSACTION, NOT_DONE, Transaction
 from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers
@@ -203,7 +203,7 @@ class Call:
 
         That says nothing against the run. A conflict does: another one may meet it again.
         """
-        return any(one.stage is Stage.NOT_DONE for one in self._begun) and (
+        return any(one.stage is NOT_DONE for one in self._begun) and (
             drivers.judgement_of(exc).proof is not Proof.ROLLED_BACK
         )
 
@@ -345,7 +345,7 @@ def begins_again(db: Any, exc: BaseException, transaction: Transaction) -> bool:
 
     Another alias's error says nothing of that, and what was sent there may stand.
     """
-    if transaction.stage is Stage.NOT_DONE:
+    if transaction.stage is NOT_DONE:
         return True
     if transaction.may_stand:
         return False

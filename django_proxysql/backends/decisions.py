@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..core.faults import Fault, Judgement
 from ..core.texts import Text
-from .state import Stage
+from .state import ACTIVE, Stage
 
 
 class After(NamedTuple):
@@ -309,7 +309,7 @@ def writes_token(
     :param is_whole: nothing has ended it in between. A token says what became of the last part.
     :param only_read: all that was sent in it is proven to be reads: it has nothing to lose.
     """
-    return enabled and stage is Stage.ACTIVE and not by_hand and is_whole and not only_read
+    return enabled and stage is ACTIVE and not by_hand and is_whole and not only_read
 
 
 class Answer(enum.Enum):

@@ -23,7 +23,7 @@ from ..core.peer import Peer
 from ..core.texts import are_small
 from .decisions import Answer, after_error, after_read_only
 from .sessions import NOT_MADE, Session, close_for_good, current
-from .state import Stage
+from .state import BEGUN
 
 #: What a driver, or what it calls, raises of the arguments it was given, besides its own errors.
 _OF_THE_CALL = (
@@ -221,7 +221,7 @@ def is_lost(db: Any, session: Session) -> bool:
         # Kept to be raised in COMMIT's place, without the frames.
         session.lose(loss=exc.with_traceback(None))
         return True
-    if db._transaction.stage is Stage.BEGUN:
+    if db._transaction.stage is BEGUN:
         mark(db, session)
     elif db._transaction.reads:
         db._transaction.mark = sent(db, session)

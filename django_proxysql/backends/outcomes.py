@@ -31,7 +31,7 @@ from .losses import is_of_server, throw_away
 from .replacing import replace
 from .replays import are_sendable, dialect_of, has_only_read, rehearse
 from .sessions import Session
-from .state import Stage
+from .state import ACTIVE, NOT_DONE, ROLLED_BACK, UNKNOWN
 from .tokens import begin, delete_some
 
 #: Django before 4.2 logs no COMMIT.
@@ -259,11 +259,11 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
     driver, transaction = db._driver, db._transaction
     refused = outcome.refusal(driver.code_of(cause), str(cause))
     if refused is Refusal.FENCED:
-        transaction.to(Stage.NOT_DONE)
+        transaction.to(NOT_DONE)
     elif refused is not None:
         # It may be in another schema by now.
         _schemas.pop(session.balancer, None)
-        transaction.to(Stage.ROLLED_BACK)
+        transaction.to(ROLLED_BACK)
     if refused is not None:
         raise _refused(session, refused, cause) from cause
     if (
@@ -272,17 +272,17 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
         and is_of_server(db, session)
     ):
         # The server has not come to COMMIT.
-        transaction.to(Stage.ACTIVE)
+        transaction.to(ACTIVE)
         return False
     judgement = drivers.judgement_of(cause, driver)
     if judgement.proof is Proof.ANSWERED:
         return False
     found = _find_out(db, session, token, cause)
     if found is Outcome.UNKNOWN:
-        transaction.to(Stage.UNKNOWN)
+        transaction.to(UNKNOWN)
         raise CommitOutcomeUnknown(*cause.args) from cause
     if found is Outcome.ROLLED_BACK:
-        transaction.to(Stage.NOT_DONE)
+        transaction.to(NOT_DONE)
         raise _rolled_back(session, cause) from cause
     return True
 

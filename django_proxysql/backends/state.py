@@ -30,8 +30,8 @@ class Life(enum.Enum):
     ERROR_RAISED = "error raised"
 
 
-#: For code that asks at each statement.
-WORKS = Life.WORKS
+# By these names: up to Python 3.11 each look at an enum's member is a call.
+WORKS, LEAVING, LOST, ERROR_RAISED = Life
 
 
 class Health:
@@ -40,7 +40,7 @@ class Health:
     __slots__ = ("dead", "doubted", "error", "life", "loss", "poll", "timed_out", "unsure")
 
     def __init__(self, poll: Callable[[int], object] | None) -> None:
-        self.life = Life.WORKS
+        self.life = WORKS
         #: Whether :attr:`life` is LOST or ERROR_RAISED, for code that asks at each statement.
         self.dead = False
         #: Looks at the socket; None where that cannot be done, or no longer.
@@ -60,17 +60,17 @@ class Health:
     @property
     def is_leaving(self) -> bool:
         """Whether the connection works, and is to be replaced at the next safe point."""
-        return self.life is Life.LEAVING
+        return self.life is LEAVING
 
     @property
     def error_raised(self) -> bool:
         """Whether the loss was raised in the application."""
-        return self.life is Life.ERROR_RAISED
+        return self.life is ERROR_RAISED
 
     def leave(self, error: str) -> None:
         """Note that its peer refuses its service."""
         if not self.dead:
-            self.life, self.doubted = Life.LEAVING, False
+            self.life, self.doubted = LEAVING, False
             self.error = error
 
     def lose(
@@ -83,7 +83,7 @@ class Health:
         if not self.dead:
             # First: what an asynchronous exception leaves behind is not used again.
             self.dead = True
-            self.life, self.timed_out = Life.LOST, timed_out
+            self.life, self.timed_out = LOST, timed_out
         # The number of its socket may belong to another connection by now.
         self.poll = None
         self.unsure = self.doubted = False
@@ -93,12 +93,12 @@ class Health:
     def raised(self) -> None:
         """Note that an error that was met on the connection goes to the application."""
         if self.dead:
-            self.life = Life.ERROR_RAISED
+            self.life = ERROR_RAISED
 
     def not_raised(self) -> None:
         """Note that the error that was met last has not reached the application."""
         if self.dead:
-            self.life = Life.LOST
+            self.life = LOST
 
     def doubt(self) -> None:
         """Note that a write was refused, and that the connection could not be asked why."""
@@ -144,17 +144,16 @@ class Stage(enum.Enum):
     UNKNOWN = "unknown"
 
 
+NONE, BEGUN, ACTIVE, COMMITTING, COMMITTED, ROLLED_BACK, NOT_DONE, UNKNOWN = Stage
+
 #: How many are kept, and how many may be run again where the block goes on: each is proven to be
 #: a read before it counts, while the application waits.
 _MOST_READS, MOST_BEGUN_ANEW = 200, 20
 
-#: For code that asks at each statement.
-BEGUN = Stage.BEGUN
-
 # Tuples: a set asks each member for its hash, by a function in Python.
-_ENDED = (Stage.COMMITTED, Stage.ROLLED_BACK, Stage.NOT_DONE, Stage.UNKNOWN)
-_SENT = (Stage.ACTIVE, Stage.COMMITTING, Stage.UNKNOWN)
-_MAY_STAND = (Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN)
+_ENDED = (COMMITTED, ROLLED_BACK, NOT_DONE, UNKNOWN)
+_SENT = (ACTIVE, COMMITTING, UNKNOWN)
+_MAY_STAND = (COMMITTING, COMMITTED, UNKNOWN)
 
 
 class Transaction:
@@ -174,7 +173,7 @@ class Transaction:
         "undone",
     )
 
-    def __init__(self, by_hand: bool, stage: Stage = Stage.BEGUN, hooks: int = 0) -> None:
+    def __init__(self, by_hand: bool, stage: Stage = BEGUN, hooks: int = 0) -> None:
         self.by_hand = by_hand
         self.stage = stage
         self.hooks = hooks
@@ -188,7 +187,7 @@ class Transaction:
         self.mark: tuple[Counter, int] | None = None
         #: What was answered in it, texts and parameters, as long as all of it looks like
         #: reads; None once anything else was sent.
-        self.reads: list[tuple[Any, Any]] | None = None if stage is Stage.NONE else []
+        self.reads: list[tuple[Any, Any]] | None = None if stage is NONE else []
         #: SAVEPOINTs in it, while it holds nothing else but reads: made again with it.
         self.savepoints: list[str] = []
         #: SAVEPOINTs that Django has rolled back to: a loss of their RELEASE loses nothing more.
@@ -198,8 +197,8 @@ class Transaction:
 
     def statement_sent(self) -> None:
         """A statement was sent, or something that may have been one."""
-        if self.stage is Stage.BEGUN:
-            self.stage = Stage.ACTIVE
+        if self.stage is BEGUN:
+            self.stage = ACTIVE
         self.reads = None
 
     def read_answered(self, sql: Any, params: Any) -> None:
@@ -207,8 +206,8 @@ class Transaction:
         if self.reads is None or self.by_hand or len(self.reads) >= _MOST_READS:
             self.statement_sent()
             return
-        if self.stage is Stage.BEGUN:
-            self.stage = Stage.ACTIVE
+        if self.stage is BEGUN:
+            self.stage = ACTIVE
         self.reads.append((sql, params))
 
     def only_savepoints_sent(self, reads: list[tuple[Any, Any]] | None = None) -> None:
@@ -216,10 +215,10 @@ class Transaction:
 
         :param reads: what had been answered before.
         """
-        if self.stage is Stage.ACTIVE:
+        if self.stage is ACTIVE:
             self.reads = reads or []
             if not reads:
-                self.stage = Stage.BEGUN
+                self.stage = BEGUN
 
     def savepoint_made(self, sid: str) -> None:
         """Django is about to make a SAVEPOINT."""
@@ -236,7 +235,7 @@ class Transaction:
         """Django is about to roll back to a SAVEPOINT, which ends those made after it."""
         if sid in self.savepoints:
             del self.savepoints[self.savepoints.index(sid) + 1 :]
-        if self.stage is not Stage.NONE:
+        if self.stage is not NONE:
             self.undone.add(sid)
 
     def to(self, stage: Stage) -> None:
@@ -244,7 +243,7 @@ class Transaction:
 
         What is known of a COMMIT stays known if a ROLLBACK comes after it.
         """
-        if self.stage is Stage.NONE or (stage is Stage.ROLLED_BACK and self.has_ended):
+        if self.stage is NONE or (stage is ROLLED_BACK and self.has_ended):
             return
         self.stage = stage
 
@@ -253,12 +252,12 @@ class Transaction:
     @property
     def is_of_atomic(self) -> bool:
         """Whether an atomic block began it, and it has not been left yet."""
-        return self.stage is not Stage.NONE and not self.by_hand
+        return self.stage is not NONE and not self.by_hand
 
     @property
     def is_pending(self) -> bool:
         """Whether nothing was sent in a transaction that an atomic block began."""
-        return self.stage is Stage.BEGUN and not self.by_hand
+        return self.stage is BEGUN and not self.by_hand
 
     @property
     def has_only_read(self) -> bool:
@@ -277,4 +276,4 @@ class Transaction:
 
 
 #: What is in a record's place while there is no transaction. It never changes.
-NO_TRANSACTION = Transaction(by_hand=False, stage=Stage.NONE)
+NO_TRANSACTION = Transaction(by_hand=False, stage=NONE)

@@ -21,7 +21,17 @@ from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, sent
 from .outcomes import Token, commit_with, is_as_good_as_committed, stands, token_for
 from .replacing import at_safe_point, before_first, is_restartable, is_safe, replace, restart
 from .sessions import Session, close_for_good, current
-from .state import NO_TRANSACTION, Stage, Transaction
+from .state import (
+    ACTIVE,
+    BEGUN,
+    COMMITTED,
+    COMMITTING,
+    NO_TRANSACTION,
+    NOT_DONE,
+    ROLLED_BACK,
+    UNKNOWN,
+    Transaction,
+)
 
 
 def set_autocommit(
@@ -29,7 +39,10 @@ def set_autocommit(
 ) -> None:
     """Begin or end a transaction; see Django."""
     try:
-        change_autocommit(db, autocommit, force_begin_transaction_with_broken_autocommit)
+        if autocommit:
+            switch_on(db, force_begin_transaction_with_broken_autocommit)
+        else:
+            switch_off(db, force_begin_transaction_with_broken_autocommit)
     except BaseException as exc:
         if db.autocommit is not autocommit and not isinstance(exc, Error):
             # Ctrl-C, or a task's time limit: what the server has done of it
@@ -41,15 +54,12 @@ def set_autocommit(
         raise
 
 
-def change_autocommit(db: Any, autocommit: bool, begins: bool) -> None:
-    if autocommit:
-        switch_on(db, begins)
-        return
+def switch_off(db: Any, begins: bool) -> None:
     if db.autocommit:
         # A hook that raised leaves the mark behind by which the next connect() runs hooks.
         db.run_on_commit = []
         db.run_commit_hooks_on_set_autocommit_on = False
-    db._plain("set_autocommit")(autocommit, begins)
+    db._plain("set_autocommit")(False, begins)
     if db._transaction is NO_TRANSACTION:
         open_transaction(db, Transaction(by_hand=not begins))
 
@@ -68,7 +78,7 @@ def open_transaction(db: Any, transaction: Transaction) -> None:
 
 def switch_on(db: Any, begins: bool) -> None:
     transaction, session = db._transaction, db._session
-    if transaction.is_of_atomic and transaction.stage in (Stage.ACTIVE, Stage.COMMITTING):
+    if transaction.is_of_atomic and transaction.stage in (ACTIVE, COMMITTING):
         session = current(db)
         if session is not None and not session.dead:
             # Ctrl-C, or a task's time limit, between Django's lines: neither COMMIT nor ROLLBACK
@@ -77,10 +87,10 @@ def switch_on(db: Any, begins: bool) -> None:
     is_dead = db.connection is None or (
         session is not None and session.connection is db.connection and session.dead
     )
-    if is_dead and (transaction.is_of_atomic or transaction.stage is Stage.BEGUN):
+    if is_dead and (transaction.is_of_atomic or transaction.stage is BEGUN):
         # Leaving a transaction with nothing to leave it on. Django would connect
         # anew, only to raise another error than the one that ended it.
-        is_committed = transaction.stage is Stage.COMMITTED or transaction.by_hand
+        is_committed = transaction.stage is COMMITTED or transaction.by_hand
         leave(db, hooks=len(db.run_on_commit) if is_committed else 0)
         if not is_committed and (session is None or session.error_raised or not session.holds):
             # As Django does where ROLLBACK fails.
@@ -150,7 +160,7 @@ def end(db: Any, session: Session) -> None:
     else:
         notice_unseen(db, session)
     try:
-        if transaction.by_hand and transaction.stage is Stage.ACTIVE and db.vendor == "mysql":
+        if transaction.by_hand and transaction.stage is ACTIVE and db.vendor == "mysql":
             # What is open is committed by it.
             send_commit(db, send)
         else:
@@ -158,7 +168,7 @@ def end(db: Any, session: Session) -> None:
     except Error:
         # After COMMIT or ROLLBACK was answered nothing hangs on it.
         ends_nothing = (
-            transaction.has_ended if not transaction.by_hand else (transaction.stage is Stage.BEGUN)
+            transaction.has_ended if not transaction.by_hand else (transaction.stage is BEGUN)
         )
         if not (ends_nothing and (session.dead or session.is_leaving)):
             if session.dead or transaction.has_ended:
@@ -183,7 +193,7 @@ def commit(db: Any) -> Any:
     if db._transaction is NO_TRANSACTION:
         return end_of_nothing(db, session, functools.partial(send_commit, db, send))
     notice_unseen(db, session)
-    nothing_sent = db._transaction.stage is Stage.BEGUN
+    nothing_sent = db._transaction.stage is BEGUN
     was_raised = session.error_raised
     try:
         # Nothing happened in this transaction: nothing is lost with it. As after
@@ -204,7 +214,7 @@ def commit(db: Any) -> Any:
             raise
         result = None
         passed_over(session, was_raised)
-    db._transaction.to(Stage.COMMITTED)
+    db._transaction.to(COMMITTED)
     ended_by_hand(db)
     return result
 
@@ -227,7 +237,7 @@ def ended_by_hand(db: Any) -> None:
     """Open the record of the next transaction, which begins by itself after one by hand."""
     transaction = db._transaction
     if transaction.by_hand and not db.in_atomic_block:
-        if transaction.stage is not Stage.COMMITTED:
+        if transaction.stage is not COMMITTED:
             db.run_on_commit = db.run_on_commit[: transaction.hooks]
         open_transaction(db, Transaction(by_hand=True, hooks=len(db.run_on_commit)))
 
@@ -243,7 +253,7 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
     # Only this COMMIT's: one that an on_commit hook sends is another's.
     transaction = db._transaction
     try:
-        transaction.to(Stage.COMMITTING)
+        transaction.to(COMMITTING)
         result = None
         if token is None or not commit_with(db, session, token):
             # Where it was refused, what becomes of this COMMIT it cannot tell.
@@ -255,22 +265,22 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
         judgement = drivers.judgement_of(cause, db._driver)
         if known_dead or did_not_run(db, session, judgement):
             # It never left: rolled back.
-            transaction.to(Stage.ACTIVE)
+            transaction.to(ACTIVE)
         elif judgement.proof is Proof.ROLLED_BACK:
-            transaction.to(Stage.NOT_DONE)
+            transaction.to(NOT_DONE)
         elif token is not None and session is not None:
             if not stands(db, session, token, cause):
                 raise
             note_end_of_transaction(db, stands=True)
             passed_over(session, was_raised)
-            transaction.to(Stage.COMMITTED)
+            transaction.to(COMMITTED)
             return None
         elif judgement.proof is not Proof.ANSWERED:
             # A proxy may say of what has run that it has not.
-            transaction.to(Stage.UNKNOWN)
+            transaction.to(UNKNOWN)
             raise CommitOutcomeUnknown(*exc.args) from cause
         raise
-    transaction.to(Stage.COMMITTED)
+    transaction.to(COMMITTED)
     return result
 
 
@@ -299,7 +309,7 @@ def rollback(db: Any) -> Any:
     else:
         result = lost_is_rolled_back(db, session, send)
     note_end_of_transaction(db, stands=False)
-    db._transaction.to(Stage.ROLLED_BACK)
+    db._transaction.to(ROLLED_BACK)
     ended_by_hand(db)
     return result
 

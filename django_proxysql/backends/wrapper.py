@@ -44,7 +44,7 @@ from .sessions import (
     give_back,
     is_pooled,
 )
-from .state import BEGUN, NO_TRANSACTION, Stage, Transaction
+from .state import ACTIVE, BEGUN, NO_TRANSACTION, Transaction
 
 
 class SafePointsMixin(LoadBalancedMixin):
@@ -106,7 +106,7 @@ class SafePointsMixin(LoadBalancedMixin):
             raise
         # Without autocommit in the settings there is one at once, and what is in it not known.
         self._transaction = (
-            NO_TRANSACTION if self.autocommit else Transaction(by_hand=True, stage=Stage.ACTIVE)
+            NO_TRANSACTION if self.autocommit else Transaction(by_hand=True, stage=ACTIVE)
         )
         return connection
 
