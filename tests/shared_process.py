@@ -18,12 +18,18 @@ from typing import Any
 import MySQLdb
 
 from django_proxysql import LoadBalancer
+from django_proxysql.core import sharing
+from django_proxysql.core.sharing import link, url
 
 
 class Commands:
     """What a process can be asked to do."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        seconds = options.pop("patience", None)
+        if seconds is not None:
+            # For a machine so busy that Redis takes its time.
+            link.PATIENCE = sharing.PATIENCE = url.TIMEOUT = seconds
         self.db = LoadBalancer(connect=MySQLdb.connect, **options)
         self.events: queue.Queue[tuple[float, Any]] = queue.Queue()
         self.trials: list[tuple[float, float]] = []

@@ -96,7 +96,7 @@ def test_all_know_within_a_second(fleet: Fleet) -> None:
 
 def test_one_trial_at_a_time_over_all(fleet: Fleet) -> None:
     """However many processes and threads connect all the time, trials never overlap."""
-    processes = fleet.start(4, check_interval=0.5, trial_timeout=1, connect_timeout=1)
+    processes = fleet.start(4, check_interval=0.5, trial_timeout=1, connect_timeout=1, patience=30)
     fleet.peers["db1"].accept_and_close()
     processes[0].do("connect")
     processes[0].do("connect")

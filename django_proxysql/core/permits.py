@@ -474,26 +474,31 @@ class Keeper(Guarded):
 
     def _hand_out(self) -> Sequence[Subscriber]:
         """Put the changes into the subscribers' queues, in order; return who is to be notified."""
-        life = _Life()
         # Guards the order of the queues. It appends to them; nothing in it waits or calls out.
         with self._lock:
             handing = self._handing
             # A signal handler or finalizer within the loop leaves its change to that.
             if handing is not None and handing() is not None:
                 return ()
-            try:
-                self._handing = weakref.ref(life)
-                while self.circuit.pending:
-                    before = self.circuit
-                    for subscriber in self._subscribers():
-                        subscriber.put(before.pending[0])
-                    # Last: a change whose thread is interrupted above is put once more.
-                    after = before._replace(pending=before.pending[1:])
-                    if self.circuit is before:
-                        self.circuit = after
-            finally:
-                self._handing = None
+            # In a function of its own: an exception at a ``try`` within the block would leave the
+            # lock held (seen on CPython 3.11).
+            self._hand_out_in_order()
             return self._subscribers()
+
+    def _hand_out_in_order(self) -> None:
+        life = _Life()
+        try:
+            self._handing = weakref.ref(life)
+            while self.circuit.pending:
+                before = self.circuit
+                for subscriber in self._subscribers():
+                    subscriber.put(before.pending[0])
+                # Last: a change whose thread is interrupted above is put once more.
+                after = before._replace(pending=before.pending[1:])
+                if self.circuit is before:
+                    self.circuit = after
+        finally:
+            self._handing = None
 
     # For the breaker to say
 
