@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import django
 import pytest
@@ -512,6 +513,26 @@ class TestFaults:
             proxy.cut_after(b"COMMIT")
         rolled_back(here)
         assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
+
+    @pytest.mark.parametrize("limit", [Exception, TimeoutError, KeyboardInterrupt])
+    def test_a_time_limit_while_the_peers_are_asked_is_raised(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, limit: type[BaseException]
+    ) -> None:
+        """The block may stand, and its hooks do not run."""
+
+        class TimeLimit(limit):  # type: ignore[misc]
+            pass
+
+        here.read()
+        cut_at_commit(here, "reply")
+        ran: list[str] = []
+        with monkeypatch.context() as patch, pytest.raises(TimeLimit):
+            patch.setattr(outcomes, "_fence", mock.Mock(side_effect=TimeLimit))
+            with transaction.atomic("balanced"):
+                transaction.on_commit(lambda: ran.append("one"), using="balanced")
+                here.write("one")
+        assert (here.written(), ran) == (["one"], [])
+        assert block(here, "two") == ["two"]
 
     def test_two_that_fence_at_once_agree(self, here: Site, known_token: bytes) -> None:
         here.read()

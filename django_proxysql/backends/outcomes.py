@@ -27,7 +27,7 @@ from ..core.statements import is_provable_read
 from ..core.texts import VALUES, with_parameters
 from ..errors import CommitOutcomeUnknown
 from .decisions import may_count_as_committed, writes_token
-from .losses import is_of_server, throw_away
+from .losses import is_of_server, is_of_the_call, throw_away
 from .replacing import replace
 from .replays import are_sendable, dialect_of, has_only_read, rehearse
 from .sessions import Session
@@ -314,8 +314,11 @@ def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> 
     try:
         with throw_away(db, peer, seconds) as connection:
             return _fence(db, connection, token, session.role)
-    except Exception:
-        # Whatever it was, it is no answer.
+    except Exception as exc:
+        is_of_the_machine = isinstance(exc, OSError) and not isinstance(exc, TimeoutError)
+        if not (is_of_the_call(exc) or is_of_the_machine or drivers.is_marked(exc, "is_ours")):
+            # A task's time limit, say: the task must end by it.
+            raise
         return Answer.NONE
 
 
