@@ -658,6 +658,8 @@ class TestThread:
                 assert over.wait(10)
             except AssertionError as exc:
                 raise AssertionError(f"after a kill at {struck}") from exc
+        # It lives until the garbage is collected, and the next thread would look after it, too.
+        del worker._scheduled[db.group]
         return struck
 
     @pytest.mark.parametrize("name", ["waits", "tries"])
