@@ -7,7 +7,6 @@ container that is being gone through. So shared ones are copied in one step, or 
 from __future__ import annotations
 
 import ast
-import sys
 import threading
 import time
 import weakref
@@ -136,15 +135,6 @@ def test_it_would_be_seen() -> None:
     assert "_pools" in [name_of(expression) for expression in gone_through(tree)]
 
 
-@pytest.fixture
-def often() -> Iterator[None]:
-    """Have threads change places as often as can be, where there is a GIL."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
 #: How often each thread does it.
 TIMES = 300
 
@@ -165,7 +155,7 @@ def busy(*targets: Callable[[int], object], times: int = TIMES) -> None:
         pass
 
 
-@pytest.mark.usefixtures("often")
+@pytest.mark.usefixtures("hurried")
 class TestThreads:
     def test_pools(self) -> None:
         """A pool is looked for while others are made, thrown away and retired."""
