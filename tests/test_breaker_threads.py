@@ -438,8 +438,12 @@ def prepared(name: str) -> tuple[LoadBalancer, Clock, Callable[[], object]]:
 class TestAsynchronousExceptions:
     @pytest.fixture(autouse=True)
     def unraisable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What hits a finalizer cannot be raised: let Python drop it without a word."""
+        """What hits a finalizer cannot be raised, nor what hits a thread on its first or last line:
+        let Python drop it without a word. (pytest's own hooks may be hit as well, while they write
+        it down.)
+        """
         monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
 
     @pytest.mark.usefixtures("hurried")
     def test_thrown_into_threads_that_hammer(self) -> None:
