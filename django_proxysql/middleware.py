@@ -22,7 +22,8 @@ class RetryingRequestMiddleware(MiddlewareMixin):
     """Runs each view under ATOMIC_REQUESTS again by the rules of ``retrying_request``.
 
     It is the last in MIDDLEWARE: it keeps the request as the view finds it. A view on whose aliases
-    ``non_atomic_requests`` stands, or an async one, is left alone.
+    ``non_atomic_requests`` stands, or an async one, is left alone. So is each view if an alias of
+    another engine would commit before one of this engine's.
 
     :raises ImproperlyConfigured: a middleware after it has a ``process_view()`` of its own.
     """
@@ -50,7 +51,8 @@ class RetryingRequestMiddleware(MiddlewareMixin):
         # A view of retrying_request has its blocks there.
         without = getattr(view, "_non_atomic_requests", ())
         call = Call(self.rules, view, atomic_aliases(without))
-        if not call.ours or call.is_in_test:
+        # Another engine's block that has committed would be run twice.
+        if not call.ours or call.is_in_test or not call.fits_django:
             return
         for wrapper in call.ours:
             wrapper.next_block = NO_TRANSACTION

@@ -98,6 +98,8 @@ class Call:
         self._wrappers = sorted(wrappers, key=lambda one: isinstance(one, SafePointsMixin))
         #: The blocks that may be run again.
         self.ours: list[Any] = [one for one in wrappers if isinstance(one, SafePointsMixin)]
+        #: Django's own blocks commit in the order of the aliases: those of another engine last.
+        self.fits_django = wrappers[: len(self.ours)] == self.ours
         #: It runs once, in savepoints: all around it are TestCase's blocks.
         self.is_in_test = False
         for wrapper in wrappers:

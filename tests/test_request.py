@@ -553,3 +553,34 @@ def test_one_block_that_may_stand_ends_it(on_site: Site, serve: Any) -> None:
     finally:
         connections["second"].close()
         del databases["second"]
+
+
+@pytest.mark.parametrize("other", ["first", "last"])
+@pytest.mark.parametrize("way", WAYS)
+def test_another_engines_block_that_has_committed_is_not_run_again(
+    on_site: Site, serve: Any, monkeypatch: pytest.MonkeyPatch, way: str, other: str
+) -> None:
+    """Django commits in the order of DATABASES, and so does the middleware's first run."""
+    databases: Any = connections.databases
+    monkeypatch.setitem(databases["plain"], "ATOMIC_REQUESTS", True)
+    if other == "last":
+        databases["plain"] = databases.pop("plain")
+    runs: list[int] = []
+
+    def page(request: Any) -> HttpResponse:
+        runs.append(1)
+        with connections["plain"].cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"other {len(runs)}"])
+        on_site.write(f"ours {len(runs)}")
+        if len(runs) == 1:
+            on_site.kill()
+        return HttpResponse()
+
+    get = serve(page, way)
+    if (way, other) == ("middleware", "first"):
+        with pytest.raises(OperationalError):
+            get()
+        assert on_site.plain_rows() == ["other 1"]
+    else:
+        get()
+        assert on_site.plain_rows() == ["other 2", "ours 2"]
