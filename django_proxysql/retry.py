@@ -160,7 +160,7 @@ class Call:
         :param begun: the records of its blocks; NO_TRANSACTION where none began.
         """
         self._begun = begun
-        self.runs += any(one is not NO_TRANSACTION for one in begun)
+        self.runs += self._has_begun
 
     def repeat(self, run: Callable[[], _T], again: Callable[[], object] = lambda: None) -> _T:
         """Run ``run`` in the blocks until it ends well, or its error is to be raised.
@@ -191,7 +191,8 @@ class Call:
         is_last = self.runs - self._uncounted >= self._rules.attempts
         if self.is_in_test or is_last or not self._begins_again(exc):
             return None
-        if isinstance(exc, NoPeerAvailable):
+        if isinstance(exc, NoPeerAvailable) or not self._has_begun:
+            # No attempt is used up by what the function has not seen.
             self._no_peer_since = self._no_peer_since or now
             self._no_peer += 1
             left = self._no_peer_since + self._rules.wait_for_peer - now
@@ -199,6 +200,11 @@ class Call:
         seconds = self._wait(self._rules.wait or _WAIT, self.runs, exc)
         self._idle += seconds
         return seconds
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the last run's blocks had begun."""
+        return any(one is not NO_TRANSACTION for one in self._begun)
 
     def _was_lost_at_its_end(self, exc: BaseException) -> bool:
         """Return whether the run's COMMIT was lost and is known not to stand.
@@ -297,7 +303,8 @@ def retrying_atomic(
     :param wait: how long it waits between two runs: a wait strategy of tenacity's. By
         default a random time of up to 0.05 s, doubled each time, at most 2 s.
     :param wait_for_peer: for how many seconds it waits for a peer when none can be
-        reached. That uses up no attempt. A connect under way is not cut short.
+        reached, or each is lost as the block begins. That uses up no attempt. A connect
+        under way is not cut short.
     :raises TransactionManagementError: called inside another atomic block, or
         while autocommit is off: only a part of the transaction would be run
         again. (Inside the blocks of Django's TestCase it runs once, in a

@@ -192,6 +192,31 @@ class TestWithoutPeers:
         with pytest.raises(NoPeerAvailable):
             retrying_atomic(alias, wait_for_peer=0)(pytest.fail)("it ran")
 
+    def test_peers_that_lose_each_block_as_it_begins_are_no_longer_waited_for(
+        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They let the client in, and the function never runs: that uses up no attempt."""
+        now = [100.0]
+        monkeypatch.setattr("django_proxysql.retry.time.monotonic", lambda: now[0])
+
+        def lose() -> None:
+            for proxy in on_mariadb.proxies:
+                proxy.disarm()
+                for _ in range(4):
+                    proxy.cut_before(b"autocommit=0")
+
+        def sleep(seconds: float) -> None:
+            assert now[0] < 105, "it goes on for ever"
+            now[0] += seconds
+            on_mariadb.clock.advance(31)
+            lose()
+
+        monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
+        lose()
+        with pytest.raises(OperationalError):
+            retrying_atomic(on_mariadb.connection.alias, wait_for_peer=5)(pytest.fail)("it ran")
+        assert now[0] > 104.9
+
     def test_a_refusal_is_raised_at_once(self, on_mariadb: Site) -> None:
         """A wrong password does not get better by waiting."""
         on_mariadb.connection.close()
