@@ -16,7 +16,7 @@ import django
 import pytest
 from django.apps import apps
 from django.core.management import CommandError, call_command
-from django.db import DatabaseError, OperationalError, connections, transaction
+from django.db import DatabaseError, IntegrityError, OperationalError, connections, transaction
 from django.db.models.signals import pre_migrate
 from django.test import RequestFactory
 
@@ -494,15 +494,83 @@ def elsewhere(here: Site) -> list[Any]:
 class TestFaults:
     """Each ends in the right verdict or in none."""
 
-    @pytest.mark.parametrize("statement", [outcome.fence, outcome.insert], ids=["fence", "twin"])
-    def test_a_token_that_is_there_already_ends_the_block(
-        self, here: Site, known_token: bytes, statement: Callable[..., str]
+    def test_a_fence_that_is_there_already_ends_the_block(
+        self, here: Site, known_token: bytes
     ) -> None:
-        """This process was stopped while another fenced it; or two have one token by chance."""
-        run(here.plain, statement(here.plain.vendor, outcome.TABLE, known_token))
+        """This process was stopped while another fenced it."""
+        run(here.plain, outcome.fence(here.plain.vendor, outcome.TABLE, known_token))
         here.read()
         rolled_back(here)
-        assert (here.written(), resolved(here)) == ([], [])
+        assert (here.written(), resolved(here)) == ([], ["rolled_back"])
+
+    def test_its_own_row_that_is_there_already_says_that_the_transaction_stands(
+        self, here: Site, known_token: bytes
+    ) -> None:
+        """Something in between ran it twice, as MaxScale's ``transaction_replay`` does."""
+        own = outcome.insert(here.plain.vendor, outcome.TABLE, known_token)
+        run(here.plain, "INSERT INTO app_token (value) VALUES ('one')", own)
+        runs: list[int] = []
+        hooks: list[int] = []
+
+        @retrying_atomic("balanced")
+        def work() -> None:
+            runs.append(1)
+            transaction.on_commit(lambda: hooks.append(1), using="balanced")
+            here.write("one, once more")
+
+        here.read()
+        work()
+        assert (runs, hooks, here.written()) == ([1], [1], ["one"])
+        assert (tokens(here), resolved(here)) == ([False], ["committed"])
+
+    @ON_POSTGRES
+    def test_a_token_is_known_by_its_table_whatever_its_key_is_named(self, here: Site) -> None:
+        """As after a rebuild of the key: ``ADD PRIMARY KEY USING INDEX``."""
+        table, key = f"ALTER TABLE {outcome.TABLE}", f"{outcome.TABLE}_pkey"
+        run(here.plain, f"{table} RENAME CONSTRAINT {key} TO rebuilt")
+        try:
+            here.read()
+            cut_at_commit(here, "reply")
+            assert block(here, "one") == ["one"]
+        finally:
+            run(here.plain, f"{table} RENAME CONSTRAINT rebuilt TO {key}")
+
+    @ON_POSTGRES
+    def test_a_value_that_is_named_like_the_table_is_no_token(self, here: Site) -> None:
+        """COMMIT checks a deferred constraint, and its error quotes the value."""
+        named = f"INSERT INTO once VALUES ('{outcome.TABLE}')"
+        unique = "UNIQUE DEFERRABLE INITIALLY DEFERRED"
+        run(here.plain, f"CREATE TABLE once (value text {unique})", named)
+        try:
+            with pytest.raises(IntegrityError), transaction.atomic("balanced"):
+                here.sql(named)
+        finally:
+            run(here.plain, "DROP TABLE once")
+        assert (tokens(here), resolved(here)) == ([], [])
+
+    @pytest.mark.parametrize("cut", ["before", "reply"])
+    def test_a_loss_of_the_token_ahead_of_commit_is_not_asked_about(
+        self, request: pytest.FixtureRequest, fault_proxy: Callable[..., Any], cut: str
+    ) -> None:
+        """COMMIT was never sent: that is a loss in the block."""
+        driver = os.environ.get("TEST_DRIVER")
+        if driver == "pymysql":
+            pytest.skip("an option of mysqlclient's")
+        server = request.getfixturevalue("postgres" if driver else "mariadb")
+        options = {} if driver else {"multi_statements": False}
+        with recording(server, fault_proxy, OPTIONS=options) as here:
+            runs: list[int] = []
+
+            @retrying_atomic("balanced")
+            def work() -> None:
+                runs.append(1)
+                here.write(f"run {len(runs)}")
+                if len(runs) == 1:
+                    cut_at_commit(here, cut, outcome.TABLE.encode())
+
+            work()
+            assert runs == [1, 1]
+            assert (here.written(), resolved(here)) == (["run 2"], [])
 
     def test_a_fence_whose_answer_is_lost_is_not_taken_for_the_transaction(
         self, here: Site

@@ -13,7 +13,7 @@ import time
 import weakref
 from typing import Any, NamedTuple
 
-from django.db import OperationalError
+from django.db import Error, OperationalError
 from django.db.backends import utils
 
 from ..core import drivers, outcome, ready
@@ -257,26 +257,24 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
     :raises Error: it does not stand, or that is unknown. None: the error is the application's.
     """
     driver, transaction = db._driver, db._transaction
-    refused = outcome.refusal(driver.code_of(cause), str(cause))
-    if refused is Refusal.FENCED:
-        transaction.to(NOT_DONE)
-    elif refused is not None:
+    refused = _refusal(db, cause)
+    if refused in (Refusal.MISSING, Refusal.DENIED):
         # It may be in another schema by now.
         _schemas.pop(session.balancer, None)
         transaction.to(ROLLED_BACK)
-    if refused is not None:
         raise _refused(session, refused, cause) from cause
-    if (
-        drivers.is_marked(cause, "of_first")
-        and driver.is_answer(cause)
-        and is_of_server(db, session)
-    ):
-        # The server has not come to COMMIT.
-        transaction.to(ACTIVE)
-        return False
-    judgement = drivers.judgement_of(cause, driver)
-    if judgement.proof is Proof.ANSWERED:
-        return False
+    if refused is None:
+        if drivers.is_marked(cause, "of_first") and (
+            drivers.is_marked(cause, "alone")
+            or (driver.is_answer(cause) and is_of_server(db, session))
+        ):
+            # COMMIT was not sent, or the server has not come to it.
+            transaction.to(ACTIVE)
+            return False
+        if drivers.judgement_of(cause, driver).proof is Proof.ANSWERED:
+            return False
+    # Where the token is there already: a fence wrote it while this process was stopped, or the
+    # transaction itself did, and something in between has sent its end once more.
     found = _find_out(db, session, token, cause)
     if found is Outcome.UNKNOWN:
         transaction.to(UNKNOWN)
@@ -290,6 +288,10 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
 def _find_out(db: Any, session: Session, token: Token, cause: BaseException) -> Outcome:
     """Ask the peers what became of a COMMIT, for OUTCOME_DEADLINE at most."""
     balancer, config = session.balancer, session.balancer.config
+    if not session.dead:
+        # What is still open there has the token locked, and would have the fence wait.
+        with contextlib.suppress(Error), db.wrap_database_errors:
+            session.connection.rollback()
 
     def candidates() -> list[str]:
         circuits = [(peer.name, peer.breaker.circuit) for peer in balancer.peers.values()]
@@ -323,7 +325,7 @@ def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> 
 
 
 def _fence(db: Any, connection: Any, token: Token, role: str) -> Answer:
-    vendor, driver = db.vendor, db._driver
+    vendor = db.vendor
     begin(vendor, connection, role)
     if not _is_true(ready.rows(connection, outcome.is_fit(vendor, token.table))):
         return Answer.UNFIT
@@ -331,7 +333,7 @@ def _fence(db: Any, connection: Any, token: Token, role: str) -> Answer:
         ready.rows(connection, outcome.fence(vendor, token.table, token.value))
         connection.commit()
     except Exception as exc:
-        if outcome.refusal(driver.code_of(exc), str(exc)) is not Refusal.FENCED:
+        if _refusal(db, exc) is not Refusal.FENCED:
             raise
     else:
         return Answer.INSERTED
@@ -341,6 +343,10 @@ def _fence(db: Any, connection: Any, token: Token, role: str) -> Answer:
     if not rows:
         return Answer.NONE
     return Answer.FENCE_STANDS if _is_true(rows) else Answer.COMMIT_STANDS
+
+
+def _refusal(db: Any, exc: BaseException) -> Refusal | None:
+    return outcome.refusal(db._driver.code_of(exc), db._driver.about(exc))
 
 
 def _is_true(rows: list[Any]) -> bool:
@@ -361,8 +367,6 @@ def _missing(session: Session) -> OperationalError:
 def _refused(session: Session, why: Refusal, cause: BaseException) -> OperationalError:
     if why is Refusal.MISSING:
         return _missing(session)
-    if why is Refusal.FENCED:
-        return _rolled_back(session, cause)
     return OperationalError(
         f"{session.balancer.name}: COMMIT_OUTCOME is 'record', and the user may not write to "
         f"{outcome.TABLE} ({drivers.describe(cause)}). Nothing was committed. Grant SELECT, "

@@ -291,7 +291,7 @@ def deletes(vendor: str, table: str, before: bytes, seconds: float, most: int) -
 class Refusal(enum.Enum):
     """Why a server does not take a transaction's token. COMMIT was not run then."""
 
-    #: A fence has it: another thread of control asked meanwhile, while this one was stopped.
+    #: It is there already: a fence has it, or the transaction's own row stands.
     FENCED = "fenced"
     #: There is no such table.
     MISSING = "missing"
@@ -311,8 +311,8 @@ def refusal(code: object, text: str) -> Refusal | None:
     """Return what an error says about the token; None: it is not about the token.
 
     :param code: the driver's number or SQLSTATE.
-    :param text: the error's text. COMMIT may answer PostgreSQL's deferred constraints with the
-        same codes: these errors name other tables.
+    :param text: the table's name, or the error's text. COMMIT may answer PostgreSQL's deferred
+        constraints with the same codes: these errors name other tables.
     """
     found = _REFUSALS.get(code) if isinstance(code, (int, str)) else None
     if found is Refusal.FENCED and isinstance(code, int):

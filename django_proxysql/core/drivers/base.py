@@ -14,9 +14,9 @@ from ..faults import Fault, Proof
 from ..sockets import Counter
 
 #: What may be noted on an exception: a callable password raised it; a driver did that was given one
-#: peer's settings; its text names the peer; it was raised before COMMIT was run; it ended its
-#: connection's use; who has met it.
-Mark = Literal["is_ours", "of_settings", "is_named", "of_first", "end", "caller"]
+#: peer's settings; its text names the peer; it was raised before COMMIT was run, or even before it
+#: was sent; it ended its connection's use; who has met it.
+Mark = Literal["is_ours", "of_settings", "is_named", "of_first", "alone", "end", "caller"]
 
 
 def mark(exc: BaseException, what: Mark, value: object = True) -> None:
@@ -114,6 +114,7 @@ class Driver:
                 cursor.close()
         except Exception as exc:
             mark(exc, "of_first")
+            mark(exc, "alone")
             raise
         connection.commit()
 
@@ -124,6 +125,10 @@ class Driver:
     def code_of(self, exc: BaseException) -> Any:
         """Return the error's code, if it has one."""
         return None
+
+    def about(self, exc: BaseException) -> str:
+        """Return what ``exc`` is about: its table's name, or a text that may have it."""
+        return str(exc)
 
     def is_option_error(self, exc: BaseException) -> bool:
         """Return whether the driver says that it cannot take an option."""

@@ -364,6 +364,10 @@ class PostgreSQL(Driver):
     def code_of(self, exc: BaseException) -> str | None:
         return sqlstate_of(exc)
 
+    def about(self, exc: BaseException) -> str:
+        # The text names the constraint, which may have any name, and quotes values.
+        return getattr(getattr(exc, "diag", None), "table_name", None) or str(exc)
+
     def owns(self, connection: Any) -> bool:
         """Return whether ``connection`` is a driver's of these, whatever it is wrapped in."""
         if hasattr(connection, "pgconn") or is_psycopg2(connection):
