@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def in_child(work: Callable[[], object], seconds: float = 20) -> str:
+def in_child(work: Callable[[], object], seconds: float = 120) -> str:
     """Return what ``work`` returns in a forked child; fail if it does not end in time."""
     read, write = os.pipe()
     with warnings.catch_warnings():

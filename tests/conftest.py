@@ -107,6 +107,19 @@ def hurried() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.fixture
+def strikes_are_silent() -> Iterator[None]:
+    """Let Python drop an exception that strikes where it cannot be raised.
+
+    That is in a finalizer, or on a thread's first or last line. (pytest's own hooks may be struck
+    as well, while they write it down.)
+    """
+    before = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    yield
+    sys.unraisablehook, threading.excepthook = before
+
+
 def needed_by(item: pytest.Item) -> set[str]:
     """Return the fixtures that a test asks for, among other names."""
     needed = set(getattr(item, "fixturenames", ()))
@@ -231,8 +244,11 @@ def redis_session(servers_session: ExitStack) -> RedisServer:
 
 
 @pytest.fixture
-def redis_server(redis_session: RedisServer) -> Iterator[RedisServer]:
-    """A Redis server; empty again after the test."""
+def redis_server(
+    redis_session: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RedisServer]:
+    """A Redis server; empty again after the test. It may take its time, on a busy machine."""
+    monkeypatch.setattr("django_proxysql.core.sharing.url.TIMEOUT", 30)
     yield redis_session
     redis_session.restore()
 

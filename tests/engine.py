@@ -42,12 +42,20 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self._began: float | None = None
 
     def __call__(self) -> float:
-        return self.now
+        return self.now if self._began is None else self.now + time.monotonic() - self._began
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Go as time goes, for the block: a driver's time-out takes the seconds that it takes."""
+        self._began = time.monotonic()
+        yield
+        self.now, self._began = self(), None
 
 
 def wait_until_alone(connection: Any, seconds: float = 20) -> None:

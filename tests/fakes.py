@@ -207,7 +207,7 @@ def struck_at(
 
 @contextlib.contextmanager
 def running(
-    *targets: Callable[[], object], seconds: float = 20
+    *targets: Callable[[], object], seconds: float = 120
 ) -> Iterator[list[threading.Thread]]:
     """Run ``targets`` in threads; at the end of the block all have to end in time."""
     errors: list[BaseException] = []
@@ -229,7 +229,7 @@ def running(
         raise errors[0]
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for another thread to have done something.
 
     It looks again and again: what it waits for has no event, and only bounds how long it looks.
@@ -240,7 +240,7 @@ def until(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.001)
 
 
-def in_thread(target: Callable[[], Any], seconds: float = 10) -> Any:
+def in_thread(target: Callable[[], Any], seconds: float = 120) -> Any:
     """Return what ``target`` returns in a thread of its own; fail if it does not end in time."""
     result: list[Any] = []
     with running(lambda: result.append(target()), seconds=seconds):
@@ -256,10 +256,10 @@ def holding(lock: Any) -> Iterator[None]:
     def hold() -> None:
         with lock:
             held.set()
-            over.wait(20)
+            over.wait(60)
 
     with running(hold):
-        assert held.wait(20)
+        assert held.wait(60)
         yield
         over.set()
 

@@ -34,6 +34,14 @@ class Commands:
         self.events: queue.Queue[tuple[float, Any]] = queue.Queue()
         self.trials: list[tuple[float, float]] = []
         self.failed = 0
+        self.looks: list[float] = []
+        look = link.Link._round_trip
+
+        def noted(*args: Any) -> float:
+            self.looks.append(time.monotonic())
+            return look(*args)
+
+        link.Link._round_trip = noted  # type: ignore[method-assign]
         self.db.add_listener(self.note)
         self.busy = False
 
@@ -57,12 +65,13 @@ class Commands:
     def settle(self) -> bool:
         return self.db.sharing.settle(5)  # type: ignore[union-attr]
 
-    def wait(self, kind: str, peer: str) -> dict[str, Any]:
-        """Wait for an event; return it, and when it came."""
+    def wait(self, kind: str, peer: str, since: float = 0) -> dict[str, Any]:
+        """Wait for an event; return it, and how many looks at Redis began before it."""
         while True:
-            when, event = self.events.get(timeout=20)
+            when, event = self.events.get(timeout=60)
             if type(event).__name__ == kind and event.peer == peer:
-                return {"when": when, "elsewhere": event.elsewhere}
+                looks = [look for look in self.looks.copy() if since < look < when]
+                return {"looks": len(looks), "elsewhere": event.elsewhere}
 
     def open(self, peer: str) -> None:
         self.db.peers[peer].breaker.open()
@@ -145,7 +154,7 @@ class SharedProcess:
         assert self.process.stdout is not None
         self.process.stdin.close()
         try:
-            return self.process.wait(20)
+            return self.process.wait(60)
         finally:
             self.process.kill()
             self.process.wait()

@@ -126,7 +126,7 @@ class Site:
         """Have the connection closed by the other side, and its socket know."""
         descriptor = self.connection.connection.fileno()
         self.here.drop_connections()
-        assert select.select([descriptor], [], [], 10)[0]
+        assert select.select([descriptor], [], [], 60)[0]
 
     def kill(self) -> None:
         """Have the server end the session, as KILL does, and its socket know."""
@@ -138,7 +138,7 @@ class Site:
                 cursor.execute(
                     f"SELECT pg_terminate_backend({self.connection.connection.info.backend_pid})"
                 )
-        assert select.select([descriptor], [], [], 10)[0]
+        assert select.select([descriptor], [], [], 60)[0]
 
     def kill_idle(self) -> None:
         """Have the session ended while it is idle: the next statement looks first."""

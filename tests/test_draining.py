@@ -91,7 +91,7 @@ class TestBalancer:
             together = threading.Barrier(2)
 
             def drain(name: str, world: World = world, together: Any = together) -> Any:
-                together.wait(30)
+                together.wait(60)
                 return raised_by(lambda: world.db.drain(name))
 
             with ThreadPoolExecutor() as pool:

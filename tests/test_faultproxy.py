@@ -62,11 +62,11 @@ def upper() -> Iterator[Upper]:
 
 @pytest.fixture
 def open_client() -> Iterator[Callable[..., socket.socket]]:
-    """Opens connections that wait 5 seconds at most, and closes them in the end."""
+    """Opens connections that wait a minute at most, and closes them in the end."""
     with contextlib.ExitStack() as stack:
 
         def connect(to: Address, greeting: bytes = b"HELLO") -> socket.socket:
-            client = stack.enter_context(socket.create_connection((to.host, to.port), timeout=5))
+            client = stack.enter_context(socket.create_connection((to.host, to.port), timeout=60))
             if greeting:
                 assert client.recv(65536) == greeting
             return client
@@ -89,7 +89,7 @@ def is_silent(client: socket.socket, seconds: float = 0.1) -> bool:
     except socket.timeout:
         return True
     finally:
-        client.settimeout(5)
+        client.settimeout(60)
     return False
 
 
@@ -155,14 +155,14 @@ def test_delay(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:
     proxy = fault_proxy(upper)
     proxy.delay(0.5)
     start = time.monotonic()
-    clients = [open_client(proxy, greeting=b"") for _ in range(5)]
+    clients = [open_client(proxy, greeting=b"") for _ in range(50)]
     for client in clients:
         client.sendall(b"early")
     for client in clients:
         assert client.recv(5) == b"HELLO"
         assert client.recv(5) == b"EARLY"
-    # One after the other they would take 2.5 s.
-    assert 0.5 <= time.monotonic() - start < 2.5
+    # One after the other they would take 25 s.
+    assert 0.5 <= time.monotonic() - start < 20
 
 
 def test_dead_server(upper: Upper, fault_proxy: Proxies, open_client: Open) -> None:

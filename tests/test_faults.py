@@ -803,7 +803,7 @@ def hanging_up() -> Iterator[int]:
         listener.settimeout(0.1)
         with contextlib.suppress(OSError):
             socket.create_connection(listener.getsockname(), timeout=1).close()
-    thread.join(10)
+    thread.join(60)
 
 
 CONNECTS: dict[str, Callable[..., object]] = {

@@ -19,6 +19,7 @@ from django_proxysql import LoadBalancer
 from tests.children import in_child
 from tests.fakes import in_thread, running
 from tests.site import Site
+from tests.test_connecting import sockets
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
 
@@ -73,19 +74,9 @@ def test_says_no_goodbye(here: Site, mine: int) -> None:
 
 
 def test_holds_no_socket_of_its_parents(here: Site, mine: int) -> None:
-    descriptor = here.connection.connection.fileno()
-    inode = os.stat(f"/proc/self/fd/{descriptor}").st_ino
-
-    def work() -> str:
-        found = []
-        for name in os.listdir("/proc/self/fd"):
-            try:
-                found.append(os.stat(f"/proc/self/fd/{name}").st_ino)
-            except FileNotFoundError:  # the listing's own
-                pass
-        return str(inode in found)
-
-    assert in_child(work) == "False"
+    its = os.readlink(f"/proc/self/fd/{here.connection.connection.fileno()}")
+    assert its in sockets()
+    assert in_child(lambda: its in sockets()) == "False"
 
 
 def test_each_gets_its_own_answers(here: Site, mine: int) -> None:
@@ -114,7 +105,7 @@ def test_each_gets_its_own_answers(here: Site, mine: int) -> None:
     beside = threading.Thread(target=parent)
     beside.start()
     try:
-        assert in_child(work, seconds=60) == "[]"
+        assert in_child(work) == "[]"
     finally:
         beside.join()
         os.close(go)
@@ -200,7 +191,7 @@ def test_connections_of_other_threads(here: Site, mine: int) -> None:
         # No frame of the thread's has the connection meanwhile: frames are not cleared away.
         before = ask()
         ready.set()
-        assert over.wait(20)
+        assert over.wait(60)
         said.append(ask() == before)
         connections[here.connection.alias].close()
 
@@ -209,7 +200,7 @@ def test_connections_of_other_threads(here: Site, mine: int) -> None:
         return "done"
 
     with running(hold):
-        assert ready.wait(20)
+        assert ready.wait(60)
         assert in_child(work) == "done"
         assert in_child(work) == "done"
         over.set()

@@ -24,16 +24,6 @@ def reconnect(connection: Any) -> None:
     connection.ensure_connection()
 
 
-@contextlib.contextmanager
-def a_second_passes(here: Site) -> Iterator[None]:
-    """The balancer's clock stands still: have it see the second that a time-out takes."""
-    waiting = threading.Timer(0.5, here.clock.advance, [1])
-    waiting.start()
-    with pytest.raises(OperationalError):
-        yield
-    waiting.join()
-
-
 def refused_by(here: Site, dead: Any) -> None:
     """Connect to a peer that refuses: its circuit opens."""
     here.connection.close()
@@ -132,7 +122,7 @@ class TestSuspects:
         with site(mariadb, fault_proxy, OPTIONS=options) as here:
             here.sql("SELECT 1")
             peer = here.connection.peer
-            with a_second_passes(here):
+            with here.clock.running(), pytest.raises(OperationalError):
                 here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
             assert not here.replayed()
             assert peer.breaker.circuit.suspect
@@ -144,7 +134,7 @@ class TestSuspects:
         with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
             here.sql("SELECT 1")
             here.here.freeze()
-            with a_second_passes(here):
+            with here.clock.running(), pytest.raises(OperationalError):
                 here.sql("SELECT 42")
             assert not here.replayed()
 
@@ -335,7 +325,7 @@ class TestStatementsOwnFault:
         with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1, option: 1}) as here:
             for _ in range(2):
                 reconnect(here.connection)
-                with a_second_passes(here):
+                with here.clock.running(), pytest.raises(OperationalError):
                     here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
             assert not opened(here)
             assert states(here) == ["closed", "closed"]
@@ -491,7 +481,7 @@ class TestGalera:
             try:
                 with balancer.pinned(bad):
                     wrapper.ensure_connection()
-                ready.wait(30)
+                ready.wait(60)
                 assert go.wait(60)
                 with wrapper.cursor() as cursor:
                     if number % 2:
@@ -508,7 +498,7 @@ class TestGalera:
         threads = [threading.Thread(target=work, args=[i], daemon=True) for i in range(8)]
         for thread in threads:
             thread.start()
-        ready.wait(30)
+        ready.wait(60)
         galera.isolate(galera[2])
         caplog.set_level(logging.WARNING, "django_proxysql")
         go.set()

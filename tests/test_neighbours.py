@@ -400,7 +400,7 @@ class TestSettingsDict:
             def connect(**kwargs: Any) -> Any:
                 # In the middle of it, where the peer's settings are in use.
                 connecting.set()
-                assert checked.wait(20)
+                assert checked.wait(60)
                 return opened(**kwargs)
 
             def work() -> None:
@@ -409,7 +409,7 @@ class TestSettingsDict:
                 wrapper.close()
 
             with mock.patch.object(connection.Database, "connect", connect), running(work):
-                assert connecting.wait(20)
+                assert connecting.wait(60)
                 assert connection.settings_dict is own
                 assert dict(own) == before
                 assert (own["HOST"], own["NAME"], own["USER"]) == ("", "app", "")

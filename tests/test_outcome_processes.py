@@ -156,7 +156,7 @@ class TestTwoPackets:
 def asked_until_it_goes_on(scene: Scene, process: AskingProcess) -> Outcome:
     """Have another process ask while this one has its lock; let it go on; return what was found."""
     found: list[Outcome] = []
-    with running(lambda: found.append(scene.asked_by_another()), seconds=100):
+    with running(lambda: found.append(scene.asked_by_another())):
         until(lambda: waits_for_a_lock(scene.here))
         process.goes_on()
     return found[0]

@@ -170,7 +170,7 @@ class TestDrivers:
         db.peers["db1"].breaker.open()
         site.clock.advance(30)
         site.nodes["db1"].freeze()
-        with running(lambda: site.connect(db), seconds=15):
+        with running(lambda: site.connect(db)):
             pass
         assert db.peers["db1"].breaker.current_state == "open"
         assert db.peers["db1"].breaker.circuit.fault in (Fault.UNREACHABLE, Fault.LOST)
@@ -183,11 +183,11 @@ class TestDrivers:
 
         def work() -> None:
             site.connect(db)
-            assert killed.wait(30)
+            assert killed.wait(60)
             connection = site.connect(db)
             assert site.driver.port_of(connection) == site.nodes["db2"].port
 
-        with running(*[work] * 16, seconds=40):
+        with running(*[work] * 16):
             site.nodes["db1"].kill()
             killed.set()
 
@@ -440,9 +440,9 @@ class TestGuarding:
         meeting = threading.Barrier(4)
 
         def work() -> None:
-            meeting.wait(10)
+            meeting.wait(60)
             assert lock_is_free(circuit)
-            meeting.wait(10)
+            meeting.wait(60)
 
         with running(*[lambda: guard(circuit, work)] * 4):
             pass

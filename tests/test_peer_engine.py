@@ -36,6 +36,7 @@ from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 from tests.site import with_table
+from tests.test_connecting import sockets
 
 Pair = tuple[Node, Node]
 Postgres = tuple[PostgreSQLNode, PostgreSQLNode]
@@ -445,14 +446,13 @@ def test_forked(kind: str, request: pytest.FixtureRequest) -> None:
                 return int(cursor.fetchone()[0])
 
         mine = ask()
-        descriptor = peer.connection.fileno()
-        inode = os.stat(f"/proc/self/fd/{descriptor}").st_ino
+        its = os.readlink(f"/proc/self/fd/{peer.connection.fileno()}")
+        assert its in sockets()
 
         def work() -> str:
-            there = [os.stat(f"/proc/self/fd/{fd}").st_ino for fd in inherited_descriptors()]
-            other = ask()
+            is_there, other = its in sockets(), ask()
             peer.close()
-            return f"{inode in there} {other != mine}"
+            return f"{is_there} {other != mine}"
 
         assert in_child(work) == "False True"
         assert ask() == mine
@@ -469,11 +469,6 @@ def test_forked(kind: str, request: pytest.FixtureRequest) -> None:
 
             assert in_child(fail) == "error"
             assert ask() == mine
-
-
-def inherited_descriptors() -> list[str]:
-    """Return the numbers of the descriptors that are open and not those of the listing."""
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")

@@ -139,7 +139,7 @@ def direct_connects() -> Any:
 
 def until_seen(connection: Any) -> None:
     """Wait until what befell a connection has reached its socket."""
-    assert select.select([connection], [], [], 10)[0]
+    assert select.select([connection], [], [], 60)[0]
 
 
 def until_filled(pool: ConnectionPool[Any], number: int) -> None:

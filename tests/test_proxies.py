@@ -516,7 +516,7 @@ class TestBusyProxySQL:
 
             monkeypatch.setattr(one.breaker, "trip", slowly)
             assert balancer.group.count_unanswered(one, exc)
-            overtaking.join(10)
+            overtaking.join(60)
             assert states() == ["open", "closed"]
 
     def test_one_thread_asks_at_a_time(self, pair: list[ProxySQL]) -> None:

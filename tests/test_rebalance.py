@@ -291,7 +291,7 @@ class TestClaim:
             barrier = threading.Barrier(8)
 
             def ask() -> None:
-                barrier.wait(10)  # noqa: B023
+                barrier.wait(60)  # noqa: B023
                 move = process.db.group.claim_move(a)
                 if move is not None:
                     got.append(move)  # noqa: B023
@@ -453,7 +453,7 @@ class TestEngine:
 
             def requests(number: int) -> None:
                 connection = connections["balanced"]
-                evenly.wait(20)
+                evenly.wait(60)
                 while not stop.is_set():
                     with transaction.atomic("balanced"), connection.cursor() as cursor:
                         cursor.execute("SELECT 1")
@@ -464,9 +464,9 @@ class TestEngine:
 
             mariadb_pair[1].kill()
             other.breaker.open()
-            with running(*[lambda n=n: requests(n) for n in range(8)], seconds=60):
+            with running(*[lambda n=n: requests(n) for n in range(8)]):
                 try:
-                    evenly.wait(20)
+                    evenly.wait(60)
                     until(lambda: one.connections == 8 and min(turns) > 3)
                     mariadb_pair[1].start()
                     begun = clock()

@@ -331,16 +331,16 @@ class TestThreads:
             try:
                 with wrapper.cursor() as cursor:
                     cursor.execute("SELECT 1")
-                    ready.wait(20)
-                    assert go.wait(20)
+                    ready.wait(60)
+                    assert go.wait(60)
                     cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"a{number}"])
                     with transaction.atomic(alias):
                         cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [f"b{number}"])
             finally:
                 wrapper.close()
 
-        with running(*[functools.partial(work, number) for number in range(8)], seconds=30):
-            ready.wait(20)
+        with running(*[functools.partial(work, number) for number in range(8)]):
+            ready.wait(60)
             for proxy in here.proxies:
                 proxy.drop_connections()
             go.set()

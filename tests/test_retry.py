@@ -280,7 +280,7 @@ def test_deadlock(here: Site) -> None:
                 f"UPDATE app_token SET value = %s WHERE id = {ids[first]}", [first + "!"]
             )
             if len(runs) <= 2:
-                both.wait(10)
+                both.wait(60)
             cursor.execute(
                 f"UPDATE app_token SET value = %s WHERE id = {ids[second]}", [second + "!"]
             )
@@ -291,7 +291,7 @@ def test_deadlock(here: Site) -> None:
         finally:
             connections[alias].close()
 
-    with running(lambda: run("left", "right"), lambda: run("right", "left"), seconds=30):
+    with running(lambda: run("left", "right"), lambda: run("right", "left")):
         pass
     assert len(runs) == 3
     assert here.read() == ["left!", "right!"]

@@ -145,13 +145,13 @@ def busy(*targets: Callable[[int], object], times: int = TIMES) -> None:
 
     def repeated(target: Callable[[int], object]) -> Callable[[], None]:
         def run() -> None:
-            start.wait(20)
+            start.wait(60)
             for number in range(times):
                 target(number)
 
         return run
 
-    with running(*[repeated(target) for target in targets for _ in range(2)], seconds=60):
+    with running(*[repeated(target) for target in targets for _ in range(2)]):
         pass
 
 

@@ -959,7 +959,7 @@ class TestThread:
         other.peers["db1"].breaker.open()
         other.drain("db1")
         try:
-            assert called.wait(30)
+            assert called.wait(60)
             assert db.sharing.settle(10)
             assert db.sharing.link._running is life
             assert db.peers["db1"].drained
@@ -993,6 +993,7 @@ class TestThread:
             go_on.set()
         until(lambda: hung == events)
 
+    @pytest.mark.usefixtures("strikes_are_silent")
     def test_killed(self, own_url: str) -> None:
         """A thread that an asynchronous exception strikes goes on, or another takes its place."""
         db = sharing_at(own_url)
@@ -1227,8 +1228,10 @@ class TestDrains:
         assert line.startswith("default: db2")
         assert other.connect() == "db2"
 
-    def test_the_last_two_in_threads(self, own_url: str) -> None:
+    def test_the_last_two_in_threads(self, own_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two operators, again and again: one of the two is refused, whichever it is."""
+        # Both wait for Redis, however long it takes.
+        monkeypatch.setattr(Sharing.settle, "__defaults__", (30,))
         fleet = [sharing_at(own_url, "db1", "db2") for _ in range(2)]
         for db in fleet:
             # A link of its own: another process.

@@ -252,13 +252,13 @@ def test_hangs(peers: Peers, receive: Callable[..., Any], signal: str) -> None:
 
     def hang(**kwargs: Any) -> None:
         reached.set()
-        assert released.wait(20)
+        assert released.wait(60)
 
     receive(getattr(signals, signal), hang)
     peers.fail(0)
     names: list[str] = []
     with running(lambda: names.append(peers.connect())):
-        assert reached.wait(20)
+        assert reached.wait(60)
         try:
             assert peers.balancer.snapshot()[0].state == "open"
             assert lock_is_free(peers.balancer.peers["peer0"].breaker)
@@ -281,12 +281,12 @@ def test_hangs_after_a_trial(peers: Peers, receive: Callable[..., Any]) -> None:
 
     def hang(**kwargs: Any) -> None:
         reached.set()
-        assert released.wait(20)
+        assert released.wait(60)
 
     receive(signals.peer_closed, hang)
     names: list[str] = []
     with running(lambda: names.append(peers.connect())):
-        assert reached.wait(20)
+        assert reached.wait(60)
         try:
             assert peers.balancer.snapshot()[0].state == "closed"
             assert in_thread(peers.connect) == "peer0"

@@ -466,7 +466,7 @@ class TestVanishedHost:
         assert not away.is_at_first()
         assert time.monotonic() - begun < TIMEOUT
         away.host.come_back()
-        thread.join(30)
+        thread.join(60)
         assert control in ([0], [""])
 
     @pytest.mark.parametrize("what", ["read", "write"])

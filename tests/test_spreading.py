@@ -6,7 +6,6 @@ import collections
 import gc
 import logging
 import pathlib
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from django.db import OperationalError, connections, transaction
 from django_proxysql import Fault, balancers
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
-from tests.fakes import in_thread, running, until
+from tests.fakes import holding, in_thread, running, until
 from tests.servers.mariadb import Node
 from tests.test_connecting import first_then_second, state
 
@@ -33,7 +32,7 @@ def threads(count: int, work: Callable[[], Any]) -> list[Any]:
     together = threading.Barrier(count)
 
     def run() -> None:
-        together.wait(30)
+        together.wait(60)
         try:
             results.append(work())
         except BaseException as exc:
@@ -41,7 +40,7 @@ def threads(count: int, work: Callable[[], Any]) -> list[Any]:
         finally:
             connections.close_all()
 
-    with running(*[run] * count, seconds=60):
+    with running(*[run] * count):
         pass
     return results
 
@@ -190,7 +189,7 @@ def test_one_caller_makes_the_trial(mariadb_pair: Pair) -> None:
         tried.append(params["port"])
         if params["port"] == first.port and not hanging.is_set():
             hanging.set()
-            assert go_on.wait(30)
+            assert go_on.wait(60)
         return connect(**params)
 
     with first_then_second(mysql_peer(first), mysql_peer(second), clock=clock) as connection:
@@ -198,8 +197,8 @@ def test_one_caller_makes_the_trial(mariadb_pair: Pair) -> None:
         clock.advance(60)
         with mock.patch.object(connection.Database, "connect", connect_or_hang):
             trial: list[str] = []
-            with running(lambda: trial.extend(threads(1, connected_to)), seconds=30):
-                assert hanging.wait(30)
+            with running(lambda: trial.extend(threads(1, connected_to))):
+                assert hanging.wait(60)
                 tried.clear()
                 assert threads(16, connected_to) == ["peer1"] * 16
                 assert tried == [second.port] * 16
@@ -278,14 +277,8 @@ def test_fork_while_locks_are_held(mariadb_pair: Pair) -> None:
     with engine(peers, STRATEGY="least_connections") as connection:
         balancer = balancers["balanced"]
         circuits = [peer.breaker for peer in balancer.peers.values()]
-        held, release = threading.Event(), threading.Event()
         wrapper = connection.copy()
         wrapper.ensure_connection()
-
-        def hold() -> None:
-            with circuits[0]._lock, circuits[1]._lock:
-                held.set()
-                release.wait(60)
 
         def work() -> str:
             before = [peer.connections for peer in balancer.peers.values()]
@@ -293,10 +286,8 @@ def test_fork_while_locks_are_held(mariadb_pair: Pair) -> None:
             connection.close()
             return f"{before} {name[:4]} {[s.state for s in balancer.snapshot()]}"
 
-        with running(hold):
-            assert held.wait(10)
+        with holding(circuits[0]._lock), holding(circuits[1]._lock):
             assert in_child(work) == "[0, 0] peer ['closed', 'closed']"
-            release.set()
         # The parent's connection is the parent's still.
         with wrapper.cursor() as cursor:
             cursor.execute("SELECT 1")
@@ -343,12 +334,13 @@ def test_child_goes_on_with_what_was_known(mariadb_pair: Pair) -> None:
 
 def test_nothing_happens_before_the_first_connection() -> None:
     """Making wrappers makes no balancer, thread or connection, and no mistake is raised."""
-    before = threading.active_count(), set(sys.modules)
+    # Of those that are there another test's may end at any time.
+    before = set(threading.enumerate())
     with engine([{"HOST": "127.0.0.1", "PORT": 1}], CHECK_INTERVALL=1) as connection:
         assert not balancers.known
         assert connection.connection is None
         assert connection.peer is None
-        assert threading.active_count() == before[0]
+        assert set(threading.enumerate()) <= before
         with pytest.raises(ImproperlyConfigured, match=r"'balanced'.*CHECK_INTERVALL"):
             connection.ensure_connection()
         with pytest.raises(ImproperlyConfigured, match=r"'balanced'.*CHECK_INTERVALL"):

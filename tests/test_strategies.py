@@ -271,10 +271,10 @@ class TestLeastConnections:
         def work() -> None:
             kept.extend(db.connect() for _ in range(4))
             made.set()
-            assert go.wait(10)
+            assert go.wait(60)
 
         with running(work):
-            assert made.wait(10)
+            assert made.wait(60)
             assert [state.connections for state in db.snapshot()] == [2, 2]
             del kept[:2]
             gc.collect()
@@ -293,7 +293,7 @@ class TestLeastConnections:
 
         def slowly(attempt: Any) -> str:
             began.release()
-            assert go.wait(30)
+            assert go.wait(60)
             return str(attempt.peer.name)
 
         got: list[str] = []
@@ -302,7 +302,7 @@ class TestLeastConnections:
             for _ in range(9):
                 # One after the other: each sees those before it.
                 stack.enter_context(running(lambda: got.append(db.connect(slowly))))
-                assert began.acquire(timeout=30)
+                assert began.acquire(timeout=60)
             assert [peer.connecting for peer in db.peers.values()] == [3, 6]
             go.set()
         assert [peer.connecting for peer in db.peers.values()] == [0, 0]

@@ -27,7 +27,7 @@ from django_proxysql.monitoring.timeline import NARROWEST, UNKNOWN, Span, draw, 
 from django_proxysql.registry import balancers
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
-from tests.fakes import running, until
+from tests.fakes import holding, running, until
 
 
 class World:
@@ -172,17 +172,8 @@ class TestHistory:
         """The child's history goes on from its parent's, on a free lock."""
         from django_proxysql.monitoring.history import history
 
-        held, done = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with history._lock:
-                held.set()
-                assert done.wait(20)
-
-        with running(hold):
-            assert held.wait(20)
+        with holding(history._lock):
             assert in_child(lambda: history._lock.acquire(blocking=False)) == "True"
-            done.set()
 
 
 def utc(moment: float) -> datetime:

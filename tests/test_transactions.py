@@ -61,7 +61,7 @@ def descriptor(here: Site) -> int:
 def cut_idle(here: Site) -> None:
     number = descriptor(here)
     here.here.drop_connections()
-    assert select.select([number], [], [], 10)[0]
+    assert select.select([number], [], [], 60)[0]
 
 
 def autocommit(here: Site) -> bytes:

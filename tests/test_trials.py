@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -385,7 +384,7 @@ class TestRequests:
 
         def slow() -> None:
             inside.set()
-            assert go.wait(20)
+            assert go.wait(60)
             world.driver.down.clear()
 
         world.driver.down["db1"] = slow
@@ -394,7 +393,7 @@ class TestRequests:
         world.db.peers["db1"].breaker._clock = world.db.clock
         world.db.peers["db1"].breaker.suspect()
         got: list[str] = []
-        assert inside.wait(20)
+        assert inside.wait(60)
         with running(lambda: got.append(world.connect())):
             # It waits: its own attempt would be a second call.
             until(lambda: world.db.peers["db1"].breaker.circuit.lease.bells)
@@ -411,13 +410,13 @@ class TestRequests:
 
         def hang() -> None:
             inside.set()
-            assert go.wait(20)
+            assert go.wait(60)
 
         world.driver.down["hangs"] = hang
         world.open("hangs")
         world.clock.advance(30)
         worker.schedule(world.db.group)
-        assert inside.wait(20)
+        assert inside.wait(60)
         with running(*[lambda: [world.connect() for _ in range(50)]] * 7):
             pass
         assert world.driver.hosts == ["hangs"] + ["db2"] * 350
@@ -430,12 +429,8 @@ class TestRequests:
             LoadBalancer(peers("db1"), trials="backgruond")
 
 
+@pytest.mark.usefixtures("strikes_are_silent")
 class TestThread:
-    @pytest.fixture(autouse=True)
-    def unraisable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What hits a finalizer cannot be raised: let Python drop it without a word."""
-        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
-
     def test_is_there_while_there_is_need(self, worker: TrialWorker, alive: list[int]) -> None:
         """It starts when the first circuit opens, and is gone when all are closed."""
         world = background("db1", "db2", "db3")
@@ -480,9 +475,9 @@ class TestThread:
                 circuit.open()
                 # Its trial is due at once: without a thread, it would stay open.
                 circuit.half_open()
-                until(lambda: circuit.current_state == "closed", 10)
+                until(lambda: circuit.current_state == "closed")
 
-        with running(*[lambda name=name: open_and_await(name) for name in db.peers], seconds=60):
+        with running(*[lambda name=name: open_and_await(name) for name in db.peers]):
             pass
         until(lambda: not worker.is_running)
 
@@ -526,7 +521,7 @@ class TestThread:
         barrier = threading.Barrier(8)
 
         def open_it(name: str) -> None:
-            barrier.wait(10)
+            barrier.wait(60)
             db.peers[name].breaker.open()
 
         with running(*[lambda name=name: open_it(name) for name in db.peers]):
@@ -569,7 +564,7 @@ class TestThread:
 
         try:
             later()
-            assert reached.wait(10)
+            assert reached.wait(60)
             tried = len(tried_by)
             until(lambda: later() or len(tried_by) > tried + 1)
             assert set(tried_by) == {life.ident}
@@ -595,9 +590,10 @@ class TestThread:
         before = signal.signal(signal.SIGVTALRM, strike)
         try:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.00037)
-            end = time.monotonic() + 20
+            # Of its own time, which is what the timer goes by.
+            end = time.process_time() + 20
             while hits[0] < 200:
-                assert time.monotonic() < end
+                assert time.process_time() < end
                 circuits[1].open()
                 circuits[1].close()
         finally:
@@ -636,7 +632,8 @@ class TestThread:
             try:
                 if name == "waits":
                     db.peers["db1"].breaker.open()
-                    until(lambda: (worker._running is not None and worker._running.ident) or struck)
+                    # It may be killed between two looks at it.
+                    until(lambda: struck or getattr(worker._running, "ident", 0))
                 else:
                     db.peers["db1"].breaker.suspect()
                 # In trouble or not, what is out now is tried.
@@ -655,7 +652,7 @@ class TestThread:
 
                 until(all_tried)
                 until(lambda: not worker.is_running)
-                assert over.wait(10)
+                assert over.wait(60)
             except AssertionError as exc:
                 raise AssertionError(f"after a kill at {struck}") from exc
         # It lives until the garbage is collected, and the next thread would look after it, too.
@@ -684,7 +681,7 @@ class TestThread:
                 threading.Lock().acquire() and threading.Event().wait()
             db = LoadBalancer(dict(db1={}, db2={}), hang, trials="background")
             db.peers["db1"].breaker.suspect()
-            assert inside.wait(10)
+            assert inside.wait(60)
             print("bye")
         """
         ran = run_python(script)
@@ -747,10 +744,11 @@ GEVENT = """
     import logging
     import socket
     import threading
-    import gevent
+    import gevent.event
     from django_proxysql import LoadBalancer
     from django_proxysql.core.trials import trial_worker as worker
 
+    enough = gevent.event.Event()
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     seen = []
@@ -758,8 +756,8 @@ GEVENT = """
     class Connection:
         def __init__(self, port):
             seen.append(threading.get_ident())
-            self.socket = socket.create_connection(("127.0.0.1", port), timeout=5)
-            self.socket.settimeout(5)
+            self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+            self.socket.settimeout(60)
             if self.socket.recv(2) != b"ok":
                 raise OSError("not ready")
 
@@ -769,7 +767,8 @@ GEVENT = """
     def serve():
         while True:
             client, _ = listener.accept()
-            gevent.sleep(0.2)
+            # Others run while its trial waits for the network.
+            enough.wait()
             client.sendall(b"ok")
 
     logging.disable()
@@ -780,15 +779,17 @@ GEVENT = """
     db.peers["db1"].breaker.open()
     db.peers["db1"].breaker.half_open()
     assert worker.is_running
-    turns = 0
+    while not seen:
+        gevent.sleep(0.01)
+    for _ in range(5):
+        gevent.sleep(0.01)
+    assert db.peers["db1"].breaker.trial is not None
+    enough.set()
     while db.peers["db1"].breaker.current_state != "closed":
-        # Others run while its trial waits for the network.
-        turns += 1
         gevent.sleep(0.01)
     while worker.is_running:
         gevent.sleep(0.01)
     assert len(seen) == 1 and seen[0] != threading.get_ident(), seen
-    assert turns > 5, turns
     print("closed")
 """
 
@@ -797,6 +798,20 @@ def test_gevent() -> None:
     """Where threads are greenlets it is one, and waits for patched sockets as such."""
     ran = run_python(GEVENT)
     assert (ran.stdout, ran.stderr) == ("closed\n", "")
+
+
+def await_trial(worker: TrialWorker, clock: EngineClock, peer: Any) -> None:
+    """Return when a trial has taken the peer back.
+
+    The time goes on and on: the thread may not be done with the trial before, and only then says
+    when the next one is due.
+    """
+
+    def later() -> None:
+        clock.advance(34)
+        worker.schedule(balancers["balanced"].group)
+
+    until(lambda: later() or peer.breaker.is_available)
 
 
 class TestEngine:
@@ -841,9 +856,7 @@ class TestEngine:
             assert set(made) == {(me, "peer1")}
             thread = worker._running.ident
             frozen.thaw()
-            clock.advance(34)
-            worker.schedule(balancers["balanced"].group)
-            until(lambda: peer.breaker.is_available)
+            await_trial(worker, clock, peer)
             assert made[-1] == (thread, "peer0")
             until(lambda: not worker.is_running)
             assert peer.connections == 0
@@ -894,9 +907,7 @@ class TestEngine:
             connection.ensure_connection()
             assert connection.peer.name == "peer1"
             first.start()
-            clock.advance(34)
-            worker.schedule(db.group)
-            until(lambda: peer.breaker.is_available)
+            await_trial(worker, clock, peer)
             until(lambda: not worker.is_running)
             until(
                 lambda: (

@@ -275,7 +275,7 @@ def test_ctrl_c_ends_the_command_with_130_and_no_traceback() -> None:
         while text := os.read(terminal, 1000).decode():
             seen += text
     os.close(terminal)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert re.search(r"\r\x1b\[Kwaiting for default, \d+ s left: peer0: unable to open", seen)
     assert "Traceback" not in seen
     assert seen.endswith("\r\x1b[K")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,9 +15,11 @@ import pytest
 from django_proxysql.core import runtime
 from django_proxysql.core.runtime import Worker, current_worker, new_lock
 from tests.children import in_child, run_python
-from tests.fakes import in_thread, running, struck_at, until
-from tests.test_breaker_threads import Injected
+from tests.fakes import holding, in_thread, running, struck_at, until
+from tests.test_breaker_threads import Injected, doomed_thread
 from tests.test_locks import at_every_line
+
+pytestmark = pytest.mark.usefixtures("strikes_are_silent")
 
 
 class Desk(Worker):
@@ -67,12 +68,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "LOOK_AGAIN", 60)
 
 
-@pytest.fixture(autouse=True)
-def unraisable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What strikes a thread outside its step ends it; Python is to drop that without a word."""
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
-
-
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """No thread can be started, as long as the list has an item."""
@@ -117,7 +112,7 @@ def test_one_thread_however_many_wake_it(desk: Desk) -> None:
     barrier = threading.Barrier(8)
 
     def ask(first: int) -> None:
-        barrier.wait(10)
+        barrier.wait(60)
         for number in range(first, first + 100):
             desk.do(number)
 
@@ -142,7 +137,7 @@ def test_second_of_two_starts_wakes_the_first(desk: Desk) -> None:
         def __enter__(self) -> None:
             desk._lock = lock
             in_thread(desk.start)
-            assert looked.wait(10)
+            assert looked.wait(60)
             desk.todo.append(1)
             lock.acquire()
 
@@ -253,31 +248,13 @@ def test_error_of_a_step_ends_that_step_alone(
     assert caplog.messages == ["The thread for a test met an error and goes on"]
 
 
-def doomed_thread(step: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str]]:
-    """Have the thread that begins next killed at its step-th line; where that was comes later."""
-    struck: list[tuple[bool, str]] = []
-    start = _thread.start_new_thread
-
-    def doomed(run: Any, args: Any) -> int:
-        monkeypatch.setattr(_thread, "start_new_thread", start)
-        return start(
-            lambda: struck.append(
-                struck_at(step, lambda: run(*args), Injected, None, [runtime.__file__])
-            ),
-            (),
-        )
-
-    monkeypatch.setattr(_thread, "start_new_thread", doomed)
-    return struck
-
-
 def test_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is done in turn, by one thread at a time, by the next to wake it at the latest."""
     step, there = 0, True
     while there:
         step += 1
         desk = Desk()
-        struck = doomed_thread(step, monkeypatch)
+        struck = doomed_thread(step, monkeypatch, [runtime.__file__])
         desk.do(1, 2, 3)
         until(lambda: struck)  # noqa: B023
         there, where = struck[0]
@@ -298,7 +275,7 @@ def test_waiting_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) ->
         step += 1
         desk = Desk()
         desk.pause = 60
-        struck = doomed_thread(step, monkeypatch)
+        struck = doomed_thread(step, monkeypatch, [runtime.__file__])
 
         def once_more(what: int | None, desk: Desk = desk) -> None:
             # Long enough to have come by each line.
@@ -392,29 +369,23 @@ class TestFork:
 
         def hang(what: int | None) -> None:
             inside.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
 
         def child() -> str:
-            go_on.set()
+            # (Not by go_on: the parent's thread may just have its lock.)
+            desk.during = lambda what: None
             before = desk.is_running
             desk.todo.clear()
             desk.do(7)
             until(lambda: desk.done == [7] and not desk.is_running)
             return f"{before} {desk.done}"
 
-        def hold() -> None:
-            with desk._lock:
-                held.set()
-                assert go_on.wait(20)
-
-        held = threading.Event()
         desk.during = hang
         desk.do(1)
-        assert inside.wait(10)
-        with running(hold):
-            assert held.wait(10)
+        assert inside.wait(60)
+        with holding(desk._lock):
             assert in_child(child) == "False [7]"
-            go_on.set()
+        go_on.set()
         until(lambda: desk.done == [1] and not desk.is_running)
 
     def test_child_made_within_a_step_ends_with_it(self, desk: Desk) -> None:
@@ -471,12 +442,12 @@ class Work(Worker):
 begun = threading.Event()
 worker = Work("for a test")
 worker.start()
-begun.wait(30)
+begun.wait(60)
 runtime.AT_EXIT = {seconds}
 """
 
 
-def at_exit(work: str, *, finishes: bool = True, seconds: float = 5) -> str:
+def at_exit(work: str, *, finishes: bool = True, seconds: float = 60) -> str:
     program = PROGRAM.replace("{work}", work).replace("{seconds}", str(seconds))
     done = run_python(program.replace("{finishes}", str(finishes)))
     assert done.stderr == ""
@@ -484,7 +455,7 @@ def at_exit(work: str, *, finishes: bool = True, seconds: float = 5) -> str:
 
 
 def test_exit_waits_for_work_that_must_be_finished() -> None:
-    """All that there is to do, within five seconds."""
+    """All that there is to do, within the time that is given."""
     assert at_exit("time.sleep(0.1)") == "step\n" * 3
 
 

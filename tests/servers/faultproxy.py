@@ -236,7 +236,7 @@ class FaultProxy:
             for connection in self._connections[:]
         )
 
-    def wait_until_idle(self, timeout: float = 10.0) -> None:
+    def wait_until_idle(self, timeout: float = 60.0) -> None:
         """Return when no connection is left; TimeoutError after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while self._connections:
@@ -267,7 +267,7 @@ class FaultProxy:
 
         self._jobs.append(run)
         self._waker.send(b"!")
-        if not done.wait(10):
+        if not done.wait(60):
             raise RuntimeError("the proxy's thread does not answer")
         if errors:
             raise errors[0]

@@ -135,13 +135,13 @@ class GaleraCluster:
             _allow_bootstrap(node)
         return [f"{HOST}:{other.base_port}" for other in running]
 
-    def isolate(self, node: GaleraNode, timeout: float = 15.0) -> None:
+    def isolate(self, node: GaleraNode, timeout: float = 60.0) -> None:
         """Cut a node off from the others; it stays alive. Returns when it has noticed."""
         node.provider_option("gmcast.isolate=1")
         node.isolated = True
         _wait(lambda: node.status().get("ready") == "OFF", timeout, f"{node.name} did not notice")
 
-    def wait_without(self, node: GaleraNode, timeout: float = 15.0) -> None:
+    def wait_without(self, node: GaleraNode, timeout: float = 60.0) -> None:
         """Return when the other nodes have formed a cluster without this one."""
         others = [other for other in self.nodes if other is not node]
         for other in others:
@@ -151,7 +151,7 @@ class GaleraCluster:
                 f"{other.name} did not notice that {node.name} is gone",
             )
 
-    def rejoin(self, node: GaleraNode, timeout: float = 30.0) -> None:
+    def rejoin(self, node: GaleraNode, timeout: float = 60.0) -> None:
         """Let an isolated node back. Returns when it is in sync again."""
         node.provider_option("gmcast.isolate=0")
         node.isolated = False

@@ -80,7 +80,7 @@ class ServerProcess:
     kind: ClassVar[str] = "server"  # begins the folder's name
     account: ClassVar[str] = ""  # the user it runs as when we are root; "": as root
     environment: ClassVar[dict[str, str]] = {}
-    start_timeout: float = 60.0  # seconds
+    start_timeout: float = 120.0  # seconds
 
     def __init__(self, name: str = "", port_count: int = 1) -> None:
         self.name = name or self.kind

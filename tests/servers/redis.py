@@ -43,7 +43,7 @@ class RedisServer(ServerProcess):
         except ServerError:
             return False
 
-    def ask(self, *command: str, timeout: float = 5.0) -> str:
+    def ask(self, *command: str, timeout: float = 30.0) -> str:
         """Run a Redis command and return its answer as redis-cli prints it."""
         client = find_program("redis-cli", package="redis-tools")
         return self.run([client, "-h", self.host, "-p", str(self.port), *command], timeout=timeout)
