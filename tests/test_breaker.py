@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import sqlite3
 import threading
 from functools import partial
 from typing import Any
 
+import MySQLdb
+import psycopg
+import psycopg2
 import pybreaker
+import pymysql
 import pytest
 
 from django_proxysql import Fault, NotReady, PeerBreaker
@@ -21,17 +26,13 @@ from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.circuit import Transition, closed_elsewhere
 from tests.fakes import (
     Clock,
-    OperationalError,
-    ProgrammingError,
     Recorder,
-    bad_password,
     even,
     in_thread,
     lock_is_free,
     raised_by,
     refused_by_host,
     running,
-    too_many,
 )
 from tests.test_like_pybreaker import WAYS
 
@@ -350,8 +351,19 @@ class TestCalls:
         assert breaker.current_state == "open"
         assert breaker.acquire() is None
 
-    def test_no_lock_is_held(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
-        assert guard(lambda: lock_is_free(breaker))
+    def test_no_lock_is_held_and_no_caller_is_kept_waiting(
+        self, guard: Any, breaker: PeerBreaker, clock: Clock
+    ) -> None:
+        """While a guarded call runs, others run as well and the lock is free."""
+        meeting = threading.Barrier(4)
+
+        def work() -> None:
+            meeting.wait(60)
+            assert lock_is_free(breaker)
+            meeting.wait(60)
+
+        with running(*[lambda: guard(work)] * 4):
+            pass
         due_for_trial(breaker, clock)
         assert guard(lambda: lock_is_free(breaker))
 
@@ -500,27 +512,38 @@ class TestCalls:
     @pytest.mark.parametrize(
         ("error", "counts"),
         [
-            (refused_by_host(), True),
-            (bad_password(), True),
-            (OperationalError(2013, "Lost connection"), True),
-            (OperationalError(1047, "WSREP has not yet prepared node"), True),
+            (MySQLdb.OperationalError(2003, "Can't connect"), True),
+            (MySQLdb.OperationalError(1045, "Access denied"), True),
+            (MySQLdb.OperationalError(2013, "Lost connection"), True),
+            (MySQLdb.OperationalError(1047, "WSREP has not yet prepared node"), True),
+            (pymysql.err.OperationalError(1040, "Too many connections"), False),
+            (pymysql.err.OperationalError(1213, "Deadlock found"), False),
+            (MySQLdb.ProgrammingError(1146, "Table 'app.t' doesn't exist"), False),
+            (MySQLdb.OperationalError(1317, "Query execution was interrupted"), False),
+            (MySQLdb.OperationalError(2004, "Can't create TCP/IP socket (24)"), False),
+            (psycopg.errors.AdminShutdown("terminating connection"), True),
+            (psycopg.errors.UniqueViolation("duplicate key"), False),
+            (psycopg.errors.DeadlockDetected("deadlock detected"), False),
+            (psycopg2.OperationalError("could not connect: Connection refused"), True),
+            (sqlite3.OperationalError("no such table: t"), False),
+            (sqlite3.OperationalError("unable to open database file"), True),
             (NotReady("read-only"), True),
-            (Boom(), True),
-            (ConnectionRefusedError(111, "refused"), True),
-            (too_many(), False),
-            (OperationalError(1213, "Deadlock found"), False),
-            (OperationalError(1317, "Query execution was interrupted"), False),
-            (OperationalError(2004, "Can't create TCP/IP socket (24)"), False),
-            (ProgrammingError(1146, "Table 'x' doesn't exist"), False),
+            (Boom("no driver's"), True),
+            (ConnectionRefusedError("no driver's"), True),
+            (ValueError("no driver's"), True),
+            (KeyError("excluded"), False),
+            (KeyboardInterrupt(), False),
+            (SystemExit(), False),
+            (GreenletTimeout(), False),
         ],
-        ids=str,
+        ids=lambda value: repr(value)[:36] if isinstance(value, BaseException) else "",
     )
-    def test_driver_errors_are_judged_by_fault(
-        self, clock: Clock, error: Exception, counts: bool
-    ) -> None:
-        breaker = PeerBreaker(fail_max=1, clock=clock)
-        with pytest.raises(type(error)):
-            breaker.call(fail, error)
+    def test_what_counts(self, guard: Any, error: BaseException, counts: bool) -> None:
+        """A driver's error counts by its fault, any other unless excluded, no BaseException."""
+        breaker = guard.args[0]
+        breaker.fail_max = 1
+        breaker.add_excluded_exception(KeyError)
+        assert raised_by(lambda: guard(lambda: fail(error))) is error
         assert breaker.current_state == ("open" if counts else "closed")
 
     def test_block_left_gives_the_trial_back(self, breaker: PeerBreaker, clock: Clock) -> None:

@@ -59,21 +59,15 @@ class TestBalancer:
         world.db.undrain("db1")
         assert world.connect() == "db1"
 
-    def test_no_trials(self) -> None:
+    @pytest.mark.parametrize("suspect", [False, True])
+    def test_no_trials(self, suspect: bool) -> None:
         """A drained peer's trial is not made, due or not, and not as a last resort."""
         world = World("db1", "db2")
-        world.open("db1")
+        world.db.peers["db1"].breaker.suspect() if suspect else world.open("db1")
         world.db.drain("db1")
         world.clock.advance(30)
         assert world.hosts() == ["db2"]
         world.driver.down["db2"] = refused_by_host
-        world.clock.advance(30)
-        assert world.hosts() == ["db2"]
-
-    def test_suspect_is_not_tried_either(self) -> None:
-        world = World("db1", "db2")
-        world.db.peers["db1"].breaker.suspect()
-        world.db.drain("db1")
         world.clock.advance(30)
         assert world.hosts() == ["db2"]
 

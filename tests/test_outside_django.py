@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import pymysql
 import pytest
 import sqlalchemy
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable
 from django_proxysql.core.breaker import CircuitBreakerError
-from tests.fakes import Clock, even, lock_is_free, raised_by, running
+from tests.fakes import Clock, even, raised_by, running
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
+from tests.test_breaker import GUARDS, Boom, fail
 from tests.test_floors import without_django
 
 
@@ -383,22 +384,6 @@ def is_not_avoided(connection: MySQLdb.Connection) -> None:
 # The breaker as a guard of other calls
 
 
-class Boom(Exception):
-    """An exception of no driver's."""
-
-
-def by_calling(circuit: PeerBreaker, function: Callable[[], Any]) -> Any:
-    with circuit.calling():
-        return function()
-
-
-GUARDS: dict[str, Callable[[PeerBreaker, Callable[[], Any]], Any]] = {
-    "call": lambda circuit, function: circuit.call(function),
-    "calling": by_calling,
-    "decorator": lambda circuit, function: circuit(function)(),
-}
-
-
 @pytest.mark.parametrize("guard", list(GUARDS.values()), ids=list(GUARDS))
 class TestGuarding:
     """``db.peers["db1"].breaker`` around calls to the same host that are no connects."""
@@ -432,72 +417,16 @@ class TestGuarding:
         assert [state.state for state in db.snapshot()] == ["closed", "closed"]
         assert len(db.group.view().tiers[0]) == 2
 
-    def test_no_lock_is_held_and_no_caller_is_kept_waiting(
-        self, guard: Any, db: LoadBalancer
+    def test_connect_passes_by_while_its_trial_runs(
+        self, guard: Any, db: LoadBalancer, clock: Clock
     ) -> None:
-        """While a guarded call runs, others run as well and the lock is free."""
-        circuit = db.peers["db1"].breaker
-        meeting = threading.Barrier(4)
-
-        def work() -> None:
-            meeting.wait(60)
-            assert lock_is_free(circuit)
-            meeting.wait(60)
-
-        with running(*[lambda: guard(circuit, work)] * 4):
-            pass
-
-    def test_one_trial_at_a_time(self, guard: Any, db: LoadBalancer, clock: Clock) -> None:
-        """While the trial runs, every other call and connect() passes the peer by."""
         circuit = db.peers["db1"].breaker
         circuit.open()
         clock.advance(30)
         inside: list[str] = []
-
-        def trial() -> None:
-            for other in GUARDS.values():
-                with pytest.raises(CircuitBreakerError):
-                    other(circuit, lambda: inside.append("a second one"))
-            db.connect(lambda attempt: inside.append(attempt.peer.name))
-
-        guard(circuit, trial)
+        guard(circuit, lambda: db.connect(lambda attempt: inside.append(attempt.peer.name)))
         assert inside == ["db2"]
         assert circuit.is_available
-
-    @pytest.mark.parametrize(
-        ("exc", "state"),
-        [
-            (MySQLdb.OperationalError(2003, "Can't connect"), "open"),
-            (MySQLdb.OperationalError(2013, "Lost connection"), "open"),
-            (MySQLdb.OperationalError(1047, "WSREP has not yet prepared node"), "open"),
-            (pymysql.err.OperationalError(1040, "Too many connections"), "closed"),
-            (pymysql.err.OperationalError(1213, "Deadlock found"), "closed"),
-            (MySQLdb.ProgrammingError(1146, "Table 'app.t' doesn't exist"), "closed"),
-            (MySQLdb.OperationalError(1317, "Query execution was interrupted"), "closed"),
-            (psycopg.errors.AdminShutdown("terminating connection"), "open"),
-            (psycopg.errors.UniqueViolation("duplicate key"), "closed"),
-            (psycopg.errors.DeadlockDetected("deadlock detected"), "closed"),
-            (psycopg2.OperationalError("could not connect: Connection refused"), "open"),
-            (sqlite3.OperationalError("no such table: t"), "closed"),
-            (sqlite3.OperationalError("unable to open database file"), "open"),
-            (Boom("no driver's"), "open"),
-            (ConnectionRefusedError("no driver's"), "open"),
-            (ValueError("no driver's"), "open"),
-            (KeyError("excluded"), "closed"),
-            (KeyboardInterrupt(), "closed"),
-            (SystemExit(), "closed"),
-            (type("Timeout", (BaseException,), {})(), "closed"),
-        ],
-        ids=lambda value: repr(value)[:36] if isinstance(value, BaseException) else "",
-    )
-    def test_what_counts(
-        self, guard: Any, db: LoadBalancer, exc: BaseException, state: str
-    ) -> None:
-        """A driver's error counts by its fault, any other unless excluded, no BaseException."""
-        circuit = db.peers["db1"].breaker
-        circuit.add_excluded_exception(KeyError)
-        assert raised_by(lambda: guard(circuit, lambda: fail(exc))) is exc
-        assert circuit.current_state == state
 
     def test_with_a_real_socket(self, guard: Any, db: LoadBalancer) -> None:
         """A plain socket to a host that is not there opens the circuit with its own error."""
@@ -507,24 +436,3 @@ class TestGuarding:
             with pytest.raises(ConnectionRefusedError):
                 guard(db.peers["db1"].breaker, lambda: socket.create_connection(address, timeout=5))
         assert db.peers["db1"].breaker.current_state == "open"
-
-
-def fail(exc: BaseException) -> None:
-    raise exc
-
-
-def test_generator_function() -> None:
-    """Rows that a guarded generator yields are guarded while they are read, as with pybreaker."""
-    circuit = PeerBreaker(clock=Clock())
-
-    def rows() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise MySQLdb.OperationalError(2013, "Lost connection during query")
-
-    reading = circuit.call(rows)
-    assert [next(reading), next(reading)] == [1, 2]
-    assert circuit.current_state == "closed"
-    with pytest.raises(MySQLdb.OperationalError):
-        next(reading)
-    assert circuit.current_state == "open"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable
+from django_proxysql import Fault, LoadBalancer
 from django_proxysql.core.config import config_from
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.group import PeerGroup
@@ -138,35 +138,6 @@ def test_order_of_the_steps(circuits: Any, trials: str, expected: str) -> None:
     ends = dict.fromkeys(NAMES, refused_by_host)
     assert " ".join(run(Search(group, trials), ends, clock)) == expected
     assert len(held) == circuits.count("under trial")
-
-
-def test_attempt_is_cut_to_what_is_left_of_the_deadline() -> None:
-    group, clock, _ = group_of("closed", "closed", connect_timeout=5, connect_deadline=7)
-    search = Search(group)
-    first = search.step()
-    assert isinstance(first, Attempt)
-    assert first.timeout == 5
-    clock.advance(5)
-    search.failed(first, refused_by_host())
-    second = search.step()
-    assert isinstance(second, Attempt)
-    assert second.timeout == 2
-    clock.advance(2)
-    search.failed(second, refused_by_host())
-    with pytest.raises(NoPeerAvailable, match="tried just now"):
-        search.step()
-
-
-def test_wait_is_over_when_the_trial_ends_and_the_peer_is_tried() -> None:
-    group, _, held = group_of("under trial")
-    search = Search(group)
-    step = search.step()
-    assert isinstance(step, Wait)
-    held[0].succeeded()
-    assert step.leases[0].ended
-    step = search.step()
-    assert isinstance(step, Attempt)
-    assert not step.is_trial
 
 
 def test_search_for_one_peer_takes_no_other() -> None:

@@ -351,17 +351,6 @@ class TestTiers:
         driver.down.update(far1=refused_by_host, far2=refused_by_host)
         assert set(shares(db, 200)) == {"last"}
 
-    def test_within_one_connect(self) -> None:
-        """One connect() goes down the tiers by itself, each peer once."""
-        endpoints = peers("b", "a", "c")
-        for name, priority in {"a": 0, "b": 1, "c": 2}.items():
-            endpoints[name]["priority"] = priority
-        driver = Driver()
-        driver.down.update(a=refused_by_host, b=refused_by_host)
-        db = LoadBalancer(endpoints, driver.connect, clock=Clock())
-        assert db.connect().host == "c"
-        assert driver.hosts == ["a", "b", "c"]
-
     def test_weights_within_a_tier(self) -> None:
         """Weights count among the peers of one tier."""
         endpoints = peers("db1", "db2", "spare")

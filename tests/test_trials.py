@@ -403,9 +403,10 @@ class TestRequests:
         assert world.driver.hosts == ["db1", "db1"]
         assert worker.is_running or world.states() == "closed"
 
-    def test_no_request_waits_for_a_hanging_peer(self, worker: TrialWorker) -> None:
+    @pytest.mark.parametrize("trials", ["inline", "background"])
+    def test_no_request_waits_for_a_hanging_peer(self, worker: TrialWorker, trials: str) -> None:
         """While its trial hangs, requests connect elsewhere, and none makes it."""
-        world = background("hangs", "db2")
+        world = World("hangs", "db2", trials=trials)
         inside, go = threading.Event(), threading.Event()
 
         def hang() -> None:
@@ -415,12 +416,14 @@ class TestRequests:
         world.driver.down["hangs"] = hang
         world.open("hangs")
         world.clock.advance(30)
-        worker.schedule(world.db.group)
-        assert inside.wait(60)
-        with running(*[lambda: [world.connect() for _ in range(50)]] * 7):
-            pass
-        assert world.driver.hosts == ["hangs"] + ["db2"] * 350
-        go.set()
+        if trials == "background":
+            worker.schedule(world.db.group)
+        with running(*[world.connect] if trials == "inline" else []):
+            assert inside.wait(60)
+            with running(*[lambda: [world.connect() for _ in range(50)]] * 7):
+                pass
+            assert world.driver.hosts == ["hangs"] + ["db2"] * 350
+            go.set()
         until(lambda: world.states() == "closed closed")
 
     def test_wrong_setting(self) -> None:
