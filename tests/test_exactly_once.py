@@ -254,6 +254,54 @@ class TestBlocksWithoutAToken:
             assert here.read() == []
         assert tokens(here) == []
 
+    @ON_POSTGRES
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            (b"SET TRANSACTION READ ONLY", None),
+            ("SET TRANSACTION READ /* and no more */ ONLY", None),
+            ("SELECT set_config(%s, 'on', true)", ["transaction_read_only"]),
+        ],
+        ids=["bytes", "comment", "set_config"],
+    )
+    def test_that_is_made_read_only_in_other_words_has_none(
+        self, here: Site, statement: tuple[Any, Any]
+    ) -> None:
+        with transaction.atomic("balanced"):
+            here.sql(*statement)
+            assert here.read() == []
+        assert tokens(here) == []
+
+    @ON_POSTGRES
+    @pytest.mark.parametrize("ends", ["released", "rolled back", "never was"])
+    def test_that_is_not_read_only_at_its_end_has_one(self, here: Site, ends: str) -> None:
+        """PostgreSQL's SET TRANSACTION ends with the savepoint that it was sent in."""
+        here.read()
+        cut_at_commit(here, "reply")
+        with transaction.atomic("balanced"):
+            with contextlib.suppress(KeyError), transaction.atomic("balanced"):
+                here.read()
+                is_not = ends == "never was"
+                here.sql(f"SET transaction_read_only TO {'off' if is_not else 'on'}")
+                if ends == "rolled back":
+                    raise KeyError
+            here.write("one")
+        assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], ["committed"])
+
+    @ON_MARIADB
+    def test_of_a_session_that_writes_on_its_galera_node_alone_has_none(self, here: Site) -> None:
+        """Another node could only say that nothing of it is there."""
+        here.server.sql(f"GRANT SUPER ON *.* TO '{USER}'@'%'")
+        try:
+            here.connection.close()
+            here.sql("SET SESSION wsrep_on = OFF")
+            cut_at_commit(here, "reply", b"\x03COMMIT")
+            with pytest.raises(CommitOutcomeUnknown):
+                block(here, "one")
+        finally:
+            here.server.sql(f"REVOKE SUPER ON *.* FROM '{USER}'@'%'")
+        assert (here.written(), tokens(here), resolved(here)) == (["one"], [], [])
+
     @pytest.mark.parametrize("what", ["session", "next transaction", "server"])
     def test_whose_server_takes_no_writes_ends_well_without_one(
         self, here: Site, what: str

@@ -41,6 +41,8 @@ PAIRS: list[tuple[Any, Any]] = [
     ("COMMIT AND CHAIN", "COMMIT AND NO CHAIN"),
     ("SET autocommit = 0", "SET autocommit=1"),
     ("SET SESSION autocommit = OFF, sql_mode = ''", "SET autocommit = ON"),
+    ("SET SESSION wsrep_on = OFF", "SET SESSION wsrep_on = ON"),
+    ("SET sql_mode = '', wsrep_on = @before", "SET @@session.wsrep_on=1;"),
     ("LOCK TABLES t WRITE", "UNLOCK TABLES"),
     ("LOCK TABLE t READ", "UNLOCK TABLES"),
     ("FLUSH TABLES WITH READ LOCK", "UNLOCK TABLES"),
@@ -69,6 +71,7 @@ NO_PAIRS: list[tuple[Any, Any]] = [
     ("BEGIN", "COMMIT AND CHAIN"),
     ("BEGIN; INSERT INTO t VALUES ('; COMMIT')", "SELECT 1"),
     ("SET autocommit = 0", "COMMIT"),
+    ("SET wsrep_on = OFF", "SET sql_mode = ''"),
 ]
 FOR_THE_REQUEST = [
     *("SET @a = 1", "SET time_zone = 'UTC'", "SET ROLE a", "USE app", "PREPARE p FROM 'SELECT 1'"),

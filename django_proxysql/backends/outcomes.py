@@ -50,6 +50,8 @@ def _proven(sql: str, is_bare: bool, dialect: str) -> bool:
 
 #: psycopg 3's names, psycopg2's numbers.
 _NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
+#: Held by a session that writes to locked tables alone (LOCK TABLES), or on its Galera node alone.
+_NO_TOKEN = frozenset({"tables", "wsrep_on"})
 #: The MySQL family's ER_PARSE_ERROR.
 _SYNTAX_ERROR = 1064
 
@@ -84,13 +86,10 @@ def token_for(db: Any, session: Session) -> Token | None:
         only_read=bool(reads) and _needs_none(db, session, reads),
     ):
         return None
-    if transaction.is_read_only:
-        return None
     with db.wrap_database_errors:
-        if not db._driver.may_write(session.connection):
+        if not db._driver.may_write(session.connection, transaction.may_be_read_only):
             return None
-    if "tables" in session.holds.for_life:
-        # MySQL's LOCK TABLES: the session writes to these alone.
+    if not _NO_TOKEN.isdisjoint(session.holds.for_life):
         return None
     table = _table(db, session)
     return Token(_tokens.next(), table, (time.monotonic(), time.time()))

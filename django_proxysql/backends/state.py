@@ -169,8 +169,8 @@ class Transaction:
     """
 
     __slots__ = (
-        *("by_hand", "hooks", "is_read_only", "is_whole", "mark", "reads", "savepoints", "stage"),
-        "undone",
+        *("by_hand", "hooks", "is_whole", "mark", "may_be_read_only", "reads", "savepoints"),
+        *("stage", "undone"),
     )
 
     def __init__(self, by_hand: bool, stage: Stage = BEGUN, hooks: int = 0) -> None:
@@ -180,8 +180,9 @@ class Transaction:
         #: Nothing was sent in it that may have ended it, as MySQL's DDL does: what COMMIT
         #: commits is all of it.
         self.is_whole = True
-        #: The application made it READ ONLY: it takes no token.
-        self.is_read_only = False
+        #: The application may have made it READ ONLY, in which it takes no token: the server is
+        #: asked, for a part that is rolled back, or another statement, takes that back.
+        self.may_be_read_only = False
         #: What counts what is sent, and its count when the transaction was last known to hold
         #: nothing else; None where the driver knows that by itself, or it cannot be known.
         self.mark: tuple[Counter, int] | None = None

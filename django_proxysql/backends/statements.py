@@ -14,7 +14,7 @@ from django.db.utils import Error, OperationalError
 
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
-from ..core.texts import makes_read_only, may_end
+from ..core.texts import may_end, may_make_read_only
 from .losses import sent
 from .replacing import at_safe_point, before_first, bind
 from .replays import ends_with_block, give_up, kind_of_params, run_again
@@ -52,7 +52,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
     transaction = db._transaction
     if kind & (STATE | ENDS) and transaction.is_of_atomic:
         transaction.is_whole &= not may_end(sql, db.vendor)
-        transaction.is_read_only |= makes_read_only(sql)
+        transaction.may_be_read_only |= may_make_read_only(sql)
     return session
 
 

@@ -158,6 +158,12 @@ _STATEMENTS = [
             r"SET\s+(?:SESSION\s+|@@(?:session\.)?)?autocommit\s*:?=\s*(?:1|on|true)\s*;?\s*$",
         ),
         (
+            "wsrep_on",
+            r"SET\b(?!\s+(?:SESSION\s+|@@(?:session\.)?)?wsrep_on\s*:?=\s*(?:1|on|true)\s*;?\s*$)"
+            r".*\bwsrep_on\b",
+            r"SET\b.*\bwsrep_on\b",
+        ),
+        (
             "tables",
             r"LOCK\s+TABLES\b|LOCK\s+TABLE\b.*\b(?:READ|WRITE)\b"
             r"|FLUSH\b(?=.*\bTABLES?\b).*\b(?:LOCK|EXPORT)\b",

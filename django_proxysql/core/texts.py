@@ -119,15 +119,15 @@ def _may_end(text: str, vendor: str) -> bool:
     return head not in KEEPS_HEADS and not _TEMPORARY.match(text)
 
 
-_READ_ONLY = re.compile(
-    r"\s*(?:SET|START|BEGIN)\b.*(?:\bREAD\s+ONLY\b|\btransaction_read_only\b)",
-    re.IGNORECASE | re.DOTALL,
-)
+def may_make_read_only(sql: Any) -> bool:
+    """Return whether ``sql`` may make the transaction READ ONLY that it is sent in.
 
-
-def makes_read_only(sql: Any) -> bool:
-    """Return whether ``sql`` makes the transaction READ ONLY that it is sent in."""
-    return isinstance(sql, str) and _READ_ONLY.match(sql) is not None
+    For statements in which :func:`.statements.scan` has found STATE or ENDS.
+    """
+    if not isinstance(sql, (str, bytes)):
+        return True
+    text = (sql.decode("latin-1") if isinstance(sql, bytes) else sql).lower()
+    return "set_config" in text or ("read" in text and "only" in text)
 
 
 _TIME = re.compile(

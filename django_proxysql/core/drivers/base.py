@@ -83,9 +83,10 @@ class Driver:
         """Return whether a packet may hold two statements on connections made with ``params``."""
         return False
 
-    def may_write(self, connection: Any) -> bool:
+    def may_write(self, connection: Any, asks: bool) -> bool:
         """Return whether, as far as the driver knows, the open transaction takes a write.
 
+        :param asks: ask the server, if its refusal of a write would end the transaction.
         :raises Exception: the driver's error: it may ask the server.
         """
         return True

@@ -333,7 +333,7 @@ class PostgreSQL(Driver):
         """Return True: what is sent without parameters may be two statements."""
         return True
 
-    def may_write(self, connection: Any) -> bool:
+    def may_write(self, connection: Any, asks: bool) -> bool:
         """Return whether the transaction has not failed, and was not begun READ ONLY.
 
         A server says unasked what the session's default is, since PostgreSQL 14. What the
@@ -344,7 +344,7 @@ class PostgreSQL(Driver):
             return False
         if getattr(connection, read_only, None) is True:
             return False
-        if not any(connection.info.parameter_status(name) == "on" for name in _READ_ONLY):
+        if not (asks or any(connection.info.parameter_status(name) == "on" for name in _READ_ONLY)):
             return True
         with connection.cursor() as cursor:
             cursor.execute("SHOW transaction_read_only")
