@@ -161,6 +161,9 @@ WRONG = {
     f"mysql://u:{SECRET}@a/shop?host=b": "names hosts in two places",
     f"mysql://u:{SECRET}@a/shop?HOST=b": "names hosts in two places",
     f"sqlite://u:{SECRET}@a/shop": "names a host",
+    f"sqlite:///shop.sqlite3?trials={SECRET}": "a wrong 'trials'",
+    f"sqlite:///shop.sqlite3?weight={SECRET}": "a wrong 'weight'. Give a number",
+    "sqlite:///shop.sqlite3?check_interval=30,-1": "a wrong 'check_interval'. Give a number",
 }
 
 

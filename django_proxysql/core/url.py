@@ -252,6 +252,12 @@ def _spread(peers: list[dict[str, Any]], key: str, text: str) -> None:
     setting = key.upper()
     is_name = setting == "PEER_NAME"
     values = [part if is_name else _value(key, part) for part in text.split(",")]
+    if not is_name:
+        for value in values:
+            _check(PeerConfig, _PEER[setting], value)
+    if not peers:
+        # SQLite: nothing is balanced, whatever their number is.
+        return
     if len(values) == 1 and not is_name:
         values *= len(peers)
     if len(values) != len(peers):
@@ -263,8 +269,6 @@ def _spread(peers: list[dict[str, Any]], key: str, text: str) -> None:
             else "Give one for all, or one for each, in their order.",
         )
     for peer, value in zip(peers, values):
-        if not is_name:
-            _check(PeerConfig, _PEER[setting], value)
         peer[setting] = value
 
 
@@ -393,11 +397,8 @@ def _sqlite_entry(path: str, given: Mapping[str, str]) -> dict[str, Any]:
             "Write a relative path as sqlite:///db.sqlite3, an absolute one with four slashes.",
         )
     entry: dict[str, Any] = {"ENGINE": _SQLITE, "NAME": name}
-    # Wrong values are wrong here, too: what is tried in development is what runs later. (But for
-    # those of peers, of which there are none.)
-    of_peers = {*_PEER, "PEER_NAME"}
-    others = {key: text for key, text in given.items() if key.upper() not in of_peers}
-    settings, options = _settings(others, [])
+    # Wrong values are wrong here, too: what is tried in development is what runs later.
+    settings, options = _settings(given, [])
     entry.update({key: value for key, value in settings.items() if key in _DJANGO})
     if options:
         entry["OPTIONS"] = options
