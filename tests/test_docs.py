@@ -17,6 +17,7 @@ import pytest
 import django_proxysql
 from django_proxysql import LoadBalancer, NoPeerAvailable
 from django_proxysql.conf import keys
+from django_proxysql.conf.reading import balancer_config
 from django_proxysql.core.config import BalancerConfig, BreakerConfig, PeerConfig
 from tests.fakes import Clock, Driver, OperationalError
 from tests.test_docs_blocks import ALL, PAGES, environment
@@ -101,6 +102,26 @@ def test_examples_of_settings_are_found() -> None:
     written = len(re.findall(rf'"ENGINE": "{keys.ENGINE}"|from_url\((?:os\.)?env', text))
     looked_at = [entry for _, databases in all_entries() for entry in databases.values()]
     assert sum(keys.is_balancer(entry) for entry in looked_at) == written > 8
+
+
+@needs_docs
+def test_a_table_of_peers_has_the_addresses_of_its_pages_settings() -> None:
+    compared = set()
+    for page in PAGES:
+        configs = [
+            balancer_config(alias, entry, databases)
+            for databases in entries(page)
+            for alias, entry in databases.items()
+            if keys.is_balancer(entry)
+        ]
+        known = {(config.name, one.name, one.address) for config in configs for one in config.peers}
+        consoles = "\n".join(blocks(page, "console"))
+        shown = set(re.findall(r"^(\w+) +(\w+) +(\S+) +(?:yes|no) ", consoles, re.MULTILINE))
+        # The reference shows a table and no settings.
+        if known and shown:
+            assert shown <= known, page
+            compared.add(page.name)
+    assert {"README.rst", "galera.rst", "postgresql.rst", "upgrade.rst"} <= compared
 
 
 # What is logged and raised

@@ -109,10 +109,17 @@ class Block:
         return f"{self.page}:{self.line}"
 
     @property
+    def file(self) -> str:
+        """The file that its first line names; otherwise empty."""
+        found = re.match(r"# ([\w/.]+\.py)\b", self.text)
+        return found[1] if found else ""
+
+    @property
     def module(self) -> str:
-        """What the site imports it as, if its first line names its file; otherwise empty."""
-        found = re.match(r"# (shop/[\w/]+)\.py\b", self.text)
-        return found[1].replace("/", ".") if found else ""
+        """What the site imports it as, if it is a file of the site's; otherwise empty."""
+        if not self.file.startswith("shop/"):
+            return ""
+        return self.file[: -len(".py")].replace("/", ".")
 
     @property
     def reason(self) -> str | None:
@@ -332,13 +339,17 @@ def unknown(code: ast.Module, names: Mapping[str, Any]) -> list[str]:
 @pytest.mark.parametrize("found", of("python"))
 def test_python_runs(found: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = site()
+    files: dict[str, dict[str, Any]] = {}
     with nothing_connects(tmp_path):
         try:
             for block in found:
-                run(block, names)
+                # A file has what its own blocks have made, and no other's.
+                own = files.setdefault(block.file, site()) if block.file else names
+                run(block, own)
+                names.update(own)
                 if block.module:
                     module = ModuleType(block.module)
-                    vars(module).update(names)
+                    vars(module).update(own)
                     monkeypatch.setitem(sys.modules, block.module, module)
         finally:
             collected = names.get("Metrics")
