@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from django.db import OperationalError, close_old_connections, transaction
 from django.db.utils import Error
@@ -127,54 +129,6 @@ class TestStatements:
         assert not here.replayed()
 
     @pytest.mark.parametrize("kind", CUTS)
-    def test_first_read_of_a_transaction(self, here: Site, kind: str) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind, 2)
-        with transaction.atomic(here.connection.alias):
-            here.read()
-            here.write("one")
-            with transaction.atomic(here.connection.alias):
-                here.write("two")
-        assert here.written() == ["one", "two"]
-        assert len(here.replayed()) == 1
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_first_write_of_a_transaction(self, here: Site, kind: str) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind, 2)
-
-        def work() -> None:
-            with transaction.atomic(here.connection.alias):
-                here.write("one")
-                here.write("two")
-
-        work()
-        assert here.written() == ["one", "two"]
-        assert len(here.replayed()) == 1
-        here.write("three")
-        assert here.written()[-1:] == ["three"]
-
-    @pytest.mark.parametrize("kind", CUTS)
-    @pytest.mark.parametrize("second", ["read", "write"])
-    def test_second_statement_of_a_transaction(self, here: Site, kind: str, second: str) -> None:
-        here.sql("SELECT 1")
-        ran: list[int] = []
-        here.cut(kind, 3)
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
-            here.write("one")
-            if second == "read":
-                here.read()
-            else:
-                here.write("two")
-        assert here.written() == []
-        assert here.connection.in_atomic_block is False
-        here.write("three")
-        assert here.written() == ["three"]
-        assert ran == []
-        assert not here.replayed()
-
-    @pytest.mark.parametrize("kind", CUTS)
     def test_caught_inside_the_block(self, here: Site, kind: str) -> None:
         """The application goes on in the block: on nothing, to no effect, until it has left it."""
         here.sql("SELECT 1")
@@ -189,17 +143,88 @@ class TestStatements:
         assert here.written() == ["four"]
 
 
-class TestTransactions:
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_begin(self, here: Site, kind: str) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind, 1)
-        with transaction.atomic(here.connection.alias):
-            here.write("one")
-            here.write("two")
-        assert here.written() == ["one", "two"]
+def two_writes(here: Site) -> None:
+    here.write("one")
+    here.write("two")
 
-    @pytest.mark.parametrize("kind", CUTS)
+
+def write_and_read(here: Site) -> None:
+    here.write("one")
+    here.read()
+
+
+def read_first(here: Site) -> None:
+    here.read()
+    write_and_block(here)
+
+
+def write_and_block(here: Site) -> None:
+    here.write("one")
+    with transaction.atomic(here.connection.alias):
+        here.write("two")
+
+
+def block_first(here: Site) -> None:
+    with transaction.atomic(here.connection.alias):
+        here.write("one")
+    here.write("two")
+
+
+def read_in_a_nested_block(here: Site) -> None:
+    with transaction.atomic(here.connection.alias):
+        with transaction.atomic(here.connection.alias):
+            here.read()
+            here.write("one")
+        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
+            here.write("never")
+            raise KeyError
+    here.write("two")
+
+
+@pytest.mark.parametrize("kind", CUTS)
+class TestTransactions:
+    @pytest.mark.parametrize(
+        ("work", "nth", "lost"),
+        [
+            # psycopg sends it with the first statement.
+            (two_writes, 1, "BEGIN"),
+            (two_writes, 2, "statement"),
+            (read_first, 2, "statement"),
+            # Django's own savepoints use up no first statement; they are made again.
+            (block_first, 2, "SAVEPOINT"),
+            (read_in_a_nested_block, 4, "statement"),
+        ],
+    )
+    def test_one_in_which_nothing_has_happened_goes_on(
+        self, here: Site, kind: str, work: Callable[[Site], None], nth: int, lost: str
+    ) -> None:
+        here.sql("SELECT 1")
+        here.cut(kind, nth)
+        with transaction.atomic(here.connection.alias):
+            work(here)
+        assert here.written() == ["one", "two"]
+        is_statement = lost == "statement" or (lost == "BEGIN" and not here.is_mysql)
+        assert len(here.replayed()) == is_statement
+        here.write("three")
+        assert here.written() == ["one", "two", "three"]
+
+    @pytest.mark.parametrize("work", [two_writes, write_and_read, write_and_block])
+    def test_after_its_first_write_it_fails(
+        self, here: Site, kind: str, work: Callable[[Site], None]
+    ) -> None:
+        here.sql("SELECT 1")
+        ran: list[int] = []
+        here.cut(kind, 3)
+        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
+            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
+            work(here)
+        assert here.written() == []
+        assert here.connection.in_atomic_block is False
+        here.write("three")
+        assert here.written() == ["three"]
+        assert ran == []
+        assert not here.replayed()
+
     def test_commit(self, here: Site, kind: str) -> None:
         ran: list[int] = []
         here.sql("SELECT 1")
@@ -215,7 +240,6 @@ class TestTransactions:
 
     # psycopg sends nothing there.
     @pytest.mark.parametrize("here", ["mariadb", "mariadb_tls"], indirect=True)
-    @pytest.mark.parametrize("kind", CUTS)
     def test_after_commit(self, here: Site, kind: str) -> None:
         """COMMIT was answered: what comes after it is no error, and the hooks run once."""
         ran: list[int] = []
@@ -230,7 +254,6 @@ class TestTransactions:
         assert here.written() == ["one", "two"]
         assert ran == [1]
 
-    @pytest.mark.parametrize("kind", CUTS)
     def test_rollback(self, here: Site, kind: str) -> None:
         """The application's own exception comes out, and nothing was written."""
         here.sql("SELECT 1")
@@ -241,41 +264,3 @@ class TestTransactions:
         assert here.written() == []
         here.write("two")
         assert here.written() == ["two"]
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_savepoint_before_anything_else(self, here: Site, kind: str) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind, 2)
-        with transaction.atomic(here.connection.alias):
-            with transaction.atomic(here.connection.alias):
-                here.write("one")
-            here.write("two")
-        assert here.written() == ["one", "two"]
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_read_in_a_nested_block(self, here: Site, kind: str) -> None:
-        """Django's own savepoints use up no first statement; they are made again."""
-        here.sql("SELECT 1")
-        here.cut(kind, 4)
-        with transaction.atomic(here.connection.alias):
-            with transaction.atomic(here.connection.alias):
-                with transaction.atomic(here.connection.alias):
-                    here.read()
-                    here.write("one")
-                with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
-                    here.write("never")
-                    raise KeyError
-            here.write("two")
-        assert here.written() == ["one", "two"]
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_savepoint_after_a_write(self, here: Site, kind: str) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind, 3)
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            here.write("one")
-            with transaction.atomic(here.connection.alias):
-                here.write("two")
-        assert here.written() == []
-        here.write("three")
-        assert here.written() == ["three"]
