@@ -30,6 +30,7 @@ from django_proxysql.core import outcome
 from django_proxysql.core.config import BalancerConfig
 from django_proxysql.core.trials import trial_worker
 from django_proxysql.registry import balancers
+from tests.fakes import until
 from tests.servers import DATABASE, PASSWORD, USER, Address
 
 MYSQL = "django.db.backends.mysql"
@@ -58,24 +59,22 @@ class Clock:
         self.now, self._began = self(), None
 
 
-def wait_until_alone(connection: Any, seconds: float = 20) -> None:
+def wait_until_alone(connection: Any) -> None:
     """Return when the server of ``connection`` has no other client that is connected."""
-    deadline = time.monotonic() + seconds
     ask = (
         "SELECT count(*) FROM pg_stat_activity WHERE usename = %s AND pid <> pg_backend_pid()"
         if connection.vendor == "postgresql"
         else "SELECT count(*) FROM information_schema.processlist"
         " WHERE user = %s AND id <> CONNECTION_ID()"
     )
-    while True:
-        # Polls a real server, which has no event for the end of another's connection.
+
+    def is_alone() -> bool:
+        # A server has no event for the end of another's connection.
         with connection.cursor() as cursor:
             cursor.execute(ask, [USER])
-            if not cursor.fetchone()[0]:
-                return
-        if time.monotonic() > deadline:
-            raise TimeoutError("the server is not done with connections that are gone")
-        time.sleep(0.002)
+            return not cursor.fetchone()[0]
+
+    until(is_alone)
 
 
 @contextlib.contextmanager

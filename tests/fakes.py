@@ -229,7 +229,7 @@ def running(
         raise errors[0]
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 60, pause: float = 0.001) -> None:
     """Wait for another thread to have done something.
 
     It looks again and again: what it waits for has no event, and only bounds how long it looks.
@@ -237,7 +237,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it has not happened"
-        time.sleep(0.001)
+        time.sleep(pause)
 
 
 def in_thread(target: Callable[[], Any], seconds: float = 120) -> Any:

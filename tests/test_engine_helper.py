@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from django.db import connections
 from django_proxysql import balancers
 from tests.app.models import Token
 from tests.engine import SQLITE, Clock, added, engine, sqlite_peer
+from tests.fakes import in_thread
 
 
 def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -27,9 +27,7 @@ def test_engine_leaves_nothing_behind(tmp_path: Path) -> None:
         Token.objects.using("balanced").create(value="one")
         assert Token.objects.using("balanced").get().value == "one"
         assert balancers["balanced"].clock is clock
-        thread = threading.Thread(target=connect)
-        thread.start()
-        thread.join()
+        in_thread(connect)
     assert connection.connection is None
     assert of_thread[0].connection is None
     assert "balanced" not in connections.databases

@@ -14,7 +14,6 @@ import itertools
 import pickle
 import socket
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from django_proxysql.core import drivers
 from django_proxysql.core.drivers import mysql, postgresql
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.faults import Count, Loss, Verdict, loss_counts, verdict_on
+from tests.fakes import running
 
 MySQLdb = pytest.importorskip("MySQLdb")
 
@@ -789,21 +789,18 @@ def closed_port() -> int:
 def hanging_up() -> Iterator[int]:
     """A port that accepts connections and closes them at once."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(20)
 
         def serve() -> None:
             with contextlib.suppress(OSError):
                 while True:
                     listener.accept()[0].close()
 
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield listener.getsockname()[1]
-        # What wakes accept() differs between systems; a connection does on all.
-        listener.settimeout(0.1)
-        with contextlib.suppress(OSError):
-            socket.create_connection(listener.getsockname(), timeout=1).close()
-    thread.join(60)
+        with running(serve):
+            yield listener.getsockname()[1]
+            # What wakes accept() differs between systems; a connection does on all.
+            listener.settimeout(0.1)
+            with contextlib.suppress(OSError):
+                socket.create_connection(listener.getsockname(), timeout=60).close()
 
 
 CONNECTS: dict[str, Callable[..., object]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from django.db.utils import DataError, Error, InternalError
 from django_proxysql import balancers, retrying_atomic
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
-from tests.fakes import in_thread, until
+from tests.fakes import in_thread, running, until
 from tests.site import Site, site, with_table
 
 
@@ -473,7 +474,6 @@ class TestGalera:
         events: list[Any] = []
         balancer.add_listener(events.append)
         ready, go = threading.Barrier(9), threading.Event()
-        failures: list[BaseException] = []
         led_to: list[Any] = []
 
         def work(number: int) -> None:
@@ -490,21 +490,14 @@ class TestGalera:
                         with transaction.atomic(alias):
                             cursor.execute(f"INSERT INTO app_token (value) VALUES ('w{number}')")
                 led_to.append(wrapper.peer)
-            except BaseException as exc:
-                failures.append(exc)
             finally:
                 wrapper.close()
 
-        threads = [threading.Thread(target=work, args=[i], daemon=True) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        ready.wait(60)
-        galera.isolate(galera[2])
-        caplog.set_level(logging.WARNING, "django_proxysql")
-        go.set()
-        for thread in threads:
-            thread.join(60)
-        assert failures == []
+        with running(*[functools.partial(work, number) for number in range(8)]):
+            ready.wait(60)
+            galera.isolate(galera[2])
+            caplog.set_level(logging.WARNING, "django_proxysql")
+            go.set()
         assert len(led_to) == 8
         assert bad not in led_to
         assert len([event for event in events if type(event) is CircuitOpened]) == 1

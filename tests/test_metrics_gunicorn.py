@@ -6,16 +6,16 @@ the server that lives says of its connections.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from django_proxysql.conf.keys import ENGINE
+from tests import fakes
 from tests.engine import mysql_peer
 from tests.project import Project, get
 from tests.servers import PASSWORD
@@ -144,12 +145,8 @@ class Site:
         return len(sessions(self.alive))
 
 
-def until(what: Callable[[], object]) -> None:
-    """Return once ``what`` says so; fail if it does not in a minute."""
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+#: Each look asks the site.
+until = functools.partial(fakes.until, pause=0.05)
 
 
 @pytest.fixture

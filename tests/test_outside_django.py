@@ -9,7 +9,6 @@ import re
 import socket
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import sqlalchemy
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable
 from django_proxysql.core.breaker import CircuitBreakerError
-from tests.fakes import Clock, even, raised_by, running
+from tests.fakes import Clock, even, raised_by, running, until
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
@@ -317,9 +316,7 @@ class TestReadyChecks:
             assert state.error
         finally:
             out.sql(put_back)
-        until = time.monotonic() + 20
-        while not out.synced() and time.monotonic() < until:
-            time.sleep(0.05)
+        until(out.synced, pause=0.05)
         clock.advance(31)
         assert self.leads_to(db, driver, 6) == {node.port for node in nodes}
 

@@ -20,7 +20,7 @@ import psycopg
 import pytest
 
 from tests.conftest import pytest_runtest_logstart
-from tests.fakes import in_thread
+from tests.fakes import in_thread, until
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
@@ -203,9 +203,7 @@ def test_haproxy_spreads(mariadb_pair: tuple[Node, Node], haproxy: Callable[...,
 
     assert ports_seen() == {node.port for node in mariadb_pair}
     mariadb_pair[0].kill()
-    deadline = time.monotonic() + 10
-    while "DOWN" not in proxy.ask("show stat") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: "DOWN" in proxy.ask("show stat"), pause=0.05)
     assert ports_seen() == {mariadb_pair[1].port}
 
 
@@ -417,13 +415,7 @@ def test_interrupted_run_leaves_nothing(
         run.send_signal(number)
         run.communicate(timeout=120)
     assert run.returncode == exit_code
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        left = [pid for pid in pids if runs(pid)]
-        if not left and not Path(workspace).exists():
-            return
-        time.sleep(0.1)
-    pytest.fail(f"left: processes {left}, {workspace}: {Path(workspace).exists()}")
+    until(lambda: not any(map(runs, pids)) and not Path(workspace).exists(), pause=0.1)
 
 
 def runs(pid: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from django_proxysql import Fault, LoadBalancer
 from django_proxysql.backends.pools import Pool, Pools
 from django_proxysql.core import runtime
 from django_proxysql.core.leases import Lease
-from tests.fakes import Driver, peers, raised_by, refused_by_host, running
+from tests.fakes import Driver, peers, raised_by, refused_by_host, running, until
 
 ROOT = Path(django_proxysql.__file__).parent
 
@@ -231,12 +230,10 @@ class TestThreads:
         busy(connect, fail, listen, look, drain, times=100)
         assert not errors
         assert len(db.group.listeners.dispatchers) == before
-        ends = time.monotonic() + 20
         # Where and when what was dropped ends is the interpreter's affair.
-        while any(peer.connections for peer in db.peers.values()):
-            driver.made.clear()
-            assert time.monotonic() < ends, [peer.connections for peer in db.peers.values()]
-            time.sleep(0.01)
+        until(
+            lambda: driver.made.clear() or not any(one.connections for one in db.peers.values()),
+        )
 
 
 def test_pools_that_are_looked_through_stay_as_they_are() -> None:
@@ -275,7 +272,5 @@ def test_living_keeps_nothing_alive() -> None:
     living.add(thing)
     assert living.all() == [thing]
     del thing
-    ends = time.monotonic() + 20
-    while gone() is not None:
-        assert time.monotonic() < ends
+    until(lambda: gone() is None)
     assert living.all() == []
