@@ -165,6 +165,8 @@ def test_serves_the_status_page(demo: Runs) -> None:
         page = browser.open(url, timeout=60).read().decode()
         assert "Load balancer default" in page
         assert page.count("In use") > 2
+        # Not the time of Chicago, which is Django's default.
+        assert "(UTC)" in page
         token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
         assert token
         form = {

@@ -41,6 +41,7 @@ def set_up(databases: Databases, check_interval: float) -> None:
         SECRET_KEY="demo",  # noqa: S106 (signs nothing)
         LOGGING_CONFIG=None,
         USE_TZ=True,
+        TIME_ZONE="UTC",
     )
     django.setup()
 
