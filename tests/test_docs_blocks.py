@@ -183,6 +183,19 @@ def test_a_reason_names_a_test_that_reads_the_page() -> None:
             assert Path(page).name in reads, reason
 
 
+def test_files_that_a_page_names_exist() -> None:
+    name = re.compile(r"``((?:tests|docs)/[\w/.]+|test_\w+\.py)``|[<(]([\w/.-]+\.(?:rst|md))[>)]")
+    named = [
+        (page.name, found[1] or found[2])
+        for page in {*PAGES, *ROOT.glob("*.rst"), *ROOT.glob("*.md")}
+        for found in name.finditer(page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 30
+    folders = ROOT, ROOT / "tests"
+    missing = [one for one in named if not any((folder / one[1]).exists() for folder in folders)]
+    assert missing == []
+
+
 def test_no_module_of_an_example_has_the_name_of_another_pages_package() -> None:
     modules = {one.module for page in ALL.values() for one in page if one.module}
     assert len(modules) > 3
