@@ -34,7 +34,8 @@ class Registered(NamedTuple):
 
     balancer: LoadBalancer
     first_read: Mapping[str, Any]
-    #: By peer: the settings that were merged last, and what came of it.
+    #: By peer: the settings that were merged last, and what is the peer's own of the outcome. All
+    #: peers share the former: of a thousand peers little else would be in the processor's cache.
     merged: dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
     def is_changed(self, own: Mapping[str, Any]) -> bool:
@@ -45,17 +46,26 @@ class Registered(NamedTuple):
         """Return a copy of ``own`` as for ``peer``; a callable PASSWORD stays what it is."""
         known = self.merged.get(peer.name)
         if known is None or known[0] != own:
-            # A copy: settings are changed in place, too, by test runners.
-            seen = {**own, "OPTIONS": options_of(own)}
-            known = (seen, merged_settings(peer.config.params, own, self.first_read))
+            known = self._merge(peer, own)
             if "OPTIONS" in own:
                 # One assignment: threads see a matching pair.
                 self.merged[peer.name] = known
-        merged = known[1].copy()
+        seen, theirs = known
+        merged = {**seen, **theirs}
         merged["OPTIONS"] = merged["OPTIONS"].copy()
         if alias == NO_DB_ALIAS:
             merged["NAME"] = own.get("NAME")
         return merged
+
+    def _merge(self, peer: Peer, own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        copies = (seen for seen, _ in list(self.merged.values()) if seen == own)
+        # A copy: settings are changed in place, too, by test runners.
+        seen = next(copies, None) or {**own, "OPTIONS": options_of(own)}
+        merged = merged_settings(peer.config.params, own, self.first_read)
+        theirs = {key: value for key, value in merged.items() if seen.get(key) is not value}
+        if not peer.config.params.get("OPTIONS"):
+            del theirs["OPTIONS"]
+        return seen, theirs
 
     def to_connect_with(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
         """Return what to connect to ``peer`` with now: a callable PASSWORD is called."""

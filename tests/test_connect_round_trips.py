@@ -111,6 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no level": {"isolation_level": None},
     "a command": {"init_command": COMMAND},
     "a file": {"read_default_file": "my.cnf"},
+    "a collation": {"collation": "utf8mb4_bin"},
 }
 
 
@@ -164,15 +165,15 @@ def test_the_session_is_the_plain_engines_by_each_way(
 def asked_by_the_driver(log: Log, connection: Any) -> bool | None:
     """Return whether the driver asked for the isolation level; None: it was not set.
 
-    It does before it sets the character set; Django does afterwards.
+    It does where it sets the character set, in one statement; Django does afterwards.
     """
     connection.ensure_connection()
-    said = [statement.upper() for statement in log.of(connection)]
+    said = [statement for statement in log.of(connection) if statement != COMMAND]
     connection.close()
-    levels = [number for number, one in enumerate(said) if LEVEL in one]
+    levels = [one for one in said if "ISOLATION" in one.upper()]
     assert len(levels) <= 1
-    names = next(number for number, one in enumerate(said) if "SET NAMES" in one)
-    return levels[0] < names if levels else None
+    assert any("SET NAMES" in one for one in said)
+    return "SET NAMES" in levels[0] if levels else None
 
 
 @pytest.mark.parametrize("options", OPTIONS, indirect=True)
@@ -182,11 +183,43 @@ def test_the_driver_asks_for_the_isolation_level_where_that_changes_nothing(
 ) -> None:
     mariadb.set_global("sql_auto_is_null", auto_is_null)
     is_none = options.get("isolation_level", "") is None
-    others = {"init_command", "read_default_file"} & set(options)
-    known = not (auto_is_null or others or IS_PYMYSQL or django.VERSION < (3, 2))
+    # PyMySQL runs it after SET NAMES, and Django's level comes last.
+    others = (IS_PYMYSQL and "init_command" in options) or "collation" in options
+    known = not (auto_is_null or others or django.VERSION < (3, 2))
     with engine([mysql_peer(mariadb)], OPTIONS=options) as connection:
         seen = [asked_by_the_driver(log, connection) for _ in range(3)]
     assert seen == ([None] * 3 if is_none else [False, known, known])
+
+
+@keeps_one_record
+@pytest.mark.parametrize("version", ["8.0.36", "10.11.6-MariaDB"])
+def test_what_does_not_take_both_is_sent_one_by_one(mariadb: Node, log: Log, version: str) -> None:
+    """A server that does not know the variable, say: each has a name of its own for it."""
+    with engine([mysql_peer(mariadb)]) as connection:
+        before = session_of("balanced")
+        peer = balancers["balanced"].peers["peer0"]
+        facts = {**peer.server_facts.facts, "version": version}
+        peer.server_facts = peer.server_facts._replace(facts=facts)
+        connection.ensure_connection()
+        said = log.of(connection)
+        with connection.cursor() as cursor:
+            cursor.execute(SESSION)
+            assert cursor.fetchone() == before
+    assert len(said) == (1 if "MariaDB" in version else 3)
+
+
+@keeps_one_record
+def test_a_character_set_that_is_set_later_is_that_alone(mariadb: Node) -> None:
+    """Code that has the driver's connection may do so: the isolation level stays what it is."""
+    with engine([mysql_peer(mariadb)]) as connection:
+        session_of("balanced")
+        connection.ensure_connection()
+        with connection.cursor() as cursor:
+            cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+            for name in ("latin1", "utf8mb4"):
+                connection.connection.set_character_set(name)
+                cursor.execute("SELECT @@character_set_client, @@tx_isolation, 'é'")
+                assert cursor.fetchone() == (name, "SERIALIZABLE", "é")
 
 
 @keeps_one_record
@@ -207,11 +240,10 @@ def test_what_logs_or_wraps_statements_sees_the_isolation_level(mariadb: Node, l
             reset_queries()
             assert asked_by_the_driver(log, connection) is False
             assert connection.queries[0]["sql"].startswith(LEVEL)
-        assert asked_by_the_driver(log, connection) is not IS_PYMYSQL
+        assert asked_by_the_driver(log, connection) is True
 
 
 @keeps_one_record
-@pytest.mark.skipif("IS_PYMYSQL", reason="the driver never asks")
 def test_what_stands_before_the_driver_is_not_given_the_isolation_level(
     mariadb: Node, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,9 +297,9 @@ def test_an_error_of_the_isolation_level_is_one_by_django_and_by_the_driver(
     said: list[Any] = []
     with engine([mysql_peer(proxy)], OPTIONS=options, LAST_RESORT_INTERVAL=0) as connection:
         peer = balancers["balanced"].peers["peer0"]
-        for _ in range(3):
+        for marker in (LEVEL, "SET NAMES utf8mb4, ", "SET NAMES utf8mb4, "):
             if is_cut:
-                proxy.cut_after(LEVEL.encode())
+                proxy.cut_after(marker.encode())
             peer.breaker.close()
             with pytest.raises(DatabaseError) as raised:
                 connection.ensure_connection()
@@ -290,7 +322,7 @@ def test_a_trial_has_the_isolation_level_set_once(
         proxy.packets.clear()
         connection.ensure_connection()
         assert proxy.accepted - before == 2
-        assert sum(LEVEL.encode() in packet for packet in proxy.packets) == 1
+        assert sum(b"isolation" in packet.lower() for packet in proxy.packets) == 1
 
 
 SERIALIZABLE = f"{LEVEL}SERIALIZABLE"
@@ -312,7 +344,7 @@ class OpensByItself:
     def get_new_connection(self, conn_params: Any) -> Any:
         from django.db.backends.mysql import base
 
-        ours = {"connect_timeout", "autocommit", "init_command"}
+        ours = {"connect_timeout", "autocommit"}
         theirs = {key: conn_params[key] for key in conn_params if key not in ours}
         return base.Database.connect(**theirs)
 

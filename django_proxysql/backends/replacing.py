@@ -233,7 +233,7 @@ def replace(
         # connect() switches autocommit on, and Django runs hooks there.
         db.run_commit_hooks_on_set_autocommit_on = False
         with db.wrap_database_errors:
-            db._terms = {"trials": trials, "only": only}
+            db._terms = trials, only
             db.connect()
         for name in _OF_THE_TRANSACTION:
             if name in before:
@@ -257,7 +257,7 @@ def replace(
         state.update(before)
         raise
     finally:
-        db._terms = {}
+        db._terms = db.ANY_PEER
     if hold is not None:
         hold.release()
     close_old(db, session)

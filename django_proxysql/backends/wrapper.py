@@ -305,7 +305,7 @@ class SafePointsMixin(LoadBalancedMixin):
             # An interrupt has left it so.
             give_up(self)
         self._of_ours = False
-        self._terms = {}
+        self._terms = self.ANY_PEER
 
     # Django's own session state
 

@@ -57,15 +57,17 @@ class Driver:
         """Return connect() arguments that spare the session a round trip later."""
         return {}
 
-    def opening_options(
-        self, connect: Callable[..., Any], params: Any, statement: str
-    ) -> dict[str, Any]:
-        """Return connect() arguments by which the driver itself sends ``statement``.
+    def opener(
+        self, connect: Callable[..., Any], params: Any, level: str, version: str
+    ) -> Callable[..., Any] | None:
+        """Return what opens a connection as ``connect`` does, and sets its isolation level.
 
         :param connect: the driver's own function, or what stands in its place.
-        :returns: {} where it would cost a packet more, or something may come after it.
+        :param level: as in SQL, in capitals.
+        :param version: what the server says it is.
+        :returns: None where that would cost a packet more, or is not sure to be the last word.
         """
-        return {}
+        return None
 
     def greeting(self, connection: Any) -> str:
         """Return the version that the server has greeted with; "" if none is known."""

@@ -7,6 +7,7 @@ The codes come from the servers' and Connector/C's own lists (``mysqld_error.h``
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import socket
@@ -105,10 +106,11 @@ _IN_TRANSACTION = 1
 #: The protocol's CLIENT_MULTI_STATEMENTS.
 _MULTI_STATEMENTS = 1 << 16
 
+#: Django's own; what it is in Python is "utf8".
+_CHARSET = "utf8mb4"
 
-#: mysqlclient's arguments by which statements of the user's run first.
-_OTHERS_FIRST = frozenset({"init_command", "read_default_file", "read_default_group"})
-
+#: Options of a socket that both drivers set.
+_SET_ALREADY = frozenset({"SO_KEEPALIVE"})
 
 #: The drivers' own methods in which an answer may be outstanding.
 _IN_FLIGHT = frozenset(
@@ -126,6 +128,51 @@ def _is_connector_c() -> bool:
         return False
     # MariaDB's Connector/C counts 3.x (and once 10.x), MySQL's client 5, 8, 9.
     return version.startswith(("3.", "10."))
+
+
+@functools.cache
+def _opening(connect: Any, level: str, is_mariadb: bool) -> type | None:
+    """Return the class that ``connect`` makes an instance of, made to set the isolation level."""
+    if type(connect) is types.FunctionType:
+        # A decorated one has the driver's name in __module__.
+        if connect.__globals__["__name__"] != "MySQLdb":
+            return None
+        from MySQLdb.connections import Connection as theirs
+    else:
+        # PyMySQL's is the class. Before 1.1 it sends no SET NAMES.
+        if connect.__module__ != "pymysql.connections" or not hasattr(connect, "set_character_set"):
+            return None
+        theirs = connect
+    # MariaDB has the other name since 11.1, and this one still.
+    variable = "tx_isolation" if is_mariadb else "transaction_isolation"
+    both = f"SET NAMES {_CHARSET}, @@SESSION.{variable} = '{level.replace(' ', '-')}'"
+
+    class Connection(theirs):  # type: ignore[misc]
+        __module__, __qualname__ = theirs.__module__, theirs.__qualname__
+
+        #: Of no pool. To look for what is not there takes longer than to find it.
+        _pool = None
+        _is_set_up = False
+
+        def set_character_set(self, *args: Any) -> None:
+            """Set both when the driver calls it, while it connects; later what the caller says."""
+            is_set_up, self._is_set_up = self._is_set_up, True
+            if not is_set_up and self.character_set_name() == _CHARSET:
+                # The driver has told the server in the handshake, and quotes texts by it.
+                try:
+                    self.query(both)
+                except Exception as exc:
+                    if not mysql.is_answer(exc):
+                        raise
+                    # Something in between that does not know it: one by one, as Django does.
+                else:
+                    self.encoding = "utf8"
+                    return
+            super().set_character_set(*args)
+            if not is_set_up:
+                self.query(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+
+    return Connection
 
 
 class MySQL(Driver):
@@ -193,23 +240,26 @@ class MySQL(Driver):
         """
         return {} if "autocommit" in params else {"autocommit": autocommit}
 
-    def opening_options(
-        self, connect: Callable[..., Any], params: Any, statement: str
-    ) -> dict[str, Any]:
-        """Return mysqlclient's ``init_command``, which its C library runs.
+    def opener(
+        self, connect: Callable[..., Any], params: Any, level: str, version: str
+    ) -> Callable[..., Any] | None:
+        """Return a connection's class that sends ``SET NAMES`` and the level in one statement.
 
         Not for a function that stands before the driver's: a pool's connections are connected
-        already, and a tracer is to see the statement. A file of options may have an
-        ``init_command`` of its own.
+        already, and a tracer is to see the statement.
         """
+        kind = type(connect)
         if (
-            type(connect) is not types.FunctionType
-            # A decorated one has the driver's name in __module__.
-            or connect.__globals__["__name__"] != "MySQLdb"
-            or not _OTHERS_FIRST.isdisjoint(params)
+            kind not in (types.FunctionType, type)
+            or params.get("charset") != _CHARSET
+            or params.get("collation")
+            # PyMySQL, whose connect() is a class, runs it after SET NAMES.
+            or (kind is type and "init_command" in params)
+            # Before mysqlclient 2.1 Django takes this out of what it has opened.
+            or params.get("conv", {}).get(bytes) is bytes
         ):
-            return {}
-        return {"init_command": statement}
+            return None
+        return _opening(connect, level, "MariaDB" in version)
 
     def recording_options(self, params: Any) -> dict[str, Any]:
         """Return the flag that PyMySQL leaves out, and mysqlclient sets by itself."""
@@ -323,6 +373,10 @@ class MySQL(Driver):
         """Return the socket's descriptor; None with PyMySQL, which has no public one."""
         number = getattr(connection, "fileno", None)
         return sockets.descriptor(number() if callable(number) else None)
+
+    def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
+        """Return what both drivers have set while they connected."""
+        return _SET_ALREADY
 
     def leave(self, connection: Any) -> None:
         # PyMySQL's, whatever it is wrapped in. As its destructor: close() would send COM_QUIT.
