@@ -62,10 +62,12 @@ def _of_new_threads(node: Address, rounds: int) -> Iterator[Figure]:
     plain = project.wrapper("plain_new", **project.plain(node))
     engine = project.wrapper("engine_new", **project.balanced([node] * 2))
     made: list[Any] = []
+    from django.db import connections
 
     def anew(connection: Any) -> Callable[[], None]:
         def connect() -> None:
-            made.append(connection.copy())
+            # As Django makes one for a thread that has none.
+            made.append(connections.create_connection(connection.alias))
             made[-1].connect()
 
         return connect
