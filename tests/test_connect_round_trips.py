@@ -304,6 +304,8 @@ def test_an_error_of_the_isolation_level_is_one_by_django_and_by_the_driver(
             with pytest.raises(DatabaseError) as raised:
                 connection.ensure_connection()
             assert connection.connection is None
+            # Though the error is kept, and with it all that its traceback refers to.
+            proxy.wait_until_idle()
             circuit = peer.breaker.circuit
             said.append((type(raised.value), raised.value.args))
             said.append((circuit.state, circuit.fault, circuit.error, circuit.failures))

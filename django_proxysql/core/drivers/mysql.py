@@ -7,6 +7,7 @@ The codes come from the servers' and Connector/C's own lists (``mysqld_error.h``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -156,21 +157,34 @@ def _opening(connect: Any, level: str, is_mariadb: bool) -> type | None:
 
         def set_character_set(self, *args: Any) -> None:
             """Set both when the driver calls it, while it connects; later what the caller says."""
-            is_set_up, self._is_set_up = self._is_set_up, True
-            if not is_set_up and self.character_set_name() == _CHARSET:
-                # The driver has told the server in the handshake, and quotes texts by it.
-                try:
-                    self.query(both)
-                except Exception as exc:
-                    if not mysql.is_answer(exc):
-                        raise
-                    # Something in between that does not know it: one by one, as Django does.
-                else:
-                    self.encoding = "utf8"
-                    return
-            super().set_character_set(*args)
-            if not is_set_up:
-                self.query(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+            if self._is_set_up:
+                super().set_character_set(*args)
+                return
+            self._is_set_up = True
+            try:
+                if not self._takes_both():
+                    super().set_character_set(*args)
+                    self.query(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+            except BaseException:
+                # The error's traceback holds us, and with us the socket.
+                with contextlib.suppress(Exception):
+                    self.close()
+                raise
+
+        def _takes_both(self) -> bool:
+            """Set both by one statement, where the driver and the server take that."""
+            # The driver has told the server in the handshake, and quotes texts by it?
+            if self.character_set_name() != _CHARSET:
+                return False
+            try:
+                self.query(both)
+            except Exception as exc:
+                if not mysql.is_answer(exc):
+                    raise
+                # Something in between does not know the statement: one by one, as Django does.
+                return False
+            self.encoding = "utf8"
+            return True
 
     return Connection
 
