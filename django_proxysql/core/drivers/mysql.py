@@ -7,18 +7,16 @@ The codes come from the servers' and Connector/C's own lists (``mysqld_error.h``
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import re
 import socket
-import types
 from collections.abc import Callable
 from typing import Any
 
 from .. import sockets
 from ..faults import Fault
 from .base import Driver, mark
+from .mysql_opening import opener
 
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
@@ -107,9 +105,6 @@ _IN_TRANSACTION = 1
 #: The protocol's CLIENT_MULTI_STATEMENTS.
 _MULTI_STATEMENTS = 1 << 16
 
-#: Django's own; what it is in Python is "utf8".
-_CHARSET = "utf8mb4"
-
 #: Options of a socket that both drivers set.
 _SET_ALREADY = frozenset({"SO_KEEPALIVE"})
 
@@ -129,64 +124,6 @@ def _is_connector_c() -> bool:
         return False
     # MariaDB's Connector/C counts 3.x (and once 10.x), MySQL's client 5, 8, 9.
     return version.startswith(("3.", "10."))
-
-
-@functools.cache
-def _opening(connect: Any, level: str, is_mariadb: bool) -> type | None:
-    """Return the class that ``connect`` makes an instance of, made to set the isolation level."""
-    if type(connect) is types.FunctionType:
-        # A decorated one has the driver's name in __module__.
-        if connect.__globals__["__name__"] != "MySQLdb":
-            return None
-        from MySQLdb.connections import Connection as theirs
-    else:
-        # PyMySQL's is the class. Before 1.1 it sends no SET NAMES.
-        if connect.__module__ != "pymysql.connections" or not hasattr(connect, "set_character_set"):
-            return None
-        theirs = connect
-    # MariaDB has the other name since 11.1, and this one still.
-    variable = "tx_isolation" if is_mariadb else "transaction_isolation"
-    both = f"SET NAMES {_CHARSET}, @@SESSION.{variable} = '{level.replace(' ', '-')}'"
-
-    class Connection(theirs):  # type: ignore[misc]
-        __module__, __qualname__ = theirs.__module__, theirs.__qualname__
-
-        #: Of no pool. To look for what is not there takes longer than to find it.
-        _pool = None
-        _is_set_up = False
-
-        def set_character_set(self, *args: Any) -> None:
-            """Set both when the driver calls it, while it connects; later what the caller says."""
-            if self._is_set_up:
-                super().set_character_set(*args)
-                return
-            self._is_set_up = True
-            try:
-                if not self._takes_both():
-                    super().set_character_set(*args)
-                    self.query(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
-            except BaseException:
-                # The error's traceback holds us, and with us the socket.
-                with contextlib.suppress(Exception):
-                    self.close()
-                raise
-
-        def _takes_both(self) -> bool:
-            """Set both by one statement, where the driver and the server take that."""
-            # The driver has told the server in the handshake, and quotes texts by it?
-            if self.character_set_name() != _CHARSET:
-                return False
-            try:
-                self.query(both)
-            except Exception as exc:
-                if not mysql.is_answer(exc):
-                    raise
-                # Something in between does not know the statement: one by one, as Django does.
-                return False
-            self.encoding = "utf8"
-            return True
-
-    return Connection
 
 
 class MySQL(Driver):
@@ -257,23 +194,7 @@ class MySQL(Driver):
     def opener(
         self, connect: Callable[..., Any], params: Any, level: str, version: str
     ) -> Callable[..., Any] | None:
-        """Return a connection's class that sends ``SET NAMES`` and the level in one statement.
-
-        Not for a function that stands before the driver's: a pool's connections are connected
-        already, and a tracer is to see the statement.
-        """
-        kind = type(connect)
-        if (
-            kind not in (types.FunctionType, type)
-            or params.get("charset") != _CHARSET
-            or params.get("collation")
-            # PyMySQL, whose connect() is a class, runs it after SET NAMES.
-            or (kind is type and "init_command" in params)
-            # Before mysqlclient 2.1 Django takes this out of what it has opened.
-            or params.get("conv", {}).get(bytes) is bytes
-        ):
-            return None
-        return _opening(connect, level, "MariaDB" in version)
+        return opener(connect, params, level, "MariaDB" in version, self.is_answer)
 
     def recording_options(self, params: Any) -> dict[str, Any]:
         """Return the flag that PyMySQL leaves out, and mysqlclient sets by itself."""
