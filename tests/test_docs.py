@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,8 @@ from django_proxysql import LoadBalancer, NoPeerAvailable
 from django_proxysql.conf import keys
 from django_proxysql.conf.reading import balancer_config
 from django_proxysql.core.config import BalancerConfig, BreakerConfig, PeerConfig
+from django_proxysql.inspection import Inspection
+from django_proxysql.management import look
 from tests.fakes import Clock, Driver, OperationalError
 from tests.test_docs_blocks import ALL, PAGES, environment
 
@@ -173,6 +176,57 @@ def test_error_in_the_docs_is_that_of_a_balancer_without_peers() -> None:
         balancer.connect()
     (shown,) = (block for block in blocks(ERRORS, "text") if block.startswith("No peer of"))
     assert str(raised.value) == " ".join(shown.split())
+
+
+def looks_of(printed: str) -> dict[str, look.Look]:
+    """Return what ``manage.py peers`` has found, from what it printed."""
+    heading, *lines = printed.splitlines()
+    starts = [found.start() for found in re.finditer(r"\S+", heading)]
+    below = [line for line in lines if re.match(r"\w+: ", line)]
+    looks: dict[str, look.Look] = {}
+    for line in lines[: len(lines) - len(below)]:
+        cells = [line[one:other].strip() for one, other in zip(starts, [*starts[1:], None])]
+        said = dict(zip(heading.split(), cells))
+        alias, peer = said["ALIAS"], said["PEER"]
+        errors = [one for one in below if one.startswith(f"{alias}: {peer}: ")]
+        latency, version, notes = said["LATENCY"], said["SERVER"], said.get("NOTES")
+        found = Inspection(
+            alias,
+            peer,
+            said["ADDRESS"],
+            reachable=said["UP"] == "yes",
+            latency=None if latency == "-" else float(latency.split()[0]) / 1000,
+            version="" if version == "-" else version,
+            ready=said["READY"] == "yes",
+            notes=tuple(notes.split(", ")) if notes else (),
+            error=errors[0].split(": ", 2)[2] if errors else "",
+        )
+        known: Any = None
+        if "CIRCUIT" in said:
+            is_drained = said["DRAINED"] == "yes"
+            known = SimpleNamespace(state=said["CIRCUIT"], drained=is_drained, drain_refused=False)
+        row = look.Row(found, known, int(said["CONNS"]) if known else None)
+        before = looks[alias].rows if alias in looks else ()
+        looks[alias] = look.Look([*before, row], known is not None, 1)
+    return looks
+
+
+@needs_docs
+def test_tables_of_peers_are_what_the_command_prints_of_these_peers() -> None:
+    tables = [
+        (page.name, text)
+        for page in PAGES
+        for text in blocks(page, "console")
+        if "\nALIAS " in text
+    ]
+    assert len(tables) > 6
+    for page, text in tables:
+        _command, _, printed = text.partition("\n")
+        # --watch begins each look with the time.
+        printed = re.sub(r"^\d\d:\d\d:\d\d ", "", printed)
+        looks = looks_of(printed.partition("\n")[2])
+        again = look.table(looks, lambda _status, line: line, 1)
+        assert printed.splitlines() == list(again), page
 
 
 # Figures
