@@ -24,7 +24,7 @@ from django_proxysql import backends, retrying_atomic, retrying_request
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import _cleaner, delete_old, problems
 from django_proxysql.core import outcome
-from django_proxysql.core.events import CommitResolved, ConnectionLost
+from django_proxysql.core.events import CommitResolved, ConnectionLost, PeersExhausted
 from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.engine import engine, make_outcome_table
@@ -176,6 +176,33 @@ class TestBlocksWithoutAToken:
             assert here.sql("SELECT length(%s)", ["x" * 2_000_000]) == [(2_000_000,)]
             getattr(here.here, f"cut_{cut}")(b"COMMIT")
         assert (tokens(here), resolved(here)) == ([], [])
+
+    def test_of_reads_alone_ends_well_once_a_peer_is_back(self, here: Site) -> None:
+        def exhausted(event: Any) -> None:
+            if type(event) is PeersExhausted:
+                here.clock.advance(31)
+                for proxy in here.proxies:
+                    proxy.forward()
+
+        here.read()
+        here.balancer.add_listener(exhausted)
+        with transaction.atomic("balanced"):
+            here.read()
+            here.here.cut_after(b"COMMIT")
+            for proxy in here.proxies:
+                proxy.refuse()
+        assert PeersExhausted in map(type, here.events)
+        assert (tokens(here), resolved(here)) == ([], [])
+
+    def test_of_reads_alone_is_unknown_where_no_peer_is_back_in_time(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        change_setting(here, monkeypatch, outcome_deadline=0.3)
+        with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
+            here.read()
+            here.here.cut_after(b"COMMIT")
+            for proxy in here.proxies:
+                proxy.refuse()
 
     @ON_POSTGRES
     def test_of_a_view_that_writes_is_unknown_and_of_a_function_is_not(self, here: Site) -> None:

@@ -20,12 +20,12 @@ from ..core import drivers, outcome, ready
 from ..core.circuit import CLOSED
 from ..core.events import CommitResolved
 from ..core.exceptions import NotReady
-from ..core.faults import Proof
+from ..core.faults import Fault, Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
 from ..core.statements import is_provable_read
 from ..core.texts import VALUES, with_parameters
-from ..errors import CommitOutcomeUnknown
+from ..errors import CommitOutcomeUnknown, NoPeerAvailable
 from .decisions import may_count_as_committed, writes_token
 from .losses import is_of_server, is_of_the_call, throw_away
 from .replacing import replace
@@ -52,6 +52,8 @@ def _proven(sql: str, is_bare: bool, dialect: str) -> bool:
 _NOT_SERIALIZABLE = ("READ_UNCOMMITTED", "READ_COMMITTED", "REPEATABLE_READ", "1", "2", "4")
 #: Held by a session that writes to locked tables alone (LOCK TABLES), or on its Galera node alone.
 _NO_TOKEN = frozenset({"tables", "wsrep_on"})
+#: Of a peer that may be there again, or of another one's turn.
+_GONE = (Fault.UNREACHABLE, Fault.NOT_READY, Fault.OVERLOADED, Fault.LOST)
 #: The MySQL family's ER_PARSE_ERROR.
 _SYNTAX_ERROR = 1064
 
@@ -145,7 +147,7 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
     if not may_count(serializable=False):
         return False
     reads = list(db._transaction.reads)
-    level = isolation_of(session)
+    level, config = isolation_of(session), session.balancer.config
 
     def resume() -> None:
         # Any peer can tell, and the old one may be dead.
@@ -153,15 +155,27 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
             raise NotReady("COMMIT might have found a conflict of reads")
         rehearse(db, reads)
 
-    try:
-        # Where outcomes are found out, each is.
-        is_free = session.balancer.config.commit_outcome is not None
-        if not is_free and not session.budget.spend("COMMIT", len(reads)):
-            return False
-        replace(db, session, resume=resume)
-    except Exception:
+    def ask(_name: str, _seconds: float) -> Answer:
+        try:
+            replace(db, session, resume=resume)
+        except Exception as exc:
+            return Answer.NONE if _is_of_peers(db, exc) else Answer.UNFIT
+        return Answer.COMMIT_STANDS
+
+    if config.commit_outcome is None:
+        return session.budget.spend("COMMIT", len(reads)) and ask("", 0) is Answer.COMMIT_STANDS
+    # Where outcomes are found out, each is: it costs no budget, and peers may come back.
+    now = time.monotonic(), time.time()
+    found = outcome.ask_until(lambda: [""], ask, config.outcome_deadline, now)
+    return found is Outcome.COMMITTED
+
+
+def _is_of_peers(db: Any, exc: Exception) -> bool:
+    """Return whether no peer could be reached, or the one that was is gone again."""
+    if isinstance(exc, NotReady):
         return False
-    return True
+    fault = drivers.judgement_of(exc.__cause__ or exc, db._driver).fault
+    return isinstance(exc, NoPeerAvailable) or fault in _GONE
 
 
 def isolation_of(session: Session) -> Any:
