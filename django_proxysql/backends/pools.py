@@ -134,6 +134,17 @@ class Pools(runtime.Guarded):
         if isinstance(event, (CircuitOpened, PeerDrained)):
             self.retire(event.peer)
 
+    def after_fork(self) -> None:
+        """In the child: none of the parent's, and a free lock."""
+        super().after_fork()
+        pools, self._pools = self._pools, ()
+        for one in pools:
+            _of_parent.append(one.pool)
+            # So that nothing, its destructor included, does anything with it but
+            # close what comes back: what this process had out of it, and has
+            # been parted from.
+            one.pool._closed = True
+
 
 def _close_all(pools: tuple[Pool, ...]) -> None:
     for known in pools:
@@ -159,20 +170,6 @@ def pools_of(balancer: LoadBalancer) -> Pools:
         # Of two threads that come here at once, one's are kept. The other's stay empty.
         pools = _known.setdefault(balancer, made)
     return pools
-
-
-def _after_fork_in_child() -> None:
-    for pools in list(_known.values()):
-        for one in pools._pools:
-            _of_parent.append(one.pool)
-            # So that nothing, its destructor included, does anything with it but
-            # close what comes back: what this process had out of it, and has
-            # been parted from.
-            one.pool._closed = True
-        pools._pools = ()
-
-
-runtime.at_fork(_after_fork_in_child)
 
 
 class PooledMixin(_Base):
