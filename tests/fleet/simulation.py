@@ -29,6 +29,7 @@ from django_proxysql.core.sharing import Link, Sharing
 from django_proxysql.core.sharing.scripts import SHA
 from django_proxysql.core.strategies import Random
 from tests.fakes import Clock, even, refused_by_host
+from tests.servers.redis import on_clock, on_the_clock
 
 #: The peer that fails, and the others.
 FAILING = "db1"
@@ -157,7 +158,7 @@ class _Process:
         self.db.add_listener(fleet.note, connects=False)
         self.slot: int | None = None
         if scenario.sharing:
-            self.link = _SimulatedLink(fleet.url, now=fleet.clock)
+            self.link = _SimulatedLink(fleet.url)
             self.link.process = self
             self.db.group.share(Sharing(self.db.group, self.link))
 
@@ -183,6 +184,8 @@ class Fleet:
         self.scenario = scenario
         self.url = url
         self.client = client
+        #: What Redis knows the scripts by, on the simulated clock.
+        self.scripts = {script: client.script_load(on_clock(script)) for script in SHA if client}
         self.clock = Clock()
         # Redis's record of a time must be after 1970.
         self.start = self.clock.now = 1_000_000.0
@@ -229,7 +232,8 @@ class Fleet:
         """Run scripts in Redis, in one round trip."""
         pipeline = self.client.pipeline(transaction=False)
         for script, keys, text in calls:
-            pipeline.evalsha(SHA[script], len(keys), *keys, text)
+            sha = self.scripts[script]
+            pipeline.evalsha(sha, len(keys), *keys, text, *on_the_clock(self.clock()))
         answers: list[Any] = pipeline.execute()
         return answers
 
@@ -293,8 +297,6 @@ def simulate(scenario: Scenario, url: str = "") -> Outcome:
 
         client = redis.Redis.from_url(url)
         client.flushall()
-        for script in SHA:
-            client.script_load(script)
     try:
         return Fleet(scenario, url, client).run()
     finally:

@@ -9,6 +9,16 @@ from .ports import ServerError, find_program
 from .processes import ServerProcess
 
 
+def on_clock(script: str) -> str:
+    """Return a script that has the time as :func:`on_the_clock` gives it, behind its argument."""
+    return script.replace("redis.call('TIME')", "{ARGV[2], ARGV[3]}")
+
+
+def on_the_clock(seconds: float) -> tuple[int, int]:
+    """Return a time as Redis's TIME says it: seconds and microseconds."""
+    return divmod(int(seconds * 1e6), 10**6)
+
+
 class RedisServer(ServerProcess):
     """``options`` are added to its command line: ``["--maxclients", "5"]``.
 

@@ -2,11 +2,8 @@
 local request = cjson.decode(ARGV[1])
 local circuits, drains, processes, counts, timeline = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local me = request.me
-local now_us = request.now
-if type(now_us) ~= 'number' then
-  local time = redis.call('TIME')
-  now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
+local time = redis.call('TIME')
+local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local now = math.floor(now_us / 1000)
 local refused, garbage = nil, 0
 local DAY = 86400000

@@ -1,11 +1,7 @@
 -- Adds up what all processes that were there lately have said.
 local request = cjson.decode(ARGV[1])
-local now = request.now
-if type(now) ~= 'number' then
-  local time = redis.call('TIME')
-  now = tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
-now = math.floor(now / 1000)
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 -- What is ahead of the time was there before the clock was set back, and not since.
 local alive = redis.call('ZRANGEBYSCORE', KEYS[3], now - request.alive * 1000, now + 1000)
 local sums = {}

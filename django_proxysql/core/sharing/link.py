@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,10 @@ class Link(Worker):
     """This process's connection to one Redis, for all balancers that name it.
 
     :param url: the setting SHARED_STATE.
-    :param now: for tests: the time in seconds that takes the place of Redis's own.
     :raises ConfigError: see :func:`checked_url`.
     """
 
-    def __init__(self, url: str, *, now: Callable[[], float] | None = None) -> None:
+    def __init__(self, url: str) -> None:
         self._options = checked_url(url)
         #: Which host this is to the others.
         self.host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -58,7 +57,6 @@ class Link(Worker):
         self.address = address_in_words(
             self._options.get("host"), self._options.get("port", 6379), self._options.get("path")
         )
-        self._now = now
         self._members: dict[int, weakref.ref[Sharing]] = {}
         self._client: Any = None
         self._begin()
@@ -155,7 +153,7 @@ class Link(Worker):
             for member in members
         ]
         views = [question for question in asked if question.fleet]
-        alive = json.dumps({"alive": ALIVE, "now": self.now_us()})
+        alive = json.dumps({"alive": ALIVE})
         began = time.monotonic()
         try:
             answers = self._exchange(
@@ -260,10 +258,6 @@ class Link(Worker):
     def serial(self) -> str:
         """Return what no other request of any process is called."""
         return f"{self.me}-{next(self._requests)}"
-
-    def now_us(self) -> int | None:
-        """Return the microseconds that tests put in the place of Redis's clock."""
-        return None if self._now is None else int(self._now() * 1e6)
 
     # Trouble
 

@@ -133,7 +133,6 @@ class Request:
         """Return what the script HEARTBEAT is given, or SYNC if there is more to it."""
         short = {
             "me": link.me,
-            "now": link.now_us(),
             "heartbeat": json.dumps(self.heartbeat),
             "history": HISTORY,
             "keep_drains": KEEP_DRAINS,
