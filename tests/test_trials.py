@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import gc
 import logging
 import os
@@ -21,6 +22,7 @@ from django.db.backends.signals import connection_created
 
 from django_proxysql import Fault, LoadBalancer, NotReady, balancers
 from django_proxysql.core import runtime, trials
+from django_proxysql.core.circuit import opened_elsewhere
 from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.logs import log_event
@@ -229,6 +231,19 @@ class TestStep:
         world.open("db1")
         assert stalled.step() == 0.1
         assert world.driver.hosts == ["db1"]
+
+    def test_last_peer_that_another_process_opened_is_tried_at_once(
+        self, stalled: TrialWorker
+    ) -> None:
+        """This process has not tried it: as a connect() does, which has no other peer either."""
+        world = background("db1", last_resort_interval=None)
+        said: dict[str, Any] = {"error": "", "fault": None, "question": ""}
+        found = functools.partial(opened_elsewhere, generation=0, due=30, out_for=1, **said)
+        world.db.peers["db1"].breaker.apply(found, world.clock(), elsewhere=True)
+        assert world.states() == "open"
+        assert world.db.snapshot()[0].trial_in == 0
+        assert stalled.step() is None
+        assert world.states() == "closed"
 
     def test_worse_tier(self, stalled: TrialWorker) -> None:
         """A peer of a worse tier is tried, too: no request is sent there by that."""

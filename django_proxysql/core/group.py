@@ -235,8 +235,7 @@ class PeerGroup:
         circuit = peer.breaker.circuit
         if circuit.state == CLOSED:
             return circuit.due if circuit.suspect else None
-        interval = self.last_resort()
-        return circuit.due if interval is None else min(circuit.due, circuit.tried + interval)
+        return self._due(peer, circuit)
 
     def due_inline(self, peer: Peer) -> float:
         """Return when a caller of connect() makes the peer's trial before it uses other peers."""
@@ -251,9 +250,18 @@ class PeerGroup:
         # The thread makes it, unless that does not get to run.
         return due if self.background is None else due + 2 * interval
 
-    def last_resort(self) -> float | None:
+    def last_resort(self, peer: Peer) -> float | None:
         """Return the seconds between trials of a peer while no circuit is closed; else None."""
-        return self.config.last_resort_interval if self.view().all_are_out else None
+        if not self.view().all_are_out:
+            return None
+        interval = self.config.last_resort_interval
+        # Another process opened its circuit; this process has not tried it.
+        is_untried = peer.breaker.circuit.tried == -math.inf
+        return 0 if interval is None and is_untried else interval
+
+    def _due(self, peer: Peer, circuit: Circuit) -> float:
+        interval = self.last_resort(peer)
+        return circuit.due if interval is None else min(circuit.due, circuit.tried + interval)
 
     def _trial_in(self, peer: Peer, circuit: Circuit, now: float) -> float | None:
         """Return :attr:`PeerState.trial_in` of a peer whose circuit is ``circuit``."""
@@ -261,15 +269,7 @@ class PeerGroup:
             return None
         if trial_of(circuit, now) is not None:
             return 0.0
-        due = circuit.due
-        if self.view().all_are_out:
-            interval = self.config.last_resort_interval
-            if interval is not None:
-                due = min(due, circuit.tried + interval)
-            elif circuit.tried == -math.inf:
-                # Another process opened it. The next connect() here tries it at once.
-                due = now
-        return max(0.0, due - now)
+        return max(0.0, self._due(peer, circuit) - now)
 
     def schedule(self, *, news: bool) -> None:
         """Have the background thread, where there is one, look: now, where there are ``news``."""

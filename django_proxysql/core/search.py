@@ -244,7 +244,7 @@ class Search:
         while True:
             self._seen = {}
             if pinned is not None and self._by_hand is not None:
-                yield pinned, None, group.last_resort()
+                yield pinned, None, group.last_resort(pinned)
                 return
             if self._only is not None:
                 if not self._only.drained:
@@ -301,12 +301,8 @@ class Search:
         # Everything that was in use has now been tried. Look again: with no
         # circuit closed, peers may be tried before their interval is over.
         view = self._group.view()
-        interval = self._group.config.last_resort_interval if view.all_are_out else None
-        for peer in view.out:
-            untried = peer.breaker.circuit.tried == -math.inf
-            # Another process opened this circuit; this process has not tried the peer.
-            at_once = view.all_are_out and interval is None and untried
-            yield peer, True, 0 if at_once else interval
+        for peer, last_resort in [(peer, self._group.last_resort(peer)) for peer in view.out]:
+            yield peer, True, last_resort
         for tier in view.tiers:
             for peer in tier:
                 yield peer, False, None
