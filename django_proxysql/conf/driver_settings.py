@@ -37,31 +37,28 @@ def options(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
 
 
 def _pool(entry: Entry, pool: Any, of: str) -> None:
+    def refuse(problem: str, hint: str, within: str = "") -> None:
+        entry.add("E014", f"OPTIONS['pool']{within}{of} {problem}.", hint)
+
     try:
         wrapper = load_wrapper(entry.engine)
     except ConfigError:
         # Has been said.
         return
     if wrapper.vendor != "postgresql":
-        entry.add(
-            "E014",
-            f"OPTIONS['pool']{of} would keep connections to one peer for all of them.",
+        refuse(
+            "would keep connections to one peer for all of them",
             "Leave it out; CONN_MAX_AGE keeps connections, each to its own peer.",
         )
         return
     if not hasattr(wrapper, "close_pool"):
-        entry.add(
-            "E014",
-            f"OPTIONS['pool']{of} is none of this Django's.",
-            "Leave it out: pools came with Django 5.1.",
-        )
+        refuse("is none of this Django's", "Leave it out: pools came with Django 5.1.")
         return
     if pool is True:
         pool = {}
     if not isinstance(pool, Mapping):
-        entry.add(
-            "E014",
-            f"OPTIONS['pool']{of} is a {type(pool).__name__}.",
+        refuse(
+            f"is a {type(pool).__name__}",
             "Give True or a dict of what psycopg_pool.ConnectionPool takes: "
             "each peer has a pool of its own, made from that.",
         )
@@ -69,28 +66,24 @@ def _pool(entry: Entry, pool: Any, of: str) -> None:
     takes = _pool_takes()
     for key in pool:
         if key in ("conninfo", "kwargs", "configure", "open"):
-            entry.add(
-                "E014",
-                f"OPTIONS['pool']['{key}']{of} would be the same for every peer.",
+            refuse(
+                "would be the same for every peer",
                 "Leave it out: what a peer's pool connects with is the peer's settings.",
+                f"[{key!r}]",
             )
         elif takes and key not in takes:
-            entry.add(
-                "E014",
-                f"OPTIONS['pool'][{key!r}]{of} is nothing that psycopg's pool takes.",
-                did_you_mean(key, takes) or "Leave it out.",
-            )
+            hint = did_you_mean(key, takes) or "Leave it out."
+            refuse("is nothing that psycopg's pool takes", hint, f"[{key!r}]")
     check = pool.get("check")
     if check is not None and not callable(check):
-        entry.add(
-            "E014",
-            f"OPTIONS['pool']['check']{of} is a {type(check).__name__}.",
+        refuse(
+            f"is a {type(check).__name__}",
             "Give a function that raises if the connection must not be used.",
+            "['check']",
         )
     if entry.settings.get("CONN_MAX_AGE", 0) != 0:
-        entry.add(
-            "E014",
-            f"OPTIONS['pool']{of} and CONN_MAX_AGE keep connections, both of them.",
+        refuse(
+            "and CONN_MAX_AGE keep connections, both of them",
             "Leave CONN_MAX_AGE out: a connection goes back to its pool when a request ends.",
         )
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from ..core.config import BalancerConfig
+from ..core.config import BalancerConfig, PeerConfig, settings_of
 
 ENGINE = "django_proxysql.backends.proxysql"
 #: What takes the place of an alias's own ENGINE once it is known to be a peer's.
@@ -28,12 +27,8 @@ NAME_KEY = "LOAD_BALANCER_NAME"
 CONNECTION_KEYS = ("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
 
 #: Settings that are fields of a config, and those.
-PEER_FIELDS = {name.upper(): name for name in ("weight", "priority", "check_interval")}
-BALANCER_FIELDS = {
-    field.name.upper(): field.name
-    for field in fields(BalancerConfig)
-    if field.name not in ("name", "peers")
-}
+PEER_FIELDS = {key: field.name for key, field in settings_of(PeerConfig).items()}
+BALANCER_FIELDS = {key: field.name for key, field in settings_of(BalancerConfig).items()}
 PEER_KEYS = (*PEER_FIELDS, "BREAKER", "PEER_NAME")
 BALANCER_KEYS = (*BALANCER_FIELDS, "BREAKER", "CHECK_INTERVAL", "PEERS", "PEER_ENGINE")
 DJANGO_KEYS = (

@@ -9,7 +9,7 @@ import importlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from .exceptions import ConfigError
@@ -173,12 +173,11 @@ class BalancerConfig:
     def __post_init__(self) -> None:
         if not self.peers:
             raise ConfigError("PEERS", "is empty", "Name at least one peer.")
+        seen: set[str] = set()
         for peer in self.peers:
             if not isinstance(peer, PeerConfig):
                 kind = type(peer).__name__
                 raise ConfigError("PEERS", f"has a {kind} in it", "Give a tuple of PeerConfigs.")
-        seen: set[str] = set()
-        for peer in self.peers:
             if peer.name in seen:
                 raise ConfigError("PEERS", f"names {peer.name!r} twice", "Name each peer once.")
             seen.add(peer.name)
@@ -203,6 +202,15 @@ class BalancerConfig:
             raise ConfigError(
                 "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."
             )
+
+
+#: Fields that no setting sets by itself.
+_NO_SETTINGS = frozenset({"name", "peers", "address", "breaker", "params"})
+
+
+def settings_of(config: Any) -> dict[str, Field[Any]]:
+    """Return the fields of a configuration by the names that they have as settings."""
+    return {field.name.upper(): field for field in fields(config) if field.name not in _NO_SETTINGS}
 
 
 #: What each configuration cannot be without.
@@ -262,12 +270,12 @@ def _peer_config(
     if not isinstance(params, Mapping):
         raise ConfigError(f"peers[{name!r}]", f"is a {type(params).__name__}", _PEERS_HINT)
     rest = dict(params)
-    weight = rest.pop("weight", 1)
-    priority = rest.pop("priority", 0)
-    interval = rest.pop("check_interval", check_interval)
-    breaker = BreakerConfig.of(rest.pop("breaker", None), over=thresholds)
     return PeerConfig(
         name=name,
+        weight=rest.pop("weight", 1),
+        priority=rest.pop("priority", 0),
+        check_interval=rest.pop("check_interval", check_interval),
+        breaker=BreakerConfig.of(rest.pop("breaker", None), over=thresholds),
         address=address_in_words(
             # PyMySQL takes the socket, whatever the host is.
             "" if rest.get("unix_socket") else rest.get("host"),
@@ -275,10 +283,6 @@ def _peer_config(
             rest.get("unix_socket"),
             rest.get("database"),
         ),
-        weight=weight,
-        priority=priority,
-        check_interval=interval,
-        breaker=breaker,
         params=rest,
     )
 

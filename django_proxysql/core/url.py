@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from .config import BalancerConfig, BreakerConfig, PeerConfig, check_field
+from .config import BalancerConfig, BreakerConfig, PeerConfig, check_field, settings_of
 from .exceptions import ConfigError
 
 _ENGINE = "django_proxysql.backends.proxysql"
@@ -51,21 +51,12 @@ class _Wrong(Exception):
     """What is wrong with a URL: a problem and a remedy, without a word of its contents."""
 
 
-def _fields(config: Any, *without: str) -> dict[str, dataclasses.Field[Any]]:
-    """Return the fields of a configuration by the names that they have as settings."""
-    return {
-        field.name.upper(): field
-        for field in dataclasses.fields(config)
-        if field.name not in without
-    }
-
-
 #: Settings of a balancer.
-_BALANCER = _fields(BalancerConfig, "name", "peers")
+_BALANCER = settings_of(BalancerConfig)
 #: Settings of a peer: one value for all, or one for each host, in their order.
-_PEER = _fields(PeerConfig, "name", "address", "breaker", "params")
+_PEER = settings_of(PeerConfig)
 #: What BREAKER holds.
-_BREAKER = _fields(BreakerConfig)
+_BREAKER = settings_of(BreakerConfig)
 #: Settings of Django, and whether each is a boolean.
 _DJANGO = {
     "ATOMIC_REQUESTS": True,
