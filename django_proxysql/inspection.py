@@ -27,7 +27,7 @@ from .core.balancer import Attempt
 from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts, value_of
 from .core.faults import Fault
 from .core.peer import Peer
-from .core.ready import backend, galera, greeting_id, rows
+from .core.ready import backend, galera, greeting_id, plain, rows
 from .registry import Registered, balancers
 
 
@@ -299,17 +299,10 @@ def rows_or_none(connection: Any, statement: str) -> list[dict[str, Any]] | None
     A user may lack the right, and a proxy or an old server not know the words.
     """
     try:
-        cursor = connection.cursor()
-        try:
+        with contextlib.closing(connection.cursor()) as cursor:
             cursor.execute(statement)
             names = [column[0].lower() for column in cursor.description]
-            # Cursors of the user's own class may give dicts.
-            return [
-                dict(zip(names, row.values() if isinstance(row, dict) else row))
-                for row in cursor.fetchall()
-            ]
-        finally:
-            cursor.close()
+            return [dict(zip(names, row)) for row in plain(cursor.fetchall())]
     except Exception as exc:
         if not drivers.is_driver_error(exc) or drivers.judgement_of(exc).fault in _IN_EARNEST:
             raise

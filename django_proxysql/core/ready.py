@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from . import drivers, sockets
@@ -250,15 +250,14 @@ def ready_check_from(setting: Any) -> Check | None:
 
 def rows(connection: Any, statement: str, *parameters: Any) -> list[Any]:
     """Return what a statement returns on a driver's own connection."""
-    cursor = connection.cursor()
-    try:
+    with contextlib.closing(connection.cursor()) as cursor:
         cursor.execute(statement, *parameters)
-        if cursor.description is None:
-            return []
-        # Cursors of the user's own class may give dicts.
-        return [tuple(row.values()) if isinstance(row, dict) else row for row in cursor.fetchall()]
-    finally:
-        cursor.close()
+        return [] if cursor.description is None else plain(cursor.fetchall())
+
+
+def plain(found: Iterable[Any]) -> list[Any]:
+    """Return rows as tuples: cursors of the user's own class may give dicts."""
+    return [tuple(row.values()) if isinstance(row, dict) else row for row in found]
 
 
 def _writer_in_transaction(connection: Any) -> Script[Writer]:

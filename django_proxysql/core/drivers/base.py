@@ -110,11 +110,8 @@ class Driver:
         :raises Exception: the driver's error.
         """
         try:
-            cursor = connection.cursor()
-            try:
+            with contextlib.closing(connection.cursor()) as cursor:
                 cursor.execute(statement)
-            finally:
-                cursor.close()
         except Exception as exc:
             mark(exc, "of_first")
             mark(exc, "alone")

@@ -38,12 +38,11 @@ _ENDS = frozenset({"08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"
 #: server's line. (psycopg 3 fills ``sqlstate`` in, psycopg2 does not.)
 #: The server speaks its own language here, so the quoted names decide first.
 _QUOTED = (
-    (re.compile(r"password authentication failed|no pg_hba\.conf entry"), Fault.REFUSED),
-    (re.compile(r'(?:database|role) ".*" does not exist'), Fault.REFUSED),
     (
         re.compile(
-            r"authentication failed for user|pg_hba\.conf rejects|"
-            r"permission denied for database|is not permitted to log in|"
+            r'no pg_hba\.conf entry|(?:database|role) ".*" does not exist|'
+            r"password authentication failed|authentication failed for user|"
+            r"pg_hba\.conf rejects|permission denied for database|is not permitted to log in|"
             r"is not currently accepting connections"
         ),
         Fault.REFUSED,
@@ -416,7 +415,7 @@ class PostgreSQL(Driver):
             return False
         # 08007 transaction resolution unknown, 40003 statement completion unknown;
         # whatever else ended the connection came from somewhere in between.
-        return state in ("40003",) or state.startswith(("08", "57P", "58", "XX"))
+        return state == "40003" or state.startswith(("08", "57P", "58", "XX"))
 
     def question_of(self, exc: BaseException) -> str:
         if self.is_read_only_refusal(exc):
@@ -461,8 +460,8 @@ class PostgreSQL(Driver):
     def ping(self, connection: Any) -> None:
         """Ask the server for a sign of life, or raise the driver's error."""
         # A transaction that has failed answers nothing but its end; what becomes
-        # of it is a rollback either way. (libpq's PQTRANS_INERROR)
-        if int(connection.info.transaction_status) == 3:
+        # of it is a rollback either way.
+        if int(connection.info.transaction_status) == _FAILED:
             return
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")
