@@ -20,12 +20,10 @@ from ..core.events import CommitResolved
 from ..core.logs import due_in
 from ..core.reports import REPORTS
 from ..core.sharing import Fleet
+from ..core.sharing.records import MOMENTS
 from ..registry import balancers
 from .history import DRAINED, SPAN, SUSPECT, History, history, state_of
-from .timeline import Timeline, draw, spans
-
-#: How much of the fleet's history Redis keeps (:class:`~django_proxysql.core.sharing.Fleet`).
-MOST_MOMENTS = 500
+from .timeline import Span, Timeline, draw, spans
 
 #: Seconds within which all know what one has found, and some for clocks and a busy machine.
 LAG = 3.0
@@ -284,7 +282,7 @@ def fleet_changes(fleet: Fleet, peer: str) -> list[tuple[float, str]]:
     one that has none has been for all that time what all know it to be now.
     """
     # Where the record is full, what was before it is not known.
-    full = len(fleet.timeline) >= MOST_MOMENTS
+    full = len(fleet.timeline) >= MOMENTS
     start = fleet.timeline[0].when if full else 0.0
     so = {DRAINED: peer in fleet.drained, OPEN: peer in fleet.out}
     # Backwards from now.
@@ -313,11 +311,11 @@ def laid_over(
     """
     theirs = _out(changes, now)
     # What lies in one of theirs, but for the time that the word takes, is known to all.
-    known = _joined(theirs)
+    known = _out([(when, state if state == CLOSED else OPEN) for when, state in changes], now)
     alone = [
         (start, end, state)
         for start, end, state in _out(own, now)
-        if not any(first - LAG <= start and end <= last + LAG for first, last in known)
+        if not any(first - LAG <= start and end <= last + LAG for first, last, _ in known)
     ]
     every = theirs + alone
     begin = changes[0][0]
@@ -342,25 +340,9 @@ def _without_repeats(changes: Iterable[tuple[float, str]]) -> list[tuple[float, 
     return [next(equal) for _, equal in groupby(changes, key=lambda change: change[1])]
 
 
-def _out(changes: Sequence[tuple[float, str]], now: float) -> list[tuple[float, float, str]]:
+def _out(changes: Sequence[tuple[float, str]], now: float) -> list[Span]:
     """Return from when to when a peer was anything but in use, and what."""
-    ends = [start for start, _ in changes[1:]] + [now]
-    return [
-        (start, end, state)
-        for (start, state), end in zip(changes, ends)
-        if state != CLOSED and start < end
-    ]
-
-
-def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
-    """Return the spans, those that follow upon each other as one."""
-    found: list[tuple[float, float]] = []
-    for start, end, _ in spans:
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((start, end))
-    return found
+    return [span for span in spans(changes, changes[0][0], now) if span.state != CLOSED]
 
 
 def _label(state: PeerState) -> tuple[str, str]:

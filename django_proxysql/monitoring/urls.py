@@ -16,8 +16,7 @@ urlpatterns = [
     path("", views.page, name="status"),
     path("peer/", views.operate, name="operate"),
     path("healthz", views.healthz, name="healthz"),
-    path("status.css", views.stylesheet, name="stylesheet"),
-    path("status.js", views.script, name="script"),
+    *(path(name, views.asset, {"name": name}, name=name) for name in views.ASSETS),
 ]
 
 # Where the page is served the timeline is kept, and nowhere else.

@@ -143,18 +143,20 @@ def healthz(request: HttpRequest) -> HttpResponse:
     return JsonResponse(answer, status=200 if well else 503)
 
 
-@_without_transaction
-@require_safe
-def stylesheet(request: HttpRequest) -> HttpResponse:
-    """Send the page's looks."""
-    return _asset(request, "status.css", "text/css")
+#: The page's looks and what refreshes it: served from here, so that a site needs no staticfiles,
+#: and no inline script that its Content-Security-Policy would forbid.
+ASSETS = {"status.css": "text/css", "status.js": "text/javascript"}
 
 
 @_without_transaction
 @require_safe
-def script(request: HttpRequest) -> HttpResponse:
-    """Send what refreshes the page."""
-    return _asset(request, "status.js", "text/javascript")
+def asset(request: HttpRequest, name: str) -> HttpResponse:
+    """Send one of :data:`ASSETS`; for ever where the URL has its version."""
+    content, version = _content(name)
+    response = HttpResponse(content, content_type=f"{ASSETS[name]}; charset=utf-8")
+    current = request.META.get("QUERY_STRING") == version
+    response["Cache-Control"] = "public, max-age=31536000, immutable" if current else "no-cache"
+    return response
 
 
 # Who asks
@@ -242,7 +244,7 @@ def _page(
         "may_operate": _may_operate(request),
         "what_it_takes": _what_it_takes(),
         "operate_url": _url(request, "operate"),
-        "script_url": _versioned(_url(request, "script"), "status.js"),
+        "script_url": _asset_url(request, "status.js"),
         "refused": refused,
         "alias": alias,
         "peer": peer,
@@ -255,7 +257,7 @@ def _page(
     context.update(
         base="admin/base_site.html",
         status_url=_url(request, "status"),
-        stylesheet_url=_versioned(_url(request, "stylesheet"), "status.css"),
+        stylesheet_url=_asset_url(request, "status.css"),
         # As AdminSite.each_context() says, but for its list of apps, which asks the database.
         site_title=site.site_title,
         site_header=site.site_header,
@@ -276,7 +278,7 @@ def _own(request: HttpRequest, template: str, context: dict[str, Any], code: int
     context.update(
         base="django_proxysql/base.html",
         status_url=_url(request, "status"),
-        stylesheet_url=_versioned(_url(request, "stylesheet"), "status.css"),
+        stylesheet_url=_asset_url(request, "status.css"),
         messages=messages.get_messages(request),
     )
     found = _own_engine().get_template(f"django_proxysql/{template}")
@@ -354,23 +356,11 @@ def _where(balancer: LoadBalancer) -> str:
     )
 
 
-# Looks and script: served from here, so that a site needs no staticfiles, and no inline
-# script that its Content-Security-Policy would forbid.
-
-
 @functools.cache
 def _content(name: str) -> tuple[bytes, str]:
     content = (_HERE / "assets" / name).read_bytes()
     return content, hashlib.sha256(content).hexdigest()[:12]
 
 
-def _versioned(url: str, name: str) -> str:
-    return f"{url}?{_content(name)[1]}"
-
-
-def _asset(request: HttpRequest, name: str, content_type: str) -> HttpResponse:
-    content, version = _content(name)
-    response = HttpResponse(content, content_type=f"{content_type}; charset=utf-8")
-    current = request.META.get("QUERY_STRING") == version
-    response["Cache-Control"] = "public, max-age=31536000, immutable" if current else "no-cache"
-    return response
+def _asset_url(request: HttpRequest, name: str) -> str:
+    return f"{_url(request, name)}?{_content(name)[1]}"
