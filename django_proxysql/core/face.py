@@ -142,10 +142,6 @@ class Face:
         """The driver's ``connect`` that the balancer was made with."""
         return self._connect
 
-    def try_out(self, peer: Peer | str, *, now: bool = False) -> Any:
-        """Make the peer's trial; each face says how."""
-        raise NotImplementedError
-
     def _make_trials_in_background(self, group: PeerGroup) -> None:
         raise NotImplementedError
 

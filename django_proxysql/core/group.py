@@ -450,17 +450,8 @@ class PeerGroup:
         interval = 0.0 if opened.elsewhere else self.config.last_resort_interval
         return opened.seconds if interval is None else min(opened.seconds, interval)
 
-    def circuits_changed(self) -> None:
+    def see_to_changes(self) -> None:
         """Do what the noted changes demand, whichever thread made them. Needs no lock."""
-        self._see_to_changes()
-        self.listeners.notify()
-
-    def leave_changes(self) -> None:
-        """Do so where a thread was interrupted at it; the listeners' own threads notify them."""
-        self._see_to_changes()
-        self.listeners.leave()
-
-    def _see_to_changes(self) -> None:
         while self._changes:
             try:
                 name, change = self._changes.popleft()
@@ -504,9 +495,12 @@ class _Transitions:
     def notify(self) -> None:
         group = self._group()
         if group is not None:
-            group.circuits_changed()
+            group.see_to_changes()
+            group.listeners.notify()
 
     def leave(self) -> None:
         group = self._group()
         if group is not None:
-            group.leave_changes()
+            group.see_to_changes()
+            # The thread was interrupted: the listeners' own threads notify them.
+            group.listeners.leave()

@@ -124,10 +124,7 @@ class Permit:
                 keeper, now = self._keeper, self._keeper._clock()
                 due = now + keeper.release_interval
                 event = partial(events.released, generation=self.generation, lease=lease, due=due)
-                try:
-                    keeper.replace(event, now, ends=lease)
-                finally:
-                    keeper.notify_pending()
+                keeper.apply(event, now, ends=lease)
         finally:
             if lease is not None:
                 lease.ended = True
@@ -441,11 +438,11 @@ class Keeper(Guarded):
         return before, after
 
     def apply(
-        self, event: CircuitEvent, now: float, *, elsewhere: bool = False
+        self, event: CircuitEvent, now: float, *, elsewhere: bool = False, ends: Lease | None = None
     ) -> tuple[Circuit, Circuit]:
         """Replace the record as :meth:`replace` does, and notify those who follow it."""
         try:
-            return self.replace(event, now, elsewhere=elsewhere)
+            return self.replace(event, now, elsewhere=elsewhere, ends=ends)
         finally:
             self.notify_pending()
 

@@ -147,8 +147,6 @@ class Search:
     _peer_of_last: Peer | None = None
     #: Failed attempts that count if another peer lets us in.
     _undecided: tuple[tuple[Attempt, BaseException], ...] = ()
-    #: Peers that refuse us, or that the driver cannot be asked to connect to.
-    _refused: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -391,8 +389,6 @@ class Search:
         self._last_error = exc
         if judgement.may_be_busy:
             self._plain_error = exc
-        if verdict.fault in (Fault.REFUSED, Fault.LOCAL):
-            self._refused |= {peer.name}
         if verdict.counts is Count.IF_ALONE:
             self._undecided = (*self._undecided, (attempt, exc))
         else:
@@ -480,7 +476,9 @@ class Search:
         self._decide(alone=False)
         group = self._group
         candidates = group.undrained() if self._pinned is None else [self._pinned]
-        if self._last_error is not None and len(self._refused) == len(candidates):
+        # Peers that refuse us, or that the driver cannot be asked to connect to.
+        refused = [one for one in self._faults.values() if one in (Fault.REFUSED, Fault.LOCAL)]
+        if self._last_error is not None and len(refused) == len(candidates):
             return self._last_error
         if self._plain_error is not None and not self._may_search_again:
             # The proxy is there: its error is the application's.
