@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 logger = logging.getLogger("django_proxysql")
 
@@ -12,16 +13,20 @@ logger = logging.getLogger("django_proxysql")
 COMPLAINTS_APART = 60.0
 
 
-def complain(message: str, *args: object, extra: Mapping[str, object] | None = None) -> None:
-    """Log the exception that is being handled, and raise nothing.
+def log(level: int, message: str, *args: object, **options: Any) -> None:
+    """Write a line, and raise nothing: the log handler itself may be what is broken.
 
-    For what a listener raises. The log handler itself may be what is broken,
-    and it must not cost anybody a connection.
+    That must cost no connection, and end no thread.
     """
     try:
-        logger.exception(message, *args, extra=extra)
+        logger.log(level, message, *args, **options)
     except Exception:  # noqa: S110
         pass
+
+
+def complain(message: str, *args: object, extra: Mapping[str, object] | None = None) -> None:
+    """Log the exception that is being handled, such as a listener's, and raise nothing."""
+    log(logging.ERROR, message, *args, exc_info=True, extra=extra)
 
 
 class Limit:

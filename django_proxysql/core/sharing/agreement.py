@@ -14,9 +14,10 @@ from typing import Any
 from .. import circuit as events
 from ..circuit import CLOSED, Circuit, CircuitEvent, trial_of
 from ..group import PeerGroup
+from ..logger import log
 from ..peer import Peer
 from ..permits import JITTER
-from .link import INTERVAL, Link, Question, link_to, log, refusal
+from .link import INTERVAL, Link, Question, link_to, refusal
 from .records import (
     KEEP_DRAINS,
     Agreed,

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import address_in_words
-from ..logger import logger
+from ..logger import log
 from ..runtime import Worker
 from .scripts import FLEET, HEARTBEAT, SHA, SYNC
 from .trouble import Trouble, trouble_from
@@ -339,14 +339,6 @@ class Question:
 def refusal(said: Mapping[str, Any]) -> str:
     """Return what a script says of its writes that failed, as a sentence without its subject."""
     return f"takes no writes: {said['refused']}" if said.get("refused") else ""
-
-
-def log(level: int, message: str, *args: object) -> None:
-    try:
-        logger.log(level, message, *args)
-    except Exception:  # noqa: S110
-        # A handler that is broken is not to end the thread.
-        pass
 
 
 #: The links of this process, by URL.
