@@ -69,8 +69,10 @@ def warnings(config: BalancerConfig, facts: Iterable[Facts]) -> list[str]:
 
 
 def _asynchronous(config: BalancerConfig, known: Sequence[Facts]) -> Iterator[str]:
-    replicas = [one for one in known if one.sources and not _is_one_server(known)]
-    if not replicas:
+    replicas = [one for one in known if one.sources]
+    servers = {one.server for one in known}
+    is_one_server = len(servers) == 1 and "" not in servers
+    if not replicas or is_one_server:
         return
     names = _named(one.peer for one in replicas)
     is_or_are = "is a replica" if len(replicas) == 1 else "are replicas"
@@ -138,10 +140,7 @@ def _clocks(known: Sequence[Facts]) -> Iterator[str]:
 
 
 def _settings(known: Sequence[Facts]) -> Iterator[str]:
-    names: dict[str, None] = {}
-    for one in known:
-        names.update(dict.fromkeys(one.settings))
-    for name in names:
+    for name in dict.fromkeys(name for one in known for name in one.settings):
         values: dict[str, list[str]] = {}
         for one in known:
             value = one.settings.get(name, "")
@@ -150,11 +149,6 @@ def _settings(known: Sequence[Facts]) -> Iterator[str]:
         if len(values) > 1:
             said = "; ".join(f"{_named(peers)}: {value}" for value, peers in values.items())
             yield f"The peers differ in their {name}: {said}."
-
-
-def _is_one_server(known: Sequence[Facts]) -> bool:
-    servers = {one.server for one in known}
-    return len(servers) == 1 and "" not in servers
 
 
 def _named(names: Iterable[str]) -> str:

@@ -110,12 +110,13 @@ class Command(BaseCommand):
         if "NO_COLOR" in os.environ and not options.get("force_color"):
             self.style = no_style()
         chosen = self._chosen(options["aliases"] or aliases)
-        if options["wait"] is not None and (options["watch"] is not None or _is_drain(options)):
+        # "" is no peer either: a script's variable that is not set must not look like success.
+        is_drain = options["drain"] is not None or options["undrain"] is not None
+        if options["wait"] is not None and (options["watch"] is not None or is_drain):
             raise CommandError("--wait goes with neither --watch nor --drain. Nothing was changed.")
         if options["force"] and options["drain"] is None:
             raise CommandError("--force is for --drain, which is not given. Nothing was changed.")
-        # "" is no peer either: a script's variable that is not set must not look like success.
-        if _is_drain(options):
+        if is_drain:
             self._set_drain(chosen, options)
             return
         self._last: int | None = None
@@ -318,11 +319,6 @@ class _Progress:
         if self._live and self._said:
             self._stream.write("\r\x1b[K", lambda line: line, ending="")
             self._stream.flush()
-
-
-def _is_drain(options: Mapping[str, Any]) -> bool:
-    """Return whether a peer is to be drained or taken back."""
-    return options["drain"] is not None or options["undrain"] is not None
 
 
 def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
