@@ -1,11 +1,4 @@
-"""Exceptions that are Django's as well as ours.
-
-::
-
-    django.db.utils.OperationalError
-    ├── NoPeerAvailable         also exceptions.NoPeerAvailable
-    └── CommitOutcomeUnknown
-"""
+"""Exceptions that are Django's as well as ours."""
 
 from __future__ import annotations
 

@@ -1,23 +1,8 @@
-"""Django signals for what happens to the peers.
-
-::
-
-    from django.dispatch import receiver
-    from django_proxysql import signals
-
-    @receiver(signals.peer_opened)
-    def page_somebody(sender, alias, peer, error, **kwargs):
-        ...
+"""Django signals for what happens to the peers; docs/reference/signals.rst says what each is.
 
 The sender is the load balancer, ``balancers["default"]``. The arguments are the
 fields of an event (:mod:`django_proxysql.core.events`), with the balancer's name as
-``alias``, and the event itself as ``event``. Receivers are called by
-``send_robust()``, in the thread to which the thing happened, when the circuits
-already know of it, and with no lock held: one that raises is logged, one that
-hangs holds up its own thread and no other. What other processes have found, and
-what a trial in the background has shown, is sent in a thread that does nothing
-else. Until the first receiver is connected nothing listens. Connections that succeed send no
-signal.
+``alias``, and the event itself as ``event``. Until the first receiver is connected nothing listens.
 """
 
 from __future__ import annotations

@@ -2,16 +2,9 @@
 
 Django keeps one psycopg_pool.ConnectionPool an alias; here each peer has one for its settings.
 Nothing that asks for another database, another user or another server gets a connection out of it.
-What is in a pool was good when it was put there. So:
-
-* A connection whose socket has something to say is tested before it is handed
-  out, and thrown away if it is dead.
-* A pool that has nothing to give says nothing about the peer. Other peers go first, as long as
-  there are any; then the attempt waits for the pool, no longer than it may take. Only a throw-away
-  connection straight to the peer says whether the peer is down: its error is the attempt's.
-* When the peer's circuit opens, or it is drained, its pools are closed: what
-  lies in them is of no use, their workers no longer knock at a dead door, and
-  threads that wait for them go on at once. After its trial the peer has a fresh one.
+What is in a pool was good when it was put there: docs/howto/postgresql.rst says what follows. When
+the peer's circuit opens, or it is drained, its pools are closed. What lies in them is of no use,
+their workers no longer knock at a dead door, and threads that wait for them go on at once.
 
 A forked child never touches its parent's pools: a goodbye on a shared socket would end the
 parent's session, and their locks may be held for ever.

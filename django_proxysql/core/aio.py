@@ -1,14 +1,8 @@
 """The load balancer under asyncio: the same peers, circuits and search, and every wait an await.
 
-:meth:`AsyncLoadBalancer.connect` reads like :meth:`LoadBalancer.connect`. What differs:
-
-* *Time.* An attempt that takes longer than it may is cancelled, whatever the driver. So a peer that
-  hangs holds no caller, and no trial needs a throw-away connection ahead of it.
-* *Cancellation*, at any await, ends the attempt. It says nothing about the peer: a trial is due
-  again soon. What was opened is closed.
-* *Loops.* Several loops, each in a thread of its own, and a synchronous face may share one group.
-* *Trials in the background* are tasks of a loop that connects
-  (:mod:`~django_proxysql.core.tasks`).
+:meth:`AsyncLoadBalancer.connect` reads like :meth:`LoadBalancer.connect`. docs/howto/asyncio.rst
+says what differs. An attempt that takes longer than it may is cancelled, whatever the driver: so no
+trial needs a throw-away connection ahead of it.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
-from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer
+from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer, plain
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
 from .tasks import TrialTasks
@@ -406,8 +400,7 @@ async def _rows(connection: Any, statement: str) -> list[Any]:
         await _awaited(cursor.execute(statement))
         if cursor.description is None:
             return []
-        found = await _awaited(cursor.fetchall())
-        return [tuple(row.values()) if isinstance(row, dict) else row for row in found]
+        return plain(await _awaited(cursor.fetchall()))
     finally:
         await _awaited(cursor.close())
 

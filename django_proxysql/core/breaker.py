@@ -1,17 +1,9 @@
 """A circuit breaker for one peer, safe for every thread that uses it.
 
 :class:`PeerBreaker` is a ``pybreaker.CircuitBreaker``: its thresholds,
-listeners, ``call``, ``calling``, decorator and states are pybreaker's. What it
-mends (seen in pybreaker 1.4.1):
-
-* ``call()`` holds the breaker's lock while the guarded function runs, so that
-  32 threads connecting to a slow server queue up behind each other;
-* ``calling()`` lets every caller into a half-open circuit;
-* an excluded exception counts as a success, KeyboardInterrupt as a failure;
-* the call that trips the breaker raises ``CircuitBreakerError`` and hides the
-  driver's error.
-
-What the circuit is stands in :mod:`.circuit`; how it holds, in :mod:`.permits`.
+listeners, ``call``, ``calling``, decorator and states are pybreaker's. docs/reference/breaker.rst
+lists what it does otherwise. What the circuit is stands in :mod:`.circuit`; how it holds, in
+:mod:`.permits`.
 """
 
 from __future__ import annotations

@@ -1,20 +1,9 @@
 """The exceptions that django-proxysql raises itself.
 
-::
-
-    Exception
-    ├── ValueError
-    │   ├── ConfigError            a wrong setting or argument, with its name and a remedy
-    │   │   └── UnknownPeer        a name or peer that is none of the balancer's; a KeyError, too
-    │   └── DrainRefused           a drain that would leave no peer to connect to
-    ├── NotReady                   a READY_CHECK's verdict: connected, but not usable
-    ├── PoolBusy                   our own pool for a peer has no connection to spare
-    └── NoPeerAvailable            no peer was available; names each and why
-
 Under Django, :class:`NoPeerAvailable` is at the same time a
 ``django.db.utils.OperationalError``: the Django floor derives its own class
 from both, so that ``except OperationalError`` catches it and code that knows
-no Django catches it by the name above.
+no Django catches it by the name here.
 
 A driver's own errors are never wrapped, and no exception of pybreaker or
 tenacity leaves :meth:`LoadBalancer.connect`.

@@ -1,17 +1,7 @@
 """Coming back: which kept connections move to a peer that is in use again, and when.
 
-A peer that was out has no connections, and as long as those to the others are
-kept it gets none. So some of them move, each between two requests or tasks, until
-the peer has its share by weight:
-
-* *How many.* Its share of this process's connections, less those that it has.
-  What is left over of a whole connection is rounded by chance, once for each
-  return: of a hundred processes with one connection each, and two peers, fifty
-  or so move theirs. Only a peer that holds more than its own share gives any.
-* *When.* REBALANCE seconds divided by their number lie between two of them,
-  and the first comes at a moment drawn from the first of these intervals, so
-  that neither a process nor a fleet sends them all at once. A process that has
-  nothing to move for a while is not allowed more afterwards.
+docs/explanation/connecting.rst ("Coming back") says how many move, and when. What
+is left over of a whole connection is rounded once for each return.
 
 How it holds: what is decided is decided under a lock, under which nothing
 waits. A move that is under way counts as done; the thread that makes it may be

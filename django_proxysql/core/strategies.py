@@ -1,18 +1,8 @@
 """How the next peer is chosen.
 
-A strategy orders the peers of one tier. It is asked once a connect and runs
-outside every lock; what it yields is taken lazily, so that the first choice
-costs no more than itself. Anything with this shape will do:
-
-.. code-block:: python
-
-    class Nearest:
-        def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
-            return sorted(peers, key=lambda peer: latency[peer.name])
-
-``peers`` is one tier's usable peers, and the same tuple as long as nothing has
-changed. Peers that a strategy leaves out come after those it names: a strategy
-expresses a preference, it does not take peers out of use.
+A strategy is asked once a connect and runs outside every lock; what it yields is taken
+lazily, so that the first choice costs no more than itself. Peers that it leaves out come
+after those it names: it expresses a preference, and does not take peers out of use.
 """
 
 from __future__ import annotations
@@ -35,7 +25,10 @@ class Strategy(Protocol):
     """What the load balancer asks of a strategy."""
 
     def order(self, peers: Sequence[Peer]) -> Iterable[Peer]:
-        """Return or yield ``peers`` in the order in which to try them."""
+        """Return or yield ``peers`` in the order in which to try them.
+
+        :param peers: one tier's usable peers, and the same tuple as long as nothing has changed.
+        """
 
 
 class Random:

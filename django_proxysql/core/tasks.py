@@ -1,8 +1,7 @@
 """Trials off the caller's connect(), under asyncio: a task for each, on the loop that connects.
 
 With ``trials="background"`` a connect() that finds a peer out has :class:`TrialTasks` look after
-the peers, on its loop. So a trial runs where every connect() of the application runs: the driver,
-a coroutine that fetches a password, and a READY_CHECK find the loop that they belong to.
+the peers, on its loop: docs/howto/asyncio.rst says why.
 
 How it holds
 ------------

@@ -20,22 +20,12 @@ How it holds
   agreed on. A round trip that failed, a thread that was killed anywhere, a fork: the next round
   trip finds the same difference.
 * **One trial at a time** is a lease in the peer's record. A process whose trial is due asks for it,
-  and the thread renews it while the trial is under way. It runs out where its holder dies.
+  and the thread renews it while the trial is under way.
 * **Redis is trusted only so far.** This process's own settings bound durations. What cannot be read
-  is left out. A process that has no other peer left connects whatever the others say, and none of
-  their drains takes its last peer, forced or not. A process that has lost all its peers keeps that
-  to itself, for it may be the one that is cut off: it withdraws the openings that no other process
-  has confirmed.
-* **Some hosts only.** A host that opens a circuit again after another host's trial has closed it
-  may be the only one that cannot reach the peer. From the second time on it keeps that to itself,
-  as long as no other host says the same.
-* **Redis away** costs a thread that waits for nothing else. A caller that asks it for a lease waits
-  50 ms at most, and no caller waits again within a second.
-* **Redis slow**: an answer that comes later than that is not lost. A lease is kept for the next
-  caller that asks. A trial is put off once at most for an answer that is late: a circuit never
-  stays open because Redis takes its time.
+  is left out.
 
-No lock is held while anything waits. Only the thread uses the connection to Redis.
+docs/howto/redis.rst says what is shared and what is not, and what a Redis that fails or is slow
+costs. No lock is held while anything waits. Only the thread uses the connection to Redis.
 """
 
 from __future__ import annotations
