@@ -26,10 +26,9 @@ class Commands:
     """What a process can be asked to do."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        seconds = options.pop("patience", None)
-        if seconds is not None:
-            # For a machine so busy that Redis takes its time.
-            link.PATIENCE = sharing.PATIENCE = url.TIMEOUT = seconds
+        # The machine may be so busy that Redis takes its time.
+        url.TIMEOUT = options.pop("timeout", 30)
+        link.PATIENCE = sharing.PATIENCE = options.pop("patience", link.PATIENCE)
         self.db = LoadBalancer(connect=MySQLdb.connect, **options)
         self.events: queue.Queue[tuple[float, Any]] = queue.Queue()
         self.trials: list[tuple[float, float]] = []
@@ -63,7 +62,7 @@ class Commands:
         return port
 
     def settle(self) -> bool:
-        return self.db.sharing.settle(5)  # type: ignore[union-attr]
+        return self.db.sharing.settle(60)  # type: ignore[union-attr]
 
     def wait(self, kind: str, peer: str, since: float = 0) -> dict[str, Any]:
         """Wait for an event; return it, and how many looks at Redis began before it."""

@@ -181,10 +181,11 @@ def in_the_docs(alias: str, number: int, version: str = "MariaDB 10.11.14", **gi
 EXAMPLES = {
     "README.rst": {
         "default": [
-            in_the_docs("default", 0),
+            in_the_docs("default", 0, address="10.0.0.1"),
             in_the_docs(
                 "default",
                 1,
+                address="10.0.0.2",
                 version="",
                 reachable=False,
                 latency=None,
@@ -314,6 +315,14 @@ def test_drain_while_watching(tmp_path: Path) -> None:
 # As a process
 
 
+#: The machine may be so busy that Redis takes its time.
+PATIENT = """
+from django_proxysql.core.sharing import Sharing, url
+url.TIMEOUT = 30
+Sharing.settle.__defaults__ = (30,)
+"""
+
+
 class Project:
     """manage.py of a project with nothing but a balancer."""
 
@@ -325,6 +334,7 @@ class Project:
             "USE_TZ = True\n"
             "INSTALLED_APPS = ['django_proxysql']\n"
             f"DATABASES = {databases!r}\n"
+            f"{PATIENT if 'SHARED_STATE' in entry else ''}"
         )
 
     def start(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:

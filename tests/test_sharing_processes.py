@@ -160,7 +160,7 @@ def test_redis_dies_in_the_middle(fleet: Fleet, redis_server: RedisServer) -> No
 
 def test_frozen_redis_holds_no_process_up(fleet: Fleet, redis_server: RedisServer) -> None:
     """A Redis that accepts and stays silent is as good as none."""
-    one, other = fleet.start(2, check_interval=0.5)
+    one, other = fleet.start(2, check_interval=0.5, timeout=0.25)
     redis_server.freeze()
     while one.do("state")["answered"]:
         pass
