@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from django_proxysql.core.events import ConnectionLost, ConnectionReplaced, Stat
 from django_proxysql.registry import balancers
 from tests.app.models import Token
 from tests.engine import MYSQL, POSTGRESQL, Clock, added, engine, mysql_peer
+from tests.fakes import until
 from tests.other_driver import DRIVER
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
@@ -83,9 +83,7 @@ class Site:
         """Return when the server is done with connections that are gone."""
         # A dead connection stays in place until the next safe point: its session is gone, or going.
         mine = 1 if self.connection.connection is not None and not self.session.dead else 0
-        deadline = time.monotonic() + 10
-        while self.sessions() > mine and time.monotonic() < deadline:
-            time.sleep(0.005)
+        until(lambda: self.sessions() <= mine, pause=0.005)
 
     def sessions(self) -> int:
         """How many connections the server has, but for the test's own."""
@@ -124,13 +122,11 @@ class Site:
 
     def cut_idle(self) -> None:
         """Have the connection closed by the other side, and its socket know."""
-        descriptor = self.connection.connection.fileno()
         self.here.drop_connections()
-        assert select.select([descriptor], [], [], 60)[0]
+        until_seen(self.connection.connection)
 
     def kill(self) -> None:
         """Have the server end the session, as KILL does, and its socket know."""
-        descriptor = self.connection.connection.fileno()
         with self.plain.cursor() as cursor:
             if self.is_mysql:
                 cursor.execute(f"KILL {self.connection.connection.thread_id()}")
@@ -138,7 +134,7 @@ class Site:
                 cursor.execute(
                     f"SELECT pg_terminate_backend({self.connection.connection.info.backend_pid})"
                 )
-        assert select.select([descriptor], [], [], 60)[0]
+        until_seen(self.connection.connection)
 
     def kill_idle(self) -> None:
         """Have the session ended while it is idle: the next statement looks first."""
@@ -160,6 +156,13 @@ class Site:
 
     def idle(self, seconds: float = 1.0) -> None:
         self.clock.advance(seconds)
+
+
+def until_seen(connection: Any) -> None:
+    """Wait until what befell a driver's connection has reached its socket."""
+    # PyMySQL's has no other name.
+    owner = connection if hasattr(connection, "fileno") else connection._sock
+    assert select.select([owner], [], [], 60)[0]
 
 
 @contextlib.contextmanager

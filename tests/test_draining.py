@@ -184,9 +184,13 @@ class TestEngine:
         here.balancer.drain(name)
         return name
 
-    def test_next_statement_outside_a_transaction_goes_elsewhere(self, here: Site) -> None:
+    @pytest.mark.parametrize("how", ["drained", "opened"])
+    def test_next_statement_outside_a_transaction_goes_elsewhere(
+        self, here: Site, how: str
+    ) -> None:
         here.read()
-        name = self.drain(here)
+        name = here.connection.peer.name
+        self.drain(here) if how == "drained" else here.connection.peer.breaker.open()
         assert here.read() == []
         assert here.connection.peer.name != name
         assert [event.forced for event in here.replaced()] == [False]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 from collections.abc import Iterator
 from typing import Any, Callable
@@ -35,6 +34,7 @@ from tests.fakes import running, until
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.postgresql import PostgreSQLNode
+from tests.site import until_seen
 
 pytestmark = pytest.mark.skipif(
     django.VERSION < (5, 1), reason="Django's pools came with Django 5.1"
@@ -135,11 +135,6 @@ def of(kind: type, events: list[Any]) -> list[Any]:
 def direct_connects() -> Any:
     """Counts the connections that are made past the pools."""
     return mock.patch.object(psycopg, "connect", wraps=psycopg.connect)
-
-
-def until_seen(connection: Any) -> None:
-    """Wait until what befell a connection has reached its socket."""
-    assert select.select([connection], [], [], 60)[0]
 
 
 def until_filled(pool: ConnectionPool[Any], number: int) -> None:

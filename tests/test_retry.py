@@ -440,6 +440,7 @@ def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
         with pytest.raises(OperationalError):
             work()
         assert runs == [1]
+        other.close()
         assert here.written() == ["theirs"]
 
 

@@ -19,7 +19,7 @@ from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atom
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
 from tests.fakes import until
 from tests.servers import DATABASE
-from tests.site import KINDS, Site, site, with_table
+from tests.site import KINDS, Site, site, until_seen, with_table
 
 CUTS = ["before", "after", "reply"]
 
@@ -653,15 +653,9 @@ class TestNeverSent:
             made.sql("SELECT 1")
             yield made
 
-    def lose(self, here: Site) -> None:
-        """Have the connection reset, and the client know it but by sending."""
-        descriptor = here.connection.connection.fileno()
-        here.here.drop_connections()
-        assert select.select([descriptor], [], [], 60)[0]
-
     def test_first_write_of_a_transaction(self, reset: Site) -> None:
         with transaction.atomic(reset.connection.alias):
-            self.lose(reset)
+            reset.cut_idle()
             reset.write("one")
             reset.write("two")
         assert reset.written() == ["one", "two"]
@@ -670,7 +664,7 @@ class TestNeverSent:
     def test_second_write_of_a_transaction(self, reset: Site) -> None:
         with pytest.raises(OperationalError), transaction.atomic(reset.connection.alias):
             reset.write("one")
-            self.lose(reset)
+            reset.cut_idle()
             reset.write("two")
         assert reset.written() == []
         assert not reset.replayed()
@@ -679,7 +673,7 @@ class TestNeverSent:
     def test_autocommit(self, reset: Site, what: str) -> None:
         """Where no look was taken; only one plain statement is sent again."""
         reset.session.poll = None
-        self.lose(reset)
+        reset.cut_idle()
         with reset.connection.cursor() as cursor:
             if what == "one":
                 cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
@@ -1160,9 +1154,8 @@ class TestOwnWritesOnGalera:
                 if wrote:
                     cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
                 old = connection.peer
-                descriptor = connection.connection.fileno()
                 proxies[int(old.address.rpartition(":")[2])].drop_connections()
-                assert select.select([descriptor], [], [], 60)[0]
+                until_seen(connection.connection)
                 cursor.execute("UPDATE app_token SET value = 'two'")
                 assert cursor.rowcount == wrote
                 assert connection.peer is not old

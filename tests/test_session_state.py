@@ -78,19 +78,13 @@ class TestBetweenRequests:
         holding.connection.health_check_done = False
         shows_its_loss_once(holding)
 
-    def test_a_drained_peer_is_not_left(self, holding: Site) -> None:
-        before = holding.connection.connection
+    @pytest.mark.parametrize("how", ["drained", "opened"])
+    def test_a_peer_that_is_out_is_not_left(self, holding: Site, how: str) -> None:
+        before, peer = holding.connection.connection, holding.connection.peer
         close_old_connections()
-        holding.balancer.drain(holding.connection.peer.name)
+        holding.balancer.drain(peer.name) if how == "drained" else peer.breaker.open()
         holding.sql("SELECT 1")
         close_old_connections()
-        holding.sql("SELECT 1")
-        assert holding.connection.connection is before
-
-    def test_a_peer_whose_circuit_opened_is_not_left(self, holding: Site) -> None:
-        before = holding.connection.connection
-        close_old_connections()
-        holding.connection.peer.breaker.open()
         holding.sql("SELECT 1")
         assert holding.connection.connection is before
 

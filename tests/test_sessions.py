@@ -192,13 +192,6 @@ class TestLeaving:
         here.connection.peer.breaker.open()
         return str(name)
 
-    def test_at_the_next_statement(self, here: Site) -> None:
-        here.read()
-        name = self.away(here)
-        here.read()
-        assert here.connection.peer.name != name
-        assert [event.forced for event in here.replaced()] == [False]
-
     def test_before_a_transaction(self, here: Site) -> None:
         name = self.away(here)
         with transaction.atomic(here.connection.alias):

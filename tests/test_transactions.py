@@ -9,7 +9,6 @@ import functools
 import io
 import itertools
 import os
-import select
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -48,20 +47,6 @@ def test_all_of_this_with(driver: str, servers: list[str], request: pytest.Fixtu
 
 
 # What is lost
-
-
-def descriptor(here: Site) -> int:
-    connection = here.connection.connection
-    # PyMySQL's has no other name.
-    owner = connection if hasattr(connection, "fileno") else connection._sock
-    number: int = owner.fileno()
-    return number
-
-
-def cut_idle(here: Site) -> None:
-    number = descriptor(here)
-    here.here.drop_connections()
-    assert select.select([number], [], [], 60)[0]
 
 
 def autocommit(here: Site) -> bytes:
@@ -186,7 +171,7 @@ class Block:
     def step(self, name: str) -> None:
         if name == self.at and self.how == "idle":
             self.here.idle()
-            cut_idle(self.here)
+            self.here.cut_idle()
 
     def run(self, inner_raises: bool = False, outer_raises: bool = False) -> Block:
         with contextlib.ExitStack() as stack:
@@ -297,7 +282,7 @@ def test_an_inner_loss_that_is_swallowed_is_raised_at_the_end(here: Site, how: s
         here.write("one")
         with contextlib.suppress(Error), transaction.atomic("balanced"):
             if how == "idle":
-                cut_idle(here)
+                here.cut_idle()
             elif how == "before":
                 here.here.cut_before(b"two")
             else:
@@ -357,7 +342,7 @@ def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then:
                     pass
             if how == "idle":
                 here.idle()
-                cut_idle(here)
+                here.cut_idle()
             else:
                 packet = b"COMMIT" if then == "COMMIT" else b"SELECT 2"
                 (here.here.cut_before if how == "before" else here.here.cut_after)(packet)
@@ -561,7 +546,7 @@ def test_ending_nothing_by_hand_is_no_error(
     prepare(here)
     if how == "idle":
         here.idle()
-        cut_idle(here)
+        here.cut_idle()
     else:
         (here.here.cut_before if how == "before" else here.here.cut_after)()
     end("balanced")
@@ -594,7 +579,7 @@ def test_a_transaction_that_the_driver_began_is_not_halved(here: Site) -> None:
             own.execute("BEGIN")
         here.write("one")
         if hasattr(here.connection.connection, "fileno"):
-            cut_idle(here)
+            here.cut_idle()
         else:
             here.here.cut_before()
         if second == "write":
@@ -615,7 +600,7 @@ def test_autocommit_that_was_switched_off_at_the_driver_is_not_lost(here: Site) 
     here.write("one")
     here.idle()
     if hasattr(own, "fileno"):
-        cut_idle(here)
+        here.cut_idle()
     else:
         here.here.cut_before()
     with pytest.raises(Error):
@@ -712,7 +697,7 @@ def test_a_limit_within_the_ping_is_raised(here: Site) -> None:
     if not hasattr(here.connection.connection, "fileno"):
         pytest.skip("PyMySQL's socket cannot be looked at")
     prepare(here)
-    cut_idle(here)
+    here.cut_idle()
     ping = mock.patch.object(here.connection._driver, "ping", mock.Mock(side_effect=Limit))
     with pytest.raises(Limit), ping:
         here.write("one")
