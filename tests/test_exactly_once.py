@@ -485,6 +485,38 @@ class TestTable:
         finally:
             here.server.sql(f"DROP SCHEMA {USER} CASCADE", DATABASE)
 
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    def test_of_another_database_says_nothing_of_a_transaction(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """An application may choose each tenant's database in the settings, for all its threads."""
+        rights = {True: f"GRANT ALL ON other.* TO '{USER}'@'%'", False: f"SET ROLE {USER}"}
+        here.server.sql("CREATE DATABASE other")
+        try:
+            if not here.is_mysql:
+                here.server.sql(f"GRANT ALL ON SCHEMA public TO {USER}", "other")
+            made = f"{rights[here.is_mysql]}; {outcome.creates(here.plain.vendor)}"
+            here.server.sql(made, "other")
+            change_setting(here, monkeypatch, outcome_deadline=1.0)
+            here.read()
+            with monkeypatch.context() as patch:
+                cut_at_commit(here, how)
+                expected: Any = contextlib.nullcontext()
+                if not here.is_mysql or how == "before":
+                    expected = pytest.raises(OperationalError)
+                with expected as raised, transaction.atomic("balanced"):
+                    here.write("one")
+                    patch.setitem(here.connection.settings_dict, "NAME", "other")
+            # MySQL's session reaches each database of its server. PostgreSQL's reaches its own.
+            if raised:
+                assert isinstance(raised.value, CommitOutcomeUnknown) is not here.is_mysql
+            assert here.written() == (["one"] if how == "reply" else [])
+            prepare(here)
+            assert block(here, "two") == ["two"]
+        finally:
+            here.connection.close()
+            here.server.sql("DROP DATABASE other")
+
     @ON_POSTGRES
     @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="a mode of psycopg 3's")
     @pytest.mark.parametrize("is_lost", [False, True])

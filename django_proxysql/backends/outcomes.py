@@ -59,7 +59,7 @@ _SYNTAX_ERROR = 1064
 
 _tokens = Tokens()
 
-#: In which schema a balancer's connections find the table, by what they connect with.
+#: Where a balancer's connections find the table, by what they connect with.
 _schemas: weakref.WeakKeyDictionary[PeerGroup, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
@@ -210,8 +210,9 @@ def _table(db: Any, session: Session) -> str:
     if vendor == "mysql" and session.database:
         return outcome.qualified(vendor, session.database)
     known = _schemas.setdefault(session.balancer, {})
+    # Not of the settings as they are by now: an application may choose its database there.
     settings = db.settings_dict
-    key = settings["NAME"], settings["USER"]
+    key = session.database or settings["NAME"], settings["USER"]
     schema = known.get(key)
     if schema is None:
         # Once a process, on the session itself: what it has set counts.

@@ -133,11 +133,12 @@ class SafePointsMixin(LoadBalancedMixin):
         for limit in limits:
             if limit is not None and limit < patience:
                 patience = float(limit)
+        database = conn_params.get("database") or conn_params.get("db") or conn_params.get("dbname")
         self._made_with = {
             "poll": sockets.watch(descriptor),
             "read_timeout": patience,
             "unbuffered": driver.is_unbuffered(conn_params),
-            "database": conn_params.get("database") or conn_params.get("db") or "",
+            "database": database or "",
             "takes_two": driver.takes_two(conn_params),
             "role": (self.settings_dict.get("OPTIONS") or {}).get("assume_role") or "",
         }

@@ -164,9 +164,12 @@ class Tokens(Guarded):
 
 
 @functools.lru_cache(maxsize=100)
-def qualified(vendor: str, schema: str) -> str:
-    """Return the table's name with its schema: a session's USE or search_path changes nothing."""
-    return f"{quoted(vendor, schema)}.{TABLE}"
+def qualified(vendor: str, place: str) -> str:
+    """Return the table's name with its place: a session's USE or search_path changes nothing.
+
+    :param place: what :func:`where_is` has told.
+    """
+    return f"{place if vendor == 'postgresql' else quoted(vendor, place)}.{TABLE}"
 
 
 def quoted(vendor: str, name: str) -> str:
@@ -176,11 +179,15 @@ def quoted(vendor: str, name: str) -> str:
 
 
 def where_is(vendor: str) -> str:
-    """Return the question in which schema a session finds the table: one value, or NULL."""
+    """Return the question in which schema a session finds the table: one value, or NULL.
+
+    PostgreSQL's is quoted, and has its database: no other one takes a statement with that name.
+    """
     if vendor == "postgresql":
         return (
-            "SELECT (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n"
-            f" ON n.oid = c.relnamespace WHERE c.oid = to_regclass('{TABLE}'))"
+            "SELECT (SELECT quote_ident(current_database()) || '.' || quote_ident(n.nspname)"
+            " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            f" WHERE c.oid = to_regclass('{TABLE}'))"
         )
     return (
         "SELECT (SELECT TABLE_SCHEMA FROM information_schema.TABLES"
@@ -224,6 +231,7 @@ def is_fit(vendor: str, table: str) -> str:
     there twice.
     """
     if vendor == "postgresql":
+        table = table.replace("'", "''")
         return (
             "SELECT c.relpersistence = 'p' AND EXISTS (SELECT 1 FROM pg_index i"
             " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]"
