@@ -121,6 +121,32 @@ def test_a_listen_that_is_given_back_in_a_transaction_is_when_that_stands(
     assert bool(holdings) is not stands
 
 
+@pytest.mark.parametrize(
+    ("ends", "stands"),
+    [
+        (["COMMIT"], True),
+        ([b"END"], True),
+        (["ROLLBACK"], False),
+        (["ABORT"], False),
+        (["ROLLBACK TO SAVEPOINT a", "COMMIT"], False),
+        (["COMMIT AND CHAIN", "COMMIT"], True),
+    ],
+)
+@pytest.mark.parametrize("in_block", [False, True])
+def test_a_listen_that_is_given_back_in_a_transaction_by_sql_is_when_that_stands(
+    ends: list[Any], stands: bool, in_block: bool
+) -> None:
+    holdings = Holdings()
+    for sql in ("LISTEN jobs", *([] if in_block else ["BEGIN"]), "SAVEPOINT a"):
+        run(holdings, sql)
+    holdings.answered("UNLISTEN jobs", None, in_transaction=in_block)
+    for sql in ends:
+        run(holdings, sql)
+    holdings.transaction_ended(stands=True)
+    holdings.end_request()
+    assert bool(holdings) is not stands
+
+
 def test_a_listen_is_held_that_comes_after_what_gives_it_back() -> None:
     holdings = Holdings()
     for sql in ("LISTEN jobs", "UNLISTEN jobs", "LISTEN jobs"):

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .statements import CALL, readings
+from .statements import CALL, head_of, readings
 
 
 class Holdings:
@@ -65,16 +65,22 @@ class Holdings:
     def answered(self, sql: Any, params: Any, in_transaction: bool = False) -> None:
         """Note what a statement has given back, once it has succeeded.
 
-        :param in_transaction: a transaction is open, of which ``UNLISTEN`` is a part.
+        :param in_transaction: a transaction of Django's is open, of which ``UNLISTEN`` is a part.
         """
+        head = head_of(sql.decode("latin-1") if isinstance(sql, bytes) else str(sql))
+        if head in ("ROLLBACK", "ABORT"):
+            # Also one to a savepoint.
+            self.at_commit.clear()
         for name in _sorted(changes(sql, params))[1]:
-            if in_transaction and name.startswith("listen "):
+            if name == "transaction":
+                self.transaction_ended(stands=head in ("COMMIT", "END"))
+            elif name.startswith("listen ") and (in_transaction or "transaction" in self.for_life):
                 self.at_commit.append(name)
             else:
                 self._give_back(name)
 
     def transaction_ended(self, stands: bool) -> None:
-        """Note that COMMIT or ROLLBACK, sent by Django, was answered."""
+        """Note that COMMIT or ROLLBACK was answered."""
         self.for_life.pop("transaction", None)
         given, self.at_commit = self.at_commit, []
         for name in given if stands else ():
