@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from django.db import connections
 
 from .conf.aliases import introduce_peers, name_of_a_peer
+from .conf.engines import peer_engine
 from .conf.keys import ALIAS_KEY, NAME_KEY, is_balancer
 from .conf.merging import changed_keys, first_reading, merged_settings, options_of
 from .conf.reading import balancer_config
@@ -34,6 +35,8 @@ class Registered(NamedTuple):
 
     balancer: LoadBalancer
     first_read: Mapping[str, Any]
+    #: The dotted path of the backend that the peers have.
+    peer_engine: str
     #: By peer: the settings that were merged last, and what is the peer's own of the outcome. All
     #: peers share the former: of a thousand peers little else would be in the processor's cache.
     merged: dict[str, tuple[dict[str, Any], dict[str, Any]]]
@@ -126,7 +129,8 @@ class Balancers(Mapping[str, LoadBalancer]):
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config)
             balancer.group.no_peer_error = NoPeerAvailable
-            registered = Registered(balancer, self._first_read[alias], {})
+            engine = peer_engine(self._entries[alias], connections.databases)
+            registered = Registered(balancer, self._first_read[alias], engine, {})
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
             balancer.asks_for_another = balancer.open_and_close.is_changed
             # Together, so that a listener added just now is one of this balancer's.

@@ -9,6 +9,7 @@ asks a backend's class and not a connection.
 from __future__ import annotations
 
 import copyreg
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -56,7 +57,9 @@ class EngineType(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an instance of the class that is made for the settings that it is given."""
-        made = cls if cls._is_made else cls._made_for(*args, **kwargs)
+        # Past our own __getattribute__: each new thread makes an instance.
+        plain = super().__getattribute__
+        made: Any = cls if plain("_is_made") else plain("_made_for")(*args, **kwargs)
         return super(EngineType, made).__call__(*args, **kwargs)
 
     def __getattribute__(cls, name: str) -> Any:
@@ -134,7 +137,10 @@ def engine_class(base: type, settings: dict[str, Any], alias: str) -> EngineType
     # What is wrong is said by the checks and at connect; never where a wrapper is made.
     if not _is_misconfigured(settings, alias):
         try:
-            wrapper = load_wrapper(peer_engine(settings, connections.databases))
+            known = balancers.known.get(settings.get(ALIAS_KEY))
+            # Of a thousand peers each may have to be asked.
+            path = known.peer_engine if known else peer_engine(settings, connections.databases)
+            wrapper = load_wrapper(path)
         except ConfigError:
             pass
     return made_over(wrapper, base)
@@ -162,11 +168,17 @@ class Helper:
 
     def __get__(self, instance: object, owner: type) -> type | None:
         plain = getattr(super(self._owner, owner), self._name)
-        if plain is None or getattr(plain, "_knows_of_peers", False):
-            return plain  # type: ignore[no-any-return]
-        made = self._with_peers(plain)
-        made._knows_of_peers = True  # type: ignore[attr-defined]
-        return made
+        return None if plain is None else _knowing_of_peers(plain, self._with_peers)
+
+
+@functools.cache
+def _knowing_of_peers(plain: Any, with_peers: Callable[[type], type]) -> type:
+    """Return ``plain`` if it is made to know of peers, or has a class below it that is."""
+    if getattr(plain, "_knows_of_peers", False):
+        return plain  # type: ignore[no-any-return]
+    made = with_peers(plain)
+    made._knows_of_peers = True  # type: ignore[attr-defined]
+    return made
 
 
 #: What the engine's class has besides, over any backend.
