@@ -109,7 +109,9 @@ class Body:
     def record(cls, request: Any) -> Body:
         """Record what is read of Django's ``request`` from here on; keep what was made of it."""
         stream = None
-        if vars(request).get("_read_started") is False and "_stream" in vars(request):
+        state = vars(request)
+        if "_stream" in state and "_body" not in state:
+            # Also of a stream of which a middleware has read the beginning.
             stream = request._stream = _Recorded(request._stream)
         return cls(request, stream)
 

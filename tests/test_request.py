@@ -520,6 +520,19 @@ class TestKept:
         body.restore(request)
         assert request.body == b"abc\ndef\n"
 
+    @pytest.mark.parametrize("begin", [lambda one: one.read(2), lambda one: one.readline()])
+    def test_the_rest_of_a_body_of_which_a_part_was_read_is_read_again(
+        self, begin: Callable[[Any], Any]
+    ) -> None:
+        request: Any = self.request()
+        begin(request)
+        body = Body.record(request)
+        rest = request.read()
+        assert rest
+        for _ in range(2):
+            body.restore(request)
+            assert request.read() == rest
+
     def test_a_body_read_before_is_kept(self) -> None:
         request: Any = self.request()
         assert request.body == b"abc\ndef\n"
