@@ -24,6 +24,7 @@ from django.core.files.uploadedfile import InMemoryUploadedFile, TemporaryUpload
 from django.db import Error, connections
 from django.db.models import Model
 from django.db.transaction import TransactionManagementError
+from django.http import QueryDict
 from django.utils.functional import LazyObject
 
 from .retry import Call, Rules, Wait
@@ -174,8 +175,8 @@ class Kept:
         self._request = request
         self._body = body or Body.record(request)
         self._attributes = dict(vars(request))
-        #: What a run may change in place, and what gives its attributes or items as they were.
-        self._states: list[tuple[Any, Callable[[], dict[str, Any]]]] = []
+        #: What a run may change in place: attributes or items, and what gives them as they were.
+        self._states: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = []
         for name, value in self._attributes.items():
             self._keep(name, value)
 
@@ -183,15 +184,19 @@ class Kept:
         # By its type alone: a lazy user would be read from the database.
         kind = type(value)
         if issubclass(kind, LazyObject):
-            self._states.append((value, functools.partial(dict, dict(vars(value)))))
+            self._states.append((vars(value), functools.partial(dict, dict(vars(value)))))
             self._keep(name, vars(value).get("_wrapped"))
         elif issubclass(kind, Model):
             kept = copy.copy(value)
-            self._states.append((value, lambda: vars(copy.copy(kept))))
+            self._states.append((vars(value), lambda: vars(copy.copy(kept))))
         elif kind is dict:
             self._states.append((value, functools.partial(dict, dict(value))))
+        elif issubclass(kind, QueryDict):
+            # Made mutable by a widespread trick.
+            self._states.append((vars(value), functools.partial(dict, dict(vars(value)))))
+            self._states.append((value, functools.partial(_copied, _copied(dict(value.lists())))))
         elif name in ("session", "_messages") and hasattr(value, "__dict__"):
-            self._states.append((value, functools.partial(_copied, _copied(vars(value)))))
+            self._states.append((vars(value), functools.partial(_copied, _copied(vars(value)))))
 
     def restore(self) -> None:
         """Have the request as it was."""
@@ -203,15 +208,15 @@ class Kept:
                     upload.close()
         state.clear()
         state.update(self._attributes)
-        for value, kept in self._states:
-            mine = value if type(value) is dict else vars(value)
-            mine.clear()
-            mine.update(kept())
+        for mine, kept in self._states:
+            # Not a QueryDict's own, which may refuse.
+            dict.clear(mine)
+            dict.update(mine, kept())
         self._body.restore(self._request)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a session's or messages' attributes, and of what is changed in place."""
+    """Return a copy of attributes or items, and of what is changed in place."""
     return {
         # What a session holds is plain values.
         name: copy.deepcopy(value)

@@ -472,6 +472,21 @@ class TestKept:
             request.META["MINE"] = request.mine = True
             kept.restore()
 
+    @pytest.mark.parametrize("name", ["GET", "POST"])
+    def test_what_a_form_has_sent_is_there_though_a_run_changes_it(self, name: str) -> None:
+        request: Any = RequestFactory().post("/?a=1&a=2", {"a": [1, 2]})
+        assert getattr(request, name)["a"] == "2"
+        kept = Kept(request)
+        for _ in range(2):
+            sent = getattr(request, name)
+            assert dict(sent.lists()) == {"a": ["1", "2"]}
+            with pytest.raises(AttributeError):
+                sent["a"] = "changed"
+            sent._mutable = True
+            sent["a"] = "changed"
+            sent.appendlist("b", "added")
+            kept.restore()
+
     def test_messages(self) -> None:
         request: Any = self.request()
         storage: Any = messages.storage.default_storage
