@@ -102,6 +102,8 @@ def _total(dump: Path) -> int:
 
 def main() -> None:
     """Do each part some times, between two marks."""
+    from django.db import connections
+
     host, port, times, *names = sys.argv[1:]
     project.configure()
     server = types.SimpleNamespace(host=host, port=int(port))
@@ -112,7 +114,8 @@ def main() -> None:
             first = project.wrapper(f"{number}{entry['ENGINE']}", **entry)
             if "PEERS" in entry:
                 project.knowing_all(first)
-            wrappers = [first.copy() for _ in range(int(times))]
+            # As Django makes them, for so many threads.
+            wrappers = [connections.create_connection(first.alias) for _ in range(int(times))]
             for connection in wrappers:
                 # Whatever is imported, compiled and cached is so by now.
                 for _ in range(10):

@@ -30,13 +30,10 @@ def opener(
     :returns: None for what stands before the driver: a pool's connections are connected already,
         and a tracer is to see the statement.
     """
-    kind = type(connect)
     if (
-        kind not in (types.FunctionType, type)
+        not _is_of_driver(connect, params)
         or params.get("charset") != _CHARSET
         or params.get("collation")
-        # PyMySQL, whose connect() is a class, runs it after SET NAMES.
-        or (kind is type and "init_command" in params)
         # Before mysqlclient 2.1 Django takes this out of what it has opened.
         or params.get("conv", {}).get(bytes) is bytes
     ):
@@ -44,21 +41,28 @@ def opener(
     return _opening(connect, level, is_mariadb, is_answer)
 
 
+def _is_of_driver(connect: Any, params: Any) -> bool:
+    if type(connect) is types.FunctionType:
+        # A decorated one has the driver's name in __module__.
+        return bool(connect.__globals__.get("__name__") == "MySQLdb")
+    # PyMySQL's is a class. It runs an init_command after SET NAMES; before 1.1 it sends no such.
+    return (
+        type(connect) is type
+        and connect.__module__ == "pymysql.connections"
+        and hasattr(connect, "set_character_set")
+        and "init_command" not in params
+    )
+
+
 @functools.cache
 def _opening(
     connect: Any, level: str, is_mariadb: bool, is_answer: Callable[[BaseException], bool]
-) -> type | None:
-    """Return the class that ``connect`` makes an instance of, made to set the isolation level."""
+) -> type:
+    theirs: Any = connect
     if type(connect) is types.FunctionType:
-        # A decorated one has the driver's name in __module__.
-        if connect.__globals__["__name__"] != "MySQLdb":
-            return None
-        from MySQLdb.connections import Connection as theirs
-    else:
-        # PyMySQL's is the class. Before 1.1 it sends no SET NAMES.
-        if connect.__module__ != "pymysql.connections" or not hasattr(connect, "set_character_set"):
-            return None
-        theirs = connect
+        from MySQLdb import connections
+
+        theirs = connections.Connection
     # MariaDB has the other name since 11.1, and this one still.
     variable = "tx_isolation" if is_mariadb else "transaction_isolation"
     both = f"SET NAMES {_CHARSET}, @@SESSION.{variable} = '{level.replace(' ', '-')}'"
