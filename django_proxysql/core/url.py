@@ -1,13 +1,7 @@
 """One URL that names several hosts, as libpq and MongoDB write it, read into a DATABASES entry.
 
-::
-
-    mysql://user:password@db1:3306,db2:3306/shop?check_interval=30&strategy=round_robin
-
-The rules are libpq's (its manual, "Connection URIs"): user, password, hosts, the database's name
-and each value are percent-decoded, each on its own, after the URL is split; an IPv6 address stands
-in brackets; a host that begins with ``/`` is the folder or path of a Unix socket. Only ``%`` is
-decoded: a ``+`` is a plus.
+The rules are libpq's (its manual, "Connection URIs"); docs/howto/one-url.rst lists them. Each part
+is percent-decoded on its own, after the URL is split.
 
 Any part but the scheme may hold a secret, or a piece of one that was not percent-encoded. So an
 error names the part and never quotes it.

@@ -1,11 +1,6 @@
 """What happens to peers, as metrics for Prometheus. Needs the extra ``[prometheus]``.
 
-In a Django project ``"django_proxysql.monitoring.metrics"`` in INSTALLED_APPS switches them on
-(:mod:`.apps`). Without Django they are made over the balancers at hand::
-
-    db = LoadBalancer(...)
-    Metrics(db)
-    prometheus_client.start_http_server(9100)
+docs/howto/prometheus.rst says how they are switched on, with Django (:mod:`.apps`) and without.
 
 Everything is counted by the library's own Counter, Histogram and Gauge, so that its multiprocess
 mode, in which custom collectors are not asked, knows them as well. There a gauge is whatever its

@@ -1,10 +1,6 @@
 """What happens to peers, for OpenTelemetry. Needs the extra ``[opentelemetry]``.
 
-In a Django project ``"django_proxysql.monitoring.opentelemetry"`` in INSTALLED_APPS switches it on.
-Without Django it listens to the balancers at hand::
-
-    db = LoadBalancer(...)
-    Telemetry(db)
+docs/howto/opentelemetry.rst says how it is switched on, with Django (:mod:`.apps`) and without.
 
 Metrics follow OpenTelemetry's semantic conventions for database clients where these have a name:
 each peer is one connection pool. What the conventions have no name for begins with
