@@ -36,10 +36,6 @@ __all__ = ["AsyncLoadBalancer"]
 _OpenOne = Callable[[Attempt], Awaitable[Any]]
 
 
-class _Search(Search):
-    asks = False
-
-
 class AsyncLoadBalancer(Face):
     """Spreads connections over equivalent peers, under asyncio.
 
@@ -76,7 +72,7 @@ class AsyncLoadBalancer(Face):
         elif not callable(open_one):
             function("open_one", open_one, "Give a coroutine function that takes an Attempt.")
         one = None if only is None else self.group.named(only, "only")
-        search = _Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
+        search = Search(self.group, trials, one, refusal_is_callers, self._may_search_again)
         try:
             try:
                 return await self._attempt(search, open_one)
@@ -224,7 +220,7 @@ class AsyncLoadBalancer(Face):
         if peer.breaker.is_available:
             # It has recovered just now.
             return True
-        search = _Search(self.group, "never", peer, by_hand=now)
+        search = Search(self.group, "never", peer, by_hand=now)
         try:
             await self._attempt(search, self._open_and_close)
         except Exception as exc:

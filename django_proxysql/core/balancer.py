@@ -28,7 +28,7 @@ from .group import PeerGroup
 from .leases import Lease
 from .peer import Peer, PeerState, count_while_alive
 from .ready import QUESTIONS, Unanswered, Writer, galera, throw_away, writable
-from .search import Attempt, Search, Wait
+from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
 from .trials import trial_worker
 
@@ -137,17 +137,22 @@ class LoadBalancer(Face):
 
     def _attempt(self, search: Search, open_one: Callable[[Attempt], Any]) -> Any:
         """Make one attempt, after waiting for another caller's trial where that is next."""
-        step = None
+        step: Attempt | Wait | Ask | None = None
         try:
-            while isinstance(step := search.step(), Wait):
-                Lease.wait_for_any(step.leases, step.seconds)
-            connection = open_one(step)  # type: ignore[arg-type]
+            step = search.step()
+            while not isinstance(step, Attempt):
+                if isinstance(step, Wait):
+                    Lease.wait_for_any(step.leases, step.seconds)
+                    step = search.step()
+                else:
+                    step = search.step(step.peer.breaker.ask(step.by_hand))
+            connection = open_one(step)
         except BaseException as exc:
             if isinstance(step, Attempt):
                 search.failed(step, exc)
             raise
         else:
-            search.succeeded(step)  # type: ignore[arg-type]
+            search.succeeded(step)
             return connection
         finally:
             # Without a call, which the recursion limit might refuse: however this is broken off,

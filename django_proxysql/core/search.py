@@ -1,11 +1,10 @@
 """One connect(), without any I/O: which peer to attempt next, and what an attempt's end means.
 
 A face asks :meth:`Search.step` what to do. The answer is an :class:`Attempt` to make, a
-:class:`Wait` for another caller's trial, or :class:`NoPeerAvailable`. The face does it, and says
-how an attempt ended: :meth:`Search.succeeded` or :meth:`Search.failed`. Nothing here calls a
-driver or sleeps, and no lock is held between two steps. So a synchronous and an asynchronous
-face are one small loop each. Where circuits are shared, a trial asks the other processes first: a
-synchronous face's within :meth:`Search.step`, an asynchronous one's by an :class:`Ask`.
+:class:`Wait` for another caller's trial, an :class:`Ask` to other processes that share the
+circuits, or :class:`NoPeerAvailable`. The face does it, and says how an attempt ended:
+:meth:`Search.succeeded` or :meth:`Search.failed`. Nothing here calls a driver or sleeps, and no
+lock is held between two steps. So a synchronous and an asynchronous face are one small loop each.
 
 The order of the candidates: peers whose trial is due, closed circuits tier by tier as the strategy
 orders them, suspects, and at last every peer that is out. Each is attempted once.
@@ -124,8 +123,6 @@ class Search:
     # Most of it is needed only after a failure: a default in the class costs
     # a connect that succeeds at once nothing.
     _plan: Iterator[_Candidate | Wait] | None = None
-    #: Whether step() asks other processes, and waits for them; False: it returns an :class:`Ask`.
-    asks = True
     #: The candidate that they are asked about.
     _asked: tuple[_Candidate, ...] = ()
     #: The attempt under way. Whatever breaks it off, the face marks it as over.
@@ -210,7 +207,7 @@ class Search:
                         last_resort=last_resort,
                         trial=out is not False,
                         by_hand=self._by_hand is True,
-                        asks=self.asks,
+                        asks=False,
                     )
                     if attempt.permit is not None and attempt.permit.must_ask:
                         self._asked = (candidate,)
