@@ -8,6 +8,7 @@ A forked child goes on with what its parent knew, on locks of its own
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,30 @@ from .errors import NoPeerAvailable
 
 #: Django's alias of connections to no database in particular.
 NO_DB_ALIAS = "__no_db__"
+
+
+@contextlib.contextmanager
+def apart_from_transactions() -> Iterator[None]:
+    """Have a listener use connections of its own where this thread's are at a transaction's end.
+
+    There they are in no block any more, and not in autocommit yet: a block that the listener opened
+    would leave them so, and what it closed would take the on_commit hooks along.
+    """
+    mine: Any = connections._connections  # type: ignore[attr-defined]
+    wrappers: list[tuple[str, Any]] = [
+        (alias, getattr(mine, alias, None)) for alias in list(connections.databases)
+    ]
+    ending = [(alias, one) for alias, one in wrappers if getattr(one, "is_ending", False)]
+    try:
+        for alias, _ in ending:
+            del connections[alias]
+        yield
+    finally:
+        for alias, wrapper in ending:
+            made = getattr(mine, alias, wrapper)
+            connections[alias] = wrapper
+            if made is not wrapper:
+                made.close()
 
 
 class Registered(NamedTuple):
@@ -129,6 +154,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config)
             balancer.group.no_peer_error = NoPeerAvailable
+            balancer.group.listeners.around = apart_from_transactions
             engine = peer_engine(self._entries[alias], connections.databases)
             registered = Registered(balancer, self._first_read[alias], engine, {})
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)

@@ -16,11 +16,18 @@ import django
 import pytest
 from django.apps import apps
 from django.core.management import CommandError, call_command
-from django.db import DatabaseError, IntegrityError, OperationalError, connections, transaction
+from django.db import (
+    DatabaseError,
+    IntegrityError,
+    OperationalError,
+    close_old_connections,
+    connections,
+    transaction,
+)
 from django.db.models.signals import pre_migrate
 from django.test import RequestFactory
 
-from django_proxysql import backends, retrying_atomic, retrying_request
+from django_proxysql import backends, retrying_atomic, retrying_request, signals
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import _cleaner, delete_old, problems
 from django_proxysql.core import outcome
@@ -708,6 +715,59 @@ class TestFaults:
                 here.write("one")
         assert (here.written(), ran) == (["one"], [])
         assert block(here, "two") == ["two"]
+
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    @pytest.mark.parametrize("way", ["signal", "listener"])
+    def test_a_receiver_may_use_the_database_meanwhile(
+        self, here: Site, receive: Any, way: str, how: str
+    ) -> None:
+        """The wrapper is in no block any more, and not in autocommit yet."""
+
+        def note(*_args: Any, **_named: Any) -> None:
+            with transaction.atomic("balanced"):
+                run(connections["balanced"], "INSERT INTO app_token (value) VALUES ('noted')")
+            close_old_connections()
+
+        if way == "signal":
+            receive(signals.commit_resolved, note)
+        else:
+            here.balancer.add_listener(lambda one: type(one) is CommitResolved and note())
+        here.read()
+        cut_at_commit(here, how)
+        ends_as_it_was_cut(here, how)
+        assert here.written() == [*(["one"] if how == "reply" else []), "noted"]
+        assert here.connection is connections["balanced"]
+        here.write("two")
+        assert here.written()[-1] == "two"
+
+    @pytest.mark.parametrize("end", ["rollback", "by hand"])
+    def test_what_a_listener_to_the_loss_does_harms_no_later_block(
+        self, here: Site, end: str
+    ) -> None:
+        def disturb(event: Any) -> None:
+            if type(event) is ConnectionLost:
+                with transaction.atomic("balanced"):
+                    run(connections["balanced"], "SELECT 1")
+
+        here.balancer.add_listener(disturb)
+        if end == "rollback":
+            with pytest.raises(KeyError), transaction.atomic("balanced"):
+                here.write("one")
+                here.kill()
+                raise KeyError
+        else:
+            here.connection.set_autocommit(False)
+            here.write("one")
+            here.here.cut_before(b"COMMIT")
+            with pytest.raises(CommitOutcomeUnknown):
+                here.connection.commit()
+            with pytest.raises(OperationalError):
+                here.connection.rollback()
+            here.connection.close()
+        assert here.connection.get_autocommit()
+        assert not here.connection.in_atomic_block
+        here.write("two")
+        assert here.written() == ["two"]
 
     def test_two_that_fence_at_once_agree(self, here: Site, known_token: bytes) -> None:
         here.read()

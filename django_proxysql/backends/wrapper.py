@@ -215,6 +215,13 @@ class SafePointsMixin(LoadBalancedMixin):
             return super().make_cursor(cursor)
         return made_cursor(cursor, self, session)
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether a transaction ends: in no block any more, and not in autocommit yet."""
+        if self.autocommit or self.in_atomic_block:
+            return False
+        return self._transaction.is_of_atomic or (self._session is not None and self._session.dead)
+
     # The end of a request or task, of a connection, and a fork
 
     def close_if_unusable_or_obsolete(self) -> None:

@@ -19,9 +19,11 @@ delivery that has begun: what a listener has begun to write is written.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .config import function
@@ -50,6 +52,7 @@ class Dispatcher(Worker):
     :param listener: may hang, and raise what it likes.
     :param name: whose events they are, for the log.
     :param complaint: what the log says where the listener raises, with a place for the name.
+    :param around: makes what each call is within.
     """
 
     finishes = True
@@ -59,10 +62,12 @@ class Dispatcher(Worker):
         listener: Callable[[Any], object],
         name: str,
         complaint: str = "A listener of %r raised",
+        around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.listener = listener
         self._name = name
         self._complaint = complaint
+        self.around = around
         #: The events whose delivery has not begun.
         self.waiting: deque[Any] = deque(maxlen=MOST)
         super().__init__(f"to notify a listener of {name!r}")
@@ -116,7 +121,8 @@ class Dispatcher(Worker):
         except IndexError:
             return None
         try:
-            self.listener(event)
+            with self.around():
+                self.listener(event)
         except Exception:
             self.complain_of_listener()
         except BaseException:
@@ -150,6 +156,8 @@ class Listeners(Guarded):
         self.dispatchers: tuple[Dispatcher, ...] = (self._log,)
         #: Those, logging aside, that get each connection made.
         self.of_connects: tuple[Dispatcher, ...] = ()
+        #: Makes what each call is within, for listeners that are added from then on.
+        self.around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     def add(self, listener: Listener, connects: bool) -> None:
         """Call ``listener`` with each event from now on. Adding it again changes nothing.
@@ -157,7 +165,7 @@ class Listeners(Guarded):
         :param connects: False: not with a :class:`~.events.Connected` that is no trial.
         """
         function("listener", listener, "Give a function that takes an event.")
-        dispatcher = Dispatcher(listener, self._name)
+        dispatcher = Dispatcher(listener, self._name, around=self.around)
         # The lock guards the two tuples: of two threads that add, both are kept.
         with self._lock:
             if any(known.listener == listener for known in self.dispatchers):
@@ -183,7 +191,8 @@ class Listeners(Guarded):
         for dispatcher in dispatchers:
             if dispatcher.is_free and not elsewhere:
                 try:
-                    dispatcher.listener(event)
+                    with dispatcher.around():
+                        dispatcher.listener(event)
                 except Exception:
                     dispatcher.complain_of_listener()
             else:
