@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,17 @@ class TestAskUntil:
         assert peers.outcome() is Outcome.UNKNOWN
         assert peers.slept == sorted(peers.slept)
         assert 9 < sum(peers.slept) < 10
+
+    def test_it_waits_as_gevent_has_it_wait_that_came_after_the_import(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As with gunicorn's ``--preload``: else each wait would stop all greenlets."""
+        peers = Peers(Answer.NONE, Answer.COMMIT_STANDS, names="a")
+        monkeypatch.setattr("time.sleep", peers.sleep)
+        sent = time.monotonic(), time.time()
+        found = outcome.ask_until(lambda: ["a"], peers.ask, 10, sent)
+        assert found is Outcome.COMMITTED
+        assert len(peers.slept) == 1
 
     def test_a_process_that_was_stopped_for_long_knows_nothing(self) -> None:
         """Its own clock may have stood with it; the time of day has not."""
