@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import sys
 import time
@@ -717,9 +718,9 @@ class TestFaults:
         assert block(here, "two") == ["two"]
 
     @pytest.mark.parametrize("how", ["before", "reply"])
-    @pytest.mark.parametrize("way", ["signal", "listener"])
+    @pytest.mark.parametrize("way", ["signal", "listener", "log"])
     def test_a_receiver_may_use_the_database_meanwhile(
-        self, here: Site, receive: Any, way: str, how: str
+        self, here: Site, receive: Any, monkeypatch: pytest.MonkeyPatch, way: str, how: str
     ) -> None:
         """The wrapper is in no block any more, and not in autocommit yet."""
 
@@ -728,8 +729,13 @@ class TestFaults:
                 run(connections["balanced"], "INSERT INTO app_token (value) VALUES ('noted')")
             close_old_connections()
 
+        handler = logging.Handler()
+        handler.emit = note  # type: ignore[method-assign]
+        handler.addFilter(lambda record: "COMMIT" in record.getMessage())
         if way == "signal":
             receive(signals.commit_resolved, note)
+        elif way == "log":
+            monkeypatch.setattr(logging.getLogger("django_proxysql"), "handlers", [handler])
         else:
             here.balancer.add_listener(lambda one: type(one) is CommitResolved and note())
         here.read()

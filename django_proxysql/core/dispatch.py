@@ -156,8 +156,14 @@ class Listeners(Guarded):
         self.dispatchers: tuple[Dispatcher, ...] = (self._log,)
         #: Those, logging aside, that get each connection made.
         self.of_connects: tuple[Dispatcher, ...] = ()
-        #: Makes what each call is within, for listeners that are added from then on.
-        self.around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self._around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def within(self, around: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Have each call of a listener within what ``around`` makes.
+
+        Logging is a listener: its handlers may do what others do.
+        """
+        self._around = self._log.around = around
 
     def add(self, listener: Listener, connects: bool) -> None:
         """Call ``listener`` with each event from now on. Adding it again changes nothing.
@@ -165,7 +171,7 @@ class Listeners(Guarded):
         :param connects: False: not with a :class:`~.events.Connected` that is no trial.
         """
         function("listener", listener, "Give a function that takes an event.")
-        dispatcher = Dispatcher(listener, self._name, around=self.around)
+        dispatcher = Dispatcher(listener, self._name, around=self._around)
         # The lock guards the two tuples: of two threads that add, both are kept.
         with self._lock:
             if any(known.listener == listener for known in self.dispatchers):
@@ -184,13 +190,18 @@ class Listeners(Guarded):
     def emit(self, event: Event) -> None:
         """Call the listeners with ``event``. One that raises or hangs harms no circuit."""
         dispatchers = self.dispatchers
-        if type(event) is Connected and not event.trial:
+        is_usual = type(event) is Connected and not event.trial
+        if is_usual:
             dispatchers = (self._log, *self.of_connects)
         # A listener that hangs must stop neither the trials nor the sharing.
         elsewhere = must_not_wait()
         for dispatcher in dispatchers:
             if dispatcher.is_free and not elsewhere:
                 try:
+                    if is_usual and dispatcher is self._log:
+                        # Each connect comes by here.
+                        dispatcher.listener(event)
+                        continue
                     with dispatcher.around():
                         dispatcher.listener(event)
                 except Exception:
