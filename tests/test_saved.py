@@ -14,6 +14,8 @@ from tests.app.models import Token
 from tests.site import Site, site
 
 CUTS = ["before", "after", "reply"]
+READ = "SELECT value FROM app_token"
+ISOLATION = "default_transaction_isolation"
 
 
 def executemany(here: Site, rows: Any) -> None:
@@ -81,32 +83,24 @@ class TestBlockThatReadSoFar:
         assert not here.replayed()
         assert here.written() == []
 
-    def test_not_after_the_transactions_own_time(self, on_postgres: Site) -> None:
-        with pytest.raises(OperationalError), transaction.atomic(on_postgres.connection.alias):
-            on_postgres.sql("SELECT now()")
-            on_postgres.cut("after")
-            on_postgres.read()
-        assert not on_postgres.replayed()
-
-    def test_not_where_it_must_see_what_it_has_seen(
-        self, request: pytest.FixtureRequest, fault_proxy: Any
+    @pytest.mark.parametrize(
+        ("server", "settings", "read"),
+        [
+            # The transaction's own time.
+            ("postgres", {}, "SELECT now()"),
+            # It must see what it has seen.
+            ("mariadb", {"OPTIONS": {"isolation_level": "repeatable read"}}, READ),
+            ("postgres", {"OPTIONS": {"options": rf"-c {ISOLATION}=repeatable\ read"}}, READ),
+            # Peers may lag.
+            ("mariadb", {"SYNCHRONOUS_PEERS": False}, READ),
+        ],
+    )
+    def test_not_where_another_answer_would_contradict_the_first(
+        self, request: Any, fault_proxy: Any, server: str, settings: dict[str, Any], read: str
     ) -> None:
-        for server, options in (
-            ("mariadb", {"isolation_level": "repeatable read"}),
-            ("postgres", {"options": r"-c default_transaction_isolation=repeatable\ read"}),
-        ):
-            fixture = request.getfixturevalue(server)
-            with site(fixture, fault_proxy, OPTIONS=options) as here:
-                with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-                    here.read()
-                    here.cut("after")
-                    here.read()
-                assert not here.replayed()
-
-    def test_not_where_peers_may_lag(self, mariadb: Any, fault_proxy: Any) -> None:
-        with site(mariadb, fault_proxy, SYNCHRONOUS_PEERS=False) as here:
+        with site(request.getfixturevalue(server), fault_proxy, **settings) as here:
             with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-                here.read()
+                here.sql(read)
                 here.cut("after")
                 here.read()
             assert not here.replayed()
