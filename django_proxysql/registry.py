@@ -33,22 +33,24 @@ NO_DB_ALIAS = "__no_db__"
 
 @contextlib.contextmanager
 def apart_from_transactions() -> Iterator[None]:
-    """Have a listener use connections of its own where this thread's are at a transaction's end.
+    """Have a listener use connections of its own where this thread's transactions end or are lost.
 
-    There they are in no block any more, and not in autocommit yet: a block that the listener opened
-    would leave them so, and what it closed would take the on_commit hooks along.
+    At the end a wrapper is in no block any more, and not in autocommit yet: a block that the
+    listener opened would leave it so, and what it closed would take the on_commit hooks along. In
+    a block whose connection is lost a model's save() marks the block as broken: what the engine
+    would run again there fails.
     """
     mine: Any = connections._connections  # type: ignore[attr-defined]
     wrappers: list[tuple[str, Any]] = [
         (alias, getattr(mine, alias, None)) for alias in list(connections.databases)
     ]
-    ending = [(alias, one) for alias, one in wrappers if getattr(one, "is_ending", False)]
+    apart = [(alias, one) for alias, one in wrappers if getattr(one, "is_apart", False)]
     try:
-        for alias, _ in ending:
+        for alias, _ in apart:
             del connections[alias]
         yield
     finally:
-        for alias, wrapper in ending:
+        for alias, wrapper in apart:
             made = getattr(mine, alias, wrapper)
             connections[alias] = wrapper
             if made is not wrapper:

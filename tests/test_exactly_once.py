@@ -32,9 +32,15 @@ from django_proxysql import backends, retrying_atomic, retrying_request, signals
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import _cleaner, delete_old, problems
 from django_proxysql.core import outcome
-from django_proxysql.core.events import CommitResolved, ConnectionLost, PeersExhausted
+from django_proxysql.core.events import (
+    CommitResolved,
+    ConnectionLost,
+    PeersExhausted,
+    StatementReplayed,
+)
 from django_proxysql.core.outcome import Answer, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
+from tests.app.models import Token
 from tests.engine import engine, make_outcome_table
 from tests.fakes import until
 from tests.other_driver import run_again
@@ -745,6 +751,30 @@ class TestFaults:
         assert here.connection is connections["balanced"]
         here.write("two")
         assert here.written()[-1] == "two"
+
+    @pytest.mark.parametrize("kind", [ConnectionLost, StatementReplayed])
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_a_listener_to_a_loss_that_is_made_good_gives_no_block_up(
+        self, here: Site, is_first: bool, kind: type
+    ) -> None:
+        """A model's save() that fails in a block marks it: what is run again there fails."""
+
+        def note(event: Any) -> None:
+            if type(event) is kind:
+                Token(value="noted").save(using="balanced")
+
+        here.balancer.add_listener(note)
+        here.read()
+        hooks: list[int] = []
+        with transaction.atomic("balanced"):
+            transaction.on_commit(lambda: hooks.append(1), using="balanced")
+            if not is_first:
+                here.read()
+            here.cut("before")
+            here.write("one")
+        assert hooks == [1]
+        assert len(here.replayed()) == 1
+        assert sorted(here.written()) == ["noted", "one"]
 
     @pytest.mark.parametrize("end", ["rollback", "by hand"])
     def test_what_a_listener_to_the_loss_does_harms_no_later_block(

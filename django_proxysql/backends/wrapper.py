@@ -216,11 +216,18 @@ class SafePointsMixin(LoadBalancedMixin):
         return made_cursor(cursor, self, session)
 
     @property
-    def is_ending(self) -> bool:
-        """Whether a transaction ends: in no block any more, and not in autocommit yet."""
-        if self.autocommit or self.in_atomic_block:
+    def is_apart(self) -> bool:
+        """Whether a listener that is called now uses another connection.
+
+        A transaction ends: in no block any more, and not in autocommit yet. Or its connection is
+        lost, or is to be left, and the engine may begin it anew.
+        """
+        if self.autocommit:
             return False
-        return self._transaction.is_of_atomic or (self._session is not None and self._session.dead)
+        if not self.in_atomic_block and self._transaction.is_of_atomic:
+            return True
+        session = self._session
+        return session is not None and (session.dead or session.is_leaving)
 
     # The end of a request or task, of a connection, and a fork
 
