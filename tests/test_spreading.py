@@ -19,7 +19,7 @@ from django.db import OperationalError, connections, transaction
 from django_proxysql import Fault, balancers
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
-from tests.fakes import in_thread, running, until
+from tests.fakes import holding, in_thread, running, until
 from tests.servers.mariadb import Node
 from tests.test_connecting import first_then_second, state
 
@@ -177,6 +177,37 @@ def test_burst_of_refusals_is_one_line(
     assert record.levelname == "ERROR"
 
 
+def test_one_caller_makes_the_trial(mariadb_pair: Pair) -> None:
+    """While one caller's trial hangs, all others connect elsewhere without waiting for it."""
+    first, second = mariadb_pair
+    clock = Clock()
+    hanging, go_on = threading.Event(), threading.Event()
+    connect = MySQLdb.connect
+    tried: list[int] = []
+
+    def connect_or_hang(**params: Any) -> Any:
+        tried.append(params["port"])
+        if params["port"] == first.port and not hanging.is_set():
+            hanging.set()
+            assert go_on.wait(60)
+        return connect(**params)
+
+    with first_then_second(mysql_peer(first), mysql_peer(second), clock=clock) as connection:
+        balancers["balanced"].peers["peer0"].breaker.open()
+        clock.advance(60)
+        with mock.patch.object(connection.Database, "connect", connect_or_hang):
+            trial: list[str] = []
+            with running(lambda: trial.extend(threads(1, connected_to))):
+                assert hanging.wait(60)
+                tried.clear()
+                assert threads(16, connected_to) == ["peer1"] * 16
+                assert tried == [second.port] * 16
+                assert state().state == "half-open"
+                go_on.set()
+            assert trial == ["peer0"]
+        assert state().state == "closed"
+
+
 def test_trial_is_made_by_a_connection_that_ends(mariadb_pair: Pair) -> None:
     """A trial is sent ahead with read and write timeouts; the real connection has none."""
     clock = Clock()
@@ -240,6 +271,30 @@ def test_no_caller_is_turned_away_for_one_killed_connection(mariadb: Node) -> No
 # Forks
 
 
+def test_fork_while_locks_are_held(mariadb_pair: Pair) -> None:
+    """A child made while the parent's threads hold locks connects at once, and counts anew."""
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, STRATEGY="least_connections") as connection:
+        balancer = balancers["balanced"]
+        circuits = [peer.breaker for peer in balancer.peers.values()]
+        wrapper = connection.copy()
+        wrapper.ensure_connection()
+
+        def work() -> str:
+            before = [peer.connections for peer in balancer.peers.values()]
+            name = connected_to()
+            connection.close()
+            return f"{before} {name[:4]} {[s.state for s in balancer.snapshot()]}"
+
+        with holding(circuits[0]._lock), holding(circuits[1]._lock):
+            assert in_child(work) == "[0, 0] peer ['closed', 'closed']"
+        # The parent's connection is the parent's still.
+        with wrapper.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        assert sum(peer.connections for peer in balancer.peers.values()) == 1
+        wrapper.close()
+
+
 def test_forks_of_a_busy_parent(mariadb_pair: Pair) -> None:
     """Children made at any moment of a busy parent connect: no lock of any kind is inherited."""
     mariadb_pair[0].kill()
@@ -256,6 +311,22 @@ def test_forks_of_a_busy_parent(mariadb_pair: Pair) -> None:
             assert [in_child(connected_to) for _ in range(20)] == ["peer1"] * 20
         finally:
             ended.set()
+
+
+def test_child_goes_on_with_what_was_known(mariadb_pair: Pair) -> None:
+    """What the parent knew of a dead peer the child knows; what it learns is its own."""
+    mariadb_pair[0].kill()
+    with first_then_second(*(mysql_peer(node) for node in mariadb_pair)) as connection:
+        connected_to()
+        connection.close()
+
+        def work() -> str:
+            before = state().state
+            balancers["balanced"].peers["peer1"].breaker.open()
+            return f"{before} {state('peer1').state}"
+
+        assert in_child(work) == "open open"
+        assert state("peer1").state == "closed"
 
 
 # At import and in the constructor
