@@ -20,6 +20,7 @@ from django.core.management import CommandError, call_command
 from django.db import (
     DatabaseError,
     IntegrityError,
+    InterfaceError,
     OperationalError,
     close_old_connections,
     connections,
@@ -797,7 +798,7 @@ class TestFaults:
             here.here.cut_before(b"COMMIT")
             with pytest.raises(CommitOutcomeUnknown):
                 here.connection.commit()
-            with pytest.raises(OperationalError):
+            with pytest.raises((OperationalError, InterfaceError)):
                 here.connection.rollback()
             here.connection.close()
         assert here.connection.get_autocommit()
