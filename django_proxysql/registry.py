@@ -67,6 +67,8 @@ class Registered(NamedTuple):
     #: By peer: the settings that were merged last, and what is the peer's own of the outcome. All
     #: peers share the former: of a thousand peers little else would be in the processor's cache.
     merged: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+    #: Those settings, once there are any.
+    shared: list[dict[str, Any]]
 
     def is_changed(self, own: Mapping[str, Any]) -> bool:
         """Return whether ``own`` asks for another database, user or server than at first."""
@@ -88,9 +90,12 @@ class Registered(NamedTuple):
         return merged
 
     def _merge(self, peer: Peer, own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        copies = (seen for seen, _ in list(self.merged.values()) if seen == own)
-        # A copy: settings are changed in place, too, by test runners.
-        seen = next(copies, None) or {**own, "OPTIONS": options_of(own)}
+        # Another thread may put others there meanwhile.
+        seen = next(iter(self.shared), None)
+        if seen is None or seen != own:
+            # A copy: settings are changed in place, too, by test runners.
+            seen = {**own, "OPTIONS": options_of(own)}
+            self.shared[:] = [seen]
         merged = merged_settings(peer.config.params, own, self.first_read)
         theirs = {key: value for key, value in merged.items() if seen.get(key) is not value}
         if not peer.config.params.get("OPTIONS"):
@@ -158,7 +163,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             balancer.group.no_peer_error = NoPeerAvailable
             balancer.group.listeners.within(apart_from_transactions)
             engine = peer_engine(self._entries[alias], connections.databases)
-            registered = Registered(balancer, self._first_read[alias], engine, {})
+            registered = Registered(balancer, self._first_read[alias], engine, {}, [])
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
             balancer.asks_for_another = balancer.open_and_close.is_changed
             # Together, so that a listener added just now is one of this balancer's.

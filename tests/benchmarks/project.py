@@ -64,15 +64,17 @@ def wrapper(alias: str, **entry: Any) -> Any:
 
 
 def knowing_all(connection: Any) -> Any:
-    """Have each peer's server known, as it is once a process has connected to all of them."""
+    """Have each peer known as it is once a process has connected to all of them."""
     from django_proxysql import balancers
 
     connection.connect()
     connection.close()
-    peers = balancers[connection.alias].peers.values()
+    registered = balancers.registered(connection.alias)
+    peers = registered.balancer.peers.values()
     known = next(peer.server_facts for peer in peers if peer.server_facts is not None)
     for peer in peers:
         peer.server_facts = known
+        registered.settings_for(peer, connection.settings_dict, connection.alias)
     return connection
 
 
