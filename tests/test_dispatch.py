@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from django_proxysql import LoadBalancer, PeerBreaker
 from django_proxysql.core import dispatch, group, runtime
-from django_proxysql.core.dispatch import MOST, Dispatcher
-from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeersExhausted
+from django_proxysql.core.dispatch import MOST, Dispatcher, Listeners
+from django_proxysql.core.events import CircuitClosed, CircuitOpened, Connected, PeersExhausted
 from django_proxysql.core.logs import log_event
 from tests.children import in_child, run_python
 from tests.fakes import Clock, Recorder, in_thread, raised_by, running, until
@@ -546,3 +547,29 @@ def test_a_listener_that_is_added_twice_gets_each_event_once() -> None:
         db.add_listener(listening.append)
     db.drain("db1")
     assert len(listening) == 1
+
+
+def test_what_only_counts_is_called_at_once_and_all_else_within_what_is_set_up() -> None:
+    """A look at the thread's transactions costs more than metrics do."""
+    listeners = Listeners("default", lambda event: None)
+    within: list[bool] = []
+    seen: list[tuple[Any, ...]] = []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        within.append(True)
+        yield
+        within.pop()
+
+    class Counting:
+        _counts_only = True
+
+        def __call__(self, event: Any) -> None:
+            seen.append(("counting", *within))
+
+    listeners.within(around)
+    listeners.add(Counting(), connects=True)
+    listeners.add(lambda event: seen.append(("other", *within)), connects=True)
+    for trial in (False, True):
+        listeners.emit(Connected("default", "db1", "10.0.0.1", 0.1, trial))
+    assert seen == [("counting",), ("other", True)] * 2

@@ -19,11 +19,10 @@ delivery that has begun: what a listener has begun to write is written.
 from __future__ import annotations
 
 import _thread
-import contextlib
 import math
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .config import function
@@ -62,7 +61,7 @@ class Dispatcher(Worker):
         listener: Callable[[Any], object],
         name: str,
         complaint: str = "A listener of %r raised",
-        around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.listener = listener
         self._name = name
@@ -156,7 +155,7 @@ class Listeners(Guarded):
         self.dispatchers: tuple[Dispatcher, ...] = (self._log,)
         #: Those, logging aside, that get each connection made.
         self.of_connects: tuple[Dispatcher, ...] = ()
-        self._around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def within(self, around: Callable[[], AbstractContextManager[Any]]) -> None:
         """Have each call of a listener within what ``around`` makes.
@@ -171,7 +170,11 @@ class Listeners(Guarded):
         :param connects: False: not with a :class:`~.events.Connected` that is no trial.
         """
         function("listener", listener, "Give a function that takes an event.")
-        dispatcher = Dispatcher(listener, self._name, around=self._around)
+        # Ours that only count say so. Each connect comes by there, and the look at all of the
+        # thread's wrappers costs more than the counting.
+        counts_only = getattr(listener, "_counts_only", False) is True
+        around = nullcontext if counts_only else self._around
+        dispatcher = Dispatcher(listener, self._name, around=around)
         # The lock guards the two tuples: of two threads that add, both are kept.
         with self._lock:
             if any(known.listener == listener for known in self.dispatchers):
@@ -198,7 +201,7 @@ class Listeners(Guarded):
         for dispatcher in dispatchers:
             if dispatcher.is_free and not elsewhere:
                 try:
-                    if is_usual and dispatcher is self._log:
+                    if is_usual and (dispatcher is self._log or dispatcher.around is nullcontext):
                         # Each connect comes by here.
                         dispatcher.listener(event)
                         continue

@@ -70,6 +70,9 @@ class Metrics:
     :raises NotADirectoryError: ``PROMETHEUS_MULTIPROC_DIR`` names no directory.
     """
 
+    #: The database is not touched: see Listeners.add().
+    _counts_only = True
+
     def __init__(self, *sources: Source, registry: CollectorRegistry | None = REGISTRY) -> None:
         check_sources("Metrics", sources)
         names = [source.name for source in sources if isinstance(source, Face)]

@@ -54,6 +54,9 @@ class Telemetry:
     :raises TypeError: a source is neither.
     """
 
+    #: The database is not touched: see Listeners.add().
+    _counts_only = True
+
     def __init__(
         self, *sources: Source, meter_provider: metrics.MeterProvider | None = None
     ) -> None:
