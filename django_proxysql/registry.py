@@ -44,7 +44,7 @@ def apart_from_transactions() -> Iterator[None]:
     wrappers: list[tuple[str, Any]] = [
         (alias, getattr(mine, alias, None)) for alias in list(connections.databases)
     ]
-    apart = [(alias, one) for alias, one in wrappers if getattr(one, "is_apart", False)]
+    apart = [(alias, one) for alias, one in wrappers if getattr(one, "_is_apart", False)]
     try:
         for alias, _ in apart:
             del connections[alias]

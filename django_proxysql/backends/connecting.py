@@ -59,8 +59,8 @@ class LoadBalancedMixin(_Base):
     _made_of: tuple[Any, ...]
 
     #: What the next connect() asks of :meth:`LoadBalancer.connect`: ``trials`` and ``only``.
-    ANY_PEER: tuple[str, Peer | None] = ("first", None)
-    _terms = ANY_PEER
+    _ANY_PEER: tuple[str, Peer | None] = ("first", None)
+    _terms = _ANY_PEER
     #: The attempt under way, while connect() runs.
     _attempt: Attempt | None = None
     #: Whether a throw-away connection has been asked what a trial must ask.
@@ -109,7 +109,7 @@ class LoadBalancedMixin(_Base):
             # it would take a database in memory along.
             self._release()
         # For this once: the caller may be interrupted before it could take them back.
-        (trials, only), self._terms = self._terms, self.ANY_PEER
+        (trials, only), self._terms = self._terms, self._ANY_PEER
         registered.balancer.connect(
             functools.partial(self._open_one, registered),
             refusal_is_callers=lambda: registered.is_changed(self.settings_dict),

@@ -257,7 +257,7 @@ def replace(
         state.update(before)
         raise
     finally:
-        db._terms = db.ANY_PEER
+        db._terms = db._ANY_PEER
     if hold is not None:
         hold.release()
     close_old(db, session)

@@ -216,7 +216,7 @@ class SafePointsMixin(LoadBalancedMixin):
         return made_cursor(cursor, self, session)
 
     @property
-    def is_apart(self) -> bool:
+    def _is_apart(self) -> bool:
         """Whether a listener that is called now uses another connection.
 
         A transaction ends: in no block any more, and not in autocommit yet. Or its connection is
@@ -320,7 +320,7 @@ class SafePointsMixin(LoadBalancedMixin):
             # An interrupt has left it so.
             give_up(self)
         self._of_ours = False
-        self._terms = self.ANY_PEER
+        self._terms = self._ANY_PEER
 
     # Django's own session state
 
