@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from .exceptions import ConfigError
 
 #: Seconds: the longest OUTCOME_DEADLINE.
-MOST_SECONDS = 600
+_MOST_SECONDS = 600
 
 
 def number(
@@ -37,9 +37,7 @@ def number(
     bound = f"greater than {minimum:g}" if exclusive else f"of at least {minimum:g}"
     hint = f"Give {kind} {bound}" + (", or None." if optional else ".")
     # bool is an int to Python, and never what a person means by a duration.
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(setting, f"is {value!r}, which is not {kind}", hint)
-    if whole and not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigError(setting, f"is {value!r}, which is not {kind}", hint)
     if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
         raise ConfigError(setting, f"is {value!r}", hint)
@@ -54,8 +52,37 @@ def function(setting: str, value: object, hint: str, *, optional: bool = False) 
 
 
 def _one_of(setting: str, value: object, one: object, other: object) -> None:
-    if value not in (one, other):
+    # 1 is True to Python, and no choice here.
+    if value not in (one, other) or type(value) in (int, float):
         raise ConfigError(setting, f"is {value!r}", f"Give {one!r} or {other!r}.")
+
+
+def _deadline(setting: str, value: object) -> None:
+    if number(setting, value, exclusive=True) > _MOST_SECONDS:
+        hint = f"Give at most {_MOST_SECONDS}: a request waits for it."
+        raise ConfigError(setting, f"is {value!r}", hint)
+
+
+def _setting(default: Any, rule: Callable[..., object], *args: Any, **limits: Any) -> Any:
+    """Return a field whose value must pass ``rule(setting, value, *args, **limits)``."""
+    return field(default=default, metadata={"rule": (rule, args, limits)})
+
+
+def check_field(config: type, name: str, value: Any) -> None:
+    """Raise a ConfigError if one field of a configuration cannot have that value."""
+    given = next(one.metadata.get("rule") for one in fields(config) if one.name == name)
+    if given is not None:
+        rule, args, limits = given
+        setting = f"BREAKER[{name!r}]" if config is BreakerConfig else name.upper()
+        rule(setting, value, *args, **limits)
+
+
+class _Checked:
+    """A configuration whose fields have passed their rules."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]
+            check_field(type(self), one.name, getattr(self, one.name))
 
 
 def imported(setting: str, path: str, known: Iterable[str]) -> Any:
@@ -72,17 +99,13 @@ def imported(setting: str, path: str, known: Iterable[str]) -> Any:
 
 
 @dataclass(frozen=True)
-class BreakerConfig:
+class BreakerConfig(_Checked):
     """Thresholds of a circuit, in pybreaker's words."""
 
     #: Failed connects in a row after which the circuit opens.
-    fail_max: int = 1
+    fail_max: int = _setting(1, number, minimum=1, whole=True)
     #: Good trials in a row after which it closes again.
-    success_threshold: int = 1
-
-    def __post_init__(self) -> None:
-        number("BREAKER['fail_max']", self.fail_max, minimum=1, whole=True)
-        number("BREAKER['success_threshold']", self.success_threshold, minimum=1, whole=True)
+    success_threshold: int = _setting(1, number, minimum=1, whole=True)
 
     @classmethod
     def of(
@@ -104,34 +127,29 @@ class BreakerConfig:
                 raise ConfigError(
                     "BREAKER", f"has the unknown key {key!r}", f"Known are: {', '.join(known)}."
                 )
-        return cls(**{name: value.get(name, getattr(over, name)) for name in known})
+        return replace(over, **value)
 
 
 @dataclass(frozen=True)
-class PeerConfig:
+class PeerConfig(_Checked):
     """One database endpoint."""
 
     name: str
     #: Where it is, as people write it: ``10.0.0.1:3306`` or a socket's path.
     address: str = ""
     #: Its share of the connections, relative to its tier's other peers.
-    weight: float = 1
+    weight: float = _setting(1, number, exclusive=True)
     #: Its tier; lower numbers are used first.
-    priority: int = 0
+    priority: int = _setting(0, number, whole=True)
     #: Seconds for which its circuit stays open before a trial.
-    check_interval: float = 30
+    check_interval: float = _setting(30, number, exclusive=True)
     breaker: BreakerConfig = BreakerConfig()
     #: What a connection to it is made with. May hold a password: never shown.
     params: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        number("WEIGHT", self.weight, exclusive=True)
-        number("PRIORITY", self.priority, whole=True)
-        number("CHECK_INTERVAL", self.check_interval, exclusive=True)
-
 
 @dataclass(frozen=True)
-class BalancerConfig:
+class BalancerConfig(_Checked):
     """The peers of one alias and how connections are spread over them."""
 
     name: str
@@ -139,36 +157,36 @@ class BalancerConfig:
     #: A strategy's name, a dotted path to a class, or an instance.
     strategy: Any = "random"
     #: Seconds for one attempt.
-    connect_timeout: float = 5
+    connect_timeout: float = _setting(5, number, exclusive=True)
     #: Seconds for one attempt that is a trial (None: as any other).
-    trial_timeout: float | None = None
+    trial_timeout: float | None = _setting(None, number, exclusive=True, optional=True)
     #: Seconds for a whole connect() over all peers.
-    connect_deadline: float = 15
+    connect_deadline: float = _setting(15, number, exclusive=True)
     #: Seconds for which connect() waits for a peer when there is none (0: not at all).
-    wait_for_peer: float = 0
+    wait_for_peer: float = _setting(0, number)
     #: Seconds between trials of a peer while no circuit is closed
     #: (None: the peer's full check interval).
-    last_resort_interval: float | None = 1
+    last_resort_interval: float | None = _setting(1, number, optional=True)
     #: A check's name, a dotted path, or a callable.
     ready_check: Any = None
     #: "safe": statements are run again where that cannot do harm; None: never.
-    replay: str | None = "safe"
+    replay: str | None = _setting("safe", _one_of, "safe", None)
     #: Seconds of idleness after which a read, too, looks at the socket (None: no read does).
-    idle_check: float | None = 0.5
+    idle_check: float | None = _setting(0.5, number, optional=True)
     #: False where one peer may lag behind another.
-    synchronous_peers: bool = True
+    synchronous_peers: bool = _setting(True, _one_of, True, False)
     #: "record": what became of a COMMIT whose answer is lost is found out; None: it is not.
-    commit_outcome: str | None = None
+    commit_outcome: str | None = _setting(None, _one_of, "record", None)
     #: Seconds for finding that out.
-    outcome_deadline: float = 10
+    outcome_deadline: float = _setting(10, _deadline)
     #: Seconds after which a host that no longer acknowledges is given up (None: the kernel's).
-    tcp_user_timeout: float | None = 20
+    tcp_user_timeout: float | None = _setting(20, number, exclusive=True, optional=True)
     #: URL of the Redis through which processes share what they know. May hold a password.
     shared_state: str | None = field(default=None, repr=False)
     #: "inline": a caller that connects makes the trials; "background": a thread does.
-    trials: str = "inline"
+    trials: str = _setting("inline", _one_of, "inline", "background")
     #: Seconds over which kept connections move to a peer that is in use again (None: never).
-    rebalance: float | None = 30
+    rebalance: float | None = _setting(30, number, optional=True)
 
     def __post_init__(self) -> None:
         if not self.peers:
@@ -181,27 +199,7 @@ class BalancerConfig:
             if peer.name in seen:
                 raise ConfigError("PEERS", f"names {peer.name!r} twice", "Name each peer once.")
             seen.add(peer.name)
-        number("CONNECT_TIMEOUT", self.connect_timeout, exclusive=True)
-        number("TRIAL_TIMEOUT", self.trial_timeout, exclusive=True, optional=True)
-        number("CONNECT_DEADLINE", self.connect_deadline, exclusive=True)
-        number("WAIT_FOR_PEER", self.wait_for_peer)
-        number("LAST_RESORT_INTERVAL", self.last_resort_interval, optional=True)
-        number("IDLE_CHECK", self.idle_check, optional=True)
-        number("TCP_USER_TIMEOUT", self.tcp_user_timeout, exclusive=True, optional=True)
-        _one_of("REPLAY", self.replay, "safe", None)
-        _one_of("COMMIT_OUTCOME", self.commit_outcome, "record", None)
-        if number("OUTCOME_DEADLINE", self.outcome_deadline, exclusive=True) > MOST_SECONDS:
-            raise ConfigError(
-                "OUTCOME_DEADLINE",
-                f"is {self.outcome_deadline!r}",
-                f"Give at most {MOST_SECONDS}: a request waits for it.",
-            )
-        number("REBALANCE", self.rebalance, optional=True)
-        _one_of("TRIALS", self.trials, "inline", "background")
-        if not isinstance(self.synchronous_peers, bool):
-            raise ConfigError(
-                "SYNCHRONOUS_PEERS", f"is {self.synchronous_peers!r}", "Give True or False."
-            )
+        super().__post_init__()
 
 
 #: Fields that no setting sets by itself.
@@ -211,19 +209,6 @@ _NO_SETTINGS = frozenset({"name", "peers", "address", "breaker", "params"})
 def settings_of(config: Any) -> dict[str, Field[Any]]:
     """Return the fields of a configuration by the names that they have as settings."""
     return {field.name.upper(): field for field in fields(config) if field.name not in _NO_SETTINGS}
-
-
-#: What each configuration cannot be without.
-_NEEDED: dict[type, tuple[Any, ...]] = {
-    PeerConfig: ("peer0",),
-    BalancerConfig: ("default", (PeerConfig("peer0"),)),
-    BreakerConfig: (),
-}
-
-
-def check_field(config: type, name: str, value: Any) -> None:
-    """Raise a ConfigError if one field of a configuration cannot have that value."""
-    config(*_NEEDED[config], **{name: value})
 
 
 _PEERS_HINT = (

@@ -9,7 +9,6 @@ error names the part and never quotes it.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import ipaddress
 import re
@@ -210,9 +209,7 @@ def _settings(
         if setting == "PEER_ENGINE":
             entry[setting] = text
         elif setting in _BALANCER:
-            field = _BALANCER[setting]
-            entry[setting] = _value(key, text, isinstance(field.default, bool))
-            _check(BalancerConfig, field, entry[setting])
+            entry[setting] = _checked(BalancerConfig, key, text)
         elif setting in _DJANGO:
             entry[setting] = age = _value(key, text, _DJANGO[setting])
             # A nan would keep each connection for ever.
@@ -221,9 +218,7 @@ def _settings(
         elif setting in _PEER or setting == "PEER_NAME":
             _spread(peers, key, text)
         elif setting in _BREAKER:
-            field = _BREAKER[setting]
-            breaker[field.name] = _value(key, text)
-            _check(BreakerConfig, field, breaker[field.name])
+            breaker[key.lower()] = _checked(BreakerConfig, key, text)
         else:
             _refuse_a_slip(key)
             options[key] = _option(text)
@@ -236,10 +231,7 @@ def _spread(peers: list[dict[str, Any]], key: str, text: str) -> None:
     """Hand out a setting of peers: one value for all, or one for each."""
     setting = key.upper()
     is_name = setting == "PEER_NAME"
-    values = [part if is_name else _value(key, part) for part in text.split(",")]
-    if not is_name:
-        for value in values:
-            _check(PeerConfig, _PEER[setting], value)
+    values = [part if is_name else _checked(PeerConfig, key, part) for part in text.split(",")]
     if not peers:
         # SQLite: nothing is balanced, whatever their number is.
         return
@@ -247,12 +239,9 @@ def _spread(peers: list[dict[str, Any]], key: str, text: str) -> None:
         values *= len(peers)
     if len(values) != len(peers):
         hosts = "1 host" if len(peers) == 1 else f"{len(peers)} hosts"
-        raise _Wrong(
-            f"has {len(values)} values of {key!r} for {hosts}",
-            "Give one for each, in their order."
-            if is_name
-            else "Give one for all, or one for each, in their order.",
-        )
+        remedy = "one for each" if is_name else "one for all, or one for each"
+        problem = f"has {len(values)} values of {key!r} for {hosts}"
+        raise _Wrong(problem, f"Give {remedy}, in their order.")
     for peer, value in zip(peers, values):
         peer[setting] = value
 
@@ -274,12 +263,15 @@ def _value(key: str, text: str, is_boolean: bool = False) -> Any:
     return text
 
 
-def _check(config: type, field: dataclasses.Field[Any], value: Any) -> None:
-    """Have the configuration judge one value. The remedy is quoted, the value is not."""
+def _checked(config: type, key: str, text: str) -> Any:
+    """Return what a field's text means. The configuration judges it; its remedy is quoted."""
+    name = key.lower()
+    value = _value(key, text, isinstance(getattr(config, name), bool))
     try:
-        check_field(config, field.name, value)
+        check_field(config, name, value)
     except ConfigError as exc:
-        raise _Wrong(f"has a wrong {field.name!r}", exc.hint) from None
+        raise _Wrong(f"has a wrong {name!r}", exc.hint) from None
+    return value
 
 
 def _option(text: str) -> Any:
@@ -319,34 +311,33 @@ def _pairs(query: str) -> Iterator[tuple[str, str]]:
 
 def _peer(text: str, place: int, is_behind_at: bool) -> dict[str, Any]:
     """Read one host and its port."""
-    host, port = text, ""
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket or (rest and not rest.startswith(":")):
+    is_bracketed = text.startswith("[")
+    if is_bracketed:
+        host, bracket, port = text[1:].partition("]")
+        colon, port = port[:1], port[1:]
+        if not bracket or colon not in ("", ":"):
             raise _Wrong(f"has an open bracket in host {place}", "Write it as [::1]:3306.")
-        port, has_port = rest[1:], bool(rest)
-        host = _decoded(host, f"host {place}")
+    else:
+        host, colon, port = text.partition(":")
+        if ":" in port:
+            raise _Wrong(
+                f"has more than one colon in host {place}",
+                "Put an IPv6 address in brackets: [::1]:3306.",
+            )
+    host = _decoded(host, f"host {place}")
+    if is_bracketed:
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
             raise _Wrong(
                 f"has no IPv6 address in the brackets of host {place}", "Write it as [::1]:3306."
             ) from None
-    else:
-        host, colon, port = text.partition(":")
-        has_port = bool(colon)
-        if ":" in port:
-            raise _Wrong(
-                f"has more than one colon in host {place}",
-                "Put an IPv6 address in brackets: [::1]:3306.",
-            )
-        host = _decoded(host, f"host {place}")
     if not host:
         raise _Wrong(f"has no name for host {place}", "Leave out the comma, or the port.")
     if host.startswith("@") or "," in host or any(mark.isspace() for mark in host):
         raise _Wrong(f"has a mark in host {place} that no host has", "Percent-encode passwords.")
     peer: dict[str, Any] = {"HOST": host}
-    if has_port:
+    if colon:
         if not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 0 < int(port) < 65536:
             remedy = "Give a number from 1 to 65535."
             if not is_behind_at:
