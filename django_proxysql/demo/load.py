@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 
-from .site import HOST
+from .screen import Tally
+from .site import HOST, PRODUCTS, name_of
 
 CLIENTS = 8
 
@@ -19,40 +19,26 @@ CLIENTS = 8
 PATIENCE = 30
 
 
-class Load:
-    """What the clients did."""
+@contextmanager
+def asking(port: int, tally: Tally) -> Iterator[None]:
+    """Have the clients ask the site on this port while the block runs."""
+    ended = threading.Event()
 
-    def __init__(self) -> None:
-        self.requests = 0
-        #: The requests that were not answered well, by what was wrong.
-        self.errors: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
+    def client() -> None:
+        while not ended.is_set():
+            tally.answered(_ask(port))
 
-    @contextmanager
-    def on(self, port: int) -> Iterator[None]:
-        """Ask the site on this port while the block runs."""
-        with ThreadPoolExecutor(CLIENTS, "client") as clients:
-            try:
-                for _ in range(CLIENTS):
-                    clients.submit(self._client, port)
-                yield
-            finally:
-                self._ended.set()
-
-    def _client(self, port: int) -> None:
-        while not self._ended.is_set():
-            problem = _ask(port)
-            with self._lock:
-                self.requests += 1
-                if problem:
-                    self.errors[problem] += 1
+    with ThreadPoolExecutor(CLIENTS, "client") as clients:
+        try:
+            for _ in range(CLIENTS):
+                clients.submit(client)
+            yield
+        finally:
+            ended.set()
 
 
 def _ask(port: int) -> str:
     """Ask for one page; return what is wrong with the answer, or nothing."""
-    from .shop import PRODUCTS, name_of
-
     number = random.randrange(PRODUCTS)
     client = HTTPConnection(HOST, port, timeout=PATIENCE)
     try:

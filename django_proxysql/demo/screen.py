@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
 
 from ..core.balancer import PeerState
 
@@ -28,17 +29,29 @@ _COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 _STATE_COLOURS = {"closed": "green", "half-open": "yellow", "open": "red"}
 
 
-class Sample(NamedTuple):
-    """How things stand at one moment."""
+class Tally:
+    """What has happened since the start, as any thread counts it."""
 
-    #: Seconds since the start, and the planned end.
-    elapsed: float
-    seconds: float
-    requests: int
-    errors: int
-    #: By peer what has happened since the start, and how often.
-    counts: Mapping[str, Any]
-    states: Sequence[PeerState]
+    def __init__(self, peers: Iterable[str]) -> None:
+        self.requests = self.errors = 0
+        #: The requests that were not answered well, by what was wrong.
+        self.problems: Counter[str] = Counter()
+        #: By peer how often each thing happened, and for how many seconds it was "out".
+        self.peers: dict[str, Any] = {name: Counter() for name in peers}
+        self._lock = threading.Lock()
+
+    def answered(self, problem: str) -> None:
+        """Count a request; ``problem`` is what was wrong with its answer, if anything."""
+        with self._lock:
+            self.requests += 1
+            if problem:
+                self.errors += 1
+                self.problems[problem] += 1
+
+    def happened(self, peer: str, **counts: float) -> None:
+        """Count what happened to a peer."""
+        with self._lock:
+            self.peers[peer].update(counts)
 
 
 class Screen:
@@ -47,10 +60,11 @@ class Screen:
     def __init__(self, stream: TextIO, environ: Mapping[str, str]) -> None:
         self._stream = stream
         #: Whether the table can be drawn in place.
-        self.live = stream.isatty() and environ.get("TERM", "dumb") != "dumb"
-        self._coloured = self.live and not environ.get("NO_COLOR")
+        self._live = stream.isatty() and environ.get("TERM", "dumb") != "dumb"
+        self._coloured = self._live and not environ.get("NO_COLOR")
         self._said: deque[str] = deque()
-        self._window: deque[Sample] = deque()
+        #: In the last second: when somebody looked, the requests and each peer's connects by then.
+        self._window: deque[tuple[float, int, dict[str, int]]] = deque()
         self._drawn = 0
         self._next_line = 1.0
         self._started: float | None = None
@@ -71,25 +85,58 @@ class Screen:
         when = "" if self._started is None else f"{self.elapsed:5.1f} s  "
         self._said.append(self._paint(when + line.replace("\n", " "), colour))
         if self._started is None:
-            self.flush()
+            self._flush()
 
     # --- the table: from one thread ---------------------------------------------------------------
 
-    def show(self, sample: Sample) -> None:
-        """Draw the table."""
+    def show(self, tally: Tally, states: Sequence[PeerState], seconds: float) -> None:
+        """Draw the table; it is drawn for so many seconds in all."""
+        now, requests = self.elapsed, tally.requests
+        made = {name: counts["connects"] for name, counts in tally.peers.items()}
         window = self._window
-        window.append(sample)
-        while len(window) > 2 and window[1].elapsed <= sample.elapsed - WINDOW:
+        window.append((now, requests, made))
+        while len(window) > 2 and window[1][0] <= now - WINDOW:
             window.popleft()
-        if self.live:
-            self.flush(self._table(sample))
+        began, requests_then, made_then = window[0]
+        rate = (requests - requests_then) / (now - began) if now > began else 0
+        of_all = sum(made.values()) - sum(made_then.values())
+        shares = {name: (made[name] - made_then[name]) / (of_all or 1) for name in made}
+        sums = f"{requests} requests, {rate:.0f}/s, {tally.errors} errors"
+        if not self._live:
+            if now >= self._next_line:
+                self._next_line = int(now) + 1
+                parts = [f"{now:5.1f} s  {sums}"]
+                for state in states:
+                    name = state.name
+                    parts.append(
+                        f"{name} {state.state}, holds {state.connections}, "
+                        f"made {made[name]} connects, {shares[name]:.0%} of the last second's"
+                    )
+                self._said.append(" | ".join(parts))
+            self._flush()
             return
-        if sample.elapsed >= self._next_line:
-            self._next_line = int(sample.elapsed) + 1
-            self._said.append(self._line(sample))
-        self.flush()
+        heading = (
+            f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}"
+            "  last second's connects"
+        )
+        lines = [("", ""), (heading, "bold")]
+        for state in states:
+            share = shares[state.name]
+            text = (
+                f"{state.name:8}{_circuit(state):20}{state.connections:6}{made[state.name]:10}"
+                f"{tally.peers[state.name]['failed']:8}  {share:4.0%} {'#' * round(share * BAR)}"
+            )
+            lines.append((text, _STATE_COLOURS[state.state]))
+        lines += [
+            ("", ""),
+            (sums, "red" if tally.errors else "bold"),
+            (f"{now:.1f} s of {seconds:g} s; Ctrl-C ends it", "dim"),
+        ]
+        # A line that wraps would put the next drawing at the wrong place.
+        width = shutil.get_terminal_size().columns - 1
+        self._flush([self._paint(text[:width], colour) for text, colour in lines])
 
-    def flush(self, table: Sequence[str] = ()) -> None:
+    def _flush(self, table: Sequence[str] = ()) -> None:
         """Write the lines that wait, and the table below them."""
         # Not by iterating: other threads append.
         lines = [self._said.popleft() for _ in range(len(self._said))]
@@ -101,77 +148,22 @@ class Screen:
         self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         self._stream.flush()
 
-    def end_table(self) -> None:
-        """Take the table away; lines are said without the time from now on."""
-        self.flush()
+    def end(self, tally: Tally, seconds: float) -> None:
+        """Put the summary of so many seconds in the table's place."""
+        self._flush()
         self._started = None
-
-    def _table(self, sample: Sample) -> list[str]:
-        width = shutil.get_terminal_size().columns - 1
-        heading = (
-            f"{'peer':8}{'circuit':20}{'held':>6}{'connects':>10}{'failed':>8}"
-            "  last second's connects"
-        )
-        lines = [("", ""), (heading, "bold")]
-        for state, counts, share in self._rows(sample):
-            text = (
-                f"{state.name:8}{_circuit(state):20}{state.connections:6}"
-                f"{counts['connects']:10}{counts['failed']:8}  "
-                f"{share:4.0%} {'#' * round(share * BAR)}"
-            )
-            lines.append((text, _STATE_COLOURS[state.state]))
-        lines += [
-            ("", ""),
-            (self._requests(sample), "red" if sample.errors else "bold"),
-            (f"{sample.elapsed:.1f} s of {sample.seconds:g} s; Ctrl-C ends it", "dim"),
-        ]
-        # A line that wraps would put the next drawing at the wrong place.
-        return [self._paint(text[:width], colour) for text, colour in lines]
-
-    def _line(self, sample: Sample) -> str:
-        parts = [f"{sample.elapsed:5.1f} s  {self._requests(sample)}"]
-        for state, counts, share in self._rows(sample):
-            parts.append(
-                f"{state.name} {state.state}, holds {state.connections}, "
-                f"made {counts['connects']} connects, {share:.0%} of the last second's"
-            )
-        return " | ".join(parts)
-
-    def _requests(self, sample: Sample) -> str:
-        first = self._window[0]
-        seconds = sample.elapsed - first.elapsed
-        rate = (sample.requests - first.requests) / seconds if seconds else 0
-        return f"{sample.requests} requests, {rate:.0f}/s, {sample.errors} errors"
-
-    def _rows(self, sample: Sample) -> Iterator[tuple[PeerState, Counter[str], float]]:
-        """Yield each peer, its counts, and its share of the last second's connects."""
-        before = self._window[0].counts
-        made = {
-            name: counts["connects"] - before[name]["connects"]
-            for name, counts in sample.counts.items()
-        }
-        total = sum(made.values())
-        for state in sample.states:
-            yield state, sample.counts[state.name], made[state.name] / total if total else 0
-
-    # --- the end ----------------------------------------------------------------------------------
-
-    def summarize(
-        self, requests: int, problems: Counter[str], peers: Mapping[str, Any], seconds: float
-    ) -> None:
-        """Write the summary."""
-        errors = sum(problems.values())
         self.say("")
         self.say(
-            f"{requests} requests in {seconds:.1f} s ({requests / seconds:.0f}/s), {errors} errors",
-            "red" if errors else "green",
+            f"{tally.requests} requests in {seconds:.1f} s ({tally.requests / seconds:.0f}/s), "
+            f"{tally.errors} errors",
+            "red" if tally.errors else "green",
         )
-        for problem, count in problems.most_common(5):
+        for problem, count in tally.problems.most_common(5):
             self.say(f"  {count} x {problem}", "red")
         self.say("")
         self.say("peer    connects  of all  failed  trials  opened  closed     out", "bold")
-        total = max(sum(counts["connects"] for counts in peers.values()), 1)
-        for name, counts in peers.items():
+        total = max(sum(counts["connects"] for counts in tally.peers.values()), 1)
+        for name, counts in tally.peers.items():
             columns = "".join(
                 f"{counts[what]:8}" for what in ("failed", "trials", "opened", "closed")
             )

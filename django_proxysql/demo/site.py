@@ -17,6 +17,9 @@ from .peers import Databases
 
 HOST = "127.0.0.1"
 
+#: How many products there are.
+PRODUCTS = 50
+
 
 def set_up(databases: Databases, check_interval: float) -> None:
     """Set Django up with a load balancer over these peers."""
@@ -68,16 +71,18 @@ def everybody_is_staff(get_response: Callable[[Any], Any]) -> Callable[[Any], An
     return middleware
 
 
+def name_of(number: int) -> str:
+    """Return the name that the product of this number has: a client can tell a right answer."""
+    return f"Product no. {number}"
+
+
 def fill(alias: str) -> None:
     """Make the table and its rows in a database."""
-    from .shop import PRODUCTS, Product, name_of
-
     connection = connections[alias]
-    with connection.schema_editor() as editor:
-        editor.create_model(Product)
-    Product.objects.using(alias).bulk_create(
-        Product(id=number, name=name_of(number)) for number in range(PRODUCTS)
-    )
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE product (id integer PRIMARY KEY, name text)")
+        rows = [(number, name_of(number)) for number in range(PRODUCTS)]
+        cursor.executemany("INSERT INTO product VALUES (%s, %s)", rows)
     connection.close()
 
 
@@ -100,12 +105,8 @@ class _Handler(WSGIRequestHandler):
 
 
 @contextmanager
-def serving(application: Any = None) -> Iterator[int]:
-    """Serve the site, or another WSGI application, while the block runs; gives the port."""
-    if application is None:
-        from django.core.wsgi import get_wsgi_application
-
-        application = get_wsgi_application()
+def serving(application: Any) -> Iterator[int]:
+    """Serve a WSGI application while the block runs; gives the port."""
     with _Server((HOST, 0), _Handler) as server:
         server.set_app(application)
         thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="site")
