@@ -19,13 +19,26 @@ ALWAYS = 10
 WINDOW = 60.0
 #: Seconds between two notes of how many statements there have been.
 NOTE_EVERY = 5.0
-_MOST_BARRED = 1_000
 
 #: Seconds for which a statement that has lost its connection is remembered …
 STATEMENT_REMEMBERED = 600.0
 #: … and for which a caller is, whatever its next statement.
 CALLER_REMEMBERED = 60.0
 _MOST_REMEMBERED = 1_000
+
+
+class _Memory(dict[int, tuple[str, float]]):
+    """What is remembered by a number, and the end of its time; the oldest come first."""
+
+    def note(self, key: int, known: str, now: float, seconds: float) -> str:
+        """Remember ``known``, or what is remembered already; return it."""
+        first, until = self.pop(key, (known, now))
+        if until <= now:
+            first = known
+        self[key] = first, now + seconds
+        while len(self) > _MOST_REMEMBERED or self[next(iter(self))][1] <= now:
+            del self[next(iter(self))]
+        return first
 
 
 class ReplayBudget(Guarded):
@@ -46,8 +59,8 @@ class ReplayBudget(Guarded):
         #: How many statements there had been, and when; the oldest of a minute ago.
         self._notes: deque[tuple[float, int]] = deque([(now, 0)])
         self._replays: deque[float] = deque()
-        #: The texts' hashes (a text may be long), and the end of the time.
-        self._barred: dict[int, float] = {}
+        #: By the texts' hashes: a text may be long.
+        self._barred = _Memory()
 
     def note(self, now: float) -> None:
         """Remember how many statements there have been, for the last minute's share."""
@@ -78,7 +91,7 @@ class ReplayBudget(Guarded):
             self._note(now)
             while self._replays and self._replays[0] <= now - WINDOW:
                 self._replays.popleft()
-            if self._barred.get(hash(sql), now) > now:
+            if self._barred.get(hash(sql), ("", now))[1] > now:
                 return False
             if len(self._replays) >= max(ALWAYS, int(SHARE * self._recent(now))):
                 return False
@@ -100,12 +113,7 @@ class ReplayBudget(Guarded):
         """Allow no replay of ``sql`` for a minute: it was lost twice."""
         # Guards the dict, whose oldest are looked for and removed.
         with self._lock:
-            now = self._clock()
-            # The oldest first: each is barred for as long.
-            self._barred.pop(hash(sql), None)
-            self._barred[hash(sql)] = now + WINDOW
-            while len(self._barred) > _MOST_BARRED or next(iter(self._barred.values())) <= now:
-                del self._barred[next(iter(self._barred))]
+            self._barred.note(hash(sql), "barred", self._clock(), WINDOW)
 
 
 class LossMemory(Guarded):
@@ -120,10 +128,8 @@ class LossMemory(Guarded):
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
         self._clock = clock
-        #: By a statement's hash, and by a caller's number: the first peer, and the end of the time.
-        #: The oldest come first.
-        self._statements: dict[int, tuple[str, float]] = {}
-        self._callers: dict[int, tuple[str, float]] = {}
+        #: The first peer, by a statement's hash and by a caller's number.
+        self._statements, self._callers = _Memory(), _Memory()
 
     def note(self, peer: str, statement: Any, caller: int) -> bool:
         """Remember a loss; return whether the statement, or the caller, had one elsewhere.
@@ -135,23 +141,11 @@ class LossMemory(Guarded):
         # critical section: two dicts, nothing that waits
         with self._lock:
             now = self._clock()
-            first = self._note(self._callers, caller, peer, now, CALLER_REMEMBERED)
-            elsewhere = first != peer
+            memories = [(self._callers, caller, CALLER_REMEMBERED)]
             if statement is not None:
                 text = statement if isinstance(statement, (str, bytes)) else repr(statement)
-                first = self._note(self._statements, hash(text), peer, now, STATEMENT_REMEMBERED)
-                elsewhere = elsewhere or first != peer
+                memories.append((self._statements, hash(text), STATEMENT_REMEMBERED))
+            elsewhere = False
+            for memory, key, seconds in memories:
+                elsewhere |= memory.note(key, peer, now, seconds) != peer
             return elsewhere
-
-    @staticmethod
-    def _note(
-        memory: dict[int, tuple[str, float]], key: int, peer: str, now: float, seconds: float
-    ) -> str:
-        """Return the peer that the first of the losses remembered for ``key`` was to."""
-        first, until = memory.pop(key, (peer, now))
-        if until < now:
-            first = peer
-        memory[key] = (first, now + seconds)
-        while len(memory) > _MOST_REMEMBERED or memory[next(iter(memory))][1] < now:
-            del memory[next(iter(memory))]
-        return first
