@@ -18,7 +18,7 @@ import tenacity
 
 from . import drivers
 from .config import function
-from .exceptions import ConfigError, NoPeerAvailable
+from .exceptions import ConfigError
 from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import LOOK_AGAIN, Lease
@@ -80,12 +80,9 @@ class AsyncLoadBalancer(Face):
                 if not search.goes_on(exc):
                     raise
             return await self._carry_on(search, open_one)
-        except NoPeerAvailable as exc:
-            if search.may_be_repeated:
-                return await self._wait_for_peer(Waiting(self, search, exc), open_one)
-            search.emit_exhausted()
-            raise
         except BaseException as exc:
+            if search.may_be_repeated(exc):
+                return await self._wait_for_peer(Waiting(self, search, exc), open_one)
             search.raised(exc)
             raise
 
@@ -119,13 +116,8 @@ class AsyncLoadBalancer(Face):
                     attempt.permit.lease.ended = True
 
     async def _carry_on(self, search: Search, open_one: _OpenOne) -> Any:
-        try:
-            return await tenacity.AsyncRetrying(sleep=_not_at_all, **carrying_on(search))(
-                self._attempt, search, open_one
-            )
-        except BaseException as exc:
-            search.raised(exc)
-            raise
+        retrying = tenacity.AsyncRetrying(sleep=_not_at_all, **carrying_on(search))
+        return await retrying(self._attempt, search, open_one)
 
     async def _wait_for_peer(self, waiting: Waiting, open_one: _OpenOne) -> Any:
         async def search_again() -> Any:
@@ -134,8 +126,8 @@ class AsyncLoadBalancer(Face):
         sleep: Any = self._sleep or asyncio.sleep
         try:
             return await tenacity.AsyncRetrying(sleep=sleep, **waiting.options())(search_again)
-        except NoPeerAvailable:
-            waiting.search.emit_exhausted()
+        except BaseException as exc:
+            waiting.search.raised(exc)
             raise
 
     def sqlalchemy_engine(self, url: Any, **options: Any) -> sqlalchemy.ext.asyncio.AsyncEngine:
@@ -149,12 +141,10 @@ class AsyncLoadBalancer(Face):
         :param options: what ``create_async_engine`` takes, but for creators and ``pool``.
         :raises ConfigError: one of these was given, or a driver that is not for asyncio.
         """
-        return async_sqlalchemy_engine(self, url, **options)
+        return async_sqlalchemy_engine(self, self.connect_function, url, **options)
 
     async def _open_one(self, attempt: Attempt) -> Any:
-        if self._connect is None:
-            raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
-        return await self.open_with(self._connect, attempt, attempt.peer.config.params)
+        return await self.open_with(self.connect_function, attempt, attempt.peer.params)
 
     async def open_with(
         self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
@@ -220,17 +210,10 @@ class AsyncLoadBalancer(Face):
         if peer.breaker.is_available:
             # It has recovered just now.
             return True
-        search = Search(self.group, "never", peer, by_hand=now)
-        try:
+        with self._trial(peer, now) as search:
             await self._attempt(search, self._open_and_close)
-        except Exception as exc:
-            if search.is_over or search.is_of_the_peer(exc):
-                return False
-            search.raised(exc)
-            raise
-        finally:
-            search.forget()
-        return True
+            return True
+        return False
 
     def _make_trials_in_background(self, group: PeerGroup) -> None:
         tasks = TrialTasks(group, self.try_out)

@@ -22,7 +22,7 @@ import tenacity
 
 from . import drivers
 from .config import function
-from .exceptions import ConfigError, NoPeerAvailable
+from .exceptions import ConfigError
 from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import Lease
@@ -76,8 +76,6 @@ class LoadBalancer(Face):
     #: How a background trial connects, if not by ``connect``: opens a
     #: connection as the :class:`Attempt` says, and closes it again.
     open_and_close: Callable[[Attempt], object] | None = None
-    #: Whether a refusal of a background trial is due to what we ask for.
-    asks_for_another: Callable[[], bool] | bool = False
 
     @functools.cached_property
     def _driver(self) -> drivers.Driver:
@@ -126,12 +124,9 @@ class LoadBalancer(Face):
                 if not search.goes_on(exc):
                     raise
             return self._carry_on(search, open_one)
-        except NoPeerAvailable as exc:
-            if search.may_be_repeated:
-                return self._wait_for_peer(Waiting(self, search, exc), open_one)
-            search.emit_exhausted()
-            raise
         except BaseException as exc:
+            if search.may_be_repeated(exc):
+                return self._wait_for_peer(Waiting(self, search, exc), open_one)
             search.raised(exc)
             raise
 
@@ -166,21 +161,16 @@ class LoadBalancer(Face):
                     attempt.permit.lease.ended = True
 
     def _carry_on(self, search: Search, open_one: Callable[[Attempt], Any]) -> Any:
-        try:
-            return tenacity.Retrying(sleep=_not_at_all, **carrying_on(search))(
-                self._attempt, search, open_one
-            )
-        except BaseException as exc:
-            search.raised(exc)
-            raise
+        retrying = tenacity.Retrying(sleep=_not_at_all, **carrying_on(search))
+        return retrying(self._attempt, search, open_one)
 
     def _wait_for_peer(self, waiting: Waiting, open_one: Callable[[Attempt], Any]) -> Any:
         try:
             return tenacity.Retrying(sleep=self._sleep or time.sleep, **waiting.options())(
                 lambda: self._carry_on(waiting.next_search(), open_one)
             )
-        except NoPeerAvailable:
-            waiting.search.emit_exhausted()
+        except BaseException as exc:
+            waiting.search.raised(exc)
             raise
 
     def sqlalchemy_engine(self, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
@@ -195,12 +185,10 @@ class LoadBalancer(Face):
         :param options: what ``sqlalchemy.create_engine`` takes, but for ``creator`` and ``pool``.
         :raises ConfigError: one of these two was given, or a driver for asyncio.
         """
-        return sqlalchemy_engine(self, url, **options)
+        return sqlalchemy_engine(self, self._connect, url, **options)
 
     def _open_one(self, attempt: Attempt) -> Any:
-        if self._connect is None:
-            raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
-        return self.open_with(self._connect, attempt, attempt.peer.config.params)
+        return self.open_with(self.connect_function, attempt, attempt.peer.params)
 
     def open_with(
         self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
@@ -246,17 +234,10 @@ class LoadBalancer(Face):
         if peer.breaker.is_available:
             # It has recovered just now.
             return True
-        search = Search(self.group, "never", peer, self.asks_for_another, by_hand=now)
-        try:
+        with self._trial(peer, now) as search:
             self._attempt(search, self.open_and_close or self._open_and_close)
-        except Exception as exc:
-            if search.is_over or search.is_of_the_peer(exc):
-                return False
-            search.raised(exc)
-            raise
-        finally:
-            search.forget()
-        return True
+            return True
+        return False
 
     def _make_trials_in_background(self, group: PeerGroup) -> None:
         group.try_out = self.try_out

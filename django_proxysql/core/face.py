@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,9 @@ class Face:
 
     :class:`~django_proxysql.core.balancer.LoadBalancer` says what the arguments are.
     """
+
+    #: Whether a refusal of a trial that no connect() makes is due to what we ask for.
+    asks_for_another: Callable[[], bool] | bool = False
 
     def __init__(
         self,
@@ -138,12 +142,30 @@ class Face:
         return self.group.sharing  # type: ignore[return-value]
 
     @property
-    def connect_function(self) -> Callable[..., Any] | None:
-        """The driver's ``connect`` that the balancer was made with."""
+    def connect_function(self) -> Callable[..., Any]:
+        """The driver's ``connect`` that the balancer was made with.
+
+        :raises ConfigError: it was made without.
+        """
+        if self._connect is None:
+            raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
         return self._connect
 
     def _make_trials_in_background(self, group: PeerGroup) -> None:
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _trial(self, peer: Peer, now: bool) -> Iterator[Search]:
+        """Yield the search for a peer's trial; an error that is the peer's ends the block."""
+        search = Search(self.group, "never", peer, self.asks_for_another, by_hand=now)
+        try:
+            yield search
+        except Exception as exc:
+            if not (search.is_over or search.is_of_the_peer(exc)):
+                search.raised(exc)
+                raise
+        finally:
+            search.forget()
 
     # Knowing
 
@@ -249,10 +271,10 @@ class Waiting:
     :param error: what it came to.
     """
 
-    def __init__(self, face: Face, first: Search, error: NoPeerAvailable) -> None:
+    def __init__(self, face: Face, first: Search, error: BaseException) -> None:
         self._face = face
         self._until = face.clock() + face.config.wait_for_peer
-        self._error: NoPeerAvailable | None = error
+        self._error: BaseException | None = error
         #: The search under way.
         self.search = first
         # Each request of a busy site may wait.

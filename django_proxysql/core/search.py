@@ -26,7 +26,7 @@ from . import drivers
 from .circuit import CLOSED, OPEN, Circuit
 from .config import BalancerConfig
 from .events import Connected, ConnectFailed, PeersExhausted
-from .exceptions import ConfigError, PoolBusy
+from .exceptions import ConfigError, NoPeerAvailable, PoolBusy
 from .faults import Count, Fault, Verdict, verdict_on
 from .group import PeerGroup
 from .leases import Lease
@@ -402,20 +402,22 @@ class Search:
         return exc is self._last_error and self._verdict.goes_on
 
     def raised(self, exc: BaseException) -> None:
-        """Note what the whole connect() raises: name the peer, where that names none."""
+        """Note what the whole connect() raises: emit an exhaustion, or name the peer in it."""
         self._plan = None
         self._decide(alone=False)
+        if self._exhaustion is not None and isinstance(exc, NoPeerAvailable):
+            event, self._exhaustion = self._exhaustion, None
+            self._group.emit(event)
         peer, verdict = self._peer_of_last, self._verdict
         if exc is not self._last_error or peer is None:
             return
         if verdict.counts is Count.IF_ALONE or verdict.fault is not Fault.REFUSED:
             drivers.name_peer(exc, f"to {_said_of(peer)} of {self._group.name!r}")
 
-    @property
-    def may_be_repeated(self) -> bool:
-        """Whether it found no peer, a later one for the same may, and the caller waits for that."""
+    def may_be_repeated(self, exc: BaseException) -> bool:
+        """Return whether it found no peer, a later one may, and the caller waits for that."""
         waits = self._may_search_again and self._trials != "never" and self._only is None
-        return waits and self.is_over
+        return waits and self.is_over and isinstance(exc, NoPeerAvailable)
 
     def again(self) -> Search:
         """Return a new search for the same."""
@@ -493,12 +495,6 @@ class Search:
             seconds = self._clock() - self._started
             self._exhaustion = PeersExhausted(group.name, str(error), seconds)
         return error
-
-    def emit_exhausted(self) -> None:
-        """Emit the exhaustion that this search has come to, if it has."""
-        event, self._exhaustion = self._exhaustion, None
-        if event is not None:
-            self._group.emit(event)
 
     def _said(self, state: PeerState) -> str:
         where = _said_of(state)

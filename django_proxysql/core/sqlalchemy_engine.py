@@ -30,9 +30,6 @@ _SAME = (
 class Connects(Protocol):
     """What an engine asks of the load balancer."""
 
-    @property
-    def connect_function(self) -> Callable[..., Any] | None: ...
-
     def connect(self, open_one: Callable[[Attempt], Any]) -> Any: ...
 
     def open_with(
@@ -40,8 +37,13 @@ class Connects(Protocol):
     ) -> Any: ...
 
 
-def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engine.Engine:
-    """Return an engine for ``db``; see :meth:`LoadBalancer.sqlalchemy_engine`."""
+def sqlalchemy_engine(
+    db: Connects, driver: Callable[..., Any] | None, url: Any, **options: Any
+) -> sqlalchemy.engine.Engine:
+    """Return an engine for ``db``; see :meth:`LoadBalancer.sqlalchemy_engine`.
+
+    :param driver: the driver's ``connect``, which may hold more arguments; None: the dialect's.
+    """
     from sqlalchemy import create_engine, event
 
     _refuse_creators(options)
@@ -55,8 +57,7 @@ def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engi
         dbapi = getattr(dialect, "loaded_dbapi", None) or dialect.dbapi
 
         def open_one(attempt: Attempt) -> Any:
-            # The balancer's own connect function may hold more arguments.
-            connect = functools.partial(db.connect_function or dbapi.connect, *args)
+            connect = functools.partial(driver or dbapi.connect, *args)
             return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
 
         try:
@@ -69,16 +70,13 @@ def sqlalchemy_engine(db: Connects, url: Any, **options: Any) -> sqlalchemy.engi
 
 
 def async_sqlalchemy_engine(
-    db: Connects, url: Any, **options: Any
+    db: Connects, driver: Callable[..., Any], url: Any, **options: Any
 ) -> sqlalchemy.ext.asyncio.AsyncEngine:
     """Return an engine for ``db``; see :meth:`AsyncLoadBalancer.sqlalchemy_engine`."""
     from sqlalchemy import event
     from sqlalchemy.ext.asyncio import create_async_engine
 
     _refuse_creators(options)
-    driver = db.connect_function
-    if driver is None:
-        raise ConfigError("connect", "was not given", "Pass the driver's connect function.")
     engine = create_async_engine(url, **options)
 
     async def create(*args: Any, **params: Any) -> Any:
