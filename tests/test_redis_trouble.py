@@ -47,14 +47,14 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
     ),
     (
         redis.exceptions.AuthenticationError("Authentication required."),
-        {"has_password": False},
+        {"password": None},
         "refused our password, for SHARED_STATE has none; see SHARED_STATE",
     ),
     (
         redis.exceptions.AuthenticationError(
             "HELLO must be called with the client already authenticated"
         ),
-        {"has_password": False},
+        {"password": None},
         "refused our password, for SHARED_STATE has none; see SHARED_STATE",
     ),
     (
@@ -69,7 +69,7 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
     ),
     (
         redis.exceptions.ResponseError("DB index is out of range"),
-        {"database": 99},
+        {"db": 99},
         "has no database 99; see SHARED_STATE",
     ),
     (
@@ -83,7 +83,7 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
             redis.exceptions.ConnectionError("Error 1 connecting to h:1."),
             ssl.SSLCertVerificationError("certificate verify failed"),
         ),
-        {"uses_tls": True},
+        {"connection_class": redis.SSLConnection},
         "shows a TLS certificate that is not trusted; see ssl_ca_certs in SHARED_STATE",
     ),
     (
@@ -91,7 +91,7 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
             redis.exceptions.ConnectionError("Error 1 connecting to h:1."),
             ssl.SSLError("[SSL: WRONG_VERSION_NUMBER] wrong version number"),
         ),
-        {"uses_tls": True},
+        {"connection_class": redis.SSLConnection},
         "does not speak TLS as rediss:// in SHARED_STATE demands",
     ),
     (
@@ -99,7 +99,7 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
             redis.exceptions.TimeoutError("Timeout connecting to server"),
             TimeoutError("_ssl.c:989: The handshake operation timed out"),
         ),
-        {"uses_tls": True},
+        {"connection_class": redis.SSLConnection},
         "does not speak TLS as rediss:// in SHARED_STATE demands",
     ),
     (
@@ -140,7 +140,9 @@ CASES: list[tuple[BaseException, dict[str, object], str]] = [
 @pytest.mark.parametrize(("error", "known", "says"), CASES, ids=[case[2] for case in CASES])
 def test_what_an_error_says(error: BaseException, known: dict[str, object], says: str) -> None:
     """Each error of redis-py's is said in words that name the setting, with its own text."""
-    trouble = trouble_from(error, **known)  # type: ignore[arg-type]
+    options = {"password": SECRET, **known}
+    was_answered = bool(options.pop("was_answered", False))
+    trouble = trouble_from(error, options, was_answered=was_answered)
     assert trouble.says.startswith(says)
     assert str(error).strip() in str(trouble)
     assert str(trouble).startswith(f"it {says}")
@@ -150,7 +152,7 @@ def test_ring_of_causes() -> None:
     """Errors that are each other's causes are looked at once."""
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__cause__ = other, one
-    assert trouble_from(one).says == NO_ANSWER.says
+    assert trouble_from(one, {}, was_answered=False).says == NO_ANSWER.says
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,6 @@ FINE = {
     ("monitoring.history", "trials"): "under the lock",
     ("backends.pools", "_pools"): "replaced as a whole, never changed",
     ("backends.engines", "_geometries"): "not gone through",
-    ("core.sharing", "_shared"): "made once",
     ("request", "_attributes"): "one request's own",
     ("request", "_states"): "one request's own",
     ("retry", "_begun"): "one call's own",

@@ -30,8 +30,8 @@ from django_proxysql import LoadBalancer
 from django_proxysql.core.events import CircuitClosed, CircuitOpened, PeerDrained, PeerUndrained
 from django_proxysql.core.exceptions import ConfigError, DrainRefused, NoPeerAvailable
 from django_proxysql.core.sharing import Fleet, Link, Moment, Sharing, checked_url
-from django_proxysql.core.sharing.link import Question
-from django_proxysql.core.sharing.records import names_for_others
+from django_proxysql.core.sharing.link import SCRIPT
+from django_proxysql.core.sharing.records import Question, names_for_others
 from tests.children import run_python
 from tests.fakes import (
     Clock,
@@ -74,12 +74,12 @@ class SteppedLink(Link):
         self.trips += 1
         return super()._exchange(calls)
 
-    def _run_scripts(self, command: str, calls: Any) -> list[Any]:
+    def _send(self, command: str, script: str, calls: Any) -> list[Any]:
         if self._now is None:
-            return super()._run_scripts(command, calls)
+            return super()._send(command, script, calls)
         pipeline = self._client.pipeline(transaction=False)
-        for script, keys, text in calls:
-            pipeline.eval(on_clock(script), len(keys), *keys, text, *on_the_clock(self._now()))
+        for keys, text in calls:
+            pipeline.eval(on_clock(SCRIPT), len(keys), *keys, text, *on_the_clock(self._now()))
         answers: list[Any] = pipeline.execute(raise_on_error=False)
         return answers
 

@@ -2,7 +2,7 @@
 
 A discrete-event loop: what happens next is taken off a heap, and the clock is set to when it
 happens. Each process is a real ``LoadBalancer`` with real circuits; where circuits are shared,
-each has a real ``Sharing``, whose scripts a real Redis runs, on the simulated clock. What is left
+each has a real ``Sharing``, whose script a real Redis runs, on the simulated clock. What is left
 out is the time that things take: connects, refusals and round trips take none.
 
 So that thousands of round trips a simulated second can be made in little real time, those that
@@ -26,7 +26,7 @@ import greenlet
 from django_proxysql import LoadBalancer
 from django_proxysql.core.events import CircuitClosed, ConnectFailed
 from django_proxysql.core.sharing import Link, Sharing
-from django_proxysql.core.sharing.scripts import SHA
+from django_proxysql.core.sharing.link import SCRIPT
 from django_proxysql.core.strategies import Random
 from tests.fakes import Clock, even, refused_by_host
 from tests.servers.redis import on_clock, on_the_clock
@@ -184,8 +184,8 @@ class Fleet:
         self.scenario = scenario
         self.url = url
         self.client = client
-        #: What Redis knows the scripts by, on the simulated clock.
-        self.scripts = {script: client.script_load(on_clock(script)) for script in SHA if client}
+        #: What Redis knows the script by, on the simulated clock.
+        self.sha = client.script_load(on_clock(SCRIPT)) if client else ""
         self.clock = Clock()
         # Redis's record of a time must be after 1970.
         self.start = self.clock.now = 1_000_000.0
@@ -229,11 +229,10 @@ class Fleet:
         self._steps[slot].append(process)
 
     def exchange(self, calls: Any) -> list[Any]:
-        """Run scripts in Redis, in one round trip."""
+        """Run the script in Redis for each of them, in one round trip."""
         pipeline = self.client.pipeline(transaction=False)
-        for script, keys, text in calls:
-            sha = self.scripts[script]
-            pipeline.evalsha(sha, len(keys), *keys, text, *on_the_clock(self.clock()))
+        for keys, text in calls:
+            pipeline.evalsha(self.sha, len(keys), *keys, text, *on_the_clock(self.clock()))
         answers: list[Any] = pipeline.execute()
         return answers
 

@@ -8,7 +8,7 @@ is applied to the local circuit (:mod:`.agreement`).
 How it holds
 ------------
 
-* **Redis decides, in one script** (:mod:`.scripts`), which is atomic there and keeps the time:
+* **Redis decides, in one script** (``sync.lua``), which is atomic there and keeps the time:
   hosts' clocks are never compared, only durations travel.
 * **Versions.** Each record in Redis has one. A process that reports a change says which version it
   knew. A change that was made in ignorance of another one is dropped, and the other one adopted. A
@@ -31,12 +31,14 @@ costs. No lock is held while anything waits. Only the thread uses the connection
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from ..logger import complain
 from ..peer import Peer
 from .agreement import Agreement
-from .link import INTERVAL, PATIENCE, Link, Question
-from .records import HISTORY, DesiredState, Fleet, Moment
+from .link import INTERVAL, PATIENCE, Link
+from .records import HISTORY, DesiredState, Fleet, Moment, Question
 from .trouble import NO_ANSWER
 from .url import checked_url
 
@@ -92,11 +94,6 @@ class Sharing(Agreement):
         self.start()
         return bool(self.link.ask(Question(self), seconds))
 
-    @property
-    def has_published_all(self) -> bool:
-        """Whether Redis has all desired states of this process."""
-        return not any(shared.desired for shared in self._shared.values())
-
     def publish(self, peer: Peer, drained: bool, *, forced: bool = False) -> DesiredState:
         """Have all processes drain or undrain a peer.
 
@@ -105,9 +102,7 @@ class Sharing(Agreement):
         :param forced: drain it even if that leaves no peer undrained.
         :returns: the desired state; it says whether it was refused, once Redis has answered.
         """
-        group = self._group()
-        made = float("-inf") if group is None else group.clock()
-        desired = DesiredState(drained, forced, made)
+        desired = DesiredState(drained, forced, self._clock())
         self._shared[peer.name].desired.append(desired)
         return desired
 
@@ -121,41 +116,33 @@ class Sharing(Agreement):
             complain("What Redis at %s says of the other processes is garbage", self.link.address)
             return None
 
-    def _fleet_from(self, answer: list[bytes]) -> Fleet:
-        processes, sums, now, *moments = answer
-        held = json.loads(sums)
-        since = float(now) / 1000 - HISTORY
+    def _fleet_from(self, said: Mapping[str, Any]) -> Fleet:
+        now, held, shared = said["now"] / 1000, said["connections"], self._shared.items()
         timeline = []
-        for text in moments:
+        for text in said["moments"]:
             try:
-                said = json.loads(text)
+                told = json.loads(text)
                 moment = Moment(
-                    self._names[said["p"]],
-                    str(said["s"]),
-                    float(said["t"]) / 1000,
-                    str(said["e"])[:500],
+                    self._names[told["p"]],
+                    str(told["s"]),
+                    float(told["t"]) / 1000,
+                    str(told["e"])[:500],
                 )
             except (KeyError, TypeError, ValueError):
                 # Of a peer that this process does not have; or garbage.
                 continue
-            if moment.when >= since:
+            if moment.when >= now - HISTORY:
                 timeline.append(moment)
-        connections = {name: int(held.get(field, 0)) for name, field in self._fields.items()}
-        shared = self._shared.items()
         return Fleet(
-            int(processes),
-            connections,
+            said["processes"],
+            {name: int(held.get(field, 0)) for name, field in self._fields.items()},
             tuple(timeline),
             frozenset(name for name, known in shared if known.agreed.is_open),
             frozenset(name for name, known in shared if known.drain_on),
-            float(now) / 1000,
+            now,
         )
 
     # What a breaker asks
-
-    def answer_for(self, name: str) -> float:
-        """Return for how many seconds a trial that was asked for is to be left to others."""
-        return self._shared[name].left_to_others
 
     def may_try(self, name: str, by_hand: bool = False) -> float:
         """Return for how many seconds a trial that is due is to be left to others; 0: go ahead.
@@ -164,13 +151,13 @@ class Sharing(Agreement):
 
         :param by_hand: an operator asks for it, due or not, and waits for a second.
         """
-        group, shared = self._group(), self._shared[name]
+        group, shared = self.group(), self._shared[name]
         # What the others do not know of is this process's own trial; and one that has no other
         # peer left connects, whatever is said.
         if group is None or not shared.agreed.is_open or not group.has_usable():
             return 0.0
         self.start()
-        if self._is_kept(shared, group.clock()):
+        if self._is_kept(shared, self._clock()):
             shared.kept_lease, shared.waited = None, ""
             # It goes on from now on, by the trial that is under way.
             self.link.wake()

@@ -17,12 +17,15 @@ from ..group import PeerGroup
 from ..logger import log
 from ..peer import Peer
 from ..permits import JITTER
-from .link import INTERVAL, Link, Question, link_to, refusal
+from .link import ALIVE, INTERVAL, Link, link_to
 from .records import (
+    HISTORY,
     KEEP_DRAINS,
+    MOMENTS,
     Agreed,
     DesiredState,
     KeptLease,
+    Question,
     Request,
     SharedPeer,
     change_of,
@@ -41,8 +44,9 @@ class Agreement:
     """
 
     def __init__(self, group: PeerGroup, link: Link | None = None) -> None:
-        # The balancer has this; it is not to be kept alive by the thread.
-        self._group = weakref.ref(group)
+        #: The balancer's, which has this: it is not to be kept alive by the thread.
+        self.group = weakref.ref(group)
+        self._clock = group.clock
         self.link = link or link_to(group.config.shared_state or "")
         config = group.config
         trial = config.connect_timeout if config.trial_timeout is None else config.trial_timeout
@@ -51,7 +55,6 @@ class Agreement:
         self._fields = names_for_others(group.peers.values())
         self._names = {field: name for name, field in self._fields.items()}
         self._shared = {name: SharedPeer() for name in group.peers}
-        self._version: str | None = None
         base = f"{self.link.prefix}:{{{group.name}}}"
         addresses = "\n".join(sorted(peer.address for peer in group.peers.values()))
         # Others that have this alias and other peers are counted by themselves.
@@ -65,22 +68,19 @@ class Agreement:
             f"{base}:timeline",
         ]
 
-    def compose(self, asking: Sequence[Question]) -> Request:
-        """Return what to send to Redis, with the questions for leave to make a trial."""
-        request = Request({}, {}, {}, {}, {}, self._version)
-        group = self._group()
-        if group is None:
-            return request
-        now = request.at = group.clock()
-        request.asking = frozenset(question.peer for question in asking)
-        by_hand = {question.peer for question in asking if question.by_hand}
+    def compose(self, group: PeerGroup, asked: Sequence[Question]) -> Request:
+        """Return what to send to Redis, with the questions that are put to it."""
+        link, now = self.link, self._clock()
+        asking = {question.peer for question in asked}
+        by_hand = {question.peer for question in asked if question.by_hand}
         # One that has lost all of its peers may be what is wrong itself.
         cut_off = not any(peer.breaker.circuit.state == CLOSED for peer in group.peers.values())
+        seen, desired, circuits, drains = {}, {}, {}, {}
         for name, peer in group.peers.items():
             field, shared = self._fields[name], self._shared[name]
-            circuit = request.seen[name] = peer.breaker.circuit
+            circuit = seen[name] = peer.breaker.circuit
             is_open = circuit.state != CLOSED
-            report: dict[str, Any] = {
+            circuits[field] = report = {
                 "v": str(shared.agreed.version),
                 # As it was agreed on: what this process has kept to itself, it keeps.
                 "s": "open" if shared.agreed.is_open and is_open else "closed",
@@ -99,61 +99,68 @@ class Agreement:
                     fault=circuit.fault.value if circuit.fault else "",
                     q=circuit.question,
                     hold=trial_of(circuit, now) is not None,
-                    asks=name in request.asking,
+                    asks=name in asking,
                     by_hand=name in by_hand,
                     keep=self._is_kept(shared, now),
                 )
-            request.circuits[field] = report
-            desired = request.desired[name] = list(shared.desired.copy())
-            made = desired[-1].made if desired else shared.drain_at
-            request.drains[field] = {
+            wanted = desired[name] = list(shared.desired.copy())
+            made = wanted[-1].made if wanted else shared.drain_at
+            drains[field] = {
                 "v": str(shared.drain_version),
                 # As it is stored: what this process refuses is not taken back for the others.
-                "on": desired[-1].drained if desired else shared.drain_on,
-                "asked": bool(desired),
-                "force": bool(desired) and desired[-1].forced,
+                "on": wanted[-1].drained if wanted else shared.drain_on,
+                "asked": bool(wanted),
+                "force": bool(wanted) and wanted[-1].forced,
                 "age": milliseconds(now - made, KEEP_DRAINS),
             }
-            request.heartbeat[field] = peer.connections
-            if report["op"] or any(map(report.get, ("hold", "asks", "keep"))) or desired:
-                # A lease that is held has to be given back, whatever comes: in full once more.
-                self._version = request.version = None
-        request.is_quiet = request.version is not None
-        return request
+        held = {self._fields[name]: peer.connections for name, peer in group.peers.items()}
+        request = {
+            "me": link.me,
+            "host": link.host,
+            "heartbeat": json.dumps(held),
+            "circuits": circuits,
+            "drains": drains,
+            "fleet": any(question.fleet for question in asked),
+            "alive": ALIVE,
+            "moments": MOMENTS,
+            "history": HISTORY,
+            "keep_drains": KEEP_DRAINS,
+        }
+        return Request(now, asked, seen, desired, json.dumps(request))
 
-    def apply(self, request: Request, answer: Any) -> str:
-        """Take over what the others have found out.
-
-        :returns: what is wrong with Redis, although it answers.
-        :raises Exception: the answer is none.
-        """
+    def apply(self, group: PeerGroup, request: Request, answer: bytes) -> str:
+        """Apply what Redis answers; return what is wrong with it, or ""."""
         said = json.loads(bytes(answer).decode(errors="replace"))
-        group = self._group()
-        if group is None:
-            return ""
-        agreed = True
+        asking = {question.peer for question in request.asked}
         for name, seen in request.seen.items():
-            peer, field = group.peers[name], self._fields[name]
-            stored = said["circuits"][field]
-            if name in request.asking:
+            stored = said["circuits"][self._fields[name]]
+            if name in asking:
                 self._apply_lease(self._shared[name], request.at, stored)
-                # Whatever becomes of a lease, it has to be given back.
-                agreed = False
-            # A lease that is held has to be given back.
-            is_held = bool(request.circuits[field].get("hold"))
-            agreed &= self._apply_circuit(peer, seen, stored) and not is_held
+            self._apply_circuit(group.peers[name], seen, stored)
         drains = [
             (group.peers[name], said["drains"].get(self._fields[name])) for name in request.seen
         ]
         # Those that take connections again come first: at no moment is everything drained.
         for peer, drain in sorted(drains, key=lambda one: one[1] is None or one[1]["on"] is True):
             self._apply_drain(group, peer, request.desired[peer.name], drain)
-        wrong = refusal(said)
-        if said.get("garbage"):
-            wrong = wrong or "holds what no process of ours has written"
-        # While somebody holds a trial, or this process does, each round trip is one in full.
-        self._version = str(said["version"]) if agreed and not wrong and said["version"] else None
+        wrong = ""
+        if said.get("refused"):
+            wrong = f"takes no writes: {said['refused']}"
+        elif said.get("garbage"):
+            wrong = "holds what no process of ours has written"
+        for question in request.asked:
+            if question.peer:
+                question.answer = self._shared[question.peer].left_to_others
+            elif question.fleet:
+                question.answer = said.get("fleet")
+            else:
+                question.answer = not wrong and self.has_published_all
         return wrong
+
+    @property
+    def has_published_all(self) -> bool:
+        """Whether Redis has all desired states of this process."""
+        return not any(shared.desired for shared in self._shared.values())
 
     def _apply_lease(self, shared: SharedPeer, asked: float, said: Mapping[str, Any]) -> None:
         # Before anybody is answered: who has the answer takes this away.
@@ -172,8 +179,7 @@ class Agreement:
             return False
         return True
 
-    def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> bool:
-        """Return whether there is nothing more to be said of it, as long as nothing happens."""
+    def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> None:
         shared, breaker = self._shared[peer.name], peer.breaker
         version, is_open = int(said["v"]), said["s"] == "open"
         due_in = seconds_of(said.get("due"), 2 * breaker.reset_timeout)
@@ -182,14 +188,14 @@ class Agreement:
         if said["done"]:
             # What was said here.
             shared.agreed = Agreed(version, is_open, seen.generation)
-            return not held_for
+            return
         now = breaker._clock()
         if version <= shared.agreed.version:
             if is_open and held_for:
                 # Somebody is at it: to ask for the trial would be of no use.
                 put_off = partial(events.put_off, generation=seen.generation, due=now + held_for)
                 breaker.replace(put_off, now)
-            return not held_for
+            return
         event: CircuitEvent | None = None
         if is_open:
             # This process's own trial comes a little later than the fleet's, spread as widely as
@@ -211,9 +217,8 @@ class Agreement:
             before, after = breaker.apply(event, now, elsewhere=True)
             if after is before:
                 # It has changed meanwhile, or is being tried: the next round trip sees to it.
-                return False
+                return
         shared.agreed = Agreed(version, is_open, after.generation)
-        return not held_for
 
     def _apply_drain(
         self,
@@ -230,7 +235,7 @@ class Agreement:
         if version > shared.drain_version or was_answered:
             shared.drain_version = max(version, shared.drain_version)
             shared.drain_on = said["on"] is True
-            shared.drain_at = group.clock() - seconds_of(said.get("age"), KEEP_DRAINS)
+            shared.drain_at = self._clock() - seconds_of(said.get("age"), KEEP_DRAINS)
             # A desired state that has come meanwhile is younger. And first this: one that was
             # answered is sent again, if this is broken off.
             if len(shared.desired) <= len(sent):

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
-import json
 import logging
 import random
 import secrets
 import socket
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import address_in_words
 from ..logger import log
 from ..runtime import Worker
-from .scripts import FLEET, HEARTBEAT, SHA, SYNC
+from .records import Question
 from .trouble import Trouble, trouble_from
 from .url import checked_url
 
 if TYPE_CHECKING:
+    from ..group import PeerGroup
     from . import Sharing
+
+#: What Redis does for a process, in one step that nothing else gets in between of: it keeps the
+#: time, compares versions and decides. It is run by its SHA, so that it travels once.
+SCRIPT = Path(__file__).with_name("sync.lua").read_text(encoding="utf-8")
+SHA = hashlib.sha1(SCRIPT.encode()).hexdigest()  # noqa: S324
 
 #: Seconds between two round trips while all is well.
 INTERVAL = 1.0
@@ -78,7 +80,6 @@ class Link(Worker):
         self._inherited, self._client = self._client, None
         # Where the thread does not get to run (uWSGI without threads) it is never emptied.
         self._asked: deque[Question] = deque(maxlen=1000)
-        self._requests = itertools.count()
         #: Whether the last round trip went well, and when it did.
         self.answers = False
         self._answered_at = float("-inf")
@@ -136,83 +137,46 @@ class Link(Worker):
             for question in asked:
                 question.bell.release()
 
-    def _living(self) -> list[Sharing]:
+    def _living(self) -> list[tuple[Sharing, PeerGroup]]:
         living = []
         for key, reference in list(self._members.items()):
             member = reference()
-            if member is None:
+            group = None if member is None else member.group()
+            if member is None or group is None:
                 self._members.pop(key, None)
             else:
-                living.append(member)
+                living.append((member, group))
         return living
 
-    def _round_trip(self, now: float, members: list[Sharing], asked: list[Question]) -> float:
-        asking = [question for question in asked if question.peer]
-        composed = [
-            (member, member.compose([question for question in asking if question.of is member]))
-            for member in members
+    def _round_trip(
+        self, now: float, members: list[tuple[Sharing, PeerGroup]], asked: list[Question]
+    ) -> float:
+        requests = [
+            (member, group, member.compose(group, [one for one in asked if one.of is member]))
+            for member, group in members
         ]
-        views = [question for question in asked if question.fleet]
-        alive = json.dumps({"alive": ALIVE})
+        wrong = ""
         began = time.monotonic()
         try:
-            answers = self._exchange(
-                [
-                    (HEARTBEAT if request.is_quiet else SYNC, member.keys, request.text(self))
-                    for member, request in composed
-                ]
-                + [(FLEET, question.of.keys, alive) for question in views]
-            )
-            said = ""
-            behind = []
-            for (member, request), answer in zip(composed, answers):
+            answers = self._exchange([(member.keys, sent.text) for member, _, sent in requests])
+            for (member, group, sent), answer in zip(requests, answers):
                 if isinstance(answer, Exception):
                     raise answer
-                if request.is_quiet:
-                    same = json.loads(answer)
-                    said = refusal(same) or said
-                    if same["same"] is not True:
-                        behind.append((member, replace(request, is_quiet=False)))
-                else:
-                    said = member.apply(request, answer) or said
-            if behind:
-                # Something has happened: once more, in full.
-                calls = [(SYNC, member.keys, request.text(self)) for member, request in behind]
-                for (member, request), answer in zip(behind, self._exchange(calls)):
-                    if isinstance(answer, Exception):
-                        raise answer
-                    said = member.apply(request, answer) or said
+                wrong = member.apply(group, sent, answer) or wrong
         except Exception as exc:
             self.answers = False
             self._client = None
             # A fleet that lost its Redis at one moment is not to come back at one moment.
             wait = INTERVAL * (1 + random.random())
             self._retry_at = now + wait
-            self._of_no_use(
-                now,
-                trouble_from(
-                    exc,
-                    database=self._options.get("db", 0),
-                    has_password=bool(self._options.get("password")),
-                    uses_tls="SSL"
-                    in getattr(self._options.get("connection_class"), "__name__", ""),
-                    was_answered=self._answered_at > float("-inf"),
-                ),
-            )
+            was_answered = self._answered_at > float("-inf")
+            self._of_no_use(now, trouble_from(exc, self._options, was_answered=was_answered))
             return wait
         self._clocked(time.monotonic() - began)
         self.answers, self._answered_at = True, now
-        for question, answer in zip(views, answers[len(composed) :]):
-            if not isinstance(answer, Exception):
-                question.answer = answer
-        for question in asked:
-            if question.peer:
-                question.answer = question.of.answer_for(question.peer)
-            elif not question.fleet:
-                question.answer = not said and question.of.has_published_all
         self.trouble = None
-        if said:
-            self._of_no_use(now, Trouble(said))
+        if wrong:
+            self._of_no_use(now, Trouble(wrong))
         elif self._is_slow:
             milliseconds = int(PATIENCE * 1000)
             self._in_trouble(now, "slow", f"it took more than {milliseconds} ms {SLOW} times")
@@ -222,8 +186,8 @@ class Link(Worker):
             log(logging.INFO, "Redis at %s is of use again, after %.0f s", self.address, seconds)
         return INTERVAL
 
-    def _exchange(self, calls: list[tuple[str, list[str], str]]) -> list[Any]:
-        """Run scripts, in one round trip.
+    def _exchange(self, calls: list[tuple[list[str], str]]) -> list[Any]:
+        """Run the script once for each of the keys and arguments, in one round trip.
 
         :returns: what each answers, or the exception that it ended with.
         :raises Exception: whatever redis-py raises: there are no answers.
@@ -234,30 +198,21 @@ class Link(Worker):
             self._inherited = None
             # One connection, for only the thread uses it.
             self._client = redis.Redis(connection_pool=redis.ConnectionPool(**self._options))
-        answers = self._run_scripts("evalsha", calls)
-        unknown = [
-            position
-            for position, answer in enumerate(answers)
-            if type(answer).__name__ == "NoScriptError"
-        ]
+        answers = self._send("evalsha", SHA, calls)
+        unknown = [n for n, said in enumerate(answers) if type(said).__name__ == "NoScriptError"]
         if unknown:
-            # A Redis that was just started has not seen them yet.
-            again = self._run_scripts("eval", [calls[position] for position in unknown])
+            # A Redis that was just started has not seen it yet.
+            again = self._send("eval", SCRIPT, [calls[position] for position in unknown])
             for position, answer in zip(unknown, again):
                 answers[position] = answer
         return answers
 
-    def _run_scripts(self, command: str, calls: list[tuple[str, list[str], str]]) -> list[Any]:
+    def _send(self, command: str, script: str, calls: list[tuple[list[str], str]]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
-        for script, keys, text in calls:
-            which = SHA[script] if command == "evalsha" else script
-            getattr(pipeline, command)(which, len(keys), *keys, text)
+        for keys, text in calls:
+            getattr(pipeline, command)(script, len(keys), *keys, text)
         answers: list[Any] = pipeline.execute(raise_on_error=False)
         return answers
-
-    def serial(self) -> str:
-        """Return what no other request of any process is called."""
-        return f"{self.me}-{next(self._requests)}"
 
     # Trouble
 
@@ -316,29 +271,6 @@ class Link(Worker):
     def is_late(self) -> bool:
         """Whether an answer that has not come may still: the machine is busy, and Redis is well."""
         return self.answers and time.monotonic() - self._answered_at < 3 * INTERVAL
-
-
-class Question:
-    """Something to be asked in the thread's next round trip."""
-
-    __slots__ = ("answer", "bell", "by_hand", "fleet", "of", "peer")
-
-    def __init__(
-        self, of: Sharing, *, peer: str = "", by_hand: bool = False, fleet: bool = False
-    ) -> None:
-        self.of = of
-        #: Whose trial somebody here is ready to make; and whether that is due or not.
-        self.peer = peer
-        self.by_hand = by_hand
-        self.fleet = fleet
-        self.answer: Any = None
-        self.bell = threading.Lock()
-        self.bell.acquire()
-
-
-def refusal(said: Mapping[str, Any]) -> str:
-    """Return what a script says of its writes that failed, as a sentence without its subject."""
-    return f"takes no writes: {said['refused']}" if said.get("refused") else ""
 
 
 #: The links of this process, by URL.

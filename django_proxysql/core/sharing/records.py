@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import socket
+import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..circuit import CLOSED, Circuit
 from ..config import host_and_port
 from ..faults import Fault
 from ..peer import Peer
-from .link import Link
+
+if TYPE_CHECKING:
+    from . import Sharing
 
 #: Seconds for which the fleet's record of what happened goes back.
 HISTORY = 3600
@@ -109,46 +111,37 @@ class SharedPeer:
     desired: deque[DesiredState] = field(default_factory=deque)
 
 
-@dataclass
-class Request:
+class Question:
+    """Something to be asked in the thread's next round trip."""
+
+    __slots__ = ("answer", "bell", "by_hand", "fleet", "of", "peer")
+
+    def __init__(
+        self, of: Sharing, *, peer: str = "", by_hand: bool = False, fleet: bool = False
+    ) -> None:
+        self.of = of
+        #: Whose trial somebody here is ready to make; and whether that is due or not.
+        self.peer = peer
+        self.by_hand = by_hand
+        self.fleet = fleet
+        self.answer: Any = None
+        self.bell = threading.Lock()
+        self.bell.acquire()
+
+
+class Request(NamedTuple):
     """What one balancer sends to Redis in one round trip, and what that was made from."""
 
-    circuits: dict[str, dict[str, Any]]
-    drains: dict[str, dict[str, Any]]
-    #: By peer: the record that was looked at.
-    seen: dict[str, Circuit]
-    #: By peer: the desired states that are sent; the last one counts.
-    desired: dict[str, list[DesiredState]]
-    heartbeat: dict[str, int]
-    #: What was stored when everything was agreed on last; None: not everything is.
-    version: str | None
     #: When it was made, on the balancer's clock.
-    at: float = 0.0
-    #: The peers whose trial is asked for.
-    asking: frozenset[str] = frozenset()
-    #: Whether it is enough to ask if the version is unchanged: there is nothing to report.
-    is_quiet: bool = False
-
-    def text(self, link: Link) -> str:
-        """Return what the script HEARTBEAT is given, or SYNC if there is more to it."""
-        short = {
-            "me": link.me,
-            "heartbeat": json.dumps(self.heartbeat),
-            "history": HISTORY,
-            "keep_drains": KEEP_DRAINS,
-        }
-        if self.is_quiet:
-            return json.dumps({**short, "version": self.version})
-        return json.dumps(
-            {
-                **short,
-                "host": link.host,
-                "serial": link.serial(),
-                "circuits": self.circuits,
-                "drains": self.drains,
-                "moments": MOMENTS,
-            }
-        )
+    at: float
+    #: What is asked with it.
+    asked: Sequence[Question]
+    #: By peer: the record that was looked at.
+    seen: Mapping[str, Circuit]
+    #: By peer: the desired states that are sent; the last one counts.
+    desired: Mapping[str, list[DesiredState]]
+    #: What the script is given.
+    text: str
 
 
 def change_of(circuit: Circuit, agreed: Agreed, cut_off: bool) -> str:

@@ -1,4 +1,41 @@
--- Compares what a process knows of circuits and drains with what is stored.
+-- Counts a process in, and compares what it knows of circuits and drains with what is stored.
+local request = cjson.decode(ARGV[1])
+local circuits, drains, processes, counts, timeline = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local me = request.me
+local time = redis.call('TIME')
+local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
+local now = math.floor(now_us / 1000)
+local refused, garbage = nil, 0
+
+-- Where Redis is full or a replica, what is written fails, and what is read does not.
+local function write(...)
+  local done = redis.pcall(...)
+  if type(done) == 'table' and done.err then
+    refused = done.err
+    return false
+  end
+  return true
+end
+
+local function keep(key, seconds)
+  local left = redis.call('PTTL', key)
+  if left > -2 and left < seconds * 500 then write('PEXPIRE', key, seconds * 1000) end
+end
+
+local function heartbeat()
+  write('ZADD', processes, now, me)
+  write('HSET', counts, me, request.heartbeat)
+  local gone = redis.pcall('ZRANGEBYSCORE', processes, '-inf', now - 60000, 'LIMIT', 0, 100)
+  if type(gone) == 'table' and #gone > 0 then
+    write('ZREM', processes, unpack(gone))
+    write('HDEL', counts, unpack(gone))
+  end
+  keep(processes, 60)
+  keep(counts, 60)
+  keep(circuits, request.history)
+  keep(drains, request.keep_drains)
+end
+
 local function between(value, least, most)
   value = tonumber(value)
   if value and value >= least and value <= most then return math.floor(value) end
@@ -26,7 +63,7 @@ local function store(key, field, record, seconds)
   for name, value in pairs(record) do copy[name] = value end
   -- cjson writes 14 digits of a number, and this one has 16.
   copy.v = string.format('%.0f', record.v)
-  return write('HSET', key, field, cjson.encode(copy), LAST, request.serial)
+  return write('HSET', key, field, cjson.encode(copy))
     and write('PEXPIRE', key, seconds * 1000)
 end
 
@@ -36,6 +73,27 @@ local function note(field, state, why)
     write('LTRIM', timeline, -request.moments, -1)
     write('PEXPIRE', timeline, request.history * 1000)
   end
+end
+
+-- Adds up what all processes that were there lately have said.
+local function fleet()
+  -- What is ahead of the time was there before the clock was set back, and not since.
+  local alive = redis.call('ZRANGEBYSCORE', processes, now - request.alive * 1000, now + 1000)
+  local sums = {}
+  for first = 1, #alive, 500 do
+    local part = {}
+    for i = first, math.min(first + 499, #alive) do part[#part + 1] = alive[i] end
+    for _, text in ipairs(redis.call('HMGET', counts, unpack(part))) do
+      local good, connections = pcall(cjson.decode, text or '')
+      if good and type(connections) == 'table' then
+        for field, held in pairs(connections) do
+          if type(held) == 'number' then sums[field] = (sums[field] or 0) + held end
+        end
+      end
+    end
+  end
+  return {processes = #alive, connections = sums, now = now,
+          moments = redis.call('LRANGE', timeline, 0, -1)}
 end
 
 local reply = {circuits = {}, drains = {}}
@@ -189,5 +247,9 @@ for field, theirs in pairs(request.drains) do
 end
 
 heartbeat()
-reply.refused, reply.garbage, reply.version = refused, garbage, state_version()
+reply.refused, reply.garbage = refused, garbage
+if request.fleet then
+  local good, found = pcall(fleet)
+  if good then reply.fleet = found end
+end
 return cjson.encode(reply)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Trouble(NamedTuple):
@@ -26,30 +24,27 @@ NO_ANSWER = Trouble("does not answer")
 _OF_A_CLUSTER = {"AskError", "ClusterCrossSlotError", "ClusterDownError", "MovedError"}
 
 
-def trouble_from(
-    exc: BaseException,
-    *,
-    database: object = 0,
-    has_password: bool = True,
-    uses_tls: bool = False,
-    was_answered: bool = False,
-) -> Trouble:
+def trouble_from(exc: BaseException, options: Mapping[str, Any], *, was_answered: bool) -> Trouble:
     """Return what an error of redis-py's says about a Redis and about SHARED_STATE.
 
-    :param database: the number of the database that SHARED_STATE names.
+    :param options: what SHARED_STATE has redis-py connect with.
     :param was_answered: this Redis has answered this process before.
     """
-    detail = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
-    causes = list(_causes(exc))
-    said = " ".join(str(cause) for cause in causes).lower()
+    causes = [exc]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    said = " ".join(map(str, causes)).lower()
     names = {cls.__name__ for cause in causes for cls in type(cause).__mro__}
-    if "NoPermissionError" in names or "noperm" in said:
+    uses_tls = "SSL" in getattr(options.get("connection_class"), "__name__", "")
+
+    def holds(*parts: str) -> bool:
+        return any(part in said for part in parts)
+
+    if "NoPermissionError" in names or holds("noperm"):
         says = "does not let our user run its scripts; see SHARED_STATE, and the user's ACL"
-    elif "AuthenticationError" in names or _any(said, "noauth", "wrongpass", "invalid password"):
-        says = "refused our password"
-        if not has_password:
-            says += ", for SHARED_STATE has none"
-        says += "; see SHARED_STATE"
+    elif "AuthenticationError" in names or holds("noauth", "wrongpass", "invalid password"):
+        lacking = "" if options.get("password") else ", for SHARED_STATE has none"
+        says = f"refused our password{lacking}; see SHARED_STATE"
     elif "hello" in said and "unknown command" in said:
         says = (
             "is older than Redis 6, which protocol=3 takes; see SHARED_STATE: protocol=2 is the "
@@ -59,17 +54,17 @@ def trouble_from(
         says = "is a Redis Cluster, which SHARED_STATE cannot use; name a Redis that is none"
     elif "unknown command" in said and "eval" in said:
         says = "runs no scripts, as a Redis Sentinel does not; see SHARED_STATE"
-    elif "db index is out of range" in said or "invalid db index" in said:
-        says = f"has no database {database}; see SHARED_STATE"
-    elif any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+    elif holds("db index is out of range", "invalid db index"):
+        says = f"has no database {options.get('db', 0)}; see SHARED_STATE"
+    elif "SSLCertVerificationError" in names:
         says = "shows a TLS certificate that is not trusted; see ssl_ca_certs in SHARED_STATE"
-    elif any(isinstance(cause, ssl.SSLError) for cause in causes) or "handshake" in said:
+    elif "SSLError" in names or holds("handshake"):
         says = "does not speak TLS as rediss:// in SHARED_STATE demands"
-    elif any(isinstance(cause, socket.gaierror) for cause in causes):
+    elif "gaierror" in names:
         says = "has a host name that cannot be resolved; see SHARED_STATE"
-    elif any(isinstance(cause, FileNotFoundError) for cause in causes):
+    elif "FileNotFoundError" in names:
         says = "cannot be connected to: a file that SHARED_STATE names does not exist"
-    elif uses_tls is was_answered is False and _any(said, "reset by peer", "closed by server"):
+    elif not uses_tls and not was_answered and holds("reset by peer", "closed by server"):
         says = "ends connections at once; a port for TLS does so: then SHARED_STATE is rediss://…"
     elif "InvalidResponse" in names:
         says = "answers as no Redis does; see SHARED_STATE"
@@ -77,18 +72,4 @@ def trouble_from(
         says = "refused a command"
     else:
         says = NO_ANSWER.says
-    return Trouble(says, detail)
-
-
-def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from."""
-    seen: set[int] = set()
-    cause: BaseException | None = exc
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _any(text: str, *parts: str) -> bool:
-    return any(part in text for part in parts)
+    return Trouble(says, f"{type(exc).__name__}: {' '.join(str(exc).split())}")
