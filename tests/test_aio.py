@@ -17,10 +17,11 @@ import tenacity
 from django_proxysql import AsyncLoadBalancer, Fault, LoadBalancer, NoPeerAvailable, NotReady
 from django_proxysql.core import aio
 from django_proxysql.core.balancer import Attempt
-from django_proxysql.core.events import CircuitOpened, Connected, PeersExhausted
+from django_proxysql.core.events import CircuitOpened, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
 from tests.fakes import Clock, bad_password, carried_on_by_tenacity, peers, refused_by_host, running
 from tests.fakes import Driver as SyncDriver
+from tests.test_balancer import SCRIPTS, play
 from tests.test_balancer import World as SyncWorld
 
 
@@ -112,16 +113,19 @@ class World(SyncWorld):
         assert [peer.connections for peer in self.db.peers.values()] == [0] * len(self.db.peers)
 
 
-def test_connects_to_the_next_peer_and_opens_the_circuit_of_the_failed_one() -> None:
-    world = World("db1", "db2")
-    world.driver.down["db1"] = refused_by_host
+@pytest.mark.parametrize("promise", SCRIPTS)
+def test_which_peers_a_connect_tries(promise: str) -> None:
+    """As without asyncio."""
+    play(SCRIPTS[promise], World)
+
+
+def test_connection_is_counted_as_long_as_it_is_kept() -> None:
+    world = World("db1")
     connection = world.connect()
-    assert connection.host == "db2"
-    assert [peer.breaker.current_state for peer in world.db.peers.values()] == ["open", "closed"]
-    assert len(world.told(CircuitOpened)) == 1
-    assert world.db.peers["db2"].connections == 1
-    assert world.connect().host == "db2"
-    assert world.driver.hosts == ["db1", "db2", "db2"]
+    assert world.db.peers["db1"].connections == 1
+    connection.terminate()
+    del connection
+    world.assert_nothing_is_left()
 
 
 def test_tenacity_carries_on_after_the_first_failure() -> None:
@@ -149,15 +153,6 @@ def test_hanging_peer_is_cancelled_after_connect_timeout() -> None:
     circuit = world.db.peers["db1"].breaker.circuit
     assert (circuit.state, circuit.fault) == ("open", Fault.UNREACHABLE)
     assert " 7 s" in circuit.error
-
-
-def test_trial_that_is_due_goes_first_and_closes_the_circuit() -> None:
-    world = World("db1", "db2")
-    world.open("db1")
-    assert world.connect().host == "db2"
-    world.clock.advance(31)
-    assert world.connect().host == "db1"
-    assert world.told(Connected)[-1].trial
 
 
 def test_waits_for_another_tasks_trial_without_blocking_the_loop() -> None:

@@ -52,25 +52,6 @@ class TestBalancer:
             assert [type(error) for error in refused].count(DrainRefused) == len(refused) - 1, step
         assert step > 5
 
-    def test_gets_no_new_connections_until_it_is_undrained(self) -> None:
-        world = World("db1", "db2")
-        world.db.drain("db1")
-        assert [world.connect() for _ in range(3)] == ["db2"] * 3
-        world.db.undrain("db1")
-        assert world.connect() == "db1"
-
-    @pytest.mark.parametrize("suspect", [False, True])
-    def test_no_trials(self, suspect: bool) -> None:
-        """A drained peer's trial is not made, due or not, and not as a last resort."""
-        world = World("db1", "db2")
-        world.db.peers["db1"].breaker.suspect() if suspect else world.open("db1")
-        world.db.drain("db1")
-        world.clock.advance(30)
-        assert world.hosts() == ["db2"]
-        world.driver.down["db2"] = refused_by_host
-        world.clock.advance(30)
-        assert world.hosts() == ["db2"]
-
     def test_last_peer_is_refused(self) -> None:
         world = World("db1", "db2")
         world.open("db2")
@@ -112,11 +93,6 @@ class TestBalancer:
         world.db.undrain("db1")
         world.db.undrain("db1")
         assert [type(event) for event in world.events] == [PeerDrained, PeerUndrained]
-
-    def test_unknown_name(self) -> None:
-        world = World("db1", "db2")
-        with pytest.raises(KeyError):
-            world.db.drain("db3")
 
     def test_drivers_error_is_raised_where_all_others_refuse(self) -> None:
         world = World("db1", "db2")
