@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import linecache
-import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Callable
 
 import pybreaker
@@ -155,54 +152,6 @@ class Recorder(pybreaker.CircuitBreakerListener):
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
         self.told.append((old_state.name if old_state else None, new_state.name))
-
-
-def struck_at(
-    step: int,
-    work: Callable[[], object],
-    error: type[BaseException],
-    kept: list[BaseException] | None,
-    files: Collection[str],
-) -> tuple[bool, str]:
-    """Run ``work`` and raise ``error`` at the step-th line that it runs in ``files``.
-
-    :param kept: gets what was raised, and with its traceback all frames; None: nothing does.
-    :returns: whether there was such a line, and where it is.
-
-    Where a ``with`` block is left is no step: the interpreter asks for signals where functions are
-    called and loops turn round, which it does not between the block's end and ``__exit__``.
-    """
-    left = step
-    where = ""
-    entered: set[tuple[int, int]] = set()
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal left, where
-        if frame.f_code.co_filename not in files:
-            return None
-        if event == "line":
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            if line.startswith("with "):
-                key = (id(frame), frame.f_lineno)
-                if key in entered:
-                    return trace
-                entered.add(key)
-            left -= 1
-            if left == 0:
-                where = f"{frame.f_code.co_name}:{frame.f_lineno}: {line}"
-                raise error
-        return trace
-
-    sys.settrace(trace)
-    try:
-        work()
-    except BaseException as exc:
-        # Its traceback leads to this frame: they keep each other until the list is cleared.
-        if kept is not None:
-            kept.append(exc)
-    finally:
-        sys.settrace(None)
-    return left <= 0, where
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ if not EARLY:
 
 import gc
 import socket
+import threading
 from typing import Any
 
 import gevent
@@ -23,6 +24,7 @@ import gevent.event
 import pymysql
 
 from django_proxysql import LoadBalancer
+from django_proxysql.core.trials import trial_worker
 
 if EARLY:
     #: Made by an application that is loaded before gunicorn's worker patches its process.
@@ -110,6 +112,32 @@ def timed_out() -> None:
         db.connect()
         raise AssertionError("connected to no peer")
     assert db.peers["db1"].breaker.is_available
+
+
+def tried_in_the_background() -> None:
+    """The thread that makes trials is a greenlet, and waits for patched sockets as such."""
+    server, seen = Silent(), []
+
+    def connect(port: int) -> socket.socket:
+        seen.append(threading.get_ident())
+        client = socket.create_connection(("127.0.0.1", port), timeout=60)
+        assert client.recv(2) == b"ok"
+        return client
+
+    peer = {"port": server.port}
+    db = LoadBalancer({"db1": peer, "db2": peer}, connect, trials="background")
+    breaker = db.peers["db1"].breaker
+    breaker.open()
+    breaker.half_open()
+    server.await_client()
+    # Others run while its trial waits for the network.
+    gevent.sleep(0.05)
+    assert breaker.trial is not None
+    server.accepted[0].sendall(b"ok")
+    while breaker.current_state != "closed" or trial_worker.is_running:
+        gevent.sleep(0.01)
+    assert len(seen) == 1
+    assert seen[0] != threading.get_ident()
 
 
 class Connection:

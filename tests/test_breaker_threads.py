@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import random
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, PeerBreaker
-from django_proxysql.core import (
-    affinity,
-    balancer,
-    breaker,
-    circuit,
-    dispatch,
-    group,
-    leases,
-    permits,
-    search,
-)
+from django_proxysql.core import search
 from django_proxysql.core.events import CircuitOpened
 from django_proxysql.core.logs import log_event
 from django_proxysql.core.runtime import new_lock
@@ -37,7 +26,6 @@ from tests.fakes import (
     Clock,
     Connection,
     Driver,
-    OperationalError,
     RunningClock,
     even,
     holding,
@@ -47,17 +35,9 @@ from tests.fakes import (
     raised_by,
     refused_by_host,
     running,
-    struck_at,
 )
+from tests.strikes import CIRCUITS, CONNECTING, Injected, strikes
 from tests.test_balancer import InOrder
-
-#: The files that a circuit's life is in.
-CIRCUITS = [str(module.__file__) for module in (breaker, circuit, leases, permits)]
-#: The files that a connect runs through.
-CONNECTING = [
-    *CIRCUITS,
-    *(str(module.__file__) for module in (affinity, balancer, dispatch, group, search)),
-]
 
 
 class Gate:
@@ -153,23 +133,6 @@ class TestHammering:
         assert db.peers["db1"].breaker.fail_counter == 1
         assert [record.levelname for record in caplog.records] == ["WARNING"]
 
-    def test_burst_of_refused_statements_opens_once(self) -> None:
-        db = LoadBalancer(peers("db1"), breaker={"fail_max": 100}, clock=Clock())
-        told: list[Any] = []
-        db.add_listener(told.append)
-        circuit = db.peers["db1"].breaker
-        barrier = threading.Barrier(64)
-
-        def told_so() -> None:
-            barrier.wait(60)
-            circuit.trip(OperationalError(1047, "WSREP"), Fault.NOT_READY, "galera")
-
-        with running(*[told_so] * 64):
-            pass
-        assert [type(event) for event in told] == [CircuitOpened]
-        assert circuit.circuit.generation == 1
-        assert circuit.circuit.question == "galera"
-
     def test_burst_over_fail_max(self) -> None:
         """With fail_max 10, 64 failures at once count to ten, each number once, and no further."""
         circuit = PeerBreaker(fail_max=10, clock=Clock())
@@ -227,18 +190,7 @@ class TestFork:
         clock.advance(30)
         with holding(circuit._lock):
             assert in_child(lambda: db.connect().host + circuit.current_state) == "db1closed"
-
-    def test_while_a_thread_holds_the_lock_of_a_breaker_of_its_own(self) -> None:
-        circuit = PeerBreaker(fail_max=1)
-        with holding(circuit._lock):
-
-            def work() -> str:
-                with pytest.raises(ZeroDivisionError):
-                    circuit.call(lambda: 1 / 0)
-                return str(circuit.current_state)
-
-            assert in_child(work) == "open"
-        assert circuit.current_state == "closed"
+        assert circuit.current_state == "open"
 
     @pytest.mark.parametrize("suspect", [False, True])
     def test_while_a_trial_is_under_way(self, suspect: bool) -> None:
@@ -254,26 +206,14 @@ class TestFork:
         def work() -> str:
             before = circuit.current_state
             host = db.connect().host
-            trial.failed(OSError())  # the parent's; the child has no part in it
+            # The parent's; the child has no part in it.
+            trial.failed(OSError())
             return f"{before} {host} {circuit.current_state}"
 
         assert in_child(work) == f"{'closed' if suspect else 'open'} db1 closed"
         assert circuit.trial is not None
         trial.succeeded()
         assert circuit.current_state == "closed"
-
-    def test_child_made_within_a_guarded_trial_goes_on(self) -> None:
-        clock = Clock()
-        circuit = PeerBreaker(clock=clock, jitter=even)
-        circuit.open()
-        clock.advance(30)
-
-        def work() -> str:
-            permits.pop().succeeded()
-            return f"{circuit.current_state} {circuit.call(str)}{circuit.current_state}"
-
-        permits = [circuit.acquire()]
-        assert in_child(work) == "open closed"
 
     def test_child_keeps_what_is_known_and_no_connections(self) -> None:
         db = LoadBalancer(peers("db1", "db2"), Driver().connect, clock=Clock())
@@ -299,10 +239,6 @@ class TestFork:
 
 #: What a test does with a balancer.
 Scene = Callable[[LoadBalancer], object]
-
-
-class Injected(BaseException):
-    """What is thrown into threads, as Celery's and debuggers' time-outs are."""
 
 
 def failing_at_times(seed: int) -> tuple[RunningClock, Gate, LoadBalancer]:
@@ -336,31 +272,6 @@ def works_again(db: LoadBalancer, clock: Clock, after: float = 1000) -> None:
         assert peer.breaker.trial is None
     view = db.group.view()
     assert {peer.name for tier in view.tiers for peer in tier} == set(db.peers)
-
-
-def interrupted_at(
-    step: int, work: Callable[[], object], files: Collection[str] = CONNECTING
-) -> tuple[bool, str]:
-    """Run ``work`` and raise Injected at the step-th line that it runs of ``files``."""
-    return struck_at(step, work, Injected, None, files)
-
-
-def doomed_thread(
-    step: int, monkeypatch: pytest.MonkeyPatch, files: Collection[str]
-) -> list[tuple[bool, str]]:
-    """Have the thread that begins next killed at its step-th line; where that was comes later."""
-    struck: list[tuple[bool, str]] = []
-    start = _thread.start_new_thread
-
-    def doomed(run: Any, args: Any) -> int:
-        monkeypatch.setattr(_thread, "start_new_thread", start)
-        return start(
-            lambda: struck.append(interrupted_at(step, lambda: run(*args), files)),
-            (),
-        )
-
-    monkeypatch.setattr(_thread, "start_new_thread", doomed)
-    return struck
 
 
 def connecting(*down: str) -> Scene:
@@ -457,62 +368,20 @@ class TestAsynchronousExceptions:
             assert not thread.is_alive()
         works_again(db, clock)
 
-    def test_by_a_signal(self) -> None:
-        """The same for a signal handler that raises, as Ctrl-C's and alarm's do."""
-        clock, gate, db = failing_at_times(7)
-        armed = False
-
-        def strike(*args: Any) -> None:
-            nonlocal armed
-            if armed:
-                armed = False
-                raise Injected
-
-        # Of its own time, which is what the timer goes by.
-        until = time.process_time() + 20
-
-        def hammer() -> None:
-            """Connect until struck. (A function: where a loop jumps back no ``try`` may hold.)"""
-            nonlocal armed
-            while time.process_time() < until:
-                armed = True
-                raised = raised_by_exception(lambda: db.connect(gate.open_one))
-                if isinstance(raised, NoPeerAvailable):
-                    clock.advance(0.5)
-                db.peers["db2"].breaker.suspect()
-            raise AssertionError("not struck 250 times in 20 seconds")
-
-        # Not SIGALRM, which is pytest-timeout's.
-        before = signal.signal(signal.SIGVTALRM, strike)
-        try:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.00037)
-            for _ in range(250):
-                with contextlib.suppress(Injected):
-                    hammer()
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-        works_again(db, clock)
-
     @pytest.mark.parametrize("name", list(SCENES))
     def test_circuits_work_after_one_at_any_line_of_the_core(self, name: str) -> None:
-        step = 0
         gc.disable()
         try:
-            while True:
-                step += 1
+            for strike in strikes(CONNECTING, least=25):
                 db, clock, scene = prepared(name)
-                there, where = interrupted_at(step, scene)
+                strike.hits(scene)
                 try:
                     # The failures of a scene count: those peers are left alone for longer.
                     works_again(db, clock, after=33 if "bad" in name or "down" in name else 1)
                 except AssertionError as exc:
-                    raise AssertionError(f"after an exception at {where}") from exc
-                if not there:
-                    break
+                    raise AssertionError(f"after an exception at {strike.where}") from exc
         finally:
             gc.enable()
-        assert step > 25
 
     @pytest.mark.parametrize("error", [Injected, RecursionError, MemoryError])
     @pytest.mark.parametrize("end", ["succeeded", "failed", "released"])
@@ -525,9 +394,7 @@ class TestAsynchronousExceptions:
         The traceback is kept, and the permit with it: nothing is left to the garbage collector.
         """
         kept: list[BaseException] = []
-        step, there = 0, True
-        while there:
-            step += 1
+        for strike in strikes(CIRCUITS, error, least=10, kept=kept):
             clock = Clock()
             circuit = PeerBreaker(clock=clock, jitter=even, lease=31, reset_timeout=30)
             if suspect:
@@ -538,21 +405,14 @@ class TestAsynchronousExceptions:
             permit = circuit.acquire()
             assert permit is not None
             arguments = [refused_by_host()] if end == "failed" else []
-            there, where = struck_at(
-                step,
-                lambda: getattr(permit, end)(*arguments),  # noqa: B023
-                error,
-                kept,
-                CIRCUITS,
-            )
-            if where.startswith(end):
+            strike.hits(functools.partial(getattr(permit, end), *arguments))
+            if strike.where.startswith(end):
                 # Before it had begun to end.
                 kept.clear()
                 del permit
-            assert circuit.trial is None, where
+            assert circuit.trial is None, strike.where
             clock.advance(31 if circuit.circuit.failures else 1)
-            assert circuit.acquire() is not None, where
-        assert step > 10
+            assert circuit.acquire() is not None, strike.where
 
     @pytest.mark.parametrize("works", [True, False])
     def test_interrupted_connect_leaves_no_trial_and_no_caller_spins(
@@ -568,28 +428,19 @@ class TestAsynchronousExceptions:
 
         monkeypatch.setattr(search.Search, "_left_over", counted)
         kept: list[BaseException] = []
-        step, there = 0, True
-        while there:
-            step += 1
+        for strike in strikes(CONNECTING, least=50, kept=kept):
             clock = Clock()
             db = LoadBalancer(peers("db1"), clock=clock, jitter=even)
             db.remove_listener(log_event)
             db.peers["db1"].breaker.open()
             clock.advance(30)
-            there, where = struck_at(
-                step,
-                lambda: db.connect(lambda _: works or fail_as_host()),  # noqa: B023
-                Injected,
-                kept,
-                CONNECTING,
-            )
+            strike.hits(functools.partial(db.connect, lambda _: works or fail_as_host()))
             # What was struck before anybody had the permit is the garbage collector's.
             kept.clear()
             clock.advance(1)
             looks.clear()
-            assert db.connect(lambda _: "connected") == "connected", where
-            assert len(looks) <= 2, where
-        assert step > 50
+            assert db.connect(lambda _: "connected") == "connected", strike.where
+            assert len(looks) <= 2, strike.where
 
     def test_connect_after_one_that_hit_the_recursion_limit_is_made(
         self, request: pytest.FixtureRequest
@@ -669,11 +520,3 @@ class TestAsynchronousExceptions:
 
 def fail_as_host() -> None:
     raise refused_by_host()
-
-
-def raised_by_exception(function: Callable[[], object]) -> Exception | None:
-    try:
-        function()
-    except Exception as exc:
-        return exc
-    return None

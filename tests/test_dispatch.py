@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from django_proxysql.core.events import CircuitClosed, CircuitOpened, Connected,
 from django_proxysql.core.logs import log_event
 from tests.children import in_child, run_python
 from tests.fakes import Clock, Recorder, in_thread, raised_by, running, until
-from tests.test_breaker_threads import CIRCUITS, doomed_thread, interrupted_at
+from tests.strikes import CIRCUITS, strikes
 
 
 def event(number: int) -> PeersExhausted:
@@ -129,70 +129,34 @@ def test_no_event_is_left_and_no_two_at_once(dispatcher: Dispatcher, listening: 
     assert listening.most == 1
 
 
-def test_told_as_its_thread_ends(dispatcher: Dispatcher, listening: Listening) -> None:
-    """A thread that finds it over starts another, which alone delivers what comes from then on."""
-
-    class Late(deque[Any]):
-        def __bool__(self) -> bool:
-            # The thread has said that it is over, and looks once more.
-            if late:
-                late.pop()()
-            return len(self) > 0
-
-    def tell_two() -> None:
-        lives.append(dispatcher._life)
-        listening.go_on.clear()
-        deliver(dispatcher, event(2))
-        deliver(dispatcher, event(3))
-        listening.wait(2)
-
-    late: list[Callable[[], None]] = [tell_two]
-    lives: list[Any] = []
-    dispatcher.waiting = Late(maxlen=MOST)
-    deliver(dispatcher, event(1))
-    until(lambda: lives and lives[0]() is None)
-    assert listening.told == [1]
-    listening.go_on.set()
-    until(lambda: len(listening.told) == 3)
-    assert listening.told == [1, 2, 3]
-    assert listening.most == 1
-
-
 @pytest.mark.usefixtures("strikes_are_silent")
 def test_killed_at_every_line(listening: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is killed leaves to another what it had not begun to tell."""
     monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.01)
-    files = [dispatch.__file__, runtime.__file__]
-    step, there = 0, True
-    while there:
-        step += 1
+    for strike in strikes([dispatch.__file__, runtime.__file__], least=10):
         dispatcher = Dispatcher(listening, "default")
         listening.told.clear()
         dispatcher.waiting.extend([event(1), event(2)])
-        struck = doomed_thread(step, monkeypatch, files)
+        strike.dooms_next_thread(monkeypatch)
         deliver(dispatcher, event(3))
-        until(lambda: struck)  # noqa: B023
-        there, where = struck[0]
+        strike.wait()
         # Before its first line or on its way out nothing can start another.
         deliver(dispatcher, event(4))
         until(lambda: 4 in listening.told)
         # The one that it was killed over may be lost.
-        assert len(listening.told) >= 3, where
-        assert listening.told == sorted(set(listening.told)), where
-    assert step > 10
+        assert len(listening.told) >= 3, strike.where
+        assert listening.told == sorted(set(listening.told)), strike.where
     assert listening.most == 1
 
 
-@pytest.mark.parametrize("step", range(1, 20))
-def test_the_notifying_thread_is_killed(
-    dispatcher: Dispatcher, listening: Listening, step: int
-) -> None:
+def test_the_notifying_thread_is_killed(listening: Listening) -> None:
     """The next event takes along the one that was left."""
-    interrupted_at(
-        step, lambda: deliver(dispatcher, event(1)), [dispatch.__file__, runtime.__file__]
-    )
-    deliver(dispatcher, event(2))
-    until(lambda: listening.told[-1:] == [2])
+    for strike in strikes([dispatch.__file__, runtime.__file__], least=15):
+        dispatcher = Dispatcher(listening, "default")
+        strike.hits(functools.partial(deliver, dispatcher, event(1)))
+        deliver(dispatcher, event(2))
+        until(lambda: listening.told[-1:] == [2])
+        listening.told.clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
@@ -280,28 +244,6 @@ def test_change_waits_for_the_one_before_it() -> None:
     assert pager.ended == [CircuitClosed, CircuitOpened]
 
 
-def test_an_event_waits_behind_what_the_listeners_own_thread_delivers() -> None:
-    """Also one that is no change of a circuit: a pager must not end on what was older."""
-    listeners = LoadBalancer({"db1": {"host": "db1"}}).group.listeners
-    inside, go_on = threading.Event(), threading.Event()
-    ended: list[type] = []
-
-    def listener(told: Any) -> None:
-        if type(told) is CircuitClosed:
-            inside.set()
-            assert go_on.wait(60)
-        ended.append(type(told))
-
-    listeners.add(listener, True)
-    deliver(listeners.dispatchers[-1], CircuitClosed("default", "db1", "db1", 1.0, True))
-    assert inside.wait(60)
-    in_thread(lambda: listeners.emit(event(1)))
-    assert ended == []
-    go_on.set()
-    until(lambda: len(ended) == 2)
-    assert ended == [CircuitClosed, PeersExhausted]
-
-
 def test_an_event_waits_behind_a_change_that_is_not_delivered_yet() -> None:
     """The thread that made the change may stand between its lock and the delivery."""
     listeners = LoadBalancer({"db1": {"host": "db1"}}).group.listeners
@@ -371,23 +313,6 @@ def test_listener_that_changes_the_circuit() -> None:
     assert threads == [threading.get_ident()] * 2
 
 
-@pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_listener_that_raises_keeps_the_order(error: type[BaseException]) -> None:
-    db = LoadBalancer({"db1": {"host": "db1"}})
-    circuit = db.peers["db1"].breaker
-    pager = Pager()
-
-    def fail(told: Any) -> None:
-        raise error
-
-    db.add_listener(fail)
-    db.add_listener(pager)
-    for change in (circuit.open, circuit.close) * 2:
-        raised_by(change)
-    until(lambda: len(pager.ended) == 4)
-    assert pager.ended == [CircuitOpened, CircuitClosed] * 2
-
-
 @pytest.mark.parametrize("method", ["failure", "state_change"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_listener_of_a_circuit_that_raises_keeps_nothing_from_the_others(
@@ -414,12 +339,11 @@ def test_listener_of_a_circuit_that_raises_keeps_nothing_from_the_others(
 @pytest.mark.parametrize("end", ["succeeded", "failed"])
 def test_thread_that_is_killed_at_a_change_has_it_delivered(end: str) -> None:
     """At whichever line, and once. It is the last change: none follows that takes it along."""
-    step, there, told = 0, True, 0
+    told = 0
     #: The event of the state that the end of the permit brings.
     kinds = {"closed": CircuitClosed} if end == "succeeded" else {"open": CircuitOpened}
     files = [*CIRCUITS, group.__file__, dispatch.__file__]
-    while there:
-        step += 1
+    for strike in strikes(files, least=20):
         clock = Clock()
         db = LoadBalancer({"db1": {"host": "db1"}}, clock=clock)
         db.remove_listener(log_event)
@@ -434,15 +358,14 @@ def test_thread_that_is_killed_at_a_change_has_it_delivered(end: str) -> None:
             permit = circuit.acquire()
         pager.ended.clear()
         arguments = [OSError()] if end == "failed" else []
-        there, where = interrupted_at(step, lambda: getattr(permit, end)(*arguments), files)  # noqa: B023
+        strike.hits(functools.partial(getattr(permit, end), *arguments))
         # One whose delivery had begun is lost. Before notify_pending() has begun, and where it
         # ends, where nothing asks for signals, it waits for the next change.
         waits = ("self.notify_pending()", ".circuit.pending:", "try:", "self._handing = None")
-        is_lost = where.startswith("step:") or where.endswith(waits)
+        is_lost = strike.where.startswith("step:") or strike.where.endswith(waits)
         if circuit.current_state in kinds and not is_lost:
             told += 1
             until(lambda: pager.ended == [kinds[circuit.current_state]])  # noqa: B023
-    assert step > 20
     assert told > 20
 
 
@@ -503,41 +426,29 @@ def test_fork_while_a_change_is_delivered() -> None:
 
 
 EXIT = """
-import sys, threading, time
-from django_proxysql.core import runtime
-from django_proxysql import LoadBalancer, PeerBreaker
+import threading, time
+from django_proxysql import LoadBalancer
+from django_proxysql.core.events import CircuitClosed
 
 db = LoadBalancer({"db1": {"host": "db1"}})
 begun = threading.Event()
 
 def write(event):
     begun.set()
-    {work}
+    time.sleep(0.3)
     print("written", type(event).__name__, flush=True)
 
 db.add_listener(write)
 (mine,) = (one for one in db.group.listeners.dispatchers if one.listener is write)
-from django_proxysql.core.events import CircuitClosed
 mine.put(CircuitClosed("default", "db1", "db1", 1.0, True))
 mine.start()
 begun.wait(60)
-runtime.AT_EXIT = {seconds}
 """
-
-
-def at_exit(work: str, seconds: float = 60) -> str:
-    program = EXIT.replace("{work}", work).replace("{seconds}", str(seconds))
-    return run_python(program).stdout
 
 
 def test_process_ends_when_what_was_begun_is_written() -> None:
     """A listener in the middle of its work, in a thread, is not cut off."""
-    assert at_exit("time.sleep(0.3)") == "written CircuitClosed\n"
-
-
-def test_listener_that_hangs_does_not_hold_the_exit() -> None:
-    """The process's end waits for a while and goes on."""
-    assert at_exit("threading.Event().wait()", 0.1) == ""
+    assert run_python(EXIT).stdout == "written CircuitClosed\n"
 
 
 def test_a_listener_that_is_added_twice_gets_each_event_once() -> None:

@@ -17,6 +17,7 @@ SCENES = [
     "struck_in_connect",
     "struck_in_a_trial",
     "timed_out",
+    "tried_in_the_background",
     "counts_end_with_connections",
     "pinned",
     "patched_late",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import random
@@ -26,8 +27,8 @@ from tests.engine import Clock as EngineClock
 from tests.fakes import Clock, in_thread, running, until
 from tests.servers.mariadb import Node
 from tests.site import Site
+from tests.strikes import strikes
 from tests.test_balancer import InOrder
-from tests.test_breaker_threads import interrupted_at
 
 SECONDS = 30.0
 
@@ -304,22 +305,14 @@ class TestClaim:
 
     def test_killed_at_every_line(self) -> None:
         """A thread that is killed while it asks takes no turn for ever, nor a lock."""
-        step = 0
-        there = True
-        while there:
-            step += 1
+        for strike in strikes([rebalance.__file__], least=10):
             process = self.process(2)
             process.clock.advance(SECONDS)
             a = process.db.peers["a"]
-            there, _ = interrupted_at(
-                step,
-                lambda: process.db.group.claim_move(a),  # noqa: B023
-                [rebalance.__file__],
-            )
+            strike.hits(functools.partial(process.db.group.claim_move, a))
             gc.collect()
             process.clock.advance(SECONDS)
             assert in_thread(lambda: process.db.group.claim_move(a)) is not None  # noqa: B023
-        assert step > 10
 
     def test_child(self) -> None:
         """A child of a fork has nothing to move, and a free lock."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import random
 import sys
@@ -33,9 +34,9 @@ from tests.fakes import (
     peers,
     refused_by_host,
     running,
-    struck_at,
     until,
 )
+from tests.strikes import strikes
 
 MANY = 10_000
 
@@ -311,19 +312,11 @@ class TestLeastConnections:
     def test_killed_connect_counts_no_longer(self, error: type[BaseException]) -> None:
         """A connect that ends at any line is not under way, even if somebody keeps the error."""
         kept: list[BaseException] = []
-        step, there = 0, True
-        while there:
-            step += 1
+        files = [balancer_module.__file__, search_module.__file__]
+        for strike in strikes(files, error, least=20, kept=kept):
             db, _ = balancer("least_connections", (1, 1))
-            there, where = struck_at(
-                step,
-                lambda: db.connect(lambda _: "connected"),  # noqa: B023
-                error,
-                kept,
-                [balancer_module.__file__, search_module.__file__],
-            )
-            assert [peer.connecting for peer in db.peers.values()] == [0, 0], where
-        assert step > 20
+            strike.hits(functools.partial(db.connect, lambda _: "connected"))
+            assert [peer.connecting for peer in db.peers.values()] == [0, 0], strike.where
 
     def test_failed_connects_are_not_counted(self) -> None:
         """Only connections that were made are held."""
@@ -455,17 +448,8 @@ def test_finalizer_of_what_was_never_made_is_silent(
 
 def test_hold_that_is_struck_is_not_counted() -> None:
     """At any line of its making; and nothing is said on stderr."""
-    step, there = 0, True
-    while there:
-        step += 1
+    for strike in strikes([peer_module.__file__], least=5):
         db, _ = balancer(weights=(1,))
         (peer,) = db.peers.values()
-        there, where = struck_at(
-            step,
-            lambda: setattr(peer, "kept", peer.check_out()),  # noqa: B023
-            KeyboardInterrupt,
-            None,
-            [peer_module.__file__],
-        )
-        assert peer.connections == (0 if there else 1), where
-    assert step > 5
+        is_struck = strike.hits(lambda: setattr(peer, "kept", peer.check_out()))  # noqa: B023
+        assert peer.connections == (0 if is_struck else 1), strike.where

@@ -7,14 +7,11 @@ import functools
 import gc
 import logging
 import os
-import signal
 import threading
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 from django.db import connections
@@ -22,13 +19,12 @@ from django.db.backends.signals import connection_created
 
 from django_proxysql import Fault, LoadBalancer, NotReady, balancers
 from django_proxysql.core import runtime, trials
-from django_proxysql.core.circuit import opened_elsewhere
 from django_proxysql.core.events import CircuitClosed, Connected, ConnectFailed
 from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.logs import log_event
 from django_proxysql.core.trials import TrialWorker, trial_worker
-from tests.children import in_child, run_python
-from tests.engine import POSTGRESQL, engine, mysql_peer, postgres_peer
+from tests.children import in_child
+from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.engine import Clock as EngineClock
 from tests.fakes import (
     Clock,
@@ -41,9 +37,8 @@ from tests.fakes import (
     until,
 )
 from tests.servers.mariadb import Node
-from tests.servers.postgresql import PostgreSQLNode
+from tests.strikes import Injected, Strike, strikes
 from tests.test_balancer import World
-from tests.test_breaker_threads import Injected, interrupted_at
 
 Pair = tuple[Node, Node]
 
@@ -59,26 +54,6 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialWorker]:
         for peer in db.peers.values():
             peer.breaker.close()
     until(lambda: not made.is_running)
-
-
-@pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One item for each thread of a worker's that runs."""
-    start = _thread.start_new_thread
-    found: list[int] = []
-
-    def counted(run: Callable[..., object], args: tuple[Any, ...]) -> int:
-        def work() -> None:
-            try:
-                run(*args)
-            finally:
-                found.pop()
-
-        found.append(1)
-        return start(work, ())
-
-    monkeypatch.setattr(_thread, "start_new_thread", counted)
-    return found
 
 
 @pytest.fixture
@@ -231,19 +206,6 @@ class TestStep:
         world.open("db1")
         assert stalled.step() == 0.1
         assert world.driver.hosts == ["db1"]
-
-    def test_last_peer_that_another_process_opened_is_tried_at_once(
-        self, stalled: TrialWorker
-    ) -> None:
-        """This process has not tried it: as a connect() does, which has no other peer either."""
-        world = background("db1", last_resort_interval=None)
-        said: dict[str, Any] = {"error": "", "fault": None, "question": ""}
-        found = functools.partial(opened_elsewhere, generation=0, due=30, out_for=1, **said)
-        world.db.peers["db1"].breaker.apply(found, world.clock(), elsewhere=True)
-        assert world.states() == "open"
-        assert world.db.snapshot()[0].trial_in == 0
-        assert stalled.step() is None
-        assert world.states() == "closed"
 
     def test_worse_tier(self, stalled: TrialWorker) -> None:
         """A peer of a worse tier is tried, too: no request is sent there by that."""
@@ -449,20 +411,18 @@ class TestRequests:
 
 @pytest.mark.usefixtures("strikes_are_silent")
 class TestThread:
-    def test_is_there_while_there_is_need(self, worker: TrialWorker, alive: list[int]) -> None:
+    def test_is_there_while_there_is_need(self, worker: TrialWorker) -> None:
         """It starts when the first circuit opens, and is gone when all are closed."""
         world = background("db1", "db2", "db3")
         assert not worker.is_running
         world.open("db1")
         world.open("db2")
         assert worker.is_running
-        assert len(alive) == 1
         world.db.peers["db2"].breaker.close()
         assert worker.is_running
         world.clock.advance(30)
         worker.schedule(world.db.group)
         until(lambda: not worker.is_running)
-        until(lambda: not alive)
         assert world.states() == "closed closed closed"
         world.open("db3")
         assert worker.is_running
@@ -473,14 +433,6 @@ class TestThread:
         world.open("db1")
         world.hosts()
         assert worker._life is None
-
-    def test_looks_by_itself(self, worker: TrialWorker) -> None:
-        """A change of interval whose thread is killed at once counts within a second."""
-        world = background("db1", "db2")
-        world.open("db1")
-        world.clock.advance(10)
-        world.db.peers["db1"].breaker.reset_timeout = 5
-        until(lambda: world.states() == "closed closed")
 
     @pytest.mark.usefixtures("hurried")
     def test_ends_while_circuits_open(self, worker: TrialWorker) -> None:
@@ -499,211 +451,42 @@ class TestThread:
             pass
         until(lambda: not worker.is_running)
 
-    def test_opens_behind_its_back(
-        self, worker: TrialWorker, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A circuit that opens between the thread's last look and its end is left to it."""
-        world = background("db1", "db2")
-        circuit = world.db.peers["db2"].breaker
-        step = worker.step
-
-        def looked() -> float | None:
-            pause = step()
-            if pause is None:
-                monkeypatch.undo()
-                # What opens it finds a thread that runs.
-                monkeypatch.setattr("django_proxysql.core.balancer.trial_worker", worker)
-                circuit.open()
-                circuit.half_open()
-            return pause
-
-        monkeypatch.setattr(worker, "step", looked)
-        world.db.peers["db1"].breaker.suspect()
-        until(lambda: circuit.circuit.generation and circuit.is_available)
-
-    @pytest.mark.usefixtures("hurried")
-    def test_one_at_a_time(self, worker: TrialWorker, alive: list[int]) -> None:
-        """However many circuits open at once, there is one thread, and one trial at a time."""
-        clock = Clock()
-        inside: list[int] = []
-        most: list[int] = []
-
-        def connect(**params: Any) -> Any:
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0)
-            inside.pop()
-            raise refused_by_host()
-
-        db = silent(peers(*"abcdefgh"), connect, clock)
-        barrier = threading.Barrier(8)
-
-        def open_it(name: str) -> None:
-            barrier.wait(60)
-            db.peers[name].breaker.open()
-
-        with running(*[lambda name=name: open_it(name) for name in db.peers]):
-            pass
-        assert len(alive) == 1
-        for _ in range(20):
-            clock.advance(30)
-            worker.schedule(db.group)
-        until(lambda: len(most) >= 8)
-        assert set(most) == {1}
-        assert len(alive) == 1
-
-    def test_listener_that_hangs(self, worker: TrialWorker) -> None:
-        """It delays its own later events alone: the trials go on, others get theirs."""
-        world = background("db1", "db2", "db3")
-        reached, released = threading.Event(), threading.Event()
-        events: list[Any] = []
-        tried_by: list[int] = []
-
-        def hang(event: Any) -> None:
-            if isinstance(event, CircuitClosed):
-                reached.set()
-                released.wait(60)
-
-        def refuse() -> Exception:
-            tried_by.append(_thread.get_ident())
-            return refused_by_host()
-
-        world.db.add_listener(hang)
-        world.db.add_listener(events.append)
-        world.driver.down["db2"] = refuse
-        world.open("db1")
-        world.open("db2")
-        life = worker._running
-        assert life is not None
-
-        def later() -> None:
-            world.clock.advance(34)
-            worker.schedule(world.db.group)
-
-        try:
-            later()
-            assert reached.wait(60)
-            tried = len(tried_by)
-            until(lambda: later() or len(tried_by) > tried + 1)
-            assert set(tried_by) == {life.ident}
-            del world.driver.down["db2"]
-            until(lambda: later() or world.states() == "closed closed closed")
-            until(lambda: not worker.is_running)
-            until(lambda: len([told for told in events if type(told) is CircuitClosed]) == 2)
-        finally:
-            released.set()
-
-    def test_opened_by_a_signal_handler(self, worker: TrialWorker) -> None:
-        """A circuit that opens in a signal handler, wherever that strikes, gets its thread."""
-        clock = Clock()
-        db = silent(peers("db1", "db2"), Driver().connect, clock)
-        circuits = [peer.breaker for peer in db.peers.values()]
-        hits = [0]
-
-        def strike(*args: Any) -> None:
-            hits[0] += 1
-            circuits[0].open()
-            circuits[0].half_open()
-
-        before = signal.signal(signal.SIGVTALRM, strike)
-        try:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.00037)
-            # Of its own time, which is what the timer goes by.
-            end = time.process_time() + 20
-            while hits[0] < 200:
-                assert time.process_time() < end
-                circuits[1].open()
-                circuits[1].close()
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
-
-        def is_closed() -> bool:
-            # One that was opened anew just as its trial was to begin is due a second later.
-            clock.advance(1)
-            return bool(circuits[0].current_state == "closed")
-
-        until(is_closed)
-
-    def killed(self, worker: TrialWorker, step: int, name: str) -> list[str]:
-        """Kill the thread at its step-th line; return where that was, if it came there."""
-        clock = Clock()
-        db = silent(peers("db1", "db2"), Driver().connect, clock)
-        struck: list[str] = []
-        over = threading.Event()
-
-        def victim(*args: Any) -> None:
-            there, where = interrupted_at(
-                step, lambda: worker._run(*args), [trials.__file__, runtime.__file__]
-            )
-            if there:
-                struck.append(where)
-            over.set()
-
-        doomed = [victim]
-        start = _thread.start_new_thread
-        with mock.patch.object(
-            _thread,
-            "start_new_thread",
-            lambda run, args: start(doomed.pop() if doomed else run, args),
-        ):
-            try:
-                if name == "waits":
-                    db.peers["db1"].breaker.open()
-                    # It may be killed between two looks at it.
-                    until(lambda: struck or getattr(worker._running, "ident", 0))
-                else:
-                    db.peers["db1"].breaker.suspect()
-                # In trouble or not, what is out now is tried.
-                db.peers["db2"].breaker.open()
-                clock.advance(30)
-                db.connect(lambda attempt: attempt.peer.name)
-                worker.schedule(db.group)
-
-                def all_tried() -> bool:
-                    # A trial that was killed is due again a second later.
-                    clock.advance(1)
-                    if struck and struck[0].startswith(("_run", "_go_on")):
-                        # Before it could do anything, or as it left: who connects makes up for it.
-                        db.connect(lambda attempt: attempt.peer.name)
-                    return all(peer.breaker.is_available for peer in db.peers.values())
-
-                until(all_tried)
-                until(lambda: not worker.is_running)
-                assert over.wait(60)
-            except AssertionError as exc:
-                raise AssertionError(f"after a kill at {struck}") from exc
-        # It lives until the garbage is collected, and the next thread would look after it, too.
-        del worker._scheduled[db.group]
-        return struck
-
     @pytest.mark.parametrize("name", ["waits", "tries"])
     def test_killed_at_every_line(
         self, worker: TrialWorker, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A thread that is killed at any line leaves no open circuit without a thread."""
         monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.01)
-        step = 1
-        while self.killed(worker, step, name):
-            step += 1
-        assert step > 30
+        for strike in strikes([trials.__file__, runtime.__file__], least=30):
+            clock = Clock()
+            db = silent(peers("db1", "db2"), Driver().connect, clock)
+            circuits = [peer.breaker for peer in db.peers.values()]
+            strike.dooms_next_thread(monkeypatch)
+            if name == "waits":
+                circuits[0].open()
+                # It may be killed between two looks at it.
+                until(lambda: strike.where or getattr(worker._running, "ident", 0))  # noqa: B023
+            else:
+                circuits[0].suspect()
+            # In trouble or not, what is out now is tried.
+            circuits[1].open()
+            clock.advance(30)
+            db.connect(lambda attempt: attempt.peer.name)
+            worker.schedule(db.group)
+            until(functools.partial(all_tried, db, clock, strike))
+            until(lambda: not worker.is_running)
+            strike.wait()
+            # It lives until the garbage is collected; the next thread would look after it, too.
+            del worker._scheduled[db.group]
 
-    def test_process_ends_while_a_trial_hangs(self) -> None:
-        """No process waits for the thread at its end, and nothing is said."""
-        script = """
-            import threading
-            from django_proxysql import LoadBalancer
-            inside = threading.Event()
-            def hang(**params):
-                inside.set()
-                threading.Lock().acquire() and threading.Event().wait()
-            db = LoadBalancer(dict(db1={}, db2={}), hang, trials="background")
-            db.peers["db1"].breaker.suspect()
-            assert inside.wait(60)
-            print("bye")
-        """
-        ran = run_python(script)
-        assert (ran.stdout, ran.stderr) == ("bye\n", "")
+
+def all_tried(db: LoadBalancer, clock: Clock, strike: Strike) -> bool:
+    # A trial that was killed is due again a second later.
+    clock.advance(1)
+    if strike.where.startswith(("_run", "_go_on")):
+        # Before it could do anything, or as it left: who connects makes up for it.
+        db.connect(lambda attempt: attempt.peer.name)
+    return all(peer.breaker.is_available for peer in db.peers.values())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix's")
@@ -728,94 +511,6 @@ class TestForked:
         assert trial_worker.is_running
         world.db.peers["db1"].breaker.close()
         until(lambda: not trial_worker.is_running)
-
-    def test_within_a_trial(self) -> None:
-        """A check that forks: the child's copy of the thread ends with its trial."""
-        world = background("db1", "db2")
-        read, write = os.pipe()
-        children: list[int] = []
-
-        def fork() -> None:
-            child = os.fork()
-            if child:
-                children.append(child)
-            else:
-                os.close(read)
-
-        world.driver.down["db1"] = fork
-        with warnings.catch_warnings():
-            # Forking with threads about is what is tested.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            world.db.peers["db1"].breaker.suspect()
-            until(lambda: children and world.db.peers["db1"].breaker.is_available)
-        os.close(write)
-        # Its end of the pipe closes with it: it has ended.
-        assert os.read(read, 1) == b""
-        os.close(read)
-        assert os.waitpid(children[0], 0)[1] == 0
-        until(lambda: not trial_worker.is_running)
-
-
-GEVENT = """
-    from gevent import monkey
-    monkey.patch_all()
-    import logging
-    import socket
-    import threading
-    import gevent.event
-    from django_proxysql import LoadBalancer
-    from django_proxysql.core.trials import trial_worker as worker
-
-    enough = gevent.event.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    seen = []
-
-    class Connection:
-        def __init__(self, port):
-            seen.append(threading.get_ident())
-            self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-            self.socket.settimeout(60)
-            if self.socket.recv(2) != b"ok":
-                raise OSError("not ready")
-
-        def close(self):
-            self.socket.close()
-
-    def serve():
-        while True:
-            client, _ = listener.accept()
-            # Others run while its trial waits for the network.
-            enough.wait()
-            client.sendall(b"ok")
-
-    logging.disable()
-    gevent.spawn(serve)
-    db = LoadBalancer(
-        {"db1": {"port": port}, "db2": {"port": port}}, Connection, trials="background"
-    )
-    db.peers["db1"].breaker.open()
-    db.peers["db1"].breaker.half_open()
-    assert worker.is_running
-    while not seen:
-        gevent.sleep(0.01)
-    for _ in range(5):
-        gevent.sleep(0.01)
-    assert db.peers["db1"].breaker.trial is not None
-    enough.set()
-    while db.peers["db1"].breaker.current_state != "closed":
-        gevent.sleep(0.01)
-    while worker.is_running:
-        gevent.sleep(0.01)
-    assert len(seen) == 1 and seen[0] != threading.get_ident(), seen
-    print("closed")
-"""
-
-
-def test_gevent() -> None:
-    """Where threads are greenlets it is one, and waits for patched sockets as such."""
-    ran = run_python(GEVENT)
-    assert (ran.stdout, ran.stderr) == ("closed\n", "")
 
 
 def await_trial(worker: TrialWorker, clock: EngineClock, peer: Any) -> None:
@@ -882,9 +577,13 @@ class TestEngine:
             connection.ensure_connection()
             assert connection.peer.name == "peer0"
 
-    def test_keeps_nothing(self, mariadb_pair: Pair, worker: TrialWorker, receive: Any) -> None:
+    @pytest.mark.parametrize("kind", ["mariadb_pair", "postgres_pair"])
+    def test_keeps_nothing(
+        self, kind: str, request: pytest.FixtureRequest, worker: TrialWorker, receive: Any
+    ) -> None:
         """What a receiver opens in its thread, under any alias, is closed with the trial."""
-        clock = EngineClock()
+        nodes = [mysql_peer(node) for node in request.getfixturevalue(kind)]
+        options = {} if kind == "mariadb_pair" else {"PEER_ENGINE": POSTGRESQL}
         seen: list[Any] = []
 
         def receiver(connection: Any, **kwargs: Any) -> None:
@@ -895,45 +594,12 @@ class TestEngine:
                 seen.append(other.connection)
 
         receive(connection_created, receiver)
-        with engine([mysql_peer(node) for node in mariadb_pair], clock=clock, TRIALS="background"):
+        with engine(nodes, clock=EngineClock(), TRIALS="background", **options):
             balancers["balanced"].peers["peer0"].breaker.suspect()
             until(lambda: balancers["balanced"].peers["peer0"].breaker.is_available)
             until(lambda: not worker.is_running)
             assert seen[1] is not None
             assert seen[0].connection is None
-
-    def test_postgresql(
-        self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], worker: TrialWorker
-    ) -> None:
-        """The same engine does it there: the peer is asked, and back in use."""
-        first, second = postgres_pair
-        clock = EngineClock()
-        with engine(
-            [postgres_peer(first), postgres_peer(second)],
-            PEER_ENGINE=POSTGRESQL,
-            clock=clock,
-            TRIALS="background",
-            READY_CHECK="writable",
-        ) as connection:
-            db = balancers["balanced"]
-            told: list[Any] = []
-            db.add_listener(told.append)
-            first.stop()
-            peer = db.peers["peer0"]
-            peer.breaker.suspect()
-            until(lambda: peer.breaker.current_state == "open")
-            connection.ensure_connection()
-            assert connection.peer.name == "peer1"
-            first.start()
-            await_trial(worker, clock, peer)
-            until(lambda: not worker.is_running)
-            until(
-                lambda: (
-                    [type(event) for event in told if getattr(event, "trial", False)]
-                    == [ConnectFailed, Connected]
-                )
-            )
-            assert peer.connections == 0
 
     def test_database_of_the_callers(self, mariadb_pair: Pair, worker: TrialWorker) -> None:
         """While tests have renamed the database, a peer that lacks it is not to blame."""

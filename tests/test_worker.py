@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import logging
 import os
 import threading
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 
 from django_proxysql.core import runtime
-from django_proxysql.core.runtime import Worker, current_worker, new_lock
+from django_proxysql.core.runtime import Worker, current_worker
 from tests.children import in_child, run_python
-from tests.fakes import holding, in_thread, running, struck_at, until
-from tests.test_breaker_threads import Injected, doomed_thread
+from tests.fakes import holding, in_thread, running, until
+from tests.strikes import Injected, strikes
 from tests.test_locks import at_every_line
 
 pytestmark = pytest.mark.usefixtures("strikes_are_silent")
@@ -33,8 +34,8 @@ class Desk(Worker):
         self.most = 0
         #: Called in each step, with what is done.
         self.during: Callable[[int | None], object] = lambda what: None
-        #: Seconds that the thread waits for more; None: it ends.
-        self.pause: float | None = None
+        #: Seconds that the thread waits for more, each time that it finds nothing; then it ends.
+        self.pauses: list[float] = []
 
     def is_needed(self) -> bool:
         return bool(self.todo)
@@ -48,13 +49,18 @@ class Desk(Worker):
         finally:
             self.inside.pop()
         if what is None:
-            return self.pause
+            return self.pauses.pop() if self.pauses else None
         self.done.append(what)
         return 0
 
     def do(self, *things: int) -> None:
         self.todo.extend(things)
         self.wake()
+
+    def await_end(self) -> list[int]:
+        """Return what was done when nothing is left, and no thread."""
+        until(lambda: not (self.todo or self.is_running))
+        return self.done
 
 
 @pytest.fixture
@@ -92,7 +98,7 @@ def test_thread_is_there_while_there_is_work(desk: Desk) -> None:
     assert not desk.is_running
     for first in (0, 3):
         desk.do(first, first + 1, first + 2)
-        until(lambda: not desk.is_running)
+        desk.await_end()
     assert desk.done == [0, 1, 2, 3, 4, 5]
 
 
@@ -101,7 +107,7 @@ def test_knows_its_own_thread(desk: Desk) -> None:
     seen: list[Any] = []
     desk.during = lambda what: seen.append((desk.is_here, current_worker() is desk))
     desk.do(1)
-    until(lambda: not desk.is_running)
+    desk.await_end()
     assert set(seen) == {(True, True)}
     assert (desk.is_here, current_worker()) == (False, None)
 
@@ -118,15 +124,14 @@ def test_one_thread_however_many_wake_it(desk: Desk) -> None:
 
     with running(*[lambda first=first: ask(first) for first in range(0, 800, 100)]):
         pass
-    until(lambda: len(desk.done) == 800)
-    assert sorted(desk.done) == list(range(800))
+    assert sorted(desk.await_end()) == list(range(800))
     assert desk.most == 1
 
 
 @pytest.mark.usefixtures("patient")
 def test_second_of_two_starts_wakes_the_first(desk: Desk) -> None:
     """The one that is late may bring work that the other's thread has looked past."""
-    desk.pause = 60
+    desk.pauses = [60]
     lock = desk._lock
     looked = threading.Event()
     desk.during = lambda what: looked.set()
@@ -146,52 +151,33 @@ def test_second_of_two_starts_wakes_the_first(desk: Desk) -> None:
 
     desk._lock = Beaten()
     desk.start()
-    until(lambda: desk.done == [1])
-    desk.pause = None
-    desk.start()
-    until(lambda: not desk.is_running)
+    assert desk.await_end() == [1]
     assert desk.most == 1
 
 
 @pytest.mark.usefixtures("patient")
-def test_wake_between_look_and_sleep_is_noticed(desk: Desk) -> None:
-    """A thread that has looked, and does not wait yet, looks once more."""
-    desk.pause = 60
-
-    def wake(what: int | None) -> None:
-        if what is None and not desk.done:
-            # It has found nothing.
-            in_thread(lambda: desk.do(1))
-
-    desk.during = wake
-    desk.start()
-    until(lambda: desk.done == [1])
-    desk.pause = None
-    desk.wake() if desk.todo else desk.start()
-    until(lambda: not desk.is_running)
-
-
-def test_work_between_last_look_and_end_is_done(desk: Desk) -> None:
+@pytest.mark.parametrize("pauses", [[60.0], []], ids=["sleep", "end"])
+def test_work_between_last_look_and_what_follows_is_done(desk: Desk, pauses: list[float]) -> None:
     """The caller that brought it saw the thread alive, and started none."""
+    desk.pauses = pauses
 
     def bring(what: int | None) -> None:
+        # It has found nothing.
         if what is None and not desk.done:
             in_thread(lambda: desk.do(1))
 
     desk.during = bring
     desk.start()
-    until(lambda: desk.done == [1] and not desk.is_running)
+    assert desk.await_end() == [1]
 
 
 def test_looks_by_itself(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work whose caller is killed before it can wake the thread is found within a second."""
     monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.01)
-    desk.pause = 60
+    desk.pauses = [60] * 10
     desk.start()
     desk.todo.append(1)
-    until(lambda: desk.done == [1])
-    desk.pause = None
-    until(lambda: not desk.is_running)
+    assert desk.await_end() == [1]
 
 
 # What goes wrong
@@ -225,7 +211,7 @@ def test_failed_start_is_no_running_thread(
     assert caplog.messages == ["No thread could be started for a test"]
     refused.clear()
     desk.wake()
-    until(lambda: desk.done == [0, 1, 2] and not desk.is_running)
+    assert desk.await_end() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, Injected])
@@ -244,76 +230,37 @@ def test_error_of_a_step_ends_that_step_alone(
 
     desk.during = fail
     desk.do(0, 1, 2, 3)
-    until(lambda: desk.done == [0, 3] and not desk.is_running)
+    assert desk.await_end() == [0, 3]
     assert caplog.messages == ["The thread for a test met an error and goes on"]
 
 
-def test_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waits", [0, 3])
+def test_thread_killed_at_every_line(waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All is done in turn, by one thread at a time, by the next to wake it at the latest."""
-    step, there = 0, True
-    while there:
-        step += 1
+    monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.001)
+    for strike in strikes([runtime.__file__], least=25):
         desk = Desk()
-        struck = doomed_thread(step, monkeypatch, [runtime.__file__])
+        desk.pauses = [60] * waits
+        strike.dooms_next_thread(monkeypatch)
         desk.do(1, 2, 3)
-        until(lambda: struck)  # noqa: B023
-        there, where = struck[0]
+        strike.wait()
         # Before its first line, or as it left, it could start no other.
         desk.do(4)
-        until(lambda: 4 in desk.done)  # noqa: B023
-        assert desk.done == [1, 2, 3, 4], where
-        assert desk.most == 1, where
-        until(lambda: not desk.is_running)  # noqa: B023
-    assert step > 25
-
-
-def test_waiting_thread_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for one that waits between two steps."""
-    monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.001)
-    step, there = 0, True
-    while there:
-        step += 1
-        desk = Desk()
-        desk.pause = 60
-        struck = doomed_thread(step, monkeypatch, [runtime.__file__])
-
-        def once_more(what: int | None, desk: Desk = desk) -> None:
-            # Long enough to have come by each line.
-            if len(struck) or desk.todo:  # noqa: B023
-                return
-            desk.looks = getattr(desk, "looks", 0) + 1  # type: ignore[attr-defined]
-            if desk.looks > 3:
-                desk.pause = None
-
-        desk.during = once_more
-        desk.start()
-        until(lambda: struck)  # noqa: B023
-        there, where = struck[0]
-        desk.pause = None
-        desk.do(1)
-        until(lambda: desk.done == [1] and not desk.is_running)  # noqa: B023
-        assert desk.most == 1, where
-    assert step > 15
+        assert desk.await_end() == [1, 2, 3, 4], strike.where
+        assert desk.most == 1, strike.where
 
 
 @pytest.mark.parametrize("how", ["start", "here"])
 def test_caller_killed_at_every_line(how: str) -> None:
     """It starts the thread, or does the work itself: the next caller makes up for it."""
-    step, there = 0, True
-    kept: list[BaseException] = []
-    while there:
-        step += 1
+    # The exception is kept, and with its traceback all frames.
+    for strike in strikes([runtime.__file__], least=10, kept=[]):
         desk = Desk()
         desk.todo.extend([1, 2])
-        work = desk.wake if how == "start" else lambda: desk._work_here(5)  # noqa: B023
-        # The exception is kept, and with its traceback all frames.
-        there, where = struck_at(step, work, Injected, kept, [runtime.__file__])
+        strike.hits(desk.wake if how == "start" else functools.partial(desk._work_here, 5))
         desk.do(3)
-        until(lambda: 3 in desk.done)  # noqa: B023
-        assert desk.done == [1, 2, 3], where
-        assert desk.most == 1, where
-        until(lambda: not desk.is_running)  # noqa: B023
-    assert step > 10
+        assert desk.await_end() == [1, 2, 3], strike.where
+        assert desk.most == 1, strike.where
 
 
 def test_signal_handlers_at_every_line(desk: Desk) -> None:
@@ -321,7 +268,7 @@ def test_signal_handlers_at_every_line(desk: Desk) -> None:
     numbers = iter(range(1000))
     times = at_every_line(lambda: desk.do(next(numbers)), runtime.__file__)
     assert times > 5
-    until(lambda: len(desk.done) == times + 1)
+    assert len(desk.await_end()) == times + 1
     assert desk.most == 1
 
 
@@ -340,7 +287,7 @@ def test_caller_works_for_a_while_and_leaves_the_rest(desk: Desk) -> None:
     desk.during = note
     desk.todo.extend([1, 2])
     desk._work_here(2)
-    until(lambda: desk.done == [1, 2, 3])
+    assert desk.await_end() == [1, 2, 3]
     assert threads[:3] == [(1, False), (2, False), (3, True)]
 
 
@@ -355,7 +302,7 @@ def test_caller_is_interrupted_and_a_thread_goes_on(desk: Desk) -> None:
     desk.todo.extend([1, 2])
     with pytest.raises(KeyboardInterrupt):
         desk._work_here(2)
-    until(lambda: desk.done == [2])
+    assert desk.await_end() == [2]
 
 
 # Forks
@@ -377,8 +324,7 @@ class TestFork:
             before = desk.is_running
             desk.todo.clear()
             desk.do(7)
-            until(lambda: desk.done == [7] and not desk.is_running)
-            return f"{before} {desk.done}"
+            return f"{before} {desk.await_end()}"
 
         desk.during = hang
         desk.do(1)
@@ -386,7 +332,7 @@ class TestFork:
         with holding(desk._lock):
             assert in_child(child) == "False [7]"
         go_on.set()
-        until(lambda: desk.done == [1] and not desk.is_running)
+        assert desk.await_end() == [1]
 
     def test_child_made_within_a_step_ends_with_it(self, desk: Desk) -> None:
         """It does not go on with the parent's work."""
@@ -406,17 +352,12 @@ class TestFork:
         home = os.getpid()
         desk.during = fork
         desk.do(1, 2)
-        until(lambda: desk.done == [1, 2])
+        assert desk.await_end() == [1, 2]
         os.close(write)
         # Its end of the pipe closes with it: it has ended, and written nothing.
         assert os.read(read, 5) == b""
         os.close(read)
         assert os.waitpid(children[0], 0)[1] == 0
-
-    def test_lock_is_a_new_one(self, desk: Desk) -> None:
-        """``new_lock`` gives a lock that is free."""
-        assert in_child(lambda: str(desk._lock.acquire(blocking=False))) == "True"
-        assert new_lock().acquire(blocking=False)
 
 
 # The interpreter's end
@@ -447,24 +388,22 @@ runtime.AT_EXIT = {seconds}
 """
 
 
-def at_exit(work: str, *, finishes: bool = True, seconds: float = 60) -> str:
-    program = PROGRAM.replace("{work}", work).replace("{seconds}", str(seconds))
-    done = run_python(program.replace("{finishes}", str(finishes)))
-    assert done.stderr == ""
-    return done.stdout
-
-
-def test_exit_waits_for_work_that_must_be_finished() -> None:
-    """All that there is to do, within the time that is given."""
-    assert at_exit("time.sleep(0.1)") == "step\n" * 3
-
-
-def test_exit_does_not_wait_for_work_that_hangs() -> None:
-    assert at_exit("threading.Event().wait()", seconds=0.1) == ""
-
-
-def test_exit_does_not_wait_for_other_work() -> None:
-    assert at_exit("threading.Event().wait()", finishes=False) == ""
+@pytest.mark.parametrize(
+    ("finishes", "work", "seconds", "steps"),
+    [
+        pytest.param(True, "time.sleep(0.1)", 60, 3, id="all that there is to do"),
+        pytest.param(True, "threading.Event().wait()", 0.1, 0, id="within the time that is given"),
+        pytest.param(False, "threading.Event().wait()", 60, 0, id="not for other work"),
+    ],
+)
+def test_exit_waits_for_work_that_must_be_finished(
+    finishes: bool, work: str, seconds: float, steps: int
+) -> None:
+    program = PROGRAM
+    for name, value in {"finishes": finishes, "work": work, "seconds": seconds}.items():
+        program = program.replace(f"{{{name}}}", str(value))
+    done = run_python(program)
+    assert (done.stdout, done.stderr) == ("step\n" * steps, "")
 
 
 def test_no_thread_begins_after_the_end(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
