@@ -1,13 +1,12 @@
 """What PeerBreaker promises one caller; tests/test_breaker_threads.py has the crowds.
 
-What each event does to a circuit is in tests/test_circuit.py, and in whatever order they come in
-tests/test_breaker_model.py.
+What each event does to a circuit, in whatever order, is in tests/test_circuit.py, and what every
+way to guard a call has in common with pybreaker in tests/test_like_pybreaker.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import sqlite3
 import threading
@@ -99,26 +98,6 @@ class TestOpening:
         assert 27 <= min(dues) < 29 < 31 < max(dues) <= 33
 
 
-class TestTrial:
-    def test_peer_is_out_since_its_first_failure_bad_trials_included(self, clock: Clock) -> None:
-        told: list[Transition] = []
-        breaker = opened(PeerBreaker(clock=clock, jitter=even, on_transition=told.append))
-        clock.advance(30)
-        breaker.acquire().failed(Boom())
-        clock.advance(30)
-        breaker.acquire().succeeded()
-        assert [(t.before, t.after) for t in told] == [
-            ("closed", "open"),
-            ("open", "half-open"),
-            ("half-open", "open"),
-            ("open", "half-open"),
-            ("half-open", "closed"),
-        ]
-        # The clock began at 0: a moment like any other.
-        assert told[-1].seconds == 60
-        assert told[0].seconds == 30
-
-
 class TestConnectionOfATrial:
     """What is made with a trial's permit belongs to the circuit that the trial has closed."""
 
@@ -160,30 +139,19 @@ class TestConnectionOfATrial:
             assert breaker.circuit.failures == 0
 
 
-def test_a_question_for_an_open_circuit() -> None:
-    """A statement's answer is remembered, too, where a connect was quicker to fail."""
-    breaker = PeerBreaker(name="db1")
-    breaker.acquire().failed(refused_by_host())
-    before = breaker.circuit
-    breaker.trip(refused_by_host(), Fault.NOT_READY, "galera")
-    breaker.trip(refused_by_host(), Fault.NOT_READY, "backend")
-    assert breaker.circuit == before._replace(question="galera")
-
-
-class TestSuspect:
-    def test_good_trial_leaves_no_trace(
-        self, clock: Clock, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        recorder = Recorder()
-        breaker = PeerBreaker(clock=clock, listeners=[recorder])
-        under_way = breaker.acquire()
-        breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
-        breaker.acquire().succeeded()
-        assert breaker.is_available
-        assert breaker.circuit.error == ""
-        assert not caplog.records
-        assert recorder.told == ["success"]
-        assert under_way.failed(Boom()) == 1  # no new generation either
+def test_good_trial_of_a_suspect_leaves_no_trace(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    breaker = PeerBreaker(clock=clock, listeners=[recorder])
+    under_way = breaker.acquire()
+    breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
+    breaker.acquire().succeeded()
+    assert breaker.is_available
+    assert not caplog.records
+    assert recorder.told == ["success"]
+    # No new generation either.
+    assert under_way.failed(Boom()) == 1
 
 
 class TestLostPermits:
@@ -262,46 +230,9 @@ class TestFromWithin:
         got[0].succeeded()
         assert breaker.is_available
 
-    def test_trial_during_suspicion(self, clock: Clock) -> None:
-        """A suspicion and a handler's connect do not undo one another."""
-        breaker = self.Struck(clock=clock)
-        breaker.suspect()
-        got: list[Any] = []
-        breaker.handler = lambda: got.append(breaker.acquire())
-        breaker.trip(refused_by_host(), Fault.NOT_READY)
-        assert breaker.current_state == "open"
-        assert breaker.trial is not None
-        assert got[0].is_trial
 
-
-async def within(breaker: PeerBreaker, func: Any) -> Any:
-    async with breaker.calling_async():
-        return func()
-
-
-async def awaited(breaker: PeerBreaker, func: Any) -> Any:
-    async def work() -> Any:
-        return func()
-
-    return await breaker.call_async(work)
-
-
-async def run_through(breaker: PeerBreaker, func: Any) -> Any:
-    async def items() -> Any:
-        yield func()
-
-    (item,) = [item async for item in await breaker.call_async(items)]
-    return item
-
-
-#: The ways to guard a function.
-GUARDS: dict[str, Any] = {
-    **{name: way for name, way in WAYS.items() if name != "generator"},
-    "call_async": lambda breaker, func: asyncio.run(awaited(breaker, func)),
-    "call_async, plain function": lambda breaker, func: asyncio.run(breaker.call_async(func)),
-    "call_async, generator": lambda breaker, func: asyncio.run(run_through(breaker, func)),
-    "calling_async": lambda breaker, func: asyncio.run(within(breaker, func)),
-}
+#: The ways to guard a function that has one result.
+GUARDS = {name: way for name, way in WAYS.items() if name != "generator"}
 
 
 class TestCalls:
@@ -310,17 +241,6 @@ class TestCalls:
     @pytest.fixture(params=GUARDS)
     def guard(self, request: pytest.FixtureRequest, breaker: PeerBreaker) -> Any:
         return partial(GUARDS[request.param], breaker)
-
-    def test_returns_what_the_function_returns(self, guard: Any, breaker: PeerBreaker) -> None:
-        breaker.acquire().failed(Boom())
-        assert guard(lambda: 42) == 42
-        assert breaker.fail_counter == 0
-
-    def test_raises_the_original_even_when_it_trips(self, guard: Any, breaker: PeerBreaker) -> None:
-        for _ in range(3):
-            error = Boom("mine")
-            assert raised_by(lambda error=error: guard(lambda: fail(error))) is error
-        assert breaker.current_state == "open"
 
     def test_refuses_while_open(self, guard: Any, breaker: PeerBreaker) -> None:
         """An open circuit refuses with pybreaker's error, which says why it is open."""
@@ -344,13 +264,6 @@ class TestCalls:
         assert [type(error) for error in refused] == [CircuitBreakerError] * len(GUARDS)
         assert breaker.current_state == "closed"
 
-    def test_bad_trial_opens_it_again(self, guard: Any, breaker: PeerBreaker, clock: Clock) -> None:
-        due_for_trial(breaker, clock)
-        with pytest.raises(Boom):
-            guard(fail)
-        assert breaker.current_state == "open"
-        assert breaker.acquire() is None
-
     def test_no_lock_is_held_and_no_caller_is_kept_waiting(
         self, guard: Any, breaker: PeerBreaker, clock: Clock
     ) -> None:
@@ -366,23 +279,6 @@ class TestCalls:
             pass
         due_for_trial(breaker, clock)
         assert guard(lambda: lock_is_free(breaker))
-
-    @pytest.mark.parametrize(
-        "error", [KeyboardInterrupt(), SystemExit(), GreenletTimeout(), asyncio.CancelledError()]
-    )
-    def test_no_base_exception_counts(
-        self, breaker: PeerBreaker, clock: Clock, error: BaseException
-    ) -> None:
-        breaker.acquire().failed(Boom())
-        for _ in range(5):
-            assert raised_by(lambda: breaker.call(fail, error)) is error
-        assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
-        due_for_trial(breaker, clock)
-        assert raised_by(lambda: breaker.call(fail, error)) is error
-        assert breaker.current_state == "open"
-        clock.advance(1)  # released: due again soon
-        assert breaker.call(int) == 0
-        assert breaker.current_state == "closed"
 
     @pytest.mark.parametrize("way", ["call_async", "calling_async", "generator"])
     @pytest.mark.parametrize("turns", range(4))
@@ -472,29 +368,6 @@ class TestCalls:
         assert closed == [1]
         assert breaker.trial is None
 
-    @pytest.mark.parametrize(
-        ("exclude", "error"),
-        [
-            ([KeyError], KeyError()),
-            ([LookupError], KeyError()),
-            ([lambda exc: "fine" in str(exc)], ValueError("fine")),
-            ([KeyError, lambda exc: isinstance(exc, ValueError)], ValueError()),
-        ],
-        ids=["class", "its base", "predicate", "both"],
-    )
-    def test_excluded_exceptions_count_for_nothing(
-        self, clock: Clock, exclude: list[Any], error: Exception
-    ) -> None:
-        breaker = PeerBreaker(fail_max=2, exclude=exclude, clock=clock, jitter=even)
-        breaker.acquire().failed(Boom())
-        for _ in range(5):
-            assert raised_by(lambda: breaker.call(fail, error)) is error
-        assert (breaker.current_state, breaker.fail_counter) == ("closed", 1)
-        breaker.acquire().failed(Boom())
-        clock.advance(30)
-        assert raised_by(lambda: breaker.call(fail, error)) is error
-        assert breaker.current_state == "open"
-
     def test_predicate_that_raises_hides_nothing(
         self, clock: Clock, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -514,26 +387,17 @@ class TestCalls:
         [
             (MySQLdb.OperationalError(2003, "Can't connect"), True),
             (MySQLdb.OperationalError(1045, "Access denied"), True),
-            (MySQLdb.OperationalError(2013, "Lost connection"), True),
-            (MySQLdb.OperationalError(1047, "WSREP has not yet prepared node"), True),
             (pymysql.err.OperationalError(1040, "Too many connections"), False),
-            (pymysql.err.OperationalError(1213, "Deadlock found"), False),
             (MySQLdb.ProgrammingError(1146, "Table 'app.t' doesn't exist"), False),
-            (MySQLdb.OperationalError(1317, "Query execution was interrupted"), False),
-            (MySQLdb.OperationalError(2004, "Can't create TCP/IP socket (24)"), False),
             (psycopg.errors.AdminShutdown("terminating connection"), True),
             (psycopg.errors.UniqueViolation("duplicate key"), False),
-            (psycopg.errors.DeadlockDetected("deadlock detected"), False),
             (psycopg2.OperationalError("could not connect: Connection refused"), True),
-            (sqlite3.OperationalError("no such table: t"), False),
             (sqlite3.OperationalError("unable to open database file"), True),
             (NotReady("read-only"), True),
             (Boom("no driver's"), True),
-            (ConnectionRefusedError("no driver's"), True),
             (ValueError("no driver's"), True),
             (KeyError("excluded"), False),
             (KeyboardInterrupt(), False),
-            (SystemExit(), False),
             (GreenletTimeout(), False),
         ],
         ids=lambda value: repr(value)[:36] if isinstance(value, BaseException) else "",
@@ -546,80 +410,26 @@ class TestCalls:
         assert raised_by(lambda: guard(lambda: fail(error))) is error
         assert breaker.current_state == ("open" if counts else "closed")
 
-    def test_block_left_gives_the_trial_back(self, breaker: PeerBreaker, clock: Clock) -> None:
-        due_for_trial(breaker, clock)
+    def test_generator_is_guarded_while_it_is_run_through(self, breaker: PeerBreaker) -> None:
+        """Items and sent values pass; it is a generator still, and refused when it is called."""
 
-        def work() -> Any:
-            with breaker.calling():
-                yield 1
+        @breaker
+        def echo() -> Any:
+            got = yield "first"
+            while got is not None:
+                got = yield got * 2
 
-        under_way = work()
-        next(under_way)
-        assert breaker.acquire() is None
-        under_way.close()
-        clock.advance(1)
-        assert breaker.acquire().is_trial
-
-
-class TestGeneratorsAsWithPybreaker:
-    """Side by side with a plain pybreaker.CircuitBreaker of the same thresholds."""
-
-    @pytest.fixture(params=["pybreaker", "ours"])
-    def either(self, request: pytest.FixtureRequest) -> Any:
-        if request.param == "pybreaker":
-            return pybreaker.CircuitBreaker(
-                fail_max=2, reset_timeout=30, throw_new_error_on_trip=False
-            )
-        return PeerBreaker(fail_max=2, reset_timeout=30)
-
-    @staticmethod
-    def echo() -> Any:
-        got = yield "first"
-        while got is not None:
-            got = yield got * 2
-
-    @staticmethod
-    def broken() -> Any:
-        yield 1
-        raise Boom("half-way")
-
-    def test_items_and_sent_values_pass(self, either: Any) -> None:
-        run = either.call(self.echo)
-        assert next(run) == "first"
-        assert run.send(4) == 8
-        assert run.send("ab") == "abab"
-        assert raised_by(lambda: run.send(None)).__class__ is StopIteration
-
-    def test_success_is_counted_at_the_end(self, either: Any) -> None:
-        assert raised_by(lambda: either.call(fail)).__class__ is Boom
-        run = either.call(lambda: (item for item in "ab"))
-        assert next(run) == "a"
-        assert either.fail_counter == 1
-        assert list(run) == ["b"]
-        assert either.fail_counter == 0
-
-    def test_open_circuit_refuses_when_called(self, either: Any) -> None:
-        for _ in range(2):
-            raised_by(lambda: either.call(fail))
-        with pytest.raises(pybreaker.CircuitBreakerError):
-            either.call(self.echo)
-
-    def test_decorated_function_is_a_generator_function_still(self, either: Any) -> None:
-        guarded = either(self.broken)
-        assert guarded.__name__ == "broken"
-        assert raised_by(lambda: list(guarded())).__class__ is Boom
-        assert either.fail_counter == 1
-
-    def test_listeners_are_notified_alike(self) -> None:
-        told = []
-        for make in (pybreaker.CircuitBreaker, PeerBreaker):
-            recorder = Recorder()
-            either = make(fail_max=2, listeners=[recorder])
-            list(either.call(lambda: (item for item in "ab")))
-            raised_by(lambda either=either: list(either.call(self.broken)))
-            told.append(recorder.told)
-        assert told[0] == told[1]
-        assert told[0] == ["before_call", "success", "before_call", ("failure", "Boom")]
+        assert echo.__name__ == "echo"
+        breaker.acquire().failed(Boom())
+        run = echo()
+        assert [next(run), run.send(4), run.send("ab")] == ["first", 8, "abab"]
+        assert breaker.fail_counter == 1
+        with pytest.raises(StopIteration):
+            run.send(None)
+        assert breaker.fail_counter == 0
+        breaker.open()
+        with pytest.raises(CircuitBreakerError):
+            echo()
 
 
 class TestListeners:
@@ -734,27 +544,8 @@ class TestListeners:
         assert breaker.trial is None
         assert breaker.current_state == "open"
 
-    def test_can_be_added_and_removed(self, breaker: PeerBreaker) -> None:
-        first, second = Recorder(), Recorder()
-        breaker.add_listeners(first, second)
-        breaker.call(int)
-        breaker.remove_listener(first)
-        breaker.call(int)
-        assert breaker.listeners == (second,)
-        assert (len(first.told), len(second.told)) == (2, 4)
-
 
 class TestPybreakersOwnInterface:
-    def test_properties(self, breaker: PeerBreaker) -> None:
-        assert isinstance(breaker, pybreaker.CircuitBreaker)
-        assert (breaker.name, breaker.fail_max, breaker.reset_timeout) == ("db1", 3, 30)
-        assert breaker.success_threshold == 1
-        assert (breaker.fail_counter, breaker.success_counter) == (0, 0)
-        assert breaker.current_state == breaker.state.name == "closed"
-        assert isinstance(breaker.state, pybreaker.CircuitClosedState)
-        breaker.name = "elsewhere"
-        assert "'elsewhere'" in repr(breaker)
-
     def test_thresholds_that_are_set_hold_from_the_next_result(self, clock: Clock) -> None:
         breaker = PeerBreaker(fail_max=5, clock=clock, jitter=even)
         breaker.acquire().failed(Boom())
@@ -773,44 +564,12 @@ class TestPybreakersOwnInterface:
         assert breaker.reset_timeout == 5
         assert breaker.acquire().is_trial
 
-    def test_by_hand(self, breaker: PeerBreaker, clock: Clock) -> None:
-        """open(), half_open() and close() do what they say, and open() keeps its interval."""
-        recorder = Recorder()
-        breaker.add_listener(recorder)
-        breaker.open()
-        assert isinstance(breaker.state, pybreaker.CircuitOpenState)
-        assert breaker.acquire() is None
-        breaker.half_open()
-        assert isinstance(breaker.state, pybreaker.CircuitHalfOpenState)
-        trial = breaker.acquire()
-        assert trial.is_trial
-        assert breaker.acquire() is None
-        breaker.close()
-        assert breaker.current_state == "closed"
-        assert trial.failed(Boom()) == 0
-        assert recorder.told == [
-            ("closed", "open"),
-            ("open", "half-open"),
-            ("half-open", "closed"),
-            ("failure", "Boom"),
-        ]
-
     @pytest.mark.parametrize("state", ["open", "half-open", "closed"])
     def test_state_can_be_set(self, breaker: PeerBreaker, state: str) -> None:
         breaker.state = state
         assert breaker.current_state == state
-
-    def test_unknown_state_is_a_value_error(self, breaker: PeerBreaker) -> None:
         with pytest.raises(ValueError, match="Unknown state 'ajar'"):
             breaker.state = "ajar"
-
-    def test_exclusions_come_and_go(self, breaker: PeerBreaker) -> None:
-        breaker.add_excluded_exceptions(Boom, KeyError)
-        breaker.remove_excluded_exception(KeyError)
-        assert breaker.excluded_exceptions == (Boom,)
-        assert not breaker.is_system_error(Boom())
-        raised_by(lambda: breaker.call(fail))
-        assert breaker.fail_counter == 0
 
     @pytest.mark.parametrize("state", ["closed", "open", "suspect", "half-open"])
     def test_repr_says_name_and_state(self, breaker: PeerBreaker, clock: Clock, state: str) -> None:
@@ -848,7 +607,7 @@ class TestGate:
 
         def gate(by_hand: bool) -> float:
             assert due.trial is not None
-            closed = functools.partial(closed_elsewhere, generation=due.circuit.generation)
+            closed = partial(closed_elsewhere, generation=due.circuit.generation)
             due.apply(closed, clock(), elsewhere=True)
             return held_back
 
@@ -859,29 +618,22 @@ class TestGate:
         permit.succeeded()
         assert told.told == [("closed", "open"), ("open", "closed"), "success"]
 
-    def test_circuit_that_opens_anew_meanwhile_is_not_tried(self, due: PeerBreaker) -> None:
-        def gate(by_hand: bool) -> float:
-            due.close()
-            due.open()
-            return 0.0
-
-        due.gate = gate
-        assert due.acquire() is None
-        assert due.trial is None
-        assert due.current_state == "open"
-
     @pytest.mark.parametrize("held_back", [0.0, 5.0])
-    def test_a_suspect_is_left_to_the_next_caller(self, due: PeerBreaker, held_back: float) -> None:
-        """A circuit that has become suspect while the gate was asked gets a trial of its own."""
+    @pytest.mark.parametrize("doubt", ["open", "suspect"])
+    def test_circuit_that_is_in_doubt_anew_is_not_tried(
+        self, due: PeerBreaker, held_back: float, doubt: str
+    ) -> None:
+        """One that has become suspect while the gate was asked gets a trial of its own."""
 
         def gate(by_hand: bool) -> float:
             due.close()
-            due.suspect()
+            getattr(due, doubt)()
             return held_back
 
         due.gate = gate
         assert due.acquire() is None
-        assert due.acquire().is_trial
+        assert due.trial is None
+        assert (due.acquire() is None) == (doubt == "open")
 
     def test_listeners_are_not_notified_of_a_trial_that_is_held_back(
         self, due: PeerBreaker, told: Recorder, clock: Clock

@@ -84,12 +84,51 @@ def as_a_generator(breaker: Any, work: Callable[[], Any]) -> Any:
     return list(breaker.call(rows))
 
 
+async def in_an_async_block(breaker: PeerBreaker, work: Callable[[], Any]) -> Any:
+    async with breaker.calling_async():
+        return work()
+
+
+async def awaited(breaker: PeerBreaker, work: Callable[[], Any]) -> Any:
+    async def working() -> Any:
+        return work()
+
+    return await breaker.call_async(working)
+
+
+async def as_an_async_generator(breaker: PeerBreaker, work: Callable[[], Any]) -> Any:
+    async def items() -> Any:
+        yield work()
+
+    (item,) = [item async for item in await breaker.call_async(items)]
+    return item
+
+
+def beside_call(way: Callable[[PeerBreaker, Callable[[], Any]], Any]) -> Callable[..., Any]:
+    """Return a way that pybreaker's breaker has not: it does what its ``call`` does."""
+
+    def guard(breaker: Any, work: Callable[[], Any]) -> Any:
+        if not isinstance(breaker, PeerBreaker):
+            return breaker.call(work)
+        # Nothing in it waits.
+        with pytest.raises(StopIteration) as ended:
+            way(breaker, work).send(None)
+        return ended.value.value
+
+    return guard
+
+
+#: The ways to guard a function.
 WAYS: dict[str, Callable[[Any, Callable[[], Any]], Any]] = {
     "call": lambda breaker, work: breaker.call(work),
     "decorator": lambda breaker, work: breaker(work)(),
     "decorator with ()": lambda breaker, work: breaker()(work)(),
     "calling": in_a_block,
     "generator": as_a_generator,
+    "call_async": beside_call(awaited),
+    "call_async, plain function": beside_call(lambda breaker, work: breaker.call_async(work)),
+    "call_async, generator": beside_call(as_an_async_generator),
+    "calling_async": beside_call(in_an_async_block),
 }
 
 
@@ -233,12 +272,3 @@ class TestDifferences:
                 others = [outcome(lambda b=breaker: in_a_block(b, lambda: 42)) for _ in range(2)]
             inside.append(others)
         assert inside == [[42, 42], [pybreaker.CircuitBreakerError] * 2]
-
-    def test_a_listener_that_raises_does_no_harm(self) -> None:
-        class Broken(pybreaker.CircuitBreakerListener):
-            def success(self, cb: Any) -> None:
-                raise Boom
-
-        theirs = pybreaker.CircuitBreaker(listeners=[Broken()])
-        assert outcome(lambda: theirs.call(lambda: 42)) is Boom
-        assert PeerBreaker(listeners=[Broken()]).call(lambda: 42) == 42

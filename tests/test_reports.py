@@ -1,26 +1,51 @@
-"""One table says what each event becomes, and the docs name all of it."""
+"""One table says what each event becomes, the docs name all of it, and the log writes it."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from django.dispatch import Signal
 
-from django_proxysql import signals
-from django_proxysql.core import logs
+from django_proxysql import Fault, signals
+from django_proxysql.core import events, logger, logs
 from django_proxysql.core.reports import REPORTS, Count, Line, Report
-from tests.fakes import event_kinds
-from tests.test_logs import VALUES
+from tests.fakes import Clock, event_kinds, raised_by
+from tests.test_balancer import World
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROWS = list(REPORTS.values())
 LINES = [(row, line) for row in ROWS for line in row.lines]
 COUNTS = [(row, count) for row in ROWS for count in row.counts]
+
+#: Values for every field that an event may have; an event's last line is written for them.
+VALUES: dict[str, Any] = {
+    "balancer": "shop",
+    "peer": "db1",
+    "address": "10.0.0.1:3306",
+    "seconds": 1.5,
+    "trial": False,
+    "fault": Fault.UNREACHABLE,
+    "error": "(2002)",
+    "count": 1,
+    "opened": True,
+    "trial_in": 30.0,
+    "idle": False,
+    "successor": "db2",
+    "function": "shop.place",
+    "run": 2,
+    "forced": False,
+    "connections": 3,
+    "elsewhere": False,
+    "outcome": "unknown",
+}
 
 
 def page(name: str) -> str:
@@ -100,3 +125,126 @@ def missing() -> Iterator[str]:
 
 def test_the_docs_name_every_event_signal_line_and_metric() -> None:
     assert list(missing()) == []
+
+
+# The log
+
+
+def of_line(row: Report, line: Line, **given: Any) -> tuple[Any, str]:
+    """Return an event that a line is written for, and the line."""
+    event = made(row, **line.when, **given)
+    return event, line.text % logs._values(event, kept_back=0)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.event.__name__)
+def test_a_record_has_what_structured_logging_wants(
+    row: Report, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    logs.log_event(made(row))
+    (record,) = caplog.records
+    names = {"balancer": "alias", "seconds": "duration"}
+    names.update((name, name) for name in ("peer", "address", "successor", "fault"))
+    wanted = {names[name]: VALUES[name] for name in names if name in fields(row)}
+    if "fault" in wanted:
+        wanted["fault"] = "unreachable"
+    assert {name: vars(record)[name] for name in names.values() if name in vars(record)} == wanted
+
+
+def test_circuit_opened_by_hand_has_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    logs.log_event(events.CircuitOpened("shop", "db1", "", None, "", 30))
+    assert vars(caplog.records[0])["fault"] is None
+
+
+def test_exhaustion_says_how_long_it_looked(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    world = World("db1", "db2")
+
+    def slow() -> Any:
+        world.clock.advance(2)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    world.driver.down.update(db1=slow, db2=slow)
+    assert raised_by(world.db.connect) is not None
+    record = caplog.records[-1]
+    assert record.getMessage().startswith("No peer of 'default'")
+    assert (vars(record)["alias"], vars(record)["duration"]) == ("default", 4)
+
+
+def test_complaint_about_a_listener_says_whose_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    world = World("db1", "db2")
+
+    def broken(event: object) -> None:
+        raise LookupError
+
+    world.db.add_listener(broken)
+    world.db.connect()
+    assert vars(caplog.records[-1])["alias"] == "default"
+
+
+def test_no_line_hides_another(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was logged right before, a line of another kind is written."""
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    for first, second in itertools.permutations(LINES, 2):
+        monkeypatch.setattr(logs, "_limits", {})
+        caplog.clear()
+        pair = [of_line(*first), of_line(*second)]
+        for event, _ in pair:
+            logs.log_event(event)
+        assert caplog.messages == [text for _, text in pair]
+
+
+def test_only_lines_with_a_limit_are_kept_back(caplog: pytest.LogCaptureFixture) -> None:
+    """One that is, is written at the level of the next that fits, if there is one."""
+    caplog.set_level(logging.DEBUG, "django_proxysql")
+    for row, line in LINES:
+        caplog.clear()
+        event, _ = of_line(row, line)
+        for _ in range(2):
+            logs.log_event(event)
+        levels = [record.levelno for record in caplog.records]
+        assert levels.count(line.level) == (1 if line.limited else 2), line
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [(row, line) for row, line in LINES if line.limited and line.limited.seconds == 1],
+    ids=lambda one: getattr(one, "text", ""),
+)
+def test_limited_lines(
+    row: Report, line: Line, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line a second of each alias and kind; the next one says how many were kept back."""
+    clock = Clock(100.0)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=clock))
+    (event, text), (elsewhere, other) = of_line(row, line), of_line(row, line, balancer="reports")
+    for _ in range(4):
+        logs.log_event(event)
+    logs.log_event(elsewhere)
+    for seconds in (0.9, 0.1, 0, 1):
+        clock.advance(seconds)
+        logs.log_event(event)
+    logs.log_event(elsewhere)
+    more = [text.replace(": (2002)", f" (and {count} more): (2002)") for count in (4, 1)]
+    assert caplog.messages == [text, other, *more, other]
+
+
+def test_complaints_of_a_thread(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of complaint has its own limit."""
+    clock = Clock()
+    monkeypatch.setattr(logger, "time", SimpleNamespace(monotonic=clock))
+    complain = logger.Complaints()
+    for _ in range(3):
+        complain("The trial of shop/db1 raised")
+        complain("The trial of shop/db2 raised")
+    clock.advance(60)
+    complain("The trial of shop/db1 raised")
+    assert caplog.messages == [
+        "The trial of shop/db1 raised",
+        "The trial of shop/db2 raised",
+        "The trial of shop/db1 raised (and 2 times more)",
+    ]
