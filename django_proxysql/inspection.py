@@ -157,11 +157,12 @@ class _Inquiry:
         """Note what the peer was recognised as, and what else is known of it by now."""
         self.found = replace(self.found, notes=(*self.found.notes, *words), **known)
 
-    def note_facts(self, facts: Callable[[str, Ask], Facts], ask: Ask) -> None:
+    def note_facts(self, facts: Callable[[str, Ask], Facts], ask: Ask) -> Facts:
         """Ask the server for its facts, to be compared with the other peers'."""
         found = facts(self._peer.name, ask)
         version = {"version": _release(self.found.version)}
         self.note(facts=replace(found, settings={**version, **found.settings}))
+        return found
 
     def _ask(self) -> None:
         settings = self._registered.to_connect_with(self._peer, self._own, self._alias)
@@ -247,9 +248,8 @@ def _mysql(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
         # A proxy: what one of the servers behind it says of itself is no verdict on it.
         backend(connection)
         return
-    if value_of(ask, "SELECT @@global.read_only").upper() not in ("", "0", "OFF"):
+    if inquiry.note_facts(mysql_facts, ask).is_read_only:
         inquiry.note("read-only")
-    inquiry.note_facts(mysql_facts, ask)
     names = "('wsrep_on', 'wsrep_provider')"
     variables = {
         row["variable_name"]: row["value"]
@@ -266,11 +266,10 @@ def _mysql(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
 def _postgresql(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:
     version = value_of(ask, "SHOW server_version").partition(" ")[0]
     inquiry.note(version=f"PostgreSQL {version}" if version else "")
-    if value_of(ask, "SELECT pg_is_in_recovery()") == "True":
+    if inquiry.note_facts(postgresql_facts, ask).is_read_only:
         inquiry.note("standby")
     elif value_of(ask, "SHOW default_transaction_read_only") == "on":
         inquiry.note("read-only")
-    inquiry.note_facts(postgresql_facts, ask)
 
 
 def _sqlite(connection: Any, ask: Ask, inquiry: _Inquiry) -> None:

@@ -170,10 +170,12 @@ def mysql_facts(peer: str, ask: Ask) -> Facts:
         "SELECT @@global.sql_mode AS sql_mode, @@collation_database AS collation,"
         " @@character_set_database AS charset,"
         " CAST(TIMEDIFF(NOW(), UTC_TIMESTAMP()) AS CHAR) AS zone,"
-        " @@global.read_only AS read_only, @@server_id AS id, @@hostname AS host, @@port AS port",
+        " @@server_id AS id, @@hostname AS host, @@port AS port",
     )
-    if "host" not in one:
-        return Facts(peer, clock=clock)
+    read_only = value_of(ask, "SELECT @@global.read_only").upper()
+    is_read_only = read_only not in ("", "0", "OFF")
+    if not one:
+        return Facts(peer, is_read_only=is_read_only, clock=clock)
     galera = _row(ask, "SHOW GLOBAL STATUS LIKE 'wsrep_cluster_state_uuid'").get("value")
     if galera == _NO_CLUSTER:
         galera = ""
@@ -183,7 +185,7 @@ def mysql_facts(peer: str, ask: Ask) -> Facts:
         server=f"{one['host']}:{one['port']}/{one['id']}",
         lineage=str(galera or group),
         sources=_mysql_sources(ask),
-        is_read_only=str(one["read_only"]).upper() not in ("0", "OFF"),
+        is_read_only=is_read_only,
         clock=clock,
         settings={
             "sql_mode": ",".join(sorted(str(one["sql_mode"]).split(","))) or "none",

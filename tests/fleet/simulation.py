@@ -16,7 +16,6 @@ import heapq
 import itertools
 import math
 import random
-import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +122,7 @@ class _SimulatedLink(Link):
     trips = 0
 
     def join(self, member: Sharing) -> None:
-        self._members.setdefault(id(member), weakref.ref(member))
+        self._members.add(member)
 
     def wake(self) -> None:
         self.process.woken()

@@ -9,14 +9,13 @@ import random
 import secrets
 import socket
 import time
-import weakref
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import address_in_words
 from ..logger import log
-from ..runtime import Worker
+from ..runtime import Living, Worker
 from .records import Question
 from .trouble import Trouble, trouble_from
 from .url import checked_url
@@ -59,7 +58,7 @@ class Link(Worker):
         self.address = address_in_words(
             self._options.get("host"), self._options.get("port", 6379), self._options.get("path")
         )
-        self._members: dict[int, weakref.ref[Sharing]] = {}
+        self._members: Living[Sharing] = Living()
         self._client: Any = None
         self._begin()
         super().__init__("to share circuits with other processes")
@@ -101,11 +100,10 @@ class Link(Worker):
 
     def join(self, member: Sharing) -> None:
         """Share what ``member`` knows from now on. Costs nothing later, and never blocks."""
-        known = self._members.get(id(member))
-        if known is None or known() is not member:
-            self._members[id(member)] = weakref.ref(member)
-            self.wake()
-        elif not self.is_running:
+        is_known = member in self._members.all()
+        if not is_known:
+            self._members.add(member)
+        if not (is_known and self.is_running):
             self.wake()
 
     def is_needed(self) -> bool:
@@ -138,15 +136,8 @@ class Link(Worker):
                 question.bell.release()
 
     def _living(self) -> list[tuple[Sharing, PeerGroup]]:
-        living = []
-        for key, reference in list(self._members.items()):
-            member = reference()
-            group = None if member is None else member.group()
-            if member is None or group is None:
-                self._members.pop(key, None)
-            else:
-                living.append((member, group))
-        return living
+        found = [(member, member.group()) for member in self._members.all()]
+        return [(member, group) for member, group in found if group is not None]
 
     def _round_trip(
         self, now: float, members: list[tuple[Sharing, PeerGroup]], asked: list[Question]
@@ -278,9 +269,6 @@ _links: dict[str, Link] = {}
 
 
 def link_to(url: str) -> Link:
-    if not isinstance(url, str):
-        # Says what is wrong: it is no URL.
-        checked_url(url)
-    link = _links.get(url)
+    link = _links.get(url) if isinstance(url, str) else None
     # Of two threads that come here at once, one's is kept.
-    return link if link is not None else _links.setdefault(url, Link(url))
+    return link or _links.setdefault(url, Link(url))

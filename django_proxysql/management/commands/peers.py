@@ -33,6 +33,10 @@ INTERRUPTED = 130
 _WAIT = tenacity.wait_random_exponential(multiplier=0.25, max=2)
 
 
+class _Verdict(SystemExit):
+    """Ends the command with the code that says how the peers are."""
+
+
 class Command(BaseCommand):
     """Shows the peers, or drains one."""
 
@@ -43,8 +47,6 @@ class Command(BaseCommand):
     )
     # It is for when something is wrong: nothing may have to be well first.
     requires_system_checks: Any = ()
-
-    _verdict: SystemExit | None = None
 
     #: The clock and the sleep of --wait, in seconds.
     clock = staticmethod(time.monotonic)
@@ -96,10 +98,10 @@ class Command(BaseCommand):
         """End with UNKNOWN where there is no verdict on the peers, as for a wrong argument."""
         try:
             super().run_from_argv(argv)
-        except SystemExit as exc:
-            if exc.code and exc is not self._verdict:
-                raise SystemExit(UNKNOWN) from None
+        except _Verdict:
             raise
+        except SystemExit as exc:
+            raise SystemExit(exc.code and UNKNOWN) from None
         except Exception:
             # Python itself would end with 1.
             traceback.print_exc()
@@ -124,18 +126,14 @@ class Command(BaseCommand):
             self._look(chosen, options)
         except KeyboardInterrupt:
             if options["wait"] is not None:
-                self._end(INTERRUPTED)
+                raise _Verdict(INTERRUPTED) from None
             if options["watch"] is None or self._last is None:
                 raise
         except BrokenPipeError:
             # The reader has seen enough. Python would complain once more, at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._last:
-            self._end(self._last)
-
-    def _end(self, code: int) -> None:
-        self._verdict = SystemExit(code)
-        raise self._verdict
+            raise _Verdict(self._last)
 
     def _chosen(self, aliases: Sequence[str]) -> dict[str, LoadBalancer]:
         """Return the load balancers that are asked for, by alias."""
@@ -161,9 +159,9 @@ class Command(BaseCommand):
         """Drain a peer in all processes, or take that back."""
         if options["json"] or options["watch"] is not None:
             raise CommandError("--json and --watch are for looking; leave them out to drain.")
-        drain = options["drain"] is not None
-        name = options["drain" if drain else "undrain"]
-        balancer = _owner_of(name, chosen, "--drain" if drain else "--undrain")
+        option = "undrain" if options["drain"] is None else "drain"
+        name = options[option]
+        balancer = _owner_of(name, chosen, option)
         if balancer.sharing is None:
             raise CommandError(
                 f"{balancer.name!r} shares no state (it has no SHARED_STATE): a drain of "
@@ -177,7 +175,7 @@ class Command(BaseCommand):
                 f"Redis at {balancer.sharing.link.address} {balancer.sharing.trouble}: the "
                 "processes cannot be reached. Nothing was changed."
             )
-        if not drain:
+        if option == "undrain":
             balancer.undrain(name)
             said = f"{name} is drained no longer."
         else:
@@ -266,7 +264,7 @@ class Command(BaseCommand):
                     for row in looks[waits[0]].rows
                 )
                 left = max(0.0, until - self.clock())
-                progress.say(f"waiting for {', '.join(waits)}, {{left}}: {errors}", left)
+                progress.say(f"waiting for {', '.join(waits)}", left, errors)
             return looks
 
         try:
@@ -297,28 +295,27 @@ class _Progress:
         self._stream = stream
         self._quiet = verbosity == 0
         self._live = bool(stream.isatty())
-        self._said = ""
+        self._said = ("", "")
 
-    def say(self, text: str, left: float) -> None:
-        """Say it; ``{left}`` in the text is the time that is left, in seconds."""
+    def say(self, what: str, left: float, why: str) -> None:
+        """Say what is waited for and why, and how many seconds are left."""
         if self._quiet:
             return
         if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            line = text.replace("{left}", f"{left:.0f} s left")[:width]
-            self._stream.write(f"\r\x1b[K{line}", lambda line: line, ending="")
-            self._stream.flush()
-        elif text != self._said:
-            line = text.replace("{left}", f"at most {left:.0f} s")
-            self._stream.write(line, lambda line: line)
-            self._stream.flush()
-        self._said = text
+            line = f"{what}, {left:.0f} s left: {why}"
+            self._write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", "")
+        elif (what, why) != self._said:
+            self._write(f"{what}, at most {left:.0f} s: {why}")
+        self._said = what, why
 
     def end(self) -> None:
         """Take the line away."""
-        if self._live and self._said:
-            self._stream.write("\r\x1b[K", lambda line: line, ending="")
-            self._stream.flush()
+        if self._live and any(self._said):
+            self._write("\r\x1b[K", "")
+
+    def _write(self, text: str, ending: str = "\n") -> None:
+        self._stream.write(text, lambda line: line, ending=ending)
+        self._stream.flush()
 
 
 def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
@@ -330,7 +327,7 @@ def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> Loa
     if len(owners) > 1:
         raise CommandError(
             f"{name!r} is a peer of {' and of '.join(map(repr, owners))}. Nothing was changed. "
-            f"Say whose you mean: peers {next(iter(owners))} {option} {name}"
+            f"Say whose you mean: peers {next(iter(owners))} --{option} {name}"
         )
     return next(iter(owners.values()))
 
