@@ -16,7 +16,7 @@ from django.dispatch import Signal
 
 from django_proxysql import Fault, signals
 from django_proxysql.core import events, logger, logs
-from django_proxysql.core.reports import REPORTS, Count, Line, Report
+from django_proxysql.core.reports import REPORTS, Count, Line, Report, fits
 from tests.fakes import Clock, event_kinds, raised_by
 from tests.test_balancer import World
 
@@ -81,12 +81,14 @@ def test_a_line_names_only_what_its_event_has(row: Report, line: Line) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.event.__name__)
-def test_an_events_last_line_fits_whenever_no_other_does(row: Report) -> None:
-    last = row.lines[-1]
-    earlier = [line.when for line in row.lines[:-1]]
-    assert last.when == {} or last.when in [
-        {name: not value for name, value in when.items()} for when in earlier
-    ]
+def test_every_event_has_a_line_that_fits(row: Report) -> None:
+    values: dict[str, set[Any]] = {}
+    for line in row.lines:
+        for name, value in line.when.items():
+            values.setdefault(name, {VALUES[name]}).add(value)
+    for given in itertools.product(*values.values()):
+        event = made(row, **dict(zip(values, given)))
+        assert any(fits(event, line.when) for line in row.lines), given
 
 
 @pytest.mark.parametrize(("row", "count"), COUNTS, ids=lambda one: getattr(one, "telemetry", ""))

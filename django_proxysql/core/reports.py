@@ -315,7 +315,9 @@ _ROWS = (
                 {"outcome": "rolled_back"},
                 _ONCE_A_SECOND,
             ),
-            Line(logging.ERROR, f"{_ASKED} and may stand or not{_ASKED_IN}"),
+            Line(
+                logging.ERROR, f"{_ASKED} and may stand or not{_ASKED_IN}", {"outcome": "unknown"}
+            ),
         ),
         signal="commit_resolved",
         counts=(
