@@ -271,15 +271,15 @@ WRITABLE, READ_ONLY, UNKNOWN = Answer.WRITABLE, Answer.READ_ONLY, Answer.UNKNOWN
 
 #: (the refused connection, a new one): what follows.
 AFTER_REFUSAL = {
-    (WRITABLE, WRITABLE): Verdict(),
-    (WRITABLE, READ_ONLY): Verdict(),
-    (WRITABLE, UNKNOWN): Verdict(),
-    (READ_ONLY, WRITABLE): Verdict(drops=True),
-    (READ_ONLY, READ_ONLY): Verdict(drops=True, opens=True),
-    (READ_ONLY, UNKNOWN): Verdict(drops=True),
-    (UNKNOWN, WRITABLE): Verdict(asks_later=True),
-    (UNKNOWN, READ_ONLY): Verdict(drops=True, opens=True),
-    (UNKNOWN, UNKNOWN): Verdict(asks_later=True),
+    (WRITABLE, WRITABLE): Verdict.NOTHING,
+    (WRITABLE, READ_ONLY): Verdict.NOTHING,
+    (WRITABLE, UNKNOWN): Verdict.NOTHING,
+    (READ_ONLY, WRITABLE): Verdict.DROPS,
+    (READ_ONLY, READ_ONLY): Verdict.OPENS,
+    (READ_ONLY, UNKNOWN): Verdict.DROPS,
+    (UNKNOWN, WRITABLE): Verdict.ASKS_LATER,
+    (UNKNOWN, READ_ONLY): Verdict.OPENS,
+    (UNKNOWN, UNKNOWN): Verdict.ASKS_LATER,
 }
 
 

@@ -146,7 +146,6 @@ STEPS = {
     "raised": (),
     "not_raised": (),
     "doubt": (),
-    "settle_doubt": (),
     "distrust": (),
     "trust": (bool,),
 }

@@ -8,8 +8,9 @@ run again is one statement to both.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from django.db.backends.utils import CursorWrapper
@@ -17,11 +18,11 @@ from django.db.utils import Error
 
 from ..core import drivers
 from ..core.statements import CALLS, ENDS, READ, SCOPED, STATE, kinds, scan
-from .losses import is_end_of, mark, notice_unseen
+from .losses import mark, note, notice_unseen
 from .replacing import at_safe_point, before_first, note_named
-from .replays import kind_of_params, run_again
+from .replays import Statement, kind_of_params, run_again
 from .sessions import Session, current
-from .state import BEGUN, Transaction
+from .state import BEGUN
 from .statements import (
     after_statement,
     before_statement,
@@ -107,16 +108,12 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             session.wrote = session.results = True
         try:
             result = plain(self, sql, params, many, context)
-        except Error as exc:
+        except BaseException as exc:
             run = functools.partial(plain, self, sql, params, many, context)
-            done = run_again(db, self, session, exc, sql, params, kind, run)
+            done = run_again(db, self, session, exc, Statement(sql, params, kind, run))
             if done is None:
-                db._transaction.statement_sent()
                 raise
             session, result = done
-        except BaseException:
-            db._transaction.statement_sent()
-            raise
         session.served = True
         session.peer.served = now
         session.sending = None
@@ -207,10 +204,13 @@ class _Hooks(CursorWrapper):
             # mysqlclient asks the server for more results, there, too, where
             # there is no server any more: what could be read has been read.
             session = self._session or self._server_side
-            if session is None or not (
-                session.dead or session is not self.db._session or is_end_of(self.db, session, exc)
-            ):
+            if session is None:
                 raise
+            present = current(self.db)
+            if present is session and not present.dead:
+                note(self.db, present, exc)
+                if not present.dead:
+                    raise
 
     def _executemany(self, sql: Any, param_list: Any, *ignored: Any) -> Any:
         run = functools.partial(super()._executemany, sql, param_list, *ignored)  # type: ignore[misc]
@@ -253,29 +253,41 @@ def make_cursor(db: Any, name: str | None = None) -> Any:
         # psycopg makes no cursor on a closed connection; and what a named
         # cursor reads cannot follow it to another one.
         before_cursor(db, session)
+    with engines_own(db, session):
+        try:
+            cursor = db._plain("_cursor")(name)
+        except Error:
+            # The first sign of the loss: COPY's errors pass by every hook.
+            if session is None or session is not db._session or not session.dead:
+                raise
+            session.not_raised()
+            before_cursor(db, session)
+            if session is db._session:
+                session.raised()
+                raise
+            cursor = db._plain("_cursor")(name)
+    return look_after(db, cursor, name)
+
+
+@contextlib.contextmanager
+def engines_own(db: Any, session: Session | None) -> Iterator[None]:
+    """Take what a peer engine sends for a cursor for no statement.
+
+    It is sent for each cursor, and so for one that moves to a new connection.
+    """
     was_raised = session is not None and session.error_raised
     pending = None
-    if db._transaction.stage is BEGUN:
-        pending = only_begun(db, session)
-    try:
-        cursor = db._plain("_cursor")(name)
-    except Error:
-        # The first sign of the loss: COPY's errors pass by every hook.
-        if session is None or session is not db._session or not session.dead:
-            raise
-        session.not_raised()
-        before_cursor(db, session)
-        if session is db._session:
-            session.raised()
-            raise
-        cursor = db._plain("_cursor")(name)
+    if session is not None and db._transaction.stage is BEGUN and sets_up(db.__class__):
+        notice_unseen(db, session)
+        pending = db._transaction if db._transaction.stage is BEGUN else None
+    yield
     if session is not None and session is db._session and not was_raised:
-        # What the peer engine sends for each cursor may have met the loss, and the
-        # engine kept it to itself: django-tenants does.
+        # It may have met the loss, and the engine kept it to itself: django-tenants does.
         session.not_raised()
-    if pending is not None:
-        was_set_up(db, pending)
-    return look_after(db, cursor, name)
+    session = current(db)
+    if pending is not None and pending is db._transaction and session and not session.dead:
+        pending.only_savepoints_sent()
+        mark(db, session)
 
 
 def look_after(db: Any, cursor: Any, name: str | None = None) -> Any:
@@ -293,22 +305,6 @@ def look_after(db: Any, cursor: Any, name: str | None = None) -> Any:
     return cursor
 
 
-def only_begun(db: Any, session: Session | None) -> Transaction | None:
-    """Return the transaction that has only begun, if making a cursor may send something."""
-    if session is None or not sets_up(db.__class__):
-        return None
-    notice_unseen(db, session)
-    return db._transaction if db._transaction.stage is BEGUN else None
-
-
-def was_set_up(db: Any, pending: Transaction) -> None:
-    """Note that what was sent for a cursor is no statement: it is sent for each one."""
-    session = current(db)
-    if pending is db._transaction and session is not None and not session.dead:
-        pending.only_savepoints_sent()
-        mark(db, session)
-
-
 def before_cursor(db: Any, session: Session) -> None:
     now = session.clock()
     if db.in_atomic_block:
@@ -318,26 +314,17 @@ def before_cursor(db: Any, session: Session) -> None:
 
 
 def setting_up(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``theirs``, the ``_cursor()`` of an engine over ours, whose statements are no state.
-
-    They are sent again for each cursor, and so for one that moves to a new connection.
-    """
+    """Return ``theirs``, an engine's ``_cursor()`` over ours, whose statements are no state."""
 
     @functools.wraps(theirs)
     def _cursor(db: Any, *args: Any, **kwargs: Any) -> Any:
-        session, before = db._session, db._of_ours
-        pending = only_begun(db, current(db))
-        was_raised = session is not None and session.error_raised
-        try:
-            db._of_ours = True
-            cursor = theirs(db, *args, **kwargs)
-        finally:
-            db._of_ours = before
-        if pending is not None:
-            was_set_up(db, pending)
-        if session is not None and session is db._session and not was_raised:
-            session.not_raised()
-        return cursor
+        before = db._of_ours
+        with engines_own(db, current(db)):
+            try:
+                db._of_ours = True
+                return theirs(db, *args, **kwargs)
+            finally:
+                db._of_ours = before
 
     _cursor.sets_cursors_up = True  # type: ignore[attr-defined]
     return _cursor

@@ -249,44 +249,36 @@ _NEVER = Replay(How.NEVER)
 
 def may_replay(lost: Lost) -> Replay:
     """Return how a lost statement may be run again."""
-    if not lost.enabled or lost.holds_state or not lost.sendable or lost.place is Place.LATER:
+    text, place, cause = lost.text, lost.place, lost.cause
+    after_reads = place is Place.AFTER_READS
+    in_block = after_reads or place is Place.FIRST
+    if not lost.enabled or lost.holds_state or not lost.sendable or place is Place.LATER:
         return _NEVER
-    if lost.cause in (Cause.TIMED_OUT, Cause.ANSWERED):
+    if cause in (Cause.TIMED_OUT, Cause.ANSWERED):
         return _NEVER
-    if not lost.single and lost.text is not Text.PLAIN:
-        return _NEVER
-    in_block = lost.place is not Place.AUTOCOMMIT
-    after_reads = lost.place is Place.AFTER_READS
     # What the block has read must not be older on another peer.
     if after_reads and lost.may_be_stale:
         return _NEVER
-    if (
-        lost.cause is Cause.NOT_RUN
-        and lost.single
-        and lost.text in (Text.READ, Text.LOCKING, Text.PLAIN)
-    ):
-        return Replay(How.AS_IT_IS, reads_anew=after_reads)
-    if lost.text is Text.READ and not lost.may_be_stale:
-        if in_block and lost.dialect != "postgresql":
-            # MySQL's transaction cannot be READ ONLY for one statement alone.
-            return Replay(How.AS_IT_IS, rehearse=True, reads_anew=after_reads)
-        return Replay(How.READ_ONLY, reads_anew=after_reads)
-    if lost.text is Text.LOCKING and in_block and not lost.may_be_stale:
-        return Replay(How.AS_IT_IS, rehearse=True, reads_anew=after_reads)
-    if lost.cause is not Cause.CLOSED and not (lost.cause is Cause.NOT_RUN and not lost.single):
-        return _NEVER
     # COMMIT was never sent: what a rollback undoes has not happened.
-    if lost.text is Text.PLAIN and in_block:
-        return Replay(How.AS_IT_IS, is_undone=True, reads_anew=after_reads)
-    if lost.text is Text.SCHEMA and in_block and lost.dialect == "postgresql":
-        return Replay(How.AS_IT_IS, is_undone=True, reads_anew=after_reads)
-    # Of the transaction, and gone with it.
-    if lost.text is Text.OF_TRANSACTION and lost.place is Place.FIRST:
-        return Replay(How.AS_IT_IS)
-    # Of the session, which held nothing but this, and is gone.
-    if lost.text is Text.SETTING and not in_block:
-        return Replay(How.AS_IT_IS)
-    return _NEVER
+    undone = Replay(How.AS_IT_IS, is_undone=True, reads_anew=after_reads)
+    if not lost.single:
+        # Some of its statements may have run, whatever the last answer was.
+        may_be_undone = text is Text.PLAIN and in_block and cause is not Cause.NO_SERVICE
+        return undone if may_be_undone else _NEVER
+    if cause is Cause.NOT_RUN and text in (Text.READ, Text.LOCKING, Text.PLAIN):
+        return Replay(How.AS_IT_IS, reads_anew=after_reads)
+    if not lost.may_be_stale and (text is Text.READ or (text is Text.LOCKING and in_block)):
+        # MySQL's transaction cannot be READ ONLY for one statement alone.
+        if text is Text.READ and (not in_block or lost.dialect == "postgresql"):
+            return Replay(How.READ_ONLY, reads_anew=after_reads)
+        return Replay(How.AS_IT_IS, rehearse=True, reads_anew=after_reads)
+    if cause is not Cause.CLOSED:
+        return _NEVER
+    if in_block and (text is Text.PLAIN or (text is Text.SCHEMA and lost.dialect == "postgresql")):
+        return undone
+    # What it set went with the transaction, or with the session, which held nothing but this.
+    is_first = text is Text.OF_TRANSACTION and place is Place.FIRST
+    return Replay(How.AS_IT_IS) if is_first or (text is Text.SETTING and not in_block) else _NEVER
 
 
 def may_count_as_committed(
@@ -326,15 +318,16 @@ class Answer(enum.Enum):
     UNKNOWN = "unknown"
 
 
-class Verdict(NamedTuple):
+class Verdict(enum.Enum):
     """What follows from a refused write for its connection and for its peer."""
 
-    #: The connection is replaced at its next safe point.
-    drops: bool = False
-    #: The peer's circuit opens.
-    opens: bool = False
+    NOTHING = "nothing"
     #: The connection is asked again at its next safe point.
-    asks_later: bool = False
+    ASKS_LATER = "asks later"
+    #: The connection is replaced at its next safe point.
+    DROPS = "drops"
+    #: That, and the peer's circuit opens.
+    OPENS = "opens"
 
 
 def after_read_only(own: Answer, new: Answer) -> Verdict:
@@ -345,7 +338,7 @@ def after_read_only(own: Answer, new: Answer) -> Verdict:
         writes: the refusal was the application's own doing (``SET TRANSACTION READ ONLY``).
     """
     if own is Answer.WRITABLE:
-        return Verdict()
-    opens = new is Answer.READ_ONLY
-    drops = opens or own is Answer.READ_ONLY
-    return Verdict(drops, opens, asks_later=not drops)
+        return Verdict.NOTHING
+    if new is Answer.READ_ONLY:
+        return Verdict.OPENS
+    return Verdict.DROPS if own is Answer.READ_ONLY else Verdict.ASKS_LATER

@@ -21,7 +21,7 @@ from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement, Loss, loss_counts
 from ..core.peer import Peer
 from ..core.texts import are_small
-from .decisions import Answer, after_error, after_read_only
+from .decisions import Answer, Verdict, after_error, after_read_only
 from .sessions import NOT_MADE, Session, close_for_good, current
 from .state import BEGUN
 
@@ -54,23 +54,18 @@ class ErrorHook(DatabaseErrorWrapper):
             return
         if isinstance(exc_value, self.wrapper.Database.Error):
             drivers.mark(exc_value, "caller", self.wrapper._caller)
-            saw(self.wrapper, exc_value)
+            session = current(self.wrapper)
+            if session is not None:
+                note(self.wrapper, session, exc_value)
+                session.sending = None
+                session.raised()
         elif exc_type is not GeneratorExit:
             interrupted(self.wrapper, exc_value)
         super().__exit__(exc_type, exc_value, traceback)
 
 
-def saw(db: Any, exc: BaseException) -> None:
-    """Take note of a driver error on the established connection. Never raises."""
-    session = current(db)
-    if session is not None:
-        note(db, session, exc)
-        session.sending = None
-        session.raised()
-
-
 def note(db: Any, session: Session, exc: BaseException) -> None:
-    """Judge a driver error, and act on the judgement. Never raises an Exception."""
+    """Judge a driver error on the connection, act on it, and never raise an Exception."""
     with contextlib.suppress(Exception):
         act_on(db, session, exc, drivers.judgement_of(exc, db._driver))
 
@@ -274,13 +269,6 @@ def sent(db: Any, session: Session) -> tuple[sockets.Counter, int] | None:
     return None if now is None else (counter, now)
 
 
-def is_end_of(db: Any, session: Session, exc: BaseException) -> bool:
-    """Return whether closing a cursor has found its connection lost: nothing is, with it."""
-    if session is current(db):
-        note(db, session, exc)
-    return session.dead
-
-
 # What the connection, or its peer, is asked
 
 
@@ -301,10 +289,10 @@ def is_given_up(db: Any, session: Session, exc: BaseException, judgement: Judgem
         own = answer_of(writer)
         new = Answer.UNKNOWN if own is Answer.WRITABLE else ask_anew(db, session)
         verdict = after_read_only(own, new)
-        if verdict.asks_later:
+        if verdict is Verdict.ASKS_LATER:
             session.doubt()
-        if not verdict.opens:
-            return verdict.drops
+        if verdict is not Verdict.OPENS:
+            return verdict is Verdict.DROPS
     breaker.trip(exc, Fault.NOT_READY, question)
     return True
 
@@ -379,7 +367,7 @@ def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
 
 def settle_doubt(db: Any, session: Session) -> None:
     """Ask a connection that could not be asked when a write was refused on it."""
-    session.settle_doubt()
+    session.doubt(False)
     if answer_of(ask(db, session)) is Answer.READ_ONLY:
         session.leave(session.error or "the server takes no writes")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db.utils import Error
 
@@ -44,32 +44,46 @@ class Refused(Exception):
     """The server does not run READ ONLY what was to be run again as a read."""
 
 
+class Statement(NamedTuple):
+    """A statement that is under way."""
+
+    sql: Any
+    params: Any
+    #: What :func:`.core.statements.scan` says of it.
+    kind: int
+    #: Runs it on what its cursor is bound to.
+    run: Callable[[], Any]
+    #: It is not executemany().
+    single: bool = True
+
+
 def run_again(
-    db: Any,
-    cursor: Any,
-    session: Session,
-    exc: Error,
-    sql: Any,
-    params: Any,
-    kind: int,
-    run: Callable[[], Any],
-    single: bool = True,
+    db: Any, cursor: Any, session: Session, exc: BaseException, statement: Statement
 ) -> tuple[Session, Any] | None:
-    """Run a lost statement again, if it may be; None if ``exc`` is to be raised.
+    """Run a statement that has failed again, if it may be; None if ``exc`` is to be raised.
 
     ``cursor`` is then bound to another connection, and the transaction, if
     there is one, begun anew.
 
-    :param run: runs the statement on what ``cursor`` is bound to.
-    :param single: it is not executemany().
     :raises Error: what became of the second run, unless it was refused.
     """
-    cause = exc.__cause__
-    if not (session.dead or session.is_leaving) or cause is None:
-        return None
-    judgement = drivers.judgement_of(cause, db._driver)
-    lost = lost_statement(db, cursor, session, judgement, sql, params, kind, single)
-    replay = may_replay(lost)
+    done = None
+    try:
+        cause = exc.__cause__
+        if isinstance(exc, Error) and cause is not None and (session.dead or session.is_leaving):
+            judgement = drivers.judgement_of(cause, db._driver)
+            done = _replay(db, cursor, session, judgement, statement)
+        return done
+    finally:
+        if done is None:
+            db._transaction.statement_sent()
+
+
+def _replay(
+    db: Any, cursor: Any, session: Session, judgement: Judgement, statement: Statement
+) -> tuple[Session, Any] | None:
+    sql, params, kind, run, _single = statement
+    replay = may_replay(lost_statement(db, cursor, session, judgement, statement))
     reads = len(db._transaction.reads or ()) if replay.reads_anew else 0
     # What is rehearsed is run again, too.
     if replay.how is How.NEVER or not session.budget.spend(sql, 1 + reads + replay.rehearse):
@@ -80,12 +94,11 @@ def run_again(
         begin = functools.partial(prove_and_begin, db, replay, sql, params)
         replace(db, session, resume=begin if db.in_atomic_block else None)
         successor = bind(db, cursor, name)
-        if kind & STATE and not db._of_ours and not ends_with_block(db, sql):
-            successor.holds.sent(sql, params)
+        if kind & STATE:
+            takes(db, successor, sql, params)
     except BaseException as error:
         session.raised()
         if not isinstance(error, Exception):
-            db._transaction.statement_sent()
             raise
         # What the application is raised is what happened to its statement.
         return None
@@ -100,11 +113,9 @@ def run_again(
         if db.in_atomic_block:
             give_up(db)
         return None
-    except BaseException as error:
-        db._transaction.statement_sent()
-        if isinstance(error, Error):
-            session.budget.bar(sql)
-            successor.balancer.emit(event)
+    except Error:
+        session.budget.bar(sql)
+        successor.balancer.emit(event)
         raise
     successor.balancer.emit(event)
     return successor, result
@@ -211,16 +222,10 @@ def give_up(db: Any) -> None:
 
 
 def lost_statement(
-    db: Any,
-    cursor: Any,
-    session: Session,
-    judgement: Judgement,
-    sql: Any,
-    params: Any,
-    kind: int,
-    single: bool,
+    db: Any, cursor: Any, session: Session, judgement: Judgement, statement: Statement
 ) -> Lost:
     """Return what counts for whether a lost statement may be run again."""
+    sql, params, kind, _run, single = statement
     config = session.balancer.config
     text = text_of(with_parameters(sql, params), dialect_of(db))
     holds = bool(kind & STATE or session.holds)
@@ -241,7 +246,7 @@ def lost_statement(
             or session.unbuffered
             or any(other is not cursor for other in session.server_side)
             or db._thread_sharing_count > 0
-            # psycopg's executemany() is busy itself; see _run_many().
+            # psycopg's executemany() is busy itself; see :func:`.statements.run_many`.
             or (single and db._driver.is_busy(session.connection))
             or (db.autocommit and not db._driver.is_at_rest(session.connection))
         ),
@@ -326,6 +331,13 @@ def are_sendable(
     except Exception:
         # A type that the driver does not know, an object that answers with an error.
         return False
+
+
+def takes(db: Any, session: Session, sql: Any, params: Any) -> None:
+    """Take note, before it is sent, of a statement that leaves something in the session."""
+    session.holds.note_before()
+    if not db._of_ours and not ends_with_block(db, sql):
+        session.holds.sent(sql, params)
 
 
 def ends_with_block(db: Any, sql: Any) -> bool:

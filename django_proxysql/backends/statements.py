@@ -10,14 +10,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from django.db.utils import Error, OperationalError
+from django.db.utils import OperationalError
 
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
 from ..core.texts import may_end, may_make_read_only
 from .losses import sent
 from .replacing import at_safe_point, before_first, bind
-from .replays import ends_with_block, give_up, kind_of_params, run_again
+from .replays import Statement, give_up, kind_of_params, run_again, takes
 from .sessions import Session, current
 
 
@@ -43,8 +43,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
             session.holds.takes_unknown()
         at_safe_point(db, session, kind, now)
     session = db._session
-    if kind & session.lost_results:
-        raise_lost_results(session)
+    raise_lost_results(session, kind)
     if cursor._session is not session:
         session = bind(db, cursor)
     if kind & STATE:
@@ -56,19 +55,17 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
     return session
 
 
-def raise_lost_results(session: Session) -> None:
-    raise OperationalError(
-        f"{session.balancer.name}: what this statement asks for went with a connection "
-        "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
-        "answer for one connection only, and the new one would answer for itself."
-    )
+def raise_lost_results(session: Session, kind: int) -> None:
+    """Raise an error if the connection that a statement asks about was replaced.
 
-
-def takes(db: Any, session: Session, sql: Any, params: Any) -> None:
-    """Take note, before it is sent, of a statement that leaves something in the session."""
-    session.holds.note_before()
-    if not db._of_ours and not ends_with_block(db, sql):
-        session.holds.sent(sql, params)
+    :raises OperationalError: it was.
+    """
+    if kind & session.lost_results:
+        raise OperationalError(
+            f"{session.balancer.name}: what this statement asks for went with a connection "
+            "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
+            "answer for one connection only, and the new one would answer for itself."
+        )
 
 
 def note_answered(db: Any, session: Session, kind: int, sql: Any, params: Any) -> None:
@@ -92,30 +89,33 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
         has_results(session, sql)
 
 
-def before_many(db: Any, cursor: Any, sql: Any, params: Any) -> Session | None:
-    session = current(db)
-    if session is None or cursor._server_side is not None:
-        return None
-    kind = kind_of_many(db, session, sql, params)
-    now = session.clock()
-    session = before_statement(db, cursor, kind, now, sql, None)
-    sends(session, now, sql, params)
-    session.wrote = session.results = True
-    return session
+def attempt(
+    db: Any,
+    cursor: Any,
+    session: Session,
+    statement: Statement,
+    again: Callable[[], Any] | None = None,
+) -> tuple[Session, Any]:
+    """Send a statement, as the hook of cursors does; return its session and its result.
 
-
-def kind_of_many(db: Any, session: Session, sql: Any, params: Any) -> int:
-    """Return what a statement is that is sent with many parameters, or calls a procedure."""
-    return (scan(sql) & ~READ) | kind_of_params(db, session, params or ())
-
-
-def sends(session: Session, now: float, sql: Any, params: Any) -> None:
-    """Take note of a statement that is about to be sent, as cursors do of plain ones."""
-    budget = session.budget
+    :param again: what is run on another connection if it is lost; None: the same.
+    """
+    budget, now = session.budget, session.clock()
     budget.statements += 1
     if now > budget.next_note:
         budget.note(now)
-    session.used, session.sending = now, (sql, params)
+    session.used, session.sending = now, (statement.sql, statement.params)
+    try:
+        result = statement.run()
+    except BaseException as exc:
+        if again is not None:
+            statement = statement._replace(run=again)
+        done = run_again(db, cursor, session, exc, statement)
+        if done is None:
+            raise
+        session, result = done
+    session.sending = None
+    return session, result
 
 
 def unseen(db: Any) -> None:
@@ -131,23 +131,23 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
 
     Or callproc(), which no replay is allowed for.
     """
-    session = before_many(db, cursor, sql, param_list)
-    if session is None or db._driver.is_busy(session.connection):
+    session = current(db)
+    if session is None or cursor._server_side is not None:
         try:
             return run()
         finally:
             db._transaction.statement_sent()
+    kind = (scan(sql) & ~READ) | kind_of_params(db, session, param_list or ())
+    session = before_statement(db, cursor, kind, session.clock(), sql, None)
+    session.wrote = session.results = True
+    if db._driver.is_busy(session.connection):
+        # In a pipeline: an error may be an earlier statement's.
+        kind |= STATE
+    statement = Statement(sql, param_list, kind, run, single=False)
     try:
-        result = run()
-    except Error as exc:
-        kind = kind_of_many(db, session, sql, param_list)
-        done = run_again(db, cursor, session, exc, sql, param_list, kind, run, single=False)
-        if done is None:
-            raise
-        session, result = done
+        session, result = attempt(db, cursor, session, statement)
     finally:
         unseen(db)
-    session.sending = None
     has_results(session, sql)
     return result
 
@@ -163,27 +163,15 @@ def declare(
     kind = scan(sql)
     if params:
         kind |= kind_of_params(db, session, params)
-    if kind & session.lost_results:
-        raise_lost_results(session)
+    raise_lost_results(session, kind)
     if kind & STATE:
         takes(db, session, sql, params)
-    sends(session, session.clock(), sql, params)
     if writes(kind):
         session.wrote = session.results = True
-    try:
-        result = run()
-    except Error as exc:
-        done = run_again(db, cursor, session, exc, sql, params, kind, run)
-        if done is None:
-            db._transaction.statement_sent()
-            raise
-        session, result = done
-    except BaseException:
-        db._transaction.statement_sent()
-        raise
-    session.sending = None
+    session, result = attempt(db, cursor, session, Statement(sql, params, kind, run))
     if db._transaction.reads is not None:
         note_answered(db, session, kind, sql, params)
+    # Without what runs it, which refers to the cursor.
     cursor._declared = (session, sql, params, kind, plain)
     return result
 
@@ -194,21 +182,13 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     session, sql, params, kind, plain = declared
     if session is not current(db):
         return fetch()
-    sends(session, session.clock(), sql, params)
 
     def run_and_fetch() -> Any:
         plain(cursor, sql, params)
         return fetch()
 
-    try:
-        result = fetch()
-    except Error as exc:
-        done = run_again(db, cursor, session, exc, sql, params, kind, run_and_fetch)
-        if done is None:
-            raise
-        session, result = done
-    session.sending = None
-    return result
+    statement = Statement(sql, params, kind, fetch)
+    return attempt(db, cursor, session, statement, run_and_fetch)[1]
 
 
 def has_results(session: Session, sql: Any) -> None:

@@ -328,7 +328,7 @@ class SafePointsMixin(LoadBalancedMixin):
         """Switch foreign keys off; until they are on again the connection stays."""
         disabled: bool = self._unscanned(super().disable_constraint_checking)
         if self._session is not None and disabled:
-            self._session.holds.checks_off()
+            self._session.holds.switch_checks(off=True)
         return disabled
 
     def enable_constraint_checking(self) -> None:
@@ -337,7 +337,7 @@ class SafePointsMixin(LoadBalancedMixin):
             self._unscanned(super().enable_constraint_checking)
         finally:
             if self._session is not None:
-                self._session.holds.checks_on()
+                self._session.holds.switch_checks(off=False)
 
     def _unscanned(self, method: Callable[[], Any]) -> Any:
         try:

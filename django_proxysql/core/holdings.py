@@ -109,13 +109,9 @@ class Holdings:
         """Note that something may have been taken by what was not seen."""
         self.for_request = True
 
-    def checks_off(self) -> None:
-        """Note that Django's own ``foreign_key_checks=0`` was sent."""
-        self.by_django = True
-
-    def checks_on(self) -> None:
-        """Note that Django has switched foreign keys on again."""
-        self.by_django = False
+    def switch_checks(self, off: bool) -> None:
+        """Note that Django has switched foreign keys off (``foreign_key_checks=0``) or on."""
+        self.by_django = off
 
     def copy(self) -> Holdings:
         """Return what is held now, to be compared with later."""
@@ -134,22 +130,15 @@ class Holdings:
 
 
 def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
-    taken: list[str] = []
-    given: list[str] = []
-    for takes, name in found:
-        (taken if takes else given).append(name)
-    return taken, given
+    pairs = list(found)
+    return [name for takes, name in pairs if takes], [name for takes, name in pairs if not takes]
 
 
 _COMMENT = re.compile(r"/\*(?!M?!)(?:.*?\*/|.*)|(?:--|#)[^\n]*\n", re.DOTALL)
 _MORE = re.compile(r";\s*(?=\S)")
 #: Whole statements: a name, what takes it, and what gives it back.
 _STATEMENTS = [
-    (
-        name,
-        re.compile(takes, re.IGNORECASE | re.DOTALL),
-        re.compile(gives, re.IGNORECASE | re.DOTALL),
-    )
+    (name, re.compile(rf"(?is){takes}"), re.compile(rf"(?is){gives}"))
     for name, takes, gives in (
         (
             "transaction",
