@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from django.db import OperationalError, close_old_connections, connections, transaction
+from django.db import OperationalError, connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
@@ -23,69 +22,47 @@ from tests.engine import POSTGRESQL, engine, mysql_peer
 from tests.fakes import running
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.site import Site, site, with_table
+from tests.stories import tell, told
+
+SYNCHRONOUS, LAGGING = {"SYNCHRONOUS_PEERS": True}, {"SYNCHRONOUS_PEERS": False}
+
+STORIES = {
+    # What is found before sending is still replaced.
+    "nothing is run again with REPLAY None": (
+        "mariadb",
+        "read; cut before; !read; read; kill; write one; kill idle; read one; replayed 0",
+        {"REPLAY": None},
+    ),
+    "no look precedes a read with IDLE_CHECK None, however long the connection idled": (
+        "mariadb",
+        "write one; kill; idle 1000; !read; read; kill; write two; written one two",
+        {"IDLE_CHECK": None, "REPLAY": None},
+    ),
+    "IDLE_CHECK says when a look precedes a read": (
+        "mariadb",
+        "read; idle 11; kill; read; kill; idle 9; !read",
+        {"IDLE_CHECK": 10, "REPLAY": None},
+    ),
+    # Where peers may lag, no read is run again elsewhere after a write of the same request.
+    **{
+        f"read after the request's write: {first}, {settings}": (
+            "mariadb",
+            f"request_ends; write one; {first}; request_ends; read; {second}",
+            settings,
+        )
+        for first, second, settings in (
+            ("cut after; read one", "cut after; read one", SYNCHRONOUS),
+            ("{ cut after; read one }", "{ cut after; read one }", SYNCHRONOUS),
+            ("cut after; !read one", "cut after; read one", LAGGING),
+            ("!{ cut after; read one }", "{ cut after; read one }", LAGGING),
+        )
+    },
+}
 
 
-class TestSettings:
-    def test_replay_none(self, mariadb: Any, fault_proxy: Any) -> None:
-        """No statement is ever run again; what is found before sending is still replaced."""
-        with site(mariadb, fault_proxy, REPLAY=None) as here:
-            here.read()
-            here.cut("before")
-            with pytest.raises(OperationalError):
-                here.read()
-            here.read()
-            here.kill()
-            here.write("one")
-            here.kill_idle()
-            assert here.read() == ["one"]
-            assert not here.replayed()
-
-    def test_idle_check_none(self, mariadb: Any, fault_proxy: Any) -> None:
-        """Reads are not preceded by a look, however long the connection was idle; writes are."""
-        with site(mariadb, fault_proxy, IDLE_CHECK=None, REPLAY=None) as here:
-            here.write("one")
-            here.kill()
-            here.idle(1000)
-            with pytest.raises(OperationalError):
-                here.read()
-            here.read()
-            here.kill()
-            here.write("two")
-            assert here.written() == ["one", "two"]
-
-    def test_idle_check(self, mariadb: Any, fault_proxy: Any) -> None:
-        with site(mariadb, fault_proxy, IDLE_CHECK=10, REPLAY=None) as here:
-            here.read()
-            here.idle(11)
-            here.kill()
-            assert here.read() == []
-            here.kill()
-            here.idle(9)
-            with pytest.raises(OperationalError):
-                here.read()
-
-    @pytest.mark.parametrize("in_block", [False, True])
-    @pytest.mark.parametrize("synchronous", [True, False])
-    def test_synchronous_peers(
-        self, mariadb: Any, fault_proxy: Any, synchronous: bool, in_block: bool
-    ) -> None:
-        """Where peers may lag, no read is run again elsewhere after a write of the same unit."""
-        with site(mariadb, fault_proxy, SYNCHRONOUS_PEERS=synchronous) as here:
-
-            def block() -> Any:
-                return transaction.atomic("balanced") if in_block else contextlib.nullcontext()
-
-            close_old_connections()
-            here.write("one")
-            fails = contextlib.nullcontext() if synchronous else pytest.raises(OperationalError)
-            with fails, block():
-                here.cut("after")
-                assert here.read() == ["one"]
-            close_old_connections()
-            here.read()
-            with block():
-                here.cut("after")
-                assert here.read() == ["one"]
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
 
 
 class TestDrivers:

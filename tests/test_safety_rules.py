@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import select
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +12,227 @@ import pytest
 from django.db import IntegrityError, OperationalError, close_old_connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.transaction import TransactionManagementError
-from django.db.utils import DatabaseError, Error
+from django.db.utils import Error
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
 from tests.fakes import until
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site, until_seen, with_table
+from tests.stories import CUTS, WSREP, refusing, tell, told
 
-CUTS = ["before", "after", "reply"]
+#: Connector/C's 2006: the packet did not leave, and may be sent elsewhere.
+RESET = {"reset": True}
+ON_MARIADB = "mariadb mariadb_tls"
+
+STORIES = {
+    # Rules 1 and 12: what was written may not be readable elsewhere yet.
+    "working peer is left at the end of the request that wrote": (
+        "all",
+        "request_ends; write one; open; read; idle 100; read; stays; request_ends; read; left",
+    ),
+    "working peer is left at the end of the request that wrote many": (
+        "all",
+        "request_ends; many one; open; read; idle 100; read; stays; request_ends; read; left",
+    ),
+    "request that has written is remembered over a loss": (
+        "all",
+        "request_ends; write one; kill idle; read; open; read; stays",
+        {"number": 3},
+    ),
+    # Rule 2: session state.
+    "loss of state is raised, and the next loss mended like any other": (
+        "all",
+        "HOLD; CUT; !SELECT 42; replayed 0; SELECT 1; CUT; SELECT 42",
+    ),
+    **{
+        f"neither BEGIN nor the first read hides the loss of state: {nth}": (
+            "all",
+            f"HOLD; CUT {nth}; !{{ read; read }}; replayed 0; replaced 0; {{ write after }};"
+            "written after",
+        )
+        for nth in (1, 2)
+    },
+    "block is not begun anew without its state": (
+        "all",
+        "HOLD; !{ kill idle; write one }; written; replaced 0",
+    ),
+    "state made in a block outlives it": ("all", "{ HOLD }; kill; !write one; written"),
+    "who only asks whether the connection lives is not told of the state's loss": (
+        "all",
+        "HOLD; kill; unusable; !write one; write two; written two",
+    ),
+    "block is not begun anew before it asks for what the connection knows": (
+        "all",
+        "write one; !{ kill idle; ASK }; replaced 0; SELECT 1",
+    ),
+    "block is not begun anew before it takes state": (
+        "all",
+        "write one; !{ kill idle; LOCK }; replaced 0; SELECT 1",
+    ),
+    "constraint checks that cannot be switched off are no state": (
+        "postgres",
+        "unchecked { SELECT 1 }; kill; write one; written one",
+    ),
+    "block is not begun anew while constraint checks are off": (
+        "mariadb",
+        "!unchecked { { kill idle; write one } }; written; replaced 0",
+    ),
+    "read is not run again while constraint checks are off": (
+        "mariadb",
+        "!unchecked { CUT; read }; replayed 0",
+    ),
+    "block is not run again while constraint checks are off": (
+        "mariadb",
+        "!unchecked { { CUT; read } }; replayed 0",
+    ),
+    "block is not begun anew while threads share the connection": (
+        "all",
+        "shared { !{ kill idle; write one } }; replaced 0; written",
+    ),
+    "read is not run again while threads share the connection": (
+        "all",
+        "SELECT 1; shared { CUT; !read }; replayed 0; replaced 0",
+    ),
+    "block is not run again while threads share the connection": (
+        "all",
+        "SELECT 1; shared { !{ CUT; read } }; replayed 0; replaced 0",
+    ),
+    # Rule 3: looks at the socket.
+    "connection that died after an error that is no answer is replaced": (
+        "all",
+        "!misuse; kill; write one; written one; replayed 0",
+    ),
+    # Not looked at, it may have idled until it was cut: no failed connect.
+    "connection lost on its first use and not looked at makes its peer suspect": (
+        "all",
+        "connect; unlooked; cut before; SELECT 1; circuit suspect",
+    ),
+    "connection found lost before its first use makes its peer suspect": (
+        "all",
+        "connect; kill; write one; left; circuit suspect",
+    ),
+    "nothing is sent on a connection that is known to be dead": (
+        "all",
+        "{ kill; unusable; write one; write two }; written one two; replayed 0",
+    ),
+    "connection that is asked, and well, stays": (
+        "all",
+        "SELECT 1; usable; circuit closed; write one; stays",
+    ),
+    "connection that idled in a block, and is well, stays": (
+        "all",
+        "{ idle; write one }; stays; written one",
+    ),
+    "nothing is lost with an empty block": (
+        "all",
+        "{ hook one; kill }; ran one; write one; written one",
+    ),
+    # Rule 4: the server answers that it does not serve; one plain statement is run elsewhere.
+    "refused statement is run elsewhere": (
+        ON_MARIADB,
+        "SELECT 1; refusing 1047 { write one; write two }; written one two; replayed 1;"
+        "circuit open galera",
+    ),
+    "refused first statement is run elsewhere": (
+        ON_MARIADB,
+        "SELECT 1; refusing 1047 { { write one; write two } }; written one two; replayed 1;"
+        "circuit open galera",
+    ),
+    "refused second statement is raised": (
+        ON_MARIADB,
+        "refusing 1047 { !{ write well; write one }; write two }; written two; replayed 0",
+    ),
+    # Good connects would reset any count.
+    "refusal opens the circuit at once, whatever fail_max says": (
+        "mariadb",
+        "refusing 1047 { write one }; circuit open; written one",
+        {"BREAKER": {"fail_max": 5}},
+    ),
+    "1180 proves nothing": (
+        ON_MARIADB,
+        "refusing 1180 { !write one; circuit open; write two }; left; written two; replayed 0",
+    ),
+    "1180 proves nothing in a block": (
+        ON_MARIADB,
+        "refusing 1180 { !{ write one }; circuit open; write two }; left; written two; replayed 0",
+    ),
+    # Its rows are sent one by one, and some of them stand.
+    "refused executemany is raised": (
+        ON_MARIADB,
+        "refusing 1047 { !one_by_one well one }; written well; replayed 0",
+    ),
+    "refused statement is raised with REPLAY None": (
+        "mariadb",
+        "refusing 1047 { !write one; write two }; written two",
+        {"REPLAY": None},
+    ),
+    "refused block is raised with REPLAY None": (
+        "mariadb",
+        "refusing 1047 { !{ write one }; write two }; written two",
+        {"REPLAY": None},
+    ),
+    # What was ended on purpose, what met another, what was too much: no peer's fault.
+    **{
+        f"{errno} says nothing of the peer": (
+            ON_MARIADB,
+            f"refusing {errno} {{ !write one }}; circuit closed; write two; {after}; written two;"
+            "replayed 0",
+        )
+        for errno, after in ((1927, "other"), (1317, "stays"), (1205, "stays"), (1226, "stays"))
+    },
+    "first write that was never sent is sent elsewhere": (
+        ON_MARIADB,
+        "SELECT 1; { hang_up; write one; write two }; written one two; replayed 1",
+        RESET,
+    ),
+    "second write that was never sent is raised": (
+        ON_MARIADB,
+        "SELECT 1; !{ write one; hang_up; write two }; written; replayed 0",
+        RESET,
+    ),
+    **{
+        f"of what was never sent one plain statement alone is sent again: {statement}": (
+            ON_MARIADB,
+            f"SELECT 1; unlooked; hang_up; {statement}",
+            RESET,
+        )
+        for statement in (
+            "write one; written one; replayed 1",
+            "!call nonesuch; written; replayed 0",
+            "!many one two; written; replayed 0",
+        )
+    },
+    # Rule 7: the first statement of a transaction.
+    "savepoints of a block begun anew are kept apart": (
+        "all",
+        "SELECT 1; CUT 3; { { read; write one; undone { hook never; write never }; hook once };"
+        "undone { write nor } }; replayed 1; written one; ran once",
+    ),
+    "nothing is run again in a block that has seen an error": (
+        "all",
+        "write one; !{ !{ SELECT nonesuch FROM app_token }; CUT; read }; replayed 0; replaced 0;"
+        "read one",
+    ),
+    "block that has seen an error is not begun anew": (
+        "all",
+        "write one; !{ !{ SELECT nonesuch FROM app_token }; kill idle; read }; replayed 0;"
+        "replaced 0; read one",
+    ),
+    **{
+        f"block begun anew can be rolled back: {loss} {then}": (
+            "all",
+            f"SELECT 1; {loss}; undone {{ {then}; write one; replaced 1 }}; written; write two;"
+            "written two",
+        )
+        for loss, then in (("CUT 1", "read"), ("CUT 2", "read"), ("idle 0", "kill idle"))
+    },
+}
+
+
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
 
 
 @pytest.fixture(params=KINDS)
@@ -159,36 +370,6 @@ class TestReplacements:
             here.sql("SELECT value FROM app_token FOR UPDATE")
             here.write("one")
 
-    @pytest.mark.parametrize("many", [False, True])
-    def test_optional_one_waits_for_the_units_end(self, here: Site, many: bool) -> None:
-        """What was written may not be readable elsewhere yet, however long the request idles."""
-        close_old_connections()
-        if many:
-            with here.connection.cursor() as cursor:
-                cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["one"]])
-        else:
-            here.write("one")
-        left = here.connection.peer
-        left.breaker.open()
-        here.read()
-        here.idle(100)
-        here.read()
-        assert here.connection.peer is left
-        close_old_connections()
-        here.read()
-        assert here.connection.peer is not left
-
-    def test_what_was_written_is_remembered(self, three: Site) -> None:
-        """A forced replacement ends no request: the next optional one waits all the same."""
-        close_old_connections()
-        three.write("one")
-        three.kill_idle()
-        three.read()
-        left = three.connection.peer
-        left.breaker.open()
-        three.read()
-        assert three.connection.peer is left
-
     def test_cursors_follow(self, here: Site) -> None:
         """Another cursor's replacement takes this one along: it sends nothing to a dead server."""
         with here.connection.cursor() as first, here.connection.cursor() as second:
@@ -202,61 +383,6 @@ class TestReplacements:
 
 
 class TestSessionState:
-    @pytest.fixture
-    def holding(self, here: Site) -> Site:
-        here.sql("SET @held = 1" if here.is_mysql else "SELECT pg_advisory_lock(5)")
-        return here
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_read(self, holding: Site, kind: str) -> None:
-        holding.cut(kind)
-        with pytest.raises(OperationalError):
-            holding.sql("SELECT 42")
-        assert not holding.replayed()
-        # Its state is gone, and that is said: what comes next is like any other.
-        holding.sql("SELECT 1")
-        holding.cut(kind)
-        assert holding.sql("SELECT 42") == [(42,)]
-
-    @pytest.mark.parametrize("kind", CUTS)
-    @pytest.mark.parametrize("nth", [1, 2])
-    def test_transaction(self, holding: Site, kind: str, nth: int) -> None:
-        """Neither BEGIN nor the first read hides the loss."""
-        holding.cut(kind, nth)
-        with pytest.raises(OperationalError), transaction.atomic(holding.connection.alias):
-            holding.read()
-            holding.read()
-        assert not holding.replayed()
-        assert not holding.replaced()
-        with transaction.atomic(holding.connection.alias):
-            holding.write("after")
-        assert holding.written() == ["after"]
-
-    def test_first_statement_after_idleness(self, holding: Site) -> None:
-        with pytest.raises(OperationalError), transaction.atomic(holding.connection.alias):
-            holding.kill_idle()
-            holding.write("one")
-        assert holding.written() == []
-        assert not holding.replaced()
-
-    def test_state_made_in_a_transaction(self, here: Site) -> None:
-        """It outlives the transaction, and binds what comes after."""
-        with transaction.atomic(here.connection.alias):
-            here.sql("SET @held = 1" if here.is_mysql else "SELECT pg_advisory_lock(5)")
-        here.kill()
-        with pytest.raises(OperationalError):
-            here.write("one")
-        assert here.written() == []
-
-    def test_found_unusable(self, holding: Site) -> None:
-        """A caller that only asked has not been given the error."""
-        holding.kill()
-        assert not holding.connection.is_usable()
-        with pytest.raises(OperationalError):
-            holding.write("one")
-        holding.write("two")
-        assert holding.written() == ["two"]
-
     def test_open_named_cursor(self, on_postgres: Site) -> None:
         """What it has still to read is lost: nothing else may hide that."""
         here = on_postgres
@@ -270,22 +396,6 @@ class TestSessionState:
                 here.sql("SELECT 42")
             assert not here.replayed()
 
-    @pytest.mark.parametrize("statement", ["scoped", "state"])
-    def test_first_statement_of_a_transaction(self, here: Site, statement: str) -> None:
-        """Asked about the connection itself, another one has no answer."""
-        text = {
-            ("scoped", True): "SELECT LAST_INSERT_ID()",
-            ("scoped", False): "SELECT lastval()",
-            ("state", True): "SELECT GET_LOCK('a', 0)",
-            ("state", False): "SELECT pg_advisory_lock(5)",
-        }[statement, here.is_mysql]
-        here.write("one")
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            here.kill_idle()
-            here.sql(text)
-        assert not here.replaced()
-        assert here.sql("SELECT 1") == [(1,)]
-
     def test_unbuffered_in_a_transaction(self, mariadb: Any, fault_proxy: Any) -> None:
         import MySQLdb.cursors
 
@@ -297,61 +407,6 @@ class TestSessionState:
             assert not here.replaced()
             here.write("two")
             assert here.written() == ["two"]
-
-    def test_constraint_checks_that_cannot_be_switched_off(self, on_postgres: Site) -> None:
-        here = on_postgres
-        with here.connection.constraint_checks_disabled():
-            here.sql("SELECT 1")
-        here.kill()
-        here.write("one")
-        assert here.written() == ["one"]
-
-    def test_constraint_checks_off_in_a_transaction(self, on_mariadb: Site) -> None:
-        here = on_mariadb
-        block = transaction.atomic(here.connection.alias)
-        with pytest.raises(OperationalError), here.connection.constraint_checks_disabled(), block:
-            here.kill_idle()
-            here.write("one")
-        assert here.written() == []
-        assert not here.replaced()
-
-    @pytest.mark.parametrize("kind", CUTS)
-    @pytest.mark.parametrize("in_block", [False, True])
-    def test_read_while_constraint_checks_are_off(
-        self, on_mariadb: Site, kind: str, in_block: bool
-    ) -> None:
-        here = on_mariadb
-        block = transaction.atomic(here.connection.alias) if in_block else contextlib.nullcontext()
-        with pytest.raises(OperationalError), here.connection.constraint_checks_disabled(), block:
-            here.cut(kind)
-            here.read()
-        assert not here.replayed()
-
-    def test_first_statement_while_shared_between_threads(self, here: Site) -> None:
-        here.connection.inc_thread_sharing()
-        try:
-            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-                here.kill_idle()
-                here.write("one")
-        finally:
-            here.connection.dec_thread_sharing()
-        assert not here.replaced()
-        assert here.written() == []
-
-    @pytest.mark.parametrize("kind", CUTS)
-    @pytest.mark.parametrize("in_block", [False, True])
-    def test_read_while_shared_between_threads(self, here: Site, kind: str, in_block: bool) -> None:
-        here.sql("SELECT 1")
-        here.connection.inc_thread_sharing()
-        block = transaction.atomic(here.connection.alias) if in_block else contextlib.nullcontext()
-        try:
-            with pytest.raises(OperationalError), block:
-                here.cut(kind)
-                here.read()
-        finally:
-            here.connection.dec_thread_sharing()
-        assert not here.replayed()
-        assert not here.replaced()
 
 
 class TestLooks:
@@ -394,64 +449,6 @@ class TestLooks:
         assert here.session.poll is not None
         assert not here.losses()
 
-    def test_dead_after_an_error_that_is_no_answer(self, here: Site) -> None:
-        with pytest.raises(Error):
-            here.sql("SELECT %s, %s", [1])
-        here.kill()
-        here.write("one")
-        assert here.written() == ["one"]
-        assert not here.replayed()
-
-    def test_lost_on_its_first_use_and_not_looked_at(self, here: Site) -> None:
-        """A hidden socket may have idled until it was cut: no failed connect."""
-        here.connection.close()
-        here.connection.ensure_connection()
-        peer = here.connection.peer
-        here.session.poll = None
-        here.cut("before")
-        assert here.sql("SELECT 1") == [(1,)]
-        assert peer.breaker.current_state == "closed"
-        assert peer.breaker.circuit.suspect
-
-    def test_found_lost_before_its_first_use(self, here: Site) -> None:
-        """It had idled when it was cut: no failed connect, and no reason to open the circuit."""
-        here.connection.close()
-        here.connection.ensure_connection()
-        peer = here.connection.peer
-        here.kill()
-        here.write("one")
-        assert here.connection.peer is not peer
-        assert peer.breaker.current_state == "closed"
-        assert peer.breaker.circuit.suspect
-
-    def test_found_unusable_before_the_first_statement(self, here: Site) -> None:
-        """Known to be dead: nothing is sent there, idle or not."""
-        with transaction.atomic(here.connection.alias):
-            here.kill()
-            assert not here.connection.is_usable()
-            here.write("one")
-            here.write("two")
-        assert here.written() == ["one", "two"]
-        assert not here.replayed()
-
-    def test_usable(self, here: Site) -> None:
-        """Asked, and well: nothing is noted."""
-        before = here.connection.connection
-        here.sql("SELECT 1")
-        assert here.connection.is_usable()
-        assert not here.session.dead
-        assert not here.connection.peer.breaker.circuit.suspect
-        here.write("one")
-        assert here.connection.connection is before
-
-    def test_idle_and_well_in_a_transaction(self, here: Site) -> None:
-        before = here.connection.connection
-        with transaction.atomic(here.connection.alias):
-            here.idle()
-            here.write("one")
-        assert here.connection.connection is before
-        assert here.written() == ["one"]
-
     @pytest.mark.parametrize("code", [2014, 1105])
     def test_ping_that_fails_on_a_connection_that_lives(
         self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, code: int
@@ -468,35 +465,6 @@ class TestLooks:
         assert bool(here.session.holds) is (code == 2014)
         assert not here.losses()
 
-    def test_empty_transaction(self, here: Site) -> None:
-        """Nothing happened in it, and so nothing is lost with it."""
-        ran: list[int] = []
-        with transaction.atomic(here.connection.alias):
-            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
-            here.kill()
-        assert ran == [1]
-        here.write("one")
-        assert here.written() == ["one"]
-
-
-WSREP = "WSREP has not yet prepared node for application use"
-
-
-@contextlib.contextmanager
-def refusing(here: Site, errno: int, text: str, table: str = "app_token") -> Iterator[None]:
-    """Have the server answer the present connection's INSERTs of some values with an error."""
-    thread = here.connection.connection.thread_id()
-    run = functools.partial(here.server.sql, database=DATABASE)
-    signal = f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {errno}, MESSAGE_TEXT = '{text}'"
-    run(
-        f"CREATE OR REPLACE TRIGGER refusing BEFORE INSERT ON {table} FOR EACH ROW"
-        f" IF CONNECTION_ID() = {thread} AND NEW.value <> 'well' THEN {signal}; END IF"
-    )
-    try:
-        yield
-    finally:
-        run("DROP TRIGGER refusing")
-
 
 class TestProvenNotToHaveRun:
     """The server answers that it does not serve; it takes one plain statement to believe it."""
@@ -506,50 +474,6 @@ class TestProvenNotToHaveRun:
         with site(request.getfixturevalue(request.param), fault_proxy) as made:
             made.sql("SELECT 1")
             yield made
-
-    @pytest.mark.parametrize("in_block", [False, True])
-    def test_plain(self, mysql: Site, in_block: bool) -> None:
-        old = mysql.connection.peer
-        block = transaction.atomic(mysql.connection.alias) if in_block else contextlib.nullcontext()
-        with refusing(mysql, 1047, WSREP), block:
-            mysql.write("one")
-            mysql.write("two")
-        assert mysql.written() == ["one", "two"]
-        assert len(mysql.replayed()) == 1
-        assert old.breaker.current_state == "open"
-        assert old.breaker.circuit.question == "galera"
-
-    def test_second_statement(self, mysql: Site) -> None:
-        with refusing(mysql, 1047, WSREP):
-            with pytest.raises(OperationalError), transaction.atomic(mysql.connection.alias):
-                mysql.write("well")
-                mysql.write("one")
-            mysql.write("two")
-        assert mysql.written() == ["two"]
-        assert not mysql.replayed()
-
-    def test_fail_max(self, mariadb: Any, fault_proxy: Any) -> None:
-        """The answer opens the circuit at once: good connects would reset any count."""
-        with site(mariadb, fault_proxy, BREAKER={"fail_max": 5}) as here:
-            old = here.connection.peer
-            with refusing(here, 1047, WSREP):
-                here.write("one")
-            assert old.breaker.current_state == "open"
-            assert here.written() == ["one"]
-
-    @pytest.mark.parametrize("in_block", [False, True])
-    def test_no_proof(self, mysql: Site, in_block: bool) -> None:
-        errno, text = 1180, "Got error 6 during COMMIT: Not connected to Primary Component"
-        old = mysql.connection.peer
-        block = transaction.atomic(mysql.connection.alias) if in_block else contextlib.nullcontext()
-        with refusing(mysql, errno, text):
-            with pytest.raises(DatabaseError), block:
-                mysql.write("one")
-            assert old.breaker.current_state == "open"
-            mysql.write("two")
-        assert mysql.connection.peer is not old
-        assert mysql.written() == ["two"]
-        assert not mysql.replayed()
 
     @pytest.mark.parametrize(
         "statement",
@@ -590,16 +514,6 @@ class TestProvenNotToHaveRun:
         assert mysql.written() == [*stood, "after"]
         assert "one" not in stood
 
-    def test_executemany(self, mysql: Site) -> None:
-        """Its rows are sent one by one, and some of them stand."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(refusing(mysql, 1047, WSREP))
-            cursor = stack.enter_context(mysql.connection.cursor())
-            with pytest.raises(OperationalError):
-                cursor.executemany("INSERT INTO app_token SET value = %s", [["well"], ["one"]])
-        assert mysql.written() == ["well"]
-        assert not mysql.replayed()
-
     def test_too_large(self, mysql: Site) -> None:
         """One 2006 can be a packet over max_allowed_packet: nothing so large is sent twice."""
         statement = "INSERT INTO app_token (value) SELECT 'one' FROM (SELECT %s AS x) AS t"
@@ -607,86 +521,6 @@ class TestProvenNotToHaveRun:
             mysql.sql(statement, ["x" * 1_000_001])
         assert mysql.written() == []
         assert not mysql.replayed()
-
-    @pytest.mark.parametrize("in_block", [False, True])
-    def test_never_again(self, mariadb: Any, fault_proxy: Any, in_block: bool) -> None:
-        """REPLAY None: not even what is proven."""
-        with site(mariadb, fault_proxy, REPLAY=None) as here:
-            with refusing(here, 1047, WSREP):
-                with contextlib.ExitStack() as stack:
-                    stack.enter_context(pytest.raises(OperationalError))
-                    if in_block:
-                        stack.enter_context(transaction.atomic(here.connection.alias))
-                    here.write("one")
-                here.write("two")
-            assert here.written() == ["two"]
-
-    @pytest.mark.parametrize(
-        ("errno", "text", "ends"),
-        [
-            (1927, "Connection was killed", True),
-            (1317, "Query execution was interrupted", False),
-            (1205, "Lock wait timeout exceeded", False),
-            (1226, "User has exceeded a resource", False),
-        ],
-    )
-    def test_says_nothing_of_the_peer(self, mysql: Site, errno: int, text: str, ends: bool) -> None:
-        """What was ended on purpose, what met another, what was too much: no peer's fault."""
-        before, peer = mysql.connection.connection, mysql.connection.peer
-        with refusing(mysql, errno, text), pytest.raises(OperationalError):
-            mysql.write("one")
-        assert peer.breaker.current_state == "closed"
-        assert not peer.breaker.circuit.suspect
-        mysql.write("two")
-        assert (mysql.connection.connection is not before) is ends
-        assert mysql.written() == ["two"]
-        assert not mysql.replayed()
-
-
-class TestNeverSent:
-    """Connector/C's 2006: the packet did not leave, and may be sent elsewhere."""
-
-    @pytest.fixture(params=["mariadb", "mariadb_tls"])
-    def reset(self, request: Any, fault_proxy: Any) -> Iterator[Site]:
-        server = request.getfixturevalue(request.param)
-        with site(server, functools.partial(fault_proxy, reset=True)) as made:
-            made.sql("SELECT 1")
-            yield made
-
-    def test_first_write_of_a_transaction(self, reset: Site) -> None:
-        with transaction.atomic(reset.connection.alias):
-            reset.cut_idle()
-            reset.write("one")
-            reset.write("two")
-        assert reset.written() == ["one", "two"]
-        assert len(reset.replayed()) == 1
-
-    def test_second_write_of_a_transaction(self, reset: Site) -> None:
-        with pytest.raises(OperationalError), transaction.atomic(reset.connection.alias):
-            reset.write("one")
-            reset.cut_idle()
-            reset.write("two")
-        assert reset.written() == []
-        assert not reset.replayed()
-
-    @pytest.mark.parametrize("what", ["one", "CALL", "executemany"])
-    def test_autocommit(self, reset: Site, what: str) -> None:
-        """Where no look was taken; only one plain statement is sent again."""
-        reset.session.poll = None
-        reset.cut_idle()
-        with reset.connection.cursor() as cursor:
-            if what == "one":
-                cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
-            else:
-                with pytest.raises(OperationalError):
-                    if what == "CALL":
-                        cursor.callproc("nonesuch")
-                    else:
-                        cursor.executemany(
-                            "INSERT INTO app_token (value) VALUES (%s)", [["one"], ["two"]]
-                        )
-        assert reset.written() == (["one"] if what == "one" else [])
-        assert len(reset.replayed()) == (what == "one")
 
 
 class TestReadOnlyPostgreSQL:
@@ -750,64 +584,6 @@ class TestTransactions:
         assert here.written() == ["one"]
         assert connection.get_autocommit()
         assert connection.run_on_commit == []
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_restart_keeps_savepoints_apart(self, here: Site, kind: str) -> None:
-        """Rolled back to a savepoint that was made again: what came before it stands."""
-        alias = here.connection.alias
-        ran: list[str] = []
-        here.sql("SELECT 1")
-        here.cut(kind, 3)
-        with transaction.atomic(alias):
-            with transaction.atomic(alias):
-                here.read()
-                here.write("one")
-                with pytest.raises(KeyError), transaction.atomic(alias):
-                    transaction.on_commit(lambda: ran.append("never"), alias)
-                    here.write("never")
-                    raise KeyError
-                transaction.on_commit(lambda: ran.append("once"), alias)
-            with pytest.raises(KeyError), transaction.atomic(alias):
-                here.write("nor that")
-                raise KeyError
-        assert len(here.replayed()) == 1
-        assert here.written() == ["one"]
-        assert ran == ["once"]
-
-    @pytest.mark.parametrize("kind", [*CUTS, "idle"])
-    def test_first_statement_failed_into_the_application(self, here: Site, kind: str) -> None:
-        """After any error inside the block nothing there is run again."""
-        alias = here.connection.alias
-        here.write("one")
-        with pytest.raises(OperationalError), transaction.atomic(alias):
-            with pytest.raises(Error), transaction.atomic(alias):
-                here.sql("SELECT nonesuch FROM app_token")
-            if kind == "idle":
-                here.kill_idle()
-            else:
-                here.cut(kind)
-            here.read()
-        assert not here.replayed()
-        assert not here.replaced()
-        assert here.read() == ["one"]
-
-    @pytest.mark.parametrize(("kind", "nth"), [*itertools.product(CUTS, (1, 2)), ("idle", 0)])
-    def test_what_was_begun_anew_can_be_rolled_back(self, here: Site, kind: str, nth: int) -> None:
-        """On the new connection, too, it is a transaction: nothing in it is autocommitted."""
-        here.sql("SELECT 1")
-        if kind != "idle":
-            here.cut(kind, nth)
-        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
-            if kind == "idle":
-                here.kill_idle()
-            else:
-                here.read()
-            here.write("one")
-            assert here.replaced()
-            raise KeyError
-        assert here.written() == []
-        here.write("two")
-        assert here.written() == ["two"]
 
     def test_named_cursor_as_the_first_statement(self, on_postgres: Site) -> None:
         """Found dead before its DECLARE is sent: the transaction is begun elsewhere."""

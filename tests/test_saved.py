@@ -5,120 +5,143 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connections, transaction
+from django.db import transaction
 from django.db.utils import Error
 
 from django_proxysql.backends.state import NO_TRANSACTION
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.app.models import Token
-from tests.site import Site, site
+from tests.site import Site
+from tests.stories import tell, told
 
-CUTS = ["before", "after", "reply"]
-READ = "SELECT value FROM app_token"
+LOCKING = "SELECT value FROM app_token FOR UPDATE"
 ISOLATION = "default_transaction_isolation"
+#: Leave state in the session, each alone.
+SETTINGS = {
+    "mariadb": ["SET SESSION sort_buffer_size = 300000", "SET @a = 1", "SET NAMES utf8mb4"],
+    "postgres": ["SET work_mem = '5MB'", "LISTEN channel", "PREPARE p AS SELECT 1"],
+}
+#: Where another answer would contradict the first: a block's read, and what is set.
+CONTRADICTED = [
+    # The transaction's own time.
+    ("postgres", "SELECT now()", {}),
+    # It must see what it has seen.
+    ("mariadb", "read", {"OPTIONS": {"isolation_level": "repeatable read"}}),
+    ("postgres", "read", {"OPTIONS": {"options": rf"-c {ISOLATION}=repeatable\ read"}}),
+    # Peers may lag.
+    ("mariadb", "read", {"SYNCHRONOUS_PEERS": False}),
+]
+
+STORIES = {
+    # A block that has only read so far.
+    "its next read is saved": (
+        "all",
+        "write one; { read one; CUT; read one; write two }; written one two; replayed 1",
+    ),
+    "its first write is saved and stands once": (
+        "all",
+        "{ read; read; CUT; write one; write two }; written one two",
+    ),
+    "a rollback undoes what came after": ("all", "undone { read; cut after; write one }; written"),
+    "savepoints are made again": (
+        "all",
+        "{ read; undone { read; cut after; write one }; write two }; written two; replayed 1",
+    ),
+    **{
+        f"what did more than read is not saved: {before}": (
+            "all",
+            f"!{{ {before}; CUT; read }}; replayed 0; written",
+        )
+        for before in ("write one", "many one", LOCKING, "WAIT")
+    },
+    **{
+        f"another answer would contradict the first: {read} {settings}": (
+            server,
+            f"!{{ {read}; cut after; read }}; replayed 0",
+            settings,
+        )
+        for server, read, settings in CONTRADICTED
+    },
+    # COMMIT of reads.
+    **{
+        f"commit of reads is saved and its hooks run once: {kind}": (
+            "all",
+            f"{{ hook one; read; cut {kind} }}; ran one; write one; written one",
+        )
+        for kind in ("before", "after")
+    },
+    "commit of reads that is found dead before is saved": (
+        "all",
+        "{ read; kill }; write one; written one",
+    ),
+    "commit of a write is unknown": ("all", "!!{ read; write one; cut after }"),
+    # Its lock was lost before the block's end: what it guarded may have changed.
+    "commit of a locking read is raised": ("all", f"!{{ {LOCKING}; kill }}"),
+    "commit of reads is unknown where nothing is run again": (
+        "mariadb",
+        "!!{ read; cut after }; read",
+        {"REPLAY": None},
+    ),
+    "commit of reads is unknown where the session holds something": (
+        "postgres",
+        "HOLD; !!{ read; cut after }",
+    ),
+    "commit of serializable reads is unknown": (
+        "postgres",
+        "!!{ read; cut after }",
+        {"OPTIONS": {"options": f"-c {ISOLATION}=serializable"}},
+    ),
+    # First writes.
+    "executemany is saved as a whole": (
+        "all",
+        "SELECT 1; cut after 2; { many a b c }; written a b c; replayed 1",
+    ),
+    "executemany after reads is saved as a whole": (
+        "all",
+        "{ read; cut after; many a b c }; written a b c; replayed 1",
+    ),
+    "executemany in autocommit is raised": ("all", "SELECT 1; cut after; !many one; replayed 0"),
+    **{
+        f"what ends with the transaction is saved, and not held after it: {statement}": (
+            "postgres",
+            f"SELECT 1; cut after; {{ {statement}; write one }}; replayed 1; cut after; read one",
+        )
+        for statement in (
+            "SELECT pg_advisory_xact_lock(5)",
+            "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; SHOW transaction_isolation;"
+            " answer serializable",
+            "SET LOCAL work_mem = '5MB'",
+        )
+    },
+    # It is state from here on: its loss is an error.
+    **{
+        f"setting alone on its connection is saved, and held: {statement}": (
+            server,
+            f"SELECT 1; cut after; {statement}; held; replayed 1; kill idle; !SELECT 1",
+        )
+        for server, statements in SETTINGS.items()
+        for statement in statements
+    },
+    **{
+        f"setting beside other state is raised: {first}": (
+            server,
+            f"{second}; cut after; !{first}; replayed 0",
+        )
+        for server, (first, second, _) in SETTINGS.items()
+    },
+    "setting of the server is raised": (
+        "mariadb",
+        "SELECT 1; cut after; !SET GLOBAL sort_buffer_size = 300000; replayed 0",
+    ),
+}
 
 
-def executemany(here: Site, rows: Any) -> None:
-    with here.connection.cursor() as cursor:
-        cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
-
-
-class TestBlockThatReadSoFar:
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_its_next_read_is_saved(self, here: Site, kind: str) -> None:
-        here.write("one")
-        with transaction.atomic(here.connection.alias):
-            assert here.read() == ["one"]
-            here.cut(kind)
-            assert here.read() == ["one"]
-            here.write("two")
-        assert here.written() == ["one", "two"]
-        assert len(here.replayed()) == 1
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_its_first_write_is_saved_and_stands_once(self, here: Site, kind: str) -> None:
-        with transaction.atomic(here.connection.alias):
-            here.read()
-            here.read()
-            here.cut(kind)
-            here.write("one")
-            here.write("two")
-        assert here.written() == ["one", "two"]
-
-    def test_a_rollback_undoes_what_came_after(self, here: Site) -> None:
-        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
-            here.read()
-            here.cut("after")
-            here.write("one")
-            raise KeyError
-        assert here.written() == []
-
-    def test_savepoints_are_made_again(self, here: Site) -> None:
-        alias = here.connection.alias
-        with transaction.atomic(alias):
-            here.read()
-            with pytest.raises(KeyError), transaction.atomic(alias):
-                here.read()
-                here.cut("after")
-                here.write("one")
-                raise KeyError
-            here.write("two")
-        assert here.written() == ["two"]
-        assert here.replayed()
-
-    @pytest.mark.parametrize("kind", CUTS)
-    @pytest.mark.parametrize("before", ["write", "executemany", "lock", "function"])
-    def test_what_did_more_than_read_is_not(self, here: Site, before: str, kind: str) -> None:
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            if before == "write":
-                here.write("one")
-            elif before == "executemany":
-                executemany(here, [["one"]])
-            elif before == "lock":
-                here.sql("SELECT value FROM app_token FOR UPDATE")
-            else:
-                here.sql("SELECT SLEEP(0)" if here.is_mysql else "SELECT pg_sleep(0)")
-            here.cut(kind)
-            here.read()
-        assert not here.replayed()
-        assert here.written() == []
-
-    @pytest.mark.parametrize(
-        ("server", "settings", "read"),
-        [
-            # The transaction's own time.
-            ("postgres", {}, "SELECT now()"),
-            # It must see what it has seen.
-            ("mariadb", {"OPTIONS": {"isolation_level": "repeatable read"}}, READ),
-            ("postgres", {"OPTIONS": {"options": rf"-c {ISOLATION}=repeatable\ read"}}, READ),
-            # Peers may lag.
-            ("mariadb", {"SYNCHRONOUS_PEERS": False}, READ),
-        ],
-    )
-    def test_not_where_another_answer_would_contradict_the_first(
-        self, request: Any, fault_proxy: Any, server: str, settings: dict[str, Any], read: str
-    ) -> None:
-        with site(request.getfixturevalue(server), fault_proxy, **settings) as here:
-            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-                here.sql(read)
-                here.cut("after")
-                here.read()
-            assert not here.replayed()
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
 
 
 class TestCommitOfReads:
-    @pytest.mark.parametrize("kind", ["before", "after"])
-    def test_is_saved_and_its_hooks_run_once(self, here: Site, kind: str) -> None:
-        alias = here.connection.alias
-        ran: list[str] = []
-        with transaction.atomic(alias):
-            transaction.on_commit(lambda: ran.append("hook"), alias)
-            here.read()
-            here.cut(kind)
-        assert ran == ["hook"]
-        here.write("one")
-        assert here.written() == ["one"]
-
     @pytest.mark.parametrize("kind", ["before", "after"])
     def test_of_many_kinds_and_sizes_is_saved(self, here: Site, kind: str) -> None:
         alias = here.connection.alias
@@ -147,49 +170,6 @@ class TestCommitOfReads:
             assert here.written() == (["by a read"] if kind == "after" else [])
         finally:
             here.plainly("DROP FUNCTION writes() CASCADE")
-
-    def test_found_dead_before_it_is_saved(self, here: Site) -> None:
-        with transaction.atomic(here.connection.alias):
-            here.read()
-            here.kill()
-        here.write("one")
-        assert here.written() == ["one"]
-
-    def test_of_a_write_is_unknown(self, here: Site) -> None:
-        with pytest.raises(CommitOutcomeUnknown), transaction.atomic(here.connection.alias):
-            here.read()
-            here.write("one")
-            here.cut("after")
-
-    def test_of_a_locking_read_is_raised(self, here: Site) -> None:
-        """Its lock was lost before the block's end: what it guarded may have changed."""
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            here.sql("SELECT value FROM app_token FOR UPDATE")
-            here.kill()
-
-    def test_is_raised_where_nothing_is_run_again(self, mariadb: Any, fault_proxy: Any) -> None:
-        with site(mariadb, fault_proxy, REPLAY=None) as here:
-            with pytest.raises(Error), transaction.atomic(here.connection.alias):
-                here.read()
-                here.cut("after")
-            assert here.read() == []
-
-    def test_where_the_session_holds_something_is_raised(self, on_postgres: Site) -> None:
-        here = on_postgres
-        here.sql("SELECT pg_advisory_lock(7)")
-        with pytest.raises(Error), transaction.atomic(here.connection.alias):
-            here.read()
-            here.cut("after")
-
-    def test_of_serializable_reads_is_unknown(self, postgres: Any, fault_proxy: Any) -> None:
-        options = {"options": "-c default_transaction_isolation=serializable"}
-        with (
-            site(postgres, fault_proxy, OPTIONS=options) as here,
-            pytest.raises(CommitOutcomeUnknown),
-            transaction.atomic(here.connection.alias),
-        ):
-            here.read()
-            here.cut("after")
 
     def test_asks_nothing_of_the_peer_that_lost_it(self, on_postgres: Site) -> None:
         """It may be dead, and a connect to it takes as long as a time-out."""
@@ -226,34 +206,41 @@ class TestFirstWrite:
         ((count,),) = here.plainly(f"SELECT count(*) FROM {table}")
         return int(count)
 
-    def test_of_a_table_without_transactions_is_raised(
-        self, on_mariadb: Site, mariadb: Any
+    @pytest.mark.parametrize(
+        ("changed", "made", "statement"),
+        [
+            (
+                "rough",
+                ["CREATE TABLE rough (a int) ENGINE = MyISAM"],
+                "INSERT INTO rough VALUES (1)",
+            ),
+            (
+                "rough",
+                [
+                    "CREATE TABLE rough (a int) ENGINE = MyISAM",
+                    "CREATE TABLE watched (a int)",
+                    "CREATE TRIGGER watch BEFORE INSERT ON watched"
+                    " FOR EACH ROW INSERT INTO rough VALUES (1)",
+                ],
+                "INSERT INTO watched (a) VALUES (1)",
+            ),
+            (
+                "app_token",
+                ["CREATE OR REPLACE VIEW seen AS SELECT value FROM app_token"],
+                "INSERT INTO seen (value) VALUES ('one')",
+            ),
+        ],
+        ids=["a table without transactions", "a trigger", "a view"],
+    )
+    def test_of_what_a_rollback_may_not_undo_is_raised(
+        self, on_mariadb: Site, changed: str, made: list[str], statement: str
     ) -> None:
-        on_mariadb.sql("DROP TABLE IF EXISTS rough")
-        on_mariadb.sql("CREATE TABLE rough (a int) ENGINE = MyISAM")
-        assert not self.lose(on_mariadb, "INSERT INTO rough (a) VALUES (1)")
-        assert self.count(on_mariadb, "rough") <= 1
+        drops = "DROP TABLE IF EXISTS watched, rough", "DROP VIEW IF EXISTS seen"
+        on_mariadb.plainly(*drops, *made)
+        assert not self.lose(on_mariadb, statement)
+        assert self.count(on_mariadb, changed) <= 1
         assert not on_mariadb.replayed()
-        on_mariadb.sql("DROP TABLE rough")
-
-    def test_of_a_table_with_a_trigger_is_raised(self, on_mariadb: Site) -> None:
-        on_mariadb.sql("DROP TABLE IF EXISTS watched, rough")
-        on_mariadb.sql("CREATE TABLE rough (a int) ENGINE = MyISAM")
-        on_mariadb.sql("CREATE TABLE watched (a int)")
-        on_mariadb.sql(
-            "CREATE TRIGGER watch BEFORE INSERT ON watched"
-            " FOR EACH ROW INSERT INTO rough VALUES (1)"
-        )
-        assert not self.lose(on_mariadb, "INSERT INTO watched (a) VALUES (1)")
-        assert self.count(on_mariadb, "rough") <= 1
-        assert not on_mariadb.replayed()
-        on_mariadb.sql("DROP TABLE watched, rough")
-
-    def test_through_a_view_is_raised(self, on_mariadb: Site) -> None:
-        on_mariadb.sql("CREATE OR REPLACE VIEW seen AS SELECT value FROM app_token")
-        assert not self.lose(on_mariadb, "INSERT INTO seen (value) VALUES ('one')")
-        on_mariadb.sql("DROP VIEW seen")
-        assert on_mariadb.written() == []
+        on_mariadb.plainly(*drops)
 
     def test_whose_trigger_writes_elsewhere_is_raised(
         self, on_postgres: Site, postgres: Any
@@ -320,60 +307,14 @@ class TestFirstWrite:
         assert self.lose(on_postgres, "ALTER TABLE fresh ADD COLUMN b int")
         assert self.lose(on_postgres, "DROP TABLE fresh")
 
-    @pytest.mark.parametrize("reads", [0, 1])
-    def test_executemany_is_saved_as_a_whole(self, here: Site, reads: int) -> None:
-        here.sql("SELECT 1")
-        rows = [[f"value{number}"] for number in range(5)]
-        if not reads:
-            here.cut("after", 2)
-        with transaction.atomic(here.connection.alias):
-            for _ in range(reads):
-                here.read()
-            if reads:
-                here.cut("after")
-            executemany(here, rows)
-        assert here.written() == [value for [value] in rows]
-        assert here.replayed()
-
     def test_executemany_of_an_iterator_is_raised(self, here: Site) -> None:
         here.sql("SELECT 1")
         here.cut("after", 2)
         rows = iter([["one"], ["two"]])
-        with pytest.raises(Error), transaction.atomic(here.connection.alias):
-            executemany(here, rows)
+        block, cursor = transaction.atomic(here.connection.alias), here.connection.cursor()
+        with pytest.raises(Error), block, cursor:
+            cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
         assert here.written() == []
-
-    def test_executemany_in_autocommit_is_raised(self, here: Site) -> None:
-        here.sql("SELECT 1")
-        here.cut("after")
-        with pytest.raises(Error):
-            executemany(here, [["one"]])
-        assert len(here.written()) <= 1
-        assert not here.replayed()
-
-    @pytest.mark.parametrize(
-        "statement",
-        [
-            "SELECT pg_advisory_xact_lock(5)",
-            "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
-            "SET LOCAL work_mem = '5MB'",
-        ],
-    )
-    def test_what_ends_with_the_transaction_is_saved(
-        self, on_postgres: Site, statement: str
-    ) -> None:
-        here = on_postgres
-        here.sql("SELECT 1")
-        here.cut("after")
-        with transaction.atomic(here.connection.alias):
-            here.sql(statement)
-            if "ISOLATION" in statement:
-                assert here.sql("SHOW transaction_isolation") == [("serializable",)]
-            here.write("one")
-        assert here.replayed()
-        # And nothing of it is held after the block.
-        here.cut("after")
-        assert here.read() == ["one"]
 
 
 class TestServerSideCursors:
@@ -435,38 +376,3 @@ class TestServerSideCursors:
                     here.cut("after")
         assert got == ["a", "b"]
         assert not here.replayed()
-
-
-class TestSettings:
-    STATEMENTS = {
-        "mysql": ["SET SESSION sort_buffer_size = 300000", "SET @a = 1", "SET NAMES utf8mb4"],
-        "postgresql": ["SET work_mem = '5MB'", "LISTEN channel", "PREPARE p AS SELECT 1"],
-    }
-
-    def test_alone_on_its_connection_is_saved_and_held(self, here: Site) -> None:
-        for statement in self.STATEMENTS[here.connection.vendor]:
-            connections[here.connection.alias].close()
-            here.idle(70)
-            here.sql("SELECT 1")
-            here.cut("after")
-            here.sql(statement)
-            assert here.session.holds, statement
-            # It is state from here on: its loss is an error.
-            here.kill_idle()
-            with pytest.raises(Error):
-                here.sql("SELECT 1")
-
-    def test_beside_other_state_is_raised(self, here: Site) -> None:
-        first, second, *_ = self.STATEMENTS[here.connection.vendor]
-        here.sql(second)
-        here.cut("after")
-        with pytest.raises(Error):
-            here.sql(first)
-        assert not here.replayed()
-
-    def test_of_the_server_is_raised(self, on_mariadb: Site) -> None:
-        on_mariadb.sql("SELECT 1")
-        on_mariadb.cut("after")
-        with pytest.raises(Error):
-            on_mariadb.sql("SET GLOBAL sort_buffer_size = 300000")
-        assert not on_mariadb.replayed()

@@ -1,343 +1,338 @@
-"""Session state that outlives a request, and answers that live in one connection."""
+"""What a session holds is never lost without an error; one that holds nothing may be replaced."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from django.db import OperationalError, close_old_connections, transaction
+from django.db import OperationalError, connections, transaction
+from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
 from django_proxysql import retrying_atomic
+from tests.fakes import running
+from tests.servers import DATABASE
 from tests.site import Site
+from tests.stories import Narrator, tell, told
 
-MYSQL = ["SELECT GET_LOCK('a', 0)", "BEGIN", "SET autocommit = 0", "LOCK TABLES app_token WRITE"]
-POSTGRES = [
-    "SELECT pg_advisory_lock(7)",
-    "BEGIN",
-    "LISTEN jobs",
-    "SELECT pg_create_physical_replication_slot('of_a_test', true, true)",
-]
+#: What lives on after close_old_connections(), until it is given back.
+FOR_LIFE = {
+    "mariadb": [
+        "SELECT GET_LOCK('a', 0)",
+        "BEGIN",
+        "SET autocommit = 0",
+        "LOCK TABLES app_token WRITE",
+        "FLUSH TABLES WITH READ LOCK",
+        "START TRANSACTION",
+        "XA START 'x'",
+    ],
+    "postgres": [
+        "SELECT pg_advisory_lock(7)",
+        "BEGIN",
+        "LISTEN jobs",
+        "SELECT pg_create_physical_replication_slot('of_a_test', true, true)",
+    ],
+}
+FOR_THE_REQUEST = {
+    "mariadb": [
+        *("SET @a = 1", "SELECT @a := 1", "SET SESSION sort_buffer_size = 262144"),
+        *("SET NAMES utf8mb4", "CREATE TEMPORARY TABLE t (id int)", "HANDLER app_token OPEN"),
+        *("PREPARE p FROM 'SELECT 1'", "USE app", "CALL p()"),
+    ],
+    "postgres": [
+        *("SELECT set_config('work_mem', '8MB', false)", "SET work_mem = '8MB'", "SET ROLE app"),
+        *("CREATE TEMPORARY TABLE t (id int)", "CREATE TEMP TABLE t (id int)"),
+        *("PREPARE p AS SELECT 1",),
+    ],
+}
+QUESTIONS = {
+    "mariadb": [
+        *("SELECT LAST_INSERT_ID()", "SELECT FOUND_ROWS()", "SELECT ROW_COUNT()"),
+        *("SHOW WARNINGS", "SHOW ERRORS", "SELECT @@identity", "SELECT CONNECTION_ID()"),
+    ],
+    "postgres": ["SELECT lastval()"],
+}
 DEADLOCK = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock found'"
+#: A loss is raised once.
+SHOWN = "!SELECT 1; SELECT 2; replayed 0"
 
 
-def take(site: Site, statement: str) -> None:
-    if "slot" in statement:
-        site.server.sql("ALTER ROLE app REPLICATION")
-        site.connection.close()
-    site.sql(statement)
+def each(held: dict[str, list[str]], promise: str, story: str) -> dict[str, Any]:
+    """Return the rows of a story that each statement begins, on the server that it is for."""
+    return {
+        f"{promise}: {statement}": (server, f"{statement}; {story}")
+        for server, statements in held.items()
+        for statement in statements
+    }
 
 
-def shows_its_loss_once(site: Site) -> None:
-    with pytest.raises(Error):
-        site.sql("SELECT 1")
-    assert site.sql("SELECT 2") == [(2,)]
+STORIES = {
+    **each(
+        {server: [*FOR_LIFE[server], *FOR_THE_REQUEST[server]] for server in FOR_LIFE},
+        "loss is one error, however safe the statement, and what is new holds nothing",
+        f"kill idle; {SHOWN}; write after; read after; kill idle; SELECT 3; replayed 0",
+    ),
+    **each(FOR_LIFE, "loss between requests is shown", f"request_ends; kill idle; {SHOWN}"),
+    **each(
+        FOR_LIFE, "loss found at a request's end is shown", f"kill; dead; request_ends; {SHOWN}"
+    ),
+    # After an error Django asks whether the connection is usable, and closes it if not.
+    **each(FOR_LIFE, "loss found by Django is shown", f"kill; erred; request_ends; {SHOWN}"),
+    **each(FOR_LIFE, "loss found by the health check is shown", f"kill; health_check; {SHOWN}"),
+    **each(
+        FOR_LIFE,
+        "drained peer is not left",
+        "request_ends; drain; SELECT 1; request_ends; SELECT 1; stays",
+    ),
+    **each(
+        FOR_LIFE,
+        "peer whose circuit opens is not left",
+        "request_ends; open; SELECT 1; request_ends; SELECT 1; stays",
+    ),
+    **each(
+        FOR_LIFE,
+        "max age ends the connection, as with the plain engine",
+        "aged; request_ends; SELECT 1; other",
+    ),
+    **each(FOR_THE_REQUEST, "held until the request ends", "request_ends; kill idle; SELECT 1"),
+    "loss of a lock is one error before a block": (
+        "all",
+        "LOCK; kill; !{ write one }; written; { write two }; written two",
+    ),
+    "loss found when the holder has gone is no error": (
+        "mariadb",
+        "SET @a = 1; kill; request_ends; idle; SELECT 1",
+    ),
+    "constraint checks that are off are not lost": (
+        "mariadb",
+        "!unchecked { kill; write one }; written; write two; kill; unchecked { write three };"
+        "kill; write four; written two three four",
+    ),
+    "connection that threads share is not replaced": (
+        "all",
+        "shared { kill idle; !SELECT 1 }; SELECT 1",
+    ),
+    # What is given back is held no more.
+    "lock that was given back": (
+        "mariadb",
+        "SELECT GET_LOCK('a', 0); SELECT RELEASE_LOCK('a'); kill idle; SELECT 1",
+    ),
+    "transaction by hand ends with rollback()": ("all", "BEGIN; rollback; kill idle; SELECT 1"),
+    "channel given back in a block": (
+        "postgres",
+        "LISTEN jobs; { UNLISTEN jobs }; SELECT pg_listening_channels(); answer; free",
+    ),
+    "channel that a rollback takes again": (
+        "postgres",
+        "LISTEN jobs; undone { UNLISTEN jobs }; SELECT pg_listening_channels(); answer jobs; held",
+    ),
+    "channel that a savepoint's rollback takes again": (
+        "postgres",
+        "LISTEN jobs; { undone { UNLISTEN jobs } }; SELECT pg_listening_channels(); answer jobs;"
+        "held",
+    ),
+    "lock of a transaction is no state": (
+        "postgres",
+        "{ SELECT pg_advisory_xact_lock(7) }; kill idle; SELECT 1",
+    ),
+    **{
+        f"column {name} is no state": (
+            "all",
+            f"SELECT {name} FROM (SELECT 1 AS {name}) AS t; free; kill idle; SELECT 1",
+        )
+        for name in ("temp", "connection_id", "get_lock")
+    },
+    # A peer whose circuit another thread has opened is left where that can do no harm.
+    "peer is left before a transaction": ("all", "open; { left; write one }; written one"),
+    "peer is not left inside a transaction": (
+        "all",
+        "{ write one; open; write two; stays }; written one two",
+    ),
+    "peer is left after a write when the connection has idled": (
+        "all",
+        "write one; open; read; stays; idle; read; left",
+    ),
+    "peer is not left with session state": ("all", "HOLD; open; SELECT 1; stays"),
+    # Answers that live in one connection are asked of no other.
+    **{
+        f"answer is not asked of another: {question}": (
+            server,
+            f"write one; kill idle; !{question}; SELECT 1",
+        )
+        for server, questions in QUESTIONS.items()
+        for question in questions
+    },
+    "answer that is lost is not asked again": ("all", "write one; CUT; !ASK; replayed 0"),
+    "answers after a replayed read": ("all", "write one; cut after; read one; asks"),
+    "answers after a replaced connection": ("all", "write one; kill idle; read one; asks"),
+    "answers after a drain": ("all", "write one; idle; drain; read one; left; asks"),
+    "answers after a loss that was raised": (
+        "all",
+        "write one; !{ SELECT value FROM app_token FOR UPDATE; kill; read }; read; asks",
+    ),
+    "answers inside a block": ("all", "write one; kill idle; { read; !ASK }"),
+    "update answers for its rows only": (
+        "mariadb",
+        "write one; kill idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); answer 1;"
+        "!ASK",
+    ),
+    "nothing was written in the next request": (
+        "mariadb",
+        "write one; kill idle; read; request_ends; ASK; answer 0",
+    ),
+    "who am I is answered": ("all", "write one; kill idle; read; WHO"),
+}
 
 
-def params() -> list[Any]:
-    return [("on_mariadb", one) for one in MYSQL] + [("on_postgres", one) for one in POSTGRES]
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    node = request.getfixturevalue(server)
+    if server == "mariadb":
+        node.sql("CREATE OR REPLACE PROCEDURE p() DO 1", database=DATABASE)
+        node.sql("GRANT RELOAD, EXECUTE ON *.* TO 'app'@'%'")
+    elif "slot" in text:
+        node.sql("ALTER ROLE app REPLICATION")
+    tell(request, server, settings, text)
 
 
-@pytest.fixture
-def holding(request: pytest.FixtureRequest) -> Site:
-    """A site on the server that the statement is for, whose connection has run it."""
-    fixture, statement = request.param
-    site: Site = request.getfixturevalue(fixture)
-    take(site, statement)
-    return site
+def test_what_receivers_set_is_no_state(on_mariadb: Site, receive: Any) -> None:
+    """What is set up at each connect is set up again on the next one."""
+
+    def set_up(sender: Any, connection: Any, **_: Any) -> None:
+        if connection is on_mariadb.connection:
+            with connection.cursor() as cursor:
+                cursor.execute("SET @receiver = 5")
+
+    receive(connection_created, set_up)
+    Narrator(on_mariadb).tell("connect; SELECT 1; kill idle; SELECT 1; SELECT @receiver; answer 5")
 
 
-@pytest.mark.parametrize("holding", params(), indirect=True, ids=str)
-class TestBetweenRequests:
-    """What was to live on after close_old_connections() is never lost without an error."""
-
-    def test_a_loss_between_requests_is_shown_once(self, holding: Site) -> None:
-        close_old_connections()
-        holding.kill_idle()
-        shows_its_loss_once(holding)
-        assert not holding.replayed()
-
-    def test_a_loss_found_at_the_end_of_a_request_is_shown(self, holding: Site) -> None:
-        holding.kill()
-        holding.session.dead = True
-        close_old_connections()
-        shows_its_loss_once(holding)
-
-    def test_a_loss_found_by_django_is_shown(self, holding: Site) -> None:
-        """After an error Django asks whether the connection is usable, and closes it if not."""
-        holding.kill()
-        holding.connection.errors_occurred = True
-        close_old_connections()
-        shows_its_loss_once(holding)
-
-    def test_a_loss_found_by_the_health_check_is_shown(self, holding: Site) -> None:
-        if not hasattr(holding.connection, "close_if_health_check_failed"):
-            pytest.skip("Django before 4.1 has no CONN_HEALTH_CHECKS")
-        holding.kill()
-        holding.connection.health_check_enabled = True
-        holding.connection.health_check_done = False
-        shows_its_loss_once(holding)
-
-    @pytest.mark.parametrize("how", ["drained", "opened"])
-    def test_a_peer_that_is_out_is_not_left(self, holding: Site, how: str) -> None:
-        before, peer = holding.connection.connection, holding.connection.peer
-        close_old_connections()
-        holding.balancer.drain(peer.name) if how == "drained" else peer.breaker.open()
-        holding.sql("SELECT 1")
-        close_old_connections()
-        holding.sql("SELECT 1")
-        assert holding.connection.connection is before
-
-    def test_max_age_ends_the_connection_as_with_the_plain_engine(self, holding: Site) -> None:
-        before = holding.connection.connection
-        holding.connection.close_at = 0
-        close_old_connections()
-        assert holding.sql("SELECT 1") == [(1,)]
-        assert holding.connection.connection is not before
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_lock_that_was_not_granted_is_not_held(here: Site, alone: bool) -> None:
+    """One who asks for a lock again and again, in vain, stays free to leave a peer."""
+    lock = "GET_LOCK('a', 0)" if here.is_mysql else "pg_try_advisory_lock(7)"
+    with here.plain.cursor() as cursor:
+        cursor.execute(f"SELECT {lock}")
+        cursor.fetchall()
+    try:
+        ((granted, *_),) = here.sql(f"SELECT {lock}" if alone else f"SELECT {lock}, 1")
+        assert not granted
+        assert bool(here.session.holds) is not alone
+    finally:
+        here.plain.close()
 
 
-class TestGivenBack:
-    def test_a_connection_without_its_lock_is_as_any_other(self, on_mariadb: Site) -> None:
-        on_mariadb.sql("SELECT GET_LOCK(%s, 0)", ["a"])
-        on_mariadb.sql("SELECT RELEASE_LOCK(%s)", ["a"])
-        on_mariadb.kill_idle()
-        assert on_mariadb.sql("SELECT 1") == [(1,)]
-
-    def test_a_transaction_by_hand_ends_with_rollback(self, here: Site) -> None:
-        here.sql("BEGIN")
-        here.connection.rollback()
-        here.kill_idle()
-        assert here.sql("SELECT 1") == [(1,)]
-
-    @pytest.mark.parametrize("ends", ["commit", "rollback", "savepoint"])
-    def test_an_unlisten_is_part_of_its_block(self, on_postgres: Site, ends: str) -> None:
-        """A channel that a rollback has the session listen to again is not lost in silence."""
-        alias = on_postgres.connection.alias
-        on_postgres.sql("LISTEN jobs")
-        with transaction.atomic(alias), transaction.atomic(alias, savepoint=ends == "savepoint"):
-            on_postgres.sql("UNLISTEN jobs")
-            if ends != "commit":
-                transaction.set_rollback(True, alias)
-        listens = on_postgres.sql("SELECT pg_listening_channels()") == [("jobs",)]
-        assert listens is (ends != "commit")
-        assert bool(on_postgres.session.holds) is listens
-
-    def test_a_transactions_own_lock_is_no_state(self, on_postgres: Site) -> None:
-        with transaction.atomic(on_postgres.connection.alias):
-            on_postgres.sql("SELECT pg_advisory_xact_lock(7)")
-        on_postgres.kill_idle()
-        assert on_postgres.sql("SELECT 1") == [(1,)]
-
-    @pytest.mark.parametrize("alone", [True, False])
-    def test_a_lock_that_was_not_granted_is_not_held(self, here: Site, alone: bool) -> None:
-        """One who asks for a lock again and again, in vain, stays free to leave a peer."""
-        lock = "GET_LOCK('a', 0)" if here.is_mysql else "pg_try_advisory_lock(7)"
-        with here.plain.cursor() as cursor:
-            cursor.execute(f"SELECT {lock}")
-            cursor.fetchall()
-        try:
-            ((granted, *_),) = here.sql(f"SELECT {lock}" if alone else f"SELECT {lock}, 1")
-            assert not granted
-            assert bool(here.session.holds) is not alone
-        finally:
-            here.plain.close()
-
-    def test_a_lock_that_was_granted_is_held(self, here: Site) -> None:
-        lock = "GET_LOCK(%s, 0)" if here.is_mysql else "pg_try_advisory_lock(%s)"
-        name: Any = "7" if here.is_mysql else 7
-        assert here.sql(f"SELECT {lock} AS granted", [name]) in ([(1,)], [(True,)])
-        assert here.session.holds
-
-    @pytest.mark.parametrize("column", ["temp", "connection_id", "get_lock"])
-    def test_a_column_is_no_state(self, here: Site, column: str) -> None:
-        here.sql(f"SELECT {column} FROM (SELECT 1 AS {column}) AS t")
-        here.kill_idle()
-        assert here.sql(f"SELECT {column} FROM (SELECT 1 AS {column}) AS t") == [(1,)]
+def test_a_lock_that_was_granted_is_held(here: Site) -> None:
+    lock = "GET_LOCK(%s, 0)" if here.is_mysql else "pg_try_advisory_lock(%s)"
+    name: Any = "7" if here.is_mysql else 7
+    assert here.sql(f"SELECT {lock} AS granted", [name]) in ([(1,)], [(True,)])
+    assert here.session.holds
 
 
 class TestServerSideCursor:
     """What ``iterator()`` runs is a statement like any other."""
 
     def test_a_lock_that_it_takes_is_held(self, on_postgres: Site) -> None:
-        here = on_postgres
-        with transaction.atomic(here.connection.alias), here.connection.chunked_cursor() as cursor:
+        connection = on_postgres.connection
+        with transaction.atomic(connection.alias), connection.chunked_cursor() as cursor:
             cursor.execute("SELECT pg_advisory_lock(%s)", [7])
             cursor.fetchall()
-        close_old_connections()
-        here.kill_idle()
-        shows_its_loss_once(here)
+        Narrator(on_postgres).tell(f"request_ends; kill idle; {SHOWN}")
 
     def test_it_asks_no_other_connection(self, on_postgres: Site) -> None:
-        here = on_postgres
-        here.write("one")
-        here.kill_idle()
-        here.read()
-        cursor = here.connection.chunked_cursor()
+        Narrator(on_postgres).tell("write one; kill idle; read")
+        cursor = on_postgres.connection.chunked_cursor()
         with pytest.raises(OperationalError, match="replaced"):
             cursor.execute("SELECT lastval()")
         cursor.close()
 
 
-class TestAnswersOfOneConnection:
-    """After a write they are not asked of a connection that has not made it."""
+def test_many_updates_answer_for_their_rows_only(on_mariadb: Site) -> None:
+    narrator = Narrator(on_mariadb)
+    narrator.tell("write one; kill idle")
+    with on_mariadb.connection.cursor() as cursor:
+        cursor.executemany("UPDATE app_token SET value = %s", [["two"]])
+    narrator.tell("SELECT ROW_COUNT(); answer 1; !ASK; many three; ASK")
+    assert narrator.rows != [(0,)]
 
-    QUESTIONS = {
-        True: ["SELECT LAST_INSERT_ID()", "SELECT @@identity", "SELECT ROW_COUNT()"],
-        False: ["SELECT lastval()"],
-    }
 
-    def asks(self, here: Site) -> None:
-        """Each question is an error, until the new connection has an answer of its own."""
-        for question in self.QUESTIONS[here.is_mysql]:
-            with pytest.raises(OperationalError, match="replaced"):
-                here.sql(question)
-        here.write("two")
-        newest = here.sql("SELECT MAX(id) FROM app_token")
-        # Of this connection's own write.
-        here.write("three")
-        ((answer,),) = here.sql(self.QUESTIONS[here.is_mysql][0])
-        assert answer > newest[0][0]
-
-    def test_after_a_replayed_read(self, here: Site) -> None:
-        here.write("one")
-        here.cut("after")
-        assert here.read() == ["one"]
-        self.asks(here)
-
-    def test_after_a_replaced_connection(self, here: Site) -> None:
-        here.write("one")
-        here.kill_idle()
-        assert here.read() == ["one"]
-        self.asks(here)
-
-    def test_after_a_drain(self, here: Site) -> None:
-        here.write("one")
-        here.idle()
-        here.balancer.drain(here.connection.peer.name)
-        assert here.read() == ["one"]
-        self.asks(here)
-
-    def test_after_a_loss_that_was_raised(self, here: Site) -> None:
-        here.write("one")
-        with pytest.raises(Error), transaction.atomic(here.connection.alias):
-            here.sql("SELECT value FROM app_token FOR UPDATE")
-            here.kill()
+class TestPinned:
+    def test_to_the_present_peer(self, here: Site) -> None:
+        with here.balancer.pinned():
+            narrator = Narrator(here)
+            narrator.tell("read; open; read; stays")
+            here.connection.close()
             here.read()
-        here.read()
-        self.asks(here)
+            assert here.connection.peer is narrator.peer
 
-    def test_inside_a_block(self, here: Site) -> None:
-        here.write("one")
-        here.kill_idle()
-        with transaction.atomic(here.connection.alias):
+    @pytest.mark.parametrize("chosen", [True, False])
+    def test_to_another(self, here: Site, chosen: bool) -> None:
+        """A connection to a peer that is out, unused in the block, decides nothing."""
+        other = next(p for p in here.balancer.peers.values() if p is not here.connection.peer)
+        if not chosen:
+            here.connection.peer.breaker.open()
+        with here.balancer.pinned(*[other] * chosen):
             here.read()
-            with pytest.raises(OperationalError, match="replaced"):
-                here.sql(self.QUESTIONS[here.is_mysql][0])
+            assert here.connection.peer is other
 
-    def test_an_update_answers_for_its_rows_only(self, on_mariadb: Site) -> None:
-        on_mariadb.write("one")
-        on_mariadb.kill_idle()
-        on_mariadb.sql("UPDATE app_token SET value = 'two'")
-        assert on_mariadb.sql("SELECT ROW_COUNT()") == [(1,)]
-        with pytest.raises(OperationalError, match="replaced"):
-            on_mariadb.sql("SELECT LAST_INSERT_ID()")
 
-    def test_many_updates_answer_for_their_rows_only(self, on_mariadb: Site) -> None:
-        on_mariadb.write("one")
-        on_mariadb.kill_idle()
-        with on_mariadb.connection.cursor() as cursor:
-            cursor.executemany("UPDATE app_token SET value = %s", [["two"]])
-        assert on_mariadb.sql("SELECT ROW_COUNT()") == [(1,)]
-        with pytest.raises(OperationalError, match="replaced"):
-            on_mariadb.sql("SELECT LAST_INSERT_ID()")
-        with on_mariadb.connection.cursor() as cursor:
-            cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["three"]])
-        assert on_mariadb.sql("SELECT LAST_INSERT_ID()") != [(0,)]
+def test_a_peer_that_another_thread_finds_gone_is_left(here: Site) -> None:
+    """A peer that is gone is asked once, by one thread; the others do not ask it."""
+    here.read()
+    mine = here.connection.peer
 
-    def test_in_the_next_request_nothing_was_written(self, on_mariadb: Site) -> None:
-        on_mariadb.write("one")
-        on_mariadb.kill_idle()
-        on_mariadb.read()
-        close_old_connections()
-        assert on_mariadb.sql("SELECT LAST_INSERT_ID()") == [(0,)]
+    def other() -> None:
+        wrapper = connections[here.connection.alias]
+        try:
+            with here.balancer.pinned(mine):
+                wrapper.ensure_connection()
+                here.here.refuse()
+                wrapper.close()
+                with pytest.raises(OperationalError):
+                    wrapper.ensure_connection()
+        finally:
+            wrapper.close()
 
-    def test_who_am_i_is_answered(self, here: Site) -> None:
-        here.write("one")
-        here.kill_idle()
-        here.read()
-        assert here.sql("SELECT CONNECTION_ID()" if here.is_mysql else "SELECT pg_backend_pid()")
+    with running(other):
+        pass
+    here.read()
+    assert here.connection.peer is not mine
+
+
+def test_a_replaced_connection_is_counted_where_it_leads_and_leaves_none_open(here: Site) -> None:
+    Narrator(here).tell("read; kill idle; read; hang_up; write one; hang_up; write two")
+    counts = {name: peer.connections for name, peer in here.balancer.peers.items()}
+    assert sum(counts.values()) == counts[here.connection.peer.name] == 1
+    here.settle()
+    assert here.sessions() == 1
 
 
 class TestRetryingAtomic:
     """It does not run again without what was held when the first attempt began."""
 
-    LOCKS = {
-        True: ["SELECT GET_LOCK('a', 0)", "SET @a = 1", "CREATE TEMPORARY TABLE x (a int)"],
-        False: [
-            "SELECT pg_advisory_lock(7)",
-            "SET work_mem = '8MB'",
-            "CREATE TEMP TABLE x (a int)",
-        ],
-    }
+    def attempts(self, here: Site, *stories: str) -> int:
+        """Run a function whose attempts do what the stories say; return how many there were."""
+        left, narrator = list(stories), Narrator(here)
+        retrying_atomic(using=here.connection.alias)(lambda: narrator.tell(left.pop(0)))()
+        return len(stories) - len(left)
 
-    @pytest.mark.parametrize("nth", [0, 1, 2])
-    def test_not_without_its_state(self, here: Site, nth: int) -> None:
-        here.sql(self.LOCKS[here.is_mysql][nth])
-        attempts = []
-
-        @retrying_atomic(using=here.connection.alias)
-        def work() -> None:
-            attempts.append(1)
-            here.write("one")
-            if len(attempts) == 1:
-                here.kill()
-            here.write("two")
-
+    @pytest.mark.parametrize("held", ["LOCK", "HOLD", "CREATE TEMPORARY TABLE x (a int)"])
+    def test_not_without_its_state(self, here: Site, held: str) -> None:
+        Narrator(here).tell(held)
         with pytest.raises(Error):
-            work()
-        assert len(attempts) == 1
+            self.attempts(here, "write one; kill; write two")
         assert here.written() == []
 
     def test_with_what_the_function_takes_itself(self, here: Site) -> None:
-        attempts = []
-
-        @retrying_atomic(using=here.connection.alias)
-        def work() -> None:
-            attempts.append(1)
-            here.sql(self.LOCKS[here.is_mysql][0])
-            here.write("one")
-            if len(attempts) == 1:
-                here.kill()
-            here.write("two")
-
-        work()
-        assert len(attempts) == 2
+        work = "LOCK; write one; {}write two"
+        assert self.attempts(here, work.format("kill; "), work.format("")) == 2
         assert here.written() == ["one", "two"]
 
     def test_after_a_conflict_the_lock_is_held_still(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SELECT GET_LOCK('a', 0)")
-        attempts = []
-
-        @retrying_atomic(using=on_mariadb.connection.alias)
-        def work() -> None:
-            attempts.append(1)
-            if len(attempts) == 1:
-                on_mariadb.sql(DEADLOCK)
-            on_mariadb.write("one")
-
-        work()
-        assert len(attempts) == 2
+        assert self.attempts(on_mariadb, DEADLOCK, "write one") == 2
 
     def test_not_once_the_function_has_given_the_lock_back(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SELECT GET_LOCK('a', 0)")
-        attempts = []
-
-        @retrying_atomic(using=on_mariadb.connection.alias)
-        def work() -> None:
-            attempts.append(1)
-            on_mariadb.sql("SELECT RELEASE_LOCK('a')")
-            on_mariadb.sql(DEADLOCK)
-
-        with pytest.raises(OperationalError):
-            work()
-        assert len(attempts) == 1
+        with pytest.raises(OperationalError, match="Deadlock"):
+            self.attempts(on_mariadb, f"SELECT RELEASE_LOCK('a'); {DEADLOCK}")

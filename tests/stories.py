@@ -1,0 +1,319 @@
+"""Stories of a connection: what the application does, what happens to it, what is seen of it.
+
+A story is a line of steps::
+
+    HOLD; kill idle; !{ read; write one }; written; { write two }; written two
+
+``{ … }`` is an atomic block, and ``undone { … }`` one that the application leaves by an exception.
+``!`` before a step or a block: it raises the loss, an ``OperationalError``; ``!!``: a
+``CommitOutcomeUnknown``. What begins with a capital is SQL; the other steps are methods of
+:class:`Narrator`. A story with ``CUT`` runs for each moment at which a statement can be lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from django.db import OperationalError, close_old_connections, transaction
+from django.db.utils import Error
+
+from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable
+from tests.servers import DATABASE
+from tests.site import KINDS, Site, site
+
+CUTS = ["before", "after", "reply"]
+
+#: Statements that each server has its own words for: MySQL's and MariaDB's, PostgreSQL's.
+WORDS = {
+    "HOLD": ("SET @held = 1", "SELECT pg_advisory_lock(5)"),
+    "LOCK": ("SELECT GET_LOCK('a', 0)", "SELECT pg_advisory_lock(5)"),
+    "ASK": ("SELECT LAST_INSERT_ID()", "SELECT lastval()"),
+    "WHO": ("SELECT CONNECTION_ID()", "SELECT pg_backend_pid()"),
+    "WAIT": ("SELECT SLEEP(0)", "SELECT pg_sleep(0)"),
+}
+WSREP = "WSREP has not yet prepared node for application use"
+#: What servers say, by errno.
+REFUSALS = {
+    1047: WSREP,
+    1180: "Got error 6 during COMMIT: Not connected to Primary Component",
+    1927: "Connection was killed",
+    1317: "Query execution was interrupted",
+    1205: "Lock wait timeout exceeded",
+    1226: "User has exceeded a resource",
+}
+Steps = list[tuple[str, Any]]
+
+
+def told(table: Mapping[str, tuple[Any, ...]]) -> Any:
+    """Parametrize a test over ``server``, ``settings`` and ``text`` of the stories of a table.
+
+    :param table: the promise: the servers, or ``all`` of them; the story; settings, if any.
+    """
+    rows = []
+    for promise, (servers, text, *settings) in table.items():
+        for server in KINDS if servers == "all" else servers.split():
+            for kind in CUTS if "CUT" in text else [""]:
+                row = server, settings[0] if settings else {}, text.replace("CUT", f"cut {kind}")
+                name = "-".join(filter(None, (promise, server, kind)))
+                rows.append(pytest.param(*row, id=name))
+    return pytest.mark.parametrize(("server", "settings", "text"), rows)
+
+
+def tell(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    """Tell a story on a new site on ``server``; ``number`` among the settings: its peers;
+    ``reset``: the proxies end connections by RST."""
+    settings = dict(settings)
+    fault_proxy = functools.partial(
+        request.getfixturevalue("fault_proxy"), reset=settings.pop("reset", False)
+    )
+    with site(request.getfixturevalue(server), fault_proxy, **settings) as here:
+        Narrator(here).tell(text)
+
+
+@contextlib.contextmanager
+def refusing(here: Site, errno: int, text: str, table: str = "app_token") -> Iterator[None]:
+    """Have the server answer the present connection's INSERTs of some values with an error."""
+    thread = here.connection.connection.thread_id()
+    run = functools.partial(here.server.sql, database=DATABASE)
+    signal = f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {errno}, MESSAGE_TEXT = '{text}'"
+    run(
+        f"CREATE OR REPLACE TRIGGER refusing BEFORE INSERT ON {table} FOR EACH ROW"
+        f" IF CONNECTION_ID() = {thread} AND NEW.value <> 'well' THEN {signal}; END IF"
+    )
+    try:
+        yield
+    finally:
+        run("DROP TRIGGER refusing")
+
+
+def _parsed(tokens: Iterator[str]) -> Steps:
+    steps: Steps = []
+    for token in tokens:
+        if token == "}":
+            break
+        steps.append((token.rstrip("{").strip(), _parsed(tokens) if token[-1] == "{" else None))
+    return steps
+
+
+class Narrator:
+    """Tells the stories of one site."""
+
+    def __init__(self, here: Site) -> None:
+        self.here = here
+        self.peer, self.connection = here.connection.peer, here.connection.connection
+        self.rows: Any = None
+        self.hooks: list[str] = []
+
+    def tell(self, text: str) -> None:
+        found = re.findall(r"\}|[^{};]*\{|[^{};]+", text)
+        self._take(_parsed(token.strip() for token in found if token.strip()))
+
+    def _take(self, steps: Steps) -> None:
+        for step, inner in steps:
+            bare = step.lstrip("! ")
+            with self._raised(step.count("!")):
+                if inner is not None:
+                    name, *arguments = (bare or "block").split()
+                    with getattr(self, f"in_{name}")(*arguments):
+                        self._take(inner)
+                elif bare[0].isupper():
+                    self.sql(WORDS.get(bare, (bare, bare))[not self.here.is_mysql])
+                else:
+                    method, *arguments = bare.split()
+                    getattr(self, method)(*arguments)
+
+    @contextlib.contextmanager
+    def _raised(self, marks: int) -> Iterator[None]:
+        if not marks:
+            yield
+            return
+        with pytest.raises(Error if marks == 1 else CommitOutcomeUnknown) as caught:
+            yield
+        assert not isinstance(caught.value, NoPeerAvailable)
+        assert isinstance(caught.value, CommitOutcomeUnknown) is (marks == 2)
+
+    # Blocks
+
+    def in_block(self) -> Any:
+        return transaction.atomic(self.here.connection.alias)
+
+    @contextlib.contextmanager
+    def in_undone(self) -> Iterator[None]:
+        with pytest.raises(KeyError), self.in_block():
+            yield
+            raise KeyError
+
+    @contextlib.contextmanager
+    def in_shared(self) -> Iterator[None]:
+        """Several threads may use the connection meanwhile."""
+        self.here.connection.inc_thread_sharing()
+        try:
+            yield
+        finally:
+            self.here.connection.dec_thread_sharing()
+
+    def in_unchecked(self) -> Any:
+        """Django has switched the checks of foreign keys off meanwhile."""
+        return self.here.connection.constraint_checks_disabled()
+
+    def in_refusing(self, errno: str) -> Any:
+        return refusing(self.here, int(errno), REFUSALS[int(errno)])
+
+    # What the application does
+
+    def sql(self, statement: str) -> None:
+        self.rows = self.here.sql(statement)
+        number = re.fullmatch(r"SELECT (\d+)", statement)
+        assert number is None or self.rows == [(int(number[1]),)]
+
+    def write(self, value: str) -> None:
+        self.here.write(value)
+
+    def many(self, *values: str) -> None:
+        with self.here.connection.cursor() as cursor:
+            rows = [[value] for value in values]
+            cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
+
+    def one_by_one(self, *values: str) -> None:
+        """Have an executemany() send each row by itself: mysqlclient knows no VALUES here."""
+        with self.here.connection.cursor() as cursor:
+            rows = [[value] for value in values]
+            cursor.executemany("INSERT INTO app_token SET value = %s", rows)
+
+    def call(self, procedure: str) -> None:
+        with self.here.connection.cursor() as cursor:
+            cursor.callproc(procedure)
+
+    def misuse(self) -> None:
+        """Have the driver complain of its own."""
+        self.here.sql("SELECT %s, %s", [1])
+
+    def hook(self, name: str) -> None:
+        transaction.on_commit(lambda: self.hooks.append(name), self.here.connection.alias)
+
+    def read(self, *values: str) -> None:
+        found = self.here.read()
+        assert not values or found == list(values)
+
+    def answer(self, *values: str) -> None:
+        assert [str(field) for row in self.rows for field in row] == list(values)
+
+    def rollback(self) -> None:
+        self.here.connection.rollback()
+
+    def request_ends(self) -> None:
+        close_old_connections()
+
+    def asks(self) -> None:
+        """Ask what one connection can answer: an error, until the new one has written itself."""
+        of_mysql = ["SELECT LAST_INSERT_ID()", "SELECT @@identity", "SELECT ROW_COUNT()"]
+        questions = of_mysql if self.here.is_mysql else ["SELECT lastval()"]
+        for question in questions:
+            with pytest.raises(OperationalError, match="replaced"):
+                self.here.sql(question)
+        self.here.write("newest")
+        newest = self.here.sql("SELECT MAX(id) FROM app_token")
+        # Of this connection's own write.
+        self.here.write("newer")
+        assert self.here.sql(questions[0]) > newest
+
+    # What happens to it
+
+    def kill(self, idle: str = "") -> None:
+        self.here.kill()
+        self.here.idle(1 if idle else 0)
+
+    def hang_up(self) -> None:
+        self.here.cut_idle()
+
+    def cut(self, kind: str, nth: str = "1") -> None:
+        self.here.cut(kind, int(nth))
+
+    def idle(self, seconds: str = "1") -> None:
+        self.here.idle(float(seconds))
+
+    def unlooked(self) -> None:
+        """Have the socket not be looked at, as PyMySQL's is not."""
+        self.here.session.poll = None
+
+    def dead(self) -> None:
+        self.here.session.dead = True
+
+    def erred(self) -> None:
+        self.here.connection.errors_occurred = True
+
+    def health_check(self) -> None:
+        if not hasattr(self.here.connection, "close_if_health_check_failed"):
+            pytest.skip("Django before 4.1 has no CONN_HEALTH_CHECKS")
+        self.here.connection.health_check_enabled = True
+        self.here.connection.health_check_done = False
+
+    def aged(self) -> None:
+        self.note()
+        self.here.connection.close_at = 0
+
+    def open(self) -> None:
+        """Have another thread find the peer gone."""
+        self.note()
+        self.peer.breaker.open()
+
+    def drain(self) -> None:
+        self.note()
+        self.here.balancer.drain(self.peer.name)
+
+    def note(self) -> None:
+        self.peer, self.connection = self.here.connection.peer, self.here.connection.connection
+
+    def connect(self) -> None:
+        self.here.connection.close()
+        self.here.connection.ensure_connection()
+        self.note()
+
+    # What is so
+
+    def ran(self, *hooks: str) -> None:
+        assert self.hooks == list(hooks)
+
+    def written(self, *values: str) -> None:
+        assert self.here.written() == list(values)
+
+    def replayed(self, number: str) -> None:
+        assert len(self.here.replayed()) == int(number)
+
+    def replaced(self, number: str) -> None:
+        assert len(self.here.replaced()) == int(number)
+
+    def lost(self, number: str) -> None:
+        assert len(self.here.losses()) == int(number)
+
+    def stays(self) -> None:
+        assert self.here.connection.connection is self.connection
+
+    def other(self) -> None:
+        assert self.here.connection.connection is not self.connection
+
+    def left(self) -> None:
+        assert self.here.connection.peer is not self.peer
+
+    def usable(self) -> None:
+        assert self.here.connection.is_usable()
+
+    def unusable(self) -> None:
+        assert not self.here.connection.is_usable()
+
+    def held(self) -> None:
+        assert self.here.session.holds
+
+    def free(self) -> None:
+        assert not self.here.session.holds
+
+    def circuit(self, state: str, question: str = "") -> None:
+        """The noted peer is closed, open, or closed and suspect; what its trials ask."""
+        assert not question or self.peer.breaker.circuit.question == question
+        assert self.peer.breaker.current_state == ("open" if state == "open" else "closed")
+        assert self.peer.breaker.circuit.suspect is (state == "suspect")
