@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import random
@@ -37,12 +36,21 @@ class Process:
     """A process with connections that are kept, and what becomes of them."""
 
     def __init__(
-        self, clock: Clock, draw: random.Random, connections: int, weights: dict[str, float]
+        self,
+        clock: Clock,
+        draw: random.Random,
+        connections: int,
+        weights: dict[str, float],
+        tiers: dict[str, int] | None = None,
+        **settings: Any,
     ) -> None:
         self.clock = clock
         self.draw = draw
-        peers = tuple(PeerConfig(name, weight=weight) for name, weight in weights.items())
-        config = BalancerConfig("default", peers, rebalance=SECONDS)
+        peers = tuple(
+            PeerConfig(name, weight=weight, priority=(tiers or {}).get(name, 0))
+            for name, weight in weights.items()
+        )
+        config = BalancerConfig("default", peers, **{"rebalance": SECONDS, **settings})
         self.db = LoadBalancer(config, clock=clock, jitter=draw.random)
         self.moments: list[float] = []
         # One is out, and the others have them all.
@@ -54,11 +62,15 @@ class Process:
         weights = [peer.weight for peer in peers]
         return self.draw.choices(peers, weights)[0]
 
+    def claim(self, name: str = "a") -> Any:
+        """Claim a move for a connection to that peer."""
+        return self.db.group.claim_move(self.db.peers[name])
+
     def unit_ends(self) -> None:
         """One of its connections is between two requests."""
         number = self.draw.randrange(len(self.holds))
         hold = self.holds[number]
-        move = self.db.group.claim_move(hold.peer)
+        move = self.claim(hold.peer.name)
         if move is not None:
             hold.release()
             self.holds[number] = Checkout(move.peer)
@@ -159,133 +171,98 @@ class TestFleet:
         assert len(process.moments) == 1
 
 
+class ByWeight(InOrder):
+    """A strategy of a user's own that asks for moves."""
+
+    by_weight = True
+
+
 class TestClaim:
-    def process(self, connections: int = 4, **weights: float) -> Process:
+    def process(self, connections: int = 4, **more: Any) -> Process:
         """A process whose draws are all 0.5, a peer of which has just come back."""
-        made = Process(Clock(), random.Random(0), connections, {"back": 1.0, "a": 1.0, **weights})
+        weights = {"back": 1.0, "a": 1.0, **more.pop("weights", {})}
+        made = Process(Clock(), random.Random(0), connections, weights, **more)
         made.db.group.rebalance._draw = lambda: 0.5
         made.back.breaker.close()
         return made
 
-    def test_gone_again(self) -> None:
-        """A peer whose circuit opens again gets none, and begins anew when that closes."""
+    @pytest.mark.parametrize("how", ["open", "drained", "suspect"])
+    def test_peer_that_is_gone_again_gets_none_until_it_is_back(self, how: str) -> None:
+        """It begins anew then; only a doubt, once it is cleared, has changed nothing."""
         process = self.process()
-        process.back.breaker.open()
+        breaker = process.back.breaker
+        away, back = {
+            "open": (breaker.open, breaker.close),
+            "drained": (lambda: process.db.drain("back"), lambda: process.db.undrain("back")),
+            "suspect": (breaker.suspect, lambda: breaker.acquire().succeeded()),
+        }[how]
+        away()
         process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(process.db.peers["a"]) is None
-        assert process.db.group.rebalance.returns == ()
-        process.back.breaker.close()
-        assert process.db.group.claim_move(process.db.peers["a"]) is None
-        process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(process.db.peers["a"]).peer is process.back
-
-    def test_suspect(self) -> None:
-        """A peer that has become doubtful gets none until the doubt is cleared."""
-        process = self.process()
-        process.back.breaker.suspect()
-        process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(process.db.peers["a"]) is None
-        trial = process.back.breaker.acquire()
-        trial.succeeded()
-        move = process.db.group.claim_move(process.db.peers["a"])
-        assert move.peer is process.back
-
-    def test_undrained(self) -> None:
-        """A peer that is drained no longer comes back in the same way."""
-        process = self.process()
-        process.db.drain("back")
-        process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(process.db.peers["a"]) is None
-        process.db.undrain("back")
-        process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(process.db.peers["a"]).peer is process.back
+        assert process.claim() is None
+        assert len(process.db.group.rebalance.returns) == (how == "suspect")
+        back()
+        if how != "suspect":
+            assert process.claim() is None
+            process.clock.advance(SECONDS)
+        assert process.claim().peer is process.back
 
     def test_move_under_way_counts(self) -> None:
         """A move that is not done yet, or has failed, is neither allowed twice nor for ever."""
         process = self.process(2)
         process.clock.advance(SECONDS)
-        a = process.db.peers["a"]
-        move = process.db.group.claim_move(a)
+        move = process.claim()
         process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(a) is None
+        assert process.claim() is None
         del move
         gc.collect()
-        assert process.db.group.claim_move(a) is not None
+        assert process.claim() is not None
 
     def test_no_more_than_is_left_over(self) -> None:
         """Who holds no more than its share gives none."""
-        process = self.process(3, b=1.0)
+        process = self.process(3, weights={"b": 1.0})
         for hold in process.holds:
             hold.release()
         a, b = process.db.peers["a"], process.db.peers["b"]
         process.holds = [Checkout(a), Checkout(a), Checkout(b)]
         process.clock.advance(SECONDS)
-        assert process.db.group.claim_move(b) is None
-        assert process.db.group.claim_move(a) is not None
+        assert process.claim("b") is None
+        assert process.claim("a") is not None
 
     def test_better_tier(self) -> None:
         """All go to a better tier that is in use again, and none to a worse one."""
-        config = BalancerConfig(
-            "default", (PeerConfig("best"), PeerConfig("rest", priority=1)), rebalance=SECONDS
-        )
-        clock = Clock()
-        db = LoadBalancer(config, clock=clock, jitter=lambda: 0.5)
-        best, rest = db.peers.values()
-        best.breaker.open()
-        holds = [Checkout(rest) for _ in range(3)]
-        best.breaker.close()
+        process = self.process(3, tiers={"a": 1})
         for number in range(3):
-            clock.advance(SECONDS)
-            assert db.group.claim_move(rest).peer is best
-            holds[number].release()
-            holds[number] = Checkout(best)
-        assert db.group.claim_move(rest) is None
-        rest.breaker.open()
-        rest.breaker.close()
-        clock.advance(SECONDS)
-        assert db.group.claim_move(best) is None
-        assert db.group.rebalance.returns == ()
+            process.clock.advance(SECONDS)
+            assert process.claim().peer is process.back
+            process.holds[number].release()
+            process.holds[number] = Checkout(process.back)
+        assert process.claim() is None
+        worse = process.db.peers["a"].breaker
+        worse.open()
+        worse.close()
+        process.clock.advance(SECONDS)
+        assert process.claim("back") is None
+        assert process.db.group.rebalance.returns == ()
 
-    @pytest.mark.parametrize("seconds", [0, None])
-    def test_at_once_or_never(self, seconds: float | None) -> None:
-        """REBALANCE 0: at the next opportunity of each; None: not at all."""
-        config = BalancerConfig("default", (PeerConfig("back"), PeerConfig("a")), rebalance=seconds)
-        db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
-        back, a = db.peers.values()
-        back.breaker.open()
-        holds = [Checkout(a) for _ in range(6)]
-        back.breaker.close()
-        moves = []
-        for hold in holds:
-            move = db.group.claim_move(hold.peer)
-            if move is not None:
-                moves.append(move)
-        assert len(moves) == (3 if seconds == 0 else 0)
-
-    def test_strategy_of_ones_own(self) -> None:
-        """One that may have other ends than weights is not interfered with, unless it asks."""
-
-        class ByWeight(InOrder):
-            by_weight = True
-
-        for strategy, expected in ((InOrder, 0), (ByWeight, 1)):
-            config = BalancerConfig(
-                "default",
-                (PeerConfig("back"), PeerConfig("a")),
-                rebalance=0,
-                strategy=strategy,
-            )
-            db = LoadBalancer(config, clock=Clock(), jitter=lambda: 0.5)
-            db.peers["back"].breaker.open()
-            holds = [Checkout(db.peers["a"]) for _ in range(2)]
-            db.peers["back"].breaker.close()
-            assert (db.group.claim_move(holds[0].peer) is not None) is bool(expected)
+    @pytest.mark.parametrize(
+        ("settings", "moves"),
+        [
+            ({"rebalance": 0}, 3),
+            ({"rebalance": None}, 0),
+            # One's own may have other ends than weights, unless it asks.
+            ({"rebalance": 0, "strategy": InOrder}, 0),
+            ({"rebalance": 0, "strategy": ByWeight}, 3),
+        ],
+    )
+    def test_at_once_or_never(self, settings: dict[str, Any], moves: int) -> None:
+        process = self.process(6, **settings)
+        begun = [process.claim() for _ in process.holds]
+        assert sum(move is not None for move in begun) == moves
 
     @pytest.mark.usefixtures("hurried")
     def test_threads_race(self) -> None:
         """However many threads ask at once, as many get leave as the time allows."""
         process = self.process(40)
-        a = process.db.peers["a"]
         for number in range(1, 11):
             process.clock.advance(SECONDS / 10)
             got: list[Any] = []
@@ -293,7 +270,7 @@ class TestClaim:
 
             def ask() -> None:
                 barrier.wait(60)  # noqa: B023
-                move = process.db.group.claim_move(a)
+                move = process.claim()
                 if move is not None:
                     got.append(move)  # noqa: B023
 
@@ -308,11 +285,10 @@ class TestClaim:
         for strike in strikes([rebalance.__file__], least=10):
             process = self.process(2)
             process.clock.advance(SECONDS)
-            a = process.db.peers["a"]
-            strike.hits(functools.partial(process.db.group.claim_move, a))
+            strike.hits(process.claim)
             gc.collect()
             process.clock.advance(SECONDS)
-            assert in_thread(lambda: process.db.group.claim_move(a)) is not None  # noqa: B023
+            assert in_thread(process.claim) is not None
 
     def test_child(self) -> None:
         """A child of a fork has nothing to move, and a free lock."""
@@ -485,32 +461,30 @@ class TestEngine:
 class TestAge:
     """CONN_MAX_AGE, give or take a tenth."""
 
-    def ages(self, nodes: tuple[Any, Any], age: Any, draws: list[float]) -> list[Any]:
-        found = []
-        with engine([mysql_peer(node) for node in nodes], CONN_MAX_AGE=age) as connection:
-            balancers["balanced"].group.draw = lambda: draws.pop(0)
-            while draws:
-                if not age:
-                    draws.pop(0)
+    @pytest.mark.parametrize(
+        ("age", "draws", "expected"),
+        [
+            # Connections made at one moment do not end at one moment.
+            (1000, [0.0, 0.5, 1.0], [900, 1000, 1100]),
+            # For ever stays for ever, and at once at once.
+            (None, [0.0], [None]),
+            (0, [1.0], [0]),
+        ],
+    )
+    def test_spread(
+        self, mariadb_pair: tuple[Node, Node], age: Any, draws: list[float], expected: list[Any]
+    ) -> None:
+        with engine([mysql_peer(node) for node in mariadb_pair], CONN_MAX_AGE=age) as connection:
+            left = list(draws)
+            balancers["balanced"].group.draw = lambda: left.pop(0)
+            for seconds in expected:
                 connection.close()
                 before = time.monotonic()
                 connection.ensure_connection()
-                close_at = connection.close_at
-                found.append(close_at if close_at is None else close_at - before)
-        return found
-
-    def test_spread(self, mariadb_pair: tuple[Node, Node]) -> None:
-        """Connections made at one moment do not end at one moment."""
-        low, middle, high = self.ages(mariadb_pair, 1000, [0.0, 0.5, 1.0])
-        assert low == pytest.approx(900, abs=5)
-        assert middle == pytest.approx(1000, abs=5)
-        assert high == pytest.approx(1100, abs=5)
-
-    def test_neither_none_nor_zero(self, mariadb_pair: tuple[Node, Node]) -> None:
-        """For ever stays for ever, and at once at once."""
-        assert self.ages(mariadb_pair, None, [0.0]) == [None]
-        (age,) = self.ages(mariadb_pair, 0, [1.0])
-        assert age == pytest.approx(0, abs=5)
+                if seconds is None:
+                    assert connection.close_at is None
+                else:
+                    assert connection.close_at - before == pytest.approx(seconds, abs=5)
 
     def test_ends(self, mariadb_pair: tuple[Node, Node]) -> None:
         """A connection that is older than it may become is closed, as Django does it."""
