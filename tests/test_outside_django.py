@@ -20,13 +20,12 @@ import pymysql
 import pytest
 import sqlalchemy
 
-from django_proxysql import Fault, LoadBalancer, NoPeerAvailable
+from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady
 from django_proxysql.core.breaker import CircuitBreakerError
 from tests.fakes import Clock, even, raised_by, running, until
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
-from tests.servers.postgresql import PostgreSQLNode
 from tests.test_breaker import GUARDS, Boom, fail
 from tests.test_floors import without_django
 
@@ -34,49 +33,51 @@ from tests.test_floors import without_django
 class Driver:
     """A driver, and what it takes to connect with it."""
 
-    def __init__(self, module: Any, fixture: str, names: tuple[str, str], version: str) -> None:
+    def __init__(self, module: Any, url: str, fixture: str, database: str, port: str) -> None:
         self.module = module
         self.name = module.__name__
+        #: SQLAlchemy's.
+        self.url = url
         self.fixture = fixture
-        self.database, self.password = names
+        self.database = database
         #: A query that names the server's port.
-        self.version = version
+        self.port = port
 
     def params(self, node: Any, **more: Any) -> dict[str, Any]:
         params = {"host": node.host, "port": node.port, "user": USER}
-        return {**params, self.password: PASSWORD, self.database: DATABASE, **more}
+        return {**params, "password": PASSWORD, self.database: DATABASE, **more}
 
     def port_of(self, connection: Any) -> int:
         with contextlib.closing(connection.cursor()) as cursor:
-            cursor.execute(self.version)
+            cursor.execute(self.port)
             return int(cursor.fetchone()[0])
 
 
-MARIADB = ("mariadb_pair", ("database", "password"), "SELECT @@port")
-POSTGRES = ("postgres_pair", ("dbname", "password"), "SELECT current_setting('port')")
+MARIADB = ("mariadb_pair", "database", "SELECT @@port")
+POSTGRES = ("postgres_pair", "dbname", "SELECT current_setting('port')")
 DRIVERS = {
-    "mysqlclient": Driver(MySQLdb, *MARIADB),
-    "PyMySQL": Driver(pymysql, *MARIADB),
-    "psycopg": Driver(psycopg, *POSTGRES),
-    "psycopg2": Driver(psycopg2, *POSTGRES),
+    "mysqlclient": Driver(MySQLdb, "mysql+mysqldb://", *MARIADB),
+    "PyMySQL": Driver(pymysql, "mysql+pymysql://", *MARIADB),
+    "psycopg": Driver(psycopg, "postgresql+psycopg://", *POSTGRES),
+    "psycopg2": Driver(psycopg2, "postgresql+psycopg2://", *POSTGRES),
 }
 
 
 class Site:
-    """Two servers behind a balancer whose clock is passed in."""
+    """Servers behind a balancer whose clock is passed in."""
 
     def __init__(self, driver: Driver, nodes: Any) -> None:
         self.driver = driver
-        self.nodes = dict(zip(("db1", "db2"), nodes))
+        self.nodes = {f"db{number}": node for number, node in enumerate(nodes, 1)}
         self.clock = Clock()
         self.opened: list[Any] = []
 
     def balancer(
-        self, more: dict[str, Any] | None = None, connect: Any = None, **options: Any
+        self, more: dict[str, Any] | None = None, connect: Any = ..., **options: Any
     ) -> LoadBalancer:
         return LoadBalancer(
             {name: self.driver.params(node, **(more or {})) for name, node in self.nodes.items()},
-            connect=connect or self.driver.module.connect,
+            connect=self.driver.module.connect if connect is ... else connect,
             clock=self.clock,
             jitter=even,
             **{"strategy": "round_robin", **options},
@@ -92,15 +93,22 @@ class Site:
         by_port = {node.port: name for name, node in self.nodes.items()}
         return {by_port[self.driver.port_of(self.connect(db))] for _ in range(count)}
 
+    def close(self) -> None:
+        for connection in self.opened:
+            with contextlib.suppress(Exception):
+                connection.close()
+
 
 @pytest.fixture(params=list(DRIVERS))
-def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    driver = DRIVERS[request.param]
-    site = Site(driver, request.getfixturevalue(driver.fixture))
-    yield site
-    for connection in site.opened:
-        with contextlib.suppress(Exception):
-            connection.close()
+def driver(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def site(driver: str, request: pytest.FixtureRequest) -> Iterator[Site]:
+    found = DRIVERS[driver]
+    with contextlib.closing(Site(found, request.getfixturevalue(found.fixture))) as site:
+        yield site
 
 
 @pytest.mark.server
@@ -145,7 +153,7 @@ class TestDrivers:
     def test_everyone_refuses(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
         """Where every peer refuses the password the driver's own error is raised."""
         caplog.set_level(logging.ERROR)
-        db = site.balancer({site.driver.password: "wrong"})
+        db = site.balancer({"password": "wrong"})
         error = raised_by(db.connect)
         assert isinstance(error, site.driver.module.OperationalError)
         assert {state.fault for state in db.snapshot()} == {Fault.REFUSED}
@@ -160,7 +168,7 @@ class TestDrivers:
             calls.append(1)
             return PASSWORD
 
-        db = site.balancer({site.driver.password: token})
+        db = site.balancer({"password": token})
         assert site.ports(db, 3) == {"db1", "db2"}
         assert len(calls) == 3
 
@@ -192,21 +200,12 @@ class TestDrivers:
             killed.set()
 
 
-URLS = {
-    "mysqlclient": "mysql+mysqldb://",
-    "PyMySQL": "mysql+pymysql://",
-    "psycopg": "postgresql+psycopg://",
-    "psycopg2": "postgresql+psycopg2://",
-}
-
-
 @pytest.mark.server
-def test_sqlalchemy(site: Site, request: pytest.FixtureRequest) -> None:
+def test_sqlalchemy(site: Site) -> None:
     """SQLAlchemy's creator= takes db.connect: its pool goes on when a server dies."""
     db = site.balancer()
-    (url,) = (URLS[name] for name, driver in DRIVERS.items() if driver is site.driver)
-    engine = sqlalchemy.create_engine(url, creator=db.connect, pool_pre_ping=True)
-    query = sqlalchemy.text(site.driver.version)
+    engine = sqlalchemy.create_engine(site.driver.url, creator=db.connect, pool_pre_ping=True)
+    query = sqlalchemy.text(site.driver.port)
 
     def ports() -> set[int]:
         with contextlib.ExitStack() as stack:
@@ -252,8 +251,8 @@ def test_where_django_cannot_be_imported(name: str, request: pytest.FixtureReque
         """,
         driver.name,
         json.dumps({f"db{n}": driver.params(node) for n, node in enumerate(nodes, 1)}),
-        driver.version,
-        URLS[name],
+        driver.port,
+        driver.url,
     )
     assert printed == f"{nodes[1].port} " * 6 + "open\n"
 
@@ -263,27 +262,6 @@ def test_where_django_cannot_be_imported(name: str, request: pytest.FixtureReque
 
 @pytest.mark.server
 class TestReadyChecks:
-    def balancer(self, driver: str, nodes: Any, **options: Any) -> tuple[LoadBalancer, Clock]:
-        clock = Clock()
-        found = DRIVERS[driver]
-        endpoints = {f"db{n}": found.params(node) for n, node in enumerate(nodes, 1)}
-        db = LoadBalancer(
-            endpoints,
-            found.module.connect,
-            clock=clock,
-            jitter=even,
-            strategy="round_robin",
-            **options,
-        )
-        return db, clock
-
-    def leads_to(self, db: LoadBalancer, driver: str, count: int = 4) -> set[int]:
-        ports = set()
-        for _ in range(count):
-            with contextlib.closing(db.connect()) as connection:
-                ports.add(DRIVERS[driver].port_of(connection))
-        return ports
-
     @pytest.mark.parametrize("driver", ["mysqlclient", "PyMySQL"])
     @pytest.mark.parametrize(
         "statements",
@@ -296,72 +274,61 @@ class TestReadyChecks:
         self, galera: GaleraCluster, driver: str, statements: str | list[str]
     ) -> None:
         """A node that its operator has taken out gets no connections until it is put back."""
-        out, *rest = nodes = list(galera)
-        db, clock = self.balancer(driver, nodes, ready_check="galera")
-        if isinstance(statements, str):
-            page = (Path(__file__).parents[1] / statements).read_text(encoding="utf-8")
-            statements = re.findall(r"^ +(SET GLOBAL wsrep_desync .*|SELECT COUNT.*);$", page, re.M)
-            count = statements.pop(1).replace("'shop'", f"'{USER}'")
-            with contextlib.ExitStack() as held:
-                for _ in nodes:
-                    held.enter_context(contextlib.closing(db.connect()))
-                assert out.sql(count) == "1\n"
-        take_out, put_back = statements
-        assert self.leads_to(db, driver, 3) == {node.port for node in nodes}
-        out.sql(take_out)
-        try:
-            assert self.leads_to(db, driver, 6) == {node.port for node in rest}
-            state = db.snapshot()[0]
-            assert (state.state, state.fault) == ("open", Fault.NOT_READY)
-            assert state.error
-        finally:
-            out.sql(put_back)
-        until(out.synced, pause=0.05)
-        clock.advance(31)
-        assert self.leads_to(db, driver, 6) == {node.port for node in nodes}
+        with contextlib.closing(Site(DRIVERS[driver], galera)) as site:
+            out, names = site.nodes["db1"], set(site.nodes)
+            db = site.balancer(ready_check="galera")
+            assert site.ports(db, 3) == names
+            if isinstance(statements, str):
+                page = (Path(__file__).parents[1] / statements).read_text(encoding="utf-8")
+                statements = re.findall(
+                    r"^ +(SET GLOBAL wsrep_desync .*|SELECT COUNT.*);$", page, re.M
+                )
+                assert out.sql(statements.pop(1).replace("'shop'", f"'{USER}'")) == "1\n"
+            take_out, put_back = statements
+            out.sql(take_out)
+            try:
+                assert site.ports(db) == names - {"db1"}
+                state = db.snapshot()[0]
+                assert (state.state, state.fault) == ("open", Fault.NOT_READY)
+                assert state.error
+            finally:
+                out.sql(put_back)
+            until(out.synced, pause=0.05)
+            site.clock.advance(31)
+            assert site.ports(db) == names
 
     def test_galera_asked_of_a_server_that_is_none(self, mariadb: Node) -> None:
         """A server that is in no cluster is not ready, and says why."""
-        db, _ = self.balancer("mysqlclient", [mariadb], ready_check="galera")
+        db = Site(DRIVERS["mysqlclient"], [mariadb]).balancer(ready_check="galera")
         with pytest.raises(NoPeerAvailable, match="wsrep_ready is OFF"):
             db.connect()
 
-    @pytest.mark.parametrize("driver", ["mysqlclient", "PyMySQL"])
-    def test_writable_mariadb(self, mariadb_pair: tuple[Node, Node], driver: str) -> None:
-        """A read-only MariaDB gets no connections until it takes writes again."""
-        one, other = mariadb_pair
-        db, clock = self.balancer(driver, mariadb_pair, ready_check="writable")
-        one.set_global("read_only", 1)
-        assert self.leads_to(db, driver) == {other.port}
-        assert "read_only" in db.snapshot()[0].error
-        one.set_global("read_only", 0)
-        clock.advance(31)
-        assert self.leads_to(db, driver) == {one.port, other.port}
-
-    @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-    def test_writable_postgresql(
-        self, postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], driver: str
-    ) -> None:
-        """The same for a PostgreSQL whose transactions are read-only."""
-        one, other = postgres_pair
-        db, _ = self.balancer(driver, postgres_pair, ready_check="writable")
-        one.sql(f"ALTER ROLE {USER} SET default_transaction_read_only = on")
+    def test_writable(self, site: Site) -> None:
+        """A server whose transactions are read-only gets no connections until it takes writes."""
+        one = site.nodes["db1"]
+        db = site.balancer(ready_check="writable")
+        if site.driver.fixture == "mariadb_pair":
+            out, back = "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"
+        else:
+            role = f"ALTER ROLE {USER}"
+            out = f"{role} SET default_transaction_read_only = on"
+            back = f"{role} RESET default_transaction_read_only"
+        one.sql(out)
         try:
-            assert self.leads_to(db, driver) == {other.port}
+            assert site.ports(db) == {"db2"}
             assert "read_only" in db.snapshot()[0].error
         finally:
-            one.sql(f"ALTER ROLE {USER} RESET default_transaction_read_only")
+            one.sql(back)
+        site.clock.advance(31)
+        assert site.ports(db) == {"db1", "db2"}
 
-    def test_dotted_path(self, mariadb_pair: tuple[Node, Node]) -> None:
+    @pytest.mark.parametrize("driver", ["mysqlclient"])
+    def test_dotted_path(self, site: Site) -> None:
         """One's own check gets the driver's connection and says no by raising NotReady."""
-        db, _ = self.balancer(
-            "mysqlclient",
-            mariadb_pair,
-            ready_check="tests.test_outside_django.is_not_avoided",
-        )
-        avoided.add(mariadb_pair[0].port)
+        db = site.balancer(ready_check="tests.test_outside_django.is_not_avoided")
+        avoided.add(site.nodes["db1"].port)
         try:
-            assert self.leads_to(db, "mysqlclient") == {mariadb_pair[1].port}
+            assert site.ports(db) == {"db2"}
         finally:
             avoided.clear()
         assert db.snapshot()[0].error == "this port is to be avoided"
@@ -372,8 +339,6 @@ avoided: set[int] = set()
 
 def is_not_avoided(connection: MySQLdb.Connection) -> None:
     """A user's own check."""
-    from django_proxysql import NotReady
-
     if DRIVERS["mysqlclient"].port_of(connection) in avoided:
         raise NotReady("this port is to be avoided")
 
