@@ -24,6 +24,7 @@ from django.db import connections
 from django.db.utils import load_backend
 
 from django_proxysql import balancers
+from django_proxysql.conf import keys
 from django_proxysql.conf.keys import ENGINE
 from django_proxysql.conf.reading import balancer_config, problems, stops_connections
 from django_proxysql.core.drivers import driver_of_engine
@@ -50,217 +51,185 @@ ALIASES = {
 
 ABSENT = object()
 
-# The check's id, the settings beside one peer, words of the message, words of the hint.
-MISTAKES: list[Any] = [
-    ("E001", {"PEERS": []}, "PEERS is empty", "at least one alias or dict"),
-    ("E001", {"PEERS": ABSENT}, "PEERS is empty", "at least one alias or dict"),
-    ("E001", {"PEERS": "one"}, "PEERS is a str", "at least one alias or dict"),
-    ("E001", {"PEERS": {"PASSWORD": "sesame"}}, "PEERS is a dict", "at least one"),
-    ("E001", {"PEERS": [ONE, [{"PASSWORD": "sesame"}]]}, "PEERS[1] is a list", "a dict"),
-    ("E002", {"PEERS": ["one", "tow"]}, "PEERS names 'tow'", "Did you mean 'two'?"),
-    ("E002", {"PEERS": ["zzzzzz"]}, "no alias in DATABASES", "write the peer as a dict"),
-    ("E003", {"PEERS": ["one", "nested"]}, "PEERS names 'nested'", "databases behind it"),
-    ("E003", {"PEER_ENGINE": ENGINE}, "PEER_ENGINE is a load balancer", MYSQL),
-    ("E004", {"PEERS": ["one", "slite"]}, "PEERS mixes engines: 'slite'", "have one engine"),
-    ("E004", {"PEERS": ["one"], "PEER_ENGINE": SQLITE}, "'one' has the ENGINE", "one engine"),
-    (
-        "E004",
-        {"PEERS": ["one", {"ENGINE": SQLITE, "NAME": "x"}]},
-        "PEERS[1] has the ENGINE",
-        "set PEER_ENGINE for all",
-    ),
-    ("E005", {"CHECK_INTERVAL": "30"}, "CHECK_INTERVAL is '30'", "a number"),
-    ("E005", {"CHECK_INTERVAL": 0}, "CHECK_INTERVAL is 0", "greater than 0"),
-    ("E005", {"CHECK_INTERVAL": None}, "CHECK_INTERVAL is None", "a number"),
-    ("E005", {"CONNECT_TIMEOUT": -1}, "CONNECT_TIMEOUT is -1", "greater than 0"),
-    ("E005", {"CONNECT_TIMEOUT": float("nan")}, "CONNECT_TIMEOUT is nan", ""),
-    ("E005", {"CONNECT_TIMEOUT": float("inf")}, "CONNECT_TIMEOUT is inf", ""),
-    ("E005", {"CONNECT_TIMEOUT": True}, "CONNECT_TIMEOUT is True", "a number"),
-    ("E005", {"TRIAL_TIMEOUT": 0}, "TRIAL_TIMEOUT is 0", "or None"),
-    ("E005", {"CONNECT_DEADLINE": None}, "CONNECT_DEADLINE is None", ""),
-    ("E005", {"LAST_RESORT_INTERVAL": -1}, "LAST_RESORT_INTERVAL is -1", ""),
-    ("E005", {"REPLAY": "unsafe"}, "REPLAY is 'unsafe'", "'safe' or None"),
-    ("E005", {"REPLAY": False}, "REPLAY is False", "'safe' or None"),
-    ("E005", {"IDLE_CHECK": "1"}, "IDLE_CHECK is '1'", "or None"),
-    ("E005", {"IDLE_CHECK": -0.5}, "IDLE_CHECK is -0.5", "or None"),
-    ("E005", {"TCP_USER_TIMEOUT": 0}, "TCP_USER_TIMEOUT is 0", "or None"),
-    ("E005", {"TCP_USER_TIMEOUT": True}, "TCP_USER_TIMEOUT is True", "a number"),
-    ("E005", {"SYNCHRONOUS_PEERS": None}, "SYNCHRONOUS_PEERS is None", "False"),
-    ("E005", {"SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
-    ("E005", {"COMMIT_OUTCOME": True}, "COMMIT_OUTCOME is True", "'record'"),
-    ("E005", {"OUTCOME_DEADLINE": 0}, "OUTCOME_DEADLINE is 0", "greater"),
-    ("E005", {"OUTCOME_DEADLINE": 601}, "OUTCOME_DEADLINE is 601", "at most 600"),
-    ("E005", {"TRIALS": "foreground"}, "TRIALS is 'foreground'", "'background'"),
-    ("E005", {"TRIALS": None}, "TRIALS is None", "'inline' or"),
-    ("E005", {"REBALANCE": -1}, "REBALANCE is -1", "or None"),
-    ("E005", {"REBALANCE": "fast"}, "REBALANCE is 'fast'", "a number"),
-    ("E005", {"BREAKER": 3}, "BREAKER is 3", "fail_max"),
-    ("E005", {"BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
-    ("E005", {"BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
-    ("E005", {"PEERS": [{**ONE, "WEIGHT": 0}]}, "WEIGHT of peer PEERS[0] is 0", "greater than 0"),
-    ("E005", {"PEERS": [{**ONE, "PRIORITY": 1.5}]}, "PRIORITY of peer PEERS[0]", "whole number"),
-    ("E005", {"PEERS": [{**ONE, "CHECK_INTERVAL": "1"}]}, "CHECK_INTERVAL of peer PEERS[0]", ""),
-    ("E005", {"PEERS": [{**ONE, "BREAKER": {"fail_max": "1"}}]}, "of peer PEERS[0] is '1'", ""),
-    ("E006", {"CHECK_INTERVALL": 5}, "CHECK_INTERVALL", "mean CHECK_INTERVAL?"),
-    ("E006", {"strategy": "x"}, "strategy is not a setting", "mean STRATEGY?"),
-    ("E006", {"IDLE_CHEK": 5}, "IDLE_CHEK is not a", "mean IDLE_CHECK?"),
-    ("E006", {"PEERS": [{**ONE, "WEIGTH": 2}]}, "WEIGTH of peer PEERS[0]", "mean WEIGHT?"),
-    ("E006", {"PEERS": [{**ONE, "HOTS": "x"}]}, "HOTS of peer PEERS[0]", "mean HOST?"),
-    ("E007", {"STRATEGY": "randon"}, "STRATEGY is 'randon'", "round_robin"),
-    ("E007", {"STRATEGY": "tests.no.Such"}, "cannot be imported", "dotted path"),
-    ("E007", {"STRATEGY": "tests.app.models.Token"}, "no order() method", ""),
-    ("E008", {"READY_CHECK": "writeable"}, "READY_CHECK is 'writeable'", "galera"),
-    ("E008", {"READY_CHECK": 5}, "READY_CHECK is 5", "dotted path"),
-    ("E009", {"PEERS": [{"HOST": "a,b"}]}, "HOST of peer PEERS[0]", "make each host a peer"),
-    ("E009", {"HOST": "a,b", "PEERS": [{"PORT": 1}]}, "HOST of peer PEERS[0]", "each host a peer"),
-    (
-        "E009",
-        {"PEERS": [{"OPTIONS": {"host": "a,b"}}], "PEER_ENGINE": POSTGRESQL},
-        "OPTIONS['host'] of peer PEERS[0]",
-        "each host a peer",
-    ),
-    (
-        "E010",
-        {"OPTIONS": {"connect_timeout": 2.5}},
-        "OPTIONS['connect_timeout'] of peer PEERS[0] is 2.5",
-        "whole seconds",
-    ),
-    ("E011", {"PEERS": ["one", "two", "one"]}, "PEERS names 'one' more than once", "a WEIGHT"),
-    ("E012", {"OPTIONS": "a=b"}, "OPTIONS is a str", "a dict"),
-    ("E012", {"PEERS": [{**ONE, "OPTIONS": ["a"]}]}, "OPTIONS of peer PEERS[0] is a list", "dict"),
-    ("E013", {"PEER_ENGINE": "nonesuch"}, "PEER_ENGINE is 'nonesuch'", "driver"),
-    ("E013", {"PEERS": ["engineless"]}, "ENGINE of the peers is", "the backend"),
-    *(
+
+def of_peer(**settings: Any) -> dict[str, Any]:
+    """One inline peer that has these besides."""
+    return {"PEERS": [{**ONE, **settings}]}
+
+
+def on_postgresql(options: Any = None, **settings: Any) -> dict[str, Any]:
+    return {"PEER_ENGINE": POSTGRESQL, "OPTIONS": options or {}, **settings}
+
+
+# By the check's id: the settings beside one peer, words of the message, words of the hint.
+MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
+    "E001": [
+        ({"PEERS": []}, "PEERS is empty", "at least one alias or dict"),
+        ({"PEERS": ABSENT}, "PEERS is empty", "at least one alias or dict"),
+        ({"PEERS": "one"}, "PEERS is a str", "at least one alias or dict"),
+        ({"PEERS": {"PASSWORD": "sesame"}}, "PEERS is a dict", "at least one"),
+        ({"PEERS": [ONE, [{"PASSWORD": "sesame"}]]}, "PEERS[1] is a list", "a dict"),
+    ],
+    "E002": [
+        ({"PEERS": ["one", "tow"]}, "PEERS names 'tow'", "Did you mean 'two'?"),
+        ({"PEERS": ["zzzzzz"]}, "no alias in DATABASES", "write the peer as a dict"),
+    ],
+    "E003": [
+        ({"PEERS": ["one", "nested"]}, "PEERS names 'nested'", "databases behind it"),
+        ({"PEER_ENGINE": ENGINE}, "PEER_ENGINE is a load balancer", MYSQL),
+    ],
+    "E004": [
+        ({"PEERS": ["one", "slite"]}, "PEERS mixes engines: 'slite'", "have one engine"),
+        ({"PEERS": ["one"], "PEER_ENGINE": SQLITE}, "'one' has the ENGINE", "one engine"),
+        ({"PEERS": ["one", {"ENGINE": SQLITE}]}, "PEERS[1] has the ENGINE", "PEER_ENGINE for all"),
+    ],
+    "E005": [
+        ({"CHECK_INTERVAL": "30"}, "CHECK_INTERVAL is '30'", "a number"),
+        ({"CHECK_INTERVAL": 0}, "CHECK_INTERVAL is 0", "greater than 0"),
+        ({"CHECK_INTERVAL": None}, "CHECK_INTERVAL is None", "a number"),
+        ({"CONNECT_TIMEOUT": -1}, "CONNECT_TIMEOUT is -1", "greater than 0"),
+        ({"CONNECT_TIMEOUT": float("nan")}, "CONNECT_TIMEOUT is nan", ""),
+        ({"CONNECT_TIMEOUT": float("inf")}, "CONNECT_TIMEOUT is inf", ""),
+        ({"CONNECT_TIMEOUT": True}, "CONNECT_TIMEOUT is True", "a number"),
+        ({"TRIAL_TIMEOUT": 0}, "TRIAL_TIMEOUT is 0", "or None"),
+        ({"CONNECT_DEADLINE": None}, "CONNECT_DEADLINE is None", ""),
+        ({"LAST_RESORT_INTERVAL": -1}, "LAST_RESORT_INTERVAL is -1", ""),
+        ({"REPLAY": "unsafe"}, "REPLAY is 'unsafe'", "'safe' or None"),
+        ({"REPLAY": False}, "REPLAY is False", "'safe' or None"),
+        ({"IDLE_CHECK": "1"}, "IDLE_CHECK is '1'", "or None"),
+        ({"IDLE_CHECK": -0.5}, "IDLE_CHECK is -0.5", "or None"),
+        ({"TCP_USER_TIMEOUT": 0}, "TCP_USER_TIMEOUT is 0", "or None"),
+        ({"TCP_USER_TIMEOUT": True}, "TCP_USER_TIMEOUT is True", "a number"),
+        ({"SYNCHRONOUS_PEERS": None}, "SYNCHRONOUS_PEERS is None", "False"),
+        ({"SYNCHRONOUS_PEERS": 1}, "SYNCHRONOUS_PEERS is 1", "True or False"),
+        ({"COMMIT_OUTCOME": True}, "COMMIT_OUTCOME is True", "'record'"),
+        ({"OUTCOME_DEADLINE": 0}, "OUTCOME_DEADLINE is 0", "greater"),
+        ({"OUTCOME_DEADLINE": 601}, "OUTCOME_DEADLINE is 601", "at most 600"),
+        ({"TRIALS": "foreground"}, "TRIALS is 'foreground'", "'background'"),
+        ({"TRIALS": None}, "TRIALS is None", "'inline' or"),
+        ({"REBALANCE": -1}, "REBALANCE is -1", "or None"),
+        ({"REBALANCE": "fast"}, "REBALANCE is 'fast'", "a number"),
+        ({"BREAKER": 3}, "BREAKER is 3", "fail_max"),
+        ({"BREAKER": {"fail_max": 0}}, "fail_max", "at least 1"),
+        ({"BREAKER": {"failmax": 2}}, "unknown key 'failmax'", "fail_max"),
+        (of_peer(WEIGHT=0), "WEIGHT of peer PEERS[0] is 0", "greater than 0"),
+        (of_peer(PRIORITY=1.5), "PRIORITY of peer PEERS[0]", "whole number"),
+        (of_peer(CHECK_INTERVAL="1"), "CHECK_INTERVAL of peer PEERS[0]", ""),
+        (of_peer(BREAKER={"fail_max": "1"}), "of peer PEERS[0] is '1'", ""),
+        ({"CONN_MAX_AGE": "60"}, "CONN_MAX_AGE is '60'", "seconds"),
+        ({"CONN_MAX_AGE": True}, "CONN_MAX_AGE is True", "seconds"),
+    ],
+    "E006": [
+        ({"CHECK_INTERVALL": 5}, "CHECK_INTERVALL", "mean CHECK_INTERVAL?"),
+        ({"strategy": "x"}, "strategy is not a setting", "mean STRATEGY?"),
+        ({"IDLE_CHEK": 5}, "IDLE_CHEK is not a", "mean IDLE_CHECK?"),
+        ({"CHECK_INTERVAL_SECONDS": 5}, "is not a", "CHECK_INTERVAL?"),
+        ({"FAIL_MAX": 3}, "FAIL_MAX is not a setting", "BREAKER"),
+        (of_peer(fail_max=3), "fail_max of peer PEERS[0]", "BREAKER"),
+        (of_peer(WEIGTH=2), "WEIGTH of peer PEERS[0]", "mean WEIGHT?"),
+        (of_peer(HOTS="x"), "HOTS of peer PEERS[0]", "mean HOST?"),
+    ],
+    "E007": [
+        ({"STRATEGY": "randon"}, "STRATEGY is 'randon'", "round_robin"),
+        ({"STRATEGY": "tests.no.Such"}, "cannot be imported", "dotted path"),
+        ({"STRATEGY": "tests.app.models.Token"}, "no order() method", ""),
+    ],
+    "E008": [
+        ({"READY_CHECK": "writeable"}, "READY_CHECK is 'writeable'", "galera"),
+        ({"READY_CHECK": 5}, "READY_CHECK is 5", "dotted path"),
+    ],
+    "E009": [
+        ({"PEERS": [{"HOST": "a,b"}]}, "HOST of peer PEERS[0]", "make each host a peer"),
+        ({"HOST": "a,b", "PEERS": [{"PORT": 1}]}, "HOST of peer PEERS[0]", "each host a peer"),
+        (on_postgresql({"host": "a,b"}), "OPTIONS['host'] of peer PEERS[0]", "each host a peer"),
+    ],
+    "E010": [
+        ({"OPTIONS": {"connect_timeout": 2.5}}, "_timeout'] of peer PEERS[0] is 2.5", "whole"),
+    ],
+    "E011": [({"PEERS": ["one", "two", "one"]}, "PEERS names 'one' more than once", "a WEIGHT")],
+    "E012": [
+        ({"OPTIONS": "a=b"}, "OPTIONS is a str", "a dict"),
+        (of_peer(OPTIONS=["a"]), "OPTIONS of peer PEERS[0] is a list", "dict"),
+    ],
+    "E013": [
+        ({"PEER_ENGINE": "nonesuch"}, "PEER_ENGINE is 'nonesuch'", "driver"),
+        ({"PEERS": ["engineless"]}, "ENGINE of the peers is", "the backend"),
+    ],
+    "E014": [
+        ({"OPTIONS": {"pool": True}}, "OPTIONS['pool']", "CONN_MAX_AGE"),
         (
-            "E014",
-            {"PEER_ENGINE": "dj_db_conn_pool.backends.mysql"},
-            "PEER_ENGINE is 'dj_db_conn_pool.backends.mysql', which keeps one pool",
-            "CONN_MAX_AGE",
-        )
-        # What the extra [test] brings on these Pythons only.
-        for _ in range(sys.version_info >= (3, 11))
-    ),
-    ("E014", {"OPTIONS": {"pool": True}}, "OPTIONS['pool']", "CONN_MAX_AGE"),
-    (
-        "E014",
-        {"PEERS": [ONE, TWO], "OPTIONS": {"pool_name": "shop"}},
-        "OPTIONS['pool_name'] is 'shop' for 'peer0' and 'peer1'",
-        "a name of its own",
-    ),
-    *(
-        ("E014", {"PEER_ENGINE": POSTGRESQL, **settings}, message, hint)
-        for settings, message, hint in (
-            ({"OPTIONS": {"pool": 5}}, "OPTIONS['pool'] is a int", "True or a dict"),
-            (
-                {"OPTIONS": {"pool": {"conninfo": "host=10.0.0.1"}}},
-                "OPTIONS['pool']['conninfo'] would be the same for every peer",
-                "Leave it out",
-            ),
-            (
-                {"OPTIONS": {"pool": {"min_sise": 2}}},
-                "OPTIONS['pool']['min_sise'] is nothing that psycopg's pool takes",
-                "Did you mean 'min_size'?",
-            ),
-            (
-                {"OPTIONS": {"pool": {"check": "SELECT 1"}}},
-                "OPTIONS['pool']['check'] is a str",
-                "Give a function",
-            ),
-            (
-                {"OPTIONS": {"pool": {"min_size": 2}}, "CONN_MAX_AGE": 60},
-                "OPTIONS['pool'] and CONN_MAX_AGE",
-                "goes back to its pool",
-            ),
-        )
-        if django.VERSION >= (5, 1)
-    ),
-    *(
+            {"PEERS": [ONE, TWO], "OPTIONS": {"pool_name": "shop"}},
+            "OPTIONS['pool_name'] is 'shop' for 'peer0' and 'peer1'",
+            "a name of its own",
+        ),
+    ],
+    "E015": [
+        ({"SHARED_STATE": "http://:sesame@host/0"}, "SHARED_STATE is no URL of a", "%40 for @"),
+        ({"SHARED_STATE": "redis://host:sesame/0"}, "no URL", "redis://host"),
+        ({"SHARED_STATE": "redis://h/0?ab=sesame"}, "option 'ab'", "prefix"),
+    ],
+    "W001": [
+        ({"PEERS": [ONE, TWO, dict(ONE)]}, "PEERS has 'peer0' and 'peer2' at", "two shares"),
+        ({"PEERS": ["one", {**ONE, "PORT": 3306}]}, "at one address, 10.0.0.1", "two shares"),
+    ],
+    "W002": [
+        ({"PEERS": ["one", "atomic"]}, "'atomic' has ATOMIC_REQUESTS", "to 'balanced'"),
+        ({"PEERS": ["one", "tested"]}, "'tested' has TEST", "Move TEST to 'balanced'"),
+    ],
+    "W003": [
+        ({"PEERS": [ONE, TWO], "CONNECT_TIMEOUT": 2.5}, "CONNECT_TIMEOUT is 2.5", "becomes 3"),
+        (on_postgresql(TRIAL_TIMEOUT=1), "TRIAL_TIMEOUT is 1", "becomes 2"),
+    ],
+    "W004": [
+        ({"WEIGHT": 3}, "WEIGHT is a peer's setting", "into the peers"),
+        ({"PEERS": [ONE, TWO], "HOST": "db"}, "HOST has no effect here", "Remove HOST"),
+        ({"PEERS": ["one", TWO], "HOST": "db"}, "HOST has no effect here", "Remove HOST"),
+        ({**of_peer(PORT="3307"), "PORT": 3308}, "PORT has no effect here", "leave it out"),
+        ({**of_peer(USER="a"), "USER": "b"}, "USER has no effect here", "leave it out"),
+        ({**of_peer(PASSWORD="sesame"), "PASSWORD": "x"}, "PASSWORD has no effect", "leave it"),
+        (of_peer(SHARED_STATE="redis://h"), "SHARED_STATE of peer", "Move"),
+        (of_peer(CONN_MAX_AGE=3), "CONN_MAX_AGE of peer", "to 'balanced'"),
+        (of_peer(REPLAY=None), "REPLAY of peer", "to 'balanced'"),
+        (of_peer(STRATEGY="random"), "STRATEGY of peer", "to 'balanced'"),
+        (of_peer(PRIO=3), "PRIO of peer PEERS[0] is not", "Leave it out"),
+    ],
+    "W006": [
+        ({"TEST": {"MIRROR": "balanced"}}, "TEST['MIRROR'] leads back to where", "Name the alias"),
+        ({"TEST": {"MIRROR": "nonesuch"}}, "leads to 'nonesuch', no alias", "A test run is"),
+    ],
+    "W008": [
+        ({"OPTIONS": {"charst": "utf8"}}, "['charst'] of peer", "'charset'?"),
+        ({"OPTIONS": {"xyzzy": 1}}, "['xyzzy'] of peer", "Leave it out"),
+        (on_postgresql({"aplication_name": "x"}), "['aplication_name']", "'application_name'?"),
+    ],
+    "W009": [
         (
-            "E014",
-            {"PEERS": [{**ONE, "OPTIONS": {"pool": True}}], "PEER_ENGINE": POSTGRESQL},
-            "OPTIONS['pool'] of peer PEERS[0]",
-            "Django 5.1",
+            {"OPTIONS": {"multi_statements": False}, "COMMIT_OUTCOME": "record"},
+            "OPTIONS['multi_statements'] of peer peer0 is off",
+            "Leave it out",
+        ),
+        ({"PEER_ENGINE": SQLITE, "COMMIT_OUTCOME": "record"}, "COMMIT_OUTCOME has", "Leave it out"),
+    ],
+}
+if sys.version_info >= (3, 11):
+    # What the extra [test] brings on these Pythons only.
+    own_pool = "dj_db_conn_pool.backends.mysql"
+    MISTAKES["E014"].append(({"PEER_ENGINE": own_pool}, f"{own_pool!r}, which", "CONN_MAX_AGE"))
+if django.VERSION >= (5, 1):
+    MISTAKES["E014"] += [
+        (on_postgresql({"pool": pool}, **settings), f"OPTIONS['pool']{message}", hint)
+        for pool, settings, message, hint in (
+            (5, {}, " is a int", "True or a dict"),
+            ({"conninfo": "x"}, {}, "['conninfo'] would be the same for every", "Leave it out"),
+            ({"min_sise": 2}, {}, "['min_sise'] is nothing that psycopg's pool", "'min_size'?"),
+            ({"check": "SELECT 1"}, {}, "['check'] is a str", "Give a function"),
+            ({"min_size": 2}, {"CONN_MAX_AGE": 60}, " and CONN_MAX_AGE", "goes back to its pool"),
         )
-        for _ in range(django.VERSION < (5, 1))
-    ),
-    (
-        "E015",
-        {"SHARED_STATE": "http://:sesame@host/0"},
-        "SHARED_STATE is no URL of a Redis",
-        "%40 for @",
-    ),
-    ("E015", {"SHARED_STATE": "redis://host:sesame/0"}, "no URL", "redis://host"),
-    ("E015", {"SHARED_STATE": "redis://h/0?ab=sesame"}, "option 'ab'", "prefix"),
-    ("W004", {"PEERS": [{**ONE, "SHARED_STATE": "redis://h"}]}, "SHARED_STATE of peer", "Move"),
-    ("W001", {"PEERS": [ONE, TWO, dict(ONE)]}, "PEERS has 'peer0' and 'peer2' at", "two shares"),
-    ("W001", {"PEERS": ["one", {**ONE, "PORT": 3306}]}, "at one address, 10.0.0.1", "two shares"),
-    ("W002", {"PEERS": ["one", "atomic"]}, "'atomic' has ATOMIC_REQUESTS", "to 'balanced'"),
-    ("W002", {"PEERS": ["one", "tested"]}, "'tested' has TEST", "Move TEST to 'balanced'"),
-    ("W003", {"PEERS": [ONE, TWO], "CONNECT_TIMEOUT": 2.5}, "CONNECT_TIMEOUT is 2.5", "becomes 3"),
-    ("W003", {"PEER_ENGINE": POSTGRESQL, "TRIAL_TIMEOUT": 1}, "TRIAL_TIMEOUT is 1", "becomes 2"),
-    (
-        "W006",
-        {"TEST": {"MIRROR": "balanced"}},
-        "TEST['MIRROR'] leads back to where it began",
-        "Name the alias",
-    ),
-    (
-        "W006",
-        {"TEST": {"MIRROR": "nonesuch"}},
-        "TEST['MIRROR'] leads to 'nonesuch', no alias",
-        "A test run is refused",
-    ),
-    ("W004", {"WEIGHT": 3}, "WEIGHT is a peer's setting", "into the peers"),
-    ("W004", {"PEERS": [ONE, TWO], "HOST": "db"}, "HOST has no effect here", "Remove HOST"),
-    ("W004", {"PEERS": ["one", TWO], "HOST": "db"}, "HOST has no effect here", "Remove HOST"),
-    (
-        "W004",
-        {"PEERS": [{**ONE, "PORT": 3306}, {**TWO, "PORT": "3307"}], "PORT": 3308},
-        "PORT has no effect here",
-        "leave it out",
-    ),
-    (
-        "W004",
-        {"PEERS": [{**ONE, "USER": "a"}], "USER": "b"},
-        "USER has no effect here",
-        "leave it out",
-    ),
-    (
-        "W004",
-        {"PEERS": [{**ONE, "PASSWORD": "sesame"}], "PASSWORD": "sesame"},
-        "PASSWORD has no effect here",
-        "leave it out",
-    ),
-    ("W004", {"PEERS": [{**ONE, "CONN_MAX_AGE": 3}]}, "CONN_MAX_AGE of peer", "to 'balanced'"),
-    ("W004", {"PEERS": [{**ONE, "REPLAY": None}]}, "REPLAY of peer", "to 'balanced'"),
-    ("W004", {"PEERS": [{**ONE, "STRATEGY": "random"}]}, "STRATEGY of peer", "to 'balanced'"),
-    ("E005", {"CONN_MAX_AGE": "60"}, "CONN_MAX_AGE is '60'", "seconds"),
-    ("E005", {"CONN_MAX_AGE": True}, "CONN_MAX_AGE is True", "seconds"),
-    ("E006", {"CHECK_INTERVAL_SECONDS": 5}, "is not a", "CHECK_INTERVAL?"),
-    ("E006", {"FAIL_MAX": 3}, "FAIL_MAX is not a setting", "BREAKER"),
-    ("E006", {"PEERS": [{**ONE, "fail_max": 3}]}, "fail_max of peer PEERS[0]", "BREAKER"),
-    ("W004", {"PEERS": [{**ONE, "PRIO": 3}]}, "PRIO of peer PEERS[0] is not", "Leave it out"),
-    ("W008", {"OPTIONS": {"charst": "utf8"}}, "['charst'] of peer", "'charset'?"),
-    ("W008", {"OPTIONS": {"xyzzy": 1}}, "['xyzzy'] of peer", "Leave it out"),
-    (
-        "W008",
-        {"PEERS": [{**ONE, "OPTIONS": {"aplication_name": "x"}}], "PEER_ENGINE": POSTGRESQL},
-        "['aplication_name'] of peer PEERS[0]",
-        "'application_name'?",
-    ),
-    (
-        "W009",
-        {"OPTIONS": {"multi_statements": False}, "COMMIT_OUTCOME": "record"},
-        "OPTIONS['multi_statements'] of peer peer0 is off",
-        "Leave it out",
-    ),
-    (
-        "W009",
-        {"PEERS": [{"NAME": "x"}], "PEER_ENGINE": SQLITE, "COMMIT_OUTCOME": "record"},
-        "COMMIT_OUTCOME has no effect",
-        "Leave it out",
-    ),
-]
+    ]
+else:
+    MISTAKES["E014"].append(
+        (on_postgresql(**of_peer(OPTIONS={"pool": True})), "['pool'] of peer PEERS[0]", "5.1")
+    )
 
 #: What a driver cannot take in one peer's settings: an error of the checks, and of that peer.
 OF_ONE_PEER: list[Any] = [
@@ -321,7 +290,10 @@ def test_setting_that_one_peer_takes_is_no_mistake(key: str, peers: list[Any]) -
     assert said == []
 
 
-@pytest.mark.parametrize(("id_", "settings", "message", "hint"), MISTAKES)
+@pytest.mark.parametrize(
+    ("id_", "settings", "message", "hint"),
+    [(id_, *mistake) for id_, mistakes in MISTAKES.items() for mistake in mistakes],
+)
 def test_mistake_is_said_by_the_checks_and_at_connect(
     id_: str, settings: dict[str, Any], message: str, hint: str
 ) -> None:
@@ -369,49 +341,28 @@ def test_what_the_driver_cannot_take(
         assert balancers["balanced"].peers.keys()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *(
-            {"HOST": host}
-            for host in ("::1", "fe80::1%eth0", "2001:db8::7", "/run/mysqld.sock", "")
-        ),
-        *({"PORT": port} for port in (3307, "3307", " 3307 ", "", 0, None)),
-        pytest.param({"PASSWORD": lambda: "sesame"}, id="PASSWORD is called"),
-        {
-            "OPTIONS": {
-                "port": 3307,
-                "read_timeout": 5,
-                "ssl_mode": "REQUIRED",
-                "isolation_level": "",
-            }
-        },
-    ],
-    ids=str,
-)
-def test_what_the_driver_can_take(settings: dict[str, Any]) -> None:
-    with added({"balanced": entry({"PEERS": [{**ONE, **settings}]})}):
-        assert ids(run_checks()) == []
+#: What a driver takes, and what psycopg does not, by the peers' engine.
+TAKEN: list[tuple[str, dict[str, Any], bool]] = [
+    *((MYSQL, {"HOST": host}, True) for host in ("::1", "fe80::1%eth0", "/run/mysqld.sock", "")),
+    *((MYSQL, {"PORT": port}, True) for port in (3307, "3307", " 3307 ", "", 0, None)),
+    (MYSQL, {"PASSWORD": lambda: "sesame"}, True),
+    (MYSQL, {"OPTIONS": {"port": 3307, "read_timeout": 5, "isolation_level": ""}}, True),
+    (POSTGRESQL, {"PORT": "abc"}, False),
+    (POSTGRESQL, {"PORT": "5433"}, True),
+    (POSTGRESQL, {"OPTIONS": {"port": "5433"}}, True),
+    (POSTGRESQL, {"HOST": 1}, False),
+    (POSTGRESQL, {"HOST": Path("/run/postgresql")}, True),
+    (POSTGRESQL, {"HOST": "10.0.0.1:5433"}, False),
+    (POSTGRESQL, {"NAME": 5}, False),
+    (POSTGRESQL, {"PASSWORD": 5}, True),
+    (POSTGRESQL, {"OPTIONS": {"isolation_level": 99}}, False),
+    (POSTGRESQL, {"OPTIONS": {"isolation_level": psycopg.IsolationLevel.SERIALIZABLE}}, True),
+]
 
 
-@pytest.mark.parametrize(
-    ("settings", "right"),
-    [
-        ({"PORT": "abc"}, False),
-        ({"PORT": "5433"}, True),
-        ({"OPTIONS": {"port": "5433"}}, True),
-        ({"HOST": 1}, False),
-        ({"HOST": Path("/run/postgresql")}, True),
-        ({"HOST": "10.0.0.1:5433"}, False),
-        ({"NAME": 5}, False),
-        ({"PASSWORD": 5}, True),
-        ({"OPTIONS": {"isolation_level": 99}}, False),
-        ({"OPTIONS": {"isolation_level": psycopg.IsolationLevel.SERIALIZABLE}}, True),
-    ],
-    ids=str,
-)
-def test_what_psycopg_can_take(settings: dict[str, Any], right: bool) -> None:
-    balanced = {"PEERS": [{**ONE, "NAME": "shop", **settings}], "PEER_ENGINE": POSTGRESQL}
+@pytest.mark.parametrize(("path", "settings", "right"), TAKEN, ids=str)
+def test_what_a_driver_takes_is_no_mistake(path: str, settings: Any, right: bool) -> None:
+    balanced = {"PEERS": [{**ONE, "NAME": "shop", **settings}], "PEER_ENGINE": path}
     with added({"balanced": entry(balanced)}):
         assert ids(run_checks()) == ([] if right else ["E018"])
 
@@ -601,7 +552,7 @@ def test_every_id_has_its_anchor_and_heading_in_the_docs_and_no_other() -> None:
     anchors = {line[20:24] for line in docs.splitlines() if line.startswith(".. _django_proxysql.")}
     headings = {line[16:] for line in docs.splitlines() if line.startswith("django_proxysql.")}
     assert said | asking == anchors == headings
-    assert said == {mistake[0] for mistake in MISTAKES} | {"E018"}
+    assert said == {*MISTAKES, "E018"}
 
 
 def _words(path: Path) -> list[str]:
@@ -614,14 +565,7 @@ def is_id(word: str) -> bool:
 
 def test_strange_entries_break_nothing() -> None:
     strange: list[Any] = [None, 0, 1.5, "", "x", ".x", [], [[]], {}, {"x": {}}, object(), b"x", {1}]
-    keys = [
-        *("PEERS", "PEER_ENGINE", "CHECK_INTERVAL", "BREAKER", "STRATEGY", "CONNECT_TIMEOUT"),
-        *("TRIAL_TIMEOUT", "CONNECT_DEADLINE", "LAST_RESORT_INTERVAL", "READY_CHECK"),
-        *("REPLAY", "IDLE_CHECK", "SYNCHRONOUS_PEERS", "TCP_USER_TIMEOUT", "TRIALS", "REBALANCE"),
-        *("NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS", "WEIGHT", "PRIORITY"),
-        *("COMMIT_OUTCOME", "OUTCOME_DEADLINE"),
-    ]
-    for key in keys:
+    for key in (*keys.BALANCER_KEYS, *keys.PEER_KEYS, *keys.CONNECTION_KEYS):
         for value in strange:
             for values in (
                 entry({"PEERS": [ONE], key: value}),
@@ -637,11 +581,9 @@ def test_strange_entries_break_nothing() -> None:
 @pytest.mark.parametrize("name", [["shop"], {"a": 1}, {"a"}, 5], ids=str)
 @pytest.mark.parametrize("place", ["balancer", "alias", "inline"])
 def test_a_name_that_is_no_string_is_reported_and_stops_no_wrapper(name: Any, place: str) -> None:
-    alias = {"ENGINE": MYSQL, "HOST": "10.0.0.1", **({"NAME": name} if place == "alias" else {})}
-    inline = {**TWO, **({"NAME": name} if place == "inline" else {})}
-    balanced: dict[str, Any] = {"PEERS": ["aliased", inline]}
-    if place == "balancer":
-        balanced["NAME"] = name
+    named: Any = {"balancer": {}, "alias": {}, "inline": {}, place: {"NAME": name}}
+    alias = {"ENGINE": MYSQL, **ONE, **named["alias"]}
+    balanced = {"PEERS": ["aliased", {**TWO, **named["inline"]}], **named["balancer"]}
     with added({"aliased": alias, "balanced": entry(balanced)}):
         assert connections["balanced"].alias == "balanced"
         found = {message.id: message for message in run_checks()}

@@ -9,7 +9,6 @@ asks a backend's class and not a connection.
 from __future__ import annotations
 
 import copyreg
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -30,7 +29,6 @@ from ..core.exceptions import ConfigError
 from ..core.peer import Peer
 from ..registry import balancers
 from .connecting import LoadBalancedMixin
-from .shims import client_class, creation_class, schema_editor_class, validation_class
 
 if TYPE_CHECKING:
     _Base = LoadBalancedMixin
@@ -150,44 +148,6 @@ def _engine_of(entry: dict[str, Any]) -> object:
     """Return the class that an entry's ENGINE names, if its module has been imported."""
     module = sys.modules.get(f"{engine_path(entry.get('ENGINE'))}.base")
     return getattr(module, "DatabaseWrapper", None)
-
-
-class Helper:
-    """A helper class of the peer engine's, made to know of peers.
-
-    Looked up when it is asked for: apps put their own in its place (django-pgtrigger), on
-    ENGINE's class or the peer engine's, and so does a subclass of the engine.
-    """
-
-    def __init__(self, with_peers: Callable[[type], type]) -> None:
-        self._with_peers = with_peers
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._owner = owner
-        self._name = name
-
-    def __get__(self, instance: object, owner: type) -> type | None:
-        plain = getattr(super(self._owner, owner), self._name)
-        return None if plain is None else _knowing_of_peers(plain, self._with_peers)
-
-
-@functools.cache
-def _knowing_of_peers(plain: Any, with_peers: Callable[[type], type]) -> type:
-    """Return ``plain`` if it is made to know of peers, or has a class below it that is."""
-    if getattr(plain, "_knows_of_peers", False):
-        return plain  # type: ignore[no-any-return]
-    made = with_peers(plain)
-    made._knows_of_peers = True  # type: ignore[attr-defined]
-    return made
-
-
-#: What the engine's class has besides, over any backend.
-HELPERS: dict[str, Callable[[type], type]] = {
-    "client_class": client_class,
-    "creation_class": creation_class,
-    "validation_class": validation_class,
-    "SchemaEditorClass": schema_editor_class,
-}
 
 
 def made_over(wrapper: Any, base: Any) -> EngineType:

@@ -28,7 +28,7 @@ from ...registry import balancers
 from ..connecting import forget_cached
 from ..engines import EngineType, EngineUnknown, has_pools, made_over
 from ..sessions import close_in_child, remember
-from ..shims import client_class, peer_creation_class, peer_validation_class
+from ..shims import ClientMixin, Helper, PeerCreationMixin, PeerValidationMixin
 
 #: What wrappers ask a server for, and keep, in one Django or another.
 FACTS = (
@@ -52,8 +52,8 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
     #: The driver's module, and what is known of it; set in the class made.
     Database: Any
     _driver: drivers.Driver
-    #: The peer's own engine's class.
-    _real: type[BaseDatabaseWrapper]
+    #: The peer's own engine's class is the first.
+    _made_of: tuple[type[BaseDatabaseWrapper], type]
 
     _own_features: Any = None
     _is_connecting = False
@@ -83,10 +83,9 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
     @staticmethod
     def _namespace(real: Any) -> dict[str, Any]:
         return {
-            "_real": real,
-            "client_class": client_class(real.client_class),
-            "creation_class": peer_creation_class(real.creation_class),
-            "validation_class": peer_validation_class(real.validation_class),
+            "client_class": Helper(ClientMixin),
+            "creation_class": Helper(PeerCreationMixin),
+            "validation_class": Helper(PeerValidationMixin),
             # A connection straight to the peer is one that is made now, within
             # CONNECT_TIMEOUT and with the PASSWORD of now.
             **({"pool": None} if has_pools(real) else {}),
@@ -118,7 +117,7 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
             return None
         other = connections[alias]
         # Where the balancer's settings are wrong it is of no engine that we know.
-        if not isinstance(other, self._real):
+        if not isinstance(other, self._made_of[0]):
             return None
         # In a transaction that has failed nothing can be asked.
         if other.needs_rollback or (other.in_atomic_block and other.errors_occurred):

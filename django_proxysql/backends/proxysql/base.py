@@ -7,7 +7,8 @@ from typing import Any
 from django.db import DEFAULT_DB_ALIAS
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from ..engines import HELPERS, EngineType, Helper, engine_class, first_class
+from ..engines import EngineType, engine_class, first_class
+from ..shims import ClientMixin, CreationMixin, Helper, SchemaEditorMixin, ValidationMixin
 from ..wrapper import SafePointsMixin
 
 
@@ -27,8 +28,13 @@ class DatabaseWrapper(SafePointsMixin, BaseDatabaseWrapper, metaclass=EngineType
         return first_class(cls)
 
     @staticmethod
-    def _namespace(real: Any) -> dict[str, Any]:
-        return {name: Helper(with_peers) for name, with_peers in HELPERS.items()}
+    def _namespace(wrapper: Any) -> dict[str, Any]:
+        return {
+            "client_class": Helper(ClientMixin),
+            "creation_class": Helper(CreationMixin),
+            "validation_class": Helper(ValidationMixin),
+            "SchemaEditorClass": Helper(SchemaEditorMixin),
+        }
 
     @classmethod
     def _made_for(
