@@ -167,7 +167,7 @@ class TestThreads:
         busy(
             lambda n: pools.has(known),
             lambda n: pools.find(f"peer{n}", {"NAME": n}, Closes),
-            lambda n: pools.discard(known),
+            lambda n: pools.take(lambda one: one is known),
             lambda n: pools.retire(f"peer{n}") if n % 50 == 0 else None,
         )
         pools.close()
@@ -247,7 +247,7 @@ def test_pools_that_are_looked_through_stay_as_they_are() -> None:
     for change in (
         lambda: pools.find("db2", {"NAME": 2}, Closes),
         lambda: pools.find("db1", {"NAME": 3}, Closes),
-        lambda: pools.discard(known),
+        lambda: pools.take(lambda one: one is known),
         lambda: pools.retire("db2"),
         pools.close,
     ):

@@ -12,8 +12,10 @@ parent's session, and their locks may be held for ever.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import operator
 import threading
 import time
 import weakref
@@ -75,52 +77,47 @@ class Pools(runtime.Guarded):
     def find(self, peer: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Pool:
         """Return the pool of ``peer`` for ``settings``, made if there is none."""
         key = {name: settings.get(name) for name in _KEYS}
-        found = self._find(peer, key)
-        if found is None:
+
+        def found() -> Pool | None:
+            of_peer = (known for known in self._pools if known.peer == peer)
+            return next((known for known in of_peer if same(known.key, key)), None)
+
+        known = found()
+        if known is None:
             made = Pool(peer, key, make())
             with self._lock:
                 # Of two threads that come here at once one's is kept; the
                 # other's was never opened.
-                found = self._find(peer, key)
-                if found is None:
-                    found = made
+                known = found()
+                if known is None:
+                    known = made
                     self._pools = (*self._pools, made)
-        return found
-
-    def _find(self, peer: str, key: Mapping[str, Any]) -> Pool | None:
-        for known in self._pools:
-            if known.peer == peer and same(known.key, key):
-                return known
-        return None
+        return known
 
     def has(self, pool: Pool) -> bool:
         """Return whether ``pool`` is still one of them."""
         return pool in self._pools
 
-    def discard(self, pool: Pool) -> None:
-        """Forget a pool that was closed elsewhere."""
+    def take(self, which: Callable[[Pool], bool]) -> list[Pool]:
+        """Forget those pools that ``which`` says; return them."""
         with self._lock:
-            self._pools = tuple(one for one in self._pools if one is not pool)
+            taken = [known for known in self._pools if which(known)]
+            self._pools = tuple(known for known in self._pools if known not in taken)
+        return taken
 
     def close(self) -> None:
         """Close all pools, and return when their workers are done."""
-        with self._lock:
-            pools, self._pools = self._pools, ()
-        _close_all(pools)
+        _close_all(self.take(lambda known: True))
 
     def retire(self, peer: str) -> None:
         """Forget a peer's pools, and close them in a thread."""
-        with self._lock:
-            known = tuple(one for one in self._pools if one.peer == peer)
-            self._pools = tuple(one for one in self._pools if one.peer != peer)
-        if known:
-            try:
+        taken = self.take(lambda known: known.peer == peer)
+        # Without a thread the interpreter is at its end, and takes them along.
+        with contextlib.suppress(RuntimeError):
+            if taken:
                 threading.Thread(
-                    target=_close_all, args=(known,), name="django-proxysql-pools", daemon=True
+                    target=_close_all, args=(taken,), name="django-proxysql-pools", daemon=True
                 ).start()
-            except RuntimeError:
-                # The interpreter is at its end, and takes them along.
-                pass
 
     def notify(self, event: Event) -> None:
         """Close the pools of a peer that goes out of use; a listener of the balancer."""
@@ -139,12 +136,11 @@ class Pools(runtime.Guarded):
             one.pool._closed = True
 
 
-def _close_all(pools: tuple[Pool, ...]) -> None:
+def _close_all(pools: list[Pool]) -> None:
     for known in pools:
-        try:
+        # Nothing waits for it.
+        with contextlib.suppress(Exception):
             known.pool.close()
-        except Exception:  # noqa: S110 - nothing waits for it
-            pass
 
 
 # By balancer. The values must not refer to their keys.
@@ -318,7 +314,7 @@ class Checkout:
                             raise
                         # Closed for good since it was found. psycopg_pool before 3.3 says so
                         # by an error that reads like the server's.
-                        self._pools.discard(known)
+                        self._pools.take(functools.partial(operator.is_, known))
                         raise PoolClosed(str(exc)) from None
                     if not self._pools.has(known):
                         # Given up by another thread before it was open.

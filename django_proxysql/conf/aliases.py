@@ -11,7 +11,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.signals import connection_created
 
 from .engines import PeerEngine, engine_path
-from .keys import is_balancer, listed
+from .keys import is_balancer, peers_of
 
 #: Aliases that are tested as mirrors: what of, and the NAMEs of production.
 mirrors: dict[str, tuple[str, list[Any]]] = {}
@@ -117,9 +117,8 @@ def _depend_on(target: str, mirror: str) -> None:
 
 def alias_peers(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the peers that are aliases, and their entries."""
-    for peer in listed(entry.get("PEERS")):
-        theirs = connections.databases.get(peer) if isinstance(peer, str) else None
-        if theirs and not is_balancer(theirs):
+    for peer, theirs in peers_of(entry, connections.databases):
+        if peer is not None and theirs and not is_balancer(theirs):
             yield peer, theirs
 
 
@@ -146,9 +145,5 @@ def _refuse_production(connection: Any, **kwargs: Any) -> None:
 
 
 def name_of_a_peer(entry: Mapping[str, Any], databases: Mapping[str, Any]) -> Any:
-    for peer in listed(entry.get("PEERS")):
-        if isinstance(peer, str):
-            peer = databases.get(peer)
-        if isinstance(peer, Mapping) and peer.get("NAME"):
-            return peer["NAME"]
-    return ""
+    found = (theirs["NAME"] for _, theirs in peers_of(entry, databases) if theirs.get("NAME"))
+    return next(found, "")

@@ -11,7 +11,7 @@ from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 from django.db.utils import load_backend
 
 from ..core.exceptions import ConfigError
-from .keys import DEFAULT_PEER_ENGINE, NO_ENGINE, PEER_ALIAS_ENGINE, is_balancer, listed
+from .keys import DEFAULT_PEER_ENGINE, NO_ENGINE, PEER_ALIAS_ENGINE, is_balancer, peers_of
 
 
 class PeerEngine(str):
@@ -62,11 +62,11 @@ def peer_engine(entry: Mapping[str, Any], databases: Mapping[str, Mapping[str, A
     explicit = entry.get("PEER_ENGINE")
     if explicit:
         return str(explicit)
-    for peer in listed(entry.get("PEERS")):
-        if isinstance(peer, str) and not is_balancer(databases.get(peer, {"PEERS": ()})):
-            return engine_path(databases[peer].get("ENGINE") or NO_ENGINE)
-        if isinstance(peer, Mapping) and peer.get("ENGINE"):
-            return str(peer["ENGINE"])
+    for alias, settings in peers_of(entry, databases):
+        if alias is not None and not is_balancer(settings):
+            return engine_path(settings.get("ENGINE") or NO_ENGINE)
+        if alias is None and settings.get("ENGINE"):
+            return str(settings["ENGINE"])
     return DEFAULT_PEER_ENGINE
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..core.config import BalancerConfig, PeerConfig, settings_of
@@ -52,3 +52,14 @@ def is_balancer(entry: Mapping[str, Any]) -> bool:
 def listed(peers: Any) -> list[Any]:
     # A bare string would be read as a list of its letters.
     return list(peers) if isinstance(peers, (list, tuple)) else []
+
+
+def peers_of(
+    entry: Mapping[str, Any], databases: Mapping[str, Any]
+) -> Iterator[tuple[str | None, Any]]:
+    """Yield the alias (None: it is inline) and the settings of each peer that has any."""
+    for peer in listed(entry.get("PEERS")):
+        alias = peer if isinstance(peer, str) else None
+        settings = peer if alias is None else databases.get(alias)
+        if isinstance(settings, Mapping):
+            yield alias, settings

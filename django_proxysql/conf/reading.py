@@ -5,6 +5,7 @@ A value that breaks a rule of :mod:`..core.config` is a problem; the others are 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +17,20 @@ from ..core.config import BalancerConfig, BreakerConfig, PeerConfig, check_field
 from ..core.exceptions import ConfigError
 from ..core.ready import ready_check_from
 from ..core.strategies import strategy_from
-from . import driver_settings, spelling
+from . import driver_settings
 from .aliases import mirrored
 from .engines import load_wrapper
-from .entry import Entry, Peer, did_you_mean, given_name
+from .entry import Entry, Peer, did_you_mean, given_name, of_peer
 from .keys import (
+    ALIAS_KEY,
     BALANCER_FIELDS,
+    BALANCER_KEYS,
     CONNECTION_KEYS,
+    DJANGO_KEYS,
+    NAME_KEY,
     NO_ENGINE,
     PEER_FIELDS,
+    PEER_KEYS,
     is_balancer,
 )
 from .merging import address
@@ -81,7 +87,7 @@ def in_words(problem: CheckMessage) -> str:
 
 def _read(entry: Entry) -> tuple[BalancerConfig | None, list[CheckMessage]]:
     """Return the config, unless a problem stops connections, and the problems, errors first."""
-    spelling.balancers_keys(entry)
+    _keys_of_balancer(entry)
     given = _balancer(entry)
     _engine(entry)
     _mirror(entry)
@@ -89,7 +95,7 @@ def _read(entry: Entry) -> tuple[BalancerConfig | None, list[CheckMessage]]:
     breaker = _thresholds(entry, "", entry.settings, BreakerConfig())
     peers = [_peer(entry, peer, breaker) for peer in entry.peers]
     for rule in (
-        spelling.named_twice,
+        _named_twice,
         driver_settings.timeouts,
         driver_settings.one_address,
         driver_settings.shared_pools,
@@ -161,12 +167,12 @@ def _peer(entry: Entry, peer: Peer, breaker: BreakerConfig) -> dict[str, Any]:
         return {}
     if peer.is_alias:
         engine, named, remedy = settings.get("ENGINE") or NO_ENGINE, repr(where), ""
-        spelling.alias_keys(entry, where, settings)
+        _keys_of_alias(entry, where, settings)
         _of_tests_and_requests(entry, where, settings)
     else:
         engine, named = settings.get("ENGINE", entry.engine), where
         remedy = "; set PEER_ENGINE for all"
-        spelling.inline_keys(entry, where, settings)
+        _keys_of_inline(entry, where, settings)
         name = settings.get("PEER_NAME")
         if name is not None and given_name(settings) is None:
             entry.add(
@@ -279,3 +285,97 @@ def _of_tests_and_requests(entry: Entry, peer: str, settings: Mapping[str, Any])
                 f"Peer {peer!r} has {key}. {surprise}",
                 f"Move {key} to {entry.alias!r}.",
             )
+
+
+# Keys that are no settings, or stand where they have no effect; peers that are named twice
+
+
+def _keys_of_balancer(entry: Entry) -> None:
+    """Note what is wrong with the keys of the entry itself."""
+    _misspelt(entry, "", entry.settings, BALANCER_KEYS)
+    for key in ("WEIGHT", "PRIORITY", "PEER_NAME"):
+        if key in entry.settings:
+            entry.add(
+                "W004",
+                f"{key} is a peer's setting, and has no effect here.",
+                f"Move {key} into the peers.",
+            )
+    # Not NAME: the test database's is made from it.
+    for key in ("HOST", "PORT", "USER", "PASSWORD"):
+        values = [entry.settings.get(key), *(peer.settings.get(key) for peer in entry.peers)]
+        if entry.peers and all(value not in ("", None) for value in values):
+            entry.add(
+                "W004",
+                f"{key} has no effect here: every peer has its own.",
+                f"Remove {key} here, or leave it out of the peers that are to have this one.",
+            )
+
+
+def _keys_of_alias(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
+    """Note what is wrong with the keys of a peer that is another entry of DATABASES."""
+    _misspelt(entry, where, settings, PEER_KEYS)
+    if "PEER_NAME" in settings:
+        entry.add(
+            "W004",
+            f"PEER_NAME of peer {where!r} has no effect: its alias is its name.",
+            "Leave it out.",
+        )
+
+
+def _keys_of_inline(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
+    """Note what is wrong with the keys of a peer that is a dict."""
+    # All of it is ours. In other entries only what looks like a key of ours is a slip.
+    own = (*PEER_KEYS, *CONNECTION_KEYS)
+    for key in _misspelt(entry, where, settings, own, cutoff=0.7):
+        if key not in BALANCER_KEYS:
+            entry.add(
+                "W004",
+                f"{key} of peer {where} is not a setting, and has no effect.",
+                "Leave it out.",
+            )
+    for key in settings:
+        if key in (*BALANCER_KEYS, *DJANGO_KEYS) and key not in (*own, "ENGINE"):
+            entry.add(
+                "W004",
+                f"{key} of peer {where} has no effect there.",
+                f"Move {key} to {entry.alias!r}.",
+            )
+
+
+def _misspelt(
+    entry: Entry, where: str, settings: Mapping[str, Any], own: tuple[str, ...], cutoff: float = 0.8
+) -> list[str]:
+    """Note the keys that look like one of ``own``; return those that look like none."""
+    known = {*own, *CONNECTION_KEYS, *DJANGO_KEYS, ALIAS_KEY, NAME_KEY}
+    strange = []
+    for key in settings:
+        if not isinstance(key, str) or key in known:
+            continue
+        close = difflib.get_close_matches(key.upper(), sorted(own), n=1, cutoff=cutoff) or [
+            name for name in sorted(own) if len(name) > 8 and name in key.upper()
+        ]
+        if close:
+            hint = f"Did you mean {close[0]}?"
+        elif key.lower() in ("fail_max", "success_threshold"):
+            hint = f'Give BREAKER: {{"{key.lower()}": …}}.'
+        else:
+            strange.append(key)
+            continue
+        entry.add("E006", f"{key}{of_peer(where)} is not a setting.", hint)
+    return strange
+
+
+def _named_twice(entry: Entry) -> None:
+    """Note names that several peers have."""
+    aliases = [peer for peer in entry.listed if isinstance(peer, str)]
+    for alias in sorted({alias for alias in aliases if aliases.count(alias) > 1}):
+        entry.add(
+            "E011", f"PEERS names {alias!r} more than once.", "Name it once, and give it a WEIGHT."
+        )
+    names = [name for peer in entry.listed if (name := given_name(peer)) is not None]
+    for name in sorted({name for name in names if (aliases + names).count(name) > 1}):
+        entry.add(
+            "E011",
+            f"PEER_NAME {name!r} is not the only peer's of that name.",
+            "Give each peer a name of its own.",
+        )
