@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connections, transaction
+from django.db import connections
 from django.db.backends.signals import connection_created
 
 from tests.benchmarks import connect, project, replacement, shares, statement
@@ -55,40 +55,32 @@ def test_statement_calls_two_python_functions_more_at_most_on_mariadb(mariadb: N
     assert_met(statement.counted_on_mariadb(mariadb))
 
 
-@pytest.mark.parametrize("sql", [statement.READ, statement.WRITE])
+def pair() -> list[Any]:
+    """Return a wrapper of the plain engine and one of ours, without a server."""
+    return [project.wrapper(ENGINE=statement.NULL), project.wrapper(**project.null(2))]
+
+
+@pytest.mark.parametrize("sql", [project.READ, project.WRITE])
 def test_statement_in_a_transaction_calls_two_python_functions_more_at_most(sql: str) -> None:
-    plain = project.wrapper("plain", ENGINE=statement.NULL)
-    engine = project.wrapper("engine", **project.null(2))
     calls = []
-    for connection in (plain, engine):
+    for connection in pair():
         with statement.in_transaction(connection), connection.cursor() as cursor:
             cursor.execute(sql)
             calls.append(statement.python_calls(lambda: cursor.execute(sql)))
     assert calls[1] <= calls[0] + 2
 
 
-def write(connection: Any) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(statement.WRITE)
-
-
-def block(connection: Any) -> None:
-    with transaction.atomic(using=connection.alias):
-        write(connection)
-
-
-@pytest.mark.parametrize(("work", "most"), [(write, 6), (block, 55)])
+@pytest.mark.parametrize(("work", "most"), [(project.execute, 6), (project.block, 55)])
 def test_write_and_block_call_few_python_functions_more(
-    work: Callable[[Any], None], most: int
+    work: Callable[[Any, str], None], most: int
 ) -> None:
-    plain = project.wrapper("plain", ENGINE=statement.NULL)
-    engine = project.wrapper("engine", **project.null(2))
     calls = []
-    for connection in (plain, engine):
+    for connection in pair():
+        write = functools.partial(work, connection, project.WRITE)
         # The first time something may be imported, compiled or cached.
         for _ in range(3):
-            work(connection)
-        calls.append(statement.python_calls(functools.partial(work, connection)))
+            write()
+        calls.append(statement.python_calls(write))
     assert calls[1] <= calls[0] + most
 
 

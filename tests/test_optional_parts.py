@@ -15,7 +15,7 @@ import pybreaker
 before = set(sys.modules)
 from tests.benchmarks import project
 project.configure(["django_proxysql"])
-connection = project.wrapper("shop", **project.null(2))
+connection = project.wrapper(**project.null(2))
 with connection.cursor() as cursor:
     cursor.execute("SELECT 1")
 print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-import time
 from typing import Any
 
 from django_proxysql import AsyncLoadBalancer
 
-from .figures import Figure, interleaved
+from .figures import Figure, in_cpu_time
 
 #: The most CPU that may be added to the driver's own connect, in microseconds.
 LIMIT = 30
@@ -55,12 +54,11 @@ def run(quick: bool = False) -> list[Figure]:
     db = AsyncLoadBalancer({"db1": params, "db2": params}, _connect)
     loop = asyncio.new_event_loop()
     try:
-        cpu = interleaved(
+        cpu = in_cpu_time(
             lambda: loop.run_until_complete(_connect(**params)),
             lambda: loop.run_until_complete(db.connect()),
             rounds=20 if quick else 500,
             batch=50,
-            clock=time.process_time,
         )
     finally:
         loop.close()

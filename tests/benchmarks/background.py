@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+
+from django.db import connections
 
 from django_proxysql import balancers
 from tests.servers.mariadb import Node
-from tests.servers.processes import start_together
 
 from . import project
 from .figures import Figure
@@ -25,20 +25,11 @@ PAUSE = 0.002
 def run(quick: bool = False) -> list[Figure]:
     """Take in turn a pair that is well, and one of which half hangs."""
     rounds, requests = (1, 150) if quick else (7, 700)
-    hanging, healthy = Node("hanging"), Node("healthy")
-    try:
-        start_together(hanging, healthy)
-        for node in (hanging, healthy):
-            node.set_up()
-        settings = {"CHECK_INTERVAL": CHECK_INTERVAL, "CONNECT_TIMEOUT": CONNECT_TIMEOUT}
-        alias = project.add(
-            "tried", **project.balanced([hanging, healthy], TRIALS="background", **settings)
-        )
-        inline = project.add("unprobed", **project.balanced([hanging, healthy], **settings))
-        return _figures(alias, inline, hanging, rounds, requests)
-    finally:
-        hanging.close()
-        healthy.close()
+    settings = {"CHECK_INTERVAL": CHECK_INTERVAL, "CONNECT_TIMEOUT": CONNECT_TIMEOUT}
+    with project.mariadb(2) as nodes:
+        background = project.add(**project.balanced(nodes, TRIALS="background", **settings))
+        inline = project.add(**project.balanced(nodes, **settings))
+        return _figures(background, inline, nodes[0], rounds, requests)
 
 
 def _figures(alias: str, inline: str, hanging: Node, rounds: int, requests: int) -> list[Figure]:
@@ -48,8 +39,8 @@ def _figures(alias: str, inline: str, hanging: Node, rounds: int, requests: int)
     without: list[list[float]] = []
     _served(alias, requests)
     for turn in range(rounds):
-        for which in (0, 1) if turn % 2 else (1, 0):
-            if which:
+        for is_well in (False, True) if turn % 2 else (True, False):
+            if is_well:
                 well.append(_served(alias, requests))
                 again.append(_served(alias, requests))
             else:
@@ -92,30 +83,23 @@ def _while_hanging(alias: str, hanging: Node, requests: int) -> list[float]:
 
 def _served(alias: str, requests: int) -> list[float]:
     """Serve requests in some threads; return the seconds that each took."""
-    found: list[float] = []
 
-    def work() -> None:
+    def work(_: int) -> list[float]:
+        found = []
         for _ in range(requests):
             found.append(_request(alias))
             time.sleep(PAUSE)
+        return found
 
-    threads = [threading.Thread(target=work) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [seconds for found in pool.map(work, range(THREADS)) for seconds in found]
 
 
 def _request(alias: str) -> float:
     """Do what a request does with CONN_MAX_AGE 0: connect, ask, close."""
-    from django.db import connections
-
     began = time.perf_counter()
-    connection: Any = connections[alias]
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
-        cursor.fetchall()
+    connection = connections[alias]
+    project.execute(connection, project.READ)
     connection.close_if_unusable_or_obsolete()
     return time.perf_counter() - began
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,31 @@ from tests.servers.redis import RedisServer
 
 from . import project
 from .figures import machine
-from .statement import READ, WRITE, one_core_each
+from .statement import one_core_each
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "docs" / "images" / "everybody.svg"
-WORK = ("connect", "statement", "atomic block")
 CONNECTOR = "mysql.connector.django"
 AWS = "aws_advanced_python_wrapper.django.backends.mysql_connector"
-#: What the others need besides Django.
+#: What the others need besides Django, in an environment of their own.
 PACKAGES = ("mysql-connector-python", "aws-advanced-python-wrapper")
+
+#: What is measured, and what is done before it.
+WORK: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "connect": (
+        lambda connection: connection.ensure_connection(),
+        # As Django does at a request's end.
+        lambda connection: connection.close_if_unusable_or_obsolete(),
+    ),
+    "statement": (
+        lambda connection: project.execute(connection, project.READ),
+        lambda connection: connection.ensure_connection(),
+    ),
+    "atomic block": (
+        lambda connection: project.block(connection, project.WRITE),
+        lambda connection: connection.ensure_connection(),
+    ),
+}
 
 
 class Contender(NamedTuple):
@@ -43,80 +59,60 @@ class Contender(NamedTuple):
     name: str
     #: Its entry in DATABASES, without the account.
     entry: dict[str, Any]
-    #: Distributions whose versions are printed.
-    packages: tuple[str, ...]
+    #: Distributions that it uses, whose versions are printed.
+    packages: Sequence[str]
     #: What makes it what it is, as it is printed.
     settings: str = ""
-    #: Whether it needs the environment with the others' packages.
-    is_elsewhere: bool = False
-    pymysql: bool = False
-    metrics: bool = False
 
 
 def contenders(node: Node, behind: HAProxy, redis: RedisServer) -> list[Contender]:
     here = {"HOST": node.host, "PORT": node.port}
     peers = {"ENGINE": project.ENGINE, "PEERS": [here, here]}
     return [
-        Contender("Django", {"ENGINE": project.MYSQL, **here}, ("mysqlclient",)),
-        Contender("django-proxysql", peers, ("mysqlclient",), "2 peers"),
+        Contender("Django", {"ENGINE": project.MYSQL, **here}, ["mysqlclient"]),
+        Contender("django-proxysql", peers, ["mysqlclient"], "2 peers"),
         Contender(
             "… with PyMySQL",
             # It reads the system's certificates at each connect, also to a server without TLS.
             {**peers, "OPTIONS": {"ssl_disabled": True}},
-            ("PyMySQL",),
+            ["PyMySQL"],
             "2 peers, ssl_disabled",
-            pymysql=True,
         ),
         Contender(
             "… with SHARED_STATE and metrics",
             {**peers, "SHARED_STATE": redis.url},
-            ("mysqlclient", "redis", "prometheus_client"),
+            ["mysqlclient", "redis", "prometheus_client"],
             "2 peers",
-            metrics=True,
         ),
         Contender(
             "Django behind HAProxy",
             {"ENGINE": project.MYSQL, "HOST": behind.host, "PORT": behind.ports["servers"]},
-            ("mysqlclient",),
+            ["mysqlclient"],
             "mode tcp, 2 servers",
         ),
-        Contender(
-            "MySQL Connector/Python",
-            {"ENGINE": CONNECTOR, **here},
-            PACKAGES[:1],
-            is_elsewhere=True,
-        ),
+        Contender("MySQL Connector/Python", {"ENGINE": CONNECTOR, **here}, PACKAGES[:1]),
         Contender(
             "AWS Advanced Python Wrapper",
             {"ENGINE": AWS, "OPTIONS": {"plugins": ""}, **here},
-            tuple(reversed(PACKAGES)),
+            PACKAGES[::-1],
             'plugins ""',
-            is_elsewhere=True,
         ),
     ]
-
-
-class Measured(NamedTuple):
-    """What one contender's work took, in seconds; why there is nothing, if there is not."""
-
-    contender: Contender
-    seconds: dict[str, list[float]]
-    versions: str
-    error: str = ""
-
-    def percentile(self, work: str, of_100: int) -> float:
-        ordered = sorted(self.seconds[work])
-        return ordered[min(len(ordered) * of_100 // 100, len(ordered) - 1)]
 
 
 # The process that measures
 
 
 class Worker:
-    """A contender's process: each question has it do some work."""
+    """A contender's process, and what its work took: each question has it do some work."""
 
     def __init__(self, contender: Contender, python: str) -> None:
-        self.measured = Measured(contender, {work: [] for work in WORK}, "")
+        self.contender = contender
+        #: By work, each time that it was done.
+        self.seconds: dict[str, list[float]] = {work: [] for work in WORK}
+        self.versions = ""
+        #: Why there is nothing, if there is not.
+        self.error = ""
         self._process = subprocess.Popen(
             [python, "-m", f"{__package__}.everybody", "--work", json.dumps(contender)],
             cwd=ROOT,
@@ -125,25 +121,28 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
         )
-        try:
-            self._note(versions=self._ask("versions"))
-        except Exception as exc:
-            self._note(error=str(exc))
-
-    def _note(self, **what: str) -> None:
-        self.measured = self.measured._replace(**what)
+        with self._noting():
+            self.versions = self._ask("versions")
 
     def work(self, work: str, times: int, counts: bool) -> None:
         """Do ``work`` so many times, if it has not failed yet."""
-        if self.measured.error:
+        if self.error:
             return
-        try:
+        with self._noting():
             seconds = json.loads(self._ask(f"{times} {work}"))
-        except Exception as exc:
-            self._note(error=str(exc))
-        else:
             if counts:
-                self.measured.seconds[work].extend(seconds)
+                self.seconds[work].extend(seconds)
+
+    def percentile(self, work: str, of_100: int) -> float:
+        ordered = sorted(self.seconds[work])
+        return ordered[min(len(ordered) * of_100 // 100, len(ordered) - 1)]
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as exc:
+            self.error = str(exc)
 
     def _ask(self, question: str) -> str:
         assert self._process.stdin is not None
@@ -164,23 +163,19 @@ class Worker:
         self._process.communicate(timeout=60)
 
 
-def measure(rounds: int, times: int) -> list[Measured]:
+def measure(rounds: int, times: int) -> list[Worker]:
     """Start the servers and everybody's processes, and have them work in turn."""
     elsewhere = environment()
     with ExitStack() as stack:
-        node = stack.enter_context(Node("everybody")).set_up()
-        node.sql(
-            "CREATE TABLE t (id int PRIMARY KEY, n int) ENGINE=InnoDB; INSERT INTO t VALUES (1, 0)",
-            database=project.account()["NAME"],
-        )
+        [node] = stack.enter_context(project.mariadb())
         behind = stack.enter_context(HAProxy({"servers": [node, node]}))
         redis = stack.enter_context(RedisServer())
         # Workers are on the first core, as this process is, whose children they are.
         stack.enter_context(one_core_each(node))
         workers = []
         for contender in contenders(node, behind, redis):
-            python = (elsewhere or sys.executable) if contender.is_elsewhere else sys.executable
-            worker = Worker(contender, python)
+            is_here = set(contender.packages).isdisjoint(PACKAGES)
+            worker = Worker(contender, sys.executable if is_here else elsewhere or sys.executable)
             stack.callback(worker.close)
             workers.append(worker)
         for turn in range(-2, rounds):
@@ -188,7 +183,7 @@ def measure(rounds: int, times: int) -> list[Measured]:
                 # In another order each round, and none always after the same other.
                 for worker in sorted(workers, key=lambda one: hash((turn, id(one)))):
                     worker.work(work, times, counts=turn >= 0)
-        return [worker.measured for worker in workers]
+        return workers
 
 
 def environment() -> str | None:
@@ -213,71 +208,37 @@ def environment() -> str | None:
 
 def answer(contender: Contender) -> None:
     """Answer each line of stdin by one of stdout."""
-    if contender.pymysql:
+    if "PyMySQL" in contender.packages:
         import pymysql
 
         pymysql.install_as_MySQLdb()
         # Django wants a later mysqlclient than PyMySQL says it is.
         pymysql.version_info = (2, 2, 7, "final", 0)
-    project.configure(["django_proxysql.monitoring.metrics"] if contender.metrics else [])
-    entry = {**project.account(), **contender.entry}
-    connection = project.wrapper("default_", **entry)
-    works = {
-        "connect": lambda times: connects(connection, times),
-        "statement": lambda times: statements(connection, times),
-        "atomic block": lambda times: blocks(connection, times),
-    }
+    counts = "prometheus_client" in contender.packages
+    project.configure(["django_proxysql.monitoring.metrics"] if counts else [])
+    connection = project.wrapper(**project.account(), **contender.entry)
     for line in sys.stdin:
         question = line.strip()
         if question == "versions":
             connection.ensure_connection()
             print(", ".join(f"{p} {metadata.version(p)}" for p in contender.packages), flush=True)
             continue
-        times, _, work = question.partition(" ")
-        print(json.dumps(list(works[work](int(times)))), flush=True)
+        times, _, name = question.partition(" ")
+        work, before = WORK[name]
+        seconds = []
+        for _ in range(int(times)):
+            before(connection)
+            began = time.perf_counter()
+            work(connection)
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps(seconds), flush=True)
         connection.close_if_unusable_or_obsolete()
-
-
-def timed(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def connects(connection: Any, times: int) -> Iterator[float]:
-    for _ in range(times):
-        # As Django does at a request's end.
-        connection.close_if_unusable_or_obsolete()
-        yield timed(connection.ensure_connection)
-
-
-def statements(connection: Any, times: int) -> Iterator[float]:
-    def statement() -> None:
-        with connection.cursor() as cursor:
-            cursor.execute(READ)
-            cursor.fetchall()
-
-    connection.ensure_connection()
-    for _ in range(times):
-        yield timed(statement)
-
-
-def blocks(connection: Any, times: int) -> Iterator[float]:
-    from django.db import transaction
-
-    def block() -> None:
-        with transaction.atomic(using=connection.alias), connection.cursor() as cursor:
-            cursor.execute(WRITE)
-
-    connection.ensure_connection()
-    for _ in range(times):
-        yield timed(block)
 
 
 # Shown
 
 
-def table(measured: Sequence[Measured]) -> str:
+def table(measured: Sequence[Worker]) -> str:
     """Return what each took, and its ratio to Django's own engine."""
     first = measured[0]
     head = f"{'':32}" + "".join(f"{f'{work}, us':>26}" for work in WORK)
@@ -299,7 +260,7 @@ def table(measured: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def draw(measured: Sequence[Measured], file: Path) -> None:
+def draw(measured: Sequence[Worker], file: Path) -> None:
     """Draw each one's median, in units of Django's own, and where its 99th percentile is."""
     import matplotlib as mpl
 
@@ -334,8 +295,7 @@ def main() -> None:
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        name, entry, packages, *more = json.loads(options.work)
-        answer(Contender(name, entry, tuple(packages), *more))
+        answer(Contender(*json.loads(options.work)))
         return
     print(machine(), flush=True)
     measured = measure(*((2, 3) if options.quick else (60, 10)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -93,6 +95,10 @@ def interleaved(
 
 
 _WARM_UP = 6
+
+in_time = functools.partial(interleaved, clock=time.perf_counter)
+#: All threads' of this process.
+in_cpu_time = functools.partial(interleaved, clock=time.process_time)
 
 
 @contextmanager

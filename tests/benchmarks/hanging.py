@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from django.db import connections
 
 from django_proxysql import balancers
 from django_proxysql.core.events import CircuitOpened, Connected, ConnectFailed, Event
 from tests.servers.mariadb import Node
-from tests.servers.processes import start_together
 
 from . import project
 from .figures import Figure
@@ -32,28 +34,18 @@ class Connect(NamedTuple):
 def run(quick: bool = False) -> list[Figure]:
     """Hang one of two peers while threads connect and close as fast as they can."""
     check_interval, seconds = (1, 3.5) if quick else (5, 17.0)
-    hanging, healthy = Node("hanging"), Node("healthy")
-    try:
-        start_together(hanging, healthy)
-        for node in (hanging, healthy):
-            node.set_up()
-        alias = project.add(
-            "half",
-            **project.balanced(
-                [hanging, healthy], CHECK_INTERVAL=check_interval, CONNECT_TIMEOUT=CONNECT_TIMEOUT
-            ),
+    with project.mariadb(2) as [hanging, healthy]:
+        entry = project.balanced(
+            [hanging, healthy], CHECK_INTERVAL=check_interval, CONNECT_TIMEOUT=CONNECT_TIMEOUT
         )
-        return _figures(alias, hanging, seconds)
-    finally:
-        hanging.close()
-        healthy.close()
+        return _figures(project.add(**entry), hanging, seconds)
 
 
 def _figures(alias: str, hanging: Node, seconds: float) -> list[Figure]:
     here = threading.local()
     opened: list[float] = []
     connects: list[Connect] = []
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
     stop = threading.Event()
 
     def listen(event: Event) -> None:
@@ -66,9 +58,7 @@ def _figures(alias: str, hanging: Node, seconds: float) -> list[Figure]:
             opened.append(time.perf_counter())
 
     def work() -> None:
-        from django.db import connections
-
-        connection: Any = connections[alias]
+        connection = connections[alias]
         while not stop.is_set():
             here.tried = here.waited = False
             began = time.perf_counter()
@@ -77,25 +67,22 @@ def _figures(alias: str, hanging: Node, seconds: float) -> list[Figure]:
             except Exception as exc:
                 errors.append(exc)
             else:
-                connects.append(
-                    Connect(began, time.perf_counter() - began, here.tried, here.waited)
-                )
+                seconds = time.perf_counter() - began
+                connects.append(Connect(began, seconds, here.tried, here.waited))
                 connection.close()
 
     balancers[alias].add_listener(listen)
-    threads = [threading.Thread(target=work) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    try:
-        time.sleep(1)
-        hanging.freeze()
-        stop.wait(seconds)
-    finally:
-        stop.set()
-        # A caller between the server's greeting and the end of Django's set-up has no time-out.
-        hanging.thaw()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(THREADS):
+            pool.submit(work)
+        try:
+            time.sleep(1)
+            hanging.freeze()
+            stop.wait(seconds)
+        finally:
+            stop.set()
+            # A caller between the server's greeting and the end of Django's set-up has no time-out.
+            hanging.thaw()
     if not opened:
         raise RuntimeError("the peer hung, and its circuit did not open")
     before = [connect for connect in connects if connect.began < opened[0]]

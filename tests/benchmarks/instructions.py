@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from django.db import connections
+
 from tests.servers import Address
-from tests.servers.mariadb import Node
 
 from . import project
 from .figures import Figure, Skipped
+from .project import READ, WRITE, block, execute
 
-READ = "SELECT 1"
-WRITE = "UPDATE t SET n = n + 1 WHERE id = 1"
 #: What each part does, and the most that the engine may take for it.
 LIMITS = {
     "a connect": 440_000,
@@ -44,12 +44,7 @@ def run(quick: bool = False) -> list[Figure]:
     """Count what a connect and statements take, by the plain engine and by ours."""
     if shutil.which("valgrind") is None:
         raise Skipped("valgrind is not installed (apt-get install valgrind)")
-    with Node("mariadb") as node:
-        node.set_up()
-        node.sql(
-            "CREATE TABLE t (id int PRIMARY KEY, n int) ENGINE=InnoDB; INSERT INTO t VALUES (1, 0)",
-            database=project.account()["NAME"],
-        )
+    with project.mariadb() as [node]:
         # Under valgrind each connect takes its time.
         names = ["a read"] if quick else list(LIMITS)
         return list(figures(node, names, 3 if quick else 20))
@@ -102,16 +97,14 @@ def _total(dump: Path) -> int:
 
 def main() -> None:
     """Do each part some times, between two marks."""
-    from django.db import connections
-
     host, port, times, *names = sys.argv[1:]
     project.configure()
     server = types.SimpleNamespace(host=host, port=int(port))
-    for number, name in enumerate(names):
+    for name in names:
         peers = [server] * (1000 if "1,000" in name else 2)
         # A look at a connection that has idled is another thing.
         for entry in (project.plain(server), project.balanced(peers, IDLE_CHECK=3600)):
-            first = project.wrapper(f"{number}{entry['ENGINE']}", **entry)
+            first = project.wrapper(**entry)
             if "PEERS" in entry:
                 project.knowing_all(first)
             # As Django makes them, for so many threads.
@@ -120,9 +113,9 @@ def main() -> None:
                 # Whatever is imported, compiled and cached is so by now.
                 for _ in range(10):
                     connection.connect()
-                    _run(connection, READ)
+                    execute(connection, READ)
                     if "write" in name or "block" in name:
-                        _run(connection, WRITE)
+                        execute(connection, WRITE)
                         _block(connection)
                     # As a request ends: a connection after it has no writes to follow.
                     connection.close_if_unusable_or_obsolete()
@@ -144,31 +137,21 @@ def _part(name: str, connection: Any, stack: contextlib.ExitStack) -> Callable[[
         connect: Callable[[], None] = connection.connect
         return connect
     connection.connect()
-    _run(connection, READ)
+    execute(connection, READ)
     if name == "an atomic block":
         return functools.partial(_block, connection)
     if "block" in name:
         # By the wrapper: an alias has one block a thread.
         connection.set_autocommit(False)
         stack.callback(connection.close)
-        _run(connection, READ)
-    return functools.partial(_run, connection, WRITE if "write" in name else READ)
-
-
-def _run(connection: Any, sql: str) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(sql)
-        if sql == READ:
-            cursor.fetchall()
+        execute(connection, READ)
+    return functools.partial(execute, connection, WRITE if "write" in name else READ)
 
 
 def _block(connection: Any) -> None:
-    from django.db import connections, transaction
-
     # Each of the alias's wrappers in turn is the one that a block finds.
     connections[connection.alias] = connection
-    with transaction.atomic(using=connection.alias):
-        _run(connection, WRITE)
+    block(connection, WRITE)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
-import time
 from collections.abc import Iterator
 from unittest import mock
 
 from . import project
-from .connect import _connect_and_close
-from .figures import Figure, interleaved
+from .figures import Figure, in_cpu_time
 
 #: The most CPU that may be added to a connect, in microseconds.
 LIMIT = 20
@@ -26,10 +25,8 @@ def _figures(rounds: int) -> Iterator[Figure]:
     from django_proxysql import balancers
     from django_proxysql.monitoring.metrics import Metrics
 
-    alone, listened, counted, written = (
-        project.wrapper(f"metrics_{name}", **project.null(2))
-        for name in ("alone", "listened", "counted", "written")
-    )
+    wrappers = [project.wrapper(**project.null(2)) for _ in range(4)]
+    _, listened, counted, written = wrappers
     balancers[listened.alias].add_listener(lambda event: None)
     single = Metrics(balancers[counted.alias], registry=None)
     with tempfile.TemporaryDirectory() as directory:
@@ -39,32 +36,17 @@ def _figures(rounds: int) -> Iterator[Figure]:
             with mock.patch.object(values, "ValueClass", value_class):
                 several = Metrics(balancers[written.alias], registry=None)
                 several.refresh()
-                _connect_and_close(written)()
-        cpu = interleaved(
-            *map(_connect_and_close, (alone, listened, counted, written)),
-            rounds=rounds,
-            batch=50,
-            clock=time.process_time,
-        )
+                project.connect_and_close(written)
+        works = [functools.partial(project.connect_and_close, one) for one in wrappers]
+        cpu = in_cpu_time(*works, rounds=rounds, batch=50)
         yield Figure("no server: a connect and close()", cpu.median(0) * 1e6, "us")
         yield Figure("CPU added, a listener that does nothing", cpu.added(0, 1) * 1e6, "us")
         yield Figure("CPU added, metrics", cpu.added(0, 2) * 1e6, "us", LIMIT)
         yield Figure("CPU added, multiprocess mode", cpu.added(0, 3) * 1e6, "us", LIMIT)
-        requests = interleaved(
-            single._at_request,
-            several._at_request,
-            rounds=rounds,
-            batch=200,
-            clock=time.process_time,
-        )
+        ends = single._at_request, several._at_request
+        requests = in_cpu_time(*ends, rounds=rounds, batch=200)
         yield Figure("a request's beginning or end", requests.median(0) * 1e6, "us")
-        for connection in (counted, written):
-            connection.connect()
-        requests = interleaved(
-            single._at_request,
-            several._at_request,
-            rounds=rounds,
-            batch=200,
-            clock=time.process_time,
-        )
+        counted.connect()
+        written.connect()
+        requests = in_cpu_time(*ends, rounds=rounds, batch=200)
         yield Figure("the same, with a connection that is kept", requests.median(0) * 1e6, "us")

@@ -1,14 +1,29 @@
-"""The Django project of the benchmarks: settings, without a settings module."""
+"""The Django project of the benchmarks, and what all of them do with it.
+
+It has settings without a settings module, and entries of DATABASES under aliases of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from django.db import connections, transaction
+
 from tests.servers import DATABASE, PASSWORD, USER, Address
+from tests.servers.mariadb import Node
+from tests.servers.processes import start_together
 
 ENGINE = "django_proxysql.backends.proxysql"
 MYSQL = "django.db.backends.mysql"
+POSTGRESQL = "django.db.backends.postgresql"
+
+READ = "SELECT 1"
+WRITE = "UPDATE t SET n = n + 1 WHERE id = 1"
+
+_numbers = itertools.count()
 
 
 def configure(apps: Sequence[str] = ()) -> None:
@@ -33,15 +48,58 @@ def configure(apps: Sequence[str] = ()) -> None:
     django.setup()
 
 
-def add(alias: str, **entry: Any) -> str:
-    """Add an entry to DATABASES, with the keys that Django fills in; return its alias.
+# Servers
 
-    :raises ValueError: there is such an alias, and a wrapper may be kept for what it was.
-    """
-    from django.db import connections
 
-    if alias in connections.databases:
-        raise ValueError(f"two benchmarks have the alias {alias!r}")
+@contextlib.contextmanager
+def mariadb(number: int = 1) -> Iterator[list[Node]]:
+    """Start so many servers with the database, its user and the table that WRITE is for."""
+    nodes = [Node(f"benchmark{one}") for one in range(number)]
+    try:
+        start_together(*nodes)
+        for node in nodes:
+            node.set_up().sql(
+                "CREATE TABLE t (id int PRIMARY KEY, n int) ENGINE=InnoDB;"
+                "INSERT INTO t VALUES (1, 0)",
+                database=DATABASE,
+            )
+        yield nodes
+    finally:
+        for node in nodes:
+            node.close()
+
+
+# Entries of DATABASES
+
+
+def account() -> dict[str, Any]:
+    """Return what all entries of servers have in common."""
+    return {"NAME": DATABASE, "USER": USER, "PASSWORD": PASSWORD}
+
+
+def plain(server: Address, engine: str = MYSQL) -> dict[str, Any]:
+    """Return the entry of one server, through Django's own engine."""
+    return {"ENGINE": engine, "HOST": server.host, "PORT": server.port, **account()}
+
+
+def balanced(servers: Sequence[Address], **more: Any) -> dict[str, Any]:
+    """Return the entry of a load balancer over servers."""
+    peers = [{"HOST": server.host, "PORT": server.port} for server in servers]
+    return {"ENGINE": ENGINE, "PEERS": peers, **account(), **more}
+
+
+def null(peers: int, **more: Any) -> dict[str, Any]:
+    """Return the entry of a load balancer over peers without a server (:mod:`.null.base`)."""
+    return {
+        "ENGINE": ENGINE,
+        "PEER_ENGINE": "tests.benchmarks.null",
+        "PEERS": [{"HOST": f"nowhere{number}"} for number in range(peers)],
+        **more,
+    }
+
+
+def add(**entry: Any) -> str:
+    """Add an entry to DATABASES, with the keys that Django fills in; return its alias."""
     defaults: dict[str, Any] = {
         **dict.fromkeys(("NAME", "USER", "PASSWORD", "HOST", "PORT"), ""),
         "ATOMIC_REQUESTS": False,
@@ -52,15 +110,14 @@ def add(alias: str, **entry: Any) -> str:
         "TIME_ZONE": None,
         "TEST": {"MIRROR": None, "NAME": None, "CHARSET": None, "COLLATION": None},
     }
+    alias = f"benchmark{next(_numbers)}"
     connections.databases[alias] = {**defaults, **entry}
     return alias
 
 
-def wrapper(alias: str, **entry: Any) -> Any:
+def wrapper(**entry: Any) -> Any:
     """Add an entry to DATABASES and return this thread's wrapper for it."""
-    from django.db import connections
-
-    return connections[add(alias, **entry)]
+    return connections[add(**entry)]
 
 
 def knowing_all(connection: Any) -> Any:
@@ -78,27 +135,23 @@ def knowing_all(connection: Any) -> Any:
     return connection
 
 
-def plain(server: Address) -> dict[str, Any]:
-    """Return the entry of one MariaDB server, through Django's own engine."""
-    return {"ENGINE": MYSQL, "HOST": server.host, "PORT": server.port, **account()}
+# What is measured
 
 
-def balanced(servers: Sequence[Address], **more: Any) -> dict[str, Any]:
-    """Return the entry of a load balancer over MariaDB servers."""
-    peers = [{"HOST": server.host, "PORT": server.port} for server in servers]
-    return {"ENGINE": ENGINE, "PEERS": peers, **account(), **more}
+def connect_and_close(connection: Any) -> None:
+    connection.connect()
+    connection.close()
 
 
-def account() -> dict[str, Any]:
-    """Return what all entries of MariaDB servers have in common."""
-    return {"NAME": DATABASE, "USER": USER, "PASSWORD": PASSWORD}
+def execute(connection: Any, sql: str) -> None:
+    """Run a statement as the ORM does: with a cursor of its own."""
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        if sql == READ:
+            cursor.fetchall()
 
 
-def null(peers: int, **more: Any) -> dict[str, Any]:
-    """Return the entry of a load balancer over peers without a server (:mod:`.null.base`)."""
-    return {
-        "ENGINE": ENGINE,
-        "PEER_ENGINE": "tests.benchmarks.null",
-        "PEERS": [{"HOST": f"nowhere{number}"} for number in range(peers)],
-        **more,
-    }
+def block(connection: Any, sql: str) -> None:
+    """Run one statement in an atomic block."""
+    with transaction.atomic(using=connection.alias):
+        execute(connection, sql)

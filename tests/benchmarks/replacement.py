@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
 
 from . import project
-from .figures import Figure, interleaved
+from .figures import Figure, in_time
 
-READ = "SELECT 1"
+_read = functools.partial(project.execute, sql=project.READ)
 #: Sent by close(), and not answered.
 QUIT = b"\x01\x00\x00\x00\x01"
 
@@ -27,26 +27,21 @@ class Traffic(NamedTuple):
     packets: int
 
     @classmethod
-    def of(cls, proxies: Sequence[FaultProxy]) -> Traffic:
+    def at(cls, proxies: Sequence[FaultProxy]) -> Traffic:
         packets = [packet for proxy in proxies for packet in list(proxy.packets)]
         return cls(
             sum(proxy.accepted for proxy in proxies),
             sum(packet != QUIT for packet in packets),
         )
 
-    def since(self, before: Traffic) -> Traffic:
-        return Traffic(self.connects - before.connects, self.packets - before.packets)
 
-
-REPLAYED = "its connection was killed, the read shows it"
 #: A read that is run again is run READ ONLY: START TRANSACTION READ ONLY, and COMMIT.
 FRAME = 2
 
 
 def run(quick: bool = False) -> list[Figure]:
     """Count at a replacement that is forced, then compare its time with a connect's."""
-    with Node("mariadb") as node:
-        node.set_up()
+    with project.mariadb() as [node]:
         return counted(node) + _timed(node, 10 if quick else 1000)
 
 
@@ -55,61 +50,54 @@ def counted(node: Node) -> list[Figure]:
     with contextlib.ExitStack() as stack:
         proxies = [stack.enter_context(FaultProxy(node)) for _ in range(2)]
 
-        def connected(alias: str, **more: Any) -> Any:
-            connection = project.wrapper(alias, **project.balanced(proxies, **more))
+        def connected(**more: Any) -> Any:
+            connection = project.wrapper(**project.balanced(proxies, **more))
             stack.callback(connection.close)
             # The first of a process to each peer asks the server for its version.
             _read(project.knowing_all(connection))
             return connection
 
         def cost(connection: Any) -> Traffic:
-            before = Traffic.of(proxies)
+            before = Traffic.at(proxies)
             _read(connection)
-            return Traffic.of(proxies).since(before)
+            return Traffic(*(now - then for now, then in zip(Traffic.at(proxies), before)))
 
         def kill() -> None:
             node.kill_connections(USER)
             for proxy in proxies:
                 proxy.wait_until_idle()
 
-        connection = connected("replacement_open")
+        connection = connected()
         connection.close()
         fresh = cost(connection)
-        connection.peer.breaker.open()
-        costs = {"its peer's circuit has opened": cost(connection)}
         connection.close()
-
-        connection = connected("replacement_idle", IDLE_CHECK=0)
-        kill()
-        costs["its connection was killed, a look shows it"] = cost(connection)
-        connection.close()
-
-        connection = connected("replacement_lost", IDLE_CHECK=None)
-        kill()
-        costs[REPLAYED] = cost(connection)
-    return [
-        Figure("a read and its connect: connects", fresh.connects),
-        Figure("a read and its connect: packets sent", fresh.packets),
-        *(
-            figure
-            for reason, seen in costs.items()
-            for figure in (
+        figures = [
+            Figure("a read and its connect: connects", fresh.connects),
+            Figure("a read and its connect: packets sent", fresh.packets),
+        ]
+        reasons: list[tuple[str, dict[str, Any], int]] = [
+            ("its peer's circuit has opened", {}, 0),
+            ("its connection was killed, a look shows it", {"IDLE_CHECK": 0}, 0),
+            ("its connection was killed, the read shows it", {"IDLE_CHECK": None}, FRAME),
+        ]
+        for reason, settings, frame in reasons:
+            connection = connected(**settings)
+            if settings:
+                kill()
+            else:
+                connection.peer.breaker.open()
+            seen = cost(connection)
+            connection.close()
+            figures += [
                 Figure(f"{reason}: connects", seen.connects, "", 1),
-                Figure(
-                    f"{reason}: packets sent",
-                    seen.packets,
-                    "",
-                    fresh.packets + (FRAME if reason == REPLAYED else 0),
-                ),
-            )
-        ),
-    ]
+                Figure(f"{reason}: packets sent", seen.packets, "", fresh.packets + frame),
+            ]
+        return figures
 
 
 def _timed(node: Node, rounds: int) -> list[Figure]:
-    anew = project.wrapper("read_anew", **project.balanced([node] * 2))
-    replaced = project.wrapper("read_replaced", **project.balanced([node] * 2))
-    peers = list(balancers["read_replaced"].peers.values())
+    anew, replaced = (project.wrapper(**project.balanced([node] * 2)) for _ in range(2))
+    peers = list(balancers[replaced.alias].peers.values())
 
     def before() -> None:
         anew.close()
@@ -118,13 +106,8 @@ def _timed(node: Node, rounds: int) -> list[Figure]:
         _read(replaced)
         replaced.peer.breaker.open()
 
-    wall = interleaved(
-        lambda: _read(anew),
-        lambda: _read(replaced),
-        rounds=rounds,
-        clock=time.perf_counter,
-        before=before,
-    )
+    reads = [functools.partial(_read, connection) for connection in (anew, replaced)]
+    wall = in_time(*reads, rounds=rounds, before=before)
     anew.close()
     replaced.close()
     return [
@@ -132,9 +115,3 @@ def _timed(node: Node, rounds: int) -> list[Figure]:
         Figure("a read and its replacement", wall.median(1) * 1e6, "us"),
         Figure("replacement / connect", wall.ratio(0, 1)),
     ]
-
-
-def _read(connection: Any) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(READ)
-        cursor.fetchall()

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from django.db import transaction
+
+from tests.servers import Address
 from tests.servers.mariadb import Node
 
 from . import project
-from .figures import Figure, Measured, interleaved
+from .figures import Figure, Measured, in_cpu_time, in_time
+from .project import READ, WRITE
 
 SQLITE = "django.db.backends.sqlite3"
 NULL = "tests.benchmarks.null"
-READ = "SELECT 1"
-WRITE = "UPDATE t SET n = n + 1 WHERE id = 1"
 
 
 def run(quick: bool = False) -> list[Figure]:
     """Count, then measure without a server, then on MariaDB."""
     figures = [*without_server(), *_cpu(20 if quick else 400)]
-    with Node("mariadb") as node:
-        node.set_up()
+    with project.mariadb() as [node]:
         figures += counted_on_mariadb(node)
         figures += _on_mariadb(node, *((2, 6) if quick else (150, 18)))
     return figures
@@ -37,29 +38,24 @@ def run(quick: bool = False) -> list[Figure]:
 
 def without_server() -> list[Figure]:
     """Count on SQLite and on the null driver, which need no server."""
-    peers = [{"NAME": ":memory:"}] * 2
-    return _counted(
-        "SQLite",
-        project.wrapper("plain_sqlite", ENGINE=SQLITE, NAME=":memory:"),
-        project.wrapper("sqlite", ENGINE=project.ENGINE, PEER_ENGINE=SQLITE, PEERS=peers),
-    ) + _counted(
-        "no server",
-        project.wrapper("plain_counted", ENGINE=NULL),
-        project.wrapper("counted", **project.null(2)),
-    )
+    memory = {"NAME": ":memory:"}
+    return [
+        *_counted(
+            "SQLite",
+            {"ENGINE": SQLITE, **memory},
+            {"ENGINE": project.ENGINE, "PEER_ENGINE": SQLITE, "PEERS": [memory] * 2},
+        ),
+        *_counted("no server", {"ENGINE": NULL}, project.null(2)),
+    ]
 
 
-def counted_on_mariadb(node: Node) -> list[Figure]:
+def counted_on_mariadb(node: Address) -> list[Figure]:
     """Count on a server, through mysqlclient."""
-    return _counted(
-        "MariaDB",
-        project.wrapper("plain_mariadb", **project.plain(node)),
-        project.wrapper("mariadb", **project.balanced([node] * 2)),
-    )
+    return _counted("MariaDB", project.plain(node), project.balanced([node] * 2))
 
 
-def _counted(name: str, plain: Any, engine: Any) -> list[Figure]:
-    without, through = calls_of_a_statement(plain), calls_of_a_statement(engine)
+def _counted(name: str, plain: dict[str, Any], engine: dict[str, Any]) -> list[Figure]:
+    without, through = (calls_of_a_statement(project.wrapper(**one)) for one in (plain, engine))
     return [
         Figure(f"{name}: calls, plain engine", without),
         Figure(f"{name}: calls, engine", through),
@@ -105,58 +101,34 @@ def python_calls(function: Callable[[], Any]) -> int:
 
 
 def _cpu(rounds: int) -> Iterator[Figure]:
-    plain = project.wrapper("plain_cpu", ENGINE=NULL)
-    engine = project.wrapper("cpu", **project.null(2))
+    plain, engine = project.wrapper(ENGINE=NULL), project.wrapper(**project.null(2))
     for name, sql, limit in (("a read", READ, 1), ("an autocommit write", WRITE, 4)):
-        yield _added(f"no server: CPU added, {name}", plain, engine, sql, rounds, limit)
-        yield _added_with_cursor(f"{name}, with its cursor", plain, engine, sql, rounds)
+        yield from _added(name, plain, engine, sql, rounds, limit)
     with in_transaction(plain), in_transaction(engine):
-        name = "in a transaction"
-        yield _added(f"no server: CPU added, {name}", plain, engine, WRITE, rounds, 1)
-        yield _added_with_cursor(f"{name}, with its cursor", plain, engine, WRITE, rounds)
+        yield from _added("in a transaction", plain, engine, WRITE, rounds, 1)
     plain.close()
     engine.close()
 
 
 def _added(
-    name: str, plain: Any, engine: Any, sql: str, rounds: int, limit: float | None
-) -> Figure:
-    """``cursor.execute()`` alone, on a cursor that is kept."""
+    name: str, plain: Any, engine: Any, sql: str, rounds: int, limit: float
+) -> Iterator[Figure]:
+    name = f"no server: CPU added, {name}"
     with plain.cursor() as one, engine.cursor() as other:
-        cpu = interleaved(
-            lambda: one.execute(sql),
-            lambda: other.execute(sql),
-            rounds=rounds,
-            batch=200,
-            clock=time.process_time,
-        )
-    return Figure(name, cpu.added(0, 1) * 1e6, "us", limit)
-
-
-def _added_with_cursor(name: str, plain: Any, engine: Any, sql: str, rounds: int) -> Figure:
-    """As the ORM does it: a cursor is made for each statement, and closed."""
-    cpu = interleaved(
-        lambda: _run(plain, sql),
-        lambda: _run(engine, sql),
-        rounds=rounds,
-        batch=100,
-        clock=time.process_time,
-    )
-    return Figure(f"no server: CPU added, {name}", cpu.added(0, 1) * 1e6, "us")
-
-
-def _run(connection: Any, sql: str) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(sql)
+        kept = [functools.partial(cursor.execute, sql) for cursor in (one, other)]
+        cpu = in_cpu_time(*kept, rounds=rounds, batch=200)
+    yield Figure(name, cpu.added(0, 1) * 1e6, "us", limit)
+    # As the ORM does it: a cursor is made for each statement, and closed.
+    made = [functools.partial(project.execute, one, sql) for one in (plain, engine)]
+    cpu = in_cpu_time(*made, rounds=rounds, batch=100)
+    yield Figure(f"{name}, with its cursor", cpu.added(0, 1) * 1e6, "us")
 
 
 @contextlib.contextmanager
 def in_transaction(connection: Any) -> Iterator[None]:
     """Yield inside a transaction whose first statement is over: that one may be run again."""
-    from django.db import transaction
-
     with transaction.atomic(using=connection.alias):
-        _run(connection, WRITE)
+        project.execute(connection, WRITE)
         yield
 
 
@@ -164,14 +136,8 @@ def in_transaction(connection: Any) -> Iterator[None]:
 
 
 def _on_mariadb(node: Node, rounds: int, turns: int) -> Iterator[Figure]:
-    node.sql(
-        "CREATE TABLE t (id int PRIMARY KEY, n int) ENGINE=InnoDB; INSERT INTO t VALUES (1, 0)",
-        database=project.account()["NAME"],
-    )
-    plain = project.wrapper("plain_time", **project.plain(node))
-    control = project.wrapper("control_time", **project.plain(node))
-    engine = project.wrapper("time", **project.balanced([node] * 2))
-    wrappers = (plain, control, engine)
+    plain = project.plain(node)
+    wrappers = [project.wrapper(**entry) for entry in (plain, plain, project.balanced([node] * 2))]
     with one_core_each(node):
         for name, sql, limit in (("a read", READ, 1.01), ("an autocommit write", WRITE, None)):
             wall = Measured(
@@ -187,24 +153,17 @@ def _on_mariadb(node: Node, rounds: int, turns: int) -> Iterator[Figure]:
 def _round_on_new_connections(wrappers: Sequence[Any], sql: str, turns: int) -> tuple[float, ...]:
     """Return each wrapper's median. Connections differ among themselves: hence many rounds."""
 
-    def execute(cursor: Any) -> Callable[[], None]:
-        def statement() -> None:
-            cursor.execute(sql)
-            cursor.fetchall()
-
-        return statement
+    def statement(cursor: Any) -> None:
+        cursor.execute(sql)
+        cursor.fetchall()
 
     with contextlib.ExitStack() as stack:
         for connection in wrappers:
             # As a request ends: a connection after it has no writes to follow.
             connection.close_if_unusable_or_obsolete()
         cursors = [stack.enter_context(connection.cursor()) for connection in wrappers]
-        wall = interleaved(
-            *(execute(cursor) for cursor in cursors),
-            rounds=turns,
-            batch=10,
-            clock=time.perf_counter,
-        )
+        statements = [functools.partial(statement, cursor) for cursor in cursors]
+        wall = in_time(*statements, rounds=turns, batch=10)
     return tuple(wall.median(which) for which in range(len(wrappers)))
 
 
