@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +95,7 @@ def main() -> None:
 
     from django_proxysql.backends import outcomes
     from django_proxysql.core import drivers, outcome, ready
-    from django_proxysql.core.outcome import Answer
+    from django_proxysql.core.outcome import Outcome
     from django_proxysql.errors import CommitOutcomeUnknown
     from tests.engine import engine
 
@@ -104,24 +104,22 @@ def main() -> None:
             print(moment, flush=True)
             sys.stdin.readline()
 
-    def before(moment: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            waits(moment)
-            return function(*arguments)
-
-        return run
-
     plain_commit = drivers.base.Driver.commit_after
 
     def commit_after(driver: Any, connection: Any, statement: str, together: bool) -> None:
-        commit = before(BETWEEN, connection.commit)
+        def commit() -> None:
+            waits(BETWEEN)
+            connection.commit()
+
         stopping = SimpleNamespace(cursor=connection.cursor, commit=commit)
         plain_commit(driver, stopping, statement, together)
 
     drivers.base.Driver.commit_after = commit_after  # type: ignore[method-assign]
-    outcome.insert = before(COMMITTING, outcome.insert)
-    outcome.fence = before(FENCING, outcome.fence)
-    plain_rows, plain_verdict = ready.rows, outcome.verdict
+    plain_insert, plain_rows, plain_verdict = outcome.insert, ready.rows, outcome.verdict
+
+    def insert(*arguments: Any, is_fence: bool = False) -> str:
+        waits(FENCING if is_fence else COMMITTING)
+        return plain_insert(*arguments, is_fence)
 
     def rows(connection: Any, statement: str) -> Any:
         found = plain_rows(connection, statement)
@@ -129,12 +127,12 @@ def main() -> None:
             waits(WRITTEN)
         return found
 
-    def verdict(answer: Answer, age: float) -> Any:
-        if answer is not Answer.NONE:
+    def verdict(found: Outcome | None, age: float) -> Any:
+        if found is not None:
             waits(ANSWERED)
-        return plain_verdict(answer, age)
+        return plain_verdict(found, age)
 
-    ready.rows, outcome.verdict = rows, verdict
+    outcome.insert, ready.rows, outcome.verdict = insert, rows, verdict
     outcomes._tokens.next = lambda: bytes.fromhex(about["token"])  # type: ignore[method-assign]
 
     hooks: list[str] = []

@@ -293,15 +293,13 @@ def may_count_as_committed(
     return only_read and enabled and serializable is False and not (holds or shared)
 
 
-def writes_token(
-    enabled: bool, stage: Stage, by_hand: bool, is_whole: bool, only_read: bool
-) -> bool:
-    """Return whether a transaction writes a token before COMMIT.
+def writes_token(stage: Stage, by_hand: bool, is_whole: bool, only_read: bool) -> bool:
+    """Return whether a transaction writes a token before COMMIT, where the setting says so.
 
     :param is_whole: nothing has ended it in between. A token says what became of the last part.
     :param only_read: all that was sent in it is proven to be reads: it has nothing to lose.
     """
-    return enabled and stage is ACTIVE and not by_hand and is_whole and not only_read
+    return stage is ACTIVE and not by_hand and is_whole and not only_read
 
 
 class Answer(enum.Enum):

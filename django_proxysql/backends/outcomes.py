@@ -22,7 +22,8 @@ from ..core.events import CommitResolved
 from ..core.exceptions import NotReady
 from ..core.faults import Fault, Proof
 from ..core.group import PeerGroup
-from ..core.outcome import Answer, Candidate, Outcome, Refusal, Tokens
+from ..core.outcome import Outcome, Refusal, Tokens
+from ..core.peer import Peer
 from ..core.statements import is_provable_read
 from ..core.texts import VALUES, with_parameters
 from ..errors import CommitOutcomeUnknown, NoPeerAvailable
@@ -76,17 +77,14 @@ class Token(NamedTuple):
 def token_for(db: Any, session: Session) -> Token | None:
     """Return what the transaction is to write before COMMIT; None: nothing.
 
+    Called where the alias has COMMIT_OUTCOME.
+
     :raises OperationalError: the table is not there. Nothing was committed.
     """
     transaction = db._transaction
     reads = transaction.reads
-    if not writes_token(
-        session.balancer.config.commit_outcome is not None,
-        transaction.stage,
-        transaction.by_hand,
-        transaction.is_whole,
-        only_read=bool(reads) and _needs_none(db, session, reads),
-    ):
+    only_read = bool(reads) and _needs_none(db, session, reads)
+    if not writes_token(transaction.stage, transaction.by_hand, transaction.is_whole, only_read):
         return None
     with db.wrap_database_errors:
         if not db._driver.may_write(session.connection, transaction.may_be_read_only):
@@ -155,18 +153,18 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
             raise NotReady("COMMIT might have found a conflict of reads")
         rehearse(db, reads)
 
-    def ask(_name: str, _seconds: float) -> Answer:
+    def ask(_any_peer: None, _seconds: float) -> Outcome | None:
         try:
             replace(db, session, resume=resume)
         except Exception as exc:
-            return Answer.NONE if _is_of_peers(db, exc) else Answer.UNFIT
-        return Answer.COMMIT_STANDS
+            return None if _is_of_peers(db, exc) else Outcome.UNKNOWN
+        return Outcome.COMMITTED
 
     if config.commit_outcome is None:
-        return session.budget.spend("COMMIT", len(reads)) and ask("", 0) is Answer.COMMIT_STANDS
+        return session.budget.spend("COMMIT", len(reads)) and ask(None, 0) is Outcome.COMMITTED
     # Where outcomes are found out, each is: it costs no budget, and peers may come back.
     now = time.monotonic(), time.time()
-    found = outcome.ask_until(lambda: [""], ask, config.outcome_deadline, now)
+    found = outcome.ask_until(lambda: [None], ask, config.outcome_deadline, now)
     return found is Outcome.COMMITTED
 
 
@@ -307,14 +305,14 @@ def _find_out(db: Any, session: Session, token: Token, cause: BaseException) -> 
         with contextlib.suppress(Error), db.wrap_database_errors:
             session.connection.rollback()
 
-    def candidates() -> list[str]:
-        circuits = [(peer.name, peer.breaker.circuit) for peer in balancer.peers.values()]
-        known = [Candidate(name, one.state == CLOSED, one.suspect) for name, one in circuits]
-        return outcome.peers_to_ask(known, session.peer.name, config.synchronous_peers)
+    def peers() -> list[Peer]:
+        # Where peers may lag, absence proves something on the transaction's own alone.
+        known = balancer.peers.values() if config.synchronous_peers else [session.peer]
+        return sorted(known, key=_doubt)
 
     began = time.monotonic()
     ask = functools.partial(_ask, db, session, token)
-    found = outcome.ask_until(candidates, ask, config.outcome_deadline, token.sent)
+    found = outcome.ask_until(peers, ask, config.outcome_deadline, token.sent)
     peer, seconds = session.peer, time.monotonic() - began
     balancer.emit(
         CommitResolved(
@@ -324,9 +322,20 @@ def _find_out(db: Any, session: Session, token: Token, cause: BaseException) -> 
     return found
 
 
-def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> Answer:
-    """Ask one peer, on a connection of its own that is closed afterwards."""
-    peer = session.balancer.peers[name]
+def _doubt(peer: Peer) -> tuple[bool, bool]:
+    """Return what puts a peer last: its circuit is open, or it has lost a connection.
+
+    It is asked all the same: it may have come back, and the others may be gone.
+    """
+    circuit = peer.breaker.circuit
+    return circuit.state != CLOSED, circuit.suspect
+
+
+def _ask(db: Any, session: Session, token: Token, peer: Peer, seconds: float) -> Outcome | None:
+    """Ask one peer, on a connection of its own that is closed afterwards.
+
+    :returns: None: a lock wait, a conflict, a loss, a refusal.
+    """
     try:
         with throw_away(db, peer, seconds) as connection:
             return _fence(db, connection, token, session.role)
@@ -335,28 +344,31 @@ def _ask(db: Any, session: Session, token: Token, name: str, seconds: float) -> 
         if not (is_of_the_call(exc) or is_of_the_machine or drivers.is_marked(exc, "is_ours")):
             # A task's time limit, say: the task must end by it.
             raise
-        return Answer.NONE
+        return None
 
 
-def _fence(db: Any, connection: Any, token: Token, role: str) -> Answer:
-    vendor = db.vendor
+def _fence(db: Any, connection: Any, token: Token, role: str) -> Outcome | None:
+    vendor, table, value = db.vendor, token.table, token.value
     begin(vendor, connection, role)
-    if not _is_true(ready.rows(connection, outcome.is_fit(vendor, token.table))):
-        return Answer.UNFIT
+    if not _is_true(ready.rows(connection, outcome.is_fit(vendor, table))):
+        # The table keeps rows that a rollback undoes, or takes a token twice.
+        return Outcome.UNKNOWN
     try:
-        ready.rows(connection, outcome.fence(vendor, token.table, token.value))
+        ready.rows(connection, outcome.insert(vendor, table, value, is_fence=True))
         connection.commit()
     except Exception as exc:
         if _refusal(db, exc) is not Refusal.FENCED:
             raise
     else:
-        return Answer.INSERTED
+        # The fence stands: the transaction does not, and cannot any more.
+        return Outcome.ROLLED_BACK
     connection.rollback()
     begin(vendor, connection, role)
-    rows = ready.rows(connection, outcome.reads_row(vendor, token.table, token.value))
+    rows = ready.rows(connection, outcome.reads_row(vendor, table, value))
     if not rows:
-        return Answer.NONE
-    return Answer.FENCE_STANDS if _is_true(rows) else Answer.COMMIT_STANDS
+        return None
+    # An earlier fence's own answer was lost, or another process asked as well.
+    return Outcome.ROLLED_BACK if _is_true(rows) else Outcome.COMMITTED
 
 
 def _refusal(db: Any, exc: BaseException) -> Refusal | None:

@@ -133,22 +133,16 @@ def begin(db: Any, session: Session) -> None:
     try:
         db._plain("_set_autocommit")(False)
     except Error:
-        if not (session.dead or session.is_leaving) or session.holds:
+        if not (session.dead or session.is_leaving):
             raise
         session.not_raised()
-        if not is_safe(db, session):
+        if is_safe(db, session):
+            with contextlib.suppress(Exception):
+                replace(db, session)
+        if db._session is session:
             session.raised()
             raise
-        try:
-            replace(db, session)
-        except BaseException as exc:
-            session.raised()
-            if not isinstance(exc, Exception):
-                raise
-        else:
-            db._plain("_set_autocommit")(False)
-            return
-        raise
+        db._plain("_set_autocommit")(False)
 
 
 def end(db: Any, session: Session) -> None:
@@ -184,21 +178,22 @@ def end(db: Any, session: Session) -> None:
         db.run_commit_hooks_on_set_autocommit_on = True
 
 
-def commit(db: Any) -> Any:
+def commit(db: Any) -> None:
     session = current(db)
     send = db._plain("_commit")
     if session is None:
         # A driver we do not look after; for retrying_atomic a COMMIT it is.
-        return send_commit(db, send)
+        send_commit(db, send)
+        return
     if db._transaction is NO_TRANSACTION:
-        return end_of_nothing(db, session, functools.partial(send_commit, db, send))
+        end_of_nothing(db, session, functools.partial(send_commit, db, send))
+        return
     notice_unseen(db, session)
     nothing_sent = db._transaction.stage is BEGUN
     was_raised = session.error_raised
     try:
         # Nothing happened in this transaction: nothing is lost with it. As after
         # any COMMIT that was answered its hooks run, and nothing again.
-        result = None
         if not (is_lost(db, session) and nothing_sent):
             if session.dead and session.loss is not None and not session.error_raised:
                 with db.wrap_database_errors:
@@ -206,31 +201,28 @@ def commit(db: Any) -> Any:
             token = None
             if session.balancer.config.commit_outcome is not None:
                 token = token_for(db, session)
-            result = send_commit(db, send, token)
+            send_commit(db, send, token)
     except Error:
         if not (session.dead and (nothing_sent or is_as_good_as_committed(db, session))):
             if session.dead or db._transaction.has_ended:
                 ended_by_hand(db)
             raise
-        result = None
         passed_over(session, was_raised)
     db._transaction.to(COMMITTED)
     ended_by_hand(db)
-    return result
 
 
-def end_of_nothing(db: Any, session: Session, send: Callable[[], Any]) -> Any:
+def end_of_nothing(db: Any, session: Session, send: Callable[[], object]) -> None:
     """Send COMMIT or ROLLBACK in autocommit, as beat's scheduler does: a safe point."""
     at_safe_point(db, session, 0, session.clock())
     session = db._session or session
     safe, was_raised = is_safe(db, session), session.error_raised
     try:
-        return send()
+        send()
     except Error:
         if not (safe and session.dead):
             raise
         passed_over(session, was_raised)
-        return None
 
 
 def ended_by_hand(db: Any) -> None:
@@ -242,23 +234,21 @@ def ended_by_hand(db: Any) -> None:
         open_transaction(db, Transaction(by_hand=True, hooks=len(db.run_on_commit)))
 
 
-def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) -> Any:
+def send_commit(db: Any, commit: Callable[[], object], token: Token | None = None) -> None:
     """Send COMMIT. What cannot be known of it is said as that, and nothing is repeated.
 
     :param token: what is written with it. Then it is found out what became of it.
     """
     session = db._session
     known_dead = session is not None and session.dead
-    was_raised = session is not None and session.error_raised
     # Only this COMMIT's: one that an on_commit hook sends is another's.
     transaction = db._transaction
     try:
         transaction.to(COMMITTING)
-        result = None
         if token is None or not commit_with(db, session, token):
             # Where it was refused, what becomes of this COMMIT it cannot tell.
             token = None
-            result = commit()
+            commit()
         note_end_of_transaction(db, stands=True)
     except Error as exc:
         cause = exc.__cause__ or exc
@@ -268,20 +258,19 @@ def send_commit(db: Any, commit: Callable[[], Any], token: Token | None = None) 
             transaction.to(ACTIVE)
         elif judgement.proof is Proof.ROLLED_BACK:
             transaction.to(NOT_DONE)
-        elif token is not None and session is not None:
+        elif token is not None:
             if not stands(db, session, token, cause):
                 raise
             note_end_of_transaction(db, stands=True)
-            passed_over(session, was_raised)
+            passed_over(session, was_raised=False)
             transaction.to(COMMITTED)
-            return None
+            return
         elif judgement.proof is not Proof.ANSWERED:
             # A proxy may say of what has run that it has not.
             transaction.to(UNKNOWN)
             raise CommitOutcomeUnknown(*exc.args) from cause
         raise
     transaction.to(COMMITTED)
-    return result
 
 
 def note_end_of_transaction(db: Any, stands: bool) -> None:
@@ -290,16 +279,16 @@ def note_end_of_transaction(db: Any, stands: bool) -> None:
         session.holds.transaction_ended(stands)
 
 
-def rollback(db: Any) -> Any:
+def rollback(db: Any) -> None:
     session = current(db)
     send = db._plain("_rollback")
     if session is None:
-        result = send()
+        send()
     elif db._transaction is NO_TRANSACTION:
-        result = end_of_nothing(db, session, send)
+        end_of_nothing(db, session, send)
     elif db._transaction.by_hand:
         try:
-            result = send()
+            send()
         except Error:
             if session.dead:
                 ended_by_hand(db)
@@ -307,11 +296,10 @@ def rollback(db: Any) -> Any:
         # As Django does next.
         db.run_on_commit = []
     else:
-        result = lost_is_rolled_back(db, session, send)
+        lost_is_rolled_back(db, session, send)
     note_end_of_transaction(db, stands=False)
     db._transaction.to(ROLLED_BACK)
     ended_by_hand(db)
-    return result
 
 
 # SAVEPOINTs of Django's own, which are made again with their transaction
@@ -329,23 +317,21 @@ def passed_over(session: Session, was_raised: bool) -> None:
         session.raised()
 
 
-def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], Any]) -> Any:
+def lost_is_rolled_back(db: Any, session: Session, rollback: Callable[[], object]) -> None:
     """Run a ROLLBACK, TO SAVEPOINT and its RELEASE too. A connection that is lost has done it.
 
     Were it an error, Django would give the whole block up without one: a failed ROLLBACK TO
     or RELEASE after it is an outer block that ends well, and nothing stands.
     """
-    was_raised = session.error_raised
     if session.dead:
-        return None
+        return
     try:
-        return rollback()
+        rollback()
     except Error:
         session = db._session or session
         if not session.dead:
             raise
-        passed_over(session, was_raised)
-        return None
+        passed_over(session, was_raised=False)
 
 
 def savepoint(db: Any, sid: str) -> None:

@@ -16,9 +16,11 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TypeVar
 
 from .runtime import Guarded
+
+_Peer = TypeVar("_Peer")
 
 #: The table's name, as in Django's own tables: the app's label, and what a row is.
 TABLE = "django_proxysql_commit"
@@ -36,58 +38,14 @@ class Outcome(enum.Enum):
     UNKNOWN = "unknown"
 
 
-class Answer(enum.Enum):
-    """What a peer says to a fence."""
+def verdict(found: Outcome | None, age: float) -> Outcome | None:
+    """Return what a peer's answer proves; None: nothing, ask again.
 
-    #: The fence stands: the transaction does not, and cannot any more.
-    INSERTED = "inserted"
-    #: The transaction's own row is there.
-    COMMIT_STANDS = "commit stands"
-    #: An earlier fence's row is there: its answer was lost, or another process asked as well.
-    FENCE_STANDS = "fence stands"
-    #: A lock wait, a conflict, a loss, a refusal: ask again.
-    NONE = "none"
-    #: The table keeps rows that a rollback undoes, or takes a token twice: its rows prove nothing.
-    UNFIT = "unfit"
-
-
-_VERDICTS = {
-    Answer.INSERTED: Outcome.ROLLED_BACK,
-    Answer.FENCE_STANDS: Outcome.ROLLED_BACK,
-    Answer.COMMIT_STANDS: Outcome.COMMITTED,
-    Answer.UNFIT: Outcome.UNKNOWN,
-}
-
-
-def verdict(answer: Answer, age: float) -> Outcome | None:
-    """Return what an answer proves; None: nothing, ask again.
-
+    :param found: what it proves of a token that was not deleted.
     :param age: seconds since COMMIT was sent, by whichever clock says more. A process that
         was stopped for an hour may find that the token has been deleted meanwhile.
     """
-    return Outcome.UNKNOWN if age >= LEAST_AGE / 2 else _VERDICTS.get(answer)
-
-
-class Candidate(NamedTuple):
-    """What counts for whether a peer is asked."""
-
-    name: str
-    #: Its circuit is closed.
-    closed: bool
-    #: It has lost a connection, and may be down.
-    suspect: bool
-
-
-def peers_to_ask(peers: Iterable[Candidate], ran_on: str, synchronous: bool) -> list[str]:
-    """Return the names of the peers to ask, in order.
-
-    :param ran_on: the peer that COMMIT was sent to.
-    :param synchronous: the setting SYNCHRONOUS_PEERS. Where peers may lag, absence proves
-        something on the peer alone that the transaction ran on.
-    """
-    fit = [peer for peer in peers if synchronous or peer.name == ran_on]
-    # Last a peer whose circuit is open: it may have come back, and the others may be gone.
-    return [peer.name for peer in sorted(fit, key=lambda peer: (not peer.closed, peer.suspect))]
+    return Outcome.UNKNOWN if age >= LEAST_AGE / 2 else found
 
 
 #: Seconds that one question may take: a lock wait of one, and the network.
@@ -97,37 +55,33 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.5
 
 
 def ask_until(
-    candidates: Callable[[], list[str]],
-    ask: Callable[[str, float], Answer],
+    peers: Callable[[], Iterable[_Peer]],
+    ask: Callable[[_Peer, float], Outcome | None],
     seconds: float,
     sent: tuple[float, float],
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    wall: Callable[[], float] = time.time,
-    sleep: Callable[[float], object] | None = None,
 ) -> Outcome:
     """Ask one peer after the other until one knows.
 
-    :param candidates: returns the names of the peers to ask, in order: anew for each round.
-    :param ask: asks one of them, for that many seconds at most.
+    :param peers: returns those to ask, in order: anew for each round.
+    :param ask: asks one of them, for that many seconds at most; None: it cannot tell now.
     :param seconds: for all questions together.
-    :param sent: when COMMIT was sent, by ``clock`` and by ``wall``.
+    :param sent: when COMMIT was sent, by the monotonic clock and by the time of day.
     """
-    deadline = clock() + seconds
+    deadline = time.monotonic() + seconds
     wait = _FIRST_WAIT
     while True:
-        for name in candidates():
-            left = deadline - clock()
+        for peer in peers():
+            left = deadline - time.monotonic()
             if left <= 0:
                 return Outcome.UNKNOWN
-            answer = ask(name, min(left, _ONE_QUESTION))
-            found = verdict(answer, max(clock() - sent[0], wall() - sent[1]))
+            found = ask(peer, min(left, _ONE_QUESTION))
+            found = verdict(found, max(time.monotonic() - sent[0], time.time() - sent[1]))
             if found is not None:
                 return found
-        if clock() + wait >= deadline:
+        if time.monotonic() + wait >= deadline:
             return Outcome.UNKNOWN
         # By its name, and late: gevent may have put its own there.
-        (sleep or time.sleep)(wait)
+        time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)
 
 
@@ -136,28 +90,19 @@ class Tokens(Guarded):
 
     Time first, so that the table's index grows at its end; 62 random bits last, so that no
     two processes have one token, a parent and its forked child included.
-
-    :param clock: seconds since the epoch.
-    :param random: returns that many random bytes. It must differ in a forked child.
     """
 
-    def __init__(
-        self, clock: Callable[[], float] = time.time, random: Callable[[int], bytes] = os.urandom
-    ) -> None:
-        super().__init__()
-        self._clock = clock
-        self._random = random
-        #: 48 bits of milliseconds and 12 bits of a counter, of the last token.
-        self._last = 0
+    #: 48 bits of milliseconds and 12 bits of a counter, of the last token.
+    _last = 0
 
     def next(self) -> bytes:
         """Return a new token: 16 bytes."""
-        now = int(self._clock() * 1000) << 12
+        now = int(time.time() * 1000) << 12
         # Guards the last token's time and count.
         with self._lock:
             self._last = last = max(now, self._last + 1)
         head = (last >> 12) << 16 | 0x7000 | last & 0xFFF
-        tail = int.from_bytes(self._random(8), "big") & (1 << 62) - 1 | 1 << 63
+        tail = int.from_bytes(os.urandom(8), "big") & (1 << 62) - 1 | 1 << 63
         return (head << 64 | tail).to_bytes(16, "big")
 
 
@@ -200,23 +145,14 @@ def _literal(vendor: str, token: bytes) -> str:
     return f"'{token.hex()}'" if vendor == "postgresql" else f"0x{token.hex()}"
 
 
-def _insert(vendor: str, table: str, token: bytes, is_fence: bool) -> str:
+def insert(vendor: str, table: str, token: bytes, is_fence: bool = False) -> str:
+    """Return what a transaction writes before COMMIT, or the engine when its answer is lost."""
     # Not now(), which in PostgreSQL is the moment at which the transaction began.
     now = "clock_timestamp()" if vendor == "postgresql" else "UTC_TIMESTAMP(6)"
     return (
         f"INSERT INTO {table} (token, fence, created)"
         f" VALUES ({_literal(vendor, token)}, {'TRUE' if is_fence else 'FALSE'}, {now})"
     )
-
-
-def insert(vendor: str, table: str, token: bytes) -> str:
-    """Return what a transaction writes before COMMIT."""
-    return _insert(vendor, table, token, is_fence=False)
-
-
-def fence(vendor: str, table: str, token: bytes) -> str:
-    """Return what the engine writes when the answer to that COMMIT is lost."""
-    return _insert(vendor, table, token, is_fence=True)
 
 
 def reads_row(vendor: str, table: str, token: bytes) -> str:
