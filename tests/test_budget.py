@@ -64,12 +64,42 @@ def test_replay_that_sends_several_costs_as_many(used: Used) -> None:
     assert not used.budget.spend("SELECT 3")
 
 
-def test_ten_are_always_allowed(used: Used) -> None:
-    assert used.spend_all() == 10
-    used.clock.advance(WINDOW - 1)
-    assert used.spend_all() == 0
-    used.clock.advance(1)
-    assert used.spend_all() == 10
+@pytest.mark.parametrize(
+    "steps",
+    [
+        # (statements, the seconds over which they are run, replays that are allowed then)
+        pytest.param([(0, 0, 10), (0, 59, 0), (0, 1, 10)], id="ten are always allowed"),
+        pytest.param(
+            [(100, 0, 10), (100, 0, 10), (9, 0, 0), (1, 0, 1)], id="ten percent of the statements"
+        ),
+        # Replays and statements leave the minute together.
+        pytest.param(
+            [(10_000, 100, 600), (3_000, 30, 0), (3_000, 31, 600)],
+            id="ten percent of the last minute",
+        ),
+        *(
+            pytest.param([(10_000, 4, None), (0, NOTE_EVERY + pause, None), (1, 0, 10)], id=name)
+            for name, pause in {
+                "a pause leaves no share of what was before": WINDOW + 0.1,
+                "nor does a longer one": 100,
+                "nor one of hours": 10_000,
+            }.items()
+        ),
+        # The statement that is lost was begun before the pause: it waited through it.
+        pytest.param([(10_000, 4, None), (0, 66, 10)], id="a pause without a note at its end"),
+        pytest.param([(1_000, 4, None), (0, 30, None), (1, 0, 100)], id="a short pause"),
+    ],
+)
+def test_how_many_replays_are_allowed(
+    used: Used, steps: list[tuple[int, float, int | None]]
+) -> None:
+    for statements, seconds, allowed in steps:
+        if statements:
+            used.run(statements, over=seconds)
+        else:
+            used.clock.advance(seconds)
+        if allowed is not None:
+            assert used.spend_all() == pytest.approx(allowed, rel=0.1 if allowed > 100 else 0)
 
 
 def test_ten_a_minute_however_they_lie(used: Used) -> None:
@@ -79,49 +109,6 @@ def test_ten_a_minute_however_they_lie(used: Used) -> None:
     assert used.spend_all() == 5
     used.clock.advance(20)
     assert used.spend_all() == 5
-
-
-def test_ten_percent_of_the_statements(used: Used) -> None:
-    used.run(100)
-    assert used.spend_all() == 10
-    used.run(100)
-    assert used.spend_all() == 10
-    used.run(9)
-    assert used.spend_all() == 0
-    used.run(1)
-    assert used.spend_all() == 1
-
-
-def test_ten_percent_of_the_last_minute(used: Used) -> None:
-    used.run(10_000, over=100)
-    assert used.spend_all() == pytest.approx(SHARE * 100 * WINDOW, rel=0.02)
-    # Replays and statements leave the minute together.
-    used.run(3_000, over=30)
-    assert used.spend_all() == 0
-    used.run(3_000, over=31)
-    assert used.spend_all() == pytest.approx(SHARE * 100 * WINDOW, rel=0.1)
-
-
-@pytest.mark.parametrize("pause", [WINDOW + 0.1, 100, 10_000])
-def test_after_a_pause_there_is_no_share_of_what_was_before(used: Used, pause: float) -> None:
-    used.run(10_000, over=NOTE_EVERY - 1)
-    used.clock.advance(pause + NOTE_EVERY)
-    used.run()
-    assert used.spend_all() == ALWAYS
-
-
-def test_a_pause_without_a_note_at_its_end(used: Used) -> None:
-    """The statement that is lost was begun before the pause: it waited through it."""
-    used.run(10_000, over=NOTE_EVERY - 1)
-    used.clock.advance(WINDOW + NOTE_EVERY + 1)
-    assert used.spend_all() == ALWAYS
-
-
-def test_a_short_pause_forgets_nothing(used: Used) -> None:
-    used.run(1_000, over=4)
-    used.clock.advance(30)
-    used.run()
-    assert used.spend_all() == 100
 
 
 @settings(max_examples=200, deadline=None)
@@ -151,22 +138,14 @@ def test_never_more_than_the_share(steps: list[tuple[int, float]]) -> None:
 
 
 class TestBarred:
-    def test_for_a_minute(self, used: Used) -> None:
+    def test_for_a_minute_from_the_last_loss_on(self, used: Used) -> None:
         used.budget.bar("SELECT kills()")
-        assert not used.budget.spend("SELECT kills()")
-        assert used.budget.spend("SELECT 1")
+        used.clock.advance(40)
+        used.budget.bar("SELECT kills()")
         used.clock.advance(59.9)
         assert not used.budget.spend("SELECT kills()")
+        assert used.budget.spend("SELECT 1")
         used.clock.advance(0.2)
-        assert used.budget.spend("SELECT kills()")
-
-    def test_from_the_last_loss_on(self, used: Used) -> None:
-        used.budget.bar("SELECT kills()")
-        used.clock.advance(40)
-        used.budget.bar("SELECT kills()")
-        used.clock.advance(40)
-        assert not used.budget.spend("SELECT kills()")
-        used.clock.advance(21)
         assert used.budget.spend("SELECT kills()")
 
     def test_costs_nothing(self, used: Used) -> None:
@@ -182,13 +161,6 @@ class TestBarred:
         assert not any(isinstance(key, str) for key in used.budget._barred)
         assert not used.budget.spend("SELECT 4999" + " " * 90_000)
         assert used.budget.spend("SELECT 3999" + " " * 90_000)
-
-    def test_what_is_over_is_forgotten(self, used: Used) -> None:
-        for number in range(100):
-            used.budget.bar(f"SELECT {number}")
-        used.clock.advance(WINDOW + 1)
-        used.budget.bar("SELECT 'last'")
-        assert len(used.budget._barred) == 1
 
     def test_what_is_over_is_forgotten_in_its_turn(self, used: Used) -> None:
         used.budget.bar("SELECT 'again'")

@@ -92,6 +92,20 @@ def assert_within_three_deviations(got: dict[str, int], weights: Sequence[float]
         assert abs(got[f"db{number}"] - total * share) <= 3 * deviation, (number, got)
 
 
+@pytest.mark.parametrize(
+    "weights", [(1, 1, 1), (1, 2, 3), (0.5, 0.25, 0.25), (100, 1, 1), (7, 7, 7)]
+)
+@pytest.mark.parametrize("strategy", ["random", "round_robin"])
+def test_shares_go_by_weight(strategy: str, weights: Sequence[float]) -> None:
+    """Of 10,000 connects: within 3 standard deviations, and in turn they are exact to a cycle."""
+    db, _ = balancer(strategy, weights)
+    got = shares(db)
+    assert_within_three_deviations(got, weights)
+    if strategy == "round_robin":
+        for number, weight in enumerate(weights, 1):
+            assert abs(got[f"db{number}"] - MANY * weight / sum(weights)) <= 10
+
+
 class TestRandom:
     def test_is_the_default(self) -> None:
         """Without a STRATEGY connections are spread at random."""
@@ -99,14 +113,6 @@ class TestRandom:
         assert type(db.group.strategy) is Random
         first = [db.connect().host for _ in range(60)]
         assert first != [db.connect().host for _ in range(60)]
-
-    @pytest.mark.parametrize(
-        "weights", [(1, 1, 1), (1, 2, 3), (0.5, 0.25, 0.25), (100, 1, 1), (7, 7, 7)]
-    )
-    def test_shares(self, weights: Sequence[float]) -> None:
-        """10,000 connects over 3 peers go by weight, within 3 standard deviations."""
-        db, _ = balancer("random", weights)
-        assert_within_three_deviations(shares(db), weights)
 
     @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 4)])
     def test_after_a_failure_the_rest_is_drawn_by_weight_too(
@@ -162,15 +168,6 @@ class TestRoundRobin:
         assert sorted(hosts[:3]) == ["db1", "db2", "db3"]
         assert hosts == hosts[:3] * 3
 
-    @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 3), (5, 1, 1), (0.5, 0.25, 0.25)])
-    def test_shares(self, weights: Sequence[float]) -> None:
-        """10,000 connects are exact to a cycle."""
-        db, _ = balancer("round_robin", weights)
-        got = shares(db)
-        assert_within_three_deviations(got, weights)
-        for number, weight in enumerate(weights, 1):
-            assert abs(got[f"db{number}"] - MANY * weight / sum(weights)) <= 10
-
     def test_weights_are_interleaved(self) -> None:
         """A heavy peer's turns are spread over the cycle, not one after another."""
         db, _ = balancer("round_robin", (2, 1))
@@ -203,17 +200,13 @@ class TestRoundRobin:
 
 
 class TestLeastConnections:
-    def test_evens_out(self) -> None:
-        """Connections that are kept are spread evenly."""
-        db, _ = balancer("least_connections")
-        kept = [db.connect() for _ in range(30)]
-        assert Counter(connection.host for connection in kept) == {"db1": 10, "db2": 10, "db3": 10}
-
-    def test_by_weight(self) -> None:
-        """A peer of weight 3 holds three times as many."""
-        db, _ = balancer("least_connections", (3, 1))
-        kept = [db.connect() for _ in range(40)]
-        assert Counter(connection.host for connection in kept) == {"db1": 30, "db2": 10}
+    @pytest.mark.parametrize(("weights", "counts"), [((1, 1, 1), [10, 10, 10]), ((3, 1), [30, 10])])
+    def test_evens_out(self, weights: Sequence[float], counts: list[int]) -> None:
+        """Connections that are kept are spread by weight."""
+        db, _ = balancer("least_connections", weights)
+        kept = [db.connect() for _ in range(sum(counts))]
+        assert held(db) == counts
+        assert len(kept) == sum(counts)
 
     def test_goes_where_connections_were_closed(self) -> None:
         """The peer that lost most of its connections gets the next ones."""
@@ -224,7 +217,7 @@ class TestLeastConnections:
         until(lambda: held(db) == [10, 0, 10])
         assert [db.connect().host for _ in range(5)] == ["db2"] * 5
         kept += [db.connect() for _ in range(10)]
-        assert [state.connections for state in db.snapshot()] == [10, 10, 10]
+        assert held(db) == [10, 10, 10]
 
     @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 3)])
     def test_ties_are_drawn(self, weights: Sequence[float]) -> None:
@@ -237,7 +230,7 @@ class TestLeastConnections:
         db, _ = balancer("least_connections")
         kept: list[Connection] = []
         in_thread(lambda: kept.extend(db.connect() for _ in range(30)))
-        assert [state.connections for state in db.snapshot()] == [10, 10, 10]
+        assert held(db) == [10, 10, 10]
         del kept[:10]
         gc.collect()
         until(lambda: sum(held(db)) == 20)
@@ -276,12 +269,12 @@ class TestLeastConnections:
 
         with running(work):
             assert made.wait(60)
-            assert [state.connections for state in db.snapshot()] == [2, 2]
+            assert held(db) == [2, 2]
             del kept[:2]
             gc.collect()
             until(lambda: sum(held(db)) == 2)
             go.set()
-        assert sum(state.connections for state in db.snapshot()) == 2
+        assert sum(held(db)) == 2
         kept.clear()
         gc.collect()
         until(lambda: held(db) == [0, 0])
@@ -323,34 +316,16 @@ class TestLeastConnections:
         db, driver = balancer("least_connections", (1, 1), breaker={"fail_max": 100})
         driver.down["db1"] = refused_by_host
         kept = [db.connect() for _ in range(5)]
-        assert [state.connections for state in db.snapshot()] == [0, 5]
+        assert held(db) == [0, 5]
         assert len(kept) == 5
 
 
-class TestTiers:
-    @pytest.mark.parametrize("strategy", ["random", "round_robin", "least_connections"])
-    def test_next_tier_only_when_none_of_the_first_is_available(self, strategy: str) -> None:
-        """Lower priority numbers come first; the next tier waits until all of them are out."""
-        endpoints = peers("far1", "near1", "far2", "near2", "last")
-        for name, priority in {"far1": 1, "far2": 1, "last": 7}.items():
-            endpoints[name]["priority"] = priority
-        driver = Driver()
-        db = LoadBalancer(endpoints, driver.connect, strategy=strategy, clock=Clock())
-        assert set(shares(db, 200)) == {"near1", "near2"}
-        driver.down["near1"] = refused_by_host
-        assert set(shares(db, 200)) == {"near2"}
-        driver.down["near2"] = refused_by_host
-        assert set(shares(db, 200)) == {"far1", "far2"}
-        driver.down.update(far1=refused_by_host, far2=refused_by_host)
-        assert set(shares(db, 200)) == {"last"}
-
-    def test_weights_within_a_tier(self) -> None:
-        """Weights count among the peers of one tier."""
-        endpoints = peers("db1", "db2", "spare")
-        endpoints["db2"]["weight"] = 3
-        endpoints["spare"].update(weight=1000, priority=1)
-        db = LoadBalancer(endpoints, Driver().connect, clock=Clock())
-        assert_within_three_deviations(shares(db), (1, 3))
+def test_weights_count_within_a_tier() -> None:
+    endpoints = peers("db1", "db2", "spare")
+    endpoints["db2"]["weight"] = 3
+    endpoints["spare"].update(weight=1000, priority=1)
+    db = LoadBalancer(endpoints, Driver().connect, clock=Clock())
+    assert_within_three_deviations(shares(db), (1, 3))
 
 
 class Alphabetical:
@@ -365,26 +340,21 @@ class Alphabetical:
         return sorted(peers, key=lambda peer: peer.name)
 
 
-class OnlyTheFirst:
-    """Names one peer and leaves the others out."""
-
-    def order(self, peers: Sequence[Peer]) -> Iterator[Peer]:
-        yield peers[0]
-
-
 def not_a_strategy() -> None: ...
 
 
 class TestOnesOwn:
-    def test_dotted_path(self) -> None:
-        """STRATEGY may be a dotted path to a class: made once, asked for each connect."""
-        endpoints = peers("c", "a", "b")
+    @pytest.mark.parametrize(
+        "setting", [f"{__name__}.Alphabetical", Alphabetical, Alphabetical()], ids=type
+    )
+    def test_is_made_once_and_asked_for_each_connect(self, setting: Any) -> None:
+        """STRATEGY may be a dotted path; code may give the class or an object, too."""
         before = Alphabetical.made
         driver = Driver()
         db = LoadBalancer(
-            endpoints,
+            peers("c", "a", "b"),
             driver.connect,
-            strategy="tests.test_strategies.Alphabetical",
+            strategy=setting,
             breaker={"fail_max": 10},
             clock=Clock(),
         )
@@ -393,22 +363,7 @@ class TestOnesOwn:
         driver.calls.clear()
         assert db.connect().host == "c"
         assert driver.hosts == ["a", "b", "c"]
-        assert Alphabetical.made == before + 1
-
-    @pytest.mark.parametrize(
-        "setting", [Alphabetical, Alphabetical()], ids=["a class", "an object"]
-    )
-    def test_class_or_object(self, setting: Any) -> None:
-        """Code may give the class or an object."""
-        db = LoadBalancer(peers("b", "a"), Driver().connect, strategy=setting)
-        assert db.connect().host == "a"
-
-    def test_what_it_leaves_out_comes_last(self) -> None:
-        """A strategy prefers; it does not take peers out of use."""
-        db, driver = balancer(OnlyTheFirst, breaker={"fail_max": 10})
-        driver.down["db1"] = refused_by_host
-        assert db.connect().host == "db2"
-        assert driver.hosts == ["db1", "db2"]
+        assert Alphabetical.made == before + (not isinstance(setting, Alphabetical))
 
     @pytest.mark.parametrize(
         ("setting", "complaint"),

@@ -20,12 +20,10 @@ import tenacity
 from django.core.management import CommandError, call_command
 
 from django_proxysql import NoPeerAvailable
-from django_proxysql.core.config import BalancerConfig, PeerConfig
 from django_proxysql.core.events import PeersExhausted
-from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.management.commands import peers
 from tests.engine import SQLITE, engine, sqlite_peer
-from tests.fakes import bad_password, refused_by_host
+from tests.fakes import bad_password, raised_by, refused_by_host
 from tests.test_balancer import World
 
 
@@ -46,10 +44,21 @@ class Waiting(World):
             self.driver.down.clear()
 
 
-def test_without_the_setting_no_connect_waits() -> None:
-    world = Waiting("db1", "db2")
-    with pytest.raises(NoPeerAvailable):
-        world.connect()
+@pytest.mark.parametrize(
+    ("options", "fails", "trials"),
+    [
+        ({}, refused_by_host, "first"),
+        # A wrong password does not become right by waiting.
+        ({"wait_for_peer": 60}, bad_password, "first"),
+        # A replacement that is not needed.
+        ({"wait_for_peer": 60}, refused_by_host, "never"),
+    ],
+)
+def test_no_connect_waits_in_vain(options: dict[str, Any], fails: Any, trials: str) -> None:
+    world = Waiting("db1", "db2", **options)
+    world.driver.down.update(db1=fails, db2=fails)
+    error = raised_by(lambda: world.db.connect(trials=trials))
+    assert isinstance(error, NoPeerAvailable) is (fails is refused_by_host)
     assert world.slept == []
 
 
@@ -60,18 +69,24 @@ def test_connect_waits_until_a_peer_is_back() -> None:
     assert world.told(PeersExhausted) == []
 
 
-def test_the_last_look_comes_when_the_time_is_over_and_exhaustion_is_one_event() -> None:
-    world = Waiting("db1", wait_for_peer=10)
+@pytest.mark.parametrize(
+    ("options", "waited"),
+    [
+        # The last look comes when the time is over.
+        ({"wait_for_peer": 10}, 10),
+        # tenacity's own objects are taken.
+        ({"wait": tenacity.wait_fixed(3), "stop": tenacity.stop_after_attempt(4)}, 9),
+        # It ends before a second look: the first one's exhaustion is emitted.
+        ({"stop": tenacity.stop_after_attempt(1)}, 0),
+    ],
+)
+def test_a_wait_in_vain_ends_in_time_and_is_one_exhaustion(
+    options: dict[str, Any], waited: float
+) -> None:
+    world = Waiting("db1", **options)
     with pytest.raises(NoPeerAvailable):
         world.connect()
-    assert world.clock() == 10
-    assert len(world.told(PeersExhausted)) == 1
-
-
-def test_a_wait_that_ends_before_a_second_look_tells_of_the_first_exhaustion() -> None:
-    world = Waiting("db1", stop=tenacity.stop_after_attempt(1))
-    with pytest.raises(NoPeerAvailable):
-        world.connect()
+    assert world.clock() == sum(world.slept) == pytest.approx(waited)
     assert len(world.told(PeersExhausted)) == 1
 
 
@@ -102,15 +117,6 @@ def test_requests_that_wait_write_one_line_a_second(caplog: pytest.LogCaptureFix
     assert "waiting for a peer (and 4 more): No peer" in second
 
 
-def test_tenacitys_own_wait_and_stop_are_taken() -> None:
-    world = Waiting(
-        "db1", wait=tenacity.wait_fixed(3), stop=tenacity.stop_after_attempt(4), back_at=1e9
-    )
-    with pytest.raises(NoPeerAvailable):
-        world.connect()
-    assert world.slept == [3, 3, 3]
-
-
 def test_ctrl_c_ends_the_wait_at_once() -> None:
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
@@ -124,24 +130,6 @@ def test_ctrl_c_ends_the_wait_at_once() -> None:
     assert world.db.peers["db1"].breaker.acquire(last_resort=0) is not None
 
 
-def test_a_refusal_by_all_is_raised_at_once() -> None:
-    """A wrong password does not become right by waiting."""
-    world = Waiting("db1", "db2", wait_for_peer=60)
-    for name in ("db1", "db2"):
-        world.driver.down[name] = bad_password
-    with pytest.raises(Exception, match="Access denied"):
-        world.connect()
-    assert world.slept == []
-
-
-def test_a_replacement_that_is_not_needed_does_not_wait() -> None:
-    world = Waiting("db1", wait_for_peer=60)
-    world.open("db1")
-    with pytest.raises(NoPeerAvailable):
-        world.db.connect(trials="never")
-    assert world.slept == []
-
-
 def test_a_wait_is_logged_with_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
     world = Waiting("db1", wait_for_peer=60, back_at=5)
     with caplog.at_level(logging.WARNING, "django_proxysql"):
@@ -149,12 +137,6 @@ def test_a_wait_is_logged_with_what_it_waits_for(caplog: pytest.LogCaptureFixtur
     said = [r.getMessage() for r in caplog.records if "waiting for a peer" in r.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("default: waiting for a peer, at most 60 s: No peer of 'default'")
-
-
-@pytest.mark.parametrize("value", [-1, "60", None, True])
-def test_a_wrong_time_is_refused_by_name(value: Any) -> None:
-    with pytest.raises(ConfigError, match="WAIT_FOR_PEER"):
-        BalancerConfig("default", (PeerConfig("peer0"),), wait_for_peer=value)
 
 
 # manage.py peers --wait
@@ -198,28 +180,21 @@ def test_the_command_waits_until_a_peer_is_there(
     assert line.startswith("waiting for balanced, at most 60 s: peer0: unable to open")
 
 
+@pytest.mark.parametrize("option", [(), ("--json",)], ids=str)
 def test_one_usable_peer_is_enough_for_exit_code_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
 ) -> None:
     command = Command(monkeypatch, 0, lambda: None)
     with engine(
         [sqlite_peer(tmp_path / "a"), sqlite_peer(tmp_path / "no" / "b")], PEER_ENGINE=SQLITE
     ):
-        assert command.run("--wait", "60") == 0
+        assert command.run("--wait", "60", *option) == 0
     assert command.now == 0
-    assert command.out.getvalue().startswith("WARNING: balanced: peer1 down\n")
-
-
-def test_json_says_the_exit_code_that_the_command_ends_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = Command(monkeypatch, 0, lambda: None)
-    with engine(
-        [sqlite_peer(tmp_path / "a"), sqlite_peer(tmp_path / "no" / "b")], PEER_ENGINE=SQLITE
-    ):
-        assert command.run("--wait", "60", "--json") == 0
-    said = json.loads(command.out.getvalue())
-    assert (said["status"], said["exit_code"]) == ("warning", 0)
+    if option:
+        said = json.loads(command.out.getvalue())
+        assert (said["status"], said["exit_code"]) == ("warning", 0)
+    else:
+        assert command.out.getvalue().startswith("WARNING: balanced: peer1 down\n")
 
 
 def test_the_command_ends_with_2_when_the_time_is_over(
