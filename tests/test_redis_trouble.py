@@ -18,121 +18,46 @@ from tests.test_sharing import World
 SECRET = "s3cr3t-of-redis"
 
 
-def caused_by(error: BaseException, cause: BaseException) -> BaseException:
+errors = redis.exceptions
+NO_PASSWORD: dict[str, object] = {"password": None}
+TLS: dict[str, object] = {"connection_class": redis.SSLConnection}
+
+
+def connecting(cause: BaseException) -> BaseException:
+    """Return what redis-py raises where it cannot connect."""
+    error = errors.ConnectionError("Error 1 connecting to h:1.")
     error.__cause__ = cause
     return error
 
 
 #: What redis-py raises, with what is known besides, and what is said of it.
 CASES: list[tuple[BaseException, dict[str, object], str]] = [
+    (errors.MovedError("3999 10.0.0.2:6379"), {}, "is a Redis Cluster, which"),
+    (errors.ResponseError("unknown command 'EVALSHA', with args"), {}, "runs no scripts, as a"),
+    (errors.AuthenticationError("user is disabled."), {}, "refused our password; see SHARED_STATE"),
+    (errors.ResponseError("WRONGPASS pair"), {}, "refused our password; see SHARED_STATE"),
+    (errors.AuthenticationError("Required."), NO_PASSWORD, "refused our password, for SHARED_"),
+    (errors.AuthenticationError("HELLO must be"), NO_PASSWORD, "refused our password, for SHARED_"),
+    (errors.NoPermissionError("to run 'evalsha'"), {}, "does not let our user run its scripts"),
+    (errors.ResponseError("NOPERM this user"), {}, "does not let our user run its scripts"),
+    (errors.ResponseError("DB index is out of range"), {"db": 99}, "has no database 99; see"),
+    (errors.ResponseError("unknown command 'HELLO', with"), {}, "is older than Redis 6, which"),
+    (connecting(ssl.SSLCertVerificationError("failed")), TLS, "shows a TLS certificate that"),
+    (connecting(ssl.SSLError("[SSL: WRONG_VERSION_NUMBER]")), TLS, "does not speak TLS as rediss"),
+    (connecting(TimeoutError("The handshake operation")), TLS, "does not speak TLS as rediss"),
+    (errors.ConnectionError("Connection closed by server."), {}, "ends connections at once; a"),
+    (errors.ConnectionError("Connection closed by server."), TLS, "does not answer"),
     (
-        redis.exceptions.MovedError("3999 10.0.0.2:6379"),
-        {},
-        "is a Redis Cluster, which SHARED_STATE cannot use",
-    ),
-    (
-        redis.exceptions.ResponseError("unknown command 'EVALSHA', with args beginning with: "),
-        {},
-        "runs no scripts, as a Redis Sentinel does not; see SHARED_STATE",
-    ),
-    (
-        redis.exceptions.AuthenticationError("invalid username-password pair or user is disabled."),
-        {},
-        "refused our password; see SHARED_STATE",
-    ),
-    (
-        redis.exceptions.ResponseError("WRONGPASS invalid username-password pair"),
-        {},
-        "refused our password; see SHARED_STATE",
-    ),
-    (
-        redis.exceptions.AuthenticationError("Authentication required."),
-        {"password": None},
-        "refused our password, for SHARED_STATE has none; see SHARED_STATE",
-    ),
-    (
-        redis.exceptions.AuthenticationError(
-            "HELLO must be called with the client already authenticated"
-        ),
-        {"password": None},
-        "refused our password, for SHARED_STATE has none; see SHARED_STATE",
-    ),
-    (
-        redis.exceptions.NoPermissionError("this user has no permissions to run 'evalsha'"),
-        {},
-        "does not let our user run its scripts; see SHARED_STATE, and the user's ACL",
-    ),
-    (
-        redis.exceptions.ResponseError("NOPERM this user has no permissions"),
-        {},
-        "does not let our user run its scripts; see SHARED_STATE, and the user's ACL",
-    ),
-    (
-        redis.exceptions.ResponseError("DB index is out of range"),
-        {"db": 99},
-        "has no database 99; see SHARED_STATE",
-    ),
-    (
-        redis.exceptions.ResponseError("unknown command 'HELLO', with args beginning with: '3' "),
-        {},
-        "is older than Redis 6, which protocol=3 takes; see SHARED_STATE: protocol=2 is the "
-        "default",
-    ),
-    (
-        caused_by(
-            redis.exceptions.ConnectionError("Error 1 connecting to h:1."),
-            ssl.SSLCertVerificationError("certificate verify failed"),
-        ),
-        {"connection_class": redis.SSLConnection},
-        "shows a TLS certificate that is not trusted; see ssl_ca_certs in SHARED_STATE",
-    ),
-    (
-        caused_by(
-            redis.exceptions.ConnectionError("Error 1 connecting to h:1."),
-            ssl.SSLError("[SSL: WRONG_VERSION_NUMBER] wrong version number"),
-        ),
-        {"connection_class": redis.SSLConnection},
-        "does not speak TLS as rediss:// in SHARED_STATE demands",
-    ),
-    (
-        caused_by(
-            redis.exceptions.TimeoutError("Timeout connecting to server"),
-            TimeoutError("_ssl.c:989: The handshake operation timed out"),
-        ),
-        {"connection_class": redis.SSLConnection},
-        "does not speak TLS as rediss:// in SHARED_STATE demands",
-    ),
-    (
-        redis.exceptions.ConnectionError("Connection closed by server."),
-        {},
-        "ends connections at once; a port for TLS does so: then SHARED_STATE is rediss://…",
-    ),
-    (
-        redis.exceptions.ConnectionError("Connection closed by server."),
+        errors.ConnectionError("Connection closed by server."),
         {"was_answered": True},
         "does not answer",
     ),
-    (
-        caused_by(
-            redis.exceptions.ConnectionError("Error -2 connecting to nowhere:6379."),
-            socket.gaierror(-2, "Name or service not known"),
-        ),
-        {},
-        "has a host name that cannot be resolved; see SHARED_STATE",
-    ),
-    (
-        caused_by(redis.exceptions.ConnectionError("Error 2."), FileNotFoundError(2, "No such")),
-        {},
-        "cannot be connected to: a file that SHARED_STATE names does not exist",
-    ),
-    (
-        caused_by(redis.exceptions.ConnectionError("Error 111."), ConnectionRefusedError(111)),
-        {},
-        "does not answer",
-    ),
-    (redis.exceptions.TimeoutError("Timeout reading from socket"), {}, "does not answer"),
-    (redis.exceptions.InvalidResponse("Protocol Error: b'J'"), {}, "answers as no Redis does"),
-    (redis.exceptions.ResponseError("OOM command not allowed"), {}, "refused a command"),
+    (connecting(socket.gaierror(-2, "not known")), {}, "has a host name that cannot be resolved"),
+    (connecting(FileNotFoundError(2, "No such")), {}, "cannot be connected to: a file that"),
+    (connecting(ConnectionRefusedError(111)), {}, "does not answer"),
+    (errors.TimeoutError("Timeout reading from socket"), {}, "does not answer"),
+    (errors.InvalidResponse("Protocol Error: b'J'"), {}, "answers as no Redis does"),
+    (errors.ResponseError("OOM command not allowed"), {}, "refused a command"),
     (ValueError("what no one thought of"), {}, "does not answer"),
 ]
 
@@ -156,52 +81,39 @@ def test_ring_of_causes() -> None:
 
 
 @pytest.fixture(scope="module")
-def urls() -> Iterator[dict[str, str]]:
-    """One server, with a password, an ACL user and a port for TLS."""
-    server = RedisServer(options=["--rename-command", "HELLO", ""], tls=True)
-    with server:
+def server() -> Iterator[RedisServer]:
+    """One server, with a password, ACL users and a port for TLS."""
+    with RedisServer(options=["--rename-command", "HELLO", ""], tls=True) as server:
         server.ask("ACL", "SETUSER", "weak", "on", ">pw", "~*", "+ping", "+select", "+client")
         server.ask("ACL", "SETUSER", "shop", "on", ">right", "~*", "+@all")
         server.ask("ACL", "SETUSER", "default", "-@all", "+ping", "+acl", "+shutdown")
-        host, port, secure = server.host, server.port, server.tls_port
-        yield {
-            "WRONGPASS": f"redis://shop:{SECRET}@{host}:{port}/0",
-            "NOPERM": f"redis://weak:pw@{host}:{port}/0",
-            "database": f"redis://shop:right@{host}:{port}/99?protocol=2",
-            "HELLO": f"redis://shop:right@{host}:{port}/0?protocol=3",
-            "good": f"redis://shop:right@{host}:{port}/0",
-            "to TLS": f"redis://shop:{SECRET}@{host}:{secure}/0",
-            "untrusted": f"rediss://shop:{SECRET}@{host}:{secure}/0",
-            "no TLS": f"rediss://shop:{SECRET}@{host}:{port}/0",
-            "no host": f"redis://shop:{SECRET}@no-such-host.invalid/0",
-            "no file": f"unix://shop:{SECRET}@/no/such/redis.sock",
-            "nothing": f"redis://shop:{SECRET}@{host}:1/0",
-        }
+        yield server
 
 
 class TestRealRedis:
     """What a real server answers, by the real redis-py."""
 
     @pytest.mark.parametrize(
-        ("kind", "says"),
-        {
-            "WRONGPASS": "refused our password; see SHARED_STATE",
-            "NOPERM": "does not let our user run its scripts; see SHARED_STATE",
-            "database": "has no database 99; see SHARED_STATE",
-            "HELLO": "is older than Redis 6",
-            "to TLS": "ends connections at once; a port for TLS does so",
-            "untrusted": "shows a TLS certificate that is not trusted",
-            "no TLS": "does not speak TLS as rediss:// in SHARED_STATE demands",
-            "no host": "has a host name that cannot be resolved; see SHARED_STATE",
-            "no file": "cannot be connected to: a file that SHARED_STATE names does not exist",
-            "nothing": "does not answer",
-        }.items(),
+        ("url", "says"),
+        [
+            ("redis://shop:{secret}@{host}:{port}/0", "refused our password; see SHARED_STATE"),
+            ("redis://weak:pw@{host}:{port}/0", "does not let our user run its scripts; see"),
+            ("redis://shop:right@{host}:{port}/99?protocol=2", "has no database 99; see SHARED_"),
+            ("redis://shop:right@{host}:{port}/0?protocol=3", "is older than Redis 6"),
+            ("redis://shop:{secret}@{host}:{tls}/0", "ends connections at once; a port for TLS"),
+            ("rediss://shop:{secret}@{host}:{tls}/0", "shows a TLS certificate that is not trus"),
+            ("rediss://shop:{secret}@{host}:{port}/0", "does not speak TLS as rediss:// in SHAR"),
+            ("redis://shop:{secret}@no-such-host.invalid/0", "has a host name that cannot be re"),
+            ("unix://shop:{secret}@/no/such/redis.sock", "cannot be connected to: a file that SH"),
+            ("redis://shop:{secret}@{host}:1/0", "does not answer"),
+        ],
     )
     def test_said(
-        self, urls: dict[str, str], kind: str, says: str, caplog: pytest.LogCaptureFixture
+        self, server: RedisServer, url: str, says: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The line says what is wrong, once, and so does what operators ask; without a secret."""
-        world = World(urls[kind])
+        where = {"host": server.host, "port": server.port, "tls": server.tls_port}
+        world = World(url.format(secret=SECRET, **where))
         one = world.process()
         for _ in range(3):
             world.clock.advance(2)
@@ -213,9 +125,9 @@ class TestRealRedis:
         for text in (line, one.sharing.trouble, repr(one.link.trouble)):
             assert SECRET not in text
 
-    def test_redis_older_than_6(self, urls: dict[str, str]) -> None:
+    def test_redis_older_than_6(self, server: RedisServer) -> None:
         """A server that does not know HELLO is used, whatever redis-py speaks by itself."""
-        one = World(urls["good"]).process()
+        one = World(f"redis://shop:right@{server.host}:{server.port}/0").process()
         assert one.sharing.is_answered
         assert one.link.trouble is None
 
