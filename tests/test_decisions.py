@@ -46,7 +46,7 @@ RULES = {
     "2": ["core.holdings:Holdings", "backends.decisions:must_raise_loss"],
     "3": ["backends.losses:is_lost", "backends.state:Health"],
     "4": ["core.faults:Proof", "backends.losses:did_not_run"],
-    "5": ["core.statements:is_provable_read"],
+    "5": ["core.texts:text_of"],
     "6": ["backends.decisions:may_replace", "backends.statements:raise_lost_results"],
     "7": ["backends.state:Transaction.is_pending", "backends.decisions:may_restart"],
     "8": ["backends.replays:cause_of"],

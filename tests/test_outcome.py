@@ -14,8 +14,7 @@ from django_proxysql.backends.decisions import writes_token
 from django_proxysql.backends.state import Stage
 from django_proxysql.core import outcome
 from django_proxysql.core.outcome import Outcome, Refusal, Tokens
-from django_proxysql.core.statements import ENDS, STATE, scan
-from django_proxysql.core.texts import may_end
+from django_proxysql.core.statements import ENDS, STATE, may_end, scan
 from tests.fakes import running
 
 DOCS = Path(__file__).parent.parent / "docs" / "explanation" / "exactly-once.rst"

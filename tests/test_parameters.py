@@ -13,7 +13,7 @@ import pytest
 from django.db.models import TextChoices
 from django.utils.safestring import SafeString
 
-from django_proxysql.core.texts import VALUES, are_small, are_values, may_be_sql
+from django_proxysql.core.parameters import VALUES, are_small, are_values, may_be_sql
 from tests.test_replay import run_script
 
 

@@ -19,8 +19,8 @@ from ..core.circuit import CLOSED
 from ..core.events import ConnectionLost
 from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement, Loss, loss_counts
+from ..core.parameters import are_small
 from ..core.peer import Peer
-from ..core.texts import are_small
 from .decisions import Answer, Verdict, after_error, after_read_only
 from .sessions import NOT_MADE, Session, close_for_good, current
 from .state import BEGUN

@@ -23,9 +23,9 @@ from ..core.exceptions import NotReady
 from ..core.faults import Fault, Proof
 from ..core.group import PeerGroup
 from ..core.outcome import Outcome, Refusal, Tokens
+from ..core.parameters import VALUES
 from ..core.peer import Peer
-from ..core.statements import is_provable_read
-from ..core.texts import VALUES, with_parameters
+from ..core.texts import Text, text_of
 from ..errors import CommitOutcomeUnknown, NoPeerAvailable
 from .decisions import may_count_as_committed, writes_token
 from .losses import is_of_server, is_of_the_call, throw_away
@@ -46,7 +46,7 @@ _SEQUENCES = frozenset({tuple, list})
 
 @functools.lru_cache(maxsize=2000)
 def _proven(sql: str, is_bare: bool, dialect: str) -> bool:
-    return is_provable_read(with_parameters(sql, None if is_bare else ()), dialect=dialect)
+    return text_of(sql, dialect, None if is_bare else ()) is Text.READ
 
 
 #: psycopg 3's names, psycopg2's numbers.

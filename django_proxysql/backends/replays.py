@@ -15,17 +15,9 @@ from ..core import drivers, ready
 from ..core.events import StatementReplayed
 from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement
-from ..core.statements import SCOPED, STATE, is_provable_read, without_lock
-from ..core.texts import (
-    Text,
-    are_small,
-    are_values,
-    is_of_transaction,
-    may_be_sql,
-    tells_time,
-    text_of,
-    with_parameters,
-)
+from ..core.parameters import are_small, are_values, may_be_sql
+from ..core.statements import SCOPED, STATE
+from ..core.texts import Text, is_of_transaction, tells_time, text_of, without_lock
 from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .losses import did_not_run
 from .proofs import is_undone, reads_anew
@@ -227,7 +219,7 @@ def lost_statement(
     """Return what counts for whether a lost statement may be run again."""
     sql, params, kind, _run, single = statement
     config = session.balancer.config
-    text = text_of(with_parameters(sql, params), dialect_of(db))
+    text = text_of(sql, dialect_of(db), params)
     holds = bool(kind & STATE or session.holds)
     if kind & STATE and text is Text.SETTING:
         # What it sets is all that was held, and is set again.
@@ -276,7 +268,7 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
         return False
     dialect = dialect_of(db)
     return all(
-        is_provable_read(with_parameters(sql, params), dialect=dialect)
+        text_of(sql, dialect, params) is Text.READ
         # All of it was answered before: what is lost is COMMIT, and no packet was too large.
         and are_sendable(db, session, params, single=True, any_size=not anew)
         and not (anew and dialect == "postgresql" and tells_time(sql))

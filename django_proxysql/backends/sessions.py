@@ -23,9 +23,9 @@ from ..core.circuit import CLOSED
 from ..core.group import PeerGroup
 from ..core.holdings import Holdings
 from ..core.logger import complain
+from ..core.parameters import VALUES
 from ..core.peer import Peer
 from ..core.permits import Permit
-from ..core.texts import VALUES
 from .state import Health
 
 #: Not every connection has a transaction, and none needs a counter before its first.

@@ -13,8 +13,17 @@ from typing import Any
 from django.db.utils import OperationalError
 
 from ..core.holdings import asks_for_a_lock
-from ..core.statements import ENDS, READ, RESULT, STATE, makes_ids, scan, writes
-from ..core.texts import may_end, may_make_read_only
+from ..core.statements import (
+    ENDS,
+    READ,
+    RESULT,
+    STATE,
+    makes_ids,
+    may_end,
+    may_make_read_only,
+    scan,
+    writes,
+)
 from .losses import sent
 from .replacing import at_safe_point, before_first, bind
 from .replays import Statement, give_up, kind_of_params, run_again, takes
