@@ -122,12 +122,10 @@ def postgresql(postgres: Any) -> Iterator[Victim]:
                     f'CREATE FUNCTION {schema}."{name}"(a int DEFAULT 1) RETURNS int'
                     " LANGUAGE sql AS 'INSERT INTO written VALUES (1); SELECT 1'"
                 )
+        way = "SET standard_conforming_strings"
         yield Victim(
             connection,
-            [
-                f"SET standard_conforming_strings = {mode}; SET backslash_quote = on"
-                for mode in ("on", "off")
-            ],
+            [f"{way} = on; SET backslash_quote = on", f"{way} = off; SET backslash_quote = on"],
             [
                 "SELECT last_value, is_called FROM s1",
                 "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory'",
@@ -198,8 +196,6 @@ def made_models() -> tuple[Any, Any]:
             name = models.CharField(max_length=100)
             born = models.DateField()
             joined = models.DateTimeField()
-            rating = models.FloatField(default=0)
-            wakes = models.TimeField(default=datetime.time(7))
 
             class Meta:
                 app_label = "app"
@@ -210,7 +206,6 @@ def made_models() -> tuple[Any, Any]:
             title = models.CharField(max_length=100, unique=True)
             price = models.DecimalField(max_digits=8, decimal_places=2)
             published = models.DateTimeField()
-            length = models.DurationField(default=datetime.timedelta(hours=1))
             pages = models.IntegerField(null=True)
             data = models.JSONField(default=dict)
 
@@ -251,7 +246,7 @@ def library(request: Any) -> Iterator[Library]:
             editor.create_model(here.author)
             editor.create_model(here.book)
         now = datetime.datetime(2024, 2, 29, 12, 30, tzinfo=datetime.timezone.utc)
-        author = here.authors.create(name="Ada", born=now.date(), joined=now, rating=1.5)
+        author = here.authors.create(name="Ada", born=now.date(), joined=now)
         for number in range(3):
             here.books.create(
                 author=author, title=f"Book {number}", price=number, published=now, pages=number
