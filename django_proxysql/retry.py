@@ -117,11 +117,12 @@ class Call:
                     "the block be run again. Switch autocommit on, or use transaction.atomic here."
                 )
         self._held = [(wrapper, now_holding(wrapper)) for wrapper in self.ours]
-        self._begun: list[Transaction] = []
+        #: The records of the last run's blocks; NO_TRANSACTION where none began.
+        self._begun = [NO_TRANSACTION] * len(self.ours)
         #: How often the function was run.
         self.runs = 0
-        self._started = time.monotonic()
-        self._idle = 0.0
+        #: What a wait strategy is asked with.
+        self._state = tenacity.RetryCallState(None, function, (), {})  # type: ignore[arg-type]
         self._no_peer_since: float | None = None
         self._no_peer = 0
         #: Runs that use up no attempt, and since when there are such.
@@ -133,10 +134,9 @@ class Call:
     # One run
 
     def __enter__(self) -> None:
-        self._begun = []
-        if self._error is not None:
+        self._begun = [NO_TRANSACTION] * len(self.ours)
+        if self._error is not None and self.runs:
             alias, error = self._error
-            self._error = None
             # Before the blocks begin: a receiver of the signal may use the database.
             name = _name_of(self._function)
             balancers[alias].group.emit(BlockRetried(alias, name, self.runs + 1, error))
@@ -160,7 +160,7 @@ class Call:
         :param begun: the records of its blocks; NO_TRANSACTION where none began.
         """
         self._begun = begun
-        self.runs += self._has_begun
+        self.runs += self._has_begun()
 
     def repeat(self, run: Callable[[], _T], again: Callable[[], object] = lambda: None) -> _T:
         """Run ``run`` in the blocks until it ends well, or its error is to be raised.
@@ -169,7 +169,7 @@ class Call:
         """
         while True:
             try:
-                if self.runs or self._begun:
+                if self.runs:
                     again()
                 with self:
                     return run()
@@ -185,35 +185,29 @@ class Call:
     def seconds_to_wait(self, exc: BaseException) -> float | None:
         """Return the seconds to wait before the next run; None if the error is to be raised."""
         now = time.monotonic()
-        if self._was_lost_at_its_end(exc):
+        if any(one.stage is NOT_DONE for one in self._begun) and (
+            drivers.judgement_of(exc).proof is not Proof.ROLLED_BACK
+        ):
+            # Its COMMIT was lost, and does not stand. That says nothing against the run. A
+            # conflict does: another one may meet it again.
             self._lost_since = self._lost_since or now
             self._uncounted += now < self._lost_since + self._rules.wait_for_peer
         is_last = self.runs - self._uncounted >= self._rules.attempts
         if self.is_in_test or is_last or not self._begins_again(exc):
             return None
-        if isinstance(exc, NoPeerAvailable) or not self._has_begun:
+        if isinstance(exc, NoPeerAvailable) or not self._has_begun():
             # No attempt is used up by what the function has not seen.
             self._no_peer_since = self._no_peer_since or now
             self._no_peer += 1
             left = self._no_peer_since + self._rules.wait_for_peer - now
             return min(left, self._wait(_WAIT_FOR_PEER, self._no_peer, exc)) if left > 0 else None
         seconds = self._wait(self._rules.wait or _WAIT, self.runs, exc)
-        self._idle += seconds
+        self._state.idle_for += seconds
         return seconds
 
-    @property
     def _has_begun(self) -> bool:
-        """Whether the last run's blocks had begun."""
+        """Return whether the last run's blocks had begun."""
         return any(one is not NO_TRANSACTION for one in self._begun)
-
-    def _was_lost_at_its_end(self, exc: BaseException) -> bool:
-        """Return whether the run's COMMIT was lost and is known not to stand.
-
-        That says nothing against the run. A conflict does: another one may meet it again.
-        """
-        return any(one.stage is NOT_DONE for one in self._begun) and (
-            drivers.judgement_of(exc).proof is not Proof.ROLLED_BACK
-        )
 
     def _begins_again(self, exc: BaseException) -> bool:
         """Return whether nothing stands of the last run, and another may come to its end."""
@@ -221,23 +215,19 @@ class Call:
             return False
         if not all(still_holds(wrapper, held) for wrapper, held in self._held):
             return False
-        begun = self._begun or [NO_TRANSACTION] * len(self.ours)
-        for wrapper, one in zip(self.ours, begun):
+        for wrapper, begun in zip(self.ours, self._begun):
             if isinstance(exc, NoPeerAvailable):
                 may_begin = exc.balancer == wrapper.alias
             else:
-                may_begin = isinstance(exc, Error) and begins_again(wrapper, exc, one)
+                may_begin = isinstance(exc, Error) and begins_again(wrapper, exc, begun)
             if may_begin:
-                if self.runs:
-                    self._error = wrapper.alias, drivers.describe(exc.__cause__ or exc)
+                self._error = wrapper.alias, drivers.describe(exc.__cause__ or exc)
                 return True
         return False
 
     def _wait(self, strategy: Wait, number: int, exc: BaseException) -> float:
-        state = tenacity.RetryCallState(None, self._function, (), {})  # type: ignore[arg-type]
-        state.start_time = self._started
+        state = self._state
         state.attempt_number = number
-        state.idle_for = self._idle
         state.set_exception((type(exc), exc, exc.__traceback__))
         try:
             return float(strategy(state))

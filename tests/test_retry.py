@@ -1,10 +1,10 @@
-"""retrying_atomic: what is run again, and what never is."""
+"""retrying_atomic, retrying_request and its middleware: what is run again, and what never is."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,91 +18,157 @@ from django_proxysql.core.events import BlockRetried, CommitResolved, PeersExhau
 from tests.engine import SQLITE, engine, make_outcome_table, mysql_peer, run_case, sqlite_peer
 from tests.fakes import running
 from tests.site import Site, site
+from tests.work import Work, run_by
 
-CUTS = ["before", "after", "reply"]
-
-
-class Writer:
-    """Writes a token at each run, and counts its runs and its hook's."""
-
-    def __init__(self, here: Site) -> None:
-        self.here = here
-        self.runs = 0
-        self.hooks = 0
-
-    def __call__(self) -> str:
-        self.runs += 1
-        transaction.on_commit(self.hook, self.here.connection.alias)
-        self.here.write(f"run {self.runs}")
-        self.here.write(f"run {self.runs}, again")
-        return f"result {self.runs}"
-
-    def hook(self) -> None:
-        self.hooks += 1
-
-    def retrying(self, **options: Any) -> Any:
-        return retrying_atomic(self.here.connection.alias, **options)(self)
+EVERY_WAY = pytest.mark.parametrize("way", ["function", "decorator", "middleware"])
 
 
-@pytest.mark.parametrize("kind", CUTS)
-def test_lost_before_commit(here: Site, kind: str) -> None:
-    writer = Writer(here)
-    here.sql("SELECT 1")
-    here.cut(kind, 3)
-    assert writer.retrying()() == "result 2"
-    assert here.written() == ["run 2", "run 2, again"]
-    assert writer.hooks == 1
+@pytest.fixture(params=["mariadb", "postgres"])
+def here(request: pytest.FixtureRequest, fault_proxy: Callable[..., Any]) -> Iterator[Site]:
+    server = request.getfixturevalue(request.param)
+    with site(server, fault_proxy, ATOMIC_REQUESTS=True) as made:
+        yield made
 
 
-@pytest.mark.parametrize("kind", CUTS)
-def test_lost_with_commit(here: Site, kind: str) -> None:
-    """The outcome is unknown: whatever became of it, it is not done twice."""
-    writer = Writer(here)
-    here.sql("SELECT 1")
-    here.cut(kind, 4)
-    with pytest.raises(CommitOutcomeUnknown):
-        writer.retrying()()
-    assert writer.runs == 1
-    assert here.written() == ([] if kind == "before" else ["run 1", "run 1, again"])
-    assert writer.hooks == 0
+def conflict(here: Site, connection: Any = None) -> None:
+    """Have the server answer as to a deadlock, or to a serialization failure."""
+    statement = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"
+    if not here.is_mysql:
+        # A DO may end the transaction, as far as its text tells.
+        statement = "SELECT conflicts()"
+        here.plainly(
+            "CREATE FUNCTION conflicts() RETURNS int LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
+        )
+    try:
+        with (connection or here.connection).cursor() as cursor:
+            cursor.execute(statement)
+    finally:
+        if not here.is_mysql:
+            here.plainly("DROP FUNCTION conflicts")
 
 
-def test_socket_dead_before_commit(here: Site) -> None:
-    """COMMIT was never sent: known to be rolled back, and so run again."""
-    writer = Writer(here)
-    deaths = iter([here.kill])
-
-    @retrying_atomic(using=here.connection.alias)
-    def work() -> None:
-        writer()
-        next(deaths, lambda: None)()
-
-    work()
-    assert here.written() == ["run 2", "run 2, again"]
-    assert writer.hooks == 1
-
-
-class Loser:
-    """Writes, and loses its connection at each run."""
-
-    def __init__(self, here: Site) -> None:
-        self.here = here
-        self.runs = 0
-
-    def __call__(self) -> None:
-        self.runs += 1
-        self.here.write("one")
-        self.here.kill()
-        self.here.read()
+@EVERY_WAY
+@pytest.mark.parametrize("how", ["before", "after", "reply", "socket dead at COMMIT"])
+def test_work_is_run_again_after_a_loss_before_its_commit(
+    here: Site, receive: Any, way: str, how: str
+) -> None:
+    """A socket that is dead before COMMIT is sent: known to be rolled back."""
+    told = receive(signals.block_retried)
+    is_at_end = how == "socket dead at COMMIT"
+    work = Work(here, lose=here.kill if is_at_end else lambda: here.cut(how), at_end=is_at_end)
+    assert run_by(way, work, here).content == b"result 2"
+    work.stands_once(2)
+    assert [(sent["alias"], sent["run"]) for sent in told] == [(here.connection.alias, 2)]
+    assert told[0]["function"] == "tests.work.Work"
 
 
-@pytest.mark.parametrize("attempts", [1, 2])
-def test_gives_up(here: Site, attempts: int) -> None:
-    loser = Loser(here)
-    with pytest.raises(OperationalError):
-        retrying_atomic(here.connection.alias, attempts=attempts)(loser)()
-    assert loser.runs == attempts
-    assert here.written() == []
+def hook_is_lost(here: Site) -> None:
+    """Have a hook lose a transaction of its own before its COMMIT."""
+
+    def hook() -> None:
+        with transaction.atomic(here.connection.alias):
+            here.write("hook")
+            here.kill()
+            here.read()
+
+    transaction.on_commit(hook, here.connection.alias)
+
+
+def other_error(here: Site) -> None:
+    raise KeyError
+
+
+def other_error_in_a_later_run(here: Site) -> None:
+    if here.losses():
+        raise KeyError
+    here.kill()
+
+
+WHOLE = ["run 1", "run 1, again"]
+
+#: What ends the work for good, in its middle or AT_END: what happens, the error, how often it was
+#: run, and what stands.
+AT_END = True
+ENDS: dict[str, tuple[bool, Callable[[Site], object], type[Exception], int, list[str]]] = {
+    "COMMIT that has not arrived": (
+        *(AT_END, lambda here: here.cut("before"), CommitOutcomeUnknown, 1, []),
+    ),
+    "COMMIT that was not answered": (
+        *(AT_END, lambda here: here.cut("after"), CommitOutcomeUnknown, 1, WHOLE),
+    ),
+    "COMMIT that was half answered": (
+        *(AT_END, lambda here: here.cut("reply"), CommitOutcomeUnknown, 1, WHOLE),
+    ),
+    "a hook's own loss": (AT_END, hook_is_lost, OperationalError, 1, WHOLE),
+    "what would come again": (False, lambda here: here.write("run 1"), IntegrityError, 1, []),
+    "another error": (False, other_error, KeyError, 1, []),
+    "another error of a later run": (False, other_error_in_a_later_run, KeyError, 2, []),
+    "the last attempt": (False, Site.kill, OperationalError, 3, []),
+}
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("end", ENDS)
+def test_work_is_not_run_again_after(here: Site, way: str, end: str) -> None:
+    """Whatever became of a COMMIT, nothing is done twice."""
+    at_end, lose, error, runs, stands = ENDS[end]
+    work = Work(here, losses=9, lose=lambda: lose(here), at_end=at_end)
+    with pytest.raises(error):
+        run_by(way, work, here)
+    assert (work.runs, here.written()) == (runs, stands)
+    assert work.hooks == ([1] if lose is hook_is_lost else [])
+
+
+@EVERY_WAY
+@pytest.mark.parametrize(
+    "statement",
+    ["SELECT 1", "COMMIT", "CREATE TABLE split (a int)", "CREATE TEMPORARY TABLE split (a int)"],
+)
+@pytest.mark.parametrize("how", ["loss", "conflict"])
+def test_work_of_which_a_part_may_stand_is_not_run_again(
+    here: Site, how: str, statement: str, way: str
+) -> None:
+    """What came before MySQL's DDL, or a COMMIT by hand, would stand twice."""
+    splits = statement == "COMMIT" or (here.is_mysql and statement.startswith("CREATE TABLE"))
+
+    def lose() -> None:
+        here.sql(statement)
+        if how == "loss":
+            here.kill()
+        else:
+            conflict(here)
+
+    work = Work(here, lose=lose)
+    try:
+        if splits:
+            with pytest.raises(OperationalError):
+                run_by(way, work, here)
+            assert (work.runs, here.written()) == (1, ["run 1"])
+        else:
+            run_by(way, work, here)
+            work.stands_once(2)
+    finally:
+        here.connection.close()
+        here.plainly("DROP TABLE IF EXISTS split")
+
+
+@EVERY_WAY
+def test_in_a_test_case_work_runs_once_in_a_savepoint(here: Site, way: str) -> None:
+    work = Work(here, losses=0)
+
+    class Case(TestCase):
+        databases = frozenset({here.connection.alias})
+
+        def runTest(self) -> None:
+            run_by(way, work, here)
+            with pytest.raises(IntegrityError):
+                run_by(way, lambda *_: here.write("run 1"), here)
+            # Only the savepoint was rolled back.
+            assert here.read() == WHOLE
+
+    run_case(Case)
+    assert (work.runs, here.written()) == (1, [])
 
 
 def test_a_wait_strategy_is_asked_after_each_run(
@@ -119,7 +185,7 @@ def test_a_wait_strategy_is_asked_after_each_run(
 
     for wait in (strategy, tenacity.wait_incrementing(1, 1)):
         with pytest.raises(OperationalError):
-            retrying_atomic(on_mariadb.connection.alias, wait=wait)(Loser(on_mariadb))()
+            Work(on_mariadb, losses=3).retrying(wait=wait)
     assert asked == [(1, OperationalError, 0), (2, OperationalError, 10)]
     assert slept == [10, 10, 1, 2]
     assert on_mariadb.written() == []
@@ -133,21 +199,24 @@ class TestWithoutPeers:
             proxy.refuse()
             proxy.drop_connections()
 
+    def back(self, here: Site) -> None:
+        for proxy in here.proxies:
+            proxy.forward()
+
     def test_it_waits_for_a_peer(self, here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-        writer, waits = Writer(here), iter(range(6))
+        work, waits = Work(here, losses=0), iter(range(6))
 
         def sleep(seconds: float) -> None:
             assert 0 <= seconds <= 1
             if next(waits) == 5:
-                for proxy in here.proxies:
-                    proxy.forward()
+                self.back(here)
             here.clock.advance(31)
 
         monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
         self.gone(here)
-        assert writer.retrying(attempts=1)() == "result 1"
+        assert work.retrying(attempts=1) == "result 1"
         assert list(waits) == []
-        assert here.written() == ["run 1", "run 1, again"]
+        work.stands_once(1)
 
     def test_peers_that_go_during_a_run_use_up_one_attempt(
         self, here: Site, monkeypatch: pytest.MonkeyPatch
@@ -155,51 +224,25 @@ class TestWithoutPeers:
         def sleep(seconds: float) -> None:
             here.clock.advance(31)
             if here.events and type(here.events[-1]) is PeersExhausted:
-                for proxy in here.proxies:
-                    proxy.forward()
+                self.back(here)
 
         monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
-        writer = Writer(here)
-        falls = iter([lambda: self.gone(here)])
+        work = Work(here, lose=lambda: self.gone(here))
+        work.retrying(attempts=2)
+        work.stands_once(2)
 
-        @retrying_atomic(here.connection.alias, attempts=2)
-        def work() -> None:
-            writer()
-            next(falls, lambda: None)()
-            here.read()
-
-        work()
-        assert (writer.runs, writer.hooks) == (2, 1)
-        assert here.written() == ["run 2", "run 2, again"]
-
+    @pytest.mark.parametrize("how", ["refuse", "lose each block as it begins"])
+    @pytest.mark.parametrize("bound", [5, 0])
     def test_it_gives_up_at_its_bound(
-        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
+        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, how: str, bound: int
     ) -> None:
-        now = [100.0]
-        monkeypatch.setattr("django_proxysql.retry.time.monotonic", lambda: now[0])
-        slept: list[float] = []
-
-        def sleep(seconds: float) -> None:
-            slept.append(seconds)
-            now[0] += seconds
-
-        monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
-        self.gone(on_mariadb)
-        alias = on_mariadb.connection.alias
-        with pytest.raises(NoPeerAvailable):
-            retrying_atomic(alias, wait_for_peer=5)(pytest.fail)("it ran")
-        assert 4.9 < sum(slept) < 5.1
-        with pytest.raises(NoPeerAvailable):
-            retrying_atomic(alias, wait_for_peer=0)(pytest.fail)("it ran")
-
-    def test_peers_that_lose_each_block_as_it_begins_are_no_longer_waited_for(
-        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """They let the client in, and the function never runs: that uses up no attempt."""
+        """Also where peers let the client in: the function never runs, which uses up no attempt."""
         now = [100.0]
         monkeypatch.setattr("django_proxysql.retry.time.monotonic", lambda: now[0])
 
         def lose() -> None:
+            if how == "refuse":
+                self.gone(on_mariadb)
             for proxy in on_mariadb.proxies:
                 proxy.disarm()
                 for _ in range(4):
@@ -213,9 +256,10 @@ class TestWithoutPeers:
 
         monkeypatch.setattr("django_proxysql.retry.time.sleep", sleep)
         lose()
-        with pytest.raises(OperationalError):
-            retrying_atomic(on_mariadb.connection.alias, wait_for_peer=5)(pytest.fail)("it ran")
-        assert now[0] > 104.9
+        alias = on_mariadb.connection.alias
+        with pytest.raises(NoPeerAvailable if how == "refuse" else OperationalError):
+            retrying_atomic(alias, wait_for_peer=bound)(pytest.fail)("it ran")
+        assert bound - 0.1 < now[0] - 100 < bound + 0.1
 
     def test_a_refusal_is_raised_at_once(self, on_mariadb: Site) -> None:
         """A wrong password does not get better by waiting."""
@@ -229,18 +273,14 @@ class TestWithoutPeers:
 def test_ctrl_c_ends_it_at_once(
     on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    loser = Loser(on_mariadb)
-
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    if when == "while it waits":
-        monkeypatch.setattr("django_proxysql.retry.time.sleep", interrupt)
-    else:
-        monkeypatch.setattr(on_mariadb, "kill", interrupt)
+    monkeypatch.setattr("django_proxysql.retry.time.sleep", interrupt)
+    work = Work(on_mariadb, lose=interrupt if when == "in the function" else None)
     with pytest.raises(KeyboardInterrupt):
-        retrying_atomic(on_mariadb.connection.alias)(loser)()
-    assert loser.runs == 1
+        work.retrying()
+    assert work.runs == 1
     assert not on_mariadb.connection.in_atomic_block
     assert on_mariadb.written() == []
 
@@ -255,11 +295,8 @@ def test_each_run_after_the_first_is_an_event(here: Site, receive: Any) -> None:
 
     receive(signals.block_retried, note)
     with pytest.raises(OperationalError):
-        retrying_atomic(here.connection.alias)(Loser(here))()
-    assert [(event.function, event.run) for event in told] == [
-        ("tests.test_retry.Loser", 2),
-        ("tests.test_retry.Loser", 3),
-    ]
+        Work(here, losses=3).retrying()
+    assert [event.run for event in told] == [2, 3]
     assert all(event.error for event in told)
     assert here.written() == ["told of run 2", "told of run 3"]
 
@@ -273,21 +310,18 @@ def test_deadlock(here: Site) -> None:
     both = threading.Barrier(2)
     runs: list[str] = []
 
-    def work(first: str, second: str) -> None:
-        with connections[alias].cursor() as cursor:
-            runs.append(first)
-            cursor.execute(
-                f"UPDATE app_token SET value = %s WHERE id = {ids[first]}", [first + "!"]
-            )
-            if len(runs) <= 2:
+    def work(*names: str) -> None:
+        runs.append(names[0])
+        is_first_run = len(runs) <= 2
+        for name in names:
+            with connections[alias].cursor() as cursor:
+                cursor.execute(f"UPDATE app_token SET value = '{name}!' WHERE id = {ids[name]}")
+            if is_first_run and name is names[0]:
                 both.wait(60)
-            cursor.execute(
-                f"UPDATE app_token SET value = %s WHERE id = {ids[second]}", [second + "!"]
-            )
 
-    def run(*args: str) -> None:
+    def run(*names: str) -> None:
         try:
-            retrying_atomic(alias)(work)(*args)
+            retrying_atomic(alias)(work)(*names)
         finally:
             connections[alias].close()
 
@@ -297,109 +331,31 @@ def test_deadlock(here: Site) -> None:
     assert here.read() == ["left!", "right!"]
 
 
-def test_serialization_failure(postgres: Any, fault_proxy: Any) -> None:
-    """PostgreSQL says 40001, at the statement or at COMMIT; both are run again."""
-    with site(postgres, fault_proxy) as here:
-        here.write("one")
-        runs: list[int] = []
-
-        @retrying_atomic(using=here.connection.alias)
-        def work() -> None:
-            runs.append(1)
-            with here.connection.cursor() as cursor:
-                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                cursor.execute("SELECT count(*) FROM app_token")
-                if len(runs) == 1:
-                    with here.plain.cursor() as other:
-                        other.execute("UPDATE app_token SET value = 'other'")
-                cursor.execute("UPDATE app_token SET value = value || '!'")
-
-        work()
-        assert len(runs) == 2
-        assert here.written() == ["other!"]
-
-
 @pytest.mark.parametrize("outcome", [None, "record"])
 def test_conflict_at_commit(postgres: Any, fault_proxy: Any, outcome: str | None) -> None:
     """The answer to COMMIT is a CONFLICT: undone for certain, and so run again, without asking."""
     with site(postgres, fault_proxy, COMMIT_OUTCOME=outcome) as here:
         make_outcome_table(here.plain)
         runs: list[int] = []
-        alias = here.connection.alias
 
-        @retrying_atomic(using=alias)
-        def work() -> None:
-            runs.append(1)
-            with here.connection.cursor() as cursor:
+        def meets(connection: Any, value: str) -> None:
+            with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
                 cursor.execute("SELECT count(*) FROM app_token")
-                cursor.execute("INSERT INTO app_token (value) VALUES ('mine')")
-                if len(runs) == 1:
-                    with transaction.atomic("plain"), here.plain.cursor() as other:
-                        other.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
-                        other.execute("SELECT count(*) FROM app_token")
-                        other.execute("INSERT INTO app_token (value) VALUES ('other')")
+                cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
+
+        @retrying_atomic(using=here.connection.alias)
+        def work() -> None:
+            runs.append(1)
+            meets(here.connection, "mine")
+            if len(runs) == 1:
+                with transaction.atomic("plain"):
+                    meets(here.plain, "other")
 
         work()
         assert len(runs) == 2
         assert sorted(here.written()) == ["mine", "other"]
         assert not [event for event in here.events if type(event) is CommitResolved]
-
-
-@pytest.mark.parametrize("statement", ["COMMIT", "CREATE TABLE IF NOT EXISTS split (a int)"])
-@pytest.mark.parametrize("how", ["loss", "conflict"])
-def test_a_block_of_which_a_part_may_stand_is_not_run_again(
-    here: Site, how: str, statement: str
-) -> None:
-    """What came before MySQL's DDL, or a COMMIT by hand, would stand twice."""
-    splits = here.is_mysql or statement == "COMMIT"
-    runs: list[int] = []
-
-    @retrying_atomic(here.connection.alias)
-    def work() -> None:
-        runs.append(1)
-        here.write(f"run {len(runs)}")
-        here.sql(statement)
-        here.write(f"run {len(runs)}, again")
-        if len(runs) > 1:
-            return
-        if how == "loss":
-            here.kill()
-            here.read()
-        elif here.is_mysql:
-            here.sql("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213")
-        else:
-            here.sql("SELECT conflicts()")
-
-    if not here.is_mysql:
-        here.plainly(
-            "CREATE OR REPLACE FUNCTION conflicts() RETURNS int LANGUAGE plpgsql"
-            " AS $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$"
-        )
-    with pytest.raises(OperationalError) if splits else contextlib.nullcontext():
-        work()
-    here.connection.close()
-    here.plainly("DROP TABLE IF EXISTS split")
-    if not here.is_mysql:
-        here.plainly("DROP FUNCTION conflicts")
-    assert here.written() == (["run 1"] if splits else ["run 2", "run 2, again"])
-
-
-def test_a_block_with_a_temporary_table_is_run_again(on_mariadb: Site) -> None:
-    """MySQL commits nothing there."""
-    here, runs = on_mariadb, []
-
-    @retrying_atomic(here.connection.alias)
-    def work() -> None:
-        runs.append(1)
-        here.write(f"run {len(runs)}")
-        here.sql("CREATE TEMPORARY TABLE passing (a int)")
-        if len(runs) == 1:
-            here.kill()
-        here.sql("DROP TEMPORARY TABLE passing")
-
-    work()
-    assert here.written() == ["run 2"]
 
 
 @pytest.mark.parametrize("how", ["loss", "loss of COMMIT", "conflict"])
@@ -420,13 +376,8 @@ def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
             runs.append(1)
             here.write("mine")
             if how == "conflict":
-                raises = (
-                    "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"
-                    if here.is_mysql
-                    else "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"
-                )
                 say("INSERT INTO app_token (value) VALUES ('theirs')")
-                say(raises)
+                conflict(here, other)
             say("SELECT 1")
             with contextlib.nullcontext() if how == "loss" else transaction.atomic(second):
                 say("SELECT 2")
@@ -444,86 +395,38 @@ def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
         assert here.written() == ["theirs"]
 
 
-def test_other_errors(here: Site) -> None:
-    """What would happen again is not tried again."""
-    here.write("run 1, again")
-    writer = Writer(here)
-    with pytest.raises(IntegrityError):
-        writer.retrying()()
-    assert writer.runs == 1
-    with pytest.raises(KeyError):
-        retrying_atomic(here.connection.alias)(lambda: {}["nonesuch"])()
-
-
-def test_a_hook_that_raises_a_conflict(here: Site) -> None:
-    """COMMIT succeeded: the same class of exception out of a hook repeats nothing."""
-    alias = here.connection.alias
-    runs: list[int] = []
-
-    def hook() -> None:
-        # A transaction of its own, which is lost before its COMMIT.
-        with transaction.atomic(alias):
-            here.write("hook")
-            here.kill()
-            here.read()
-
-    @retrying_atomic(using=alias)
-    def work() -> None:
-        runs.append(1)
-        here.write("one")
-        transaction.on_commit(hook, alias)
-
-    with pytest.raises(OperationalError):
-        work()
-    assert runs == [1]
-    assert here.written() == ["one"]
-
-
-def test_inside_another_block(on_mariadb: Site) -> None:
-    writer = Writer(on_mariadb)
-    told = pytest.raises(TransactionManagementError, match=r"on 'balanced'.*ATOMIC_REQUESTS")
-    with transaction.atomic(on_mariadb.connection.alias), told:
-        writer.retrying()()
-    assert writer.runs == 0
-
-
-def test_inside_a_test_case(on_mariadb: Site) -> None:
-    """In the blocks of a TestCase it runs once, in a savepoint."""
-    writer = Writer(on_mariadb)
-
-    class Case(TestCase):
-        databases = frozenset({on_mariadb.connection.alias})
-
-        def runTest(self) -> None:
-            assert writer.retrying()() == "result 1"
-            with pytest.raises(IntegrityError):
-                retrying_atomic(on_mariadb.connection.alias)(on_mariadb.write)("run 1")
-            # Only the savepoint was rolled back.
-            assert on_mariadb.read() == ["run 1", "run 1, again"]
-
-    run_case(Case)
-    assert on_mariadb.written() == []
+@pytest.mark.parametrize("way", ["function", "decorator"])
+@pytest.mark.parametrize(
+    ("begun", "told"),
+    [
+        ("block", r"called inside an atomic block on 'balanced'.*ATOMIC_REQUESTS"),
+        ("by hand", "called on 'balanced' while autocommit is off"),
+    ],
+)
+def test_in_another_transaction_it_is_refused(here: Site, way: str, begun: str, told: str) -> None:
+    work = Work(here)
+    with contextlib.ExitStack() as stack:
+        if begun == "block":
+            stack.enter_context(transaction.atomic(here.connection.alias))
+        else:
+            here.connection.set_autocommit(False)
+        with pytest.raises(TransactionManagementError, match=told):
+            run_by(way, work, here)
+    assert work.runs == 0
 
 
 def test_ways_to_write_it(tmp_path: Any) -> None:
     path = tmp_path / "db"
     with engine([sqlite_peer(path)], alias="default", PEER_ENGINE=SQLITE) as connection:
 
-        @retrying_atomic
-        def plainly(number: int) -> int:
+        def in_block(number: int) -> tuple[int, bool]:
             """Say so."""
-            assert connection.in_atomic_block
-            return number
+            return number, connection.in_atomic_block
 
-        @retrying_atomic(attempts=2)
-        def with_options(number: int) -> int:
-            assert connection.in_atomic_block
-            return number
-
-        assert plainly(1) == 1
-        assert plainly.__doc__ == "Say so."
-        assert with_options(number=2) == 2
-        assert retrying_atomic(lambda: connection.in_atomic_block)() is True
+        for decorate in (retrying_atomic, retrying_atomic(attempts=2), retrying_atomic("default")):
+            decorated = decorate(in_block)
+            assert decorated(number=1) == (1, True)
+            assert decorated.__doc__ == "Say so."
 
 
 def test_another_engine() -> None:
@@ -539,25 +442,38 @@ def test_another_engine() -> None:
     assert runs == [True]
 
 
-def test_bad_use() -> None:
-    async def coroutine() -> None: ...
+async def coroutine() -> None: ...
 
-    async def asynchronous_generator() -> Any:
-        yield 1
 
-    def generator() -> Iterator[int]:
-        yield 1
+async def asynchronous_generator() -> Any:
+    yield 1
 
-    for function in (coroutine, asynchronous_generator, generator):
-        with pytest.raises(TypeError, match="after the block has ended"):
-            retrying_atomic(function)
-    with pytest.raises(TypeError, match="wait must be a wait strategy of tenacity's"):
-        retrying_atomic(wait=1)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="wait_for_peer must be seconds"):
-        retrying_atomic(wait_for_peer="1")  # type: ignore[call-overload]
-    for seconds in (-1, float("nan")):
-        with pytest.raises(ValueError, match="wait_for_peer must not be negative"):
-            retrying_atomic(wait_for_peer=seconds)
-    for attempts in (0, -1, 1.5, True, "3"):
-        with pytest.raises(ValueError, match="attempts must be an int of at least 1"):
-            retrying_atomic(attempts=attempts)  # type: ignore[call-overload]
+
+def generator() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("function", [coroutine, asynchronous_generator, generator])
+def test_what_runs_after_its_block_has_ended_is_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match="after the block has ended"):
+        retrying_atomic(function)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"using": 1}, TypeError, "using must be an alias"),
+        ({"wait": 1}, TypeError, "wait must be a wait strategy of tenacity's"),
+        ({"wait_for_peer": "1"}, TypeError, "wait_for_peer must be seconds"),
+        ({"wait_for_peer": True}, TypeError, "wait_for_peer must be seconds"),
+        ({"wait_for_peer": -1}, ValueError, "wait_for_peer must not be negative"),
+        ({"wait_for_peer": float("nan")}, ValueError, "wait_for_peer must not be negative"),
+        *[
+            ({"attempts": attempts}, ValueError, "attempts must be an int of at least 1")
+            for attempts in (0, -1, 1.5, True, "3")
+        ],
+    ],
+)
+def test_bad_use(wrong: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        retrying_atomic(**wrong)
