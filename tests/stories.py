@@ -22,7 +22,8 @@ import pytest
 from django.db import OperationalError, close_old_connections, transaction
 from django.db.utils import Error
 
-from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable
+from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic
+from django_proxysql.core.events import CircuitOpened
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site
 
@@ -75,6 +76,13 @@ def tell(request: Any, server: str, settings: dict[str, Any], text: str) -> None
         Narrator(here).tell(text)
 
 
+def attempts(here: Site, *stories: str) -> int:
+    """Have ``retrying_atomic`` run a function whose attempts are stories; return how many."""
+    left, narrator = list(stories), Narrator(here)
+    retrying_atomic(using=here.connection.alias)(lambda: narrator.tell(left.pop(0)))()
+    return len(stories) - len(left)
+
+
 @contextlib.contextmanager
 def refusing(here: Site, errno: int, text: str, table: str = "app_token") -> Iterator[None]:
     """Have the server answer the present connection's INSERTs of some values with an error."""
@@ -105,9 +113,10 @@ class Narrator:
 
     def __init__(self, here: Site) -> None:
         self.here = here
-        self.peer, self.connection = here.connection.peer, here.connection.connection
         self.rows: Any = None
         self.hooks: list[str] = []
+        self.first: Error | None = None
+        self.note()
 
     def tell(self, text: str) -> None:
         found = re.findall(r"\}|[^{};]*\{|[^{};]+", text)
@@ -121,21 +130,38 @@ class Narrator:
                     name, *arguments = (bare or "block").split()
                     with getattr(self, f"in_{name}")(*arguments):
                         self._take(inner)
-                elif bare[0].isupper():
-                    self.sql(WORDS.get(bare, (bare, bare))[not self.here.is_mysql])
                 else:
-                    method, *arguments = bare.split()
-                    getattr(self, method)(*arguments)
+                    with self._noted():
+                        self._step(bare)
+
+    def _step(self, step: str) -> None:
+        if step[0].isupper():
+            self.sql(WORDS.get(step, (step, step))[not self.here.is_mysql])
+        else:
+            method, *arguments = step.split()
+            getattr(self, method)(*arguments)
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except Error as exc:
+            self.first = self.first or exc
+            raise
 
     @contextlib.contextmanager
     def _raised(self, marks: int) -> Iterator[None]:
         if not marks:
             yield
             return
+        self.first = None
         with pytest.raises(Error if marks == 1 else CommitOutcomeUnknown) as caught:
             yield
         assert not isinstance(caught.value, NoPeerAvailable)
         assert isinstance(caught.value, CommitOutcomeUnknown) is (marks == 2)
+        # What a block raises is what happened to its statement.
+        assert self.first in (None, caught.value)
+        self.first = None
 
     # Blocks
 
@@ -157,9 +183,19 @@ class Narrator:
         finally:
             self.here.connection.dec_thread_sharing()
 
-    def in_unchecked(self) -> Any:
+    @contextlib.contextmanager
+    def in_unchecked(self) -> Iterator[None]:
         """Django has switched the checks of foreign keys off meanwhile."""
-        return self.here.connection.constraint_checks_disabled()
+        try:
+            with self.here.connection.constraint_checks_disabled():
+                yield
+        finally:
+            # To switch them on again fails, too.
+            self.first = None
+
+    def in_running(self) -> Any:
+        """The clock goes as time goes meanwhile: a driver's time-out takes its seconds."""
+        return self.here.clock.running()
 
     def in_refusing(self, errno: str) -> Any:
         return refusing(self.here, int(errno), REFUSALS[int(errno)])
@@ -268,6 +304,18 @@ class Narrator:
 
     def note(self) -> None:
         self.peer, self.connection = self.here.connection.peer, self.here.connection.connection
+        self.accepted = [proxy.accepted for proxy in self.here.proxies]
+
+    def refuse(self) -> None:
+        for proxy in self.here.proxies:
+            proxy.refuse()
+
+    def forward(self) -> None:
+        for proxy in self.here.proxies:
+            proxy.forward()
+
+    def freeze(self) -> None:
+        self.here.here.freeze()
 
     def connect(self) -> None:
         self.here.connection.close()
@@ -290,6 +338,13 @@ class Narrator:
 
     def lost(self, number: str) -> None:
         assert len(self.here.losses()) == int(number)
+
+    def opened(self, number: str) -> None:
+        """So many circuits have opened so far."""
+        assert len([e for e in self.here.events if type(e) is CircuitOpened]) == int(number)
+
+    def unconnected(self) -> None:
+        assert [proxy.accepted for proxy in self.here.proxies] == self.accepted
 
     def stays(self) -> None:
         assert self.here.connection.connection is self.connection

@@ -6,8 +6,7 @@ import gc
 from typing import Any
 
 import pytest
-from django.db import DataError, OperationalError, connection, reset_queries, transaction
-from django.db.utils import Error
+from django.db import OperationalError, connection, reset_queries, transaction
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
@@ -90,21 +89,6 @@ class TestCursors:
         sent = [query["sql"] for query in here.connection.queries]
         assert len([sql for sql in sent if "app_token" in sql]) == 2
         assert connection.queries == []
-
-    def test_executemany(self, here: Site) -> None:
-        """Found dead before: replaced. Lost on the way: raised, for some rows may stand."""
-        here.sql("SELECT 1")
-        statement = "INSERT INTO app_token (value) VALUES (%s)"
-        here.kill()
-        with here.connection.cursor() as cursor:
-            cursor.executemany(statement, [("one",), ("two",)])
-        here.cut("after")
-        with here.connection.cursor() as cursor, pytest.raises(OperationalError):
-            cursor.executemany(statement, [("three",), ("four",)])
-        assert here.written()[:2] == ["one", "two"]
-        assert not here.replayed()
-        here.write("five")
-        assert here.written()[-1] == "five"
 
     def test_params_that_are_used_up_are_not_sent_twice(self, here: Site) -> None:
         if here.is_mysql:
@@ -192,16 +176,6 @@ class TestOrm:
         tokens(here).all().delete()
         assert here.written() == []
 
-    def test_select_for_update_as_the_first_statement(self, here: Site) -> None:
-        fill(here, 3)
-        for kind in ("before", "after", "reply"):
-            here.sql("SELECT 1")
-            here.cut(kind, 2)
-            with transaction.atomic(here.connection.alias):
-                assert len(tokens(here).select_for_update()) == 3
-                tokens(here).filter(value="00000").update(value="00000")
-        assert len(here.replayed()) == 3
-
 
 class TestPsycopg:
     def test_copy_is_never_run_again(self, on_postgres: Site) -> None:
@@ -243,17 +217,6 @@ class TestPsycopg:
             here.write("two")
         assert here.written() == ["two"]
 
-    def test_errors_that_are_answers_change_nothing(self, on_postgres: Site) -> None:
-        here = on_postgres
-        before = here.connection.connection
-        with pytest.raises(DataError):
-            here.sql("SELECT 1 / 0")
-        with pytest.raises(Error):
-            here.sql("SELECT nonesuch")
-        here.write("one")
-        assert here.connection.connection is before
-        assert not here.losses()
-
 
 @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -269,25 +232,3 @@ def test_server_side_cursor_goes_with_its_last_reference(on_postgres: Site) -> N
             assert not on_postgres.session.server_side
         finally:
             gc.enable()
-
-
-def test_a_failed_transaction_that_is_asked_whether_it_lives_is_not_lost(
-    on_postgres: Site,
-) -> None:
-    """Django's TestCase asks is_usable() after each test; its rollback is then still sent."""
-    here = on_postgres
-    using = here.connection.alias
-
-    def fails() -> None:
-        with transaction.atomic(using):
-            try:
-                here.sql("SELECT nothing_of_the_sort")
-            finally:
-                assert not here.connection.is_usable()
-
-    with transaction.atomic(using):
-        here.write("before")
-        with pytest.raises(Error, match="nothing_of_the_sort"):
-            fails()
-        here.write("after")
-    assert here.written() == ["before", "after"]

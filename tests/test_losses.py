@@ -18,6 +18,7 @@ from django_proxysql.core.events import CircuitClosed, CircuitOpened
 from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
 from tests.fakes import in_thread, running, until
 from tests.site import Site, site, with_table
+from tests.stories import tell, told
 
 
 def reconnect(connection: Any) -> None:
@@ -35,6 +36,66 @@ def refused_by(here: Site, dead: Any) -> None:
 
 def opened(here: Site) -> list[CircuitOpened]:
     return [event for event in here.events if type(event) is CircuitOpened]
+
+
+SLEEP = "running { !SELECT SLEEP(3) FROM (SELECT 1) AS t }"
+
+STORIES = {
+    "one kill in flight opens no circuit": (
+        "all",
+        "read; cut after; !write one; circuit suspect; opened 0; write two",
+    ),
+    # A suspect peer comes last, and is never excluded.
+    "single peer stays in use": (
+        "mariadb",
+        "kill; write one; kill; write two; kill; write three; written one two three; opened 0",
+        {"number": 1},
+    ),
+    # Whether it is dead the next connect finds out.
+    "single peer that drops a first statement stays in use": (
+        "mariadb",
+        "connect; cut before; !write one; opened 0; write two; written two",
+        {"number": 1},
+    ),
+    "peer that drops connections at their first statement fails": (
+        "all",
+        "connect; cut before; SELECT 1; circuit open",
+    ),
+    # CONN_HEALTH_CHECKS asks is_usable().
+    "what is_usable() finds counts for the peer": (
+        "all",
+        "read; usable; kill; unusable; circuit suspect; SELECT 1",
+    ),
+    "health check is replaced by the look at the socket": (
+        "mariadb",
+        "write one; request_ends; kill; write two; written one two",
+        {"CONN_HEALTH_CHECKS": True},
+    ),
+    # Silence is no loss: the statement may be running still. It counts for nothing.
+    "time-out is raised": (
+        "mariadb",
+        f"SELECT 1; {SLEEP}; replayed 0; circuit suspect; opened 0; SELECT 1",
+        {"OPTIONS": {"read_timeout": 1}},
+    ),
+    "time-out of a read that could be run again is raised": (
+        "mariadb",
+        "SELECT 1; freeze; running { !SELECT 42 }; replayed 0",
+        {"OPTIONS": {"read_timeout": 1}},
+    ),
+    **{
+        f"slow report is no loss, wherever it is run first: {option}": (
+            "mariadb",
+            f"connect; {SLEEP}; connect; {SLEEP}; opened 0",
+            {"OPTIONS": {"read_timeout": 1, option: 1}},
+        )
+        for option in ("read_timeout", "write_timeout")
+    },
+}
+
+
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
 
 
 class TestSuspects:
@@ -58,26 +119,6 @@ class TestSuspects:
         assert not opened(here)
         assert caplog.records == []
 
-    def test_one_kill_in_flight(self, here: Site) -> None:
-        here.read()
-        here.cut("after")
-        peer = here.connection.peer
-        with pytest.raises(OperationalError):
-            here.write("one")
-        assert peer.breaker.circuit.suspect
-        assert not opened(here)
-        here.write("two")
-        assert here.written()[-1] == "two"
-
-    def test_with_a_single_peer(self, mariadb: Any, fault_proxy: Any) -> None:
-        """A suspect peer comes last, and is never excluded."""
-        with site(mariadb, fault_proxy, number=1) as here:
-            for value in ("one", "two", "three"):
-                here.kill()
-                here.write(value)
-            assert here.written() == ["one", "two", "three"]
-            assert not opened(here)
-
     def test_dead_after_one_refused_connect(self, here: Site) -> None:
         here.read()
         dead = here.connection.peer
@@ -90,54 +131,6 @@ class TestSuspects:
         assert dead.breaker.circuit.suspect
         refused_by(here, dead)
         assert len(opened(here)) == 1
-
-    def test_lost_before_it_was_of_use(self, here: Site) -> None:
-        """A peer that accepts connections and drops them at their first statement fails."""
-        reconnect(here.connection)
-        peer = here.connection.peer
-        here.cut("before")
-        assert here.sql("SELECT 1") == [(1,)]
-        assert peer.breaker.current_state == "open"
-
-    def test_is_usable(self, here: Site) -> None:
-        """CONN_HEALTH_CHECKS asks is_usable(): what that finds counts for the peer, too."""
-        here.read()
-        peer = here.connection.peer
-        assert here.connection.is_usable()
-        here.kill()
-        assert not here.connection.is_usable()
-        assert peer.breaker.circuit.suspect
-        assert here.sql("SELECT 1") == [(1,)]
-
-    def test_health_checks(self, mariadb: Any, fault_proxy: Any) -> None:
-        with site(mariadb, fault_proxy, CONN_HEALTH_CHECKS=True) as here:
-            here.write("one")
-            close_old_connections()
-            here.kill()
-            here.write("two")
-            assert here.written() == ["one", "two"]
-
-    def test_time_out(self, mariadb: Any, fault_proxy: Any) -> None:
-        """Silence is no loss: the statement may be running still. It counts for nothing."""
-        options = {"read_timeout": 1}
-        with site(mariadb, fault_proxy, OPTIONS=options) as here:
-            here.sql("SELECT 1")
-            peer = here.connection.peer
-            with here.clock.running(), pytest.raises(OperationalError):
-                here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
-            assert not here.replayed()
-            assert peer.breaker.circuit.suspect
-            assert not opened(here)
-            assert here.sql("SELECT 1") == [(1,)]
-
-    def test_time_out_of_a_read(self, mariadb: Any, fault_proxy: Any) -> None:
-        """A read that could be run again, were it lost and not merely late."""
-        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
-            here.sql("SELECT 1")
-            here.here.freeze()
-            with here.clock.running(), pytest.raises(OperationalError):
-                here.sql("SELECT 42")
-            assert not here.replayed()
 
 
 @contextlib.contextmanager
@@ -293,17 +286,6 @@ class TestStatementsOwnFault:
         here.sql("SELECT 1")
         assert here.session.sending is None
 
-    def test_last_peer(self, mariadb: Any, fault_proxy: Any) -> None:
-        """The only peer stays in use; whether it is dead the next connect finds out."""
-        with site(mariadb, fault_proxy, number=1) as here:
-            reconnect(here.connection)
-            here.cut("before")
-            with pytest.raises(OperationalError):
-                here.write("one")
-            assert states(here) == ["closed"]
-            here.write("two")
-            assert here.written() == ["two"]
-
     def test_peer_that_dies_under_its_first_statement(self, here: Site) -> None:
         """Whatever the statement has done before: a peer that is dead is found at once."""
         dead = here.connection.peer
@@ -317,19 +299,6 @@ class TestStatementsOwnFault:
         assert here.sql("SELECT 1") == [(1,)]
         assert here.connection.peer is not dead
         refused_by(here, dead)
-
-    @pytest.mark.parametrize("option", ["read_timeout", "write_timeout"])
-    def test_time_out_of_the_first_statement(
-        self, mariadb: Any, fault_proxy: Any, option: str
-    ) -> None:
-        """A slow report is no loss, wherever it is run first."""
-        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1, option: 1}) as here:
-            for _ in range(2):
-                reconnect(here.connection)
-                with here.clock.running(), pytest.raises(OperationalError):
-                    here.sql("SELECT SLEEP(3) FROM (SELECT 1) AS t")
-            assert not opened(here)
-            assert states(here) == ["closed", "closed"]
 
     def test_trial_whose_connection_is_lost_at_once(self, here: Site) -> None:
         """The trial has closed the circuit; its own connection is of no use: that counts."""
@@ -358,41 +327,56 @@ def with_tables(connection: Any) -> None:
 class TestReadOnly:
     """A server that has become read-only (a failover's old writer)."""
 
-    @pytest.fixture
-    def pair(self, mariadb_pair: Any) -> Iterator[Any]:
-        clock = Clock()
-        peers = [mysql_peer(node) for node in mariadb_pair]
-        with engine(peers, clock=clock, READY_CHECK="writable", CHECK_INTERVAL=30) as connection:
+    @pytest.fixture(params=["mariadb_pair"])
+    def pair(self, request: pytest.FixtureRequest) -> Iterator[Any]:
+        nodes, clock = request.getfixturevalue(request.param), Clock()
+        settings = {"clock": clock, "READY_CHECK": "writable", "CONN_MAX_AGE": None}
+        if request.param == "postgres_pair":
+            settings["PEER_ENGINE"] = POSTGRESQL
+        with engine([mysql_peer(node) for node in nodes], **settings) as connection:  # type: ignore[arg-type]
             with_tables(connection)
             reconnect(connection)
-            yield connection, clock, dict(zip(("peer0", "peer1"), mariadb_pair))
+            yield connection, clock, dict(zip(("peer0", "peer1"), nodes))
 
-    def write(self, connection: Any, value: str) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
+    def make_read_only(self, connection: Any, nodes: Any) -> None:
+        node, driver = nodes[connection.peer.name], connection.connection
+        if connection.vendor == "mysql":
+            node.set_global("read_only", 1)
+            return
+        node.set_global("default_transaction_read_only = on")
+        # Told to reload its settings, each session does so in its own time.
+        said = "SHOW default_transaction_read_only"
+        until(lambda: driver.execute(said).fetchone() == ("on",))
 
+    @pytest.mark.parametrize("pair", ["mariadb_pair", "postgres_pair"], indirect=True)
     @pytest.mark.parametrize("in_block", [False, True])
     def test_write_goes_elsewhere(self, pair: Any, in_block: bool) -> None:
         """The refusal proves that it did not run: it is run where it can be."""
         connection, clock, nodes = pair
         old = connection.peer
-        nodes[old.name].set_global("read_only", 1)
-        if in_block:
-            with transaction.atomic(connection.alias):
-                self.write(connection, "one")
-                self.write(connection, "two")
-        else:
+        self.make_read_only(connection, nodes)
+        with transaction.atomic(connection.alias) if in_block else contextlib.nullcontext():
             self.write(connection, "one")
+            self.write(connection, "two")
         assert connection.peer is not old
         assert old.breaker.current_state == "open"
-        # Its trials ask the same question, and are answered the same.
-        clock.advance(31)
-        reconnect(connection)
-        assert old.breaker.current_state == "open"
-        nodes[old.name].set_global("read_only", 0)
-        clock.advance(62)
-        reconnect(connection)
-        assert old.breaker.current_state == "closed"
+        assert old.breaker.circuit.question == "writable"
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT value FROM app_token ORDER BY id")
+            assert [value for (value,) in cursor.fetchall()] == ["one", "two"]
+        if connection.vendor == "mysql":
+            # Its trials ask the same question, and are answered the same.
+            clock.advance(31)
+            reconnect(connection)
+            assert old.breaker.current_state == "open"
+            nodes[old.name].set_global("read_only", 0)
+            clock.advance(62)
+            reconnect(connection)
+            assert old.breaker.current_state == "closed"
+
+    def write(self, connection: Any, value: str) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
 
     def test_second_statement_is_raised(self, pair: Any) -> None:
         connection, _, nodes = pair

@@ -20,6 +20,7 @@ from django_proxysql.backends.proxysql import base as ours
 from tests.engine import ENGINE
 from tests.servers.faultproxy import FaultProxy
 from tests.site import Site, site
+from tests.stories import Narrator
 
 SET = {"postgresql": "SET app.tenant = 'acme'", "mysql": "SET time_zone = '+05:00'"}
 ASK = {
@@ -135,10 +136,16 @@ def is_set(tenants: Site, cursor: Any) -> bool:
     return bool(asked(tenants, cursor) == ANSWER[tenants.connection.vendor])
 
 
-def test_a_cursor_that_outlives_its_connection_is_set_up_again(tenants: Site) -> None:
+@pytest.mark.parametrize("happens", ["kill idle", "cut after", "open"])
+def test_a_cursor_that_outlives_its_connection_is_set_up_again(tenants: Site, happens: str) -> None:
+    close_old_connections()
     with tenants.connection.cursor() as cursor:
         assert is_set(tenants, cursor)
-        tenants.kill_idle()
+        # What the engine sends is no session state, and no write.
+        assert not tenants.session.holds
+        tenants.session.wrote = False
+        Narrator(tenants).tell(happens)
+        cursor.execute("SELECT 1")
         assert is_set(tenants, cursor)
         assert tenants.replaced()
 
@@ -146,14 +153,6 @@ def test_a_cursor_that_outlives_its_connection_is_set_up_again(tenants: Site) ->
 def test_a_new_cursor_after_a_loss_is_set_up(tenants: Site) -> None:
     tenants.kill_idle()
     with tenants.connection.cursor() as cursor:
-        assert is_set(tenants, cursor)
-
-
-def test_a_replayed_read_runs_set_up(tenants: Site) -> None:
-    with tenants.connection.cursor() as cursor:
-        tenants.cut("after")
-        cursor.execute("SELECT 1")
-        assert tenants.replayed()
         assert is_set(tenants, cursor)
 
 
@@ -169,23 +168,6 @@ def test_a_transaction_begun_again_runs_set_up(tenants: Site) -> None:
     with transaction.atomic(tenants.connection.alias), tenants.connection.cursor() as cursor:
         tenants.kill_idle()
         assert is_set(tenants, cursor)
-
-
-def test_a_peer_that_is_left_takes_nothing_along(tenants: Site) -> None:
-    close_old_connections()
-    with tenants.connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
-        tenants.session.wrote = False
-        old = tenants.connection.peer
-        old.breaker.open()
-        assert is_set(tenants, cursor)
-        assert tenants.connection.peer is not old
-
-
-def test_what_the_engine_sends_is_no_session_state(tenants: Site) -> None:
-    with tenants.connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
-        assert not tenants.session.holds
 
 
 def test_a_lock_is_not_lost_where_the_engine_hides_the_loss(tenants: Site) -> None:

@@ -38,6 +38,10 @@ STORIES = {
         "write one; kill; idle 1000; !read; read; kill; write two; written one two",
         {"IDLE_CHECK": None, "REPLAY": None},
     ),
+    "read that is run again leaves nothing read only, and no transaction open": (
+        "all",
+        "write one; CUT; read one; write two; written one two; replayed 1",
+    ),
     "IDLE_CHECK says when a look precedes a read": (
         "mariadb",
         "read; idle 11; kill; read; kill; idle 9; !read",

@@ -14,12 +14,11 @@ from django.db.backends.signals import connection_created
 from django.db.transaction import TransactionManagementError
 from django.db.utils import Error
 
-from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic
-from tests.engine import POSTGRESQL, Clock, engine, mysql_peer
-from tests.fakes import until
+from django_proxysql import CommitOutcomeUnknown, retrying_atomic
+from tests.engine import Clock, engine, mysql_peer
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site, until_seen, with_table
-from tests.stories import CUTS, WSREP, refusing, tell, told
+from tests.stories import CUTS, WSREP, attempts, refusing, tell, told
 
 #: Connector/C's 2006: the packet did not leave, and may be sent elsewhere.
 RESET = {"reset": True}
@@ -99,6 +98,16 @@ STORIES = {
         "SELECT 1; shared { !{ CUT; read } }; replayed 0; replaced 0",
     ),
     # Rule 3: looks at the socket.
+    "executemany finds its connection dead": ("all", "kill; many one two; written one two"),
+    "errors that are answers change nothing": (
+        "postgres",
+        "!SELECT 1 / 0; !SELECT nonesuch; write one; stays; lost 0",
+    ),
+    # Django's TestCase asks is_usable() after each test; its rollback is then still sent.
+    "failed transaction that is asked whether it lives is not lost": (
+        "postgres",
+        "{ write before; undone { !SELECT nonesuch; unusable }; write after };written before after",
+    ),
     "connection that died after an error that is no answer is replaced": (
         "all",
         "!misuse; kill; write one; written one; replayed 0",
@@ -204,6 +213,22 @@ STORIES = {
         )
     },
     # Rule 7: the first statement of a transaction.
+    "loss is raised once where no peer is left to begin a block anew": (
+        "all",
+        "SELECT 1; CUT 2; !{ refuse; read }; replayed 0; forward; idle 100; { write one };"
+        "written one",
+    ),
+    # Django's way out of a block would connect anew, to raise another error than the first.
+    "leaving a lost block connects nowhere": (
+        "all",
+        "SELECT 1; CUT 3; note; refuse; !{ write one; write two }; unconnected; forward;"
+        "write three; written three",
+    ),
+    "read that locks is run again as a block's first": (
+        "all",
+        "write one; CUT 2; { SELECT value FROM app_token FOR UPDATE; write two };"
+        "written one two; replayed 1",
+    ),
     "savepoints of a block begun anew are kept apart": (
         "all",
         "SELECT 1; CUT 3; { { read; write one; undone { hook never; write never }; hook once };"
@@ -523,43 +548,6 @@ class TestProvenNotToHaveRun:
         assert not mysql.replayed()
 
 
-class TestReadOnlyPostgreSQL:
-    @pytest.fixture
-    def pair(self, postgres_pair: Any) -> Iterator[Any]:
-        peers = [mysql_peer(node) for node in postgres_pair]
-        settings = {"clock": Clock(), "PEER_ENGINE": POSTGRESQL, "CONN_MAX_AGE": None}
-        with engine(peers, READY_CHECK="writable", **settings) as connection:  # type: ignore[arg-type]
-            balancer = connection._registered().balancer
-            for peer in balancer.peers.values():
-                with balancer.pinned(peer):
-                    connection.close()
-                    with_table(connection)
-            yield connection, dict(zip(balancer.peers, postgres_pair))
-
-    def write(self, connection: Any, value: str) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute("INSERT INTO app_token (value) VALUES (%s)", [value])
-
-    @pytest.mark.parametrize("in_block", [False, True])
-    def test_write_goes_elsewhere(self, pair: Any, in_block: bool) -> None:
-        connection, nodes = pair
-        old, driver = connection.peer, connection.connection
-        nodes[old.name].set_global("default_transaction_read_only = on")
-        # Told to reload its settings, each session does so in its own time.
-        said = "SHOW default_transaction_read_only"
-        until(lambda: driver.execute(said).fetchone() == ("on",))
-        block = transaction.atomic(connection.alias) if in_block else contextlib.nullcontext()
-        with block:
-            self.write(connection, "one")
-            self.write(connection, "two")
-        assert connection.peer is not old
-        assert old.breaker.current_state == "open"
-        assert old.breaker.circuit.question == "writable"
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT value FROM app_token ORDER BY id")
-            assert cursor.fetchall() == [("one",), ("two",)]
-
-
 class TestTransactions:
     @pytest.mark.parametrize("kind", CUTS)
     def test_restart_keeps_the_block(self, here: Site, kind: str) -> None:
@@ -611,31 +599,6 @@ class TestTransactions:
         assert not here.replayed()
 
     @pytest.mark.parametrize("kind", CUTS)
-    def test_restart_where_no_peer_is_left(self, here: Site, kind: str) -> None:
-        """What is raised is what happened to the statement, once; the block ends as ever."""
-        here.sql("SELECT 1")
-        here.cut(kind, 2)
-        raised = []
-        with pytest.raises(OperationalError) as caught, transaction.atomic(here.connection.alias):
-            for proxy in here.proxies:
-                proxy.refuse()
-            try:
-                here.read()
-            except OperationalError as exc:
-                raised.append(exc)
-                raise
-        assert raised == [caught.value]
-        assert not isinstance(caught.value, NoPeerAvailable)
-        assert here.connection.autocommit
-        assert not here.replayed()
-        for proxy in here.proxies:
-            proxy.forward()
-        here.idle(100)
-        with transaction.atomic(here.connection.alias):
-            here.write("one")
-        assert here.written() == ["one"]
-
-    @pytest.mark.parametrize("kind", CUTS)
     def test_first_write_that_is_not_plain(self, on_postgres: Site, kind: str) -> None:
         """What an unknown function did outside of the transaction is not taken back."""
         here = on_postgres
@@ -650,30 +613,6 @@ class TestTransactions:
                 here.sql(statement, params)
         assert here.written() == []
         assert not here.replayed()
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_leaving_connects_nowhere(self, here: Site, kind: str) -> None:
-        """Django's way out of a block would connect anew, to raise another error than the first."""
-        here.sql("SELECT 1")
-        here.cut(kind, 3)
-        accepted = [proxy.accepted for proxy in here.proxies]
-        for proxy in here.proxies:
-            proxy.refuse()
-        with pytest.raises(OperationalError) as inside, transaction.atomic(here.connection.alias):
-            here.write("one")
-            try:
-                here.write("two")
-            except OperationalError as exc:
-                first = exc
-                raise
-        assert inside.value is first
-        assert [proxy.accepted for proxy in here.proxies] == accepted
-        assert here.connection.autocommit
-        assert not here.connection.in_atomic_block
-        for proxy in here.proxies:
-            proxy.forward()
-        here.write("three")
-        assert here.written() == ["three"]
 
     @pytest.mark.parametrize("number", [1, 2])
     def test_leaving_is_refused(
@@ -817,17 +756,25 @@ def raising(error: BaseException) -> Any:
 class TestRetryingAtomic:
     def test_a_peer_that_is_not_ready(self, on_mariadb: Site) -> None:
         """Its answer came before COMMIT: nothing stands, and another peer may do it."""
-        runs: list[int] = []
-
-        def work() -> None:
-            runs.append(1)
-            on_mariadb.write("well")
-            on_mariadb.write("one")
-
         with refusing(on_mariadb, 1047, WSREP):
-            retrying_atomic(on_mariadb.connection.alias)(work)()
-        assert len(runs) == 2
+            assert attempts(on_mariadb, *["write well; write one"] * 2) == 2
         assert on_mariadb.written() == ["well", "one"]
+
+    def test_found_lost_after_a_long_time(self, here: Site) -> None:
+        """What is found before COMMIT is no time-out, however long the function took."""
+        assert attempts(here, "write one; idle 1000; kill", "write one") == 2
+        assert here.written() == ["one"]
+
+    def test_after_a_time_out(self, mariadb: Any, fault_proxy: Any) -> None:
+        """The server may be at it still: the block is not run again."""
+        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
+            here.sql("SELECT 1")
+            proxy = here.here
+            with pytest.raises(OperationalError):
+                attempts(here, "write one; freeze; running { write two }")
+            proxy.thaw()
+            assert not here.replayed()
+            assert here.written() == []
 
     def test_a_hook_after_nothing(self, here: Site) -> None:
         """The transaction of a hook is its own, where the function's had nothing in it, too."""
@@ -860,21 +807,6 @@ class TestRetryingAtomic:
         here.connection.set_autocommit(True)
         assert here.written() == ["one"]
 
-    def test_found_lost_after_a_long_time(self, here: Site) -> None:
-        """What is found before COMMIT is no time-out, however long the function took."""
-        runs: list[int] = []
-
-        def work() -> None:
-            runs.append(1)
-            here.write("one")
-            if len(runs) == 1:
-                here.idle(1000)
-                here.kill()
-
-        retrying_atomic(here.connection.alias)(work)()
-        assert len(runs) == 2
-        assert here.written() == ["one"]
-
     def test_another_exception(self, here: Site) -> None:
         """Not the database's any longer: the function has dealt with it."""
         runs: list[int] = []
@@ -887,30 +819,6 @@ class TestRetryingAtomic:
         with pytest.raises(KeyError):
             retrying_atomic(here.connection.alias)(work)()
         assert runs == [1]
-
-
-class TestTimeOuts:
-    def test_retrying_atomic(self, mariadb: Any, fault_proxy: Any) -> None:
-        """After a time-out the server may be at it still: the block is not run again."""
-        with site(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
-            here.sql("SELECT 1")
-            runs: list[int] = []
-
-            def work() -> None:
-                runs.append(1)
-                here.write("one")
-                here.here.freeze()
-                try:
-                    with here.clock.running():
-                        here.write("two")
-                finally:
-                    here.here.thaw()
-
-            with pytest.raises(OperationalError):
-                retrying_atomic(here.connection.alias)(work)()
-            assert runs == [1]
-            assert not here.replayed()
-            assert here.written() == []
 
 
 class TestOwnWritesOnGalera:

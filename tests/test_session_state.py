@@ -9,11 +9,10 @@ from django.db import OperationalError, connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
-from django_proxysql import retrying_atomic
 from tests.fakes import running
 from tests.servers import DATABASE
 from tests.site import Site
-from tests.stories import Narrator, tell, told
+from tests.stories import Narrator, attempts, tell, told
 
 #: What lives on after close_old_connections(), until it is given back.
 FOR_LIFE = {
@@ -310,29 +309,23 @@ def test_a_replaced_connection_is_counted_where_it_leads_and_leaves_none_open(he
 class TestRetryingAtomic:
     """It does not run again without what was held when the first attempt began."""
 
-    def attempts(self, here: Site, *stories: str) -> int:
-        """Run a function whose attempts do what the stories say; return how many there were."""
-        left, narrator = list(stories), Narrator(here)
-        retrying_atomic(using=here.connection.alias)(lambda: narrator.tell(left.pop(0)))()
-        return len(stories) - len(left)
-
     @pytest.mark.parametrize("held", ["LOCK", "HOLD", "CREATE TEMPORARY TABLE x (a int)"])
     def test_not_without_its_state(self, here: Site, held: str) -> None:
         Narrator(here).tell(held)
         with pytest.raises(Error):
-            self.attempts(here, "write one; kill; write two")
+            attempts(here, "write one; kill; write two")
         assert here.written() == []
 
     def test_with_what_the_function_takes_itself(self, here: Site) -> None:
         work = "LOCK; write one; {}write two"
-        assert self.attempts(here, work.format("kill; "), work.format("")) == 2
+        assert attempts(here, work.format("kill; "), work.format("")) == 2
         assert here.written() == ["one", "two"]
 
     def test_after_a_conflict_the_lock_is_held_still(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SELECT GET_LOCK('a', 0)")
-        assert self.attempts(on_mariadb, DEADLOCK, "write one") == 2
+        assert attempts(on_mariadb, DEADLOCK, "write one") == 2
 
     def test_not_once_the_function_has_given_the_lock_back(self, on_mariadb: Site) -> None:
         on_mariadb.sql("SELECT GET_LOCK('a', 0)")
         with pytest.raises(OperationalError, match="Deadlock"):
-            self.attempts(on_mariadb, f"SELECT RELEASE_LOCK('a'); {DEADLOCK}")
+            attempts(on_mariadb, f"SELECT RELEASE_LOCK('a'); {DEADLOCK}")
