@@ -10,9 +10,10 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextlib
+import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 
@@ -23,7 +24,7 @@ from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
-from .ready import QUESTIONS, Check, ServerCheck, Unanswered, Writer, plain
+from .ready import Check, ServerCheck, plain
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
 from .tasks import TrialTasks
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncLoadBalancer"]
 
 _OpenOne = Callable[[Attempt], Awaitable[Any]]
+_Step = TypeVar("_Step")
 
 
 class AsyncLoadBalancer(Face):
@@ -181,19 +183,7 @@ class AsyncLoadBalancer(Face):
         :param attempt: what it was made for.
         :raises NotReady: the peer must not be used.
         """
-        peer = attempt.peer
-        if self.group.ready_check is not None:
-            answer = await _answer_of(self.group.ready_check, connection)
-            if isinstance(answer, Writer):
-                peer.note_server(answer.is_server)
-        question = QUESTIONS.get(peer.breaker.circuit.question) if attempt.is_trial else None
-        if question is not None:
-            try:
-                await _answer_of(question, connection)
-            except Unanswered:
-                # A proxy that may only be busy is better than none.
-                if self.group.can_spare(peer):
-                    raise
+        await _run(self._questions(attempt), functools.partial(_answer, connection))
 
     # Trials
 
@@ -349,23 +339,26 @@ async def _not_at_all(seconds: float) -> None:
 # Asking a driver's connection
 
 
-async def _answer_of(check: Check, connection: Any) -> Any:
-    """Return what a check says, whether it is ours, a function or a coroutine function."""
-    if not isinstance(check, ServerCheck):
-        answer = check(connection)
-        return await answer if inspect.isawaitable(answer) else answer
-    script = check.script(connection)
+async def _run(script: Generator[_Step, Any, Any], do: Callable[[_Step], Awaitable[Any]]) -> Any:
+    """Do what a script yields, and send it what comes of that; see :func:`.ready.run`."""
     try:
-        statement = next(script)
+        step = next(script)
         while True:
             try:
-                answer = await _rows(connection, statement)
+                answer = await do(step)
             except Exception as exc:
-                statement = script.throw(exc)
+                step = script.throw(exc)
             else:
-                statement = script.send(answer)
+                step = script.send(answer)
     except StopIteration as end:
         return end.value
+
+
+async def _answer(connection: Any, check: Check) -> Any:
+    """Return what a check says, whether it is ours, a function or a coroutine function."""
+    if isinstance(check, ServerCheck):
+        return await _run(check.script(connection), functools.partial(_rows, connection))
+    return await _awaited(check(connection))
 
 
 async def _rows(connection: Any, statement: str) -> list[Any]:

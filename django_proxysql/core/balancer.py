@@ -27,7 +27,7 @@ from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .leases import Lease
 from .peer import Peer, PeerState, count_while_alive
-from .ready import QUESTIONS, Unanswered, Writer, galera, throw_away, writable
+from .ready import QUESTIONS, Check, galera, run, throw_away, writable
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
 from .trials import trial_worker
@@ -276,9 +276,7 @@ class LoadBalancer(Face):
         if not asks and not driver.trial_options(params, attempt.timeout):
             return False
         with throw_away(driver, connect, params, attempt.timeout) as connection:
-            if checks:
-                self._check(connection, attempt.peer)
-            self._ask_unless_last(connection, attempt.peer)
+            run(self._questions(attempt, checks=checks), functools.partial(_answer, connection))
         return True
 
     def check_ready(self, connection: Any, attempt: Attempt, *, asked: bool = False) -> None:
@@ -289,9 +287,7 @@ class LoadBalancer(Face):
         :param asked: a throw-away connection has been asked already.
         :raises NotReady: the peer must not be used.
         """
-        self._check(connection, attempt.peer)
-        if attempt.is_trial and not asked:
-            self._ask_unless_last(connection, attempt.peer)
+        run(self._questions(attempt, asks=not asked), functools.partial(_answer, connection))
 
     def ask(self, connection: Any, peer: Peer) -> None:
         """Ask what the peer was taken out for: a statement's error, if it was one.
@@ -306,26 +302,15 @@ class LoadBalancer(Face):
         if question is not None:
             question(connection)
 
-    def _check(self, connection: Any, peer: Peer) -> None:
-        if self.group.ready_check is not None:
-            answer = self.group.ready_check(connection)
-            if isinstance(answer, Writer):
-                peer.note_server(answer.is_server)
-            elif inspect.iscoroutine(answer):
-                answer.close()
-                raise ConfigError(
-                    "READY_CHECK",
-                    "is a coroutine function",
-                    "Give a function, or use AsyncLoadBalancer.",
-                )
 
-    def _ask_unless_last(self, connection: Any, peer: Peer) -> None:
-        try:
-            self.ask(connection, peer)
-        except Unanswered:
-            # A proxy that may only be busy is better than none.
-            if self.group.can_spare(peer):
-                raise
+def _answer(connection: Any, check: Check) -> Any:
+    answer = check(connection)
+    if inspect.iscoroutine(answer):
+        answer.close()
+        raise ConfigError(
+            "READY_CHECK", "is a coroutine function", "Give a function, or use AsyncLoadBalancer."
+        )
+    return answer
 
 
 def _not_at_all(seconds: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,8 @@ from .exceptions import ConfigError, NoPeerAvailable
 from .group import PeerGroup
 from .logger import Limit, logger
 from .peer import Peer, PeerState
-from .search import Search
+from .ready import QUESTIONS, Check, Unanswered, Writer
+from .search import Attempt, Search
 
 if TYPE_CHECKING:
     from .sharing import Sharing
@@ -166,6 +167,29 @@ class Face:
                 raise
         finally:
             search.forget()
+
+    def _questions(
+        self, attempt: Attempt, *, checks: bool = True, asks: bool = True
+    ) -> Generator[Check, Any, None]:
+        """Yield what a new connection must pass, and take the answers.
+
+        :param checks: READY_CHECK, where there is one.
+        :param asks: what a trial must ask besides.
+        :raises NotReady: the peer must not be used.
+        """
+        peer = attempt.peer
+        if checks and self.group.ready_check is not None:
+            answer = yield self.group.ready_check
+            if isinstance(answer, Writer):
+                peer.note_server(answer.is_server)
+        question = QUESTIONS.get(peer.breaker.circuit.question)
+        if asks and attempt.is_trial and question is not None:
+            try:
+                yield question
+            except Unanswered:
+                # A proxy that may only be busy is better than none.
+                if self.group.can_spare(peer):
+                    raise
 
     # Knowing
 

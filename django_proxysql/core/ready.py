@@ -18,6 +18,7 @@ from .exceptions import ConfigError, NotReady
 
 Check = Callable[[Any], object]
 _T = TypeVar("_T")
+_Step = TypeVar("_Step")
 #: Yields statements, is sent the rows of each, and returns what they come to.
 Script = Generator[str, "list[Any]", _T]
 
@@ -31,19 +32,23 @@ class ServerCheck(Generic[_T]):
 
     def __call__(self, connection: Any) -> _T:
         """Ask, and return what the answers come to."""
-        script = self.script(connection)
-        try:
-            statement = next(script)
-            while True:
-                try:
-                    answer = rows(connection, statement)
-                except Exception as exc:
-                    statement = script.throw(exc)
-                else:
-                    statement = script.send(answer)
-        except StopIteration as end:
-            result: _T = end.value
-            return result
+        return run(self.script(connection), functools.partial(rows, connection))
+
+
+def run(script: Generator[_Step, Any, _T], do: Callable[[_Step], Any]) -> _T:
+    """Do what a script yields, and send it what comes of that."""
+    try:
+        step = next(script)
+        while True:
+            try:
+                answer = do(step)
+            except Exception as exc:
+                step = script.throw(exc)
+            else:
+                step = script.send(answer)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
 
 
 @ServerCheck
@@ -210,8 +215,9 @@ def throw_away(
             connection.close()
 
 
+_BY_NAME: dict[str, Check] = {"galera": galera, "writable": writable}
 #: What a circuit that a statement has opened makes its trials ask.
-QUESTIONS: dict[str, Check] = {"galera": galera, "writable": writable, "backend": backend}
+QUESTIONS: dict[str, Check] = {**_BY_NAME, "backend": backend}
 
 
 def catch_up(connection: Any) -> None:
@@ -230,9 +236,6 @@ def catch_up(connection: Any) -> None:
     rows(connection, "SET SESSION wsrep_sync_wait = 1")
     rows(connection, "SELECT 1")
     rows(connection, f"SET SESSION wsrep_sync_wait = {before:d}")
-
-
-_BY_NAME: dict[str, Check] = {"galera": galera, "writable": writable}
 
 
 def ready_check_from(setting: Any) -> Check | None:
