@@ -161,7 +161,7 @@ class Balancers(Mapping[str, LoadBalancer]):
             config = balancer_config(alias, self._entries[alias], connections.databases)
             balancer = LoadBalancer(config)
             balancer.group.no_peer_error = NoPeerAvailable
-            balancer.group.listeners.within(apart_from_transactions)
+            balancer.group.listeners.within(apart_from_transactions())
             engine = peer_engine(self._entries[alias], connections.databases)
             registered = Registered(balancer, self._first_read[alias], engine, {}, [])
             balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)

@@ -478,7 +478,7 @@ def test_what_only_counts_is_called_at_once_and_all_else_within_what_is_set_up()
         def __call__(self, event: Any) -> None:
             seen.append(("counting", *within))
 
-    listeners.within(around)
+    listeners.within(around())
     listeners.add(Counting(), connects=True)
     listeners.add(lambda event: seen.append(("other", *within)), connects=True)
     for trial in (False, True):

@@ -276,7 +276,8 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     uwsgi: Any = types.SimpleNamespace(post_fork_hook=lambda: called.append("theirs"))
     monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
     monkeypatch.setattr(runtime, "_before_us", None)
-    monkeypatch.setattr(runtime, "_in_child", [lambda: 1 / 0, lambda: called.append("ours")])
+    ours = [runtime._is_home, lambda: 1 / 0, lambda: called.append("ours")]
+    monkeypatch.setattr(runtime, "_in_child", ours)
     runtime.watch_uwsgi()
     runtime.watch_uwsgi()
     # Nothing has forked since.

@@ -3,17 +3,12 @@
 A thread that has an event puts it into the listener's queue (:meth:`Dispatcher.put`), and then has
 the queue delivered (:meth:`Dispatcher.notify`). A change of a circuit is put within the circuit's
 lock: the queue has the order of the changes. One thread at a time delivers: the first to come, and
-only what is there when it comes. What others put meanwhile waits behind that, and a thread of the
-listener's own delivers it, which exists while there is something to deliver. So no thread pays for
-the events of others. A listener that hangs keeps its later events, the last :data:`MOST` of them,
-and no other listener's.
+only what is there when it comes. What others put meanwhile is delivered by a thread of the
+listener's own, so no thread pays for the events of others. A listener that hangs keeps its later
+events, the last :data:`MOST` of them, and no other listener's.
 
-What other processes have found out is known first to the one thread that speaks with them, and what
-a trial in the background has shown, to the one that makes them. A listener that hangs there would
-end the sharing, or the trials. So those threads leave each delivery to the listener's own thread.
-
-How it holds: :class:`~django_proxysql.core.runtime.Worker`. The interpreter's end waits for a
-delivery that has begun: what a listener has begun to write is written.
+The thread that speaks with other processes, and the one that makes trials, deliver nothing: a
+listener that hangs there would end the sharing, or the trials.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ import _thread
 import math
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ContextDecorator
 from typing import Any
 
 from .config import function
@@ -51,9 +46,9 @@ class Dispatcher(Worker):
     :param listener: may hang, and raise what it likes.
     :param name: whose events they are, for the log.
     :param complaint: what the log says where the listener raises, with a place for the name.
-    :param around: makes what each call is within.
     """
 
+    #: What a listener has begun to write is written.
     finishes = True
 
     def __init__(
@@ -61,12 +56,12 @@ class Dispatcher(Worker):
         listener: Callable[[Any], object],
         name: str,
         complaint: str = "A listener of %r raised",
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.listener = listener
+        #: Calls it, within whatever its calls need.
+        self.call = listener
         self._name = name
         self._complaint = complaint
-        self.around = around
         #: The events whose delivery has not begun.
         self.waiting: deque[Any] = deque(maxlen=MOST)
         super().__init__(f"to notify a listener of {name!r}")
@@ -120,8 +115,7 @@ class Dispatcher(Worker):
         except IndexError:
             return None
         try:
-            with self.around():
-                self.listener(event)
+            self.call(event)
         except Exception:
             self.complain_of_listener()
         except BaseException:
@@ -155,14 +149,15 @@ class Listeners(Guarded):
         self.dispatchers: tuple[Dispatcher, ...] = (self._log,)
         #: Those, logging aside, that get each connection made.
         self.of_connects: tuple[Dispatcher, ...] = ()
-        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._around: ContextDecorator | None = None
 
-    def within(self, around: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Have each call of a listener within what ``around`` makes.
+    def within(self, around: ContextDecorator) -> None:
+        """Have each call of a listener within ``around``.
 
         Logging is a listener: its handlers may do what others do.
         """
-        self._around = self._log.around = around
+        self._around = around
+        self._log.call = around(self._log.listener)
 
     def add(self, listener: Listener, connects: bool) -> None:
         """Call ``listener`` with each event from now on. Adding it again changes nothing.
@@ -172,9 +167,9 @@ class Listeners(Guarded):
         function("listener", listener, "Give a function that takes an event.")
         # Ours that only count say so. Each connect comes by there, and the look at all of the
         # thread's wrappers costs more than the counting.
-        counts_only = getattr(listener, "_counts_only", False) is True
-        around = nullcontext if counts_only else self._around
-        dispatcher = Dispatcher(listener, self._name, around=around)
+        dispatcher = Dispatcher(listener, self._name)
+        if self._around is not None and getattr(listener, "_counts_only", False) is not True:
+            dispatcher.call = self._around(listener)
         # The lock guards the two tuples: of two threads that add, both are kept.
         with self._lock:
             if any(known.listener == listener for known in self.dispatchers):
@@ -201,12 +196,11 @@ class Listeners(Guarded):
         for dispatcher in dispatchers:
             if dispatcher.is_free and not elsewhere:
                 try:
-                    if is_usual and (dispatcher is self._log or dispatcher.around is nullcontext):
-                        # Each connect comes by here.
+                    if is_usual and dispatcher is self._log:
+                        # Each connect comes by here, and mostly writes no line.
                         dispatcher.listener(event)
-                        continue
-                    with dispatcher.around():
-                        dispatcher.listener(event)
+                    else:
+                        dispatcher.call(event)
                 except Exception:
                     dispatcher.complain_of_listener()
             else:

@@ -15,17 +15,14 @@ work. What it promises:
 
 * *No work is left without a thread.* A thread that finds nothing left says first that it is over,
   and looks once more after that: work that was brought before is found now, and work that comes
-  later starts another thread. Of two callers that start one at once, one does. The other wakes that
-  thread, which may have looked before the other's work was there.
+  later starts another thread.
 * *An asynchronous exception* ends the thread at any line. On its way out it says that it is over,
   and starts another if there is need. Struck there again, it is over all the same: its life ends
   with the frame that alone refers to it, and the next :meth:`Worker.wake` starts another.
-* *No thread can be started* (``can't start new thread``): the log has one line. Nothing stays
-  marked as running, even where a log handler keeps the exception and with it the frames.
-* *A fork*: the child has no thread and a lock that no thread holds. A child that is made within the
-  work ends its copy of the thread with that step.
-* *The interpreter's end* cuts threads off wherever they are. :func:`finish` waits for those whose
-  work must not be cut off, five seconds at most, and lets none begin after that.
+* *No thread can be started*: the log has one line, and nothing stays marked as running.
+* *A fork*: the child has no thread. A child that is made within the work ends its copy of the
+  thread with that step.
+* *The interpreter's end* cuts threads off wherever they are: see :func:`finish`.
 
 No lock is held while a step runs. The thread waits on a lock of C that is released to wake it;
 released early, it does not wait. It is no ``threading.Thread``, whose ``start()`` waits with locks
@@ -44,7 +41,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .logger import Complaints, complain
 
@@ -138,16 +135,11 @@ class Living(Generic[_T]):
         return [thing for thing in found if thing is not None]
 
 
-class Forkable(Protocol):
-    """What a child of a fork must renew: its locks, and what belongs to threads."""
-
-    def after_fork(self) -> None: ...
+#: What a child of a fork must renew: its locks, and what belongs to threads.
+_forkable: Living[Any] = Living()
 
 
-_forkable: Living[Forkable] = Living()
-
-
-def renew_in_child(thing: Forkable) -> None:
+def renew_in_child(thing: Any) -> None:
     """Have ``thing.after_fork()`` called in each child, for as long as it lives."""
     _forkable.add(thing)
 
@@ -165,23 +157,13 @@ class Guarded:
         self._lock = new_lock()
 
 
-def at_fork(
-    after_in_child: Callable[[], object],
-    *,
-    before: Callable[[], object] | None = None,
-    after_in_parent: Callable[[], object] | None = None,
-) -> None:
+def at_fork(after_in_child: Callable[[], object], **others: Callable[[], object]) -> None:
     """Have functions called at each fork, as by ``os.register_at_fork``.
 
     :param after_in_child: must do without ``before``, which C's forks do not have.
     """
-    named = {
-        "after_in_child": after_in_child,
-        "before": before,
-        "after_in_parent": after_in_parent,
-    }
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(**{name: do for name, do in named.items() if do is not None})
+        os.register_at_fork(after_in_child=after_in_child, **others)
     _in_child.append(after_in_child)
 
 
@@ -213,7 +195,6 @@ def _unless_done() -> None:
     if _home == os.getpid():
         # Python did it; or this process has loaded the application for itself.
         return
-    _is_home()
     for do in _in_child.copy():
         try:
             do()
@@ -234,9 +215,7 @@ def _renew() -> None:
             complain("After a fork %r could not be renewed", thing)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_is_home)
-
+at_fork(_is_home)
 at_fork(_renew)
 watch_uwsgi()
 
@@ -422,13 +401,9 @@ def finish() -> None:
     At the process's end, :data:`AT_EXIT` at most. Work in the main thread goes on.
     """
     until = time.monotonic() + AT_EXIT
-    _wait_for_workers(until)
-    _exit.is_over = True
-    # A thread that began between the two lines.
-    _wait_for_workers(until)
-
-
-def _wait_for_workers(until: float) -> None:
-    for worker in _workers.all():
-        while worker.finishes and worker.is_running and time.monotonic() < until:
-            time.sleep(0.002)
+    # Twice: a thread may begin between the look at it and the mark.
+    for _ in range(2):
+        for worker in _workers.all():
+            while worker.finishes and worker.is_running and time.monotonic() < until:
+                time.sleep(0.002)
+        _exit.is_over = True
