@@ -406,7 +406,7 @@ class TestAsynchronousExceptions:
             assert permit is not None
             arguments = [refused_by_host()] if end == "failed" else []
             strike.hits(functools.partial(getattr(permit, end), *arguments))
-            if strike.where.startswith(end):
+            if not permit._ended:
                 # Before it had begun to end.
                 kept.clear()
                 del permit

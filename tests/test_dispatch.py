@@ -282,7 +282,7 @@ def test_threads_that_open_and_close_at_once(caplog: pytest.LogCaptureFixture) -
 
     with running(*[flap] * 4):
         pass
-    dispatchers = [*db.group.listeners.dispatchers, *circuit._dispatchers]
+    dispatchers = [*db.group.listeners.dispatchers, *circuit._dispatchers.values()]
     until(
         lambda: not any(dispatcher.waiting or dispatcher.is_running for dispatcher in dispatchers)
     )
@@ -361,7 +361,7 @@ def test_thread_that_is_killed_at_a_change_has_it_delivered(end: str) -> None:
         strike.hits(functools.partial(getattr(permit, end), *arguments))
         # One whose delivery had begun is lost. Before notify_pending() has begun, and where it
         # ends, where nothing asks for signals, it waits for the next change.
-        waits = ("self.notify_pending()", ".circuit.pending:", "try:", "self._handing = None")
+        waits = (".notify_pending()", ".circuit.pending:", "try:", "self._handing = None")
         is_lost = strike.where.startswith("step:") or strike.where.endswith(waits)
         if circuit.current_state in kinds and not is_lost:
             told += 1

@@ -42,6 +42,8 @@ CircuitBreakerError = pybreaker.CircuitBreakerError
 
 _T = TypeVar("_T")
 
+_COMPLAINT = "A listener of the circuit of %s raised"
+
 _STATES = {
     CLOSED: pybreaker.CircuitClosedState,
     OPEN: pybreaker.CircuitOpenState,
@@ -91,11 +93,11 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         jitter: Callable[[], float] = random.random,
         on_transition: Callable[[Transition], object] | Subscriber | None = None,
     ) -> None:
-        for argument, count in (("fail_max", fail_max), ("success_threshold", success_threshold)):
-            number(argument, count, minimum=1, whole=True)
-        times = {"reset_timeout": reset_timeout, "release_interval": release_interval}
-        for argument, seconds in {**times, "lease": lease}.items():
-            number(argument, seconds)
+        number("fail_max", fail_max, minimum=1, whole=True)
+        number("success_threshold", success_threshold, minimum=1, whole=True)
+        number("reset_timeout", reset_timeout)
+        number("release_interval", release_interval)
+        number("lease", lease)
         function("clock", clock, "Give a function that returns seconds.")
         function("jitter", jitter, "Give a function that returns [0, 1).")
         if throw_new_error_on_trip:
@@ -111,7 +113,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         #: Follows the changes first.
         self._on_transition: Subscriber | None = own
         #: One for each of pybreaker's listeners.
-        self._dispatchers: tuple[Dispatcher, ...] = ()
+        self._dispatchers: dict[int, Dispatcher] = {}
         pybreaker.CircuitBreaker.__init__(
             self,
             fail_max=fail_max,
@@ -124,14 +126,12 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         )
         # pybreaker's own, which would lie: the record says what is.
         del self._state_storage, self._state
-        Keeper.__init__(
-            self,
-            _stored(state_storage, clock(), reset_timeout),
-            clock=clock,
-            jitter=jitter,
-            lease=lease,
-            release_interval=release_interval,
-        )
+        self.circuit = _stored(state_storage, clock(), reset_timeout)
+        self.release_interval = release_interval
+        self._lease_seconds = lease
+        self._clock = clock
+        self._jitter = jitter
+        Keeper.__init__(self)
 
     def __repr__(self) -> str:
         circuit = self.circuit
@@ -304,7 +304,7 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
 
         :raises ValueError: something else was.
         """
-        return _STATES[self.circuit.state](self, None, notify=False)
+        return self._state_of(self.circuit.state)
 
     @state.setter
     def state(self, state: str) -> None:
@@ -312,6 +312,9 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         if state not in changes:
             raise ValueError(f"Unknown state {state!r}, valid states: {', '.join(changes)}")
         changes[state]()
+
+    def _state_of(self, name: str) -> Any:
+        return _STATES[name](self, None, notify=False)
 
     # Listeners
 
@@ -327,24 +330,25 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
         own = () if self._on_transition is None else (self._on_transition,)
         if not self._listeners and not self._dispatchers:
             return own
-        known = {id(dispatcher.listener.of): dispatcher for dispatcher in self._dispatchers}  # type: ignore[attr-defined]
-        self._dispatchers = tuple(
-            known.get(id(listener))
-            or Dispatcher(
-                _StateChange(self, listener),
-                self._name or "",
-                "A listener of the circuit of %s raised",
-            )
+        known = self._dispatchers
+        # A dispatcher refers to its listener: no other one has that id meanwhile.
+        self._dispatchers = {
+            id(listener): known.get(id(listener))
+            or Dispatcher(partial(self._call_at, listener), self._name or "", _COMPLAINT)
             for listener in self._listeners
-        )
-        return (*own, *self._dispatchers)
+        }
+        return (*own, *self._dispatchers.values())
+
+    def _call_at(self, listener: pybreaker.CircuitBreakerListener, change: Transition) -> None:
+        if change.before != change.after:
+            listener.state_change(self, self._state_of(change.before), self._state_of(change.after))
 
     def _call_listeners(self, method: str, *args: Any, **kwargs: Any) -> None:
         for listener in self.listeners:
             try:
                 getattr(listener, method)(self, *args, **kwargs)
             except Exception:
-                complain("A listener of the circuit of %s raised", self._name)
+                complain(_COMPLAINT, self._name)
 
 
 def _run_through(generator: Generator[Any, Any, Any], permit: Permit) -> Generator[Any, Any, Any]:
@@ -396,17 +400,3 @@ def _stored(
     return circuit._replace(
         state=storage.state, out_since=tried, tried=tried, due=tried + reset_timeout
     )
-
-
-class _StateChange:
-    """Calls one of pybreaker's listeners at a circuit's changes of state."""
-
-    def __init__(self, breaker: PeerBreaker, listener: pybreaker.CircuitBreakerListener) -> None:
-        self._breaker = breaker
-        self.of = listener
-
-    def __call__(self, transition: Transition) -> None:
-        if transition.before != transition.after:
-            before = _STATES[transition.before](self._breaker, None, notify=False)
-            after = _STATES[transition.after](self._breaker, None, notify=False)
-            self.of.state_change(self._breaker, before, after)

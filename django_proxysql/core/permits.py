@@ -5,22 +5,15 @@ How it holds
 
 The record (:class:`~.circuit.Circuit`) is read without the lock and replaced, under the lock, by
 one assignment. So no reader sees half a transition. A thread that an asynchronous exception strikes
-between two lines leaves either the old record or the new one, and a child forked in between
-inherits one of the two and needs nothing but a fresh lock. Nothing that waits, calls out or
-notifies happens under the lock. A signal handler or finalizer that uses the circuit while its own
-thread is replacing the record is let in by the lock; the replacement then begins anew from what it
-left (:meth:`Keeper.replace`).
+between two lines leaves either the old record or the new one, and so does a fork. Nothing that
+waits, calls out or notifies happens under the lock.
 
 A change leaves the record when all its subscribers have it in their queues. A thread that is
 interrupted on the way, or by a listener, puts it there once more, which changes nothing, and leaves
 the delivery to the listeners' own threads.
 
 Locks of C are the only ones used: ``threading.Event`` and its kin take theirs in Python code, and
-an asynchronous exception there leaves it held. (Python before 3.11:
-:mod:`django_proxysql.core.runtime`.)
-
-Each use of the peer takes a :class:`Permit` first and ends it with exactly one of *succeeded*,
-*failed* or *released* (the error was not the peer's).
+an asynchronous exception there leaves it held.
 
 Longer than other files: a permit and what it reports to are one mechanism.
 """
@@ -97,7 +90,10 @@ class Permit:
             return
         try:
             if self._end():
-                self.generation = keeper._record_success(self.generation, lease)
+                event = partial(events.succeeded, success_threshold=keeper._success_threshold)
+                after = self._record(event, keeper._clock(), "success")
+                if after is not None:
+                    self.generation = after.generation
         finally:
             if lease is not None:
                 lease.ended = True
@@ -107,11 +103,20 @@ class Permit:
 
         :returns: which failure in a row this was; 0 when it came too late to count.
         """
-        lease = self.lease
+        keeper, lease = self._keeper, self.lease
         try:
             if not self._end():
                 return 0
-            return self._keeper._record_failure(self.generation, lease, exc, fault)
+            now = keeper._clock()
+            event = partial(
+                events.failed,
+                fail_max=keeper._fail_max,
+                due=now + keeper._spread_timeout(),
+                error=drivers.describe(exc),
+                fault=fault,
+            )
+            after = self._record(event, now, "failure", exc)
+            return 0 if after is None else after.failures
         finally:
             if lease is not None:
                 lease.ended = True
@@ -165,6 +170,23 @@ class Permit:
         self._ended = True
         return True
 
+    def _record(
+        self, event: Callable[..., Circuit], now: float, method: str, *arguments: Any
+    ) -> Circuit | None:
+        """Record a result, calling ``method`` of each of pybreaker's listeners.
+
+        :returns: the record after it; None: it came too late.
+        """
+        keeper, generation, lease = self._keeper, self.generation, self.lease
+        result = partial(event, generation=generation, lease=lease)
+        try:
+            before, after = keeper.replace(result, now, ends=lease)
+            if keeper._listeners:
+                keeper._call_listeners(method, *arguments)
+        finally:
+            keeper.notify_pending()
+        return None if is_late(before, generation, lease) else after
+
 
 class _TrialPermit(Permit):
     """A trial's permit: its own end cancels a trial that has no result."""
@@ -198,35 +220,23 @@ class Keeper(Guarded):
 
     #: The circuit's present record; replaced by one assignment, and read without the lock.
     circuit = Circuit()
+    #: Asked, outside the lock, before an open circuit's trial is made: for how many
+    #: seconds it is to be left to others, and 0 to go ahead. Not asked for a last resort.
+    #: Its argument says whether an operator demands the trial, due or not.
+    gate: Callable[[bool], float] | None = None
+    #: Seconds after which a trial that said nothing may be made again.
+    release_interval: float
+    _lease_seconds: float
+    _clock: Callable[[], float]
+    _jitter: Callable[[], float]
+    #: Alive while a thread hands out the record's pending changes.
+    _handing: weakref.ref[_Life] | None = None
     #: pybreaker's own.
     _name: str | None
     _fail_max: int
     _reset_timeout: float
     _success_threshold: int
     _listeners: list[Any]
-
-    def __init__(
-        self,
-        circuit: Circuit,
-        *,
-        clock: Callable[[], float],
-        jitter: Callable[[], float],
-        lease: float,
-        release_interval: float,
-    ) -> None:
-        super().__init__()
-        self.circuit = circuit
-        self._clock = clock
-        self._jitter = jitter
-        self._lease_seconds = lease
-        #: Seconds after which a trial that said nothing may be made again.
-        self.release_interval = release_interval
-        #: Asked, outside the lock, before an open circuit's trial is made: for how many
-        #: seconds it is to be left to others, and 0 to go ahead. Not asked for a last resort.
-        #: Its argument says whether an operator demands the trial, due or not.
-        self.gate: Callable[[bool], float] | None = None
-        #: Alive while a thread hands out the record's pending changes.
-        self._handing: weakref.ref[_Life] | None = None
 
     # Knowing
 
@@ -262,8 +272,7 @@ class Keeper(Guarded):
             one that another process has under way goes before it.
         :param asks: False: the caller asks the others by itself, where the permit
             :attr:`~Permit.must_ask`.
-        :returns: a permit, or None while the circuit is open or another
-            caller holds the trial.
+        :returns: None while the circuit is open or another caller holds the trial.
         """
         circuit = self.circuit
         # As is_usable(), without the call: each connect comes by here.
@@ -339,45 +348,7 @@ class Keeper(Guarded):
         lease.end()
         return Permit(self, after.generation, None) if is_usable(after) else None
 
-    # What permits report
-
-    def _record_success(self, generation: int, lease: Lease | None) -> int:
-        """Record it; return the generation that the success belongs to."""
-        event = partial(
-            events.succeeded,
-            generation=generation,
-            lease=lease,
-            success_threshold=self._success_threshold,
-        )
-        try:
-            before, after = self.replace(event, self._clock(), ends=lease)
-            if self._listeners:
-                self._call_listeners("success")
-        finally:
-            self.notify_pending()
-        return generation if is_late(before, generation, lease) else after.generation
-
-    def _record_failure(
-        self, generation: int, lease: Lease | None, exc: BaseException, fault: Fault | None
-    ) -> int:
-        """Record it; return which failure in a row it was, 0 for one that came too late."""
-        now = self._clock()
-        event = partial(
-            events.failed,
-            generation=generation,
-            lease=lease,
-            fail_max=self._fail_max,
-            due=now + self._spread_timeout(),
-            error=drivers.describe(exc),
-            fault=fault,
-        )
-        try:
-            before, after = self.replace(event, now, ends=lease)
-            if self._listeners:
-                self._call_listeners("failure", exc)
-        finally:
-            self.notify_pending()
-        return 0 if is_late(before, generation, lease) else after.failures
+    # What established connections say
 
     def suspect(self, error: str = "", fault: Fault | None = None) -> None:
         """Make the next use of a closed circuit a trial. Open ones stay as they are."""
@@ -389,7 +360,7 @@ class Keeper(Guarded):
         :param generation: the circuit's, when the connection was made. Later
             openings and closings make this result a late one, which changes nothing.
         """
-        self._record_failure(generation, None, exc, fault)
+        Permit(self, generation, None).failed(exc, fault)
 
     def _abandon(self, lease: Lease) -> None:
         """Cancel a trial that no thread will report on. Never blocks."""
