@@ -16,7 +16,6 @@ from django.test.utils import override_settings
 from django.urls import path
 
 from django_proxysql import balancers
-from tests.children import run_python
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
@@ -138,14 +137,3 @@ def test_command_makes_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
             call_command(Command(), "health_check", "--no-http")
     assert ended.value.code == 0
     assert "Peers(alias='balanced'): OK" in capsys.readouterr().out
-
-
-def test_error_without_the_package_says_what_to_install() -> None:
-    program = (
-        "import sys; sys.modules['health_check'] = None\n"
-        "try:\n"
-        "    import django_proxysql.monitoring.health_check\n"
-        "except ImportError as exc:\n"
-        "    print(exc)\n"
-    )
-    assert 'pip install "django-health-check>=4"' in run_python(program).stdout
