@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,12 @@ import django
 import pytest
 from django.contrib.staticfiles.handlers import StaticFilesHandler
 from django.core.handlers.wsgi import WSGIHandler
-from django.db import connections
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 
 from django_proxysql.core.faults import Fault
 from django_proxysql.demo.site import HOST, serving
 from django_proxysql.monitoring import views
-from django_proxysql.monitoring.status import NONE
 from tests.browser import Browser, browser
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
 
@@ -63,6 +61,19 @@ class Served:
         self.root = f"http://{HOST}:{port}"
         self.url = f"{self.root}{path}"
 
+    @classmethod
+    @contextmanager
+    def by(cls, tables: Path, looker: Browser, frame: str = "admin") -> Iterator[Served]:
+        """Yield a site whose page is in the admin's frame, or in its own."""
+        without = {"INSTALLED_APPS": WITHOUT_ADMIN, "ROOT_URLCONF": ALONE, "TEMPLATES": []}
+        changed = without if frame == "own" else {}
+        path = "/ops/db/" if frame == "own" else "/peers/"
+        with ExitStack() as stack:
+            site = stack.enter_context(status_site(tables, **changed))
+            # It has the site's middleware from now on.
+            port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
+            yield cls(site, port, looker, path)
+
     def log_in(self) -> None:
         """As a superuser, by a cookie."""
         cookie = self.site.admin().cookies["sessionid"].value
@@ -98,10 +109,8 @@ class Served:
 @pytest.fixture
 def served(tables: Path, chromium: Browser) -> Iterator[Served]:
     """A site with the admin."""
-    with ExitStack() as stack:
-        site = stack.enter_context(status_site(tables))
-        port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
-        yield Served(site, port, chromium, "/peers/")
+    with Served.by(tables, chromium) as made:
+        yield made
 
 
 @pytest.fixture
@@ -203,12 +212,6 @@ return [...document.querySelectorAll(".peers-table tbody tr")].map((card) => {
 });
 """
 
-#: What each line of the table says, by its heading.
-CELLS = """
-return [...document.querySelectorAll(".peers-table tbody tr")].map((row) => Object.fromEntries(
-  [...row.querySelectorAll("td")].map((cell) => [cell.dataset.label, cell.innerText])));
-"""
-
 #: As long as a driver's errors are.
 LONG_ERROR = (
     'connection to server at "db-1.internal.example.com" (10.20.30.40), port 5432 failed: '
@@ -222,11 +225,8 @@ class TestLooks:
         self, tables: Path, chromium: Browser, frame: str
     ) -> None:
         """Nothing sticks out, everything can be read, and the console is silent."""
-        changed = {"INSTALLED_APPS": WITHOUT_ADMIN, "ROOT_URLCONF": ALONE, "TEMPLATES": []}
-        with ExitStack() as stack:
-            site = stack.enter_context(status_site(tables, **(changed if frame == "own" else {})))
-            port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
-            served = Served(site, port, chromium, "/peers/" if frame == "admin" else "/ops/db/")
+        with Served.by(tables, chromium, frame) as served:
+            site = served.site
             served.log_in()
             site.fail("peer1")
             site.balancer.drain("peer2")
@@ -252,18 +252,6 @@ class TestLooks:
             assert len(backgrounds) == 1 + knows_dark
             assert [said for said in chromium.complaints if "/favicon.ico - " not in said] == []
 
-    @pytest.mark.parametrize("width", [800, 360])
-    def test_narrow_page_names_what_its_lines_are(self, served: Served, width: int) -> None:
-        """Where the table is no table any more, each line has its heading beside it."""
-        served.log_in()
-        served.browser.resize(width)
-        served.open()
-        cell = "document.querySelector('td[data-label=\"Last error\"]')"
-        before = served.browser.run(f"return getComputedStyle({cell}, '::before').content")
-        assert before == '"Last error"'
-        # Shown as something else, it is still a table to screen readers.
-        assert served.browser.run(f"return {cell}.getAttribute('role')") == "cell"
-
     def test_no_width_breaks_a_word(self, served: Served) -> None:
         """Where columns are too narrow for the words of an error, each peer is a card."""
         served.log_in()
@@ -282,7 +270,8 @@ class TestLooks:
         assert [width for width in shown if shown[width] == "table-row"] == [1300, 1050]
 
     @pytest.mark.parametrize("width", [800, 500, 360])
-    def test_cards_have_room_and_their_buttons_a_heading(self, served: Served, width: int) -> None:
+    def test_cards_have_room_and_their_lines_headings(self, served: Served, width: int) -> None:
+        """Where the table is no table any more, each line has its heading beside it."""
         served.log_in()
         served.site.fail("peer1")
         served.browser.resize(width)
@@ -296,25 +285,11 @@ class TestLooks:
             assert 8 <= card["right"] <= 20
         # Every other line of the admin's tables is darker; every other card would be odd.
         assert len({card["background"] for card in cards}) == 1
-
-    def test_what_a_line_says(self, served: Served) -> None:
-        """What it means comes first, the circuit's word after it; a dash stands for nothing."""
-        served.log_in()
-        # This thread's, not the site's.
-        connections["default"].close()
-        served.browser.resize(800)
-        served.open()
-        first, second, third = served.browser.run(CELLS)
-        assert first["State"].split() == ["In", "use", "closed"]
-        assert first["Last error"] == NONE
-        # The page's own connection is the only one, and no share of anything.
-        held = [int(line["Connections"]) for line in (first, second, third)]
-        assert sum(held) == 1
-        assert [line["Share"] for line in (first, second, third)] == [NONE] * 3
-        other = served.site.balancer.peers["peer1"].check_out()
-        served.open()
-        assert [line["Share"] for line in served.browser.run(CELLS)] == ["0%", "100%", "0%"]
-        del other
+        cell = "document.querySelector('td[data-label=\"Last error\"]')"
+        before = served.browser.run(f"return getComputedStyle({cell}, '::before').content")
+        assert before == '"Last error"'
+        # Shown as something else, it is still a table to screen readers.
+        assert served.browser.run(f"return {cell}.getAttribute('role')") == "cell"
 
     @pytest.mark.parametrize("width", [1300, 360])
     def test_no_database_no_page_but_the_next_step(self, served: Served, width: int) -> None:
@@ -329,22 +304,12 @@ class TestLooks:
         assert "peer0" not in served.text
         assert served.browser.run(OVERFLOWING) == []
 
-    def test_link_on_the_admin_index(self, served: Served) -> None:
-        served.log_in()
-        served.browser.driver.get(f"{served.root}/admin/")
-        served.click("Status of the peers")
-        served.wait_for("All 3 peers usable")
-        assert served.browser.driver.current_url == served.url
-
 
 @pytest.mark.server
 class TestWithoutJavaScript:
     def test_shows_everything_and_its_buttons_work(self, tables: Path) -> None:
-        with ExitStack() as stack:
-            site = stack.enter_context(status_site(tables))
-            port = stack.enter_context(serving(StaticFilesHandler(WSGIHandler())))
-            looker = stack.enter_context(browser(javascript=False))
-            served = Served(site, port, looker, "/peers/")
+        with browser(javascript=False) as looker, Served.by(tables, looker) as served:
+            site = served.site
             served.log_in()
             site.fail("peer1")
             served.open()

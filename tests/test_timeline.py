@@ -23,7 +23,7 @@ from django_proxysql.monitoring.history import (
     History,
     state_of,
 )
-from django_proxysql.monitoring.timeline import NARROWEST, UNKNOWN, Span, draw, spans, ticks
+from django_proxysql.monitoring.timeline import NARROWEST, UNKNOWN, draw, spans, ticks
 from django_proxysql.registry import balancers
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
@@ -180,32 +180,32 @@ def utc(moment: float) -> datetime:
     return datetime.fromtimestamp(moment, tz=timezone.utc)
 
 
-class TestSpans:
-    def test_cover_the_time_without_a_gap(self) -> None:
-        changes = [(50.0, CLOSED), (120.0, OPEN), (150.0, CLOSED)]
-        assert spans(changes, 100, 200) == [
-            Span(100, 120, CLOSED),
-            Span(120, 150, OPEN),
-            Span(150, 200, CLOSED),
-        ]
-
-    def test_unknown_before_the_first(self) -> None:
-        assert spans([(150.0, CLOSED)], 100, 200) == [
-            Span(100, 150, UNKNOWN),
-            Span(150, 200, CLOSED),
-        ]
-        assert spans([], 100, 200) == [Span(100, 200, UNKNOWN)]
-
-    def test_changes_at_the_edges_and_beyond(self) -> None:
-        assert spans([(100.0, CLOSED), (200.0, OPEN)], 100, 200) == [Span(100, 200, CLOSED)]
-        assert spans([(90.0, OPEN), (90.0, CLOSED), (250.0, OPEN)], 100, 200) == [
-            Span(100, 200, CLOSED)
-        ]
-
-    def test_states_that_lasted_no_time(self) -> None:
-        """Neither they nor what they parted leave a trace."""
-        changes = [(0.0, CLOSED), (150.0, OPEN), (150.0, CLOSED)]
-        assert spans(changes, 100, 200) == [Span(100, 200, CLOSED)]
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        pytest.param(
+            [(50, CLOSED), (120, OPEN), (150, CLOSED)],
+            [(100, 120, CLOSED), (120, 150, OPEN), (150, 200, CLOSED)],
+            id="without a gap",
+        ),
+        pytest.param(
+            [(150, CLOSED)],
+            [(100, 150, UNKNOWN), (150, 200, CLOSED)],
+            id="unknown before the first",
+        ),
+        pytest.param([], [(100, 200, UNKNOWN)], id="nothing known"),
+        pytest.param([(100, CLOSED), (200, OPEN)], [(100, 200, CLOSED)], id="at the edges"),
+        pytest.param(
+            [(90, OPEN), (90, CLOSED), (250, OPEN)], [(100, 200, CLOSED)], id="beyond the edges"
+        ),
+        # Neither it nor what it parted leaves a trace.
+        pytest.param(
+            [(0, CLOSED), (150, OPEN), (150, CLOSED)], [(100, 200, CLOSED)], id="lasted no time"
+        ),
+    ],
+)
+def test_spans_cover_the_time(changes: Any, shown: Any) -> None:
+    assert spans(changes, 100, 200) == shown
 
 
 class TestDraw:
