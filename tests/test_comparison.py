@@ -75,65 +75,70 @@ def said_of(*known: Facts, asked: BalancerConfig | None = None) -> str:
     return "\n".join(warnings(asked or config(*(0 for _ in known)), known))
 
 
+def replica(*source: Any, **said: Any) -> Facts:
+    return facts(1, sources=(Source("10.0.0.1:3306", *source),), **said)
+
+
 ONE_SERVER: dict[str, Any] = {"server": "db:3306/1", "sources": REPLICATES}
-LAGS: dict[str, Any] = {"synchronous_peers": False}
-#: Peers that are well, with the settings that they are well with.
-WELL = {
-    "nothing is known of them": ([Facts("peer0"), Facts("peer1")], None),
-    "proxies before one server": ([facts(0, **ONE_SERVER), facts(1, **ONE_SERVER)], None),
-    "a cluster": ([facts(0, lineage="uuid"), facts(1, lineage="uuid")], None),
-    "one may not say whether it replicates": (
-        [facts(0, lineage="a"), facts(1, lineage="b", sources=None)],
-        None,
-    ),
-    "a stand-by with a priority of its own": (
-        [facts(0, sources=REPLICATES), facts(1, sources=REPLICATES)],
-        config(0, 1, **LAGS),
-    ),
-    "a replica that takes no writes": (
-        [facts(0), facts(1, sources=REPLICATES, is_read_only=True)],
-        config(0, 0, **LAGS),
-    ),
+#: A stand-by that may lag, as the settings say.
+STANDBY = config(0, 1, synchronous_peers=False)
+LAGS = config(0, 0, synchronous_peers=False)
+A, B = {"lineage": "a"}, {"lineage": "b"}
+
+BOTH_REPLICATE = [facts(0, sources=REPLICATES), facts(1, sources=REPLICATES)]
+STOPPED = replica(False, None, "Duplicate entry '7'")
+MODES = ({"sql_mode": "ANSI", "zone": "UTC"}, {"sql_mode": "STRICT", "zone": "UTC"})
+
+#: What the peers say, the settings if they matter, and a part of what they are warned of.
+COMPARED: dict[str, tuple[list[Facts], BalancerConfig | None, str]] = {
+    "nothing is known of them": ([Facts("peer0"), Facts("peer1")], None, ""),
+    "proxies before one server": ([facts(0, **ONE_SERVER), facts(1, **ONE_SERVER)], None, ""),
+    "a cluster": ([facts(0, **A), facts(1, **A)], None, ""),
+    "one may not say whence": ([facts(0, **A), facts(1, sources=None, **B)], None, ""),
+    "one may not say what it is": ([facts(0), facts(1, sources=None)], None, ""),
+    "a stand-by with a priority of its own": (BOTH_REPLICATE, STANDBY, ""),
+    "a replica without writes": ([facts(0), replica(True, 0.0, is_read_only=True)], LAGS, ""),
     "a cluster that replicates from another": (
-        [facts(0, lineage="a"), facts(1, lineage="b", sources=REPLICATES)],
-        config(0, 1, **LAGS),
+        [facts(0, **A), replica(True, 0.0, **B)],
+        STANDBY,
+        "",
+    ),
+    "two writers that replicate": (BOTH_REPLICATE, None, "peer0 and peer1 are replicas that may"),
+    "what is to be done": (BOTH_REPLICATE, None, "Give each stand-by a PRIORITY of its own, such"),
+    "what else is": (BOTH_REPLICATE, None, "may lag. Set SYNCHRONOUS_PEERS: False, or a read"),
+    "a replication that has stopped": (
+        [facts(0), STOPPED],
+        STANDBY,
+        "peer1 no longer replicates from 10.0.0.1:3306: Duplicate entry '7'. Drain it until it",
+    ),
+    "a lag that is not known": ([facts(0), replica(True, None)], STANDBY, ""),
+    "a lag of ten seconds": ([facts(0), replica(True, 10.0)], STANDBY, ""),
+    "a lag of more": ([facts(0), replica(True, 11.0)], STANDBY, "peer1 is 11 s behind 10.0.0.1:"),
+    "clusters with nothing in common": (
+        [facts(0, **A), facts(1, **B), facts(2, **A)],
+        None,
+        "peer0 and peer2 and peer1 are not the same database",
+    ),
+    "no replication": ([facts(0), facts(1)], None, "peer0 and peer1 do not replicate to each"),
+    "a clock a little behind": ([facts(0, clock=5.0, **A), facts(1, clock=4.1, **A)], None, ""),
+    "a clock more than a second ahead": (
+        [facts(0, clock=5.0, **A), facts(1, clock=6.5, **A)],
+        None,
+        "The clock of peer1 is 1.5 s ahead of that of peer0",
+    ),
+    "settings that differ": (
+        [facts(0, settings=MODES[0], **A), *(facts(n, settings=MODES[1], **A) for n in (1, 2))],
+        None,
+        "The peers differ in their sql_mode: peer0: ANSI; peer1 and peer2: STRICT.",
     ),
 }
 
 
-@pytest.mark.parametrize("peers", WELL)
-def test_peers_that_are_well_are_not_warned_of(peers: str) -> None:
-    known, asked = WELL[peers]
-    assert said_of(*known, asked=asked) == ""
-
-
-def test_two_writers_that_replicate_to_each_other_drift_apart() -> None:
-    said = said_of(facts(0, sources=REPLICATES), facts(1, sources=REPLICATES))
-    assert "peer0 and peer1 are replicas that may lag" in said
-    assert "Give each stand-by a PRIORITY of its own" in said
-    assert "SYNCHRONOUS_PEERS: False" in said
-
-
-def test_a_stopped_replication_says_why_it_stopped() -> None:
-    asked = config(0, 1, **LAGS)
-    stopped = (Source("10.0.0.1:3306", False, None, "Duplicate entry '7'"),)
-    said = said_of(facts(0), facts(1, sources=stopped), asked=asked)
-    assert said == (
-        "peer1 no longer replicates from 10.0.0.1:3306: Duplicate entry '7'. "
-        "Drain it until it does."
-    )
-
-
-@pytest.mark.parametrize(("lag", "warned"), [(None, False), (10.0, False), (11.0, True)])
-def test_a_lag_is_worth_a_word_beyond_ten_seconds(lag: float | None, warned: bool) -> None:
-    asked = config(0, 1, **LAGS)
-    behind = (Source("10.0.0.1:3306", True, lag),)
-    assert bool(said_of(facts(0), facts(1, sources=behind), asked=asked)) is warned
-
-
-def test_clusters_with_nothing_in_common_are_named() -> None:
-    said = said_of(facts(0, lineage="a"), facts(1, lineage="b"), facts(2, lineage="a"))
-    assert said.startswith("peer0 and peer2 and peer1 are not the same database")
+@pytest.mark.parametrize("peers", COMPARED)
+def test_what_peers_are_warned_of(peers: str) -> None:
+    known, asked, says = COMPARED[peers]
+    said = said_of(*known, asked=asked)
+    assert said == says == "" or (says and says in said)
 
 
 def test_a_node_that_has_joined_no_cluster_yet_has_no_lineage() -> None:
@@ -157,27 +162,6 @@ def test_what_is_no_number_is_unknown(said: Any) -> None:
     (source,) = mysql_facts("peer0", asked(mysql, said)).sources or ()
     assert source.lag is None
     assert mysql_facts("peer0", asked(mysql, said)).clock is None
-
-
-def test_servers_that_do_not_replicate_are_databases_of_their_own() -> None:
-    assert said_of(facts(0), facts(1)).startswith("peer0 and peer1 do not replicate")
-    # One of them may say nothing for want of a right.
-    assert said_of(facts(0), facts(1, sources=None)) == ""
-
-
-@pytest.mark.parametrize(("ahead", "warned"), [(0.9, False), (-0.9, False), (1.5, True)])
-def test_clocks_more_than_a_second_apart_are_named(ahead: float, warned: bool) -> None:
-    said = said_of(facts(0, clock=5.0, lineage="a"), facts(1, clock=5.0 + ahead, lineage="a"))
-    assert ("The clock of peer1 is 1.5 s ahead of that of peer0" in said) is warned
-
-
-def test_settings_that_differ_are_named_with_their_peers() -> None:
-    said = said_of(
-        facts(0, lineage="a", settings={"sql_mode": "ANSI", "time zone": "UTC"}),
-        facts(1, lineage="a", settings={"sql_mode": "STRICT", "time zone": "UTC"}),
-        facts(2, lineage="a", settings={"sql_mode": "STRICT"}),
-    )
-    assert said == "The peers differ in their sql_mode: peer0: ANSI; peer1 and peer2: STRICT."
 
 
 # On servers

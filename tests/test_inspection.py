@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import django
-import MySQLdb
 import pytest
 from django.db import connections
 
@@ -24,7 +23,7 @@ from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
-from tests.test_connecting import as_standby
+from tests.servers.scripted import ProxySQL, Rows, ScriptedServer
 
 #: What the READY_CHECK below does with the driver's connection.
 checks: list[Callable[[Any], object]] = []
@@ -61,25 +60,6 @@ def inspecting_threads() -> list[threading.Thread]:
 
 
 # Each kind of server
-
-
-def test_mariadb(mariadb_pair: tuple[Node, Node]) -> None:
-    """One that is well, and one that is dead: with what it says, and without its password."""
-    mariadb_pair[1].kill()
-    with engine([mysql_peer(node) for node in mariadb_pair]):
-        alive, dead = found()
-    assert (alive.alias, alive.peer) == ("balanced", "peer0")
-    assert alive.address == f"127.0.0.1:{mariadb_pair[0].port}"
-    assert alive.reachable
-    assert alive.ready
-    assert 0 < alive.latency < 60
-    assert alive.version.startswith("MariaDB 1")
-    assert (alive.notes, alive.error, alive.fault) == ((), "", None)
-    assert not dead.reachable
-    assert not dead.ready
-    assert (dead.latency, dead.version) == (None, "")
-    assert dead.error.startswith("(2002, ")
-    assert dead.fault is Fault.UNREACHABLE
 
 
 def test_wrong_password_is_said_and_not_shown(mariadb: Node) -> None:
@@ -158,12 +138,6 @@ def test_pool(postgres: PostgreSQLNode) -> None:
         assert not one.reachable
 
 
-def test_standby_of_postgresql_is_recognised(postgres: PostgreSQLNode) -> None:
-    with as_standby(postgres), engine([postgres_peer(postgres)], PEER_ENGINE=POSTGRESQL):
-        (one,) = found()
-    assert (one.ready, one.notes) == (True, ("standby",))
-
-
 def test_refused_question_is_left_out_and_the_next_are_asked(postgres: PostgreSQLNode) -> None:
     real = {"SHOW server_version": "SELECT no_such_function()"}
 
@@ -195,87 +169,38 @@ def test_sqlite(tmp_path: Path) -> None:
     gc.collect()
 
 
-# Proxies, by what they answer
+# Proxies: tests/test_proxies.py has the present ones
 
 
-class Behind:
-    """A real connection to MariaDB, of whose answers some are a proxy's own."""
+class OldMaxScale(ScriptedServer):
+    """Has a variable of its own."""
 
-    def __init__(self, connection: Any, own: dict[str, Any], handshake: str) -> None:
-        self._connection = connection
-        self._own = own
-        self._handshake = handshake
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    def get_server_info(self) -> str:
-        return self._handshake
-
-    def cursor(self) -> Any:
-        cursor = self._connection.cursor()
-        real = cursor.execute
-
-        def execute(statement: str, params: Any = None) -> Any:
-            answer = self._own.get(statement)
-            if isinstance(answer, Exception):
-                raise answer
-            return real(f"SELECT '{answer}'" if answer else statement, params)
-
-        cursor.execute = execute
-        return cursor
-
-
-@contextlib.contextmanager
-def proxied(own: dict[str, Any], handshake: str = "10.11.6-MariaDB") -> Iterator[None]:
-    real = MySQLdb.connect
-
-    def connect(**params: Any) -> Any:
-        return Behind(real(**params), own, handshake)
-
-    with mock.patch.object(MySQLdb, "connect", connect):
-        yield
-
-
-#: ProxySQL 2.7 answers this, word for word, by itself.
-VERSION_COMMENT = "select @@version_comment limit 1"
-
-
-def test_proxysql(mariadb: Node) -> None:
-    """ProxySQL says who it is; the version is that of a server behind it, the state is its own."""
-    mariadb.set_global("read_only", "ON")
-    with engine([mysql_peer(mariadb)]), proxied({VERSION_COMMENT: "(ProxySQL)"}, "8.0.11"):
-        (one,) = found()
-    assert (one.ready, one.notes) == (True, ("ProxySQL",))
-    assert one.version.startswith("MariaDB 1")
-
-
-def test_proxysql_without_a_server(mariadb: Node) -> None:
-    """One that has lost its servers lets us in and is not ready; its 9001 is shown."""
-    error = MySQLdb.OperationalError(
-        9001, "Max connect timeout reached while reaching hostgroup 0 after 10000ms"
-    )
-    answers = {VERSION_COMMENT: "(ProxySQL)", "SELECT 1": error}
-    with engine([mysql_peer(mariadb)]), proxied(answers, "8.0.11"):
-        (one,) = found()
-    assert (one.reachable, one.ready, one.notes) == (True, False, ("ProxySQL",))
-    assert one.fault is Fault.NOT_READY
-    assert one.latency is None
-    assert "while reaching hostgroup 0" in one.error
+    def answer(self, client: Any, statement: str) -> Any:
+        if statement == "SELECT @@maxscale_version":
+            return Rows(["@@maxscale_version"], [["23.08.5"]])
+        return super().answer(client, statement)
 
 
 @pytest.mark.parametrize(
-    ("own", "handshake"),
-    [
-        ({}, "5.5.5-10.2.12 2.5.21-maxscale"),
-        ({"SELECT @@maxscale_version": "23.08.5"}, "11.4.2-MariaDB-log"),
-    ],
+    ("kind", "greeting"),
+    [(ScriptedServer, "5.5.5-10.2.12 2.5.21-maxscale"), (OldMaxScale, "11.4.2-MariaDB-log")],
 )
-def test_maxscale(mariadb: Node, own: dict[str, Any], handshake: str) -> None:
-    """MaxScale names itself in the handshake; where that is switched off, by a variable."""
-    with engine([mysql_peer(mariadb)]), proxied(own, handshake):
+def test_maxscale(kind: type[ScriptedServer], greeting: str) -> None:
+    """MaxScale names itself in its greeting; where that is switched off, by a variable."""
+    with kind(greeting) as proxy, engine([mysql_peer(proxy)]):
         (one,) = found()
     assert (one.ready, one.notes) == (True, ("MaxScale",))
+
+
+@pytest.mark.parametrize("gone", ["reader", "writer"])
+def test_proxy_without_a_server_has_no_latency_and_says_why(gone: str) -> None:
+    """It lets us in all the same."""
+    with ProxySQL() as proxy, engine([mysql_peer(proxy)]):
+        setattr(proxy, gone, None)
+        (one,) = found()
+    assert (one.reachable, one.fault) == (True, Fault.NOT_READY)
+    assert (one.latency is None) is (gone == "reader")
+    assert "while reaching hostgroup" in one.error
 
 
 # READY_CHECK, time
@@ -309,7 +234,10 @@ def test_ready_check_of_ones_own_has_a_say(
     assert (one.error, one.fault) == (error, fault)
 
 
-@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+ENGINES = {"mariadb": MYSQL, "postgres": POSTGRESQL}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_hangs_while_connecting(
     kind: str, request: pytest.FixtureRequest, fault_proxy: Callable[..., FaultProxy]
 ) -> None:
@@ -317,14 +245,13 @@ def test_hangs_while_connecting(
     server = request.getfixturevalue(kind)
     silent = fault_proxy(server)
     silent.accept_and_hang()
-    settings = {} if kind == "mariadb" else {"PEER_ENGINE": POSTGRESQL}
-    with engine([mysql_peer(silent), mysql_peer(server)], **settings):
+    with engine([mysql_peer(silent), mysql_peer(server)], PEER_ENGINE=ENGINES[kind]):
         hung, well = found(timeout=3)
     assert (hung.reachable, hung.fault) == (False, Fault.UNREACHABLE)
     assert well.ready
 
 
-@pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+@pytest.mark.parametrize("kind", ENGINES)
 def test_freezes_afterwards(
     kind: str,
     request: pytest.FixtureRequest,
@@ -339,8 +266,7 @@ def test_freezes_afterwards(
         rows_of(connection, "SELECT 42")
 
     checking.append(freeze)
-    settings = {} if kind == "mariadb" else {"PEER_ENGINE": POSTGRESQL}
-    with engine([mysql_peer(proxy)], READY_CHECK=CHECK, **settings):
+    with engine([mysql_peer(proxy)], READY_CHECK=CHECK, PEER_ENGINE=ENGINES[kind]):
         (one,) = found(timeout=2)
     assert (one.reachable, one.ready) == (True, False)
     assert one.latency is not None
@@ -389,5 +315,5 @@ def test_peers_that_are_aliases_are_asked(mariadb_pair: tuple[Node, Node]) -> No
     }
     with engine(list(databases), databases=databases):
         alive, dead = found()
-    assert (alive.peer, alive.ready) == ("shop0", True)
+    assert (alive.peer, alive.ready, alive.error, alive.fault) == ("shop0", True, "", None)
     assert (dead.peer, dead.reachable, dead.fault) == ("shop1", False, Fault.UNREACHABLE)

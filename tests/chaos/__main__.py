@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import Any, Callable
 
 import django
@@ -63,9 +64,9 @@ def main() -> int:
         print(f"{type(exc).__name__}: {exc}", file=sys.stderr)
         return 2
     if options.json:
-        found: dict[str, Any] = {"results": [result.as_dict() for result in results]}
+        found: dict[str, Any] = {"results": [asdict(result) for result in results]}
         if own_writes is not None:
-            found["own_writes"] = own_writes.as_dict()
+            found["own_writes"] = asdict(own_writes)
         print(json.dumps(found))
     else:
         for engine in engines:

@@ -11,7 +11,6 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
@@ -205,66 +204,53 @@ class Load:
         """Serve one request; the first error ends it, as it would a view."""
         token = f"{self.alias}-{ledger.thread}-{ledger.requests}"
         return (
-            self._read(ledger)
-            and self._write(ledger, f"{token}-w")
-            and self._block(ledger, f"{token}-b")
+            self._does(ledger, "read", self._read)
+            and self._does(ledger, "write", self._write, f"{token}-w")
+            and self._does(ledger, "block", self._block, f"{token}-b")
         )
 
-    def _read(self, ledger: Ledger) -> bool:
-        with self._told(ledger, "read") as stage:
-            stage.append("read")
-            self._look()
-        return not stage.failed
+    def _does(
+        self, ledger: Ledger, kind: str, operation: Callable[..., None], token: str = ""
+    ) -> bool:
+        """Do it; return whether it raised no error."""
+        stages: list[str] = []
+        started = time.monotonic()
+        try:
+            operation(ledger, stages.append, token)
+        except Error as exc:
+            ended = time.monotonic()
+            # Its traceback would keep cursors alive.
+            exc.__traceback__ = None
+            failure = Failure(kind, stages[-1], ledger.thread, started, ended, exc)
+            ledger.failures.append(failure)
+            told = ledger.failed
+        else:
+            told = ledger.done
+        if token:
+            told.append(token)
+        return told is ledger.done
 
-    def _write(self, ledger: Ledger, token: str) -> bool:
-        with self._told(ledger, "write", token) as stage:
-            stage.append("write")
-            write = Row.objects.using(self.alias).create
-            if self.retries:
-                write = self.atomic(using=self.alias)(write)
-            write(value=token)
-        return not stage.failed
-
-    def _block(self, ledger: Ledger, token: str) -> bool:
-        with self._told(ledger, "block", token) as stage:
-
-            def block() -> None:
-                transaction.on_commit(lambda: ledger.hooks.update([token]), using=self.alias)
-                stage.append("read")
-                self._look()
-                stage.append("write")
-                Row.objects.using(self.alias).create(value=token)
-                stage.append("commit")
-
-            stage.append("begin")
-            self.atomic(using=self.alias)(block)()
-        if not stage.failed:
-            ledger.blocks_done.append(token)
-        return not stage.failed
-
-    def _look(self) -> None:
+    def _read(self, ledger: Ledger, reach: Callable[[str], None], token: str) -> None:
+        reach("read")
         values = list(Row.objects.using(self.alias).filter(pk=SEED).values_list("value", flat=True))
         if values != [SEED_VALUE]:
             raise HarnessError(f"a read returned {values!r}")
 
-    @contextlib.contextmanager
-    def _told(self, ledger: Ledger, kind: str, token: str = "") -> Iterator[_Stages]:
-        stages = _Stages()
-        started = time.monotonic()
-        try:
-            yield stages
-        except Error as exc:
-            stages.failed = True
-            ended = time.monotonic()
-            # Its traceback would keep cursors alive.
-            failure = Failure(kind, stages[-1], ledger.thread, started, ended, exc)
-            exc.__traceback__ = None
-            ledger.failures.append(failure)
-        if token:
-            (ledger.failed if stages.failed else ledger.done).append(token)
+    def _write(self, ledger: Ledger, reach: Callable[[str], None], token: str) -> None:
+        reach("write")
+        write = Row.objects.using(self.alias).create
+        if self.retries:
+            write = self.atomic(using=self.alias)(write)
+        write(value=token)
 
+    def _block(self, ledger: Ledger, reach: Callable[[str], None], token: str) -> None:
+        def block() -> None:
+            transaction.on_commit(lambda: ledger.hooks.update([token]), using=self.alias)
+            self._read(ledger, reach, token)
+            reach("write")
+            Row.objects.using(self.alias).create(value=token)
+            reach("commit")
 
-class _Stages(list[str]):
-    """What an operation has come to."""
-
-    failed = False
+        reach("begin")
+        self.atomic(using=self.alias)(block)()
+        ledger.blocks_done.append(token)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import random
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Callable
 
 from django.db import Error, close_old_connections, connections
@@ -35,9 +35,6 @@ class OwnWrites:
     #: The same by plain connections, always to another node.
     control_stale: int = 0
     violations: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         return (

@@ -6,40 +6,26 @@ from collections.abc import Iterator, Sequence
 
 from .judgement import Result
 
-HEADINGS = (
-    "scenario",
-    "faults",
-    "requests",
-    "failed\nreads",
-    "failed\nwrites",
-    "failed\nblocks",
-    "timed\nout",
-    "failed in\nthe outage",
-    "lost",
-    "doubled",
-    "longest\nrequest",
+#: Each column's heading, and what stands in it.
+COLUMNS = (
+    ("scenario", "{.scenario}"),
+    ("faults", "{.faults}"),
+    ("requests", "{.requests:,}"),
+    ("failed\nreads", "{.failed_reads:,}"),
+    ("failed\nwrites", "{.failed_writes:,}"),
+    ("failed\nblocks", "{.failed_blocks:,}"),
+    ("timed\nout", "{.timed_out:,}"),
+    ("failed in\nthe outage", "{.in_outage:,}"),
+    ("lost", "{.lost}"),
+    ("doubled", "{.doubled}"),
+    ("longest\nrequest", "{.longest:.2f} s"),
 )
 
 
 def table(results: Sequence[Result]) -> str:
     """Return a simple table of reStructuredText's."""
-    rows = [
-        (
-            result.scenario,
-            f"{result.faults}",
-            f"{result.requests:,}",
-            f"{result.failed_reads:,}",
-            f"{result.failed_writes:,}",
-            f"{result.failed_blocks:,}",
-            f"{result.timed_out:,}",
-            f"{result.in_outage:,}",
-            f"{result.lost}",
-            f"{result.doubled}",
-            f"{result.longest:.2f} s",
-        )
-        for result in results
-    ]
-    headings = [heading.split("\n") for heading in HEADINGS]
+    rows = [[text.format(result) for _, text in COLUMNS] for result in results]
+    headings = [heading.split("\n") for heading, _ in COLUMNS]
     width = [
         max(*(len(part) for part in heading), *(len(row[column]) for row in rows))
         for column, heading in enumerate(headings)

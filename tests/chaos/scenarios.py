@@ -188,12 +188,12 @@ def galera_cut_off(stage: Stage) -> None:
     node = stage.site.busiest()
     stage.wait(0.7)
     with stage.fault(f"{node.name} is cut off from the cluster"):
-        stage.site.cluster.isolate(node)
-        stage.site.cluster.wait_without(node)
+        stage.site.server.isolate(node)
+        stage.site.server.wait_without(node)
     stage.wait(2)
     with stage.fault(f"{node.name} is let back"):
         # Galera certifies anew what was under way when a node joins.
-        stage.site.cluster.rejoin(node)
+        stage.site.server.rejoin(node)
     stage.wait(1.5)
 
 
@@ -203,7 +203,7 @@ def galera_killed(stage: Stage) -> None:
     with stage.fault(f"{node.name} is killed"):
         node.kill()
         # What the others commit as they part from it may fail to be certified.
-        stage.site.cluster.wait_without(node)
+        stage.site.server.wait_without(node)
     stage.wait(2)
     with stage.fault(f"{node.name} is started again"):
         node.start()
@@ -238,7 +238,7 @@ def commit_cut(stage: Stage) -> None:
 
 
 def everything_restarted(stage: Stage) -> None:
-    for way, node in zip(stage.site.peers, stage.site.cluster):
+    for way, node in zip(stage.site.peers, stage.site.server):
         stage.wait(0.7)
         with stage.fault(f"{way.name} is stopped"):
             way.stop()

@@ -65,6 +65,11 @@ class Site:
 
     front: Front
 
+    def __init__(self, server: Any) -> None:
+        #: The one server, or the Galera cluster.
+        self.server = server
+        self.servers = list(server) if isinstance(server, GaleraCluster) else [server]
+
     def __enter__(self: Self) -> Self:
         with contextlib.ExitStack() as stack:
             self.peers = self.start_peers(stack)
@@ -156,10 +161,6 @@ class Ways(Site):
     Whatever was written is in one place, then, whichever way it took.
     """
 
-    def __init__(self, server: Node) -> None:
-        self.server = server
-        self.servers = [server]
-
     def start_peers(self, stack: contextlib.ExitStack) -> list[HAProxy]:
         ways = [HAProxy({WAY: self.server}, name=f"way-{n}") for n in (1, 2, 3)]
         return [stack.enter_context(way) for way in ways]
@@ -179,10 +180,6 @@ class Ways(Site):
 class Cuts(Site):
     """One MariaDB server, and three fault proxies in front of it that are the peers."""
 
-    def __init__(self, server: Node) -> None:
-        self.server = server
-        self.servers = [server]
-
     def start_peers(self, stack: contextlib.ExitStack) -> list[FaultProxy]:
         # Connections end by FIN, and by RST.
         return [stack.enter_context(FaultProxy(self.server, reset=n == 1)) for n in range(3)]
@@ -195,12 +192,8 @@ class Cuts(Site):
 class Galera(Site):
     """A Galera cluster, whose nodes are the peers."""
 
-    def __init__(self, cluster: GaleraCluster) -> None:
-        self.cluster = cluster
-        self.servers = list(cluster)
-
     def start_peers(self, stack: contextlib.ExitStack) -> list[GaleraNode]:
-        return list(self.cluster)
+        return list(self.server)
 
     def busiest(self) -> GaleraNode:
         def load(node: GaleraNode) -> int:
@@ -210,22 +203,18 @@ class Galera(Site):
         return max(self.peers, key=load)
 
     def mend(self) -> None:
-        self.cluster.restore()
+        self.server.restore()
 
 
 class Stack(Site):
     """A Galera cluster, and a proxy in front of each node: the proxies are the peers."""
 
-    def __init__(self, cluster: GaleraCluster) -> None:
-        self.cluster = cluster
-        self.servers = list(cluster)
-
     def start_peers(self, stack: contextlib.ExitStack) -> list[HAProxy]:
-        ways = [HAProxy({WAY: node}, name=f"way-to-{node.name}") for node in self.cluster]
+        ways = [HAProxy({WAY: node}, name=f"way-to-{node.name}") for node in self.server]
         return [stack.enter_context(way) for way in ways]
 
     def mend(self) -> None:
-        self.cluster.restore()
+        self.server.restore()
         for way in self.peers:
             way.start()
 
