@@ -59,15 +59,10 @@ class AsyncLoadBalancer(Face):
     ) -> Any:
         """Return a connection to a peer that works.
 
-        The arguments are those of :meth:`LoadBalancer.connect`.
+        It takes and raises what :meth:`LoadBalancer.connect` does.
 
         :param open_one: a coroutine function that opens a connection as the :class:`Attempt`
             says, and closes what it opened if it fails or is cancelled.
-        :raises NoPeerAvailable: no peer was available within the deadline.
-        :raises ConfigError: an argument is wrong, the balancer was made without ``connect``, or
-            the strategy yields what is no peer.
-        :raises Exception: the driver's own error, where it is not the peer's
-            fault, or where every peer was attempted and refused us.
         """
         if open_one is None:
             open_one = self._open_one
@@ -151,13 +146,7 @@ class AsyncLoadBalancer(Face):
     async def open_with(
         self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
     ) -> Any:
-        """Open and check a connection as ``attempt`` says, and count it for its peer.
-
-        :param connect: a driver's connect function.
-        :param attempt: what the connection is for.
-        :param params: what to call it with; a callable password is called.
-        :raises Exception: what connecting, or READY_CHECK, raised; nothing stays open.
-        """
+        """Open, check and count a connection; see :meth:`LoadBalancer.open_with`."""
         params = drivers.with_password(params)
         for key in ("password", "passwd"):
             if inspect.isawaitable(params.get(key)):
@@ -177,12 +166,7 @@ class AsyncLoadBalancer(Face):
         return connection
 
     async def check_ready(self, connection: Any, attempt: Attempt) -> None:
-        """Run READY_CHECK on a driver's connection, and what a trial must ask besides.
-
-        :param connection: the driver's own, just made.
-        :param attempt: what it was made for.
-        :raises NotReady: the peer must not be used.
-        """
+        """Ask a new connection what it must pass; see :meth:`LoadBalancer.check_ready`."""
         await _run(self._questions(attempt), functools.partial(_answer, connection))
 
     # Trials
@@ -190,11 +174,7 @@ class AsyncLoadBalancer(Face):
     async def try_out(self, peer: Peer | str, *, now: bool = False) -> bool:
         """Make the peer's trial if it is due, and keep no connection.
 
-        :param peer: one of :attr:`peers`, or its name.
-        :param now: make it also if it is not due yet; see :meth:`LoadBalancer.try_out`.
-        :returns: whether one was made, and succeeded.
-        :raises UnknownPeer: it is none of this balancer's.
-        :raises BaseException: what was raised and says nothing about the peer.
+        It takes, returns and raises what :meth:`LoadBalancer.try_out` does.
         """
         peer = self.group.named(peer)
         if peer.breaker.is_available:

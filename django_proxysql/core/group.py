@@ -87,6 +87,8 @@ class PeerGroup:
         #: What a new connection must pass, READY_CHECK; None: nothing.
         self.ready_check = ready_check_from(config.ready_check)
         self.affinity = Affinity()
+        #: Returns the peer that the caller is pinned to.
+        self.pinned_to = self.affinity.pinned_to
         self.budget = ReplayBudget(clock)
         #: Which statements and callers have lost connections.
         self.losses = LossMemory(clock)
@@ -94,6 +96,8 @@ class PeerGroup:
         #: Moves kept connections to peers that have come back.
         self.rebalance = Rebalance(config.rebalance if by_weight else None, clock, self.draw)
         self.listeners = Listeners(config.name, log_event)
+        #: Calls the listeners with an event.
+        self.emit = self.listeners.emit
         self._drains_lock = new_lock()
         #: Another object whenever a peer is drained or undrained.
         self._drains = object()
@@ -214,10 +218,6 @@ class PeerGroup:
         known = None if peer is None else self.named(peer)
         # Connections that are there already are to see that something is new.
         return self.affinity.pinned(known, self.invalidate)
-
-    def pinned_to(self, peer: Peer) -> Peer | None:
-        """Return the peer that the caller is pinned to; see :meth:`.Affinity.pinned_to`."""
-        return self.affinity.pinned_to(peer)
 
     def claim_move(self, peer: Peer) -> Move | None:
         """Return where a kept connection to ``peer`` moves between two requests, if it does."""
@@ -411,10 +411,6 @@ class PeerGroup:
                 self.apply_drained(peer, True, elsewhere=True)
 
     # Changes
-
-    def emit(self, event: Event) -> None:
-        """Call the listeners with ``event``."""
-        self.listeners.emit(event)
 
     def event_of(self, name: str, change: Transition) -> Event | None:
         """Return what the listeners are to know of a change of a circuit, if anything."""
