@@ -342,10 +342,10 @@ def test_what_the_driver_cannot_take(
 
 
 #: What a driver takes, and what psycopg does not, by the peers' engine.
-TAKEN: list[tuple[str, dict[str, Any], bool]] = [
+TAKEN: list[Any] = [
     *((MYSQL, {"HOST": host}, True) for host in ("::1", "fe80::1%eth0", "/run/mysqld.sock", "")),
     *((MYSQL, {"PORT": port}, True) for port in (3307, "3307", " 3307 ", "", 0, None)),
-    (MYSQL, {"PASSWORD": lambda: "sesame"}, True),
+    pytest.param(MYSQL, {"PASSWORD": lambda: "sesame"}, True, id="PASSWORD is called"),
     (MYSQL, {"OPTIONS": {"port": 3307, "read_timeout": 5, "isolation_level": ""}}, True),
     (POSTGRESQL, {"PORT": "abc"}, False),
     (POSTGRESQL, {"PORT": "5433"}, True),
