@@ -16,7 +16,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..core.balancer import LoadBalancer
+from ..core.balancer import LoadBalancer, PeerState
+from ..core.circuit import Circuit
 from ..core.events import Connected, Event
 from ..core.peer import Peer
 from ..core.reports import REPORTS
@@ -50,12 +51,9 @@ class Trial(NamedTuple):
     error: str
 
 
-def state_of(peer: Peer) -> str:
+def state_of(drained: bool, circuit: Circuit | PeerState) -> str:
     """Return what a peer is, in one word: a drain goes before what its circuit says."""
-    if peer.drained:
-        return DRAINED
-    circuit = peer.breaker.circuit
-    return SUSPECT if circuit.suspect else circuit.state
+    return DRAINED if drained else SUSPECT if circuit.suspect else circuit.state
 
 
 class _Row:
@@ -131,7 +129,7 @@ class History(Guarded):
             return list(row.changes), [trial for trial in row.trials if trial.at >= since]
 
     def _note(self, balancer: LoadBalancer, peer: Peer) -> _Row:
-        now, state = self.clock(), state_of(peer)
+        now, state = self.clock(), state_of(peer.drained, peer.breaker.circuit)
         row = self._rows.setdefault((balancer.name, peer.name), _Row())
         changes = row.changes
         if not changes:

@@ -48,21 +48,48 @@ class PeerStatus(NamedTuple):
     """A peer's line on the page."""
 
     known: PeerState
-    #: The word for it in code and metrics.
-    state: str
-    #: The same in a person's words, and more about it.
-    label: str
-    meaning: str
     #: Since when; None: for longer than anybody has looked.
     since: datetime | None
     connections: str
     #: Of the balancer's connections, but for the one that serves this page.
     share: str
-    weight: str
-    priority: str
-    can_retry: bool
     #: The timeline in words, latest first.
     story: Sequence[tuple[datetime | None, str]]
+
+    @property
+    def state(self) -> str:
+        """The word for it in code and metrics."""
+        return state_of(self.known.drained, self.known)
+
+    @property
+    def label(self) -> str:
+        """The same in a person's words."""
+        return _LABELS[self.state][0]
+
+    @property
+    def meaning(self) -> str:
+        """More about it."""
+        meaning, known = _LABELS[self.state][1], self.known
+        if known.drained and known.state != CLOSED:
+            return f"{meaning}; its circuit is {known.state}"
+        if self.state == OPEN and known.trial_in is not None:
+            return f"{meaning}, next trial due {due_in(known.trial_in)}"
+        return meaning
+
+    @property
+    def weight(self) -> str:
+        """As text, which no language writes in its own way; and so for the other numbers."""
+        return f"{self.known.weight:g}"
+
+    @property
+    def priority(self) -> str:
+        """As text."""
+        return str(self.known.priority)
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether there is a trial that a person may ask for."""
+        return self.known.state != CLOSED and not self.known.drained
 
 
 class BalancerStatus(NamedTuple):
@@ -119,16 +146,12 @@ class Status(NamedTuple):
 def status(seen: History = history) -> Status:
     """Return how things stand in this process."""
     now, at = time.time(), seen.clock()
-
-    def wall(moment: float) -> float:
-        # The time of day as it is now: it may have been set since.
-        return now - at + moment
-
     return Status(
         host=socket.gethostname(),
         pid=str(os.getpid()),
         now=_local(now),
-        since=_local(wall(seen.began)),
+        # The time of day as it is now: it may have been set since.
+        since=_local(now - at + seen.began),
         balancers=[
             BalancerStatus(alias, problem=str(found))
             if isinstance(found, Exception)
@@ -142,22 +165,21 @@ def health(*, detailed: bool = False) -> tuple[bool, dict[str, Any]]:
     """Return whether every balancer has a usable peer, and that in detail; more for staff."""
     every, said = True, {}
     for alias, found in _all():
-        if isinstance(found, Exception):
-            every = False
-            said[alias] = {"usable": 0, "peers": 0}
-            continue
-        states = found.snapshot()
-        usable = sum(_is_usable(state) for state in states)
+        # One whose settings are wrong has no peers.
+        states = [] if isinstance(found, Exception) else found.snapshot()
+        usable = sum(map(_is_usable, states))
         every = every and usable > 0
         about: dict[str, Any] = {"usable": usable, "peers": len(states)}
-        if detailed:
-            shown = ("suspect", "drained", "connections", "error")
+        if detailed and states:
             about["states"] = [
                 {
                     "peer": state.name,
                     "address": state.address,
                     "circuit": state.state,
-                    **{name: getattr(state, name) for name in shown},
+                    "suspect": state.suspect,
+                    "drained": state.drained,
+                    "connections": state.connections,
+                    "error": state.error,
                 }
                 for state in states
             ]
@@ -208,44 +230,34 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
     if own is not None and shares.get(own.name):
         shares[own.name] -= 1
     total = sum(shares.values())
+    # From the clock of ``seen`` to the time of day.
+    shift = now - at
     peers, rows = [], []
     for state in states:
-        changes, trials = seen.of(balancer.name, state.name)
-        found = [(now - at + change.at, change.state) for change in changes]
-        began = now - at + seen.began
+        name = state.name
+        changes, trials = seen.of(balancer.name, name)
+        found = [(shift + change.at, change.state) for change in changes]
+        began = shift + seen.began
         if fleet is not None:
             # Redis's clock may be another than this host's.
-            shared = [
-                (when - fleet.now + now, word) for when, word in fleet_changes(fleet, state.name)
-            ]
+            shared = [(when - fleet.now + now, word) for when, word in fleet_changes(fleet, name)]
             found = laid_over(shared, found, now)
             began = found[0][0]
         its_spans = spans(found, now - SPAN, now)
         peers.append(
             PeerStatus(
                 known=state,
-                state=state_of(balancer.peers[state.name]),
-                label=_label(state)[0],
-                meaning=_meaning(state),
                 since=_local(found[-1][0]) if found[-1][0] > began else None,
-                connections=str(held[state.name]),
-                share=f"{shares[state.name] / total:.0%}" if total else NONE,
-                weight=f"{state.weight:g}",
-                priority=str(state.priority),
-                can_retry=state.state != CLOSED and not state.drained,
+                connections=str(held[name]),
+                share=f"{shares[name] / total:.0%}" if total else NONE,
                 story=[
                     (None if span.start <= now - SPAN else _local(span.start), span.state)
                     for span in reversed(its_spans)
                 ],
             )
         )
-        rows.append(
-            (
-                state.name,
-                its_spans,
-                [(now - at + trial.at, trial.succeeded, trial.error) for trial in trials],
-            )
-        )
+        marks = [(shift + trial.at, trial.succeeded, trial.error) for trial in trials]
+        rows.append((name, its_spans, marks))
     return BalancerStatus(
         balancer.name,
         is_shared=balancer.sharing is not None,
@@ -343,19 +355,6 @@ def _without_repeats(changes: Iterable[tuple[float, str]]) -> list[tuple[float, 
 def _out(changes: Sequence[tuple[float, str]], now: float) -> list[Span]:
     """Return from when to when a peer was anything but in use, and what."""
     return [span for span in spans(changes, changes[0][0], now) if span.state != CLOSED]
-
-
-def _label(state: PeerState) -> tuple[str, str]:
-    return _LABELS[DRAINED if state.drained else SUSPECT if state.suspect else state.state]
-
-
-def _meaning(state: PeerState) -> str:
-    meaning = _label(state)[1]
-    if state.drained:
-        return meaning + ("" if state.state == CLOSED else f"; its circuit is {state.state}")
-    if state.state == OPEN and state.trial_in is not None:
-        return f"{meaning}, next trial due {due_in(state.trial_in)}"
-    return meaning
 
 
 def _local(moment: float) -> datetime:

@@ -249,40 +249,39 @@ def _page(
         "alias": alias,
         "peer": peer,
     }
-    if not _has_admin():
-        return _own(request, "status.html", context, code)
-    from django.contrib import admin
-
-    site = admin.site
-    context.update(
-        base="admin/base_site.html",
-        status_url=_url(request, "status"),
-        stylesheet_url=_asset_url(request, "status.css"),
-        # As AdminSite.each_context() says, but for its list of apps, which asks the database.
-        site_title=site.site_title,
-        site_header=site.site_header,
-        site_url=site.site_url,
-        has_permission=True,
-        is_nav_sidebar_enabled=False,
-    )
-    return render(request, "django_proxysql/status.html", context, status=code)
+    return _framed(request, "status.html", context, code, in_admin=_has_admin())
 
 
 def _say(request: HttpRequest, code: int, title: str, text: str) -> HttpResponse:
     """Return a page that says why there is nothing to see."""
-    return _own(request, "refused.html", {"title": title, "text": text}, code)
+    return _framed(request, "refused.html", {"title": title, "text": text}, code)
 
 
-def _own(request: HttpRequest, template: str, context: dict[str, Any], code: int) -> HttpResponse:
-    """Return a page in our own frame, for which the site needs neither admin nor TEMPLATES."""
+def _framed(
+    request: HttpRequest, template: str, context: dict[str, Any], code: int, in_admin: bool = False
+) -> HttpResponse:
+    """Return a page in the admin's frame or in our own."""
+    name = f"django_proxysql/{template}"
     context.update(
-        base="django_proxysql/base.html",
-        status_url=_url(request, "status"),
-        stylesheet_url=_asset_url(request, "status.css"),
-        messages=messages.get_messages(request),
+        status_url=_url(request, "status"), stylesheet_url=_asset_url(request, "status.css")
     )
-    found = _own_engine().get_template(f"django_proxysql/{template}")
-    return HttpResponse(found.render(RequestContext(request, context)), status=code)
+    if in_admin:
+        from django.contrib.admin import site
+
+        context.update(
+            base="admin/base_site.html",
+            # As AdminSite.each_context() says, but for its list of apps, which asks the database.
+            site_title=site.site_title,
+            site_header=site.site_header,
+            site_url=site.site_url,
+            has_permission=True,
+            is_nav_sidebar_enabled=False,
+        )
+        return render(request, name, context, status=code)
+    # The site needs neither admin nor TEMPLATES for ours.
+    context.update(base="django_proxysql/base.html", messages=messages.get_messages(request))
+    page = _own_engine().get_template(name).render(RequestContext(request, context))
+    return HttpResponse(page, status=code)
 
 
 @functools.cache
