@@ -27,6 +27,8 @@ from django_proxysql.core.events import CircuitOpened
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site
 
+#: Names for several servers.
+SERVERS = {"all": KINDS, "mysql": ["mariadb", "mariadb_tls"]}
 CUTS = ["before", "after", "reply"]
 
 #: Statements that each server has its own words for: MySQL's and MariaDB's, PostgreSQL's.
@@ -50,16 +52,18 @@ REFUSALS = {
 Steps = list[tuple[str, Any]]
 
 
-def told(table: Mapping[str, tuple[Any, ...]]) -> Any:
+def told(table: Mapping[str, Any]) -> Any:
     """Parametrize a test over ``server``, ``settings`` and ``text`` of the stories of a table.
 
-    :param table: the promise: the servers, or ``all`` of them; the story; settings, if any.
+    :param table: the promise, and ``servers: story``, or that and the balancer's settings.
     """
     rows = []
-    for promise, (servers, text, *settings) in table.items():
-        for server in KINDS if servers == "all" else servers.split():
+    for promise, given in table.items():
+        story, settings = (given, {}) if isinstance(given, str) else given
+        servers, _, text = story.partition(": ")
+        for server in SERVERS.get(servers, [servers]):
             for kind in CUTS if "CUT" in text else [""]:
-                row = server, settings[0] if settings else {}, text.replace("CUT", f"cut {kind}")
+                row = server, settings, text.replace("CUT", f"cut {kind}")
                 name = "-".join(filter(None, (promise, server, kind)))
                 rows.append(pytest.param(*row, id=name))
     return pytest.mark.parametrize(("server", "settings", "text"), rows)
@@ -215,8 +219,14 @@ class Narrator:
             rows = [[value] for value in values]
             cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
 
+    def named(self, *lock: str) -> None:
+        """Read by a server-side cursor."""
+        with self.here.connection.chunked_cursor() as cursor:
+            cursor.execute(f"SELECT value FROM app_token {' '.join(lock)}")
+            assert cursor.fetchall() == [("one",)]
+
     def one_by_one(self, *values: str) -> None:
-        """Have an executemany() send each row by itself: mysqlclient knows no VALUES here."""
+        """Have executemany() send each row by itself: mysqlclient sees no VALUES here."""
         with self.here.connection.cursor() as cursor:
             rows = [[value] for value in values]
             cursor.executemany("INSERT INTO app_token SET value = %s", rows)

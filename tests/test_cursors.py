@@ -151,15 +151,6 @@ class TestOrm:
         tokens(here).count()
         assert here.connection.peer.name != name
 
-    def test_named_cursor_opened_on_a_dead_connection(self, on_postgres: Site) -> None:
-        """Its DECLARE is found to be impossible before it is sent."""
-        here = on_postgres
-        fill(here, 100)
-        here.kill()
-        here.idle()
-        assert len(list(tokens(here).iterator(chunk_size=10))) == 100
-        assert not here.replayed()
-
     def test_get_or_create(self, here: Site) -> None:
         for _ in range(2):
             here.kill()

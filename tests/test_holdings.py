@@ -186,10 +186,43 @@ def test_a_statement_that_failed_gives_nothing_back() -> None:
     assert holdings
 
 
-@pytest.mark.parametrize("sql", [None, 1, object(), b"\xff", "%s", "'", "GET_LOCK(", "GET_LOCK('a"])
-def test_whatever_is_no_text_is_no_error(sql: Any) -> None:
-    list(changes(sql, None))
+#: What no server understands, or what is no text.
+ODD = [None, 1, object(), b"\xff", "%s", "'", "GET_LOCK(", "GET_LOCK('a"]
+#: Were its parts read again for each of them, a test would take minutes.
+LONG = [
+    *(f"SELECT GET_LOCK({name}, 0)" for name in ("1" * 5_000, "1" * 5_000 + "x", "'" * 5_001)),
+    f"SELECT GET_LOCK({'(' * 5_000}, 0)",
+    f"SELECT {'get_lock(%s' * 4_000}",
+    f"SELECT get_lock({'::aaaaaa(' * 40}!)",
+    f"SELECT pg_advisory_lock{'/* ' * 20_000}",
+    f"FLUSH {'TABLE ' * 8_000}",
+]
+
+
+@pytest.mark.parametrize("sql", [*ODD, *LONG], ids=itertools.count())
+def test_any_text_is_read_at_once_and_without_an_error(sql: Any) -> None:
+    assert all(takes for takes, _name in changes(sql, None))
     list(changes(sql, [1]))
+
+
+@pytest.mark.parametrize(
+    ("sql", "taken"),
+    [
+        ("SELECT get_lock('a', 1), get_lock('a', 1)", ["lock 'a'", "lock 'a'"]),
+        # What looks like a comment hides no lock.
+        ("SELECT '--', pg_advisory_lock(7)\nFROM t", ["lock 7"]),
+        ("SELECT '/*', pg_advisory_lock(7), '*/'", ["lock 7"]),
+        ("SELECT a #> '{b}', pg_advisory_lock(7)\nFROM t", ["lock 7"]),
+        # MySQL's comment goes on to the line's end, PostgreSQL's ends here.
+        ("SELECT 1 -- x\r, pg_advisory_lock(7)\n", ["lock 7"]),
+        ("-- x\rSELECT 1;\nSELECT get_lock('a', 0)", ["lock 'a'"]),
+        # What one server takes for a comment gives no lock back.
+        ("-- x\rSELECT release_lock('a')\n", []),
+        ("-- x\rSELECT 1\nSELECT release_lock('a')", []),
+    ],
+)
+def test_what_a_text_takes_is_seen_beside_comments(sql: str, taken: list[str]) -> None:
+    assert list(changes(sql)) == [(True, name) for name in taken]
 
 
 def test_parameters_that_cannot_be_read_give_nothing_back() -> None:
@@ -197,11 +230,6 @@ def test_parameters_that_cannot_be_read_give_nothing_back() -> None:
     run(holdings, "SELECT GET_LOCK(%s, 0)", iter(["a"]))
     run(holdings, "SELECT RELEASE_LOCK(%s)", iter(["a"]))
     assert holdings
-
-
-@pytest.mark.parametrize("digits", ["1" * 5_000, "1" * 5_000 + "x", "(" * 5_000, "'" * 5_001])
-def test_long_names_cost_no_time(digits: str) -> None:
-    list(changes(f"SELECT GET_LOCK({digits}, 0)", None))
 
 
 def all_holdings() -> list[Holdings]:
@@ -223,47 +251,7 @@ def test_a_copy_tells_what_is_missing_later() -> None:
             and after.by_django >= before.by_django
             and after.for_life.keys() >= before.for_life.keys()
         )
-        assert after.include(before.copy()) is has_all
-
-
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "SELECT '--', pg_advisory_lock(7)\nFROM t",
-        "SELECT '/*', pg_advisory_lock(7), '*/'",
-        "SELECT a #> '{b}', pg_advisory_lock(7)\nFROM t",
-        # MySQL's comment goes on to the line's end, PostgreSQL's ends here.
-        "SELECT 1 -- x\r, pg_advisory_lock(7)\n",
-        "-- x\rSELECT 1;\nSELECT get_lock('a', 0)",
-    ],
-)
-def test_what_looks_like_a_comment_hides_no_lock(sql: str) -> None:
-    assert [takes for takes, _name in changes(sql)] == [True]
-
-
-def test_a_statement_that_takes_a_lock_twice_takes_it_twice() -> None:
-    assert list(changes("SELECT get_lock('a', 1), get_lock('a', 1)")) == [(True, "lock 'a'")] * 2
-
-
-@pytest.mark.parametrize(
-    "sql", ["-- x\rSELECT release_lock('a')\n", "-- x\rSELECT 1\nSELECT release_lock('a')"]
-)
-def test_what_one_server_takes_for_a_comment_gives_no_lock_back(sql: str) -> None:
-    assert list(changes(sql)) == []
-
-
-@pytest.mark.parametrize(
-    "sql",
-    [
-        f"SELECT {'get_lock(%s' * 4_000}",
-        f"SELECT get_lock({'::aaaaaa(' * 40}!)",
-        f"SELECT pg_advisory_lock{'/* ' * 20_000}",
-        f"FLUSH {'TABLE ' * 8_000}",
-    ],
-)
-def test_any_text_is_read_at_once(sql: str) -> None:
-    """Were its parts read again for each of them, this test would take minutes."""
-    assert all(takes for takes, _name in changes(sql))
+        assert after.include(before.all()) is has_all
 
 
 def test_a_lock_beside_a_comment_is_taken_and_given_back_once() -> None:

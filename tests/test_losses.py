@@ -42,50 +42,42 @@ SLEEP = "running { !SELECT SLEEP(3) FROM (SELECT 1) AS t }"
 
 STORIES = {
     "one kill in flight opens no circuit": (
-        "all",
-        "read; cut after; !write one; circuit suspect; opened 0; write two",
+        "all: read; cut after; !write one; circuit suspect; opened 0; write two"
     ),
     # A suspect peer comes last, and is never excluded.
     "single peer stays in use": (
-        "mariadb",
-        "kill; write one; kill; write two; kill; write three; written one two three; opened 0",
+        "mariadb: kill; write one; kill; write two; kill; write three; written one two three; "
+        "opened 0",
         {"number": 1},
     ),
     # Whether it is dead the next connect finds out.
     "single peer that drops a first statement stays in use": (
-        "mariadb",
-        "connect; cut before; !write one; opened 0; write two; written two",
+        "mariadb: connect; cut before; !write one; opened 0; write two; written two",
         {"number": 1},
     ),
     "peer that drops connections at their first statement fails": (
-        "all",
-        "connect; cut before; SELECT 1; circuit open",
+        "all: connect; cut before; SELECT 1; circuit open"
     ),
     # CONN_HEALTH_CHECKS asks is_usable().
     "what is_usable() finds counts for the peer": (
-        "all",
-        "read; usable; kill; unusable; circuit suspect; SELECT 1",
+        "all: read; usable; kill; unusable; circuit suspect; SELECT 1"
     ),
     "health check is replaced by the look at the socket": (
-        "mariadb",
-        "write one; request_ends; kill; write two; written one two",
+        "mariadb: write one; request_ends; kill; write two; written one two",
         {"CONN_HEALTH_CHECKS": True},
     ),
     # Silence is no loss: the statement may be running still. It counts for nothing.
     "time-out is raised": (
-        "mariadb",
-        f"SELECT 1; {SLEEP}; replayed 0; circuit suspect; opened 0; SELECT 1",
+        f"mariadb: SELECT 1; {SLEEP}; replayed 0; circuit suspect; opened 0; SELECT 1",
         {"OPTIONS": {"read_timeout": 1}},
     ),
     "time-out of a read that could be run again is raised": (
-        "mariadb",
-        "SELECT 1; freeze; running { !SELECT 42 }; replayed 0",
+        "mariadb: SELECT 1; freeze; running { !SELECT 42 }; replayed 0",
         {"OPTIONS": {"read_timeout": 1}},
     ),
     **{
         f"slow report is no loss, wherever it is run first: {option}": (
-            "mariadb",
-            f"connect; {SLEEP}; connect; {SLEEP}; opened 0",
+            f"mariadb: connect; {SLEEP}; connect; {SLEEP}; opened 0",
             {"OPTIONS": {"read_timeout": 1, option: 1}},
         )
         for option in ("read_timeout", "write_timeout")
@@ -199,29 +191,34 @@ class TestStatementsOwnFault:
         assert len(opened(here)) == 1
         assert here.written() == []
 
-    def test_large_executemany(self, here: Site) -> None:
-        """Its rows together are the packet."""
+    @pytest.mark.parametrize(
+        ("value", "rows", "circuits"),
+        [
+            # A loop of one thread that tries again and again, with another text each time.
+            ("poison {}", 1, 1),
+            # It may be over max_allowed_packet: the loss counts against no peer.
+            ("poison {}" + 300_000 * "x", 1, 0),
+            # The rows together are the packet.
+            ("poison {}" + 100 * "x", 4000, 0),
+        ],
+        ids=["many statements", "large ones", "large executemany()"],
+    )
+    def test_one_caller(self, here: Site, value: str, rows: int, circuits: int) -> None:
         with poisoned(here, b"poison"):
-            for number in range(3):
-                here.connection.close()
-                rows = [(f"poison {number} {'x' * 100}",) for _ in range(4000)]
-                with (
-                    here.connection.cursor() as cursor,
-                    contextlib.suppress(OperationalError, DataError),
-                ):
-                    cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", rows)
-        assert not opened(here)
-
-    def test_one_caller_with_many_statements(self, here: Site) -> None:
-        """A loop of one thread that tries again and again, with another text each time."""
-        with poisoned(here, b"poison"):
-            for number in range(6):
+            for number in range(5):
                 close_old_connections()
                 here.connection.close()
-                with pytest.raises(OperationalError):
-                    here.sql(f"INSERT INTO app_token (value) VALUES ('poison {number}')")
+                text = f"INSERT INTO app_token (value) VALUES (concat('{number}', %s))"
+                with (
+                    here.connection.cursor() as cursor,
+                    pytest.raises((OperationalError, DataError)),
+                ):
+                    if rows == 1:
+                        cursor.execute(text, [value.format(number)])
+                    else:
+                        cursor.executemany(text, [(value.format(number),)] * rows)
                 here.idle(2)
-        assert len(opened(here)) == 1
+        assert len(opened(here)) == circuits
 
     def test_retrying_atomic(self, here: Site) -> None:
 
@@ -234,18 +231,6 @@ class TestStatementsOwnFault:
             block()
         assert len(opened(here)) <= 1
         assert here.sql("SELECT 1") == [(1,)]
-
-    def test_large_statement(self, here: Site) -> None:
-        """It may be over max_allowed_packet: the loss counts against no peer."""
-        with poisoned(here, b"poison"):
-            for number in range(4):
-                here.connection.close()
-                with pytest.raises(OperationalError):
-                    here.sql(
-                        f"INSERT INTO app_token (value) VALUES (concat('poison {number}', %s))",
-                        ["x" * 300_000],
-                    )
-        assert not opened(here)
 
     def test_packet_over_the_limit(self, mariadb: Any, fault_proxy: Any) -> None:
         """1153, 2006 or 2013, as it happens: the server hangs up, and is well."""

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from django.db.models import TextChoices
+from django.db.utils import Error
 from django.utils.safestring import SafeString
 
 from django_proxysql.core.parameters import VALUES, are_small, are_values, may_be_sql
-from tests.test_replay import run_script
+from tests.other_driver import DRIVER, run_again
+from tests.site import Site
 
 
 class Status(TextChoices):
@@ -119,54 +121,49 @@ class TestState:
         assert asked == [Own]
 
 
-def test_psycopg2s_sql_in_a_parameter(postgres: Any) -> None:
+@pytest.mark.server
+def test_sql_in_parameters_of_psycopg2(request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("psycopg2")
+    run_again(f"{__file__}::test_of_psycopg2", "psycopg2", request, "postgres_pair")
+
+
+@pytest.mark.skipif(DRIVER != "psycopg2", reason="of that driver")
+def test_of_psycopg2(on_postgres: Site) -> None:
     """AsIs and a registered adapter: never run again, and what they may have taken is state."""
-    script = f"""
-import sys
-sys.modules["psycopg"] = None
-import django; django.setup()
-from django.db.utils import Error
-from psycopg2.extensions import AsIs, register_adapter
-from tests.engine import POSTGRESQL, engine, mysql_peer
-class Server:
-    host, port = {postgres.host!r}, {postgres.port!r}
-class Own(str): pass
-register_adapter(Own, lambda value: AsIs(str(value)))
-with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as connection:
-    def sql(text, params=None):
-        with connection.cursor() as cursor:
-            cursor.execute(text, params)
-            return cursor.fetchall()
-    for parameter in (AsIs("pg_terminate_backend(pg_backend_pid())"),
-                      Own("pg_terminate_backend(pg_backend_pid())")):
-        connection.close()
-        try:
-            sql("SELECT %s", [parameter]); print("saved")
-        except Error:
-            print("raised")
-    connection.close()
-    for parameter in (AsIs("pg_advisory_lock(7)"), Own("pg_advisory_lock(7)")):
-        sql("SELECT %s", [parameter])
-        print("held" if connection._session.holds else "free")
-        connection.close()
-    sql("SELECT %s, %s, %s", ["a", 1, [1, 2]])
-    print("held" if connection._session.holds else "free")
-    with connection.cursor() as cursor:
-        cursor.executemany("SELECT %s", [["a"], ["b"]])
-        print("held" if connection._session.holds else "free")
-        cursor.executemany("SELECT %s", [["a"], [AsIs("pg_advisory_lock(7)")]])
-        print("held" if connection._session.holds else "free")
-    connection.close()
-    # A type that is given an adapter later is another one to the next connection.
-    class Later(str): pass
-    sql("SELECT %s", [Later("a")])
-    print("held" if connection._session.holds else "free")
-    connection.close()
-    register_adapter(Later, lambda value: AsIs(str(value)))
-    sql("SELECT %s", [Later("pg_advisory_lock(7)")])
-    print("held" if connection._session.holds else "free")
-"""
-    done = run_script(script)
-    found = done.stdout.split()
-    assert found[:5] == ["raised", "raised", "held", "held", "free"], done.stderr
-    assert found[5:] == ["free", "held", "free", "held"], done.stderr
+    from psycopg2.extensions import AsIs, register_adapter
+
+    here = on_postgres
+
+    def adapt(cls: type) -> None:
+        register_adapter(cls, lambda value: AsIs(str(value)))
+
+    def holds(statement: str, *rows: list[Any]) -> bool:
+        with here.connection.cursor() as cursor:
+            if len(rows) == 1:
+                cursor.execute(statement, rows[0])
+            else:
+                cursor.executemany(statement, rows)
+        return bool(here.session.holds)
+
+    adapt(Own)
+    lock, ends_itself = "pg_advisory_lock(7)", "pg_terminate_backend(pg_backend_pid())"
+    for made in (AsIs, Own):
+        here.connection.close()
+        with pytest.raises(Error):
+            here.sql("SELECT %s", [made(ends_itself)])
+        here.connection.close()
+        assert holds("SELECT %s", [made(lock)])
+    assert not here.replayed()
+    here.connection.close()
+    assert not holds("SELECT %s, %s, %s", ["a", 1, [1, 2]])
+    assert not holds("SELECT %s", ["a"], ["b"])
+    assert holds("SELECT %s", ["a"], [AsIs(lock)])
+
+    class Later(str):
+        """A type that is given an adapter later is another one to the next connection."""
+
+    here.connection.close()
+    assert not holds("SELECT %s", [Later("a")])
+    here.connection.close()
+    adapt(Later)
+    assert holds("SELECT %s", [Later(lock)])

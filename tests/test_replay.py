@@ -6,8 +6,6 @@ import functools
 import logging
 import os
 import re
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +16,10 @@ from django.db.backends.signals import connection_created
 from django.db.utils import Error
 
 from django_proxysql.core import logs
-from tests.engine import POSTGRESQL, engine, mysql_peer
+from tests.engine import engine, mysql_peer
 from tests.fakes import running
-from tests.servers import DATABASE, PASSWORD, USER
+from tests.other_driver import run_again
+from tests.servers import PASSWORD
 from tests.site import Site, site, with_table
 from tests.stories import tell, told
 
@@ -29,29 +28,24 @@ SYNCHRONOUS, LAGGING = {"SYNCHRONOUS_PEERS": True}, {"SYNCHRONOUS_PEERS": False}
 STORIES = {
     # What is found before sending is still replaced.
     "nothing is run again with REPLAY None": (
-        "mariadb",
-        "read; cut before; !read; read; kill; write one; kill idle; read one; replayed 0",
+        "mariadb: read; cut before; !read; read; kill; write one; kill idle; read one; replayed 0",
         {"REPLAY": None},
     ),
     "no look precedes a read with IDLE_CHECK None, however long the connection idled": (
-        "mariadb",
-        "write one; kill; idle 1000; !read; read; kill; write two; written one two",
+        "mariadb: write one; kill; idle 1000; !read; read; kill; write two; written one two",
         {"IDLE_CHECK": None, "REPLAY": None},
     ),
     "read that is run again leaves nothing read only, and no transaction open": (
-        "all",
-        "write one; CUT; read one; write two; written one two; replayed 1",
+        "all: write one; CUT; read one; write two; written one two; replayed 1"
     ),
     "IDLE_CHECK says when a look precedes a read": (
-        "mariadb",
-        "read; idle 11; kill; read; kill; idle 9; !read",
+        "mariadb: read; idle 11; kill; read; kill; idle 9; !read",
         {"IDLE_CHECK": 10, "REPLAY": None},
     ),
     # Where peers may lag, no read is run again elsewhere after a write of the same request.
     **{
         f"read after the request's write: {first}, {settings}": (
-            "mariadb",
-            f"request_ends; write one; {first}; request_ends; read; {second}",
+            f"mariadb: request_ends; write one; {first}; request_ends; read; {second}",
             settings,
         )
         for first, second, settings in (
@@ -69,6 +63,33 @@ def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -
     tell(request, server, settings, text)
 
 
+#: What another driver of the server's makes of the same.
+OTHER_DRIVERS = {
+    # PyMySQL has no public fileno(): no look is taken, and what is provable is run again.
+    "without looks": "mariadb: SELECT 1; kill; SELECT 42; replayed 1; kill; !write one; write two",
+    "with looks": (
+        "postgres: kill; write one; kill; read one; "
+        "!{ SELECT 1; kill; SELECT 2; SELECT value FROM app_token FOR UPDATE; kill; SELECT 3 }; "
+        "replayed 2; write two; written one two"
+    ),
+}
+
+
+@pytest.mark.skipif("TEST_DRIVER" not in os.environ, reason="of other drivers")
+@told(OTHER_DRIVERS)
+def test_other_driver(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("driver", "servers"), [("pymysql", "mariadb_pair"), ("psycopg2", "postgres_pair")]
+)
+def test_lost_statements_with(driver: str, servers: str, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip(driver)
+    run_again(f"{__file__}::test_other_driver", driver, request, servers)
+
+
 class TestDrivers:
     def test_unix_socket(self, mariadb: Any) -> None:
         """Looked at as any other socket is."""
@@ -80,88 +101,6 @@ class TestDrivers:
                 cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
                 cursor.execute("SELECT value FROM app_token")
                 assert cursor.fetchall() == (("one",),)
-
-    def test_pymysql(self, mariadb: Any) -> None:
-        """It has no public fileno(): no look is taken, and what is provable is run again."""
-        script = f"""
-import pymysql
-pymysql.version_info = (2, 2, 8, "final", 0)
-pymysql.install_as_MySQLdb()
-import django; django.setup()
-from django_proxysql.core import logs
-from tests.engine import POSTGRESQL, engine, mysql_peer
-from tests.servers.mariadb import Node
-class Server:
-    host, port = {mariadb.host!r}, {mariadb.port!r}
-with engine([mysql_peer(Server)], CONN_MAX_AGE=None) as connection:
-    with connection.cursor() as cursor:
-        def kill():
-            other = pymysql.connect(host=Server.host, port=Server.port, user={USER!r},
-                password={PASSWORD!r}, database={DATABASE!r})
-            other.cursor().execute("KILL %d" % connection.connection.thread_id())
-            other.close()
-        cursor.execute("SELECT 1")
-        assert connection._session.poll is None
-        kill()
-        cursor.execute("SELECT 42")
-        assert cursor.fetchall() == ((42,),)
-        kill()
-        try:
-            cursor.execute("DELETE FROM app_token WHERE id = -1")
-        except django.db.OperationalError:
-            print("raised")
-        cursor.execute("DELETE FROM app_token WHERE id = -1")
-        print("well")
-"""
-        with engine([mysql_peer(mariadb)]) as connection:
-            with_table(connection)
-        done = run_script(script)
-        assert done.stdout.split() == ["raised", "well"], done.stderr
-
-    def test_psycopg2(self, postgres: Any) -> None:
-        """Its connections are looked at as psycopg 3's are."""
-        script = f"""
-import sys
-sys.modules["psycopg"] = None
-import django; django.setup()
-import psycopg2
-from tests.engine import POSTGRESQL, engine, mysql_peer
-class Server:
-    host, port = {postgres.host!r}, {postgres.port!r}
-with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as connection:
-    assert connection.Database is psycopg2
-    other = psycopg2.connect(host=Server.host, port=Server.port, user={USER!r},
-        password={PASSWORD!r}, dbname={DATABASE!r})
-    other.autocommit = True
-    with connection.cursor() as cursor:
-        def kill():
-            pid = connection.connection.info.backend_pid
-            other.cursor().execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
-        cursor.execute("DELETE FROM app_token")
-        kill()
-        cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
-        kill()
-        cursor.execute("SELECT value FROM app_token")
-        print(cursor.fetchall()[0][0])
-        with django.db.transaction.atomic("balanced"):
-            cursor.execute("SELECT 1")
-            kill()
-            cursor.execute("SELECT 2")
-            cursor.execute("SELECT 1 FOR UPDATE")
-            kill()
-            try:
-                cursor.execute("SELECT 2")
-            except django.db.OperationalError:
-                print("raised")
-            django.db.transaction.set_rollback(True, "balanced")
-    with connection.cursor() as cursor:
-        cursor.execute("DELETE FROM app_token")
-        print("well")
-"""
-        with engine([mysql_peer(postgres)], PEER_ENGINE=POSTGRESQL) as connection:
-            with_table(connection)
-        done = run_script(script)
-        assert done.stdout.split() == ["one", "raised", "well"], done.stderr
 
     def test_unbuffered_cursors(self, mariadb: Any, fault_proxy: Any) -> None:
         """Rows may lie on the wire: nothing is replaced, and nothing run again."""
@@ -194,17 +133,6 @@ with engine([mysql_peer(Server)], PEER_ENGINE=POSTGRESQL, CONN_MAX_AGE=None) as 
             here.idle()
             here.sql("SELECT 3")
             assert here.connection.connection is before
-
-
-def run_script(script: str) -> subprocess.CompletedProcess[str]:
-    """Run Python text in a process whose drivers are its own choice."""
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_settings"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def kill(server: Any, thread: int) -> None:

@@ -22,188 +22,152 @@ from tests.stories import CUTS, WSREP, attempts, refusing, tell, told
 
 #: Connector/C's 2006: the packet did not leave, and may be sent elsewhere.
 RESET = {"reset": True}
-ON_MARIADB = "mariadb mariadb_tls"
 
 STORIES = {
     # Rules 1 and 12: what was written may not be readable elsewhere yet.
     "working peer is left at the end of the request that wrote": (
-        "all",
-        "request_ends; write one; open; read; idle 100; read; stays; request_ends; read; left",
+        "all: request_ends; write one; open; read; idle 100; read; stays; request_ends; read; left"
     ),
     "working peer is left at the end of the request that wrote many": (
-        "all",
-        "request_ends; many one; open; read; idle 100; read; stays; request_ends; read; left",
+        "all: request_ends; many one; open; read; idle 100; read; stays; request_ends; read; left"
     ),
     "request that has written is remembered over a loss": (
-        "all",
-        "request_ends; write one; kill idle; read; open; read; stays",
+        "all: request_ends; write one; kill idle; read; open; read; stays",
         {"number": 3},
     ),
     # Rule 2: session state.
     "loss of state is raised, and the next loss mended like any other": (
-        "all",
-        "HOLD; CUT; !SELECT 42; replayed 0; SELECT 1; CUT; SELECT 42",
+        "all: HOLD; CUT; !SELECT 42; replayed 0; SELECT 1; CUT; SELECT 42"
     ),
     **{
         f"neither BEGIN nor the first read hides the loss of state: {nth}": (
-            "all",
-            f"HOLD; CUT {nth}; !{{ read; read }}; replayed 0; replaced 0; {{ write after }};"
-            "written after",
+            f"all: HOLD; CUT {nth}; !{{ read; read }}; replayed 0; replaced 0; {{ write after }}; "
+            "written after"
         )
         for nth in (1, 2)
     },
     "block is not begun anew without its state": (
-        "all",
-        "HOLD; !{ kill idle; write one }; written; replaced 0",
+        "all: HOLD; !{ kill idle; write one }; written; replaced 0"
     ),
-    "state made in a block outlives it": ("all", "{ HOLD }; kill; !write one; written"),
+    "state made in a block outlives it": "all: { HOLD }; kill; !write one; written",
     "who only asks whether the connection lives is not told of the state's loss": (
-        "all",
-        "HOLD; kill; unusable; !write one; write two; written two",
+        "all: HOLD; kill; unusable; !write one; write two; written two"
     ),
     "block is not begun anew before it asks for what the connection knows": (
-        "all",
-        "write one; !{ kill idle; ASK }; replaced 0; SELECT 1",
+        "all: write one; !{ kill idle; ASK }; replaced 0; SELECT 1"
     ),
     "block is not begun anew before it takes state": (
-        "all",
-        "write one; !{ kill idle; LOCK }; replaced 0; SELECT 1",
+        "all: write one; !{ kill idle; LOCK }; replaced 0; SELECT 1"
     ),
     "constraint checks that cannot be switched off are no state": (
-        "postgres",
-        "unchecked { SELECT 1 }; kill; write one; written one",
+        "postgres: unchecked { SELECT 1 }; kill; write one; written one"
     ),
     "block is not begun anew while constraint checks are off": (
-        "mariadb",
-        "!unchecked { { kill idle; write one } }; written; replaced 0",
+        "mariadb: !unchecked { { kill idle; write one } }; written; replaced 0"
     ),
     "read is not run again while constraint checks are off": (
-        "mariadb",
-        "!unchecked { CUT; read }; replayed 0",
+        "mariadb: !unchecked { CUT; read }; replayed 0"
     ),
     "block is not run again while constraint checks are off": (
-        "mariadb",
-        "!unchecked { { CUT; read } }; replayed 0",
+        "mariadb: !unchecked { { CUT; read } }; replayed 0"
     ),
     "block is not begun anew while threads share the connection": (
-        "all",
-        "shared { !{ kill idle; write one } }; replaced 0; written",
+        "all: shared { !{ kill idle; write one } }; replaced 0; written"
     ),
     "read is not run again while threads share the connection": (
-        "all",
-        "SELECT 1; shared { CUT; !read }; replayed 0; replaced 0",
+        "all: SELECT 1; shared { CUT; !read }; replayed 0; replaced 0"
     ),
     "block is not run again while threads share the connection": (
-        "all",
-        "SELECT 1; shared { !{ CUT; read } }; replayed 0; replaced 0",
+        "all: SELECT 1; shared { !{ CUT; read } }; replayed 0; replaced 0"
     ),
     # Rule 3: looks at the socket.
-    "executemany finds its connection dead": ("all", "kill; many one two; written one two"),
+    "executemany finds its connection dead": "all: kill; many one two; written one two",
     "errors that are answers change nothing": (
-        "postgres",
-        "!SELECT 1 / 0; !SELECT nonesuch; write one; stays; lost 0",
+        "postgres: !SELECT 1 / 0; !SELECT nonesuch; write one; stays; lost 0"
     ),
     # Django's TestCase asks is_usable() after each test; its rollback is then still sent.
     "failed transaction that is asked whether it lives is not lost": (
-        "postgres",
-        "{ write before; undone { !SELECT nonesuch; unusable }; write after };written before after",
+        "postgres: { write before; undone { !SELECT nonesuch; unusable }; write after }; "
+        "written before after"
     ),
     "connection that died after an error that is no answer is replaced": (
-        "all",
-        "!misuse; kill; write one; written one; replayed 0",
+        "all: !misuse; kill; write one; written one; replayed 0"
     ),
     # Not looked at, it may have idled until it was cut: no failed connect.
     "connection lost on its first use and not looked at makes its peer suspect": (
-        "all",
-        "connect; unlooked; cut before; SELECT 1; circuit suspect",
+        "all: connect; unlooked; cut before; SELECT 1; circuit suspect"
     ),
     "connection found lost before its first use makes its peer suspect": (
-        "all",
-        "connect; kill; write one; left; circuit suspect",
+        "all: connect; kill; write one; left; circuit suspect"
     ),
     "nothing is sent on a connection that is known to be dead": (
-        "all",
-        "{ kill; unusable; write one; write two }; written one two; replayed 0",
+        "all: { kill; unusable; write one; write two }; written one two; replayed 0"
     ),
     "connection that is asked, and well, stays": (
-        "all",
-        "SELECT 1; usable; circuit closed; write one; stays",
+        "all: SELECT 1; usable; circuit closed; write one; stays"
     ),
     "connection that idled in a block, and is well, stays": (
-        "all",
-        "{ idle; write one }; stays; written one",
+        "all: { idle; write one }; stays; written one"
     ),
     "nothing is lost with an empty block": (
-        "all",
-        "{ hook one; kill }; ran one; write one; written one",
+        "all: { hook one; kill }; ran one; write one; written one"
     ),
     # Rule 4: the server answers that it does not serve; one plain statement is run elsewhere.
     "refused statement is run elsewhere": (
-        ON_MARIADB,
-        "SELECT 1; refusing 1047 { write one; write two }; written one two; replayed 1;"
-        "circuit open galera",
+        "mysql: SELECT 1; refusing 1047 { write one; write two }; written one two; replayed 1; "
+        "circuit open galera"
     ),
     "refused first statement is run elsewhere": (
-        ON_MARIADB,
-        "SELECT 1; refusing 1047 { { write one; write two } }; written one two; replayed 1;"
-        "circuit open galera",
+        "mysql: SELECT 1; refusing 1047 { { write one; write two } }; written one two; "
+        "replayed 1; circuit open galera"
     ),
     "refused second statement is raised": (
-        ON_MARIADB,
-        "refusing 1047 { !{ write well; write one }; write two }; written two; replayed 0",
+        "mysql: refusing 1047 { !{ write well; write one }; write two }; written two; replayed 0"
     ),
     # Good connects would reset any count.
     "refusal opens the circuit at once, whatever fail_max says": (
-        "mariadb",
-        "refusing 1047 { write one }; circuit open; written one",
+        "mariadb: refusing 1047 { write one }; circuit open; written one",
         {"BREAKER": {"fail_max": 5}},
     ),
     "1180 proves nothing": (
-        ON_MARIADB,
-        "refusing 1180 { !write one; circuit open; write two }; left; written two; replayed 0",
+        "mysql: refusing 1180 { !write one; circuit open; write two }; left; written two; "
+        "replayed 0"
     ),
     "1180 proves nothing in a block": (
-        ON_MARIADB,
-        "refusing 1180 { !{ write one }; circuit open; write two }; left; written two; replayed 0",
+        "mysql: refusing 1180 { !{ write one }; circuit open; write two }; left; written two; "
+        "replayed 0"
     ),
     # Its rows are sent one by one, and some of them stand.
     "refused executemany is raised": (
-        ON_MARIADB,
-        "refusing 1047 { !one_by_one well one }; written well; replayed 0",
+        "mysql: refusing 1047 { !one_by_one well one }; written well; replayed 0"
     ),
     "refused statement is raised with REPLAY None": (
-        "mariadb",
-        "refusing 1047 { !write one; write two }; written two",
+        "mariadb: refusing 1047 { !write one; write two }; written two",
         {"REPLAY": None},
     ),
     "refused block is raised with REPLAY None": (
-        "mariadb",
-        "refusing 1047 { !{ write one }; write two }; written two",
+        "mariadb: refusing 1047 { !{ write one }; write two }; written two",
         {"REPLAY": None},
     ),
     # What was ended on purpose, what met another, what was too much: no peer's fault.
     **{
         f"{errno} says nothing of the peer": (
-            ON_MARIADB,
-            f"refusing {errno} {{ !write one }}; circuit closed; write two; {after}; written two;"
-            "replayed 0",
+            f"mysql: refusing {errno} {{ !write one }}; circuit closed; write two; {after}; "
+            "written two; replayed 0"
         )
         for errno, after in ((1927, "other"), (1317, "stays"), (1205, "stays"), (1226, "stays"))
     },
     "first write that was never sent is sent elsewhere": (
-        ON_MARIADB,
-        "SELECT 1; { hang_up; write one; write two }; written one two; replayed 1",
+        "mysql: SELECT 1; { hang_up; write one; write two }; written one two; replayed 1",
         RESET,
     ),
     "second write that was never sent is raised": (
-        ON_MARIADB,
-        "SELECT 1; !{ write one; hang_up; write two }; written; replayed 0",
+        "mysql: SELECT 1; !{ write one; hang_up; write two }; written; replayed 0",
         RESET,
     ),
     **{
         f"of what was never sent one plain statement alone is sent again: {statement}": (
-            ON_MARIADB,
-            f"SELECT 1; unlooked; hang_up; {statement}",
+            f"mysql: SELECT 1; unlooked; hang_up; {statement}",
             RESET,
         )
         for statement in (
@@ -214,41 +178,45 @@ STORIES = {
     },
     # Rule 7: the first statement of a transaction.
     "loss is raised once where no peer is left to begin a block anew": (
-        "all",
-        "SELECT 1; CUT 2; !{ refuse; read }; replayed 0; forward; idle 100; { write one };"
-        "written one",
+        "all: SELECT 1; CUT 2; !{ refuse; read }; replayed 0; forward; idle 100; { write one }; "
+        "written one"
+    ),
+    # Found dead before its DECLARE is sent.
+    "block is begun anew before a named cursor": (
+        "postgres: write one; { kill idle; named; write two }; written one two; replaced 1; "
+        "replayed 0"
+    ),
+    "named cursor is a block's first statement": (
+        "postgres: write one; !{ named FOR UPDATE; cut after; read }; replayed 0"
+    ),
+    "named cursor is opened on a new connection": (
+        "postgres: write one; kill idle; named; replaced 1; replayed 0"
     ),
     # Django's way out of a block would connect anew, to raise another error than the first.
     "leaving a lost block connects nowhere": (
-        "all",
-        "SELECT 1; CUT 3; note; refuse; !{ write one; write two }; unconnected; forward;"
-        "write three; written three",
+        "all: SELECT 1; CUT 3; note; refuse; !{ write one; write two }; unconnected; forward; "
+        "write three; written three"
     ),
     "read that locks is run again as a block's first": (
-        "all",
-        "write one; CUT 2; { SELECT value FROM app_token FOR UPDATE; write two };"
-        "written one two; replayed 1",
+        "all: write one; CUT 2; { SELECT value FROM app_token FOR UPDATE; write two }; "
+        "written one two; replayed 1"
     ),
     "savepoints of a block begun anew are kept apart": (
-        "all",
-        "SELECT 1; CUT 3; { { read; write one; undone { hook never; write never }; hook once };"
-        "undone { write nor } }; replayed 1; written one; ran once",
+        "all: SELECT 1; CUT 3; { { read; write one; undone { hook never; write never }; "
+        "hook once }; undone { write nor } }; replayed 1; written one; ran once"
     ),
     "nothing is run again in a block that has seen an error": (
-        "all",
-        "write one; !{ !{ SELECT nonesuch FROM app_token }; CUT; read }; replayed 0; replaced 0;"
-        "read one",
+        "all: write one; !{ !{ SELECT nonesuch FROM app_token }; CUT; read }; replayed 0; "
+        "replaced 0; read one"
     ),
     "block that has seen an error is not begun anew": (
-        "all",
-        "write one; !{ !{ SELECT nonesuch FROM app_token }; kill idle; read }; replayed 0;"
-        "replaced 0; read one",
+        "all: write one; !{ !{ SELECT nonesuch FROM app_token }; kill idle; read }; replayed 0; "
+        "replaced 0; read one"
     ),
     **{
         f"block begun anew can be rolled back: {loss} {then}": (
-            "all",
-            f"SELECT 1; {loss}; undone {{ {then}; write one; replaced 1 }}; written; write two;"
-            "written two",
+            f"all: SELECT 1; {loss}; undone {{ {then}; write one; replaced 1 }}; written; "
+            "write two; written two"
         )
         for loss, then in (("CUT 1", "read"), ("CUT 2", "read"), ("idle 0", "kill idle"))
     },
@@ -572,31 +540,6 @@ class TestTransactions:
         assert here.written() == ["one"]
         assert connection.get_autocommit()
         assert connection.run_on_commit == []
-
-    def test_named_cursor_as_the_first_statement(self, on_postgres: Site) -> None:
-        """Found dead before its DECLARE is sent: the transaction is begun elsewhere."""
-        here = on_postgres
-        here.write("one")
-        with transaction.atomic(here.connection.alias):
-            here.kill_idle()
-            with here.connection.chunked_cursor() as rows:
-                rows.execute("SELECT value FROM app_token")
-                assert rows.fetchall() == [("one",)]
-            here.write("two")
-        assert here.written() == ["one", "two"]
-        assert here.replaced()
-        assert not here.replayed()
-
-    def test_named_cursor_uses_up_the_first_statement(self, on_postgres: Site) -> None:
-        here = on_postgres
-        here.write("one")
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            with here.connection.chunked_cursor() as rows:
-                rows.execute("SELECT value FROM app_token FOR UPDATE")
-                assert rows.fetchall() == [("one",)]
-            here.cut("after")
-            here.read()
-        assert not here.replayed()
 
     @pytest.mark.parametrize("kind", CUTS)
     def test_first_write_that_is_not_plain(self, on_postgres: Site, kind: str) -> None:

@@ -35,29 +35,24 @@ CONTRADICTED = [
 STORIES = {
     # A block that has only read so far.
     "its next read is saved": (
-        "all",
-        "write one; { read one; CUT; read one; write two }; written one two; replayed 1",
+        "all: write one; { read one; CUT; read one; write two }; written one two; replayed 1"
     ),
     "its first write is saved and stands once": (
-        "all",
-        "{ read; read; CUT; write one; write two }; written one two",
+        "all: { read; read; CUT; write one; write two }; written one two"
     ),
-    "a rollback undoes what came after": ("all", "undone { read; cut after; write one }; written"),
+    "a rollback undoes what came after": "all: undone { read; cut after; write one }; written",
     "savepoints are made again": (
-        "all",
-        "{ read; undone { read; cut after; write one }; write two }; written two; replayed 1",
+        "all: { read; undone { read; cut after; write one }; write two }; written two; replayed 1"
     ),
     **{
         f"what did more than read is not saved: {before}": (
-            "all",
-            f"!{{ {before}; CUT; read }}; replayed 0; written",
+            f"all: !{{ {before}; CUT; read }}; replayed 0; written"
         )
         for before in ("write one", "many one", LOCKING, "WAIT")
     },
     **{
         f"another answer would contradict the first: {read} {settings}": (
-            server,
-            f"!{{ {read}; cut after; read }}; replayed 0",
+            f"{server}: !{{ {read}; cut after; read }}; replayed 0",
             settings,
         )
         for server, read, settings in CONTRADICTED
@@ -65,46 +60,39 @@ STORIES = {
     # COMMIT of reads.
     **{
         f"commit of reads is saved and its hooks run once: {kind}": (
-            "all",
-            f"{{ hook one; read; cut {kind} }}; ran one; write one; written one",
+            f"all: {{ hook one; read; cut {kind} }}; ran one; write one; written one"
         )
         for kind in ("before", "after")
     },
     "commit of reads that is found dead before is saved": (
-        "all",
-        "{ read; kill }; write one; written one",
+        "all: { read; kill }; write one; written one"
     ),
-    "commit of a write is unknown": ("all", "!!{ read; write one; cut after }"),
+    "commit of a write is unknown": "all: !!{ read; write one; cut after }",
     # Its lock was lost before the block's end: what it guarded may have changed.
-    "commit of a locking read is raised": ("all", f"!{{ {LOCKING}; kill }}"),
+    "commit of a locking read is raised": f"all: !{{ {LOCKING}; kill }}",
     "commit of reads is unknown where nothing is run again": (
-        "mariadb",
-        "!!{ read; cut after }; read",
+        "mariadb: !!{ read; cut after }; read",
         {"REPLAY": None},
     ),
     "commit of reads is unknown where the session holds something": (
-        "postgres",
-        "HOLD; !!{ read; cut after }",
+        "postgres: HOLD; !!{ read; cut after }"
     ),
     "commit of serializable reads is unknown": (
-        "postgres",
-        "!!{ read; cut after }",
+        "postgres: !!{ read; cut after }",
         {"OPTIONS": {"options": f"-c {ISOLATION}=serializable"}},
     ),
     # First writes.
     "executemany is saved as a whole": (
-        "all",
-        "SELECT 1; cut after 2; { many a b c }; written a b c; replayed 1",
+        "all: SELECT 1; cut after 2; { many a b c }; written a b c; replayed 1"
     ),
     "executemany after reads is saved as a whole": (
-        "all",
-        "{ read; cut after; many a b c }; written a b c; replayed 1",
+        "all: { read; cut after; many a b c }; written a b c; replayed 1"
     ),
-    "executemany in autocommit is raised": ("all", "SELECT 1; cut after; !many one; replayed 0"),
+    "executemany in autocommit is raised": "all: SELECT 1; cut after; !many one; replayed 0",
     **{
         f"what ends with the transaction is saved, and not held after it: {statement}": (
-            "postgres",
-            f"SELECT 1; cut after; {{ {statement}; write one }}; replayed 1; cut after; read one",
+            f"postgres: SELECT 1; cut after; {{ {statement}; write one }}; replayed 1; cut after; "
+            "read one"
         )
         for statement in (
             "SELECT pg_advisory_xact_lock(5)",
@@ -116,22 +104,19 @@ STORIES = {
     # It is state from here on: its loss is an error.
     **{
         f"setting alone on its connection is saved, and held: {statement}": (
-            server,
-            f"SELECT 1; cut after; {statement}; held; replayed 1; kill idle; !SELECT 1",
+            f"{server}: SELECT 1; cut after; {statement}; held; replayed 1; kill idle; !SELECT 1"
         )
         for server, statements in SETTINGS.items()
         for statement in statements
     },
     **{
         f"setting beside other state is raised: {first}": (
-            server,
-            f"{second}; cut after; !{first}; replayed 0",
+            f"{server}: {second}; cut after; !{first}; replayed 0"
         )
         for server, (first, second, _) in SETTINGS.items()
     },
     "setting of the server is raised": (
-        "mariadb",
-        "SELECT 1; cut after; !SET GLOBAL sort_buffer_size = 300000; replayed 0",
+        "mariadb: SELECT 1; cut after; !SET GLOBAL sort_buffer_size = 300000; replayed 0"
     ),
 }
 

@@ -59,7 +59,7 @@ SHOWN = "!SELECT 1; SELECT 2; replayed 0"
 def each(held: dict[str, list[str]], promise: str, story: str) -> dict[str, Any]:
     """Return the rows of a story that each statement begins, on the server that it is for."""
     return {
-        f"{promise}: {statement}": (server, f"{statement}; {story}")
+        f"{promise}: {statement}": f"{server}: {statement}; {story}"
         for server, statements in held.items()
         for statement in statements
     }
@@ -95,91 +95,76 @@ STORIES = {
     ),
     **each(FOR_THE_REQUEST, "held until the request ends", "request_ends; kill idle; SELECT 1"),
     "loss of a lock is one error before a block": (
-        "all",
-        "LOCK; kill; !{ write one }; written; { write two }; written two",
+        "all: LOCK; kill; !{ write one }; written; { write two }; written two"
     ),
     "loss found when the holder has gone is no error": (
-        "mariadb",
-        "SET @a = 1; kill; request_ends; idle; SELECT 1",
+        "mariadb: SET @a = 1; kill; request_ends; idle; SELECT 1"
     ),
     "constraint checks that are off are not lost": (
-        "mariadb",
-        "!unchecked { kill; write one }; written; write two; kill; unchecked { write three };"
-        "kill; write four; written two three four",
+        "mariadb: !unchecked { kill; write one }; written; write two; kill; "
+        "unchecked { write three }; kill; write four; written two three four"
     ),
     "connection that threads share is not replaced": (
-        "all",
-        "shared { kill idle; !SELECT 1 }; SELECT 1",
+        "all: shared { kill idle; !SELECT 1 }; SELECT 1"
     ),
     # What is given back is held no more.
     "lock that was given back": (
-        "mariadb",
-        "SELECT GET_LOCK('a', 0); SELECT RELEASE_LOCK('a'); kill idle; SELECT 1",
+        "mariadb: SELECT GET_LOCK('a', 0); SELECT RELEASE_LOCK('a'); kill idle; SELECT 1"
     ),
-    "transaction by hand ends with rollback()": ("all", "BEGIN; rollback; kill idle; SELECT 1"),
+    "transaction by hand ends with rollback()": "all: BEGIN; rollback; kill idle; SELECT 1",
     "channel given back in a block": (
-        "postgres",
-        "LISTEN jobs; { UNLISTEN jobs }; SELECT pg_listening_channels(); answer; free",
+        "postgres: LISTEN jobs; { UNLISTEN jobs }; SELECT pg_listening_channels(); answer; free"
     ),
     "channel that a rollback takes again": (
-        "postgres",
-        "LISTEN jobs; undone { UNLISTEN jobs }; SELECT pg_listening_channels(); answer jobs; held",
+        "postgres: LISTEN jobs; undone { UNLISTEN jobs }; SELECT pg_listening_channels(); "
+        "answer jobs; held"
     ),
     "channel that a savepoint's rollback takes again": (
-        "postgres",
-        "LISTEN jobs; { undone { UNLISTEN jobs } }; SELECT pg_listening_channels(); answer jobs;"
-        "held",
+        "postgres: LISTEN jobs; { undone { UNLISTEN jobs } }; SELECT pg_listening_channels(); "
+        "answer jobs; held"
     ),
     "lock of a transaction is no state": (
-        "postgres",
-        "{ SELECT pg_advisory_xact_lock(7) }; kill idle; SELECT 1",
+        "postgres: { SELECT pg_advisory_xact_lock(7) }; kill idle; SELECT 1"
     ),
     **{
         f"column {name} is no state": (
-            "all",
-            f"SELECT {name} FROM (SELECT 1 AS {name}) AS t; free; kill idle; SELECT 1",
+            f"all: SELECT {name} FROM (SELECT 1 AS {name}) AS t; free; kill idle; SELECT 1"
         )
         for name in ("temp", "connection_id", "get_lock")
     },
     # A peer whose circuit another thread has opened is left where that can do no harm.
-    "peer is left before a transaction": ("all", "open; { left; write one }; written one"),
+    "peer is left before a transaction": "all: open; { left; write one }; written one",
     "peer is not left inside a transaction": (
-        "all",
-        "{ write one; open; write two; stays }; written one two",
+        "all: { write one; open; write two; stays }; written one two"
     ),
     "peer is left after a write when the connection has idled": (
-        "all",
-        "write one; open; read; stays; idle; read; left",
+        "all: write one; open; read; stays; idle; read; left"
     ),
-    "peer is not left with session state": ("all", "HOLD; open; SELECT 1; stays"),
+    "peer is not left with session state": "all: HOLD; open; SELECT 1; stays",
     # Answers that live in one connection are asked of no other.
     **{
         f"answer is not asked of another: {question}": (
-            server,
-            f"write one; kill idle; !{question}; SELECT 1",
+            f"{server}: write one; kill idle; !{question}; SELECT 1"
         )
         for server, questions in QUESTIONS.items()
         for question in questions
     },
-    "answer that is lost is not asked again": ("all", "write one; CUT; !ASK; replayed 0"),
-    "answers after a replayed read": ("all", "write one; cut after; read one; asks"),
-    "answers after a replaced connection": ("all", "write one; kill idle; read one; asks"),
-    "answers after a drain": ("all", "write one; idle; drain; read one; left; asks"),
+    "answer that is lost is not asked again": "all: write one; CUT; !ASK; replayed 0",
+    "answers after a replayed read": "all: write one; cut after; read one; asks",
+    "answers after a replaced connection": "all: write one; kill idle; read one; asks",
+    "answers after a drain": "all: write one; idle; drain; read one; left; asks",
     "answers after a loss that was raised": (
-        "all",
-        "write one; !{ SELECT value FROM app_token FOR UPDATE; kill; read }; read; asks",
+        "all: write one; !{ SELECT value FROM app_token FOR UPDATE; kill; read }; read; asks"
     ),
-    "answers inside a block": ("all", "write one; kill idle; { read; !ASK }"),
+    "answers inside a block": "all: write one; kill idle; { read; !ASK }",
     "update answers for its rows only": (
-        "mariadb",
-        "write one; kill idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); answer 1;"
-        "!ASK",
+        "mariadb: write one; kill idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
+        "answer 1; !ASK"
     ),
     "nothing was written in the next request": (
-        "mariadb",
-        "write one; kill idle; read; request_ends; ASK; answer 0",
+        "mariadb: write one; kill idle; read; request_ends; ASK; answer 0"
     ),
-    "who am I is answered": ("all", "write one; kill idle; read; WHO"),
+    "who am I is answered": "all: write one; kill idle; read; WHO",
 }
 
 

@@ -53,9 +53,7 @@ def cursor_class(base: type) -> type:
 def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return the hook over ``plain``, the ``_execute`` of a cursor wrapper's class.
 
-    A function over a function rather than a method and ``super()``: each look
-    at an attribute of a cursor wrapper goes by its ``__getattr__``, and
-    ``super()`` alone costs what the rest of the hook does.
+    A function over a function rather than a method: ``super()`` costs what the rest of it does.
     """
 
     def execute(self: Any, sql: Any, params: Any, many: Any = False, context: Any = None) -> Any:

@@ -1,8 +1,7 @@
 """What may be done to a connection and to a lost statement: pure functions of plain records.
 
-Decides, and acts on nothing: no function here asks a server. Each rule is a line, and
-``tests/test_decisions.py`` tries every combination. ``docs/explanation/established.rst``
-lists the rules and where each is held.
+No function here asks a server. ``tests/test_decisions.py`` tries every combination, and
+``docs/explanation/established.rst`` lists the rules and where each is held.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ def after_error(
 class Why(enum.Enum):
     """Why a connection is to be replaced at a safe point."""
 
-    #: It is dead.
     LOST = "lost"
     #: It works. Its peer's circuit is open, or the peer is drained.
     LEAVING = "leaving"
@@ -128,7 +126,7 @@ class Pinned(enum.Enum):
 class Leave(enum.Enum):
     """Whether a connection that works leaves its peer at a safe point."""
 
-    #: It stays, and the next statement asks again.
+    #: The next statement asks again.
     STAYS = "stays"
     #: It stays until a circuit changes.
     SETTLES = "settles"
@@ -162,20 +160,15 @@ def may_leave(pinned: Pinned, *, is_out: bool, not_ready: bool, wrote: bool, can
 
 
 def must_catch_up(is_mysql: bool, *, has_written: bool, has_not_caught_up: bool) -> bool:
-    """Return whether a connection waits for what the cluster has committed before it is used.
-
-    The request may have written on its last connection, or on one before that.
-    """
+    """Return whether a connection waits for what the cluster has committed before it is used."""
     return is_mysql and (has_written or has_not_caught_up)
 
 
 class Place(enum.Enum):
     """Where a statement was when it was lost."""
 
-    #: Outside of every transaction: it is one of its own.
     AUTOCOMMIT = "autocommit"
-    #: The first statement of an atomic block.
-    FIRST = "first statement of a block"
+    FIRST = "first statement of an atomic block"
     #: In an atomic block in which nothing was sent before it but reads.
     AFTER_READS = "after reads of a block"
     #: Anywhere else: the transaction had done something, or is not an atomic block's.
@@ -185,7 +178,7 @@ class Place(enum.Enum):
 class Cause(enum.Enum):
     """What the error says of the statement."""
 
-    #: It did not run: it was never sent, or the server refused it.
+    #: It was never sent, or the server refused it.
     NOT_RUN = "not run"
     #: The connection was closed: it may have run.
     CLOSED = "closed"
@@ -193,7 +186,6 @@ class Cause(enum.Enum):
     NO_SERVICE = "no service"
     #: It took as long as a time-out: it may be running still.
     TIMED_OUT = "timed out"
-    #: An answer like any other.
     ANSWERED = "answered"
 
 
@@ -201,7 +193,6 @@ class How(enum.Enum):
     """How a statement is run again."""
 
     NEVER = "never"
-    #: As it was run the first time.
     AS_IT_IS = "as it is"
     #: In a READ ONLY transaction, in which the server refuses what only looks like a read.
     READ_ONLY = "read only"
@@ -215,7 +206,7 @@ class Lost(NamedTuple):
     text: Text
     #: "mysql", "mariadb" or "postgresql".
     dialect: str
-    #: The REPLAY setting.
+    #: REPLAY is not None.
     enabled: bool
     #: The session holds something, results may be unread, or others use the connection.
     holds_state: bool
@@ -228,15 +219,14 @@ class Lost(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What may be done: how the statement is run again, and what is asked before.
+    """How the statement is run again, and what the new peer is asked before.
 
-    Each question goes to the new peer, before the transaction begins there. A
-    no to any of them, or no answer, means that the loss is raised.
+    A no to any question, or no answer, means that the loss is raised.
     """
 
     how: How
-    #: Run it in a READ ONLY transaction of its own before: what it changes for good
-    #: shows there. (For what cannot run READ ONLY, for its locks or for what follows.)
+    #: Run it in a READ ONLY transaction of its own before, where a write shows. (For what
+    #: cannot run READ ONLY, for its locks or for what follows.)
     rehearse: bool = False
     #: Ask whether all that it may change is undone by a rollback.
     is_undone: bool = False
@@ -305,9 +295,8 @@ def writes_token(stage: Stage, by_hand: bool, is_whole: bool, only_read: bool) -
 class Answer(enum.Enum):
     """What one connection says of the writes that are sent over it.
 
-    A server that was made read-only keeps its connections, and new ones may lead elsewhere: a proxy
-    sends them to the new primary. So the connection that was refused is asked, and a new one too.
-    Each answers for itself.
+    A server that was made read-only keeps its connections, and a proxy sends new ones to the new
+    primary. So the connection that was refused is asked, and a new one too: each for itself.
     """
 
     WRITABLE = "writable"

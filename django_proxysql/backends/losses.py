@@ -1,8 +1,7 @@
 """Take note of errors on an established connection, and find out that it is lost.
 
-Decides what an error, or a socket that has become readable, says of the connection; acts
-on the record of the connection (``Session``), on the peer's circuit, and on listeners. Where an
-error leaves open what is wrong, the connection or its peer is asked.
+Acts on the record of the connection (``Session``), on the peer's circuit, and on listeners. Where
+an error leaves open what is wrong, the connection or its peer is asked.
 """
 
 from __future__ import annotations
@@ -118,11 +117,10 @@ def act_on(
 
 
 def abandon(db: Any, session: Session, exc: BaseException) -> None:
-    """Never use a connection again: its next answer may be an interrupted statement's.
+    """Close a connection at once: its next answer may be an interrupted statement's.
 
-    It is closed at once, so that no statement can be sent over it, and
-    replaced at the next safe point. If it held session state, the next
-    statement is an error: the application does not know yet that the state is gone.
+    If it held session state, the next statement is an error: the application does not know yet
+    that the state is gone.
     """
     db._transaction.statement_sent()
     session.lose(f"interrupted by {drivers.describe(exc)}")
@@ -239,15 +237,14 @@ def notice_unseen(db: Any, session: Session) -> None:
         is_untouched = counter is session.counter and counter.is_still(sent_by_then)
     else:
         # The driver knows by itself, as long as nothing was read either.
-        is_untouched = not transaction.reads and has_sent_nothing(db, session)
+        driver, connection = db._driver, session.connection
+        is_untouched = (
+            not transaction.reads
+            and not driver.is_closed(connection)
+            and driver.in_transaction(connection) is False
+        )
     if not is_untouched:
         transaction.statement_sent()
-
-
-def has_sent_nothing(db: Any, session: Session) -> bool:
-    """Return whether the driver knows by itself that nothing was sent in the transaction."""
-    driver, connection = db._driver, session.connection
-    return not driver.is_closed(connection) and driver.in_transaction(connection) is False
 
 
 def mark(db: Any, session: Session) -> None:
@@ -303,16 +300,16 @@ def ask(db: Any, session: Session) -> ready.Writer | None:
         return None
     try:
         writer = ready.writer_of(session.connection)
+        session.peer.note_server(writer.is_server)
+        return writer
     except BaseException as exc:
-        session.is_server = session.peer.is_server
         if drivers.is_driver_error(exc):
             return None
         # A time limit, say: the answer that comes next may be this question's.
         interrupted(db, exc)
         raise
-    session.peer.note_server(writer.is_server)
-    session.is_server = session.peer.is_server
-    return writer
+    finally:
+        session.is_server = session.peer.is_server
 
 
 def ask_anew(db: Any, session: Session) -> Answer:
@@ -332,12 +329,11 @@ def ask_anew(db: Any, session: Session) -> Answer:
 
 
 def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
-    """Ask a proxy, on a new connection, whether a server behind it answers.
+    """Ask a proxy, on a new connection, whether a server behind it answers; return whether the
+    circuit is open now.
 
     It says the same where all its connections to them are in use. The last
     peer is not asked: it is kept whatever it says.
-
-    :returns: whether the circuit is open now.
     """
     balancer, peer = session.balancer, session.peer
     now = session.clock()
@@ -351,15 +347,14 @@ def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
         return False
     peer.asked_until = now + 2 * balancer.config.connect_timeout
     try:
-        with throw_away(db, session.peer) as connection:
+        with throw_away(db, peer) as connection:
             ready.backend(connection)
+        peer.unanswered = 0
+        return False
     except Exception as error:
         if not drivers.judge(error, connecting=True).fault.counts:
             # Full, or the trouble is on this side.
             return False
-    else:
-        peer.unanswered = 0
-        return False
     finally:
         peer.asked_until = -math.inf
     return balancer.count_unanswered(peer, exc, since)

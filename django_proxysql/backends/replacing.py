@@ -1,7 +1,6 @@
-"""Put a new connection into the place of one that is lost or to be left.
+"""Put a new connection into the place of one that is lost or to be left, at a safe point.
 
-Decides at which moments that is safe; acts on the wrapper's connection, session and
-transaction. A connection found lost elsewhere stays in place: replacing it inside a
+A connection that is found lost elsewhere stays in place: replacing it inside a
 transaction would commit one half of it and lose the other.
 """
 
@@ -34,7 +33,7 @@ from .decisions import (
 )
 from .losses import is_lost, mark, notice_unseen, settle_doubt
 from .sessions import Session, current, give_back
-from .state import NO_TRANSACTION, WORKS
+from .state import WORKS
 
 #: What Django's connect() resets, and what a transaction that is started anew
 #: on another connection must keep.
@@ -58,9 +57,6 @@ def follow(db: Any, before: Session, session: Session) -> None:
     Each way from one connection to the next comes by here: a replacement, a replay,
     and Django's own connecting after a block that was lost, or after close().
 
-    A read on another Galera node right after a write was stale in a
-    quarter of all tries (seen); once the node has caught up it is not.
-
     :raises Exception: the driver's: the node was lost meanwhile, or could not catch up
         in time. The attempt to connect has failed then.
     """
@@ -80,7 +76,7 @@ def follow(db: Any, before: Session, session: Session) -> None:
 
 def situation_of(db: Any, session: Session) -> Situation:
     """Return what counts for whether the connection may be replaced now."""
-    driver, connection, dead = db._driver, session.connection, session.dead
+    driver, connection = db._driver, session.connection
     raised, holds = session.error_raised, session.holds
     # Of a connection whose loss was raised nothing more is asked.
     return Situation(
@@ -93,8 +89,8 @@ def situation_of(db: Any, session: Session) -> Situation:
         and bool(session.unbuffered or session.server_side or driver.is_busy(connection)),
         db.in_atomic_block
         or not db.autocommit
-        or (db._transaction is not NO_TRANSACTION and db._transaction.is_of_atomic)
-        or not (dead or driver.is_at_rest(connection)),
+        or db._transaction.is_of_atomic
+        or not (session.dead or driver.is_at_rest(connection)),
     )
 
 
@@ -260,7 +256,9 @@ def replace(
         db._terms = db._ANY_PEER
     if hold is not None:
         hold.release()
-    close_old(db, session)
+    # psycopg2 lets no cursor of a closed connection be read to its end; it closes with the last.
+    if session.dead or not db._driver.ends_its_cursors(session.connection):
+        give_back(session.connection)
     successor = db._session
     assert successor is not None
     successor.balancer.emit(
@@ -272,15 +270,6 @@ def replace(
             error=session.error,
         ),
     )
-
-
-def close_old(db: Any, session: Session) -> None:
-    """Close the connection that was replaced."""
-    if db._driver.ends_its_cursors(session.connection) and not session.dead:
-        # psycopg2 lets no cursor of a closed connection be read to its
-        # end; it closes with the last of them.
-        return
-    give_back(session.connection)
 
 
 def restart(db: Any, session: Session) -> None:

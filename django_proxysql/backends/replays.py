@@ -1,7 +1,4 @@
-"""Run a lost statement again, where :func:`.decisions.may_replay` allows it.
-
-Gathers what that decision needs; acts on the new connection.
-"""
+"""Run a lost statement again, where :func:`.decisions.may_replay` allows it."""
 
 from __future__ import annotations
 

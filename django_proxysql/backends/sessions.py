@@ -33,11 +33,7 @@ NOT_MADE = object()
 
 
 class Session(Health):
-    """One driver connection's state, from the moment it was handed out.
-
-    Belongs to one wrapper, and so to one thread at a time. Its health is the
-    :class:`~.state.Health` that it is; what it holds is :attr:`holds`.
-    """
+    """One driver connection's state. Belongs to one wrapper, and so to one thread at a time."""
 
     def __init__(
         self,
@@ -86,7 +82,6 @@ class Session(Health):
         self.is_server: bool | None = None
         #: Types of parameters that this connection quotes: no SQL of its own is in them.
         self.known_types: set[type] = set(VALUES)
-        #: Its session state: never lost without the application's knowledge.
         self.holds = Holdings()
         #: It may have written in this request, and so left something to ask for: LAST_INSERT_ID().
         #: Unlike :attr:`wrote`, idleness does not end this.
@@ -120,15 +115,15 @@ def current(db: Any) -> Session | None:
     return session if session is not None and session.connection is db.connection else None
 
 
-def now_holding(db: Any) -> tuple[Session, Holdings] | None:
+def now_holding(db: Any) -> tuple[Session, dict[str, int]] | None:
     """Return what the session holds, for :func:`still_holds`; None if it holds nothing."""
     session = current(db)
     if session is None or not session.holds or session.error_raised:
         return None
-    return session, session.holds.copy()
+    return session, session.holds.all()
 
 
-def still_holds(db: Any, held: tuple[Session, Holdings] | None) -> bool:
+def still_holds(db: Any, held: tuple[Session, dict[str, int]] | None) -> bool:
     """Return whether all that :func:`now_holding` has seen is held now."""
     if held is None:
         return True

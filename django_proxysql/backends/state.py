@@ -1,11 +1,9 @@
 """A connection's health, and where its transaction stands: records with named transitions.
 
-Decides nothing and acts on nothing but itself. What a session holds is the third
-record: :class:`~django_proxysql.core.holdings.Holdings`.
+What a session holds is the third record: :class:`~django_proxysql.core.holdings.Holdings`.
 
-A transaction's record is made when it begins and replaced as a whole. Nothing of a
-transaction is kept anywhere else, so that nothing of it outlives it. The engine makes a
-record when autocommit is switched off, another after each COMMIT and ROLLBACK by hand,
+Nothing of a transaction is kept but in its record, so that nothing of it outlives it. The engine
+makes a record when autocommit is switched off, another after each COMMIT and ROLLBACK by hand,
 and puts :data:`NO_TRANSACTION` in its place when autocommit is on again.
 """
 
@@ -59,12 +57,10 @@ class Health:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether the connection works, and is to be replaced at the next safe point."""
         return self.life is LEAVING
 
     @property
     def error_raised(self) -> bool:
-        """Whether the loss was raised in the application."""
         return self.life is ERROR_RAISED
 
     def leave(self, error: str) -> None:
@@ -76,10 +72,7 @@ class Health:
     def lose(
         self, error: str = "", *, timed_out: bool = False, loss: BaseException | None = None
     ) -> None:
-        """Note that the connection has ended. What is learned of it later says nothing of how.
-
-        :param loss: what a ping raised, where nothing was sent.
-        """
+        """Note that the connection has ended. What is learned of it later says nothing of how."""
         if not self.dead:
             # First: what an asynchronous exception leaves behind is not used again.
             self.dead = True
@@ -113,10 +106,7 @@ class Health:
             self.unsure, self.poll = True, None
 
     def trust(self, poll: Callable[[int], object] | None) -> None:
-        """Note that the server has answered, after the driver was not trusted.
-
-        :param poll: looks at the socket.
-        """
+        """Note that the server has answered, after the driver was not trusted."""
         if self.unsure:
             self.unsure, self.poll = False, poll
 
@@ -220,19 +210,20 @@ class Transaction:
             if not reads:
                 self.stage = BEGUN
 
+    # Django is about to send these
+
     def savepoint_made(self, sid: str) -> None:
-        """Django is about to make a SAVEPOINT."""
         self.undone.discard(sid)
         if self.reads is not None:
             self.savepoints.append(sid)
 
     def savepoint_released(self, sid: str) -> None:
-        """Django is about to release a SAVEPOINT, and those made after it."""
+        """Those made after it go with it."""
         if sid in self.savepoints:
             del self.savepoints[self.savepoints.index(sid) :]
 
     def savepoint_restored(self, sid: str) -> None:
-        """Django is about to roll back to a SAVEPOINT, which ends those made after it."""
+        """Those made after it end."""
         if sid in self.savepoints:
             del self.savepoints[self.savepoints.index(sid) + 1 :]
         if self.stage is not NONE:

@@ -1,8 +1,4 @@
-"""What is done before and after each statement that is no plain read.
-
-Decides which connection it is sent on; acts on what is known of the session and of the
-transaction.
-"""
+"""What is done before and after each statement that is no plain read."""
 
 from __future__ import annotations
 

@@ -113,20 +113,14 @@ class Holdings:
         """Note that Django has switched foreign keys off (``foreign_key_checks=0``) or on."""
         self.by_django = off
 
-    def copy(self) -> Holdings:
-        """Return what is held now, to be compared with later."""
-        other = Holdings()
-        other.for_request, other.by_django = self.for_request, self.by_django
-        other.for_life = dict(self.for_life)
-        return other
+    def all(self) -> dict[str, int]:
+        """Return what is held now, and how often it was taken."""
+        return {**self.for_life, "SET": self.for_request, "checks": self.by_django}
 
-    def include(self, other: Holdings) -> bool:
-        """Return whether all that ``other`` has is held here too."""
-        return (
-            self.for_request >= other.for_request
-            and self.by_django >= other.by_django
-            and all(self.for_life.get(name, 0) >= count for name, count in other.for_life.items())
-        )
+    def include(self, held: dict[str, int]) -> bool:
+        """Return whether all that :meth:`all` has returned before is held now."""
+        now = self.all()
+        return all(now.get(name, 0) >= count for name, count in held.items())
 
 
 def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
