@@ -54,17 +54,11 @@ def test_what_is_in_a_transactions_place_never_changes() -> None:
 
 
 @pytest.mark.parametrize(("by_hand", "stage"), [*itertools.product([False, True], Stage)])
-def test_only_an_atomic_block_in_which_nothing_was_sent_begins_again(
-    by_hand: bool, stage: Stage
-) -> None:
+def test_what_a_stage_says_of_its_transaction(by_hand: bool, stage: Stage) -> None:
+    """An atomic block begins again before anything was sent; a COMMIT that was may stand."""
     transaction = Transaction(by_hand, stage)
     assert transaction.is_pending is (stage is Stage.BEGUN and not by_hand)
     assert transaction.is_of_atomic is (stage is not Stage.NONE and not by_hand)
-
-
-@pytest.mark.parametrize("stage", Stage)
-def test_a_commit_that_was_sent_and_not_refused_may_stand(stage: Stage) -> None:
-    transaction = Transaction(by_hand=False, stage=stage)
     assert transaction.may_stand is (stage in (Stage.COMMITTING, Stage.COMMITTED, Stage.UNKNOWN))
     assert transaction.has_ended is (
         stage in (Stage.COMMITTED, Stage.ROLLED_BACK, Stage.NOT_DONE, Stage.UNKNOWN)
