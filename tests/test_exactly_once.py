@@ -27,9 +27,8 @@ from django.db import (
     transaction,
 )
 from django.db.models.signals import pre_migrate
-from django.test import RequestFactory
 
-from django_proxysql import backends, retrying_atomic, retrying_request, signals
+from django_proxysql import backends, retrying_atomic, signals
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import _cleaner, delete_old, problems
 from django_proxysql.core import outcome
@@ -50,6 +49,7 @@ from tests.outcomes.trial import Trial
 from tests.servers import DATABASE, USER
 from tests.servers.scripted import READ_ONLY, MaxScale, Refusal, ScriptedServer
 from tests.site import Site, site
+from tests.work import Work, run_by
 
 #: What is in the packet of COMMIT, and in no AUTOCOMMIT. psycopg2 sends the token ahead.
 COMMIT = b"COMMIT" if os.environ.get("TEST_DRIVER") == "psycopg2" else b"; COMMIT"
@@ -139,9 +139,20 @@ def cut_at_commit(here: Site, how: str, matching: bytes = COMMIT) -> None:
 
 
 class TestVerdicts:
-    def test_answered_commit_leaves_a_token(self, here: Site) -> None:
-        assert block(here, "one") == ["one"]
-        assert (here.written(), tokens(here), resolved(here)) == (["one"], [False], [])
+    def test_answered_commit_leaves_a_token_and_takes_no_round_trip_more(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """psycopg2 alone takes one: it sends no COMMIT but its own."""
+        assert block(here, "first") == ["first"]
+        packets = []
+        for setting in ("record", None):
+            change_setting(here, monkeypatch, commit_outcome=setting)
+            before = here.here.client_packets
+            block(here, str(setting))
+            packets.append(here.here.client_packets - before)
+        assert packets[0] - packets[1] == (os.environ.get("TEST_DRIVER") == "psycopg2")
+        assert here.written() == ["first", "record", "None"]
+        assert (tokens(here), resolved(here)) == ([False, False], [])
 
     @pytest.mark.parametrize("kind", [{}, ROBUST], ids=["", "robust"])
     def test_committed_block_ends_well_and_runs_its_hooks_once(
@@ -197,7 +208,12 @@ class TestBlocksWithoutAToken:
             getattr(here.here, f"cut_{cut}")(b"COMMIT")
         assert (tokens(here), resolved(here)) == ([], [])
 
-    def test_of_reads_alone_ends_well_once_a_peer_is_back(self, here: Site) -> None:
+    @pytest.mark.parametrize("comes_back", [True, False])
+    def test_of_reads_alone_ends_well_once_a_peer_is_back(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+    ) -> None:
+        """It is unknown where none is back in time."""
+
         def exhausted(event: Any) -> None:
             if type(event) is PeersExhausted:
                 here.clock.advance(31)
@@ -205,24 +221,18 @@ class TestBlocksWithoutAToken:
                     proxy.forward()
 
         here.read()
-        here.balancer.add_listener(exhausted)
-        with transaction.atomic("balanced"):
+        if comes_back:
+            here.balancer.add_listener(exhausted)
+        else:
+            change_setting(here, monkeypatch, outcome_deadline=0.3)
+        ends = contextlib.nullcontext() if comes_back else pytest.raises(CommitOutcomeUnknown)
+        with ends, transaction.atomic("balanced"):
             here.read()
             here.here.cut_after(b"COMMIT")
             for proxy in here.proxies:
                 proxy.refuse()
         assert PeersExhausted in map(type, here.events)
         assert (tokens(here), resolved(here)) == ([], [])
-
-    def test_of_reads_alone_is_unknown_where_no_peer_is_back_in_time(
-        self, here: Site, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        change_setting(here, monkeypatch, outcome_deadline=0.3)
-        with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
-            here.read()
-            here.here.cut_after(b"COMMIT")
-            for proxy in here.proxies:
-                proxy.refuse()
 
     @ON_POSTGRES
     def test_of_a_view_that_writes_is_unknown_and_of_a_function_is_not(self, here: Site) -> None:
@@ -256,26 +266,20 @@ class TestBlocksWithoutAToken:
             here.connection.commit()
         assert (tokens(here), resolved(here)) == ([], [])
 
-    @ON_MARIADB
     def test_that_a_change_of_the_schema_has_split_is_unknown(self, here: Site) -> None:
         """What came before MySQL's DDL stands whatever becomes of COMMIT."""
-        with pytest.raises(CommitOutcomeUnknown), transaction.atomic("balanced"):
-            here.write("one")
-            here.sql("CREATE TABLE IF NOT EXISTS split (a int)")
-            here.write("two")
-            here.here.cut_before(b"COMMIT")
-        assert here.written() == ["one"]
-        run(here.plain, "DROP TABLE split")
-
-    @ON_POSTGRES
-    def test_that_a_change_of_the_schema_has_not_split_has_one(self, here: Site) -> None:
-        with (
-            pytest.raises(OperationalError, match="rolled back"),
-            transaction.atomic("balanced"),
-        ):
-            here.sql("CREATE TABLE split (a int)")
-            here.here.cut_before(COMMIT)
-        assert "split" not in here.plain.introspection.table_names()
+        try:
+            with pytest.raises(OperationalError) as raised, transaction.atomic("balanced"):
+                here.write("one")
+                here.sql("CREATE TABLE split (a int)")
+                here.write("two")
+                here.here.cut_before(COMMIT if not here.is_mysql else b"COMMIT")
+            assert isinstance(raised.value, CommitOutcomeUnknown) is here.is_mysql
+            assert here.written() == (["one"] if here.is_mysql else [])
+            is_there = "split" in here.plain.introspection.table_names()
+            assert is_there is here.is_mysql
+        finally:
+            run(here.plain, "DROP TABLE IF EXISTS split")
 
     @ON_POSTGRES
     def test_that_failed_on_the_way_ends_as_with_the_plain_engine(self, here: Site) -> None:
@@ -287,35 +291,23 @@ class TestBlocksWithoutAToken:
         assert (here.written(), tokens(here)) == ([], [])
 
     @pytest.mark.parametrize(
-        "statement",
+        ("statement", "params"),
         [
-            "SET TRANSACTION READ ONLY",
-            "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",
-            "START TRANSACTION READ ONLY",
-        ],
-    )
-    def test_that_is_read_only_has_none(self, here: Site, statement: str) -> None:
-        """The server takes none there. Without the setting such a block ends well."""
-        with transaction.atomic("balanced"):
-            here.sql(statement)
-            assert here.read() == []
-        assert tokens(here) == []
-
-    @ON_POSTGRES
-    @pytest.mark.parametrize(
-        "statement",
-        [
+            ("SET TRANSACTION READ ONLY", None),
+            ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY", None),
+            ("START TRANSACTION READ ONLY", None),
             (b"SET TRANSACTION READ ONLY", None),
             ("SET TRANSACTION READ /* and no more */ ONLY", None),
             ("SELECT set_config(%s, 'on', true)", ["transaction_read_only"]),
         ],
-        ids=["bytes", "comment", "set_config"],
+        ids=["alone", "of two", "START", "bytes", "comment", "set_config"],
     )
-    def test_that_is_made_read_only_in_other_words_has_none(
-        self, here: Site, statement: tuple[Any, Any]
-    ) -> None:
+    def test_that_is_read_only_has_none(self, here: Site, statement: Any, params: Any) -> None:
+        """The server takes none there. Without the setting such a block ends well."""
+        if here.is_mysql and (params or isinstance(statement, bytes)):
+            pytest.skip("PostgreSQL's words")
         with transaction.atomic("balanced"):
-            here.sql(*statement)
+            here.sql(statement, params)
             assert here.read() == []
         assert tokens(here) == []
 
@@ -412,11 +404,7 @@ class TestBlocksWithoutAToken:
                 here.connection.settings_dict["OPTIONS"] = options
                 here.sql("SELECT 1")
                 cut_at_commit(here, how)
-                if how == "reply":
-                    assert block(here, "one") == ["one"]
-                else:
-                    with pytest.raises(OperationalError, match="was rolled back"):
-                        block(here, "one")
+                ends_as_it_was_cut(here, how)
             finally:
                 here.connection.close()
                 postgres.sql(taken, DATABASE)
@@ -430,12 +418,6 @@ class TestBlocksWithoutAToken:
         assert (here.written(), tokens(here)) == (["one"], [])
         assert block(here, "two") == ["two"]
         assert tokens(here) == [False]
-
-    def test_of_a_testcase_have_none(self, here: Site) -> None:
-        with transaction.atomic("balanced"):
-            block(here, "one")
-            transaction.set_rollback(True, "balanced")
-        assert (here.written(), tokens(here)) == ([], [])
 
     def test_without_the_setting_nothing_is_asked(
         self, here: Site, monkeypatch: pytest.MonkeyPatch
@@ -460,6 +442,11 @@ class TestBlocksWithoutAToken:
             sys.setprofile(before)
         assert called == []
         assert (here.written(), tokens(here)) == (["one"], [])
+
+
+def unfit(here: Site) -> str:
+    """What has the table prove nothing."""
+    return "ENGINE = MyISAM" if here.is_mysql else "SET UNLOGGED"
 
 
 class TestTable:
@@ -556,32 +543,30 @@ class TestTable:
             self.refused(here, "may not write to django_proxysql_commit")
         assert block(here, "two") == ["two"]
 
-    def test_rows_that_prove_nothing_leave_the_outcome_unknown(self, here: Site) -> None:
-        """MyISAM keeps what a rollback undoes, and a crash empties an UNLOGGED table."""
-        change = "ENGINE = MyISAM" if here.is_mysql else "SET UNLOGGED"
-        run(here.plain, f"ALTER TABLE {outcome.TABLE} {change}")
-        for how in ("before", "reply"):
-            prepare(here)
-            cut_at_commit(here, how)
-            with pytest.raises(CommitOutcomeUnknown):
-                block(here, "one")
-            assert resolved(here).pop() == "unknown"
+    @pytest.mark.parametrize("key", [True, False], ids=["", "no key"])
+    @pytest.mark.parametrize("how", ["before", "reply"])
+    def test_rows_that_prove_nothing_leave_the_outcome_unknown(
+        self, here: Site, how: str, key: bool
+    ) -> None:
+        """MyISAM keeps what a rollback undoes, and a crash empties an UNLOGGED table.
 
-    def test_without_its_key_the_outcome_is_unknown(self, here: Site) -> None:
-        """Both rows can stand then."""
-        named = "" if here.is_mysql else f" CONSTRAINT {outcome.TABLE}_pkey"
-        dropped = "PRIMARY KEY" if here.is_mysql else named
-        run(here.plain, f"ALTER TABLE {outcome.TABLE} DROP {dropped}")
+        Without the key both rows can stand.
+        """
+        change = unfit(here)
+        if not key:
+            named = "PRIMARY KEY" if here.is_mysql else f"CONSTRAINT {outcome.TABLE}_pkey"
+            change = f"DROP {named}"
+        run(here.plain, f"ALTER TABLE {outcome.TABLE} {change}")
         here.read()
-        here.here.cut_after(COMMIT)
+        cut_at_commit(here, how)
         with pytest.raises(CommitOutcomeUnknown):
             block(here, "one")
+        assert resolved(here) == ["unknown"]
 
     def test_the_check_says_what_is_wrong(self, here: Site) -> None:
         assert problems(here.connection) == []
         assert tokens(here) == []
-        change = "ENGINE = MyISAM" if here.is_mysql else "SET UNLOGGED"
-        run(here.plain, f"ALTER TABLE {outcome.TABLE} {change}")
+        run(here.plain, f"ALTER TABLE {outcome.TABLE} {unfit(here)}")
         assert "prove nothing" in problems(here.connection)[0].msg
         run(here.plain, f"DROP TABLE {outcome.TABLE}")
         (found,) = problems(here.connection)
@@ -638,18 +623,10 @@ class TestFaults:
         """Something in between ran it twice, as MaxScale's ``transaction_replay`` does."""
         own = inserts(here, known_token)
         run(here.plain, "INSERT INTO app_token (value) VALUES ('one')", own)
-        runs: list[int] = []
-        hooks: list[int] = []
-
-        @retrying_atomic("balanced")
-        def work() -> None:
-            runs.append(1)
-            transaction.on_commit(lambda: hooks.append(1), using="balanced")
-            here.write("one, once more")
-
         here.read()
-        work()
-        assert (runs, hooks, here.written()) == ([1], [1], ["one"])
+        work = Work(here, losses=0)
+        work.retrying()
+        assert (work.runs, work.hooks, here.written()) == (1, [1], ["one"])
         assert (tokens(here), resolved(here)) == ([False], ["committed"])
 
     @ON_POSTGRES
@@ -688,18 +665,11 @@ class TestFaults:
         server = request.getfixturevalue("postgres" if driver else "mariadb")
         options = {} if driver else {"multi_statements": False}
         with recording(server, fault_proxy, OPTIONS=options) as here:
-            runs: list[int] = []
-
-            @retrying_atomic("balanced")
-            def work() -> None:
-                runs.append(1)
-                here.write(f"run {len(runs)}")
-                if len(runs) == 1:
-                    cut_at_commit(here, cut, outcome.TABLE.encode())
-
-            work()
-            assert runs == [1, 1]
-            assert (here.written(), resolved(here)) == (["run 2"], [])
+            token = outcome.TABLE.encode()
+            work = Work(here, lose=lambda: cut_at_commit(here, cut, token))
+            work.retrying()
+            work.stands_once(2)
+            assert resolved(here) == []
 
     def test_a_fence_whose_answer_is_lost_is_not_taken_for_the_transaction(
         self, here: Site
@@ -812,32 +782,6 @@ class TestFaults:
         assert not here.connection.in_atomic_block
         here.write("two")
         assert here.written() == ["two"]
-
-    def test_two_that_fence_at_once_agree(self, here: Site, known_token: bytes) -> None:
-        here.read()
-        cut_at_commit(here, "before")
-        statement = inserts(here, known_token, is_fence=True)
-        here.balancer.add_listener(
-            lambda event: run(here.plain, statement) if type(event) is ConnectionLost else None
-        )
-        rolled_back(here)
-        assert (here.written(), tokens(here)) == ([], [True])
-
-    def test_a_packet_that_is_thawed_after_the_verdict_does_nothing(
-        self, mariadb: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
-        with recording(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
-            here.read()
-            frozen = here.here
-            with (
-                pytest.raises(OperationalError, match="was rolled back"),
-                transaction.atomic("balanced"),
-            ):
-                here.write("one")
-                frozen.freeze()
-            frozen.thaw()
-            frozen.wait_until_idle()
-            assert (here.written(), tokens(here)) == ([], [True])
 
     @pytest.mark.skipif(
         os.environ.get("TEST_DRIVER") == "psycopg2",
@@ -995,48 +939,56 @@ class TestFaults:
 
 
 @contextlib.contextmanager
-def no_writes(here: Site) -> Iterator[None]:
-    """Have the server take no writes: PostgreSQL those of new sessions, MariaDB any."""
-    on, off = "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"
-    if not here.is_mysql:
-        name = "default_transaction_read_only"
-        on = f"ALTER DATABASE {DATABASE} SET {name} = on"
-        # Not off: a database's own setting goes before the server's, in every later test.
-        off = f"ALTER DATABASE {DATABASE} RESET {name}"
-    here.server.sql(on)
+def changed(here: Site, on: str, off: str, *database: str) -> Iterator[None]:
+    """Have the server's administrator change something meanwhile."""
+    here.server.sql(on, *database)
     try:
         yield
     finally:
-        here.server.sql(off)
+        here.server.sql(off, *database)
+
+
+def no_writes(here: Site) -> Any:
+    """Have the server take no writes: PostgreSQL those of new sessions, MariaDB any."""
+    if here.is_mysql:
+        return changed(here, "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0")
+    # Not off: a database's own setting goes before the server's, in every later test.
+    alter, name = f"ALTER DATABASE {DATABASE}", "default_transaction_read_only"
+    return changed(here, f"{alter} SET {name} = on", f"{alter} RESET {name}")
 
 
 FULL = "No space left"
 
 
-@contextlib.contextmanager
-def full_disk(here: Site, fences: bool) -> Iterator[None]:
+def full_disk(here: Site, fences: bool) -> Any:
     """Have the server answer as on a full disk where a fence, or a transaction, writes a token."""
-    fires = f"BEFORE INSERT ON {outcome.TABLE} FOR EACH ROW"
+    trigger = f"CREATE TRIGGER full_disk BEFORE INSERT ON {outcome.TABLE} FOR EACH ROW"
     which = "NEW.fence" if fences else "NOT NEW.fence"
     if here.is_mysql:
         raises = f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1021, MESSAGE_TEXT = '{FULL}'"
-        trigger = f"BEGIN IF {which} THEN {raises}; END IF; END"
-        here.server.sql(f"CREATE TRIGGER full_disk {fires} {trigger}", DATABASE)
-    else:
-        raises = f"RAISE EXCEPTION '{FULL}' USING ERRCODE = 'disk_full'"
-        run(
-            here.plain,
-            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql"
-            f" AS $$ BEGIN {raises}; END $$",
-            f"CREATE TRIGGER full_disk {fires} WHEN ({which}) EXECUTE FUNCTION full_disk()",
-        )
-    try:
+        on = f"{trigger} BEGIN IF {which} THEN {raises}; END IF; END"
+        return changed(here, on, "DROP TRIGGER full_disk", DATABASE)
+    raises = f"RAISE EXCEPTION '{FULL}' USING ERRCODE = 'disk_full'"
+    on = (
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql"
+        f" AS $$ BEGIN {raises}; END $$;"
+        f"{trigger} WHEN ({which}) EXECUTE FUNCTION full_disk()"
+    )
+    return changed(here, on, "DROP FUNCTION full_disk CASCADE", DATABASE)
+
+
+@contextlib.contextmanager
+def no_rights(here: Site) -> Iterator[None]:
+    """Take the user's rights on the table away."""
+    account, table = f"'{USER}'@'%'", f"{DATABASE}.app_token"
+    taken = f"REVOKE INSERT ON *.* FROM {account}; GRANT INSERT ON {table} TO {account}"
+    given = f"REVOKE INSERT ON {table} FROM {account}; GRANT INSERT ON *.* TO {account}"
+    if not here.is_mysql:
+        taken, given = (f"ALTER TABLE {outcome.TABLE} OWNER TO {who}" for who in ("postgres", USER))
+    with changed(here, taken, given, DATABASE):
+        here.connection.close()
         yield
-    finally:
-        if here.is_mysql:
-            here.server.sql("DROP TRIGGER full_disk", DATABASE)
-        else:
-            run(here.plain, "DROP FUNCTION full_disk CASCADE")
+    here.connection.close()
 
 
 @contextlib.contextmanager
@@ -1052,16 +1004,14 @@ class TestOldTokens:
         """Write a token that is old by its own time, by the server's, or by both."""
         made = time.time() - hours * 3600 if by != "server" else time.time()
         with mock.patch.object(outcome.time, "time", return_value=made):
-            token = Tokens().next()
-        run(here.plain, inserts(here, token))
+            statement = inserts(here, Tokens().next())
         if by != "token":
-            value = f"'{token.hex()}'" if not here.is_mysql else f"0x{token.hex()}"
-            ago = f"interval '{hours} hours'" if not here.is_mysql else f"INTERVAL {hours} HOUR"
-            now = "now()" if not here.is_mysql else "UTC_TIMESTAMP(6)"
-            run(
-                here.plain,
-                f"UPDATE {outcome.TABLE} SET created = {now} - {ago} WHERE token = {value}",
-            )
+            now, ago = "clock_timestamp()", f"interval '{hours} hours'"
+            if here.is_mysql:
+                now, ago = "UTC_TIMESTAMP(6)", f"INTERVAL {hours} HOUR"
+            assert now in statement
+            statement = statement.replace(now, f"{now} - {ago}")
+        run(here.plain, statement)
 
     def test_are_deleted_where_two_clocks_agree(
         self, here: Site, monkeypatch: pytest.MonkeyPatch
@@ -1117,45 +1067,6 @@ class TestOldTokens:
         assert not _cleaner.is_running
 
 
-class TestCost:
-    def test_no_round_trip_is_added(self, here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-        """psycopg2 alone takes one more: it sends no COMMIT but its own."""
-        block(here, "first")
-        packets = []
-        for setting in ("record", None):
-            change_setting(here, monkeypatch, commit_outcome=setting)
-            before = here.here.client_packets
-            block(here, str(setting))
-            packets.append(here.here.client_packets - before)
-        more = os.environ.get("TEST_DRIVER") == "psycopg2"
-        assert packets[0] - packets[1] == more
-
-
-@contextlib.contextmanager
-def no_rights(here: Site) -> Iterator[None]:
-    """Take the user's rights on the table away."""
-    if here.is_mysql:
-        account = f"'{USER}'@'%'"
-        taken = [
-            f"REVOKE INSERT ON *.* FROM {account}",
-            f"GRANT INSERT ON {DATABASE}.app_token TO {account}",
-        ]
-        given = [
-            f"REVOKE INSERT ON {DATABASE}.app_token FROM {account}",
-            f"GRANT INSERT ON *.* TO {account}",
-        ]
-    else:
-        taken = [f"ALTER TABLE {outcome.TABLE} OWNER TO postgres"]
-        given = [f"ALTER TABLE {outcome.TABLE} OWNER TO {USER}"]
-    here.server.sql(";".join(taken), DATABASE)
-    here.connection.close()
-    try:
-        yield
-    finally:
-        here.server.sql(";".join(given), DATABASE)
-        here.connection.close()
-
-
 def prepare(here: Site) -> None:
     """Be connected again, with an empty table and peers that are in use."""
     here.connection.close()
@@ -1202,33 +1113,20 @@ def test_all_of_this_with(driver: str, servers: list[str], request: pytest.Fixtu
 class TestRunAgain:
     """retrying_atomic after a COMMIT whose answer is lost."""
 
-    @pytest.mark.parametrize("is_view", [False, True], ids=["block", "view"])
+    @pytest.mark.parametrize("way", ["function", "decorator"])
     @pytest.mark.parametrize("how", ["before", "within", "after", "reply"])
-    def test_a_block_stands_once_and_its_hooks_run_once(
-        self, here: Site, how: str, is_view: bool, monkeypatch: pytest.MonkeyPatch
+    def test_work_stands_once_and_its_hooks_run_once(
+        self, here: Site, how: str, way: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         here.read()
         monkeypatch.setitem(connections.databases["balanced"], "ATOMIC_REQUESTS", True)
-        runs: list[int] = []
-        hooks: list[int] = []
-
-        def work(*request: Any) -> None:
-            runs.append(1)
-            run = len(runs)
-            transaction.on_commit(lambda: hooks.append(run), using="balanced")
-            here.write(f"run {run}")
-
+        work = Work(here, losses=0)
         arguments = {"within": (20,), "reply": (0,)}.get(how, ())
         getattr(here.here, f"cut_{how}")(*arguments, matching=COMMIT)
-        if is_view:
-            retrying_request(work)(RequestFactory().get("/"))
-        else:
-            retrying_atomic("balanced")(work)()
+        run_by(way, work, here)
         # "after": the fence and the COMMIT are on their way at once, and either may be first.
-        stands = {"after": (1, 2), "reply": (1,)}.get(how, (2,))
-        assert len(runs) in stands
-        assert hooks == [len(runs)]
-        assert here.written() == [f"run {len(runs)}"]
+        assert work.runs in {"after": (1, 2), "reply": (1,)}.get(how, (2,))
+        work.stands_once(work.runs)
 
     @pytest.mark.parametrize(("seconds", "runs"), [(10.0, 5), (0.0, 3)])
     def test_a_run_whose_commit_is_known_not_to_stand_uses_up_no_attempt_for_some_seconds(
@@ -1237,19 +1135,11 @@ class TestRunAgain:
         """The block did its work: how often its COMMIT meets a fault is chance."""
         here.read()
         monkeypatch.setattr("django_proxysql.retry.time.sleep", lambda seconds: here.settle())
-        done: list[int] = []
-
-        @retrying_atomic(here.connection.alias, wait_for_peer=seconds)
-        def work() -> None:
-            here.write(f"run {len(done)}")
-            done.append(1)
-            if len(done) < 5:
-                here.here.cut_before(COMMIT)
-
+        work = Work(here, losses=4, lose=lambda: here.here.cut_before(COMMIT))
         with contextlib.nullcontext() if seconds else pytest.raises(OperationalError):
-            work()
-        assert len(done) == runs
-        assert here.written() == (["run 4"] if seconds else [])
+            work.retrying(wait_for_peer=seconds)
+        assert work.runs == runs
+        assert here.written() == (["run 5", "run 5, again"] if seconds else [])
 
     def test_a_conflict_of_galeras_at_commit_is_run_again_and_not_asked_about(
         self, galera: Any, fault_proxy: Callable[..., Any]
@@ -1274,23 +1164,23 @@ class TestRunAgain:
     def test_a_commit_that_timed_out_and_was_not_done_is_run_again(
         self, mariadb: Any, fault_proxy: Callable[..., Any]
     ) -> None:
-        options = {"read_timeout": 1}
-        with recording(mariadb, fault_proxy, OPTIONS=options) as here:
-            runs: list[int] = []
+        """Its packet does nothing when it is thawed, after the verdict."""
+        with recording(mariadb, fault_proxy, OPTIONS={"read_timeout": 1}) as here:
             here.read()
             frozen = here.here
+            runs: list[str] = []
 
             @retrying_atomic(here.connection.alias)
             def work() -> None:
                 # Values that no test has used: beside a row that is deleted and not purged yet, the
                 # open transaction's INSERT has the gap locked.
-                values = ["frozen", "other"]
-                here.write(values[len(runs)])
-                if not runs:
+                runs.append("other" if runs else "frozen")
+                here.write(runs[-1])
+                if len(runs) == 1:
                     frozen.freeze()
-                runs.append(1)
 
             work()
             frozen.thaw()
-            assert runs == [1, 1]
-            assert here.written() == ["other"]
+            frozen.wait_until_idle()
+            assert (runs, here.written()) == (["frozen", "other"], ["other"])
+            assert tokens(here) == [True, False]
