@@ -6,16 +6,17 @@ test_safety_rules.py; here each way is gone, and it is counted how often it woul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import pytest
 from django.db import Error, OperationalError, close_old_connections, transaction
 
-from django_proxysql import CommitOutcomeUnknown, retrying_atomic
 from django_proxysql.core import ready
 from tests.site import Site
+from tests.work import Work
 
 
 @pytest.fixture
@@ -26,172 +27,80 @@ def caught_up(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def idle_loss(here: Site) -> None:
-    here.write("one")
-    here.kill()
-
-
-def idle_loss_before_a_block(here: Site) -> None:
-    here.write("one")
-    here.kill()
-    with transaction.atomic(here.connection.alias):
-        here.read()
-
-
-def replayed_read(here: Site) -> None:
-    here.write("one")
-    here.cut("after")
-    here.read()
-    assert here.replayed()
-
-
-def lost_block(here: Site) -> None:
-    here.write("one")
-    with pytest.raises(Error), transaction.atomic(here.connection.alias):
-        here.sql("SELECT value FROM app_token FOR UPDATE")
-        here.kill()
-        here.read()
-
-
-def lost_block_that_wrote(here: Site) -> None:
-    with pytest.raises(Error), transaction.atomic(here.connection.alias):
-        here.write("one")
-        here.kill()
-        here.read()
-
-
-def unknown_commit(here: Site) -> None:
-    with pytest.raises(CommitOutcomeUnknown), transaction.atomic(here.connection.alias):
-        here.write("one")
-        here.cut("after")
-
-
-def lost_write(here: Site) -> None:
-    here.cut("after")
-    with pytest.raises(OperationalError):
-        here.write("one")
-
-
-def lost_write_of_many(here: Site) -> None:
-    here.cut("after")
-    with pytest.raises(OperationalError), here.connection.cursor() as cursor:
-        cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["one"], ["two"]])
-
-
-def closed_by_the_application(here: Site) -> None:
-    here.write("one")
-    here.connection.close()
-
-
-def closed_and_lost_again(here: Site) -> None:
-    here.write("one")
-    here.connection.close()
-    here.read()
-    here.kill()
-
-
-def function_that_may_write(here: Site) -> None:
-    with pytest.raises(Error):
-        here.sql("SELECT app.pays(1)")
-    here.kill()
-
-
-def function_in_a_block(here: Site) -> None:
-    with pytest.raises(Error), transaction.atomic(here.connection.alias):
-        here.sql("SELECT VERSION(), app.pays(1)")
-    here.kill()
-
-
 def past_the_engine(here: Site) -> None:
     """By what a driver's cursor has of its own."""
     with here.connection.cursor() as cursor, closing(cursor.connection.cursor()) as own:
         own.execute("INSERT INTO app_token (value) VALUES ('one')")
-    here.kill()
 
 
-def explained_and_run(here: Site) -> None:
-    here.sql("ANALYZE SELECT 1")
-    here.kill()
+def many(here: Site) -> None:
+    with here.connection.cursor() as cursor:
+        cursor.executemany("INSERT INTO app_token (value) VALUES (%s)", [["one"], ["two"]])
 
 
-def idle_for_long(here: Site) -> None:
+def never_ends(here: Site) -> None:
     """No close_old_connections() has ended the request, however long it takes."""
     here.connection._ends_requests = False
-    here.write("one")
-    here.idle(100)
-    here.read()
-    here.idle(100)
-    here.kill()
 
 
-def unannounced_lock(here: Site) -> None:
-    here.write("one")
-    here.sql("SELECT GET_LOCK('a', 0)")
-    here.kill()
-    here.idle(0.1)
-    with pytest.raises(OperationalError):
-        here.write("two")
+STEPS: dict[str, Callable[[Site], object]] = {
+    "write": lambda here: here.write("one"),
+    "write-two": lambda here: here.write("two"),
+    "read": Site.read,
+    "read-more": lambda here: here.sql("SELECT COUNT(*), MAX(id) FROM app_token WHERE (id IN (1))"),
+    "read-and-lock": lambda here: here.sql("SELECT value FROM app_token FOR UPDATE"),
+    "explain-and-run": lambda here: here.sql("ANALYZE SELECT 1"),
+    "function": lambda here: here.sql("SELECT VERSION(), app.pays(1)"),
+    "lock": lambda here: here.sql("SELECT GET_LOCK('a', 0)"),
+    "kill": Site.kill,
+    "cut": lambda here: here.cut("after"),
+    "was-replayed": lambda here: here.replayed() or pytest.fail("it was not"),
+    "close": lambda here: here.connection.close(),
+    "idle": lambda here: here.idle(0.1),
+    "idle-for-long": lambda here: here.idle(100),
+    "request-ends": lambda here: close_old_connections(),
+    "retried": lambda here: Work(here).retrying(),
+    **{do.__name__.replace("_", "-"): do for do in (past_the_engine, many, never_ends)},
+}
 
 
-def retried(here: Site) -> None:
-    attempts = []
-
-    @retrying_atomic(using=here.connection.alias)
-    def work() -> None:
-        attempts.append(1)
-        here.write("one")
-        if len(attempts) == 1:
-            here.kill()
-        here.read()
-
-    work()
-    assert len(attempts) == 2
+def go(here: Site, way: str) -> None:
+    """Go step by step. A block is in brackets, and "!" stands after what raises an error."""
+    for block, step, raises in re.findall(r"(?:\(([^)]+)\)|([\w-]+))(!?)", way):
+        with pytest.raises(Error) if raises else nullcontext():
+            if block:
+                with transaction.atomic(here.connection.alias):
+                    go(here, block)
+            else:
+                STEPS[step](here)
 
 
-WAYS = [
-    *(idle_loss, idle_loss_before_a_block, replayed_read, lost_block, lost_block_that_wrote),
-    *(unknown_commit, lost_write, lost_write_of_many, closed_by_the_application),
-    *(closed_and_lost_again, function_that_may_write, function_in_a_block, explained_and_run),
-    *(idle_for_long, unannounced_lock, retried, past_the_engine),
-]
-
-
-def only_read(here: Site) -> None:
-    here.read()
-    here.sql("SELECT COUNT(*), COALESCE(MAX(id), 0) FROM app_token WHERE (id IN (1, 2))")
-    here.kill()
-
-
-def wrote_in_an_earlier_request(here: Site) -> None:
-    here.write("one")
-    close_old_connections()
-    here.kill()
-
-
-def closed_in_an_earlier_request(here: Site) -> None:
-    here.write("one")
-    here.connection.close()
-    close_old_connections()
-
-
-def lost_in_an_earlier_request(here: Site) -> None:
-    lost_write(here)
-    close_old_connections()
-
-
-OTHERS = [
-    *(only_read, wrote_in_an_earlier_request, closed_in_an_earlier_request),
-    lost_in_an_earlier_request,
-]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_catches_up_on_every_way(
-    on_mariadb: Site, caught_up: list[Any], way: Callable[[Site], None]
-) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        "write kill",
+        "write kill (read)",
+        "write cut read was-replayed",
+        "write (read-and-lock kill read)!",
+        "(write kill read)!",
+        "(write cut)!",
+        "cut write!",
+        "cut many!",
+        "write close",
+        "write close read kill",
+        "function! kill",
+        "(function)! kill",
+        "explain-and-run kill",
+        "never-ends write idle-for-long read idle-for-long kill",
+        "write lock kill idle write-two!",
+        "retried",
+        "past-the-engine kill",
+    ],
+)
+def test_catches_up_on_every_way(on_mariadb: Site, caught_up: list[Any], way: str) -> None:
     close_old_connections()
     before = on_mariadb.connection.connection
-    way(on_mariadb)
+    go(on_mariadb, way)
     on_mariadb.idle()
     on_mariadb.read()
     now = on_mariadb.connection.connection
@@ -200,12 +109,20 @@ def test_catches_up_on_every_way(
     assert caught_up[-1] is now
 
 
-@pytest.mark.parametrize("way", OTHERS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "read read-more kill",
+        "write request-ends kill",
+        "write close request-ends",
+        "cut write! request-ends",
+    ],
+)
 def test_does_not_wait_where_nothing_was_written(
-    on_mariadb: Site, caught_up: list[Any], way: Callable[[Site], None]
+    on_mariadb: Site, caught_up: list[Any], way: str
 ) -> None:
     close_old_connections()
-    way(on_mariadb)
+    go(on_mariadb, way)
     on_mariadb.idle()
     on_mariadb.read()
     assert not caught_up

@@ -54,6 +54,20 @@ def autocommit(here: Site) -> bytes:
     return b"AUTOCOMMIT = 1" if os.environ.get("TEST_DRIVER") == "pymysql" else b"autocommit=1"
 
 
+def arm(here: Site, how: str, packet: bytes = b"") -> None:
+    """Have the connection lost at a step; "idle": now, before it."""
+    if how == "idle":
+        here.idle()
+        if hasattr(here.connection.connection, "fileno"):
+            here.cut_idle()
+        else:
+            # PyMySQL's socket cannot be looked at.
+            here.here.drop_connections()
+    else:
+        arguments = (0,) if how == "reply" else ()
+        getattr(here.here, f"cut_{how}")(*arguments, matching=packet)
+
+
 def prepare(here: Site) -> None:
     """Empty the table, and forget what the last loss has left."""
     for proxy in here.proxies:
@@ -149,68 +163,75 @@ STEPS = {
     "RELEASE": b"RELEASE",
     "second": b"two",
     "COMMIT": b"COMMIT",
-    "ROLLBACK TO": b"ROLLBACK TO",
+    "ROLLBACK-TO": b"ROLLBACK TO",
     "ROLLBACK": b"ROLLBACK",
 }
 
 
 class Block:
-    """One block that loses its connection at one of its steps."""
+    """One block, with another in it, that loses its connection at one of its steps.
 
-    def __init__(self, here: Site, at: str, how: str, first: Callable[[Site, str], None]) -> None:
+    :param before: the outer block has written when the inner one begins.
+    :param inner: how the inner block ends: "well", it "raises", or its loss is "swallowed".
+    :param outer: how the outer one ends: "well", it "raises", or by "set_rollback".
+    """
+
+    def __init__(
+        self,
+        here: Site,
+        at: str,
+        how: str,
+        first: Callable[[Site, str], None] = write,
+        *,
+        before: bool = False,
+        inner: str = "well",
+        outer: str = "well",
+    ) -> None:
         self.here, self.at, self.how, self.first = here, at, how, first
+        self.before, self.inner, self.outer = before, inner, outer
         #: What was in the table when the hook ran.
         self.hooks: list[list[str]] = []
         self.raised: Exception | None = None
         prepare(here)
-        if how == "before":
-            here.here.cut_before(STEPS[at])
-        elif how == "after":
-            here.here.cut_after(STEPS[at])
+        try:
+            with transaction.atomic("balanced"):
+                self.run()
+        except Exception as exc:
+            self.raised = exc
 
     def step(self, name: str) -> None:
-        if name == self.at and self.how == "idle":
-            self.here.idle()
-            self.here.cut_idle()
+        if name == self.at:
+            arm(self.here, self.how, STEPS[name])
 
-    def run(self, inner_raises: bool = False, outer_raises: bool = False) -> Block:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(transaction.atomic("balanced"))
-                transaction.on_commit(
-                    lambda: self.hooks.append(self.here.plain_rows()), using="balanced"
-                )
-                self.step("SAVEPOINT")
-                with contextlib.suppress(LookupError), transaction.atomic("balanced"):
-                    self.step("first")
-                    self.first(self.here, "one")
-                    self.step("RELEASE")
-                    if inner_raises:
-                        self.step("ROLLBACK TO")
-                        raise LookupError
-                self.step("second")
-                self.here.write("two")
-                self.step("ROLLBACK")
-                if outer_raises:
-                    raise LookupError
-                self.step("COMMIT")
-            except Exception as exc:
-                if not stack.__exit__(type(exc), exc, exc.__traceback__):
-                    self.raised = exc
-                stack.pop_all()
-            else:
-                try:
-                    stack.close()
-                except Exception as exc:
-                    self.raised = exc
-        return self
+    def run(self) -> None:
+        seen = self.here.plain_rows
+        transaction.on_commit(lambda: self.hooks.append(seen()), using="balanced")
+        if self.before:
+            self.here.write("zero")
+        self.step("SAVEPOINT")
+        swallowed = Error if self.inner == "swallowed" else LookupError
+        with contextlib.suppress(swallowed), transaction.atomic("balanced"):
+            self.step("first")
+            self.first(self.here, "one")
+            self.step("RELEASE")
+            if self.inner == "raises":
+                self.step("ROLLBACK TO")
+                raise LookupError
+        self.step("second")
+        self.here.write("two")
+        self.step("ROLLBACK")
+        if self.outer == "raises":
+            raise LookupError
+        transaction.set_rollback(self.outer == "set_rollback", "balanced")
+        self.step("COMMIT")
 
     def holds(self, whole: list[str]) -> None:
+        """What is whole stands if no error was raised; if one was, nothing does."""
         where = (self.first.__name__, self.at, self.how, self.raised)
         rows = self.here.written()
         if self.raised is None:
             assert rows == whole, where
-            assert self.hooks == [whole], where
+            assert self.hooks == ([] if self.outer == "set_rollback" else [whole]), where
         else:
             assert self.hooks == [], where
             unknown = isinstance(self.raised, CommitOutcomeUnknown)
@@ -224,22 +245,30 @@ def test_a_block_that_ends_well_stands_and_one_that_raises_does_not(here: Site, 
         if first is stream and not hasattr(here.connection.Database, "rows"):
             continue
         for at in ("SAVEPOINT", "first", "RELEASE", "second", "COMMIT"):
-            block = Block(here, at, how, first).run()
-            block.holds(["two"] if first is read else ["one", "two"])
+            Block(here, at, how, first).holds(["two"] if first is read else ["one", "two"])
 
 
-@pytest.mark.parametrize("how", LOSSES)
-def test_what_a_lost_savepoint_held_is_not_left_out_without_an_error(here: Site, how: str) -> None:
-    for at in ("SAVEPOINT", "first", "ROLLBACK TO", "RELEASE", "second", "COMMIT"):
-        Block(here, at, how, write).run(inner_raises=True).holds(["two"])
-
-
-@pytest.mark.parametrize("how", LOSSES)
-def test_a_block_that_is_given_up_leaves_nothing_and_runs_no_hook(here: Site, how: str) -> None:
-    for at in ("SAVEPOINT", "first", "RELEASE", "second", "ROLLBACK"):
-        block = Block(here, at, how, write).run(outer_raises=True)
-        assert isinstance(block.raised, LookupError if at == "ROLLBACK" else Exception)
-        block.holds([])
+@pytest.mark.parametrize(
+    ("ends", "steps", "whole"),
+    [
+        ({"inner": "raises"}, "SAVEPOINT first ROLLBACK-TO RELEASE second COMMIT", "two"),
+        # Django itself would end the outer block without an error, and nothing would stand.
+        ({"before": True, "inner": "raises"}, "first ROLLBACK-TO RELEASE second", "zero two"),
+        ({"before": True, "inner": "swallowed"}, "SAVEPOINT first RELEASE", "zero one two"),
+        ({"outer": "raises"}, "SAVEPOINT first RELEASE second ROLLBACK", ""),
+        ({"outer": "set_rollback"}, "first ROLLBACK", ""),
+    ],
+    ids=["inner raises", "inner raises after a write", "swallowed", "given up", "set_rollback"],
+)
+@pytest.mark.parametrize("how", [*LOSSES, "reply"])
+def test_a_block_whose_inner_or_outer_part_is_given_up_ends_as_it_says(
+    here: Site, how: str, ends: dict[str, Any], steps: str, whole: str
+) -> None:
+    for at in steps.split():
+        block = Block(here, at, how, **ends)
+        if (at, block.outer) == ("ROLLBACK", "raises"):
+            assert isinstance(block.raised, LookupError)
+        block.holds(whole.split())
 
 
 def nothing(here: Site, value: str) -> None:
@@ -250,11 +279,11 @@ def nothing(here: Site, value: str) -> None:
 @pytest.mark.parametrize("inner_raises", [False, True])
 def test_an_empty_inner_block_costs_nothing(here: Site, how: str, inner_raises: bool) -> None:
     """Nothing was sent but SAVEPOINTs: the block is begun anew with those that are left."""
-    for at in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")[: 3 if inner_raises else 2]:
+    for at in ("SAVEPOINT", "RELEASE", "ROLLBACK-TO")[: 3 if inner_raises else 2]:
         if how == "idle" and not hasattr(here.connection.connection, "fileno"):
             # PyMySQL's socket cannot be looked at.
             continue
-        block = Block(here, at, how, nothing).run(inner_raises=inner_raises)
+        block = Block(here, at, how, nothing, inner="raises" if inner_raises else "well")
         assert block.raised is None, (at, how, block.raised)
         block.holds(["two"])
 
@@ -273,61 +302,6 @@ def test_savepoints_by_hand_are_made_again(here: Site) -> None:
 
 
 @pytest.mark.parametrize("how", LOSSES)
-def test_an_inner_loss_that_is_swallowed_is_raised_at_the_end(here: Site, how: str) -> None:
-    """Django would end the outer block without an error, and nothing would stand."""
-    prepare(here)
-    hooks: list[int] = []
-    with pytest.raises(Error), transaction.atomic("balanced"):
-        transaction.on_commit(lambda: hooks.append(1), using="balanced")
-        here.write("one")
-        with contextlib.suppress(Error), transaction.atomic("balanced"):
-            if how == "idle":
-                here.cut_idle()
-            elif how == "before":
-                here.here.cut_before(b"two")
-            else:
-                here.here.cut_after(b"two")
-            here.write("two")
-    assert here.written() == []
-    assert not hooks
-    works_again(here)
-
-
-@pytest.mark.parametrize("statement", [b"ROLLBACK TO", b"RELEASE"])
-@pytest.mark.parametrize("how", ["before", "after", "reply"])
-def test_a_loss_while_an_inner_block_is_rolled_back_is_raised_at_the_end(
-    here: Site, how: str, statement: bytes
-) -> None:
-    """Django itself would end the outer block without an error, and nothing would stand."""
-    prepare(here)
-    hooks: list[int] = []
-    with pytest.raises(Error), transaction.atomic("balanced"):
-        transaction.on_commit(lambda: hooks.append(1), using="balanced")
-        here.write("one")
-        with contextlib.suppress(ZeroDivisionError), transaction.atomic("balanced"):
-            here.write("two")
-            arguments = (0,) if how == "reply" else ()
-            getattr(here.here, f"cut_{how}")(*arguments, matching=statement)
-            _ = 1 / 0
-    assert here.written() == []
-    assert not hooks
-    works_again(here)
-
-
-def test_set_rollback_leaves_nothing_and_runs_no_hook(here: Site) -> None:
-    prepare(here)
-    hooks: list[int] = []
-    with transaction.atomic("balanced"):
-        transaction.on_commit(lambda: hooks.append(1), using="balanced")
-        here.write("one")
-        transaction.set_rollback(True, "balanced")
-        here.here.cut_before(b"ROLLBACK")
-    assert here.written() == []
-    assert not hooks
-    works_again(here)
-
-
-@pytest.mark.parametrize("how", LOSSES)
 @pytest.mark.parametrize("then", ["read", "COMMIT", "nothing", "SAVEPOINT"])
 def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then: str) -> None:
     for unseen in (driver_connection, driver_cursor):
@@ -340,12 +314,7 @@ def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then:
             if then == "SAVEPOINT":
                 with transaction.atomic("balanced"):
                     pass
-            if how == "idle":
-                here.idle()
-                here.cut_idle()
-            else:
-                packet = b"COMMIT" if then == "COMMIT" else b"SELECT 2"
-                (here.here.cut_before if how == "before" else here.here.cut_after)(packet)
+            arm(here, how, b"COMMIT" if then == "COMMIT" else b"SELECT 2")
             if then != "COMMIT":
                 here.sql("SELECT 2")
             if then == "read":
@@ -439,7 +408,7 @@ def test_a_failed_blocks_hook_does_not_run_with_the_next(here: Site, how: str, w
     with pytest.raises(Error) as caught, transaction.atomic("balanced"):
         here.write("one")
         transaction.on_commit(lambda: ran.append("one"), using="balanced")
-        (here.here.cut_before if how == "before" else here.here.cut_after)(what)
+        arm(here, how, what)
         with contextlib.suppress(Error):
             here.write("two") if what == b"two" else here.sql("SELECT 42")
     assert not isinstance(caught.value, CommitOutcomeUnknown)
@@ -483,12 +452,6 @@ def test_by_hand_in_every_order(here: Site, how: str) -> None:
         program = ["off", "write", *steps, "on"]
         for lost_at in range(1, len(program)):
             by_hand(here, program, lost_at, how)
-
-
-@pytest.mark.parametrize("how", ["before", "after"])
-def test_what_follows_a_commit_by_hand_hangs_on_the_next_answer(here: Site, how: str) -> None:
-    for end in ("commit", "rollback"):
-        by_hand(here, ["off", "write", end, "write", "on"], 4, how)
 
 
 def by_hand(here: Site, program: list[str], lost_at: int, how: str) -> None:
@@ -544,11 +507,7 @@ def test_ending_nothing_by_hand_is_no_error(
 ) -> None:
     """django-celery-beat commits in autocommit, on a connection that has idled."""
     prepare(here)
-    if how == "idle":
-        here.idle()
-        here.cut_idle()
-    else:
-        (here.here.cut_before if how == "before" else here.here.cut_after)()
+    arm(here, how)
     end("balanced")
     for proxy in here.proxies:
         proxy.disarm()
@@ -704,38 +663,38 @@ def test_a_limit_within_the_ping_is_raised(here: Site) -> None:
     works_again(here)
 
 
-def test_wrong_arguments_leave_the_connection_as_it_is(here: Site) -> None:
-    prepare(here)
-    before = here.connection.connection
+def wrong_arguments(here: Site) -> None:
     with pytest.raises((TypeError, IndexError, ValueError, Error)):
         here.sql("SELECT %s, %s", [1])
-    assert here.sql("SELECT 2") == [(2,)]
-    assert here.connection.connection is before
 
 
-def test_a_parameter_that_the_driver_refuses_leaves_the_block_as_it_is(here: Site) -> None:
+def refused_parameter(here: Site) -> None:
     """With PyMySQL in mysqlclient's place the error is none of the module Django connects with."""
-    if not here.is_mysql:
-        pytest.skip("PostgreSQL has NaN")
-    prepare(here)
-    before = here.connection.connection
-    with transaction.atomic(here.connection.alias):
-        here.write("one")
+    if here.is_mysql:
+        # PostgreSQL has NaN.
         with pytest.raises(Exception, match="nan can not be used"):
             here.sql("SELECT %s", [float("nan")])
-        here.write("two")
-    assert here.written() == ["one", "two"]
-    assert here.connection.connection is before
 
 
-def test_a_loop_over_rows_that_is_left_early_leaves_the_connection(here: Site) -> None:
-    prepare(here)
-    before = here.connection.connection
+def rows_left_early(here: Site) -> None:
     with here.connection.cursor() as cursor:
         cursor.execute("SELECT 1 UNION SELECT 2")
         for _ in cursor:
             break
-    assert here.sql("SELECT 2") == [(2,)]
+
+
+@pytest.mark.parametrize("what", [wrong_arguments, refused_parameter, rows_left_early])
+def test_what_is_no_loss_leaves_the_connection_and_the_block(
+    here: Site, what: Callable[[Site], None]
+) -> None:
+    prepare(here)
+    before = here.connection.connection
+    what(here)
+    with transaction.atomic("balanced"):
+        here.write("one")
+        what(here)
+        here.write("two")
+    assert here.written() == ["one", "two"]
     assert here.connection.connection is before
 
 
