@@ -25,18 +25,12 @@ import pymysql
 
 from django_proxysql import LoadBalancer
 from django_proxysql.core.trials import trial_worker
+from tests.fakes import Clock, raised_by
 
 if EARLY:
     #: Made by an application that is loaded before gunicorn's worker patches its process.
     PRELOADED = LoadBalancer({"db1": {}, "db2": {}}, connect=lambda: object())
     PRELOADED.connect()
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Silent:
@@ -102,16 +96,6 @@ def struck_in_a_trial() -> None:
     gevent.kill(third, gevent.GreenletExit())
     assert isinstance(third.get(), gevent.GreenletExit)
     assert breaker.trial is None
-
-
-def timed_out() -> None:
-    """gevent.Timeout around the call, as applications write it."""
-    server = Silent()
-    db = balancer(server, Clock())
-    with gevent.Timeout(0.05, False):
-        db.connect()
-        raise AssertionError("connected to no peer")
-    assert db.peers["db1"].breaker.is_available
 
 
 def tried_in_the_background() -> None:
@@ -227,14 +211,6 @@ def hammer(db: LoadBalancer) -> None:
         raised_by(lambda: db.connect(open_one))
         for peer in db.peers.values():
             peer.breaker.close()
-
-
-def raised_by(function: Any) -> BaseException | None:
-    try:
-        function()
-    except BaseException as exc:
-        return exc
-    return None
 
 
 if __name__ == "__main__":

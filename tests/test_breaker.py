@@ -262,6 +262,8 @@ class TestCalls:
 
         guard(during)
         assert [type(error) for error in refused] == [CircuitBreakerError] * len(GUARDS)
+        why = "The circuit of db1 is being tried by another caller: (2002, "
+        assert all(str(error).startswith(why) for error in refused)
         assert breaker.current_state == "closed"
 
     def test_no_lock_is_held_and_no_caller_is_kept_waiting(
@@ -463,7 +465,7 @@ class TestListeners:
         assert all(free)
 
     @pytest.mark.parametrize("who", ["before_call", "success", "failure", "exclude"])
-    @pytest.mark.parametrize("how", ["call", "calling", "call_async", "a generator"])
+    @pytest.mark.parametrize("how", WAYS)
     def test_trial_that_is_interrupted_in_one_of_them_is_over(
         self, who: str, how: str, clock: Clock
     ) -> None:
@@ -488,21 +490,7 @@ class TestListeners:
             if who in ("failure", "exclude"):
                 raise Boom
 
-        def generate() -> Any:
-            work()
-            yield
-
-        def guarded() -> None:
-            with breaker.calling():
-                work()
-
-        ways = {
-            "call": lambda: breaker.call(work),
-            "calling": guarded,
-            "call_async": lambda: asyncio.run(breaker.call_async(work)),
-            "a generator": lambda: list(breaker.call(generate)),
-        }
-        kept = raised_by(ways[how])
+        kept = raised_by(lambda: WAYS[how](breaker, work))
         assert type(kept) is KeyboardInterrupt
         assert breaker.trial is None
 

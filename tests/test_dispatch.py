@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,36 +34,51 @@ def deliver(dispatcher: Dispatcher, event: Any) -> None:
 
 
 class Listening:
-    """Notes its events, and can wait for them."""
+    """Notes the events that it is called with, and hangs at some of them until it may go on.
 
-    def __init__(self) -> None:
-        self.told: list[int] = []
+    :param notes: what it notes of an event; None: nothing.
+    :param hangs_at: at what of these it hangs.
+    """
+
+    def __init__(self, notes: Callable[[Any], Any], *hangs_at: Any) -> None:
+        self.notes = notes
+        self.hangs_at = hangs_at
+        self.began: list[Any] = []
+        self.ended: list[Any] = []
         self.threads: set[int] = set()
-        self.inside: list[int] = []
         self.most = 0
+        self.hangs = threading.Event()
         self.go_on = threading.Event()
-        self.go_on.set()
-        self.called = threading.Semaphore(0)
 
     def __call__(self, told: Any) -> None:
-        self.inside.append(1)
-        self.most = max(self.most, len(self.inside))
+        noted = self.notes(told)
+        if noted is None:
+            return
+        self.began.append(noted)
+        self.most = max(self.most, len(self.began) - len(self.ended))
         self.threads.add(threading.get_ident())
-        self.called.release()
-        self.go_on.wait(60)
-        self.told.append(int(told.error))
-        self.inside.pop()
-        if told.error == "13":
+        if noted in self.hangs_at:
+            self.hangs.set()
+            assert self.go_on.wait(60)
+        self.ended.append(noted)
+        if noted == 13:
             raise SystemExit
 
-    def wait(self, count: int) -> None:
-        for _ in range(count):
-            assert self.called.acquire(timeout=60)
+    def has_ended(self, noted: Any) -> bool:
+        return noted in self.ended
+
+
+def number_of(told: Any) -> int:
+    return int(told.error)
+
+
+def change_of(told: Any) -> type | None:
+    return type(told) if type(told) in (CircuitOpened, CircuitClosed) else None
 
 
 @pytest.fixture
 def listening() -> Listening:
-    return Listening()
+    return Listening(number_of)
 
 
 @pytest.fixture
@@ -75,21 +90,21 @@ def test_elsewhere_and_in_order(dispatcher: Dispatcher, listening: Listening) ->
     """Each event once, in turn, whatever a listener raises; never in the thread that tells."""
     for number in range(20):
         deliver(dispatcher, event(number))
-    until(lambda: len(listening.told) == 20)
-    assert listening.told == list(range(20))
+    until(lambda: len(listening.ended) == 20)
+    assert listening.ended == list(range(20))
     assert threading.get_ident() not in listening.threads
 
 
 def test_listener_that_hangs_holds_up_itself(dispatcher: Dispatcher, listening: Listening) -> None:
-    listening.go_on.clear()
+    listening.hangs_at = (0,)
     deliver(dispatcher, event(0))
-    listening.wait(1)
+    assert listening.hangs.wait(60)
     for number in range(1, MOST + 101):
         deliver(dispatcher, event(number))
     assert len(dispatcher.waiting) == MOST
     listening.go_on.set()
-    until(lambda: len(listening.told) == MOST + 1)
-    assert listening.told == [0, *range(101, MOST + 101)]
+    until(lambda: len(listening.ended) == MOST + 1)
+    assert listening.ended == [0, *range(101, MOST + 101)]
     assert len(listening.threads) == 1
 
 
@@ -99,20 +114,20 @@ def test_behind_what_waits(listening: Listening) -> None:
     numbers: list[Any] = []
     db.add_listener(listening)
     db.add_listener(lambda told: numbers.append((told.error, threading.get_ident())))
-    listening.go_on.clear()
+    listening.hangs_at = (0,)
     dispatcher = db.group.listeners.dispatchers[-2]
     assert dispatcher.listener is listening
     deliver(dispatcher, event(0))
-    listening.wait(1)
+    assert listening.hangs.wait(60)
     deliver(dispatcher, event(1))
     db.group.emit(event(2))
     # Its own thread, for those who are not behind.
     assert numbers == [("2", threading.get_ident())]
-    assert listening.told == []
+    assert listening.ended == []
     listening.go_on.set()
-    until(lambda: len(listening.told) == 3)
+    until(lambda: len(listening.ended) == 3)
     db.group.emit(event(3))
-    assert listening.told == [0, 1, 2, 3]
+    assert listening.ended == [0, 1, 2, 3]
     assert listening.most == 1
 
 
@@ -125,38 +140,38 @@ def test_no_event_is_left_and_no_two_at_once(dispatcher: Dispatcher, listening: 
 
     with running(*[tell] * 4):
         pass
-    until(lambda: len(listening.told) == 400)
+    until(lambda: len(listening.ended) == 400)
     assert listening.most == 1
 
 
 @pytest.mark.usefixtures("strikes_are_silent")
-def test_killed_at_every_line(listening: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is killed leaves to another what it had not begun to tell."""
     monkeypatch.setattr(runtime, "LOOK_AGAIN", 0.01)
     for strike in strikes([dispatch.__file__, runtime.__file__], least=10):
+        listening = Listening(number_of)
         dispatcher = Dispatcher(listening, "default")
-        listening.told.clear()
         dispatcher.waiting.extend([event(1), event(2)])
         strike.dooms_next_thread(monkeypatch)
         deliver(dispatcher, event(3))
         strike.wait()
         # Before its first line or on its way out nothing can start another.
         deliver(dispatcher, event(4))
-        until(lambda: 4 in listening.told)
+        until(functools.partial(listening.has_ended, 4))
         # The one that it was killed over may be lost.
-        assert len(listening.told) >= 3, strike.where
-        assert listening.told == sorted(set(listening.told)), strike.where
-    assert listening.most == 1
+        assert len(listening.ended) >= 3, strike.where
+        assert listening.ended == sorted(set(listening.ended)), strike.where
+        assert listening.most == 1, strike.where
 
 
-def test_the_notifying_thread_is_killed(listening: Listening) -> None:
+def test_the_notifying_thread_is_killed() -> None:
     """The next event takes along the one that was left."""
     for strike in strikes([dispatch.__file__, runtime.__file__], least=15):
+        listening = Listening(number_of)
         dispatcher = Dispatcher(listening, "default")
         strike.hits(functools.partial(deliver, dispatcher, event(1)))
         deliver(dispatcher, event(2))
-        until(lambda: listening.told[-1:] == [2])
-        listening.told.clear()
+        until(functools.partial(listening.has_ended, 2))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
@@ -197,36 +212,15 @@ def test_fork(where: str) -> None:
 # Changes of circuits, in their order
 
 
-class Pager:
-    """Notes the changes of a circuit that it was called with, to the end."""
-
-    def __init__(self) -> None:
-        self.began: list[type] = []
-        self.ended: list[type] = []
-        self.inside = threading.Event()
-        self.go_on = threading.Event()
-        self.hangs_at: type | None = None
-
-    def __call__(self, told: Any) -> None:
-        if type(told) not in (CircuitOpened, CircuitClosed):
-            return
-        self.began.append(type(told))
-        if type(told) is self.hangs_at:
-            self.inside.set()
-            assert self.go_on.wait(60)
-        self.ended.append(type(told))
-
-
-def paged(hangs_at: type | None = None) -> tuple[LoadBalancer, PeerBreaker, Pager]:
-    """Return a balancer, the circuit of its peer, and a listener of it."""
+def paged(*hangs_at: type) -> tuple[LoadBalancer, PeerBreaker, Listening]:
+    """Return a balancer, the circuit of its peer, and a listener of its changes."""
     db = LoadBalancer({"db1": {"host": "db1"}})
-    pager = Pager()
-    pager.hangs_at = hangs_at
+    pager = Listening(change_of, *hangs_at)
     db.add_listener(pager)
     return db, db.peers["db1"].breaker, pager
 
 
-def assert_in_turn(pager: Pager, circuit: PeerBreaker) -> None:
+def assert_in_turn(pager: Listening, circuit: PeerBreaker) -> None:
     turn = [CircuitOpened, CircuitClosed]
     assert pager.ended == [turn[number % 2] for number in range(len(pager.ended))]
     assert pager.ended[-1] is turn[circuit.current_state == "closed"]
@@ -237,7 +231,7 @@ def test_change_waits_for_the_one_before_it() -> None:
     db, circuit, pager = paged(CircuitClosed)
     closed = CircuitClosed("default", "db1", "db1", 1.0, True)
     deliver(db.group.listeners.dispatchers[-1], closed)
-    assert pager.inside.wait(60)
+    assert pager.hangs.wait(60)
     in_thread(circuit.open)
     pager.go_on.set()
     until(lambda: len(pager.ended) == 2)
@@ -257,10 +251,10 @@ def test_an_event_waits_behind_a_change_that_is_not_delivered_yet() -> None:
 def test_change_that_is_delivered_here_holds_up_no_other_thread() -> None:
     """A second thread's change waits behind a listener that hangs in the first; it does not."""
     db, circuit, pager = paged(CircuitOpened)
-    listening = Pager()
+    listening = Listening(change_of)
     db.add_listener(listening)
     with running(circuit.open):
-        assert pager.inside.wait(60)
+        assert pager.hangs.wait(60)
         circuit.close()
         assert pager.began == [CircuitOpened]
         pager.go_on.set()
@@ -298,7 +292,7 @@ def test_listener_that_changes_the_circuit() -> None:
     """What a listener itself leads to comes after its present event; in the same thread."""
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
-    pager = Pager()
+    pager = Listening(change_of)
     threads: list[int] = []
 
     def close(told: Any) -> None:
@@ -325,7 +319,7 @@ def test_listener_of_a_circuit_that_raises_keeps_nothing_from_the_others(
 
     db = LoadBalancer({"db1": {"host": "db1"}})
     circuit = db.peers["db1"].breaker
-    pager, bad, recorder = Pager(), Recorder(), Recorder()
+    pager, bad, recorder = Listening(change_of), Recorder(), Recorder()
     setattr(bad, method, fail)
     db.add_listener(pager)
     circuit.add_listeners(bad, recorder)
@@ -348,7 +342,7 @@ def test_thread_that_is_killed_at_a_change_has_it_delivered(end: str) -> None:
         db = LoadBalancer({"db1": {"host": "db1"}}, clock=clock)
         db.remove_listener(log_event)
         circuit = db.peers["db1"].breaker
-        pager = Pager()
+        pager = Listening(change_of)
         db.add_listener(pager)
         if end == "failed":
             permit: Any = circuit.acquire()
@@ -409,13 +403,13 @@ def test_fork_while_a_change_is_delivered() -> None:
     def child() -> str:
         pager.ended.clear()
         # (Not by go_on: the parent's thread may just have its lock.)
-        pager.hangs_at = None
+        pager.hangs_at = ()
         circuit.close()
         circuit.open()
         return str([kind.__name__ for kind in pager.ended])
 
     with running(circuit.open):
-        assert pager.inside.wait(60)
+        assert pager.hangs.wait(60)
         try:
             assert in_child(child) == "['CircuitClosed', 'CircuitOpened']"
         finally:

@@ -79,40 +79,6 @@ def test_holds_no_socket_of_its_parents(here: Site, mine: int) -> None:
     assert in_child(lambda: its in sockets()) == "False"
 
 
-def test_each_gets_its_own_answers(here: Site, mine: int) -> None:
-    go, begun = os.pipe()
-
-    def ask(name: str) -> list[str]:
-        wrong = []
-        for count in range(300):
-            asked = f"{name} {count}"
-            if here.sql("SELECT %s", [asked]) != [(asked,)]:
-                wrong.append(asked)
-        return wrong
-
-    def work() -> str:
-        os.write(begun, b".")
-        return f"{ask('child')}"
-
-    answers: list[str] = []
-
-    def parent() -> None:
-        os.read(go, 1)
-        here.connection.inc_thread_sharing()
-        answers.extend(ask("parent"))
-        here.connection.dec_thread_sharing()
-
-    beside = threading.Thread(target=parent)
-    beside.start()
-    try:
-        assert in_child(work) == "[]"
-    finally:
-        beside.join()
-        os.close(go)
-        os.close(begun)
-    assert answers == []
-
-
 def test_in_a_transaction(here: Site, mine: int) -> None:
     """A transaction is the parent's: a child in its middle gets an error, and harms nothing."""
     block = transaction.atomic(here.connection.alias)

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 SCENES = [
     "struck_in_connect",
     "struck_in_a_trial",
-    "timed_out",
     "tried_in_the_background",
     "counts_end_with_connections",
     "pinned",

@@ -6,7 +6,6 @@ docs/reference/breaker.rst.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -169,14 +168,6 @@ def test_listeners_get_the_same() -> None:
 
 
 def test_arguments_stand_where_pybreaker_s_do() -> None:
-    def positional(cls: Any) -> list[str]:
-        kinds = inspect.signature(cls).parameters.values()
-        return [one.name for one in kinds if one.kind is one.POSITIONAL_OR_KEYWORD]
-
-    assert positional(PeerBreaker) == positional(pybreaker.CircuitBreaker)
-
-
-def test_all_by_place() -> None:
     listener = Recorder()
     storage = pybreaker.CircuitMemoryStorage("closed")
     breaker = PeerBreaker(4, 9, 2, [KeyError], [listener], storage, "mine", False)
@@ -217,8 +208,7 @@ class Shared(pybreaker.CircuitMemoryStorage):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("state_storage", Shared("closed"), "Shared, which cannot hold"),
-        ("state_storage", Shared("closed"), "shared_state="),
+        ("state_storage", Shared("closed"), "Shared, which cannot hold.* shared_state= "),
         ("throw_new_error_on_trip", True, "raises what its function raised"),
     ],
 )

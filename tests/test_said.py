@@ -17,7 +17,6 @@ from django.core.management import call_command
 
 from django_proxysql import Fault, NoPeerAvailable
 from django_proxysql.core import logs
-from django_proxysql.core.breaker import CircuitBreakerError
 from django_proxysql.core.circuit import CLOSED, opened_elsewhere
 from django_proxysql.core.events import CircuitOpened, ConnectFailed, PeersExhausted
 from django_proxysql.core.logs import due_in
@@ -341,21 +340,3 @@ class TestNextTrial:
             "default: circuit of db1 (db1:3306) opened, first trial in 30 s: opened by hand",
             "default: circuit of db2 (db2:3306) opened, first trial now",
         ]
-
-
-@pytest.mark.parametrize("state", ["open", "half-open", "suspect"])
-def test_guard_says_what_keeps_it(state: str) -> None:
-    """A guarded call that is not made says why: the circuit is open, or somebody is trying it."""
-    breaker = World("db1").db.peers["db1"].breaker
-    if state == "suspect":
-        breaker.suspect("(2013, 'Lost connection')", Fault.LOST)
-    else:
-        breaker.open()
-    if state == "half-open":
-        breaker.half_open()
-    trial = None if state == "open" else breaker.acquire()
-    error = raised_by(lambda: breaker.call(lambda: None))
-    assert isinstance(error, CircuitBreakerError)
-    why = "open" if state == "open" else "being tried by another caller"
-    assert str(error).startswith(f"The circuit of default/db1 is {why}")
-    assert (trial is None) is (state == "open")
