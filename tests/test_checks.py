@@ -370,7 +370,7 @@ def test_what_a_driver_takes_is_no_mistake(path: str, settings: Any, right: bool
 @pytest.mark.parametrize("engine_path", [MYSQL, POSTGRESQL])
 def test_what_installed_drivers_take_by_name_is_known(engine_path: str) -> None:
     driver = driver_of_engine(load_backend(engine_path).DatabaseWrapper)
-    known = driver.known_options()
+    known = driver.OPTIONS
     assert known is not None
     if engine_path == MYSQL:
         taken = set(inspect.signature(pymysql.connections.Connection.__init__).parameters) - {

@@ -29,9 +29,16 @@ import sqlalchemy.exc
 
 from django_proxysql import Fault, NoPeerAvailable, NotReady, errors
 from django_proxysql.core import drivers
-from django_proxysql.core.drivers import mysql, postgresql
 from django_proxysql.core.exceptions import ConfigError
-from django_proxysql.core.faults import Count, Loss, Verdict, loss_counts, verdict_on
+from django_proxysql.core.faults import (
+    Count,
+    Judgement,
+    Loss,
+    Proof,
+    Verdict,
+    loss_counts,
+    verdict_on,
+)
 from tests.fakes import running
 
 MySQLdb = pytest.importorskip("MySQLdb")
@@ -46,6 +53,11 @@ def judged(exc: BaseException) -> tuple[Fault, Fault]:
     return drivers.judge(exc, connecting=True).fault, drivers.judge(exc, connecting=False).fault
 
 
+def later(exc: BaseException) -> Judgement:
+    """Return all that the error says on an established connection."""
+    return drivers.judge(exc, connecting=False)
+
+
 def raised(function: Callable[[], object]) -> Exception:
     try:
         function()
@@ -54,26 +66,9 @@ def raised(function: Callable[[], object]) -> Exception:
     raise AssertionError("nothing was raised")
 
 
-class TestFault:
-    @pytest.mark.parametrize(
-        ("fault", "counts", "tries_next"),
-        [
-            (UNREACHABLE, True, True),
-            (REFUSED, True, True),
-            (NOT_READY, True, True),
-            (OVERLOADED, False, True),
-            (LOST, True, True),
-            (KILLED, False, True),
-            (LOCAL, False, False),
-            (CONFLICT, False, False),
-            (OTHER, False, False),
-        ],
-    )
-    def test_counts_and_tries_next(self, fault: Fault, counts: bool, tries_next: bool) -> None:
-        assert (fault.counts, fault.tries_next) == (counts, tries_next)
-
-    def test_there_are_no_other_faults(self) -> None:
-        assert len(Fault) == 9
+def test_which_faults_count_and_which_try_the_next_peer() -> None:
+    assert {fault for fault in Fault if fault.counts} == {UNREACHABLE, REFUSED, NOT_READY, LOST}
+    assert {fault for fault in Fault if not fault.tries_next} == {LOCAL, CONFLICT, OTHER}
 
 
 class TestVerdict:
@@ -107,22 +102,9 @@ class TestVerdict:
             assert verdict == expected
 
     def test_one_kind_of_loss_counts_of_no_use_and_with_no_other_cause(self) -> None:
-        counting = [
-            loss
-            for loss in itertools.starmap(Loss, itertools.product([False, True], repeat=7))
-            if loss_counts(loss)
-        ]
-        assert counting == [
-            Loss(
-                served=False,
-                idle=False,
-                watched=True,
-                timed_out=False,
-                large=False,
-                elsewhere=False,
-                last=False,
-            )
-        ]
+        every = itertools.starmap(Loss, itertools.product([False, True], repeat=7))
+        (counting,) = (loss for loss in every if loss_counts(loss))
+        assert [name for name, value in counting._asdict().items() if value] == ["watched"]
 
 
 # The MySQL family
@@ -211,6 +193,29 @@ MYSQL: list[tuple[int, str, Fault, Fault]] = [
 ]
 
 
+#: What else a judgement of an established connection says: what a trial must ask, whether one plain
+#: statement did not run, whether it is the server's answer, whether it ended the connection.
+SAYS: list[tuple[int, str, dict[str, Any]]] = [
+    (1047, WSREP, {"question": "galera", "did_not_run": True}),
+    (1047, "Unknown command", {"question": "galera"}),
+    (1180, "Not connected to Primary Component", {"question": "galera"}),
+    *((code, "Max connect timeout", {"question": "backend"}) for code in (9001, 9002)),
+    (1290, "the --read-only option", {"question": "writable", "did_not_run": True}),
+    (1836, "Running in read-only mode", {"question": "writable", "did_not_run": True}),
+    (1290, "the --secure-file-priv option", {}),
+    (1053, "Server shutdown in progress", {}),
+    (1213, "Deadlock", {}),
+    *((code, "Lost connection", {"is_answer": False}) for code in (2013, 2027, 0)),
+    *((code, "killed", {}) for code in (1317, 1907, 1969, 3024)),
+    *((code, "killed", {"is_killed": True}) for code in (1153, 1927, 3169)),
+    (4031, "The client was disconnected by the server", {"is_killed": True}),
+    (4031, "Referenced trigger 't'", {}),
+]
+
+
+BOTH = pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+
+
 class TestMySQL:
     @pytest.mark.parametrize("cls", MYSQL_CLASSES, ids=["mysqlclient", "PyMySQL"])
     @pytest.mark.parametrize(
@@ -227,14 +232,14 @@ class TestMySQL:
         if established is not OTHER or not 2000 <= code < 2013:
             assert later is established
 
-    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    @BOTH
     def test_closed_handle(self, package: Any) -> None:
         """InterfaceError(0, '') on a connection means that it is gone; other ones do not."""
         assert judged(package.InterfaceError(0, ""))[1] is LOST
         assert judged(package.InterfaceError())[1] is LOST
         assert judged(package.InterfaceError(42, "not yet"))[1] is OTHER
 
-    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    @BOTH
     @pytest.mark.parametrize(
         "name", ["IntegrityError", "ProgrammingError", "DataError", "NotSupportedError"]
     )
@@ -242,7 +247,7 @@ class TestMySQL:
         assert judged(getattr(package, name)(1062, "Duplicate entry")) == (OTHER, OTHER)
         assert judged(getattr(package, name)("%d format: a number is required")) == (OTHER, OTHER)
 
-    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    @BOTH
     def test_a_named_peer_changes_no_judgement(self, package: Any) -> None:
         """The resolver of this process has no memory left, for any host."""
         error = package.OperationalError(2005, f"Unknown server host 'db1' ({socket.EAI_MEMORY})")
@@ -251,70 +256,18 @@ class TestMySQL:
         assert "peer0" in str(error)
         assert judged(error) == before == (Fault.LOCAL, Fault.LOCAL)
 
-    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
+    @BOTH
     def test_class_is_of_no_account(self, package: Any) -> None:
         """mysqlclient gives codes that it does not know odd classes: the code decides."""
         for cls in (package.ProgrammingError, package.InternalError, package.NotSupportedError):
             assert judged(cls(1047, WSREP)) == (NOT_READY, NOT_READY)
             assert judged(cls(9001, "Max connect timeout")) == (NOT_READY, NOT_READY)
 
-    @pytest.mark.parametrize("package", [MySQLdb, pymysql], ids=["mysqlclient", "PyMySQL"])
-    def test_subclass_of_a_drivers_error_is_one(self, package: Any) -> None:
-        mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
-        assert judged(mine(2013, "Lost connection")) == (UNREACHABLE, LOST)
-
-    def test_killed_statement_leaves_its_connection_alive(self) -> None:
-        for code, text, _, established in MYSQL:
-            if established is KILLED:
-                ended = mysql.is_killed_connection(MySQLdb.OperationalError(code, text))
-                assert ended is (code in (1153, 1927, 3169, 4031)), code
-
-    @pytest.mark.parametrize(
-        ("code", "text", "answer"),
-        [
-            (1213, "", True),
-            (1047, WSREP, True),
-            (9001, "", True),
-            (2013, "", False),
-            (0, "", False),
-        ],
-    )
-    def test_servers_errors_are_answers(self, code: int, text: str, answer: bool) -> None:
-        assert mysql.is_answer(MySQLdb.OperationalError(code, text)) is answer
-
-    @pytest.mark.parametrize(
-        ("code", "text", "question"),
-        [
-            (1047, WSREP, "galera"),
-            (1180, "Not connected to Primary Component", "galera"),
-            (9001, "Max connect timeout", "backend"),
-            (9002, "Max connect failure", "backend"),
-            (1290, "the --read-only option", "writable"),
-            (1836, "Running in read-only mode", "writable"),
-            (1290, "the --secure-file-priv option", ""),
-            (1053, "Server shutdown in progress", ""),
-        ],
-    )
-    def test_trials_ask_what_took_a_peer_out(self, code: int, text: str, question: str) -> None:
-        assert mysql.question_of(MySQLdb.OperationalError(code, text)) == question
-
-    @pytest.mark.parametrize(
-        ("code", "text", "proved"),
-        [
-            (1047, WSREP, True),
-            (1047, "Unknown command", False),
-            (1290, "the --read-only option", True),
-            (1836, "", True),
-            (2013, "Lost connection during query", False),
-            (2027, "", False),
-            (1180, "Not connected to Primary Component", False),
-            (9001, "Max connect timeout", False),
-            (9002, "Max connect failure", False),
-            (1213, "Deadlock", False),
-        ],
-    )
-    def test_proof_that_nothing_ran(self, code: int, text: str, proved: bool) -> None:
-        assert mysql.proves_not_run(MySQLdb.OperationalError(code, text)) is proved
+    @pytest.mark.parametrize(("code", "text", "says"), SAYS)
+    def test_what_else_it_says(self, code: int, text: str, says: dict[str, Any]) -> None:
+        found = later(MySQLdb.OperationalError(code, text))
+        nothing = {"question": "", "did_not_run": False, "is_answer": True, "is_killed": False}
+        assert {name: getattr(found, name) for name in nothing} == {**nothing, **says}
 
 
 # PostgreSQL
@@ -349,6 +302,10 @@ def by_psycopg2(sqlstate: str, text: str = "as the server says") -> Exception:
     error.__setstate__({"pgcode": sqlstate})
     assert error.pgcode == sqlstate
     return error
+
+
+def said_by(package: Any) -> Callable[..., Exception]:
+    return by_psycopg if package is psycopg else by_psycopg2
 
 
 #: What libpq writes, without a SQLSTATE, when a connect fails …
@@ -473,7 +430,7 @@ class TestPostgreSQL:
     @pytest.mark.parametrize("text", LOST_TEXTS)
     def test_lost_connection(self, package: Any, text: str) -> None:
         """So are its words on a connection that is lost."""
-        assert drivers.judge(package.OperationalError(text), connecting=False).fault is LOST
+        assert later(package.OperationalError(text)).fault is LOST
 
     @pytest.mark.parametrize(
         "sqlstate", ["08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"]
@@ -482,12 +439,10 @@ class TestPostgreSQL:
         """postgres_fdw and dblink pass on what happens to a foreign server's session."""
         severity = psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
         made = psycopg.errors.lookup(sqlstate)
-        assert drivers.judge(made("x", info={severity: b"ERROR"}), connecting=False).fault is OTHER
-        assert (
-            drivers.judge(made("x", info={severity: b"FATAL"}), connecting=False).fault is not OTHER
-        )
-        assert postgresql.is_answer(made("x", info={severity: b"ERROR"}))
-        assert not postgresql.is_answer(made("x", info={severity: b"FATAL"}))
+        goes_on = later(made("x", info={severity: b"ERROR"}))
+        assert (goes_on.fault, goes_on.is_answer) == (OTHER, True)
+        ends = later(made("x", info={severity: b"FATAL"}))
+        assert (ends.fault is OTHER, ends.is_answer) == (False, False)
 
     @POSTGRES_PACKAGES
     @pytest.mark.parametrize(("text", "sqlstate", "connecting"), POOLERS)
@@ -496,9 +451,9 @@ class TestPostgreSQL:
         established = LATER.get(text, connecting)
         failed = package.OperationalError(f'connection to "10.0.0.1" failed: FATAL:  {text}')
         assert drivers.judge(failed, connecting=True).fault is connecting
-        said = (by_psycopg if package is psycopg else by_psycopg2)(sqlstate, text)
-        assert drivers.judge(said, connecting=False).fault is established
-        assert postgresql.question_of(said) == ("backend" if established is NOT_READY else "")
+        said = later(said_by(package)(sqlstate, text))
+        assert said.fault is established
+        assert said.question == ("backend" if established is NOT_READY else "")
 
     @POSTGRES_PACKAGES
     @pytest.mark.parametrize(
@@ -519,14 +474,13 @@ class TestPostgreSQL:
         self, package: Any, text: str, sqlstate: str, proven: bool
     ) -> None:
         """A statement that waited for a server in vain was sent to none."""
-        said = (by_psycopg if package is psycopg else by_psycopg2)(sqlstate, text)
-        assert postgresql.proves_not_run(said) is proven
+        assert later(said_by(package)(sqlstate, text)).did_not_run is proven
 
     def test_pgcat_says_one_thing_of_a_server_that_is_down_and_of_one_that_is_busy(self) -> None:
         """It bans a server that has no connection to spare, and so comes to AllServersDown."""
         said = by_psycopg("58000", "could not get connection from the pool - AllServersDown")
-        assert drivers.may_be_busy(said)
-        assert not drivers.may_be_busy(by_psycopg("08P01", "server_login_retry"))
+        assert later(said).may_be_busy
+        assert not later(by_psycopg("08P01", "server_login_retry")).may_be_busy
 
     @pytest.mark.parametrize(("text", "sqlstate", "fault"), POOLERS)
     def test_server_that_says_a_poolers_words_is_no_pooler(
@@ -547,18 +501,15 @@ class TestPostgreSQL:
         of_server = made(text, info={**says, field.SOURCE_FUNCTION: b"exec_stmt_raise"})
         plain = made("words of its own", info={**says, field.SOURCE_FUNCTION: b"f"})
         assert judged(of_server) == judged(plain)
-        assert not postgresql.proves_not_run(of_server)
-        assert not postgresql.may_be_busy(of_server)
-        assert postgresql.question_of(of_server) == ""
+        found = later(of_server)
+        assert (found.did_not_run, found.may_be_busy, found.question) == (False, False, "")
         # As pgcat and PgBouncer say it.
-        as_they_do = made(text, info=says)
-        assert drivers.judge(as_they_do, connecting=False).fault is LATER.get(text, fault)
+        assert later(made(text, info=says)).fault is LATER.get(text, fault)
 
     @POSTGRES_PACKAGES
     def test_text_of_a_statement_is_no_poolers(self, package: Any) -> None:
         text = "invalid message format\nLINE 1: SELECT 'no such database'"
-        said = (by_psycopg if package is psycopg else by_psycopg2)("08P01", text)
-        assert drivers.judge(said, connecting=False).fault is OTHER
+        assert later(said_by(package)("08P01", text)).fault is OTHER
 
     @POSTGRES_PACKAGES
     def test_other_errors_without_a_sqlstate_judge_no_peer(self, package: Any) -> None:
@@ -570,11 +521,6 @@ class TestPostgreSQL:
     @POSTGRES_PACKAGES
     def test_statement_on_a_closed_connection_finds_it_lost(self, package: Any) -> None:
         assert judged(package.InterfaceError("connection already closed"))[1] is LOST
-
-    @POSTGRES_PACKAGES
-    def test_subclass_of_a_drivers_error_is_one(self, package: Any) -> None:
-        mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
-        assert judged(mine("server closed the connection unexpectedly")) == (UNREACHABLE, LOST)
 
     @POSTGRES_PACKAGES
     def test_option_that_libpq_does_not_know_tries_no_other_peer(self, package: Any) -> None:
@@ -605,7 +551,7 @@ class TestPostgreSQL:
     def test_outcome_of_commit(
         self, made: Callable[[str], Exception], sqlstate: str, unknown: bool
     ) -> None:
-        assert postgresql.outcome_is_unknown(made(sqlstate)) is unknown
+        assert (later(made(sqlstate)).proof is Proof.UNDECIDED) is unknown
 
 
 # SQLite
@@ -716,6 +662,18 @@ class TestAnyOtherDriver:
         assert judged(mine("text")) == (UNREACHABLE, OTHER)
 
 
+@pytest.mark.parametrize(
+    ("package", "args"),
+    [
+        *((package, (2013, "Lost connection")) for package in (MySQLdb, pymysql)),
+        *((package, ("server closed the connection",)) for package in (psycopg, psycopg2)),
+    ],
+)
+def test_subclass_of_a_drivers_error_is_one(package: Any, args: tuple[Any, ...]) -> None:
+    mine = type("Mine", (package.OperationalError,), {"__module__": "app"})
+    assert judged(mine(*args)) == (UNREACHABLE, LOST)
+
+
 class TestNoDrivers:
     @pytest.mark.parametrize(
         ("exc", "connecting", "established"),
@@ -821,19 +779,7 @@ def test_each_driver_says_unreachable_where_nothing_listens_or_it_hangs_up(
     assert drivers.judge(exc, connecting=True).fault is UNREACHABLE
 
 
-@pytest.mark.parametrize("driver", list(CONNECTS))
-def test_a_drivers_functions_lead_to_its_table(driver: str) -> None:
-    table = mysql if driver in ("mysqlclient", "PyMySQL") else postgresql
-    assert drivers.driver_of(CONNECTS[driver]) is table
-
-
-class _ConnectorError(Exception):
-    """As MySQL Connector/Python's: code, text with the code in it, SQLSTATE."""
-
-
-_ConnectorError.__module__ = "mysql.connector.errors"
-
-
+#: As MySQL Connector/Python's: code, text with the code in it, SQLSTATE.
 @pytest.mark.parametrize(
     ("name", "args", "connecting", "fault"),
     [
@@ -849,7 +795,7 @@ _ConnectorError.__module__ = "mysql.connector.errors"
     ],
 )
 def test_mysql_connector(name: str, args: tuple[Any, ...], connecting: bool, fault: str) -> None:
-    error = type(name, (_ConnectorError,), {"__module__": "mysql.connector.errors"})
+    error = type(name, (Exception,), {"__module__": "mysql.connector.errors"})
     assert drivers.judge(error(*args), connecting=connecting).fault.name == fault
 
 

@@ -154,7 +154,7 @@ class LoadBalancedMixin(_Base):
             if self._own_settings is not None:
                 self._put_own_settings_back()
                 if isinstance(exc, Exception):
-                    drivers.mark_of_settings(exc)
+                    drivers.mark(exc, "of_settings")
             self._discard()
             raise
         finally:
@@ -350,7 +350,7 @@ class LoadBalancedMixin(_Base):
             self.settings_dict = settings
             return method(*args)
         except Exception as exc:
-            drivers.mark_of_settings(exc)
+            drivers.mark(exc, "of_settings")
             raise
         finally:
             self.settings_dict = own

@@ -172,7 +172,7 @@ def _not_for_the_driver(entry: Entry, peer: Peer, hosts: Mapping[str, Any]) -> N
 
 def _unknown_options(entry: Entry, peer: Peer) -> None:
     """Note keys of OPTIONS that the driver is not known to take."""
-    known = entry.driver.known_options()
+    known = entry.driver.OPTIONS
     if known is None:
         return
     # Another package's engine may have options of its own: only what looks like a slip.

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..exceptions import NoPeerAvailable, NotReady, PoolBusy
 from ..faults import Fault, Judgement
-from .base import Driver, generic, is_marked, mark
+from .base import Driver, generic, is_a, is_marked, mark
 from .mysql import mysql
 from .mysql_connector import mysql_connector
 from .oracle import oracle
@@ -34,7 +34,7 @@ _BY_MODULE: dict[str, Driver] = {
 }
 
 #: Exceptions of frameworks that say: the settings or the caller are wrong.
-_LOCAL_CLASSES = frozenset({"ImproperlyConfigured", "ConfigError"})
+_LOCAL_CLASSES = ("ImproperlyConfigured", "ConfigError")
 _LOCAL_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 #: What drivers, and Django's engines, raise about a setting that they cannot take.
 _OF_SETTINGS = (TypeError, ValueError, AttributeError, LookupError, OSError)
@@ -163,11 +163,6 @@ def with_password(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mark_of_settings(exc: Exception) -> None:
-    """Note on ``exc`` that it was raised while a driver was given one peer's settings."""
-    mark(exc, "of_settings")
-
-
 def _is_of_settings(exc: BaseException) -> bool:
     """Return whether ``exc`` says that a peer's settings are such as the driver cannot take."""
     by_settings = is_marked(exc, "of_settings")
@@ -175,17 +170,14 @@ def _is_of_settings(exc: BaseException) -> bool:
     if table is not None:
         # mysqlclient's of an ssl_mode that it does not know: it asked no server.
         is_drivers_own = by_settings and table.code_of(exc) is None
-        names = {cls.__name__ for cls in type(exc).__mro__}
         return table.is_option_error(exc) or (
-            is_drivers_own and not names.isdisjoint({"NotSupportedError", "ProgrammingError"})
+            is_drivers_own and is_a(exc, "NotSupportedError", "ProgrammingError")
         )
     # Ours: a token service that cannot be reached.
     if is_marked(exc, "is_ours") or not by_settings:
         return False
-    if _is_local_class(exc):
-        return True
     # A bare TimeoutError may be an alarm of the application's own.
-    return (
+    return is_a(exc, *_LOCAL_CLASSES) or (
         isinstance(exc, _OF_SETTINGS)
         and not isinstance(exc, (TimeoutError, socket.timeout))
         and getattr(exc, "errno", None) not in _LOCAL_ERRNOS
@@ -197,12 +189,11 @@ def _is_by_server(exc: BaseException) -> bool:
 
     A broken constraint is not: an application's own statement broke it.
     """
-    names = {cls.__name__ for cls in type(exc).__mro__}
-    if "IntegrityError" in names or isinstance(exc, NoPeerAvailable):
+    if is_a(exc, "IntegrityError") or isinstance(exc, NoPeerAvailable):
         return False
-    if names & {"OperationalError", "InternalError", "InterfaceError"}:
+    if is_a(exc, "OperationalError", "InternalError", "InterfaceError"):
         return True
-    if not names & {"DatabaseError", "ProgrammingError", "NotSupportedError", "DataError"}:
+    if not is_a(exc, "DatabaseError", "ProgrammingError", "NotSupportedError", "DataError"):
         return False
     if type(exc).__module__ == "django.db.utils":
         # Django's own: the server's version is too old.
@@ -263,7 +254,7 @@ def judge(exc: BaseException, connecting: bool, driver: Driver = generic) -> Jud
         table.proof(exc, fault),
         table.question_of(exc),
         table.is_answer(exc),
-        fault is Fault.KILLED and table.is_killed_connection(exc),
+        fault is Fault.KILLED and table.code_of(exc) in table.ENDS_CONNECTION,
         table.may_be_busy(exc),
         connecting,
         connecting and _is_by_server(exc),
@@ -293,7 +284,7 @@ def _fault_of(exc: BaseException, connecting: bool) -> Fault:
     if isinstance(exc, NoPeerAvailable):
         # Another balancer's, that a receiver of ours has asked.
         return Fault.OTHER
-    if is_marked(exc, "is_ours") or _is_local_class(exc):
+    if is_marked(exc, "is_ours") or is_a(exc, *_LOCAL_CLASSES):
         return Fault.LOCAL
     table = _table_of(exc)
     if table is not None:
@@ -301,10 +292,6 @@ def _fault_of(exc: BaseException, connecting: bool) -> Fault:
     if isinstance(exc, OSError):
         return _fault_of_oserror(exc, connecting)
     return generic.fault(exc, connecting)
-
-
-def _is_local_class(exc: BaseException) -> bool:
-    return any(cls.__name__ in _LOCAL_CLASSES for cls in type(exc).__mro__)
 
 
 def _table_of(exc: BaseException) -> Driver | None:

@@ -7,6 +7,7 @@ method there says what it does where that is more than what is said here.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,6 +31,12 @@ def is_marked(exc: BaseException, what: Mark, value: object = True) -> bool:
     return bool(getattr(exc, f"_django_proxysql_{what}", None) == value)
 
 
+def is_a(exc: BaseException, *names: str) -> bool:
+    """Return whether an exception's class has one of these names, or is derived from one that has:
+    an application may have subclassed the driver's."""
+    return any(cls.__name__ in names for cls in type(exc).__mro__)
+
+
 class Driver:
     """A driver: what its errors mean, what its connections know and can do."""
 
@@ -41,17 +48,28 @@ class Driver:
     LEAVES = False
     #: Whether a proxy may answer for a server.
     SPLITS = False
+    #: What connect() takes by name, and Django's engine in OPTIONS; None: not known.
+    OPTIONS: frozenset[str] | None = None
+    #: The names of connect()'s argument that bounds an attempt, and the least that it does.
+    TIMEOUTS: tuple[str, ...] = ()
+    LEAST_TIMEOUT = 1
+    #: Of errors that were raised on purpose: the codes of those that end the connection itself.
+    ENDS_CONNECTION: tuple[Any, ...] = ()
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
         """Return what ``exc`` says about the peer."""
-        names = {cls.__name__ for cls in type(exc).__mro__}
-        if connecting and names & {"OperationalError", "InterfaceError"}:
+        if connecting and is_a(exc, "OperationalError", "InterfaceError"):
             return Fault.UNREACHABLE
         return Fault.OTHER
 
     def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return connect() arguments that bound one attempt to ``seconds``."""
-        return {}
+        """Return connect() arguments that bound one attempt to ``seconds``, unless ``params`` does.
+
+        Whole seconds: the drivers take no fractions.
+        """
+        if not self.TIMEOUTS or any(name in params for name in self.TIMEOUTS):
+            return {}
+        return {self.TIMEOUTS[0]: max(self.LEAST_TIMEOUT, math.ceil(seconds))}
 
     def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
         """Return connect() arguments that spare the session a round trip later."""
@@ -118,10 +136,6 @@ class Driver:
             raise
         connection.commit()
 
-    def known_options(self) -> frozenset[str] | None:
-        """Return what connect() takes by name, and Django's engine in OPTIONS; None: not known."""
-        return None
-
     def code_of(self, exc: BaseException) -> Any:
         """Return the error's code, if it has one."""
         return None
@@ -138,17 +152,9 @@ class Driver:
         """Return whether the driver knows that the connection is gone."""
         return False
 
-    def is_killed_connection(self, exc: BaseException) -> bool:
-        """Return whether the connection itself was ended on purpose."""
-        return False
-
     def is_answer(self, exc: BaseException) -> bool:
         """Return whether ``exc`` is the server's answer: the socket is what it was."""
         return True
-
-    def is_read_only_refusal(self, exc: BaseException) -> bool:
-        """Return whether the server refused a write for being read-only."""
-        return False
 
     def proves_not_run(self, exc: BaseException) -> bool:
         """Return whether one plain statement that a server answered with ``exc`` did not run."""

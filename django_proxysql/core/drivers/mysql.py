@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-from .base import Driver, mark
+from .base import Driver, is_a, mark
 from .mysql_opening import opener
 
 #: Codes that mean the same wherever they turn up.
@@ -105,7 +105,7 @@ _IN_TRANSACTION = 1
 #: The protocol's CLIENT_MULTI_STATEMENTS.
 _MULTI_STATEMENTS = 1 << 16
 
-#: Options of a socket that both drivers set.
+#: Options of a socket that both drivers set while they connect.
 _SET_ALREADY = frozenset({"SO_KEEPALIVE"})
 
 #: The drivers' own methods in which an answer may be outstanding.
@@ -137,9 +137,13 @@ class MySQL(Driver):
     MODULES = ("MySQLdb", "pymysql", "aiomysql", "asyncmy")
     WATCHED = True
     LEAVES = True
-    #: Whether a proxy may answer for a server. MaxScale was seen to say 1290 of an INSERT whose
-    #: row stood, and ProxySQL may send a statement a second time.
+    #: MaxScale was seen to say 1290 of an INSERT whose row stood, and ProxySQL may send a statement
+    #: a second time.
     SPLITS = True
+    OPTIONS = _OPTIONS
+    #: PyMySQL's does not cover the handshake; see :meth:`trial_options`.
+    TIMEOUTS = ("connect_timeout",)
+    ENDS_CONNECTION = (1153, 1927, 3169, 4031)
 
     def code_of(self, exc: BaseException) -> int | None:
         code = exc.args[0] if exc.args else None
@@ -168,27 +172,13 @@ class MySQL(Driver):
         if connecting and code is None and _OUT_OF_STEP.search(text):
             return Fault.UNREACHABLE
         # PyMySQL, and mysqlclient on a closed handle, raise InterfaceError(0, '').
-        names = {cls.__name__ for cls in type(exc).__mro__}
-        if "InterfaceError" in names and (code == 0 or not exc.args):
+        if is_a(exc, "InterfaceError") and (code == 0 or not exc.args):
             return Fault.LOST
         return Fault.OTHER
 
-    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return what limits one attempt to ``seconds``, where ``params`` does not.
-
-        Whole seconds, at least one: the drivers take no fractions. PyMySQL's
-        ``connect_timeout`` does not cover the handshake; see :meth:`trial_options`.
-        """
-        if "connect_timeout" in params:
-            return {}
-        return {"connect_timeout": max(1, math.ceil(seconds))}
-
     def session_options(self, params: Any, autocommit: bool) -> dict[str, Any]:
-        """Return ``autocommit`` as connect() takes it, unless the user's OPTIONS have it.
-
-        mysqlclient and PyMySQL switch autocommit off by themselves without an option (PEP 249),
-        and Django switches it on again: two round trips that change nothing.
-        """
+        # Without it both switch autocommit off (PEP 249), and Django on again: two round trips
+        # that change nothing.
         return {} if "autocommit" in params else {"autocommit": autocommit}
 
     def opener(
@@ -197,13 +187,12 @@ class MySQL(Driver):
         return opener(connect, params, level, "MariaDB" in version, self.is_answer)
 
     def recording_options(self, params: Any) -> dict[str, Any]:
-        """Return the flag that PyMySQL leaves out, and mysqlclient sets by itself."""
         if not self.takes_two(params):
             return {}
+        # PyMySQL leaves it out, mysqlclient sets it by itself.
         return {"client_flag": params.get("client_flag", 0) | _MULTI_STATEMENTS}
 
     def takes_two(self, params: Any) -> bool:
-        """Return whether ``OPTIONS["multi_statements"]`` says nothing else."""
         return bool(params.get("multi_statements", True))
 
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:
@@ -235,11 +224,8 @@ class MySQL(Driver):
         return str(connection.get_server_info())
 
     def trial_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return what bounds a throw-away connection whose peer may freeze half-way.
-
-        ``connect_timeout`` ends with the handshake: a server that freezes after
-        authentication hangs ``SET NAMES`` for ever (seen with SIGSTOP).
-        """
+        # ``connect_timeout`` ends with the handshake: a server that freezes after authentication
+        # hangs ``SET NAMES`` for ever (seen with SIGSTOP).
         whole = max(1, math.ceil(seconds))
         return {
             "connect_timeout": min(whole, params.get("connect_timeout", whole)),
@@ -248,25 +234,16 @@ class MySQL(Driver):
         }
 
     def is_closed(self, connection: Any) -> bool:
-        """Return whether this side closed the connection: the drivers know no more."""
+        # By this side: the drivers know no more.
         return getattr(connection, "open", True) in (False, 0)
 
-    def known_options(self) -> frozenset[str] | None:
-        return _OPTIONS
-
-    def is_killed_connection(self, exc: BaseException) -> bool:
-        return self.code_of(exc) in (1153, 1927, 3169, 4031)
-
     def is_answer(self, exc: BaseException) -> bool:
-        """Return whether ``exc`` is the server's answer, so that the socket is what it was.
-
-        The client's own codes are 2000 to 2999 (``errmsg.h``, CR_MIN_ERROR); 0 and
-        none are mysqlclient's own complaints.
-        """
+        # The client's own codes are 2000 to 2999 (errmsg.h, CR_MIN_ERROR); 0 and none are
+        # mysqlclient's own complaints.
         code = self.code_of(exc)
         return code is not None and code > 0 and not 2000 <= code < 3000
 
-    def is_read_only_refusal(self, exc: BaseException) -> bool:
+    def _is_read_only_refusal(self, exc: BaseException) -> bool:
         return (
             self.code_of(exc) in (1290, 1836)
             and self.fault(exc, connecting=False) is Fault.NOT_READY
@@ -274,26 +251,22 @@ class MySQL(Driver):
 
     def goes_on_without(self, exc: BaseException, by_server: bool) -> bool:
         # 1792: the transaction is READ ONLY.
-        return self.code_of(exc) == 1792 or (by_server and self.is_read_only_refusal(exc))
+        return self.code_of(exc) == 1792 or (by_server and self._is_read_only_refusal(exc))
 
     def proves_not_run(self, exc: BaseException) -> bool:
-        """Return whether ``exc``, answered by a server itself, proves that one plain statement did
-        not run. See :attr:`SPLITS`.
-
-        2006 is Connector/C's for "not sent" (seen over TCP and TLS); other clients
-        say it after sending, too. 1180, 9001 and 9002 prove nothing.
-        """
+        # A server's own answer does; see SPLITS. 1180, 9001 and 9002 prove nothing.
         code = self.code_of(exc)
         if code == 2006:
+            # Connector/C's for "not sent" (seen over TCP and TLS); other clients say it after
+            # sending, too.
             return _is_connector_c()
-        return (code == 1047 and "WSREP" in text_of(exc)) or self.is_read_only_refusal(exc)
+        return (code == 1047 and "WSREP" in text_of(exc)) or self._is_read_only_refusal(exc)
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         # A constraint that fails at COMMIT is an answer; anything less clear is not.
         return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
 
     def may_be_busy(self, exc: BaseException) -> bool:
-        """Return whether ProxySQL says ``exc``, whether its servers are gone or it is only busy."""
         return self.code_of(exc) in (9001, 9002) or bool(_PROXYSQL_NO_BACKEND.match(text_of(exc)))
 
     def question_of(self, exc: BaseException) -> str:
@@ -302,15 +275,14 @@ class MySQL(Driver):
             return "galera"
         if self.may_be_busy(exc):
             return "backend"
-        return "writable" if self.is_read_only_refusal(exc) else ""
+        return "writable" if self._is_read_only_refusal(exc) else ""
 
     def fileno(self, connection: Any) -> int | None:
-        """Return the socket's descriptor; None with PyMySQL, which has no public one."""
+        # PyMySQL has no public one.
         number = getattr(connection, "fileno", None)
         return sockets.descriptor(number() if callable(number) else None)
 
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
-        """Return what both drivers have set while they connected."""
         return _SET_ALREADY
 
     def leave(self, connection: Any) -> None:
@@ -322,7 +294,6 @@ class MySQL(Driver):
             sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
-        """Ask the server for a sign of life, or raise the driver's error."""
         if hasattr(connection, "_force_close"):
             # PyMySQL's own default is to reconnect, and all session state is gone.
             connection.ping(reconnect=False)
@@ -330,7 +301,6 @@ class MySQL(Driver):
             connection.ping()
 
     def leads_to(self, connection: Any) -> tuple[str, str] | None:
-        """Return the host and port that a connection was opened to; None for a unix socket."""
         host = getattr(connection, "host", None)
         if host is None:
             # mysqlclient: "db1 via TCP/IP". PyMySQL has the host.
@@ -341,37 +311,25 @@ class MySQL(Driver):
         return (host, str(connection.port)) if isinstance(host, str) else None
 
     def is_unbuffered(self, params: Any) -> bool:
-        cursorclass = params.get("cursorclass")
-        if cursorclass is None:
-            return False
-        names = {cls.__name__ for cls in getattr(cursorclass, "__mro__", ())}
-        return not names.isdisjoint({"SSCursor", "CursorUseResultMixIn"})
+        bases = getattr(params.get("cursorclass"), "__mro__", ())
+        return any(cls.__name__ in ("SSCursor", "CursorUseResultMixIn") for cls in bases)
 
     def is_usual(self, connection: Any, cls: type) -> bool:
-        """Return whether the driver's own function or Django's quotes values of type ``cls``.
-
-        A type without one is quoted as a text. The option ``conv`` may name others.
-        """
+        # The option ``conv`` may name functions of the application's.
         encoder = connection.encoders.get(cls)
         if encoder is None:
+            # It is quoted as a text.
             return True
         module = getattr(encoder, "__module__", None) or type(encoder.__self__).__module__
         return module.partition(".")[0] in ("MySQLdb", "pymysql", "django", "builtins")
 
     def in_transaction(self, connection: Any) -> bool | None:
-        """Return True if the server's last answer says that a transaction is open, else None.
-
-        PyMySQL keeps the answer's status flags; they do not show reads.
-        mysqlclient shows of them only whether autocommit is on.
-        """
+        # PyMySQL keeps the last answer's status flags; they do not show reads. mysqlclient shows of
+        # them only whether autocommit is on.
         flags = getattr(connection, "server_status", None)
         return True if type(flags) is int and flags & _IN_TRANSACTION else None
 
     def is_at_rest(self, connection: Any) -> bool:
-        """Return whether the server's last answer says that autocommit is on.
-
-        With PyMySQL also: that no transaction is open.
-        """
         autocommit = getattr(connection, "get_autocommit", None)
         try:
             if callable(autocommit) and autocommit() in (False, 0):
@@ -386,11 +344,8 @@ class MySQL(Driver):
         return sockets.counter(self.fileno(of))
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
-        """Return whether no answer is outstanding after ``exc`` came out of a driver's method.
-
-        Neither driver knows. Where it was raised decides: before the statement was
-        sent, or after its result was read.
-        """
+        # Neither driver knows. Where it was raised decides: before the statement was sent, or after
+        # its result was read.
         traceback = exc.__traceback__
         in_flight = False
         while traceback is not None:

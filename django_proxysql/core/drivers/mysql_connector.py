@@ -5,15 +5,11 @@ Its errors have the server's codes, and others than mysqlclient for what it find
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..faults import Fault
-from .base import Driver
+from .base import Driver, is_a
 from .mysql import mysql
-
-#: Its option, and the name that it takes for the same.
-_TIMEOUTS = ("connection_timeout", "connect_timeout")
 
 
 def _as_of_mysqlclient(exc: BaseException) -> BaseException:
@@ -26,10 +22,11 @@ class MySQLConnector(Driver):
 
     MODULES = ("mysql.connector",)
     SPLITS = True
+    #: It covers the handshake, and each wait for an answer of it.
+    TIMEOUTS = ("connection_timeout", "connect_timeout")
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        names = {cls.__name__ for cls in type(exc).__mro__}
-        if names & {"ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"}:
+        if is_a(exc, "ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError"):
             # Its own, with a code of the server's for a statement that took too long.
             return Fault.UNREACHABLE if connecting else Fault.OTHER
         meaning = mysql.fault(_as_of_mysqlclient(exc), connecting)
@@ -41,17 +38,7 @@ class MySQLConnector(Driver):
     def may_be_busy(self, exc: BaseException) -> bool:
         return mysql.may_be_busy(_as_of_mysqlclient(exc))
 
-    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return what limits one attempt to ``seconds``, where ``params`` does not.
-
-        Whole seconds, at least one. It covers the handshake, and each wait for an answer of it.
-        """
-        if any(name in params for name in _TIMEOUTS):
-            return {}
-        return {"connection_timeout": max(1, math.ceil(seconds))}
-
     def leads_to(self, connection: Any) -> tuple[str, str] | None:
-        """Return the host and port that a connection was opened to; None for a unix socket."""
         if getattr(connection, "unix_socket", None):
             return None
         host = getattr(connection, "server_host", None)

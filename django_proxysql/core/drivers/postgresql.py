@@ -8,7 +8,6 @@ Longer than other files: the tables of codes and texts stand beside the methods 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 import sys
@@ -17,13 +16,14 @@ from typing import Any
 
 from .. import sockets
 from ..faults import Fault
-from .base import Driver
+from .base import Driver, is_a
 
+_READ_ONLY_REFUSAL = "25006"
 BY_SQLSTATE = {
     **dict.fromkeys(("08001", "08004"), Fault.UNREACHABLE),
     **dict.fromkeys(("28000", "28P01", "3D000"), Fault.REFUSED),
     "57P03": Fault.NOT_READY,
-    "25006": Fault.NOT_READY,
+    _READ_ONLY_REFUSAL: Fault.NOT_READY,
     "53300": Fault.OVERLOADED,
     **dict.fromkeys(("08003", "08006", "57P01", "57P02"), Fault.LOST),
     **dict.fromkeys(("57014", "57P05", "25P03", "25P04"), Fault.KILLED),
@@ -37,92 +37,73 @@ _ENDS = frozenset({"08001", "08003", "08004", "08006", "57P01", "57P02", "57P03"
 #: libpq gives a failed connect no SQLSTATE, whichever side refused it: it quotes the
 #: server's line. (psycopg 3 fills ``sqlstate`` in, psycopg2 does not.)
 #: The server speaks its own language here, so the quoted names decide first.
-_QUOTED = (
-    (
-        re.compile(
-            r'no pg_hba\.conf entry|(?:database|role) ".*" does not exist|'
-            r"password authentication failed|authentication failed for user|"
-            r"pg_hba\.conf rejects|permission denied for database|is not permitted to log in|"
-            r"is not currently accepting connections"
-        ),
-        Fault.REFUSED,
+_QUOTED = {
+    Fault.REFUSED: re.compile(
+        r'no pg_hba\.conf entry|(?:database|role) ".*" does not exist|'
+        r"password authentication failed|authentication failed for user|"
+        r"pg_hba\.conf rejects|permission denied for database|is not permitted to log in|"
+        r"is not currently accepting connections"
     ),
-    (
-        re.compile(
-            r"the database system is (?:starting up|shutting down|in recovery)|"
-            r"not (?:yet )?accepting connections"
-        ),
-        Fault.NOT_READY,
+    Fault.NOT_READY: re.compile(
+        r"the database system is (?:starting up|shutting down|in recovery)|"
+        r"not (?:yet )?accepting connections"
     ),
-    (re.compile(r"too many (?:clients|connections)|remaining connection slots"), Fault.OVERLOADED),
-    (re.compile("Too many open files"), Fault.LOCAL),
-)
+    Fault.OVERLOADED: re.compile(r"too many (?:clients|connections)|remaining connection slots"),
+    Fault.LOCAL: re.compile("Too many open files"),
+}
 
-#: A pooler lets clients in and has no server.
-_NO_SERVER = re.compile(
-    r"server login has been failing|server_login_retry|server login failed|"
-    r"client_login_timeout \(server down\)|server shutting down|"
-    # Odyssey
-    r"failed to get remote server connection|failed to connect to remote server|"
-    r"can't find suitable host|is gracefully shutting down|client routing failed|"
-    # pgcat
-    r"could not get connection from the pool|Pool down for database|"
-    # pgpool-II
-    r"pgpool is not accepting any new connections|all backend nodes are down|"
-    r"failed to create a backend (?:\d+ )?connection|"
-    r"unable to connect to backend"
-)
 #: What poolers say, by text: PgBouncer has one SQLSTATE for everything (08P01), pgcat another
 #: (58000), and a failed connect of libpq's shows none. From the sources of PgBouncer 1.25,
 #: pgcat 1.3, Odyssey 1.4 and pgpool-II 4.6; PgBouncer's were seen, too.
-_POOLERS = (
+_POOLERS = {
     # The pooler has room for no more clients, or no server to spare for this one.
-    (
-        re.compile(
-            r"no more connections allowed|client connections exceeded|query_wait_timeout|"
-            r"bouncer resources exhaustion|"
-            # Odyssey
-            r"too many (?:tcp connections|client tcp connections|active clients)|"
-            r"soft out of memory|"
-            # pgcat
-            r"checkout failure limit reached"
-        ),
-        Fault.OVERLOADED,
+    Fault.OVERLOADED: re.compile(
+        r"no more connections allowed|client connections exceeded|query_wait_timeout|"
+        r"bouncer resources exhaustion|"
+        # Odyssey
+        r"too many (?:tcp connections|client tcp connections|active clients)|"
+        r"soft out of memory|"
+        # pgcat
+        r"checkout failure limit reached"
     ),
-    (_NO_SERVER, Fault.NOT_READY),
+    # It lets clients in and has no server.
+    Fault.NOT_READY: re.compile(
+        r"server login has been failing|server_login_retry|server login failed|"
+        r"client_login_timeout \(server down\)|server shutting down|"
+        # Odyssey
+        r"failed to get remote server connection|failed to connect to remote server|"
+        r"can't find suitable host|is gracefully shutting down|client routing failed|"
+        # pgcat
+        r"could not get connection from the pool|Pool down for database|"
+        # pgpool-II
+        r"pgpool is not accepting any new connections|all backend nodes are down|"
+        r"failed to create a backend (?:\d+ )?connection|"
+        r"unable to connect to backend"
+    ),
     # It does not know what we ask for, or who we are.
-    (
-        re.compile(
-            r"no such database|no such user|database \".*\" is disabled|login rejected|"
-            r"(?:SASL|certificate|\"trust\"|LDAP) authentication failed|SSL required|"
-            r"unsupported (?:options )?startup parameter|"
-            # Odyssey
-            r"route for '.*' is not found|incorrect user|user blocked|"
-            r"host based authentication rejected|SSL is required|"
-            # pgcat
-            r"No pool configured for"
-        ),
-        Fault.REFUSED,
+    Fault.REFUSED: re.compile(
+        r"no such database|no such user|database \".*\" is disabled|login rejected|"
+        r"(?:SASL|certificate|\"trust\"|LDAP) authentication failed|SSL required|"
+        r"unsupported (?:options )?startup parameter|"
+        # Odyssey
+        r"route for '.*' is not found|incorrect user|user blocked|"
+        r"host based authentication rejected|SSL is required|"
+        # pgcat
+        r"No pool configured for"
     ),
     # The statement, or the connection, has lasted longer than it may.
-    (
-        re.compile(
-            r"query[_ ]timeout|(?:idle )?transaction[_ ]timeout|client_idle_timeout|"
-            r"admin forced disconnect|pool statement timeout|idle transaction timeout"
-        ),
-        Fault.KILLED,
+    Fault.KILLED: re.compile(
+        r"query[_ ]timeout|(?:idle )?transaction[_ ]timeout|client_idle_timeout|"
+        r"admin forced disconnect|pool statement timeout|idle transaction timeout"
     ),
     # Its server is gone, or it is going itself.
-    (
-        re.compile(
-            r"server conn crashed|server connection closed|"
-            r"error receiving data from server|terminating connection due to administrator|"
-            r"remote server read/write error|unable to read (?:data from|message (?:kind|length))|"
-            r"connection terminated due to online recovery"
-        ),
-        Fault.LOST,
+    Fault.LOST: re.compile(
+        r"server conn crashed|server connection closed|"
+        r"error receiving data from server|terminating connection due to administrator|"
+        r"remote server read/write error|unable to read (?:data from|message (?:kind|length))|"
+        r"connection terminated due to online recovery"
     ),
-)
+}
 _POOLERS_STATES = frozenset({None, "08P01", "08S01", "08006", "53200", "57000", "58000", "XX000"})
 
 #: A statement that met one of these waited for a server, and was sent to none.
@@ -147,6 +128,10 @@ _LOST_TEXT = re.compile(
     r"could not (?:receive|send) data|terminating connection|"
     r"SSL connection has been closed|SSL SYSCALL error"
 )
+
+
+def _meaning(table: dict[Fault, re.Pattern[str]], text: str) -> Fault | None:
+    return next((fault for fault, pattern in table.items() if pattern.search(text)), None)
 
 
 def sqlstate_of(exc: BaseException) -> str | None:
@@ -230,24 +215,17 @@ def _keepalive_parameters(seconds: float) -> dict[str, int]:
         # libpq's own default; each parameter takes psycopg its time.
         if option in values and name != "keepalives"
     }
-    if _libpq_version() < _FIRST_WITH_USER_TIMEOUT:
-        # libpq takes no connection with a parameter that it does not know.
+    if _libpq_version() < 120_000:
+        # libpq takes no connection with a parameter that it does not know. (Release notes of 12)
         parameters.pop("tcp_user_timeout", None)
     return parameters
 
 
-#: PostgreSQL's documentation, release notes of 12.
-_FIRST_WITH_USER_TIMEOUT = 120_000
-
-
 def _libpq_version() -> int:
     """Return the oldest libpq that is loaded: each driver may have one of its own."""
-    versions = []
     psycopg, psycopg2 = sys.modules.get("psycopg"), sys.modules.get("psycopg2.extensions")
-    if psycopg is not None:
-        versions.append(psycopg.pq.version())
-    if psycopg2 is not None:
-        versions.append(psycopg2.libpq_version())
+    versions = [] if psycopg is None else [psycopg.pq.version()]
+    versions += [] if psycopg2 is None else [psycopg2.libpq_version()]
     return min(versions, default=0)
 
 
@@ -276,28 +254,29 @@ class PostgreSQL(Driver):
 
     What needs nothing here: autocommit costs no round trip; Django asks the connection, and not
     the server, which version it has; ``connect_timeout`` covers the whole of a libpq connect; a
-    pooler that is full says so in words of its own; named cursors are known by their names.
+    pooler that is full says so in words of its own, and passes on what a server says; named cursors
+    are known by their names.
     """
 
     MODULES = ("psycopg", "psycopg2", "psycopg_pool", "asyncpg")
     WATCHED = True
     LEAVES = True
-    #: Whether a proxy may answer for a server. PgBouncer and its like pass on what the server says.
-    SPLITS = False
+    OPTIONS = _OPTIONS
+    TIMEOUTS = ("connect_timeout",)
+    #: libpq makes two of one.
+    LEAST_TIMEOUT = 2
+    ENDS_CONNECTION = ("57P05", "25P03", "25P04")
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        # An application may have subclassed the driver's classes.
-        names = {cls.__name__ for cls in type(exc).__mro__}
-        if names & {"PoolTimeout", "TooManyRequests", "PoolClosed"}:
+        if is_a(exc, "PoolTimeout", "TooManyRequests", "PoolClosed"):
             # Our pool had nothing to give; the peer was not asked.
             return Fault.OVERLOADED
         state = sqlstate_of(exc)
         text = str(exc)
-        if names & {"OperationalError", "InternalError", "DatabaseError"}:
-            words = _poolers_words(exc, connecting)
-            for pattern, meaning in _POOLERS:
-                if pattern.search(words):
-                    return meaning
+        if is_a(exc, "OperationalError", "InternalError", "DatabaseError"):
+            meaning = _meaning(_POOLERS, _poolers_words(exc, connecting))
+            if meaning is not None:
+                return meaning
         if state == "08006" and connecting:
             return Fault.UNREACHABLE
         if state in _ENDS and not connecting and _goes_on(exc):
@@ -307,37 +286,23 @@ class PostgreSQL(Driver):
         if connecting and self.is_option_error(exc):
             # libpq parsed the options and went nowhere.
             return Fault.LOCAL
-        if state is not None or not names & {"OperationalError", "InterfaceError"}:
+        if state is not None or not is_a(exc, "OperationalError", "InterfaceError"):
             return Fault.OTHER
-        if connecting:
-            if "InterfaceError" in names:
-                return Fault.OTHER
-            for pattern, meaning in _QUOTED:
-                if pattern.search(text):
-                    return meaning
-            # It was reached, and says what no table lists.
-            return Fault.OTHER if _ANSWERED.search(text) else Fault.UNREACHABLE
-        return Fault.LOST if _LOST_TEXT.search(text.partition("\n")[0]) else Fault.OTHER
-
-    def connect_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return what limits one attempt to ``seconds``, where ``params`` does not.
-
-        Whole seconds, and libpq makes two of one.
-        """
-        if "connect_timeout" in params:
-            return {}
-        return {"connect_timeout": max(2, math.ceil(seconds))}
+        if not connecting:
+            return Fault.LOST if _LOST_TEXT.search(text.partition("\n")[0]) else Fault.OTHER
+        if is_a(exc, "InterfaceError"):
+            return Fault.OTHER
+        # Without a meaning it was reached, and says what no table lists; or it was not reached.
+        otherwise = Fault.OTHER if _ANSWERED.search(text) else Fault.UNREACHABLE
+        return _meaning(_QUOTED, text) or otherwise
 
     def takes_two(self, params: Any) -> bool:
-        """Return True: what is sent without parameters may be two statements."""
+        # What is sent without parameters may be two statements.
         return True
 
     def may_write(self, connection: Any, asks: bool) -> bool:
-        """Return whether the transaction has not failed, and was not begun READ ONLY.
-
-        A server says unasked what the session's default is, since PostgreSQL 14. What the
-        transaction itself is it says when it is asked.
-        """
+        # A server says unasked what the session's default is, since PostgreSQL 14. What the
+        # transaction itself is it says when it is asked.
         read_only = "readonly" if is_psycopg2(connection) else "read_only"
         if int(connection.info.transaction_status) == _FAILED:
             return False
@@ -350,11 +315,8 @@ class PostgreSQL(Driver):
             return bool(cursor.fetchone()[0] == "off")
 
     def commit_after(self, connection: Any, statement: str, together: bool) -> None:
-        """Run ``statement`` and COMMIT.
-
-        psycopg2 keeps its own count of transactions: a COMMIT that is not its own it would send
-        once more. In its pipeline mode psycopg sends no two statements as one.
-        """
+        # psycopg2 keeps its own count of transactions: a COMMIT that is not its own it would send
+        # once more. In its pipeline mode psycopg sends no two statements as one.
         if not together or is_psycopg2(connection) or self.is_busy(connection):
             super().commit_after(connection, statement, together)
         else:
@@ -374,36 +336,21 @@ class PostgreSQL(Driver):
         return type(connection).__module__.startswith("asyncpg.")
 
     def ends_its_cursors(self, connection: Any) -> bool:
-        """Return whether it is psycopg2's: closing one ends its cursors too, and waits for its
-        statements."""
         return is_psycopg2(connection)
 
     def is_closed(self, connection: Any) -> bool:
         return bool(connection.closed)
 
-    def known_options(self) -> frozenset[str] | None:
-        return _OPTIONS
-
     def is_option_error(self, exc: BaseException) -> bool:
-        """Return whether libpq says that it does not know an option, or cannot read its value."""
         return sqlstate_of(exc) is None and _BAD_OPTION.search(str(exc)) is not None
-
-    def is_killed_connection(self, exc: BaseException) -> bool:
-        return sqlstate_of(exc) in ("57P05", "25P03", "25P04")
 
     def is_answer(self, exc: BaseException) -> bool:
         state = sqlstate_of(exc)
         return state is not None and (_goes_on(exc) or not state.startswith(("08", "57P")))
 
-    def is_read_only_refusal(self, exc: BaseException) -> bool:
-        return sqlstate_of(exc) == "25006"
-
     def proves_not_run(self, exc: BaseException) -> bool:
-        """Return whether ``exc`` proves that one plain statement did not run.
-
-        A pooler's statement that waited for a server, and got none, did not.
-        """
-        return self.is_read_only_refusal(exc) or _WAITED.search(_poolers_words(exc)) is not None
+        is_refusal = sqlstate_of(exc) == _READ_ONLY_REFUSAL
+        return is_refusal or _WAITED.search(_poolers_words(exc)) is not None
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         state = sqlstate_of(exc)
@@ -418,13 +365,13 @@ class PostgreSQL(Driver):
         return state == "40003" or state.startswith(("08", "57P", "58", "XX"))
 
     def question_of(self, exc: BaseException) -> str:
-        if self.is_read_only_refusal(exc):
+        if sqlstate_of(exc) == _READ_ONLY_REFUSAL:
             return "writable"
         # A pooler without a server lets clients in.
-        return "backend" if _NO_SERVER.search(_poolers_words(exc)) else ""
+        return "backend" if _POOLERS[Fault.NOT_READY].search(_poolers_words(exc)) else ""
 
     def may_be_busy(self, exc: BaseException) -> bool:
-        """Return whether pgcat says ``exc``: it bans a server that has no connection to spare."""
+        # pgcat's: it bans a server that has no connection to spare.
         return "could not get connection from the pool" in _poolers_words(exc)
 
     def fileno(self, connection: Any) -> int | None:
@@ -435,7 +382,6 @@ class PostgreSQL(Driver):
         return (host, str(port)) if isinstance(host, str) and host else None
 
     def keepalive_options(self, params: Any, seconds: float) -> dict[str, Any]:
-        """Return libpq's own parameters, where ``params`` has none."""
         if _may_be_in_a_file(params) or params.get("keepalives") is not None:
             # What is said here would go before the file. With keepalives=0 libpq sets none of them.
             return {}
@@ -446,7 +392,6 @@ class PostgreSQL(Driver):
         }
 
     def socket_options(self, connection: Any, params: Any) -> frozenset[str]:
-        """Return the names of the socket options that libpq was given."""
         given = {"keepalives": 1, **params}
         # With what keepalive_options() says nothing is left to ask.
         if not _SOCKET_OPTIONS.keys() <= given.keys() and _may_be_in_a_file(params):
@@ -458,7 +403,6 @@ class PostgreSQL(Driver):
         sockets.detach(connection.fileno())
 
     def ping(self, connection: Any) -> None:
-        """Ask the server for a sign of life, or raise the driver's error."""
         # A transaction that has failed answers nothing but its end; what becomes
         # of it is a rollback either way.
         if int(connection.info.transaction_status) == _FAILED:
@@ -467,8 +411,7 @@ class PostgreSQL(Driver):
             cursor.execute("SELECT 1")
 
     def is_busy(self, connection: Any) -> bool:
-        """Return whether psycopg 3 is in its pipeline mode, where an error may be an earlier
-        statement's."""
+        # psycopg 3 in its pipeline mode, where an error may be an earlier statement's.
         pgconn = getattr(connection, "pgconn", None)
         if pgconn is None:
             return False
@@ -479,18 +422,11 @@ class PostgreSQL(Driver):
             return False
 
     def is_usual(self, connection: Any, cls: type) -> bool:
-        """Return whether an adapter of the driver's or Django's makes SQL of type ``cls``.
-
-        Applications may register their own, psycopg2's ``AsIs`` among them.
-        """
+        # Applications may register adapters of their own, psycopg2's ``AsIs`` among them.
         if is_psycopg2(connection):
             from psycopg2 import extensions
 
-            known = (
-                extensions.adapters.get((base, extensions.ISQLQuote))
-                for base in cls.__mro__
-                if base is not object
-            )
+            known = (extensions.adapters.get((c, extensions.ISQLQuote)) for c in cls.__mro__[:-1])
             adapter = next((one for one in known if one is not None), None)
             if adapter is None:
                 # It quotes itself, if it is the driver's; nothing else can be sent.
@@ -502,11 +438,8 @@ class PostgreSQL(Driver):
         return str(adapter.__module__).partition(".")[0] in _OWN
 
     def status(self, connection: Any) -> Callable[[], object] | None:
-        """Return what asks libpq for PQtransactionStatus, of which 0 is idle.
-
-        Once a connection is lost libpq knows no longer. No Python function is
-        called: each statement asks.
-        """
+        # PQtransactionStatus, of which 0 is idle. Once a connection is lost libpq knows no longer.
+        # No Python function is called: each statement asks.
         pgconn = getattr(connection, "pgconn", None)
         if pgconn is not None:
             return functools.partial(getattr, pgconn, "transaction_status")
@@ -514,7 +447,6 @@ class PostgreSQL(Driver):
         return ask
 
     def in_transaction(self, connection: Any) -> bool | None:
-        """Return whether a transaction is open; None where libpq does not know (any more)."""
         ask = self.status(connection)
         known = None if ask is None else _number(ask())
         if known in _OPEN:
@@ -522,7 +454,6 @@ class PostgreSQL(Driver):
         return False if known == 0 else None
 
     def is_at_rest(self, connection: Any) -> bool:
-        """Return whether autocommit is on and no transaction open, as far as libpq knows."""
         return (
             not self.in_transaction(connection)
             and getattr(connection, "autocommit", True) is not False
@@ -532,7 +463,6 @@ class PostgreSQL(Driver):
         return None if self.is_closed(connection) else sockets.counter(self.fileno(connection))
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
-        """Return whether libpq waits for no answer."""
         ask = self.status(connection)
         return ask is None or _number(ask()) != _ACTIVE
 
