@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -21,15 +20,14 @@ import pytest
 
 from tests.conftest import pytest_runtest_logstart
 from tests.fakes import in_thread, until
-from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
+from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
 from tests.servers.lending import borrowed, lend
 from tests.servers.mariadb import MariaDBNode, Node
 from tests.servers.ports import MissingProgram, PortPool, ServerError, find_program
 from tests.servers.postgresql import PostgreSQLNode
-from tests.servers.processes import descendants
-from tests.servers.redis import RedisServer
+from tests.servers.processes import alive, descendants
 from tests.servers.runs import current_run
 
 
@@ -43,15 +41,6 @@ def connect(node: Node, **options: Any) -> Any:
         "connect_timeout": 5,
     }
     return MySQLdb.connect(**{**settings, **options})
-
-
-def test_mariadb_pair(mariadb_pair: tuple[Node, Node]) -> None:
-    """Both nodes of the pair let the application's user in and have time zones."""
-    first, second = mariadb_pair
-    assert first.port != second.port
-    for node in mariadb_pair:
-        connect(node).close()
-        assert node.has_time_zones()
 
 
 def test_killed_node_refuses_and_keeps_its_data(mariadb: Node) -> None:
@@ -70,20 +59,6 @@ def test_killed_node_refuses_and_keeps_its_data(mariadb: Node) -> None:
     connection.close()
 
 
-def test_frozen_node_accepts_and_is_silent(mariadb: Node) -> None:
-    """A frozen node accepts and says nothing; thawed it works, and frozen it can be killed."""
-    mariadb.freeze()
-    with socket.create_connection((mariadb.host, mariadb.port), timeout=5) as client:
-        client.settimeout(0.2)
-        with pytest.raises(socket.timeout):
-            client.recv(1)
-    mariadb.thaw()
-    connect(mariadb).close()
-    mariadb.freeze()
-    mariadb.kill()
-    assert not mariadb.running
-
-
 def test_hurt_node_is_restored(mariadb_pair: tuple[Node, Node]) -> None:
     """Whatever a test does to a node, the next test finds it as it was."""
     first, second = mariadb_pair
@@ -100,30 +75,6 @@ def test_hurt_node_is_restored(mariadb_pair: tuple[Node, Node]) -> None:
     second.kill()
     second.restore()
     connect(second).close()
-
-
-def test_ordinary_user_is_no_administrator(mariadb: Node) -> None:
-    """The application's user does not get the administrator's extra connection."""
-    mariadb.set_global("max_connections", 10)
-    with contextlib.ExitStack() as stack:
-        for _ in range(10):
-            stack.enter_context(contextlib.closing(connect(mariadb)))
-        with pytest.raises(MySQLdb.OperationalError) as error:
-            connect(mariadb)
-        assert error.value.args[0] == 1040
-        assert mariadb.sql("SELECT 1") == "1\n"
-
-
-def test_kill_connections(mariadb: Node) -> None:
-    """An operator's KILL ends the user's connections and no others."""
-    connection = connect(mariadb)
-    other = connect(mariadb, user=ADMIN, password=ADMIN_PASSWORD)
-    assert mariadb.kill_connections(USER) == 1
-    with pytest.raises(MySQLdb.OperationalError):
-        connection.query("SELECT 1")
-    other.ping()
-    connection.close()
-    other.close()
 
 
 def test_mariadb_tls(mariadb_tls: Node) -> None:
@@ -188,25 +139,6 @@ def test_haproxy_frontend(mariadb: Node, haproxy: Callable[..., HAProxy]) -> Non
     other.close()
 
 
-def test_haproxy_spreads(mariadb_pair: tuple[Node, Node], haproxy: Callable[..., HAProxy]) -> None:
-    """A frontend with two servers behind it deals out in turn, and leaves a dead one alone."""
-    proxy = haproxy(db=mariadb_pair)
-
-    def ports_seen() -> set[int]:
-        seen = set()
-        for _ in range(4):
-            connection = connect(mariadb_pair[0], port=proxy.ports["db"])
-            connection.query("SELECT @@port")
-            seen.add(connection.store_result().fetch_row()[0][0])
-            connection.close()
-        return seen
-
-    assert ports_seen() == {node.port for node in mariadb_pair}
-    mariadb_pair[0].kill()
-    until(lambda: "DOWN" in proxy.ask("show stat"), pause=0.05)
-    assert ports_seen() == {mariadb_pair[1].port}
-
-
 def connect_postgres(node: PostgreSQLNode, **options: Any) -> psycopg.Connection[Any]:
     return psycopg.connect(
         host=node.host,
@@ -231,24 +163,12 @@ def test_postgres_keeps_its_data(postgres_pair: tuple[PostgreSQLNode, PostgreSQL
         with pytest.raises(psycopg.OperationalError):
             connection.execute("SELECT 1")
     assert len(children) >= 4
-    assert not [pid for pid in children if runs(pid)]
+    assert not [pid for pid in children if alive(pid)]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((node.host, node.port), timeout=5)
     node.start()
     with contextlib.closing(connect_postgres(node)) as connection:
         assert connection.execute("SELECT COUNT(*) FROM kept").fetchone() == (100,)
-
-
-def test_postgres_frozen(postgres: PostgreSQLNode) -> None:
-    """Frozen, its established connections are silent, too."""
-    with contextlib.closing(connect_postgres(postgres)) as connection:
-        postgres.freeze()
-        connection.pgconn.send_query(b"SELECT 1")
-        ready, _, _ = select.select([connection.fileno()], [], [], 0.2)
-        assert not ready
-        postgres.thaw()
-        ready, _, _ = select.select([connection.fileno()], [], [], 60)
-        assert ready
 
 
 def test_postgres_options_and_settings(postgres: PostgreSQLNode) -> None:
@@ -260,24 +180,6 @@ def test_postgres_options_and_settings(postgres: PostgreSQLNode) -> None:
     assert postgres.sql("SHOW max_prepared_transactions; SHOW work_mem") == "0\n5MB\n"
     postgres.restore()
     assert postgres.sql("SHOW max_prepared_transactions; SHOW work_mem") == "10\n4MB\n"
-
-
-def test_postgres_tls(postgres_tls: PostgreSQLNode) -> None:
-    """The server's certificate stands up to a client that checks it; TLS is not forced."""
-    options = {"sslmode": "verify-full", "sslrootcert": postgres_tls.ca}
-    with contextlib.closing(connect_postgres(postgres_tls, **options)) as connection:
-        assert connection.pgconn.ssl_in_use
-        assert postgres_tls.terminate_connections(USER) == 1
-    with contextlib.closing(connect_postgres(postgres_tls, sslmode="disable")) as connection:
-        assert not connection.pgconn.ssl_in_use
-
-
-def test_redis(redis_server: RedisServer) -> None:
-    """It keeps values as long as it lives."""
-    redis_server.ask("SET", "key", "value")
-    assert redis_server.ask("GET", "key") == "value\n"
-    redis_server.restart()
-    assert redis_server.ask("GET", "key") == "\n"
 
 
 def test_a_failure_shows_no_exception_that_another_test_left() -> None:
@@ -368,15 +270,7 @@ def test_ports_are_kept_and_outside_the_ephemeral_range() -> None:
 
 
 PROGRAM = ["-m", "tests.servers.interrupted_run"]
-TEST_RUN = [
-    "-m",
-    "pytest",
-    "-q",
-    "-s",
-    "-p",
-    "no:cacheprovider",
-    "tests/servers/interrupted_run.py",
-]
+TEST_RUN = "-m pytest -q -s -p no:cacheprovider tests/servers/interrupted_run.py".split()
 
 
 @pytest.mark.server
@@ -415,13 +309,4 @@ def test_interrupted_run_leaves_nothing(
         run.send_signal(number)
         run.communicate(timeout=120)
     assert run.returncode == exit_code
-    until(lambda: not any(map(runs, pids)) and not Path(workspace).exists(), pause=0.1)
-
-
-def runs(pid: int) -> bool:
-    """Whether a process runs; one that is dead and not waited for does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+    until(lambda: not any(map(alive, pids)) and not Path(workspace).exists(), pause=0.1)

@@ -23,13 +23,15 @@ import struct
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, TypeVar
 
 from . import Address
 from .ports import HOST, ports
 
 _CHUNK = 65536
+T = TypeVar("T")
 
 
 @dataclass
@@ -78,7 +80,7 @@ class FaultProxy:
         self.cuts = 0
         self.packets: deque[bytes] = deque(maxlen=1000)
         self._mode = "forward"
-        self._delay = 0.0
+        self._delay = 0.0  # seconds until a new connection goes on to the server
         self._frozen = False
         self._armed: list[_Cut] = []
         self._cut_handshake: int | None = None
@@ -139,12 +141,7 @@ class FaultProxy:
 
     def delay(self, seconds: float) -> None:
         """Accept, and connect to the server ``seconds`` later: a slow handshake."""
-
-        def job() -> None:
-            self._delay = seconds
-            self._set_mode("delay")
-
-        self._ask(job)
+        self._ask(lambda: self._set_mode("delay", seconds))
 
     # --- faults of established connections ---
 
@@ -158,27 +155,19 @@ class FaultProxy:
 
     def has_unread(self) -> bool:
         """Return whether a client has sent what is not read: the proxy is frozen."""
-        found: list[bool] = []
 
-        def job() -> None:
+        def job() -> bool:
+            found = False
             for connection in self._connections:
                 with contextlib.suppress(BlockingIOError):
-                    found.append(bool(connection.client.socket.recv(1, socket.MSG_PEEK)))
+                    found |= bool(connection.client.socket.recv(1, socket.MSG_PEEK))
+            return found
 
-        self._ask(job)
-        return any(found)
+        return self._ask(job)
 
     def drop_connections(self) -> int:
         """Close all connections, on both sides. Returns how many there were."""
-        dropped: list[int] = []
-
-        def job() -> None:
-            dropped.append(self.established)
-            for connection in self._connections[:]:
-                self._close(connection)
-
-        self._ask(job)
-        return dropped[0]
+        return self._ask(self._close_all)
 
     def cut_before(self, matching: bytes = b"", nth: int = 1) -> None:
         """Swallow the packet and close: the server does not see it."""
@@ -208,11 +197,7 @@ class FaultProxy:
 
     def cut_handshake(self, after: int) -> None:
         """Let ``after`` bytes of the server's pass on the next new connection, and close."""
-
-        def job() -> None:
-            self._cut_handshake = after
-
-        self._ask(job)
+        self._ask(lambda: setattr(self, "_cut_handshake", after))
 
     def disarm(self) -> None:
         """Forget the cuts that have not struck yet."""
@@ -251,32 +236,32 @@ class FaultProxy:
     def _arm(self, cut: _Cut) -> None:
         self._ask(lambda: self._armed.append(cut))
 
-    def _ask(self, job: Callable[[], None]) -> None:
-        """Have the thread run ``job``, and return when it is done: its effect is there."""
+    def _ask(self, job: Callable[[], T]) -> T:
+        """Have the thread run ``job``, and return what it returns: its effect is there."""
         if self._thread is None or self._stopping:
             raise RuntimeError("the proxy does not run")
-        done = threading.Event()
-        errors: list[BaseException] = []
+        future: Future[T] = Future()
 
         def run() -> None:
             try:
-                job()
+                future.set_result(job())
             except BaseException as error:
-                errors.append(error)
-            done.set()
+                future.set_exception(error)
 
         self._jobs.append(run)
         self._waker.send(b"!")
-        if not done.wait(60):
-            raise RuntimeError("the proxy's thread does not answer")
-        if errors:
-            raise errors[0]
+        return future.result(60)
 
     def _finish(self) -> None:
         self._stopping = True
+        self._close_all()
+        self._stop_listening()
+
+    def _close_all(self) -> int:
+        dropped = self.established
         for connection in self._connections[:]:
             self._close(connection)
-        self._stop_listening()
+        return dropped
 
     def _run(self) -> None:
         while not self._stopping:
@@ -290,13 +275,13 @@ class FaultProxy:
         while self._jobs:
             self._jobs.popleft()()
 
-    def _set_mode(self, mode: str) -> None:
+    def _set_mode(self, mode: str, delay: float = 0.0) -> None:
         # Who has connected by now is dealt with as the mode says until now.
         accepted = -1
         while accepted != self.accepted:
             accepted = self.accepted
             self._accept(0)
-        self._mode = mode
+        self._mode, self._delay = mode, delay
         if mode == "refuse":
             self._stop_listening()
         elif self._listener is None:
@@ -339,9 +324,8 @@ class FaultProxy:
         elif self._mode == "accept_and_hang":
             self._watch(connection)
         else:
-            delay = self._delay if self._mode == "delay" else 0.0
-            connection.connect_at = time.monotonic() + delay
-            if not delay and not self._frozen:
+            connection.connect_at = time.monotonic() + self._delay
+            if not self._delay and not self._frozen:
                 self._connect(connection)
 
     def _connect_due(self) -> float | None:
@@ -473,15 +457,12 @@ class FaultProxy:
         self._send(server)
 
     def _from_server(self, connection: _Connection, data: bytes) -> None:
+        passed = data[: connection.reply_left]
         if connection.reply_left is not None:
-            cut = len(data) > connection.reply_left
-            data = data[: connection.reply_left]
-            connection.reply_left -= len(data)
-        else:
-            cut = False
-        connection.client.unsent += data
+            connection.reply_left -= len(passed)
+        connection.client.unsent += passed
         self._send(connection.client)
-        if cut:
+        if passed != data:
             self.cuts += 1
             self._close(connection)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +16,8 @@ import pymysql
 from pymysql.constants import CLIENT
 
 from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
-from .certificates import certificates_for
+from .database import DatabaseServer
 from .ports import MissingProgram, ServerError, find_program
-from .processes import ServerProcess
-from .runs import template
 
 # All that an application's user needs, test databases included, and none of what would make it an
 # administrator: those get the one connection above max_connections, and write to read-only servers.
@@ -31,21 +28,17 @@ APPLICATION_RIGHTS = (
 )
 
 
-class MariaDBNode(ServerProcess):
-    """One MariaDB server.
+class MariaDBNode(DatabaseServer):
+    """One MariaDB server."""
 
-    ``options`` are added to its command line at each start, and may be changed in between.
-    """
-
-    kind = "mariadb"
+    kind = template = "mariadb"
     account = "mysql"
     charset: ClassVar[str] = "utf8mb4"
+    tls_options = ("--ssl-ca={0}", "--ssl-cert={1}", "--ssl-key={2}")
 
-    def __init__(self, name: str = "", options: Sequence[str] = ()) -> None:
-        super().__init__(name)
-        self.options = list(options)
-        self.datadir = self.directory / "data"
-        self.socket = self.directory / "s"
+    @property
+    def socket(self) -> Path:
+        return self.directory / "s"
 
     def command(self) -> list[str]:
         return [
@@ -72,10 +65,8 @@ class MariaDBNode(ServerProcess):
             *self.options,
         ]
 
-    def prepare(self) -> None:
-        # Installing takes longer than starting; a copy of 30 MB takes next to no time.
-        shutil.copytree(template("mariadb", _install), self.datadir)
-        self.give(self.datadir)
+    def install(self, folder: Path) -> None:
+        _install(folder)
 
     def ready(self) -> bool:
         # Not by connecting to the port, which the server would log as an aborted connection: it
@@ -200,24 +191,10 @@ UNSETTABLE = ("gtid_", "wsrep_provider_options", "wsrep_cluster_address", "wsrep
 
 
 class Node(MariaDBNode):
-    """A MariaDB node with DATABASE, the user USER and the all-powerful user ADMIN.
-
-    With ``tls`` it has a certificate, and takes connections with and without TLS; ``ca`` is the
-    path of the authority's certificate, for clients.
-    """
+    """A MariaDB node with DATABASE, the user USER and the all-powerful user ADMIN."""
 
     def __init__(self, name: str = "", options: Sequence[str] = (), tls: bool = False) -> None:
-        super().__init__(name, options)
-        self.ca = ""
-        if tls:
-            files = certificates_for(self)
-            self.ca = str(files.ca)
-            self.options += [
-                f"--ssl-ca={files.ca}",
-                f"--ssl-cert={files.certificate}",
-                f"--ssl-key={files.key}",
-            ]
-        self._first_options = list(self.options)
+        super().__init__(name, options, tls)
         self._first_globals: dict[str, str] = {}
 
     def set_up(self) -> Node:
@@ -250,10 +227,6 @@ class Node(MariaDBNode):
         self.sql(f"SET GLOBAL {name} = {literal}")
 
     def restore(self) -> None:
-        """Thaw, restart and set back what a test has changed."""
-        if self.options != self._first_options:
-            self.options[:] = self._first_options
-            self.kill()
         super().restore()
         for name, value in self.globals().items():
             first = self._first_globals.get(name, value)

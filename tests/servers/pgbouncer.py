@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 
 from . import DATABASE, PASSWORD, USER, Address
 from .ports import find_program
@@ -51,10 +50,3 @@ class PgBouncer(ServerProcess):
     def command(self) -> list[str]:
         program = find_program("pgbouncer", package="pgbouncer")
         return [program, str(self.directory / "pgbouncer.ini")]
-
-    def ready(self) -> bool:
-        try:
-            socket.create_connection((self.host, self.port), timeout=1).close()
-        except OSError:
-            return False
-        return True

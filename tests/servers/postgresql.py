@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
-from .certificates import certificates_for
+from .database import DatabaseServer
 from .ports import ServerError, find_program
-from .processes import ServerProcess
-from .runs import template
 
 
-class PostgreSQLNode(ServerProcess):
+class PostgreSQLNode(DatabaseServer):
     """One PostgreSQL server with DATABASE, the user USER, who owns it, and the superuser ADMIN.
 
-    ``options`` are settings for its command line: ``["max_prepared_transactions=5"]``. With ``tls``
-    it takes connections with and without TLS, and ``ca`` is the authority's certificate.
+    ``options`` are settings: ``["max_prepared_transactions=5"]``.
     """
 
-    kind = "postgresql"
+    kind = template = "postgresql"
     account = "postgres"
     stop_signal = signal.SIGINT  # at SIGTERM it would wait until all clients have gone
 
-    def __init__(self, name: str = "", options: Sequence[str] = (), tls: bool = False) -> None:
-        super().__init__(name)
-        self.options = list(options)
-        self.datadir = self.directory / "data"
-        self.ca = ""
-        if tls:
-            files = certificates_for(self)
-            self.ca = str(files.ca)
-            self.options += [
-                "ssl=on",
-                f"ssl_ca_file={files.ca}",
-                f"ssl_cert_file={files.certificate}",
-                f"ssl_key_file={files.key}",
-            ]
-        self._first_options = list(self.options)
+    tls_options = ("ssl=on", "ssl_ca_file={0}", "ssl_cert_file={1}", "ssl_key_file={2}")
 
     def command(self) -> list[str]:
         settings = [
@@ -67,8 +48,7 @@ class PostgreSQLNode(ServerProcess):
         return command + [part for setting in settings for part in ("-c", setting)]
 
     def prepare(self) -> None:
-        shutil.copytree(template("postgresql", self._install), self.datadir)
-        self.give(self.datadir)
+        super().prepare()
         self.datadir.chmod(0o700)  # PostgreSQL insists
 
     def ready(self) -> bool:
@@ -116,17 +96,12 @@ class PostgreSQLNode(ServerProcess):
         self.sql(f"ALTER SYSTEM SET {setting}; SELECT pg_reload_conf()")
 
     def restore(self) -> None:
-        """Thaw, restart and set back what a test has changed."""
-        if self.options != self._first_options:
-            self.options[:] = self._first_options
-            self.kill()
         super().restore()
         changed = self.datadir / "postgresql.auto.conf"
         if any(line and not line.startswith("#") for line in changed.read_text().splitlines()):
             self.sql("ALTER SYSTEM RESET ALL; SELECT pg_reload_conf()")
 
-    def _install(self, folder: Path) -> None:
-        """Make a data directory."""
+    def install(self, folder: Path) -> None:
         self.give(folder)
         command = [
             postgresql_program("initdb"),

@@ -66,7 +66,7 @@ class _BorrowedProcess:
         self.pid = pid
 
     def poll(self) -> int | None:
-        return None if _alive(self.pid) else -1
+        return None if alive(self.pid) else -1
 
 
 class ServerProcess:
@@ -186,7 +186,7 @@ class ServerProcess:
             self.process.wait(20)
             # A server that finds processes of its former self alive may refuse to start.
             deadline = time.monotonic() + 5
-            while any(map(_alive, gone)) and time.monotonic() < deadline:
+            while any(map(alive, gone)) and time.monotonic() < deadline:
                 time.sleep(0.01)
         self.frozen = False
 
@@ -353,7 +353,7 @@ def descendants(pid: int) -> list[int]:
     return list(below(pid))
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     """Whether a process runs. A dead one that no process has waited for does not (Linux)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]

@@ -96,9 +96,6 @@ class ScriptedServer:
         :raises Refusal: the statement is refused.
         :raises Hangup: the connection ends.
         """
-        for pattern, refusal in self.refusals.items():
-            if re.search(pattern, statement, re.IGNORECASE):
-                raise refusal
         return self.served(client, statement, self, client.thread_id)
 
     def served(self, client: Client, statement: str, server: Any, thread_id: int) -> Rows | None:
@@ -194,9 +191,11 @@ class ScriptedServer:
     def _following(self, client: Client, statement: str) -> Rows | None:
         """Answer, and keep track of the transaction."""
         text = statement.upper()
-        began = text.startswith(("START TRANSACTION", "BEGIN"))
-        if began:
+        if text.startswith(("START TRANSACTION", "BEGIN")):
             client.in_transaction = True
+        for pattern, refusal in self.refusals.items():
+            if re.search(pattern, statement, re.IGNORECASE):
+                raise refusal
         answer = self.answer(client, statement)
         if text.startswith(("COMMIT", "ROLLBACK")) and " TO " not in text:
             client.in_transaction = False
@@ -278,9 +277,6 @@ class ProxySQL(_Proxy):
 
     def answer(self, client: Client, statement: str) -> Rows | None:
         """Answer by the query rules."""
-        for pattern, refusal in self.refusals.items():
-            if re.search(pattern, statement, re.IGNORECASE):
-                raise refusal
         if statement == "select @@version_comment limit 1":
             return Rows(["@@version_comment"], [["(ProxySQL)"]])
         if statement.upper() == "SELECT CONNECTION_ID()":
@@ -314,9 +310,6 @@ class MaxScale(_Proxy):
 
     def answer(self, client: Client, statement: str) -> Rows | None:
         """Answer as the router sends it."""
-        for pattern, refusal in self.refusals.items():
-            if re.search(pattern, statement, re.IGNORECASE):
-                raise refusal
         if re.match("SET|USE", statement, re.IGNORECASE):
             return None
         reads = re.match("SELECT|SHOW", statement, re.IGNORECASE) and not (
