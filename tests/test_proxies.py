@@ -39,6 +39,7 @@ from tests.site import with_table
 
 DRIVERS = [MySQLdb, pymysql]
 LOCK = "SELECT id FROM app_token FOR UPDATE"
+NONE_LEFT = Refusal(9001, NO_SERVER.format(0))
 INSERT = "INSERT INTO app_token (value) VALUES ('one')"
 
 
@@ -64,98 +65,71 @@ def states(alias: str = "balanced") -> list[str]:
     return [peer.breaker.current_state for peer in balancers[alias].peers.values()]
 
 
-class TestWhoIsIt:
+def by_chance() -> MaxScale:
+    """Its reader's thread has the number of MaxScale's own."""
+    proxy = MaxScale()
+    proxy.reader.ids = iter([11])
+    return proxy
+
+
+@pytest.mark.parametrize(
+    ("made", "check", "notes"),
+    [
+        (ScriptedServer, None, ()),
+        (ProxySQL, None, ("ProxySQL",)),
+        # That the server behind it is read-only is no verdict.
+        (MaxScale, None, ("MaxScale",)),
+        (by_chance, None, ("MaxScale",)),
+        # Asked of the writers.
+        (MaxScale, "writable", ("MaxScale",)),
+        (lambda: ScriptedServer("8.0.36-router"), None, ("MySQL Router",)),
+    ],
+)
+def test_who_it_is(made: Any, check: str | None, notes: tuple[str, ...]) -> None:
     """``manage.py peers`` names the proxy, and takes no server's word for it."""
+    with made() as peer, engine([mysql_peer(peer)], READY_CHECK=check):
+        (one,) = inspect(["balanced"])["balanced"]
+        assert (one.ready, one.notes, one.error) == (True, notes, "")
 
-    @pytest.mark.parametrize(
-        ("cls", "notes"),
-        [(ScriptedServer, ()), (ProxySQL, ("ProxySQL",)), (MaxScale, ("MaxScale",))],
-    )
-    def test_name(self, cls: Any, notes: tuple[str, ...]) -> None:
-        with cls() as peer, engine([mysql_peer(peer)]):
-            (one,) = inspect(["balanced"])["balanced"]
-            assert (one.ready, one.notes, one.error) == (True, notes, "")
 
-    def test_router(self) -> None:
-        with ScriptedServer("8.0.36-router") as peer, engine([mysql_peer(peer)]):
-            (one,) = inspect(["balanced"])["balanced"]
-            assert one.notes == ("MySQL Router",)
-
-    def test_ids_that_are_equal_by_chance(self) -> None:
-        """A reader's thread may have the number of MaxScale's own."""
-        with MaxScale() as peer, engine([mysql_peer(peer)]):
-            peer.reader.ids = iter([11])
-            (one,) = inspect(["balanced"])["balanced"]
-            assert one.notes == ("MaxScale",)
-
-    def test_read_only_server_behind_it_is_no_verdict(self) -> None:
-        with MaxScale() as peer, engine([mysql_peer(peer)]):
-            (one,) = inspect(["balanced"])["balanced"]
-            assert "read-only" not in one.notes
-
-    @pytest.mark.parametrize("gone", ["writer", "reader"])
-    def test_one_side_without_servers_is_not_ready(self, gone: str) -> None:
-        """Also the last peer, which is used all the same."""
-        with ProxySQL() as peer, engine([mysql_peer(peer)]):
-            setattr(peer, gone, None)
-            (one,) = inspect(["balanced"])["balanced"]
-            assert (one.reachable, one.ready, one.notes) == (True, False, ("ProxySQL",))
-            assert "while reaching hostgroup" in one.error
-
-    def test_writable_is_asked_of_the_writers(self) -> None:
-        with MaxScale() as peer, engine([mysql_peer(peer)], READY_CHECK="writable"):
-            (one,) = inspect(["balanced"])["balanced"]
-            assert (one.ready, one.notes) == (True, ("MaxScale",))
+@pytest.mark.parametrize("gone", ["writer", "reader"])
+def test_one_side_without_servers_is_not_ready(gone: str) -> None:
+    """Also the last peer, which is used all the same."""
+    with ProxySQL() as peer, engine([mysql_peer(peer)]):
+        setattr(peer, gone, None)
+        (one,) = inspect(["balanced"])["balanced"]
+        assert (one.reachable, one.ready, one.notes) == (True, False, ("ProxySQL",))
+        assert "while reaching hostgroup" in one.error
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-class TestWritable:
-    """READY_CHECK "writable" asks what takes the writes."""
-
-    @pytest.mark.parametrize("cls", [MaxScale, ProxySQL])
-    def test_service_that_splits_passes(self, driver: Any, cls: Any) -> None:
-        with cls() as peer, contextlib.closing(connected(driver, peer)) as connection:
-            writer = ready.writable(connection)
-            assert writer == ready.Writer("", is_server=False)
-
-    def test_without_a_query_rule_for_update(self, driver: Any) -> None:
-        """ProxySQL keeps to one hostgroup inside a transaction."""
-        with ProxySQL() as peer, contextlib.closing(connected(driver, peer)) as connection:
-            peer.for_update_rule = False
+@pytest.mark.parametrize("is_dict", [False, True], ids=["", "dict"])
+@pytest.mark.parametrize("cls", [ScriptedServer, MaxScale, ProxySQL])
+def test_writable_asks_what_takes_the_writes(driver: Any, is_dict: bool, cls: Any) -> None:
+    """Also by cursors that give dicts."""
+    cursors = __import__(f"{driver.__name__}.cursors").cursors
+    params = {"cursorclass": cursors.DictCursor} if is_dict else {}
+    with cls() as peer, contextlib.closing(connected(driver, peer, **params)) as connection:
+        is_server = cls is ScriptedServer
+        before = len(peer.said)
+        assert ready.writable(connection) == ready.Writer("", is_server)
+        # A server is asked once.
+        assert not is_server or len(peer.said) == before + 1
+        writer = peer if is_server else peer.writer
+        writer.read_only = True
+        if not is_server:
+            peer.reader.read_only = False
+        with pytest.raises(NotReady, match="read_only is 1"):
             ready.writable(connection)
-            assert peer.statements()[-1] == "ROLLBACK"
 
-    @pytest.mark.parametrize("cls", [MaxScale, ProxySQL])
-    def test_writer_that_is_read_only_does_not_pass(self, driver: Any, cls: Any) -> None:
-        with cls() as peer, contextlib.closing(connected(driver, peer)) as connection:
-            peer.writer.read_only, peer.reader.read_only = True, False
-            with pytest.raises(NotReady, match="read_only is 1"):
-                ready.writable(connection)
 
-    def test_server_is_asked_once(self, driver: Any) -> None:
-        with ScriptedServer() as peer, contextlib.closing(connected(driver, peer)) as connection:
-            before = len(peer.said)
-            assert ready.writable(connection) == ready.Writer("", is_server=True)
-            assert len(peer.said) == before + 1
-
-    def test_server_that_is_read_only(self, driver: Any) -> None:
-        with ScriptedServer() as peer, contextlib.closing(connected(driver, peer)) as connection:
-            peer.read_only = True
-            with pytest.raises(NotReady, match="read_only is 1"):
-                ready.writable(connection)
-
-    def test_cursors_that_give_dicts(self, driver: Any) -> None:
-        cursors = __import__(f"{driver.__name__}.cursors").cursors
-        with (
-            ScriptedServer() as peer,
-            contextlib.closing(
-                connected(driver, peer, cursorclass=cursors.DictCursor)
-            ) as connection,
-        ):
-            assert ready.writable(connection) == ready.Writer("", is_server=True)
-            peer.read_only = True
-            with pytest.raises(NotReady, match="read_only is 1"):
-                ready.writable(connection)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_writable_without_a_query_rule_for_update(driver: Any) -> None:
+    """ProxySQL keeps to one hostgroup inside a transaction."""
+    with ProxySQL() as peer, contextlib.closing(connected(driver, peer)) as connection:
+        peer.for_update_rule = False
+        ready.writable(connection)
+        assert peer.statements()[-1] == "ROLLBACK"
 
 
 class TestRefusalsOfAProxy:
@@ -175,14 +149,11 @@ class TestRefusalsOfAProxy:
             yield proxies
 
     def test_row_that_stands_is_not_written_twice(self, pair: list[MaxScale]) -> None:
-        connection = connections["balanced"]
-        connection.ensure_connection()
         for proxy in pair:
             proxy.error_on_write = True
         with pytest.raises(OperationalError, match="1290"):
-            execute(connection, INSERT)
-        assert [len(proxy.ran) for proxy in pair].count(1) == 1
-        assert sum(len(proxy.ran) for proxy in pair) == 1
+            execute(connections["balanced"], INSERT)
+        assert sorted(len(proxy.ran) for proxy in pair) == [0, 1]
 
     @pytest.mark.parametrize(
         ("code", "text"),
@@ -217,21 +188,6 @@ class TestRefusalsOfAProxy:
             with fails, block:
                 execute(connection, INSERT)
             assert (len(old.ran), len(other.ran)) == (0, int(cls is ScriptedServer))
-
-    def test_kept_connection_that_refuses_is_dropped(self, pair: list[MaxScale]) -> None:
-        """Its error is raised, and the next write goes by a new connection."""
-        connection = connections["balanced"]
-        connection.ensure_connection()
-        first = connection.connection
-        old = current(pair)
-        old.error_on_write = True
-        with pytest.raises(OperationalError, match="1290"):
-            execute(connection, INSERT)
-        old.error_on_write = False
-        execute(connection, INSERT)
-        assert connection.connection is not first
-        # New connections there take writes.
-        assert states() == ["closed", "closed"]
 
     def test_commit_that_a_proxy_refuses_is_unknown(self, pair: list[MaxScale]) -> None:
         connection = connections["balanced"]
@@ -274,20 +230,12 @@ class TestRefusalsOfAProxy:
         assert sum(len(proxy.ran) for proxy in pair) == 0
 
     @pytest.mark.parametrize(
-        ("seen", "known"),
-        [
-            ([], None),
-            ([True], True),
-            ([False], False),
-            ([True, False], False),
-            ([False, True], False),
-            ([True, True], True),
-        ],
+        ("seen", "known"), [("", None), ("S", True), ("P", False), ("SP", False), ("PS", False)]
     )
-    def test_one_look_that_shows_a_proxy_is_believed(self, seen: list[bool], known: Any) -> None:
+    def test_one_look_that_shows_a_proxy_is_believed(self, seen: str, known: Any) -> None:
         peer = LoadBalancer({"one": {}}, connect=MySQLdb.connect).peers["one"]
-        for is_server in seen:
-            peer.note_server(is_server)
+        for shown in seen:
+            peer.note_server(shown == "S")
         assert peer.is_server is known
 
     def test_what_is_known_is_forgotten_when_the_circuit_opens(self, pair: list[MaxScale]) -> None:
@@ -324,20 +272,23 @@ def test_connection_whose_question_was_interrupted_is_not_used_again(
 @pytest.mark.parametrize(
     "check", ["writable", "django_proxysql.core.ready.writable", ready.writable]
 )
-def test_check_is_known_by_what_it_is(check: Any) -> None:
-    """However READY_CHECK names it."""
+def test_kept_connection_that_refuses_is_dropped(check: Any) -> None:
+    """Its error is raised, and the next write goes by a new one. The check has any of its names."""
     with (
-        MaxScale() as peer,
-        engine([mysql_peer(peer)], READY_CHECK=check, CONN_MAX_AGE=None) as one,
+        started(MaxScale, MaxScale) as pair,
+        engine([mysql_peer(o) for o in pair], READY_CHECK=check, CONN_MAX_AGE=None) as connection,
     ):
-        one.ensure_connection()
-        first = one.connection
-        peer.error_on_write = True
+        connection.ensure_connection()
+        first = connection.connection
+        old = current(pair)
+        old.error_on_write = True
         with pytest.raises(OperationalError, match="1290"):
-            execute(one, INSERT)
-        peer.error_on_write = False
-        execute(one, INSERT)
-        assert one.connection is not first
+            execute(connection, INSERT)
+        old.error_on_write = False
+        execute(connection, INSERT)
+        assert connection.connection is not first
+        # New connections there take writes.
+        assert states() == ["closed", "closed"]
 
 
 def current(pair: list[Any]) -> Any:
@@ -358,25 +309,17 @@ class TestBusyProxySQL:
         settings = {"CONN_MAX_AGE": None, "TRIAL_TIMEOUT": 1, **settings}
         with engine([mysql_peer(one) for one in pair], clock=Clock(), **settings) as connection:
             connection.ensure_connection()
-            self.events: list[Any] = []
-            balancers["balanced"].add_listener(self.events.append)
             yield connection
 
-    def told(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-    def fails(self, match: str = "9001") -> Any:
+    def fails(self) -> Any:
         """Write in vain; return the error."""
-        with pytest.raises(DatabaseError, match=match) as raised:
+        with pytest.raises(DatabaseError, match="9001") as raised:
             execute(connections["balanced"], INSERT)
         return raised.value
 
     @pytest.mark.parametrize(
         "refusal",
-        [
-            Refusal(9001, NO_SERVER.format(0)),
-            Refusal(9002, "Max connect failure while reaching hostgroup 0"),
-        ],
+        [NONE_LEFT, Refusal(9002, "Max connect failure while reaching hostgroup 0")],
     )
     @pytest.mark.parametrize("in_block", [False, True])
     def test_answered_question_leaves_the_circuit_closed(
@@ -399,9 +342,12 @@ class TestBusyProxySQL:
 
     @pytest.mark.parametrize("gone", ["writer", "reader"])
     def test_unanswered_question_opens_the_circuit(self, pair: list[ProxySQL], gone: str) -> None:
+        """What was served before proves nothing."""
         with self.site(pair) as connection:
             peer = connection.peer
             old = current(pair)
+            execute(connection, INSERT)
+            assert peer.served == balancers["balanced"].clock()
             setattr(old, gone, None)
             statement = INSERT if gone == "writer" else "SELECT @@version"
             raises = (
@@ -427,7 +373,7 @@ class TestBusyProxySQL:
                     self.fails()
                     old.writer.up = True
                 else:
-                    old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
+                    old.refusals["INSERT"] = NONE_LEFT
                     self.fails()
                     del old.refusals["INSERT"]
                 assert (peer.unanswered, peer.breaker.current_state) == (number, state)
@@ -441,11 +387,13 @@ class TestBusyProxySQL:
         with self.site(pair, CONN_MAX_AGE=0) as connection:
             for proxy in pair:
                 proxy.writer.busy = proxy.reader.busy = True
+            events: list[Any] = []
+            balancers["balanced"].add_listener(events.append)
             for _ in range(6):
                 assert not isinstance(self.fails(), NoPeerAvailable)
                 connection.close()
             assert sorted(states()) == ["closed", "open"]
-            assert not self.told(PeersExhausted)
+            assert not [event for event in events if isinstance(event, PeersExhausted)]
             for proxy in pair:
                 proxy.writer.busy = proxy.reader.busy = False
             execute(connection, INSERT)
@@ -469,27 +417,6 @@ class TestBusyProxySQL:
             assert (peer.breaker.current_state, peer.unanswered) == ("closed", 0)
             assert ("DO 1" in old.statements()) is not before
 
-    def test_what_was_served_before_proves_nothing(self, pair: list[ProxySQL]) -> None:
-        with self.site(pair) as connection:
-            peer = connection.peer
-            execute(connection, INSERT)
-            assert peer.served == balancers["balanced"].clock()
-            current(pair).writer.up = False
-            self.fails()
-            assert peer.breaker.current_state == "open"
-
-    def test_error_of_a_busy_proxy_is_the_drivers(self, pair: list[ProxySQL]) -> None:
-        """Also if the other's trial was the last that failed."""
-        check = "tests.test_proxies.reaches_a_server"
-        with self.site(pair, READY_CHECK=check, CONN_MAX_AGE=0) as connection:
-            for proxy in pair:
-                proxy.writer.busy = True
-            for _ in range(8):
-                connection.close()
-                balancers["balanced"].clock.advance(20)
-                with pytest.raises(OperationalError, match="9001"):
-                    connection.ensure_connection()
-
     def test_last_peer_is_not_asked(self, pair: list[ProxySQL]) -> None:
         with self.site(pair[:1]):
             pair[0].writer.busy = True
@@ -504,7 +431,7 @@ class TestBusyProxySQL:
         with self.site(pair):
             balancer = balancers["balanced"]
             one, other = balancer.peers.values()
-            exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
+            exc = MySQLdb.OperationalError(*NONE_LEFT.args)
             overtaking = threading.Thread(target=balancer.group.count_unanswered, args=(other, exc))
             trip = one.breaker.trip
 
@@ -523,7 +450,7 @@ class TestBusyProxySQL:
         with self.site(pair) as connection:
             peer = connection.peer
             old = current(pair)
-            old.refusals["INSERT"] = Refusal(9001, NO_SERVER.format(0))
+            old.refusals["INSERT"] = NONE_LEFT
             peer.asked_until = balancers["balanced"].clock() + 1
             self.fails()
             assert "DO 1" not in old.statements()
@@ -538,11 +465,13 @@ class TestBusyProxySQL:
             connection.close()
             for proxy in pair:
                 proxy.writer.busy = True
-            for _ in range(4):
+            for _ in range(8):
                 with pytest.raises(OperationalError, match="9001") as raised:
                     connection.ensure_connection()
                 assert not isinstance(raised.value, NoPeerAvailable)
-            assert sorted(states()) == ["closed", "open"]
+                assert sorted(states()) == ["closed", "open"]
+                # The other's trial is due, and fails.
+                balancers["balanced"].clock.advance(20)
             for proxy in pair:
                 proxy.writer.busy = False
             connection.ensure_connection()
@@ -595,7 +524,7 @@ class TestTrial:
             settings = {"TRIAL_TIMEOUT": 1, "CHECK_INTERVAL": 30, **settings}
             peers = [mysql_peer(bad), mysql_peer(good)]
             with engine(peers, clock=clock, **settings) as connection:
-                exc = MySQLdb.OperationalError(9001, NO_SERVER.format(0))
+                exc = MySQLdb.OperationalError(*NONE_LEFT.args)
                 assert balancers["balanced"].group.count_unanswered(
                     balancers["balanced"].peers["peer0"], exc
                 )
@@ -649,7 +578,7 @@ class TestTrial:
                 clock=clock,
             )
             assert db.group.count_unanswered(
-                db.peers["bad"], MySQLdb.OperationalError(9001, NO_SERVER.format(0))
+                db.peers["bad"], MySQLdb.OperationalError(*NONE_LEFT.args)
             )
             bad.reader = None
             clock.advance(60)
@@ -723,6 +652,12 @@ class TestDemotedPrimary:
 
             yield connection, move
 
+    @staticmethod
+    def settle(connection: Any) -> None:
+        """What PostgreSQL's transaction may do is settled as it begins."""
+        if connection.vendor == "postgresql":
+            connection.connection.execute("SET TRANSACTION READ ONLY")
+
     def test_write_in_autocommit_goes_to_the_new_one(self, moved: Any) -> None:
         connection, move = moved
         move()
@@ -738,9 +673,7 @@ class TestDemotedPrimary:
             # After a lock the block is not begun again elsewhere.
             execute(connection, LOCK)
             move()
-            if connection.vendor == "postgresql":
-                # What a transaction may do is settled as it begins.
-                connection.connection.execute("SET TRANSACTION READ ONLY")
+            self.settle(connection)
             execute(connection, INSERT)
         close_old_connections()
         with transaction.atomic("balanced"):
@@ -756,8 +689,7 @@ class TestDemotedPrimary:
         with ends, transaction.atomic("balanced"):
             execute(connection, "SELECT 1")
             move()
-            if is_postgresql:
-                connection.connection.execute("SET TRANSACTION READ ONLY")
+            self.settle(connection)
             execute(connection, INSERT)
         close_old_connections()
         ((count,),) = execute(connection, "SELECT count(*) FROM app_token")
@@ -774,8 +706,7 @@ class TestDemotedPrimary:
             execute(connection, LOCK)
             if len(runs) == 1:
                 move()
-                if connection.vendor == "postgresql":
-                    connection.connection.execute("SET TRANSACTION READ ONLY")
+                self.settle(connection)
             execute(connection, INSERT)
 
         work()
