@@ -140,6 +140,23 @@ def test_postgresql_shutting_down(postgres_pair: tuple[PostgreSQLNode, PostgreSQ
 
 
 @contextlib.contextmanager
+def either(pair: Pair, trial: bool) -> Iterator[Any]:
+    """Yield a connection that asks the first of two peers next.
+
+    :param trial: as a trial, a minute after it was not reached.
+    """
+    clock = Clock()
+    with first_then_second(*map(mysql_peer, pair), clock=clock) as connection:
+        connection.clock = clock
+        if trial:
+            with failing(connection, pair[0].port, mysql(2003)):
+                connection.ensure_connection()
+            connection.close()
+            clock.advance(60)
+        yield connection
+
+
+@contextlib.contextmanager
 def failing(connection: Any, port: int, error: BaseException) -> Iterator[list[int]]:
     """Let connecting to ``port`` raise ``error``; yield the ports that are connected to."""
     connect = connection.Database.connect
@@ -171,6 +188,8 @@ def name_of(value: Any) -> str | None:
     [
         # One of each fault: which code says which is in tests/test_faults.py.
         (mysql(2003), Fault.UNREACHABLE),
+        # Where a wrapped driver raises another driver's errors, they are judged as that driver's.
+        (pymysql.err.OperationalError(2003, "Can't connect (Errno 111)"), Fault.UNREACHABLE),
         (mysql(1049), Fault.REFUSED),
         (mysql(1047, "WSREP has not yet prepared node for application use"), Fault.NOT_READY),
         # Of a server behind a proxy: counted in a way of its own, for it may be busy.
@@ -232,14 +251,8 @@ class Timeout(BaseException):
 def test_what_is_no_peers_fault_is_raised_at_once(
     mariadb_pair: Pair, error: BaseException, raised: type[BaseException], trial: bool
 ) -> None:
-    bad, good = mariadb_pair
-    clock = Clock()
-    with first_then_second(mysql_peer(bad), mysql_peer(good), clock=clock) as connection:
-        if trial:
-            with failing(connection, bad.port, mysql(2003)):
-                connection.ensure_connection()
-            connection.close()
-            clock.advance(60)
+    bad, _ = mariadb_pair
+    with either(mariadb_pair, trial) as connection:
         with failing(connection, bad.port, error) as ports, pytest.raises(raised) as caught:
             connection.ensure_connection()
         assert ports == [bad.port]
@@ -248,7 +261,7 @@ def test_what_is_no_peers_fault_is_raised_at_once(
         if trial:
             # It is as it was: open, and its trial, which proved nothing, is due again.
             assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
-            clock.advance(1.5)
+            connection.clock.advance(1.5)
         else:
             assert (state().state, state().failures) == ("closed", 0)
         connection.ensure_connection()
@@ -274,15 +287,8 @@ ODD: dict[str, Callable[[], Exception]] = {
 @pytest.mark.parametrize("trial", [False, True], ids=["", "trial"])
 def test_error_that_no_table_lists(mariadb_pair: Pair, kind: str, trial: bool) -> None:
     """What a driver says of its server is this peer's, once the next peer has let us in."""
-    bad, good = mariadb_pair
-    clock = Clock()
-    with first_then_second(mysql_peer(bad), mysql_peer(good), clock=clock) as connection:
-        if trial:
-            with failing(connection, bad.port, mysql(2003)):
-                connection.ensure_connection()
-            connection.close()
-            clock.advance(60)
-        with failing(connection, bad.port, ODD[kind]()):
+    with either(mariadb_pair, trial) as connection:
+        with failing(connection, mariadb_pair[0].port, ODD[kind]()):
             connection.ensure_connection()
         assert connection.peer.name == "peer1"
         assert (state().state, state().failures) == ("open", 1 + trial)
@@ -392,18 +398,6 @@ def test_file_of_one_peer(mariadb_pair: Pair, error: OSError) -> None:
         failing(connection, bad.port, error),
     ):
         assert_passed_by(connection, None)
-
-
-def test_pymysqls_errors_are_known_by_their_module(mariadb_pair: Pair) -> None:
-    """Where a wrapped driver raises another driver's errors, they are judged as that driver's."""
-    bad, good = mariadb_pair
-    error = pymysql.err.OperationalError(2003, "Can't connect (Errno 111)")
-    with (
-        first_then_second(mysql_peer(bad), mysql_peer(good)) as connection,
-        failing(connection, bad.port, error),
-    ):
-        connection.ensure_connection()
-        assert (state().state, state().fault) == ("open", Fault.UNREACHABLE)
 
 
 def test_refused_without_a_database(mariadb_pair: Pair) -> None:

@@ -29,6 +29,7 @@ from tests.site import with_table
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's options")
 Pair = tuple[socket.socket, socket.socket]
+OF_TCP = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
 
 
 @pytest.fixture(params=[socket.AF_INET, socket.AF_INET6])
@@ -59,7 +60,7 @@ def options_of(descriptor: int) -> dict[str, int]:
         os.set_blocking(descriptor, blocking)
         found = {"SO_KEEPALIVE": sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
         if sock.family != socket.AF_UNIX:
-            for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+            for name in OF_TCP:
                 found[name] = sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
         return found
 
@@ -75,34 +76,25 @@ class TestWatch:
         pair[0].sendall(b"a question")
         assert not poll(0)
 
-    def test_something_to_say(self, pair: Pair) -> None:
-        poll = watch(pair[0].fileno())
-        pair[1].sendall(b"farewell")
-        assert poll(5_000)
-
-    @pytest.mark.parametrize("how", ["close", "shutdown", "reset"])
-    def test_closed(self, pair: Pair, how: str) -> None:
-        poll = watch(pair[0].fileno())
-        assert poll is not None
-        if how == "shutdown":
-            pair[1].shutdown(socket.SHUT_WR)
+    @pytest.mark.parametrize("how", ["says", "close", "shutdown", "reset", "closed here"])
+    def test_something_to_say(self, pair: Pair, how: str) -> None:
+        here, there = pair
+        poll = watch(here.fileno())
+        if how == "says":
+            there.sendall(b"farewell")
+        elif how == "shutdown":
+            there.shutdown(socket.SHUT_WR)
+        elif how == "closed here":
+            here.close()
         else:
-            if how == "reset":
-                pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            pair[1].close()
+            linger = struct.pack("ii", how == "reset", 0)
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            there.close()
         assert poll(5_000)
         assert poll(0)
 
-    def test_closed_here(self, pair: Pair) -> None:
-        poll = watch(pair[0].fileno())
-        pair[0].close()
-        assert poll(0)
-
-    @pytest.mark.parametrize("descriptor", [None, -1])
-    def test_no_descriptor(self, descriptor: int | None) -> None:
-        assert watch(descriptor) is None
-
-    def test_no_poll(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_there_is_no_poll_or_no_descriptor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert watch(None) is watch(-1) is None
         monkeypatch.setattr("django_proxysql.core.sockets._EVENTS", 0)
         with socket.socket() as sock:
             assert watch(sock.fileno()) is None
@@ -124,13 +116,7 @@ class TestKeepalive:
         ],
     )
     def test_values(
-        self,
-        pair: Pair,
-        seconds: float,
-        idle: int,
-        interval: int,
-        count: int,
-        timeout: int,
+        self, pair: Pair, seconds: float, idle: int, interval: int, count: int, timeout: int
     ) -> None:
         keepalive(pair[0].fileno(), seconds)
         assert options_of(pair[0].fileno()) == {
@@ -158,16 +144,7 @@ class TestKeepalive:
             assert seconds <= others <= max(2, seconds * 1.05 + 1)
 
     @linux
-    def test_none_leaves_it_alone(self, pair: Pair) -> None:
-        before = options_of(pair[0].fileno())
-        keepalive(pair[0].fileno(), None)
-        assert options_of(pair[0].fileno()) == before
-
-    @linux
-    @pytest.mark.parametrize(
-        "name",
-        ["SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"],
-    )
+    @pytest.mark.parametrize("name", ["SO_KEEPALIVE", *OF_TCP])
     def test_what_the_driver_s_own_settings_say_stays(self, pair: Pair, name: str) -> None:
         before = options_of(pair[0].fileno())[name]
         keepalive(pair[0].fileno(), 30, frozenset({name}))
@@ -179,7 +156,9 @@ class TestKeepalive:
     def test_says_when_silence_ends_it(self, pair: Pair) -> None:
         """The limit in force, whatever has set it; infinity where there is none."""
         descriptor = pair[0].fileno()
+        before = options_of(descriptor)
         assert keepalive(descriptor, None) == float("inf")
+        assert options_of(descriptor) == before
         assert keepalive(descriptor, 7) == 7
         pair[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2_500)
         assert keepalive(descriptor, 7, frozenset({"TCP_USER_TIMEOUT"})) == 2.5
@@ -187,16 +166,17 @@ class TestKeepalive:
 
     @pytest.mark.parametrize("default", [None, 0, 5])
     @pytest.mark.parametrize("blocking", [True, False])
-    def test_the_mode_stays(
-        self,
-        pair: Pair,
-        default: float | None,
-        blocking: bool,
+    def test_the_mode_stays_and_nothing_is_left_open_nor_closed(
+        self, pair: Pair, default: float | None, blocking: bool
     ) -> None:
         pair[0].setblocking(blocking)
+        before = open_descriptors()
         with default_timeout(default):
             keepalive(pair[0].fileno(), 20)
         assert os.get_blocking(pair[0].fileno()) is blocking
+        assert open_descriptors() == before
+        pair[0].sendall(b"x")
+        assert pair[1].recv(1) == b"x"
 
     @pytest.mark.parametrize("default", [None, 5])
     def test_unix_sockets(self, default: float | None) -> None:
@@ -217,16 +197,8 @@ class TestKeepalive:
         assert os.get_blocking(reading)
         os.close(reading)
         os.close(writing)
-        keepalive(reading, 20)
-        keepalive(None, 20)
-        keepalive(-1, 20)
-
-    def test_nothing_is_left_open_nor_closed(self, pair: Pair) -> None:
-        before = open_descriptors()
-        keepalive(pair[0].fileno(), 20)
-        assert open_descriptors() == before
-        pair[0].sendall(b"x")
-        assert pair[1].recv(1) == b"x"
+        for number in (reading, None, -1):
+            keepalive(number, 20)
 
     def test_no_descriptor_left(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         """The connection works; it is not to fail for want of another number."""
@@ -242,7 +214,7 @@ class TestKeepalive:
         self, pair: Pair, monkeypatch: pytest.MonkeyPatch, are_missing: bool
     ) -> None:
         """Where the kernel knows none of them the connection works all the same."""
-        for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+        for name in OF_TCP:
             if are_missing:
                 monkeypatch.delattr(socket, name, raising=False)
             else:
@@ -306,7 +278,7 @@ def plainly(entry: dict[str, Any]) -> tuple[dict[str, int], bool]:
 class TestDrivers:
     @pytest.mark.parametrize("seconds", [20, 2.5, 0.5])
     def test_values(self, way: dict[str, Any], seconds: float) -> None:
-        settings = {} if seconds == 20 else {"TCP_USER_TIMEOUT": seconds}
+        settings = {"TCP_USER_TIMEOUT": seconds} if seconds != 20 else {}
         with through_the_engine(way, **settings) as connection:
             found = options_of(connection.connection.fileno())
             assert answer(connection, "SELECT 1") == 1
@@ -334,14 +306,11 @@ class TestDrivers:
             answer(connection, f"SELECT {sleep}(0.3)")
             assert answer(connection, f"SELECT REPEAT('x', {2**22})") == "x" * 2**22
 
-    def test_idle_it_is_quiet(self, way: dict[str, Any]) -> None:
+    def test_idle_it_is_quiet_and_closed_it_is_gone(self, way: dict[str, Any]) -> None:
         with through_the_engine(way) as connection:
             poll = watch(connection.connection.fileno())
             assert answer(connection, "SELECT 1") == 1
             assert not poll(50)
-
-    def test_no_descriptor_is_left(self, way: dict[str, Any]) -> None:
-        with through_the_engine(way) as connection:
             connection.close()
             before = open_descriptors()
             for _ in range(3):
@@ -475,10 +444,7 @@ class TestVanishedHost:
         away.vanish()
         begun = time.monotonic()
         with fails_in_time(lambda: begun):
-            if what == "read":
-                answer(away.connection, "SELECT 1")
-            else:
-                away.write()
+            answer(away.connection, "SELECT 1") if what == "read" else away.write()
         assert away.is_suspect()
         away.write()
         assert not away.is_at_first()
@@ -570,9 +536,7 @@ def test_libpq_sets_them_and_nothing_is_set_by_hand(postgres: Any) -> None:
     assert left >= {name for name, *_ in keepalive_options(20)}
 
 
-def test_libpq_before_12_is_given_what_it_knows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_libpq_before_12_is_given_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[PostgreSQL.__module__]
     monkeypatch.setattr(module, "_libpq_version", lambda: 110_022)
     _keepalive_parameters.cache_clear()
@@ -586,9 +550,12 @@ def test_libpq_before_12_is_given_what_it_knows(
 class TestLimited:
     """A block that waits for an answer, and for how long."""
 
-    def test_wait_ends_with_the_time(self, pair: Pair) -> None:
+    @pytest.mark.parametrize("seconds", [0.05, 0, -0.5, -1])
+    def test_wait_ends_with_the_time(self, pair: Pair, seconds: float) -> None:
+        """Also where none is left."""
         here, _ = pair
-        with limited(here.fileno(), 0.05):
+        here.settimeout(5)
+        with limited(here.fileno(), seconds):
             assert here.recv(1) == b""
 
     @pytest.mark.parametrize("default", [None, 5.0])
@@ -614,13 +581,6 @@ class TestLimited:
             assert there.recv(1) == b""
             other.sendall(b"x")
             assert bystander.recv(1) == b"x"
-
-    @pytest.mark.parametrize("seconds", [0, -0.5, -1])
-    def test_no_time_is_left(self, pair: Pair, seconds: float) -> None:
-        here, _ = pair
-        here.settimeout(5)
-        with limited(here.fileno(), seconds):
-            assert here.recv(1) == b""
 
     def test_without_a_descriptor(self) -> None:
         with limited(None, 0):
