@@ -28,7 +28,7 @@ from .core.comparison import Ask, Facts, mysql_facts, postgresql_facts, value_of
 from .core.faults import Fault
 from .core.peer import Peer
 from .core.ready import backend, galera, greeting_id, plain, rows
-from .registry import Registered, balancers
+from .registry import balancers
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,10 @@ def inspect(
     :raises KeyError: an alias is no load balancer's.
     :raises ImproperlyConfigured: a balancer's settings are wrong.
     """
-    inquiries: dict[str, list[_Inquiry]] = {}
-    for alias in aliases:
-        balancer = balancers[alias]
-        registered = balancers.registered(balancer.name)
-        seconds = balancer.config.connect_timeout if timeout is None else timeout
-        inquiries[alias] = [
-            _Inquiry(alias, registered, peer, seconds) for peer in balancer.peers.values()
-        ]
+    inquiries = {
+        alias: [_Inquiry(alias, peer, timeout) for peer in balancers[alias].peers.values()]
+        for alias in aliases
+    }
     for each in inquiries.values():
         for inquiry in each:
             inquiry.start()
@@ -116,11 +112,12 @@ def _release(version: str) -> str:
 class _Inquiry:
     """One peer's questioning: a thread asks, and the thread that waits may give it up."""
 
-    def __init__(self, alias: str, registered: Registered, peer: Peer, seconds: float) -> None:
+    def __init__(self, alias: str, peer: Peer, timeout: float | None) -> None:
         self._alias = alias
-        self._registered = registered
+        self._registered = balancers.registered(balancers[alias].name)
         self._peer = peer
-        self._seconds = seconds
+        config = self._registered.balancer.config
+        self._seconds = config.connect_timeout if timeout is None else timeout
         # Django before 4.1 fills in an entry's defaults when its wrapper is made.
         self._own = connections[alias].settings_dict
         self._engine = peer_engine(self._own, connections.databases)

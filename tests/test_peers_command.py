@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -27,11 +26,10 @@ from django_proxysql import balancers
 from django_proxysql.conf.keys import ENGINE
 from django_proxysql.inspection import Inspection
 from tests.engine import MYSQL, SQLITE, added, engine, mysql_peer, sqlite_peer
+from tests.project import ROOT, Project
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
 from tests.servers.redis import RedisServer
-
-ROOT = Path(__file__).parent.parent
 
 
 def peers(*args: str, status: int = 0, **options: Any) -> str:
@@ -299,40 +297,34 @@ Sharing.settle.__defaults__ = (30,)
 """
 
 
-class Project:
-    """manage.py of a project with nothing but a balancer."""
+class Command(Project):
+    """``manage.py peers`` of a project with nothing but a balancer."""
 
     def __init__(self, root: Path, entry: dict[str, Any], alias: str = "default") -> None:
-        self.root = root
         databases = {"default": {"ENGINE": SQLITE, "NAME": ":memory:"}, alias: entry}
-        (root / "settings.py").write_text(
+        settings = (
             "SECRET_KEY = 'for tests only'\n"
             "USE_TZ = True\n"
             "INSTALLED_APPS = ['django_proxysql']\n"
             f"DATABASES = {databases!r}\n"
             f"{PATIENT if 'SHARED_STATE' in entry else ''}"
         )
+        super().__init__(root, {"settings.py": settings})
 
     def start(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.root)]),
-            "DJANGO_SETTINGS_MODULE": "settings",
-            **kwargs.pop("env", {}),
-        }
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **kwargs}
-        command = [sys.executable, "-W", "error", "-m", "django", "peers", *args]
-        return subprocess.Popen(command, env=environment, cwd=self.root, **pipes)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
+        return self.run("-W", "error", "manage.py", "peers", *args, **pipes)
 
-    def run(self, *args: str, **kwargs: Any) -> tuple[int, str, str]:
-        process = self.start(*args, **kwargs)
+    def ended(self, *args: str) -> tuple[int, str, str]:
+        """Return its exit code, and what it has printed."""
+        process = self.start(*args)
         out, err = process.communicate(timeout=60)
         assert PASSWORD not in out + err
         return process.returncode, out, err
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path) -> Command:
     """One peer of two is down."""
     entry = {
         "ENGINE": ENGINE,
@@ -340,32 +332,32 @@ def project(tmp_path: Path) -> Project:
         "PASSWORD": PASSWORD,
         "PEERS": sqlite_peers(tmp_path, "a", DOWN),
     }
-    return Project(tmp_path, entry)
+    return Command(tmp_path, entry)
 
 
-def test_exit_codes(project: Project) -> None:
+def test_exit_codes(project: Command) -> None:
     """Verdicts have 0 to 2; whatever is none has 3."""
-    code, out, err = project.run("-v", "3", "--traceback")
+    code, out, err = project.ended("-v", "3", "--traceback")
     assert (code, err) == (1, "")
     assert out.startswith("WARNING: default: peer1 down\n")
     for args in ("nonesuch", "nonesuch --traceback", "--no-such-option", "--watch soon"):
-        code, out, err = project.run(*args.split())
+        code, out, err = project.ended(*args.split())
         assert (code, out) == (3, "")
         assert err
-    assert project.run("--help")[0] == 0
+    assert project.ended("--help")[0] == 0
 
 
 def test_all_down(tmp_path: Path) -> None:
     """It needs no peer that is up, and works where checks would fail."""
     peer = {"HOST": "127.0.0.1", "PORT": 1, "USER": "app", "PASSWORD": PASSWORD}
     entry = {"ENGINE": ENGINE, "PEER_ENGINE": MYSQL, "PEERS": [peer]}
-    code, out, err = Project(tmp_path, entry).run("-v", "3", "--traceback")
+    code, out, err = Command(tmp_path, entry).ended("-v", "3", "--traceback")
     assert (code, err) == (2, "")
     assert "default: peer0: (2002, " in out
 
 
 @pytest.mark.parametrize("watch", [[], ["--watch", "0.01"]])
-def test_broken_pipe(project: Project, watch: list[str]) -> None:
+def test_broken_pipe(project: Command, watch: list[str]) -> None:
     """A reader that stops gets no complaint."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -389,11 +381,11 @@ class Serving:
         self.down = root / DOWN
         self.connection = stack.enter_context(engine(peers, **settings))
         self.balancer = balancers["balanced"]
-        self.project = Project(root, {"ENGINE": ENGINE, "PEERS": peers, **settings}, "balanced")
+        self.project = Command(root, {"ENGINE": ENGINE, "PEERS": peers, **settings}, "balanced")
 
     def command(self, *args: str) -> tuple[int, str, str]:
         """Run it; afterwards this process knows what it has told."""
-        done = self.project.run(*args)
+        done = self.project.ended(*args)
         self.balancer.sharing.settle(20)
         return done
 
@@ -478,10 +470,10 @@ def test_drained_peer_is_not_down(serving: Serving) -> None:
 def test_redis_down(serving: Serving, redis_server: RedisServer) -> None:
     """Peers are looked at all the same; a drain is refused, for no process would apply it."""
     redis_server.kill()
-    code, out, _ = serving.project.run()
+    code, out, _ = serving.project.ended()
     assert code == 1
     assert "balanced: what the other processes know is unknown: Redis does not answer\n" in out
-    code, out, err = serving.project.run("--drain", "peer0")
+    code, out, err = serving.project.ended("--drain", "peer0")
     assert (code, out) == (3, "")
     assert "does not answer: the processes cannot be reached. Nothing was changed." in err
     assert serving.drained() == []
@@ -499,7 +491,7 @@ def read_until(descriptor: int, pattern: str) -> str:
     return text
 
 
-def test_watch(project: Project) -> None:
+def test_watch(project: Command) -> None:
     """Look after look, each with its time; Ctrl-C ends it with the last look's exit code."""
     process = project.start("--watch", "0.05")
     text = read_until(process.stdout.fileno(), r"(?s)(WARNING.*){3}")
@@ -510,7 +502,7 @@ def test_watch(project: Project) -> None:
     assert "\x1b" not in text + out
 
 
-def test_watch_sees_a_recovery(project: Project) -> None:
+def test_watch_sees_a_recovery(project: Command) -> None:
     """The next look is a new one; JSON comes a line a look."""
     process = project.start("--watch", "0.05", "--json")
     read_until(process.stdout.fileno(), "\n")
@@ -521,11 +513,11 @@ def test_watch_sees_a_recovery(project: Project) -> None:
     assert process.returncode == 0
 
 
-def on_a_terminal(project: Project, *args: str, **environment: str) -> str:
+def on_a_terminal(project: Command, *args: str, **environment: str) -> str:
     """Return what the command writes to a terminal."""
     ours, theirs = pty.openpty()
     variables = {"TERM": "xterm", **environment}
-    process = project.start(*args, stdout=theirs, stderr=theirs, env=variables)
+    process = project.start(*args, stdout=theirs, stderr=theirs, environment=variables)
     os.close(theirs)
     try:
         if "--watch" in args:
@@ -539,7 +531,7 @@ def on_a_terminal(project: Project, *args: str, **environment: str) -> str:
     return text
 
 
-def test_colours(project: Project) -> None:
+def test_colours(project: Command) -> None:
     """On a terminal, unless NO_COLOR or --no-color say otherwise; in a pipe if they are asked for.
 
     On a terminal each look takes the last one's place.
@@ -548,8 +540,8 @@ def test_colours(project: Project) -> None:
     assert "\x1b" not in on_a_terminal(project, NO_COLOR="1")
     assert "\x1b" not in on_a_terminal(project, "--no-color")
     assert on_a_terminal(project, "--watch", "0.05").count("\x1b[H\x1b[J") >= 2
-    assert "\x1b" not in project.run()[1]
-    assert "\x1b" in project.run("--force-color")[1]
+    assert "\x1b" not in project.ended()[1]
+    assert "\x1b" in project.ended("--force-color")[1]
 
 
 def test_drain_that_this_process_refuses_is_shown(

@@ -157,23 +157,17 @@ class Sharing(Agreement):
         if group is None or not shared.agreed.is_open or not group.has_usable():
             return 0.0
         self.start()
-        if self._is_kept(shared, self._clock()):
-            shared.kept_lease, shared.waited = None, ""
+        if self._clock() < shared.kept_until:
+            shared.forget_lease()
             # It goes on from now on, by the trial that is under way.
             self.link.wake()
             return 0.0
-        if by_hand:
-            answer = self.link.ask(Question(self, peer=name, by_hand=True), OPERATOR_WAITS)
-            shared.kept_lease, shared.waited = None, ""
-            return float(answer or 0.0)
         # First: a no that comes right after we have given up is to be seen.
-        waited, shared.waited = shared.waited, self.link.me
-        answer = self.link.ask(Question(self, peer=name), PATIENCE)
-        if answer is not None:
-            shared.kept_lease, shared.waited = None, ""
-            return float(answer)
-        if waited == self.link.me or not self.link.is_late:
-            # A lease that was kept, and has run out meanwhile, has been waited for as well.
-            shared.waited = ""
-            return 0.0
-        return INTERVAL
+        waited, shared.waited = shared.waited, True
+        question = Question(self, peer=name, by_hand=by_hand)
+        answer = self.link.ask(question, OPERATOR_WAITS if by_hand else PATIENCE)
+        if answer is None and not (by_hand or waited) and self.link.is_late:
+            return INTERVAL
+        # A lease that was kept, and has run out meanwhile, has been waited for as well.
+        shared.forget_lease()
+        return float(answer or 0.0)

@@ -24,7 +24,6 @@ from .records import (
     MOMENTS,
     Agreed,
     DesiredState,
-    KeptLease,
     Question,
     Request,
     SharedPeer,
@@ -101,7 +100,7 @@ class Agreement:
                     hold=trial_of(circuit, now) is not None,
                     asks=name in asking,
                     by_hand=name in by_hand,
-                    keep=self._is_kept(shared, now),
+                    keep=now < shared.kept_until,
                 )
             wanted = desired[name] = list(shared.desired.copy())
             made = wanted[-1].made if wanted else shared.drain_at
@@ -162,22 +161,17 @@ class Agreement:
         """Whether Redis has all desired states of this process."""
         return not any(shared.desired for shared in self._shared.values())
 
+    def after_fork(self) -> None:
+        """In the child: a lease is its parent's."""
+        for shared in self._shared.values():
+            shared.forget_lease()
+
     def _apply_lease(self, shared: SharedPeer, asked: float, said: Mapping[str, Any]) -> None:
         # Before anybody is answered: who has the answer takes this away.
         if not said["leased"]:
-            shared.kept_lease, shared.waited = None, ""
+            shared.forget_lease()
         elif said["s"] == "open":
-            shared.kept_lease = KeptLease(self.link.me, asked + self._lease / 1000)
-
-    def _is_kept(self, shared: SharedPeer, now: float) -> bool:
-        """Return whether a lease is kept for the next who asks, and forget one that has run out."""
-        kept_lease = shared.kept_lease
-        if kept_lease is None:
-            return False
-        if kept_lease.me != self.link.me or now >= kept_lease.until:
-            shared.kept_lease = None
-            return False
-        return True
+            shared.kept_until = asked + self._lease / 1000
 
     def _apply_circuit(self, peer: Peer, seen: Circuit, said: Mapping[str, Any]) -> None:
         shared, breaker = self._shared[peer.name], peer.breaker

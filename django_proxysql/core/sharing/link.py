@@ -70,6 +70,8 @@ class Link(Worker):
         """In the child: another process to the others, with nothing of its parent's."""
         super().after_fork()
         self._begin()
+        for member in self._members.all():
+            member.after_fork()
 
     def _begin(self) -> None:
         #: Who this process is to the others.

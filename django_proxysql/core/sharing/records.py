@@ -69,15 +69,6 @@ class Agreed(NamedTuple):
     generation: int = 0
 
 
-class KeptLease(NamedTuple):
-    """A lease that this process holds in Redis, and has not used yet."""
-
-    #: The process that has it: not the child of a fork.
-    me: str
-    #: It runs out at this time on the balancer's clock, or later.
-    until: float
-
-
 @dataclass(eq=False)
 class DesiredState:
     """What an operator has said of a peer."""
@@ -98,10 +89,11 @@ class SharedPeer:
     agreed: Agreed = field(default_factory=Agreed)
     #: Seconds for which a trial that was asked for is to be left to others.
     left_to_others: float = 0.0
-    #: The lease that was given to a thread that may not have waited for the answer.
-    kept_lease: KeptLease | None = None
-    #: The process that put a trial off for an answer that is late; "" once there is one.
-    waited: str = ""
+    #: When the lease runs out, on the balancer's clock, that was given to a thread that may not
+    #: have waited for the answer. In Redis it runs out then, or later.
+    kept_until: float = float("-inf")
+    #: Whether a trial was put off for an answer that is late, and has not come.
+    waited: bool = False
     drain_version: int = 0
     #: Whether Redis says that it is drained.
     drain_on: bool = False
@@ -109,6 +101,10 @@ class SharedPeer:
     drain_at: float = float("-inf")
     #: Desired states that Redis does not have yet. Other threads add, the link's removes.
     desired: deque[DesiredState] = field(default_factory=deque)
+
+    def forget_lease(self) -> None:
+        """Let the next one who is to make the trial ask for it."""
+        self.kept_until, self.waited = float("-inf"), False
 
 
 class Question:
