@@ -172,6 +172,9 @@ class Narrator:
     def in_block(self) -> Any:
         return transaction.atomic(self.here.connection.alias)
 
+    def in_pinned(self) -> Any:
+        return self.here.balancer.pinned()
+
     @contextlib.contextmanager
     def in_undone(self) -> Iterator[None]:
         with pytest.raises(KeyError), self.in_block():
@@ -332,6 +335,9 @@ class Narrator:
         self.here.connection.ensure_connection()
         self.note()
 
+    def ensure(self) -> None:
+        self.here.connection.ensure_connection()
+
     # What is so
 
     def ran(self, *hooks: str) -> None:
@@ -343,8 +349,11 @@ class Narrator:
     def replayed(self, number: str) -> None:
         assert len(self.here.replayed()) == int(number)
 
-    def replaced(self, number: str) -> None:
-        assert len(self.here.replaced()) == int(number)
+    def replaced(self, number: str, how: str = "") -> None:
+        """So many connections so far, and all ``forced`` or ``unforced``, if that is said."""
+        forced = [event.forced for event in self.here.replaced()]
+        assert len(forced) == int(number)
+        assert not how or set(forced) == {how == "forced"}
 
     def lost(self, number: str) -> None:
         assert len(self.here.losses()) == int(number)

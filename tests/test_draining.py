@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import close_old_connections, transaction
+from django.db import close_old_connections
 
 from django_proxysql import NoPeerAvailable, balancers
 from django_proxysql.core import group
@@ -19,6 +19,7 @@ from django_proxysql.core.exceptions import DrainRefused
 from tests.engine import SQLITE, engine, sqlite_peer
 from tests.fakes import raised_by, refused_by_host
 from tests.site import Site
+from tests.stories import tell, told
 from tests.test_balancer import World
 
 
@@ -154,23 +155,31 @@ class TestBalancer:
         assert not held.closed
 
 
+STORIES: dict[str, tuple[str, str]] = {
+    "the next statement outside a block goes elsewhere": (
+        "all",
+        "read; drain; read; left; replaced 1 unforced",
+    ),
+    "so it does where the circuit opens": ("all", "read; open; read; left; replaced 1 unforced"),
+    "a block ends where it began, and so does a request that has written": (
+        "all",
+        "{ write one; drain; write two }; read one two; stays; request_ends; other; read one two; "
+        "left; lost 0",
+    ),
+    "a block that is pinned to it keeps it to its end": (
+        "all",
+        "pinned { write one; drain; request_ends; write two; stays }; request_ends; write three; "
+        "left",
+    ),
+}
+
+
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
+
+
 class TestEngine:
-    def drain(self, here: Site) -> str:
-        name: str = here.connection.peer.name
-        here.balancer.drain(name)
-        return name
-
-    @pytest.mark.parametrize("how", ["drained", "opened"])
-    def test_next_statement_outside_a_transaction_goes_elsewhere(
-        self, here: Site, how: str
-    ) -> None:
-        here.read()
-        name = here.connection.peer.name
-        self.drain(here) if how == "drained" else here.connection.peer.breaker.open()
-        assert here.read() == []
-        assert here.connection.peer.name != name
-        assert [event.forced for event in here.replaced()] == [False]
-
     @pytest.mark.parametrize("how", ["drained", "opened"])
     def test_while_it_connects(self, here: Site, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """One to a peer that is taken out as it is made leaves, too, before its first use."""
@@ -189,26 +198,12 @@ class TestEngine:
         assert here.read() == []
         assert [here.connection.peer] != out
 
-    def test_comes_to_its_end(self, here: Site) -> None:
-        """A transaction ends where it began, and so does a request that has written."""
-        with transaction.atomic(here.connection.alias):
-            here.write("one")
-            name = self.drain(here)
-            here.write("two")
-        assert here.read() == ["one", "two"]
-        assert here.connection.peer.name == name
-        close_old_connections()
-        assert here.connection.connection is None
-        assert here.read() == ["one", "two"]
-        assert here.connection.peer.name != name
-        assert not here.losses()
-
     def test_stays_while_somebody_uses_it(self, here: Site) -> None:
         """Other threads, a cursor that is being read, foreign keys that are off keep it."""
         here.write("one")
         name = here.connection.peer.name
         here.connection.inc_thread_sharing()
-        self.drain(here)
+        here.balancer.drain(name)
         close_old_connections()
         assert here.connection.connection is not None
         here.connection.dec_thread_sharing()
@@ -235,18 +230,6 @@ class TestEngine:
         close_old_connections()
         assert here.read() == ["one"]
         assert here.connection.peer.name == name
-
-    def test_pinned(self, here: Site) -> None:
-        """A block that is pinned to it keeps it to its end."""
-        with here.balancer.pinned():
-            here.write("one")
-            name = self.drain(here)
-            close_old_connections()
-            here.write("two")
-            assert here.connection.peer.name == name
-        close_old_connections()
-        here.write("three")
-        assert here.connection.peer.name != name
 
     def test_engine_without_a_look_at_sockets(self, tmp_path: Path) -> None:
         """There, a connection leaves between two requests."""

@@ -2,265 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
-from django.db import OperationalError, close_old_connections, transaction
-from django.db.utils import Error
 
-from django_proxysql.errors import CommitOutcomeUnknown
 from tests.site import Site
+from tests.stories import CUTS, tell, told
 
-CUTS = ["before", "after", "reply"]
-
-
-class TestFoundBeforeSending:
-    """A socket that has something to say before it was asked: the connection is replaced."""
-
-    @pytest.mark.parametrize("how", ["cut_idle", "kill"])
-    def test_write(self, here: Site, how: str) -> None:
-        here.write("before")
-        getattr(here, how)()
-        here.write("after")
-        assert here.written() == ["before", "after"]
-        assert [event.forced for event in here.replaced()] == [True]
-        assert not here.replayed()
-
-    @pytest.mark.parametrize("how", ["cut_idle", "kill"])
-    def test_read_after_idleness(self, here: Site, how: str) -> None:
-        here.write("before")
-        close_old_connections()
-        getattr(here, how)()
-        here.idle()
-        assert here.read() == ["before"]
-        assert here.replaced()
-        assert not here.replayed()
-
-    def test_transaction(self, here: Site) -> None:
-        here.kill()
-        with transaction.atomic(here.connection.alias):
-            here.write("one")
-            here.write("two")
-        assert here.written() == ["one", "two"]
-        assert not here.replayed()
-
-    @pytest.mark.parametrize("how", ["dead", "drained"])
-    def test_schema_change(self, here: Site, how: str) -> None:
-        """It uses one peer from start to end: not one that is gone before the start."""
-        here.read()
-        lost = here.connection.peer
-        if how == "dead":
-            here.here.refuse()
-            here.cut_idle()
-        else:
-            here.balancer.drain(lost.name)
-        with here.connection.schema_editor() as editor:
-            editor.execute("CREATE TABLE app_made (id integer)")
-            editor.execute("DROP TABLE app_made")
-            assert here.connection.peer is not lost
-
-    def test_first_statement_after_idleness(self, here: Site) -> None:
-        """Between BEGIN and the first statement, too: nothing has happened in it yet."""
-        with transaction.atomic(here.connection.alias):
-            if not here.is_mysql:
-                # psycopg sends BEGIN with the first statement.
-                here.connection.ensure_connection()
-            here.kill()
-            here.idle()
-            here.write("one")
-            here.write("two")
-        assert here.written() == ["one", "two"]
-        assert here.replaced()
-        assert not here.replayed()
-
-    def test_commit(self, here: Site) -> None:
-        """The socket is dead before COMMIT: known to be rolled back, and said so."""
-        ran: list[int] = []
-        with pytest.raises(OperationalError) as caught, transaction.atomic(here.connection.alias):
-            here.write("one")
-            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
-            here.kill()
-        assert not isinstance(caught.value, CommitOutcomeUnknown)
-        assert here.written() == []
-        assert ran == []
-        here.write("two")
-        assert here.written() == ["two"]
-        assert ran == []
-
-    def test_costs_no_round_trip(self, here: Site) -> None:
-        proxy = here.here
-        here.read()
-        sent = proxy.client_packets
-        here.idle()
-        here.read()
-        here.idle()
-        here.write("one")
-        assert proxy.client_packets - sent == 2
-
-
-class TestStatements:
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_read(self, here: Site, kind: str) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind)
-        assert here.sql("SELECT 42") == [(42,)]
-        assert len(here.replayed()) == 1
-        assert len(here.losses()) == 1
-
-    def test_percent_sign_of_a_read_is_no_placeholder(self, here: Site) -> None:
-        here.write("one")
-        here.write("two")
-        close_old_connections()
-        here.cut("before")
-        found = here.sql("SELECT value FROM app_token WHERE value LIKE 'o%' AND 7 % 4 = 3")
-        assert found == [("one",)]
-        assert len(here.replayed()) == 1
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_write(self, here: Site, kind: str) -> None:
-        """It may have run: the error is raised, once, and the next statement is fine."""
-        here.sql("SELECT 1")
-        here.cut(kind)
-        with pytest.raises(OperationalError):
-            here.write("one")
-        assert here.written() == ([] if kind == "before" else ["one"])
-        here.write("two")
-        assert here.written()[-1:] == ["two"]
-        assert not here.replayed()
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_caught_inside_the_block(self, here: Site, kind: str) -> None:
-        """The application goes on in the block: on nothing, to no effect, until it has left it."""
-        here.sql("SELECT 1")
-        here.cut(kind, 3)
-        with pytest.raises(Error), transaction.atomic(here.connection.alias):
-            here.write("one")
-            with pytest.raises(OperationalError):
-                here.write("two")
-            here.write("three")
-        assert here.written() == []
-        here.write("four")
-        assert here.written() == ["four"]
+TWO = "write one; write two"
+#: What is lost there, and whether it is a statement that is run again.
+FIRST_OF_A_BLOCK = {
+    "a statement": (f"CUT 2; {{ {TWO} }}", True),
+    "a statement after a read": ("CUT 2; { read; write one; { write two } }", True),
+    # Django's own savepoints use up no first statement; they are made again.
+    "SAVEPOINT": ("CUT 2; { { write one }; write two }", False),
+    "a statement in a nested block": (
+        "CUT 4; { { read; write one }; undone { write never }; write two }",
+        True,
+    ),
+}
+STORIES: dict[str, tuple[str, str]] = {
+    # A socket that has something to say before it was asked: the connection is replaced.
+    **{
+        f"found before a {what}: {how}": ("all", story.format(how=how))
+        for how in ("hang_up", "kill")
+        for what, story in {
+            "write": "write before; {how}; write after; written before after; "
+            "replaced 1 forced; replayed 0",
+            "read after idleness": "write before; request_ends; {how}; idle; read before; "
+            "replaced 1; replayed 0",
+        }.items()
+    },
+    "found before a block": ("all", f"kill; {{ {TWO} }}; written one two; replayed 0"),
+    # Between BEGIN and the first statement, too: nothing has happened in it yet.
+    "found before a block's first statement": (
+        "all",
+        f"{{ ensure; kill idle; {TWO} }}; written one two; replaced 1; replayed 0",
+    ),
+    "found before COMMIT it is rolled back, and said so": (
+        "all",
+        "!{ write one; hook a; kill }; written; ran; write two; written two; ran",
+    ),
+    "a read is run again": ("all", "SELECT 1; CUT; SELECT 42; replayed 1; lost 1"),
+    "a percent sign of a read is no placeholder": (
+        "all",
+        "write one; write two; request_ends; cut before; "
+        "SELECT value FROM app_token WHERE value LIKE 'o%' AND 7 % 4 = 3; answer one; replayed 1",
+    ),
+    # It may have run: the error is raised, once, and the next statement is fine.
+    **{
+        f"a write is raised: {kind}": (
+            "all",
+            f"SELECT 1; cut {kind}; !write one; written {ran}; write two; written {ran} two; "
+            "replayed 0",
+        )
+        for kind, ran in zip(CUTS, ("", "one", "one"))
+    },
+    # The application goes on in the block: on nothing, to no effect, until it has left it.
+    "caught inside the block": (
+        "all",
+        "SELECT 1; CUT 3; !{ write one; !write two; write three }; written; write four; "
+        "written four",
+    ),
+    # psycopg sends it with the first statement.
+    **{
+        f"a block in which nothing has happened goes on: BEGIN: {servers}": (
+            servers,
+            f"SELECT 1; CUT; {{ {TWO} }}; written one two; replayed {replayed}; write three; "
+            "written one two three",
+        )
+        for servers, replayed in (("mariadb mariadb_tls", 0), ("postgres", 1))
+    },
+    **{
+        f"a block in which nothing has happened goes on: {lost}": (
+            "all",
+            f"SELECT 1; {story}; written one two; replayed {replayed:d}; write three; "
+            "written one two three",
+        )
+        for lost, (story, replayed) in FIRST_OF_A_BLOCK.items()
+    },
+    **{
+        f"a block fails after its first write: {work}": (
+            "all",
+            f"SELECT 1; CUT 3; !{{ hook a; {work} }}; written; ran; write three; written three; "
+            "ran; replayed 0",
+        )
+        for work in (TWO, "write one; read", "write one; { write two }")
+    },
+    **{
+        f"COMMIT is unknown: {kind}": (
+            "all",
+            f"SELECT 1; cut {kind} 3; !!{{ hook a; write one }}; written {ran}; ran; write two; "
+            f"written {ran} two; ran",
+        )
+        for kind, ran in zip(CUTS, ("", "one", "one"))
+    },
+    # COMMIT was answered: what comes after it is no error. psycopg sends nothing there.
+    "after COMMIT the hooks run once": (
+        "mariadb mariadb_tls",
+        "SELECT 1; CUT 4; { hook a; write one }; ran a; written one; write two; written one two; "
+        "ran a",
+    ),
+    "at ROLLBACK the application's own exception comes out": (
+        "all",
+        "SELECT 1; CUT 3; undone { write one }; written; write two; written two",
+    ),
+}
 
 
-def two_writes(here: Site) -> None:
-    here.write("one")
-    here.write("two")
+@told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    tell(request, server, settings, text)
 
 
-def write_and_read(here: Site) -> None:
-    here.write("one")
+@pytest.mark.parametrize("how", ["dead", "drained"])
+def test_schema_change_uses_one_peer_from_start_to_end(here: Site, how: str) -> None:
+    """And not one that is gone before the start."""
     here.read()
+    lost = here.connection.peer
+    if how == "dead":
+        here.here.refuse()
+        here.cut_idle()
+    else:
+        here.balancer.drain(lost.name)
+    with here.connection.schema_editor() as editor:
+        editor.execute("CREATE TABLE app_made (id integer)")
+        editor.execute("DROP TABLE app_made")
+        assert here.connection.peer is not lost
 
 
-def read_first(here: Site) -> None:
+def test_look_at_the_socket_costs_no_round_trip(here: Site) -> None:
+    proxy = here.here
     here.read()
-    write_and_block(here)
-
-
-def write_and_block(here: Site) -> None:
+    sent = proxy.client_packets
+    here.idle()
+    here.read()
+    here.idle()
     here.write("one")
-    with transaction.atomic(here.connection.alias):
-        here.write("two")
-
-
-def block_first(here: Site) -> None:
-    with transaction.atomic(here.connection.alias):
-        here.write("one")
-    here.write("two")
-
-
-def read_in_a_nested_block(here: Site) -> None:
-    with transaction.atomic(here.connection.alias):
-        with transaction.atomic(here.connection.alias):
-            here.read()
-            here.write("one")
-        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
-            here.write("never")
-            raise KeyError
-    here.write("two")
-
-
-@pytest.mark.parametrize("kind", CUTS)
-class TestTransactions:
-    @pytest.mark.parametrize(
-        ("work", "nth", "lost"),
-        [
-            # psycopg sends it with the first statement.
-            (two_writes, 1, "BEGIN"),
-            (two_writes, 2, "statement"),
-            (read_first, 2, "statement"),
-            # Django's own savepoints use up no first statement; they are made again.
-            (block_first, 2, "SAVEPOINT"),
-            (read_in_a_nested_block, 4, "statement"),
-        ],
-    )
-    def test_one_in_which_nothing_has_happened_goes_on(
-        self, here: Site, kind: str, work: Callable[[Site], None], nth: int, lost: str
-    ) -> None:
-        here.sql("SELECT 1")
-        here.cut(kind, nth)
-        with transaction.atomic(here.connection.alias):
-            work(here)
-        assert here.written() == ["one", "two"]
-        is_statement = lost == "statement" or (lost == "BEGIN" and not here.is_mysql)
-        assert len(here.replayed()) == is_statement
-        here.write("three")
-        assert here.written() == ["one", "two", "three"]
-
-    @pytest.mark.parametrize("work", [two_writes, write_and_read, write_and_block])
-    def test_after_its_first_write_it_fails(
-        self, here: Site, kind: str, work: Callable[[Site], None]
-    ) -> None:
-        here.sql("SELECT 1")
-        ran: list[int] = []
-        here.cut(kind, 3)
-        with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
-            work(here)
-        assert here.written() == []
-        assert here.connection.in_atomic_block is False
-        here.write("three")
-        assert here.written() == ["three"]
-        assert ran == []
-        assert not here.replayed()
-
-    def test_commit(self, here: Site, kind: str) -> None:
-        ran: list[int] = []
-        here.sql("SELECT 1")
-        here.cut(kind, 3)
-        with pytest.raises(CommitOutcomeUnknown), transaction.atomic(here.connection.alias):
-            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
-            here.write("one")
-        assert here.written() == ([] if kind == "before" else ["one"])
-        assert ran == []
-        here.write("two")
-        assert here.written()[-1:] == ["two"]
-        assert ran == []
-
-    # psycopg sends nothing there.
-    @pytest.mark.parametrize("here", ["mariadb", "mariadb_tls"], indirect=True)
-    def test_after_commit(self, here: Site, kind: str) -> None:
-        """COMMIT was answered: what comes after it is no error, and the hooks run once."""
-        ran: list[int] = []
-        here.sql("SELECT 1")
-        here.cut(kind, 4)
-        with transaction.atomic(here.connection.alias):
-            transaction.on_commit(lambda: ran.append(1), here.connection.alias)
-            here.write("one")
-        assert ran == [1]
-        assert here.written() == ["one"]
-        here.write("two")
-        assert here.written() == ["one", "two"]
-        assert ran == [1]
-
-    def test_rollback(self, here: Site, kind: str) -> None:
-        """The application's own exception comes out, and nothing was written."""
-        here.sql("SELECT 1")
-        here.cut(kind, 3)
-        with pytest.raises(KeyError), transaction.atomic(here.connection.alias):
-            here.write("one")
-            raise KeyError
-        assert here.written() == []
-        here.write("two")
-        assert here.written() == ["two"]
+    assert proxy.client_packets - sent == 2
