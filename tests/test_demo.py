@@ -251,8 +251,6 @@ def test_says_1_when_a_request_was_not_answered(demo: Runs) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ((), "the following arguments are required: COMMAND"),
-        (("dmeo",), "invalid choice: 'dmeo'"),
         (("demo", "--seconds", "soon"), "'soon' is not a number of seconds"),
         (("demo", "--seconds", "0"), "0 is not a number of at least 2 seconds"),
         (("demo", "--seconds=-5"), "-5 is not a number of at least 2 seconds"),

@@ -11,9 +11,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +28,11 @@ from tests.engine import mysql_peer
 from tests.project import Project, get
 from tests.servers import PASSWORD
 from tests.servers.mariadb import Node
-from tests.servers.ports import HOST, ports
+from tests.servers.ports import HOST
 from tests.servers.prometheus import Prometheus
 from tests.test_alerts import RULES, expressions
 from tests.test_metrics import check, from_the_docs
-from tests.web import sessions
+from tests.web import Web, sessions
 
 APP = "django_proxysql.monitoring.metrics"
 
@@ -82,7 +80,6 @@ class Site:
         self.root = root
         self.alive = alive
         self.workers = workers
-        self.address = f"http://{HOST}:{ports.reserve()}"
         self.meetings = 0
 
     def write(self, apps: list[str], entry: dict[str, Any], urls: str) -> None:
@@ -101,39 +98,29 @@ class Site:
         if multiprocess:
             (self.root / "metrics").mkdir()
             environment["PROMETHEUS_MULTIPROC_DIR"] = str(self.root / "metrics")
-        self.process = self.project.run(
-            *("-m", "gunicorn", "--workers", str(self.workers)),
-            *("--bind", self.address.partition("//")[2], *options, "wsgi"),
-            environment=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        get(f"{self.address}/metrics", self.process)
+        command = ("-m", "gunicorn", "--bind", "ADDRESS", "--workers", str(self.workers))
+        self.web = Web(self.project, *command, *options, "wsgi", **environment)
+        self.address = f"{HOST}:{self.web.port}"
+        self.get("metrics")
 
-    def stop(self) -> str:
-        """Stop it; return what it printed."""
-        self.process.terminate()
-        return self.process.communicate(timeout=60)[0]
+    def get(self, path: str) -> bytes:
+        return get(f"http://{self.address}/{path}", self.web.process)
 
     def meet(self) -> set[int]:
         """Have every worker serve one request; return their process ids."""
         self.meetings += 1
         place = f"meeting{self.meetings}"
         (self.root / place).mkdir()
-        url = f"{self.address}/meet?place={place}&number={self.workers}"
+        path = f"meet?place={place}&number={self.workers}"
         with ThreadPoolExecutor(self.workers) as pool:
-            pids = set(pool.map(lambda _: int(get(url, self.process)), range(self.workers)))
+            pids = set(pool.map(lambda _: int(self.get(path)), range(self.workers)))
         assert len(pids) == self.workers
         return pids
-
-    def page(self) -> bytes:
-        with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as answer:
-            return bytes(answer.read())
 
     def sums(self) -> Counter[str]:
         """Return the sums of the samples of ours by name and labels, over all workers."""
         found: Counter[str] = Counter()
-        for family in text_string_to_metric_families(self.page().decode()):
+        for family in text_string_to_metric_families(self.get("metrics").decode()):
             for sample in family.samples:
                 words = [word for label, word in sorted(sample.labels.items()) if label != "alias"]
                 name = sample.name.replace("django_proxysql_", "")
@@ -159,8 +146,7 @@ def site(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> Iterator[Site]:
         ["django_proxysql", APP], entry(mariadb_pair), from_the_docs("MultiProcessCollector")
     )
     yield site
-    if site.process.poll() is None:
-        site.stop()
+    site.web.stop()
 
 
 def entry(pair: tuple[Node, Node], **more: Any) -> dict[str, Any]:
@@ -203,9 +189,10 @@ def test_workers_add_up(site: Site, options: tuple[str, ...]) -> None:
     assert sums["connect_failures_total unreachable peer0"] == 3
     assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 2
     assert sums["connections peer1"] == site.connections() == 2
-    assert check(site.page()) == ""
+    assert check(site.get("metrics")) == ""
 
-    printed = site.stop()
+    site.web.stop()
+    printed = site.web.log.read_text()
     assert "Traceback" not in printed
     assert "A listener of" not in printed
     assert PASSWORD not in printed
@@ -241,14 +228,16 @@ def test_one_worker(site: Site, options: tuple[str, ...], kept: int) -> None:
     assert sums["connects_total success peer1"] == 1
     assert sums["circuit_state peer0 open"] == sums["circuit_state peer1 closed"] == 1
     until(lambda: site.sums()["connections peer1"] == kept)
-    assert check(b"\n".join(re.findall(rb".*django_proxysql_.*", site.page())) + b"\n") == ""
+    assert (
+        check(b"\n".join(re.findall(rb".*django_proxysql_.*", site.get("metrics"))) + b"\n") == ""
+    )
 
 
 def test_prometheus(site: Site) -> None:
     """A Prometheus that scrapes the site: each panel shows something, each alert is evaluated."""
     site.start()
     victim = min(site.meet())
-    with Prometheus(site.address.partition("//")[2], RULES) as prometheus:
+    with Prometheus(site.address, RULES) as prometheus:
         until(lambda: prometheus.query("django_proxysql_connects_total"))
         # Something is to happen while it looks.
         os.kill(victim, signal.SIGKILL)
@@ -284,7 +273,7 @@ def test_beside_django_prometheus(
     )
     site.start(multiprocess=multiprocess)
     site.meet()
-    text = site.page().decode()
+    text = site.get("metrics").decode()
     names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
     assert len(names) == len(set(names))
     sums = site.sums()

@@ -224,11 +224,13 @@ class TestPage:
     def test_what_it_shows(self, site: Site) -> None:
         """Peers, state, last error, connections, share; process and host."""
         client = site.admin()
-        client.get(PAGE)
+        assert '<p class="peers-headline good">' in client.get(PAGE).content.decode()
         site.clock.advance(60)
         site.fail("peer1")
         site.clock.advance(10)
-        text = text_of(client.get(PAGE))
+        response = client.get(PAGE)
+        assert '<p class="peers-headline warning">' in response.content.decode()
+        text = text_of(response)
         assert f"Process {os.getpid()} on {socket.gethostname()} answers" in text
         assert "2 of 3 peers usable" in text
         peer1 = text.partition("peer1/shop.sqlite3")[2].partition("peer2")[0]
