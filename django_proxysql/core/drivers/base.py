@@ -67,7 +67,7 @@ class Driver:
 
         Whole seconds: the drivers take no fractions.
         """
-        if not self.TIMEOUTS or any(name in params for name in self.TIMEOUTS):
+        if not self.TIMEOUTS or not params.keys().isdisjoint(self.TIMEOUTS):
             return {}
         return {self.TIMEOUTS[0]: max(self.LEAST_TIMEOUT, math.ceil(seconds))}
 

@@ -311,8 +311,11 @@ class MySQL(Driver):
         return (host, str(connection.port)) if isinstance(host, str) else None
 
     def is_unbuffered(self, params: Any) -> bool:
-        bases = getattr(params.get("cursorclass"), "__mro__", ())
-        return any(cls.__name__ in ("SSCursor", "CursorUseResultMixIn") for cls in bases)
+        cursorclass = params.get("cursorclass")
+        return cursorclass is not None and any(
+            cls.__name__ in ("SSCursor", "CursorUseResultMixIn")
+            for cls in getattr(cursorclass, "__mro__", ())
+        )
 
     def is_usual(self, connection: Any, cls: type) -> bool:
         # The option ``conv`` may name functions of the application's.
