@@ -27,6 +27,7 @@ from tests.fakes import (
     Clock,
     Recorder,
     even,
+    holding,
     in_thread,
     lock_is_free,
     raised_by,
@@ -70,12 +71,6 @@ def due_for_trial(breaker: PeerBreaker, clock: Clock) -> None:
 
 
 class TestOpening:
-    def test_keeps_text_of_last_error_and_no_exception(self, breaker: PeerBreaker) -> None:
-        opened(breaker)
-        assert breaker.circuit.error == str(refused_by_host())
-        assert breaker.circuit.fault is Fault.UNREACHABLE
-        assert not [field for field in breaker.circuit if isinstance(field, BaseException)]
-
     @pytest.mark.parametrize(
         ("draw", "due"),
         [(0.0, 27.0), (0.5, 30.0), (1 - 1e-12, 33.0)],
@@ -98,47 +93,6 @@ class TestOpening:
         assert 27 <= min(dues) < 29 < 31 < max(dues) <= 33
 
 
-class TestConnectionOfATrial:
-    """What is made with a trial's permit belongs to the circuit that the trial has closed."""
-
-    @pytest.mark.parametrize("suspect", [False, True])
-    def test_lost_at_once(self, breaker: PeerBreaker, clock: Clock, suspect: bool) -> None:
-        if suspect:
-            breaker.suspect()
-        else:
-            due_for_trial(breaker, clock)
-        permit = breaker.acquire()
-        permit.succeeded()
-        assert permit.is_trial
-        assert breaker.current_state == "closed"
-        breaker.count_failure(Boom(), Fault.LOST, permit.generation)
-        assert breaker.circuit.failures == 1
-
-    @pytest.mark.parametrize("fail_max", [1, 3])
-    def test_lost_before_the_threshold(self, clock: Clock, fail_max: int) -> None:
-        """One good trial of two, whose connection is of no use: the trial has failed."""
-        breaker = PeerBreaker(
-            fail_max=fail_max, success_threshold=2, reset_timeout=30, clock=clock, jitter=even
-        )
-        breaker.open()
-        clock.advance(30)
-        permit = breaker.acquire()
-        permit.succeeded()
-        assert breaker.current_state == "half-open"
-        breaker.count_failure(Boom(), Fault.LOST, permit.generation)
-        assert breaker.current_state == "open"
-        assert breaker.acquire() is None
-
-    def test_late(self, breaker: PeerBreaker, clock: Clock) -> None:
-        """Closed by hand meanwhile, or opened and closed: it is of another time."""
-        for change in (breaker.close, lambda: (breaker.open(), breaker.close())):
-            permit = breaker.acquire()
-            change()
-            permit.succeeded()
-            breaker.count_failure(Boom(), Fault.LOST, permit.generation)
-            assert breaker.circuit.failures == 0
-
-
 def test_good_trial_of_a_suspect_leaves_no_trace(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,44 +108,17 @@ def test_good_trial_of_a_suspect_leaves_no_trace(
     assert under_way.failed(Boom()) == 1
 
 
-class TestLostPermits:
-    """Permits without an end: their threads were killed between two lines."""
-
-    def test_of_a_trial(self, breaker: PeerBreaker, clock: Clock) -> None:
-        """A trial whose permit is gone is due again after release_interval; waiters are woken."""
-        due_for_trial(breaker, clock)
-        permit = breaker.acquire()
-        lease = breaker.trial
-        before = breaker.circuit
-        del permit
-        assert lease.ended
-        assert breaker.current_state == "open"
-        assert breaker.circuit.tried == before.tried
-        assert breaker.acquire() is None
-        clock.advance(1)
-        assert breaker.acquire().is_trial
-
-    def test_while_another_thread_is_at_the_record(
-        self, breaker: PeerBreaker, clock: Clock
-    ) -> None:
-        """A finalizer waits for no lock; the next caller gets the trial at once."""
-        due_for_trial(breaker, clock)
-        permits = [breaker.acquire()]
-        held, go_on, in_time = threading.Event(), threading.Event(), list[bool]()
-
-        def hold() -> None:
-            with breaker._lock:
-                held.set()
-                in_time.append(go_on.wait(60))
-
-        with running(hold):
-            assert held.wait(60)
-            # Here, where it was made: elsewhere free-threaded Python leaves its end to this thread.
-            permits.clear()
-            go_on.set()
-        assert in_time == [True]
+def test_lost_trial_is_cancelled_while_another_thread_is_at_the_record(
+    breaker: PeerBreaker, clock: Clock
+) -> None:
+    """A finalizer waits for no lock; the next caller gets the trial at once."""
+    due_for_trial(breaker, clock)
+    permits = [breaker.acquire()]
+    with holding(breaker._lock):
+        # Here, where it was made: elsewhere free-threaded Python leaves its end to this thread.
+        permits.clear()
         assert breaker.trial is None
-        assert breaker.acquire().is_trial
+    assert breaker.acquire().is_trial
 
 
 class TestFromWithin:

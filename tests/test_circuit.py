@@ -311,6 +311,8 @@ class BreakerMachine(RuleBasedStateMachine):
         )
         self.record = Circuit()
         self.permits: list[Any] = []
+        #: The generation that the last connection belongs to.
+        self.made = 0
 
     def happens(self, name: str, **said: Any) -> None:
         """Note what the rules say of an event that the breaker has had."""
@@ -339,23 +341,31 @@ class BreakerMachine(RuleBasedStateMachine):
             assert permit.is_trial == is_mine
             self.permits.append(permit)
 
+    def fails(self, generation: int, lease: Lease | None) -> None:
+        due = self.clock.now + INTERVAL
+        of = {"generation": generation, "lease": lease, "fail_max": self.breaker.fail_max}
+        says = {"error": str(refused_by_host()), "fault": Fault.UNREACHABLE}
+        self.happens("failed", **of, due=due, **says)
+
     @precondition(lambda self: self.permits)
     @rule(which=st.integers(0, 99), end=st.sampled_from(["succeeded", "failed", "released", ""]))
     def end(self, which: int, end: str) -> None:
         """End a permit, or lose it."""
         permit = self.permits.pop(which % len(self.permits))
-        lease, now = permit.lease, self.clock.now
+        lease, now, before = permit.lease, self.clock.now, self.record
         of = {"generation": permit.generation, "lease": lease}
+        is_late = before.generation != permit.generation or lease not in (None, before.lease)
         if end == "succeeded":
             permit.succeeded()
             self.happens(end, **of, success_threshold=self.breaker.success_threshold)
+            # What was made with it belongs to the circuit that it has closed.
+            made = of["generation"] if is_late else self.record.generation
+            assert permit.generation == made
+            self.made = made
         elif end == "failed":
-            says = {"error": str(refused_by_host()), "fault": Fault.UNREACHABLE}
             count = permit.failed(refused_by_host(), Fault.UNREACHABLE)
-            before, limits = self.record, {"fail_max": self.breaker.fail_max, "due": now + INTERVAL}
-            self.happens(end, **of, **limits, **says)
-            counts = self.record.failures != before.failures
-            assert count == (self.record.failures if counts else 0)
+            self.fails(**of)
+            assert count == (0 if is_late else self.record.failures)
         elif end:
             permit.released()
         else:
@@ -368,6 +378,14 @@ class BreakerMachine(RuleBasedStateMachine):
             permit.failed(refused_by_host())
             permit.released()
             permit.succeeded()
+        # Threads that wait for it are woken.
+        assert lease is None or lease.ended
+
+    @rule()
+    def connection_is_lost(self) -> None:
+        """The last one that was made is of no use: that is a failure, unless it is an old one."""
+        self.breaker.count_failure(refused_by_host(), Fault.UNREACHABLE, self.made)
+        self.fails(self.made, None)
 
     @rule(what=st.sampled_from(["suspect", "trip", "open", "close", "half_open", "fork"]))
     def from_outside(self, what: str) -> None:

@@ -105,24 +105,24 @@ def test_a_constructor_changes_nothing_but_its_own_object() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("statement", "is_found"),
     [
-        *("other.name = 1", "other.names[0] = 1", "del other.name", "other.names.append(1)"),
-        *("known.add(self)", "remember(self)", "register(other, 'default')", "global known"),
+        ("other.name = 1", True),
+        ("other.names[0] = 1", True),
+        ("del other.name", True),
+        ("other.names.append(1)", True),
+        ("known.add(self)", True),
+        ("remember(self)", True),
+        ("register(other, 'default')", True),
+        ("global known", True),
+        ("self.name = other.name", False),
+        ("self.names[0] = 1", False),
+        ("super().__init__(other)", False),
+        ("Base(self)", False),
+        ("made = set(); made.add(other)", False),
+        ("self.names = []; self.names.append(1)", False),
     ],
 )
-def test_what_a_constructor_changes_elsewhere_is_found(statement: str) -> None:
+def test_what_a_constructor_changes_elsewhere_is_found(statement: str, is_found: bool) -> None:
     text = f"class Thing:\n    def __init__(self, other):\n        {statement}\n"
-    assert set(found(text, "")) == {"Thing"}
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        *("self.name = other.name", "self.names[0] = 1", "super().__init__(other)", "Base(self)"),
-        *("made = set(); made.add(other)", "self.names = []; self.names.append(1)"),
-    ],
-)
-def test_what_a_constructor_does_for_its_own_object_is_no_change_elsewhere(statement: str) -> None:
-    text = f"class Thing:\n    def __init__(self, other):\n        {statement}\n"
-    assert not found(text, "")
+    assert set(found(text, "")) == ({"Thing"} if is_found else set())

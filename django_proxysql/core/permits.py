@@ -237,6 +237,11 @@ class Keeper(Guarded):
     _reset_timeout: float
     _success_threshold: int
     _listeners: list[Any]
+    # The breaker's: who follows the circuit's changes, how a method of each of pybreaker's
+    # listeners is called, and whether an exception counts for nothing.
+    _subscribers: Callable[[], Sequence[Subscriber]]
+    _call_listeners: Callable[..., None]
+    _is_excluded: Callable[[Exception], bool]
 
     # Knowing
 
@@ -283,7 +288,7 @@ class Keeper(Guarded):
         now = self._clock()
         if by_hand:
             last_resort = 0
-        if not is_usable(circuit) and not events.trial_due(circuit, now, last_resort):
+        if not events.trial_due(circuit, now, last_resort):
             return None
         lease = Lease(now + self._lease_seconds)
         permit = _TrialPermit(self, circuit, lease)
@@ -364,8 +369,7 @@ class Keeper(Guarded):
 
     def _abandon(self, lease: Lease) -> None:
         """Cancel a trial that no thread will report on. Never blocks."""
-        # Should another thread be at the record just now: the next caller finds
-        # a lease that has ended.
+        # Where another thread has the lock, the next caller finds a lease that has ended.
         lease.ended = True
         now = self._clock()
         lock = self._lock
@@ -467,17 +471,3 @@ class Keeper(Guarded):
                     self.circuit = after
         finally:
             self._handing = None
-
-    # For the breaker to say
-
-    def _subscribers(self) -> Sequence[Subscriber]:
-        """Return who follows the circuit's changes."""
-        raise NotImplementedError
-
-    def _call_listeners(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method of each of pybreaker's listeners."""
-        raise NotImplementedError
-
-    def _is_excluded(self, exc: Exception) -> bool:
-        """Return whether an exception counts for nothing."""
-        raise NotImplementedError
