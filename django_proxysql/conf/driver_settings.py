@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.config import host_and_port
-from ..core.exceptions import ConfigError
-from .engines import load_wrapper
 from .entry import Entry, Peer, did_you_mean, of_peer
 from .merging import address
 
@@ -40,10 +38,8 @@ def _pool(entry: Entry, pool: Any, of: str) -> None:
     def refuse(problem: str, hint: str, within: str = "") -> None:
         entry.add("E014", f"OPTIONS['pool']{within}{of} {problem}.", hint)
 
-    try:
-        wrapper = load_wrapper(entry.engine)
-    except ConfigError:
-        # Has been said.
+    wrapper = entry.wrapper
+    if wrapper is None:
         return
     if wrapper.vendor != "postgresql":
         refuse(

@@ -14,7 +14,7 @@ from django.core.checks import CheckMessage, Error, Warning
 from ..core import drivers
 from ..core.exceptions import ConfigError
 from .engines import load_wrapper, peer_engine
-from .keys import listed
+from .keys import is_balancer, listed
 from .merging import merged_settings
 
 #: What a name may hold: it stands in logs, in metrics and on a command line.
@@ -88,14 +88,29 @@ class Entry:
         return found
 
     @functools.cached_property
-    def driver(self) -> drivers.Driver:
-        """The driver of the peers' engine; a guess by its name if it cannot be loaded."""
+    def wrapper(self) -> Any:
+        """The DatabaseWrapper of the peers' backend; what is wrong with it is noted, and None."""
+        if is_balancer({"ENGINE": self.engine}):
+            self.add(
+                "E003",
+                "PEER_ENGINE is a load balancer itself.",
+                "Give the backend of the databases, such as 'django.db.backends.mysql'.",
+            )
+            return None
         try:
-            return drivers.driver_of_engine(load_wrapper(self.engine))
-        except ConfigError:
-            named = {"mysql": drivers.mysql, "postg": drivers.postgresql}
-            known = (driver for name, driver in named.items() if name in self.engine)
-            return next(known, drivers.generic)
+            return load_wrapper(self.engine)
+        except ConfigError as exc:
+            setting = "PEER_ENGINE" if self.settings.get("PEER_ENGINE") else "ENGINE of the peers"
+            self.add(
+                "E013",
+                f"{setting} {exc.problem}.",
+                "Give the backend of the databases, and install its driver.",
+            )
+
+    @functools.cached_property
+    def driver(self) -> drivers.Driver:
+        """The driver of the peers' engine; one of which nothing is known if there is none."""
+        return drivers.driver_of_engine(self.wrapper) if self.wrapper else drivers.generic
 
     @property
     def is_mysql(self) -> bool:

@@ -14,12 +14,10 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
 from ..core.config import BalancerConfig, BreakerConfig, PeerConfig, check_field
-from ..core.exceptions import ConfigError
 from ..core.ready import ready_check_from
 from ..core.strategies import strategy_from
 from . import driver_settings
 from .aliases import mirrored
-from .engines import load_wrapper
 from .entry import Entry, Peer, did_you_mean, given_name, of_peer
 from .keys import (
     ALIAS_KEY,
@@ -89,7 +87,7 @@ def _read(entry: Entry) -> tuple[BalancerConfig | None, list[CheckMessage]]:
     """Return the config, unless a problem stops connections, and the problems, errors first."""
     _keys_of_balancer(entry)
     given = _balancer(entry)
-    _engine(entry)
+    _pool_of_engine(entry)
     _mirror(entry)
     _listed(entry)
     breaker = _thresholds(entry, "", entry.settings, BreakerConfig())
@@ -224,26 +222,10 @@ def _redis_url(url: object) -> None:
         checked_url(url)
 
 
-def _engine(entry: Entry) -> None:
-    """Note what is wrong with the backend of the peers."""
-    if is_balancer({"ENGINE": entry.engine}):
-        entry.add(
-            "E003",
-            "PEER_ENGINE is a load balancer itself.",
-            "Give the backend of the databases, such as 'django.db.backends.mysql'.",
-        )
-        return
-    try:
-        wrapper = load_wrapper(entry.engine)
-    except ConfigError as exc:
-        setting = "PEER_ENGINE" if entry.settings.get("PEER_ENGINE") else "ENGINE of the peers"
-        entry.add(
-            "E013",
-            f"{setting} {exc.problem}.",
-            "Give the backend of the databases, and install its driver.",
-        )
-        return
-    if any(cls.__module__.partition(".")[0] in _POOLS_BY_ALIAS for cls in wrapper.__mro__):
+def _pool_of_engine(entry: Entry) -> None:
+    """Note a backend that is known to keep a pool by alias."""
+    packages = {cls.__module__.partition(".")[0] for cls in getattr(entry.wrapper, "__mro__", ())}
+    if packages & _POOLS_BY_ALIAS:
         entry.add(
             "E014",
             f"PEER_ENGINE is {entry.engine!r}, which keeps one pool for each alias: all "
