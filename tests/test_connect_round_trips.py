@@ -14,12 +14,15 @@ from unittest import mock
 import django
 import pytest
 from django.db import DatabaseError, OperationalError, connections, reset_queries
+from django.db.backends.mysql import base
 from django.test import override_settings
 
 from django_proxysql import LoadBalancer, balancers
+from django_proxysql.backends.proxysql.base import DatabaseWrapper as Ours
 from django_proxysql.conf.merging import first_reading, merged_settings
 from django_proxysql.core import drivers
 from django_proxysql.core.config import BalancerConfig, PeerConfig
+from django_proxysql.core.peer import Peer
 from django_proxysql.registry import Registered
 from tests.engine import MYSQL, added, engine, mysql_peer
 from tests.fakes import in_thread
@@ -66,11 +69,10 @@ def log(mariadb: Node) -> Log:
 
 
 @pytest.fixture
-def engine_of_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], str]:
+def engine_of_another(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Return what makes an engine of a DatabaseWrapper, and returns its name."""
 
-    def make(wrapper: type) -> str:
-        name = "engine_of_another"
+    def make(wrapper: type, name: str = "engine_of_another") -> str:
         package, module = types.ModuleType(name), types.ModuleType(f"{name}.base")
         module.DatabaseWrapper = wrapper  # type: ignore[attr-defined]
         package.base = module  # type: ignore[attr-defined]
@@ -125,25 +127,41 @@ def options(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+def session(connection: Any) -> tuple[Any, ...]:
+    """Return how a session is set up, and what the wrapper knows of that."""
+    with connection.cursor() as cursor:
+        cursor.execute(SESSION)
+        (found,) = cursor.fetchall()
+    return (*found, connection.isolation_level, connection.autocommit)
+
+
+def session_of(alias: str) -> tuple[Any, ...]:
+    """Return how a new session is set up."""
+    connection = connected(alias)
+    try:
+        return session(connection)
+    finally:
+        connection.close()
+
+
+def assert_sessions_are_alike(theirs: dict[str, Any], peer: dict[str, Any], **ours: Any) -> None:
+    """A plain alias' session is as a balancer's: where the server is known already, and where not.
+
+    :param theirs: the plain alias' entry.
+    :param ours: the balancer's settings, over one ``peer``.
+    """
+    with added({"plain": theirs}), engine([peer], **ours):
+        assert len({session_of(alias) for alias in ("plain", *["balanced"] * 3)}) == 1
+
+
 @pytest.mark.parametrize("options", OPTIONS, indirect=True)
 @pytest.mark.parametrize("auto_is_null", AUTO_IS_NULL)
 def test_the_isolation_level_ends_up_as_the_plain_engines(
     mariadb: Node, options: dict[str, Any], auto_is_null: int
 ) -> None:
-    """Whether the server is known already or not."""
     mariadb.set_global("sql_auto_is_null", auto_is_null)
-    seen = []
-    with (
-        added({"plain": plain(mariadb, OPTIONS=options)}),
-        engine([mysql_peer(mariadb)], OPTIONS=options),
-    ):
-        for alias in ("plain", "balanced", "balanced", "balanced"):
-            connection = connected(alias)
-            with connection.cursor() as cursor:
-                cursor.execute(SESSION)
-                seen.append((cursor.fetchone(), connection.isolation_level))
-            connection.close()
-    assert len(set(seen)) == 1
+    theirs = plain(mariadb, OPTIONS=options)
+    assert_sessions_are_alike(theirs, mysql_peer(mariadb), OPTIONS=options)
 
 
 @pytest.mark.parametrize("way", ["tls", "unix", "two statements a packet"])
@@ -157,9 +175,22 @@ def test_the_session_is_the_plain_engines_by_each_way(
     elif way == "unix":
         peer["HOST"] = str(node.socket)
     settings = {} if way in ("tls", "unix") else {"COMMIT_OUTCOME": "record"}
-    with added({"plain": {"ENGINE": MYSQL, **peer}}), engine([peer], **settings):
-        seen = [session_of(alias) for alias in ("plain", "balanced", "balanced", "balanced")]
-    assert len(set(seen)) == 1
+    assert_sessions_are_alike({"ENGINE": MYSQL, **peer}, peer, **settings)
+
+
+@pytest.mark.parametrize("of_the_server", [0, 1])
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize("setting", [True, False])
+@pytest.mark.parametrize("first", ["", "SET autocommit=0", "SET autocommit=1, sql_mode='ANSI'"])
+def test_autocommit_ends_up_as_the_plain_engines(
+    mariadb: Node, of_the_server: int, given: bool | None, setting: bool, first: str
+) -> None:
+    options: dict[str, Any] = {} if given is None else {"autocommit": given}
+    if first:
+        options["init_command"] = first
+    mariadb.set_global("autocommit", of_the_server)
+    settings = {"AUTOCOMMIT": setting, "OPTIONS": options}
+    assert_sessions_are_alike(plain(mariadb, **settings), mysql_peer(mariadb), **settings)
 
 
 def asked_by_the_driver(log: Log, connection: Any) -> bool | None:
@@ -191,6 +222,12 @@ def test_the_driver_asks_for_the_isolation_level_where_that_changes_nothing(
     assert seen == ([None] * 3 if is_none else [False, known, known])
 
 
+def known_as(peer: Peer, **changes: Any) -> None:
+    """Have something else be known of a peer's server."""
+    assert peer.server_facts is not None
+    peer.server_facts = peer.server_facts._replace(**changes)
+
+
 @keeps_one_record
 @pytest.mark.parametrize("version", ["8.0.36", "10.11.6-MariaDB"])
 def test_what_does_not_take_both_is_sent_one_by_one(mariadb: Node, log: Log, version: str) -> None:
@@ -198,13 +235,10 @@ def test_what_does_not_take_both_is_sent_one_by_one(mariadb: Node, log: Log, ver
     with engine([mysql_peer(mariadb)]) as connection:
         before = session_of("balanced")
         peer = balancers["balanced"].peers["peer0"]
-        facts = {**peer.server_facts.facts, "version": version}
-        peer.server_facts = peer.server_facts._replace(facts=facts)
+        known_as(peer, facts={**peer.server_facts.facts, "version": version})
         connection.ensure_connection()
         said = log.of(connection)
-        with connection.cursor() as cursor:
-            cursor.execute(SESSION)
-            assert cursor.fetchone() == before
+        assert session(connection) == before
     assert len(said) == (1 if "MariaDB" in version else 3)
 
 
@@ -248,8 +282,6 @@ def test_what_stands_before_the_driver_is_not_given_the_isolation_level(
     mariadb: Node, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pool's connection is connected already, and a tracer is to see the statement."""
-    from django.db.backends.mysql import base
-
     theirs = base.Database.connect
     with engine([mysql_peer(mariadb)]) as connection:
         asked_by_the_driver(log, connection)
@@ -287,12 +319,10 @@ def test_an_error_of_the_isolation_level_is_one_by_django_and_by_the_driver(
     is_cut: bool,
 ) -> None:
     """Django asks first; then the wrapper knows the server, and the driver asks."""
-    from django.db.backends.mysql.base import DatabaseWrapper
-
     proxy, level = fault_proxy(mariadb), "read committed"
     if not is_cut:
         level = "strict"
-        monkeypatch.setattr(DatabaseWrapper, "isolation_levels", {level})
+        monkeypatch.setattr(base.DatabaseWrapper, "isolation_levels", {level})
     options = {"isolation_level": level}
     said: list[Any] = []
     with engine([mysql_peer(proxy)], OPTIONS=options, LAST_RESORT_INTERVAL=0) as connection:
@@ -327,96 +357,79 @@ def test_a_trial_has_the_isolation_level_set_once(
         assert sum(b"isolation" in packet.lower() for packet in proxy.packets) == 1
 
 
-SERIALIZABLE = f"{LEVEL}SERIALIZABLE"
-
-
-class AddsCommand:
-    def get_connection_params(self) -> Any:
-        return {**super().get_connection_params(), "init_command": SERIALIZABLE}  # type: ignore[misc]
-
-
-class SetsAfterOpening:
-    def get_new_connection(self, conn_params: Any) -> Any:
-        connection = super().get_new_connection(conn_params)  # type: ignore[misc]
-        connection.cursor().execute(SERIALIZABLE)
-        return connection
-
-
-class OpensByItself:
-    def get_new_connection(self, conn_params: Any) -> Any:
-        from django.db.backends.mysql import base
-
-        ours = {"connect_timeout", "autocommit"}
-        theirs = {key: conn_params[key] for key in conn_params if key not in ours}
-        return base.Database.connect(**theirs)
-
-
-class SetsWithAutocommit:
-    def _set_autocommit(self, autocommit: bool) -> None:
-        super()._set_autocommit(autocommit)  # type: ignore[misc]
-        self.connection.cursor().execute(SERIALIZABLE)  # type: ignore[attr-defined]
-
-
-class SetsBefore:
-    def init_connection_state(self) -> None:
-        self.connection.cursor().execute(SERIALIZABLE)  # type: ignore[attr-defined]
-        super().init_connection_state()  # type: ignore[misc]
-
-
-class SetsAfter:
-    def init_connection_state(self) -> None:
-        super().init_connection_state()  # type: ignore[misc]
-        self.connection.cursor().execute(SERIALIZABLE)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("place", ["ENGINE", "PEER_ENGINE"])
-@pytest.mark.parametrize(
-    "mixin",
-    [AddsCommand, SetsAfterOpening, OpensByItself, SetsWithAutocommit, SetsBefore, SetsAfter],
-)
-def test_an_engine_of_another_ends_up_with_the_isolation_level_of_the_plain_engine(
-    mariadb: Node, engine_of_another: Callable[[type], str], mixin: type, place: str
-) -> None:
-    """Whether it lies over ours or under it."""
-    from django.db.backends.mysql import base
-
-    from django_proxysql.backends.proxysql.base import DatabaseWrapper as Ours
-
-    theirs = engine_of_another(type("DatabaseWrapper", (mixin, base.DatabaseWrapper), {}))
-    seen = []
-    with added({"plain": {**plain(mariadb), "ENGINE": theirs}}):
-        seen.append(session_of("plain"))
-    over: Any = Ours if place == "ENGINE" else base.DatabaseWrapper
-    name = engine_of_another(type("DatabaseWrapper", (mixin, over), {}))
-    with engine([mysql_peer(mariadb)], **{place: name}):
-        seen += [session_of("balanced") for _ in range(3)]
-    assert len(set(seen)) == 1
-
-
-def session_of(alias: str) -> tuple[Any, ...]:
-    """Return how a new session is set up."""
-    with connected(alias).cursor() as cursor:
-        cursor.execute(SESSION)
-        (found,) = cursor.fetchall()
-    connections[alias].close()
-    return tuple(found)
-
-
-@pytest.mark.parametrize("place", ["ENGINE", "PEER_ENGINE"])
-@pytest.mark.parametrize("method", ["cursor", "make_cursor", "create_cursor"])
-def test_an_engine_whose_cursors_are_its_own_sees_the_isolation_level(
-    mariadb: Node, engine_of_another: Callable[[type], str], method: str, place: str
-) -> None:
-    from django.db.backends.mysql import base
-
-    from django_proxysql.backends.proxysql.base import DatabaseWrapper as Ours
-
-    over: Any = Ours if place == "ENGINE" else base.DatabaseWrapper
-    made = type("DatabaseWrapper", (over,), {})
-    seen: list[str] = []
+def overridden(wrapper: Any, method: str, does: Callable[..., Any]) -> Any:
+    """Return an engine's class whose ``method`` does that, given itself and the plain one."""
 
     def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cursor = getattr(super(made, self), method)(*args, **kwargs)
+        return does(self, getattr(super(made, self), method), *args, **kwargs)
+
+    made = type("DatabaseWrapper", (wrapper,), {method: theirs})
+    return made
+
+
+def with_level(connection: Any) -> Any:
+    connection.cursor().execute(f"{LEVEL}SERIALIZABLE")
+    return connection
+
+
+def opened(connection: Any, plain: Any, params: dict[str, Any]) -> Any:
+    """Return a connection that is opened past Django's method."""
+    ours = {"connect_timeout", "autocommit"}
+    return connection.Database.connect(**{key: params[key] for key in params if key not in ours})
+
+
+def adding(**params: Any) -> tuple[str, Callable[..., Any]]:
+    return "get_connection_params", lambda self, plain: {**plain(), **params}
+
+
+#: What the engines of others do, by the method that they do it in.
+OTHERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "add a command": adding(init_command=f"{LEVEL}SERIALIZABLE"),
+    "add autocommit": adding(autocommit=True),
+    "add no autocommit": adding(autocommit=False),
+    "set after opening": ("get_new_connection", lambda self, plain, *a: with_level(plain(*a))),
+    "open by themselves": ("get_new_connection", opened),
+    "set with autocommit": (
+        "_set_autocommit",
+        lambda self, plain, on: (plain(on), with_level(self.connection)),
+    ),
+    "set before": (
+        "init_connection_state",
+        lambda self, plain: (with_level(self.connection), plain()),
+    ),
+    "set after": (
+        "init_connection_state",
+        lambda self, plain: (plain(), with_level(self.connection)),
+    ),
+}
+#: Whether it lies over ours or under it.
+PLACES: dict[str, Any] = {"ENGINE": Ours, "PEER_ENGINE": base.DatabaseWrapper}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("method", "does"), OTHERS.values(), ids=OTHERS)
+def test_an_engine_of_another_ends_up_as_over_the_plain_engine(
+    mariadb: Node,
+    engine_of_another: Callable[..., str],
+    method: str,
+    does: Callable[..., Any],
+    place: str,
+) -> None:
+    theirs = engine_of_another(overridden(base.DatabaseWrapper, method, does), "theirs")
+    mine = engine_of_another(overridden(PLACES[place], method, does), "mine")
+    entry = {**plain(mariadb), "ENGINE": theirs}
+    assert_sessions_are_alike(entry, mysql_peer(mariadb), **{place: mine})
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", ["cursor", "make_cursor", "create_cursor"])
+def test_an_engine_whose_cursors_are_its_own_sees_the_isolation_level(
+    mariadb: Node, engine_of_another: Callable[..., str], method: str, place: str
+) -> None:
+    seen: list[str] = []
+
+    def noting(self: Any, plain: Any, *args: Any) -> Any:
+        cursor = plain(*args)
         execute = cursor.execute
 
         def noted(sql: str, *args: Any) -> Any:
@@ -426,8 +439,8 @@ def test_an_engine_whose_cursors_are_its_own_sees_the_isolation_level(
         cursor.execute = noted
         return cursor
 
-    setattr(made, method, theirs)
-    with engine([mysql_peer(mariadb)], **{place: engine_of_another(made)}) as connection:
+    made = engine_of_another(overridden(PLACES[place], method, noting))
+    with engine([mysql_peer(mariadb)], **{place: made}) as connection:
         for _ in range(3):
             seen.clear()
             connection.ensure_connection()
@@ -448,40 +461,6 @@ def test_a_tracer_of_one_wrapper_sees_the_isolation_level(mariadb: Node) -> None
         connection.cursor = traced
         connection.ensure_connection()
         assert seen
-
-
-@pytest.mark.parametrize("of_the_server", [0, 1])
-@pytest.mark.parametrize("given", [None, True, False])
-@pytest.mark.parametrize("setting", [True, False])
-@pytest.mark.parametrize("first", ["", "SET autocommit=0", "SET autocommit=1, sql_mode='ANSI'"])
-def test_the_session_ends_up_as_the_plain_engines(
-    mariadb: Node, of_the_server: int, given: bool | None, setting: bool, first: str
-) -> None:
-    options: dict[str, Any] = {} if given is None else {"autocommit": given}
-    if first:
-        options["init_command"] = first
-    mariadb.set_global("autocommit", of_the_server)
-    settings = {"AUTOCOMMIT": setting, "OPTIONS": options}
-    with added({"plain": plain(mariadb, **settings)}), engine([mysql_peer(mariadb)], **settings):
-        for alias in ("plain", "balanced"):
-            assert connected(alias).autocommit is setting
-        assert session_of("plain") == session_of("balanced")
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_an_engine_that_sets_autocommit_itself_ends_up_as_without_us(
-    mariadb: Node, engine_of_another: Callable[[type], str], given: bool
-) -> None:
-    from django.db.backends.mysql import base
-
-    class DatabaseWrapper(base.DatabaseWrapper):
-        def get_connection_params(self) -> Any:
-            return {**super().get_connection_params(), "autocommit": given}
-
-    name = engine_of_another(DatabaseWrapper)
-    theirs = {"ENGINE": name, **mysql_peer(mariadb)}
-    with added({"plain": theirs}), engine([mysql_peer(mariadb)], PEER_ENGINE=name):
-        assert session_of("plain") == session_of("balanced")
 
 
 def test_only_drivers_that_know_autocommit_are_given_it() -> None:
@@ -509,21 +488,40 @@ def asks(said: list[str]) -> bool:
     return any("VERSION()" in statement for statement in said)
 
 
-@keeps_one_record
-def test_a_new_thread_does_not_ask_again_what_the_server_is(mariadb: Node, log: Log) -> None:
-    with engine([mysql_peer(mariadb)]):
-        assert asks(in_new_thread(log))
-        assert not asks(in_new_thread(log))
+def asked_ago(peer: Peer, seconds: float) -> None:
+    if peer.server_facts is not None:
+        known_as(peer, asked=peer.server_facts.asked - seconds)
+
+
+def open_and_close(peer: Peer) -> None:
+    peer.breaker.open()
+    peer.breaker.close()
+
+
+#: What happens to a peer, and whether the next thread asks it again what it is.
+ASKED_ANEW: dict[str, tuple[Callable[[Peer], object], bool]] = {
+    "nothing": (lambda peer: None, False),
+    "its circuit opens": (open_and_close, True),
+    "it is of another version": (lambda peer: known_as(peer, greeting="10.4.1-MariaDB"), True),
+    "590 seconds": (lambda peer: asked_ago(peer, 590), False),
+    # SET GLOBAL sql_mode reaches the next threads, as with the plain engine.
+    "610 seconds": (lambda peer: asked_ago(peer, 610), True),
+}
 
 
 @keeps_one_record
-def test_a_peer_is_asked_anew_once_its_circuit_has_opened(mariadb: Node, log: Log) -> None:
+@pytest.mark.parametrize(("happens", "is_asked"), ASKED_ANEW.values(), ids=ASKED_ANEW)
+def test_a_new_thread_asks_what_the_server_is_only_where_that_may_have_changed(
+    mariadb: Node, log: Log, happens: Callable[[Peer], object], is_asked: bool
+) -> None:
     with engine([mysql_peer(mariadb)], LAST_RESORT_INTERVAL=0):
-        in_new_thread(log)
-        peer = balancers["balanced"].peers["peer0"]
-        peer.breaker.open()
-        peer.breaker.close()
         assert asks(in_new_thread(log))
+        peer = balancers["balanced"].peers["peer0"]
+        happens(peer)
+        before = peer.server_facts
+        assert asks(in_new_thread(log)) is is_asked
+        # Only who has asked says that it was asked now.
+        assert (peer.server_facts is not before) is is_asked
 
 
 @keeps_one_record
@@ -543,41 +541,15 @@ def test_a_peer_is_asked_anew_once_it_was_drained(mariadb: Node) -> None:
 
 
 @keeps_one_record
-def test_a_server_of_another_version_is_asked_anew(mariadb: Node, log: Log) -> None:
-    with engine([mysql_peer(mariadb)]):
-        in_new_thread(log)
-        peer = balancers["balanced"].peers["peer0"]
-        peer.server_facts = peer.server_facts._replace(greeting="5.5.5-10.4.1-MariaDB")
-        assert asks(in_new_thread(log))
-
-
-@keeps_one_record
 def test_a_wrapper_asks_a_server_of_another_version_anew(mariadb: Node, log: Log) -> None:
     """Not only the wrappers of other threads do."""
     with engine([mysql_peer(mariadb)]) as connection:
-        peer = balancers["balanced"].peers["peer0"]
-        asked = []
-        for greeting in (None, "5.5.5-10.4.1-MariaDB", None):
-            if greeting is not None and peer.server_facts is not None:
-                peer.server_facts = peer.server_facts._replace(greeting=greeting)
+        for is_another, is_asked in ((False, True), (True, True), (False, False)):
+            if is_another:
+                known_as(balancers["balanced"].peers["peer0"], greeting="10.4.1-MariaDB")
             connection.close()
             connection.ensure_connection()
-            asked.append(asks(log.of(connection)))
-        assert asked == [True, True, False]
-
-
-@keeps_one_record
-def test_a_server_is_asked_anew_after_ten_minutes(mariadb: Node, log: Log) -> None:
-    """SET GLOBAL sql_mode reaches the next threads, as with the plain engine."""
-    with engine([mysql_peer(mariadb)]):
-        in_new_thread(log)
-        peer = balancers["balanced"].peers["peer0"]
-        for age, is_asked in ((590, False), (610, True), (0, False)):
-            asked = peer.server_facts.asked - age
-            peer.server_facts = peer.server_facts._replace(asked=asked)
-            assert bool(asks(in_new_thread(log))) is is_asked
-            # Only who has asked says that it was asked now.
-            assert (peer.server_facts.asked > asked) is is_asked
+            assert asks(log.of(connection)) is is_asked
 
 
 @keeps_one_record
@@ -590,38 +562,15 @@ def test_equal_peers_share_what_they_say_of_themselves(mariadb_pair: tuple[Node,
         assert first.server_facts.facts is second.server_facts.facts
 
 
-@keeps_one_record
-def test_peers_that_differ_are_each_asked(mariadb_pair: tuple[Node, Node]) -> None:
-    """What one says of itself is not taken for the other's."""
-    mariadb_pair[1].set_global("sql_mode", "ANSI")
-    peers = [mysql_peer(node) for node in mariadb_pair]
-    with engine(peers, STRATEGY="round_robin"):
-
-        def found() -> tuple[str, bool]:
-            connection = connected("balanced")
-            try:
-                return connection.peer.name, "ANSI" in connection.sql_mode
-            finally:
-                connection.close()
-
-        modes = {in_thread(found, seconds=60) for _ in range(4)}
-    assert modes == {("peer0", False), ("peer1", True)}
-
-
 def answers_of(connection: Any) -> tuple[Any, ...]:
     """Return how the session is set up, and what Django says of the server."""
-    with connection.cursor() as cursor:
-        cursor.execute(SESSION)
-        (session,) = cursor.fetchall()
     facts = connection.mysql_server_data, frozenset(connection.sql_mode)
-    return (*session, *facts, connection.features.is_sql_auto_is_null_enabled)
+    return (*session(connection), *facts, connection.features.is_sql_auto_is_null_enabled)
 
 
 @keeps_one_record
-def test_a_wrapper_that_goes_to_another_peer_says_what_the_plain_engine_says_of_that(
-    mariadb_pair: tuple[Node, Node],
-) -> None:
-    """One thread's, to peers that differ and back, whether they are known or not."""
+def test_each_peer_is_what_the_plain_engine_says_of_it(mariadb_pair: tuple[Node, Node]) -> None:
+    """To a wrapper that goes to peers that differ and back, and to new threads' wrappers."""
     mariadb_pair[1].set_global("sql_mode", "ANSI")
     if not IS_PYMYSQL:
         mariadb_pair[1].set_global("sql_auto_is_null", 1)
@@ -632,43 +581,28 @@ def test_a_wrapper_that_goes_to_another_peer_says_what_the_plain_engine_says_of_
         for name in ("peer0", "peer1", "peer0", "peer1", "peer1"):
             connection.close()
             with balancers["balanced"].pinned(name):
-                connection.ensure_connection()
-                assert answers_of(connection) == theirs[name]
+                for wrapper in (connection, connection.copy()):
+                    wrapper.ensure_connection()
+                    assert answers_of(wrapper) == theirs[name]
 
 
 @keeps_one_record
-def test_a_wrapper_that_goes_between_equal_peers_asks_each_once(
-    mariadb_pair: tuple[Node, Node],
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_wrapper_that_goes_between_peers_asks_each_once_whatever_the_age(
+    mariadb_pair: tuple[Node, Node], differ: bool
 ) -> None:
+    """As with the plain engine it is new threads that ask again."""
+    if differ:
+        mariadb_pair[1].set_global("sql_mode", "ANSI")
     logs = [Log(node) for node in mariadb_pair]
-    asked = []
     with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
-        for n in (0, 1, 0, 1):
-            connection.close()
-            with balancers["balanced"].pinned(f"peer{n}"):
-                connection.ensure_connection()
-                asked.append(asks(logs[n].of(connection)))
-    assert asked == [True, True, False, False]
-
-
-@keeps_one_record
-def test_a_wrapper_that_knows_a_server_does_not_ask_it_for_its_age(
-    mariadb_pair: tuple[Node, Node],
-) -> None:
-    """As with the plain engine it is new threads that ask."""
-    mariadb_pair[1].set_global("sql_mode", "ANSI")
-    logs = [Log(node) for node in mariadb_pair]
-    asked = []
-    with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
-        for n in (0, 1, 0, 1):
+        for n, is_asked in ((0, True), (1, True), (0, False), (1, False)):
             peer = balancers["balanced"].peers[f"peer{n}"]
-            if peer.server_facts is not None:
-                peer.server_facts = peer.server_facts._replace(asked=peer.server_facts.asked - 610)
+            asked_ago(peer, 610)
             connection.close()
             with balancers["balanced"].pinned(peer):
                 connection.ensure_connection()
-                asked.append(asks(logs[n].of(connection)))
-    assert asked == [True, True, False, False]
+                assert asks(logs[n].of(connection)) is is_asked
 
 
 @keeps_one_record

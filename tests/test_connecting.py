@@ -7,14 +7,15 @@ import gc
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import MySQLdb
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections
+from django.db import OperationalError
 from django.db.backends.signals import connection_created
 
 import django_proxysql
@@ -50,23 +51,20 @@ def sockets() -> set[str]:
     return found
 
 
-@pytest.fixture
-def received() -> Iterator[list[Callable[[Any], None]]]:
-    """What is put into this list is called with each new connection."""
-    callbacks: list[Callable[[Any], None]] = []
-
-    def receiver(connection: Any, **kwargs: Any) -> None:
-        for callback in callbacks:
-            callback(connection)
-
-    connection_created.connect(receiver)
-    yield callbacks
-    connection_created.disconnect(receiver)
-
-
 def first_then_second(first: Any, second: Any, **settings: Any) -> Any:
-    """Return an engine that tries ``first`` before ``second``, by their priorities."""
-    return engine([first, {**second, "PRIORITY": 1}], **settings)
+    """Return an engine that tries ``first`` before ``second``, by their priorities.
+
+    :param first: a peer's dict, or a server.
+    """
+    one, two = (peer if isinstance(peer, dict) else mysql_peer(peer) for peer in (first, second))
+    return engine([one, {**two, "PRIORITY": 1}], **settings)
+
+
+def connected_to(connection: Any) -> str:
+    """Return the name of the peer that a new connection leads to."""
+    connection.close()
+    connection.ensure_connection()
+    return str(connection.peer.name)
 
 
 def assert_passed_by(connection: Any, fault: Fault | None) -> None:
@@ -82,60 +80,56 @@ def assert_passed_by(connection: Any, fault: Fault | None) -> None:
 # One row after the other of what an error means
 
 
-def test_where_nothing_listens_the_next_peer_is_used(mariadb_pair: Pair) -> None:
-    dead, alive = mariadb_pair
-    dead.kill()
-    with first_then_second(mysql_peer(dead), mysql_peer(alive)) as connection:
-        assert_passed_by(connection, Fault.UNREACHABLE)
-        assert state().error.startswith("(2002, ")
+DEAD = methodcaller("kill"), methodcaller("start")
+SILENT = methodcaller("freeze"), methodcaller("thaw")
+FULL = [methodcaller("sql", f"ALTER ROLE {USER} CONNECTION LIMIT {number}") for number in (0, -1)]
+READ_ONLY = [methodcaller("set_global", "read_only", value) for value in (1, 0)]
+READS = [methodcaller("set_global", f"default_transaction_read_only = {v}") for v in ("on", "off")]
+WRITABLE = {"READY_CHECK": "writable"}
+#: The servers; what happens to one, and what mends it; settings; what its circuit opens for, and
+#: words of its error.
+TROUBLE: dict[str, tuple[str, Sequence[Any], dict[str, Any], Fault | None, str]] = {
+    "dead": ("mariadb_pair", DEAD, {}, Fault.UNREACHABLE, "(2002, "),
+    "silent": ("mariadb_pair", SILENT, {}, Fault.UNREACHABLE, "(2013, "),
+    "read only": ("mariadb_pair", READ_ONLY, WRITABLE, Fault.NOT_READY, "read_only"),
+    "PostgreSQL, dead": ("postgres_pair", DEAD, {}, Fault.UNREACHABLE, "refused"),
+    "PostgreSQL, silent": ("postgres_pair", SILENT, {}, Fault.UNREACHABLE, "timeout expired"),
+    "PostgreSQL, read only": ("postgres_pair", READS, WRITABLE, Fault.NOT_READY, "read_only"),
+    "PostgreSQL, full": ("postgres_pair", FULL, {}, None, ""),
+}
 
 
-def test_killed_peer_is_left_alone_until_its_trial_and_is_back(mariadb_pair: Pair) -> None:
-    first, second = mariadb_pair
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("pair", "trouble", "settings", "fault", "words"), TROUBLE.values(), ids=TROUBLE
+)
+def test_peer_in_trouble_is_passed_by_and_back_by_its_trial(
+    pair: str,
+    trouble: Sequence[Any],
+    settings: dict[str, Any],
+    fault: Fault | None,
+    words: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    (bad, good), (hurt, mend) = request.getfixturevalue(pair), trouble
     clock = Clock()
-    settings = {"clock": clock, "CHECK_INTERVAL": 30}
-    with first_then_second(mysql_peer(first), mysql_peer(second), **settings) as connection:
-
-        def connected_to() -> str:
-            connection.close()
-            connection.ensure_connection()
-            return connection.peer.name
-
-        assert connected_to() == "peer0"
-        first.kill()
-        assert connected_to() == "peer1"
-        first.start()
-        clock.advance(29)
-        assert connected_to() == "peer1"
-        clock.advance(2)
-        assert connected_to() == "peer0"
-        assert state().state == "closed"
-
-
-def test_stopped(mariadb_pair: Pair) -> None:
-    """A peer that accepts and is silent costs CONNECT_TIMEOUT once, then the next is used."""
-    frozen, alive = mariadb_pair
-    frozen.freeze()
-    settings = {"CONNECT_TIMEOUT": 1}
-    with first_then_second(mysql_peer(frozen), mysql_peer(alive), **settings) as connection:
-        assert_passed_by(connection, Fault.UNREACHABLE)
-        assert state().error.startswith("(2013, ")
-
-
-def test_stopped_postgres_unreachable(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
-    bad, alive = postgres_pair
-    clock = Clock()
-    settings = {"CONNECT_TIMEOUT": 2, "PEER_ENGINE": POSTGRESQL, "clock": clock}
-    with first_then_second(postgres_peer(bad), postgres_peer(alive), **settings) as connection:
-        bad.freeze()
-        assert_passed_by(connection, Fault.UNREACHABLE)
-        assert "timeout expired" in state().error
-        bad.kill()
-        clock.advance(60)
+    settings = {"CONNECT_TIMEOUT": 2, "CHECK_INTERVAL": 30, "clock": clock, **settings}
+    if pair == "postgres_pair":
+        settings["PEER_ENGINE"] = POSTGRESQL
+    with first_then_second(bad, good, **settings) as connection:
+        assert connected_to(connection) == "peer0"
         connection.close()
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
-        assert "refused" in state().error
+        hurt(bad)
+        try:
+            assert_passed_by(connection, fault)
+            assert words in (state().error or "")
+        finally:
+            mend(bad)
+        clock.advance(29)
+        assert connected_to(connection) == ("peer0" if fault is None else "peer1")
+        clock.advance(2)
+        assert connected_to(connection) == "peer0"
+        assert state().state == "closed"
 
 
 def test_full(mariadb_pair: Pair) -> None:
@@ -147,7 +141,7 @@ def test_full(mariadb_pair: Pair) -> None:
     with pytest.raises(MySQLdb.OperationalError, match="1040"):
         while True:
             held.append(MySQLdb.connect(port=full.port, **address))
-    with first_then_second(mysql_peer(full), mysql_peer(alive)) as connection:
+    with first_then_second(full, alive) as connection:
         assert_passed_by(connection, None)
         connection.close()
         alive.kill()
@@ -155,17 +149,6 @@ def test_full(mariadb_pair: Pair) -> None:
             connection.ensure_connection()
         for connection_held in held:
             connection_held.close()
-
-
-def test_full_postgres_is_passed_over(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
-    full, alive = postgres_pair
-    full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT 0")
-    settings = {"PEER_ENGINE": POSTGRESQL}
-    try:
-        with first_then_second(postgres_peer(full), postgres_peer(alive), **settings) as connection:
-            assert_passed_by(connection, None)
-    finally:
-        full.sql(f"ALTER ROLE {USER} CONNECTION LIMIT -1")
 
 
 @pytest.mark.parametrize(
@@ -182,8 +165,7 @@ def test_refusing(
     """A peer that refuses us is an ERROR in the log, counts, and the next is used."""
     refusing, alive = mariadb_pair
     refusing.create_user("narrow", "narrow", grants=f"SELECT ON {DATABASE}.*")
-    peers = mysql_peer(refusing, **wrong), mysql_peer(alive)
-    with first_then_second(*peers) as connection:
+    with first_then_second(mysql_peer(refusing, **wrong), alive) as connection:
         assert_passed_by(connection, Fault.REFUSED)
         assert state().error.startswith(f"({code}, ")
     (record,) = [r for r in caplog.records if r.levelno >= logging.INFO]
@@ -249,9 +231,8 @@ def test_galera_node_cut_off(galera: GaleraCluster) -> None:
     cut, alive = galera[0], galera[1]
     clock = Clock()
     settings = {"READY_CHECK": "galera", "clock": clock}
-    with first_then_second(mysql_peer(cut), mysql_peer(alive), **settings) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer0"
+    with first_then_second(cut, alive, **settings) as connection:
+        assert connected_to(connection) == "peer0"
         connection.close()
         galera.isolate(cut)
         before = sockets()
@@ -261,33 +242,10 @@ def test_galera_node_cut_off(galera: GaleraCluster) -> None:
         assert sockets() <= before
         # Without READY_CHECK it is found out by the first statement on a table, here a receiver's.
         galera[0].sql("SELECT 1")
-    peers = [mysql_peer(cut, OPTIONS={"init_command": "SELECT 1 FROM app.nonesuch LIMIT 0"})]
-    with first_then_second(peers[0], mysql_peer(alive)) as connection:
+    peer = mysql_peer(cut, OPTIONS={"init_command": "SELECT 1 FROM app.nonesuch LIMIT 0"})
+    with first_then_second(peer, alive) as connection:
         assert_passed_by(connection, Fault.NOT_READY)
         assert state().error.startswith("(1047, 'WSREP")
-
-
-def test_read_only_mariadb_is_passed_by_until_it_takes_writes(mariadb_pair: Pair) -> None:
-    replica, writer = mariadb_pair
-    replica.set_global("read_only", 1)
-    clock = Clock()
-    settings = {"READY_CHECK": "writable", "clock": clock}
-    with first_then_second(mysql_peer(replica), mysql_peer(writer), **settings) as connection:
-        assert_passed_by(connection, Fault.NOT_READY)
-        assert "read_only" in state().error
-        replica.set_global("read_only", 0)
-        clock.advance(60)
-        connection.close()
-        connection.ensure_connection()
-        assert connection.peer.name == "peer0"
-
-
-def test_read_only_postgres_passed_by(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
-    replica, writer = postgres_pair
-    replica.set_global("default_transaction_read_only = on")
-    settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL}
-    with first_then_second(postgres_peer(replica), postgres_peer(writer), **settings) as connection:
-        assert_passed_by(connection, Fault.NOT_READY)
 
 
 @contextlib.contextmanager
@@ -312,15 +270,12 @@ def test_postgresql_standby_is_passed_by_until_it_is_promoted(
     standby, writer = postgres_pair
     clock = Clock()
     settings = {"READY_CHECK": "writable", "PEER_ENGINE": POSTGRESQL, "clock": clock}
-    peers = postgres_peer(standby), postgres_peer(writer)
-    with as_standby(standby), first_then_second(*peers, **settings) as connection:
+    with as_standby(standby), first_then_second(standby, writer, **settings) as connection:
         assert_passed_by(connection, Fault.NOT_READY)
         assert "in recovery" in state().error
         standby.sql("SELECT pg_promote()")
         clock.advance(60)
-        connection.close()
-        connection.ensure_connection()
-        assert connection.peer.name == "peer0"
+        assert connected_to(connection) == "peer0"
 
 
 refused_ports: set[int] = set()
@@ -339,10 +294,8 @@ def test_ready_check_of_ones_own(mariadb_pair: Pair) -> None:
     refused_ports.add(mariadb_pair[0].port)
     settings = {"READY_CHECK": f"{__name__}.not_these_ports"}
     try:
-        peers = [mysql_peer(node) for node in mariadb_pair]
-        with first_then_second(*peers, **settings) as connection:
-            connection.ensure_connection()
-            assert connection.peer.name == "peer1"
+        with first_then_second(*mariadb_pair, **settings) as connection:
+            assert connected_to(connection) == "peer1"
             assert state().error == "not this one"
             refused_ports.add(mariadb_pair[1].port)
             connection.close()
@@ -385,23 +338,24 @@ def assert_nobodys_fault(connection: Any, before: set[str]) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_error_of_the_applications_own_is_raised_and_no_other_peer_is_tried(
-    mariadb_pair: Pair, received: list[Any], error: BaseException
+    mariadb_pair: Pair, receive: Any, error: BaseException
 ) -> None:
     tried = []
 
-    def receiver(connection: Any) -> None:
-        tried.append(connection.peer.name)
+    def receiver(connection: Any, **kwargs: Any) -> None:
+        # Others may hold it: it is closed all the same.
+        tried.append(connection.connection)
         raise error
 
-    received.append(receiver)
+    receive(connection_created, receiver)
     with engine([mysql_peer(node) for node in mariadb_pair]) as connection:
         before = sockets()
         with pytest.raises(type(error)) as raised:
             connection.ensure_connection()
         assert raised.value is error
-        assert len(tried) == 1
+        assert [bool(driver.open) for driver in tried] == [False]
         assert_nobodys_fault(connection, before)
-        received.clear()
+        connection_created.disconnect(receiver)
         connection.ensure_connection()
 
 
@@ -483,23 +437,22 @@ def test_peer_that_dies_half_way_is_passed_by(
     packet: bytes,
     request: pytest.FixtureRequest,
     fault_proxy: Callable[..., FaultProxy],
-    received: list[Any],
+    receive: Any,
 ) -> None:
-    def receiver(connection: Any) -> None:
+    def receiver(connection: Any, **kwargs: Any) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 42")
 
-    received.append(receiver)
+    receive(connection_created, receiver)
     bad, good = request.getfixturevalue(pair)
     proxy = fault_proxy(bad)
     settings: dict[str, Any] = {"OPTIONS": {"isolation_level": "repeatable read"}}
     if pair == "postgres_pair":
         settings = {"PEER_ENGINE": POSTGRESQL}
-    with first_then_second(mysql_peer(proxy), mysql_peer(good), **settings) as connection:
+    with first_then_second(proxy, good, **settings) as connection:
         before = sockets()
         proxy.cut_before(packet)
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
+        assert connected_to(connection) == "peer1"
         assert (state().state, state().connections) == ("open", 0)
         assert state().fault in (Fault.UNREACHABLE, Fault.LOST)
         connection.close()
@@ -508,40 +461,29 @@ def test_peer_that_dies_half_way_is_passed_by(
         assert sockets() <= before
 
 
-@pytest.mark.parametrize("error", [NotReady("not this one"), KeyboardInterrupt()], ids=repr)
-def test_failed_attempt_is_closed_also_where_others_hold_it(
-    mariadb: Node, received: list[Any], error: BaseException
+@pytest.mark.parametrize("error", [None, NotReady("no")], ids=["the driver's", "NotReady"])
+def test_failing_receiver_of_the_only_peer(
+    mariadb: Node, receive: Any, error: Exception | None
 ) -> None:
+    """It leaves connection None, no socket, no count, and nothing open to those that hold it."""
     kept: list[Any] = []
 
-    def receiver(connection: Any) -> None:
+    def receiver(connection: Any, **kwargs: Any) -> None:
         kept.append(connection.connection)
-        raise error
-
-    received.append(receiver)
-    with engine([mysql_peer(mariadb)]) as connection:
-        before = sockets()
-        with pytest.raises((NoPeerAvailable, KeyboardInterrupt)):
-            connection.ensure_connection()
-        assert sockets() <= before
-        assert [bool(driver.open) for driver in kept] == [False]
-
-
-def test_failing_receiver_of_the_only_peer(mariadb: Node, received: list[Any]) -> None:
-    """A driver's error in a receiver leaves connection None, no socket, no count."""
-
-    def receiver(connection: Any) -> None:
+        if error is not None:
+            raise error
         mariadb.kill()
         with connection.cursor() as cursor:
             cursor.execute("SELECT 42")
 
-    received.append(receiver)
+    receive(connection_created, receiver)
     with engine([mysql_peer(mariadb)]) as connection:
         before = sockets()
         with pytest.raises(NoPeerAvailable):
             connection.ensure_connection()
         assert connection.connection is None
         assert sockets() <= before
+        assert [bool(driver.open) for driver in kept] == [False]
         assert (state().state, state().connections) == ("open", 0)
 
 
@@ -552,8 +494,7 @@ def test_no_peer_available_under_django(mariadb_pair: Pair) -> None:
     """NoPeerAvailable names each peer, its address, error and trial, and is an OperationalError."""
     first, second = mariadb_pair
     clock = Clock()
-    peers = [mysql_peer(node) for node in mariadb_pair]
-    with first_then_second(*peers, clock=clock, LAST_RESORT_INTERVAL=None) as connection:
+    with first_then_second(*mariadb_pair, clock=clock, LAST_RESORT_INTERVAL=None) as connection:
         first.kill()
         connection.ensure_connection()
         connection.close()
@@ -576,13 +517,11 @@ def test_no_peer_available_under_django(mariadb_pair: Pair) -> None:
         assert again.balancer == "balanced"
 
 
-def test_passwords_are_nowhere(
-    mariadb_pair: Pair, caplog: pytest.LogCaptureFixture, received: list[Any]
-) -> None:
+def test_passwords_are_nowhere(mariadb_pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     wrong = "tell-no-one"
-    peers = mysql_peer(mariadb_pair[0], PASSWORD=wrong), mysql_peer(mariadb_pair[1])
-    with first_then_second(*peers, PASSWORD="nor-this") as connection:
+    refusing = mysql_peer(mariadb_pair[0], PASSWORD=wrong)
+    with first_then_second(refusing, mariadb_pair[1], PASSWORD="nor-this") as connection:
         connection.ensure_connection()
         connection.close()
         mariadb_pair[1].kill()
@@ -613,15 +552,13 @@ def test_sqlite_peer_whose_path_is_gone(tmp_path: Path) -> None:
     good = sqlite_peer(tmp_path / "db")
     gone = sqlite_peer(tmp_path / "no" / "db")
     with first_then_second(gone, good, PEER_ENGINE=SQLITE) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
+        assert connected_to(connection) == "peer1"
         assert state().fault is Fault.UNREACHABLE
     (tmp_path / "text").write_text("no database, but long enough to be read as one " * 100)
     settings = {"PEER_ENGINE": SQLITE, "OPTIONS": {}}
     broken = sqlite_peer(tmp_path / "text")
     with first_then_second(broken, good, READY_CHECK=f"{__name__}.reads", **settings) as connection:
-        connection.ensure_connection()
-        assert connection.peer.name == "peer1"
+        assert connected_to(connection) == "peer1"
         assert state().fault is Fault.REFUSED
     gc.collect()
 
@@ -629,15 +566,6 @@ def test_sqlite_peer_whose_path_is_gone(tmp_path: Path) -> None:
 def reads(connection: Any) -> None:
     """Read something: a READY_CHECK for SQLite, which opens anything."""
     connection.execute("SELECT * FROM sqlite_master").fetchall()
-
-
-def test_balancer_without_any_peer_does_no_harm_to_another_alias(mariadb_pair: Pair) -> None:
-    with engine([mysql_peer(mariadb_pair[0])]) as connection:
-        mariadb_pair[0].kill()
-        with pytest.raises(NoPeerAvailable):
-            connection.ensure_connection()
-        with connections["default"].cursor() as cursor:
-            cursor.execute("SELECT 1")
 
 
 def test_connect_while_connected(tmp_path: Path) -> None:
