@@ -20,7 +20,7 @@ import django
 import pytest
 from django.core.cache import caches
 from django.core.management import call_command
-from django.db import OperationalError, connections, models, transaction
+from django.db import OperationalError, connections, models
 from django.db.backends.signals import connection_created
 from django.db.models.sql.compiler import SQLCompiler
 from django.http import HttpResponse
@@ -141,20 +141,6 @@ class TestDebugToolbar:
         assert len(of_the_table(shown["queries"])) == 2
         assert {query["alias"] for query in shown["queries"]} == {"balanced"}
         assert {query["vendor"] for query in shown["queries"]} == {here.connection.vendor}
-
-    def test_transactions(self, here: Site, panel: Callable[..., Any]) -> None:
-        here.sql("SELECT 1")
-
-        def work() -> None:
-            with transaction.atomic("balanced"):
-                here.cut("after")
-                assert tokens(here).count() == 0
-                tokens(here).create(value="one")
-
-        shown = panel(work)
-        assert len(of_the_table(shown["queries"])) == 2
-        assert here.replayed()
-        assert here.plain_rows() == ["one"]
 
     def test_server_side_cursors(self, on_postgres: Site, panel: Callable[..., Any]) -> None:
         """It wraps these, too; they stay what they are."""

@@ -84,14 +84,6 @@ def keeps_the_first_peer_s(real: Real) -> Any:
     return DatabaseWrapper
 
 
-def keeps_nothing(real: Real) -> Any:
-    class DatabaseWrapper(real):  # type: ignore[misc]
-        def get_new_connection(self, params: dict[str, Any]) -> Any:
-            return super().get_new_connection(params)
-
-    return DatabaseWrapper
-
-
 @pytest.fixture(params=["mariadb", "postgres"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -160,32 +152,22 @@ def test_is_never_taken_for_another_peer(make: Any, nodes: Any, named: Any) -> N
         assert {state.state for state in balancers["balanced"].snapshot()} == {"closed"}
 
 
-def test_an_engine_that_keeps_nothing(nodes: Any, named: Any) -> None:
-    peers = [mysql_peer(node) for node in nodes]
-    with engine(peers, PEER_ENGINE=named(keeps_nothing), STRATEGY="round_robin") as connection:
-        seen = set()
-        for _ in range(4):
-            seen.add(served_by(connection))
-            connection.close()
-        assert seen == {node.port for node in nodes}
-
-
-def test_an_engine_that_goes_by_a_tunnel(
-    nodes: Any, named: Any, fault_proxy: Callable[..., FaultProxy]
+@pytest.mark.parametrize("by_tunnel", [False, True])
+def test_an_engine_that_keeps_nothing(
+    nodes: Any, named: Any, fault_proxy: Callable[..., FaultProxy], by_tunnel: bool
 ) -> None:
-    """Its connections lead elsewhere than the settings say, each peer's to a place of its own."""
-    tunnels = {node.port: fault_proxy(node) for node in nodes}
+    """Also by a tunnel: elsewhere than the settings say, each peer's to a place of its own."""
+    ways = {node.port: (fault_proxy(node) if by_tunnel else node).port for node in nodes}
 
-    def tunnelled(real: Real) -> Any:
+    def goes(real: Real) -> Any:
         class DatabaseWrapper(real):  # type: ignore[misc]
             def get_new_connection(self, params: dict[str, Any]) -> Any:
-                tunnel = tunnels[params["port"]]
-                return super().get_new_connection({**params, "port": tunnel.port})
+                return super().get_new_connection({**params, "port": ways[params["port"]]})
 
         return DatabaseWrapper
 
     peers = [mysql_peer(node) for node in nodes]
-    with engine(peers, PEER_ENGINE=named(tunnelled), STRATEGY="round_robin") as connection:
+    with engine(peers, PEER_ENGINE=named(goes), STRATEGY="round_robin") as connection:
         seen = set()
         for _ in range(4):
             seen.add(served_by(connection))

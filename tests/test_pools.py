@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import django
 import psycopg
 import pytest
-from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, transaction
 from django.db.backends.signals import connection_created
 from psycopg_pool import ConnectionPool, PoolTimeout
@@ -44,12 +43,17 @@ Pair = tuple[PostgreSQLNode, PostgreSQLNode]
 Proxies = tuple[FaultProxy, FaultProxy]
 
 
-def pooled(peers: list[Any], pool: Any = True, **settings: Any) -> Any:
-    """A balancer whose connections come out of pools, its first peer before the others."""
-    options = {"pool": {"min_size": 1, "max_size": 2} if pool is True else pool}
-    peers = [{"PRIORITY": priority, **peer} for priority, peer in enumerate(peers)]
-    settings = {"PEER_ENGINE": POSTGRESQL, "OPTIONS": options, **settings}
-    return engine(peers, **settings)
+def pooled(servers: Sequence[Any], pool: Any = None, own: Any = None, **settings: Any) -> Any:
+    """A balancer whose connections come out of pools, its first peer before the others.
+
+    :param own: what each peer has besides.
+    """
+    options = {"pool": pool or {"min_size": 1, "max_size": 2}}
+    peers = [
+        postgres_peer(one, **{"PRIORITY": priority, **(own or {})})
+        for priority, one in enumerate(servers)
+    ]
+    return engine(peers, PEER_ENGINE=POSTGRESQL, OPTIONS=options, **settings)
 
 
 def pool_of(connection: Any, peer: str = "peer0") -> ConnectionPool[Any]:
@@ -83,21 +87,27 @@ class Others:
                 wrapper.close()
 
 
+Start = Callable[[Any], Others]
+
+
 @pytest.fixture
-def others() -> Iterator[Callable[[Any], Others]]:
-    made: list[Others] = []
-
-    def start(connection: Any) -> Others:
-        made.append(Others(connection))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.close()
+def others() -> Iterator[Start]:
+    with contextlib.ExitStack() as made:
+        yield lambda connection: made.enter_context(contextlib.closing(Others(connection)))
 
 
 def pid(connection: Any) -> int:
     return int(connection.connection.info.backend_pid)
+
+
+def reconnect(connection: Any) -> None:
+    connection.close()
+    connection.ensure_connection()
+
+
+def read(connection: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
 
 
 def asked_pid(connection: Any) -> int:
@@ -108,9 +118,7 @@ def asked_pid(connection: Any) -> int:
 
 
 @pytest.fixture
-def proxies(
-    postgres: PostgreSQLNode, fault_proxy: Callable[..., FaultProxy]
-) -> tuple[FaultProxy, FaultProxy]:
+def proxies(postgres: PostgreSQLNode, fault_proxy: Callable[..., FaultProxy]) -> Proxies:
     """Two ways to one server."""
     return fault_proxy(postgres), fault_proxy(postgres)
 
@@ -163,10 +171,9 @@ ONE = {"min_size": 1, "max_size": 1}
 class TestApart:
     """Each peer has its own pool, and so has whatever else is asked for."""
 
-    def test_peers(self, postgres_pair: Pair, others: Callable[[Any], Others]) -> None:
+    def test_peers(self, postgres_pair: Pair, others: Start) -> None:
         """What was closed is used again, on the peer where it was."""
-        peers = [postgres_peer(node, PRIORITY=0) for node in postgres_pair]
-        with pooled(peers, ONE, STRATEGY="round_robin") as one:
+        with pooled(postgres_pair, ONE, {"PRIORITY": 0}, STRATEGY="round_robin") as one:
             one.ensure_connection()
             two = others(one).connect()
             assert {one.peer.name, two.peer.name} == {"peer0", "peer1"}
@@ -194,8 +201,7 @@ class TestApart:
 
     def test_balancers(self, postgres: PostgreSQLNode) -> None:
         """Two balancers over the same server."""
-        peers = [postgres_peer(postgres)]
-        with pooled(peers) as one, pooled(peers, alias="second") as two:
+        with pooled([postgres]) as one, pooled([postgres], alias="second") as two:
             one.ensure_connection()
             two.ensure_connection()
             assert pool_of(one) is not pool_of(two)
@@ -205,7 +211,7 @@ class TestApart:
     def test_other_databases(self, postgres: PostgreSQLNode) -> None:
         """A changed NAME has a pool of its own, and no database in particular has none."""
         postgres.create_database("elsewhere", USER)
-        with pooled([postgres_peer(postgres)]) as connection:
+        with pooled([postgres]) as connection:
             connection.ensure_connection()
             first = connection.pool
             connection.close()
@@ -226,10 +232,9 @@ class TestApart:
             # Nothing is connected to it any more.
             postgres.sql("DROP DATABASE elsewhere")
 
-    def test_close_pool(self, postgres_pair: Pair, others: Callable[[Any], Others]) -> None:
+    def test_close_pool(self, postgres_pair: Pair, others: Start) -> None:
         """Closes the pools of all peers; the next connection comes out of a new one."""
-        peers = [postgres_peer(node, PRIORITY=0) for node in postgres_pair]
-        with pooled(peers, ONE, STRATEGY="round_robin") as connection:
+        with pooled(postgres_pair, ONE, {"PRIORITY": 0}, STRATEGY="round_robin") as connection:
             connection.ensure_connection()
             others(connection).connect()
             before = [pool_of(connection, name) for name in ("peer0", "peer1")]
@@ -240,15 +245,14 @@ class TestApart:
             assert connection.pool not in before
             # As Django does when the time zone changes.
             connection.ensure_timezone()
-            connection.close()
-            connection.ensure_connection()
+            reconnect(connection)
 
     def test_closed_for_good_just_now(self, postgres: PostgreSQLNode) -> None:
         """A pool that is closed between its finding and its use is no failure of the peer's.
 
         Before its version 3.3, psycopg_pool says it as it says what the server does.
         """
-        with pooled([postgres_peer(postgres)], CONN_MAX_AGE=0) as connection:
+        with pooled([postgres], CONN_MAX_AGE=0) as connection:
             connection.ensure_connection()
             connection.close()
             first = pool_of(connection)
@@ -262,11 +266,9 @@ class TestApart:
             assert pool_of(connection) is not first
             assert state() == "closed"
 
-    def test_while_others_connect(
-        self, postgres: PostgreSQLNode, others: Callable[[Any], Others]
-    ) -> None:
+    def test_while_others_connect(self, postgres: PostgreSQLNode, others: Start) -> None:
         """close_pool() in the middle of other threads' connects: they get new ones."""
-        with pooled([postgres_peer(postgres)]) as connection:
+        with pooled([postgres]) as connection:
             connection.ensure_connection()
             events = listen(connection)
             ended = threading.Event()
@@ -276,8 +278,7 @@ class TestApart:
                 try:
                     while not ended.is_set():
                         wrapper.close()
-                        with wrapper.cursor() as cursor:
-                            cursor.execute("SELECT 1")
+                        read(wrapper)
                 finally:
                     wrapper.close()
 
@@ -292,7 +293,7 @@ class TestApart:
         self, postgres: PostgreSQLNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """psycopg's pool does not tell who queues up just after it was closed: on to a new one."""
-        with pooled([postgres_peer(postgres)]) as connection:
+        with pooled([postgres]) as connection:
             events = listen(connection)
             closed_now: list[ConnectionPool[Any]] = []
             check: Any = ConnectionPool._check_open_getconn
@@ -317,13 +318,12 @@ class TestApart:
             given.append(f"{len(given)}")
             return PASSWORD
 
-        with pooled([postgres_peer(postgres, PASSWORD=password)]) as connection:
+        with pooled([postgres], own={"PASSWORD": password}) as connection:
             connection.ensure_connection()
             pool = connection.pool
             asked = len(given)
             connection.connection.close()
-            connection.close()
-            connection.ensure_connection()
+            reconnect(connection)
             assert connection.pool is pool
             # Once for the attempt, and once in a worker, for the lost connection's successor.
             until(lambda: len(given) >= asked + 2)
@@ -332,9 +332,9 @@ class TestApart:
 class TestEmpty:
     """A pool that has nothing to give says nothing about its peer."""
 
-    def test_next_peer_at_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_next_peer_at_once(self, proxies: Proxies, others: Start) -> None:
         """As long as another peer has one to spare, no request waits."""
-        with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
+        with pooled(proxies, ONE) as connection:
             connection.ensure_connection()
             events = listen(connection)
             other = others(connection).connect()
@@ -344,11 +344,9 @@ class TestEmpty:
             assert events[0].seconds < 4
             assert state() == "closed"
 
-    def test_waits_where_nothing_else_is_left(
-        self, proxies: Proxies, others: Callable[[Any], Others]
-    ) -> None:
+    def test_waits_where_nothing_else_is_left(self, proxies: Proxies, others: Start) -> None:
         """Every pool is empty: the first that comes has what is given back."""
-        with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
+        with pooled(proxies, ONE) as connection:
             more = others(connection)
             held = [more.connect(), more.connect()]
             with running(more.connect):
@@ -358,10 +356,9 @@ class TestEmpty:
             (third,) = [wrapper for wrapper in more.made if wrapper not in held]
             assert pid(third) == pid_of_first
 
-    def test_all_of_them(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_all_of_them(self, proxies: Proxies, others: Start) -> None:
         """The wait ends, and the error says why; no circuit opens."""
-        peers = [postgres_peer(proxy) for proxy in proxies]
-        with pooled(peers, ONE) as connection:
+        with pooled(proxies, ONE) as connection:
             more = others(connection)
             more.connect(), more.connect()
             shorten(connection, "peer0", "peer1")
@@ -378,9 +375,9 @@ class TestEmpty:
             states = {state.state for state in balancers["balanced"].snapshot()}
             assert (states, of(CircuitOpened, events)) == ({"closed"}, [])
 
-    def test_and_dead(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_and_dead(self, proxies: Proxies, others: Start) -> None:
         """The peer of an empty pool is asked before it is taken to be well: here it is not."""
-        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+        with pooled(proxies[:1], ONE) as connection:
             others(connection).connect()
             shorten(connection, "peer0")
             events = listen(connection)
@@ -390,9 +387,9 @@ class TestEmpty:
             assert [event.fault for event in of(ConnectFailed, events)] == [Fault.UNREACHABLE]
             assert len(of(CircuitOpened, events)) == 1
 
-    def test_too_many_are_waiting(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_too_many_are_waiting(self, proxies: Proxies, others: Start) -> None:
         """max_waiting: refused by our own pool, which counts for nothing either."""
-        with pooled([postgres_peer(proxies[0])], {**ONE, "max_waiting": 1}) as connection:
+        with pooled(proxies[:1], {**ONE, "max_waiting": 1}) as connection:
             more = others(connection)
             holder = more.connect()
             with running(more.connect):
@@ -403,9 +400,9 @@ class TestEmpty:
                 assert [event.fault for event in of(ConnectFailed, events)] == [Fault.OVERLOADED]
                 holder.close()
 
-    def test_the_crowd_asks_once(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_the_crowd_asks_once(self, proxies: Proxies, others: Start) -> None:
         """A peer without connections so far is asked by one thread, not by each."""
-        with pooled([postgres_peer(proxies[0])], {"min_size": 1, "max_size": 8}) as connection:
+        with pooled(proxies[:1], {"min_size": 1, "max_size": 8}) as connection:
             more = others(connection)
             proxies[0].freeze()
             with direct_connects() as direct, running(*[more.connect] * 8):
@@ -420,7 +417,7 @@ class TestDeath:
 
     def test_peer(self, proxies: Proxies) -> None:
         """Found before it is handed out; the peer is asked, and the next one is used."""
-        with pooled([postgres_peer(proxy) for proxy in proxies]) as connection:
+        with pooled(proxies) as connection:
             connection.ensure_connection()
             raw, pool = connection.connection, connection.pool
             connection.close()
@@ -437,7 +434,7 @@ class TestDeath:
     def test_connections(self, proxies: Proxies) -> None:
         """The server was restarted: all are thrown away, none is an error, nothing counts."""
         size = {"min_size": 4, "max_size": 4}
-        with pooled([postgres_peer(proxies[0])], size) as connection:
+        with pooled(proxies[:1], size) as connection:
             connection.ensure_connection()
             pool = connection.pool
             connection.close()
@@ -448,8 +445,7 @@ class TestDeath:
             for one in raw:
                 until_seen(one)
             for _ in range(5):
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT 1")
+                read(connection)
                 connection.close()
             assert of(ConnectFailed, events) == of(ConnectionLost, events) == []
 
@@ -458,26 +454,24 @@ class TestDeath:
         for."""
         size = {"min_size": 3, "max_size": 3}
         with (
-            pooled([postgres_peer(proxies[0])], size, CONN_HEALTH_CHECKS=True) as connection,
+            pooled(proxies[:1], size, CONN_HEALTH_CHECKS=True) as connection,
             mock.patch.object(
                 ConnectionPool, "check_connection", wraps=ConnectionPool.check_connection
             ) as check,
         ):
             connection.ensure_connection()
-            connection.close()
-            connection.ensure_connection()
+            reconnect(connection)
             assert check.call_count == 2
 
     def test_after_the_trial(self, proxies: Proxies) -> None:
         """A peer that is back has a fresh pool; its trial asks it directly."""
         clock = Clock()
-        with pooled([postgres_peer(proxy) for proxy in proxies], clock=clock) as connection:
+        with pooled(proxies, clock=clock) as connection:
             connection.ensure_connection()
             first = connection.pool
             die(proxies[0])
             until_seen(connection.connection)
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
+            read(connection)
             assert connection.peer.name == "peer1"
             connection.close()
             clock.advance(2)
@@ -495,7 +489,7 @@ class TestDeath:
 
     def test_drained(self, proxies: Proxies) -> None:
         """A drained peer keeps no connections in a pool."""
-        with pooled([postgres_peer(proxy) for proxy in proxies]) as connection:
+        with pooled(proxies) as connection:
             connection.ensure_connection()
             pool = connection.pool
             balancers["balanced"].drain("peer0")
@@ -507,8 +501,7 @@ class TestDeath:
 
     def test_fail_max(self, proxies: Proxies) -> None:
         """Each failed attempt counts one, none waits, until there are enough."""
-        peers = [postgres_peer(proxy) for proxy in proxies]
-        with pooled(peers, BREAKER={"fail_max": 3}) as connection:
+        with pooled(proxies, BREAKER={"fail_max": 3}) as connection:
             connection.ensure_connection()
             raw = connection.connection
             connection.close()
@@ -523,13 +516,10 @@ class TestDeath:
             assert all(event.seconds < 4 for event in of(ConnectFailed, events))
             assert len(of(CircuitOpened, events)) == 1
 
-    def test_threads_that_wait_learn_of_the_death(
-        self, proxies: Proxies, others: Callable[[Any], Others]
-    ) -> None:
+    def test_threads_that_wait_learn_of_the_death(self, proxies: Proxies, others: Start) -> None:
         """One thread asks the peer; when it is dead, those that wait for the pool do not go on."""
-        peers = [postgres_peer(proxies[0])]
         settings = {"BREAKER": {"fail_max": 5}, "CONNECT_TIMEOUT": 30, "CONNECT_DEADLINE": 40}
-        with pooled(peers, ONE, **settings) as connection, direct_connects() as direct:
+        with pooled(proxies[:1], ONE, **settings) as connection, direct_connects() as direct:
             more, events = others(connection), listen(connection)
             proxies[0].accept_and_hang()
             with running(more.try_to_connect):
@@ -548,37 +538,35 @@ class TestPlaces:
 
     def test_lost_connections(self, proxies: Proxies) -> None:
         """A connection that is lost and replaced gives its place back."""
-        with pooled([postgres_peer(proxy) for proxy in proxies], ONE) as connection:
+        with pooled(proxies, ONE) as connection:
             events = listen(connection)
             for _ in range(4):
                 connection.ensure_connection()
                 name = connection.peer.name
                 proxies[int(name[-1])].drop_connections()
                 until_seen(connection.connection)
-                with transaction.atomic("balanced"), connection.cursor() as cursor:
-                    cursor.execute("SELECT 1")
+                with transaction.atomic("balanced"):
+                    read(connection)
                 connection.close()
             assert len(of(ConnectionReplaced, events)) == 4
             assert of(ConnectFailed, events) == []
 
     def test_found_dead_when_it_is_closed(self, proxies: Proxies) -> None:
         """The loss goes unnoticed, and the pool takes it back: the next request gets another."""
-        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+        with pooled(proxies[:1], ONE) as connection:
             for _ in range(3):
                 connection.ensure_connection()
                 raw = connection.connection
                 proxies[0].drop_connections()
                 until_seen(raw)
-                connection.close()
-                connection.ensure_connection()
+                reconnect(connection)
                 assert connection.connection is not raw
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT 1")
+                read(connection)
                 connection.close()
 
     def test_failed_attempts(self, proxies: Proxies, receive: Any) -> None:
         """A receiver that raises, an interrupt in our own code: the place is free again."""
-        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+        with pooled(proxies[:1], ONE) as connection:
             failing: list[int] = []
 
             def fail(**kwargs: Any) -> None:
@@ -604,9 +592,8 @@ class TestPlaces:
     def test_not_ready(self, postgres_pair: Pair) -> None:
         """A standby that fails its READY_CHECK: not counted as busy, and no place is lost."""
         postgres_pair[0].set_global("default_transaction_read_only = on")
-        peers = [postgres_peer(node) for node in postgres_pair]
         breaker = {"fail_max": 5}
-        with pooled(peers, ONE, READY_CHECK="writable", BREAKER=breaker) as connection:
+        with pooled(postgres_pair, ONE, READY_CHECK="writable", BREAKER=breaker) as connection:
             events = listen(connection)
             for _ in range(3):
                 connection.ensure_connection()
@@ -616,14 +603,13 @@ class TestPlaces:
 
     def test_what_must_not_be_used_again(self, proxies: Proxies) -> None:
         """A connection left in the middle of BEGIN is in no pool afterwards."""
-        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+        with pooled(proxies[:1], ONE) as connection:
             connection.ensure_connection()
             before = pid(connection)
             begin = mock.patch.object(transactions, "begin", side_effect=KeyboardInterrupt)
             with begin, pytest.raises(KeyboardInterrupt), transaction.atomic("balanced"):
                 pass
-            connection.close()
-            connection.ensure_connection()
+            reconnect(connection)
             assert pid(connection) != before
 
 
@@ -632,9 +618,9 @@ class TestPlaces:
 class TestFork:
     """A child never touches its parent's pools."""
 
-    def test_child(self, proxies: Proxies, others: Callable[[Any], Others]) -> None:
+    def test_child(self, proxies: Proxies, others: Start) -> None:
         """It connects on its own, closes what it inherited, and its parent notices nothing."""
-        with pooled([postgres_peer(proxies[0])], {"min_size": 2, "max_size": 2}) as connection:
+        with pooled(proxies[:1], {"min_size": 2, "max_size": 2}) as connection:
             connection.ensure_connection()
             pool = connection.pool
             until_filled(pool, 1)
@@ -642,8 +628,7 @@ class TestFork:
             parents = {mine, *(one.info.backend_pid for one in pool._pool)}
 
             def work() -> int:
-                connection.close()
-                connection.ensure_connection()
+                reconnect(connection)
                 its = asked_pid(connection)
                 connection.close()
                 connection.close_pool()
@@ -659,7 +644,7 @@ class TestFork:
 
     def test_in_the_middle_of_a_transaction(self, proxies: Proxies) -> None:
         """What the child closes there is not its own, nor is the pool that it came out of."""
-        with pooled([postgres_peer(proxies[0])], ONE) as connection:
+        with pooled(proxies[:1], ONE) as connection:
             with transaction.atomic("balanced"):
                 mine, pool = asked_pid(connection), connection.pool
 
@@ -670,8 +655,7 @@ class TestFork:
                 with pool._lock:
                     assert in_child(work) == "True"
                 assert asked_pid(connection) == mine
-            connection.close()
-            connection.ensure_connection()
+            reconnect(connection)
             assert pid(connection) == mine
 
 
@@ -687,7 +671,7 @@ def test_no_pool_of_the_sort(postgres: PostgreSQLNode) -> None:
 
 def test_unconnected(postgres: PostgreSQLNode) -> None:
     """As with Django's engine, the pool is there to be looked at before anything is connected."""
-    with pooled([postgres_peer(postgres)]) as connection:
+    with pooled([postgres]) as connection:
         pool = connection.pool
         assert pool.max_size == 2
         assert pool.name == "balanced/peer0"
@@ -695,22 +679,12 @@ def test_unconnected(postgres: PostgreSQLNode) -> None:
         assert connection.pool is pool
 
 
-def test_persistent_connections(postgres: PostgreSQLNode) -> None:
-    """As with Django's engine, a pool and CONN_MAX_AGE do not go together."""
-    persistent = pooled([postgres_peer(postgres)], CONN_MAX_AGE=60)
-    with persistent as connection, pytest.raises(ImproperlyConfigured, match="CONN_MAX_AGE"):
-        connection.ensure_connection()
-
-
 class TestOwnCheck:
     """OPTIONS["pool"]["check"]: the site's own, of each connection that comes out of the pool."""
 
     def checked(self, nodes: Pair, check: Any, **settings: Any) -> Any:
-        return pooled(
-            [postgres_peer(node) for node in nodes],
-            {"min_size": 1, "max_size": 2, "timeout": 3, "check": check},
-            **settings,
-        )
+        pool = {"min_size": 1, "max_size": 2, "timeout": 3, "check": check}
+        return pooled(nodes, pool, **settings)
 
     @pytest.mark.parametrize("health_checks", [False, True])
     def test_is_called(self, postgres_pair: Pair, health_checks: bool) -> None:
@@ -727,62 +701,43 @@ class TestOwnCheck:
         """psycopg_pool's own function is one like any other."""
         with self.checked(postgres_pair, ConnectionPool.check_connection) as here:
             here.ensure_connection()
-            here.close()
-            here.ensure_connection()
+            reconnect(here)
 
-    def test_that_fails_takes_a_connection_out(self, postgres_pair: Pair) -> None:
-        """One that no longer passes is thrown away, and the peer, which is well, gives another."""
+    @pytest.mark.parametrize(("of", "then"), [("backend_pid", "peer0"), ("port", "peer1")])
+    def test_that_fails(self, postgres_pair: Pair, of: str, then: str) -> None:
+        """A connection that no longer passes is thrown away, and its peer gives another.
+
+        What the check says of a connection that was made just now is the peer's answer.
+        """
         bad: set[int] = set()
 
         def check(connection: Any) -> None:
-            if connection.info.backend_pid in bad:
+            if getattr(connection.info, of) in bad:
                 raise psycopg.OperationalError("this one is stale")
 
         with self.checked(postgres_pair, check) as here:
             here.ensure_connection()
-            bad.add(pid(here))
-            here.close()
-            here.ensure_connection()
-            assert pid(here) not in bad
-            assert here.peer.name == "peer0"
+            bad.add(getattr(here.connection.info, of))
+            reconnect(here)
+            assert getattr(here.connection.info, of) not in bad
+            assert here.peer.name == then
+            first = balancers[here.alias].snapshot()[0]
+            opened = ("open", "this one is stale") if then == "peer1" else ("closed", "")
+            assert (first.state, first.error) == opened
 
-    def test_that_a_new_connection_fails_takes_the_peer_out(self, postgres_pair: Pair) -> None:
-        """What the check says of a connection that was made just now is the peer's answer."""
-        bad: set[int] = set()
-
-        def check(connection: Any) -> None:
-            if connection.info.port in bad:
-                raise psycopg.OperationalError("the writer is elsewhere by now")
-
+    @pytest.mark.parametrize(
+        ("error", "raised", "circuits"),
+        [
+            (psycopg.OperationalError("no good"), NoPeerAvailable, "open"),
+            # A mistake in it is the site's affair, and no peer is blamed.
+            (KeyError("a mistake"), KeyError, "closed"),
+        ],
+    )
+    def test_that_always_fails(
+        self, postgres_pair: Pair, error: Exception, raised: type[Exception], circuits: str
+    ) -> None:
+        check = mock.Mock(side_effect=error)
         with self.checked(postgres_pair, check) as here:
-            here.ensure_connection()
-            here.close()
-            bad.add(postgres_pair[0].port)
-            here.ensure_connection()
-            assert here.peer.name == "peer1"
-            state = balancers[here.alias].snapshot()[0]
-            assert (state.state, state.error) == ("open", "the writer is elsewhere by now")
-
-    def test_that_always_fails(self, postgres_pair: Pair) -> None:
-        """With no peer that passes there is none, and nothing is left behind."""
-        check = mock.Mock(side_effect=psycopg.OperationalError("no good"))
-        with (
-            self.checked(postgres_pair, check) as here,
-            pytest.raises(NoPeerAvailable, match="no good"),
-        ):
-            here.ensure_connection()
-
-    def test_that_is_broken_is_the_site_s_affair(self, postgres_pair: Pair) -> None:
-        """A mistake in it is raised as it is, and no peer is blamed."""
-        check = mock.Mock(side_effect=KeyError("a mistake"))
-        with self.checked(postgres_pair, check) as here:
-            with pytest.raises(KeyError):
+            with pytest.raises(raised, match=error.args[0]):
                 here.ensure_connection()
-            assert {state.state for state in balancers[here.alias].snapshot()} == {"closed"}
-
-    def test_that_cannot_be_called(self, postgres_pair: Pair) -> None:
-        with (
-            self.checked(postgres_pair, "select 1") as here,
-            pytest.raises(ImproperlyConfigured, match="check"),
-        ):
-            here.ensure_connection()
+            assert {one.state for one in balancers[here.alias].snapshot()} == {circuits}

@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from django.db import close_old_connections, connections, transaction
 
 from django_proxysql import balancers
 from django_proxysql.conf.keys import ENGINE
-from tests import fakes
 from tests.chaos.load import Load, Pace
 from tests.chaos.sites import admin, connected, make_tables
 from tests.engine import engine, mysql_peer
@@ -63,12 +63,24 @@ def until(load: Load, condition: Callable[[], bool]) -> None:
         load.wait(0.02)
 
 
+@pytest.fixture
+def proxies(mariadb: Node, haproxy: Callable[..., HAProxy]) -> list[HAProxy]:
+    return [haproxy(**{DB: mariadb}) for _ in range(2)]
+
+
+@pytest.fixture
+def peers(mariadb: Node, proxies: list[HAProxy]) -> list[Any]:
+    return [mysql_peer(mariadb, PORT=proxy.ports[DB]) for proxy in proxies]
+
+
 def test_drain_and_pause(
-    mariadb: Node, haproxy: Callable[..., HAProxy], redis_server: RedisServer, tmp_path: Path
+    mariadb: Node,
+    proxies: list[HAProxy],
+    peers: list[Any],
+    redis_server: RedisServer,
+    tmp_path: Path,
 ) -> None:
     """Drain, wait until it is empty, pause, upgrade, start, undrain; connections that last."""
-    proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
-    peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
     settings = {"SHARED_STATE": redis_server.url, "CONN_MAX_AGE": None}
     project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
     with under_load([mariadb], peers, **settings) as load:
@@ -85,94 +97,76 @@ def test_drain_and_pause(
         assert proxies[0].sessions(DB) == 4
 
 
-class Sleepers:
-    """Threads that have used a connection, keep it, and use it again when a test says so."""
+def read() -> None:
+    with connections[ALIAS].cursor() as cursor:
+        cursor.execute("SELECT value FROM chaos_row WHERE id = 1")
+        assert len(cursor.fetchall()) == 1
 
-    #: What each of them does first, when it wakes up.
-    FIRST = ("read", "write", "block")
 
-    def __init__(self) -> None:
-        self.asleep: list[str] = []
-        self.failures: list[BaseException] = []
-        self._wake = threading.Event()
-        self._threads: list[threading.Thread] = []
+def write() -> None:
+    with connections[ALIAS].cursor() as cursor:
+        cursor.execute("UPDATE chaos_row SET value = value WHERE id = 1")
 
-    def lay_down(self, count: int) -> None:
-        """Have so many more of each kind connect, one after the other, and sleep."""
-        for first in self.FIRST:
-            for _ in range(count):
-                thread = threading.Thread(target=self._run, args=(first,), daemon=True)
-                self._threads.append(thread)
-                asleep = len(self.asleep)
-                thread.start()
-                fakes.until(lambda: len(self.asleep) > asleep or self.failures)  # noqa: B023
 
-    def wake_up(self) -> None:
-        self._wake.set()
-        for thread in self._threads:
-            thread.join(60)
-            assert not thread.is_alive()
+def block() -> None:
+    with transaction.atomic(using=ALIAS):
+        read()
+        write()
 
-    def _run(self, first: str) -> None:
-        connection: Any = connections[ALIAS]
-        try:
-            self._read()
-            # Its request is over.
-            close_old_connections()
-            self.asleep.append(connection.peer.name)
-            self._wake.wait(120)
-            getattr(self, f"_{first}")()
-        except BaseException as exc:
-            self.failures.append(exc)
-        finally:
-            connection.close()
 
-    def _read(self) -> None:
-        with connections[ALIAS].cursor() as cursor:
-            cursor.execute("SELECT value FROM chaos_row WHERE id = 1")
-            assert len(cursor.fetchall()) == 1
-
-    def _write(self) -> None:
-        with connections[ALIAS].cursor() as cursor:
-            cursor.execute("UPDATE chaos_row SET value = value WHERE id = 1")
-
-    def _block(self) -> None:
-        with transaction.atomic(using=ALIAS):
-            self._read()
-            self._write()
+def sleep_and(work: Callable[[], None], asleep: list[str], wake: threading.Event) -> None:
+    """Use a connection, keep it, and ``work`` with it when a test says so."""
+    connection: Any = connections[ALIAS]
+    try:
+        read()
+        # Its request is over.
+        close_old_connections()
+        asleep.append(connection.peer.name)
+        assert wake.wait(120)
+        work()
+    finally:
+        connection.close()
 
 
 def test_stopped_with_idle_connections_left(
-    mariadb: Node, haproxy: Callable[..., HAProxy], redis_server: RedisServer, tmp_path: Path
+    mariadb: Node,
+    proxies: list[HAProxy],
+    peers: list[Any],
+    redis_server: RedisServer,
+    tmp_path: Path,
 ) -> None:
     """What is idle need not be waited for: found dead before it is used, it is replaced."""
-    proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
-    peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
     settings = {
         "SHARED_STATE": redis_server.url,
         "CONN_MAX_AGE": None,
         "STRATEGY": "round_robin",
     }
     project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
-    sleepers = Sleepers()
-    with under_load([mariadb], peers, **settings) as load:
-        sleepers.lay_down(2)
-        assert Counter(sleepers.asleep) == {"peer0": 3, "peer1": 3}
-        for number, proxy in enumerate(proxies):
-            assert project.run("--drain", f"peer{number}")[0] == 0
-            # The threads at work have left. The others do not know of it.
-            until(load, lambda proxy=proxy: proxy.sessions(DB) == 3)
-            proxy.disable(DB)
-            proxy.restart()
-            assert project.run("--undrain", f"peer{number}")[0] == 0
-        sleepers.wake_up()
-    assert sleepers.failures == []
+    asleep: list[str] = []
+    wake = threading.Event()
+    with ThreadPoolExecutor(6) as pool, under_load([mariadb], peers, **settings) as load:
+        try:
+            sleepers = []
+            for number, work in enumerate(2 * (read, write, block)):
+                sleepers.append(pool.submit(sleep_and, work, asleep, wake))
+                # One after the other.
+                until(load, lambda number=number: len(asleep) > number or sleepers[-1].done())
+            assert Counter(asleep) == {"peer0": 3, "peer1": 3}
+            for number, proxy in enumerate(proxies):
+                assert project.run("--drain", f"peer{number}")[0] == 0
+                # The threads at work have left. The others do not know of it.
+                until(load, lambda proxy=proxy: proxy.sessions(DB) == 3)
+                proxy.disable(DB)
+                proxy.restart()
+                assert project.run("--undrain", f"peer{number}")[0] == 0
+        finally:
+            wake.set()
+        for sleeper in sleepers:
+            sleeper.result(60)
 
 
-def test_pause_alone(mariadb: Node, haproxy: Callable[..., HAProxy]) -> None:
+def test_pause_alone(mariadb: Node, proxies: list[HAProxy], peers: list[Any]) -> None:
     """Where each request connects anew a pause is enough: it opens the circuit."""
-    proxies = [haproxy(**{DB: mariadb}) for _ in range(2)]
-    peers = [{**mysql_peer(mariadb), "PORT": proxy.ports[DB]} for proxy in proxies]
     with under_load([mariadb], peers, CONN_MAX_AGE=0, CHECK_INTERVAL=0.2) as load:
         for proxy in proxies:
             proxy.disable(DB)
