@@ -146,32 +146,50 @@ def signatures(databases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {alias: connections[alias].creation.test_db_signature() for alias in databases}
 
 
-def test_balancers_over_the_same_peers_share_a_test_database() -> None:
-    """In whichever order, and whatever else they have."""
-    found = signatures(
-        {
-            "one": entry(PEERS=[peer("b"), peer("a")]),
-            "two": entry(PEERS=[peer("a", WEIGHT=3), peer("b")], STRATEGY="round_robin"),
-            "plain": {"ENGINE": MYSQL, **peer("a")},
-        }
-    )
-    assert found["one"] == found["two"] == found["plain"] == ("a", "", MYSQL, "test_app")
+AB = entry(PEERS=[peer("a"), peer("b")])
+#: What stands beside a balancer over a and b: it has the same test database, one of its own, or
+#: one of the same name on a server of both, which is refused.
+BESIDE: list[tuple[dict[str, Any], str]] = [
+    # In whichever order, and whatever else they have.
+    (entry(PEERS=[peer("b"), peer("a")]), "the same"),
+    (entry(PEERS=[peer("a", WEIGHT=3), peer("b")], STRATEGY="round_robin"), "the same"),
+    ({"ENGINE": MYSQL, **peer("a")}, "the same"),
+    (entry(PEERS=[peer("c"), peer("d")]), "its own"),
+    (entry(PEERS=[peer("a", PORT=3307), peer("b", PORT=3307)]), "its own"),
+    ({**AB, "TEST": {"NAME": "another"}}, "its own"),
+    ({**AB, "NAME": "another"}, "its own"),
+    ({**AB, "PEER_ENGINE": POSTGRESQL}, "its own"),
+    (entry(PEERS=[peer("b")], TEST={"MIRROR": "one"}), "its own"),
+    (entry(PEERS=[peer("b")], PEER_ENGINE=POSTGRESQL), "its own"),
+    ({"ENGINE": MYSQL, **peer("c")}, "its own"),
+    (entry(PEERS=[peer("b"), peer("c")]), "refused"),
+    (entry(PEERS=[peer("c"), peer("b")], NAME="else", TEST={"NAME": "test_app"}), "refused"),
+    ({"ENGINE": MYSQL, **peer("b")}, "refused"),
+]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"PEERS": [peer("c"), peer("d")]},
-        {"PEERS": [peer("a", PORT=3307), peer("b", PORT=3307)]},
-        {"PEERS": [peer("a"), peer("b")], "TEST": {"NAME": "another"}},
-        {"PEERS": [peer("a"), peer("b")], "NAME": "another"},
-        {"PEERS": [peer("a"), peer("b")], "PEER_ENGINE": POSTGRESQL},
-    ],
-)
-def test_others_have_one_of_their_own(other: dict[str, Any]) -> None:
-    """Other servers, another port, another name, another engine: another test database."""
-    found = signatures({"one": entry(PEERS=[peer("a"), peer("b")]), "two": entry(**other)})
-    assert found["one"] != found["two"]
+@pytest.mark.parametrize(("other", "has"), BESIDE)
+def test_test_databases_are_shared_by_servers_and_name_and_none_is_made_over_another(
+    other: dict[str, Any], has: str
+) -> None:
+    with added({"one": {**AB}, "two": other}):
+        one, two = (connections[alias].creation for alias in ("one", "two"))
+        assert (one.test_db_signature() == two.test_db_signature()) is (has == "the same")
+        one._refuse_an_overlap()
+        # Django's own engine does not know: the balancer whose peer is there refuses for it.
+        learns = has == "refused" and "PEERS" not in other
+        assert ("create_test_db" in vars(two)) is learns
+        if learns:
+            with pytest.raises(ImproperlyConfigured, match="'two' and 'one' would each make"):
+                two.create_test_db(verbosity=0, autoclobber=True)
+        if has != "the same":
+            # It has been made.
+            connections.databases["two"]["NAME"] = two._get_test_db_name()
+        if has == "refused":
+            with pytest.raises(ImproperlyConfigured, match="'two' and 'one' would each make"):
+                one.create_test_db(verbosity=0, autoclobber=True)
+        else:
+            one._refuse_an_overlap()
 
 
 def test_signature_of_files() -> None:
@@ -205,18 +223,6 @@ def test_peers_are_mirrors() -> None:
     assert mirrors == {"a": "one", "b": "a", "c": "one", "other": None, "one": None}
 
 
-def test_peers_mirror_what_their_balancer_mirrors() -> None:
-    """A chain of mirrors is one that Django does not follow."""
-    with added(
-        {
-            "a": {"ENGINE": MYSQL, **peer("a")},
-            "one": entry(PEERS=["a"], TEST={"MIRROR": "default"}),
-        }
-    ):
-        assert connections["one"].alias == "one"
-        assert connections["a"].settings_dict["TEST"]["MIRROR"] == "default"
-
-
 def test_a_peer_with_a_test_database_of_its_own() -> None:
     """Django met it before its balancer: the balancer's would be made over it."""
     with added({"a": {"ENGINE": MYSQL, **peer("a")}, "one": entry(PEERS=["a"])}):
@@ -247,60 +253,6 @@ def test_dependencies_on_peers() -> None:
     assert found == {"other": ["third", "one"], "third": [], "one": ["third"]}
     assert [list(aliases) for _, aliases in made.values()] == [["third"], ["one"], ["other"]]
     assert mirrors["a"] == mirrors["b"] == "one"
-
-
-def test_overlapping_balancers() -> None:
-    """They have a server in common, and neither's test database may be made over the other's."""
-    plain = {"ENGINE": MYSQL, **peer("b")}
-    for other in (
-        entry(PEERS=[peer("b"), peer("c")]),
-        entry(PEERS=[peer("c"), peer("b")], NAME="else", TEST={"NAME": "test_app"}),
-        plain,
-    ):
-        with added({"one": entry(PEERS=[peer("a"), peer("b")]), "two": other}):
-            creation = connections["one"].creation
-            assert creation.test_db_signature() != connections["two"].creation.test_db_signature()
-            creation._refuse_an_overlap()
-            # It has been made.
-            connections.databases["two"]["NAME"] = "test_app"
-            with pytest.raises(ImproperlyConfigured, match="'two' and 'one' would each make"):
-                creation.create_test_db(verbosity=0, autoclobber=True)
-
-
-@pytest.mark.parametrize("host", ["a", "b", "c"])
-def test_plain_alias_made_after_a_balancer(host: str) -> None:
-    """Django's own engine does not know; the balancer whose peer is there tells it."""
-    databases = {
-        "one": entry(PEERS=[peer("a"), peer("b")]),
-        "plain": {"ENGINE": MYSQL, **peer(host)},
-    }
-    with added(databases):
-        plain = connections["plain"].creation
-        connections["one"].creation._refuse_an_overlap()
-        # At the first it shares the balancer's, at the third there is none.
-        assert ("create_test_db" in vars(plain)) is (host == "b")
-        if host == "b":
-            with pytest.raises(ImproperlyConfigured, match="'plain' and 'one' would each make"):
-                plain.create_test_db(verbosity=0, autoclobber=True)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        entry(PEERS=[peer("c"), peer("d")]),
-        entry(PEERS=[peer("b", PORT=3307)]),
-        entry(PEERS=[peer("b")], TEST={"MIRROR": "one"}),
-        entry(PEERS=[peer("b")], PEER_ENGINE=POSTGRESQL),
-        {"ENGINE": MYSQL, **peer("c")},
-    ],
-)
-def test_no_overlap(other: dict[str, Any]) -> None:
-    """Other servers, or a mirror: nothing to refuse."""
-    with added({"one": entry(PEERS=[peer("a"), peer("b")]), "two": other}):
-        creation = connections["one"].creation
-        assert connections["two"].alias == "two"
-        connections.databases["two"]["NAME"] = "test_app"
-        creation._refuse_an_overlap()
 
 
 def test_default_alias_as_a_peer() -> None:
@@ -348,6 +300,7 @@ class Production:
         self.use_tests('{"default", "peer1"}')
 
     def use_tests(self, databases: str) -> None:
+        self.tested_aliases = databases
         # What a TestCase writes through one alias has not been committed for another.
         case = "TestCase" if "," not in databases else "TransactionTestCase"
         text = TESTS % {"databases": databases, "name": DATABASE, "case": case}
@@ -356,8 +309,13 @@ class Production:
             text = text.partition("class Four")[0]
         self.project.write({"shop/tests.py": text})
 
-    def run(self) -> Iterator[Production]:
-        """Make the tables and a row; when the test is over see that there is nothing else."""
+    def run(self, peers: str | None) -> Iterator[Production]:
+        """Make the tables and a row; when the test is over see that there is nothing else.
+
+        :param peers: "aliases": the peers are aliases of their own.
+        """
+        if peers == "aliases":
+            self.use_aliases()
         self.project.manage("migrate")
         self.sql("INSERT INTO shop_item (name) VALUES ('production')")
         before = self.contents()
@@ -411,43 +369,44 @@ class OnSQLite(Production):
 
 
 @pytest.fixture
-def production(mariadb_pair: tuple[Node, Node], tmp_path: Path) -> Iterator[Production]:
+def production(
+    mariadb_pair: tuple[Node, Node], tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Production]:
     """Fails if the test leaves anything else in production than it found."""
     dead, alive = mariadb_pair
     dead.kill()
     alive.create_database(DATABASE)
-    yield from Production(tmp_path, dead, alive).run()
+    yield from Production(tmp_path, dead, alive).run(getattr(request, "param", None))
 
 
 @pytest.fixture
 def on_postgresql(
-    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode], tmp_path: Path
+    postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Production]:
     """The same on PostgreSQL."""
     dead, alive = postgres_pair
     dead.kill()
     alive.create_database(DATABASE, USER)
-    yield from OnPostgreSQL(tmp_path, dead, alive).run()
+    yield from OnPostgreSQL(tmp_path, dead, alive).run(getattr(request, "param", None))
 
 
-def test_manage_test_leaves_nothing_behind(production: Production) -> None:
-    production.tested()
-    assert production.test_databases() == []
+PEERS = ["inline", "aliases"]
+inline_and_aliases = pytest.mark.parametrize("production", PEERS, indirect=True)
 
 
-def test_keepdb_makes_it_once_and_finds_it_again(production: Production) -> None:
-    assert "Creating" in production.project.manage("test", "--keepdb", "--noinput", "-v2")
-    assert production.test_databases() == [f"test_{DATABASE}"]
-    assert "No migrations to apply" in production.project.manage("test", "--keepdb", "-v2")
-    assert production.test_databases() == [f"test_{DATABASE}"]
+def names(*suffixes: str) -> list[str]:
+    return [f"test_{DATABASE}{suffix}" for suffix in suffixes]
 
 
-def test_parallel(production: Production) -> None:
-    """--parallel: each process has its clone; with --keepdb they are found again."""
+def test_parallel_and_keepdb(production: Production) -> None:
+    """Each process has its clone; with --keepdb all of them are found again."""
     args = ("--parallel", "2", "--keepdb", "-v2")
-    production.tested(*args)
-    assert production.test_databases() == [f"test_{DATABASE}{n}" for n in ("", "_1", "_2")]
-    production.tested(*args)
+    assert "Creating" in production.tested(*args)
+    assert production.test_databases() == names("", "_1", "_2")
+    assert "No migrations to apply" in production.tested(*args)
+    assert production.test_databases() == names("", "_1", "_2")
     production.tested("--parallel", "2", "--noinput")
     assert production.test_databases() == []
 
@@ -504,48 +463,38 @@ def test_made_on_one_peer_where_each_has_one(two_alive: TwoAlive) -> None:
     assert node.sql("SELECT name FROM shop_item", f"test_{DATABASE}") == "by a receiver\n"
 
 
-@pytest.mark.parametrize("aliases", [False, True])
-def test_peer_that_hangs(
-    production: Production, mariadb_pair: tuple[Node, Node], aliases: bool
-) -> None:
+@inline_and_aliases
+def test_peer_that_hangs(production: Production, mariadb_pair: tuple[Node, Node]) -> None:
     """A peer that takes connections and stays silent costs CONNECT_TIMEOUT, in each process."""
     hangs, _ = mariadb_pair
     hangs.start()
     hangs.freeze()
-    if aliases:
-        production.use_aliases()
     production.databases["default"]["CONNECT_TIMEOUT"] = 1
     production.configure()
     production.tested("--parallel", "2", timeout=60)
     assert production.test_databases() == []
 
 
-@pytest.mark.parametrize("aliases", [False, True])
-def test_serialized_rollback(production: Production, aliases: bool) -> None:
+@inline_and_aliases
+def test_serialized_rollback(production: Production) -> None:
     """What migrations put there is there for each test, though each empties the tables."""
-    databases = '{"default"}'
-    if aliases:
-        production.use_aliases()
-        databases = '{"default", "peer1"}'
-    production.project.write(
-        {"shop/migrations/0002_row.py": ROW, "shop/tests.py": SERIALIZED % databases}
-    )
+    tests = SERIALIZED % production.tested_aliases
+    production.project.write({"shop/migrations/0002_row.py": ROW, "shop/tests.py": tests})
     assert "Ran 2 tests" in production.project.manage("test")
     assert production.test_databases() == []
 
 
 @pytest.mark.skipif(django.VERSION < (4, 2), reason="spawn came with Django 4.1")
+@inline_and_aliases
 def test_parallel_spawned(production: Production) -> None:
-    """Processes that start from nothing read production's settings, and use their clones."""
+    """Processes that start from nothing read production's settings, and use their clones.
+
+    They are given what serialized_rollback puts back.
+    """
     production.project.write({"manage.py": SPAWNING})
-    output = production.project.manage("test", "--parallel", "2", "--noinput")
+    output = production.tested("--parallel", "2", "--noinput")
     assert output.count("Cloning test database") == 2
-    assert "Ran 5 tests" in output
     assert production.test_databases() == []
-
-
-def pytest_names(*suffixes: str) -> list[str]:
-    return [f"test_{DATABASE}{suffix}" for suffix in suffixes]
 
 
 def test_pytest_django(production: Production) -> None:
@@ -554,33 +503,28 @@ def test_pytest_django(production: Production) -> None:
     assert production.test_databases() == []
     for _ in range(2):
         assert "5 passed" in production.project.pytest("shop/tests.py", "--reuse-db")
-        assert production.test_databases() == pytest_names("")
+        assert production.test_databases() == names("")
 
 
-@pytest.mark.parametrize("aliases", [False, True])
-def test_pytest_xdist(production: Production, aliases: bool) -> None:
+@inline_and_aliases
+def test_pytest_xdist(production: Production) -> None:
     """pytest-xdist: each process has a test database of its own, named by the peers' NAME."""
-    if aliases:
-        production.use_aliases()
     args = ("-n", "2", "--dist", "each")
     assert "10 passed" in production.project.pytest("shop/tests.py", *args)
     assert production.test_databases() == []
-    if not aliases:
-        for _ in range(2):
-            assert "10 passed" in production.project.pytest("shop/tests.py", *args, "--reuse-db")
-            assert production.test_databases() == pytest_names("_gw0", "_gw1")
+    for _ in range(2):
+        assert "10 passed" in production.project.pytest("shop/tests.py", *args, "--reuse-db")
+        assert production.test_databases() == names("_gw0", "_gw1")
 
 
-@pytest.mark.parametrize("aliases", [False, True])
-def test_postgresql(on_postgresql: Production, aliases: bool) -> None:
+@pytest.mark.parametrize("on_postgresql", PEERS, indirect=True)
+def test_postgresql(on_postgresql: Production) -> None:
     """PostgreSQL: manage.py test, in parallel on clones, kept; pytest-django with xdist."""
     project = on_postgresql.project
-    if aliases:
-        on_postgresql.use_aliases()
     on_postgresql.tested("--reverse")
     for _ in range(2):
         on_postgresql.tested("--parallel", "2", "--keepdb")
-        assert on_postgresql.test_databases() == pytest_names("", "_1", "_2")
+        assert on_postgresql.test_databases() == names("", "_1", "_2")
     on_postgresql.tested("--parallel", "2", "--noinput")
     assert on_postgresql.test_databases() == []
     assert "10 passed" in project.pytest("shop/tests.py", "-n", "2", "--dist", "each")
@@ -604,11 +548,17 @@ def test_sqlite(tmp_path: Path) -> None:
     assert (tmp_path / DATABASE).read_bytes() == before
 
 
-def test_mirror_whose_database_is_not_made(production: Production) -> None:
+@pytest.mark.parametrize("alone", ["mirror", "peer1", "peer1, a mirror by hand"])
+def test_mirror_whose_database_is_not_made(production: Production, alone: str) -> None:
     """Tests that ask for a mirror alone are refused: Django would send them to production."""
-    production.databases["mirror"] = production.balancer(TEST={"MIRROR": "default"})
+    if alone == "mirror":
+        production.databases["mirror"] = production.balancer(TEST={"MIRROR": "default"})
+    else:
+        production.use_aliases()
+        if "by hand" in alone:
+            production.databases["peer1"]["TEST"] = {"MIRROR": "default"}
     production.configure()
-    production.use_tests('{"mirror"}')
+    production.use_tests(f'{{"{alone.partition(",")[0]}"}}')
     output = production.project.manage("test", status=1)
     assert "Add 'default' to the test's databases" in output
 
@@ -644,8 +594,7 @@ def test_mirrors_names_and_dependencies_are_read(production: Production) -> None
     production.configure()
     production.use_tests('{"default", "mirror", "same", "other"}')
     output = production.tested("-v2", "--keepdb")
-    names = [f"test_{DATABASE}_first", f"test_{DATABASE}_other"]
-    assert production.test_databases() == names
+    assert production.test_databases() == names("_first", "_other")
     # The default alias comes first but for what it depends on.
     assert re.findall(r"Using existing test database for alias '(\w+)'", output) == [
         "other",
@@ -658,6 +607,7 @@ def test_reverse_runs_the_last_of_each_kind_first(production: Production) -> Non
     for args in ((), ("--reverse",)):
         output = production.tested("-v2", *args)
         orders.append(re.findall(r"^test_\w+ \(shop\.tests\.(\w+)", output, re.MULTILINE))
+        assert production.test_databases() == []
     (case, *others), backwards = orders
     assert case == "One"
     assert backwards == [case, *reversed(others)]
@@ -688,23 +638,6 @@ def test_aliases_as_peers_share_the_test_database(production: Production) -> Non
     assert output.count("Creating test database") == 1
     production.tested("--parallel", "2")
     assert production.test_databases() == []
-    if django.VERSION >= (4, 1):
-        # Processes that are not forked are given what serialized_rollback puts back.
-        production.project.write({"manage.py": SPAWNING})
-        production.tested("--parallel", "2")
-        assert production.test_databases() == []
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_peer_without_its_balancer(production: Production, by_hand: bool) -> None:
-    """Nothing is made that a test of a peer alone could mirror: it is refused."""
-    production.use_aliases()
-    if by_hand:
-        production.databases["peer1"]["TEST"] = {"MIRROR": "default"}
-        production.configure()
-    production.use_tests('{"peer1"}')
-    output = production.project.manage("test", status=1)
-    assert "Add 'default' to the test's databases" in output
 
 
 def test_settings_handed_to_another_process(production: Production) -> None:

@@ -16,11 +16,6 @@ from tests.engine import SQLITE, engine, sqlite_peer
 ENGINE = "django_proxysql.backends.proxysql"
 
 
-def names_of(*peers: Any, databases: dict[str, Any] | None = None) -> list[str]:
-    with engine([*peers], PEER_ENGINE=SQLITE, databases=databases) as connection:
-        return list(balancers[connection.alias].peers)
-
-
 def found(*peers: Any, **entry: Any) -> list[tuple[str, str]]:
     """Return the checks' ids, and the settings that they name."""
     databases = {
@@ -31,19 +26,29 @@ def found(*peers: Any, **entry: Any) -> list[tuple[str, str]]:
     return [(str(p.id)[-4:], p.msg.split()[1]) for p in found]
 
 
-def test_a_named_peer_has_its_name_and_the_others_have_their_place(tmp_path: Path) -> None:
-    one, two, three = (sqlite_peer(tmp_path / name) for name in "abc")
-    assert names_of(one, {**two, "PEER_NAME": "db2"}, three) == ["peer0", "db2", "peer2"]
-
-
-def test_removing_the_first_peer_renames_no_named_peer(tmp_path: Path) -> None:
-    peers = [{**sqlite_peer(tmp_path / name), "PEER_NAME": name} for name in ("a", "b", "c")]
-    assert names_of(*peers[1:]) == ["b", "c"]
-
-
-def test_a_place_that_is_another_peers_name_is_not_given_twice(tmp_path: Path) -> None:
-    one, two = (sqlite_peer(tmp_path / name) for name in "ab")
-    assert names_of({**one, "PEER_NAME": "peer1"}, two) == ["peer1", "peer3"]
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        # Aliases keep their names, dicts are called peer and their place.
+        (["", "peer1", ""], ["peer0", "peer1", "peer2"]),
+        (["", "db2", ""], ["peer0", "db2", "peer2"]),
+        # Where the first was removed.
+        (["b", "c"], ["b", "c"]),
+        # No name is given twice: neither an alias' nor another dict's.
+        (["peer1", ""], ["peer1", "peer3"]),
+        (["peer1", "peer2", ""], ["peer1", "peer2", "peer5"]),
+    ],
+)
+def test_a_peer_has_its_own_name_or_is_called_by_its_place(
+    tmp_path: Path, given: list[str], names: list[str]
+) -> None:
+    peers: list[Any] = []
+    for name in given:
+        own = {"PEER_NAME": name} if name else {}
+        peers.append(name if name == "peer1" else sqlite_peer(tmp_path / f"{len(peers)}", **own))
+    alias = {"ENGINE": SQLITE, **sqlite_peer(tmp_path / "alias")}
+    with engine(peers, PEER_ENGINE=SQLITE, databases={"peer1": alias}) as connection:
+        assert list(balancers[connection.alias].peers) == names
 
 
 def test_a_drain_and_the_list_of_peers_use_the_name(tmp_path: Path) -> None:
