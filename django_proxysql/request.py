@@ -1,8 +1,7 @@
 """Views that are run again from their beginning when the database gave their blocks up.
 
-Under ATOMIC_REQUESTS a view's blocks end before anything of its response is sent, so
-the view may be run again by the rules of :mod:`.retry`. The second run must find the
-request as the first one found it: :class:`Kept`.
+Under ATOMIC_REQUESTS a view's blocks end before anything of its response is sent. A run must find
+the request as the first one found it: :class:`Kept`.
 """
 
 from __future__ import annotations
@@ -51,34 +50,25 @@ class _Recorded:
 
     def __init__(self, source: Any) -> None:
         self._source = source
-        self._kept: Any = None
+        self.kept = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - Body.record()
 
     def read(self, size: int | None = None) -> bytes:
-        size = -1 if size is None else size
-        data: bytes = self._again.read(size)
-        return data + self._more("read", size - len(data) if size >= 0 else size)
+        return self._next("read", -1 if size is None else size)
 
     def readline(self, size: int | None = None) -> bytes:
-        size = -1 if size is None else size
-        data: bytes = self._again.readline(size)
-        if data.endswith(b"\n"):
-            return data
-        return data + self._more("readline", size - len(data) if size >= 0 else size)
+        return self._next("readline", -1 if size is None else size)
 
-    def _more(self, method: str, size: int) -> bytes:
-        if not size:
-            return b""
-        # Django's stream of its first versions takes no -1.
-        data: bytes = getattr(self._source, method)(*([size] if size > 0 else []))
-        self._again.write(data)
+    def _next(self, method: str, size: int) -> bytes:
+        """Return what was read before, and then what is read of the source, at most ``size``."""
+        data: bytes = getattr(self.kept, method)(size)
+        if size >= 0:
+            size -= len(data)
+        if size and not (method == "readline" and data.endswith(b"\n")):
+            # Django's stream of its first versions takes no -1.
+            more: bytes = getattr(self._source, method)(*([size] if size > 0 else []))
+            self.kept.write(more)
+            data += more
         return data
-
-    @property
-    def _again(self) -> Any:
-        if self._kept is None:
-            self._kept = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - ends with self
-            weakref.finalize(self, self._kept.close)
-        return self._kept
 
     def seekable(self) -> bool:
         """Return False: Django 6 looks for a body's size in a stream that is."""
@@ -86,8 +76,7 @@ class _Recorded:
 
     def rewind(self) -> None:
         """Have it read from its beginning."""
-        if self._kept is not None:
-            self._kept.seek(0)
+        self.kept.seek(0)
 
     def close(self) -> None:
         """Do nothing: the next run may read it. The web server closes its own stream."""
@@ -114,6 +103,7 @@ class Body:
         if "_stream" in state and "_body" not in state:
             # Also of a stream of which a middleware has read the beginning.
             stream = request._stream = _Recorded(request._stream)
+            weakref.finalize(stream, stream.kept.close)
         return cls(request, stream)
 
     def _content(self, upload: Any) -> bytes | int | None:
@@ -175,8 +165,8 @@ class Kept:
         self._request = request
         self._body = body or Body.record(request)
         self._attributes = dict(vars(request))
-        #: What a run may change in place: attributes or items, and what gives them as they were.
-        self._states: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = []
+        #: What a run may change in place: attributes or items, as they were, and what copies these.
+        self._states: list[tuple[dict[str, Any], Any, Callable[[Any], dict[str, Any]]]] = []
         for name, value in self._attributes.items():
             self._keep(name, value)
 
@@ -184,19 +174,18 @@ class Kept:
         # By its type alone: a lazy user would be read from the database.
         kind = type(value)
         if issubclass(kind, LazyObject):
-            self._states.append((vars(value), functools.partial(dict, dict(vars(value)))))
+            self._states.append((vars(value), dict(vars(value)), dict))
             self._keep(name, vars(value).get("_wrapped"))
         elif issubclass(kind, Model):
-            kept = copy.copy(value)
-            self._states.append((vars(value), lambda: vars(copy.copy(kept))))
+            self._states.append((vars(value), copy.copy(value), lambda kept: vars(copy.copy(kept))))
         elif kind is dict:
-            self._states.append((value, functools.partial(dict, dict(value))))
+            self._states.append((value, dict(value), dict))
         elif issubclass(kind, QueryDict):
             # Made mutable by a widespread trick.
-            self._states.append((vars(value), functools.partial(dict, dict(vars(value)))))
-            self._states.append((value, functools.partial(_copied, _copied(dict(value.lists())))))
+            self._states.append((vars(value), dict(vars(value)), dict))
+            self._states.append((value, _copied(dict(value.lists())), _copied))
         elif name in ("session", "_messages") and hasattr(value, "__dict__"):
-            self._states.append((vars(value), functools.partial(_copied, _copied(vars(value)))))
+            self._states.append((vars(value), _copied(vars(value)), _copied))
 
     def restore(self) -> None:
         """Have the request as it was."""
@@ -208,10 +197,10 @@ class Kept:
                     upload.close()
         state.clear()
         state.update(self._attributes)
-        for mine, kept in self._states:
+        for mine, kept, copied in self._states:
             # Not a QueryDict's own, which may refuse.
             dict.clear(mine)
-            dict.update(mine, kept())
+            dict.update(mine, copied(kept))
         self._body.restore(self._request)
 
 

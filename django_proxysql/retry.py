@@ -1,12 +1,7 @@
-"""Blocks that are run again when the database gave them up.
+"""Blocks that are run again when the database gave them up: :func:`retrying_atomic`.
 
-After a deadlock, a certification conflict of Galera's, a serialization failure or a
-connection lost before COMMIT nothing of the transaction stands, and the same function
-would do the same again. It is not run again once COMMIT was sent, unless it is known
-that the transaction does not stand.
-
-:class:`Call` decides. What runs the function asks it after each error:
-:func:`retrying_atomic` here, and :mod:`.request` for views.
+:class:`Call` decides. What runs the function asks it after each error: this, and :mod:`.request`
+for views.
 """
 
 from __future__ import annotations

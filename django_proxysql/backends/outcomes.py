@@ -274,7 +274,8 @@ def stands(db: Any, session: Session, token: Token, cause: BaseException) -> boo
         # It may be in another schema by now.
         _schemas.pop(session.balancer, None)
         transaction.to(ROLLED_BACK)
-        raise _refused(session, refused, cause) from cause
+        missing = refused is Refusal.MISSING
+        raise (_missing(session) if missing else _denied(session, cause)) from cause
     if refused is None:
         if drivers.is_marked(cause, "of_first") and (
             drivers.is_marked(cause, "alone")
@@ -390,9 +391,7 @@ def _missing(session: Session) -> OperationalError:
     )
 
 
-def _refused(session: Session, why: Refusal, cause: BaseException) -> OperationalError:
-    if why is Refusal.MISSING:
-        return _missing(session)
+def _denied(session: Session, cause: BaseException) -> OperationalError:
     return OperationalError(
         f"{session.balancer.name}: COMMIT_OUTCOME is 'record', and the user may not write to "
         f"{outcome.TABLE} ({drivers.describe(cause)}). Nothing was committed. Grant SELECT, "

@@ -141,10 +141,9 @@ class _Cleaner(Worker):
 
     def step(self) -> float | None:
         """Do one job."""
-        try:
-            vendor, role, statement, connecting = self.jobs.popleft()
-        except IndexError:
+        if not self.jobs:
             return None
+        vendor, role, statement, connecting = self.jobs.popleft()
         # Another process may be at it, or the peer be gone: what is left is for the next time.
         with contextlib.suppress(Exception), connecting as connection:
             for _ in range(_STATEMENTS):

@@ -145,13 +145,16 @@ def _literal(vendor: str, token: bytes) -> str:
     return f"'{token.hex()}'" if vendor == "postgresql" else f"0x{token.hex()}"
 
 
+def _now(vendor: str) -> str:
+    # Not now(), which in PostgreSQL is the moment at which the transaction began.
+    return "clock_timestamp()" if vendor == "postgresql" else "UTC_TIMESTAMP(6)"
+
+
 def insert(vendor: str, table: str, token: bytes, is_fence: bool = False) -> str:
     """Return what a transaction writes before COMMIT, or the engine when its answer is lost."""
-    # Not now(), which in PostgreSQL is the moment at which the transaction began.
-    now = "clock_timestamp()" if vendor == "postgresql" else "UTC_TIMESTAMP(6)"
     return (
         f"INSERT INTO {table} (token, fence, created)"
-        f" VALUES ({_literal(vendor, token)}, {'TRUE' if is_fence else 'FALSE'}, {now})"
+        f" VALUES ({_literal(vendor, token)}, {'TRUE' if is_fence else 'FALSE'}, {_now(vendor)})"
     )
 
 
@@ -215,19 +218,15 @@ def deletes(vendor: str, table: str, before: bytes, seconds: float, most: int) -
     :param before: see :func:`oldest_kept`: by this host's clock.
     :param seconds: their age by the server's clock.
     """
-    bound = _literal(vendor, before)
-    if vendor == "postgresql":
-        return (
-            f"DELETE FROM {table} WHERE token IN (SELECT token FROM {table}"
-            f" WHERE token < {bound} AND created < clock_timestamp()"
-            f" - interval '{seconds:.0f} seconds'"
-            f" ORDER BY token LIMIT {most:d} FOR UPDATE SKIP LOCKED)"
-        )
-    return (
-        f"DELETE FROM {table} WHERE token < {bound}"
-        f" AND created < UTC_TIMESTAMP(6) - INTERVAL {seconds:.0f} SECOND"
+    is_postgres = vendor == "postgresql"
+    ago = f"interval '{seconds:.0f} seconds'" if is_postgres else f"INTERVAL {seconds:.0f} SECOND"
+    chosen = (
+        f"WHERE token < {_literal(vendor, before)} AND created < {_now(vendor)} - {ago}"
         f" ORDER BY token LIMIT {most:d}"
     )
+    if is_postgres:
+        chosen = f"WHERE token IN (SELECT token FROM {table} {chosen} FOR UPDATE SKIP LOCKED)"
+    return f"DELETE FROM {table} {chosen}"
 
 
 # What servers answer
