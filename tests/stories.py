@@ -71,8 +71,12 @@ def told(table: Mapping[str, Any]) -> Any:
 
 def tell(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
     """Tell a story on a new site on ``server``; ``number`` among the settings: its peers;
-    ``reset``: the proxies end connections by RST."""
+    ``reset``: the proxies end connections by RST; ``unbuffered``: so are its cursors."""
     settings = dict(settings)
+    if settings.pop("unbuffered", False):
+        from MySQLdb.cursors import SSCursor
+
+        settings["OPTIONS"] = {"cursorclass": SSCursor}
     fault_proxy = functools.partial(
         request.getfixturevalue("fault_proxy"), reset=settings.pop("reset", False)
     )
@@ -234,6 +238,11 @@ class Narrator:
             rows = [[value] for value in values]
             cursor.executemany("INSERT INTO app_token SET value = %s", rows)
 
+    def large(self) -> None:
+        """Write by a statement that may be over the server's max_allowed_packet."""
+        statement = "INSERT INTO app_token (value) SELECT 'one' FROM (SELECT %s AS x) AS t"
+        self.here.sql(statement, ["x" * 1_000_001])
+
     def call(self, procedure: str) -> None:
         with self.here.connection.cursor() as cursor:
             cursor.callproc(procedure)
@@ -310,6 +319,19 @@ class Narrator:
         """Have another thread find the peer gone."""
         self.note()
         self.peer.breaker.open()
+
+    def recover(self) -> None:
+        self.peer.breaker.close()
+
+    def others(self) -> list[Any]:
+        return [peer for peer in self.here.balancer.peers.values() if peer is not self.peer]
+
+    def open_others(self) -> None:
+        for peer in self.others():
+            peer.breaker.open()
+
+    def recover_another(self) -> None:
+        self.others()[0].breaker.close()
 
     def drain(self) -> None:
         self.note()

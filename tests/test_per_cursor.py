@@ -6,6 +6,8 @@ Engines for tenants set the schema, the role or a variable in ``_cursor()`` or
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -30,73 +32,56 @@ ASK = {
 ANSWER = {"postgresql": "acme", "mysql": "+05:00"}
 
 
-def in_cursor(base: Any) -> Any:
-    class DatabaseWrapper(base):
-        def _cursor(self, name: Any = None) -> Any:
-            cursor = super()._cursor(name) if name else super()._cursor()
-            if name is None:
-                cursor.execute(SET[self.vendor])
-            return cursor
+class InCursor:
+    """Sends it for each cursor."""
 
-    return DatabaseWrapper
+    def _cursor(self, name: Any = None) -> Any:
+        cursor = super()._cursor(name) if name else super()._cursor()  # type: ignore[misc]
+        if name is None:
+            self.set_up(cursor)
+        return cursor
+
+    def set_up(self, cursor: Any) -> None:
+        cursor.execute(SET[self.vendor])  # type: ignore[attr-defined]
 
 
-def in_cursor_silently(base: Any) -> Any:
+class InCursorSilently(InCursor):
     """django-tenants keeps the errors of its SET to itself."""
 
-    class DatabaseWrapper(base):
-        def _cursor(self, name: Any = None) -> Any:
-            cursor = super()._cursor(name) if name else super()._cursor()
-            try:
-                cursor.execute(SET[self.vendor])
-            except Exception:
-                pass
-            return cursor
-
-    return DatabaseWrapper
+    def set_up(self, cursor: Any) -> None:
+        with contextlib.suppress(Exception):
+            super().set_up(cursor)
 
 
-def in_create_cursor(base: Any) -> Any:
-    class DatabaseWrapper(base):
-        def create_cursor(self, name: Any = None) -> Any:
-            cursor = super().create_cursor(name)
-            if name is None:
-                cursor.execute(SET[self.vendor])
-            return cursor
-
-    return DatabaseWrapper
-
-
-def once(base: Any) -> Any:
+class Once(InCursor):
     """Sends it once a connection, and forgets in close() that it has: django-tenants' limit."""
 
-    class DatabaseWrapper(base):
-        is_set = False
+    is_set = False
 
-        def close(self) -> None:
-            self.is_set = False
-            super().close()
+    def close(self) -> None:
+        self.is_set = False
+        super().close()  # type: ignore[misc]
 
-        def rollback(self) -> None:
-            self.is_set = False
-            super().rollback()
+    def rollback(self) -> None:
+        self.is_set = False
+        super().rollback()  # type: ignore[misc]
 
-        def _cursor(self, name: Any = None) -> Any:
-            cursor = super()._cursor(name) if name else super()._cursor()
-            if not self.is_set:
-                cursor.execute(SET[self.vendor])
-                self.is_set = True
-            return cursor
-
-    return DatabaseWrapper
+    def set_up(self, cursor: Any) -> None:
+        if not self.is_set:
+            super().set_up(cursor)
+            self.is_set = True
 
 
-BELOW = [in_cursor, in_cursor_silently, in_create_cursor, once]
-OVER = BELOW
+class InCreateCursor:
+    def create_cursor(self, name: Any = None) -> Any:
+        cursor = super().create_cursor(name)  # type: ignore[misc]
+        if name is None:
+            cursor.execute(SET[self.vendor])  # type: ignore[attr-defined]
+        return cursor
 
 
 @pytest.fixture(
-    params=[("below", one) for one in BELOW] + [("over", one) for one in OVER],
+    params=itertools.product(("below", "over"), (InCursor, InCursorSilently, InCreateCursor, Once)),
     ids=lambda param: f"{param[0]}-{param[1].__name__}",
 )
 def where(request: pytest.FixtureRequest) -> Any:
@@ -106,7 +91,7 @@ def where(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=["postgres", "mariadb"])
 def tenants(
     request: pytest.FixtureRequest,
-    where: tuple[str, Callable[..., Any]],
+    where: tuple[str, type],
     fault_proxy: Callable[..., FaultProxy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Site]:
@@ -116,9 +101,8 @@ def tenants(
     module = types.ModuleType("tenants_of_tests.base")
     package = types.ModuleType("tenants_of_tests")
     package.__path__ = []
-    module.DatabaseWrapper = made(  # type: ignore[attr-defined]
-        real.DatabaseWrapper if side == "below" else ours.DatabaseWrapper
-    )
+    base = real.DatabaseWrapper if side == "below" else ours.DatabaseWrapper
+    module.DatabaseWrapper = type("DatabaseWrapper", (made, base), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tenants_of_tests", package)
     monkeypatch.setitem(sys.modules, "tenants_of_tests.base", module)
     setting = {"PEER_ENGINE" if side == "below" else "ENGINE": "tenants_of_tests"}

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connections, transaction
 from django.db.backends.signals import connection_created
-from django.db.utils import Error
 
 from django_proxysql.core import logs
 from tests.engine import engine, mysql_peer
@@ -101,23 +100,6 @@ class TestDrivers:
                 cursor.execute("INSERT INTO app_token (value) VALUES ('one')")
                 cursor.execute("SELECT value FROM app_token")
                 assert cursor.fetchall() == (("one",),)
-
-    def test_unbuffered_cursors(self, mariadb: Any, fault_proxy: Any) -> None:
-        """Rows may lie on the wire: nothing is replaced, and nothing run again."""
-        import MySQLdb.cursors
-
-        options = {"cursorclass": MySQLdb.cursors.SSCursor}
-        with site(mariadb, fault_proxy, OPTIONS=options) as here:
-            here.write("one")
-            with here.connection.cursor() as cursor:
-                cursor.execute("SELECT value FROM app_token")
-                here.idle()
-                assert cursor.fetchall() == (("one",),) or cursor.fetchall() == []
-            here.kill_idle()
-            with pytest.raises(Error):
-                here.sql("SELECT 1")
-            assert here.sql("SELECT 2") == [(2,)]
-            assert not here.replayed()
 
     def test_multiple_results(self, mariadb: Any, fault_proxy: Any) -> None:
         """While results are unread the socket is rightly readable, and not to be pinged."""

@@ -22,6 +22,7 @@ from tests.stories import CUTS, WSREP, attempts, refusing, tell, told
 
 #: Connector/C's 2006: the packet did not leave, and may be sent elsewhere.
 RESET = {"reset": True}
+DROP = "refusing 1047 { !{ SELECT value FROM app_token FOR UPDATE; write one } }"
 
 STORIES = {
     # Rules 1 and 12: what was written may not be readable elsewhere yet.
@@ -34,6 +35,19 @@ STORIES = {
     "request that has written is remembered over a loss": (
         "all: request_ends; write one; kill idle; read; open; read; stays",
         {"number": 3},
+    ),
+    # It works, and there is no other: it is kept until another comes back.
+    "working peer is left for no trial": (
+        "all: open_others; open; idle 100; note; read; write one; stays; unconnected; idle; "
+        "recover_another; read; left",
+        {"number": 3},
+    ),
+    # The server has answered that it is not ready, where nothing can be mended.
+    "dropped connection is left whatever became of its peer": (
+        f"mariadb: write zero; {DROP}; circuit open; recover; write two; other; written zero two"
+    ),
+    "dropped connection is worth a trial": (
+        f"mariadb: open_others; idle 100; {DROP}; write one; left; written one"
     ),
     # Rule 2: session state.
     "loss of state is raised, and the next loss mended like any other": (
@@ -79,6 +93,15 @@ STORIES = {
     ),
     "block is not run again while threads share the connection": (
         "all: SELECT 1; shared { !{ CUT; read } }; replayed 0; replaced 0"
+    ),
+    # Rows may lie on the wire.
+    "block on an unbuffered connection is not begun anew": (
+        "mariadb: !{ kill idle; write one }; replaced 0; write two; written two",
+        {"unbuffered": True},
+    ),
+    "unbuffered connection is not replaced, and nothing is run again on it": (
+        "mariadb: write one; read one; kill idle; !SELECT 1; SELECT 2; replayed 0",
+        {"unbuffered": True},
     ),
     # Rule 3: looks at the socket.
     "executemany finds its connection dead": "all: kill; many one two; written one two",
@@ -141,6 +164,10 @@ STORIES = {
     "refused executemany is raised": (
         "mysql: refusing 1047 { !one_by_one well one }; written well; replayed 0"
     ),
+    # One 2006 can be a packet over max_allowed_packet: nothing so large is sent twice.
+    "refused statement that is too large is raised": (
+        "mysql: refusing 1047 { !large }; written; replayed 0"
+    ),
     "refused statement is raised with REPLAY None": (
         "mariadb: refusing 1047 { !write one; write two }; written two",
         {"REPLAY": None},
@@ -200,6 +227,14 @@ STORIES = {
     "read that locks is run again as a block's first": (
         "all: write one; CUT 2; { SELECT value FROM app_token FOR UPDATE; write two }; "
         "written one two; replayed 1"
+    ),
+    # What an unknown function did outside of the transaction is not taken back.
+    "first write of an unknown function is raised": (
+        "postgres: SELECT 1; !{ CUT; INSERT INTO app_token (value) VALUES (quote_literal('a')) }; "
+        "written; replayed 0"
+    ),
+    "first write that is too large is raised": (
+        "postgres: SELECT 1; !{ CUT; large }; written; replayed 0"
     ),
     "savepoints of a block begun anew are kept apart": (
         "all: SELECT 1; CUT 3; { { read; write one; undone { hook never; write never }; "
@@ -273,23 +308,6 @@ class TestReplacements:
         assert three.connection.peer is due
         assert due.breaker.current_state == "closed"
 
-    def test_optional_one_makes_no_trial(self, three: Site) -> None:
-        """It works, and there is no other: it is kept until another comes back."""
-        for peer in three.balancer.peers.values():
-            peer.breaker.open()
-        three.idle(100)
-        before = three.connection.connection
-        accepted = [proxy.accepted for proxy in three.proxies]
-        three.read()
-        three.write("one")
-        assert three.connection.connection is before
-        assert [proxy.accepted for proxy in three.proxies] == accepted
-        three.idle()
-        (other, _) = others(three)
-        other.breaker.close()
-        three.read()
-        assert three.connection.peer is other
-
     def test_optional_one_connects_before_it_closes(self, here: Site, receive: Any) -> None:
         old = here.connection.connection
         answers: list[Any] = []
@@ -331,38 +349,6 @@ class TestReplacements:
         here.read()
         assert here.connection.peer is other
 
-    def test_a_dropped_connection_is_left_whatever_became_of_its_peer(
-        self, on_mariadb: Site
-    ) -> None:
-        here = on_mariadb
-        here.write("zero")
-        self.drop(here)
-        before, peer = here.connection.connection, here.connection.peer
-        assert peer.breaker.current_state == "open"
-        peer.breaker.close()
-        here.write("two")
-        assert here.connection.connection is not before
-        assert here.written() == ["zero", "two"]
-
-    def test_a_dropped_connection_is_worth_a_trial(self, on_mariadb: Site) -> None:
-        here = on_mariadb
-        (other,) = others(here)
-        other.breaker.open()
-        here.idle(100)
-        self.drop(here)
-        here.write("one")
-        assert here.connection.peer is other
-        assert here.written() == ["one"]
-
-    def drop(self, here: Site) -> None:
-        """Have the server answer that it is not ready, where nothing can be mended."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(refusing(here, 1047, WSREP))
-            stack.enter_context(pytest.raises(OperationalError))
-            stack.enter_context(transaction.atomic(here.connection.alias))
-            here.sql("SELECT value FROM app_token FOR UPDATE")
-            here.write("one")
-
     def test_cursors_follow(self, here: Site) -> None:
         """Another cursor's replacement takes this one along: it sends nothing to a dead server."""
         with here.connection.cursor() as first, here.connection.cursor() as second:
@@ -388,18 +374,6 @@ class TestSessionState:
             with pytest.raises(OperationalError):
                 here.sql("SELECT 42")
             assert not here.replayed()
-
-    def test_unbuffered_in_a_transaction(self, mariadb: Any, fault_proxy: Any) -> None:
-        import MySQLdb.cursors
-
-        options = {"cursorclass": MySQLdb.cursors.SSCursor}
-        with site(mariadb, fault_proxy, OPTIONS=options) as here:
-            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-                here.kill_idle()
-                here.write("one")
-            assert not here.replaced()
-            here.write("two")
-            assert here.written() == ["two"]
 
 
 class TestLooks:
@@ -507,14 +481,6 @@ class TestProvenNotToHaveRun:
         assert mysql.written() == [*stood, "after"]
         assert "one" not in stood
 
-    def test_too_large(self, mysql: Site) -> None:
-        """One 2006 can be a packet over max_allowed_packet: nothing so large is sent twice."""
-        statement = "INSERT INTO app_token (value) SELECT 'one' FROM (SELECT %s AS x) AS t"
-        with refusing(mysql, 1047, WSREP), pytest.raises(OperationalError):
-            mysql.sql(statement, ["x" * 1_000_001])
-        assert mysql.written() == []
-        assert not mysql.replayed()
-
 
 class TestTransactions:
     @pytest.mark.parametrize("kind", CUTS)
@@ -540,22 +506,6 @@ class TestTransactions:
         assert here.written() == ["one"]
         assert connection.get_autocommit()
         assert connection.run_on_commit == []
-
-    @pytest.mark.parametrize("kind", CUTS)
-    def test_first_write_that_is_not_plain(self, on_postgres: Site, kind: str) -> None:
-        """What an unknown function did outside of the transaction is not taken back."""
-        here = on_postgres
-        here.sql("SELECT 1")
-        for statement, params in [
-            ("INSERT INTO app_token (value) VALUES (quote_literal('one'))", None),
-            ("INSERT INTO app_token (value) SELECT 'one' WHERE %s <> ''", ["x" * 1_000_001]),
-        ]:
-            here.sql("SELECT 1")
-            with pytest.raises(OperationalError), transaction.atomic(here.connection.alias):
-                here.cut(kind)
-                here.sql(statement, params)
-        assert here.written() == []
-        assert not here.replayed()
 
     @pytest.mark.parametrize("number", [1, 2])
     def test_leaving_is_refused(
