@@ -2,12 +2,13 @@
 
 A story is a line of steps::
 
-    HOLD; kill idle; !{ read; write one }; written; { write two }; written two
+    HOLD; kill_idle; !{ read; write one }; written; { write two }; written two
 
 ``{ … }`` is an atomic block, and ``undone { … }`` one that the application leaves by an exception.
 ``!`` before a step or a block: it raises the loss, an ``OperationalError``; ``!!``: a
 ``CommitOutcomeUnknown``. What begins with a capital is SQL; the other steps are methods of
-:class:`Narrator`. A story with ``CUT`` runs for each moment at which a statement can be lost.
+:class:`Narrator`, or of the :class:`~tests.site.Site`. A story with ``CUT`` runs for each moment
+at which a statement can be lost.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import OperationalError, close_old_connections, transaction
@@ -43,6 +45,8 @@ WSREP = "WSREP has not yet prepared node for application use"
 #: What servers say, by errno.
 REFUSALS = {
     1047: WSREP,
+    1053: "Server shutdown in progress",
+    1105: "Unknown error",
     1180: "Got error 6 during COMMIT: Not connected to Primary Component",
     1927: "Connection was killed",
     1317: "Query execution was interrupted",
@@ -107,6 +111,21 @@ def refusing(here: Site, errno: int, text: str, table: str = "app_token") -> Ite
         run("DROP TRIGGER refusing")
 
 
+@contextlib.contextmanager
+def no_autocommit(here: Site, value: int, errno: int) -> Iterator[None]:
+    """Have ``SET autocommit`` to a value answered with an error, on the present connection."""
+    connection = here.connection.connection
+    plain = type(connection).autocommit
+
+    def refuse(self: Any, on: bool) -> None:
+        if self is connection and on is bool(value):
+            raise here.connection.Database.OperationalError(errno, REFUSALS[errno])
+        plain(self, on)
+
+    with mock.patch.object(type(connection), "autocommit", refuse):
+        yield
+
+
 def _parsed(tokens: Iterator[str]) -> Steps:
     steps: Steps = []
     for token in tokens:
@@ -147,7 +166,7 @@ class Narrator:
             self.sql(WORDS.get(step, (step, step))[not self.here.is_mysql])
         else:
             method, *arguments = step.split()
-            getattr(self, method)(*arguments)
+            getattr(self if hasattr(self, method) else self.here, method)(*arguments)
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
@@ -211,15 +230,15 @@ class Narrator:
     def in_refusing(self, errno: str) -> Any:
         return refusing(self.here, int(errno), REFUSALS[int(errno)])
 
+    def in_no_autocommit(self, value: str, errno: str) -> Any:
+        return no_autocommit(self.here, int(value), int(errno))
+
     # What the application does
 
     def sql(self, statement: str) -> None:
         self.rows = self.here.sql(statement)
         number = re.fullmatch(r"SELECT (\d+)", statement)
         assert number is None or self.rows == [(int(number[1]),)]
-
-    def write(self, value: str) -> None:
-        self.here.write(value)
 
     def many(self, *values: str) -> None:
         with self.here.connection.cursor() as cursor:
@@ -281,13 +300,6 @@ class Narrator:
         assert self.here.sql(questions[0]) > newest
 
     # What happens to it
-
-    def kill(self, idle: str = "") -> None:
-        self.here.kill()
-        self.here.idle(1 if idle else 0)
-
-    def hang_up(self) -> None:
-        self.here.cut_idle()
 
     def cut(self, kind: str, nth: str = "1") -> None:
         self.here.cut(kind, int(nth))

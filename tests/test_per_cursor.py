@@ -120,7 +120,7 @@ def is_set(tenants: Site, cursor: Any) -> bool:
     return bool(asked(tenants, cursor) == ANSWER[tenants.connection.vendor])
 
 
-@pytest.mark.parametrize("happens", ["kill idle", "cut after", "open"])
+@pytest.mark.parametrize("happens", ["kill_idle", "cut after", "open"])
 def test_a_cursor_that_outlives_its_connection_is_set_up_again(tenants: Site, happens: str) -> None:
     close_old_connections()
     with tenants.connection.cursor() as cursor:

@@ -27,7 +27,7 @@ SYNCHRONOUS, LAGGING = {"SYNCHRONOUS_PEERS": True}, {"SYNCHRONOUS_PEERS": False}
 STORIES = {
     # What is found before sending is still replaced.
     "nothing is run again with REPLAY None": (
-        "mariadb: read; cut before; !read; read; kill; write one; kill idle; read one; replayed 0",
+        "mariadb: read; cut before; !read; read; kill; write one; kill_idle; read one; replayed 0",
         {"REPLAY": None},
     ),
     "no look precedes a read with IDLE_CHECK None, however long the connection idled": (

@@ -18,7 +18,7 @@ from django_proxysql import CommitOutcomeUnknown, retrying_atomic
 from tests.engine import Clock, engine, mysql_peer
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site, until_seen, with_table
-from tests.stories import CUTS, WSREP, attempts, refusing, tell, told
+from tests.stories import CUTS, WSREP, attempts, no_autocommit, refusing, tell, told
 
 #: Connector/C's 2006: the packet did not leave, and may be sent elsewhere.
 RESET = {"reset": True}
@@ -33,7 +33,7 @@ STORIES = {
         "all: request_ends; many one; open; read; idle 100; read; stays; request_ends; read; left"
     ),
     "request that has written is remembered over a loss": (
-        "all: request_ends; write one; kill idle; read; open; read; stays",
+        "all: request_ends; write one; kill_idle; read; open; read; stays",
         {"number": 3},
     ),
     # It works, and there is no other: it is kept until another comes back.
@@ -61,23 +61,23 @@ STORIES = {
         for nth in (1, 2)
     },
     "block is not begun anew without its state": (
-        "all: HOLD; !{ kill idle; write one }; written; replaced 0"
+        "all: HOLD; !{ kill_idle; write one }; written; replaced 0"
     ),
     "state made in a block outlives it": "all: { HOLD }; kill; !write one; written",
     "who only asks whether the connection lives is not told of the state's loss": (
         "all: HOLD; kill; unusable; !write one; write two; written two"
     ),
     "block is not begun anew before it asks for what the connection knows": (
-        "all: write one; !{ kill idle; ASK }; replaced 0; SELECT 1"
+        "all: write one; !{ kill_idle; ASK }; replaced 0; SELECT 1"
     ),
     "block is not begun anew before it takes state": (
-        "all: write one; !{ kill idle; LOCK }; replaced 0; SELECT 1"
+        "all: write one; !{ kill_idle; LOCK }; replaced 0; SELECT 1"
     ),
     "constraint checks that cannot be switched off are no state": (
         "postgres: unchecked { SELECT 1 }; kill; write one; written one"
     ),
     "block is not begun anew while constraint checks are off": (
-        "mariadb: !unchecked { { kill idle; write one } }; written; replaced 0"
+        "mariadb: !unchecked { { kill_idle; write one } }; written; replaced 0"
     ),
     "read is not run again while constraint checks are off": (
         "mariadb: !unchecked { CUT; read }; replayed 0"
@@ -86,7 +86,7 @@ STORIES = {
         "mariadb: !unchecked { { CUT; read } }; replayed 0"
     ),
     "block is not begun anew while threads share the connection": (
-        "all: shared { !{ kill idle; write one } }; replaced 0; written"
+        "all: shared { !{ kill_idle; write one } }; replaced 0; written"
     ),
     "read is not run again while threads share the connection": (
         "all: SELECT 1; shared { CUT; !read }; replayed 0; replaced 0"
@@ -96,11 +96,11 @@ STORIES = {
     ),
     # Rows may lie on the wire.
     "block on an unbuffered connection is not begun anew": (
-        "mariadb: !{ kill idle; write one }; replaced 0; write two; written two",
+        "mariadb: !{ kill_idle; write one }; replaced 0; write two; written two",
         {"unbuffered": True},
     ),
     "unbuffered connection is not replaced, and nothing is run again on it": (
-        "mariadb: write one; read one; kill idle; !SELECT 1; SELECT 2; replayed 0",
+        "mariadb: write one; read one; kill_idle; !SELECT 1; SELECT 2; replayed 0",
         {"unbuffered": True},
     ),
     # Rule 3: looks at the socket.
@@ -185,16 +185,16 @@ STORIES = {
         for errno, after in ((1927, "other"), (1317, "stays"), (1205, "stays"), (1226, "stays"))
     },
     "first write that was never sent is sent elsewhere": (
-        "mysql: SELECT 1; { hang_up; write one; write two }; written one two; replayed 1",
+        "mysql: SELECT 1; { cut_idle; write one; write two }; written one two; replayed 1",
         RESET,
     ),
     "second write that was never sent is raised": (
-        "mysql: SELECT 1; !{ write one; hang_up; write two }; written; replayed 0",
+        "mysql: SELECT 1; !{ write one; cut_idle; write two }; written; replayed 0",
         RESET,
     ),
     **{
         f"of what was never sent one plain statement alone is sent again: {statement}": (
-            f"mysql: SELECT 1; unlooked; hang_up; {statement}",
+            f"mysql: SELECT 1; unlooked; cut_idle; {statement}",
             RESET,
         )
         for statement in (
@@ -208,16 +208,26 @@ STORIES = {
         "all: SELECT 1; CUT 2; !{ refuse; read }; replayed 0; forward; idle 100; { write one }; "
         "written one"
     ),
+    "block that a peer which is not ready does not begin is begun elsewhere": (
+        "mariadb: no_autocommit 0 1047 { { write one } }; left; written one"
+    ),
+    "block that a server does not begin is raised": (
+        "mariadb: no_autocommit 0 1105 { !{ write one } }; stays; written"
+    ),
+    # The connection lives, and would go on without autocommit.
+    "block that is not left on a connection that lives is raised": (
+        "mariadb: no_autocommit 1 1105 { !{ write one } }; connect; written one"
+    ),
     # Found dead before its DECLARE is sent.
     "block is begun anew before a named cursor": (
-        "postgres: write one; { kill idle; named; write two }; written one two; replaced 1; "
+        "postgres: write one; { kill_idle; named; write two }; written one two; replaced 1; "
         "replayed 0"
     ),
     "named cursor is a block's first statement": (
         "postgres: write one; !{ named FOR UPDATE; cut after; read }; replayed 0"
     ),
     "named cursor is opened on a new connection": (
-        "postgres: write one; kill idle; named; replaced 1; replayed 0"
+        "postgres: write one; kill_idle; named; replaced 1; replayed 0"
     ),
     # Django's way out of a block would connect anew, to raise another error than the first.
     "leaving a lost block connects nowhere": (
@@ -245,7 +255,7 @@ STORIES = {
         "replaced 0; read one"
     ),
     "block that has seen an error is not begun anew": (
-        "all: write one; !{ !{ SELECT nonesuch FROM app_token }; kill idle; read }; replayed 0; "
+        "all: write one; !{ !{ SELECT nonesuch FROM app_token }; kill_idle; read }; replayed 0; "
         "replaced 0; read one"
     ),
     **{
@@ -253,7 +263,7 @@ STORIES = {
             f"all: SELECT 1; {loss}; undone {{ {then}; write one; replaced 1 }}; written; "
             "write two; written two"
         )
-        for loss, then in (("CUT 1", "read"), ("CUT 2", "read"), ("idle 0", "kill idle"))
+        for loss, then in (("CUT 1", "read"), ("CUT 2", "read"), ("idle 0", "kill_idle"))
     },
 }
 
@@ -508,14 +518,12 @@ class TestTransactions:
         assert connection.run_on_commit == []
 
     @pytest.mark.parametrize("number", [1, 2])
-    def test_leaving_is_refused(
-        self, mariadb: Any, fault_proxy: Any, monkeypatch: pytest.MonkeyPatch, number: int
-    ) -> None:
+    def test_leaving_is_refused(self, mariadb: Any, fault_proxy: Any, number: int) -> None:
         """COMMIT was answered: no error. But that connection stays without autocommit."""
         with site(mariadb, fault_proxy, number=number) as here:
             ran: list[int] = []
             here.sql("SELECT 1")
-            with self.refused(here, monkeypatch, True, 1053, "Server shutdown in progress"):
+            with no_autocommit(here, 1, 1053):
                 with transaction.atomic(here.connection.alias):
                     transaction.on_commit(lambda: ran.append(1), here.connection.alias)
                     here.write("one")
@@ -529,58 +537,6 @@ class TestTransactions:
             here.write("three")
             assert here.written() == ["one", *done, "three"]
             assert done == ["two"] * (number - 1)
-
-    @pytest.mark.parametrize(
-        ("code", "text", "elsewhere"), [(1047, WSREP, True), (1105, "Bad", False)]
-    )
-    def test_beginning_is_refused(
-        self,
-        on_mariadb: Site,
-        monkeypatch: pytest.MonkeyPatch,
-        code: int,
-        text: str,
-        elsewhere: bool,
-    ) -> None:
-        """By a peer that is not ready: begun elsewhere. By one that is: raised."""
-        here = on_mariadb
-        old = here.connection.peer
-        fails = contextlib.nullcontext() if elsewhere else pytest.raises(OperationalError)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(fails)
-            stack.enter_context(self.refused(here, monkeypatch, False, code, text))
-            stack.enter_context(transaction.atomic(here.connection.alias))
-            here.write("one")
-        assert (here.connection.peer is not old) is elsewhere
-        assert here.written() == (["one"] if elsewhere else [])
-
-    @contextlib.contextmanager
-    def refused(
-        self, here: Site, monkeypatch: pytest.MonkeyPatch, value: bool, code: int, text: str
-    ) -> Iterator[None]:
-        """Have ``SET autocommit`` answered with an error, on the present connection."""
-        connection = here.connection.connection
-        autocommit = type(connection).autocommit
-
-        def refuse(self: Any, on: bool) -> None:
-            if self is connection and on is value:
-                raise here.connection.Database.OperationalError(code, text)
-            autocommit(self, on)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(type(connection), "autocommit", refuse)
-            yield
-
-    def test_leaving_fails_on_a_connection_that_lives(
-        self, on_mariadb: Site, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """No loss, and so an error: the connection would go on without autocommit."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.refused(on_mariadb, monkeypatch, True, 1105, "Unknown"))
-            stack.enter_context(pytest.raises(OperationalError, match="Unknown"))
-            stack.enter_context(transaction.atomic(on_mariadb.connection.alias))
-            on_mariadb.write("one")
-        on_mariadb.connection.close()
-        assert on_mariadb.written() == ["one"]
 
 
 class TestCommit:

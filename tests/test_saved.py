@@ -104,7 +104,7 @@ STORIES = {
     # It is state from here on: its loss is an error.
     **{
         f"setting alone on its connection is saved, and held: {statement}": (
-            f"{server}: SELECT 1; cut after; {statement}; held; replayed 1; kill idle; !SELECT 1"
+            f"{server}: SELECT 1; cut after; {statement}; held; replayed 1; kill_idle; !SELECT 1"
         )
         for server, statements in SETTINGS.items()
         for statement in statements

@@ -69,9 +69,9 @@ STORIES = {
     **each(
         {server: [*FOR_LIFE[server], *FOR_THE_REQUEST[server]] for server in FOR_LIFE},
         "loss is one error, however safe the statement, and what is new holds nothing",
-        f"kill idle; {SHOWN}; write after; read after; kill idle; SELECT 3; replayed 0",
+        f"kill_idle; {SHOWN}; write after; read after; kill_idle; SELECT 3; replayed 0",
     ),
-    **each(FOR_LIFE, "loss between requests is shown", f"request_ends; kill idle; {SHOWN}"),
+    **each(FOR_LIFE, "loss between requests is shown", f"request_ends; kill_idle; {SHOWN}"),
     **each(
         FOR_LIFE, "loss found at a request's end is shown", f"kill; dead; request_ends; {SHOWN}"
     ),
@@ -93,7 +93,7 @@ STORIES = {
         "max age ends the connection, as with the plain engine",
         "aged; request_ends; SELECT 1; other",
     ),
-    **each(FOR_THE_REQUEST, "held until the request ends", "request_ends; kill idle; SELECT 1"),
+    **each(FOR_THE_REQUEST, "held until the request ends", "request_ends; kill_idle; SELECT 1"),
     "loss of a lock is one error before a block": (
         "all: LOCK; kill; !{ write one }; written; { write two }; written two"
     ),
@@ -105,13 +105,13 @@ STORIES = {
         "unchecked { write three }; kill; write four; written two three four"
     ),
     "connection that threads share is not replaced": (
-        "all: shared { kill idle; !SELECT 1 }; SELECT 1"
+        "all: shared { kill_idle; !SELECT 1 }; SELECT 1"
     ),
     # What is given back is held no more.
     "lock that was given back": (
-        "mariadb: SELECT GET_LOCK('a', 0); SELECT RELEASE_LOCK('a'); kill idle; SELECT 1"
+        "mariadb: SELECT GET_LOCK('a', 0); SELECT RELEASE_LOCK('a'); kill_idle; SELECT 1"
     ),
-    "transaction by hand ends with rollback()": "all: BEGIN; rollback; kill idle; SELECT 1",
+    "transaction by hand ends with rollback()": "all: BEGIN; rollback; kill_idle; SELECT 1",
     "channel given back in a block": (
         "postgres: LISTEN jobs; { UNLISTEN jobs }; SELECT pg_listening_channels(); answer; free"
     ),
@@ -124,11 +124,11 @@ STORIES = {
         "answer jobs; held"
     ),
     "lock of a transaction is no state": (
-        "postgres: { SELECT pg_advisory_xact_lock(7) }; kill idle; SELECT 1"
+        "postgres: { SELECT pg_advisory_xact_lock(7) }; kill_idle; SELECT 1"
     ),
     **{
         f"column {name} is no state": (
-            f"all: SELECT {name} FROM (SELECT 1 AS {name}) AS t; free; kill idle; SELECT 1"
+            f"all: SELECT {name} FROM (SELECT 1 AS {name}) AS t; free; kill_idle; SELECT 1"
         )
         for name in ("temp", "connection_id", "get_lock")
     },
@@ -144,27 +144,27 @@ STORIES = {
     # Answers that live in one connection are asked of no other.
     **{
         f"answer is not asked of another: {question}": (
-            f"{server}: write one; kill idle; !{question}; SELECT 1"
+            f"{server}: write one; kill_idle; !{question}; SELECT 1"
         )
         for server, questions in QUESTIONS.items()
         for question in questions
     },
     "answer that is lost is not asked again": "all: write one; CUT; !ASK; replayed 0",
     "answers after a replayed read": "all: write one; cut after; read one; asks",
-    "answers after a replaced connection": "all: write one; kill idle; read one; asks",
+    "answers after a replaced connection": "all: write one; kill_idle; read one; asks",
     "answers after a drain": "all: write one; idle; drain; read one; left; asks",
     "answers after a loss that was raised": (
         "all: write one; !{ SELECT value FROM app_token FOR UPDATE; kill; read }; read; asks"
     ),
-    "answers inside a block": "all: write one; kill idle; { read; !ASK }",
+    "answers inside a block": "all: write one; kill_idle; { read; !ASK }",
     "update answers for its rows only": (
-        "mariadb: write one; kill idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
+        "mariadb: write one; kill_idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
         "answer 1; !ASK"
     ),
     "nothing was written in the next request": (
-        "mariadb: write one; kill idle; read; request_ends; ASK; answer 0"
+        "mariadb: write one; kill_idle; read; request_ends; ASK; answer 0"
     ),
-    "who am I is answered": "all: write one; kill idle; read; WHO",
+    "who am I is answered": "all: write one; kill_idle; read; WHO",
 }
 
 
@@ -188,7 +188,7 @@ def test_what_receivers_set_is_no_state(on_mariadb: Site, receive: Any) -> None:
                 cursor.execute("SET @receiver = 5")
 
     receive(connection_created, set_up)
-    Narrator(on_mariadb).tell("connect; SELECT 1; kill idle; SELECT 1; SELECT @receiver; answer 5")
+    Narrator(on_mariadb).tell("connect; SELECT 1; kill_idle; SELECT 1; SELECT @receiver; answer 5")
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -221,10 +221,10 @@ class TestServerSideCursor:
         with transaction.atomic(connection.alias), connection.chunked_cursor() as cursor:
             cursor.execute("SELECT pg_advisory_lock(%s)", [7])
             cursor.fetchall()
-        Narrator(on_postgres).tell(f"request_ends; kill idle; {SHOWN}")
+        Narrator(on_postgres).tell(f"request_ends; kill_idle; {SHOWN}")
 
     def test_it_asks_no_other_connection(self, on_postgres: Site) -> None:
-        Narrator(on_postgres).tell("write one; kill idle; read")
+        Narrator(on_postgres).tell("write one; kill_idle; read")
         cursor = on_postgres.connection.chunked_cursor()
         with pytest.raises(OperationalError, match="replaced"):
             cursor.execute("SELECT lastval()")
@@ -233,7 +233,7 @@ class TestServerSideCursor:
 
 def test_many_updates_answer_for_their_rows_only(on_mariadb: Site) -> None:
     narrator = Narrator(on_mariadb)
-    narrator.tell("write one; kill idle")
+    narrator.tell("write one; kill_idle")
     with on_mariadb.connection.cursor() as cursor:
         cursor.executemany("UPDATE app_token SET value = %s", [["two"]])
     narrator.tell("SELECT ROW_COUNT(); answer 1; !ASK; many three; ASK")
@@ -284,7 +284,7 @@ def test_a_peer_that_another_thread_finds_gone_is_left(here: Site) -> None:
 
 
 def test_a_replaced_connection_is_counted_where_it_leads_and_leaves_none_open(here: Site) -> None:
-    Narrator(here).tell("read; kill idle; read; hang_up; write one; hang_up; write two")
+    Narrator(here).tell("read; kill_idle; read; cut_idle; write one; cut_idle; write two")
     counts = {name: peer.connections for name, peer in here.balancer.peers.items()}
     assert sum(counts.values()) == counts[here.connection.peer.name] == 1
     here.settle()

@@ -289,11 +289,10 @@ def cause_of(db: Any, session: Session, judgement: Judgement) -> Cause:
 def kind_of_params(db: Any, session: Session, params: Any) -> int:
     """Return STATE if what the parameters put into the statement cannot be known."""
     try:
-        hidden = may_be_sql(params, session.known_types, usual(db, session))
+        return STATE if may_be_sql(params, session.known_types, usual(db, session)) else 0
     except Exception:
         # The driver will not know it either.
-        hidden = True
-    return STATE if hidden else 0
+        return STATE
 
 
 def usual(db: Any, session: Session) -> Callable[[type], bool]:

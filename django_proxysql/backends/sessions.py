@@ -1,11 +1,9 @@
 """What is known of one established connection, and how the driver's is closed.
 
 A forked child has a copy of every descriptor. Two processes that talk over one
-connection get each other's answers, and a child that closes one says goodbye in
-the parent's name: the server ends the session under the parent's hands. So in
-the child /dev/null is laid over each inherited descriptor
-(:func:`django_proxysql.core.sockets.detach`). Whatever the driver does with it
-then, the parent's connection is untouched, and the child connects for itself.
+connection get each other's answers, and a child that closes one ends the parent's session.
+So in the child /dev/null is laid over each inherited descriptor
+(:func:`django_proxysql.core.sockets.detach`), and the child connects for itself.
 
 Of drivers whose descriptor is not known (Oracle's, MySQL Connector/Python's)
 the connections stay as they are, as with Django's own engines.

@@ -1,15 +1,8 @@
 """Django's hooks on an established connection, handed to the parts that answer them.
 
-Three questions are asked of a connection, each with one rule:
-
-* *May it be replaced now?* (:mod:`.replacing`) Only at a safe point: in
-  autocommit, outside every block, with no result unread and no state held in
-  the session.
-* *Is it lost?* (:mod:`.losses`) The socket is looked at, without a round
-  trip, before what cannot be repeated once it is sent.
-* *May this statement be run again?* (:mod:`.replays`) Only if the error
-  proves that it did not run, or the text proves that running it twice changes
-  nothing. COMMIT is never repeated (:mod:`.transactions`).
+May the connection be replaced now (:mod:`.replacing`)? Is it lost (:mod:`.losses`)? May this
+statement be run again (:mod:`.replays`)? What of a COMMIT (:mod:`.transactions`)?
+``docs/explanation/established.rst`` has the answers.
 
 One hook, ``wrap_database_errors``, sees every driver error. The parts are
 functions of the wrapper: a copy of a wrapper (``copy.copy``) is then a wrapper
@@ -150,8 +143,6 @@ class SafePointsMixin(LoadBalancedMixin):
         """Return one of the peer engine's own methods, without ours over it."""
         return getattr(super(), name)
 
-    # Each of these hooks is a function of the part that it belongs to.
-
     #: Django's translation of driver errors, with our hook on it.
     wrap_database_errors = cached_property(losses.ErrorHook)
     is_usable = losses.is_usable
@@ -286,9 +277,8 @@ class SafePointsMixin(LoadBalancedMixin):
     def _after_fork(self) -> None:
         """In a forked child: leave the connection to the parent, whose it is.
 
-        At a safe point the wrapper is as one that has not connected yet.
-        Elsewhere what the child thinks it is in the middle of is the parent's:
-        for the child the connection is lost.
+        At a safe point the wrapper is as one that has not connected yet. Elsewhere what it is in
+        the middle of is the parent's: for the child the connection is lost.
         """
         connection = self.connection
         if connection is None or not self._driver.LEAVES:
@@ -353,7 +343,7 @@ class SafePointsMixin(LoadBalancedMixin):
 def is_unannounced(db: Any, session: Session, ask: bool) -> bool:
     """Return whether session state is lost, and the application does not know it.
 
-    :param ask: ask the driver whether the connection is usable, if it is not known dead.
+    :param ask: whether the driver is asked, too.
     """
     if session.connection is not db.connection or not (session.dead or ask):
         return False
@@ -364,20 +354,16 @@ def is_unannounced(db: Any, session: Session, ask: bool) -> bool:
 def move(db: Any, session: Session) -> None:
     """Between two requests or tasks, go to a peer that has come back, if it is our turn."""
     balancer = session.balancer
-    # What an earlier request has left may be there still, and so is the peer it is on.
     if session is not current(db) or session.dead:
         return
     if not may_replace(Why.REBALANCING, situation_of(db, session)):
         return
-    if balancer.pinned_to(session.peer) is not None:
-        return
-    move = balancer.claim_move(session.peer)
-    if move is None:
-        return
-    try:
-        replace(db, session, "never", only=move.peer)
-    except Exception:  # noqa: S110 - the connection that is there works
-        pass
+    is_pinned = balancer.pinned_to(session.peer) is not None
+    move = None if is_pinned else balancer.claim_move(session.peer)
+    if move is not None:
+        # If it cannot: the connection that is there works.
+        with contextlib.suppress(Exception):
+            replace(db, session, "never", only=move.peer)
 
 
 def is_to_leave(db: Any) -> bool:

@@ -29,7 +29,7 @@ class Holdings:
     __slots__ = ("at_commit", "before", "by_django", "earlier", "for_life", "for_request")
 
     def __init__(self) -> None:
-        #: ``SET``, a temporary table and the like: until the request or task ends.
+        #: ``SET``, a temporary table and the like.
         self.for_request = False
         #: Locks and the like, by name: how often each was taken and not given back.
         self.for_life: dict[str, int] = {}
@@ -101,7 +101,6 @@ class Holdings:
             self.for_life[name] = left
 
     def end_request(self) -> None:
-        """Note that the request or task has ended, and what it held for itself with it."""
         self.earlier = self.earlier or bool(self)
         self.for_request = False
 
