@@ -46,9 +46,11 @@ class Site:
 
     def sql(self, statement: str, params: Any = None) -> Any:
         """Run a statement through the engine; return its rows, if it has any."""
-        with self.connection.cursor() as cursor:
-            cursor.execute(statement, params)
-            return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
+        return run(self.connection, statement, params=params)
+
+    def plainly(self, *statements: str) -> Any:
+        """Run statements by Django's own engine; return the last one's rows, if it has any."""
+        return run(self.plain, *statements)
 
     def write(self, value: str) -> None:
         self.sql("INSERT INTO app_token (value) VALUES (%s)", [value])
@@ -75,9 +77,7 @@ class Site:
 
     def plain_rows(self) -> list[str]:
         """What is in the table now."""
-        with self.plain.cursor() as cursor:
-            cursor.execute("SELECT value FROM app_token ORDER BY id")
-            return [value for (value,) in cursor.fetchall()]
+        return [value for (value,) in self.plainly("SELECT value FROM app_token ORDER BY id")]
 
     def settle(self) -> None:
         """Return when the server is done with connections that are gone."""
@@ -87,20 +87,13 @@ class Site:
 
     def sessions(self) -> int:
         """How many connections the server has, but for the test's own."""
-        with self.plain.cursor() as cursor:
-            if self.is_mysql:
-                cursor.execute(
-                    "SELECT count(*) FROM information_schema.processlist"
-                    " WHERE user = %s AND id <> CONNECTION_ID()",
-                    [USER],
-                )
-            else:
-                cursor.execute(
-                    "SELECT count(*) FROM pg_stat_activity"
-                    " WHERE usename = %s AND pid <> pg_backend_pid()",
-                    [USER],
-                )
-            return int(cursor.fetchone()[0])
+        every, its_user, own = (
+            ("information_schema.processlist", "user", "id <> CONNECTION_ID()")
+            if self.is_mysql
+            else ("pg_stat_activity", "usename", "pid <> pg_backend_pid()")
+        )
+        query = f"SELECT count(*) FROM {every} WHERE {its_user} = '{USER}' AND {own}"
+        return int(self.plainly(query)[0][0])
 
     def losses(self) -> list[ConnectionLost]:
         return [event for event in self.events if type(event) is ConnectionLost]
@@ -111,13 +104,6 @@ class Site:
     def replayed(self) -> list[StatementReplayed]:
         return [event for event in self.events if type(event) is StatementReplayed]
 
-    def plainly(self, *statements: str) -> Any:
-        """Run statements by Django's own engine; return the last one's rows, if it has any."""
-        with self.plain.cursor() as cursor:
-            for statement in statements:
-                cursor.execute(statement)
-            return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
-
     # What happens to it
 
     def cut_idle(self) -> None:
@@ -127,14 +113,13 @@ class Site:
 
     def kill(self) -> None:
         """Have the server end the session, as KILL does, and its socket know."""
-        with self.plain.cursor() as cursor:
-            if self.is_mysql:
-                cursor.execute(f"KILL {self.connection.connection.thread_id()}")
-            else:
-                cursor.execute(
-                    f"SELECT pg_terminate_backend({self.connection.connection.info.backend_pid})"
-                )
-        until_seen(self.connection.connection)
+        driver = self.connection.connection
+        self.plainly(
+            f"KILL {driver.thread_id()}"
+            if self.is_mysql
+            else f"SELECT pg_terminate_backend({driver.info.backend_pid})"
+        )
+        until_seen(driver)
 
     def kill_idle(self) -> None:
         """Have the session ended while it is idle: the next statement looks first."""
@@ -146,16 +131,21 @@ class Site:
 
         :param kind: "before" it left, "after" it left, or in the middle of the "reply".
         """
-        here = self.here
-        if kind == "before":
-            here.cut_before(nth=nth)
-        elif kind == "after":
-            here.cut_after(nth=nth)
+        if kind == "reply":
+            self.here.cut_reply(3, nth=nth)
         else:
-            here.cut_reply(3, nth=nth)
+            getattr(self.here, f"cut_{kind}")(nth=nth)
 
     def idle(self, seconds: float = 1.0) -> None:
         self.clock.advance(seconds)
+
+
+def run(connection: Any, *statements: str, params: Any = None) -> Any:
+    """Run statements; return the last one's rows, if it has any."""
+    with connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement, params)
+        return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
 
 
 def until_seen(connection: Any) -> None:

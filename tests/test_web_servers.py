@@ -18,6 +18,7 @@ import gunicorn
 import pytest
 
 from tests.engine import mysql_peer
+from tests.fakes import until
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.mariadb import Node
@@ -176,13 +177,7 @@ def assert_of_their_own(answers: list[Answer], pair: Pair) -> None:
 
 def assert_none_left(nodes: Sequence[Node | PostgreSQLNode]) -> None:
     """The servers forget connections as soon as they have read the goodbye."""
-    for node in nodes:
-        left = sessions(node)
-        for _ in range(200):
-            if not left:
-                break
-            left = sessions(node)
-        assert not left
+    until(lambda: not any(map(sessions, nodes)))
 
 
 @pytest.mark.parametrize("name", ["sync", "gthread", "gevent"])
@@ -319,12 +314,9 @@ def test_a_view_that_is_cancelled_as_it_connects(
         before = hangs.accepted
         leaver = socket.create_connection((HOST, web.port))
         leaver.sendall(f"GET /cancelled?token=x HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
-        while hangs.accepted == before:
-            assert web.process.poll() is None
+        until(lambda: hangs.accepted > before)
         leaver.close()
-        while "circuit of peer0" not in web.log.read_text():
-            assert web.process.poll() is None
-            time.sleep(0.02)
+        until(lambda: "circuit of peer0" in web.log.read_text(), pause=0.02)
         cancelled, opened = map(web.log.read_text().find, ("was cancelled", "circuit of peer0"))
         assert 0 < cancelled < opened
         with Client(web.port, "/async") as client:

@@ -16,6 +16,7 @@ from typing import Any
 
 from django_proxysql.conf.keys import ENGINE
 from tests.engine import MYSQL, POSTGRESQL, mysql_peer
+from tests.fakes import until
 from tests.project import Project
 from tests.servers import DATABASE, USER
 from tests.servers.mariadb import Node
@@ -218,8 +219,8 @@ class Client:
     def until(self, what: Callable[[list[Answer]], object]) -> list[Answer]:
         """Go on until ``what`` holds of the answers from now on; return these."""
         start = len(self.answers)
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
             since = self.answers[start:]
             if what(since):
                 return since
@@ -247,16 +248,16 @@ class Web:
     def wait(self, path: str = "/") -> Web:
         """Return once it answers."""
         client = Client(self.port, path)
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
+
+        def answers() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             try:
-                client.get()
+                return bool(client.get())
             except OSError:
-                time.sleep(0.05)
-            else:
-                return self
-        raise AssertionError(self.log.read_text())
+                return False
+
+        until(answers, PATIENCE, pause=0.05)
+        return self
 
     def stop(self) -> int:
         """Send SIGTERM; return the exit status."""

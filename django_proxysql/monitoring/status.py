@@ -106,7 +106,6 @@ class BalancerStatus(NamedTuple):
     trouble: str = ""
     peers: Sequence[PeerStatus] = ()
     usable: int = 0
-    connections: str = "0"
     timeline: Timeline | None = None
     #: What this process did in the last hour besides, as sentences.
     recent: Sequence[str] = ()
@@ -265,7 +264,6 @@ def balancer_status(balancer: LoadBalancer, seen: History, now: float, at: float
         trouble=balancer.sharing.trouble if balancer.sharing and fleet is None else "",
         peers=peers,
         usable=sum(map(_is_usable, states)),
-        connections=str(sum(held.values())),
         timeline=draw(rows, now - SPAN, now, _local),
         recent=_recent(balancer, seen),
         has_weights=len({state.weight for state in states}) > 1,
