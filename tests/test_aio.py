@@ -19,7 +19,7 @@ from django_proxysql.core import aio
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
-from tests.fakes import Clock, bad_password, carried_on_by_tenacity, peers, refused_by_host, running
+from tests.fakes import Clock, carried_on_by_tenacity, peers, refused_by_host, running
 from tests.fakes import Driver as SyncDriver
 from tests.test_balancer import SCRIPTS, play
 from tests.test_balancer import World as SyncWorld
@@ -130,19 +130,6 @@ def test_connection_is_counted_as_long_as_it_is_kept() -> None:
 
 def test_tenacity_carries_on_after_the_first_failure() -> None:
     assert carried_on_by_tenacity(World("db1", "db2", "db3")) == [False, True, True]
-
-
-def test_exhaustion_names_each_peer() -> None:
-    world = World("db1", "db2")
-    world.driver.down.update(db1=refused_by_host, db2=refused_by_host)
-    with pytest.raises(NoPeerAvailable, match=r"db1 .*\n?.*db2 "):
-        world.connect()
-    assert len(world.told(PeersExhausted)) == 1
-    world.driver.down.update(db1=bad_password, db2=bad_password)
-    world.clock.advance(31)
-    with pytest.raises(Exception, match="Access denied") as caught:
-        world.connect()
-    assert not isinstance(caught.value, NoPeerAvailable)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -300,27 +287,6 @@ def test_thousand_cancelled_connects_leave_nothing() -> None:
     from tests.benchmarks.asynchronous import cancelled
 
     assert cancelled(1000) == (0, 0, 0)
-
-
-def test_cancelled_while_time_is_over_too_is_cancelled(hasty: Clock) -> None:
-    async def scene() -> None:
-        async def slowly() -> None:
-            await asyncio.sleep(3600)
-
-        task = asyncio.ensure_future(world.db.connect())
-        world.driver.down["db1"] = slowly
-        while not world.driver.calls:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        hasty.advance(8)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    world = World("db1", connect_timeout=7)
-    asyncio.run(scene())
-    world.assert_nothing_is_left()
 
 
 @pytest.mark.parametrize("first", ["caller", "limit"])

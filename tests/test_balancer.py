@@ -54,7 +54,6 @@ from tests.fakes import (
     refused_by_host,
     running,
     too_many,
-    until,
 )
 
 SECRET = "s3cr3t-of-the-peer"
@@ -195,6 +194,9 @@ so it is with a trial
     db1 db2; open db1; refuses db1; after 30; callers db1; circuits open closed
 a peer that cannot be reached counts for such a caller too
     db1 db2; down db1; callers db1 db2; circuits open closed
+an exhaustion is one event, and a refusal by all peers is none
+    db1 db2; down db1 db2; tries db1 db2; exhausted 1; after 30; refuses db1 db2; tries db1 db2
+    exhausted 1
 a drained peer gets no connections until it is undrained
     db1 db2; drain db1; tries db2; tries db2; undrain db1; tries db1
 a drained peer's trial is not made, due or not, and not as a last resort
@@ -207,6 +209,10 @@ SCRIPTS = {
     promise: "; ".join(line.strip() for line in script.splitlines())
     for promise, script in re.findall(r"^(\w.*)\n((?: +.*\n)+)", CONNECTS, re.M)
 }
+
+
+#: What scripts count.
+COUNTED = {"opened": CircuitOpened, "closed": CircuitClosed, "exhausted": PeersExhausted}
 
 
 def world_of(words: str, face: Any = None) -> Any:
@@ -259,8 +265,7 @@ def play(script: str, face: Any = None) -> Any:
         elif word == "failed":
             assert [str(event.count) for event in world.told(ConnectFailed)] == names, line
         else:
-            kind = {"opened": CircuitOpened, "closed": CircuitClosed}[word]
-            assert len(world.told(kind)) == int(*names), line
+            assert len(world.told(COUNTED[word])) == int(*names), line
     return world
 
 
@@ -789,23 +794,6 @@ class TestWaitingForATrial:
         waits = on_wait(lambda: world.clock.advance(1))
         assert world.connect() == "db1"
         assert waits == [(1, 1)]
-
-    def test_16_callers_of_one_suspect_get_one_trial_and_no_error(self) -> None:
-        world = World("db1")
-        breaker = world.db.peers["db1"].breaker
-        breaker.suspect()
-        go = threading.Event()
-
-        def first() -> None:
-            world.driver.down.clear()
-            assert go.wait(60)
-
-        world.driver.down["db1"] = first
-        got: list[str] = []
-        with running(*[lambda: got.append(world.connect())] * 16):
-            until(lambda: breaker.trial is not None and len(breaker.trial.bells) == 15)
-            go.set()
-        assert got == ["db1"] * 16
 
     def test_of_the_peer_one_stays_with_in_vain(self, on_wait: OnWait) -> None:
         """If it fails the peer is tried once more for the one who stays, and then it is over."""

@@ -120,16 +120,6 @@ class TestBalancer:
             world.db.connect(only="db2")
             assert world.connect() == "db1"
 
-    def test_pinned(self) -> None:
-        """A thread that is to stay with it comes to its end first."""
-        world = World("db1", "db2")
-        with world.db.pinned():
-            assert world.connect() == "db1"
-            world.db.drain("db1")
-            assert world.connect() == "db1"
-        with world.db.pinned():
-            assert world.connect() == "db2"
-
     def test_snapshot(self) -> None:
         """It says so, beside the circuit's state."""
         world = World("db1", "db2")

@@ -18,7 +18,6 @@ import psycopg
 import psycopg2
 import pymysql
 import pytest
-import sqlalchemy
 
 from django_proxysql import Fault, LoadBalancer, NoPeerAvailable, NotReady
 from django_proxysql.core.breaker import CircuitBreakerError
@@ -198,27 +197,6 @@ class TestDrivers:
         with running(*[work] * 16):
             site.nodes["db1"].kill()
             killed.set()
-
-
-@pytest.mark.server
-def test_sqlalchemy(site: Site) -> None:
-    """SQLAlchemy's creator= takes db.connect: its pool goes on when a server dies."""
-    db = site.balancer()
-    engine = sqlalchemy.create_engine(site.driver.url, creator=db.connect, pool_pre_ping=True)
-    query = sqlalchemy.text(site.driver.port)
-
-    def ports() -> set[int]:
-        with contextlib.ExitStack() as stack:
-            connections = [stack.enter_context(engine.connect()) for _ in range(4)]
-            return {int(connection.execute(query).scalar_one()) for connection in connections}
-
-    try:
-        assert ports() == {node.port for node in site.nodes.values()}
-        site.nodes["db2"].kill()
-        assert ports() == {site.nodes["db1"].port}
-        assert db.peers["db2"].breaker.current_state == "open"
-    finally:
-        engine.dispose()
 
 
 @pytest.mark.server

@@ -34,8 +34,7 @@ class Site(outside.Site):
         self.engines: list[Any] = []
 
     def balancer(self, connect: Any = None, **more: Any) -> LoadBalancer:  # type: ignore[override]
-        ready_check = more.pop("ready_check", None)
-        return super().balancer(more, connect, ready_check=ready_check)
+        return super().balancer(more, connect)
 
     def engine(self, db: LoadBalancer | None = None, url: str = "", **options: Any) -> Any:
         db = self.balancer() if db is None else db
@@ -164,17 +163,6 @@ class TestWhatTheDialectPasses:
         with site.engine(db, url=url).connect() as connection:
             assert site.port_of(connection) == node.port
 
-    def test_a_password_from_a_function(self, site: Site) -> None:
-        calls: list[int] = []
-
-        def token() -> str:
-            calls.append(1)
-            return PASSWORD
-
-        with site.engine(site.balancer(password=token)).connect() as connection:
-            assert connection.execute(ONE).scalar() == 1
-        assert len(calls) == 1
-
 
 @pytest.mark.server
 class TestNoPeer:
@@ -196,18 +184,6 @@ class TestNoPeer:
         assert PASSWORD not in str(caught.value) + repr(caught.value)
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), again.peers) == (NoPeerAvailable, error.peers)
-
-    def test_out_of_an_orm_session(self, site: Site) -> None:
-        engine = site.engine()
-        for node in site.nodes.values():
-            node.kill()
-        with pytest.raises(exc.DBAPIError), orm.Session(engine) as session:
-            session.execute(ONE)
-        for node in site.nodes.values():
-            node.start()
-        site.clock.advance(31)
-        with orm.Session(engine) as session:
-            assert session.execute(ONE).scalar() == 1
 
     def test_refused_by_all(self, site: Site) -> None:
         """Where every peer refuses the password it is the driver's own error, as ever."""
@@ -303,21 +279,6 @@ class TestTheBalancer:
             assert [state.connections for state in db.snapshot()] == [1, 1]
         engine.dispose()
         assert [state.connections for state in db.snapshot()] == [0, 0]
-
-    def test_ready_check(self, site: Site) -> None:
-        """A peer that is not ready is left alone by the engine, too."""
-        one = site.nodes["db1"]
-        one.set_global(
-            *(("read_only", 1) if site.is_mysql else ("default_transaction_read_only=on",))
-        )
-        try:
-            db = site.balancer(ready_check="writable")
-            engine = site.engine(db)
-            with engine.connect() as first, engine.connect() as second:
-                assert {site.port_of(first), site.port_of(second)} == {site.nodes["db2"].port}
-        finally:
-            if not site.is_mysql:
-                one.set_global("default_transaction_read_only=off")
 
 
 class TestArguments:

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 from .affinity import Affinity
 from .breaker import PeerBreaker
@@ -106,7 +106,6 @@ class PeerGroup:
         self._view: View | None = None
         #: Another object whenever a circuit or drain changes.
         self.version = object()
-        draws: dict[str, Any] = {} if jitter is None else {"jitter": jitter}
         interval = config.last_resort_interval
         #: The peers by name.
         self.peers: Mapping[str, Peer] = {
@@ -123,7 +122,7 @@ class PeerGroup:
                     lease=2 * config.connect_deadline + 1,
                     clock=clock,
                     on_transition=_Transitions(self, peer.name),
-                    **draws,
+                    jitter=self.draw,
                 ),
             )
             for peer in config.peers
