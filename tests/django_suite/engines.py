@@ -45,7 +45,7 @@ def balanced(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def sqlite(engine: str = SQLITE) -> Iterator[Databases]:
+def files(engine: str) -> Iterator[Databases]:
     """Two files; Django makes its test databases in memory."""
     with tempfile.TemporaryDirectory() as folder:
         yield {
@@ -55,29 +55,11 @@ def sqlite(engine: str = SQLITE) -> Iterator[Databases]:
 
 
 @contextlib.contextmanager
-def mariadb() -> Iterator[Databases]:
-    """One MariaDB server of the run's own."""
-    with contextlib.closing(Node("suite")) as node:
-        node.start()
-        node.set_up()
-        yield {
-            alias: {
-                "ENGINE": MYSQL,
-                "NAME": f"suite_{alias}",
-                "HOST": node.host,
-                "PORT": node.port,
-                "USER": ADMIN,
-                "PASSWORD": ADMIN_PASSWORD,
-                "TEST": {"CHARSET": "utf8mb4", "COLLATION": "utf8mb4_general_ci"},
-            }
-            for alias in ("default", "other")
-        }
-
-
-@contextlib.contextmanager
-def postgresql(engine: str = POSTGRESQL) -> Iterator[Databases]:
-    """One PostgreSQL server of the run's own."""
-    with contextlib.closing(PostgreSQLNode("suite")) as node:
+def server(
+    kind: type[Node] | type[PostgreSQLNode], engine: str, **settings: Any
+) -> Iterator[Databases]:
+    """One server of the run's own."""
+    with contextlib.closing(kind("suite")) as node:
         node.start()
         node.set_up()
         yield {
@@ -88,16 +70,18 @@ def postgresql(engine: str = POSTGRESQL) -> Iterator[Databases]:
                 "PORT": node.port,
                 "USER": ADMIN,
                 "PASSWORD": ADMIN_PASSWORD,
+                **settings,
             }
             for alias in ("default", "other")
         }
 
 
+UTF8 = {"CHARSET": "utf8mb4", "COLLATION": "utf8mb4_general_ci"}
 ENGINES = {
-    "sqlite": sqlite,
-    "mariadb": mariadb,
-    "postgresql": postgresql,
+    "sqlite": functools.partial(files, SQLITE),
+    "mariadb": functools.partial(server, Node, MYSQL, TEST=UTF8),
+    "postgresql": functools.partial(server, PostgreSQLNode, POSTGRESQL),
     # For gis_tests, where GDAL, GEOS and the databases' extensions are.
-    "spatialite": functools.partial(sqlite, SPATIALITE),
-    "postgis": functools.partial(postgresql, POSTGIS),
+    "spatialite": functools.partial(files, SPATIALITE),
+    "postgis": functools.partial(server, PostgreSQLNode, POSTGIS),
 }
