@@ -361,7 +361,7 @@ TAKEN: list[Any] = [
 
 
 @pytest.mark.parametrize(("path", "settings", "right"), TAKEN, ids=str)
-def test_what_a_driver_takes_is_no_mistake(path: str, settings: Any, right: bool) -> None:
+def test_what_each_driver_takes_and_does_not(path: str, settings: Any, right: bool) -> None:
     balanced = {"PEERS": [{**ONE, "NAME": "shop", **settings}], "PEER_ENGINE": path}
     with added({"balanced": entry(balanced)}):
         assert ids(run_checks()) == ([] if right else ["E018"])

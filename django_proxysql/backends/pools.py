@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..conf.keys import CONNECTION_KEYS
@@ -51,18 +52,18 @@ _A_MOMENT = 0.05
 _LOOK_AGAIN = 1.0
 
 
+@dataclass(eq=False)
 class Pool:
     """One peer's pool, and the settings that it was made for."""
 
-    def __init__(self, peer: str, key: Mapping[str, Any], pool: Any) -> None:
-        self.peer = peer
-        self.key = key
-        self.pool = pool
-        #: A connection out of it has worked, and none was found dead since.
-        self.proven = False
-        #: Until then some thread is taken to be asking the peer. A time: that thread
-        #: may be killed on the way.
-        self.asked_until = 0.0
+    peer: str
+    key: Mapping[str, Any]
+    pool: Any
+    #: A connection out of it has worked, and none was found dead since.
+    proven: bool = False
+    #: Until then some thread is taken to be asking the peer. A time: that thread
+    #: may be killed on the way.
+    asked_until: float = 0.0
 
 
 class Pools(runtime.Guarded):

@@ -125,20 +125,17 @@ class DatabaseWrapper(BaseDatabaseWrapper, metaclass=EngineType):
         self._has_borrowed = True
         return other
 
-    def _give_back(self) -> None:
-        """Forget what the balancer has said, and what was concluded from it."""
-        if self._has_borrowed:
-            self._has_borrowed = False
-            forget_cached(self, type(self))
-
     # Connecting
 
     def connect(self) -> None:
         """Connect to this peer, whatever its circuit says."""
         self._is_connecting = True
         try:
-            # Before it, for Django asks for features while it connects.
-            self._give_back()
+            if self._has_borrowed:
+                # Forget what the balancer has said, and what was concluded from it. Before Django
+                # connects, for it asks for features meanwhile.
+                self._has_borrowed = False
+                forget_cached(self, type(self))
             super().connect()
         finally:
             self._is_connecting = False
