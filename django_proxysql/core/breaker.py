@@ -1,9 +1,7 @@
-"""A circuit breaker for one peer, safe for every thread that uses it.
+"""A circuit breaker for one peer, with pybreaker's interface.
 
-:class:`PeerBreaker` is a ``pybreaker.CircuitBreaker``: its thresholds,
-listeners, ``call``, ``calling``, decorator and states are pybreaker's. docs/reference/breaker.rst
-lists what it does otherwise. What the circuit is stands in :mod:`.circuit`; how it holds, in
-:mod:`.permits`.
+docs/reference/breaker.rst lists what it does otherwise than pybreaker's. What the circuit is
+stands in :mod:`.circuit`; how it holds, in :mod:`.permits`.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ _STATES = {
 class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
     """A ``pybreaker.CircuitBreaker`` that holds under threads, forks and asynchronous exceptions.
 
-    It takes what pybreaker's takes, in the same order, and keyword arguments of its own.
+    It takes pybreaker's arguments, in their order, and keyword arguments of its own.
 
     :param fail_max: failures in a row after which the circuit opens.
     :param reset_timeout: seconds for which it stays open before a trial, ±10 %.

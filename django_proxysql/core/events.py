@@ -1,10 +1,7 @@
 """What happens to peers, as frozen records for listeners.
 
 The core only emits. Logging (:mod:`django_proxysql.core.logs`) is one listener;
-:meth:`LoadBalancer.add_listener` adds others. A listener is called outside
-every lock, in the thread to which the thing happened, or, where it must not
-hold up that one, in a thread of its own (:mod:`django_proxysql.core.dispatch`); what
-it raises is logged and otherwise ignored.
+:meth:`LoadBalancer.add_listener` adds others, which :mod:`django_proxysql.core.dispatch` calls.
 """
 
 from __future__ import annotations

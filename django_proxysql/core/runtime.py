@@ -258,9 +258,7 @@ def current_worker() -> Worker | None:
 
 
 class Worker(Guarded):
-    """A piece of work that a background thread does while there is some.
-
-    Derive from it, with :meth:`step` and :meth:`is_needed`.
+    """A piece of work, :meth:`step` by step, that a background thread does while there is some.
 
     :param purpose: what the thread is for, for the log: ``for trials``.
     :param otherwise: what becomes of its work while no thread can be started.
@@ -312,7 +310,7 @@ class Worker(Guarded):
             if self._claim(life):
                 _thread.start_new_thread(self._run, (life,))
         except RuntimeError:
-            # No thread can be started, or the interpreter is on its way out.
+            # "can't start new thread", or the interpreter is on its way out.
             life.over = True
             self.complain(f"No thread could be started {self._purpose}{self._otherwise}")
         except BaseException:

@@ -6,9 +6,9 @@ the peers, on its loop: docs/howto/asyncio.rst says why.
 How it holds
 ------------
 
-*While no peer is due* there is no task, only a timer of the loop. A loop that ends, however it
-ends, leaves nothing behind. A trial that is under way then is cancelled with the loop's tasks, and
-its lease ends. Where a loop stops in the middle of one, the lease expires.
+*While no peer is due* there is no task, only a timer of the loop. A trial that is under way when
+the loop ends is cancelled with its tasks, and its lease ends. Where a loop stops in the middle of
+one, the lease expires.
 
 *One loop at a time* makes the trials. The next loop that connects takes over from one that runs no
 longer. Another thread's news, such as a circuit that opens there, is handed to the loop.

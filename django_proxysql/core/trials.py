@@ -9,10 +9,8 @@ How it holds
 ------------
 
 *No open circuit is left alone.* A thread that changes a circuit calls
-:meth:`TrialWorker.schedule`. One that is killed between a circuit's change and that call leaves
-an open circuit that the next connect() finds, which calls it, too. So it is after a fork, whose
-child has the circuits and no thread, and after the thread was killed where it could not start
-another (:class:`~django_proxysql.core.runtime.Worker`).
+:meth:`TrialWorker.schedule`. Where it is killed before that, where a child of a fork has the
+circuits and no thread, and where the thread was killed as it left, the next connect() calls it.
 
 *It does not get to run* (uWSGI without threads, no thread can be started, a trial that never ends):
 requests make the trials that are overdue by two intervals.
@@ -90,8 +88,7 @@ class TrialWorker(Worker):
 
 def pause_after_failure(peer: Peer) -> float:
     """Return the seconds between a trial that has not succeeded and the next, at least."""
-    # Its trial is another's (permit refused), or says nothing, or its
-    # interval is 0: whatever it is, not at once again.
+    # Its trial is another's, or says nothing, or its interval is 0: not at once again.
     return max(peer.breaker.release_interval, _SHORTEST_PAUSE)
 
 
