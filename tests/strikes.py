@@ -20,13 +20,12 @@ from django_proxysql.core import (
     circuit,
     dispatch,
     group,
-    leases,
     permits,
     search,
 )
 
 #: The files that a circuit's life is in.
-CIRCUITS = [str(module.__file__) for module in (breaker, circuit, leases, permits)]
+CIRCUITS = [str(module.__file__) for module in (breaker, circuit, permits)]
 #: The files that a connect runs through.
 CONNECTING = [
     *CIRCUITS,

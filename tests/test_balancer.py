@@ -669,7 +669,7 @@ class TestWaitingForATrial:
                 waits.append((len(leases), seconds))
                 left.pop(0)()
 
-            monkeypatch.setattr("django_proxysql.core.leases.Lease.wait_for_any", wait)
+            monkeypatch.setattr("django_proxysql.core.balancer.wait_for_any", wait)
             return waits
 
         return prepare

@@ -22,13 +22,13 @@ from django_proxysql import Fault, PeerBreaker
 from django_proxysql.core import circuit as module
 from django_proxysql.core.circuit import (
     Circuit,
+    Lease,
     Transition,
     inherited,
     is_usable,
     transition,
     trial_of,
 )
-from django_proxysql.core.leases import Lease
 from tests.fakes import Clock, even, lock_is_free, refused_by_host
 
 NOW = 1000.0

@@ -44,7 +44,7 @@ HOUSE = """
  2  core.budget core.comparison core.dispatch core.holdings core.permits core.ready core.reports
  2  core.outcome core.texts core.url
  1  core.circuit core.config core.drivers core.events core.runtime core.statements
- 0  core core.dialects core.exceptions core.faults core.leases core.logger core.parameters
+ 0  core core.dialects core.exceptions core.faults core.logger core.parameters
  0  core.sockets
                                           what imports nothing of ours
 """

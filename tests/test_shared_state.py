@@ -19,7 +19,8 @@ import django_proxysql
 from django_proxysql import Fault, LoadBalancer
 from django_proxysql.backends.pools import Pool, Pools
 from django_proxysql.core import runtime
-from django_proxysql.core.leases import Lease
+from django_proxysql.core.balancer import wait_for_any
+from django_proxysql.core.circuit import Lease
 from tests.fakes import Driver, peers, raised_by, refused_by_host, running, until
 
 ROOT = Path(django_proxysql.__file__).parent
@@ -190,7 +191,7 @@ class TestThreads:
         leases = [Lease(1e9) for _ in range(TIMES)]
         busy(
             lambda n: leases[n].end(),
-            lambda n: Lease.wait_for_any([leases[n]], 0),
+            lambda n: wait_for_any([leases[n]], 0),
         )
 
     def test_balancer(self) -> None:

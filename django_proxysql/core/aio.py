@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from . import drivers
+from .circuit import Lease
 from .config import function
 from .exceptions import ConfigError
 from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
-from .leases import LOOK_AGAIN, Lease
 from .peer import Peer, count_while_alive
 from .ready import Check, ServerCheck, plain
+from .runtime import LOOK_AGAIN
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
 from .tasks import TrialTasks

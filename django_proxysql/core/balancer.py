@@ -14,20 +14,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tenacity
 
 from . import drivers
+from .circuit import Lease
 from .config import function
 from .exceptions import ConfigError
 from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
-from .leases import Lease
 from .peer import Peer, PeerState, count_while_alive
 from .ready import QUESTIONS, Check, galera, run, throw_away, writable
+from .runtime import LOOK_AGAIN
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
 from .trials import trial_worker
@@ -137,7 +139,7 @@ class LoadBalancer(Face):
             step = search.step()
             while not isinstance(step, Attempt):
                 if isinstance(step, Wait):
-                    Lease.wait_for_any(step.leases, step.seconds)
+                    wait_for_any(step.leases, step.seconds)
                     step = search.step()
                 else:
                     step = search.step(step.peer.breaker.ask(step.by_hand))
@@ -311,6 +313,20 @@ def _answer(connection: Any, check: Check) -> Any:
             "READY_CHECK", "is a coroutine function", "Give a function, or use AsyncLoadBalancer."
         )
     return answer
+
+
+def wait_for_any(leases: Sequence[Lease], seconds: float) -> None:
+    """Wait until one of the trials has ended, at most ``seconds``."""
+    bell = threading.Lock()
+    bell.acquire()
+    for lease in leases:
+        lease.bells.append(bell)
+    # A trial that ended before its bell was hung up does not ring it, and one whose end is
+    # interrupted may not either.
+    while seconds > 0 and all(lease.is_pending for lease in leases):
+        if bell.acquire(timeout=min(seconds, LOOK_AGAIN)):
+            return
+        seconds -= LOOK_AGAIN
 
 
 def _not_at_all(seconds: float) -> None:

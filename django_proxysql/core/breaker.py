@@ -330,12 +330,12 @@ class PeerBreaker(Keeper, pybreaker.CircuitBreaker):
             return own
         known = self._dispatchers
         # A dispatcher refers to its listener: no other one has that id meanwhile.
-        self._dispatchers = {
+        self._dispatchers = dispatchers = {
             id(listener): known.get(id(listener))
             or Dispatcher(partial(self._call_at, listener), self._name or "", _COMPLAINT)
             for listener in self._listeners
         }
-        return (*own, *self._dispatchers.values())
+        return (*own, *dispatchers.values())
 
     def _call_at(self, listener: pybreaker.CircuitBreakerListener, change: Transition) -> None:
         if change.before != change.after:

@@ -2,7 +2,7 @@
 
 The whole state is one record, :class:`Circuit`. Each event is a function of the record and the time
 that returns the next record, or the same one if it changes nothing. :func:`transition` adds the
-change that listeners have yet to be notified of. Nothing in here waits, calls out or takes a lock;
+change that listeners have yet to be notified of. No event waits, calls out or takes a lock;
 :mod:`.permits` replaces the record by one assignment under a lock.
 
 Each use of the peer belongs to the circuit's *generation*. Opening and closing begin a new one, and
@@ -14,15 +14,49 @@ circuit moves on, and the next trial begins when this one is over.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .faults import Fault
-from .leases import Lease
 
 #: pybreaker's words for the states.
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 
 _LONG_AGO = float("-inf")
+
+
+class Lease:
+    """A trial; :func:`trial_of` says whether it is under way.
+
+    :param expires: the moment, on the breaker's clock, from which it counts as abandoned.
+    """
+
+    __slots__ = ("bells", "ended", "expires", "holder")
+
+    def __init__(self, expires: float) -> None:
+        self.expires = expires
+        #: Whether the trial is over.
+        self.ended = False
+        #: Returns the trial's permit. When that is gone, no thread can report a result. No code
+        #: has to run for this: at the recursion limit a finalizer does not.
+        self.holder: Callable[[], object | None] = lambda: None
+        #: One for each thread or task that waits for the trial's result, which its release() wakes.
+        #: A RuntimeError, where that cannot be, is ignored.
+        self.bells: list[Any] = []
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a thread can still report the trial's result."""
+        return not self.ended and self.holder() is not None
+
+    def end(self) -> None:
+        """Wake the threads and tasks that wait for the trial's result."""
+        self.ended = True
+        for bell in self.bells.copy():
+            try:
+                bell.release()
+            except RuntimeError:
+                # Another trial's end woke that thread already.
+                pass
 
 
 class Transition(NamedTuple):

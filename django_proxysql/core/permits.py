@@ -27,9 +27,8 @@ from typing import Any, Protocol
 
 from . import circuit as events
 from . import drivers
-from .circuit import CLOSED, Circuit, CircuitEvent, Transition, is_late, is_usable, trial_of
+from .circuit import CLOSED, Circuit, CircuitEvent, Lease, Transition, is_late, is_usable, trial_of
 from .faults import Fault
-from .leases import Lease
 from .logger import complain
 from .runtime import Guarded
 

@@ -45,8 +45,7 @@ from typing import Any, Generic, TypeVar
 
 from .logger import Complaints, complain
 
-#: Seconds after which a background thread looks by itself: a caller that brought work may
-#: have been killed before it could wake the thread.
+#: Seconds after which what waits looks by itself: who was to wake it may have been killed before.
 LOOK_AGAIN = 1.0
 #: Seconds for which the process's end waits for work that must not be cut off.
 AT_EXIT = 5.0

@@ -23,13 +23,12 @@ from types import MappingProxyType
 from typing import NamedTuple, Union
 
 from . import drivers
-from .circuit import CLOSED, OPEN, Circuit
+from .circuit import CLOSED, OPEN, Circuit, Lease
 from .config import BalancerConfig
 from .events import Connected, ConnectFailed, PeersExhausted
 from .exceptions import ConfigError, NoPeerAvailable, PoolBusy
 from .faults import Count, Fault, Verdict, verdict_on
 from .group import PeerGroup
-from .leases import Lease
 from .logger import logger
 from .logs import due_in
 from .peer import Peer, PeerState, View

@@ -25,10 +25,9 @@ import weakref
 from collections.abc import Awaitable, Callable
 
 from .group import PeerGroup
-from .leases import LOOK_AGAIN
 from .logger import Complaints
 from .peer import Peer
-from .runtime import renew_in_child
+from .runtime import LOOK_AGAIN, renew_in_child
 from .trials import due, pause_after_failure
 
 
