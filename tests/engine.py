@@ -59,22 +59,30 @@ class Clock:
         self.now, self._began = self(), None
 
 
+def rows_of(connection: Any, *statements: str, params: Any = None) -> Any:
+    """Run statements; return the last one's rows, if it has any."""
+    with connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement, params)
+        return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
+
+
+def sessions_beside(connection: Any) -> int:
+    """Return how many other connections of the tests' user the server of this one has."""
+    every, its_user, own = (
+        ("pg_stat_activity", "usename", "pid <> pg_backend_pid()")
+        if connection.vendor == "postgresql"
+        else ("information_schema.processlist", "user", "id <> CONNECTION_ID()")
+    )
+    query = f"SELECT count(*) FROM {every} WHERE {its_user} = %s AND {own}"
+    ((count,),) = rows_of(connection, query, params=[USER])
+    return int(count)
+
+
 def wait_until_alone(connection: Any) -> None:
     """Return when the server of ``connection`` has no other client that is connected."""
-    ask = (
-        "SELECT count(*) FROM pg_stat_activity WHERE usename = %s AND pid <> pg_backend_pid()"
-        if connection.vendor == "postgresql"
-        else "SELECT count(*) FROM information_schema.processlist"
-        " WHERE user = %s AND id <> CONNECTION_ID()"
-    )
-
-    def is_alone() -> bool:
-        # A server has no event for the end of another's connection.
-        with connection.cursor() as cursor:
-            cursor.execute(ask, [USER])
-            return not cursor.fetchone()[0]
-
-    until(is_alone)
+    # A server has no event for the end of another's connection.
+    until(lambda: not sessions_beside(connection))
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from tests.engine import (
     engine,
     make_outcome_table,
     mysql_peer,
+    rows_of,
     wait_until_alone,
 )
 from tests.servers.faultproxy import FaultProxy
@@ -152,10 +153,10 @@ class Generator:
     def _top(self) -> Op:
         draw = self._random
         kind = draw.choices(("block", "write", "read", "lose"), (6, 2, 1, 1))[0]
-        if kind != "block":
-            return self._simple(kind)
-        way = draw.choices(WAYS, (4, 4, 1, 1))[0]
-        return Block(self._body(self._depth), draw.random() < 0.1, way)
+        if kind == "block":
+            way = draw.choices(WAYS, (4, 4, 1, 1))[0]
+            return Block(self._body(self._depth), draw.random() < 0.1, way)
+        return self._simple(kind)
 
     def _simple(self, kind: str) -> Op:
         return {"write": Write(self._name()), "read": Read(), "lose": Lose()}[kind]
@@ -234,7 +235,6 @@ class Run:
         self.ops = 0
         self.errors = 0
         # Of the block that is open:
-        self._depth = 0
         self._tokens: list[str] = []
         self._hooks: list[tuple[int, Hook]] = []
         self._number = 0
@@ -434,11 +434,11 @@ class World:
 
     def _make_tables(self) -> None:
         number = "serial" if "postgres" in self.engine else "integer AUTO_INCREMENT"
-        with self.plain[0].cursor() as cursor:
-            cursor.execute(f"DROP TABLE IF EXISTS {TABLE}")
-            cursor.execute(
-                f"CREATE TABLE {TABLE} (id {number} PRIMARY KEY, value varchar(64) NOT NULL)"
-            )
+        rows_of(
+            self.plain[0],
+            f"DROP TABLE IF EXISTS {TABLE}",
+            f"CREATE TABLE {TABLE} (id {number} PRIMARY KEY, value varchar(64) NOT NULL)",
+        )
         if self.records:
             make_outcome_table(self.plain[0])
 
@@ -463,13 +463,12 @@ class World:
     # What a program does
 
     def write(self, token: str) -> None:
-        with self.connection.cursor() as cursor:
-            cursor.execute(f"INSERT INTO {TABLE} (value) VALUES (%s)", [token])
+        rows_of(self.connection, f"INSERT INTO {TABLE} (value) VALUES (%s)", params=[token])
 
     def count(self, token: str) -> int:
-        with self.connection.cursor() as cursor:
-            cursor.execute(f"SELECT count(*) FROM {TABLE} WHERE value = %s", [token])
-            return int(cursor.fetchone()[0])
+        query = f"SELECT count(*) FROM {TABLE} WHERE value = %s"
+        ((count,),) = rows_of(self.connection, query, params=[token])
+        return int(count)
 
     def lose(self) -> None:
         for proxy in self.proxies:
@@ -479,8 +478,7 @@ class World:
 
     def begin(self, faults: Sequence[Fault]) -> None:
         """Have an empty table, and the faults armed."""
-        with self.plain[0].cursor() as cursor:
-            cursor.execute(f"DELETE FROM {TABLE}")
+        rows_of(self.plain[0], f"DELETE FROM {TABLE}")
         try:
             self.connection.ensure_connection()
         except NoPeerAvailable:
@@ -490,11 +488,9 @@ class World:
             self.connection.ensure_connection()
         for fault in faults:
             proxy = self.proxies[fault.proxy]
-            where = {"matching": self._commit if fault.at_commit else b"", "nth": fault.nth}
-            if fault.kind in ("within", "reply"):
-                getattr(proxy, f"cut_{fault.kind}")(fault.bytes, **where)
-            else:
-                getattr(proxy, f"cut_{fault.kind}")(**where)
+            matching = self._commit if fault.at_commit else b""
+            some = [fault.bytes] if fault.kind in ("within", "reply") else []
+            getattr(proxy, f"cut_{fault.kind}")(*some, matching=matching, nth=fault.nth)
 
     def end(self) -> None:
         """Leave no fault armed, and no connection."""
@@ -509,17 +505,15 @@ class World:
         """
         for proxy in self.proxies:
             proxy.wait_until_idle()
-        found = []
         for plain in self.plain:
             wait_until_alone(plain)
+        wait = ["SET SESSION wsrep_sync_wait = 1"] if self.is_galera else []
+        found = []
         for plain in self.plain:
-            with plain.cursor() as cursor:
-                if self.is_galera:
-                    cursor.execute("SET SESSION wsrep_sync_wait = 1")
-                cursor.execute(f"SELECT value FROM {TABLE}")
-                found.append(Counter(value for (value,) in cursor.fetchall()))
-                if self.is_galera:
-                    cursor.execute("SET SESSION wsrep_sync_wait = 0")
+            rows = rows_of(plain, *wait, f"SELECT value FROM {TABLE}")
+            found.append(Counter(value for (value,) in rows))
+            if self.is_galera:
+                rows_of(plain, "SET SESSION wsrep_sync_wait = 0")
         if any(rows != found[0] for rows in found):
             raise Violation(f"the nodes have different rows: {found}")
         return found[0]

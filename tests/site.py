@@ -16,7 +16,16 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django_proxysql.core.events import ConnectionLost, ConnectionReplaced, StatementReplayed
 from django_proxysql.registry import balancers
 from tests.app.models import Token
-from tests.engine import MYSQL, POSTGRESQL, Clock, added, engine, mysql_peer
+from tests.engine import (
+    MYSQL,
+    POSTGRESQL,
+    Clock,
+    added,
+    engine,
+    mysql_peer,
+    rows_of,
+    sessions_beside,
+)
 from tests.fakes import until
 from tests.other_driver import DRIVER
 from tests.servers import DATABASE, PASSWORD, USER
@@ -46,11 +55,11 @@ class Site:
 
     def sql(self, statement: str, params: Any = None) -> Any:
         """Run a statement through the engine; return its rows, if it has any."""
-        return run(self.connection, statement, params=params)
+        return rows_of(self.connection, statement, params=params)
 
     def plainly(self, *statements: str) -> Any:
         """Run statements by Django's own engine; return the last one's rows, if it has any."""
-        return run(self.plain, *statements)
+        return rows_of(self.plain, *statements)
 
     def write(self, value: str) -> None:
         self.sql("INSERT INTO app_token (value) VALUES (%s)", [value])
@@ -87,13 +96,7 @@ class Site:
 
     def sessions(self) -> int:
         """How many connections the server has, but for the test's own."""
-        every, its_user, own = (
-            ("information_schema.processlist", "user", "id <> CONNECTION_ID()")
-            if self.is_mysql
-            else ("pg_stat_activity", "usename", "pid <> pg_backend_pid()")
-        )
-        query = f"SELECT count(*) FROM {every} WHERE {its_user} = '{USER}' AND {own}"
-        return int(self.plainly(query)[0][0])
+        return sessions_beside(self.plain)
 
     def losses(self) -> list[ConnectionLost]:
         return [event for event in self.events if type(event) is ConnectionLost]
@@ -138,14 +141,6 @@ class Site:
 
     def idle(self, seconds: float = 1.0) -> None:
         self.clock.advance(seconds)
-
-
-def run(connection: Any, *statements: str, params: Any = None) -> Any:
-    """Run statements; return the last one's rows, if it has any."""
-    with connection.cursor() as cursor:
-        for statement in statements:
-            cursor.execute(statement, params)
-        return [tuple(row) for row in cursor.fetchall()] if cursor.description else None
 
 
 def until_seen(connection: Any) -> None:

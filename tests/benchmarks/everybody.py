@@ -145,9 +145,6 @@ class Worker:
             self.error = str(exc)
 
     def _ask(self, question: str) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
         # Of a process that has ended, what it said is the answer.
         with suppress(BrokenPipeError):
             self._process.stdin.write(question + "\n")
