@@ -37,10 +37,9 @@ from tests.engine import (
     added,
     engine,
     mysql_peer,
-    postgres_peer,
     run_case,
 )
-from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers import DATABASE, PASSWORD, USER, Address
 from tests.servers.mariadb import Node
 from tests.servers.postgresql import PostgreSQLNode
 
@@ -74,6 +73,7 @@ class ByHand:
 
 
 PROXIES = [Wrapt, ByHand]
+ENGINES = {"mariadb": MYSQL, "postgres": POSTGRESQL}
 
 
 @contextlib.contextmanager
@@ -185,8 +185,15 @@ def session_id(connection: Any) -> int:
 class TestTraced:
     """The engine over a traced driver."""
 
-    def test_a_fork_leaves_the_parent_its_session(self, proxy: Any, mariadb: Node) -> None:
-        with traced(MySQLdb, proxy), engine([mysql_peer(mariadb)]) as connection:
+    @pytest.mark.parametrize("kind", ["mariadb", "postgres"])
+    def test_a_fork_leaves_the_parent_its_session(
+        self, proxy: Any, kind: str, request: pytest.FixtureRequest
+    ) -> None:
+        if proxy is ByHand and kind == "postgres":
+            pytest.skip("psycopg itself takes no connection that is none of its class")
+        peers = [mysql_peer(request.getfixturevalue(kind))]
+        module = MySQLdb if kind == "mariadb" else psycopg
+        with traced(module, proxy), engine(peers, PEER_ENGINE=ENGINES[kind]) as connection:
             mine = session_id(connection)
             assert int(forked(lambda: session_id(connection))) != mine
             assert session_id(connection) == mine
@@ -201,15 +208,6 @@ class TestTraced:
                 cursor.execute("SELECT 1")
         finally:
             connection.close()
-
-    def test_a_fork_with_postgresql(self, proxy: Any, postgres: PostgreSQLNode) -> None:
-        peers = [postgres_peer(postgres)]
-        with traced(psycopg, proxy), engine(peers, PEER_ENGINE=POSTGRESQL) as connection:
-            if proxy is ByHand:
-                pytest.skip("psycopg itself takes no connection that is none of its class")
-            mine = session_id(connection)
-            assert int(forked(lambda: session_id(connection))) != mine
-            assert session_id(connection) == mine
 
     def test_pymysql_never_reconnects_by_itself(self, proxy: Any, mariadb: Node) -> None:
         """A ping of a lost connection raises: reconnected, it would have lost its state."""
@@ -237,16 +235,15 @@ class TestTraced:
         self, proxy: Any, driver: str, postgres: PostgreSQLNode
     ) -> None:
         module = {"psycopg": psycopg, "psycopg2": psycopg2}[driver]
-        arguments = {"host": postgres.host, "port": postgres.port, "user": USER}
-        arguments.update(password=PASSWORD, dbname=DATABASE)
-        with contextlib.closing(module.connect(**arguments)) as plain:
-            ready.writable(proxy(plain))
-        options = "-c default_transaction_read_only=on"
-        with (
-            contextlib.closing(module.connect(**arguments, options=options)) as plain,
-            pytest.raises(NotReady),
+        arguments = {**params(postgres), "dbname": DATABASE}
+        del arguments["database"]
+        for options, fails in (
+            ("", contextlib.nullcontext()),
+            ("-c default_transaction_read_only=on", pytest.raises(NotReady)),
         ):
-            ready.writable(proxy(plain))
+            plain = module.connect(**arguments, options=options)
+            with contextlib.closing(plain), fails:
+                ready.writable(proxy(plain))
 
     def test_the_core_s_time_outs(self, proxy: Any) -> None:
         """LoadBalancer bounds an attempt of a traced connect(), too."""
@@ -263,14 +260,9 @@ class TestTraced:
         assert seen == {"host": "db1", "connect_timeout": 3}
 
 
-def params(node: Node) -> dict[str, Any]:
-    return {
-        "host": node.host,
-        "port": node.port,
-        "user": USER,
-        "password": PASSWORD,
-        "database": DATABASE,
-    }
+def params(node: Address) -> dict[str, Any]:
+    server = {"host": node.host, "port": node.port}
+    return {**server, "user": USER, "password": PASSWORD, "database": DATABASE}
 
 
 class Token:
@@ -285,9 +277,6 @@ class Token:
         if self.fails:
             raise OSError("the token service is away")
         return PASSWORD
-
-
-ENGINES = {"mariadb": MYSQL, "postgres": POSTGRESQL}
 
 
 @pytest.mark.parametrize("kind", list(ENGINES))
@@ -369,14 +358,11 @@ class TestMocked:
         return connection
 
     @pytest.mark.parametrize("kind", [mock.Mock, mock.MagicMock])
-    @pytest.mark.parametrize(("path", "connect"), [(MYSQL, "MySQLdb.connect")])
     @pytest.mark.parametrize("alias", ["balanced", "own"])
-    def test_through_django(
-        self, kind: type[mock.Mock], path: str, connect: str, alias: str
-    ) -> None:
+    def test_through_django(self, kind: type[mock.Mock], alias: str) -> None:
         made = self.mocked(kind)
-        entries = {"own": {"ENGINE": path, "NAME": "x", "HOST": "db1"}}
-        with mock.patch(connect, return_value=made), engine(["own"], databases=entries):
+        entries = {"own": {"ENGINE": MYSQL, "NAME": "x", "HOST": "db1"}}
+        with mock.patch("MySQLdb.connect", return_value=made), engine(["own"], databases=entries):
             introduce_peers()
             connection: Any = connections[alias]
             for _ in range(2):

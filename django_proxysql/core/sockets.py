@@ -57,12 +57,9 @@ def keepalive(
 ) -> float:
     """Have the kernel give a TCP connection up whose host has not answered for ``seconds``.
 
-    Sets keepalive, for a connection that waits for an answer, and, where the
-    platform has it, TCP_USER_TIMEOUT, for data that is sent and not
-    acknowledged. Without them a waiting statement fails after the kernel's
-    15 minutes, or never. Keepalive counts in seconds: what waits takes two of
-    them at least. Unix sockets are left alone, and so is what is no socket.
-    Linux: tcp(7).
+    By keepalive, for a connection that waits for an answer: two seconds at least. And, where the
+    platform has it, by TCP_USER_TIMEOUT, for data that is not acknowledged. Without them a waiting
+    statement fails after the kernel's 15 minutes, or never. Linux: tcp(7).
 
     :param seconds: None: nothing is set.
     :param leave: names of options that stay as they are: the driver's own settings say them.
@@ -105,18 +102,14 @@ def keepalive(
                     continue
                 if name == "TCP_USER_TIMEOUT":
                     limit = value / 1000
-        return _user_timeout(sock) if limit is None else limit
+        if limit is None:
+            limit = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+        return limit or math.inf
+    except (AttributeError, OSError):
+        # macOS has no such option.
+        return math.inf
     finally:
         sock.close()
-
-
-def _user_timeout(sock: socket.SocketType) -> float:
-    try:
-        milliseconds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-    except (AttributeError, OSError):
-        # macOS has none.
-        return math.inf
-    return milliseconds / 1000 if milliseconds else math.inf
 
 
 #: As the C class has them: members of an enumeration compare in Python.
@@ -159,7 +152,7 @@ class Counter:
     Belongs to one thread at a time, as its connection does.
 
     :param descriptor: the connection's, which was answered just now.
-    :raises OSError: nothing is known: no TCP, another system than Linux.
+    :raises OSError: nothing is known.
     """
 
     __slots__ = ("_arguments", "_descriptor", "_getsockopt", "_info", "_inode")
@@ -235,8 +228,7 @@ def _tcp_info() -> tuple[Callable[..., int], type, type, Callable[..., object]] 
 def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
     """Have the socket shut down if the block takes longer: for drivers that wait without a limit.
 
-    What the driver waits for then ends in its error for a lost connection. Where no descriptor is
-    known nothing is limited.
+    What the driver waits for then ends in its error for a lost connection.
     """
     bell = threading.Lock()
     bell.acquire()
@@ -272,8 +264,7 @@ def _shut_down_unless(bell: threading.Lock, duplicate: socket.socket, seconds: f
 def detach(descriptor: int) -> None:
     """Part this process from the connection at ``descriptor``; nothing is sent over it.
 
-    Another process that has the connection too goes on with it. Under the
-    number there is nothing any more, in which whatever is written vanishes.
+    Another process that has the connection too goes on with it.
 
     :raises OSError: there is no descriptor left.
     """

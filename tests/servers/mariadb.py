@@ -148,12 +148,6 @@ class MariaDBNode(DatabaseServer):
         statements = self.run([program, "/usr/share/zoneinfo"])
         self.script(statements, "mysql")
 
-    def has_time_zones(self) -> bool:
-        """Whether the time zone tables are filled."""
-        return (
-            self.sql("SELECT CONVERT_TZ('2000-01-01', 'UTC', 'Europe/Berlin') IS NOT NULL") == "1\n"
-        )
-
     def kill_connections(self, user: str) -> int:
         """KILL all connections of a user, as an operator does. Returns how many there were."""
         rows = self.sql("SELECT id, user FROM information_schema.processlist").splitlines()

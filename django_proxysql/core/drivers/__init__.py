@@ -40,17 +40,14 @@ _LOCAL_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBU
 _OF_SETTINGS = (TypeError, ValueError, AttributeError, LookupError, OSError)
 
 
-#: How many wrappers are looked behind. A proxy that answers every attribute has no last one.
-_DEEPEST = 20
-
-
-def layers(thing: object) -> Iterator[object]:
+def _layers(thing: object) -> Iterator[object]:
     """Yield ``thing``, and what it wraps: of partials, decorated functions and tracing proxies.
 
     The last is the driver's own. ``__wrapped__`` is the name that ``functools.wraps``
     and wrapt give it; OpenTelemetry, Datadog, Elastic and New Relic build on wrapt.
     """
-    for _ in range(_DEEPEST):
+    # A proxy that answers every attribute has no last one.
+    for _ in range(20):
         yield thing
         inner = thing.func if isinstance(thing, functools.partial) else _wrapped(thing)
         if inner is None or inner is thing:
@@ -68,7 +65,7 @@ def _wrapped(thing: object) -> object:
 
 def unwrapped(thing: object) -> object:
     """Return what is behind every proxy that ``thing`` may be wrapped in."""
-    *_, last = layers(thing)
+    *_, last = _layers(thing)
     return last
 
 
@@ -78,12 +75,8 @@ def driver_of(thing: object) -> Driver:
     :param thing: a module or its name, a class, a function or a connection; also behind
         proxies and decorators.
     """
-    for layer in layers(thing):
-        for name in _origins(layer):
-            driver = _named(name)
-            if driver is not None:
-                return driver
-    return generic
+    found = (_named(name) for layer in _layers(thing) for name in _origins(layer))
+    return next((driver for driver in found if driver is not None), generic)
 
 
 def _named(module: str) -> Driver | None:
@@ -296,11 +289,8 @@ def _fault_of(exc: BaseException, connecting: bool) -> Fault:
 
 def _table_of(exc: BaseException) -> Driver | None:
     # A driver's error may be subclassed by an application: look at the bases.
-    for cls in type(exc).__mro__:
-        driver = _named(cls.__module__)
-        if driver is not None:
-            return driver
-    return None
+    found = (_named(cls.__module__) for cls in type(exc).__mro__)
+    return next((driver for driver in found if driver is not None), None)
 
 
 def _fault_of_oserror(exc: OSError, connecting: bool) -> Fault:
@@ -308,14 +298,13 @@ def _fault_of_oserror(exc: OSError, connecting: bool) -> Fault:
         return Fault.LOCAL
     if not connecting:
         return Fault.LOST if isinstance(exc, ConnectionError) else Fault.OTHER
-    # A bare TimeoutError() may be an alarm of the application's own; the
-    # socket module's says "timed out" or carries its errno.
-    timed_out = isinstance(exc, (TimeoutError, socket.timeout)) and bool(exc.args)
-    if isinstance(exc, (ConnectionError, socket.gaierror)) or timed_out:
-        return Fault.UNREACHABLE
-    if exc.errno is None and str(exc).startswith("Multiple exceptions: "):
+    is_unreachable = (
+        isinstance(exc, (ConnectionError, socket.gaierror))
+        # A bare TimeoutError() may be an alarm of the application's own; the
+        # socket module's says "timed out" or carries its errno.
+        or (isinstance(exc, (TimeoutError, socket.timeout)) and exc.args)
         # asyncio's, of a name with several addresses.
-        return Fault.UNREACHABLE
-    if exc.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN):
-        return Fault.UNREACHABLE
-    return Fault.OTHER
+        or (exc.errno is None and str(exc).startswith("Multiple exceptions: "))
+        or exc.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
+    )
+    return Fault.UNREACHABLE if is_unreachable else Fault.OTHER
