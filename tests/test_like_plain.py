@@ -119,15 +119,16 @@ def fill(using, **kwargs):
 post_migrate.connect(fill, sender=apps.app_configs["shop"])
 """
 
-UNCONNECTED = """
-from django.test import TransactionTestCase
-class Unconnected(TransactionTestCase):
-    # Nothing is looked up, emptied or restored.
-    _pre_setup = _post_teardown = classmethod(lambda cls: None)
+# Nothing is looked up, emptied or restored. Of two classes each may have a process of its own.
+UNTOUCHED = """
+import unittest
+class Base:
+    databases = {"default"}
     def test_it(self):
         pass
-class Another(Unconnected):
-    # For another process.
+class One(Base, unittest.TestCase):
+    pass
+class Two(Base, unittest.TestCase):
     pass
 """
 
@@ -424,7 +425,7 @@ class TwoAlive:
         made.databases = {"default": made.balancer(STRATEGY="round_robin")}
         made.configure()
         self.project = made.project
-        self.project.write({"shop/tests.py": UNCONNECTED})
+        self.project.write({"shop/tests.py": UNTOUCHED})
 
     def on_each(self, statement: str, database: str = "") -> list[list[str]]:
         """The rows that a statement gives, on each node."""
@@ -663,21 +664,7 @@ class Handed(TransactionTestCase):
     assert "Ran 1 test" in production.project.manage("test")
 
 
-UNTOUCHED = """
-import unittest
-class Base:
-    databases = {"default"}
-    def test_it(self):
-        pass
-class One(Base, unittest.TestCase):
-    pass
-class Two(Base, unittest.TestCase):
-    pass
-"""
-
-
 def test_dropped_where_it_was_made(two_alive: TwoAlive) -> None:
-    two_alive.project.write({"shop/tests.py": UNTOUCHED})
     output = two_alive.project.manage("test", "--parallel", "2", "--noinput")
     assert "Ran 2 tests" in output
     assert two_alive.on_each("SHOW DATABASES LIKE 'test%'") == [[], []]

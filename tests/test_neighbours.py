@@ -30,7 +30,6 @@ from django.urls import include, path
 
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
 from django_proxysql.conf.keys import ENGINE
-from django_proxysql.registry import balancers
 from tests import test_project
 from tests.app.models import Token
 from tests.engine import MYSQL, POSTGRESQL, engine, mysql_peer
@@ -402,15 +401,6 @@ class TestSettingsDict:
                 assert connection.copy().settings_dict["HOST"] == ""
                 checked.set()
             assert dict(own) == before
-
-    def test_who_wants_to_know(self, here: Site) -> None:
-        """connection.peer: which one it is; its address is nowhere else."""
-        connection = here.connection
-        assert connection.peer is balancers["balanced"].peers[connection.peer.name]
-        assert connection.settings_dict["HOST"] == ""
-        assert connection.peer.address == f"127.0.0.1:{here.here.port}"
-        connection.close()
-        assert connection.peer is None
 
 
 SETTINGS = """
