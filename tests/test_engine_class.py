@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import pathlib
 import pickle
-import subprocess
 import sys
-import textwrap
 from typing import Any
 from unittest import mock
 
@@ -24,6 +22,7 @@ from django_proxysql.backends.peer.base import DatabaseWrapper as PeerWrapper
 from django_proxysql.backends.proxysql.base import DatabaseWrapper
 from django_proxysql.conf.aliases import introduce_peers
 from django_proxysql.conf.keys import ENGINE, PEER_ALIAS_ENGINE
+from tests.children import run_python
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, sqlite_peer
 
 #: What a backend's class is asked for.
@@ -195,16 +194,8 @@ class TestUnknown:
                 except Exception as exc:
                     print(type(exc).__name__, "settings" in str(exc))
         """
-        root = pathlib.Path(__file__).parent.parent
-        printed = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=root,
-            env={},
-        )
-        assert printed.stdout == "EngineUnknown True\n" * 2
+        printed = run_python(script, DJANGO_SETTINGS_MODULE="").stdout
+        assert printed == "EngineUnknown True\n" * 2
 
     def test_a_name_that_no_engine_has(self) -> None:
         with added({"balanced": balancer()}), pytest.raises(AttributeError, match="nonesuch"):
