@@ -72,11 +72,8 @@ class Commands:
                 looks = [look for look in self.looks.copy() if since < look < when]
                 return {"looks": len(looks), "elsewhere": event.elsewhere}
 
-    def open(self, peer: str) -> None:
-        self.db.peers[peer].breaker.open()
-
-    def close(self, peer: str) -> None:
-        self.db.peers[peer].breaker.close()
+    def breaker(self, peer: str, change: str) -> None:
+        getattr(self.db.peers[peer].breaker, change)()
 
     def drain(self, peer: str) -> None:
         self.db.drain(peer)
@@ -94,7 +91,7 @@ class Commands:
         }
 
     def fleet(self) -> int | None:
-        fleet = self.db.sharing.fleet()  # type: ignore[union-attr]
+        fleet = self.db.sharing.fleet(60)  # type: ignore[union-attr]
         return None if fleet is None else fleet.processes
 
     def work(self, threads: int) -> None:

@@ -6,7 +6,6 @@ is there, so that makemigrations (from Django 3.2 on) looks at every alias; it d
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import socket
@@ -90,7 +89,8 @@ class Shop(Project):
             "ENGINE": ENGINE,
             "PEER_ENGINE": self.engine,
             "PEERS": list(names) if aliases else self.peers,
-            "CONNECT_TIMEOUT": 1,
+            # libpq takes no less than 2.
+            "CONNECT_TIMEOUT": 1 if self.engine == MYSQL else 2,
             **settings,
         }
         self.write({"databases.json": json.dumps(databases)})
@@ -104,28 +104,38 @@ def dead() -> Iterator[int]:
     ports.release(port)
 
 
-@pytest.fixture(params=["inline", "aliases"])
-def shop(
-    request: pytest.FixtureRequest, mariadb: Node, dead: int, tmp_path: Path
-) -> Iterator[Shop]:
+@pytest.fixture(params=["mysql inline", "mysql aliases", "postgresql inline", "postgresql aliases"])
+def shop(request: pytest.FixtureRequest, dead: int, tmp_path: Path) -> Iterator[Shop]:
     """A project whose tables are made while all peers but one are out."""
-    mariadb.create_database(DATABASE)
+    kind, how = request.param.split()
+    server: Any
+    if kind == "mysql":
+        server, peer, backend = request.getfixturevalue("mariadb"), mysql_peer, MYSQL
+        server.create_database(DATABASE)
+    else:
+        server, peer, backend = request.getfixturevalue("postgres"), postgres_peer, POSTGRESQL
+        server.create_database(DATABASE, USER)
     # It takes connections, and says nothing, as a frozen server does.
     with socket.create_server((HOST, 0)) as hangs:
-        peers = [
-            mysql_peer(mariadb, NAME=DATABASE, PORT=dead),
-            mysql_peer(mariadb, NAME=DATABASE, PORT=hangs.getsockname()[1]),
-            mysql_peer(mariadb, NAME=DATABASE, PRIORITY=1),
-        ]
-        made = Shop(tmp_path, mariadb, peers)
-        made.configure(request.param == "aliases")
+        peers = [peer(server, NAME=DATABASE, PORT=port) for port in (dead, hangs.getsockname()[1])]
+        peers.append(peer(server, NAME=DATABASE, PRIORITY=1))
+        made = Shop(tmp_path, server, peers, backend)
+        made.configure(how == "aliases")
         assert "Applying shop.0001_initial... OK" in made.manage("migrate")
         yield made
-    mariadb.sql(f"DROP DATABASE {DATABASE}")
+    server.sql(f"DROP DATABASE {DATABASE}")
+
+
+#: For what the engines have in common, or what costs much.
+on_mysql = pytest.mark.parametrize("shop", ["mysql inline", "mysql aliases"], indirect=True)
 
 
 def items(shop: Shop) -> list[str]:
     return shop.alive.sql("SELECT name FROM shop_item", DATABASE).splitlines()
+
+
+def tables(shop: Shop) -> list[str]:
+    return shop.alive.sql("SELECT table_name FROM information_schema.tables", DATABASE).split()
 
 
 def test_migrations(shop: Shop) -> None:
@@ -141,7 +151,7 @@ def test_migrations(shop: Shop) -> None:
     assert "CREATE TABLE" in shop.manage("sqlmigrate", "shop", "0001")
     assert "class ShopItem" in shop.manage("inspectdb")
     shop.manage("migrate", "shop", "zero")
-    assert "shop_item" not in shop.alive.sql("SHOW TABLES", DATABASE)
+    assert "shop_item" not in tables(shop)
 
 
 def test_data(shop: Shop) -> None:
@@ -158,10 +168,10 @@ def test_data(shop: Shop) -> None:
         backend = "django.core.cache.backends.db.DatabaseCache"
         settings.write(f"CACHES = {{'default': {{'BACKEND': {backend!r}, 'LOCATION': 'cache'}}}}\n")
     shop.manage("createcachetable")
-    tables = shop.alive.sql("SHOW TABLES", DATABASE).split()
-    assert tables.count("cache") == 1
+    assert tables(shop).count("cache") == 1
 
 
+@on_mysql
 def test_check(shop: Shop) -> None:
     """check: nothing is wrong; of a peer that is out, asked for by its alias, a warning."""
     assert "no issues" in shop.manage("check")
@@ -169,6 +179,7 @@ def test_check(shop: Shop) -> None:
 
 
 @has_database_option
+@on_mysql
 def test_check_of_databases(shop: Shop) -> None:
     """check --database: the balancer's has nothing to say; a peer that is out is passed by."""
     assert "no issues" in shop.manage("check", "--database", "default")
@@ -177,61 +188,21 @@ def test_check_of_databases(shop: Shop) -> None:
         assert re.findall(r"Peer '(\w+)' cannot be reached", output) == ["peer0", "peer1"]
 
 
+#: How a client is asked which server it is on, and who it is there.
+CLIENTS = {
+    MYSQL: ("--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE(), SUBSTRING_INDEX(USER(), '@', 1)"),
+    POSTGRESQL: (
+        *("-X", "-A", "-t", "-F", " ", "-c"),
+        "SELECT inet_server_port(), current_database(), current_user",
+    ),
+}
+
+
 @pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
 def test_dbshell_opens_on_the_peer_that_lives(shop: Shop) -> None:
-    output = shop.manage("dbshell", "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()")
-    assert output.split() == [str(shop.alive.port), DATABASE]
-
-
-@pytest.fixture(params=["inline", "aliases"])
-def postgres_shop(
-    request: pytest.FixtureRequest, postgres: PostgreSQLNode, dead: int, tmp_path: Path
-) -> Iterator[Shop]:
-    """The same on PostgreSQL, with one peer that is dead and one that lives."""
-    postgres.create_database(DATABASE, USER)
-    peers = [
-        postgres_peer(postgres, NAME=DATABASE, PORT=dead),
-        postgres_peer(postgres, NAME=DATABASE, PRIORITY=1),
-    ]
-    made = Shop(tmp_path, postgres, peers, POSTGRESQL)
-    # libpq takes no less.
-    made.configure(request.param == "aliases", CONNECT_TIMEOUT=2)
-    assert "Applying shop.0001_initial... OK" in made.manage("migrate")
-    yield made
-    postgres.sql(f"DROP DATABASE {DATABASE}")
-
-
-PSQL = ("dbshell", "--", "-X", "-A", "-t", "-F", " ", "-c")
-
-
-def test_migrations_on_postgresql(postgres_shop: Shop) -> None:
-    """The same commands, and those that move data."""
-    shop = postgres_shop
-    (shop.root / "shop/migrations/0001_initial.py").unlink()
-    assert "Create model Item" in shop.manage("makemigrations", "shop", timeout=BOUND)
-    assert "No changes detected" in shop.manage("makemigrations", "--check", timeout=BOUND)
-    assert "[X] 0001_initial" in shop.manage("showmigrations", "shop")
-    assert "CREATE TABLE" in shop.manage("sqlmigrate", "shop", "0001")
-    assert "class ShopItem" in shop.manage("inspectdb")
-    assert "no issues" in shop.manage("check")
-    shop.alive.sql("INSERT INTO shop_item (name) VALUES ('x')", DATABASE)
-    shop.manage("dumpdata", "shop", "-o", "dump.json")
-    shop.manage("flush", "--noinput")
-    assert items(shop) == []
-    assert "Installed 1 object" in shop.manage("loaddata", "dump.json")
-    assert items(shop) == ["x"]
-    shop.manage("migrate", "shop", "zero")
-    assert shop.alive.sql("SELECT to_regclass('shop_item')", DATABASE) == "\n"
-
-
-@pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
-@pytest.mark.parametrize("hangs", [False, True])
-def test_dbshell_on_postgresql(postgres_shop: Shop, dead: int, hangs: bool) -> None:
-    """psql opens on the peer that lives, logged in by the peer's own entry."""
-    statement = "SELECT inet_server_port(), current_database(), current_user"
-    with socket.create_server((HOST, dead)) if hangs else contextlib.nullcontext():
-        output = postgres_shop.manage(*PSQL, statement, timeout=BOUND)
-    assert output.split() == [str(postgres_shop.alive.port), DATABASE, USER]
+    """Logged in by the peer's own entry."""
+    output = shop.manage("dbshell", "--", *CLIENTS[shop.engine], timeout=BOUND)
+    assert output.split() == [str(shop.alive.port), DATABASE, USER]
 
 
 @pytest.mark.skipif(django.VERSION < (3, 2), reason="runshell() calls something else there")
@@ -251,6 +222,7 @@ def test_dbshell_where_no_connection_is_to_be_made() -> None:
     assert (result.testsRun, result.failures, result.errors) == (1, [], [])
 
 
+@on_mysql
 def test_testserver(shop: Shop) -> None:
     """testserver: a test database with a fixture in it, served, on the peer that lives."""
     row = {"model": "shop.item", "pk": 7, "fields": {"name": "from a fixture"}}
@@ -300,7 +272,7 @@ def test_a_migration_stays_on_one_peer(mariadb_pair: tuple[Node, Node], tmp_path
 
 
 @pytest.mark.skipif(django.VERSION < (3, 1), reason="dbshell's arguments came with Django 3.1")
-@pytest.mark.parametrize("shop", ["aliases"], indirect=True)
+@pytest.mark.parametrize("shop", ["mysql aliases"], indirect=True)
 def test_dbshell_of_a_peer(shop: Shop) -> None:
     """dbshell of an alias peer opens on that server, with a PASSWORD that is a callable."""
     with (shop.root / "settings.py").open("a") as settings:
@@ -308,6 +280,5 @@ def test_dbshell_of_a_peer(shop: Shop) -> None:
             "PASSWORD = DATABASES['peer2']['PASSWORD']\n"
             "DATABASES['peer2']['PASSWORD'] = lambda: PASSWORD\n"
         )
-    script = "--", "--skip-ssl", "-N", "-e", "SELECT @@port, DATABASE()"
-    output = shop.manage("dbshell", "--database", "peer2", *script)
-    assert output.split() == [str(shop.alive.port), DATABASE]
+    output = shop.manage("dbshell", "--database", "peer2", "--", *CLIENTS[MYSQL])
+    assert output.split() == [str(shop.alive.port), DATABASE, USER]

@@ -17,7 +17,7 @@ import pytest
 
 import django_proxysql
 from django_proxysql import Fault, LoadBalancer
-from django_proxysql.backends.pools import Pool, Pools
+from django_proxysql.backends.pools import Pools
 from django_proxysql.core import runtime
 from django_proxysql.core.balancer import wait_for_any
 from django_proxysql.core.circuit import Lease
@@ -156,23 +156,6 @@ def busy(*targets: Callable[[int], object], times: int = TIMES) -> None:
 
 @pytest.mark.usefixtures("hurried")
 class TestThreads:
-    def test_pools(self) -> None:
-        """A pool is looked for while others are made, thrown away and retired."""
-        pools = Pools()
-
-        class Closes:
-            def close(self) -> None:
-                pass
-
-        known = Pool("peer0", {}, None)
-        busy(
-            lambda n: pools.has(known),
-            lambda n: pools.find(f"peer{n}", {"NAME": n}, Closes),
-            lambda n: pools.take(lambda one: one is known),
-            lambda n: pools.retire(f"peer{n}") if n % 50 == 0 else None,
-        )
-        pools.close()
-
     def test_what_a_fork_concerns(self) -> None:
         """They are listed while others are made and end."""
         living: runtime.Living[Any] = runtime.Living()
