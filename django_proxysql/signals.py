@@ -15,10 +15,11 @@ import django
 from django.db import connections
 from django.dispatch import Signal
 
-from .core.dispatch import in_listener_thread
+from .core.dispatch import Dispatcher
 from .core.events import Event
 from .core.logger import logger
 from .core.reports import REPORTS
+from .core.runtime import current_worker
 from .registry import balancers
 
 __all__ = [row.signal for row in REPORTS.values() if row.signal]
@@ -70,8 +71,8 @@ def _send(event: Event) -> None:
         responses = signal.send_robust(sender, alias=alias, event=event, **values)
     finally:
         _sending.signals.remove(signal)
-        if in_listener_thread() and not _sending.signals:
-            # What receivers have opened; the thread keeps nothing.
+        if isinstance(current_worker(), Dispatcher) and not _sending.signals:
+            # What receivers have opened; a listener's own thread keeps nothing.
             connections.close_all()
     if django.VERSION < (4, 2):
         # Later ones log it themselves, to django.dispatch.

@@ -29,11 +29,6 @@ from .runtime import Guarded, Worker, current_worker
 MOST = 1000
 
 
-def in_listener_thread() -> bool:
-    """Return whether the caller's thread is a dispatcher's, which keeps nothing when it ends."""
-    return isinstance(current_worker(), Dispatcher)
-
-
 def must_not_wait() -> bool:
     """Return whether others wait for the caller's thread: it calls no listener."""
     worker = current_worker()
