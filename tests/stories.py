@@ -26,6 +26,7 @@ from django.db.utils import Error
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic
 from django_proxysql.core.events import CircuitOpened
+from tests.app.models import Token
 from tests.servers import DATABASE
 from tests.site import KINDS, Site, site
 
@@ -250,6 +251,11 @@ class Narrator:
         with self.here.connection.chunked_cursor() as cursor:
             cursor.execute(f"SELECT value FROM app_token {' '.join(lock)}")
             assert cursor.fetchall() == [("one",)]
+
+    def iterate(self, *values: str) -> None:
+        """Read by the ORM's server-side cursor, two rows at a time."""
+        tokens = Token.objects.using(self.here.connection.alias).order_by("id")
+        assert [token.value for token in tokens.iterator(2)] == list(values)
 
     def one_by_one(self, *values: str) -> None:
         """Have executemany() send each row by itself: mysqlclient sees no VALUES here."""

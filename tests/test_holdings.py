@@ -108,22 +108,12 @@ def test_what_is_not_surely_given_back_is_held(takes: Any, gives: Any) -> None:
     assert holdings
 
 
-@pytest.mark.parametrize("stands", [False, True])
-@pytest.mark.parametrize("sql", ["UNLISTEN jobs", "UNLISTEN *"])
-def test_a_listen_that_is_given_back_in_a_transaction_is_when_that_stands(
-    sql: str, stands: bool
-) -> None:
-    holdings = Holdings()
-    run(holdings, "LISTEN jobs")
-    holdings.answered(sql, None, in_transaction=True)
-    assert holdings
-    holdings.transaction_ended(stands)
-    assert bool(holdings) is not stands
-
-
 @pytest.mark.parametrize(
     ("ends", "stands"),
     [
+        # By Django.
+        ([], True),
+        ([], False),
         (["COMMIT"], True),
         ([b"END"], True),
         (["ROLLBACK"], False),
@@ -133,16 +123,18 @@ def test_a_listen_that_is_given_back_in_a_transaction_is_when_that_stands(
     ],
 )
 @pytest.mark.parametrize("in_block", [False, True])
-def test_a_listen_that_is_given_back_in_a_transaction_by_sql_is_when_that_stands(
-    ends: list[Any], stands: bool, in_block: bool
+@pytest.mark.parametrize("unlisten", ["UNLISTEN jobs", "UNLISTEN *"])
+def test_a_listen_that_is_given_back_in_a_transaction_is_when_that_stands(
+    ends: list[Any], stands: bool, in_block: bool, unlisten: str
 ) -> None:
     holdings = Holdings()
     for sql in ("LISTEN jobs", *([] if in_block else ["BEGIN"]), "SAVEPOINT a"):
         run(holdings, sql)
-    holdings.answered("UNLISTEN jobs", None, in_transaction=in_block)
+    holdings.answered(unlisten, None, in_transaction=in_block)
+    assert holdings
     for sql in ends:
         run(holdings, sql)
-    holdings.transaction_ended(stands=True)
+    holdings.transaction_ended(stands or bool(ends))
     holdings.end_request()
     assert bool(holdings) is not stands
 

@@ -58,6 +58,10 @@ STORIES = {
     "peer that drops connections at their first statement fails": (
         "all: connect; cut before; SELECT 1; circuit open"
     ),
+    # The trial has closed the circuit; its own connection is of no use: that counts.
+    "trial whose connection is lost at once opens its circuit again": (
+        "all: open; idle 60; connect; circuit closed; cut before; !write one; circuit open"
+    ),
     # CONN_HEALTH_CHECKS asks is_usable().
     "what is_usable() finds counts for the peer": (
         "all: read; usable; kill; unusable; circuit suspect; SELECT 1"
@@ -284,20 +288,6 @@ class TestStatementsOwnFault:
         assert here.sql("SELECT 1") == [(1,)]
         assert here.connection.peer is not dead
         refused_by(here, dead)
-
-    def test_trial_whose_connection_is_lost_at_once(self, here: Site) -> None:
-        """The trial has closed the circuit; its own connection is of no use: that counts."""
-        peer = here.connection.peer
-        here.connection.close()
-        peer.breaker.open()
-        here.clock.advance(60)
-        here.connection.ensure_connection()
-        assert here.connection.peer is peer
-        assert peer.breaker.current_state == "closed"
-        here.here.cut_before(b"app_token")
-        with pytest.raises(OperationalError):
-            here.write("one")
-        assert peer.breaker.current_state == "open"
 
 
 def with_tables(connection: Any) -> None:

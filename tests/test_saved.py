@@ -101,6 +101,17 @@ STORIES = {
             "SET LOCAL work_mem = '5MB'",
         )
     },
+    # DECLARE, its description or the first FETCH is lost: no row was given out yet.
+    **{
+        f"first rows of a server-side cursor are saved: {nth}, {story}": (
+            f"postgres: many a b c d e; {story.format(nth)}; replayed 1; write f"
+        )
+        for nth in (1, 2, 3)
+        for story in (
+            "SELECT 1; cut after {}; iterate a b c d e",
+            "{{ read; cut after {}; iterate a b c d e }}",
+        )
+    },
     # It is state from here on: its loss is an error.
     **{
         f"setting alone on its connection is saved, and held: {statement}": (
@@ -303,30 +314,6 @@ class TestFirstWrite:
 
 
 class TestServerSideCursors:
-    @pytest.mark.parametrize("in_block", [False, True])
-    @pytest.mark.parametrize("nth", [1, 2, 3], ids=["DECLARE", "its description", "FETCH"])
-    def test_the_first_rows_are_saved(self, on_postgres: Site, nth: int, in_block: bool) -> None:
-        """DECLARE or the first FETCH is lost: no row was given out yet."""
-        here = on_postgres
-        for value in "abcde":
-            here.write(value)
-
-        def values() -> list[str]:
-            tokens = Token.objects.using(here.connection.alias).order_by("id")
-            return [token.value for token in tokens.iterator(2)]
-
-        here.sql("SELECT 1")
-        if in_block:
-            with transaction.atomic(here.connection.alias):
-                here.read()
-                here.cut("after", nth)
-                assert values() == list("abcde")
-        else:
-            here.cut("after", nth)
-            assert values() == list("abcde")
-        assert here.replayed()
-        here.write("f")
-
     def test_counts_for_the_budget_and_is_remembered(self, on_postgres: Site) -> None:
         """DECLARE and the first FETCH are statements like others."""
         here = on_postgres
