@@ -348,6 +348,13 @@ class Narrator:
         for peer in self.others():
             peer.breaker.open()
 
+    def open_another(self) -> None:
+        self.others()[0].breaker.open()
+
+    def another_is_open(self) -> None:
+        """It was not tried, which would have closed it."""
+        assert self.others()[0].breaker.current_state == "open"
+
     def recover_another(self) -> None:
         self.others()[0].breaker.close()
 

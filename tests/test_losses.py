@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, close_old_connections, connections, transaction
-from django.db.utils import DataError, Error, InternalError
+from django.db.utils import DataError, Error
 
 from django_proxysql import balancers, retrying_atomic
 from django_proxysql.core.events import CircuitClosed, CircuitOpened
@@ -364,13 +364,19 @@ class TestReadOnly:
         self.write(connection, "three")
         assert connection.peer is not old
 
+    @pytest.mark.parametrize("pair", ["mariadb_pair", "postgres_pair"], indirect=True)
     def test_the_applications_own(self, pair: Any) -> None:
-        """SET TRANSACTION READ ONLY is refused by 1792; no peer's fault."""
+        """SET TRANSACTION READ ONLY is refused by 1792 and 25006; no peer's fault."""
         connection, _, _ = pair
         old = connection.peer
+        is_mysql = connection.vendor == "mysql"
         with connection.cursor() as cursor:
-            cursor.execute("SET SESSION TRANSACTION READ ONLY")
-        with pytest.raises(Error):
+            cursor.execute(
+                "SET SESSION TRANSACTION READ ONLY"
+                if is_mysql
+                else "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+            )
+        with pytest.raises(Error), transaction.atomic(connection.alias):
             self.write(connection, "one")
         assert old.breaker.current_state == "closed"
 
@@ -383,18 +389,6 @@ class TestReadOnly:
             with pytest.raises(OperationalError, match="read-only"):
                 self.write(connection, "one")
             assert connection.peer.breaker.current_state == "closed"
-
-    def test_postgresql(self, postgres_pair: Any) -> None:
-        """25006 by the application's own hand counts for nothing, READY_CHECK or not."""
-        peers = [mysql_peer(node) for node in postgres_pair]
-        with engine(peers, PEER_ENGINE=POSTGRESQL, READY_CHECK="writable") as connection:
-            with_table(connection)
-            with pytest.raises(InternalError), transaction.atomic(connection.alias):
-                with connection.cursor() as cursor:
-                    cursor.execute("SET TRANSACTION READ ONLY")
-                self.write(connection, "one")
-            assert connection.peer.breaker.current_state == "closed"
-            self.write(connection, "two")
 
 
 @pytest.mark.parametrize("state", ["08006", "57P01", "57P03"])

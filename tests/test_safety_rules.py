@@ -36,6 +36,14 @@ STORIES = {
         "all: request_ends; write one; kill_idle; read; open; read; stays",
         {"number": 3},
     ),
+    # A trial that is due is made by a new connection; a replacement has none to make.
+    **{
+        f"replacement goes to a closed circuit: {loss}": (
+            f"all: request_ends; open_another; idle 100; note; {loss}; read; left; another_is_open",
+            {"number": 3},
+        )
+        for loss in ("kill", "open")
+    },
     # It works, and there is no other: it is kept until another comes back.
     "working peer is left for no trial": (
         "all: open_others; open; idle 100; note; read; write one; stays; unconnected; idle; "
@@ -284,29 +292,7 @@ def others(here: Site) -> list[Any]:
     return [peer for peer in here.balancer.peers.values() if peer is not here.connection.peer]
 
 
-def proxy_of(here: Site, peer: Any) -> Any:
-    port = peer.address.rpartition(":")[2]
-    return next(proxy for proxy in here.proxies if str(proxy.port) == port)
-
-
 class TestReplacements:
-    @pytest.mark.parametrize("forced", [True, False])
-    def test_goes_to_a_closed_circuit(self, three: Site, forced: bool) -> None:
-        """A trial that is due is made by a new connection; a replacement has none to make."""
-        left, (due, closed) = three.connection.peer, others(three)
-        due.breaker.open()
-        three.idle(100)
-        accepted = proxy_of(three, due).accepted
-        three.session.wrote = False
-        if forced:
-            three.kill()
-        else:
-            left.breaker.open()
-        three.read()
-        assert three.connection.peer is closed
-        assert proxy_of(three, due).accepted == accepted
-        assert due.breaker.current_state == "open"
-
     def test_makes_a_trial_when_nothing_else_is_left(self, three: Site) -> None:
         due, closed = others(three)
         due.breaker.open()
