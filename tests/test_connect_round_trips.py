@@ -7,13 +7,14 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import django
 import pytest
-from django.db import DatabaseError, OperationalError, connections, reset_queries
+from django.db import DatabaseError, OperationalError, connections
 from django.db.backends.mysql import base
 from django.test import override_settings
 
@@ -256,40 +257,34 @@ def test_a_character_set_that_is_set_later_is_that_alone(mariadb: Node) -> None:
                 assert cursor.fetchone() == (name, "SERIALIZABLE", "é")
 
 
-@keeps_one_record
-def test_what_logs_or_wraps_statements_sees_the_isolation_level(mariadb: Node, log: Log) -> None:
-    with engine([mysql_peer(mariadb)]) as connection:
-        asked_by_the_driver(log, connection)
-        seen: list[str] = []
+def instead(function: Any, decorate: Any = lambda function: function) -> Any:
+    """Return something else that does the same."""
+    return decorate(lambda *args, **kwargs: function(*args, **kwargs))
 
-        def wrapper(execute: Any, sql: str, *args: Any) -> Any:
-            seen.append(sql)
-            return execute(sql, *args)
 
-        connection.execute_wrappers.append(wrapper)
-        assert asked_by_the_driver(log, connection) is False
-        connection.execute_wrappers.remove(wrapper)
-        assert seen[0].startswith(LEVEL)
-        with override_settings(DEBUG=True):
-            reset_queries()
-            assert asked_by_the_driver(log, connection) is False
-            assert connection.queries[0]["sql"].startswith(LEVEL)
-        assert asked_by_the_driver(log, connection) is True
+connect = base.Database.connect
+#: What is to see the statement, or gets a connection that is connected already.
+ONLOOKERS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "an execute_wrapper": lambda db: db.execute_wrapper(lambda execute, *args: execute(*args)),
+    "a query log": lambda db: override_settings(DEBUG=True),
+    # As Django Debug Toolbar puts it on the wrapper.
+    "a tracer's cursor()": lambda db: mock.patch.object(db, "cursor", instead(db.cursor)),
+    "a pool's connect()": lambda db: mock.patch.object(base.Database, "connect", instead(connect)),
+    "a tracer's connect()": lambda db: mock.patch.object(
+        base.Database, "connect", instead(connect, functools.wraps(connect))
+    ),
+}
 
 
 @keeps_one_record
-def test_what_stands_before_the_driver_is_not_given_the_isolation_level(
-    mariadb: Node, log: Log, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("onlooker", ONLOOKERS.values(), ids=ONLOOKERS)
+def test_the_isolation_level_is_djangos_statement_where_there_are_onlookers(
+    mariadb: Node, log: Log, onlooker: Callable[[Any], AbstractContextManager[Any]]
 ) -> None:
-    """A pool's connection is connected already, and a tracer is to see the statement."""
-    theirs = base.Database.connect
     with engine([mysql_peer(mariadb)]) as connection:
         asked_by_the_driver(log, connection)
-        for decorate in (lambda function: function, functools.wraps(theirs)):
-            instead = decorate(lambda **options: theirs(**options))
-            monkeypatch.setattr(base.Database, "connect", instead)
+        with onlooker(connection):
             assert asked_by_the_driver(log, connection) is False
-        monkeypatch.undo()
         assert asked_by_the_driver(log, connection) is True
 
 
@@ -446,21 +441,6 @@ def test_an_engine_whose_cursors_are_its_own_sees_the_isolation_level(
             connection.ensure_connection()
             connection.close()
             assert any(LEVEL in sql for sql in seen)
-
-
-def test_a_tracer_of_one_wrapper_sees_the_isolation_level(mariadb: Node) -> None:
-    """By a method that it puts on the wrapper, as Django Debug Toolbar does."""
-    with engine([mysql_peer(mariadb)]) as connection:
-        session_of("balanced")
-        plain_cursor, seen = connection.cursor, []
-
-        def traced(*args: Any) -> Any:
-            seen.append(args)
-            return plain_cursor(*args)
-
-        connection.cursor = traced
-        connection.ensure_connection()
-        assert seen
 
 
 def test_only_drivers_that_know_autocommit_are_given_it() -> None:
