@@ -88,14 +88,7 @@ THEIRS = {
 #: What an entry has of which a page shows a part.
 OF_PAGE = {"howto/postgresql.rst": {"PEER_ENGINE": "django.db.backends.postgresql"}}
 #: Packages that may not be installed. Their names are stand-ins then.
-OPTIONAL = {
-    "asyncpg",
-    "celery",
-    "health_check",
-    "gevent",
-    "pymysql",
-    "MySQLdb",
-}
+OPTIONAL = {"asyncpg", "celery", "health_check", "gevent", "pymysql", "MySQLdb"}
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,6 @@ class Two:
         self.peers = [sqlite_peer(self.folder / "b"), sqlite_peer(root / "a", PRIORITY=1)]
 
 
-def test_peers_that_answer_are_well(tmp_path: Path) -> None:
-    with engine([sqlite_peer(tmp_path / "a")], PEER_ENGINE=SQLITE) as connection:
-        assert seen(alias="balanced") == (200, "OK")
-        # In a thread of its own, and closed again.
-        assert connection.connection is None
-        assert balancers["balanced"].peers["peer0"].connections == 0
-
-
 def test_degraded(tmp_path: Path) -> None:
     """With one peer out the site works: only the strict check complains, and names it."""
     from django_proxysql.monitoring.health_check import Peers
@@ -96,12 +88,15 @@ def test_none_left_and_back(tmp_path: Path) -> None:
     """It asks even if all circuits are open: in an idle process it is the one that finds out."""
     clock = Clock()
     two = Two(tmp_path)
-    with engine(two.peers[:1], PEER_ENGINE=SQLITE, clock=clock):
+    with engine(two.peers[:1], PEER_ENGINE=SQLITE, clock=clock) as connection:
         said = "Unavailable: no peer can be used: peer0 open (unreachable)"
         assert seen(alias="balanced") == (500, said)
         two.folder.mkdir()
         clock.advance(60)
         assert seen(alias="balanced", strict=True) == (200, "OK")
+        # In a thread of its own, and closed again.
+        assert connection.connection is None
+        assert balancers["balanced"].peers["peer0"].connections == 0
 
 
 def test_says_no_secrets(mariadb: Node) -> None:

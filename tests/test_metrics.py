@@ -496,23 +496,6 @@ def test_process_that_ends_takes_its_gauges_along(tmp_path: Path) -> None:
     assert multiprocess("show()", tmp_path) == ["6.0 3.0 1.0"]
 
 
-def test_closed_connections_are_seen_when_asked_for(tmp_path: Path) -> None:
-    """No event tells of a close: refresh() does, or a request's beginning or end."""
-    assert multiprocess(
-        """
-        world.driver.made.clear()
-        kept.pop()
-        show()
-        world.metrics.refresh()
-        show()
-        kept.pop()
-        world.metrics._at_request()
-        show()
-        """,
-        tmp_path,
-    ) == ["3.0 3.0 1.0", "3.0 2.0 1.0", "3.0 1.0 1.0"]
-
-
 def test_directory_that_is_not_there(monkeypatch: Any) -> None:
     """… is said at the start, and not by an error at each connect."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere/at/all")

@@ -290,6 +290,7 @@ class TestPage:
         assert "run again" not in text
         config = dataclasses.replace(site.balancer.config, commit_outcome="record")
         monkeypatch.setattr(site.balancer, "config", config)
+        site.balancer.group.emit(BlockRetried(name, "shop.views.place", 2, "(1213)"))
         assert "No COMMIT was left unanswered." in text_of(client.get(PAGE))
         for outcome, later in (("unknown", 3000), ("committed", 700), ("rolled_back", 0)):
             site.balancer.group.emit(BlockRetried(name, "shop.views.place", 2, "(1213)"))
@@ -381,7 +382,9 @@ class TestButtons:
         assert (response.status_code, response["Location"]) == (302, PAGE)
         assert drained(site) == ["peer1"]
         where = f"process {os.getpid()} on {socket.gethostname()}"
-        assert said(response) == [f"You drained peer1 (load balancer default), in {where} only."]
+        (message,) = messages.get_messages(response.wsgi_request)
+        assert str(message) == f"You drained peer1 (load balancer default), in {where} only."
+        assert message.level == messages.SUCCESS
         (record,) = [r for r in caplog.records if "status page" in r.getMessage()]
         assert record.getMessage() == "default: on the status page alice drained peer1"
         assert record.levelno == logging.WARNING
