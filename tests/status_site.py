@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from django.core.management import call_command
 from django.db import connections
@@ -121,14 +122,8 @@ def status_site(
         stack.enter_context(
             engine(entries, alias="default", PEER_ENGINE=SQLITE, clock=clock, **settings_of_it)
         )
-        before = history.clock, history.began
-        history._rows.clear()
-        history._counted.clear()
+        fresh: dict[str, Any] = {"_rows": {}, "_counted": {}}
         if clock is not None:
-            history.clock, history.began = clock, clock()
-        try:
-            yield Site(peers, clock)
-        finally:
-            history.clock, history.began = before
-            history._rows.clear()
-            history._counted.clear()
+            fresh.update(clock=clock, began=clock())
+        stack.enter_context(mock.patch.multiple(history, **fresh))
+        yield Site(peers, clock)
