@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import threading
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -435,7 +436,11 @@ class TestListeners:
 
         recorder = Recorder()
         breaker = PeerBreaker(
-            clock=clock, jitter=even, listeners=[Bad(), recorder], on_transition=bad_transition
+            clock=clock,
+            jitter=even,
+            listeners=[Bad(), recorder],
+            on_transition=bad_transition,
+            name="db1",
         )
         assert breaker.call(int) == 0
         with pytest.raises(Boom):
@@ -446,6 +451,10 @@ class TestListeners:
         assert breaker.current_state == "closed"
         assert ("half-open", "closed") in recorder.told
         assert {record.levelno for record in caplog.records} == {logging.ERROR}
+        assert Counter(caplog.messages) == {
+            "A listener of the circuit of db1 raised": 9,
+            "The on_transition of the circuit of db1 raised": 3,
+        }
 
     def test_that_are_interrupted_give_the_trial_back(self, clock: Clock) -> None:
         def interrupted(transition: Transition) -> None:

@@ -61,8 +61,8 @@ class Listening:
             self.hangs.set()
             assert self.go_on.wait(60)
         self.ended.append(noted)
-        if noted == 13:
-            raise SystemExit
+        if noted in (7, 13):
+            raise {7: ValueError, 13: SystemExit}[noted]
 
     def has_ended(self, noted: Any) -> bool:
         return noted in self.ended
@@ -86,12 +86,15 @@ def dispatcher(listening: Listening) -> Dispatcher:
     return Dispatcher(listening, "default")
 
 
-def test_elsewhere_and_in_order(dispatcher: Dispatcher, listening: Listening) -> None:
+def test_elsewhere_and_in_order(
+    dispatcher: Dispatcher, listening: Listening, caplog: pytest.LogCaptureFixture
+) -> None:
     """Each event once, in turn, whatever a listener raises; never in the thread that tells."""
     for number in range(20):
         deliver(dispatcher, event(number))
     until(lambda: len(listening.ended) == 20)
     assert listening.ended == list(range(20))
+    assert caplog.messages == ["A listener of 'default' raised"] * 2
     assert threading.get_ident() not in listening.threads
 
 

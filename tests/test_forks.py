@@ -234,7 +234,9 @@ def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
     assert here.connection in inherited._wrappers.all()
 
 
-def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uwsgi_calls_the_hook(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """In a worker, once, and what was there before; tests/test_web_servers.py has the real one."""
     from django_proxysql.core import runtime
 
@@ -253,6 +255,7 @@ def test_uwsgi_calls_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     uwsgi.post_fork_hook()
     uwsgi.post_fork_hook()
     assert called == ["theirs", "ours", "theirs", "theirs"]
+    assert caplog.messages == ["After a fork something could not be renewed"]
     # Code that takes the hook later has a chain for others.
     decorators: Any = types.SimpleNamespace(postfork_chain=[lambda: called.append("chained")])
     monkeypatch.setitem(sys.modules, "uwsgidecorators", decorators)

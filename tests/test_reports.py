@@ -222,8 +222,8 @@ def test_limited_lines(
     clock = Clock(100.0)
     monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=clock))
     (event, text), (elsewhere, other) = of_line(row, line), of_line(row, line, balancer="reports")
-    for _ in range(4):
-        logs.log_event(event)
+    for error in ("(2002)", "(2006)", "(2013)", "(2055)"):
+        logs.log_event(dataclasses.replace(event, error=error))
     logs.log_event(elsewhere)
     for seconds in (0.9, 0.1, 0, 1):
         clock.advance(seconds)
@@ -231,6 +231,17 @@ def test_limited_lines(
     logs.log_event(elsewhere)
     more = [text.replace(": (2002)", f" (and {count} more): (2002)") for count in (4, 1)]
     assert caplog.messages == [text, other, *more, other]
+
+
+def test_another_error_on_this_side_is_written_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The same one, apart from its numbers, once a minute."""
+    row = REPORTS[events.ConnectFailed]
+    for error in ("request 1 failed", "request 2 failed", "no such file"):
+        logs.log_event(made(row, fault=Fault.LOCAL, error=error))
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "request 1 failed",
+        "no such file",
+    ]
 
 
 def test_complaints_of_a_thread(
