@@ -16,6 +16,8 @@ from django.db import connections, transaction
 from django.db.utils import Error
 
 from django_proxysql import LoadBalancer
+from django_proxysql.backends import sessions as inherited
+from django_proxysql.core import runtime
 from tests.children import in_child
 from tests.fakes import in_thread, running
 from tests.site import Site
@@ -210,8 +212,6 @@ def test_child_waits_for_no_other_threads_statement(here: Site, mine: int) -> No
 
 def test_child_finds_out_afterwards(here: Site, mine: int) -> None:
     """uWSGI forks in C and calls Python only afterwards, in the child."""
-    from django_proxysql.backends import sessions as inherited
-
     held = inherited._held
 
     def work() -> str:
@@ -224,8 +224,6 @@ def test_child_finds_out_afterwards(here: Site, mine: int) -> None:
 
 def test_nothing_is_kept_in_the_parent(here: Site, mine: int) -> None:
     """Wrappers are forgotten with their threads, and not held on to after a fork."""
-    from django_proxysql.backends import sessions as inherited
-
     other = in_thread(lambda: weakref.ref(connections[here.connection.alias]))
     assert in_child(lambda: "done") == "done"
     gc.collect()
@@ -238,8 +236,6 @@ def test_uwsgi_calls_the_hook(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a worker, once, and what was there before; tests/test_web_servers.py has the real one."""
-    from django_proxysql.core import runtime
-
     called: list[str] = []
     uwsgi: Any = types.SimpleNamespace(post_fork_hook=lambda: called.append("theirs"))
     monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
@@ -266,8 +262,6 @@ def test_uwsgi_calls_the_hook(
 
 def test_python_calls_the_child_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python has called in the child is not called there again."""
-    from django_proxysql.core import runtime
-
     called: list[str] = []
     monkeypatch.setattr(runtime, "_in_child", [lambda: called.append("ours")])
 

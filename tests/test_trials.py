@@ -34,6 +34,7 @@ from tests.fakes import (
     peers,
     refused_by_host,
     running,
+    too_many,
     until,
 )
 from tests.servers.mariadb import Node
@@ -113,18 +114,14 @@ class TestStep:
             def close(self) -> None:
                 raise OSError("closed already")
 
-        world = background("db1", "db2")
+        world = with_due_trial()
         world.db._connect = lambda **params: Stubborn()
-        world.open("db1")
-        world.clock.advance(30)
         assert stalled.step() is None
 
     def test_fails_again(self, stalled: TrialWorker) -> None:
         """A trial that fails opens the circuit for another interval."""
-        world = background("db1", "db2")
+        world = with_due_trial()
         world.driver.down["db1"] = refused_by_host
-        world.open("db1")
-        world.clock.advance(30)
         assert stalled.step() == 30
         assert world.driver.hosts == ["db1"]
         assert [event.trial for event in world.told(ConnectFailed)] == [True]
@@ -282,10 +279,8 @@ class TestStep:
 
     def test_not_the_peers_fault(self, stalled: TrialWorker) -> None:
         """A peer that is full is tried again soon, without a complaint."""
-        world = background("db1", "db2")
-        world.driver.down["db1"] = type(refused_by_host())(1040, "Too many connections")
-        world.open("db1")
-        world.clock.advance(30)
+        world = with_due_trial()
+        world.driver.down["db1"] = too_many
         assert stalled.step() == 1
         assert world.states() == "open closed"
 
@@ -333,10 +328,8 @@ class TestRequests:
     @pytest.mark.usefixtures("stalled")
     def test_last_resort(self) -> None:
         """A request that has no peer left tries those that are due, as without the thread."""
-        world = background("db1", "db2")
+        world = with_due_trial()
         world.driver.down["db2"] = refused_by_host
-        world.open("db1")
-        world.clock.advance(30)
         assert world.hosts() == ["db2", "db1"]
         assert world.states() == "closed open"
 
