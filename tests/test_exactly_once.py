@@ -171,17 +171,25 @@ class TestVerdicts:
         assert (here.written(), tokens(here), resolved(here)) == ([], [True], ["rolled_back"])
         assert block(here, "two") == ["two"]
 
-    def test_unknown_where_no_peer_can_tell_in_time(
-        self, mariadb: Any, fault_proxy: Callable[..., Any]
-    ) -> None:
-        with recording(mariadb, fault_proxy, OUTCOME_DEADLINE=0.3) as here:
-            here.read()
-            here.here.cut_after(COMMIT)
-            for proxy in here.proxies:
-                proxy.refuse()
-            with pytest.raises(CommitOutcomeUnknown):
-                block(here, "one")
-            assert (here.written(), resolved(here)) == (["one"], ["unknown"])
+
+WRITE, READ = "INSERT INTO app_token (value) VALUES ('one')", "SELECT value FROM app_token"
+#: Whose words they are; what is said before the block, and in it; whether it has a token.
+SAID: list[tuple[str, str | None, list[Any], bool]] = [
+    ("both", None, ["SET TRANSACTION READ ONLY", READ], False),
+    ("both", None, ["SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY", READ], False),
+    ("both", None, ["START TRANSACTION READ ONLY", READ], False),
+    ("both", None, ["SET TRANSACTION READ /* and no more */ ONLY", READ], False),
+    ("postgresql", None, [b"SET TRANSACTION READ ONLY", READ], False),
+    ("postgresql", None, [("SELECT set_config(%s, 'on', true)", ["transaction_read_only"])], False),
+    # What the next ones are says nothing of the one that is open.
+    ("postgresql", None, [WRITE, "SET default_transaction_read_only = on"], True),
+    (
+        *("postgresql", "SET default_transaction_read_only = on"),
+        *(["SET TRANSACTION READ WRITE", WRITE], True),
+    ),
+    # The server takes writes to the tables that are locked alone.
+    ("mysql", "LOCK TABLES app_token WRITE", [WRITE], False),
+]
 
 
 class TestBlocksWithoutAToken:
@@ -290,27 +298,6 @@ class TestBlocksWithoutAToken:
                 here.sql("SELECT 1 / 0")
         assert (here.written(), tokens(here)) == ([], [])
 
-    @pytest.mark.parametrize(
-        ("statement", "params"),
-        [
-            ("SET TRANSACTION READ ONLY", None),
-            ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY", None),
-            ("START TRANSACTION READ ONLY", None),
-            (b"SET TRANSACTION READ ONLY", None),
-            ("SET TRANSACTION READ /* and no more */ ONLY", None),
-            ("SELECT set_config(%s, 'on', true)", ["transaction_read_only"]),
-        ],
-        ids=["alone", "of two", "START", "bytes", "comment", "set_config"],
-    )
-    def test_that_is_read_only_has_none(self, here: Site, statement: Any, params: Any) -> None:
-        """The server takes none there. Without the setting such a block ends well."""
-        if here.is_mysql and (params or isinstance(statement, bytes)):
-            pytest.skip("PostgreSQL's words")
-        with transaction.atomic("balanced"):
-            here.sql(statement, params)
-            assert here.read() == []
-        assert tokens(here) == []
-
     @ON_POSTGRES
     @pytest.mark.parametrize("ends", ["released", "rolled back", "never was"])
     def test_that_is_not_read_only_at_its_end_has_one(self, here: Site, ends: str) -> None:
@@ -372,18 +359,6 @@ class TestBlocksWithoutAToken:
         assert block(here, "one") == ["one"]
         assert tokens(here) == [False]
 
-    @ON_POSTGRES
-    def test_whose_session_takes_no_writes_has_one_if_it_takes_them(self, here: Site) -> None:
-        """What the next ones are says nothing of the one that is open."""
-        with transaction.atomic("balanced"):
-            here.write("one")
-            here.sql("SET default_transaction_read_only = on")
-        assert tokens(here) == [False]
-        with transaction.atomic("balanced"):
-            here.sql("SET TRANSACTION READ WRITE")
-            here.write("two")
-        assert tokens(here) == [False, False]
-
     @pytest.mark.skipif(django.VERSION < (4, 2), reason="assume_role came with Django 4.2")
     @pytest.mark.parametrize("how", ["before", "reply"])
     def test_a_role_that_django_assumes_is_the_fences_too(
@@ -409,15 +384,26 @@ class TestBlocksWithoutAToken:
                 here.connection.close()
                 postgres.sql(taken, DATABASE)
 
-    @ON_MARIADB
-    def test_of_a_session_that_has_tables_locked_has_none(self, here: Site) -> None:
-        """The server takes writes to these alone. Without the setting such a block ends well."""
-        here.sql("LOCK TABLES app_token WRITE")
-        assert block(here, "one") == ["one"]
-        here.sql("UNLOCK TABLES")
-        assert (here.written(), tokens(here)) == (["one"], [])
-        assert block(here, "two") == ["two"]
-        assert tokens(here) == [False]
+    @pytest.mark.parametrize(("servers", "before", "statements", "has_one"), SAID, ids=str)
+    def test_that_the_application_has_made_read_only_has_none(
+        self,
+        here: Site,
+        servers: str,
+        before: str | None,
+        statements: list[Any],
+        has_one: bool,
+    ) -> None:
+        """The server takes none there. Without the setting such a block ends well."""
+        if servers not in ("both", here.connection.vendor):
+            pytest.skip(f"{servers}'s words")
+        here.sql(before or "SELECT 1")
+        with transaction.atomic("balanced"):
+            for statement in statements:
+                here.sql(*statement) if isinstance(statement, tuple) else here.sql(statement)
+        # It may have tables locked.
+        here.connection.close()
+        assert here.written() == (["one"] if WRITE in statements else [])
+        assert tokens(here) == ([False] if has_one else [])
 
     def test_without_the_setting_nothing_is_asked(
         self, here: Site, monkeypatch: pytest.MonkeyPatch
@@ -837,13 +823,18 @@ class TestFaults:
         assert block(here, "two") == ["two"]
 
     @pytest.mark.parametrize("how", ["before", "reply"])
-    def test_a_full_disk_at_the_fence_leaves_it_unknown(
-        self, here: Site, monkeypatch: pytest.MonkeyPatch, how: str
+    @pytest.mark.parametrize("why", ["full disk at the fence", "no peer"])
+    def test_it_stays_unknown_where_no_peer_can_tell_in_time(
+        self, here: Site, monkeypatch: pytest.MonkeyPatch, how: str, why: str
     ) -> None:
-        change_setting(here, monkeypatch, outcome_deadline=0.5)
+        change_setting(here, monkeypatch, outcome_deadline=0.4)
         here.read()
         cut_at_commit(here, how)
-        with full_disk(here, fences=True), pytest.raises(CommitOutcomeUnknown):
+        if why == "no peer":
+            for proxy in here.proxies:
+                proxy.refuse()
+        full = full_disk(here, fences=True) if why != "no peer" else contextlib.nullcontext()
+        with full, pytest.raises(CommitOutcomeUnknown):
             block(here, "one")
         assert resolved(here) == ["unknown"]
         assert here.written() == (["one"] if how == "reply" else [])
