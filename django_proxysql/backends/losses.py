@@ -97,9 +97,10 @@ def act_on(
     after = after_error(
         judgement, is_closed=is_closed, was_dead=session.dead, is_explained=bool(session.error)
     )
-    is_failed_connect = after.is_loss and loss_counts(loss_of(db, session, idle))
+    timed_out = not idle and session.has_timed_out()
+    is_failed_connect = after.is_loss and loss_counts(loss_of(db, session, idle, timed_out))
     if after.ends:
-        session.lose(text, timed_out=not idle and session.has_timed_out())
+        session.lose(text, timed_out=timed_out)
     if after.may_begin_again:
         drivers.mark(exc, "end")
     if after.distrusts:
@@ -147,21 +148,18 @@ def interrupted(db: Any, exc: BaseException) -> None:
     abandon(db, session, exc)
 
 
-def loss_of(db: Any, session: Session, idle: bool) -> Loss:
+def loss_of(db: Any, session: Session, idle: bool, timed_out: bool) -> Loss:
     """Return what is known of a connection that is lost now."""
     peer, balancer = session.peer, session.balancer
     sql, params = session.sending or (None, None)
-    timed_out = not idle and session.has_timed_out()
-    elsewhere = False
-    if not (idle or timed_out):
-        elsewhere = balancer.losses.note(peer.name, sql, db._caller)
+    is_news = not (idle or timed_out)
     return Loss(
         served=session.served,
         idle=idle,
         watched=session.poll is not None,
         timed_out=timed_out,
         large=not are_small(params, _LARGE_PACKET) or not are_small((sql,), _LARGE_PACKET),
-        elsewhere=elsewhere,
+        elsewhere=is_news and balancer.losses.note(peer.name, sql, db._caller),
         last=not balancer.can_spare(peer),
     )
 
