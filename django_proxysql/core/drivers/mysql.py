@@ -28,34 +28,29 @@ BY_CODE = {
     # Database denied, user denied, unknown database, old protocol, unknown
     # plugin, socket plugin denied, password expired; and the client's own.
     **dict.fromkeys((1044, 1045, 1049, 1251, 1524, 1698, 1820, 1862), Fault.REFUSED),
+    **dict.fromkeys((2049, 2054, 2059, 2061), Fault.REFUSED),
     # A broken init_connect, TLS required, account locked: MySQL's, after too many wrong
     # passwords, MariaDB's.
     **dict.fromkeys((1184, 3159, 3118, 3955, 4151), Fault.REFUSED),
-    **dict.fromkeys((2049, 2054, 2059, 2061), Fault.REFUSED),
-    **dict.fromkeys(
-        # Server shutting down, offline mode, ProxySQL without a backend.
-        (1053, 3032, 9001, 9002),
-        Fault.NOT_READY,
-    ),
+    # Server shutting down, offline mode, read-only, ProxySQL without a backend.
+    **dict.fromkeys((1053, 3032, 1836, 9001, 9002), Fault.NOT_READY),
     **dict.fromkeys((1040, 1203, 1226), Fault.OVERLOADED),
     **dict.fromkeys((2006, 2013, 2027, 2045, 2055), Fault.LOST),
-    **dict.fromkeys((1927, 3169, 1317, 1907, 1969, 3024), Fault.KILLED),
-    # The packet is larger than max_allowed_packet: the server hangs up.
-    1153: Fault.KILLED,
+    # 1153: the packet is larger than max_allowed_packet, and the server hangs up.
+    **dict.fromkeys((1927, 3169, 1317, 1907, 1969, 3024, 1153), Fault.KILLED),
     **dict.fromkeys((1205, 1213, 1020, 1614, 3101), Fault.CONFLICT),
 }
 
-#: Codes that say nothing until their text is read.
-BY_TEXT = (
-    # Without "WSREP" 1047 is "Unknown command".
-    (1047, re.compile("WSREP"), Fault.NOT_READY),
-    (1180, re.compile("Primary Component"), Fault.NOT_READY),
-    (1815, re.compile("Session creation failed"), Fault.NOT_READY),
-    (1290, re.compile("read-only"), Fault.NOT_READY),
-    (1836, re.compile(""), Fault.NOT_READY),
-    # 4031 is wait_timeout on MySQL; on MariaDB it names a table that does not exist.
-    (4031, re.compile("disconnected by the server"), Fault.KILLED),
-)
+#: Codes that say something with these words in their text, and without them nothing.
+BY_TEXT = {
+    # Otherwise it is "Unknown command".
+    1047: ("WSREP", Fault.NOT_READY),
+    1180: ("Primary Component", Fault.NOT_READY),
+    1815: ("Session creation failed", Fault.NOT_READY),
+    1290: ("read-only", Fault.NOT_READY),
+    # wait_timeout on MySQL; on MariaDB it names a table that does not exist.
+    4031: ("disconnected by the server", Fault.KILLED),
+}
 
 #: Codes of an established connection that while connecting mean: not reached.
 _LOST_WHILE_CONNECTING = frozenset({2006, 2012, 2013, 2026, 2027, 2055})
@@ -67,10 +62,6 @@ _NO_DESCRIPTORS = re.compile(r"[(\[](?:Errno )?(?:24|23|12)[)\]]")
 #: These two say that the resolver itself had no descriptor or no memory left.
 _RESOLVER_FAILED = {getattr(socket, name, None) for name in ("EAI_SYSTEM", "EAI_MEMORY")}
 _CODE_AT_END = re.compile(r"\((-?\d+)\)(?:$| \[while connecting )")
-
-#: PyMySQL's, without a number: an answer that is none of the handshake's. (ProxySQL at its
-#: connection limit, over TLS)
-_OUT_OF_STEP = re.compile("Packet sequence number wrong")
 
 #: In words of ProxySQL's own: another error may quote a value that the statement has.
 _PROXYSQL_NO_BACKEND = re.compile(r"[^'\"`]*while reaching hostgroup")
@@ -164,12 +155,14 @@ class MySQL(Driver):
             return Fault.LOST
         if _PROXYSQL_NO_BACKEND.match(text):
             return Fault.NOT_READY
-        for textual_code, pattern, meaning in BY_TEXT:
-            if code == textual_code and pattern.search(text):
-                return meaning
-        if code is not None and code in BY_CODE:
+        if code in BY_TEXT:
+            words, meaning = BY_TEXT[code]
+            return meaning if words in text else Fault.OTHER
+        if code in BY_CODE:
             return BY_CODE[code]
-        if connecting and code is None and _OUT_OF_STEP.search(text):
+        if connecting and code is None and "Packet sequence number wrong" in text:
+            # PyMySQL's: an answer that is none of the handshake's. (ProxySQL at its connection
+            # limit, over TLS)
             return Fault.UNREACHABLE
         # PyMySQL, and mysqlclient on a closed handle, raise InterfaceError(0, '').
         if is_a(exc, "InterfaceError") and (code == 0 or not exc.args):

@@ -244,11 +244,6 @@ _READ_ONLY = ("default_transaction_read_only", "in_hot_standby")
 _ACTIVE, _OPEN, _FAILED = 1, (1, 2, 3), 3
 
 
-def _number(known: Any) -> int | None:
-    """Return libpq's number: psycopg has an enumeration of them, a mock none."""
-    return int(known) if isinstance(known, int) else None
-
-
 class PostgreSQL(Driver):
     """psycopg 3 and psycopg2.
 
@@ -447,8 +442,7 @@ class PostgreSQL(Driver):
         return ask
 
     def in_transaction(self, connection: Any) -> bool | None:
-        ask = self.status(connection)
-        known = None if ask is None else _number(ask())
+        known = self._number(connection)
         if known in _OPEN:
             return True
         return False if known == 0 else None
@@ -463,8 +457,13 @@ class PostgreSQL(Driver):
         return None if self.is_closed(connection) else sockets.counter(self.fileno(connection))
 
     def is_in_step(self, connection: Any, exc: BaseException) -> bool:
+        return self._number(connection) != _ACTIVE
+
+    def _number(self, connection: Any) -> int | None:
+        """Return libpq's number: psycopg has an enumeration of them, a mock none."""
         ask = self.status(connection)
-        return ask is None or _number(ask()) != _ACTIVE
+        known = None if ask is None else ask()
+        return int(known) if isinstance(known, int) else None
 
 
 postgresql = PostgreSQL()
