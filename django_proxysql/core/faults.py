@@ -40,16 +40,12 @@ class Fault(enum.Enum):
         OVERLOADED does not: opening the circuit of a full peer would push its
         load onto the others, and fill them next.
         """
-        return self in _COUNTS
+        return self in (Fault.UNREACHABLE, Fault.REFUSED, Fault.NOT_READY, Fault.LOST)
 
     @property
     def tries_next(self) -> bool:
         """Whether ``connect()`` goes on to the next peer after this fault."""
-        return self in _TRIES_NEXT
-
-
-_COUNTS = frozenset({Fault.UNREACHABLE, Fault.REFUSED, Fault.NOT_READY, Fault.LOST})
-_TRIES_NEXT = _COUNTS | {Fault.OVERLOADED, Fault.KILLED}
+        return self.counts or self in (Fault.OVERLOADED, Fault.KILLED)
 
 
 class Proof(enum.Enum):
@@ -128,10 +124,8 @@ def verdict_on(
     """
     if fault is Fault.REFUSED and is_callers:
         return Verdict(False, Count.NO, fault)
-    if fault.counts:
-        return Verdict(True, Count.NOW, fault)
     if fault.tries_next:
-        return Verdict(True, Count.NO, fault)
+        return Verdict(True, Count.NOW if fault.counts else Count.NO, fault)
     if of_settings:
         # One peer's typo fails no connect that another peer can serve. It says nothing about
         # the server, so its circuit stays as it is.
