@@ -32,11 +32,15 @@ def run(quick: bool = False) -> list[Figure]:
             figures += _to_mariadb(node, rounds)
             figures += _of_new_threads(node, rounds // 4)
         with Delay(node, milliseconds=1) as proxy:
-            figures += _delayed(proxy, rounds // 10)
+            figures += _beside_plain(
+                "1 ms each way", proxy, project.MYSQL, rounds // 10, (1e3, "ms"), 0.85
+            )
     with PostgreSQLNode("postgresql") as postgresql:
         postgresql.set_up()
         with one_core_each(postgresql):
-            figures += _to_postgresql(postgresql, rounds // 5)
+            figures += _beside_plain(
+                "PostgreSQL", postgresql, project.POSTGRESQL, rounds // 5, (1e6, "us"), 1.02
+            )
     return figures + list(_to_nothing(rounds // 10))
 
 
@@ -79,21 +83,14 @@ def _of_new_threads(node: Address, rounds: int) -> Iterator[Figure]:
     yield Figure("MariaDB: a new thread's first, engine / plain engine", wall.ratio(0, 1), "", 0.75)
 
 
-def _delayed(proxy: Address, rounds: int) -> Iterator[Figure]:
-    entries = project.plain(proxy), project.balanced([proxy] * 2)
+def _beside_plain(
+    name: str, server: Address, engine: str, rounds: int, unit: tuple[float, str], limit: float
+) -> Iterator[Figure]:
+    """Compare connects by Django's own engine with those by ours, to two peers at one place."""
+    entries = project.plain(server, engine), project.balanced([server] * 2, PEER_ENGINE=engine)
     wall = _connects([project.wrapper(**entry) for entry in entries], rounds)
-    yield Figure("1 ms each way: plain engine", wall.median(0) * 1e3, "ms")
-    yield Figure("1 ms each way: engine / plain engine", wall.ratio(0, 1), "", 0.85)
-
-
-def _to_postgresql(node: PostgreSQLNode, rounds: int) -> Iterator[Figure]:
-    entries = (
-        project.plain(node, project.POSTGRESQL),
-        project.balanced([node] * 2, PEER_ENGINE=project.POSTGRESQL),
-    )
-    wall = _connects([project.wrapper(**entry) for entry in entries], rounds)
-    yield Figure("PostgreSQL: plain engine", wall.median(0) * 1e6, "us")
-    yield Figure("PostgreSQL: engine / plain engine", wall.ratio(0, 1), "", 1.02)
+    yield Figure(f"{name}: plain engine", wall.median(0) * unit[0], unit[1])
+    yield Figure(f"{name}: engine / plain engine", wall.ratio(0, 1), "", limit)
 
 
 def _to_mariadb(node: Node, rounds: int) -> Iterator[Figure]:
