@@ -7,7 +7,9 @@ import pathlib
 import platform
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import django
 
@@ -16,10 +18,13 @@ from tests.servers.runs import exit_on_sigterm
 
 from .compare import EXPECTED, Outcome, compare, read
 from .engines import ENGINES, balanced
-from .suite import SuiteError, django_tests, results_of, run, stop
+from .suite import SuiteError, django_tests, progress, results_of, run, stop
 
 #: How the two runs are called, the plain engine's and the balancer's.
 RUNS = ("plain", "balanced")
+
+#: Seconds between two lines on how far they are; on a terminal it is one line, drawn anew.
+EVERY = 60
 
 FOLDER = pathlib.Path(tempfile.gettempdir()) / "django-proxysql-suite"
 
@@ -68,8 +73,7 @@ def main() -> int:
             try:
                 names = [options.only] if options.only else RUNS
                 runs = {name: pool.submit(one, name) for name in names}
-                # The other one ends when one fails.
-                wait(runs.values(), return_when="FIRST_EXCEPTION")
+                show_progress(runs.values(), [stem(name) for name in names])
                 plain, ours = (
                     runs[name].result() if name in runs else read(results_of(stem(name)))
                     for name in RUNS
@@ -84,6 +88,18 @@ def main() -> int:
     print(f"Django {django.get_version()}, {options.engine}, Python {platform.python_version()}")
     print(comparison)
     return 1 if comparison.differences else 0
+
+
+def show_progress(runs: Collection[Future[Any]], stems: Collection[pathlib.Path]) -> None:
+    """Say on stderr how many tests have been run, until both runs are over or one has failed."""
+    live = sys.stderr.isatty()
+    while True:
+        done, under_way = wait(runs, timeout=1 if live else EVERY, return_when="FIRST_EXCEPTION")
+        if not under_way or any(run.exception() for run in done):
+            print(end="\n" if live else "", file=sys.stderr)
+            return
+        counts = [f"{stem.name} {progress(stem)}" for stem in stems]
+        print(*counts, sep=", ", end="\r" if live else "\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

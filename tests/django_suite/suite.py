@@ -45,6 +45,15 @@ def results_of(stem: pathlib.Path) -> pathlib.Path:
     return stem.with_name(stem.name + ".jsonl")
 
 
+def progress(stem: pathlib.Path) -> int:
+    """Return how many outcomes a run has written."""
+    try:
+        with open(results_of(stem), "rb") as lines:
+            return sum(1 for _ in lines)
+    except FileNotFoundError:
+        return 0
+
+
 def run(
     tests: pathlib.Path,
     databases: Mapping[str, Mapping[str, Any]],
