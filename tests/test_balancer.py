@@ -81,6 +81,8 @@ class World:
             endpoints, self.driver.connect, clock=self.clock, jitter=even, **options
         )
         self.permits: list[Any] = []
+        #: What the last connect() of hosts() has raised.
+        self.error: BaseException | None = None
         self.events: list[Any] = []
         self.db.add_listener(self.events.append)
 
@@ -91,7 +93,7 @@ class World:
     def hosts(self, **how: Any) -> list[str]:
         """The hosts that one more connect() tries, in turn."""
         self.driver.calls.clear()
-        raised_by(lambda: self.connect(**how))
+        self.error = raised_by(lambda: self.connect(**how))
         return self.driver.hosts
 
     def states(self) -> str:
@@ -194,9 +196,14 @@ so it is with a trial
     db1 db2; open db1; refuses db1; after 30; callers db1; circuits open closed
 a peer that cannot be reached counts for such a caller too
     db1 db2; down db1; callers db1 db2; circuits open closed
-an exhaustion is one event, and a refusal by all peers is none
-    db1 db2; down db1 db2; tries db1 db2; exhausted 1; after 30; refuses db1 db2; tries db1 db2
-    exhausted 1
+where no peer can be had it is one error, and one event
+    db1 db2; down db1; refuses db2; tries db1 db2; raises NoPeerAvailable; exhausted 1
+where every peer refuses it is the driver's own error, and an exhaustion between trials
+    db1 db2; refuses db1 db2; tries db1 db2; raises OperationalError; circuits open open
+    exhausted 0; tries; raises NoPeerAvailable; exhausted 1; after 1; tries db1 db2
+    raises OperationalError
+so it is where all others are drained
+    db1 db2; drain db1; refuses db2; tries db2; raises OperationalError
 a drained peer gets no connections until it is undrained
     db1 db2; drain db1; tries db2; tries db2; undrain db1; tries db1
 a drained peer's trial is not made, due or not, and not as a last resort
@@ -260,6 +267,8 @@ def play(script: str, face: Any = None) -> Any:
             assert world.hosts() == names, line
         elif word == "callers":
             assert world.hosts(refusal_is_callers=True) == names, line
+        elif word == "raises":
+            assert type(world.error).__name__ == names[0], line
         elif word == "circuits":
             assert ["suspect" if one.suspect else one.state for one in circuits] == names, line
         elif word == "failed":
@@ -357,25 +366,6 @@ class TestFaults:
         world.driver.down["db1"] = refused_by_host
         with pytest.raises(RuntimeError, match="strategy"):
             world.connect()
-
-    def test_drivers_own_error_is_raised_where_every_peer_refuses(self) -> None:
-        """Between trials NoPeerAvailable quotes it; after the interval it is raised again."""
-        world = World("db1", "db2")
-        errors = {"db1": bad_password(), "db2": OperationalError(1049, "Unknown database 'x'")}
-        world.driver.down.update(errors)
-        assert raised_by(world.connect) is errors["db2"]
-        assert world.states() == "open open"
-        assert not world.told(PeersExhausted)
-        quoting = str(world.exhausted())
-        assert all(f"last error ({error.args[0]}, " in quoting for error in errors.values())
-        world.clock.advance(1)
-        assert raised_by(world.connect) is errors["db2"]
-
-    def test_error_names_all_where_not_every_peer_refuses(self) -> None:
-        world = World("db1", "db2")
-        world.driver.down.update(db1=refused_by_host, db2=bad_password)
-        error = world.exhausted()
-        assert isinstance(error.__cause__, OperationalError)
 
     def test_tenacity_carries_on_after_the_first_failure(self) -> None:
         """The first attempt of a connect that succeeds at once does without it."""

@@ -95,12 +95,6 @@ class TestBalancer:
         world.db.undrain("db1")
         assert [type(event) for event in world.events] == [PeerDrained, PeerUndrained]
 
-    def test_drivers_error_is_raised_where_all_others_refuse(self) -> None:
-        world = World("db1", "db2")
-        world.db.drain("db1")
-        refused = world.driver.down["db2"] = type(refused_by_host())(1045, "Access denied")
-        assert raised_by(world.db.connect) is refused
-
     def test_peer_drained_during_a_connect_is_neither_tried_nor_waited_for(self) -> None:
         world = World("db1", "db2")
 
