@@ -74,7 +74,9 @@ def told(table: Mapping[str, Any]) -> Any:
     return pytest.mark.parametrize(("server", "settings", "text"), rows)
 
 
-def tell(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+def tell(
+    request: Any, server: str, settings: dict[str, Any], text: str, narrator: Any = None
+) -> None:
     """Tell a story on a new site on ``server``; ``number`` among the settings: its peers;
     ``reset``: the proxies end connections by RST; ``unbuffered``: so are its cursors."""
     settings = dict(settings)
@@ -86,7 +88,7 @@ def tell(request: Any, server: str, settings: dict[str, Any], text: str) -> None
         request.getfixturevalue("fault_proxy"), reset=settings.pop("reset", False)
     )
     with site(request.getfixturevalue(server), fault_proxy, **settings) as here:
-        Narrator(here).tell(text)
+        (narrator or Narrator)(here).tell(text)
 
 
 def attempts(here: Site, *stories: str) -> int:

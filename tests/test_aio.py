@@ -382,6 +382,14 @@ def test_wait_for_peer_looks_again_by_tenacitys_objects() -> None:
     assert slept == [7]
 
 
+def test_a_wait_in_vain_is_one_exhaustion() -> None:
+    world = World("db1", stop=tenacity.stop_after_attempt(1))
+    world.driver.down["db1"] = refused_by_host
+    with pytest.raises(NoPeerAvailable):
+        world.connect()
+    assert len(world.told(PeersExhausted)) == 1
+
+
 def test_try_out_makes_the_trial_and_keeps_no_connection() -> None:
     world = World("db1")
     world.open("db1")

@@ -196,7 +196,7 @@ so it is with a trial
     db1 db2; open db1; refuses db1; after 30; callers db1; circuits open closed
 a peer that cannot be reached counts for such a caller too
     db1 db2; down db1; callers db1 db2; circuits open closed
-where no peer can be had it is one error, and one event
+where no peer is available it is one error, and one event
     db1 db2; down db1; refuses db2; tries db1 db2; raises NoPeerAvailable; exhausted 1
 where every peer refuses it is the driver's own error, and an exhaustion between trials
     db1 db2; refuses db1 db2; tries db1 db2; raises OperationalError; circuits open open

@@ -139,21 +139,18 @@ class TestBalancer:
         assert not held.closed
 
 
-STORIES: dict[str, tuple[str, str]] = {
+STORIES = {
     "the next statement outside a block goes elsewhere": (
-        "all",
-        "read; drain; read; left; replaced 1 unforced",
+        "all: read; drain; read; left; replaced 1 unforced"
     ),
-    "so it does where the circuit opens": ("all", "read; open; read; left; replaced 1 unforced"),
+    "so it does where the circuit opens": "all: read; open; read; left; replaced 1 unforced",
     "a block ends where it began, and so does a request that has written": (
-        "all",
-        "{ write one; drain; write two }; read one two; stays; request_ends; other; read one two; "
-        "left; lost 0",
+        "all: { write one; drain; write two }; read one two; stays; request_ends; other; "
+        "read one two; left; lost 0"
     ),
     "a block that is pinned to it keeps it to its end": (
-        "all",
-        "pinned { write one; drain; request_ends; write two; stays }; request_ends; write three; "
-        "left",
+        "all: pinned { write one; drain; request_ends; write two; stays }; request_ends; "
+        "write three; left"
     ),
 }
 

@@ -18,14 +18,14 @@ from django_proxysql import balancers
 from django_proxysql.core import rebalance
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.config import BalancerConfig, PeerConfig
-from django_proxysql.core.events import ConnectionReplaced
+from django_proxysql.core.events import ConnectionReplaced, PeersExhausted
 from django_proxysql.core.peer import Checkout, Peer
+from tests import stories
 from tests.children import in_child
 from tests.engine import SQLITE, engine, mysql_peer, sqlite_peer
 from tests.engine import Clock as EngineClock
 from tests.fakes import Clock, in_thread, running, until
 from tests.servers.mariadb import Node
-from tests.site import Site
 from tests.strikes import strikes
 from tests.test_balancer import InOrder
 
@@ -304,89 +304,71 @@ class TestClaim:
             assert in_child(work) == "() 1"
 
 
+class Narrator(stories.Narrator):
+    def twice(self) -> None:
+        """Let the connection count for two, of which one is to move."""
+        self.second = Checkout(self.here.connection.peer)
+
+    def come_back(self, seconds: str = "60") -> None:
+        """Have the other peer come back, and time go on."""
+        peers = self.here.balancer.peers.values()
+        (self.back,) = [peer for peer in peers if peer is not self.here.connection.peer]
+        self.back.breaker.open()
+        self.here.read()
+        self.back.breaker.close()
+        self.here.clock.advance(float(seconds))
+        self.note()
+
+    def moved(self) -> None:
+        assert self.here.connection.peer is self.back
+        assert self.here.connection.connection is not None
+
+    def over(self) -> None:
+        assert self.here.balancer.group.rebalance.returns == ()
+
+    def by_hand(self) -> None:
+        self.here.connection.set_autocommit(False)
+
+    def unmoved(self) -> None:
+        assert self.here.connection.peer is not self.back
+
+    def refuse_back(self) -> None:
+        here = self.here
+        here.proxies[list(here.balancer.peers.values()).index(self.back)].refuse()
+
+    def given_up(self) -> None:
+        assert self.back.breaker.current_state == "open"
+        assert not [one for one in self.here.events if type(one) is PeersExhausted]
+
+
+STORIES = {
+    "a connection moves between requests, unnoticed": (
+        "all: write one; twice; come_back; read; stays; request_ends; moved; read one; "
+        "replaced 1 unforced; lost 0; request_ends; over"
+    ),
+    "it stays while REBALANCE does not allow it": (
+        "all: read; twice; come_back 0; request_ends; stays"
+    ),
+    "nor does it move in a block, when pinned, or while it is shared between threads": (
+        "all: read; twice; come_back; { request_ends; unmoved }; pinned { request_ends; unmoved }; "
+        "shared { request_ends; unmoved }; by_hand; request_ends; unmoved"
+    ),
+    # It may hold it still, whatever has ended.
+    "one that has held state of the session stays": (
+        "all: HOLD; twice; request_ends; come_back; request_ends; stays"
+    ),
+    "a move that fails costs nothing but the attempt": (
+        "all: write one; twice; come_back; refuse_back; request_ends; stays; read one; given_up"
+    ),
+}
+
+
+@stories.told(STORIES)
+def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -> None:
+    stories.tell(request, server, settings, text, Narrator)
+
+
 class TestEngine:
-    def come_back(self, here: Site, advance: float = 60) -> Peer:
-        """Have the other peer come back; return it."""
-        (other,) = [
-            peer for peer in here.balancer.peers.values() if peer is not here.connection.peer
-        ]
-        other.breaker.open()
-        here.read()
-        other.breaker.close()
-        here.clock.advance(advance)
-        return other
-
-    def all_of(self, here: Site) -> None:
-        """Let this wrapper's connection count for two, of which one is to move."""
-        here.connection._second = Checkout(here.connection.peer)
-
-    def test_moves_between_units(self, here: Site) -> None:
-        """At a unit's end the connection is another peer's, unnoticed."""
-        here.write("one")
-        self.all_of(here)
-        other = self.come_back(here)
-        here.read()
-        assert here.connection.peer is not other
-        close_old_connections()
-        assert here.connection.peer is other
-        assert here.connection.connection is not None
-        assert here.read() == ["one"]
-        assert [event.forced for event in here.replaced()] == [False]
-        assert here.losses() == []
-        close_old_connections()
-        assert here.balancer.group.rebalance.returns == ()
-
-    def test_not_before_its_time(self, here: Site) -> None:
-        """It stays while REBALANCE does not allow it."""
-        here.read()
-        self.all_of(here)
-        other = self.come_back(here, advance=0)
-        close_old_connections()
-        assert here.connection.peer is not other
-
-    def test_stays_in_a_transaction(self, here: Site) -> None:
-        """Nor does it move in a block, when pinned, or while it is shared between threads."""
-        here.read()
-        self.all_of(here)
-        other = self.come_back(here)
-        with transaction.atomic(here.connection.alias):
-            close_old_connections()
-            assert here.connection.peer is not other
-        with here.balancer.pinned():
-            close_old_connections()
-            assert here.connection.peer is not other
-        here.connection.inc_thread_sharing()
-        close_old_connections()
-        assert here.connection.peer is not other
-        here.connection.dec_thread_sharing()
-        here.connection.set_autocommit(False)
-        here.connection.close_if_unusable_or_obsolete()
-        assert here.connection.peer is not other
-
-    def test_stays_with_its_session(self, here: Site) -> None:
-        """A connection that has held state of the session may hold it still, whatever has ended."""
-        here.sql("SET @lost = 1" if here.is_mysql else "SET application_name = 'kept'")
-        self.all_of(here)
-        close_old_connections()
-        other = self.come_back(here)
-        close_old_connections()
-        assert here.connection.peer is not other
-        if here.is_mysql:
-            assert here.sql("SELECT @lost") == [(1,)]
-
-    def test_move_that_fails_leaves_the_connection(self, here: Site) -> None:
-        """A move that fails costs nothing but the attempt: the connection stays."""
-        here.write("one")
-        self.all_of(here)
-        other = self.come_back(here)
-        here.proxies[list(here.balancer.peers.values()).index(other)].refuse()
-        before = here.connection.connection
-        close_old_connections()
-        assert here.connection.connection is before
-        assert here.read() == ["one"]
-        assert other.breaker.current_state == "open"
-        assert not [event for event in here.events if type(event).__name__ == "PeersExhausted"]
-
     def test_sqlite_stays(self, tmp_path: Path) -> None:
         """Where sockets are not looked at connections stay, until they are made anew."""
         clock = EngineClock()
