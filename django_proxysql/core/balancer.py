@@ -5,8 +5,6 @@ directly; after a failure tenacity carries on over the peers that are left;
 when none is left and another caller's trial is under way, it waits for the
 result; then :class:`NoPeerAvailable` says what every peer last said. Which peer
 comes next is the search's business (:mod:`~django_proxysql.core.search`).
-
-Longer than other classes: LoadBalancer's docstring describes all of its arguments.
 """
 
 from __future__ import annotations
