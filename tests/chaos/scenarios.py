@@ -55,6 +55,12 @@ class Stage:
         for load in others:
             load.check()
 
+    def busiest(self) -> Any:
+        """Return the peer with most connections, a moment after it was chosen."""
+        peer = self.site.busiest()
+        self.wait(0.7)
+        return peer
+
     @contextlib.contextmanager
     def fault(self, what: str, **details: Any) -> Iterator[Fault]:
         """What is done in the block is a blow to the site."""
@@ -86,9 +92,23 @@ class Scenario(NamedTuple):
         return {"read_timeout": READ_TIMEOUT} if self.hangs else {}
 
 
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def _scenario(site: str, what: str, **details: Any) -> Callable[..., Callable[[Stage], None]]:
+    """List a function as a scenario, by its name."""
+
+    def listed(run: Callable[[Stage], None]) -> Callable[[Stage], None]:
+        name = run.__name__.replace("_", "-")
+        SCENARIOS[name] = Scenario(name, site, what, run, **details)
+        return run
+
+    return listed
+
+
+@_scenario("ways", "a peer's process is killed, and started again")
 def peer_killed(stage: Stage) -> None:
-    way = stage.site.busiest()
-    stage.wait(0.7)
+    way = stage.busiest()
     with stage.fault(f"{way.name} is killed"):
         way.kill()
     stage.wait(1.5)
@@ -96,9 +116,9 @@ def peer_killed(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+@_scenario("ways", "a peer refuses new connections, and cuts the others a second later")
 def peer_paused(stage: Stage) -> None:
-    way = stage.site.busiest()
-    stage.wait(0.7)
+    way = stage.busiest()
     way.disable(WAY)
     stage.wait(1)
     with stage.fault(f"{way.name}, paused before, is stopped"):
@@ -108,9 +128,9 @@ def peer_paused(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+@_scenario("ways", "a peer's process is frozen", hangs=True)
 def peer_hanging(stage: Stage) -> None:
-    way = stage.site.busiest()
-    stage.wait(0.7)
+    way = stage.busiest()
     with stage.fault(f"{way.name} freezes") as fault:
         way.freeze()
         # Before the first statement has timed out the loss is unknown.
@@ -120,6 +140,7 @@ def peer_hanging(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+@_scenario("ways", "all peers are restarted in turn")
 def rolling_restart(stage: Stage) -> None:
     for way in stage.site.peers:
         stage.wait(0.7)
@@ -130,6 +151,7 @@ def rolling_restart(stage: Stage) -> None:
         stage.wait(1.5)
 
 
+@_scenario("ways", "all peers are killed; one comes back")
 def all_down(stage: Stage) -> None:
     first, *others = stage.site.peers
     stage.wait(0.7)
@@ -148,9 +170,9 @@ def all_down(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+@_scenario("ways", "a peer cuts its connections, and closes new ones at once")
 def backend_gone(stage: Stage) -> None:
-    way = stage.site.busiest()
-    stage.wait(0.7)
+    way = stage.busiest()
     with stage.fault(f"{way.name} loses its backend"):
         # From now on it accepts connections, and closes them.
         way.ask(f"disable server {WAY}-servers/s0")
@@ -160,10 +182,17 @@ def backend_gone(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+@_scenario(
+    "ways",
+    "the server closes connections idle for 1 s",
+    pace=Pace(idle_every=5, idle=1.6),
+    variables=(("wait_timeout", 1),),
+)
 def idle_killed(stage: Stage) -> None:
     stage.wait(5)
 
 
+@_scenario("ways", "the server kills connections at work")
 def one_killed(stage: Stage) -> None:
     with admin(stage.site.server) as cursor:
         for _ in range(5):
@@ -184,9 +213,13 @@ def _kill_one_at_work(cursor: Any) -> bool:
     return False
 
 
+@_scenario(
+    "galera",
+    "a node loses its cluster, and goes on accepting connections",
+    codes=frozenset({1180, 1213}),
+)
 def galera_cut_off(stage: Stage) -> None:
-    node = stage.site.busiest()
-    stage.wait(0.7)
+    node = stage.busiest()
     with stage.fault(f"{node.name} is cut off from the cluster"):
         stage.site.server.isolate(node)
         stage.site.server.wait_without(node)
@@ -197,9 +230,9 @@ def galera_cut_off(stage: Stage) -> None:
     stage.wait(1.5)
 
 
+@_scenario("galera", "a node's process is killed")
 def galera_killed(stage: Stage) -> None:
-    node = stage.site.busiest()
-    stage.wait(0.7)
+    node = stage.busiest()
     with stage.fault(f"{node.name} is killed"):
         node.kill()
         # What the others commit as they part from it may fail to be certified.
@@ -219,6 +252,7 @@ _POINTS = [("before", ()), ("after", ())] + [
 _COMMITS = (b"\x03COMMIT", b"; COMMIT")
 
 
+@_scenario("cuts", "connections are cut at a COMMIT")
 def commit_cut(stage: Stage) -> None:
     for _ in range(10):
         stage.wait(0.1)
@@ -237,7 +271,8 @@ def commit_cut(stage: Stage) -> None:
                 proxy.disarm()
 
 
-def everything_restarted(stage: Stage) -> None:
+@_scenario("stack", "each node, and each proxy in front of it, is restarted in turn")
+def all_restarted(stage: Stage) -> None:
     for way, node in zip(stage.site.peers, stage.site.server):
         stage.wait(0.7)
         with stage.fault(f"{way.name} is stopped"):
@@ -251,52 +286,3 @@ def everything_restarted(stage: Stage) -> None:
         with stage.fault(f"{node.name} is started again"):
             node.start()
         stage.wait(1.5)
-
-
-SCENARIOS: dict[str, Scenario] = {
-    scenario.name: scenario
-    for scenario in (
-        Scenario(
-            "peer-killed", "ways", "a peer's process is killed, and started again", peer_killed
-        ),
-        Scenario(
-            "peer-paused",
-            "ways",
-            "a peer refuses new connections, and cuts the others a second later",
-            peer_paused,
-        ),
-        Scenario("peer-hanging", "ways", "a peer's process is frozen", peer_hanging, hangs=True),
-        Scenario("rolling-restart", "ways", "all peers are restarted in turn", rolling_restart),
-        Scenario("all-down", "ways", "all peers are killed; one comes back", all_down),
-        Scenario(
-            "backend-gone",
-            "ways",
-            "a peer cuts its connections, and closes new ones at once",
-            backend_gone,
-        ),
-        Scenario(
-            "idle-killed",
-            "ways",
-            "the server closes connections idle for 1 s",
-            idle_killed,
-            pace=Pace(idle_every=5, idle=1.6),
-            variables=(("wait_timeout", 1),),
-        ),
-        Scenario("one-killed", "ways", "the server kills connections at work", one_killed),
-        Scenario(
-            "galera-cut-off",
-            "galera",
-            "a node loses its cluster, and goes on accepting connections",
-            galera_cut_off,
-            codes=frozenset({1180, 1213}),
-        ),
-        Scenario("galera-killed", "galera", "a node's process is killed", galera_killed),
-        Scenario("commit-cut", "cuts", "connections are cut at a COMMIT", commit_cut),
-        Scenario(
-            "all-restarted",
-            "stack",
-            "each node, and each proxy in front of it, is restarted in turn",
-            everything_restarted,
-        ),
-    )
-}
