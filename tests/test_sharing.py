@@ -842,6 +842,7 @@ class TestThread:
         db.connect()
         life = db.sharing.link._running
         assert life is not None
+        db.sharing.link.wake = lambda: pytest.fail("it is woken for nothing")
         db.group.invalidate()
         db.connect()
         assert db.sharing.link._running is life
