@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -353,6 +354,45 @@ class TestAsynchronousExceptions:
         for thread in threads:
             thread.join(60)
             assert not thread.is_alive()
+        works_again(db, clock)
+
+    def test_by_a_signal(self) -> None:
+        """The same for a signal handler that raises, as Ctrl-C's and alarm's do."""
+        clock, gate, db = failing_at_times(7)
+        armed = False
+
+        def strike(*args: Any) -> None:
+            nonlocal armed
+            if armed:
+                armed = False
+                raise Injected
+
+        # Of its own time, which is what the timer goes by.
+        until = time.process_time() + 20
+
+        def hammer() -> None:
+            """Connect until struck. (A function: where a loop jumps back no ``try`` may hold.)"""
+            nonlocal armed
+            while time.process_time() < until:
+                armed = True
+                try:
+                    db.connect(gate.open_one)
+                except Exception as exc:
+                    if isinstance(exc, NoPeerAvailable):
+                        clock.advance(0.5)
+                db.peers["db2"].breaker.suspect()
+            raise AssertionError("not struck 250 times in 20 seconds")
+
+        # Not SIGALRM, which is pytest-timeout's.
+        before = signal.signal(signal.SIGVTALRM, strike)
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.00037)
+            for _ in range(250):
+                with contextlib.suppress(Injected):
+                    hammer()
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
         works_again(db, clock)
 
     @pytest.mark.parametrize("name", list(SCENES))
