@@ -223,8 +223,9 @@ def environment() -> Iterator[None]:
     django_environ.Env = lambda: SimpleNamespace(
         read_env=lambda file: None, str=os.environ.__getitem__
     )
-    modules = mock.patch.dict(sys.modules, environ=django_environ)
-    with mock.patch.dict(os.environ, urls), modules:
+    with mock.patch.dict(os.environ, urls), pytest.MonkeyPatch.context() as patched:
+        # Not by patch.dict(), which would forget what is imported meanwhile.
+        patched.setitem(sys.modules, "environ", django_environ)
         yield
 
 

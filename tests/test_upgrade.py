@@ -26,7 +26,7 @@ from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
 from tests.servers.mariadb import Node
 from tests.servers.redis import RedisServer
-from tests.test_peers_command import Project
+from tests.test_peers_command import Command
 
 ALIAS = "site"
 DB = "db"
@@ -82,16 +82,16 @@ def test_drain_and_pause(
 ) -> None:
     """Drain, wait until it is empty, pause, upgrade, start, undrain; connections that last."""
     settings = {"SHARED_STATE": redis_server.url, "CONN_MAX_AGE": None}
-    project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
+    project = Command(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
     with under_load([mariadb], peers, **settings) as load:
         for number, proxy in enumerate(proxies):
-            code, out, err = project.run("--drain", f"peer{number}")
+            code, out, err = project.ended("--drain", f"peer{number}")
             assert (code, err) == (0, "")
             assert out.startswith(f"site: peer{number} is drained. ")
             until(load, lambda proxy=proxy: proxy.sessions(DB) == 0)
             proxy.disable(DB)
             proxy.restart()
-            code, out, err = project.run("--undrain", f"peer{number}")
+            code, out, err = project.ended("--undrain", f"peer{number}")
             assert (code, err) == (0, "")
         # All of them have been where they are now anew.
         assert proxies[0].sessions(DB) == 4
@@ -141,7 +141,7 @@ def test_stopped_with_idle_connections_left(
         "CONN_MAX_AGE": None,
         "STRATEGY": "round_robin",
     }
-    project = Project(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
+    project = Command(tmp_path, {"ENGINE": ENGINE, "PEERS": peers, **settings}, ALIAS)
     asleep: list[str] = []
     wake = threading.Event()
     with ThreadPoolExecutor(6) as pool, under_load([mariadb], peers, **settings) as load:
@@ -153,12 +153,12 @@ def test_stopped_with_idle_connections_left(
                 until(load, lambda number=number: len(asleep) > number or sleepers[-1].done())
             assert Counter(asleep) == {"peer0": 3, "peer1": 3}
             for number, proxy in enumerate(proxies):
-                assert project.run("--drain", f"peer{number}")[0] == 0
+                assert project.ended("--drain", f"peer{number}")[0] == 0
                 # The threads at work have left. The others do not know of it.
                 until(load, lambda proxy=proxy: proxy.sessions(DB) == 3)
                 proxy.disable(DB)
                 proxy.restart()
-                assert project.run("--undrain", f"peer{number}")[0] == 0
+                assert project.ended("--undrain", f"peer{number}")[0] == 0
         finally:
             wake.set()
         for sleeper in sleepers:
