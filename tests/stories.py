@@ -294,6 +294,11 @@ class Narrator:
     def request_ends(self) -> None:
         close_old_connections()
 
+    def unanswered(self) -> None:
+        """What only the connection that is gone could answer is refused, and not sent."""
+        with pytest.raises(OperationalError, match="replaced"):
+            self.sql(WORDS["ASK"][not self.here.is_mysql])
+
     def asks(self) -> None:
         """Ask what one connection can answer: an error, until the new one has written itself."""
         of_mysql = ["SELECT LAST_INSERT_ID()", "SELECT @@identity", "SELECT ROW_COUNT()"]

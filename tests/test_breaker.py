@@ -166,6 +166,18 @@ GUARDS = {name: way for name, way in WAYS.items() if name != "generator"}
 class TestCalls:
     """call, calling, the decorator and call_async: pybreaker's interface."""
 
+    @pytest.mark.parametrize(
+        "exclude", [LookupError, lambda exc: "fine" in str(exc)], ids=["its base", "predicate"]
+    )
+    def test_excluded_exceptions_count_for_nothing(self, clock: Clock, exclude: Any) -> None:
+        breaker = PeerBreaker(exclude=[exclude], clock=clock, jitter=even)
+        error = KeyError("fine")
+        assert raised_by(partial(breaker.call, fail, error)) is error
+        assert breaker.current_state == "closed"
+        breaker.remove_excluded_exception(exclude)
+        raised_by(partial(breaker.call, fail, error))
+        assert breaker.current_state == "open"
+
     @pytest.fixture(params=GUARDS)
     def guard(self, request: pytest.FixtureRequest, breaker: PeerBreaker) -> Any:
         return partial(GUARDS[request.param], breaker)
@@ -363,6 +375,15 @@ class TestCalls:
 
 
 class TestListeners:
+    def test_that_was_removed_hears_nothing_more(self, breaker: PeerBreaker) -> None:
+        first, second = Recorder(), Recorder()
+        breaker.add_listeners(first, second)
+        breaker.open()
+        breaker.remove_listener(first)
+        breaker.close()
+        assert breaker.listeners == (second,)
+        assert (first.told, len(second.told)) == ([("closed", "open")], 2)
+
     def test_run_outside_the_lock(self, clock: Clock) -> None:
         free: list[bool] = []
 

@@ -193,6 +193,14 @@ SAID: list[tuple[str, str | None, list[Any], bool]] = [
 
 
 class TestBlocksWithoutAToken:
+    @ON_MARIADB
+    def test_that_come_after_unlock_tables_have_one_again(self, here: Site) -> None:
+        here.sql("LOCK TABLES app_token WRITE")
+        assert block(here, "one") == ["one"]
+        here.sql("UNLOCK TABLES")
+        assert block(here, "two") == ["two"]
+        assert tokens(here) == [False]
+
     @pytest.mark.parametrize("number", [1, 30])
     def test_of_reads_alone_sends_nothing_more_and_ends_well(self, here: Site, number: int) -> None:
         for cut in (False, True):
@@ -591,6 +599,15 @@ def elsewhere(here: Site) -> list[Any]:
 
 class TestFaults:
     """Each ends in the right verdict or in none."""
+
+    def test_the_peer_that_lost_it_is_asked_after_the_others(self, here: Site) -> None:
+        here.read()
+        (other,), mine = elsewhere(here), here.here
+        before = mine.accepted, other.accepted
+        cut_at_commit(here, "reply")
+        assert block(here, "one") == ["one"]
+        assert mine.accepted == before[0]
+        assert other.accepted > before[1]
 
     def test_a_fence_that_is_there_already_ends_the_block(
         self, here: Site, known_token: bytes

@@ -490,6 +490,12 @@ def test_processes_add_up(tmp_path: Path) -> None:
     ) == ["3.0 3.0 1.0", "4.0 4.0 2.0", "4.0 3.0 1.0"]
 
 
+def test_closed_connections_are_seen_when_asked_for(tmp_path: Path) -> None:
+    """A worker that serves no requests says when to look: Metrics.refresh()."""
+    work = "world.driver.made.clear()\nkept.pop()\nshow()\nworld.metrics.refresh()\nshow()"
+    assert multiprocess(work, tmp_path) == ["3.0 3.0 1.0", "3.0 2.0 1.0"]
+
+
 def test_process_that_ends_takes_its_gauges_along(tmp_path: Path) -> None:
     """A command that ends leaves its counts; nothing has to mark it dead."""
     multiprocess("", tmp_path)

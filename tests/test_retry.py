@@ -63,6 +63,27 @@ def test_work_is_run_again_after_a_loss_before_its_commit(
     assert told[0]["function"] == "tests.work.Work"
 
 
+@pytest.mark.parametrize(
+    ("how", "at_end", "stands"),
+    [
+        ("before", True, []),
+        ("after", True, ["run 1", "run 1, again"]),
+        ("after", False, ["run 2", "run 2, again"]),
+    ],
+    ids=["COMMIT not sent", "COMMIT sent", "before COMMIT"],
+)
+def test_a_loss_over_tls(
+    mariadb_tls: Any, fault_proxy: Any, how: str, at_end: bool, stands: list[str]
+) -> None:
+    """The client's library has other words for it there."""
+    with site(mariadb_tls, fault_proxy) as here:
+        work = Work(here, lose=lambda: here.cut(how), at_end=at_end)
+        with pytest.raises(CommitOutcomeUnknown) if at_end else contextlib.nullcontext():
+            work.retrying()
+        assert work.runs == 2 - at_end
+        assert here.written() == stands
+
+
 def hook_is_lost(here: Site) -> None:
     """Have a hook lose a transaction of its own before its COMMIT."""
 

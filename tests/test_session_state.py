@@ -156,7 +156,8 @@ STORIES = {
     "answers after a loss that was raised": (
         "all: write one; !{ SELECT value FROM app_token FOR UPDATE; kill; read }; read; asks"
     ),
-    "answers inside a block": "all: write one; kill_idle; { read; !ASK }",
+    "answers inside a block": "all: write one; kill_idle; { read; unanswered }",
+    "procedure that was called may hold anything": f"mariadb: call p; kill_idle; {SHOWN}",
     "update answers for its rows only": (
         "mariadb: write one; kill_idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
         "answer 1; !ASK"

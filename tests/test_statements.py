@@ -8,6 +8,9 @@ from django_proxysql.core.statements import IDS, READ, RESULT, SCOPED, STATE, ki
 from tests.test_texts import READS
 
 LEAVES_STATE = [
+    *("/*!50000 BEGIN */", "SELECT @a := 1", "SELECT 1 INTO @a", "DO GET_LOCK('a', 0)"),
+    *("SET autocommit = 0", "SET LOCAL sql_mode = ''", "CREATE TEMP VIEW v AS SELECT 1"),
+    *('UPDATE "pg_settings" SET setting = 1', "SELECT set_limit(0.9)"),
     *("BEGIN", "BEGIN WORK", "START TRANSACTION", "XA START 'x'", "END", "USE app", "CALL p()"),
     *("SET a = 1", "SET NAMES utf8", "SET ROLE a", "SET TRANSACTION READ ONLY", "SET @a = 1"),
     *("SET LOCAL sort_buffer_size = 1", "SET LOCAL a = 1, b.c = 2", "RESET ALL", "DISCARD ALL"),

@@ -126,6 +126,7 @@ READS_OF_ONE = {
 #: By dialect: what calls a function, an operator or a domain's check that is not the server's.
 CALLS_ANYBODYS = {
     "postgresql": [
+        *(f"SELECT {name}(1)" for name in "group_concat database curdate date_format".split()),
         *(f"SELECT {name}(1)" for name in "materialized truncate if sha1 crc32 char".split()),
         *(f"SELECT {name}(1)" for name in "by set explain match straight_join uuid".split()),
         *("SELECT a FROM t WHERE NOT materialized(1)", "SELECT 1 AS a, div(1)", "SELECT a mod (1)"),
@@ -138,6 +139,8 @@ CALLS_ANYBODYS = {
         "SELECT a FROM t JOIN b ON conflict(1)",
     ],
     "mysql": [
+        *(f"SELECT {name}(1)" for name in "to_char decode date_trunc gen_random_uuid".split()),
+        *(f"SELECT {name}(1)" for name in "split_part unnest".split()),
         *(f"SELECT {name}(1)" for name in "materialized trunc strpos random to_json any".split()),
         *(f"SELECT {name}(1)" for name in "some offset returning array_agg digest nvl chr".split()),
         *("SELECT a LIKE escape(1)", "SELECT SQL_NO_CACHE escape(1)", "SELECT 1, array(SELECT 1)"),

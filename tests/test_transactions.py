@@ -192,6 +192,8 @@ class Block:
         #: What was in the table when the hook ran.
         self.hooks: list[list[str]] = []
         self.raised: Exception | None = None
+        #: Whether it came to the step that the loss is at.
+        self.is_armed = False
         prepare(here)
         try:
             with transaction.atomic("balanced"):
@@ -200,7 +202,9 @@ class Block:
             self.raised = exc
 
     def step(self, name: str) -> None:
+        assert name in STEPS
         if name == self.at:
+            self.is_armed = True
             arm(self.here, self.how, STEPS[name])
 
     def run(self) -> None:
@@ -215,7 +219,7 @@ class Block:
             self.first(self.here, "one")
             self.step("RELEASE")
             if self.inner == "raises":
-                self.step("ROLLBACK TO")
+                self.step("ROLLBACK-TO")
                 raise LookupError
         self.step("second")
         self.here.write("two")
@@ -228,6 +232,7 @@ class Block:
     def holds(self, whole: list[str]) -> None:
         """What is whole stands if no error was raised; if one was, nothing does."""
         where = (self.first.__name__, self.at, self.how, self.raised)
+        assert self.is_armed, where
         rows = self.here.written()
         if self.raised is None:
             assert rows == whole, where
@@ -268,6 +273,8 @@ def test_a_block_whose_inner_or_outer_part_is_given_up_ends_as_it_says(
         block = Block(here, at, how, **ends)
         if (at, block.outer) == ("ROLLBACK", "raises"):
             assert isinstance(block.raised, LookupError)
+        if (at, block.outer) == ("ROLLBACK", "set_rollback"):
+            assert block.raised is None, (how, block.raised)
         block.holds(whole.split())
 
 

@@ -364,6 +364,10 @@ class TestRequests:
 
 @pytest.mark.usefixtures("strikes_are_silent")
 class TestThread:
+    def test_no_process_waits_for_it_at_its_end(self) -> None:
+        # tests/test_worker.py has what follows from it.
+        assert not TrialWorker.finishes
+
     def test_is_there_while_there_is_need(self, worker: TrialWorker) -> None:
         """It starts when the first circuit opens, and is gone when all are closed."""
         world = background("db1", "db2", "db3")
