@@ -331,6 +331,25 @@ def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then:
         works_again(here)
 
 
+@pytest.mark.parametrize("how", LOSSES)
+@pytest.mark.parametrize("unseen", [driver_connection, driver_cursor])
+def test_what_is_not_seen_before_a_first_fetch_is_not_nothing(
+    on_postgres: Site, how: str, unseen: Callable[[Site, str], None]
+) -> None:
+    here = on_postgres
+    prepare(here)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(Error))
+        stack.enter_context(transaction.atomic(here.connection.alias))
+        cursor = stack.enter_context(here.connection.chunked_cursor())
+        cursor.execute("SELECT 1")
+        unseen(here, "one")
+        arm(here, how, b"FETCH")
+        cursor.fetchmany(1)
+    assert here.written() == []
+    works_again(here)
+
+
 def test_a_block_of_one_read_asks_the_kernel_four_times_at_most(here: Site) -> None:
     """At its beginning (libpq knows by itself), before and after the read, and before COMMIT."""
     prepare(here)

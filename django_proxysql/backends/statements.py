@@ -20,7 +20,7 @@ from ..core.statements import (
     scan,
     writes,
 )
-from .losses import sent
+from .losses import notice_unseen, sent
 from .replacing import at_safe_point, before_first, bind
 from .replays import Statement, give_up, kind_of_params, run_again, takes
 from .sessions import Session, current
@@ -187,6 +187,8 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     session, sql, params, kind, plain = declared
     if session is not current(db):
         return fetch()
+    # Something may have been sent since DECLARE.
+    notice_unseen(db, session)
 
     def run_and_fetch() -> Any:
         plain(cursor, sql, params)
