@@ -633,6 +633,17 @@ class TestRedis:
             assert all(process.due_in(name) <= 66 for name in ("db1", "db2"))
             assert not any(peer.drained for peer in process.db.peers.values())
 
+    @pytest.mark.parametrize("held", ["1e999", "-1e999", '"x"', "[]"])
+    def test_lying_of_connections(self, world: World, redis_server: RedisServer, held: str) -> None:
+        """A sum that is no number costs no more than that answer."""
+        one = world.process()
+        redis_server.ask("HSET", one.sharing.keys[3], "liar", f'{{"db1:3306": {held}}}')
+        redis_server.ask("ZADD", one.sharing.keys[2], str(int(world.redis_clock() * 1000)), "liar")
+        one.finds_dead("db1")
+        one.sharing.fleet()
+        assert one.link.answers
+        assert one.sharing.settle()
+
     @pytest.mark.parametrize("interval", [1, None])
     def test_everything_is_said_to_be_out(
         self, world: World, redis_server: RedisServer, interval: int | None

@@ -250,6 +250,7 @@ heartbeat()
 reply.refused, reply.garbage = refused, garbage
 if request.fleet then
   local good, found = pcall(fleet)
-  if good then reply.fleet = found end
+  -- A sum that is no number of JSON's would take the whole answer along.
+  if good and pcall(cjson.encode, found) then reply.fleet = found end
 end
 return cjson.encode(reply)
