@@ -168,6 +168,12 @@ class TestAskUntil:
         assert clocks.slept == sorted(clocks.slept)
         assert 9 < sum(clocks.slept) < 10
 
+    def test_it_ends_though_the_clock_stands(self, clocks: Clocks) -> None:
+        """As an application's tests have it stand."""
+        clocks.sleep = clocks.slept.append  # type: ignore[method-assign]
+        assert Peers(clocks).outcome() is Outcome.UNKNOWN
+        assert 9 < sum(clocks.slept) <= 10
+
     def test_it_waits_as_gevent_has_it_wait_that_came_after_the_import(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -205,7 +205,7 @@ def shared_pools(entry: Entry) -> None:
 
 def tokens(entry: Entry) -> None:
     """Note where COMMIT_OUTCOME has no effect, or costs more than it need."""
-    if entry.settings.get("COMMIT_OUTCOME") is None:
+    if entry.settings.get("COMMIT_OUTCOME") is None or entry.wrapper is None:
         return
     if not entry.driver.WATCHED:
         entry.add(

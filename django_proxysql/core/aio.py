@@ -139,10 +139,10 @@ class AsyncLoadBalancer(Face):
         :param options: what ``create_async_engine`` takes, but for creators and ``pool``.
         :raises ConfigError: one of these was given, or a driver that is not for asyncio.
         """
-        return async_sqlalchemy_engine(self, self.connect_function, url, **options)
+        return async_sqlalchemy_engine(self, self._connect_function(), url, **options)
 
     async def _open_one(self, attempt: Attempt) -> Any:
-        return await self.open_with(self.connect_function, attempt, attempt.peer.params)
+        return await self.open_with(self._connect_function(), attempt, attempt.peer.params)
 
     async def open_with(
         self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]

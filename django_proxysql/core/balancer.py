@@ -188,7 +188,7 @@ class LoadBalancer(Face):
         return sqlalchemy_engine(self, self._connect, url, **options)
 
     def _open_one(self, attempt: Attempt) -> Any:
-        return self.open_with(self.connect_function, attempt, attempt.peer.params)
+        return self.open_with(self._connect_function(), attempt, attempt.peer.params)
 
     def open_with(
         self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]

@@ -142,9 +142,8 @@ class Face:
         """What it shares with other processes; None where that is not asked for."""
         return self.group.sharing  # type: ignore[return-value]
 
-    @property
-    def connect_function(self) -> Callable[..., Any]:
-        """The driver's ``connect`` that the balancer was made with.
+    def _connect_function(self) -> Callable[..., Any]:
+        """Return the driver's ``connect`` that the balancer was made with.
 
         :raises ConfigError: it was made without.
         """

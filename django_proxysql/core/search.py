@@ -408,7 +408,8 @@ class Search:
             event, self._exhaustion = self._exhaustion, None
             self._group.emit(event)
         peer, verdict = self._peer_of_last, self._verdict
-        if exc is not self._last_error or peer is None:
+        # Another balancer's names its own peers.
+        if exc is not self._last_error or peer is None or isinstance(exc, NoPeerAvailable):
             return
         if verdict.counts is Count.IF_ALONE or verdict.fault is not Fault.REFUSED:
             drivers.name_peer(exc, f"to {_said_of(peer)} of {self._group.name!r}")

@@ -218,7 +218,7 @@ def _settings(
         elif setting in _PEER or setting == "PEER_NAME":
             _spread(peers, key, text)
         elif setting in _BREAKER:
-            breaker[key.lower()] = _checked(BreakerConfig, key, text)
+            breaker[key.upper().lower()] = _checked(BreakerConfig, key, text)
         else:
             _refuse_a_slip(key)
             options[key] = _option(text)
@@ -265,7 +265,7 @@ def _value(key: str, text: str, is_boolean: bool = False) -> Any:
 
 def _checked(config: type, key: str, text: str) -> Any:
     """Return what a field's text means. The configuration judges it; its remedy is quoted."""
-    name = key.lower()
+    name = key.upper().lower()
     value = _value(key, text, isinstance(getattr(config, name), bool))
     try:
         check_field(config, name, value)
