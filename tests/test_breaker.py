@@ -375,7 +375,7 @@ class TestCalls:
 
 
 class TestListeners:
-    def test_that_was_removed_hears_nothing_more(self, breaker: PeerBreaker) -> None:
+    def test_that_was_removed_is_not_notified_any_more(self, breaker: PeerBreaker) -> None:
         first, second = Recorder(), Recorder()
         breaker.add_listeners(first, second)
         breaker.open()
