@@ -283,6 +283,14 @@ def test_which_peers_a_connect_tries(promise: str) -> None:
     play(SCRIPTS[promise])
 
 
+def test_error_of_another_balancer_is_not_named_after_this_one() -> None:
+    """It names its own peers."""
+    inner, outer = World("inner"), World("outer")
+    inner.driver.down["inner"] = refused_by_host
+    outer.driver.down["outer"] = inner.connect
+    assert not getattr(outer.exhausted(), "__notes__", ())
+
+
 class TestOrder:
     def test_connects_to_a_peer(self) -> None:
         """connect() returns the driver's own connection, made with the peer's arguments."""

@@ -153,6 +153,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
     ],
     "E013": [
         ({"PEER_ENGINE": "nonesuch"}, "PEER_ENGINE is 'nonesuch'", "driver"),
+        ({"PEER_ENGINE": "nonesuch", "COMMIT_OUTCOME": "record"}, "PEER_ENGINE is", "driver"),
         ({"PEERS": ["engineless"]}, "ENGINE of the peers is", "the backend"),
     ],
     "E014": [

@@ -98,16 +98,23 @@ class Site:
                 connection.close()
 
 
-@pytest.fixture(params=list(DRIVERS))
-def driver(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def fixtures(made: type[Site], drivers: dict[str, Driver]) -> tuple[Any, Any]:
+    """Return the fixtures ``driver``, which is one's name, and ``site``, which uses it."""
+
+    @pytest.fixture(params=list(drivers))
+    def driver(request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    @pytest.fixture
+    def site(driver: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+        found = drivers[driver]
+        with contextlib.closing(made(found, request.getfixturevalue(found.fixture))) as site:
+            yield site
+
+    return driver, site
 
 
-@pytest.fixture
-def site(driver: str, request: pytest.FixtureRequest) -> Iterator[Site]:
-    found = DRIVERS[driver]
-    with contextlib.closing(Site(found, request.getfixturevalue(found.fixture))) as site:
-        yield site
+driver, site = fixtures(Site, DRIVERS)
 
 
 @pytest.mark.server

@@ -58,16 +58,7 @@ class Site(outside.Site):
             engine.dispose()
 
 
-@pytest.fixture(params=list(DRIVERS))
-def driver(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def site(driver: str, request: pytest.FixtureRequest) -> Iterator[Site]:
-    found = DRIVERS[driver]
-    with contextlib.closing(Site(found, request.getfixturevalue(found.fixture))) as site:
-        yield site
+driver, site = outside.fixtures(Site, DRIVERS)
 
 
 ONE = sqlalchemy.text("SELECT 1")

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from django_proxysql import from_url
@@ -243,6 +243,8 @@ def test_every_text_survives_percent_encoding(
 
 
 #: A variable of the environment that is not UTF-8 has lone surrogates (PEP 383).
+# A letter whose capital is of ASCII.
+@example("mysql://a/s?\u017ftrategy=random&\u017fuccess_threshold=2")
 @given(some.text(some.characters(categories=("L", "P", "S", "N", "Z", "C")), max_size=60))
 def test_any_text_gives_an_entry_or_a_config_error(text: str) -> None:
     for url in (text, f"mysql://{text}", f"postgresql://u:p@a/x?{text}"):

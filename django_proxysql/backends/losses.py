@@ -360,7 +360,7 @@ def has_no_server(db: Any, session: Session, exc: BaseException) -> bool:
 
 def settle_doubt(db: Any, session: Session) -> None:
     """Ask a connection that could not be asked when a write was refused on it."""
-    session.doubt(False)
+    session.settle_doubt()
     if answer_of(ask(db, session)) is Answer.READ_ONLY:
         session.leave(session.error or "the server takes no writes")
 

@@ -93,12 +93,13 @@ class Health:
         if self.dead:
             self.life = LOST
 
-    def doubt(self, doubted: bool = True) -> None:
-        """Note that a write was refused, and that the connection could not be asked why.
+    def doubt(self) -> None:
+        """Note that a write was refused, and that the connection could not be asked why."""
+        self.doubted = not self.dead
 
-        :param doubted: False: it is being asked.
-        """
-        self.doubted = doubted and not self.dead
+    def settle_doubt(self) -> None:
+        """Note that the connection is being asked."""
+        self.doubted = False
 
     def distrust(self) -> None:
         """Note that the driver raised what is no answer of the server's."""

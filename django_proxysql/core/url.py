@@ -218,7 +218,7 @@ def _settings(
         elif setting in _PEER or setting == "PEER_NAME":
             _spread(peers, key, text)
         elif setting in _BREAKER:
-            breaker[key.upper().lower()] = _checked(BreakerConfig, key, text)
+            breaker[_BREAKER[setting].name] = _checked(BreakerConfig, key, text)
         else:
             _refuse_a_slip(key)
             options[key] = _option(text)
@@ -265,6 +265,7 @@ def _value(key: str, text: str, is_boolean: bool = False) -> Any:
 
 def _checked(config: type, key: str, text: str) -> Any:
     """Return what a field's text means. The configuration judges it; its remedy is quoted."""
+    # By way of capitals, as it was found: more letters than those of ASCII have these.
     name = key.upper().lower()
     value = _value(key, text, isinstance(getattr(config, name), bool))
     try:
