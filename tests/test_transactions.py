@@ -333,19 +333,22 @@ def test_what_is_not_seen_after_reads_is_not_nothing(here: Site, how: str, then:
 
 @pytest.mark.parametrize("how", LOSSES)
 @pytest.mark.parametrize("unseen", [driver_connection, driver_cursor])
-def test_what_is_not_seen_before_a_first_fetch_is_not_nothing(
-    on_postgres: Site, how: str, unseen: Callable[[Site, str], None]
+@pytest.mark.parametrize("step", [b"DECLARE", b"FETCH"])
+def test_what_is_not_seen_before_a_server_side_cursors_step_is_not_nothing(
+    on_postgres: Site, how: str, unseen: Callable[[Site, str], None], step: bytes
 ) -> None:
     here = on_postgres
     prepare(here)
     with contextlib.ExitStack() as stack:
         stack.enter_context(pytest.raises(Error))
         stack.enter_context(transaction.atomic(here.connection.alias))
+        here.sql("SELECT 1")
         cursor = stack.enter_context(here.connection.chunked_cursor())
-        cursor.execute("SELECT 1")
+        if step == b"FETCH":
+            cursor.execute("SELECT 1")
         unseen(here, "one")
-        arm(here, how, b"FETCH")
-        cursor.fetchmany(1)
+        arm(here, how, step)
+        cursor.execute("SELECT 1") if step == b"DECLARE" else cursor.fetchmany(1)
     assert here.written() == []
     works_again(here)
 

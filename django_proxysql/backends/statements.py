@@ -105,6 +105,8 @@ def attempt(
 
     :param again: what is run on another connection if it is lost; None: the same.
     """
+    # The driver's own may have sent something since the cursor was made, or since DECLARE.
+    notice_unseen(db, session)
     budget, now = session.budget, session.clock()
     budget.statements += 1
     if now > budget.next_note:
@@ -187,8 +189,6 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     session, sql, params, kind, plain = declared
     if session is not current(db):
         return fetch()
-    # Something may have been sent since DECLARE.
-    notice_unseen(db, session)
 
     def run_and_fetch() -> Any:
         plain(cursor, sql, params)
