@@ -367,6 +367,22 @@ def test_broken_pipe(project: Command, watch: list[str]) -> None:
     assert err == ""
 
 
+@pytest.mark.parametrize(("command", "status"), [("--wait 0.01", 2), ("nonesuch", 3)])
+@pytest.mark.parametrize("full", [False, True], ids=["reader has left", "disk is full"])
+def test_errors_that_cannot_be_written_are_no_verdict(
+    tmp_path: Path, command: str, status: int, full: bool
+) -> None:
+    """``peers --wait 60 && manage.py migrate`` goes on only if there is a peer."""
+    entry = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": sqlite_peers(tmp_path, DOWN)}
+    reader, writer = (os.open("/dev/full", os.O_RDWR),) * 2 if full else os.pipe()
+    if not full:
+        os.close(reader)
+    process = Command(tmp_path, entry).start(*command.split(), stderr=writer)
+    os.close(writer)
+    process.communicate(timeout=60)
+    assert process.returncode == status
+
+
 # Processes that share what they know
 
 

@@ -7,6 +7,7 @@ it (SHARED_STATE).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,8 +104,9 @@ class Command(BaseCommand):
         except SystemExit as exc:
             raise SystemExit(exc.code and UNKNOWN) from None
         except Exception:
-            # Python itself would end with 1.
-            traceback.print_exc()
+            # Python itself would end with 1, as it does where nobody reads errors.
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             raise SystemExit(UNKNOWN) from None
 
     def handle(self, *aliases: str, **options: Any) -> None:
@@ -314,8 +316,12 @@ class _Progress:
             self._write("\r\x1b[K", "")
 
     def _write(self, text: str, ending: str = "\n") -> None:
-        self._stream.write(text, lambda line: line, ending=ending)
-        self._stream.flush()
+        try:
+            self._stream.write(text, lambda line: line, ending=ending)
+            self._stream.flush()
+        except OSError:
+            # Whoever read it has left, or a disk is full: that is no verdict on the peers.
+            self._quiet = True
 
 
 def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> LoadBalancer:
