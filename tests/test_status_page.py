@@ -34,6 +34,7 @@ from django.db import (
 from django.test import Client, RequestFactory, override_settings
 from django.urls import reverse
 
+from django_proxysql.conf.keys import ENGINE
 from django_proxysql.conf.options import OPTIONS
 from django_proxysql.core.balancer import LoadBalancer
 from django_proxysql.core.circuit import CLOSED, HALF_OPEN, OPEN
@@ -339,11 +340,19 @@ class TestPage:
 
     def test_languages_with_a_decimal_comma(self, tables: Path) -> None:
         """Do not get into the drawing, nor do thousands into numbers."""
-        with status_site(
-            tables, LANGUAGE_CODE="de", USE_THOUSAND_SEPARATOR=True, USE_L10N=True
-        ) as site:
+        peers = [{"NAME": f"/nowhere/{number}"} for number in range(30)]
+        many = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": peers}
+        with (
+            status_site(
+                tables, LANGUAGE_CODE="de", USE_THOUSAND_SEPARATOR=True, USE_L10N=True
+            ) as site,
+            added({"many": many}),
+        ):
             page = site.admin().get(PAGE).content.decode()
         assert not re.findall(r'"\d+,\d+%?"', page)
+        assert re.findall(r"translate\(0 (\d+)\)", page)[-1] == "1218"
+        assert re.findall(r' height="(\d+)" role="img"', page) == ["148", "1282"]
+        assert not re.findall(r' y2?="\d+\D\d+"', page)
         assert f"Process {os.getpid()}<" in page
 
     def test_opens_no_connection_by_itself(self, site: Site, monkeypatch: Any) -> None:
