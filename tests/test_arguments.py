@@ -112,6 +112,7 @@ def test_wrong_argument_names_itself_and_a_remedy(face: Any, argument: str, valu
         {"db1": {"host": "db1", "priority": -1}},
         {"db1": {"host": "db1", "breaker": 3}},
         {"db1": {"host": "db1", "check_interval": None}},
+        {"db1": {"host": f"mysql://shop:{SECRET}@db1/shop"}},
         {},
     ],
     ids=repr,
@@ -120,6 +121,7 @@ def test_wrong_argument_of_a_peer_is_named(wrong: Any) -> None:
     error = raised_by(lambda: LoadBalancer(wrong, Driver().connect))
     assert isinstance(error, ConfigError)
     assert error.hint
+    assert SECRET not in str(error)
 
 
 @pytest.mark.parametrize("value", [*WRONG, None, "db9"], ids=lambda value: type(value).__name__)

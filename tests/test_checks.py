@@ -45,6 +45,8 @@ ALIASES = {
     "slite": {"ENGINE": SQLITE, "NAME": "x"},
     "atomic": {"ENGINE": MYSQL, "HOST": "10.0.0.3", "ATOMIC_REQUESTS": True},
     "tested": {"ENGINE": MYSQL, "HOST": "10.0.0.4", "TEST": {"NAME": "tests"}},
+    "keeping": {"ENGINE": MYSQL, "HOST": "10.0.0.6", "CONN_MAX_AGE": 60},
+    "strategic": {"ENGINE": MYSQL, "HOST": "10.0.0.7", "STRATEGY": "round_robin"},
     "engineless": {"HOST": "10.0.0.5"},
     "nested": {"ENGINE": ENGINE, "PEERS": [{"HOST": "10.0.0.9"}]},
 }
@@ -91,6 +93,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
         ({"CONNECT_TIMEOUT": float("nan")}, "CONNECT_TIMEOUT is nan", ""),
         ({"CONNECT_TIMEOUT": float("inf")}, "CONNECT_TIMEOUT is inf", ""),
         ({"CONNECT_TIMEOUT": True}, "CONNECT_TIMEOUT is True", "a number"),
+        ({"CHECK_INTERVAL": 10**400}, "CHECK_INTERVAL is 1000", "greater than 0"),
         ({"TRIAL_TIMEOUT": 0}, "TRIAL_TIMEOUT is 0", "or None"),
         ({"CONNECT_DEADLINE": None}, "CONNECT_DEADLINE is None", ""),
         ({"LAST_RESORT_INTERVAL": -1}, "LAST_RESORT_INTERVAL is -1", ""),
@@ -142,6 +145,16 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
         ({"PEERS": [{"HOST": "a,b"}]}, "HOST of peer PEERS[0]", "make each host a peer"),
         ({"HOST": "a,b", "PEERS": [{"PORT": 1}]}, "HOST of peer PEERS[0]", "each host a peer"),
         (on_postgresql({"host": "a,b"}), "OPTIONS['host'] of peer PEERS[0]", "each host a peer"),
+        *(
+            (settings, f"{setting} of peer PEERS[0] has a password in it", "from_url()")
+            for url in ("mysql://shop:sesame@db1:3306/shop", "://shop:ses/ame@db1/sesame")
+            for settings, setting in (
+                (of_peer(HOST=url), "HOST"),
+                (on_postgresql({"host": url}), "OPTIONS['host']"),
+                (of_peer(NAME=url), "NAME"),
+            )
+        ),
+        (of_peer(HOST="shop:sesame@db1"), "HOST of peer PEERS[0] has a password", "from_url()"),
     ],
     "E010": [
         ({"OPTIONS": {"connect_timeout": 2.5}}, "_timeout'] of peer PEERS[0] is 2.5", "whole"),
@@ -176,6 +189,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
     "W002": [
         ({"PEERS": ["one", "atomic"]}, "'atomic' has ATOMIC_REQUESTS", "to 'balanced'"),
         ({"PEERS": ["one", "tested"]}, "'tested' has TEST", "Move TEST to 'balanced'"),
+        ({"PEERS": ["one", "keeping"]}, "'keeping' has CONN_MAX_AGE", "to 'balanced', too"),
     ],
     "W003": [
         ({"PEERS": [ONE, TWO], "CONNECT_TIMEOUT": 2.5}, "CONNECT_TIMEOUT is 2.5", "becomes 3"),
@@ -192,6 +206,8 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
         (of_peer(CONN_MAX_AGE=3), "CONN_MAX_AGE of peer", "to 'balanced'"),
         (of_peer(REPLAY=None), "REPLAY of peer", "to 'balanced'"),
         (of_peer(STRATEGY="random"), "STRATEGY of peer", "to 'balanced'"),
+        (of_peer(PEER_ENGINE=MYSQL), "PEER_ENGINE of peer PEERS[0] has no", "to 'balanced'"),
+        ({"PEERS": ["one", "strategic"]}, "STRATEGY of peer strategic", "to 'balanced'"),
         (of_peer(PRIO=3), "PRIO of peer PEERS[0] is not", "Leave it out"),
     ],
     "W006": [
@@ -443,6 +459,13 @@ def test_servers_told_apart_by_files_are_no_duplicates() -> None:
     ports = [{**ONE, "PORT": port} for port in (3306, "3307")]
     with engine([*files, *sockets, *ports]):
         assert ids(run_checks()) == []
+
+
+def test_an_address_with_a_password_in_it_is_never_quoted() -> None:
+    with added({"balanced": entry({"PEERS": [{"HOST": "mysql://shop:sesame@db1/shop"}] * 2})}):
+        found = ours()
+    assert ids(found) == ["E009", "E009"]
+    assert "sesame" not in str(found)
 
 
 def test_several_mistakes_are_all_shown_errors_first_each_once() -> None:

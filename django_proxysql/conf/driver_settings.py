@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.config import host_and_port
+from ..core import config
 from .entry import Entry, Peer, did_you_mean, of_peer
 from .merging import address
 
@@ -108,6 +108,9 @@ def of_one_peer(entry: Entry, peer: Peer) -> None:
                 "The driver would take it for a list of its own and go round the circuits: "
                 "make each host a peer.",
             )
+        entry.read("E009", peer.where, config.host, key, host)
+    # What is no host is a name: of a URL its scheme aside, for a path may look like the rest.
+    entry.read("E009", peer.where, config.host, "NAME", str(merged.get("NAME")).partition("://")[2])
     # Of other engines the settings are not known.
     if is_mysql or entry.is_postgresql:
         _not_for_the_driver(entry, peer, hosts)
@@ -138,7 +141,7 @@ def _not_for_the_driver(entry: Entry, peer: Peer, hosts: Mapping[str, Any]) -> N
     if not isinstance(host, str if is_mysql else (str, os.PathLike)) and (is_mysql or host):
         refuse("HOST", f"is a {type(host).__name__}", "Give the host's name as a string.")
     for setting, value in hosts.items():
-        if isinstance(value, str) and host_and_port(value.strip())[1] is not None:
+        if isinstance(value, str) and config.host_and_port(value.strip())[1] is not None:
             refuse(setting, f"is {value!r}, with a port in it", "Move the port into PORT.")
     for setting, value, or_text in (
         ("PORT", merged.get("PORT"), True),
@@ -245,6 +248,9 @@ def timeouts(entry: Entry) -> None:
 
 def one_address(entry: Entry) -> None:
     """Note peers that lead to one server."""
+    if any(problem.id == "django_proxysql.E009" for problem in entry.problems):
+        # The message would quote what has a password in it.
+        return
     seen: dict[Any, str] = {}
     default_port = "5432" if entry.is_postgresql else "3306" if entry.is_mysql else ""
     for peer in entry.peers:

@@ -44,6 +44,16 @@ _POOLS_BY_ALIAS = frozenset(
     }
 )
 
+#: What Django asks a connection's own entry for, and what it takes where there is nothing. To 0.8
+#: the peer's entry was the connection's.
+_OF_CONNECTIONS = {
+    "AUTOCOMMIT": True,
+    "CONN_HEALTH_CHECKS": False,
+    "CONN_MAX_AGE": 0,
+    "DISABLE_SERVER_SIDE_CURSORS": False,
+    "TIME_ZONE": None,
+}
+
 
 def problems(
     alias: str, settings: Mapping[str, Any], databases: Mapping[str, Mapping[str, Any]]
@@ -267,6 +277,13 @@ def _of_tests_and_requests(entry: Entry, peer: str, settings: Mapping[str, Any])
                 f"Peer {peer!r} has {key}. {surprise}",
                 f"Move {key} to {entry.alias!r}.",
             )
+    for key, default in _OF_CONNECTIONS.items():
+        if entry.settings.get(key, default) == default != settings.get(key, default):
+            entry.add(
+                "W002",
+                f"Peer {peer!r} has {key}. Only connections straight to the peer have it.",
+                f"Give {key} to {entry.alias!r}, too.",
+            )
 
 
 # Keys that are no settings, or stand where they have no effect; peers that are named twice
@@ -296,6 +313,8 @@ def _keys_of_balancer(entry: Entry) -> None:
 def _keys_of_alias(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
     """Note what is wrong with the keys of a peer that is another entry of DATABASES."""
     _misspelt(entry, where, settings, PEER_KEYS)
+    # Django's own hold for a connection straight to the peer.
+    _of_the_balancer(entry, where, settings, BALANCER_KEYS)
     if "PEER_NAME" in settings:
         entry.add(
             "W004",
@@ -307,16 +326,21 @@ def _keys_of_alias(entry: Entry, where: str, settings: Mapping[str, Any]) -> Non
 def _keys_of_inline(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
     """Note what is wrong with the keys of a peer that is a dict."""
     # All of it is ours. In other entries only what looks like a key of ours is a slip.
-    own = (*PEER_KEYS, *CONNECTION_KEYS)
-    for key in _misspelt(entry, where, settings, own, cutoff=0.7):
-        if key not in BALANCER_KEYS:
-            entry.add(
-                "W004",
-                f"{key} of peer {where} is not a setting, and has no effect.",
-                "Leave it out.",
-            )
+    for key in _misspelt(entry, where, settings, (*PEER_KEYS, *CONNECTION_KEYS), cutoff=0.7):
+        entry.add(
+            "W004",
+            f"{key} of peer {where} is not a setting, and has no effect.",
+            "Leave it out.",
+        )
+    _of_the_balancer(entry, where, settings, (*BALANCER_KEYS, *DJANGO_KEYS))
+
+
+def _of_the_balancer(
+    entry: Entry, where: str, settings: Mapping[str, Any], keys: tuple[str, ...]
+) -> None:
+    """Note which of ``keys`` a peer has: it is the balancer that has them."""
     for key in settings:
-        if key in (*BALANCER_KEYS, *DJANGO_KEYS) and key not in (*own, "ENGINE"):
+        if key in keys and key not in (*PEER_KEYS, "ENGINE"):
             entry.add(
                 "W004",
                 f"{key} of peer {where} has no effect there.",
@@ -328,7 +352,7 @@ def _misspelt(
     entry: Entry, where: str, settings: Mapping[str, Any], own: tuple[str, ...], cutoff: float = 0.8
 ) -> list[str]:
     """Note the keys that look like one of ``own``; return those that look like none."""
-    known = {*own, *CONNECTION_KEYS, *DJANGO_KEYS, ALIAS_KEY, NAME_KEY}
+    known = {*BALANCER_KEYS, *PEER_KEYS, *CONNECTION_KEYS, *DJANGO_KEYS, ALIAS_KEY, NAME_KEY}
     strange = []
     for key in settings:
         if not isinstance(key, str) or key in known:

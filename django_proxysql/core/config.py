@@ -6,8 +6,8 @@ Every duration is in seconds.
 from __future__ import annotations
 
 import importlib
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
@@ -39,9 +39,24 @@ def number(
     # bool is an int to Python, and never what a person means by a duration.
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigError(setting, f"is {value!r}, which is not {kind}", hint)
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    # A whole number may be too large for a clock's.
+    if not minimum <= value <= sys.float_info.max or (exclusive and value == minimum):
         raise ConfigError(setting, f"is {value!r}", hint)
     return value
+
+
+#: What a host looks like that is a URL, or a part of one, with a user and a password.
+_PASSWORD_IN_HOST = re.compile(r"[^/]*:.*@", re.DOTALL)
+
+
+def host(setting: str, value: object) -> None:
+    """Raise a ConfigError if ``value`` has a password in it, without quoting it.
+
+    A host stands in logs, errors and pages, and drivers quote the one that they cannot find.
+    """
+    if isinstance(value, str) and _PASSWORD_IN_HOST.match(value):
+        hint = "Give the host alone; django_proxysql.from_url() reads a URL."
+        raise ConfigError(setting, "has a password in it", hint)
 
 
 def function(setting: str, value: object, hint: str, *, optional: bool = False) -> Any:
@@ -255,6 +270,7 @@ def _peer_config(
     if not isinstance(params, Mapping):
         raise ConfigError(f"peers[{name!r}]", f"is a {type(params).__name__}", _PEERS_HINT)
     rest = dict(params)
+    host(f"peers[{name!r}]['host']", rest.get("host"))
     return PeerConfig(
         name=name,
         weight=rest.pop("weight", 1),
