@@ -134,7 +134,8 @@ class _Inquiry:
 
     def result(self) -> Inspection:
         """Wait for the answer, but not for ever."""
-        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        left = self._deadline - time.monotonic()
+        self._thread.join(max(0.0, min(left, threading.TIMEOUT_MAX)))
         found = self.found
         if found.ready or found.fault:
             return found

@@ -249,6 +249,18 @@ def test_what_is_refused(tmp_path: Path, arguments: list[str], says: str) -> Non
     assert says in said if says is LOOKING else says == said
 
 
+@pytest.mark.parametrize("option", ["--watch", "--wait", "--timeout"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e10", "soon"])
+def test_seconds_that_no_clock_has(tmp_path: Path, option: str, seconds: str) -> None:
+    with balanced(tmp_path, "a"):
+        assert f"argument {option}: invalid number of seconds" in refused(f"{option}={seconds}")
+
+
+def test_a_time_out_longer_than_any_wait(tmp_path: Path) -> None:
+    with engine(sqlite_peers(tmp_path, "a"), PEER_ENGINE=SQLITE, CONNECT_TIMEOUT=1e10):
+        assert peers().startswith("OK: ")
+
+
 def test_no_balancers() -> None:
     """A project without any gets an error that says so."""
     assert refused().startswith("No entry of DATABASES is a load balancer")

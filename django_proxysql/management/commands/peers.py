@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -341,7 +342,8 @@ def _owner_of(name: str, chosen: Mapping[str, LoadBalancer], option: str) -> Loa
 def _seconds(text: str) -> float:
     """Read a duration; argparse quotes this function's name."""
     seconds = float(text)
-    if not 0 < seconds < float("inf"):
+    # The most that Python's own waits take.
+    if not 0 < seconds < threading.TIMEOUT_MAX:
         raise ValueError(text)
     return seconds
 
