@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.management import CommandError, call_command
+from django.db import connections
 
 from django_proxysql.conf.keys import ENGINE
-from tests.engine import MYSQL, POSTGRESQL, mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, mysql_peer
 from tests.project import Project
 from tests.servers import USER
 from tests.test_project import DATABASE, FILES
@@ -94,3 +97,23 @@ def test_its_databases_have_the_table(project: Project, arguments: tuple[str, ..
     said = project.manage("test", *arguments)
     assert "Ran 9 tests" in said
     assert "W010" not in said
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": [{}]}, {"ENGINE": SQLITE}],
+    ids=["balancer", "plain"],
+)
+def test_an_engine_without_tokens_migrates_without_the_table(
+    tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    """The setting has no effect there, as its check says: settings of production run on SQLite."""
+    own = {"NAME": str(tmp_path / "shop"), "COMMIT_OUTCOME": "record"}
+    with added({"shop": {**entry, **own}}):
+        call_command("migrate", database="shop", verbosity=0)
+        assert "django_proxysql_commit" not in connections["shop"].introspection.table_names()
+        said = io.StringIO()
+        call_command("prune_commits", stdout=said)
+        assert said.getvalue().startswith("There is no load balancer")
+        with pytest.raises(CommandError, match="'shop' is no load balancer of MySQL's or"):
+            call_command("prune_commits", database="shop")

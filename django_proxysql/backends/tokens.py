@@ -27,8 +27,12 @@ _DELETING = 5.0
 
 
 def records(alias: str) -> bool:
-    """Return whether an alias has the setting, without reading the rest of its settings."""
-    return connections.databases.get(alias, {}).get("COMMIT_OUTCOME") is not None
+    """Return whether what commits there writes tokens, without reading the rest of its settings."""
+    if connections.databases.get(alias, {}).get("COMMIT_OUTCOME") is None:
+        return False
+    # In development the alias may be SQLite's.
+    driver = getattr(connections[alias], "_driver", drivers.generic)
+    return bool(driver.WATCHED)
 
 
 def has_table(connection: Any) -> bool:
@@ -39,7 +43,7 @@ def has_table(connection: Any) -> bool:
 
 
 def make_table(using: str = DEFAULT_DB_ALIAS, **kwargs: Any) -> None:
-    """Make the table where the alias has the setting; a receiver of ``pre_migrate``.
+    """Make the table where tokens are written; a receiver of ``pre_migrate``.
 
     Before all migrations: what they write is written in blocks, which take the table.
     No migration of the app's own makes it: one that was applied before the alias had the setting
@@ -55,7 +59,7 @@ def make_table(using: str = DEFAULT_DB_ALIAS, **kwargs: Any) -> None:
 def problems(connection: Any) -> list[Any]:
     """Return a warning if a token could not be written, for ``check --database``."""
     alias = connection.alias
-    if not records(alias) or connection.vendor not in ("mysql", "postgresql"):
+    if not records(alias):
         return []
     try:
         with transaction.atomic(using=alias), connection.cursor() as cursor:

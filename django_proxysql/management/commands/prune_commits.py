@@ -11,6 +11,7 @@ from django.db import connections
 from ...backends.tokens import delete_old, has_table, records
 from ...core.outcome import TABLE
 
+_WRITES = "no load balancer of MySQL's or PostgreSQL's that has COMMIT_OUTCOME"
 _UNITS = {"h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -43,7 +44,7 @@ class Command(BaseCommand):
                 "at least 1h: 6h, 1d, 2w."
             )
         if database is not None and not records(database):
-            raise CommandError(f"DATABASES[{database!r}] has no COMMIT_OUTCOME.")
+            raise CommandError(f"{database!r} is {_WRITES}.")
         aliases = [alias for alias in connections if records(alias)]
         for alias in aliases if database is None else [database]:
             if not has_table(connections[alias]):
@@ -53,4 +54,4 @@ class Command(BaseCommand):
             deleted = delete_old(connections[alias], int(given[1]) * _UNITS[given[2]])
             self.stdout.write(f"{alias}: {deleted} tokens deleted")
         if not aliases:
-            self.stdout.write("No alias has COMMIT_OUTCOME.")
+            self.stdout.write(f"There is {_WRITES}.")
