@@ -21,6 +21,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import load_backend
 
 from django_proxysql import balancers
@@ -466,6 +467,20 @@ def test_an_address_with_a_password_in_it_is_never_quoted() -> None:
         found = ours()
     assert ids(found) == ["E009", "E009"]
     assert "sesame" not in str(found)
+
+
+@pytest.mark.parametrize("engine_path", [MYSQL, SQLITE, None])
+def test_peers_of_a_plain_engine_are_reported_and_make_no_balancer(engine_path: str | None) -> None:
+    """No tool says that all is well with peers which no connection is made to."""
+    given = {"ENGINE": engine_path} if engine_path else {}
+    with added({"plain": {**given, "NAME": ":memory:", "PEERS": [ONE]}}):
+        (message,) = ours()
+        assert "plain" not in balancers
+        assert isinstance(connections["plain"], BaseDatabaseWrapper)
+    assert message.id == "django_proxysql.W004"
+    engine_path = engine_path or "django.db.backends.dummy"
+    assert message.msg == f"DATABASES['plain']: PEERS has no effect with the ENGINE {engine_path!r}."
+    assert f"{ENGINE!r} as ENGINE" in str(message.hint)
 
 
 def test_several_mistakes_are_all_shown_errors_first_each_once() -> None:

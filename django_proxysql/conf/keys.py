@@ -45,8 +45,10 @@ DJANGO_KEYS = (
 
 def is_balancer(entry: Mapping[str, Any]) -> bool:
     """Return whether an entry of DATABASES is a load balancer's."""
-    # A user's subclass of the engine has a path of its own.
-    return entry.get("ENGINE") == ENGINE or "PEERS" in entry or ALIAS_KEY in entry
+    engine = entry.get("ENGINE")
+    # A user's subclass of the engine has a path of its own. Django's own engines read no PEERS.
+    is_djangos = isinstance(engine, str) and engine.startswith("django.")
+    return engine == ENGINE or ALIAS_KEY in entry or ("PEERS" in entry and not is_djangos)
 
 
 def listed(peers: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from ..core.ready import ready_check_from
 from ..core.strategies import strategy_from
 from . import driver_settings
 from .aliases import mirrored
+from .engines import engine_path
 from .entry import Entry, Peer, did_you_mean, given_name, of_peer
 from .keys import (
     ALIAS_KEY,
@@ -25,6 +26,7 @@ from .keys import (
     BALANCER_KEYS,
     CONNECTION_KEYS,
     DJANGO_KEYS,
+    ENGINE,
     NAME_KEY,
     NO_ENGINE,
     PEER_FIELDS,
@@ -80,7 +82,17 @@ def messages(alias: str) -> list[CheckMessage]:
     """Return what is wrong with one alias of DATABASES; nothing if it is no balancer."""
     databases = connections.databases
     entry = databases.get(alias, {})
-    return problems(alias, entry, databases) if is_balancer(entry) else []
+    if is_balancer(entry):
+        return problems(alias, entry, databases)
+    if "PEERS" not in entry:
+        return []
+    plain, engine = Entry(alias, entry, databases), engine_path(entry["ENGINE"])
+    plain.add(
+        "W004",
+        f"PEERS has no effect with the ENGINE {engine!r}.",
+        f"Give {ENGINE!r} as ENGINE, and the peers' own as PEER_ENGINE.",
+    )
+    return plain.problems
 
 
 def stops_connections(problem: CheckMessage) -> bool:

@@ -143,8 +143,7 @@ class Command(BaseCommand):
         known = list(balancers)
         if not known:
             raise CommandError(
-                "No entry of DATABASES is a load balancer: none has PEERS or django-proxysql's "
-                "ENGINE."
+                "No entry of DATABASES is a load balancer: none has django-proxysql's ENGINE."
             )
         for alias in aliases:
             if alias not in known:
