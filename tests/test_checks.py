@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -462,11 +463,27 @@ def test_servers_told_apart_by_files_are_no_duplicates() -> None:
         assert ids(run_checks()) == []
 
 
-def test_an_address_with_a_password_in_it_is_never_quoted() -> None:
-    with added({"balanced": entry({"PEERS": [{"HOST": "mysql://shop:sesame@db1/shop"}] * 2})}):
-        found = ours()
-    assert ids(found) == ["E009", "E009"]
-    assert "sesame" not in str(found)
+@pytest.mark.parametrize(
+    "url", ["mysql://shop:sesame@db1/shop", "://shop:se'sa\\mesame@sesame@db1"]
+)
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (lambda url: {"PEERS": [{"HOST": url}] * 2}, ["E009", "E009"]),
+        (lambda url: {"PEERS": [url, url]}, ["E002", "E002", "E011"]),
+        (lambda url: {"PEERS": [ONE], "PEER_ENGINE": url}, ["E013"]),
+        (lambda url: {"PEERS": [ONE], "STRATEGY": url}, ["E007"]),
+        (lambda url: {"PEERS": [{**ONE, "PEER_NAME": url}]}, ["E005"]),
+        (lambda url: {"PEERS": [{**ONE, url: 1}]}, ["W004"]),
+    ],
+)
+def test_what_has_a_password_in_it_is_never_quoted(
+    settings: Callable[[str], dict[str, Any]], found: list[str], url: str
+) -> None:
+    with added({"balanced": entry(settings(url))}):
+        said = ours()
+    assert ids(said) == found
+    assert "sesame" not in str(said)
 
 
 @pytest.mark.parametrize("engine_path", [MYSQL, SQLITE, None])
@@ -479,7 +496,9 @@ def test_peers_of_a_plain_engine_are_reported_and_make_no_balancer(engine_path: 
         assert isinstance(connections["plain"], BaseDatabaseWrapper)
     assert message.id == "django_proxysql.W004"
     engine_path = engine_path or "django.db.backends.dummy"
-    assert message.msg == f"DATABASES['plain']: PEERS has no effect with the ENGINE {engine_path!r}."
+    assert (
+        message.msg == f"DATABASES['plain']: PEERS has no effect with the ENGINE {engine_path!r}."
+    )
     assert f"{ENGINE!r} as ENGINE" in str(message.hint)
 
 

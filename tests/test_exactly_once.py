@@ -1045,7 +1045,7 @@ class TestOldTokens:
         for wrong in ("59m", "0h", "1", "-1d", "1.5d"):
             with pytest.raises(CommandError, match="at least 1h"):
                 call_command("prune_commits", f"--older-than={wrong}")
-        with pytest.raises(CommandError, match="'plain' is no load balancer .* has COMMIT"):
+        with pytest.raises(CommandError, match=r"'plain' is no load balancer .* has COMMIT"):
             call_command("prune_commits", database="plain")
         run(here.plain, f"ALTER TABLE {outcome.TABLE} RENAME TO moved")
         with pytest.raises(CommandError, match=r"no table .* migrate --database balanced"):

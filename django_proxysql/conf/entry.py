@@ -17,6 +17,9 @@ from .engines import load_wrapper, peer_engine
 from .keys import is_balancer, listed
 from .merging import merged_settings
 
+#: Of a URL, in whichever setting it stands: there may be a password in it.
+_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
+
 #: What a name may hold: it stands in logs, in metrics and on a command line.
 _PEER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", re.ASCII)
 
@@ -54,6 +57,7 @@ class Entry:
 
     def add(self, id_: str, message: str, hint: str) -> None:
         """Note a problem: E… is an error's id, W… a warning's."""
+        message = _CREDENTIALS.sub("…@", message)
         self.problems.append(
             (Error if id_.startswith("E") else Warning)(
                 f"DATABASES[{self.alias!r}]: {message}", hint=hint, id=f"django_proxysql.{id_}"

@@ -105,7 +105,7 @@ class Command(BaseCommand):
         except SystemExit as exc:
             raise SystemExit(exc.code and UNKNOWN) from None
         except Exception:
-            # Python itself would end with 1, as it does where nobody reads errors.
+            # Python itself would end with 1, also where errors cannot be written.
             with contextlib.suppress(OSError):
                 traceback.print_exc()
             raise SystemExit(UNKNOWN) from None
@@ -320,7 +320,7 @@ class _Progress:
             self._stream.write(text, lambda line: line, ending=ending)
             self._stream.flush()
         except OSError:
-            # Whoever read it has left, or a disk is full: that is no verdict on the peers.
+            # The reader has left, or a disk is full: that is no verdict on the peers.
             self._quiet = True
 
 
