@@ -74,6 +74,36 @@ def test_a_long_sentence_is_found_and_code_and_tables_are_not() -> None:
     assert list(long_sentences(f"=== ===\n{line}{line}{line}\n=== ===\n")) == []
 
 
+def lonely_cells(page: str) -> Iterator[str]:
+    """Yield what a table between rules of ``=`` shows as a row with nothing beside it.
+
+    There each line with a first cell begins a row. A first cell of two lines takes a table of
+    ``+`` and ``|``.
+    """
+    for rule, body in re.findall(
+        r"^( *=+ +)=[= ]*\n((?:.+\n)+?)(?= *=+ +=[= ]*\n\n)", page, flags=re.M
+    ):
+        for line in body.splitlines():
+            if line[: len(rule)].strip(" =") and not line[len(rule) :].strip():
+                yield line.strip()
+
+
+def test_each_row_of_a_table_has_more_than_a_first_cell() -> None:
+    found = {
+        path.relative_to(words.ROOT).as_posix(): list(lonely_cells(path.read_text("utf-8")))
+        for path in words.files()
+        if path.suffix == ".rst"
+    }
+    assert {path: lonely for path, lonely in found.items() if lonely} == {}
+
+
+def test_a_row_with_nothing_beside_it_is_found_and_a_longer_last_cell_is_not() -> None:
+    rule = "=== ===\n"
+    rows = "a   one\n    and\nb   two\n"
+    assert list(lonely_cells(f"{rule}{rows}{rule}\n")) == []
+    assert list(lonely_cells(f"{rule}x   y\n{rule}{rows}too\n{rule}\n")) == ["too"]
+
+
 def too_long(text: str) -> Iterator[str]:
     """Yield what is too long in a file that does not say at its top why."""
     tree = ast.parse(text)
