@@ -566,6 +566,8 @@ def test_colours(project: Command) -> None:
     """
     assert re.search(r"\x1b\[[\d;]*mWARNING: default: peer1 down", on_a_terminal(project))
     assert "\x1b" not in on_a_terminal(project, NO_COLOR="1")
+    # https://no-color.org: an empty one says nothing.
+    assert "\x1b" in on_a_terminal(project, NO_COLOR="")
     assert "\x1b" not in on_a_terminal(project, "--no-color")
     assert on_a_terminal(project, "--watch", "0.05").count("\x1b[H\x1b[J") >= 2
     assert "\x1b" not in project.ended()[1]

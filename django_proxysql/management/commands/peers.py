@@ -112,7 +112,7 @@ class Command(BaseCommand):
 
     def handle(self, *aliases: str, **options: Any) -> None:
         """Show the peers, or drain or undrain one; exit with the code that says how they are."""
-        if "NO_COLOR" in os.environ and not options.get("force_color"):
+        if os.environ.get("NO_COLOR") and not options.get("force_color"):
             self.style = no_style()
         chosen = self._chosen(options["aliases"] or aliases)
         # "" is no peer either: a script's variable that is not set must not look like success.
