@@ -19,6 +19,7 @@ from unittest import mock
 import django
 import pytest
 from django.core.cache import caches
+from django.core.checks.registry import registry
 from django.core.management import call_command
 from django.db import OperationalError, connections, models
 from django.db.backends.signals import connection_created
@@ -62,8 +63,12 @@ def of_the_table(queries: list[dict[str, Any]]) -> list[str]:
 @contextlib.contextmanager
 def with_apps(*names: str) -> Iterator[None]:
     """Install apps, and take them out again with all that they have told Django."""
-    with modify_settings(INSTALLED_APPS={"append": [*names]}):
-        yield
+    before = registry.registered_checks.copy()
+    try:
+        with modify_settings(INSTALLED_APPS={"append": [*names]}):
+            yield
+    finally:
+        registry.registered_checks = before
 
 
 class Urls:

@@ -371,6 +371,26 @@ class TestRefresh:
         run("getSelection().removeAllRanges();")
         served.browser.wait_for(lambda driver: not run("return window.marked.isConnected"))
 
+    def test_text_that_is_marked_while_the_answer_is_under_way_stays(self, served: Served) -> None:
+        served.site.fail("peer1")
+        served.log_in()
+        served.open()
+        run = served.browser.run
+        run(
+            "const fetched = window.fetch.bind(window); window.answers = 0;"
+            "window.fetch = async (...asked) => {"
+            "  const answer = await fetched(...asked);"
+            "  window.marked ??= document.querySelector('td.error');"
+            "  getSelection().selectAllChildren(window.marked);"
+            "  window.answers += 1;"
+            "  return answer;"
+            "};"
+            "const get = window.getSelection.bind(window); window.looks = 0;"
+            "window.getSelection = () => { window.looks += window.answers; return get(); };"
+        )
+        served.browser.wait_for(lambda driver: run("return window.looks") > 2)
+        assert run("return [window.marked.isConnected, window.answers]") == [True, 1]
+
     def test_site_is_away(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         """The page says since when it is old, and what is on it stays."""
         served.log_in()

@@ -92,8 +92,11 @@
         say("Not refreshed any more: you are no longer logged in as staff. Load the page again.");
         return;
       }
-      replaceBy(fresh);
-      lastGood = new Date();
+      // Text may have been marked since the answer was asked for.
+      if (!isBeingRead()) {
+        replaceBy(fresh);
+        lastGood = new Date();
+      }
       say("");
       plan(seconds);
     }).catch(function (error) {
