@@ -85,6 +85,7 @@ def go(here: Site, way: str) -> None:
         "(write kill read)!",
         "(write cut)!",
         "cut write!",
+        "(cut write was-replayed) kill",
         "cut many!",
         "write close",
         "write close read kill",

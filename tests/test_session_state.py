@@ -156,6 +156,9 @@ STORIES = {
     "answers after a loss that was raised": (
         "all: write one; !{ SELECT value FROM app_token FOR UPDATE; kill; read }; read; asks"
     ),
+    "answers after a replayed write": (
+        "all: { cut after; write one; replayed 1 }; kill_idle; read one; asks"
+    ),
     "answers inside a block": "all: write one; kill_idle; { read; unanswered }",
     "procedure that was called may hold anything": f"mariadb: call p; kill_idle; {SHOWN}",
     "update answers for its rows only": (

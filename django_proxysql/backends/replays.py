@@ -13,7 +13,7 @@ from ..core.events import StatementReplayed
 from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement
 from ..core.parameters import are_small, are_values, may_be_sql
-from ..core.statements import SCOPED, STATE
+from ..core.statements import SCOPED, STATE, writes
 from ..core.texts import Text, is_of_transaction, tells_time, text_of, without_lock
 from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .losses import did_not_run
@@ -85,6 +85,8 @@ def _replay(
         successor = bind(db, cursor, name)
         if kind & STATE:
             takes(db, successor, sql, params)
+        # What it writes, it writes there.
+        successor.results |= writes(kind)
     except BaseException as error:
         session.raised()
         if not isinstance(error, Exception):
