@@ -10,6 +10,8 @@ import pytest
 from django_proxysql.core.holdings import Holdings, changes
 from django_proxysql.core.statements import STATE, scan
 
+#: What autocommit may be set to that is 0, or may be.
+OFF = ['"0"', "NOT 1", "(0)", "DEFAULT", "@before", "@@global.autocommit", "1 - 1"]
 #: What lives on after close_old_connections(), and how it is given back: SQL, or that and its
 #: parameters.
 PAIRS: list[tuple[Any, Any]] = [
@@ -17,6 +19,9 @@ PAIRS: list[tuple[Any, Any]] = [
     (("SELECT GET_LOCK(%s, %s)", ["a", 0]), ("SELECT RELEASE_LOCK(%s)", ["a"])),
     (("SELECT GET_LOCK(%s, 0)", ("a",)), "DO RELEASE_LOCK('a')"),
     ('SELECT GET_LOCK("a", 0)', "SELECT RELEASE_LOCK('a')"),
+    ("DO GET_LOCK('a', 0), GET_LOCK('b', 0)", "DO RELEASE_LOCK('b'), RELEASE_LOCK('a')"),
+    ("SELECT GET_LOCK('a', 0)", "/* x */ SELECT RELEASE_LOCK('a') AS given FROM DUAL;"),
+    ("SELECT pg_advisory_lock(7)", 'SELECT pg_catalog."pg_advisory_unlock"(7)::int AS "given"'),
     (("SELECT GET_LOCK(CONCAT('a', %s), 0)", [1]), ("DO RELEASE_LOCK(CONCAT('a', %s))", [1])),
     (("SELECT GET_LOCK(%(n)s, 0)", {"n": "a"}), ("SELECT RELEASE_LOCK(%(n)s)", {"n": "a"})),
     ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_ALL_LOCKS()"),
@@ -40,6 +45,8 @@ PAIRS: list[tuple[Any, Any]] = [
     ("XA START 'x'", "XA COMMIT 'x' ONE PHASE"),
     ("COMMIT AND CHAIN", "COMMIT AND NO CHAIN"),
     ("SET autocommit = 0", "SET autocommit=1"),
+    (("SET autocommit = %s", [0]), "SET @@session.autocommit = TRUE;"),
+    *((f"SET autocommit = {off}", "SET autocommit = on") for off in OFF),
     ("SET SESSION autocommit = OFF, sql_mode = ''", "SET autocommit = ON"),
     ("SET SESSION wsrep_on = OFF", "SET SESSION wsrep_on = ON"),
     ("SET sql_mode = '', wsrep_on = @before", "SET @@session.wsrep_on=1;"),
@@ -52,13 +59,23 @@ PAIRS: list[tuple[Any, Any]] = [
         "SELECT pg_create_physical_replication_slot('s', true, true)",
         "SELECT pg_drop_replication_slot('s')",
     ),
-    ("SELECT pg_backup_start('x')", "SELECT pg_backup_stop()"),
+    ("SELECT pg_backup_start('x')", "SELECT * FROM pg_backup_stop()"),
+]
+#: Calls that may be run or not.
+MAYBE = [
+    *("SELECT RELEASE_LOCK('a') FROM t", "SELECT RELEASE_LOCK('a') WHERE 1 = 0"),
+    *("SELECT IF(b, RELEASE_LOCK('a'), 0)", "SELECT 0 AND RELEASE_LOCK('a')"),
+    *("DO CASE WHEN @b THEN RELEASE_LOCK('a') END", "SELECT RELEASE_LOCK('a') LIMIT 0"),
+    *("SELECT 1 FROM t WHERE RELEASE_LOCK('a')", "SELECT IF(0, RELEASE_ALL_LOCKS(), 1)"),
+    "UPDATE t SET a = RELEASE_LOCK('a') WHERE b = 1",
 ]
 #: Something else is given back, or nothing is sure to be.
 NO_PAIRS: list[tuple[Any, Any]] = [
     ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_LOCK('b')"),
     (("SELECT GET_LOCK(%s, 0)", ["a"]), ("SELECT RELEASE_LOCK(%s)", ["b"])),
     ("SELECT GET_LOCK(name, 0) FROM t", "SELECT RELEASE_LOCK(name) FROM t"),
+    *(("SELECT GET_LOCK('a', 0)", gives) for gives in MAYBE),
+    ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7) FROM t WHERE a = 1"),
     ("SELECT GET_LOCK('a', 0)", "COMMIT"),
     ("SELECT GET_LOCK('a', 0)", "SELECT 'RELEASE_LOCK'"),
     ("SELECT GET_LOCK('a', 0)", "SELECT 1; SELECT RELEASE_LOCK('a')"),

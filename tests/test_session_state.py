@@ -20,6 +20,7 @@ FOR_LIFE = {
         "SELECT GET_LOCK('a', 0)",
         "BEGIN",
         "SET autocommit = 0",
+        "SET autocommit = NOT 1",
         "LOCK TABLES app_token WRITE",
         "FLUSH TABLES WITH READ LOCK",
         "START TRANSACTION",

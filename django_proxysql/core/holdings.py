@@ -129,6 +129,17 @@ def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
 
 _COMMENT = re.compile(r"/\*(?!M?!)(?:.*?\*/|.*)|(?:--|#)[^\n]*\n", re.DOTALL)
 _MORE = re.compile(r";\s*(?=\S)")
+
+
+def _switched(name: str) -> tuple[str, str, str]:
+    """Return what takes and gives back a variable that is 1 where nothing is held.
+
+    Whatever else it is set to may be 0: ``%s``, ``DEFAULT``, another variable.
+    """
+    on = rf"(?:SESSION\s+|@@(?:session\.)?)?{name}\s*:?=\s*(?:1|on|true)\s*;?\s*$"
+    return name, rf"SET\b(?!\s+{on}).*\b{name}\b", rf"SET\s+{on}"
+
+
 #: Whole statements: a name, what takes it, and what gives it back.
 _STATEMENTS = [
     (name, re.compile(rf"(?is){takes}"), re.compile(rf"(?is){gives}"))
@@ -140,17 +151,7 @@ _STATEMENTS = [
             r"(?:COMMIT|END|ABORT|ROLLBACK|PREPARE\s+TRANSACTION|XA\s+(?:COMMIT|ROLLBACK))\b"
             r"(?!.*\b(?:TO|PREPARED)\b)",
         ),
-        (
-            "autocommit",
-            r"SET\b.*\bautocommit`?\s*:?=\s*'?(?:0|off|false)",
-            r"SET\s+(?:SESSION\s+|@@(?:session\.)?)?autocommit\s*:?=\s*(?:1|on|true)\s*;?\s*$",
-        ),
-        (
-            "wsrep_on",
-            r"SET\b(?!\s+(?:SESSION\s+|@@(?:session\.)?)?wsrep_on\s*:?=\s*(?:1|on|true)\s*;?\s*$)"
-            r".*\bwsrep_on\b",
-            r"SET\b.*\bwsrep_on\b",
-        ),
+        *map(_switched, ("autocommit", "wsrep_on")),
         (
             "tables",
             r"LOCK\s+TABLES\b|LOCK\s+TABLE\b.*\b(?:READ|WRITE)\b"
@@ -173,6 +174,12 @@ _FUNCTION = re.compile(
 )
 #: Each is read to the parenthesis that closes it.
 _MOST_CALLS = 50
+#: What is left of a statement without its calls, if nothing in it decides whether they are run.
+_NOTHING_ELSE = re.compile(
+    r"""\s*(?:SELECT|DO)\s+(?:\*\s+FROM\s+)?
+    (?:\s|,|["`]|pg_catalog\s*\.|\bAS\s+[\w"`']+|::\s*\w+)*(?:FROM\s+DUAL\s*)?;?\s*""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s")
 #: Arguments that are the same whenever they are written alike: values, and calls over values.
 _SAME_AGAIN = re.compile(
@@ -235,14 +242,23 @@ def _changes(piece: str, params: Any) -> Iterator[tuple[bool, str]]:
     listen = _LISTEN.match(text)
     if listen is not None:
         yield not listen.group(1), f"listen {listen.group(2)}"
+    calls: list[tuple[bool, str]] = []
+    rest, last = "", 0
     for count, call in enumerate(_FUNCTION.finditer(piece)):
         if count == _MOST_CALLS:
             yield True, "lock of an unknown name"
             return
-        yield from _call(call.group(1).lower(), piece, call.end(), params)
+        arguments, end = _arguments(piece, call.end())
+        calls += _call(call.group(1).lower(), arguments, piece, call.end(), params)
+        rest, last = rest + piece[last : call.start()], max(last, end)
+    # Under a condition, or once for each row, it may be run or not.
+    is_run = _NOTHING_ELSE.fullmatch(rest + piece[last:]) is not None
+    yield from (one for one in calls if one[0] or is_run)
 
 
-def _call(function: str, text: str, start: int, params: Any) -> Iterator[tuple[bool, str]]:
+def _call(
+    function: str, arguments: list[str], text: str, start: int, params: Any
+) -> Iterator[tuple[bool, str]]:
     if function in ("release_all_locks", "pg_advisory_unlock_all"):
         yield False, "lock *"
     elif function.startswith("service_"):
@@ -250,7 +266,6 @@ def _call(function: str, text: str, start: int, params: Any) -> Iterator[tuple[b
     elif "backup" in function:
         yield "start" in function, "backup"
     else:
-        arguments = _arguments(text, start)
         takes = "release" not in function and "unlock" not in function and "drop" not in function
         is_slot = "slot" in function
         if is_slot or "get_lock" in function or "release_lock" in function:
@@ -268,8 +283,8 @@ def _call(function: str, text: str, start: int, params: Any) -> Iterator[tuple[b
             yield True, "lock of an unknown name"
 
 
-def _arguments(text: str, start: int) -> list[str]:
-    """Return the arguments of the call whose parenthesis opens before ``start``."""
+def _arguments(text: str, start: int) -> tuple[list[str], int]:
+    """Return the arguments of the call whose parenthesis opens before ``start``, and its end."""
     depth, quoted, begun, found = 0, False, start, []
     for i in range(start, len(text)):
         character = text[i]
@@ -285,8 +300,8 @@ def _arguments(text: str, start: int) -> list[str]:
             found.append(text[begun:i].strip())
             begun = i + 1
             if character == ")":
-                break
-    return found
+                return found, begun
+    return found, len(text)
 
 
 def _written_out(arguments: str, text: str, start: int, params: Any) -> str | None:
