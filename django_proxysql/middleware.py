@@ -74,4 +74,4 @@ class RetryingRequestMiddleware(MiddlewareMixin):
         if seconds is None:
             return None
         time.sleep(seconds)
-        return call.repeat(lambda: view(request, *args, **kwargs), kept.restore)
+        return call.repeat(lambda: view(request, *args, **kwargs), lambda: kept.restore(request))

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Container
 from io import BytesIO
 from typing import Any, TypeVar, overload
@@ -21,9 +22,10 @@ from typing import Any, TypeVar, overload
 import django
 from django.core.files.uploadedfile import InMemoryUploadedFile, TemporaryUploadedFile
 from django.db import Error, connections
-from django.db.models import Model
+from django.db.models import Model, QuerySet
+from django.db.models.base import ModelState
 from django.db.transaction import TransactionManagementError
-from django.http import QueryDict
+from django.utils.datastructures import MultiValueDict
 from django.utils.functional import LazyObject
 
 from .retry import Call, Rules, Wait
@@ -43,6 +45,12 @@ _OF_BODY = (
 #: More of a body than this is kept in a file.
 _IN_MEMORY = 1 << 20
 _CHUNK = 1 << 16
+#: What no run can change in place: the most frequent types.
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+#: What a run may change in place: by their items, …
+_BY_ITEMS = frozenset({dict, OrderedDict, defaultdict, list, set, tuple})
+#: … and by their attributes.
+_BY_ATTRIBUTES = (LazyObject, Model, ModelState, QuerySet)
 
 
 class _Recorded:
@@ -154,42 +162,54 @@ def _uploaded(upload: Any, content: bytes | int | None) -> Any:
 class Kept:
     """A request as the first run finds it, for the next ones.
 
-    Its attributes are put back, and so is what a run has changed in its user, its session, its
-    messages and its dictionaries.
+    Its attributes are put back, and so is what a run has changed in place: in its session, its
+    messages and its user, and in all that these and the request lead to by way of
+    :data:`_BY_ITEMS` and :data:`_BY_ATTRIBUTES`.
 
     :param request: Django's request.
     :param body: its body, where it was recorded before.
     """
 
     def __init__(self, request: Any, body: Body | None = None) -> None:
-        self._request = request
+        # Not the request itself: it may hold this one, and with it would be garbage.
         self._body = body or Body.record(request)
         self._attributes = dict(vars(request))
-        #: What a run may change in place: attributes or items, as they were, and what copies these.
-        self._states: list[tuple[dict[str, Any], Any, Callable[[Any], dict[str, Any]]]] = []
-        for name, value in self._attributes.items():
-            self._keep(name, value)
+        #: What a run may change in place, and what was in it.
+        self._contents: list[tuple[Any, Any]] = []
+        todo: list[Any] = list(self._attributes.values())
+        for name in ("session", "_messages"):
+            value = self._attributes.get(name)
+            if issubclass(type(value), LazyObject):
+                value = vars(value).get("_wrapped")
+            if hasattr(value, "__dict__"):
+                todo.append(vars(value))
+        seen = set()
+        # No recursion: models may be linked in a long row.
+        while todo:
+            value = todo.pop()
+            # By its type alone: a lazy user would be read from the database.
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if issubclass(kind, _BY_ATTRIBUTES):
+                value, kind = vars(value), dict
+            elif issubclass(kind, MultiValueDict):
+                # A QueryDict may be made mutable by a widespread trick.
+                todo.append(vars(value))
+            elif kind not in _BY_ITEMS:
+                continue
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            # Not a MultiValueDict's own, which leaves values out.
+            kept: Any = dict.copy(value) if issubclass(kind, dict) else tuple(value)  # type: ignore[arg-type]
+            todo.extend(kept.values() if isinstance(kept, dict) else kept)
+            if kind is not tuple:
+                self._contents.append((value, kept))
 
-    def _keep(self, name: str, value: Any) -> None:
-        # By its type alone: a lazy user would be read from the database.
-        kind = type(value)
-        if issubclass(kind, LazyObject):
-            self._states.append((vars(value), dict(vars(value)), dict))
-            self._keep(name, vars(value).get("_wrapped"))
-        elif issubclass(kind, Model):
-            self._states.append((vars(value), copy.copy(value), lambda kept: vars(copy.copy(kept))))
-        elif kind is dict:
-            self._states.append((value, dict(value), dict))
-        elif issubclass(kind, QueryDict):
-            # Made mutable by a widespread trick.
-            self._states.append((vars(value), dict(vars(value)), dict))
-            self._states.append((value, _copied(dict(value.lists())), _copied))
-        elif name in ("session", "_messages") and hasattr(value, "__dict__"):
-            self._states.append((vars(value), _copied(vars(value)), _copied))
-
-    def restore(self) -> None:
+    def restore(self, request: Any) -> None:
         """Have the request as it was."""
-        state = vars(self._request)
+        state = vars(request)
         for _, uploads in state["_files"].lists() if "_files" in state else ():
             for upload in uploads:
                 if isinstance(upload, TemporaryUploadedFile):
@@ -197,24 +217,15 @@ class Kept:
                     upload.close()
         state.clear()
         state.update(self._attributes)
-        for mine, kept, copied in self._states:
-            # Not a QueryDict's own, which may refuse.
-            dict.clear(mine)
-            dict.update(mine, copied(kept))
-        self._body.restore(self._request)
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of attributes or items, and of what is changed in place."""
-    return {
-        # What a session holds is plain values.
-        name: copy.deepcopy(value)
-        if name == "_session_cache"
-        else copy.copy(value)
-        if isinstance(value, (dict, list, set))
-        else value
-        for name, value in state.items()
-    }
+        for value, kept in self._contents:
+            if isinstance(value, MultiValueDict):
+                # Not its own methods: a QueryDict's may refuse.
+                dict.clear(value)
+                dict.update(value, kept)
+            else:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(kept)
+        self._body.restore(request)
 
 
 class _AllOf(set):  # type: ignore[type-arg]
@@ -300,9 +311,10 @@ def _retrying(view: _V, rules: Rules) -> _V:
 
     @functools.wraps(view)
     def run(request: Any, *args: Any, **kwargs: Any) -> Any:
-        call = _call(rules, view, made)
+        call, kept = _call(rules, view, made), Kept(request)
         return call.repeat(
-            lambda: _is_answer(view, view(request, *args, **kwargs)), Kept(request).restore
+            lambda: _is_answer(view, view(request, *args, **kwargs)),
+            lambda: kept.restore(request),
         )
 
     @functools.wraps(view)
@@ -312,7 +324,7 @@ def _retrying(view: _V, rules: Rules) -> _V:
         while True:
             try:
                 if call.runs:
-                    kept.restore()
+                    kept.restore(request)
                 try:
                     await _in_thread(call.__enter__)
                     response = await view(request, *args, **kwargs)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
 import tempfile
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +22,7 @@ from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import FileSystemStorage
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.core.handlers.wsgi import WSGIRequest
+from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 from django.db import OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.http import HttpResponse, StreamingHttpResponse
@@ -30,6 +33,7 @@ from django.views import View as ClassView
 from django_proxysql import CommitOutcomeUnknown, retrying_request, signals
 from django_proxysql.middleware import RetryingRequestMiddleware
 from django_proxysql.request import Body, Kept
+from tests.app.models import Token
 from tests.servers.mariadb import Node
 from tests.site import Site, site
 from tests.work import MIDDLEWARE, Work, run_by, serving
@@ -121,6 +125,54 @@ class TestRuns:
             ):
                 client.post("/", {"file": SimpleUploadedFile("a.txt", b"x" * 100_000)})
         assert sizes == [100_000, 100_000]
+
+    def test_what_a_run_has_counted_down_is_not_counted_down_twice(
+        self, on_site: Site, way: str
+    ) -> None:
+        """In what a middleware has read ahead: a profile of the user's, a dictionary in another."""
+        work = Work(on_site)
+
+        def page(request: Any) -> HttpResponse:
+            profile = request.user._state.fields_cache["profile"]
+            cart = request.cart["lines"]["tea"]
+            profile.id -= 1
+            cart["left"] -= 1
+            on_site.write(f"{profile.id} and {cart['left']} left")
+            return work(request)
+
+        with serving(page, way, [f"{__name__}.read_ahead"]) as client:
+            assert client.get("/").content == b"result 2"
+        assert on_site.written()[0] == "7 and 7 left"
+
+    def test_a_request_is_no_garbage(self, on_site: Site, way: str) -> None:
+        """Its body, above 1 MB a file, goes with it, and not when Python collects garbage."""
+        requests: list[Any] = []
+
+        def page(request: Any) -> HttpResponse:
+            requests.append(weakref.ref(request))
+            return HttpResponse()
+
+        with serving(page, way):
+            environ = RequestFactory().get("/").environ
+            gc.disable()
+            try:
+                WSGIHandler()(environ, lambda *args: None).close()  # type: ignore[arg-type]
+                assert requests[0]() is None
+            finally:
+                gc.enable()
+
+
+def read_ahead(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A middleware."""
+
+    def middleware(request: Any) -> Any:
+        request.user = User(username="ada")
+        # As Django keeps what a foreign key leads to.
+        request.user._state.fields_cache["profile"] = Token(id=8)
+        request.cart = {"lines": {"tea": {"left": 8}}}
+        return get_response(request)
+
+    return middleware
 
 
 @pytest.mark.skipif(django.VERSION < (3, 2), reason="needs Django 3.2")
@@ -289,7 +341,31 @@ class TestKept:
             request.session._session_cache["cart"].append(2)
             request.session.modified = True
             request.META["MINE"] = request.mine = True
-            kept.restore()
+            kept.restore(request)
+
+    def test_what_they_lead_to_in_a_circle_and_in_a_long_row(self) -> None:
+        request: Any = self.request()
+        first = request.user
+        for number in range(5000):
+            following = User(username=str(number))
+            first._state.fields_cache["next"] = following
+            first = following
+        first._state.fields_cache["next"] = request.user
+        seen = request.seen = OrderedDict(a=({1}, [Token(value="b")]))
+        request.products = request.user.products = User.objects.none()
+        kept = Kept(request)
+        for _ in range(2):
+            (numbers, tokens), username = request.seen["a"], first.username
+            assert (request.seen is seen, numbers, len(tokens)) == (True, {1}, 1)
+            assert (tokens[0].value, username) == ("b", "4999")
+            assert request.products._result_cache is None
+            assert list(request.products) == []
+            tokens[0].value = first.username = "changed"
+            numbers.add(2)
+            tokens.clear()
+            seen["c"] = 3
+            kept.restore(request)
+        assert list(request.seen) == ["a"]
 
     @pytest.mark.parametrize("name", ["GET", "POST"])
     def test_what_a_form_has_sent_is_there_though_a_run_changes_it(self, name: str) -> None:
@@ -304,7 +380,7 @@ class TestKept:
             sent._mutable = True
             sent["a"] = "changed"
             sent.appendlist("b", "added")
-            kept.restore()
+            kept.restore(request)
 
     def test_messages(self) -> None:
         request: Any = self.request()
@@ -315,13 +391,13 @@ class TestKept:
         messages.info(request, "before")
         kept = Kept(request)
         messages.info(request, "of the first run")
-        kept.restore()
+        kept.restore(request)
         assert [str(one) for one in request._messages._queued_messages] == ["before"]
 
     def test_a_lazy_user_is_not_asked_for(self) -> None:
         request: Any = self.request()
         request.user = SimpleLazyObject(lambda: pytest.fail("it was read from the database"))
-        Kept(request).restore()
+        Kept(request).restore(request)
 
     @pytest.mark.parametrize("asgi", [False, True])
     @pytest.mark.parametrize(
