@@ -7,16 +7,18 @@ The codes come from the servers' and Connector/C's own lists (``mysqld_error.h``
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import re
 import socket
+import types
 from collections.abc import Callable
 from typing import Any
 
 from .. import sockets
 from ..faults import Fault
 from .base import Driver, is_a, mark
-from .mysql_opening import opener
 
 #: Codes that mean the same wherever they turn up.
 BY_CODE = {
@@ -177,7 +179,16 @@ class MySQL(Driver):
     def opener(
         self, connect: Callable[..., Any], params: Any, level: str, version: str
     ) -> Callable[..., Any] | None:
-        return opener(connect, params, level, "MariaDB" in version, self.is_answer)
+        if (
+            # A pool's connections are connected already, and a tracer is to see the statement.
+            not _is_of_driver(connect, params)
+            or params.get("charset") != _CHARSET
+            or params.get("collation")
+            # Before mysqlclient 2.1 Django takes this out of what it has opened.
+            or params.get("conv", {}).get(bytes) is bytes
+        ):
+            return None
+        return _opening(connect, level, "MariaDB" in version)
 
     def recording_options(self, params: Any) -> dict[str, Any]:
         if not self.takes_two(params):
@@ -354,3 +365,76 @@ class MySQL(Driver):
 
 
 mysql = MySQL()
+
+
+# Sessions that begin with an isolation level. The driver sends SET NAMES while it connects, and
+# Django the level by a cursor of its own. One statement does both: a round trip less, no cursor.
+# ProxySQL's parser and MaxScale's take it (by their sources), as they take what Rails sends.
+
+#: Django's own; what it is in Python is "utf8".
+_CHARSET = "utf8mb4"
+
+
+def _is_of_driver(connect: Any, params: Any) -> bool:
+    if type(connect) is types.FunctionType:
+        # A decorated one has the driver's name in __module__.
+        return bool(connect.__globals__.get("__name__") == "MySQLdb")
+    # PyMySQL's is a class. It runs an init_command after SET NAMES; before 1.1 it sends no such.
+    return (
+        type(connect) is type
+        and connect.__module__ == "pymysql.connections"
+        and hasattr(connect, "set_character_set")
+        and "init_command" not in params
+    )
+
+
+@functools.cache
+def _opening(connect: Any, level: str, is_mariadb: bool) -> type:
+    theirs: Any = connect
+    if type(connect) is types.FunctionType:
+        from MySQLdb import connections
+
+        theirs = connections.Connection
+    # MariaDB has the other name since 11.1, and this one still.
+    variable = "tx_isolation" if is_mariadb else "transaction_isolation"
+    both = f"SET NAMES {_CHARSET}, @@SESSION.{variable} = '{level.replace(' ', '-')}'"
+
+    class Connection(theirs):  # type: ignore[misc]
+        __module__, __qualname__ = theirs.__module__, theirs.__qualname__
+
+        #: Of no pool. To look for what is not there takes longer than to find it.
+        _pool = None
+        _is_set_up = False
+
+        def set_character_set(self, *args: Any) -> None:
+            """Set both when the driver calls it, while it connects; later what the caller says."""
+            if self._is_set_up:
+                super().set_character_set(*args)
+                return
+            self._is_set_up = True
+            try:
+                if not self._takes_both():
+                    super().set_character_set(*args)
+                    self.query(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+            except BaseException:
+                # The error's traceback holds us, and with us the socket.
+                with contextlib.suppress(Exception):
+                    self.close()
+                raise
+
+        def _takes_both(self) -> bool:
+            """Set both by one statement, where the driver and the server take that."""
+            # The driver has told the server in the handshake, and quotes texts by it?
+            if self.character_set_name() != _CHARSET:
+                return False
+            try:
+                self.query(both)
+            except Exception as exc:
+                if not mysql.is_answer(exc):
+                    raise
+                # Something in between does not know the statement: one by one, as Django does.
+                return False
+            self.encoding = "utf8"
+            return True
+
+    return Connection
