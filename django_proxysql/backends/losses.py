@@ -11,7 +11,7 @@ import copy
 import math
 from typing import Any
 
-from django.db.utils import DatabaseErrorWrapper, Error
+from django.db.utils import Error
 
 from ..core import drivers, ready, sockets
 from ..core.circuit import CLOSED
@@ -42,25 +42,6 @@ _OF_THE_CALL = (
 #: A statement with more than this may be over the server's max_allowed_packet (MySQL's least
 #: default is 1 MB, and what is escaped grows): its connection's end may be its own doing.
 _LARGE_PACKET = 250_000
-
-
-class ErrorHook(DatabaseErrorWrapper):
-    wrapper: Any
-
-    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        if exc_type is None:
-            # Each statement comes by here.
-            return
-        if isinstance(exc_value, self.wrapper.Database.Error):
-            drivers.mark(exc_value, "caller", self.wrapper._caller)
-            session = current(self.wrapper)
-            if session is not None:
-                note(self.wrapper, session, exc_value)
-                session.sending = None
-                session.raised()
-        elif exc_type is not GeneratorExit:
-            interrupted(self.wrapper, exc_value)
-        super().__exit__(exc_type, exc_value, traceback)
 
 
 def note(db: Any, session: Session, exc: BaseException) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 
 from django.db.utils import OperationalError
 
-from ..core import ready
 from ..core.circuit import CLOSED
 from ..core.events import ConnectionReplaced
 from ..core.peer import Peer
-from ..core.statements import IDS, READ, RESULT, SCOPED, STATE
+from ..core.statements import READ, SCOPED, STATE
 from .decisions import (
     Leave,
     Pinned,
@@ -28,7 +27,6 @@ from .decisions import (
     may_leave,
     may_replace,
     may_restart,
-    must_catch_up,
     must_raise_loss,
 )
 from .losses import is_lost, mark, notice_unseen, settle_doubt
@@ -49,29 +47,6 @@ _OF_THE_TRANSACTION = (
     "run_commit_hooks_on_set_autocommit_on",
     "queries_log",
 )
-
-
-def follow(db: Any, before: Session, session: Session) -> None:
-    """Take over from this request's last connection what the new one must know of it.
-
-    Each way from one connection to the next comes by here: a replacement, a replay,
-    and Django's own connecting after a block that was lost, or after close().
-
-    :raises Exception: the driver's: the node was lost meanwhile, or could not catch up
-        in time. The attempt to connect has failed then.
-    """
-    session.wrote = before.wrote
-    session.lost_results = IDS | RESULT if before.results else before.lost_results
-    if must_catch_up(
-        db.vendor == "mysql",
-        has_written=before.results,
-        has_not_caught_up=bool(before.lost_results),
-    ):
-        try:
-            ready.catch_up(session.connection)
-        except BaseException:
-            db._discard()
-            raise
 
 
 def situation_of(db: Any, session: Session) -> Situation:

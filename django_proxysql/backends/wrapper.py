@@ -17,16 +17,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from django.db.utils import Error
+from django.db.utils import DatabaseErrorWrapper, Error
 from django.utils.functional import cached_property
 
-from ..core import sockets
+from ..core import drivers, ready, sockets
 from ..core.balancer import Attempt
+from ..core.statements import IDS, RESULT
 from ..registry import Registered
 from . import cursors, losses, replacing, transactions
 from .connecting import LoadBalancedMixin
 from .cursors import PlainCursor, made_cursor
-from .decisions import Why, may_replace, must_raise_loss
+from .decisions import Why, may_replace, must_catch_up, must_raise_loss
 from .replacing import replace, situation_of
 from .replays import give_up
 from .sessions import (
@@ -38,6 +39,25 @@ from .sessions import (
     is_pooled,
 )
 from .state import ACTIVE, BEGUN, NO_TRANSACTION, Transaction
+
+
+class ErrorHook(DatabaseErrorWrapper):
+    wrapper: Any
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        if exc_type is None:
+            # Each statement comes by here.
+            return
+        if isinstance(exc_value, self.wrapper.Database.Error):
+            drivers.mark(exc_value, "caller", self.wrapper._caller)
+            session = current(self.wrapper)
+            if session is not None:
+                losses.note(self.wrapper, session, exc_value)
+                session.sending = None
+                session.raised()
+        elif exc_type is not GeneratorExit:
+            losses.interrupted(self.wrapper, exc_value)
+        super().__exit__(exc_type, exc_value, traceback)
 
 
 class SafePointsMixin(LoadBalancedMixin):
@@ -92,7 +112,7 @@ class SafePointsMixin(LoadBalancedMixin):
                 # Out of a pool: it has been one for a while, and is lost like any other.
                 session.served = is_pooled(connection)
                 if before is not None:
-                    replacing.follow(self, before, session)
+                    follow(self, before, session)
             self._session = session
         except BaseException:
             self._session = before
@@ -144,7 +164,7 @@ class SafePointsMixin(LoadBalancedMixin):
         return getattr(super(), name)
 
     #: Django's translation of driver errors, with our hook on it.
-    wrap_database_errors = cached_property(losses.ErrorHook)
+    wrap_database_errors = cached_property(ErrorHook)
     is_usable = losses.is_usable
     settle = replacing.settle
     _commit = transactions.commit
@@ -337,7 +357,30 @@ class SafePointsMixin(LoadBalancedMixin):
             self._of_ours = False
 
 
-# Between two requests or tasks
+# From one connection to the next
+
+
+def follow(db: Any, before: Session, session: Session) -> None:
+    """Take over from this request's last connection what the new one must know of it.
+
+    Each way from one connection to the next comes by here: a replacement, a replay,
+    and Django's own connecting after a block that was lost, or after close().
+
+    :raises Exception: the driver's: the node was lost meanwhile, or could not catch up
+        in time. The attempt to connect has failed then.
+    """
+    session.wrote = before.wrote
+    session.lost_results = IDS | RESULT if before.results else before.lost_results
+    if must_catch_up(
+        db.vendor == "mysql",
+        has_written=before.results,
+        has_not_caught_up=bool(before.lost_results),
+    ):
+        try:
+            ready.catch_up(session.connection)
+        except BaseException:
+            db._discard()
+            raise
 
 
 def is_unannounced(db: Any, session: Session, ask: bool) -> bool:
