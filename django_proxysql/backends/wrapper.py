@@ -38,7 +38,7 @@ from .sessions import (
     give_back,
     is_pooled,
 )
-from .state import ACTIVE, BEGUN, NO_TRANSACTION, Transaction
+from .stages import ACTIVE, BEGUN, NO_TRANSACTION, Transaction
 
 
 class ErrorHook(DatabaseErrorWrapper):
