@@ -7,6 +7,7 @@ looks at how it decides.
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from django_proxysql.backends.decisions import (
     Why,
     after_error,
     after_read_only,
+    loss_counts,
     may_count_as_committed,
     may_leave,
     may_replace,
@@ -59,7 +61,7 @@ RULES = {
     "15a": ["backends.losses:notice_unseen", "backends.statements:unseen"],
     "15b": ["backends.wrapper:follow"],
     "15c": ["backends.replays:run_read_only", "backends.decisions:may_replay"],
-    "15d": ["core.faults:loss_counts", "core.budget:LossMemory"],
+    "15d": ["backends.decisions:loss_counts", "core.budget:LossMemory"],
 }
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "established.rst"
 
@@ -150,6 +152,13 @@ class TestReplacing:
         for mysql, written, behind in itertools.product(*[BOTH] * 3):
             waits = must_catch_up(mysql, has_written=written, has_not_caught_up=behind)
             assert waits is (mysql and (written or behind))
+
+
+def test_one_kind_of_loss_counts_of_no_use_and_with_no_other_cause() -> None:
+    names = inspect.signature(loss_counts).parameters
+    every = [dict(zip(names, values)) for values in itertools.product(BOTH, repeat=7)]
+    (counting,) = (loss for loss in every if loss_counts(**loss))
+    assert [name for name, value in counting.items() if value] == ["watched"]
 
 
 def test_what_follows_from_an_error() -> None:

@@ -33,10 +33,8 @@ from django_proxysql.core.exceptions import ConfigError
 from django_proxysql.core.faults import (
     Count,
     Judgement,
-    Loss,
     Proof,
     Verdict,
-    loss_counts,
     verdict_on,
 )
 from tests.fakes import running
@@ -100,11 +98,6 @@ class TestVerdict:
             else:
                 expected = Verdict(False, Count.NO, fault)
             assert verdict == expected
-
-    def test_one_kind_of_loss_counts_of_no_use_and_with_no_other_cause(self) -> None:
-        every = itertools.starmap(Loss, itertools.product([False, True], repeat=7))
-        (counting,) = (loss for loss in every if loss_counts(loss))
-        assert [name for name, value in counting._asdict().items() if value] == ["watched"]
 
 
 # The MySQL family

@@ -51,6 +51,32 @@ def after_error(
     )
 
 
+def loss_counts(
+    *,
+    served: bool,
+    idle: bool,
+    watched: bool,
+    timed_out: bool,
+    large: bool,
+    elsewhere: bool,
+    last: bool,
+) -> bool:
+    """Return whether a lost connection counts as a failed connect.
+
+    It does if it was of no use to anybody, and nothing suggests that its statement is the cause.
+    Every other loss makes the peer suspect: the next connect is a trial, and finds a dead peer.
+
+    :param served: a statement has succeeded on it.
+    :param idle: it was found lost before anything was sent: it may have been lost for long.
+    :param watched: its socket could be looked at until then.
+    :param timed_out: it was given up for its silence: the statement may be running still.
+    :param large: the statement is so large that a server may refuse to read it, and hang up.
+    :param elsewhere: the same statement or caller has lost a connection to another peer lately.
+    :param last: no other peer's circuit is closed.
+    """
+    return watched and not (served or idle or timed_out or large or elsewhere or last)
+
+
 class Why(enum.Enum):
     """Why a connection is to be replaced at a safe point."""
 

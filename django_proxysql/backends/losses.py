@@ -17,10 +17,10 @@ from ..core import drivers, ready, sockets
 from ..core.circuit import CLOSED
 from ..core.events import ConnectionLost
 from ..core.exceptions import NotReady
-from ..core.faults import Fault, Judgement, Loss, loss_counts
+from ..core.faults import Fault, Judgement
 from ..core.parameters import are_small
 from ..core.peer import Peer
-from .decisions import Answer, Verdict, after_error, after_read_only
+from .decisions import Answer, Verdict, after_error, after_read_only, loss_counts
 from .sessions import NOT_MADE, Session, close_for_good, current
 from .stages import BEGUN
 
@@ -79,7 +79,7 @@ def act_on(
         judgement, is_closed=is_closed, was_dead=session.dead, is_explained=bool(session.error)
     )
     timed_out = not idle and session.has_timed_out()
-    is_failed_connect = after.is_loss and loss_counts(loss_of(db, session, idle, timed_out))
+    is_failed_connect = after.is_loss and was_of_no_use(db, session, idle, timed_out)
     if after.ends:
         session.lose(text, timed_out=timed_out)
     if after.may_begin_again:
@@ -129,12 +129,12 @@ def interrupted(db: Any, exc: BaseException) -> None:
     abandon(db, session, exc)
 
 
-def loss_of(db: Any, session: Session, idle: bool, timed_out: bool) -> Loss:
-    """Return what is known of a connection that is lost now."""
+def was_of_no_use(db: Any, session: Session, idle: bool, timed_out: bool) -> bool:
+    """Return whether a connection that is lost now counts as a failed connect."""
     peer, balancer = session.peer, session.balancer
     sql, params = session.sending or (None, None)
     is_news = not (idle or timed_out)
-    return Loss(
+    return loss_counts(
         served=session.served,
         idle=idle,
         watched=session.poll is not None,

@@ -137,33 +137,3 @@ def verdict_on(
             return Verdict(True, Count.NO, Fault.REFUSED)
         return Verdict(True, Count.NOW if is_trial else Count.IF_ALONE, Fault.REFUSED)
     return Verdict(False, Count.NO, fault)
-
-
-class Loss(NamedTuple):
-    """What is known of a connection that was lost."""
-
-    #: A statement has succeeded on it.
-    served: bool
-    #: It was found lost before anything was sent: it may have been lost for long.
-    idle: bool
-    #: Its socket could be looked at until then.
-    watched: bool
-    #: It was given up for its silence: the statement may be running still.
-    timed_out: bool
-    #: The statement is so large that a server may refuse to read it, and hang up.
-    large: bool
-    #: The same statement, or the same caller, has lost a connection to another peer lately.
-    elsewhere: bool
-    #: No other peer's circuit is closed.
-    last: bool
-
-
-def loss_counts(loss: Loss) -> bool:
-    """Return whether a lost connection counts as a failed connect.
-
-    It does if it was of no use to anybody, and nothing suggests that its statement is the cause.
-    Every other loss makes the peer suspect: the next connect is a trial, and finds a dead peer.
-    """
-    return loss.watched and not (
-        loss.served or loss.idle or loss.timed_out or loss.large or loss.elsewhere or loss.last
-    )
