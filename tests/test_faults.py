@@ -252,8 +252,10 @@ class TestMySQL:
     @pytest.mark.parametrize(("code", "text", "says"), SAYS)
     def test_what_else_it_says(self, code: int, text: str, says: dict[str, Any]) -> None:
         found = later(MySQLdb.OperationalError(code, text))
+        said = {name: getattr(found, name) for name in ("question", "is_answer", "is_killed")}
+        said["did_not_run"] = found.proof is Proof.NOT_RUN
         nothing = {"question": "", "did_not_run": False, "is_answer": True, "is_killed": False}
-        assert {name: getattr(found, name) for name in nothing} == {**nothing, **says}
+        assert said == {**nothing, **says}
 
 
 # PostgreSQL
@@ -456,7 +458,7 @@ class TestPostgreSQL:
         self, package: Any, text: str, sqlstate: str, proven: bool
     ) -> None:
         """A statement that waited for a server in vain was sent to none."""
-        assert later(said_by(package)(sqlstate, text)).did_not_run is proven
+        assert (later(said_by(package)(sqlstate, text)).proof is Proof.NOT_RUN) is proven
 
     def test_pgcat_says_one_thing_of_a_server_that_is_down_and_of_one_that_is_busy(self) -> None:
         """It bans a server that has no connection to spare, and so comes to AllServersDown."""
@@ -484,7 +486,8 @@ class TestPostgreSQL:
         plain = made("words of its own", info={**says, field.SOURCE_FUNCTION: b"f"})
         assert judged(of_server) == judged(plain)
         found = later(of_server)
-        assert (found.did_not_run, found.may_be_busy, found.question) == (False, False, "")
+        assert found.proof is not Proof.NOT_RUN
+        assert (found.may_be_busy, found.question) == (False, "")
         # As pgcat and PgBouncer say it.
         assert later(made(text, info=says)).fault is LATER.get(text, fault)
 

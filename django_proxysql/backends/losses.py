@@ -17,7 +17,7 @@ from ..core import drivers, ready, sockets
 from ..core.circuit import CLOSED
 from ..core.events import ConnectionLost
 from ..core.exceptions import NotReady
-from ..core.faults import Fault, Judgement
+from ..core.faults import Fault, Judgement, Proof
 from ..core.parameters import are_small
 from ..core.peer import Peer
 from .decisions import Answer, Verdict, after_error, after_read_only, loss_counts
@@ -256,7 +256,7 @@ def is_given_up(db: Any, session: Session, exc: BaseException, judgement: Judgem
     if judgement.may_be_busy:
         return breaker.circuit.state != CLOSED or has_no_server(db, session, exc)
     # Before the circuit opens, for what is known of the peer is forgotten then.
-    asks = question == "writable" or (db._driver.SPLITS and judgement.did_not_run)
+    asks = question == "writable" or (db._driver.SPLITS and judgement.proof is Proof.NOT_RUN)
     writer = ask(db, session) if asks else None
     if question == "writable":
         if not session.balancer.needs_writer:
@@ -369,7 +369,7 @@ def did_not_run(db: Any, session: Session | None, judgement: Judgement) -> bool:
     What a server refuses has not run. A proxy in front of it may say so of
     what has, and is known by the thread id of its greeting.
     """
-    if not judgement.did_not_run:
+    if judgement.proof is not Proof.NOT_RUN:
         return False
     return session is None or not judgement.is_answer or is_of_server(db, session)
 

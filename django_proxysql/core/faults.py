@@ -84,11 +84,6 @@ class Judgement(NamedTuple):
     #: While connecting: the driver cannot take the peer's settings.
     of_settings: bool = False
 
-    @property
-    def did_not_run(self) -> bool:
-        """Whether one plain statement that met the error did not run."""
-        return self.proof is Proof.NOT_RUN
-
     def __reduce__(self) -> tuple[type[bool], tuple[()]]:
         """Pickle as False: the process that reads an error may not have this package."""
         return bool, ()

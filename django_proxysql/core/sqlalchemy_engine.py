@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .exceptions import ConfigError, NoPeerAvailable
 from .search import Attempt
@@ -27,18 +27,8 @@ _SAME = (
 )
 
 
-class Connects(Protocol):
-    """What an engine asks of the load balancer."""
-
-    def connect(self, open_one: Callable[[Attempt], Any]) -> Any: ...
-
-    def open_with(
-        self, connect: Callable[..., Any], attempt: Attempt, params: Mapping[str, Any]
-    ) -> Any: ...
-
-
 def sqlalchemy_engine(
-    db: Connects, driver: Callable[..., Any] | None, url: Any, **options: Any
+    db: Any, driver: Callable[..., Any] | None, url: Any, **options: Any
 ) -> sqlalchemy.engine.Engine:
     """Return an engine for ``db``; see :meth:`LoadBalancer.sqlalchemy_engine`.
 
@@ -70,7 +60,7 @@ def sqlalchemy_engine(
 
 
 def async_sqlalchemy_engine(
-    db: Connects, driver: Callable[..., Any], url: Any, **options: Any
+    db: Any, driver: Callable[..., Any], url: Any, **options: Any
 ) -> sqlalchemy.ext.asyncio.AsyncEngine:
     """Return an engine for ``db``; see :meth:`AsyncLoadBalancer.sqlalchemy_engine`."""
     from sqlalchemy import event
