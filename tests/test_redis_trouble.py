@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import redis.exceptions
 
-from django_proxysql.core.sharing.trouble import NO_ANSWER, Trouble, trouble_from
+from django_proxysql.core.sharing.link import NO_ANSWER, Trouble, trouble_from
 from tests.servers.ports import ports
 from tests.servers.redis import RedisServer
 from tests.test_sharing import World

@@ -37,9 +37,8 @@ from typing import Any
 from ..logger import complain
 from ..peer import Peer
 from .agreement import Agreement
-from .link import INTERVAL, PATIENCE, Link
+from .link import INTERVAL, NO_ANSWER, PATIENCE, Link
 from .records import HISTORY, DesiredState, Fleet, Moment, Question
-from .trouble import NO_ANSWER
 from .url import checked_url
 
 __all__ = ["Fleet", "Link", "Moment", "Sharing", "checked_url"]
