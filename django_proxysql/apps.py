@@ -61,7 +61,6 @@ def _link_from_admin() -> None:
 
 
 def check_options(**kwargs: Any) -> list[checks.CheckMessage]:
-    """Check the setting DJANGO_PROXYSQL."""
     return [
         checks.Error(message, hint=hint, id="django_proxysql.E017")
         for message, hint in option_problems()

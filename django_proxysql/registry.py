@@ -195,7 +195,6 @@ class Balancers(Mapping[str, LoadBalancer]):
                 registered.balancer.remove_listener(listener)
 
     def after_fork(self) -> None:
-        """In the child: a free lock."""
         self._listeners_lock = new_lock()
 
 

@@ -193,7 +193,6 @@ class _Hooks(CursorWrapper):
             note_named(self, session)
 
     def close(self) -> None:
-        """Close the driver's cursor."""
         if self._server_side is not None and self._server_side.server_side:
             self._server_side.server_side.discard(self)
         try:

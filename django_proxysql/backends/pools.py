@@ -96,7 +96,6 @@ class Pools(runtime.Guarded):
         return known
 
     def has(self, pool: Pool) -> bool:
-        """Return whether ``pool`` is still one of them."""
         return pool in self._pools
 
     def take(self, which: Callable[[Pool], bool]) -> list[Pool]:
@@ -126,7 +125,6 @@ class Pools(runtime.Guarded):
             self.retire(event.peer)
 
     def after_fork(self) -> None:
-        """In the child: none of the parent's, and a free lock."""
         super().after_fork()
         pools, self._pools = self._pools, ()
         for one in pools:

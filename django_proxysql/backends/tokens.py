@@ -36,7 +36,6 @@ def records(alias: str) -> bool:
 
 
 def has_table(connection: Any) -> bool:
-    """Return whether the alias has the table."""
     with connection.cursor() as cursor:
         cursor.execute(outcome.where_is(connection.vendor))
         return cursor.fetchone()[0] is not None
@@ -140,11 +139,9 @@ class _Cleaner(Worker):
         super().__init__("to delete old tokens")
 
     def is_needed(self) -> bool:
-        """Return whether a job waits."""
         return bool(self.jobs)
 
     def step(self) -> float | None:
-        """Do one job."""
         if not self.jobs:
             return None
         vendor, role, statement, connecting = self.jobs.popleft()
@@ -157,7 +154,6 @@ class _Cleaner(Worker):
         return 0.0
 
     def after_fork(self) -> None:
-        """In the child: no thread, and none of the parent's jobs."""
         super().after_fork()
         self.jobs.clear()
 

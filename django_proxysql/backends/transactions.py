@@ -37,7 +37,6 @@ from .stages import (
 def set_autocommit(
     db: Any, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
 ) -> None:
-    """Begin or end a transaction; see Django."""
     try:
         if autocommit:
             switch_on(db, force_begin_transaction_with_broken_autocommit)

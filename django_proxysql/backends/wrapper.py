@@ -176,7 +176,6 @@ class SafePointsMixin(LoadBalancedMixin):
     def set_autocommit(
         self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
     ) -> None:
-        """Begin or end a transaction; see Django."""
         if self._attempt is not None:
             super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
             return

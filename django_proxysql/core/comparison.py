@@ -160,7 +160,6 @@ def _named(names: Iterable[str]) -> str:
 
 
 def mysql_facts(peer: str, ask: Ask) -> Facts:
-    """Ask a MySQL or MariaDB server for its facts."""
     # UNIX_TIMESTAMP(NOW(6)) is an hour off at times: local time comes twice when summer ends.
     clock = _clock(
         ask, "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) / 1000000"
@@ -221,7 +220,6 @@ def _mysql_source(row: Mapping[str, Any]) -> Source:
 
 
 def postgresql_facts(peer: str, ask: Ask) -> Facts:
-    """Ask a PostgreSQL server for its facts."""
     clock = _clock(ask, "SELECT extract(epoch FROM clock_timestamp()) AS now")
     is_standby = value_of(ask, "SELECT pg_is_in_recovery() AS standby") == "True"
     one = _row(

@@ -100,11 +100,9 @@ class Dispatcher(Worker):
             self.start()
 
     def is_needed(self) -> bool:
-        """Return whether an event waits."""
         return bool(self.waiting)
 
     def step(self) -> float | None:
-        """Call the listener with one event."""
         try:
             event = self.waiting.popleft()
         except IndexError:
@@ -125,7 +123,6 @@ class Dispatcher(Worker):
         complain(self._complaint, self._name, extra={"alias": self._name})
 
     def after_fork(self) -> None:
-        """In the child: no thread, and none of the parent's events."""
         super().after_fork()
         self.waiting.clear()
 

@@ -324,7 +324,6 @@ class Waiting:
         return self.search
 
     def options(self) -> dict[str, Any]:
-        """Return how tenacity waits."""
         return {
             "retry": tenacity.retry_if_exception_type(NoPeerAvailable),
             "stop": self._face._stop or self._is_over,

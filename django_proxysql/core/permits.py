@@ -424,7 +424,6 @@ class Keeper(Guarded):
         return self._reset_timeout * (1 + JITTER * (2 * self._jitter() - 1))
 
     def after_fork(self) -> None:
-        """In the child: a lock that no thread holds, and no trial of the parent's."""
         super().after_fork()
         self._handing = None
         self.circuit = events.inherited(self.circuit)

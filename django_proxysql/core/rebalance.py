@@ -114,6 +114,5 @@ class Rebalance(Guarded):
         self.returns = tuple(other for other in self.returns if other is not back)
 
     def after_fork(self) -> None:
-        """In the child: nothing to move, and a free lock."""
         super().after_fork()
         self.returns = ()

@@ -317,7 +317,6 @@ class Worker(Guarded):
             raise
 
     def after_fork(self) -> None:
-        """In the child: no thread, and a lock that no thread holds."""
         super().after_fork()
         self._life = None
 

@@ -210,7 +210,6 @@ def text_in(sql: Any) -> str | None:
 
 
 def writes(kind: int) -> bool:
-    """Return whether a statement of this kind may write."""
     return not kind & READ or bool(kind & CALLS)
 
 

@@ -47,7 +47,6 @@ class TrialWorker(Worker):
             self.wake()
 
     def is_needed(self) -> bool:
-        """Return whether any peer needs a trial, now or later."""
         return any(
             balancer.next_trial(peer) is not None
             for balancer in self._balancers()

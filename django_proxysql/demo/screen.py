@@ -49,7 +49,6 @@ class Tally:
                 self.problems[problem] += 1
 
     def happened(self, peer: str, **counts: float) -> None:
-        """Count what happened to a peer."""
         with self._lock:
             self.peers[peer].update(counts)
 
@@ -77,7 +76,6 @@ class Screen:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the clock was started."""
         return 0.0 if self._started is None else time.monotonic() - self._started
 
     def say(self, line: str, colour: str = "") -> None:

@@ -109,7 +109,6 @@ class History(Guarded):
         return Counter(word for at, word in known if at >= since)
 
     def look_at(self, balancer: LoadBalancer) -> None:
-        """Note how the peers of ``balancer`` are now."""
         for peer in balancer.peers.values():
             # Guards the rows, as above.
             with self._lock:

@@ -70,7 +70,6 @@ _PROXYSQL_NO_BACKEND = re.compile(r"[^'\"`]*while reaching hostgroup")
 
 
 def text_of(exc: BaseException) -> str:
-    """Return the error's text."""
     return str(exc.args[-1]) if exc.args else ""
 
 

@@ -135,7 +135,6 @@ def _meaning(table: dict[Fault, re.Pattern[str]], text: str) -> Fault | None:
 
 
 def sqlstate_of(exc: BaseException) -> str | None:
-    """Return the error's SQLSTATE, if it has one."""
     # psycopg 3 says sqlstate, psycopg2 pgcode.
     state = getattr(exc, "sqlstate", None) or getattr(exc, "pgcode", None)
     return state if isinstance(state, str) else None

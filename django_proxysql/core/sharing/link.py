@@ -67,7 +67,6 @@ class Link(Worker):
         return f"<Link to Redis at {self.address}>"
 
     def after_fork(self) -> None:
-        """In the child: another process to the others, with nothing of its parent's."""
         super().after_fork()
         self._begin()
         for member in self._members.all():
@@ -109,7 +108,6 @@ class Link(Worker):
             self.wake()
 
     def is_needed(self) -> bool:
-        """Return whether a balancer shares its state by this link."""
         return bool(self._living())
 
     def step(self, now: float | None = None) -> float | None:

@@ -55,7 +55,6 @@ class Command(BaseCommand):
     sleep = staticmethod(time.sleep)
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare the arguments."""
         parser.add_argument(
             "aliases",
             nargs="*",

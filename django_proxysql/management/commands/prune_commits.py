@@ -24,7 +24,6 @@ class Command(BaseCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Add the options."""
         parser.add_argument(
             "--database", help="An alias. Without it: each alias that has COMMIT_OUTCOME."
         )
@@ -36,7 +35,6 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, database: str | None, older_than: str, **options: Any) -> None:
-        """Run it."""
         given = re.fullmatch(r"(\d+)([hdw])", older_than)
         if given is None or int(given[1]) < 1:
             raise CommandError(
