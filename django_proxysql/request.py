@@ -125,7 +125,6 @@ class Body:
         return None
 
     def restore(self, request: Any) -> None:
-        """Have the request's body as it was."""
         state = vars(request)
         for name in _OF_BODY:
             state.pop(name, None)
@@ -208,7 +207,6 @@ class Kept:
                 self._contents.append((value, kept))
 
     def restore(self, request: Any) -> None:
-        """Have the request as it was."""
         state = vars(request)
         for _, uploads in state["_files"].lists() if "_files" in state else ():
             for upload in uploads:
