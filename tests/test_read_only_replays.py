@@ -187,6 +187,25 @@ class TestNothingTwice:
             assert len(here.replayed()) == is_lost
             assert here.plain_rows() == ["one"]
 
+    @pytest.mark.parametrize("in_block", [False, True])
+    @pytest.mark.parametrize(
+        "sql",
+        [
+            "SHOW transaction_read_only",
+            "SELECT setting FROM pg_settings WHERE name = 'transaction_read_only'",
+        ],
+    )
+    def test_whether_the_transaction_is_read_only_is_answered_for_the_applications(
+        self, on_postgres: Site, sql: str, in_block: bool
+    ) -> None:
+        """A read that is run again is run in another."""
+        connection = on_postgres.connection
+        on_postgres.cut("after", 2 if in_block else 1)
+        block = transaction.atomic(connection.alias) if in_block else contextlib.nullcontext()
+        with contextlib.suppress(OperationalError), block:
+            assert on_postgres.sql(sql) == [("off",)]
+        assert on_postgres.losses()
+
     def test_a_locking_read_is_replayed_with_its_lock(self, here: Site) -> None:
         here.write("one")
         here.cut("after", 2)

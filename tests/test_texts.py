@@ -257,6 +257,12 @@ def test_what_another_dialect_has_may_do_anything(dialect: str, sql: str) -> Non
     assert text_of(sql, dialect) is text_of(f"{sql} FOR UPDATE", dialect) is Text.OTHER
 
 
+def test_what_postgresql_answers_for_the_transaction_that_asks() -> None:
+    for sql in ("SHOW transaction_read_only", "show all", "SELECT * FROM pg_settings"):
+        assert text_of(sql, "postgresql") is Text.OTHER
+        assert text_of(sql, "mysql") is Text.READ
+
+
 @pytest.mark.parametrize("sql", NOT_READS)
 def test_what_is_no_read_in_any_dialect(sql: str) -> None:
     for dialect in (None, *DIALECTS):

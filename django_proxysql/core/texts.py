@@ -194,6 +194,10 @@ _NEVER = re.compile(r"--|/\*|\*/|:=|(?<!@)@(?!@)[\w']|\#(?![>-])")
 #: Sequences: in Oracle's sql_mode a column so named is one of MariaDB's. And
 #: tables of MySQL's that are emptied by being read.
 _SEQUENCES = re.compile(r"nextval|setval|innodb_cmp\w*_reset", re.IGNORECASE)
+#: What asks PostgreSQL whether its transaction is READ ONLY, which a read that is run again is in.
+_ASKS_WHETHER_READ_ONLY = re.compile(
+    r"transaction_read_only|pg_settings|\bSHOW\s+ALL\b", re.IGNORECASE
+)
 
 _READ_HEADS = frozenset({"SELECT", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "WITH"})
 _PLAIN_HEADS = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "REPLACE"})
@@ -219,6 +223,7 @@ def _judged(text: str, dialect: str | None) -> tuple[bool, bool]:
         tokens = _split(text, dialect)
         return (
             len(text) <= _READ_LENGTH
+            and not (dialect == "postgresql" and _ASKS_WHETHER_READ_ONLY.search(text))
             and _all_allowed(tokens, _READ_HEADS, _FORBIDDEN_IN_READS, dialect)
         ), _all_allowed(tokens, _PLAIN_HEADS, _FORBIDDEN_IN_PLAIN, dialect)
     except Exception:
