@@ -538,6 +538,25 @@ class TestPostgreSQL:
     ) -> None:
         assert (later(made(sqlstate)).proof is Proof.UNDECIDED) is unknown
 
+    @pytest.mark.parametrize(
+        ("sqlstate", "severity", "unknown"),
+        [
+            # A full disk: PostgreSQL stops while it writes COMMIT's record, or has written it.
+            ("53100", b"PANIC", True),
+            ("53200", b"FATAL", True),
+            ("53100", b"ERROR", False),
+            # The session was ended before COMMIT came.
+            ("25P03", b"FATAL", False),
+            ("25P04", b"FATAL", False),
+        ],
+    )
+    def test_outcome_of_commit_by_which_the_session_ended(
+        self, sqlstate: str, severity: bytes, unknown: bool
+    ) -> None:
+        field = psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
+        said = psycopg.errors.lookup(sqlstate)("x", info={field: severity})
+        assert (later(said).proof is Proof.UNDECIDED) is unknown
+
 
 # SQLite
 

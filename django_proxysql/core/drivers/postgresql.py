@@ -140,11 +140,16 @@ def sqlstate_of(exc: BaseException) -> str | None:
     return state if isinstance(state, str) else None
 
 
+def _severity(exc: BaseException) -> str | None:
+    """Return the severity of the server's answer ``exc``. The session goes on after an ERROR; a
+    FATAL or a PANIC ends it. (PostgreSQL's documentation, "Error and Notice Message Fields")"""
+    found: str | None = getattr(getattr(exc, "diag", None), "severity_nonlocalized", None)
+    return found
+
+
 def _goes_on(exc: BaseException) -> bool:
-    """Return whether the session goes on after the server's answer ``exc``, as it does after each
-    ERROR; a FATAL ends it. (PostgreSQL's documentation, "Error and Notice Message Fields")"""
-    diagnostics = getattr(exc, "diag", None)
-    return getattr(diagnostics, "severity_nonlocalized", None) == "ERROR"
+    """Return whether the session goes on after the server's answer ``exc``."""
+    return _severity(exc) == "ERROR"
 
 
 #: What libpq takes by name (its documentation, up to 18), psycopg's connect(), and Django's
@@ -356,7 +361,11 @@ class PostgreSQL(Driver):
             return False
         # 08007 transaction resolution unknown, 40003 statement completion unknown;
         # whatever else ended the connection came from somewhere in between.
-        return state == "40003" or state.startswith(("08", "57P", "58", "XX"))
+        if state == "40003" or state.startswith(("08", "57P", "58", "XX")):
+            return True
+        # A disk that is full ends the server in the middle of COMMIT (53100), whose record may
+        # be written by then. The time-outs end a session before COMMIT.
+        return _severity(exc) in ("FATAL", "PANIC") and state not in self.ENDS_CONNECTION
 
     def question_of(self, exc: BaseException) -> str:
         if sqlstate_of(exc) == _READ_ONLY_REFUSAL:
