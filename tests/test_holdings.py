@@ -34,6 +34,8 @@ PAIRS: list[tuple[Any, Any]] = [
     ),
     ("SELECT pg_advisory_lock_shared(7)", "SELECT pg_advisory_unlock_shared(7)"),
     ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock_all()"),
+    ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7), pg_advisory_unlock(8) b;"),
+    ("SELECT service_get_write_locks('a', 'b', 0)", "SELECT service_release_locks('a')"),
     ("SELECT pg_advisory_lock(7)", "DISCARD ALL"),
     ("LISTEN jobs", "UNLISTEN jobs"),
     ("LISTEN jobs", "UNLISTEN *"),
@@ -47,9 +49,9 @@ PAIRS: list[tuple[Any, Any]] = [
     ("SET autocommit = 0", "SET autocommit=1"),
     (("SET autocommit = %s", [0]), "SET @@session.autocommit = TRUE;"),
     *((f"SET autocommit = {off}", "SET autocommit = on") for off in OFF),
-    ("SET SESSION autocommit = OFF, sql_mode = ''", "SET autocommit = ON"),
+    ("SET SESSION autocommit = OFF", "SET autocommit = ON"),
     ("SET SESSION wsrep_on = OFF", "SET SESSION wsrep_on = ON"),
-    ("SET sql_mode = '', wsrep_on = @before", "SET @@session.wsrep_on=1;"),
+    ("SET wsrep_on = 0", "SET @@session.wsrep_on=1;"),
     ("LOCK TABLES t WRITE", "UNLOCK TABLES"),
     ("LOCK TABLE t READ", "UNLOCK TABLES"),
     ("FLUSH TABLES WITH READ LOCK", "UNLOCK TABLES"),
@@ -89,6 +91,29 @@ NO_PAIRS: list[tuple[Any, Any]] = [
     ("BEGIN; INSERT INTO t VALUES ('; COMMIT')", "SELECT 1"),
     ("SET autocommit = 0", "COMMIT"),
     ("SET wsrep_on = OFF", "SET sql_mode = ''"),
+    # It is in a value, or is not run now.
+    ("SELECT pg_advisory_lock(7)", "INSERT INTO t VALUES ('pg_advisory_unlock(7)')"),
+    ("SELECT pg_advisory_lock(7)", "SELECT 'pg_advisory_unlock_all()'"),
+    ("SELECT pg_advisory_lock(7)", "SELECT COALESCE(true, pg_advisory_unlock(7))"),
+    ("SELECT pg_advisory_lock(7)", "PREPARE p AS SELECT pg_advisory_unlock(7)"),
+    ("SELECT GET_LOCK('a', 0)", """SELECT "RELEASE_LOCK('a')" """),
+    ("SELECT service_get_write_locks('a', 'b', 0)", "SELECT service_release_locks('b')"),
+    ('LISTEN "a""b"', 'UNLISTEN "a""c"'),
+    # PostgreSQL's documentation of DISCARD does not have these.
+    ("SELECT pg_create_physical_replication_slot('s', true, true)", "DISCARD ALL"),
+    ("SELECT pg_backup_start('x')", "DISCARD ALL"),
+]
+#: Something is taken beside what has a name, and not given back with that.
+TOGETHER: list[tuple[Any, Any]] = [
+    ("BEGIN; SET work_mem = '8MB'", "COMMIT"),
+    ("SELECT pg_advisory_lock(7), set_config('a.b', 'c', false)", "SELECT pg_advisory_unlock(7)"),
+    ("CREATE TEMP TABLE t AS SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7)"),
+    ("SELECT '/*', set_config('a.b', 'c', false), pg_advisory_lock(7), '*/'", "DISCARD ALL"),
+    ("SET work_mem = '8MB'; LISTEN jobs", "UNLISTEN jobs"),
+    ("PREPARE p AS SELECT pg_advisory_unlock(7)", "SELECT 1"),
+    ("SET SESSION autocommit = OFF, sql_mode = ''", "SET autocommit = ON"),
+    ("SET sql_mode = '', wsrep_on = @before", "SET @@session.wsrep_on=1;"),
+    ("SELECT @a := 1, GET_LOCK('a', 0)", "DO RELEASE_LOCK('a')"),
 ]
 FOR_THE_REQUEST = [
     *("SET @a = 1", "SET time_zone = 'UTC'", "SET ROLE a", "USE app", "PREPARE p FROM 'SELECT 1'"),
@@ -123,6 +148,14 @@ def test_what_is_not_surely_given_back_is_held(takes: Any, gives: Any) -> None:
     run(holdings, gives)
     holdings.end_request()
     assert holdings
+
+
+@pytest.mark.parametrize(("takes", "gives"), TOGETHER)
+def test_what_is_taken_together_is_not_given_back_with_one_of_it(takes: Any, gives: Any) -> None:
+    holdings = Holdings()
+    run(holdings, takes)
+    run(holdings, gives)
+    assert holdings.for_request
 
 
 @pytest.mark.parametrize(

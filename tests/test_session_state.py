@@ -124,6 +124,31 @@ STORIES = {
         "postgres: LISTEN jobs; { undone { UNLISTEN jobs } }; SELECT pg_listening_channels(); "
         "answer jobs; held"
     ),
+    "channel that a COMMIT takes again which rolls back": (
+        "postgres: LISTEN jobs; { UNLISTEN jobs; !SELECT 1 / 0 }; SELECT pg_listening_channels(); "
+        f"answer jobs; kill_idle; {SHOWN}"
+    ),
+    "channel that a COMMIT by hand takes again which rolls back": (
+        "postgres: LISTEN jobs; BEGIN; UNLISTEN jobs; !SELECT 1 / 0; COMMIT; "
+        f"SELECT pg_listening_channels(); answer jobs; request_ends; kill_idle; {SHOWN}"
+    ),
+    "lock that no row has given back": (
+        "postgres: SELECT pg_advisory_lock(7); SELECT pg_advisory_unlock(7) FROM app_token; "
+        f"request_ends; kill_idle; {SHOWN}"
+    ),
+    "lock that a value names is not given back": (
+        "postgres: SELECT pg_advisory_lock(7); SELECT 'pg_advisory_unlock(7)'; request_ends; "
+        f"kill_idle; {SHOWN}"
+    ),
+    "setting that was made together with a lock": (
+        "postgres: SELECT pg_advisory_lock(7), set_config('work_mem', '8MB', false); "
+        f"SELECT pg_advisory_unlock(7); SHOW work_mem; answer 8MB; kill_idle; {SHOWN}"
+    ),
+    "replication slot that DISCARD leaves alone": (
+        "postgres: SELECT pg_create_physical_replication_slot('of_a_test', true, true); "
+        f"DISCARD ALL; SELECT slot_name FROM pg_replication_slots; answer of_a_test; kill_idle; "
+        f"{SHOWN}"
+    ),
     "lock of a transaction is no state": (
         "postgres: { SELECT pg_advisory_xact_lock(7) }; kill_idle; SELECT 1"
     ),

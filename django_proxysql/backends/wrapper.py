@@ -54,6 +54,8 @@ class ErrorHook(DatabaseErrorWrapper):
             if session is not None:
                 losses.note(self.wrapper, session, exc_value)
                 session.sending = None
+                # PostgreSQL rolls back by COMMIT, too, where a statement has failed.
+                session.holds.at_commit.clear()
                 session.raised()
         elif exc_type is not GeneratorExit:
             losses.interrupted(self.wrapper, exc_value)

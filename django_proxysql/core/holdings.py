@@ -20,7 +20,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .statements import CALL, head_of, readings
+from .statements import (
+    CALL,
+    STATE,
+    head_of,
+    readings,
+    scan_text,
+    start_of,
+    text_in,
+    without_tail,
+)
 
 
 class Holdings:
@@ -59,7 +68,7 @@ class Holdings:
             self.for_life[name] = before + 1
             if name.startswith("listen "):
                 self.at_commit.clear()
-        if not taken and not given:
+        if not (taken or given) or leaves_more(sql):
             self.takes_unknown()
 
     def answered(self, sql: Any, params: Any, in_transaction: bool = False) -> None:
@@ -162,24 +171,27 @@ _STATEMENTS = [
         ("backup", r"BACKUP\s+(?:STAGE\s+(?!END\b)|LOCK\b)", r"BACKUP\s+(?:STAGE\s+END|UNLOCK)\b"),
     )
 ]
-_LISTEN = re.compile(r"(UN)?LISTEN\s+(\*|\"[^\"]+\"|[\w$]+)", re.IGNORECASE)
+_LISTEN = re.compile(r"(UN)?LISTEN\s+(\*|\"(?:[^\"]|\"\")+\"|[\w$]+)", re.IGNORECASE)
 _DISCARD = re.compile(r"DISCARD\s+ALL\b", re.IGNORECASE)
-_FUNCTION = re.compile(
-    rf"""(release_all_locks|pg_advisory_unlock_all
+_NAME = r"""(release_all_locks|pg_advisory_unlock_all
     |get_lock|release_lock|service_\w+_locks
     |pg_(?:try_)?advisory_(?:un)?lock(?:_shared)?
     |pg_(?:create|copy|drop)_\w*replication_slot
-    |pg_(?:start_backup|backup_start|stop_backup|backup_stop)){CALL}""",
+    |pg_(?:start_backup|backup_start|stop_backup|backup_stop))"""
+_FUNCTION = re.compile(_NAME + CALL, re.IGNORECASE | re.VERBOSE)
+#: A statement of nothing but such calls, each of which is run, and once. In a value, under a
+#: condition, or for the rows of a table, it may be run or not.
+_ONLY_CALLS = re.compile(
+    r"(?:DO|SELECT(?:\s[\w\s.,*]+\sFROM)?)\s+CALL(?:\s*,\s*CALL)*(?:\s+FROM\s+DUAL)?[\s;]*".replace(
+        "CALL",
+        rf"""(?:pg_catalog\s*\.\s*)?["`]?{_NAME}["`]?\s*\(
+        (?:[^()']|'[^']*'|\((?:[^()']|'[^']*'|\([^()']*\))*\))*\)
+        (?:\s*::\s*\w+)?(?:\s+(?:AS\s+)?[\w"`']+)?""",
+    ),
     re.IGNORECASE | re.VERBOSE,
 )
 #: Each is read to the parenthesis that closes it.
 _MOST_CALLS = 50
-#: What is left of a statement without its calls, if nothing in it decides whether they are run.
-_NOTHING_ELSE = re.compile(
-    r"""\s*(?:SELECT|DO)\s+(?:\*\s+FROM\s+)?
-    (?:\s|,|["`]|pg_catalog\s*\.|\bAS\s+[\w"`']+|::\s*\w+)*(?:FROM\s+DUAL\s*)?;?\s*""",
-    re.IGNORECASE | re.VERBOSE,
-)
 _PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s")
 #: Arguments that are the same whenever they are written alike: values, and calls over values.
 _SAME_AGAIN = re.compile(
@@ -205,9 +217,8 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
     :returns: pairs: whether it takes, and the name of what it takes or gives back. A
         name that ends in ``*`` gives back all that begin like it.
     """
-    if isinstance(sql, bytes):
-        sql = sql.decode("latin-1")
-    if not isinstance(sql, str):
+    sql = text_in(sql)
+    if sql is None:
         return
     found: set[str] = set()
     read = readings(sql)
@@ -230,6 +241,27 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
                 yield takes, name
 
 
+def leaves_more(sql: Any) -> bool:
+    """Return whether a statement leaves something that :func:`changes` has no name for."""
+    text = text_in(sql)
+    return text is None or any(
+        _leaves_more(piece)
+        for reading in readings(without_tail(text))
+        for piece in _MORE.split(reading)
+    )
+
+
+def _leaves_more(piece: str) -> bool:
+    text = piece[start_of(piece) :]
+    if not _COMMENT.search(text):
+        if any(takes.match(text) or gives.match(text) for _name, takes, gives in _STATEMENTS):
+            # SET autocommit = 0, sql_mode = ''
+            return "," in text and head_of(text) == "SET"
+        if any(whole.match(text) for whole in (_LISTEN, _DISCARD)) or _ONLY_CALLS.fullmatch(text):
+            return False
+    return bool(scan_text(_FUNCTION.sub("f(", text)) & STATE)
+
+
 def _changes(piece: str, params: Any) -> Iterator[tuple[bool, str]]:
     text = piece.lstrip(" \t\r\n\f(")
     for name, takes, gives in _STATEMENTS:
@@ -238,53 +270,45 @@ def _changes(piece: str, params: Any) -> Iterator[tuple[bool, str]]:
         elif gives.match(text):
             yield False, name
     if _DISCARD.match(text):
-        yield False, "*"
+        yield from ((False, "lock *"), (False, "listen *"))
     listen = _LISTEN.match(text)
     if listen is not None:
         yield not listen.group(1), f"listen {listen.group(2)}"
-    calls: list[tuple[bool, str]] = []
-    rest, last = "", 0
+    is_run = _ONLY_CALLS.fullmatch(text) is not None
     for count, call in enumerate(_FUNCTION.finditer(piece)):
         if count == _MOST_CALLS:
             yield True, "lock of an unknown name"
             return
-        arguments, end = _arguments(piece, call.end())
-        calls += _call(call.group(1).lower(), arguments, piece, call.end(), params)
-        rest, last = rest + piece[last : call.start()], max(last, end)
-    # Under a condition, or once for each row, it may be run or not.
-    is_run = _NOTHING_ELSE.fullmatch(rest + piece[last:]) is not None
-    yield from (one for one in calls if one[0] or is_run)
+        found = _call(call.group(1).lower(), piece, call.end(), params)
+        yield from (one for one in found if one[0] or is_run)
 
 
-def _call(
-    function: str, arguments: list[str], text: str, start: int, params: Any
-) -> Iterator[tuple[bool, str]]:
+def _call(function: str, text: str, start: int, params: Any) -> Iterator[tuple[bool, str]]:
     if function in ("release_all_locks", "pg_advisory_unlock_all"):
         yield False, "lock *"
-    elif function.startswith("service_"):
-        yield function != "service_release_locks", "service"
     elif "backup" in function:
         yield "start" in function, "backup"
     else:
+        arguments = _arguments(text, start)
         takes = "release" not in function and "unlock" not in function and "drop" not in function
-        is_slot = "slot" in function
-        if is_slot or "get_lock" in function or "release_lock" in function:
+        kind = next((kind for kind in ("slot", "service") if kind in function), "lock")
+        if kind != "lock" or "get_lock" in function or "release_lock" in function:
             # The first is its name; a second says how long to wait, or what is made.
             arguments = arguments[:1]
         elif function.endswith("shared"):
             arguments = ["<shared>", *arguments]
-        if "get_lock" in function or "release_lock" in function:
+        if kind == "service" or "get_lock" in function or "release_lock" in function:
             # In MySQL these quote a value, too.
             arguments = [one.replace('"', "'") for one in arguments]
         name = _written_out(",".join(arguments), text, start, params)
         if name is not None:
-            yield takes, f"{'slot' if is_slot else 'lock'} {name}"
+            yield takes, f"{kind} {name}"
         elif takes:
             yield True, "lock of an unknown name"
 
 
-def _arguments(text: str, start: int) -> tuple[list[str], int]:
-    """Return the arguments of the call whose parenthesis opens before ``start``, and its end."""
+def _arguments(text: str, start: int) -> list[str]:
+    """Return the arguments of the call whose parenthesis opens before ``start``."""
     depth, quoted, begun, found = 0, False, start, []
     for i in range(start, len(text)):
         character = text[i]
@@ -300,8 +324,8 @@ def _arguments(text: str, start: int) -> tuple[list[str], int]:
             found.append(text[begun:i].strip())
             begun = i + 1
             if character == ")":
-                return found, begun
-    return found, len(text)
+                break
+    return found
 
 
 def _written_out(arguments: str, text: str, start: int, params: Any) -> str | None:

@@ -238,6 +238,12 @@ def readings(text: str) -> tuple[str, ...]:
     return (text.replace("\r", "\n"), text.replace("\r", " ")) if "\r" in text else (text,)
 
 
+def start_of(text: str) -> int:
+    """Return where a statement's first word stands, or may stand."""
+    found = _HEAD.match(text)
+    return found.end() - len(found.group(1) or "") if found else 0
+
+
 def head_of(text: str) -> str:
     """Return a statement's first word, in capitals; "" where it is not seen."""
     found = _HEAD.match(text)
