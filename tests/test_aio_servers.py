@@ -119,6 +119,16 @@ def test_writable_is_asked_by_each_driver(site: Site) -> None:
     assert asyncio.run(connected_to(db)) == "db1"
 
 
+@pytest.mark.parametrize("site", ["psycopg"], indirect=True)
+def test_ours_leave_no_transaction_behind(site: Site) -> None:
+    async def scene() -> None:
+        connection = await site.balancer(ready_check="writable").connect()
+        await connection.set_autocommit(True)
+        await connection.close()
+
+    asyncio.run(scene())
+
+
 def test_cancelled_at_many_moments_it_leaves_no_socket(site: Site) -> None:
     db = site.balancer()
 

@@ -307,6 +307,13 @@ class TestReadyChecks:
         site.clock.advance(31)
         assert site.ports(db) == {"db1", "db2"}
 
+    @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+    def test_ours_leave_no_transaction_behind(self, site: Site) -> None:
+        """In one, neither autocommit nor the isolation level can be set, and now() is a past one."""
+        connection = site.connect(site.balancer(ready_check="writable"))
+        assert connection.info.transaction_status == 0
+        connection.autocommit = True
+
     @pytest.mark.parametrize("driver", ["mysqlclient"])
     def test_dotted_path(self, site: Site) -> None:
         """One's own check gets the driver's connection and says no by raising NotReady."""

@@ -24,7 +24,7 @@ from .exceptions import ConfigError
 from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .peer import Peer, count_while_alive
-from .ready import Check, ServerCheck, plain
+from .ready import Check, ServerCheck, begins_transaction, plain
 from .runtime import LOOK_AGAIN
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import async_sqlalchemy_engine
@@ -338,7 +338,11 @@ async def _run(script: Generator[_Step, Any, Any], do: Callable[[_Step], Awaitab
 async def _answer(connection: Any, check: Check) -> Any:
     """Return what a check says, whether it is ours, a function or a coroutine function."""
     if isinstance(check, ServerCheck):
-        return await _run(check.script(connection), functools.partial(_rows, connection))
+        begins_one = begins_transaction(connection)
+        answer = await _run(check.script(connection), functools.partial(_rows, connection))
+        if begins_one():
+            await connection.rollback()
+        return answer
     return await _awaited(check(connection))
 
 

@@ -31,8 +31,22 @@ class ServerCheck(Generic[_T]):
         functools.update_wrapper(self, script)
 
     def __call__(self, connection: Any) -> _T:
-        """Ask, and return what the answers come to."""
-        return run(self.script(connection), functools.partial(rows, connection))
+        """Ask, and return what the answers come to. Leave no transaction behind that began by it."""
+        begins_one = begins_transaction(connection)
+        answer = run(self.script(connection), functools.partial(rows, connection))
+        if begins_one():
+            connection.rollback()
+        return answer
+
+
+def begins_transaction(connection: Any) -> Callable[[], bool]:
+    """Return what says whether a transaction has begun since on a driver's connection.
+
+    A driver of PostgreSQL's begins one with the first statement, unless autocommit is on.
+    """
+    is_open = functools.partial(drivers.driver_of(connection).in_transaction, connection)
+    was_open = is_open()
+    return lambda: was_open is False and bool(is_open())
 
 
 def run(script: Generator[_Step, Any, _T], do: Callable[[_Step], Any]) -> _T:
