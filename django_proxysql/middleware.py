@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any, Callable
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.base import BaseHandler
 from django.utils.deprecation import MiddlewareMixin
 from django.utils.module_loading import import_string
 
@@ -59,10 +61,16 @@ class RetryingRequestMiddleware(MiddlewareMixin):
         kept = Kept(request, getattr(request, _BODY))
         setattr(request, _RUN, (call, kept, view, args, kwargs))
 
+    def process_template_response(self, request: Any, response: Any) -> Any:
+        """Leave alone what comes of rendering it: the view's blocks have ended."""
+        vars(request).pop(_RUN, None)
+        return response
+
     def process_exception(self, request: Any, exception: Exception) -> Any:
         """Run the view again, if its first run ended by what may be run again.
 
-        :returns: the response of the run that ended well; None: the exception is raised.
+        :returns: the response of the run that ended well, or what another middleware makes of the
+            last run's error; None: the exception is raised.
         :raises Exception: what the last run raised.
         """
         run = vars(request).pop(_RUN, None)
@@ -74,4 +82,16 @@ class RetryingRequestMiddleware(MiddlewareMixin):
         if seconds is None:
             return None
         time.sleep(seconds)
-        return call.repeat(lambda: view(request, *args, **kwargs), lambda: kept.restore(request))
+        try:
+            return call.repeat(
+                lambda: view(request, *args, **kwargs), lambda: kept.restore(request)
+            )
+        except Exception as exc:
+            # Django shows the other middlewares the first run's error.
+            handler = getattr(inspect.unwrap(self.get_response), "__self__", None)
+            if not isinstance(handler, BaseHandler):
+                raise
+            response = handler.process_exception_by_middleware(exc, request)
+            if response is None:
+                raise
+            return response

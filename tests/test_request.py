@@ -26,6 +26,7 @@ from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 from django.db import OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.http import HttpResponse, StreamingHttpResponse
+from django.template.response import TemplateResponse
 from django.test import RequestFactory, override_settings
 from django.utils.functional import SimpleLazyObject
 from django.views import View as ClassView
@@ -160,6 +161,59 @@ class TestRuns:
                 assert requests[0]() is None
             finally:
                 gc.enable()
+
+    def test_other_middlewares_see_what_a_later_run_raises(self, on_site: Site, way: str) -> None:
+        work = Work(on_site)
+
+        def page(request: Any) -> HttpResponse:
+            work(request)
+            raise KeyError(f"of run {work.runs}")
+
+        with serving(page, way, [f"{__name__}.Excuses"]) as client:
+            answer = client.get("/")
+        assert (answer.status_code, answer.content) == (409, b"'of run 2'")
+        assert on_site.written() == []
+
+    def test_what_is_raised_while_a_response_is_rendered_runs_no_view_again(
+        self, on_site: Site, way: str
+    ) -> None:
+        """Also where the view has its blocks rolled back: what the template writes, stands."""
+        alias, runs = on_site.connection.alias, []
+
+        class Page(TemplateResponse):
+            @property
+            def rendered_content(self) -> str:  # type: ignore[override]
+                on_site.write("rendered")
+                with transaction.atomic(alias):
+                    on_site.write("lost")
+                    on_site.kill()
+                    on_site.write("raises")
+                return ""
+
+        def view(request: Any) -> TemplateResponse:
+            runs.append(on_site.read())
+            transaction.set_rollback(True, alias)
+            return Page(request, "")
+
+        with pytest.raises(OperationalError):
+            run_by(way, view, on_site)
+        assert runs == [[]]
+        assert on_site.written() == ["rendered"]
+
+
+class Excuses:
+    """A middleware that answers what views raise."""
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        return self.get_response(request)
+
+    def process_exception(self, request: Any, exception: Exception) -> HttpResponse | None:
+        if isinstance(exception, KeyError):
+            return HttpResponse(str(exception), status=409)
+        return None
 
 
 def read_ahead(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
