@@ -309,7 +309,7 @@ class TestReadyChecks:
 
     @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
     def test_ours_leave_no_transaction_behind(self, site: Site) -> None:
-        """In one, neither autocommit nor the isolation level can be set, and now() is a past one."""
+        """In one, autocommit and the isolation level cannot be set, and now() is a past one."""
         connection = site.connect(site.balancer(ready_check="writable"))
         assert connection.info.transaction_status == 0
         connection.autocommit = True

@@ -31,7 +31,7 @@ class ServerCheck(Generic[_T]):
         functools.update_wrapper(self, script)
 
     def __call__(self, connection: Any) -> _T:
-        """Ask, and return what the answers come to. Leave no transaction behind that began by it."""
+        """Ask, and return what the answers come to. A transaction that began by it is ended."""
         begins_one = begins_transaction(connection)
         answer = run(self.script(connection), functools.partial(rows, connection))
         if begins_one():
