@@ -14,9 +14,11 @@ from django.db.transaction import TransactionManagementError
 from django.test import TestCase
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic, signals
+from django_proxysql.core import drivers
 from django_proxysql.core.events import BlockRetried, CommitResolved, PeersExhausted
 from tests.engine import SQLITE, engine, make_outcome_table, mysql_peer, run_case, sqlite_peer
 from tests.fakes import running
+from tests.servers import DATABASE
 from tests.site import Site, site
 from tests.work import Work, run_by
 
@@ -172,6 +174,37 @@ def test_work_of_which_a_part_may_stand_is_not_run_again(
     finally:
         here.connection.close()
         here.plainly("DROP TABLE IF EXISTS split")
+
+
+@pytest.mark.parametrize(
+    ("statement", "runs"),
+    [("SELECT 1", 2), ("COMMIT", 1), ("CREATE TABLE split (a int)", 1), ("CALL", 1)],
+)
+def test_with_a_driver_that_is_not_looked_after_a_part_that_may_stand_is_seen(
+    on_mariadb: Site, monkeypatch: pytest.MonkeyPatch, statement: str, runs: int
+) -> None:
+    """MySQL Connector/Python's connections are not; a conflict is one all the same."""
+    monkeypatch.setattr(drivers.mysql, "WATCHED", False)
+    on_mariadb.connection.close()
+    on_mariadb.server.sql("CREATE OR REPLACE PROCEDURE commits() COMMIT", database=DATABASE)
+
+    def lose() -> None:
+        if statement == "CALL":
+            with on_mariadb.connection.cursor() as cursor:
+                cursor.callproc("commits")
+        else:
+            on_mariadb.sql(statement)
+        conflict(on_mariadb)
+
+    work = Work(on_mariadb, lose=lose)
+    try:
+        with pytest.raises(OperationalError) if runs == 1 else contextlib.nullcontext():
+            work.retrying()
+        assert work.runs == runs
+        assert on_mariadb.plain_rows() == (["run 1"] if runs == 1 else ["run 2", "run 2, again"])
+    finally:
+        on_mariadb.connection.close()
+        on_mariadb.plainly("DROP TABLE IF EXISTS split")
 
 
 @EVERY_WAY

@@ -29,6 +29,7 @@ from .statements import (
     declare,
     fetch_first,
     note_answered,
+    note_end,
     run_many,
     unseen,
 )
@@ -69,6 +70,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         ):
             if session is not None and self._server_side is not None:
                 return declare(db, self, session, sql, params, plain)
+            # A driver whose connections are not looked after.
+            note_end(db, scan(sql), sql)
             return plain(self, sql, params, many, context)
         try:
             kind = kinds[sql]
@@ -290,14 +293,15 @@ def engines_own(db: Any, session: Session | None) -> Iterator[None]:
 def look_after(db: Any, cursor: Any, name: str | None = None) -> Any:
     """Lay our hooks over a cursor that the peer engine has made, and bind it to its session."""
     session = db._session
-    if session is None:
+    if session is None and db._driver.WATCHED:
+        # While a connection is made.
         return cursor
     cls = cursor.__class__
     ours = cursor_class(cls)
     if ours is not cls:
         cursor.__class__ = ours
     cursor._session = session
-    if name is not None:
+    if name is not None and session is not None:
         note_named(cursor, session)
     return cursor
 

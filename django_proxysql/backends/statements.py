@@ -53,11 +53,16 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
         session = bind(db, cursor)
     if kind & STATE:
         takes(db, session, sql, params)
+    note_end(db, kind, sql)
+    return session
+
+
+def note_end(db: Any, kind: int, sql: Any) -> None:
+    """Take note, before it is sent, of a statement that may end the atomic block's transaction."""
     transaction = db._transaction
     if kind & (STATE | ENDS) and transaction.is_of_atomic:
         transaction.is_whole &= not may_end(sql, db.vendor)
         transaction.may_be_read_only |= may_make_read_only(sql)
-    return session
 
 
 def raise_lost_results(session: Session, kind: int) -> None:
@@ -140,6 +145,7 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
     """
     session = current(db)
     if session is None or cursor._server_side is not None:
+        note_end(db, scan(sql), sql)
         try:
             return run()
         finally:

@@ -347,7 +347,8 @@ def without_tail(text: str) -> str:
 # In a transaction
 
 _BACK_TO_SAVEPOINT = _pattern(r"\s*ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b")
-#: PostgreSQL's DDL is part of its transaction.
+#: Their DDL is part of the transaction.
+_KEEP_THEIR_DDL = ("postgresql", "sqlite")
 _ENDS_POSTGRESQL = frozenset(
     {"", "BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "PREPARE", "CALL", "EXECUTE"}
 )
@@ -361,7 +362,7 @@ def may_end(sql: Any, vendor: str) -> bool:
 
     For statements in which :func:`scan` has found STATE or ENDS.
 
-    :param vendor: "mysql" or "postgresql", as Django says it.
+    :param vendor: "mysql", "postgresql" or another, as Django says it.
     """
     text = text_in(sql)
     if text is None:
@@ -375,7 +376,7 @@ def _may_end(text: str, vendor: str) -> bool:
     if _BACK_TO_SAVEPOINT.match(text):
         return False
     head = head_of(text)
-    if vendor == "postgresql":
+    if vendor in _KEEP_THEIR_DDL:
         return head in _ENDS_POSTGRESQL
     if head in _KEEPS_MYSQL:
         return head == "SET" and _SET_THAT_ENDS.search(text) is not None
