@@ -365,6 +365,24 @@ def test_merged_settings_prefer_what_was_changed() -> None:
     assert merged_settings(peer, *paths)["NAME"] == pathlib.Path("one")
 
 
+@pytest.mark.parametrize(
+    ("settings", "address"),
+    [
+        ({"HOST": "10.0.0.1", "PORT": 3307}, "10.0.0.1:3307"),
+        ({"OPTIONS": {"host": "10.0.0.1", "port": 3307}}, "10.0.0.1:3307"),
+        ({"HOST": "10.0.0.1", "OPTIONS": {"port": 3307}}, "10.0.0.1:3307"),
+        ({"PORT": "3307", "OPTIONS": {"host": "10.0.0.1"}}, "10.0.0.1:3307"),
+        ({"OPTIONS": {"unix_socket": "/run/db.sock"}}, "/run/db.sock"),
+        ({}, "shop"),
+    ],
+    ids=str,
+)
+def test_a_peers_address_is_where_it_leads(settings: dict[str, Any], address: str) -> None:
+    """In logs, on pages, and among the processes that share what they know of it."""
+    (peer,) = balancer_config("x", {"NAME": "shop", "PEERS": [settings]}, {}).peers
+    assert peer.address == address
+
+
 def test_params_hold_connection_settings_only() -> None:
     """What is kept of a peer is what it is connected to with."""
     entry = {"PEERS": [{"HOST": "h", "WEIGHT": 2, "USER": "u"}]}

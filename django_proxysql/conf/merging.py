@@ -81,10 +81,11 @@ def options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def address(settings: Mapping[str, Any]) -> str:
     """Return where settings with an OPTIONS dict lead, as people write it."""
+    options = settings["OPTIONS"]
     return address_in_words(
-        settings.get("HOST"),
-        settings.get("PORT"),
-        settings["OPTIONS"].get("unix_socket"),
+        settings.get("HOST") or options.get("host"),
+        settings.get("PORT") or options.get("port"),
+        options.get("unix_socket"),
         settings.get("NAME"),
     )
 
