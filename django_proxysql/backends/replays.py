@@ -244,7 +244,7 @@ def lost_statement(
         sendable=are_sendable(db, session, params, single),
         single=single,
         may_be_stale=(
-            (session.wrote or db._transaction.has_only_read) and not config.synchronous_peers
+            not config.synchronous_peers and (session.wrote or db._transaction.has_only_read)
         ),
     )
 

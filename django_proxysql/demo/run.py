@@ -1,10 +1,19 @@
-"""The demo's time line: a site starts, is put under load, loses a peer and gets it back."""
+"""The demo's time line: a site starts, is put under load, loses a peer and gets it back.
+
+The load is clients that ask for pages over real sockets, and look at the answers.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import random
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from django.core.handlers.wsgi import WSGIHandler
@@ -12,9 +21,13 @@ from django.core.handlers.wsgi import WSGIHandler
 from ..core.events import CircuitClosed, CircuitOpened, Connected, ConnectFailed
 from ..registry import balancers
 from . import site
-from .load import CLIENTS, asking
 from .peers import NAMES, Peers
 from .screen import Screen, ScreenHandler, Tally
+
+CLIENTS = 8
+
+#: Seconds after which a client gives a page up: more than any connect() may take.
+PATIENCE = 30
 
 #: The peer that fails.
 VICTIM = "peer1"
@@ -119,3 +132,42 @@ class Demo:
             if elapsed >= self._seconds + (GRACE if is_out else 0):
                 return
             time.sleep(0.1)
+
+
+# Clients
+
+
+@contextmanager
+def asking(port: int, tally: Tally) -> Iterator[None]:
+    """Have the clients ask the site on this port while the block runs."""
+    ended = threading.Event()
+
+    def client() -> None:
+        while not ended.is_set():
+            tally.answered(_ask(port))
+
+    with ThreadPoolExecutor(CLIENTS, "client") as clients:
+        try:
+            for _ in range(CLIENTS):
+                clients.submit(client)
+            yield
+        finally:
+            ended.set()
+
+
+def _ask(port: int) -> str:
+    """Ask for one page; return what is wrong with the answer, or nothing."""
+    number = random.randrange(site.PRODUCTS)
+    client = HTTPConnection(site.HOST, port, timeout=PATIENCE)
+    try:
+        client.request("GET", f"/products/{number}/")
+        answer = client.getresponse()
+        body = answer.read()
+        if answer.status != 200:
+            return f"HTTP {answer.status} {answer.reason}"
+        name = json.loads(body)["name"]
+        return "" if name == site.name_of(number) else f"not what was asked for: {name!r}"
+    except (OSError, HTTPException, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        client.close()
