@@ -112,19 +112,6 @@ def leave(db: Any, hooks: int) -> None:
     db.run_on_commit = db.run_on_commit[:hooks]
 
 
-def switch_autocommit(db: Any, autocommit: bool) -> None:
-    session = current(db)
-    if session is None:
-        db._plain("_set_autocommit")(autocommit)
-    elif autocommit:
-        end(db, session)
-    else:
-        begin(db, session)
-    if autocommit:
-        # By now, for what is run on_commit next has transactions of its own.
-        db._transaction = NO_TRANSACTION
-
-
 def begin(db: Any, session: Session) -> None:
     # What happens here has not happened before it is answered.
     at_safe_point(db, session, 0, session.clock())

@@ -186,10 +186,16 @@ class SafePointsMixin(LoadBalancedMixin):
         )
 
     def _set_autocommit(self, autocommit: bool) -> None:
-        if self._attempt is not None:
+        session = None if self._attempt is not None else current(self)
+        if session is None:
             super()._set_autocommit(autocommit)  # type: ignore[misc]
-            return
-        transactions.switch_autocommit(self, autocommit)
+        elif autocommit:
+            transactions.end(self, session)
+        else:
+            transactions.begin(self, session)
+        if autocommit and self._attempt is None:
+            # By now, for what is run on_commit next has transactions of its own.
+            self._transaction = NO_TRANSACTION
 
     # Cursors
 

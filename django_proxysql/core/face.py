@@ -269,7 +269,10 @@ class Face:
         :raises UnknownPeer: it is none of this balancer's.
         :raises NoPeerAvailable: in the block, out of a connect, when the peer fails.
         """
-        return self.group.pinned(peer)
+        group = self.group
+        known = None if peer is None else group.named(peer)
+        # Connections that are there already are to see that something is new.
+        return group.affinity.pinned(known, group.invalidate)
 
 
 def carrying_on(search: Search) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from .affinity import Affinity
@@ -211,12 +210,6 @@ class PeerGroup:
         now = self.clock()
         seen = [(peer, peer.breaker.circuit) for peer in self.peers.values()]
         return [PeerState.of(*one, now, self._trial_in(*one, now)) for one in seen]
-
-    def pinned(self, peer: Peer | str | None = None) -> AbstractContextManager[None]:
-        """Pin the thread or task to one peer for the block."""
-        known = None if peer is None else self.named(peer)
-        # Connections that are there already are to see that something is new.
-        return self.affinity.pinned(known, self.invalidate)
 
     def claim_move(self, peer: Peer) -> Move | None:
         """Return where a kept connection to ``peer`` moves between two requests, if it does."""
