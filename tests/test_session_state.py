@@ -191,6 +191,11 @@ STORIES = {
         "mariadb: write one; kill_idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
         "answer 1; !ASK"
     ),
+    # An INSERT need not make an id: a new connection's answer would be 0.
+    "id that an insert has not made": (
+        "mariadb: write one; kill_idle; INSERT INTO app_token VALUES (900, 'two'); !ASK; "
+        "!SELECT @@identity; SELECT ROW_COUNT(); write three; ASK; answer 901"
+    ),
     "nothing was written in the next request": (
         "mariadb: write one; kill_idle; read; request_ends; ASK; answer 0"
     ),

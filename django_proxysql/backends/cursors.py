@@ -221,11 +221,7 @@ class _Hooks(CursorWrapper):
         # Django 2.2's takes no third argument.
         arguments = (params,) if kparams is None else (params, kparams)
         run = functools.partial(super().callproc, procname, *arguments)
-        result = run_many(self.db, self, f"CALL {procname}", params, run)
-        if self._session is not None:
-            # What it made is unknown: the session answers for itself from here on.
-            self._session.lost_results = 0
-        return result
+        return run_many(self.db, self, f"CALL {procname}", params, run)
 
 
 #: What Django's own ``make_cursor()`` makes, looked after.

@@ -8,12 +8,16 @@ from typing import Any
 
 from django.db.utils import OperationalError
 
+from ..core import ready
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import (
     ENDS,
+    IDS,
     READ,
     RESULT,
     STATE,
+    UNSURE,
+    asks_for_inserted,
     makes_ids,
     may_end,
     may_make_read_only,
@@ -48,7 +52,7 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
             session.holds.takes_unknown()
         at_safe_point(db, session, kind, now)
     session = db._session
-    raise_lost_results(session, kind)
+    raise_lost_results(db, session, kind, sql)
     if cursor._session is not session:
         session = bind(db, cursor)
     if kind & STATE:
@@ -65,17 +69,30 @@ def note_end(db: Any, kind: int, sql: Any) -> None:
         transaction.may_be_read_only |= may_make_read_only(sql)
 
 
-def raise_lost_results(session: Session, kind: int) -> None:
+def raise_lost_results(db: Any, session: Session, kind: int, sql: Any) -> None:
     """Raise an error if the connection that a statement asks about was replaced.
 
     :raises OperationalError: it was.
     """
-    if kind & session.lost_results:
+    is_lost = bool(kind & session.lost_results)
+    if kind & IDS and session.lost_results & UNSURE and asks_for_inserted(sql):
+        # ROW_COUNT() would answer for the question.
+        is_lost = bool(kind & RESULT) or not has_inserted_id(db, session)
+    if is_lost:
         raise OperationalError(
             f"{session.balancer.name}: what this statement asks for went with a connection "
             "that was replaced. LAST_INSERT_ID(), lastval(), ROW_COUNT() and the like "
             "answer for one connection only, and the new one would answer for itself."
         )
+
+
+def has_inserted_id(db: Any, session: Session) -> bool:
+    """Ask a session of MySQL's whether an INSERT has made an id in it."""
+    with db.wrap_database_errors:
+        [(number,)] = ready.rows(session.connection, "SELECT LAST_INSERT_ID()")
+    if number:
+        session.lost_results = 0
+    return bool(number)
 
 
 def note_answered(db: Any, session: Session, kind: int, sql: Any, params: Any) -> None:
@@ -96,7 +113,7 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
         if kind & STATE and asks_for_a_lock(sql) and answers_no(cursor.cursor):
             session.holds.refused(sql, params)
     if writes(kind):
-        has_results(session, sql)
+        has_results(cursor.db, session, sql)
 
 
 def attempt(
@@ -161,7 +178,7 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
         session, result = attempt(db, cursor, session, statement)
     finally:
         unseen(db)
-    has_results(session, sql)
+    has_results(db, session, sql)
     return result
 
 
@@ -176,7 +193,7 @@ def declare(
     kind = scan(sql)
     if params:
         kind |= kind_of_params(db, session, params)
-    raise_lost_results(session, kind)
+    raise_lost_results(db, session, kind, sql)
     if kind & STATE:
         takes(db, session, sql, params)
     if writes(kind):
@@ -204,10 +221,12 @@ def fetch_first(db: Any, cursor: Any, declared: Any, fetch: Callable[[], Any]) -
     return attempt(db, cursor, session, statement, run_and_fetch)[1]
 
 
-def has_results(session: Session, sql: Any) -> None:
+def has_results(db: Any, session: Session, sql: Any) -> None:
     """Take note that a session has answers of its own to tell: of a write that was answered."""
-    if session.lost_results:
-        session.lost_results &= 0 if makes_ids(sql) else ~RESULT
+    session.lost_results &= ~RESULT
+    if session.lost_results & IDS and makes_ids(sql):
+        # PostgreSQL itself knows that a session has made none.
+        session.lost_results = UNSURE if db.vendor == "mysql" else 0
 
 
 def answers_no(cursor: Any) -> bool:

@@ -27,6 +27,9 @@ IDS = 16
 RESULT = 32
 #: May end the transaction that it is sent in, as MySQL's DDL does: see :func:`may_end`.
 ENDS = 64
+#: No statement's: of the ids that went with a connection. Its successor has inserted rows, which
+#: need not have made an id there: see :func:`asks_for_inserted`.
+UNSURE = 128
 
 #: The memo of :func:`scan`, to be asked directly where a call costs too much.
 kinds: dict[Any, int] = {}
@@ -225,6 +228,18 @@ def makes_ids(sql: Any) -> bool:
 @functools.lru_cache(_MEMO_SIZE)
 def _makes_ids(text: str) -> bool:
     return head_of(text) not in _MAKE_NO_IDS or _NEXT.search(text) is not None
+
+
+_INSERTED = re.compile("insert_id|identity", re.IGNORECASE)
+
+
+def asks_for_inserted(sql: Any) -> bool:
+    """Return whether a statement asks for ids that INSERTs have made, and not for a sequence's.
+
+    For statements in which :func:`scan` has found IDS.
+    """
+    text = text_in(sql)
+    return text is None or _INSERTED.search(text) is not None
 
 
 def readings(text: str) -> tuple[str, ...]:
