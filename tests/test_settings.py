@@ -372,6 +372,7 @@ def test_merged_settings_prefer_what_was_changed() -> None:
         ({"OPTIONS": {"host": "10.0.0.1", "port": 3307}}, "10.0.0.1:3307"),
         ({"HOST": "10.0.0.1", "OPTIONS": {"port": 3307}}, "10.0.0.1:3307"),
         ({"PORT": "3307", "OPTIONS": {"host": "10.0.0.1"}}, "10.0.0.1:3307"),
+        ({"PORT": "5433", "OPTIONS": {"hostaddr": "10.0.0.1"}}, "10.0.0.1:5433"),
         ({"OPTIONS": {"unix_socket": "/run/db.sock"}}, "/run/db.sock"),
         ({}, "shop"),
     ],

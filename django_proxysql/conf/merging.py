@@ -83,7 +83,7 @@ def address(settings: Mapping[str, Any]) -> str:
     """Return where settings with an OPTIONS dict lead, as people write it."""
     options = settings["OPTIONS"]
     return address_in_words(
-        settings.get("HOST") or options.get("host"),
+        settings.get("HOST") or options.get("host") or options.get("hostaddr"),
         settings.get("PORT") or options.get("port"),
         options.get("unix_socket"),
         settings.get("NAME"),

@@ -55,7 +55,7 @@ def host(setting: str, value: object) -> None:
     A host stands in logs, errors and pages, and drivers quote the one that they cannot find.
     """
     if isinstance(value, str) and _PASSWORD_IN_HOST.match(value):
-        hint = "Give the host alone; django_proxysql.from_url() reads a URL."
+        hint = "Give the name alone; django_proxysql.from_url() reads a URL."
         raise ConfigError(setting, "has a password in it", hint)
 
 
