@@ -379,6 +379,15 @@ def test_broken_pipe(project: Command, watch: list[str]) -> None:
     assert err == ""
 
 
+def test_what_the_terminal_cannot_write_is_escaped(tmp_path: Path) -> None:
+    """An address or an error in another character set is no reason for having no verdict."""
+    entry = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": sqlite_peers(tmp_path, "caf\u00e9")}
+    process = Command(tmp_path, entry).start(environment={"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "/caf\\xe9  yes" in out
+
+
 @pytest.mark.parametrize(("command", "status"), [("--wait 0.01", 2), ("nonesuch", 3)])
 @pytest.mark.parametrize("full", [False, True], ids=["reader has left", "disk is full"])
 def test_errors_that_cannot_be_written_are_no_verdict(

@@ -97,6 +97,10 @@ class Command(BaseCommand):
 
     def run_from_argv(self, argv: list[str]) -> None:
         """End with UNKNOWN where there is no verdict on the peers, as for a wrong argument."""
+        stdout: Any = sys.stdout
+        if hasattr(stdout, "reconfigure"):
+            # What a peer says may be more than the terminal can write.
+            stdout.reconfigure(errors="backslashreplace")
         try:
             super().run_from_argv(argv)
         except _Verdict:
