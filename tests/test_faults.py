@@ -76,13 +76,8 @@ class TestVerdict:
         for by_server, of_settings, is_callers, is_trial in itertools.product(
             [False, True], repeat=4
         ):
-            verdict = verdict_on(
-                fault,
-                by_server=by_server,
-                of_settings=of_settings,
-                is_callers=is_callers,
-                is_trial=is_trial,
-            )
+            judgement = Judgement(fault, "said", by_server=by_server, of_settings=of_settings)
+            verdict = verdict_on(judgement, is_callers=is_callers, is_trial=is_trial)
             if fault is REFUSED and is_callers:
                 expected = Verdict(False, Count.NO, REFUSED)
             elif fault in (UNREACHABLE, REFUSED, NOT_READY, LOST):

@@ -108,24 +108,21 @@ class Verdict(NamedTuple):
     fault: Fault
 
 
-def verdict_on(
-    fault: Fault, *, by_server: bool, of_settings: bool, is_callers: bool, is_trial: bool
-) -> Verdict:
+def verdict_on(judgement: Judgement, *, is_callers: bool, is_trial: bool) -> Verdict:
     """Return what follows from a failed attempt to connect.
 
-    :param fault: what the driver's table says.
-    :param by_server: the error is a driver's, whether the table lists it or not.
     :param is_callers: the caller asks for another database than the settings name.
     """
+    fault = judgement.fault
     if fault is Fault.REFUSED and is_callers:
         return Verdict(False, Count.NO, fault)
     if fault.tries_next:
         return Verdict(True, Count.NOW if fault.counts else Count.NO, fault)
-    if of_settings:
+    if judgement.of_settings:
         # One peer's typo fails no connect that another peer can serve. It says nothing about
         # the server, so its circuit stays as it is.
         return Verdict(True, Count.NO, Fault.LOCAL)
-    if fault is Fault.OTHER and by_server:
+    if fault is Fault.OTHER and judgement.by_server:
         # No list names all that servers say to a client. If every peer says the same, what we
         # ask for is wrong; if another peer lets us in, this one is.
         if is_callers:

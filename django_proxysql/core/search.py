@@ -370,16 +370,11 @@ class Search:
             self._last_error, self._verdict = exc, _BUSY
             return
         judgement = drivers.judge(exc, connecting=True)
-        fault = judgement.fault
-        refused = fault in (Fault.REFUSED, Fault.OTHER)
         callers = self._refusal_is_callers
-        verdict = self._verdict = verdict_on(
-            fault,
-            by_server=refused and judgement.by_server,
-            of_settings=not fault.tries_next and judgement.of_settings,
-            is_callers=refused and (callers() if callable(callers) else callers),
-            is_trial=permit.is_trial,
-        )
+        if callable(callers):
+            callers = judgement.fault in (Fault.REFUSED, Fault.OTHER) and callers()
+        verdict = verdict_on(judgement, is_callers=callers, is_trial=permit.is_trial)
+        self._verdict = verdict
         self._faults = {**self._faults, peer.name: verdict.fault}
         self._errors = {**self._errors, peer.name: judgement.text}
         self._last_error = exc
