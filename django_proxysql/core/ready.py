@@ -200,11 +200,6 @@ def backend(connection: Any) -> Script[None]:
             raise
 
 
-def is_unanswered(exc: BaseException) -> bool:
-    """Return whether ``exc`` says that a proxy found no server, or no connection to one."""
-    return isinstance(exc, Unanswered) or drivers.may_be_busy(exc)
-
-
 @contextlib.contextmanager
 def throw_away(
     driver: drivers.Driver, connect: Callable[..., Any], params: Mapping[str, Any], seconds: float

@@ -27,13 +27,13 @@ from .circuit import CLOSED, OPEN, Circuit, Lease
 from .config import BalancerConfig
 from .events import Connected, ConnectFailed, PeersExhausted
 from .exceptions import ConfigError, NoPeerAvailable, PoolBusy
-from .faults import Count, Fault, Verdict, verdict_on
+from .faults import Count, Fault, Judgement, Verdict, verdict_on
 from .group import PeerGroup
 from .logger import logger
 from .logs import due_in
 from .peer import Peer, PeerState, View
 from .permits import Permit
-from .ready import is_unanswered
+from .ready import Unanswered
 from .strategies import iterated
 
 #: When a connect() makes trials.
@@ -142,7 +142,7 @@ class Search:
     #: Where the last error was met.
     _peer_of_last: Peer | None = None
     #: Failed attempts that count if another peer lets us in.
-    _undecided: tuple[tuple[Attempt, BaseException], ...] = ()
+    _undecided: tuple[tuple[Attempt, BaseException, Judgement], ...] = ()
 
     def __init__(
         self,
@@ -381,9 +381,9 @@ class Search:
         if judgement.may_be_busy:
             self._plain_error = exc
         if verdict.counts is Count.IF_ALONE:
-            self._undecided = (*self._undecided, (attempt, exc))
+            self._undecided = (*self._undecided, (attempt, exc, judgement))
         else:
-            self._report(attempt, exc, counts=verdict.counts is Count.NOW)
+            self._report(attempt, exc, judgement, counts=verdict.counts is Count.NOW)
 
     def goes_on(self, exc: BaseException) -> bool:
         """Return whether the next candidate may do what this one could not."""
@@ -426,10 +426,12 @@ class Search:
     def _decide(self, alone: bool) -> None:
         """Count the attempts that were undecided, if another peer has let us in."""
         undecided, self._undecided = self._undecided, ()
-        for attempt, exc in undecided:
-            self._report(attempt, exc, counts=alone)
+        for failure in undecided:
+            self._report(*failure, counts=alone)
 
-    def _report(self, attempt: Attempt, exc: BaseException, counts: bool) -> None:
+    def _report(
+        self, attempt: Attempt, exc: BaseException, judgement: Judgement, counts: bool
+    ) -> None:
         """End a failed attempt's permit, and emit the failure."""
         group, peer, permit = self._group, attempt.peer, attempt.permit
         assert permit is not None
@@ -437,8 +439,10 @@ class Search:
         count = 0
         # A trial that fails leaves an open circuit as it is.
         was_closed = peer.breaker.circuit.state == CLOSED
-        if counts and was_closed and is_unanswered(exc):
-            # It let us in: each good connect would reset the circuit's own count.
+        # A proxy let us in, and found no server, or no connection to one.
+        is_unanswered = judgement.may_be_busy or isinstance(exc, Unanswered)
+        if counts and was_closed and is_unanswered:
+            # Each good connect would reset the circuit's own count.
             permit.released()
             if group.count_unanswered(peer, exc, attempt.started):
                 count = peer.breaker.circuit.failures
@@ -454,7 +458,7 @@ class Search:
                 self._clock() - attempt.started,
                 permit.is_trial,
                 fault,
-                self._errors[peer.name],
+                judgement.text,
                 count,
                 opened=was_closed
                 and count > 0

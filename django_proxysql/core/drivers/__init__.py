@@ -223,13 +223,6 @@ def is_driver_error(exc: BaseException) -> bool:
     return _table_of(root_error(exc)) is not None
 
 
-def may_be_busy(exc: BaseException) -> bool:
-    """Return whether a proxy says by ``exc`` that it has no server, or no connection to spare."""
-    exc = root_error(exc)
-    table = _table_of(exc)
-    return table is not None and table.may_be_busy(exc)
-
-
 def judge(exc: BaseException, connecting: bool, driver: Driver = generic) -> Judgement:
     """Judge ``exc``, once: what it says of its peer, its connection and its statement.
 
