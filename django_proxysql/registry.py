@@ -70,6 +70,10 @@ class Registered(NamedTuple):
     #: Those settings, once there are any.
     shared: list[dict[str, Any]]
 
+    def __repr__(self) -> str:
+        # Without the settings: there may be a password in them.
+        return f"<Registered {self.balancer!r}>"
+
     def is_changed(self, own: Mapping[str, Any]) -> bool:
         """Return whether ``own`` asks for another database, user or server than at first."""
         return bool(changed_keys(own, self.first_read))

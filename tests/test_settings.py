@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from django.db.backends.signals import connection_created
 from django.test.utils import setup_databases, teardown_databases
 
 from django_proxysql import balancers
+from django_proxysql.conf.entry import Entry
 from django_proxysql.conf.keys import CONNECTION_KEYS, ENGINE
 from django_proxysql.conf.merging import changed_keys, first_reading, merged_settings
 from django_proxysql.conf.reading import balancer_config
@@ -178,6 +180,23 @@ def test_a_failing_password_callable_is_the_callers(mariadb: Node) -> None:
         with pytest.raises(RuntimeError, match="sealed"):
             connection.ensure_connection()
         assert {p.breaker.current_state for p in balancers["balanced"].peers.values()} == {"closed"}
+
+
+def test_no_object_shows_a_password(mariadb: Node) -> None:
+    """By its repr, which debuggers and error trackers show of whatever is at hand."""
+    url = f"redis://shop:{PASSWORD}@127.0.0.1:1/0"
+    with engine([mysql_peer(mariadb)], SHARED_STATE=url, TRIALS="background") as connection:
+        assert scalar(connection, "SELECT 1") == 1
+        settings = connection.settings_dict
+        entry = Entry("balanced", settings, connections.databases)
+        assert entry.peers[0].merged["PASSWORD"] == PASSWORD
+        ours = [
+            one
+            for one in gc.get_objects()
+            if type(one).__module__.startswith("django_proxysql") and not isinstance(one, type)
+        ]
+        assert balancers["balanced"] in ours
+        assert {type(one) for one in ours if PASSWORD in repr(one)} == set()
 
 
 # Several balancers

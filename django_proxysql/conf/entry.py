@@ -36,6 +36,10 @@ class Peer(NamedTuple):
     #: What it is connected to with.
     merged: dict[str, Any]
 
+    def __repr__(self) -> str:
+        # Without the settings: there may be a password in them.
+        return f"<Peer {self.name!r}, {self.where}>"
+
 
 class Entry:
     """A balancer's entry, and what the rules ask of it more than once."""
