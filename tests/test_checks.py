@@ -142,6 +142,18 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str, str]]] = {
     "E008": [
         ({"READY_CHECK": "writeable"}, "READY_CHECK is 'writeable'", "galera"),
         ({"READY_CHECK": 5}, "READY_CHECK is 5", "dotted path"),
+        *(
+            (
+                {"READY_CHECK": name, "PEER_ENGINE": path},
+                f"READY_CHECK is {name!r}, which is not for {path!r}",
+                f"for {servers}.",
+            )
+            for name, path, servers in (
+                ("galera", POSTGRESQL, "MySQL and MariaDB"),
+                ("galera", SQLITE, "MySQL and MariaDB"),
+                ("writable", SQLITE, "MySQL, MariaDB and PostgreSQL"),
+            )
+        ),
     ],
     "E009": [
         ({"PEERS": [{"HOST": "a,b"}]}, "HOST of peer PEERS[0]", "make each host a peer"),

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..core import config
+from ..core import config, drivers
 from .entry import Entry, Peer, did_you_mean, of_peer
 from .merging import address
 
@@ -204,6 +204,20 @@ def shared_pools(entry: Entry) -> None:
                 "pool, whose connections all lead to one of them.",
                 "Give each peer a name of its own, or none.",
             )
+
+
+def ready_check(entry: Entry) -> None:
+    """Note a check of ours that the peers' servers have no answer to."""
+    name = entry.settings.get("READY_CHECK")
+    is_known = entry.is_mysql or (name == "writable" and entry.is_postgresql)
+    # Of another driver nothing is known.
+    if name in ("galera", "writable") and not is_known and entry.driver is not drivers.generic:
+        servers = "MySQL and MariaDB" if name == "galera" else "MySQL, MariaDB and PostgreSQL"
+        entry.add(
+            "E008",
+            f"READY_CHECK is {name!r}, which is not for {entry.engine!r}.",
+            f"Leave it out, or write a check of your own: it is for {servers}.",
+        )
 
 
 def tokens(entry: Entry) -> None:

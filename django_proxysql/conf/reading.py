@@ -119,6 +119,7 @@ def _read(entry: Entry) -> tuple[BalancerConfig | None, list[CheckMessage]]:
         driver_settings.timeouts,
         driver_settings.one_address,
         driver_settings.shared_pools,
+        driver_settings.ready_check,
         driver_settings.tokens,
     ):
         rule(entry)
