@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,17 @@ class TestPinnedTasks:
             return await task
 
         assert asyncio.run(main()) == {"db1", "db2"}
+
+    def test_generator_that_ends_in_another_tasks_block_ends_its_own(self) -> None:
+        """The garbage collector closes it, in whichever thread or task."""
+        db = LoadBalancer({"db1": {}, "db2": {}})
+
+        def stay() -> Iterator[None]:
+            with db.pinned("db1"):
+                yield
+
+        abandoned = stay()
+        contextvars.Context().run(next, abandoned)
+        with db.pinned("db2"):
+            abandoned.close()
+            assert self.used(db) == {"db2"}

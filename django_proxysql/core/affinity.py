@@ -52,7 +52,9 @@ class Affinity:
         finally:
             # Tasks that were begun in the block have a copy of their own.
             pin.is_over = True
-            self.pins.set(None)
+            # A generator's block may be closed by another thread or task, which has its own.
+            if self.pins.get() is pin:
+                self.pins.set(None)
 
     def pinned_to(self, peer: Peer) -> Peer | None:
         """Return the peer that the caller is pinned to; None: it is not pinned.
