@@ -53,6 +53,24 @@ class TestBalancer:
             assert [type(error) for error in refused].count(DrainRefused) == len(refused) - 1, step
         assert step > 5
 
+    def test_peer_undrained_as_its_refused_drain_is_applied_takes_connections(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The thread that closes the other circuit has seen the refusal, and comes too late."""
+        world = World("db1", "db2")
+        world.open("db1")
+        peers = world.db.group
+        apply = peers.apply_drained
+        assert apply(world.db.peers["db2"], True, elsewhere=True)
+
+        def late(*arguments: Any, **how: Any) -> bool:
+            world.db.undrain("db2")
+            return apply(*arguments, **how)
+
+        monkeypatch.setattr(peers, "apply_drained", late)
+        world.db.peers["db1"].breaker.close()
+        assert not world.db.peers["db2"].drained
+
     def test_last_peer_is_refused(self) -> None:
         world = World("db1", "db2")
         world.open("db2")

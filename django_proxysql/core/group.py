@@ -338,17 +338,22 @@ class PeerGroup:
         self.sharing.settle()
         return desired.was_refused
 
-    def apply_drained(self, peer: Peer, drained: bool, *, elsewhere: bool) -> bool:
+    def apply_drained(
+        self, peer: Peer, drained: bool, *, elsewhere: bool, again: bool = False
+    ) -> bool:
         """Take over the desired state that another process, or this one, has shared.
 
         Another process never drains the last peer that may work here, forced or not: this process
         may have fewer peers than that one, or have found the others out of order. The peer is
         drained as soon as another one works.
 
+        :param again: it was refused before; nothing is done if that does not hold any more.
         :returns: whether that is refused from now on.
         """
         # The lock guards what is left: of two threads that apply the last two drains one refuses.
         with self._drains_lock:
+            if again and not peer.drain_refused:
+                return False
             others = [other for other in self.undrained() if other is not peer]
             # One that has not been tried here is out because another process says so.
             spared = any(
@@ -400,7 +405,7 @@ class PeerGroup:
         """Apply the drains that were refused, where another peer works by now."""
         for peer in self.peers.values():
             if peer.drain_refused:
-                self.apply_drained(peer, True, elsewhere=True)
+                self.apply_drained(peer, True, elsewhere=True, again=True)
 
     # Changes
 
