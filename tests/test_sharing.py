@@ -787,9 +787,11 @@ class TestRedis:
         finally:
             redis_server.ask("ACL", "DELUSER", "shop")
 
-    def test_killed_between_any_two_lines(self, world: World) -> None:
+    @pytest.mark.parametrize("whose", ["its own", "another's"])
+    def test_killed_between_any_two_lines(self, world: World, whose: str) -> None:
         """Wherever a round trip is broken off, the next ones put it right."""
         one, other = world.processes(2)
+        killed = one if whose == "its own" else other
         reached = 0
         peer1, peer2 = one.db.peers.values()
         for turn in itertools.count():
@@ -800,7 +802,9 @@ class TestRedis:
                 one.sharing.publish(peer2, begins)
             else:
                 (peer1.breaker.open if begins else peer1.breaker.close)()
-            if not killed_at(reached, lambda: one.link.step(world.clock())):
+            if killed is other:
+                one.step()
+            if not killed_at(reached, lambda: killed.link.step(world.clock())):
                 break
             world.clock.advance(2)
             step(one, other, one)

@@ -227,11 +227,9 @@ class Agreement:
         was_answered = said["done"] is True
         was_refused = was_answered and said.get("refused") is True
         if version > shared.drain_version or was_answered:
-            shared.drain_version = max(version, shared.drain_version)
             shared.drain_on = said["on"] is True
             shared.drain_at = self._clock() - seconds_of(said.get("age"), KEEP_DRAINS)
-            # A desired state that has come meanwhile is younger. And first this: one that was
-            # answered is sent again, if this is broken off.
+            # A desired state that has come meanwhile is younger.
             if len(shared.desired) <= len(sent):
                 elsewhere = said.get("taken") is not True
                 refused = group.apply_drained(peer, shared.drain_on, elsewhere=elsewhere)
@@ -244,6 +242,8 @@ class Agreement:
                         peer.name,
                         peer.address,
                     )
+            # Last: what is broken off above is applied again.
+            shared.drain_version = max(version, shared.drain_version)
         if was_refused:
             log(
                 logging.WARNING,
