@@ -7,6 +7,7 @@ test_sharing_processes.py.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import gc
@@ -861,6 +862,22 @@ class TestThread:
         db.group.invalidate()
         db.connect()
         assert db.sharing.link._running is life
+
+    def test_begins_at_the_next_connect_where_none_could_be_started(
+        self, own_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing has changed meanwhile: the process would learn of no drain."""
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        db = sharing_at(own_url)
+        with monkeypatch.context() as patched:
+            patched.setattr(_thread, "start_new_thread", refuse)
+            db.connect()
+        assert not db.sharing.link.is_running
+        db.connect()
+        assert db.sharing.link.is_running
 
     def test_is_not_what_keeps_a_balancer(self, own_url: str) -> None:
         """One that is dropped is gone."""

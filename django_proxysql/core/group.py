@@ -168,6 +168,10 @@ class PeerGroup:
 
     def view(self) -> View:
         """Return the peers sorted by what their circuits say; cached until one changes."""
+        if self.sharing is not None:
+            # The first connect comes by here, the first one of a forked child, and the next one
+            # where no thread could be started.
+            self.sharing.start()
         view = self._view
         if (
             view is None
@@ -177,9 +181,6 @@ class PeerGroup:
             # Read the version first: a circuit that changes while we look
             # leaves a new one behind, and this view is then built again.
             version = self.version
-            if self.sharing is not None:
-                # The first connect comes by here, and the first one of a forked child.
-                self.sharing.start()
             view = self._view = View.of(self.peers.values(), version)
         return view
 

@@ -127,6 +127,9 @@ class Living(Generic[_T]):
         """List ``thing`` for as long as it lives."""
         self._references.add(weakref.ref(thing, self._references.discard))
 
+    def __contains__(self, thing: object) -> bool:
+        return weakref.ref(thing) in self._references
+
     def all(self) -> list[_T]:
         """Return those that live."""
         # The copy is made in one step, whichever threads add and discard.

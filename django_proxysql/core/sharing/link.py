@@ -101,7 +101,7 @@ class Link(Worker):
 
     def join(self, member: Sharing) -> None:
         """Share what ``member`` knows from now on. Costs nothing later, and never blocks."""
-        is_known = member in self._members.all()
+        is_known = member in self._members
         if not is_known:
             self._members.add(member)
         if not (is_known and self.is_running):
