@@ -156,6 +156,18 @@ def test_signal_handlers_do_not_wait_for_their_own_thread() -> None:
     assert at_every_line(lambda: pools.pools_of(another()), pools.__file__) > 5
     assert at_every_line(lambda: pools.pools_of(db).retire("db1"), pools.__file__) > 3
 
+    # … in the middle of starting a thread of its own, too.
+    closed = threading.Event()
+    made = pools.Pools()
+    made.find("db1", {}, lambda: SimpleNamespace(close=closed.set))
+
+    def interrupted() -> bool:
+        with threading._active_limbo_lock:  # type: ignore[attr-defined]
+            made.retire("db1")
+            return closed.wait(60)
+
+    assert in_thread(interrupted)
+
     def listen_to_all() -> None:
         registry.balancers.add_listener(listen_to_all)
         registry.balancers.remove_listener(listen_to_all)

@@ -12,11 +12,11 @@ parent's session, and their locks may be held for ever.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import functools
 import operator
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -112,12 +112,11 @@ class Pools(runtime.Guarded):
     def retire(self, peer: str) -> None:
         """Forget a peer's pools, and close them in a thread."""
         taken = self.take(lambda known: known.peer == peer)
-        # Without a thread the interpreter is at its end, and takes them along.
+        # No threading.Thread: a signal handler may come here while its thread starts one. Without
+        # a thread the interpreter is at its end, and takes the pools along.
         with contextlib.suppress(RuntimeError):
             if taken:
-                threading.Thread(
-                    target=_close_all, args=(taken,), name="django-proxysql-pools", daemon=True
-                ).start()
+                _thread.start_new_thread(_close_all, (taken,))
 
     def notify(self, event: Event) -> None:
         """Close the pools of a peer that goes out of use; a listener of the balancer."""
