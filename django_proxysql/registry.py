@@ -251,7 +251,7 @@ def register(settings: dict[str, Any], alias: str) -> None:
     if not is_balancer(settings) and databases.get(alias) is not settings:
         return
     alias = settings.setdefault(ALIAS_KEY, alias)
-    if alias in balancers._first_read:
+    if alias in balancers._entries:
         return
     # The entry in DATABASES rather than a copy that somebody has changed.
     entry = databases.get(alias, settings)
@@ -262,8 +262,10 @@ def register(settings: dict[str, Any], alias: str) -> None:
     if settings.get("NAME", "") == "":
         settings["NAME"] = entry["NAME"]
     # A copy: with the dict itself a rewritten NAME would be its own first reading.
-    balancers._entries.setdefault(alias, dict(entry))
+    as_written = dict(entry)
     first_read = balancers._first_read.setdefault(alias, first_reading(entry))
     for copied in (entry, settings):
         copied.setdefault(NAME_KEY, first_read["NAME"])
     introduce_peers()
+    # Last: a thread that finds this finds all.
+    balancers._entries.setdefault(alias, as_written)

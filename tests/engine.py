@@ -148,10 +148,10 @@ def forget() -> None:
     for entry in list(connections.databases.values()):
         entry.pop(NAME_KEY, None)
     # A trial of the test before may be under way in its thread, and reads an entry anew: it sees
-    # first that this is done (_first_read, which comes last), and so leaves no half of one.
-    for known in (trial_worker._scheduled, balancers.known, balancers._entries, mirrors):
+    # first that this is done (_entries, which comes last), and so leaves no half of one.
+    for known in (trial_worker._scheduled, balancers.known, balancers._first_read, mirrors):
         known.clear()
-    balancers._first_read.clear()
+    balancers._entries.clear()
 
 
 def configured(databases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from django.db import OperationalError, connections
 from django.db.backends.signals import connection_created
 from django.test.utils import setup_databases, teardown_databases
 
-from django_proxysql import balancers
+from django_proxysql import balancers, registry
 from django_proxysql.conf.entry import Entry
 from django_proxysql.conf.keys import CONNECTION_KEYS, ENGINE
 from django_proxysql.conf.merging import changed_keys, first_reading, merged_settings
@@ -25,6 +25,7 @@ from tests.app.models import Token
 from tests.engine import MYSQL, SQLITE, Clock, engine, forget, mysql_peer, nodb_cursor, sqlite_peer
 from tests.servers import ADMIN, ADMIN_PASSWORD, DATABASE, PASSWORD, USER
 from tests.servers.mariadb import Node
+from tests.strikes import strikes
 
 Pair = tuple[Node, Node]
 
@@ -247,6 +248,15 @@ def test_balancers_is_a_mapping(tmp_path: pathlib.Path) -> None:
             assert balancers["tenant"] is balancers["left"]
         finally:
             del connections.databases["tenant"]
+
+
+def test_first_look_that_is_interrupted_is_followed_by_another(tmp_path: pathlib.Path) -> None:
+    """At whichever line: what was noted of the settings until then is no half of them."""
+    with engine([sqlite_peer(tmp_path / "one")], PEER_ENGINE=SQLITE):
+        for strike in strikes([registry.__file__], least=30):
+            forget()
+            strike.hits(lambda: balancers["balanced"])
+            assert balancers["balanced"].name == "balanced", strike.where
 
 
 # The dict in django.db.connections
