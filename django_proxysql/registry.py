@@ -50,9 +50,11 @@ def apart_from_transactions() -> Iterator[None]:
             del connections[alias]
         yield
     finally:
+        theirs = [getattr(mine, alias, wrapper) for alias, wrapper in apart]
         for alias, wrapper in apart:
-            made = getattr(mine, alias, wrapper)
             connections[alias] = wrapper
+        # Last: what closing raises keeps none of the thread's own from its place.
+        for made, (_, wrapper) in zip(theirs, apart):
             if made is not wrapper:
                 made.close()
 

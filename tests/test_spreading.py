@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import logging
 import pathlib
@@ -21,6 +22,7 @@ from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
 from tests.fakes import holding, in_thread, running, until
 from tests.servers.mariadb import Node
+from tests.strikes import Injected
 from tests.test_connecting import first_then_second, state
 
 Pair = tuple[Node, Node]
@@ -374,6 +376,32 @@ def test_listener_of_all_balancers(tmp_path: pathlib.Path) -> None:
             balancers.remove_listener(listen)
         balancers["balanced"].drain("peer0")
         assert len(events) == 2
+
+
+def test_listener_whose_connection_does_not_close_takes_none_of_the_threads_along(
+    tmp_path: pathlib.Path,
+) -> None:
+    peers = {name: {"ENGINE": SQLITE, **sqlite_peer(tmp_path / name)} for name in ("one", "two")}
+    closed: list[str] = []
+
+    def listen(event: Any) -> None:
+        for alias in peers:
+            connections[alias].close = functools.partial(fail, alias)  # type: ignore[method-assign]
+
+    def fail(alias: str) -> None:
+        closed.append(alias)
+        raise Injected
+
+    with engine(["one"], databases=peers, PEER_ENGINE=SQLITE):
+        before = [connections[alias] for alias in peers]
+        for wrapper in before:
+            # As where a block ends.
+            wrapper._is_apart = True  # type: ignore[attr-defined]
+        balancers["balanced"].add_listener(listen)
+        with pytest.raises(Injected):
+            balancers["balanced"].drain("one", force=True)
+        assert [connections[alias] for alias in peers] == before
+    assert closed == ["one"]
 
 
 def test_listener_that_is_spared_connects(tmp_path: pathlib.Path) -> None:
