@@ -19,7 +19,7 @@ from django_proxysql.core import aio
 from django_proxysql.core.balancer import Attempt
 from django_proxysql.core.events import CircuitOpened, PeersExhausted
 from django_proxysql.core.exceptions import ConfigError
-from tests.fakes import Clock, carried_on_by_tenacity, peers, refused_by_host, running
+from tests.fakes import Clock, carried_on_by_tenacity, peers, raised_by, refused_by_host, running
 from tests.fakes import Driver as SyncDriver
 from tests.test_balancer import SCRIPTS, play
 from tests.test_balancer import World as SyncWorld
@@ -366,6 +366,43 @@ def test_password_may_be_a_coroutine_function() -> None:
     db = AsyncLoadBalancer({"db1": {"host": "db1", "password": token}}, driver.connect)
     asyncio.run(db.connect())
     assert driver.calls[0]["password"] == "fresh"
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("end", ["connects", "is cancelled", "takes too long"])
+@pytest.mark.parametrize("counts", [True, False], ids=["", "before Python 3.11"])
+def test_password_may_come_over_another_balancers_connection(
+    end: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the two connects has its own limit, in one task."""
+    if counts and not aio._TASKS_COUNT:
+        pytest.skip("tasks count from Python 3.11 on")
+    monkeypatch.setattr(aio, "_TASKS_COUNT", counts)
+    vault, driver = Driver(), Driver()
+    secrets = AsyncLoadBalancer({"vault": {"host": "vault"}}, vault.connect, connect_timeout=10)
+
+    async def password() -> str:
+        await (await secrets.connect()).close()
+        return "fresh"
+
+    db = AsyncLoadBalancer(peers("db1", password=password), driver.connect, connect_timeout=5)
+
+    async def scene() -> None:
+        task = asyncio.ensure_future(db.connect())
+        if end == "is cancelled":
+            while not vault.calls:
+                await asyncio.sleep(0)
+            task.cancel()
+        connection = await task
+        assert task.cancel.__self__ is task
+        connection.terminate()
+
+    if end != "connects":
+        vault.down["vault"] = lambda: asyncio.sleep(3600)
+    errors = {"is cancelled": asyncio.CancelledError, "takes too long": NoPeerAvailable}
+    assert type(raised_by(lambda: asyncio.run(scene()))) is errors.get(end, type(None))
+    assert [call["password"] for call in driver.calls] == ["fresh"] * (end == "connects")
+    assert vault.sockets == driver.sockets == set()
 
 
 def test_wait_for_peer_looks_again_by_tenacitys_objects() -> None:

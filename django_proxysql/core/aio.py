@@ -216,7 +216,7 @@ class _Limit:
     Where somebody else cancels the task as well, that is what counts.
     """
 
-    __slots__ = ("_by_others", "_handle", "_is_over", "_requests", "_seconds", "_task")
+    __slots__ = ("_by_others", "_handle", "_is_over", "_outer", "_requests", "_seconds", "_task")
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -228,12 +228,14 @@ class _Limit:
         if _TASKS_COUNT:
             self._requests = task.cancelling()
         else:
+            # Its own, or another limit's: a password may come over another balancer's connection.
+            self._outer = task.cancel
             task.cancel = self._note
         self._handle = asyncio.get_running_loop().call_later(self._seconds, self._cancel)
 
     def _note(self, *args: Any, **kwargs: Any) -> Any:
         self._by_others = True
-        return type(self._task).cancel(self._task, *args, **kwargs)
+        return self._outer(*args, **kwargs)
 
     def _cancel(self) -> None:
         self._is_over = True
@@ -243,6 +245,8 @@ class _Limit:
         self._handle.cancel()
         if not _TASKS_COUNT:
             del self._task.cancel
+            if getattr(self._outer, "__self__", None) is not self._task:
+                self._task.cancel = self._outer
         elif self._is_over:
             self._by_others = self._task.uncancel() > self._requests
         if self._is_over and not self._by_others and isinstance(exc, asyncio.CancelledError):
