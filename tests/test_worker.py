@@ -317,6 +317,19 @@ class TestFork:
         go_on.set()
         assert desk.await_end() == [1]
 
+    def test_child_made_within_a_step_is_no_workers_thread(self, desk: Desk) -> None:
+        """Such as a process of multiprocessing's, which a listener starts."""
+        found: list[str] = []
+
+        def fork(what: int | None) -> None:
+            if what == 1:
+                found.append(in_child(lambda: (current_worker(), desk.is_here)))
+
+        desk.during = fork
+        desk.do(1)
+        assert desk.await_end() == [1]
+        assert found == ["(None, False)"]
+
     def test_child_made_within_a_step_ends_with_it(self, desk: Desk) -> None:
         """It does not go on with the parent's work."""
         read, write = os.pipe()

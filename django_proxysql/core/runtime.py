@@ -207,6 +207,8 @@ def _unless_done() -> None:
 def _is_home() -> None:
     global _home
     _home = os.getpid()
+    # The thread that forks may be a worker's in the parent.
+    _here.worker = None
 
 
 def _renew() -> None:
