@@ -589,6 +589,21 @@ class TestPlaces:
                     assert connection.connection is None
             connection.ensure_connection()
 
+    @pytest.mark.parametrize("in_block", [False, True])
+    def test_lost_connection_has_the_pools_only_place(
+        self, proxies: Proxies, in_block: bool
+    ) -> None:
+        """It is given back first: all may be lost at once, and none would come free."""
+        with pooled(proxies[:1], ONE) as connection:
+            connection.ensure_connection()
+            raw = connection.connection
+            proxies[0].drop_connections()
+            until_seen(raw)
+            block = transaction.atomic("balanced") if in_block else contextlib.nullcontext()
+            with block:
+                read(connection)
+            assert connection.connection is not raw
+
     def test_not_ready(self, postgres_pair: Pair) -> None:
         """A standby that fails its READY_CHECK: not counted as busy, and no place is lost."""
         postgres_pair[0].set_global("default_transaction_read_only = on")

@@ -30,7 +30,7 @@ from .decisions import (
     must_raise_loss,
 )
 from .losses import is_lost, mark, notice_unseen, settle_doubt
-from .sessions import WORKS, Session, current, give_back
+from .sessions import WORKS, Session, current, give_back, is_pooled
 
 #: What Django's connect() resets, and what a transaction that is started anew
 #: on another connection must keep.
@@ -188,6 +188,9 @@ def replace(
     if present is not None and present is not session and not present.dead:
         # A listener to the loss has asked the database: it is replaced already.
         return
+    if session.dead and is_pooled(session.connection):
+        # First: where all of a pool's connections are lost, each would wait for another's place.
+        give_back(session.connection)
     state = vars(db)
     before = dict(state)
     old, hold, transaction = db.connection, db._counted, db._transaction
