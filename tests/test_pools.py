@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,6 +36,7 @@ from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.postgresql import PostgreSQLNode
 from tests.site import until_seen
+from tests.strikes import strikes
 
 pytestmark = pytest.mark.skipif(
     django.VERSION < (5, 1), reason="Django's pools came with Django 5.1"
@@ -603,6 +606,32 @@ class TestPlaces:
             with block:
                 read(connection)
             assert connection.connection is not raw
+
+    @pytest.mark.parametrize("what", ["connect", "replace"])
+    def test_interrupted_at_any_line(self, postgres: PostgreSQLNode, what: str) -> None:
+        """Ctrl-C, or a task's time limit: the next connect need not wait for the place."""
+        files = [str(path) for path in Path(str(pools.__file__)).parent.glob("*.py")]
+        # There nothing asks for signals.
+        safe = ("try:", "return connection", "if pool is not None:", "connection._pool = pool")
+        lost: list[str] = []
+        with pooled([postgres], {**ONE, "timeout": 5}) as connection:
+            for strike in strikes(files, least=50):
+                if what == "replace":
+                    connection.ensure_connection()
+                    connection._session.lose()
+                    strike.hits(functools.partial(read, connection))
+                else:
+                    strike.hits(connection.ensure_connection)
+                connection.close()
+                if strike.where.endswith(safe):
+                    connection.close_pool()
+                try:
+                    connection.ensure_connection()
+                except OperationalError:
+                    lost.append(strike.where)
+                    connection.close_pool()
+                connection.close()
+        assert lost == []
 
     def test_not_ready(self, postgres_pair: Pair) -> None:
         """A standby that fails its READY_CHECK: not counted as busy, and no place is lost."""

@@ -24,7 +24,7 @@ from ..core.balancer import Attempt
 from ..core.peer import Checkout, Peer, ServerFacts
 from ..core.permits import JITTER
 from ..registry import Registered, balancers, register
-from .sessions import remember
+from .sessions import give_back, remember
 
 if TYPE_CHECKING:
     _Base = BaseDatabaseWrapper
@@ -71,6 +71,8 @@ class LoadBalancedMixin(_Base):
     _own_settings: dict[str, Any] | None = None
     #: The new connection whose isolation level the driver has set, so that Django need not.
     _with_level: Any = None
+    #: What has left its pool, and is not Django's yet.
+    _taken: Any = None
     #: The present connection's place in its peer's count.
     _counted: Checkout | None = None
 
@@ -236,14 +238,21 @@ class LoadBalancedMixin(_Base):
                 conn_params,
             )
         opener = self._opener(attempt, conn_params)
-        if opener is not None:
-            connection = opener(**conn_params)
-        elif self._peer_settings is self.settings_dict:
-            connection = super().get_new_connection(conn_params)
-        else:
-            connection = self._as_peer(super().get_new_connection, conn_params)
-        self._with_level = None if opener is None else connection
-        self._recall_facts(attempt, connection)
+        try:
+            if opener is not None:
+                connection = opener(**conn_params)
+            elif self._peer_settings is self.settings_dict:
+                connection = super().get_new_connection(conn_params)
+            else:
+                connection = self._as_peer(super().get_new_connection, conn_params)
+            self._with_level = None if opener is None else connection
+            self._recall_facts(attempt, connection)
+            self._taken = None
+        except BaseException:
+            # A place in a pool is lost for ever with a connection that is not given back.
+            if self._taken is not None:
+                give_back(self._taken)
+            raise
         return connection
 
     def _recall_facts(self, attempt: Attempt, connection: Any) -> None:

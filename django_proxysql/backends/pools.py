@@ -220,14 +220,9 @@ class PooledMixin(_Base):
         ):
             self._checkout = None
             return super().get_new_connection(conn_params)
-        checkout = self._checkout = Checkout(self, registered, conn_params)
+        self._checkout = Checkout(self, registered, conn_params)
         try:
             return super().get_new_connection(conn_params)
-        except BaseException:
-            # A place in a pool is lost for ever with a connection that is not given back.
-            if checkout.taken is not None:
-                give_back(checkout.taken)
-            raise
         finally:
             self._checkout = None
 
@@ -277,8 +272,6 @@ class Checkout:
             pool.get("check") if isinstance(pool, Mapping) else None
         )
         self._asked = False
-        #: The connection, from when it has left the pool.
-        self.taken: Any = None
 
     def open(self) -> None:
         """Do nothing: it is opened when it is known that the peer lives."""
@@ -317,7 +310,7 @@ class Checkout:
                     if not self._pools.has(known):
                         # Given up by another thread before it was open.
                         pool.close()
-                connection = self.taken = pool.getconn(
+                connection = self._db._taken = pool.getconn(
                     timeout=min(seconds, _A_MOMENT) if impatient else seconds
                 )
             except PoolClosed:
@@ -339,8 +332,8 @@ class Checkout:
                 known.proven = True
                 return connection
             known.proven = False
-            self.taken = None
             give_back(connection)
+            self._db._taken = None
             if time.monotonic() >= ends:
                 raise PoolTimeout("none of its connections is fit for use")
 
