@@ -405,13 +405,15 @@ def test_password_may_come_over_another_balancers_connection(
     assert vault.sockets == driver.sockets == set()
 
 
-def test_wait_for_peer_looks_again_by_tenacitys_objects() -> None:
+@pytest.mark.parametrize("is_coroutine", [True, False])
+def test_wait_for_peer_looks_again_by_tenacitys_objects(is_coroutine: bool) -> None:
     slept: list[float] = []
 
-    async def sleep(seconds: float) -> None:
+    def sleep(seconds: float) -> Awaitable[None] | None:
         slept.append(seconds)
         world.clock.advance(31)
         world.driver.down.clear()
+        return asyncio.sleep(0) if is_coroutine else None
 
     world = World("db1", stop=tenacity.stop_after_attempt(3), wait=lambda state: 7, sleep=sleep)
     world.driver.down["db1"] = refused_by_host

@@ -121,7 +121,9 @@ class AsyncLoadBalancer(Face):
         async def search_again() -> Any:
             return await self._carry_on(waiting.next_search(), open_one)
 
-        sleep: Any = self._sleep or asyncio.sleep
+        async def sleep(seconds: float) -> None:
+            await _awaited((self._sleep or asyncio.sleep)(seconds))
+
         try:
             return await tenacity.AsyncRetrying(sleep=sleep, **waiting.options())(search_again)
         except BaseException as exc:
