@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import inspect
 import os
 import sys
 import tempfile
@@ -310,10 +309,7 @@ def _retrying(view: _V, rules: Rules) -> _V:
     @functools.wraps(view)
     def run(request: Any, *args: Any, **kwargs: Any) -> Any:
         call, kept = _call(rules, view, made), Kept(request)
-        return call.repeat(
-            lambda: _is_answer(view, view(request, *args, **kwargs)),
-            lambda: kept.restore(request),
-        )
+        return call.repeat(lambda: view(request, *args, **kwargs), lambda: kept.restore(request))
 
     @functools.wraps(view)
     async def run_async(request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -354,20 +350,6 @@ def _call(rules: Rules, view: Callable[..., Any], made: Callable[..., Any]) -> C
             "Without ATOMIC_REQUESTS, put the work into a function with retrying_atomic."
         )
     return call
-
-
-def _is_answer(view: Callable[..., Any], response: Any) -> Any:
-    """Return a response.
-
-    :raises TypeError: it is a coroutine, which would run after the block has ended.
-    """
-    if inspect.iscoroutine(response):
-        response.close()
-        raise TypeError(
-            f"retrying_request: {view!r} returns a coroutine, which would run after the block has "
-            "ended. Decorate the async view itself, or what as_view() returns."
-        )
-    return response
 
 
 def _is_async(view: Callable[..., Any]) -> bool:

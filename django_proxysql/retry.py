@@ -167,13 +167,27 @@ class Call:
                 if self.runs:
                     again()
                 with self:
-                    return run()
+                    return self._done(run())
             except Error as exc:
                 seconds = self.seconds_to_wait(exc)
                 if seconds is None:
                     raise
             # Outside of the except block: the error keeps the frames of what it ended.
             time.sleep(seconds)
+
+    def _done(self, result: _T) -> _T:
+        """Return a run's result.
+
+        :raises TypeError: it is a coroutine, which would run after the block has ended.
+        """
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError(
+                f"{self._rules.caller}: {self._function!r} returns a coroutine, which would run "
+                "after the block has ended. Give it a function that does its work before it "
+                "returns. Decorate an async view itself, or what as_view() returns."
+            )
+        return result
 
     # After an error
 
@@ -297,7 +311,7 @@ def retrying_atomic(
     :raises ValueError: ``attempts`` is no int of at least 1; ``wait_for_peer`` is negative.
     :raises TypeError: ``using`` is no alias; or the function is none, or is a
         coroutine function or a generator function, which would run after its
-        block has ended; or ``wait`` is no wait strategy.
+        block has ended; or ``wait`` is no wait strategy. At a call: it returns a coroutine.
     :raises Exception: what the function or the last attempt's COMMIT raised:
         the database's own errors, and :class:`CommitOutcomeUnknown`.
     """

@@ -313,7 +313,7 @@ class TestAsync:
         async def page(request: Any) -> HttpResponse:
             return HttpResponse()
 
-        with pytest.raises(TypeError, match="Decorate the async view itself"):
+        with pytest.raises(TypeError, match="Decorate an async view itself"):
             run_by("decorator", lambda request: page(request), on_site)
 
 

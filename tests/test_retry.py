@@ -513,6 +513,16 @@ def test_what_runs_after_its_block_has_ended_is_refused(function: Any) -> None:
         retrying_atomic(function)
 
 
+class Asynchronous:
+    async def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("function", [Asynchronous(), lambda: coroutine()])
+def test_a_coroutine_that_a_function_returns_is_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match="after the block has ended"):
+        retrying_atomic(function)()
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "match"),
     [
