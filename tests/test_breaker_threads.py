@@ -218,13 +218,13 @@ class TestFork:
         assert sum(peer.connections for peer in db.peers.values()) == 1
         assert connection
 
-    def test_two_children_do_not_choose_their_peers_alike(self) -> None:
-        db = LoadBalancer(peers(*"abcdefgh"), Driver().connect)
-
-        def work() -> str:
-            return "".join(db.connect().host for _ in range(30))
-
-        assert in_child(work) != in_child(work)
+    @pytest.mark.parametrize("strategy", ["random", "round_robin", "least_connections"])
+    def test_children_do_not_choose_their_peers_alike(self, strategy: str) -> None:
+        """Each makes a connection or two: all would lead to one peer."""
+        names = [f"db{number}" for number in range(1000)]
+        db = LoadBalancer(peers(*names), Driver().connect, strategy=strategy)
+        # By chance, three are alike once in a million.
+        assert len({in_child(lambda: db.connect().host) for _ in range(3)}) > 1
 
 
 #: What a test does with a balancer.

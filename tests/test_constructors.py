@@ -25,6 +25,7 @@ ALLOWED = {
     # To be found by a fork and by the process's end. Each is a list that keeps nothing alive.
     "Guarded": {"renew_in_child(self)"},
     "PeerGroup": {"renew_in_child(self)"},
+    "RoundRobin": {"renew_in_child(self)"},
     "TrialTasks": {"renew_in_child(self)"},
     "Worker": {"_workers.add(self)"},
     "backends.peer.base.DatabaseWrapper": {"remember(self)"},

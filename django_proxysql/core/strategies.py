@@ -11,11 +11,13 @@ import bisect
 import itertools
 import operator
 import random
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .config import function, imported
 from .exceptions import ConfigError
+from .runtime import renew_in_child
 
 if TYPE_CHECKING:
     from .peer import Peer
@@ -77,10 +79,14 @@ class RoundRobin:
     by_weight = True
 
     def __init__(self) -> None:
-        # itertools.count is atomic; a random start keeps the processes of a
-        # site from walking over the peers in step.
-        self._turn = itertools.count(random.randrange(1 << 16))
         self._schedule: tuple[Sequence[Peer], Sequence[Peer]] = ((), ())
+        self.after_fork()
+        renew_in_child(self)
+
+    def after_fork(self) -> None:
+        """Begin anywhere: the processes of a site are not to walk over the peers in step."""
+        # itertools.count is atomic. Python may seed its random numbers anew only after this.
+        self._turn = itertools.count(secrets.randbelow(1 << 16))
 
     def order(self, peers: Sequence[Peer]) -> Iterator[Peer]:
         known, schedule = self._schedule
