@@ -7,6 +7,7 @@ fields of an event (:mod:`django_proxysql.core.events`), with the balancer's nam
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
 from typing import TYPE_CHECKING, Any
@@ -79,3 +80,19 @@ def _send(event: Event) -> None:
         for receiver, response in responses:
             if isinstance(response, Exception):
                 logger.error("Receiver %r of a signal raised", receiver, exc_info=response)
+
+
+def _runs_loop() -> bool:
+    """Return whether the thread runs an event loop.
+
+    There Django's ORM refuses, and an async receiver cannot be waited for.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+#: See :class:`~.core.dispatch.Dispatcher`.
+_send._avoids = _runs_loop  # type: ignore[attr-defined]

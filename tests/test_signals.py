@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 import threading
@@ -18,7 +19,7 @@ from django_proxysql import Fault, NoPeerAvailable, balancers, signals
 from django_proxysql.core import events
 from django_proxysql.core.trials import trial_worker
 from tests.children import run_python
-from tests.engine import SQLITE, Clock, engine, sqlite_peer
+from tests.engine import SQLITE, Clock, engine, rows_of, sqlite_peer
 from tests.fakes import in_thread, lock_is_free, running, until
 from tests.servers.faultproxy import FaultProxy
 from tests.site import Site, site
@@ -198,6 +199,30 @@ def test_async_receiver(peers: Peers, receive: Callable[..., Any]) -> None:
     peers.fail(0)
     assert peers.connect() == "peer1"
     assert told == ["peer0"]
+
+
+def test_of_an_event_loop_is_sent_by_a_thread(peers: Peers, receive: Callable[..., Any]) -> None:
+    """There a receiver may use the database, and may be a coroutine function."""
+    told: list[Any] = []
+    breaker = peers.balancer.peers["peer0"].breaker
+
+    def note(peer: str, **kwargs: Any) -> None:
+        told.append((peer, rows_of(connections["balanced"], "SELECT 1")))
+
+    async def note_later(peer: str, **kwargs: Any) -> None:
+        told.append(peer)
+
+    async def scene() -> None:
+        with pytest.raises(ConnectionRefusedError):
+            async with breaker.calling_async():
+                raise ConnectionRefusedError
+
+    receive(signals.peer_opened, note)
+    if django.VERSION >= (5, 0):
+        receive(signals.peer_opened, note_later)
+    asyncio.run(scene())
+    until(lambda: len(told) == 1 + (django.VERSION >= (5, 0)))
+    assert told[0] == ("peer0", [(1,)])
 
 
 # Receivers that misbehave

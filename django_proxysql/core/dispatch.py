@@ -55,6 +55,8 @@ class Dispatcher(Worker):
         self.listener = listener
         #: Calls it, within whatever its calls need.
         self.call = listener
+        #: Says whether the caller's thread is none to call it; None: each may.
+        self.avoids: Callable[[], bool] | None = getattr(listener, "_avoids", None)
         self._name = name
         self._complaint = complaint
         #: The events whose delivery has not begun.
@@ -89,7 +91,7 @@ class Dispatcher(Worker):
         if running is not None and running.ident == _thread.get_ident():
             # The listener's own doing leads to it: who delivers that delivers this.
             running.steps = max(running.steps, len(self.waiting))
-        elif must_not_wait():
+        elif must_not_wait() or (self.avoids is not None and self.avoids()):
             self.start()
         else:
             self._work_here(len(self.waiting))
@@ -186,7 +188,8 @@ class Listeners(Guarded):
         # A listener that hangs must stop neither the trials nor the sharing.
         elsewhere = must_not_wait()
         for dispatcher in dispatchers:
-            if dispatcher.is_free and not elsewhere:
+            avoids = dispatcher.avoids
+            if dispatcher.is_free and not (elsewhere or (avoids is not None and avoids())):
                 try:
                     if is_usual and dispatcher is self._log:
                         # Each connect comes by here, and mostly writes no line.
