@@ -498,19 +498,15 @@ def test_what_has_a_password_in_it_is_never_quoted(
     assert "sesame" not in str(said)
 
 
-@pytest.mark.parametrize("engine_path", [MYSQL, SQLITE, None])
-def test_peers_of_a_plain_engine_are_reported_and_make_no_balancer(engine_path: str | None) -> None:
+@pytest.mark.parametrize("path", [MYSQL, SQLITE, "django.db.backends.dummy"])
+def test_peers_of_a_plain_engine_are_reported_and_make_no_balancer(path: str) -> None:
     """No tool says that all is well with peers which no connection is made to."""
-    given = {"ENGINE": engine_path} if engine_path else {}
-    with added({"plain": {**given, "NAME": ":memory:", "PEERS": [ONE]}}):
+    with added({"plain": {"ENGINE": path, "NAME": ":memory:", "PEERS": [ONE]}}):
         (message,) = ours()
         assert "plain" not in balancers
         assert isinstance(connections["plain"], BaseDatabaseWrapper)
     assert message.id == "django_proxysql.W004"
-    engine_path = engine_path or "django.db.backends.dummy"
-    assert (
-        message.msg == f"DATABASES['plain']: PEERS has no effect with the ENGINE {engine_path!r}."
-    )
+    assert message.msg == f"DATABASES['plain']: PEERS has no effect with the ENGINE {path!r}."
     assert f"{ENGINE!r} as ENGINE" in str(message.hint)
 
 

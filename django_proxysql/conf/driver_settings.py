@@ -99,7 +99,8 @@ def _pool_takes() -> list[str]:
 def of_one_peer(entry: Entry, peer: Peer) -> None:
     """Note what the driver cannot take in a peer's settings, the balancer's below them."""
     merged, options, is_mysql = peer.merged, peer.merged["OPTIONS"], entry.is_mysql
-    hosts = {"HOST": merged.get("HOST"), "OPTIONS['host']": options.get("host")}
+    # Django before 4.1 fills in an entry's defaults later.
+    hosts = {"HOST": merged.get("HOST", ""), "OPTIONS['host']": options.get("host")}
     for key, host in hosts.items():
         if "," in str(host or ""):
             entry.add(
