@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Callable
 
 import django
+import hypothesis
 import pytest
 from django.dispatch import Signal
 
@@ -56,6 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(
         "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis-of-tests")
     )
+    # A busy machine is none of its business.
+    hypothesis.settings.register_profile(
+        "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("unhurried")
     if getattr(config.option, "numprocesses", None):
         # What servers are copied from is made once for all processes.
         current_run()

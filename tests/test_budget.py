@@ -111,7 +111,7 @@ def test_ten_a_minute_however_they_lie(used: Used) -> None:
     assert used.spend_all() == 5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.integers(min_value=1, max_value=300), st.floats(min_value=0.01, max_value=40)),

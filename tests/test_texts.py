@@ -370,7 +370,7 @@ SHARDS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     head=st.sampled_from(["SELECT", "select", "SHOW", "EXPLAIN", "(SELECT"]),
     before=st.lists(st.sampled_from(WORDS), max_size=6),
@@ -382,7 +382,7 @@ def test_no_change_is_a_read(head: str, before: list[str], word: str, after: lis
     assert text not in (Text.READ, Text.LOCKING)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(WORDS + SHARDS + DML)).map("".join)))
 @example("SELECT")
 @example("SELECT (")
