@@ -197,3 +197,20 @@ def test_sqlalchemys_asynchronous_engine_fails_over(site: Site) -> None:
 
     asyncio.run(scene(db.sqlalchemy_engine(url)))
     asyncio.run(scene(asyncio_of.create_async_engine(url, async_creator=db.connect)))
+
+
+def test_trials_that_no_connect_makes_know_what_sqlalchemys_url_says(site: Site) -> None:
+    pytest.importorskip("sqlalchemy.ext.asyncio")
+    peers = {f"db{n}": {"host": one.host, "port": one.port} for n, one in enumerate(site.proxies)}
+    db = AsyncLoadBalancer(peers, site.connect_function)
+    family = "postgresql" if "pg" in site.driver else "mysql"
+    engine = db.sqlalchemy_engine(f"{family}+{site.driver}://{USER}:{PASSWORD}@/{DATABASE}")
+
+    async def scene() -> bool:
+        async with engine.connect():
+            pass
+        await engine.dispose()
+        db.peers["db1"].breaker.open()
+        return await db.try_out("db1", now=True)
+
+    assert asyncio.run(scene())

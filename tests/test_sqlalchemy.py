@@ -154,6 +154,15 @@ class TestWhatTheDialectPasses:
         with site.engine(db, url=url).connect() as connection:
             assert site.port_of(connection) == node.port
 
+    def test_trials_that_no_connect_makes_know_what_the_url_says(self, site: Site) -> None:
+        """Without it they would be refused, and a peer that is back stay out for good."""
+        peers = {name: {"host": node.host, "port": node.port} for name, node in site.nodes.items()}
+        db = LoadBalancer(peers, site.driver.module.connect, clock=site.clock)
+        engine = site.engine(db, url=f"{site.driver.url}{USER}:{PASSWORD}@/{DATABASE}")
+        engine.connect().close()
+        db.peers["db1"].breaker.open()
+        assert db.try_out("db1", now=True)
+
 
 @pytest.mark.server
 class TestNoPeer:

@@ -193,7 +193,7 @@ class AsyncLoadBalancer(Face):
         group.background = lambda group, news: tasks.schedule(news=news)
 
     async def _open_and_close(self, attempt: Attempt) -> None:
-        connection = await self._open_one(attempt)
+        connection = await (self.opens or self._open_one)(attempt)
         # aiomysql's close() says no goodbye.
         close = getattr(connection, "ensure_closed", None) or connection.close
         try:

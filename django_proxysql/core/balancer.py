@@ -244,7 +244,7 @@ class LoadBalancer(Face):
         group.background = lambda group, news: trial_worker.schedule(group, news=news)
 
     def _open_and_close(self, attempt: Attempt) -> None:
-        connection = self._open_one(attempt)
+        connection = (self.opens or self._open_one)(attempt)
         with contextlib.suppress(Exception):
             connection.close()
 

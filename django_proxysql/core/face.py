@@ -40,6 +40,9 @@ class Face:
 
     #: Whether a refusal of a trial that no connect() makes is due to what we ask for.
     asks_for_another: Callable[[], bool] | bool = False
+    #: How a SQLAlchemy engine opened its last connection, for such trials: its URL may say what no
+    #: peer says.
+    opens: Callable[[Attempt], Any] | None = None
 
     def __init__(
         self,

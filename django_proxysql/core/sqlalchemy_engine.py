@@ -50,6 +50,7 @@ def sqlalchemy_engine(
             connect = functools.partial(driver or dbapi.connect, *args)
             return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
 
+        db.opens = open_one
         try:
             return db.connect(open_one)
         except NoPeerAvailable as exc:
@@ -74,6 +75,7 @@ def async_sqlalchemy_engine(
             connect = functools.partial(driver, *args)
             return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
 
+        db.opens = open_one
         return await db.connect(open_one)
 
     def do_connect(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> Any:
