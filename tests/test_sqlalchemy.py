@@ -154,6 +154,19 @@ class TestWhatTheDialectPasses:
         with site.engine(db, url=url).connect() as connection:
             assert site.port_of(connection) == node.port
 
+    def test_a_listener_of_its_own_may_change_them(self, site: Site) -> None:
+        """As SQLAlchemy's page on engines says of tokens that are made anew for each connect."""
+        node = site.nodes["db1"]
+        db = LoadBalancer({"db1": {"host": node.host, "port": node.port}})
+        engine = site.engine(db, url=f"{site.driver.url}{USER}@/{DATABASE}")
+
+        @sqlalchemy.event.listens_for(engine, "do_connect")
+        def provide_token(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> None:
+            params["password"] = PASSWORD
+
+        with engine.connect() as connection:
+            assert site.port_of(connection) == node.port
+
     def test_trials_that_no_connect_makes_know_what_the_url_says(self, site: Site) -> None:
         """Without it they would be refused, and a peer that is back stay out for good."""
         peers = {name: {"host": node.host, "port": node.port} for name, node in site.nodes.items()}

@@ -2,8 +2,9 @@
 
 ``creator=`` hides from the driver what SQLAlchemy's dialect passes to it (MySQL's
 ``client_flag``, without which its ORM takes an UPDATE that changes nothing for one that
-found no row), and what a creator raises is an error of no driver's to it. The event
-``do_connect`` has neither fault.
+found no row), and what a creator raises is an error of no driver's to it. A listener to
+``do_connect`` would keep the application's own, which comes after it, from being called. What
+stands in the place of the dialect's ``connect()`` has none of these faults.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def sqlalchemy_engine(
 
     :param driver: the driver's ``connect``, which may hold more arguments; None: the dialect's.
     """
-    from sqlalchemy import create_engine, event
+    from sqlalchemy import create_engine
 
     _refuse_creators(options)
     engine = create_engine(url, **options)
@@ -42,13 +43,12 @@ def sqlalchemy_engine(
         raise ConfigError(
             "url", "names a driver for asyncio", "Name one that is not, such as mysql+pymysql://."
         )
+    dbapi: Any = getattr(engine.dialect, "loaded_dbapi", None) or engine.dialect.dbapi
 
-    def do_connect(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> Any:
-        dbapi = getattr(dialect, "loaded_dbapi", None) or dialect.dbapi
-
+    def connect(*args: Any, **params: Any) -> Any:
         def open_one(attempt: Attempt) -> Any:
-            connect = functools.partial(driver or dbapi.connect, *args)
-            return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
+            opens = functools.partial(driver or dbapi.connect, *args)
+            return db.open_with(opens, attempt, _laid_over(params, attempt.peer.params))
 
         db.opens = open_one
         try:
@@ -56,7 +56,7 @@ def sqlalchemy_engine(
         except NoPeerAvailable as exc:
             raise _of_driver(dbapi, exc) from exc.__cause__
 
-    event.listen(engine, "do_connect", do_connect)
+    engine.dialect.connect = connect  # type: ignore[method-assign]
     return engine
 
 
@@ -64,7 +64,6 @@ def async_sqlalchemy_engine(
     db: Any, driver: Callable[..., Any], url: Any, **options: Any
 ) -> sqlalchemy.ext.asyncio.AsyncEngine:
     """Return an engine for ``db``; see :meth:`AsyncLoadBalancer.sqlalchemy_engine`."""
-    from sqlalchemy import event
     from sqlalchemy.ext.asyncio import create_async_engine
 
     _refuse_creators(options)
@@ -72,20 +71,21 @@ def async_sqlalchemy_engine(
 
     async def create(*args: Any, **params: Any) -> Any:
         def open_one(attempt: Attempt) -> Any:
-            connect = functools.partial(driver, *args)
-            return db.open_with(connect, attempt, _laid_over(params, attempt.peer.params))
+            opens = functools.partial(driver, *args)
+            return db.open_with(opens, attempt, _laid_over(params, attempt.peer.params))
 
         db.opens = open_one
         return await db.connect(open_one)
 
-    def do_connect(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> Any:
-        dbapi = dialect.loaded_dbapi
+    dbapi: Any = engine.dialect.loaded_dbapi
+
+    def connect(*args: Any, **params: Any) -> Any:
         try:
             return dbapi.connect(*args, **params, async_creator_fn=create)
         except NoPeerAvailable as exc:
             raise _of_driver(dbapi, exc) from exc.__cause__
 
-    event.listen(engine.sync_engine, "do_connect", do_connect)
+    engine.dialect.connect = connect  # type: ignore[method-assign]
     return engine
 
 
