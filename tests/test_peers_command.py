@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import textwrap
 import time
@@ -537,6 +538,19 @@ def test_watch(project: Command) -> None:
     assert (process.returncode, err) == (1, "")
     assert re.match(r"\d\d:\d\d:\d\d WARNING: default: peer1 down\nALIAS ", text)
     assert "\x1b" not in text + out
+
+
+@pytest.mark.parametrize("watch", [[], ["--watch", "0.05"]])
+def test_ctrl_c_before_there_is_a_verdict(tmp_path: Path, watch: list[str]) -> None:
+    """130, as a shell has it, and no traceback: the peer that is silent is no mistake of ours."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        peer = {"HOST": "127.0.0.1", "PORT": silent.getsockname()[1]}
+        entry = {"ENGINE": ENGINE, "PEER_ENGINE": MYSQL, "PEERS": [peer], "CONNECT_TIMEOUT": 60}
+        process = Command(tmp_path, entry).start(*watch)
+        with silent.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 def test_watch_sees_a_recovery(project: Command) -> None:

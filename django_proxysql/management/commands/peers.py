@@ -107,6 +107,8 @@ class Command(BaseCommand):
             raise
         except SystemExit as exc:
             raise SystemExit(exc.code and UNKNOWN) from None
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
         except Exception:
             # Python itself would end with 1, also where errors cannot be written.
             with contextlib.suppress(OSError):
@@ -131,8 +133,6 @@ class Command(BaseCommand):
         try:
             self._look(chosen, options)
         except KeyboardInterrupt:
-            if options["wait"] is not None:
-                raise _Verdict(INTERRUPTED) from None
             if options["watch"] is None or self._last is None:
                 raise
         except BrokenPipeError:
