@@ -35,6 +35,7 @@ from django_proxysql import CommitOutcomeUnknown, retrying_request, signals
 from django_proxysql.middleware import RetryingRequestMiddleware
 from django_proxysql.request import Body, Kept
 from tests.app.models import Token
+from tests.engine import make_outcome_table, rows_of
 from tests.servers.mariadb import Node
 from tests.site import Site, site
 from tests.work import MIDDLEWARE, Work, run_by, serving
@@ -531,6 +532,42 @@ def test_one_block_that_may_stand_ends_it(on_site: Site) -> None:
     finally:
         connections["second"].close()
         del databases["second"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("of_second", ["nothing", "a hook", "a read"])
+def test_an_empty_block_that_has_committed_ends_nothing(
+    mariadb: Node,
+    fault_proxy: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    of_second: str,
+) -> None:
+    """A site with two databases, of which a view uses one: the other's COMMIT left nothing."""
+    settings = {"ATOMIC_REQUESTS": True, "COMMIT_OUTCOME": "record"}
+    with site(mariadb, fault_proxy, **settings) as here:
+        make_outcome_table(here.plain)
+        databases: Any = connections.databases
+        second = {**databases[here.connection.alias]}
+        monkeypatch.setitem(databases, "second", second)
+        if way == "middleware":
+            # Django's first block is the inner one, which commits first.
+            databases[here.connection.alias] = databases.pop(here.connection.alias)
+        work, hooks = Work(here, lose=lambda: here.here.cut_before(b"; COMMIT"), at_end=True), []
+
+        def page(request: Any) -> HttpResponse:
+            if of_second == "a hook":
+                transaction.on_commit(lambda: hooks.append(work.runs), "second")
+            elif of_second == "a read":
+                rows_of(connections["second"], "SELECT 1")
+            return work(request)
+
+        is_run_again = of_second == "nothing"
+        with contextlib.nullcontext() if is_run_again else pytest.raises(OperationalError):
+            run_by(way, page, here)
+        assert (work.runs, hooks) == (1 + is_run_again, [1] * (of_second == "a hook"))
+        assert here.plain_rows() == ["run 2", "run 2, again"][: 2 * is_run_again]
+        connections["second"].close()
 
 
 @pytest.mark.parametrize("other", ["first", "last"])

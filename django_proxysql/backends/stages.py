@@ -60,8 +60,8 @@ class Transaction:
     """
 
     __slots__ = (
-        *("by_hand", "hooks", "is_whole", "mark", "may_be_read_only", "reads", "savepoints"),
-        *("stage", "undone"),
+        *("by_hand", "hooks", "is_void", "is_whole", "mark", "may_be_read_only", "reads"),
+        *("savepoints", "stage", "undone"),
     )
 
     def __init__(self, by_hand: bool, stage: Stage = BEGUN, hooks: int = 0) -> None:
@@ -71,6 +71,8 @@ class Transaction:
         #: Nothing was sent in it that may have ended it, as MySQL's DDL does: what COMMIT
         #: commits is all of it.
         self.is_whole = True
+        #: It has ended, nothing was sent in it, and no hook waited for its COMMIT.
+        self.is_void = False
         #: The application may have made it READ ONLY, in which it takes no token: the server is
         #: asked, for a part that is rolled back, or another statement, takes that back.
         self.may_be_read_only = False
@@ -164,8 +166,11 @@ class Transaction:
 
     @property
     def may_stand(self) -> bool:
-        """Whether COMMIT was sent, and not answered with a refusal, or a part may stand alone."""
-        return self.stage in _MAY_STAND or not self.is_whole
+        """Whether COMMIT was sent, and not answered with a refusal, or a part may stand alone.
+
+        What an empty one has left is nothing.
+        """
+        return (self.stage in _MAY_STAND and not self.is_void) or not self.is_whole
 
 
 #: What is in a record's place while there is no transaction. It never changes.
