@@ -226,6 +226,23 @@ def test_what_receivers_set_is_no_state(on_mariadb: Site, receive: Any) -> None:
     Narrator(on_mariadb).tell("connect; SELECT 1; kill_idle; SELECT 1; SELECT @receiver; answer 5")
 
 
+def test_a_lock_that_callproc_takes_is_held(on_postgres: Site) -> None:
+    """PostgreSQL's functions are called so."""
+    with on_postgres.connection.cursor() as cursor:
+        cursor.callproc("pg_advisory_lock", [7])
+    narrator = Narrator(on_postgres)
+    narrator.tell(f"request_ends; held; kill_idle; {SHOWN}")
+    with on_postgres.connection.cursor() as cursor:
+        cursor.callproc("pg_advisory_lock", [7])
+        cursor.callproc("pg_advisory_unlock", [7])
+    narrator.tell("request_ends; free; write one; kill_idle; read")
+    with (
+        on_postgres.connection.cursor() as cursor,
+        pytest.raises(OperationalError, match="replaced"),
+    ):
+        cursor.callproc("lastval")
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_lock_that_was_not_granted_is_not_held(here: Site, alone: bool) -> None:
     """One who asks for a lock again and again, in vain, stays free to leave a peer."""

@@ -217,11 +217,14 @@ class _Hooks(CursorWrapper):
         return run_many(self.db, self, sql, param_list, run)
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
-        """Call a stored procedure; what it does in the session is unknown."""
+        """Call a stored procedure; what it does in the session is unknown. Or a function of
+        PostgreSQL's, which may take a lock."""
         # Django 2.2's takes no third argument.
         arguments = (params,) if kparams is None else (params, kparams)
         run = functools.partial(super().callproc, procname, *arguments)
-        return run_many(self.db, self, f"CALL {procname}", params, run)
+        given = params if isinstance(params, (list, tuple)) else ()
+        called = f"CALL {procname}({', '.join(['%s'] * len(given))})"
+        return run_many(self.db, self, called, params, run, given)
 
 
 #: What Django's own ``make_cursor()`` makes, looked after.

@@ -155,10 +155,19 @@ def unseen(db: Any) -> None:
         session.wrote = session.results = True
 
 
-def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], Any]) -> Any:
+def run_many(
+    db: Any,
+    cursor: Any,
+    sql: Any,
+    param_list: Any,
+    run: Callable[[], Any],
+    params: Any = None,
+) -> Any:
     """Run executemany(); again from its beginning, if it is the first of a block and lost.
 
     Or callproc(), which no replay is allowed for.
+
+    :param params: what callproc() is given; None: it is executemany().
     """
     session = current(db)
     if session is None or cursor._server_side is not None:
@@ -168,7 +177,7 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
         finally:
             db._transaction.statement_sent()
     kind = (scan(sql) & ~READ) | kind_of_params(db, session, param_list or ())
-    session = before_statement(db, cursor, kind, session.clock(), sql, None)
+    session = before_statement(db, cursor, kind, session.clock(), sql, params)
     session.wrote = session.results = True
     if db._driver.is_busy(session.connection):
         # In a pipeline: an error may be an earlier statement's.
@@ -178,7 +187,10 @@ def run_many(db: Any, cursor: Any, sql: Any, param_list: Any, run: Callable[[], 
         session, result = attempt(db, cursor, session, statement)
     finally:
         unseen(db)
-    has_results(db, session, sql)
+    if params is None:
+        has_results(db, session, sql)
+    else:
+        after_statement(cursor, session, kind, sql, params)
     return result
 
 

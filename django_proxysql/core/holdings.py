@@ -182,8 +182,8 @@ _FUNCTION = re.compile(_NAME + CALL, re.IGNORECASE | re.VERBOSE)
 #: A statement of nothing but such calls, each of which is run, and once. In a value, under a
 #: condition, or for the rows of a table, it may be run or not.
 _ONLY_CALLS = re.compile(
-    r"(?:DO|SELECT(?:\s[\w\s.,*]+\sFROM)?)\s+CALL(?:\s*,\s*CALL)*(?:\s+FROM\s+DUAL)?[\s;]*".replace(
-        "CALL",
+    r"(?:DO|CALL|SELECT(?:\s[\w\s.,*]+\sFROM)?)\s+ONE(?:\s*,\s*ONE)*(?:\s+FROM\s+DUAL)?[\s;]*".replace(
+        "ONE",
         rf"""(?:pg_catalog\s*\.\s*)?["`]?{_NAME}["`]?\s*\(
         (?:[^()']|'[^']*'|\((?:[^()']|'[^']*'|\([^()']*\))*\))*\)
         (?:\s*::\s*\w+)?(?:\s+(?:AS\s+)?[\w"`']+)?""",
