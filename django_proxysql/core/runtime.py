@@ -1,10 +1,11 @@
 """Locks, forks and background threads: what a process is, and what may happen to it.
 
 *Locks.* An asynchronous exception (Ctrl-C, Celery's time limits, ``PyThreadState_SetAsyncExc``) is
-raised between any two instructions. In Python 3.11 to 3.13 ``with lock:`` holds against that:
+raised between any two instructions. In Python 3.11 and 3.12 ``with lock:`` holds against that:
 nothing is raised between ``__enter__`` and the block, or between the block's end and ``__exit__``.
-In Python 3.9 and 3.10 it may be after the block, and from 3.14 on before it, where ``__enter__`` is
-an ordinary call (both seen): the lock stays held, and the next thread would wait for ever.
+In Python 3.9 and 3.10 it may be after the block, in 3.13 where a loop within the block turns round,
+which is outside the block to it, and from 3.14 on before the block, where ``__enter__`` is an
+ordinary call (all seen): the lock stays held, and the next thread would wait for ever.
 
 *Forks.* ``os.register_at_fork`` is for forks by Python. uWSGI forks in C, and has Python's
 preparations made in its workers only if a setting says so (``py-call-uwsgi-fork-hooks``).
@@ -102,7 +103,7 @@ class RecoveringLock:
 
 def new_lock() -> Any:
     """Return a re-entrant lock that an asynchronous exception does not leave held."""
-    return threading.RLock() if (3, 11) <= sys.version_info < (3, 14) else RecoveringLock()
+    return threading.RLock() if (3, 11) <= sys.version_info < (3, 13) else RecoveringLock()
 
 
 # Forks
