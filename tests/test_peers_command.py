@@ -454,6 +454,20 @@ def test_drain(serving: Serving) -> None:
     assert serving.drained() == []
 
 
+def test_drain_whose_reader_has_left(serving: Serving) -> None:
+    """It is done, and no complaint says otherwise."""
+    for command, drained in (("--drain", ["peer1"]), ("--undrain", [])):
+        reader, writer = os.pipe()
+        os.close(reader)
+        buffered = {"PYTHONUNBUFFERED": "" if drained else "1"}
+        process = serving.project.start(command, "peer1", stdout=writer, environment=buffered)
+        os.close(writer)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        serving.balancer.sharing.settle(20)
+        assert serving.drained() == drained
+
+
 def test_last_usable_peer(serving: Serving) -> None:
     """It is asked who else there is; the last is drained by force only."""
     said = (

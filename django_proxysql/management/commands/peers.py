@@ -126,12 +126,12 @@ class Command(BaseCommand):
             raise CommandError("--wait goes with neither --watch nor --drain. Nothing was changed.")
         if options["force"] and options["drain"] is None:
             raise CommandError("--force is for --drain, which is not given. Nothing was changed.")
-        if is_drain:
-            self._set_drain(chosen, options)
-            return
         self._last: int | None = None
         try:
-            self._look(chosen, options)
+            if is_drain:
+                self._set_drain(chosen, options)
+            else:
+                self._look(chosen, options)
         except KeyboardInterrupt:
             if options["watch"] is None or self._last is None:
                 raise
@@ -195,6 +195,7 @@ class Command(BaseCommand):
                 f"{balancer.sharing.trouble}: look with manage.py peers, and say it again."
             )
         self.stdout.write(f"{balancer.name}: {said}")
+        self.stdout.flush()
 
     def _drain(self, balancer: LoadBalancer, name: str, options: Mapping[str, Any]) -> None:
         if not options["force"] and not balancer.peers[name].drained:
