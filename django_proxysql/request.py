@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import operator
 import os
 import sys
 import tempfile
@@ -50,6 +51,8 @@ _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 _BY_ITEMS = frozenset({dict, OrderedDict, defaultdict, list, set, tuple})
 #: … and by their attributes.
 _BY_ATTRIBUTES = (LazyObject, Model, ModelState, QuerySet)
+#: The web server's own: what these lead to may be all requests'.
+_OF_SERVER = ("META", "environ", "scope")
 
 
 class _Recorded:
@@ -182,6 +185,11 @@ class Kept:
             if hasattr(value, "__dict__"):
                 todo.append(vars(value))
         seen = set()
+        for name in _OF_SERVER:
+            value = self._attributes.get(name)
+            if type(value) is dict and id(value) not in seen:
+                seen.add(id(value))
+                self._contents.append((value, dict(value)))
         # No recursion: models may be linked in a long row.
         while todo:
             value = todo.pop()
@@ -215,6 +223,9 @@ class Kept:
         state.clear()
         state.update(self._attributes)
         for value, kept in self._contents:
+            if len(value) == len(kept) and all(map(operator.is_, _flat(value), _flat(kept))):
+                # It may be all requests' own, as the current Site is.
+                continue
             if isinstance(value, MultiValueDict):
                 # Not its own methods: a QueryDict's may refuse.
                 dict.clear(value)
@@ -223,6 +234,12 @@ class Kept:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(kept)
         self._body.restore(request)
+
+
+def _flat(value: Any) -> tuple[object, ...]:
+    """Return what is in something that is changed by its items."""
+    is_dict = isinstance(value, dict)
+    return (*dict.keys(value), *dict.values(value)) if is_dict else tuple(value)
 
 
 class _AllOf(set):  # type: ignore[type-arg]

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import io
+import sys
 import tempfile
 import weakref
 from collections import OrderedDict
@@ -416,11 +417,28 @@ class TestKept:
             assert request.products._result_cache is None
             assert list(request.products) == []
             tokens[0].value = first.username = "changed"
-            numbers.add(2)
+            numbers.add(None)
             tokens.clear()
             seen["c"] = 3
             kept.restore(request)
         assert list(request.seen) == ["a"]
+
+    def test_what_other_requests_use_as_well_is_left_alone(self) -> None:
+        """A lifespan's state; the current Site, whose attributes are there at each moment."""
+        request: Any = self.request()
+        request.scope = {"state": {"hits": (hits := {"/": 1})}}
+        site = request.site = Token(id=1, value="example.org")
+        kept = Kept(request)
+        hits["/"] += 1
+        called: list[Any] = []
+        sys.setprofile(lambda frame, event, arg: called.append(arg) if event == "c_call" else None)
+        try:
+            kept.restore(request)
+        finally:
+            sys.setprofile(None)
+        changed = [one.__self__ for one in called if one.__name__ in ("clear", "update")]
+        assert not [one for one in changed if one is vars(site)]
+        assert hits == {"/": 2}
 
     @pytest.mark.parametrize("name", ["GET", "POST"])
     def test_what_a_form_has_sent_is_there_though_a_run_changes_it(self, name: str) -> None:
