@@ -39,6 +39,7 @@ PAIRS: list[tuple[Any, Any]] = [
     ("SELECT pg_advisory_lock(7)", "DISCARD ALL"),
     ("LISTEN jobs", "UNLISTEN jobs"),
     ("LISTEN jobs", "UNLISTEN *"),
+    (("LISTEN %s", ["jobs"]), "UNLISTEN *"),
     ('LISTEN "jobs"', 'UNLISTEN "jobs"'),
     ("BEGIN", "COMMIT"),
     ("begin", "rollback;"),
@@ -99,6 +100,7 @@ NO_PAIRS: list[tuple[Any, Any]] = [
     ("SELECT GET_LOCK('a', 0)", """SELECT "RELEASE_LOCK('a')" """),
     ("SELECT service_get_write_locks('a', 'b', 0)", "SELECT service_release_locks('b')"),
     ('LISTEN "a""b"', 'UNLISTEN "a""c"'),
+    (("LISTEN %s", ["a"]), ("UNLISTEN %s", ["b"])),
     # PostgreSQL's documentation of DISCARD does not have these.
     ("SELECT pg_create_physical_replication_slot('s', true, true)", "DISCARD ALL"),
     ("SELECT pg_backup_start('x')", "DISCARD ALL"),

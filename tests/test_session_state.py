@@ -8,6 +8,7 @@ import pytest
 from django.db import OperationalError, connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.utils import Error
+from psycopg import sql
 
 from tests.fakes import running
 from tests.servers import DATABASE
@@ -241,6 +242,26 @@ def test_a_lock_that_callproc_takes_is_held(on_postgres: Site) -> None:
         pytest.raises(OperationalError, match="replaced"),
     ):
         cursor.callproc("lastval")
+
+
+@pytest.mark.parametrize(
+    ("takes", "gives"),
+    [
+        (sql.SQL("LISTEN {}").format(sql.Identifier("jobs")), "UNLISTEN jobs"),
+        ("LISTEN jobs", sql.SQL("UNLISTEN {}").format(sql.SQL("jobs"))),
+        (
+            sql.SQL("SELECT pg_advisory_lock({})").format(sql.Literal(7)),
+            sql.SQL("SELECT pg_advisory_unlock({})").format(sql.Literal(7)),
+        ),
+    ],
+)
+def test_what_a_composed_statement_takes_is_held(on_postgres: Site, takes: Any, gives: Any) -> None:
+    narrator = Narrator(on_postgres)
+    on_postgres.sql(takes)
+    narrator.tell(f"request_ends; held; kill_idle; {SHOWN}")
+    on_postgres.sql(takes)
+    on_postgres.sql(gives)
+    narrator.tell("request_ends; SELECT count(*) FROM pg_listening_channels(); answer 0; kill_idle")
 
 
 @pytest.mark.parametrize("alone", [True, False])

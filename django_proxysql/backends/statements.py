@@ -26,7 +26,7 @@ from ..core.statements import (
 )
 from .losses import notice_unseen, sent
 from .replacing import at_safe_point, before_first, bind
-from .replays import Statement, give_up, kind_of_params, run_again, takes
+from .replays import Statement, give_up, kind_of_params, run_again, takes, text_for
 from .sessions import Session, current
 
 
@@ -109,9 +109,10 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
     """Take note of what a statement that succeeded, and is no plain read, has changed."""
     if session.holds.for_life:
         db = cursor.db
-        session.holds.answered(sql, params, db.in_atomic_block or not db.autocommit)
-        if kind & STATE and asks_for_a_lock(sql) and answers_no(cursor.cursor):
-            session.holds.refused(sql, params)
+        text = text_for(db, session, sql)
+        session.holds.answered(text, params, db.in_atomic_block or not db.autocommit)
+        if kind & STATE and asks_for_a_lock(text) and answers_no(cursor.cursor):
+            session.holds.refused(text, params)
     if writes(kind):
         has_results(cursor.db, session, sql)
 

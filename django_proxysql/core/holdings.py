@@ -171,7 +171,7 @@ _STATEMENTS = [
         ("backup", r"BACKUP\s+(?:STAGE\s+(?!END\b)|LOCK\b)", r"BACKUP\s+(?:STAGE\s+END|UNLOCK)\b"),
     )
 ]
-_LISTEN = re.compile(r"(UN)?LISTEN\s+(\*|\"(?:[^\"]|\"\")+\"|[\w$]+)", re.IGNORECASE)
+_LISTEN = re.compile(r"(UN)?LISTEN\s+(\*|\"(?:[^\"]|\"\")+\"|[\w$]+|%\S+)", re.IGNORECASE)
 _DISCARD = re.compile(r"DISCARD\s+ALL\b", re.IGNORECASE)
 _NAME = r"""(release_all_locks|pg_advisory_unlock_all
     |get_lock|release_lock|service_\w+_locks
@@ -272,7 +272,8 @@ def _changes(piece: str, params: Any) -> Iterator[tuple[bool, str]]:
     if _DISCARD.match(text):
         yield from ((False, "lock *"), (False, "listen *"))
     listen = _LISTEN.match(text)
-    if listen is not None:
+    # A parameter may be another channel each time.
+    if listen is not None and not (listen.group(1) and "%" in listen.group(2)):
         yield not listen.group(1), f"listen {listen.group(2)}"
     is_run = _ONLY_CALLS.fullmatch(text) is not None
     for count, call in enumerate(_FUNCTION.finditer(piece)):

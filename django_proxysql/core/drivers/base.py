@@ -218,6 +218,10 @@ class Driver:
         """Return whether cursors made with these arguments leave rows on the wire."""
         return False
 
+    def text_of(self, connection: Any, sql: Any) -> Any:
+        """Return the text that the driver makes of a statement; as it is if that is not known."""
+        return sql
+
     def is_usual(self, connection: Any, cls: type) -> bool:
         """Return whether values of type ``cls`` become SQL in the driver's own way or Django's."""
         return False

@@ -424,6 +424,14 @@ class PostgreSQL(Driver):
             # A libpq before 14 has no such mode.
             return False
 
+    def text_of(self, connection: Any, sql: Any) -> Any:
+        # psycopg.sql, psycopg2.sql: the only way to LISTEN on a channel that a variable names.
+        try:
+            return sql.as_string(connection) if hasattr(sql, "as_string") else sql
+        except Exception:
+            # What it is made of cannot be quoted: it will not be sent.
+            return sql
+
     def is_usual(self, connection: Any, cls: type) -> bool:
         # Applications may register adapters of their own, psycopg2's ``AsIs`` among them.
         if is_psycopg2(connection):
