@@ -46,7 +46,7 @@ FINE = {
     ("backends.pools", "_pools"): "replaced as a whole, never changed",
     ("backends.engines", "_geometries"): "not gone through",
     ("request", "_attributes"): "one request's own",
-    ("request", "_states"): "one request's own",
+    ("request", "_contents"): "one request's own",
     ("retry", "_begun"): "one call's own",
 }
 
