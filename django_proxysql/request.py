@@ -335,7 +335,8 @@ def _retrying(view: _V, rules: Rules) -> _V:
         while True:
             try:
                 if call.runs:
-                    kept.restore(request)
+                    # It may copy large uploads.
+                    await _in_thread(kept.restore, request)
                 try:
                     await _in_thread(call.__enter__)
                     response = await view(request, *args, **kwargs)

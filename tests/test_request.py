@@ -269,6 +269,25 @@ class TestAsync:
         assert seen == [("Ada", b"content")] * 2
         assert [(sent["alias"], sent["run"]) for sent in told] == [(on_site.connection.alias, 2)]
 
+    def test_the_loop_goes_on_while_a_request_is_put_back(
+        self, on_site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its uploads may be large, and are copied."""
+        from asgiref.sync import sync_to_async
+
+        restore, is_in_loop, work = Kept.restore, [], Work(on_site)
+
+        def note(kept: Kept, request: Any) -> None:
+            is_in_loop.append(asyncio._get_running_loop() is not None)
+            restore(kept, request)
+
+        async def page(request: Any) -> HttpResponse:
+            return await sync_to_async(work)(request)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(Kept, "restore", note)
+        assert self.ask(page).content == b"result 2"
+        assert is_in_loop == [False]
+
     def test_an_async_view_that_raises_leaves_no_block_open(self, on_site: Site) -> None:
         from asgiref.sync import sync_to_async
 
