@@ -199,6 +199,22 @@ def test_further_urls_name_further_peers() -> None:
         assert problems("default", entry, {"default": entry}) == []
 
 
+def test_what_a_further_url_does_not_say_is_the_firsts_and_no_password_of_another_user() -> None:
+    first = "mysql://user:pw@db1/shop?charset=utf8mb4"
+    assert from_url(first, "mysql://db2/shop", "mysql://user@db3/shop") == {
+        **from_url(first),
+        "PEERS": [{"HOST": "db1"}, {"HOST": "db2"}, {"HOST": "db3"}],
+    }
+    entry = from_url(first, "mysql://other@db2/shop", "mysql://db3/shop", "mysql://b:pw@db4/shop")
+    assert entry.pop("PEERS") == [
+        {"HOST": "db1", "PASSWORD": "pw"},
+        {"HOST": "db2", "USER": "other"},
+        {"HOST": "db3", "PASSWORD": "pw"},
+        {"HOST": "db4", "USER": "b", "PASSWORD": "pw"},
+    ]
+    assert "PASSWORD" not in entry
+
+
 @pytest.mark.parametrize(
     ("second", "problem"),
     [

@@ -261,7 +261,8 @@ class Face:
         """Pin the thread or task to one peer for a ``with`` block: the first that it connects to.
 
         It holds for the thread, greenlet or asyncio task that enters the block,
-        and for what it runs by way of ``sync_to_async()``.
+        and for what it runs by way of ``sync_to_async()``. Tasks that it begins share the peer
+        once the first connect is done.
 
         For what must not be spread: migrations, test databases, reading one's
         own writes where peers lag. If the peer is lost inside the block,

@@ -113,7 +113,7 @@ def from_url(url: str, *more: str) -> dict[str, Any]:
             problem, hint = exc.args
             which = f"Database URL {number}" if more else "The database URL"
             raise ConfigError(which, problem, hint) from None
-    return entry
+    return _with_passwords(entry)
 
 
 def _joined(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,22 @@ def _joined(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     others = other.keys() - {"PEERS", *of_peers}
     if any(other[key] != entry.get(key) for key in others):
         raise _Wrong("has settings that are no peer's", "Write them in the first URL.")
+    if "USER" in own:
+        # No user's password is sent as another's: see _with_passwords().
+        own.setdefault("PASSWORD", other.get("PASSWORD"))
     return {**entry, "PEERS": entry["PEERS"] + [{**own, **peer} for peer in other["PEERS"]]}
+
+
+def _with_passwords(entry: dict[str, Any]) -> dict[str, Any]:
+    """Give each peer its password where one has a user of its own and none: None stands there."""
+    peers = entry.get("PEERS", ())
+    if not any(peer.get("PASSWORD", "") is None for peer in peers):
+        return entry
+    password = entry.pop("PASSWORD", None)
+    for peer in peers:
+        if peer.setdefault("PASSWORD", password) is None:
+            del peer["PASSWORD"]
+    return entry
 
 
 def _entry(url: str) -> dict[str, Any]:
