@@ -34,6 +34,7 @@ LEAVES_STATE = [
     *("SELECT 1 /*!, GET_LOCK('a', 0) */", "COMMIT AND CHAIN", "ROLLBACK AND CHAIN"),
     *("/* /* */ SELECT */ BEGIN", "-- x\rBEGIN\nSELECT 1", "SELECT app.set_tenant(1)"),
     *("SELECT pg_backup_start('a')", "SELECT pg_stop_backup()", "UPDATE pg_settings SET a = 1"),
+    "EXPLAIN ANALYZE UPDATE pg_settings SET a = 1",
     *("SELECT pg_create_physical_replication_slot('a')", "SELECT pg_replication_origin_create(1)"),
     *("", "%s", ";", "LOAD 'x'", "WHATEVER"),
 ]

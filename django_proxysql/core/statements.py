@@ -285,7 +285,7 @@ def _scan_reading(text: str) -> int:
     if (
         (head not in _STATELESS_HEADS and not _LOCAL.match(text))
         or (head in ("COMMIT", "ROLLBACK") and _CHAIN.search(text))
-        or (head in ("UPDATE", "WITH") and "pg_settings" in lowered)
+        or (not kind & READ and "pg_settings" in lowered)
         or _leaves_state(text, lowered)
     ):
         kind |= STATE
