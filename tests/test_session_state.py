@@ -113,6 +113,10 @@ STORIES = {
     "lock that was given back": (
         "mariadb: SELECT GET_LOCK('a', 0); SELECT RELEASE_LOCK('a'); kill_idle; SELECT 1"
     ),
+    "answer about a lock is the application's, where a cursor does not go back": (
+        "mariadb: SELECT GET_LOCK('a', 0); answer 1; held",
+        {"unbuffered": True},
+    ),
     "transaction by hand ends with rollback()": "all: BEGIN; rollback; kill_idle; SELECT 1",
     "channel given back in a block": (
         "postgres: LISTEN jobs; { UNLISTEN jobs }; SELECT pg_listening_channels(); answer; free"

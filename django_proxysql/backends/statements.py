@@ -111,7 +111,9 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
         db = cursor.db
         text = text_for(db, session, sql)
         session.holds.answered(text, params, db.in_atomic_block or not db.autocommit)
-        if kind & STATE and asks_for_a_lock(text) and answers_no(cursor.cursor):
+        # What an unbuffered cursor has read it does not give again.
+        is_kept = kind & STATE and not session.unbuffered
+        if is_kept and asks_for_a_lock(text) and answers_no(cursor.cursor):
             session.holds.refused(text, params)
     if writes(kind):
         has_results(cursor.db, session, sql)
@@ -245,9 +247,10 @@ def has_results(db: Any, session: Session, sql: Any) -> None:
 def answers_no(cursor: Any) -> bool:
     """Return whether a driver's cursor has one value, which is false, and put it back."""
     try:
+        # Before its row is read, for not all cursors go back.
+        go_to = cursor.scroll
         row = cursor.fetchone()
-        cursor.scroll(0, mode="absolute")
+        go_to(0, mode="absolute")
         return len(row) == 1 and not row[0]
     except Exception:
-        # Not all cursors go back. Their users will see what there is.
         return False
