@@ -154,6 +154,13 @@ STORIES = {
         f"DISCARD ALL; SELECT slot_name FROM pg_replication_slots; answer of_a_test; kill_idle; "
         f"{SHOWN}"
     ),
+    "table that is temporary by a search_path of the transaction's": (
+        "postgres: { SET LOCAL search_path TO pg_temp; CREATE TABLE t (id int) }; "
+        f"SELECT count(*) FROM pg_temp.t; answer 0; kill_idle; {SHOWN}"
+    ),
+    "search_path of a transaction's is no state": (
+        "postgres: { SET LOCAL search_path TO public, pg_temp }; free"
+    ),
     "lock of a transaction is no state": (
         "postgres: { SELECT pg_advisory_xact_lock(7) }; kill_idle; SELECT 1"
     ),

@@ -139,11 +139,14 @@ _STATE_HINTS = (
     *("lock", "advisory", "set_", "setseed", "dblink", "replication_", "backup", "temp"),
     *("@", ":=", "/*", 'u&"', ";"),
 )
+#: By what CREATE TABLE makes a temporary table: it outlives the SET LOCAL.
+MAKES_TEMPORARY = r"""search_path\s*(?:=|TO\b)\s*['"]?pg_temp"""
 #: Locks and SETs that end with the transaction. MySQL's SET LOCAL is SET SESSION, but it
 #: has no TO, and none of these variables.
-_LOCAL = _pattern(r"""
+_LOCAL = _pattern(rf"""
     \s*LOCK\s+(?:TABLE\s+)?(?!TABLES?\b)[\w".]+(?:\s*,\s*[\w".]+)*\s+IN\s+(?:[A-Z]+\s+)+MODE\b
-    | \s*SET\s+(?:CONSTRAINTS\b | LOCAL\s+(?:\w+(?:\.\w+)?\s+TO\b | \w+\.\w+\s*=
+    | \s*SET\s+(?:CONSTRAINTS\b | LOCAL\s+(?!{MAKES_TEMPORARY})
+    (?:\w+(?:\.\w+)?\s+TO\b | \w+\.\w+\s*=
     | (?:statement_timeout|lock_timeout|idle_in_transaction_session_timeout
     |transaction_timeout|work_mem|search_path|synchronous_commit|row_security|jit)\s*=))""")
 _CHAIN = _pattern(r"\bchain\b")

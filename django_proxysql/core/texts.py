@@ -18,7 +18,7 @@ from typing import Any
 from sqlparse import lexer
 
 from . import dialects
-from .statements import SCOPED, STATE, scan_text, shortened, without_tail
+from .statements import MAKES_TEMPORARY, SCOPED, STATE, scan_text, shortened, without_tail
 
 #: sqlparse says nothing of its types.
 _tokenize: Any = lexer.tokenize
@@ -121,9 +121,10 @@ _TRANSACTION_LOCK = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _TRANSACTION_SETTING = re.compile(
-    r"""SET\s+TRANSACTION\s[a-z\s,]+
+    rf"""SET\s+TRANSACTION\s[a-z\s,]+
     | SET\s+CONSTRAINTS\s[\w\s,".]+
-    | SET\s+LOCAL\s+\w+(?:\.\w+)?\s*(?:=|\bTO\b)\s*(?:'[^'%]*'|\w+|%s)(?:,\s*\w+)*""",
+    | SET\s+LOCAL\s+(?!{MAKES_TEMPORARY})
+    \w+(?:\.\w+)?\s*(?:=|\bTO\b)\s*(?:'[^'%]*'|\w+|%s)(?:,\s*\w+)*""",
     re.IGNORECASE | re.VERBOSE | re.ASCII,
 )
 _SCHEMA = re.compile(r"(?:CREATE|ALTER|DROP|COMMENT|GRANT|REVOKE|TRUNCATE)\s", re.IGNORECASE)
