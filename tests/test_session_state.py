@@ -156,7 +156,7 @@ STORIES = {
     ),
     "table that is temporary by a search_path of the transaction's": (
         "postgres: { SET LOCAL search_path TO pg_temp; CREATE TABLE t (id int) }; "
-        f"SELECT count(*) FROM pg_temp.t; answer 0; kill_idle; {SHOWN}"
+        f"SELECT count(*) FROM t; answer 0; kill_idle; {SHOWN}"
     ),
     "search_path of a transaction's is no state": (
         "postgres: { SET LOCAL search_path TO public, pg_temp }; free"
