@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import functools
 import gc
 import logging
@@ -347,6 +348,34 @@ def test_nothing_happens_before_the_first_connection() -> None:
             connection.ensure_connection()
         with pytest.raises(ImproperlyConfigured, match=r"'balanced'.*CHECK_INTERVALL"):
             balancers["balanced"]
+
+
+def test_connects_of_one_pinned_block_at_once_come_to_one_peer(mariadb_pair: Pair) -> None:
+    """Threads that run in the block's context, as sync_to_async()'s do, before it has its peer."""
+    both = threading.Barrier(2)
+
+    def connect_and_ask() -> int:
+        wrapper: Any = connections["balanced"]
+        with mock.patch.object(wrapper, "init_connection_state", together(wrapper)):
+            wrapper.ensure_connection()
+        with wrapper.cursor() as cursor:
+            cursor.execute("SELECT @@port")
+            return int(cursor.fetchone()[0])
+
+    def together(wrapper: Any) -> Callable[[], None]:
+        plain = wrapper.init_connection_state
+
+        def wait() -> None:
+            both.wait(60)
+            plain()
+
+        return wait
+
+    peers = [mysql_peer(node) for node in mariadb_pair]
+    with engine(peers, STRATEGY="round_robin"), balancers["balanced"].pinned():
+        context = contextvars.copy_context()
+        asked = threads(2, lambda: context.copy().run(connect_and_ask))
+        assert len(set(asked)) == 1, asked
 
 
 # Listeners
