@@ -12,7 +12,7 @@ from django.core.handlers.base import BaseHandler
 from django.utils.deprecation import MiddlewareMixin
 from django.utils.module_loading import import_string
 
-from .backends.stages import NO_TRANSACTION
+from .backends.state import NO_TRANSACTION
 from .request import Body, Kept, atomic_aliases
 from .retry import Call, Rules
 

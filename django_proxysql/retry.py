@@ -21,7 +21,7 @@ from django.db.transaction import TransactionManagementError
 
 from .backends.losses import settle_doubt
 from .backends.sessions import now_holding, still_holds
-from .backends.stages import NO_TRANSACTION, NOT_DONE, Transaction
+from .backends.state import NO_TRANSACTION, NOT_DONE, Transaction
 from .backends.wrapper import SafePointsMixin
 from .conf.aliases import is_testing
 from .core import drivers

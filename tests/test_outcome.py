@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from django_proxysql.backends.decisions import writes_token
-from django_proxysql.backends.stages import Stage
+from django_proxysql.backends.state import Stage
 from django_proxysql.core import outcome
 from django_proxysql.core.outcome import Outcome, Refusal, Tokens
 from django_proxysql.core.statements import ENDS, STATE, may_end, scan

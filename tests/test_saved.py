@@ -8,7 +8,7 @@ import pytest
 from django.db import transaction
 from django.db.utils import Error
 
-from django_proxysql.backends.stages import NO_TRANSACTION
+from django_proxysql.backends.state import NO_TRANSACTION
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.app.models import Token
 from tests.site import Site

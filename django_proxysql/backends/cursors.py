@@ -22,7 +22,7 @@ from .losses import mark, note, notice_unseen
 from .replacing import at_safe_point, before_first, note_named
 from .replays import Statement, kind_of_params, run_again
 from .sessions import Session, current
-from .stages import BEGUN
+from .state import BEGUN
 from .statements import (
     after_statement,
     before_statement,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..core.faults import Fault, Judgement
 from ..core.texts import Text
-from .stages import ACTIVE, Stage
+from .state import ACTIVE, Stage
 
 
 class After(NamedTuple):

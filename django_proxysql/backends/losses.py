@@ -22,7 +22,7 @@ from ..core.parameters import are_small
 from ..core.peer import Peer
 from .decisions import Answer, Verdict, after_error, after_read_only, loss_counts
 from .sessions import NOT_MADE, Session, close_for_good, current
-from .stages import BEGUN
+from .state import BEGUN
 
 #: What a driver, or what it calls, raises of the arguments it was given, besides its own errors.
 _OF_THE_CALL = (

@@ -32,7 +32,7 @@ from .losses import is_of_server, is_of_the_call, throw_away
 from .replacing import replace
 from .replays import are_sendable, dialect_of, has_only_read, rehearse
 from .sessions import Session
-from .stages import ACTIVE, NOT_DONE, ROLLED_BACK, UNKNOWN
+from .state import ACTIVE, NOT_DONE, ROLLED_BACK, UNKNOWN
 from .tokens import begin, delete_some
 
 #: Django before 4.2 logs no COMMIT.

@@ -30,7 +30,8 @@ from .decisions import (
     must_raise_loss,
 )
 from .losses import is_lost, mark, notice_unseen, settle_doubt
-from .sessions import WORKS, Session, current, give_back, is_pooled
+from .sessions import Session, current, give_back, is_pooled
+from .state import WORKS
 
 #: What Django's connect() resets, and what a transaction that is started anew
 #: on another connection must keep.

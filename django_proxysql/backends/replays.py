@@ -20,7 +20,7 @@ from .losses import did_not_run
 from .proofs import is_undone, reads_anew
 from .replacing import begin_anew, bind, replace
 from .sessions import Session, close_for_good
-from .stages import MOST_BEGUN_ANEW
+from .state import MOST_BEGUN_ANEW
 
 #: MySQL's refusal of a write in a READ ONLY transaction, and PostgreSQL's.
 _REFUSALS = (1792, "25006")

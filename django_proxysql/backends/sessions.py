@@ -1,4 +1,4 @@
-"""What is known of one established connection, its health too, and how the driver's is closed.
+"""What is known of one established connection, and how the driver's is closed.
 
 A forked child has a copy of every descriptor. Two processes that talk over one
 connection get each other's answers, and a child that closes one ends the parent's session.
@@ -11,7 +11,6 @@ the connections stay as they are, as with Django's own engines.
 
 from __future__ import annotations
 
-import enum
 import math
 import threading
 from collections.abc import Callable
@@ -25,105 +24,10 @@ from ..core.logger import complain
 from ..core.parameters import VALUES
 from ..core.peer import Peer
 from ..core.permits import Permit
+from .state import Health
 
 #: Not every connection has a transaction, and none needs a counter before its first.
 NOT_MADE = object()
-
-
-class Life(enum.Enum):
-    """Whether a connection can be used."""
-
-    WORKS = "works"
-    #: It works, but its peer is not ready: replaced at the next safe point.
-    LEAVING = "leaving"
-    #: It is lost, and the application does not know. It stays in place until the next safe point.
-    LOST = "lost"
-    #: It is lost, and its error was raised in the application.
-    ERROR_RAISED = "error raised"
-
-
-# By these names: up to Python 3.11 each look at an enum's member is a call.
-WORKS, LEAVING, LOST, ERROR_RAISED = Life
-
-
-class Health:
-    """One connection's health. Each method is one transition; nothing else writes it."""
-
-    __slots__ = ("dead", "doubted", "error", "life", "loss", "poll", "timed_out", "unsure")
-
-    def __init__(self, poll: Callable[[int], object] | None) -> None:
-        self.life = WORKS
-        #: Whether :attr:`life` is LOST or ERROR_RAISED, for code that asks at each statement.
-        self.dead = False
-        #: Looks at the socket; None where that cannot be done, or no longer.
-        self.poll = poll
-        #: The driver raised something that was no answer: ask before trusting the socket.
-        self.unsure = False
-        #: A write was refused, and the connection could not be asked why: asked at the next
-        #: safe point.
-        self.doubted = False
-        #: It was given up for its silence, which may not have been its end.
-        self.timed_out = False
-        #: What the driver said when it ended, or refused its peer's service.
-        self.error = ""
-        #: What the ping of a dead socket raised, to be raised in COMMIT's place.
-        self.loss: BaseException | None = None
-
-    @property
-    def is_leaving(self) -> bool:
-        return self.life is LEAVING
-
-    @property
-    def error_raised(self) -> bool:
-        return self.life is ERROR_RAISED
-
-    def leave(self, error: str) -> None:
-        """Note that its peer refuses its service."""
-        if not self.dead:
-            self.life, self.doubted = LEAVING, False
-            self.error = error
-
-    def lose(
-        self, error: str = "", *, timed_out: bool = False, loss: BaseException | None = None
-    ) -> None:
-        """Note that the connection has ended. What is learned of it later says nothing of how."""
-        if not self.dead:
-            # First: what an asynchronous exception leaves behind is not used again.
-            self.dead = True
-            self.life, self.timed_out = LOST, timed_out
-        # The number of its socket may belong to another connection by now.
-        self.poll = None
-        self.unsure = self.doubted = False
-        self.error = self.error or error
-        self.loss = self.loss or loss
-
-    def raised(self) -> None:
-        """Note that an error that was met on the connection goes to the application."""
-        if self.dead:
-            self.life = ERROR_RAISED
-
-    def not_raised(self) -> None:
-        """Note that the error that was met last has not reached the application."""
-        if self.dead:
-            self.life = LOST
-
-    def doubt(self) -> None:
-        """Note that a write was refused, and that the connection could not be asked why."""
-        self.doubted = not self.dead
-
-    def settle_doubt(self) -> None:
-        """Note that the connection is being asked."""
-        self.doubted = False
-
-    def distrust(self) -> None:
-        """Note that the driver raised what is no answer of the server's."""
-        if not self.dead:
-            self.unsure, self.poll = True, None
-
-    def trust(self, poll: Callable[[int], object] | None) -> None:
-        """Note that the server has answered, after the driver was not trusted."""
-        if self.unsure:
-            self.unsure, self.poll = False, poll
 
 
 class Session(Health):

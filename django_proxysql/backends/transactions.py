@@ -21,7 +21,7 @@ from .losses import abandon, did_not_run, is_lost, mark, notice_unseen, sent
 from .outcomes import Token, commit_with, is_as_good_as_committed, stands, token_for
 from .replacing import at_safe_point, before_first, is_restartable, is_safe, replace, restart
 from .sessions import Session, close_for_good, current
-from .stages import (
+from .state import (
     ACTIVE,
     BEGUN,
     COMMITTED,

@@ -38,7 +38,7 @@ from .sessions import (
     give_back,
     is_pooled,
 )
-from .stages import ACTIVE, BEGUN, NO_TRANSACTION, Transaction
+from .state import ACTIVE, BEGUN, NO_TRANSACTION, Transaction
 
 
 class ErrorHook(DatabaseErrorWrapper):
