@@ -221,17 +221,22 @@ class TestFirstWrite:
                 "INSERT INTO watched (a) VALUES (1)",
             ),
             (
+                "app.2",
+                ["CREATE TABLE app.2 (a int) ENGINE = MyISAM"],
+                "INSERT INTO app.2 SELECT COUNT(*) FROM app_token",
+            ),
+            (
                 "app_token",
                 ["CREATE OR REPLACE VIEW seen AS SELECT value FROM app_token"],
                 "INSERT INTO seen (value) VALUES ('one')",
             ),
         ],
-        ids=["a table without transactions", "a trigger", "a view"],
+        ids=["a table without transactions", "a trigger", "a number for a name", "a view"],
     )
     def test_of_what_a_rollback_may_not_undo_is_raised(
         self, on_mariadb: Site, changed: str, made: list[str], statement: str
     ) -> None:
-        drops = "DROP TABLE IF EXISTS watched, rough", "DROP VIEW IF EXISTS seen"
+        drops = "DROP TABLE IF EXISTS watched, rough, app.2", "DROP VIEW IF EXISTS seen"
         on_mariadb.plainly(*drops, *made)
         assert not self.lose(on_mariadb, statement)
         assert self.count(on_mariadb, changed) <= 1

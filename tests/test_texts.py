@@ -85,6 +85,7 @@ LISTED: dict[Text, list[str]] = {
     Text.OTHER: [
         *("INSERT INTO t VALUES (1); DELETE FROM z", "INSERT INTO t VALUES (f())", "INSERT"),
         *("INSERT INTO t VALUES (app.count(1))", "INSERT INTO t VALUES (nextval('s'))"),
+        *("INSERT INTO app.2 SELECT a FROM t", "SELECT a FROM app.2", "UPDATE `a`.2 SET b = 1"),
         *("INSERT t (a) VALUES (1)", "UPDATE t SET a = f(1)", "UPDATE t SET a = (@x := 1)"),
         *("UPDATE t SET a = LAST_INSERT_ID(a + 1)", "DELETE FROM t -- x", "CALL p()", "DO f()"),
         *(r"DELETE FROM t WHERE a = '\'", "WITH a AS (SELECT 1) DELETE FROM t", "TRUNCATE t"),

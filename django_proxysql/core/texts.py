@@ -248,6 +248,9 @@ def _split(sql: str, dialect: str | None) -> list[_Token]:
         if not space and _is_of_word(last[-1:]) and _is_of_word(value[:1]):
             # A number and a word, which some versions part where others do not.
             return []
+        if not space and value[0] == "." and value != "." and not _SIGN.fullmatch(last or "("):
+            # A table's name, and no number: app.2
+            return []
         if _QUOTED.fullmatch(value):
             tokens.append((_VALUE, value[0], space))
             value = "''"
