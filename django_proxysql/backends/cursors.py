@@ -22,7 +22,7 @@ from .losses import mark, note, notice_unseen
 from .replacing import at_safe_point, before_first, note_named
 from .replays import Statement, kind_of_params, run_again
 from .sessions import Session, current
-from .state import BEGUN
+from .state import BEGUN, NO_TRANSACTION
 from .statements import (
     after_statement,
     before_statement,
@@ -70,8 +70,9 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         ):
             if session is not None and self._server_side is not None:
                 return declare(db, self, session, sql, params, plain)
-            # A driver whose connections are not looked after.
-            note_end(db, scan(sql), sql)
+            if db._transaction is not NO_TRANSACTION:
+                # A driver whose connections are not looked after.
+                note_end(db, scan(sql), sql)
             return plain(self, sql, params, many, context)
         try:
             kind = kinds[sql]
