@@ -13,9 +13,10 @@ from django.core.management import CommandError, call_command
 from django.db import connections
 
 from django_proxysql.conf.keys import ENGINE
-from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, make_outcome_table, mysql_peer
 from tests.project import Project
 from tests.servers import USER
+from tests.servers.mariadb import Node
 from tests.test_project import DATABASE, FILES
 
 TESTS = """
@@ -117,3 +118,20 @@ def test_an_engine_without_tokens_migrates_without_the_table(
         assert said.getvalue().startswith("There is no load balancer")
         with pytest.raises(CommandError, match="'shop' is no load balancer of MySQL's or"):
             call_command("prune_commits", database="shop")
+
+
+def test_a_database_without_the_table_keeps_no_other_from_being_pruned(
+    mariadb_pair: tuple[Node, Node],
+) -> None:
+    first, second = ([mysql_peer(node)] for node in mariadb_pair)
+    with (
+        engine(first, alias="first", COMMIT_OUTCOME="record") as without,
+        engine(second, alias="second", COMMIT_OUTCOME="record") as connection,
+    ):
+        make_outcome_table(connection)
+        with without.cursor() as cursor:
+            cursor.execute("DROP TABLE IF EXISTS django_proxysql_commit")
+        said = io.StringIO()
+        with pytest.raises(CommandError, match=r"^first: there is no table"):
+            call_command("prune_commits", stdout=said)
+    assert said.getvalue() == "second: 0 tokens deleted\n"

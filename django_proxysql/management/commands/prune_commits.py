@@ -44,12 +44,15 @@ class Command(BaseCommand):
         if database is not None and not records(database):
             raise CommandError(f"{database!r} is {_WRITES}.")
         aliases = [alias for alias in connections if records(alias)]
+        without = []
         for alias in aliases if database is None else [database]:
-            if not has_table(connections[alias]):
-                raise CommandError(
-                    f"{alias}: there is no table {TABLE}. Run: manage.py migrate --database {alias}"
-                )
-            deleted = delete_old(connections[alias], int(given[1]) * _UNITS[given[2]])
-            self.stdout.write(f"{alias}: {deleted} tokens deleted")
+            if has_table(connections[alias]):
+                deleted = delete_old(connections[alias], int(given[1]) * _UNITS[given[2]])
+                self.stdout.write(f"{alias}: {deleted} tokens deleted")
+            else:
+                remedy = f"Run: manage.py migrate --database {alias}"
+                without.append(f"{alias}: there is no table {TABLE}. {remedy}")
+        if without:
+            raise CommandError("\n".join(without))
         if not aliases:
             self.stdout.write(f"There is {_WRITES}.")
