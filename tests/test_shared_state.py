@@ -42,7 +42,6 @@ FINE = {
     ("core.holdings", "for_life"): "one session's own",
     ("core.budget", "_barred"): "under the lock",
     ("monitoring.history", "changes"): "under the lock",
-    ("monitoring.history", "trials"): "under the lock",
     ("backends.pools", "_pools"): "replaced as a whole, never changed",
     ("backends.engines", "_geometries"): "not gone through",
     ("request", "_attributes"): "one request's own",

@@ -14,6 +14,7 @@ import pytest
 from django_proxysql.core.circuit import CLOSED, HALF_OPEN, OPEN
 from django_proxysql.core.events import Connected, ConnectFailed, PeerDrained
 from django_proxysql.core.faults import Fault
+from django_proxysql.monitoring import history
 from django_proxysql.monitoring.history import (
     DRAINED,
     MOST_CHANGES,
@@ -27,6 +28,7 @@ from django_proxysql.registry import balancers
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, sqlite_peer
 from tests.fakes import holding, running, until
+from tests.test_locks import at_every_line
 
 
 class World:
@@ -164,14 +166,24 @@ class TestHistory:
         assert all(one != other for one, other in zip(states, states[1:]))
         assert states[-1] == CLOSED
 
+    def test_signal_handlers_at_every_line(self, world: World) -> None:
+        """One that causes an event while its thread looks, or notes another."""
+        trial = ConnectFailed("balanced", "peer0", "", 0.1, True, Fault.LOST, "lost", 1, False)
+
+        def note_and_look() -> None:
+            world.history(trial)
+            world.history.of("balanced", "peer0")
+            world.history.count("balanced", ConnectFailed)
+
+        assert at_every_line(note_and_look, history.__file__) > 20
+
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
     @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
     def test_fork_while_another_thread_is_at_it(self) -> None:
         """The child's history goes on from its parent's, on a free lock."""
-        from django_proxysql.monitoring.history import history
-
-        with holding(history._lock):
-            assert in_child(lambda: history._lock.acquire(blocking=False)) == "True"
+        lock = history.history._lock
+        with holding(lock):
+            assert in_child(lambda: history.history._lock.acquire(blocking=False)) == "True"
 
 
 def utc(moment: float) -> datetime:

@@ -120,12 +120,12 @@ class History(Guarded):
         Its first change may lie before that; what was earlier still is not known.
         """
         since = self.clock() - SPAN
-        # Guards the row's deques, which a thread may add to.
+        # Guards the row's deques, which a thread may add to. (A signal handler of its own, too.)
         with self._lock:
             row = self._rows.get((balancer, peer))
             if row is None:
                 return [], []
-            return list(row.changes), [trial for trial in row.trials if trial.at >= since]
+            return list(row.changes), [trial for trial in row.trials.copy() if trial.at >= since]
 
     def _note(self, balancer: LoadBalancer, peer: Peer) -> _Row:
         now, state = self.clock(), state_of(peer.drained, peer.breaker.circuit)
