@@ -89,6 +89,10 @@ NO_PAIRS: list[tuple[Any, Any]] = [
     ("BEGIN", "ROLLBACK\nTO a"),
     ("BEGIN", "COMMIT PREPARED 'x'"),
     ("BEGIN", "COMMIT AND CHAIN"),
+    ("BEGIN", "/*!999999 COMMIT */"),
+    # MySQL runs what stands in these comments.
+    ("/*! BEGIN */", "SELECT 1"),
+    ("/* x */ /*!50000 START TRANSACTION */", "SELECT 1"),
     ("BEGIN; INSERT INTO t VALUES ('; COMMIT')", "SELECT 1"),
     ("SET autocommit = 0", "COMMIT"),
     ("SET wsrep_on = OFF", "SET sql_mode = ''"),

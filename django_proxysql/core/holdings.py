@@ -137,6 +137,7 @@ def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
 
 
 _COMMENT = re.compile(r"/\*(?!M?!)(?:.*?\*/|.*)|(?:--|#)[^\n]*\n", re.DOTALL)
+_RUN = re.compile(r"/\*M?!\d*|\*/")
 _MORE = re.compile(r";\s*(?=\S)")
 
 
@@ -234,11 +235,14 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
         ]
         found.update(name for _takes, name in here)
         yield from here
-    if _COMMENT.search(read[0]):
-        # What looks like a comment may be none: in a value, or an operator of PostgreSQL's.
-        for takes, name in _changes(sql, params):
-            if takes and name not in found:
-                yield takes, name
+    # What looks like a comment may be none: in a value, or an operator of PostgreSQL's. And MySQL
+    # runs what stands in some.
+    others = [sql] if _COMMENT.search(read[0]) else []
+    others += [_RUN.sub(" ", _COMMENT.sub(" ", sql))] if _RUN.search(sql) else []
+    for other in others:
+        here = [(takes, name) for takes, name in _changes(other, params) if takes]
+        yield from (one for one in here if one[1] not in found)
+        found.update(name for _takes, name in here)
 
 
 def leaves_more(sql: Any) -> bool:
