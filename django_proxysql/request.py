@@ -175,8 +175,8 @@ class Kept:
         # Not the request itself: it may hold this one, and with it would be garbage.
         self._body = body or Body.record(request)
         self._attributes = dict(vars(request))
-        #: What a run may change in place, and what was in it.
-        self._contents: list[tuple[Any, Any]] = []
+        #: What a run may change in place, what was in it, and whether it is an object's attributes.
+        self._contents: list[tuple[Any, Any, bool]] = []
         todo: list[Any] = list(self._attributes.values())
         for name in ("session", "_messages"):
             value = self._attributes.get(name)
@@ -189,7 +189,7 @@ class Kept:
             value = self._attributes.get(name)
             if type(value) is dict and id(value) not in seen:
                 seen.add(id(value))
-                self._contents.append((value, dict(value)))
+                self._contents.append((value, dict(value), False))
         # No recursion: models may be linked in a long row.
         while todo:
             value = todo.pop()
@@ -197,7 +197,8 @@ class Kept:
             kind = type(value)
             if kind in _PLAIN:
                 continue
-            if issubclass(kind, _BY_ATTRIBUTES):
+            is_object = issubclass(kind, _BY_ATTRIBUTES)
+            if is_object:
                 value, kind = vars(value), dict
             elif issubclass(kind, MultiValueDict):
                 # A QueryDict may be made mutable by a widespread trick.
@@ -207,11 +208,13 @@ class Kept:
             if id(value) in seen:
                 continue
             seen.add(id(value))
+            if kind is tuple:
+                todo.extend(value)
+                continue
             # Not a MultiValueDict's own, which leaves values out.
-            kept: Any = dict.copy(value) if issubclass(kind, dict) else tuple(value)  # type: ignore[arg-type]
+            kept: Any = value.copy() if kind in _BY_ITEMS else dict.copy(value)  # type: ignore[arg-type]
             todo.extend(kept.values() if isinstance(kept, dict) else kept)
-            if kind is not tuple:
-                self._contents.append((value, kept))
+            self._contents.append((value, kept, is_object))
 
     def restore(self, request: Any) -> None:
         state = vars(request)
@@ -222,24 +225,33 @@ class Kept:
                     upload.close()
         state.clear()
         state.update(self._attributes)
-        for value, kept in self._contents:
+        for value, kept, is_object in self._contents:
             if len(value) == len(kept) and all(map(operator.is_, _flat(value), _flat(kept))):
-                # It may be all requests' own, as the current Site is.
+                # It may be all requests' own.
                 continue
-            if isinstance(value, MultiValueDict):
+            if is_object:
+                # So may this be, as the current Site is: what was there is there at each moment.
+                value.update(kept)
+                for name in value.keys() - kept.keys():
+                    value.pop(name, None)
+            elif isinstance(value, MultiValueDict):
                 # Not its own methods: a QueryDict's may refuse.
                 dict.clear(value)
                 dict.update(value, kept)
             else:
                 value.clear()
+                # A set's members are not hashed anew, which may be impossible by now.
                 (value.extend if isinstance(value, list) else value.update)(kept)
         self._body.restore(request)
 
 
 def _flat(value: Any) -> tuple[object, ...]:
     """Return what is in something that is changed by its items."""
-    is_dict = isinstance(value, dict)
-    return (*dict.keys(value), *dict.values(value)) if is_dict else tuple(value)
+    if isinstance(value, set):
+        return tuple(sorted(value, key=id))
+    if isinstance(value, MultiValueDict):
+        return (*dict.keys(value), *dict.values(value))
+    return (*value, *value.values()) if isinstance(value, dict) else tuple(value)
 
 
 class _AllOf(set):  # type: ignore[type-arg]

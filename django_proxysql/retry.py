@@ -185,7 +185,9 @@ class Call:
             raise TypeError(
                 f"{self._rules.caller}: {self._function!r} returns a coroutine, which would run "
                 "after the block has ended. Give it a function that does its work before it "
-                "returns. Decorate an async view itself, or what as_view() returns."
+                "returns. Decorate an async view itself by retrying_request, or what as_view() "
+                "returns; from other async code, call a function that is not async by "
+                "sync_to_async."
             )
         return result
 

@@ -510,6 +510,15 @@ def test_peers_of_a_plain_engine_are_reported_and_make_no_balancer(path: str) ->
     assert f"{ENGINE!r} as ENGINE" in str(message.hint)
 
 
+def test_no_remedy_leads_to_another_mistake() -> None:
+    """PEERS of a peer are said to be none's there once; CONN_MAX_AGE is not for a pool."""
+    aliased = {"ENGINE": POSTGRESQL, "HOST": "10.0.0.8", "NAME": "x", "CONN_MAX_AGE": 60}
+    pooled = {"PEERS": ["aliased"], "OPTIONS": {"pool": True}}
+    with added({"aliased": {**aliased, "PEERS": [ONE]}, "balanced": entry(pooled)}):
+        said = [message for message in ours() if message.id != "django_proxysql.E014"]
+    assert [message.msg.partition(" ")[0] for message in said] == ["DATABASES['aliased']:"]
+
+
 def test_several_mistakes_are_all_shown_errors_first_each_once() -> None:
     settings = {
         "PEERS": [ONE, dict(ONE), "nonesuch"],

@@ -123,7 +123,13 @@ def test_two_threads_that_take_it_away_at_once_put_one_lock_in_its_place(
 
 @pytest.mark.parametrize(
     ("version", "needed"),
-    [((3, 10, 18), True), ((3, 11, 0), False), ((3, 12, 9), False), ((3, 13, 0), True)],
+    [
+        ((3, 10, 18), True),
+        ((3, 11, 0), False),
+        ((3, 12, 9), False),
+        ((3, 13, 0), True),
+        ((3, 14, 0), True),
+    ],
 )
 def test_where_it_is_needed(
     monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], needed: bool

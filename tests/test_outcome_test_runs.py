@@ -116,7 +116,7 @@ def test_an_engine_without_tokens_migrates_without_the_table(
         said = io.StringIO()
         call_command("prune_commits", stdout=said)
         assert said.getvalue().startswith("There is no load balancer")
-        with pytest.raises(CommandError, match="'shop' is no load balancer of MySQL's or"):
+        with pytest.raises(CommandError, match=r"^'shop' is no load .* Leave --database out"):
             call_command("prune_commits", database="shop")
 
 

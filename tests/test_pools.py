@@ -611,7 +611,7 @@ class TestPlaces:
     def test_interrupted_at_any_line(self, postgres: PostgreSQLNode, what: str) -> None:
         """Ctrl-C, or a task's time limit: the next connect need not wait for the place."""
         files = [str(path) for path in Path(str(pools.__file__)).parent.glob("*.py")]
-        # There nothing asks for signals.
+        # From Python 3.11 on nothing asks for signals there.
         safe = ("try:", "return connection", "if pool is not None:", "connection._pool = pool")
         lost: list[str] = []
         with pooled([postgres], {**ONE, "timeout": 5}) as connection:

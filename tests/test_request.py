@@ -334,7 +334,7 @@ class TestAsync:
         async def page(request: Any) -> HttpResponse:
             return HttpResponse()
 
-        with pytest.raises(TypeError, match="Decorate an async view itself"):
+        with pytest.raises(TypeError, match="Decorate an async view itself by retrying_request"):
             run_by("decorator", lambda request: page(request), on_site)
 
 
@@ -449,15 +449,30 @@ class TestKept:
         site = request.site = Token(id=1, value="example.org")
         kept = Kept(request)
         hits["/"] += 1
+        site.value, site.cached = "changed", "by the run"
         called: list[Any] = []
         sys.setprofile(lambda frame, event, arg: called.append(arg) if event == "c_call" else None)
         try:
             kept.restore(request)
         finally:
             sys.setprofile(None)
-        changed = [one.__self__ for one in called if one.__name__ in ("clear", "update")]
-        assert not [one for one in changed if one is vars(site)]
+        emptied = [one.__self__ for one in called if one.__name__ == "clear"]
+        assert not [one for one in emptied if one is vars(site)]
+        assert (site.value, vars(site).get("cached")) == ("example.org", None)
         assert hits == {"/": 2}
+
+    def test_a_set_of_rows_that_a_run_has_deleted_is_whole_again(self) -> None:
+        request: Any = self.request()
+        token = Token(id=1)
+        request.chosen = {token}
+        request.order = OrderedDict.fromkeys("abc")
+        kept = Kept(request)
+        request.chosen.clear()
+        token.pk = None
+        request.order.move_to_end("a")
+        kept.restore(request)
+        assert request.chosen == {Token(id=1)}
+        assert list(request.order) == ["a", "b", "c"]
 
     @pytest.mark.parametrize("name", ["GET", "POST"])
     def test_what_a_form_has_sent_is_there_though_a_run_changes_it(self, name: str) -> None:

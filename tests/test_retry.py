@@ -205,6 +205,7 @@ def test_with_a_driver_that_is_not_looked_after_a_part_that_may_stand_is_seen(
     finally:
         on_mariadb.connection.close()
         on_mariadb.plainly("DROP TABLE IF EXISTS split")
+        on_mariadb.plainly("DROP PROCEDURE commits")
 
 
 @EVERY_WAY

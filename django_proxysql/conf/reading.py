@@ -33,7 +33,7 @@ from .keys import (
     PEER_KEYS,
     is_balancer,
 )
-from .merging import address
+from .merging import address, options_of
 
 #: Packages whose backends take connections out of a pool that they keep by alias. These are
 #: known before they connect. Of others backends.engines finds it out when they connect.
@@ -291,11 +291,14 @@ def _of_tests_and_requests(entry: Entry, peer: str, settings: Mapping[str, Any])
                 f"Move {key} to {entry.alias!r}.",
             )
     for key, default in _OF_CONNECTIONS.items():
+        if key == "CONN_MAX_AGE" and options_of(entry.settings).get("pool"):
+            # The pool keeps them.
+            continue
         if entry.settings.get(key, default) == default != settings.get(key, default):
             entry.add(
                 "W002",
                 f"Peer {peer!r} has {key}. Only connections straight to the peer have it.",
-                f"Give {key} to {entry.alias!r}, too.",
+                f"Give {key} to {entry.alias!r}, too, or leave it out of the peer.",
             )
 
 
@@ -326,8 +329,9 @@ def _keys_of_balancer(entry: Entry) -> None:
 def _keys_of_alias(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
     """Note what is wrong with the keys of a peer that is another entry of DATABASES."""
     _misspelt(entry, where, settings, PEER_KEYS)
-    # Django's own hold for a connection straight to the peer.
-    _of_the_balancer(entry, where, settings, BALANCER_KEYS)
+    # Django's own hold for a connection straight to the peer. PEERS are said to be none's there.
+    keys = tuple(key for key in BALANCER_KEYS if key != "PEERS")
+    _of_the_balancer(entry, where, settings, keys)
     if "PEER_NAME" in settings:
         entry.add(
             "W004",

@@ -262,7 +262,8 @@ class Face:
 
         It holds for the thread, greenlet or asyncio task that enters the block,
         and for what it runs by way of ``sync_to_async()``. Tasks that it begins share the peer
-        once the first connect is done.
+        once the first connect is done. Of connections that were begun at once, Django's move to
+        it at their next use.
 
         For what must not be spread: migrations, test databases, reading one's
         own writes where peers lag. If the peer is lost inside the block,

@@ -42,7 +42,9 @@ class Command(BaseCommand):
                 "at least 1h: 6h, 1d, 2w."
             )
         if database is not None and not records(database):
-            raise CommandError(f"{database!r} is {_WRITES}.")
+            raise CommandError(
+                f"{database!r} is {_WRITES}. Leave --database out: each that has it is pruned."
+            )
         aliases = [alias for alias in connections if records(alias)]
         without = []
         for alias in aliases if database is None else [database]:
