@@ -54,9 +54,10 @@ def apart_from_transactions() -> Iterator[None]:
         for alias, wrapper in apart:
             connections[alias] = wrapper
         # Last: what closing raises keeps none of the thread's own from its place.
-        for made, (_, wrapper) in zip(theirs, apart):
-            if made is not wrapper:
-                made.close()
+        with contextlib.ExitStack() as closing:
+            for made, (_, wrapper) in zip(theirs, apart):
+                if made is not wrapper:
+                    closing.callback(made.close)
 
 
 class Registered(NamedTuple):

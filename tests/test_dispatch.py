@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -455,6 +456,15 @@ def test_a_listener_that_is_added_twice_gets_each_event_once() -> None:
         db.add_listener(listening.append)
     db.drain("db1")
     assert len(listening) == 1
+
+
+def test_an_object_that_has_every_attribute_is_called_in_the_thread_itself() -> None:
+    threads: list[int] = []
+    listener = mock.Mock(side_effect=lambda event: threads.append(threading.get_ident()))
+    db = LoadBalancer({"db1": {}, "db2": {}})
+    db.add_listener(listener)
+    db.drain("db1")
+    assert threads == [threading.get_ident()]
 
 
 def test_what_only_counts_is_called_at_once_and_all_else_within_what_is_set_up() -> None:

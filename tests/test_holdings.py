@@ -10,6 +10,7 @@ import pytest
 from django_proxysql.core.holdings import Holdings, changes
 from django_proxysql.core.statements import STATE, scan
 
+ON = ["SET LOCAL autocommit = 1", "SET @@local.autocommit = 1", "SET `autocommit` = 'ON'"]
 #: What autocommit may be set to that is 0, or may be.
 OFF = ['"0"', "NOT 1", "(0)", "DEFAULT", "@before", "@@global.autocommit", "1 - 1"]
 #: What lives on after close_old_connections(), and how it is given back: SQL, or that and its
@@ -32,6 +33,14 @@ PAIRS: list[tuple[Any, Any]] = [
         "SELECT pg_try_advisory_lock(hashtext('a')::bigint)",
         "SELECT pg_advisory_unlock(hashtext('a')::bigint)",
     ),
+    (
+        "SELECT pg_advisory_lock(abs(hashtext('a')))",
+        "SELECT pg_advisory_unlock(abs(hashtext('a')))",
+    ),
+    (
+        "SELECT GET_LOCK(MD5(CONCAT(DATABASE(), '.a')), 0)",
+        "DO RELEASE_LOCK(MD5(CONCAT(DATABASE(), '.a')))",
+    ),
     ("SELECT pg_advisory_lock_shared(7)", "SELECT pg_advisory_unlock_shared(7)"),
     ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock_all()"),
     ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7), pg_advisory_unlock(8) b;"),
@@ -51,6 +60,7 @@ PAIRS: list[tuple[Any, Any]] = [
     (("SET autocommit = %s", [0]), "SET @@session.autocommit = TRUE;"),
     *((f"SET autocommit = {off}", "SET autocommit = on") for off in OFF),
     ("SET SESSION autocommit = OFF", "SET autocommit = ON"),
+    *(("SET autocommit = 0", on) for on in ON),
     ("SET SESSION wsrep_on = OFF", "SET SESSION wsrep_on = ON"),
     ("SET wsrep_on = 0", "SET @@session.wsrep_on=1;"),
     ("LOCK TABLES t WRITE", "UNLOCK TABLES"),
@@ -124,6 +134,9 @@ TOGETHER: list[tuple[Any, Any]] = [
 FOR_THE_REQUEST = [
     *("SET @a = 1", "SET time_zone = 'UTC'", "SET ROLE a", "USE app", "PREPARE p FROM 'SELECT 1'"),
     *("CREATE TEMPORARY TABLE t (a int)", "HANDLER t OPEN", "CALL p()", "SELECT set_limit(0.5)"),
+    # It is on; read; another session's.
+    *("SET autocommit = 1, sql_mode = ''", "SET sql_mode = '', @@autocommit = ON, @a = 1"),
+    *("SET @OLD_AUTOCOMMIT=@@AUTOCOMMIT", "SET GLOBAL autocommit = 0", "SET PERSIST wsrep_on=0"),
     *("UPDATE pg_settings SET setting = 'off' WHERE name = 'jit'", "DO $$ BEGIN END $$"),
 ]
 

@@ -63,14 +63,18 @@ def test_thread_that_is_killed_in_a_loop_within_the_block(monkeypatch: pytest.Mo
     # (No event: it has a lock of its own.)
     rounds: list[int] = []
 
+    def go_round() -> None:
+        while True:
+            turns = 0
+            with lock:
+                while turns < 100:
+                    turns += 1
+            rounds.append(turns)
+
     def work() -> None:
+        # Around the call: within the loop it would not hold either.
         with contextlib.suppress(Injected):
-            while True:
-                turns = 0
-                with lock:
-                    while turns < 100:
-                        turns += 1
-                rounds.append(turns)
+            go_round()
 
     throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
     for _ in range(50):

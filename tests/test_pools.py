@@ -600,12 +600,18 @@ class TestPlaces:
         with pooled(proxies[:1], ONE) as connection:
             connection.ensure_connection()
             raw = connection.connection
+            pool, done = raw._pool, []
             proxies[0].drop_connections()
             until_seen(raw)
             block = transaction.atomic("balanced") if in_block else contextlib.nullcontext()
+            run = pool.run_task
+            pool.run_task = lambda task: run(done.append(type(task).__name__) or task)
             with block:
                 read(connection)
             assert connection.connection is not raw
+            connection.close()
+            # One for one: what was given back twice would be replaced by two.
+            assert done.count("AddConnection") == 1
 
     @pytest.mark.parametrize("what", ["connect", "replace"])
     def test_interrupted_at_any_line(self, postgres: PostgreSQLNode, what: str) -> None:

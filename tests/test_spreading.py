@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connections, transaction
 
 from django_proxysql import Fault, balancers
+from django_proxysql.core.affinity import Pin
 from tests.children import in_child
 from tests.engine import SQLITE, Clock, engine, mysql_peer, sqlite_peer
 from tests.fakes import holding, in_thread, running, until
@@ -350,6 +351,11 @@ def test_nothing_happens_before_the_first_connection() -> None:
             balancers["balanced"]
 
 
+def test_the_first_of_a_pinned_blocks_connects_says_its_peer_once_and_for_all() -> None:
+    pin, first, other = Pin(None), mock.Mock(), mock.Mock()
+    assert [pin.settle(first), pin.settle(other), pin.peer] == [first, first, first]
+
+
 def test_connects_of_one_pinned_block_at_once_come_to_one_peer(mariadb_pair: Pair) -> None:
     """Threads that run in the block's context, as sync_to_async()'s do, before it has its peer."""
     both = threading.Barrier(2)
@@ -430,7 +436,7 @@ def test_listener_whose_connection_does_not_close_takes_none_of_the_threads_alon
         with pytest.raises(Injected):
             balancers["balanced"].drain("one", force=True)
         assert [connections[alias] for alias in peers] == before
-    assert closed == ["one"]
+    assert closed == ["two", "one"]
 
 
 def test_listener_that_is_spared_connects(tmp_path: pathlib.Path) -> None:

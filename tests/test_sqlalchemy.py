@@ -173,6 +173,10 @@ class TestWhatTheDialectPasses:
         db = LoadBalancer(peers, site.driver.module.connect, clock=site.clock)
         engine = site.engine(db, url=f"{site.driver.url}{USER}:{PASSWORD}@/{DATABASE}")
         engine.connect().close()
+        # What did not connect is no example.
+        wrong = site.engine(db, url=f"{site.driver.url}{USER}:wrong@/{DATABASE}")
+        with pytest.raises(exc.DBAPIError):
+            wrong.connect()
         db.peers["db1"].breaker.open()
         assert db.try_out("db1", now=True)
 

@@ -71,7 +71,7 @@ class LoadBalancedMixin(_Base):
     _own_settings: dict[str, Any] | None = None
     #: The new connection whose isolation level the driver has set, so that Django need not.
     _with_level: Any = None
-    #: What has left its pool, and is not Django's yet.
+    #: A connection taken out of its pool that Django does not have yet.
     _taken: Any = None
     #: The present connection's place in its peer's count.
     _counted: Checkout | None = None
@@ -249,9 +249,10 @@ class LoadBalancedMixin(_Base):
             self._recall_facts(attempt, connection)
             self._taken = None
         except BaseException:
+            taken, self._taken = self._taken, None
             # A place in a pool is lost for ever with a connection that is not given back.
-            if self._taken is not None:
-                give_back(self._taken)
+            if taken is not None:
+                give_back(taken)
             raise
         return connection
 

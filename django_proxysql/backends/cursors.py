@@ -71,7 +71,7 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
             if session is not None and self._server_side is not None:
                 return declare(db, self, session, sql, params, plain)
             if db._transaction is not NO_TRANSACTION:
-                # A driver whose connections are not looked after.
+                # What is not looked after: such a driver, and the application's while it connects.
                 note_end(db, scan(sql), sql)
             return plain(self, sql, params, many, context)
         try:
@@ -218,8 +218,10 @@ class _Hooks(CursorWrapper):
         return run_many(self.db, self, sql, param_list, run)
 
     def callproc(self, procname: Any, params: Any = None, kparams: Any = None) -> Any:
-        """Call a stored procedure; what it does in the session is unknown. Or a function of
-        PostgreSQL's, which may take a lock."""
+        """Call a stored procedure, or a function of PostgreSQL's.
+
+        What it does in the session is unknown.
+        """
         # Django 2.2's takes no third argument.
         arguments = (params,) if kparams is None else (params, kparams)
         run = functools.partial(super().callproc, procname, *arguments)

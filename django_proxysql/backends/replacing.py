@@ -177,8 +177,8 @@ def replace(
 ) -> None:
     """Put a new connection into the place of the present one.
 
-    The new one is opened before the old one is given up. If that fails,
-    the old one stays, dead or not, with all that Django knows of it.
+    The new one is opened before the old one is given up, but for a lost one out of a pool. If
+    that fails, the old one stays, dead or not, with all that Django knows of it.
 
     :param trials: see :meth:`LoadBalancer.connect`.
     :param resume: begins the transaction anew on the new connection.

@@ -84,8 +84,8 @@ class Session(Health):
         #: It may have written in this request, and so left something to ask for: LAST_INSERT_ID().
         #: Unlike :attr:`wrote`, idleness does not end this.
         self.results = False
-        #: IDS, RESULT: what is asked for by these went with an earlier connection. UNSURE: that
-        #: IDS ask for may have.
+        #: IDS, RESULT: what is asked for by these went with an earlier connection. UNSURE: the
+        #: ids may have.
         self.lost_results = 0
         #: It may have written in this request or task.
         self.wrote = False
@@ -169,6 +169,9 @@ def give_back(connection: Any) -> None:
             pool.putconn(connection)
         except Exception:  # noqa: S110 - not its any more
             pass
+        # Given back twice, it would have its pool make two others. Not in a finally: interrupted
+        # before the pool has it, its place would be lost.
+        connection._pool = None
 
 
 # Forks

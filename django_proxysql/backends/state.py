@@ -267,7 +267,7 @@ class Transaction:
     def may_stand(self) -> bool:
         """Whether COMMIT was sent, and not answered with a refusal, or a part may stand alone.
 
-        What an empty one has left is nothing.
+        An empty transaction leaves nothing.
         """
         return (self.stage in _MAY_STAND and not self.is_void) or not self.is_whole
 

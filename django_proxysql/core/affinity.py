@@ -12,11 +12,20 @@ from .peer import Peer
 class Pin:
     """One ``pinned()`` block; its peer is known once the block has connected."""
 
-    __slots__ = ("is_over", "peer")
+    __slots__ = ("_first", "is_over")
 
     def __init__(self, peer: Peer | None) -> None:
-        self.peer = peer
+        self._first: dict[str, Peer] = {} if peer is None else {"peer": peer}
         self.is_over = False
+
+    @property
+    def peer(self) -> Peer | None:
+        return self._first.get("peer")
+
+    def settle(self, peer: Peer) -> Peer:
+        """Return the block's peer: ``peer``, unless another connect of the block was first."""
+        # One step: threads that connect at once may share the block.
+        return self._first.setdefault("peer", peer)
 
 
 class Affinity:
@@ -64,6 +73,4 @@ class Affinity:
         pin = self.pin()
         if pin is None:
             return None
-        if pin.peer is None and peer.is_available:
-            pin.peer = peer
-        return pin.peer
+        return pin.settle(peer) if peer.is_available else pin.peer

@@ -55,7 +55,7 @@ class Dispatcher(Worker):
         self.listener = listener
         #: Calls it, within whatever its calls need.
         self.call = listener
-        #: Says whether the caller's thread is none to call it; None: each may.
+        #: Whether this thread must not call it; None: any thread may.
         self.avoids: Callable[[], bool] | None = getattr(listener, "_avoids", None)
         self._name = name
         self._complaint = complaint
@@ -91,7 +91,7 @@ class Dispatcher(Worker):
         if running is not None and running.ident == _thread.get_ident():
             # The listener's own doing leads to it: who delivers that delivers this.
             running.steps = max(running.steps, len(self.waiting))
-        elif must_not_wait() or (self.avoids is not None and self.avoids()):
+        elif must_not_wait() or (self.avoids is not None and self.avoids() is True):
             self.start()
         else:
             self._work_here(len(self.waiting))
@@ -189,7 +189,7 @@ class Listeners(Guarded):
         elsewhere = must_not_wait()
         for dispatcher in dispatchers:
             avoids = dispatcher.avoids
-            if dispatcher.is_free and not (elsewhere or (avoids is not None and avoids())):
+            if dispatcher.is_free and not (elsewhere or (avoids is not None and avoids() is True)):
                 try:
                     if is_usual and dispatcher is self._log:
                         # Each connect comes by here, and mostly writes no line.

@@ -146,8 +146,19 @@ def _switched(name: str) -> tuple[str, str, str]:
 
     Whatever else it is set to may be 0: ``%s``, ``DEFAULT``, another variable.
     """
-    on = rf"(?:SESSION\s+|@@(?:session\.)?)?{name}\s*:?=\s*(?:1|on|true)\s*;?\s*$"
-    return name, rf"SET\b(?!\s+{on}).*\b{name}\b", rf"SET\s+{on}"
+    to_on = rf"{name}`?\s*:?=\s*(?:1|on|true|'1'|'on')\s*"
+    # Where it is named once, it is set to 1, read, or set for others.
+    harmless = rf"""(?:(?!\b{name}\b).)*(?:\b{to_on}(?:[,;]|$)|=\s*@@(?:\w+\.)?`?{name}\b
+        |(?:\bGLOBAL\s+|\bPERSIST(?:_ONLY)?\s+|@@(?:global|persist|persist_only)\.)`?{name}\b)
+        (?!.*\b{name}\b)""".replace("\n        ", "")
+    takes = rf"SET\b(?!{harmless}).*\b{name}\b"
+    rest = rf"(?:,(?!.*\b{name}\b)|;?\s*$)"
+    return name, takes, rf"SET\s+(?:SESSION\s+|LOCAL\s+|@@(?:(?:session|local)\.)?)?`?{to_on}{rest}"
+
+
+def _nested(depth: int) -> str:
+    """Return the pattern of one part of a call's arguments, calls within calls among them."""
+    return r"[^()']|'[^']*'" + (rf"|\((?:{_nested(depth - 1)})*\)" if depth else "")
 
 
 #: Whole statements: a name, what takes it, and what gives it back.
@@ -186,7 +197,7 @@ _ONLY_CALLS = re.compile(
     r"(?:DO|CALL|SELECT(?:\s[\w\s.,*]+\sFROM)?)\s+ONE(?:\s*,\s*ONE)*(?:\s+FROM\s+DUAL)?[\s;]*".replace(
         "ONE",
         rf"""(?:pg_catalog\s*\.\s*)?["`]?{_NAME}["`]?\s*\(
-        (?:[^()']|'[^']*'|\((?:[^()']|'[^']*'|\([^()']*\))*\))*\)
+        (?:{_nested(3)})*\)
         (?:\s*::\s*\w+)?(?:\s+(?:AS\s+)?[\w"`']+)?""",
     ),
     re.IGNORECASE | re.VERBOSE,

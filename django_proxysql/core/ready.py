@@ -40,7 +40,7 @@ class ServerCheck(Generic[_T]):
 
 
 def begins_transaction(connection: Any) -> Callable[[], bool]:
-    """Return what says whether a transaction has begun since on a driver's connection.
+    """Return a function that tells whether a transaction has begun since this call.
 
     A driver of PostgreSQL's begins one with the first statement, unless autocommit is on.
     """

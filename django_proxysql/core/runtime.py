@@ -3,9 +3,10 @@
 *Locks.* An asynchronous exception (Ctrl-C, Celery's time limits, ``PyThreadState_SetAsyncExc``) is
 raised between any two instructions. In Python 3.11 and 3.12 ``with lock:`` holds against that:
 nothing is raised between ``__enter__`` and the block, or between the block's end and ``__exit__``.
-In Python 3.9 and 3.10 it may be after the block, in 3.13 where a loop within the block turns round,
-which is outside the block to it, and from 3.14 on before the block, where ``__enter__`` is an
-ordinary call (all seen): the lock stays held, and the next thread would wait for ever.
+In Python 3.9 and 3.10 it may be after the block. 3.13 raises it where a loop of the block jumps
+back, too, and has that for outside the block. From 3.14 on it may be before the block, where
+``__enter__`` is an ordinary call. (All seen.) The lock stays held, and the next thread would wait
+for ever.
 
 *Forks.* ``os.register_at_fork`` is for forks by Python. uWSGI forks in C, and has Python's
 preparations made in its workers only if a setting says so (``py-call-uwsgi-fork-hooks``).

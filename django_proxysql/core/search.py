@@ -348,12 +348,9 @@ class Search:
         if self._undecided:
             self._decide(alone=True)
         pin = self._pin
-        if pin is not None:
-            if pin.peer is None:
-                pin.peer = peer
-            elif pin.peer is not peer and self._only is None:
-                # Another connect of the block was first: kept connections look where they lead.
-                group.invalidate()
+        if pin is not None and pin.settle(peer) is not peer and self._only is None:
+            # Another connect of the block was first: kept connections look where they lead.
+            group.invalidate()
         # Each connect comes by here: see first that a listener would get it.
         is_trial = attempt.is_trial
         if group.listeners.of_connects or is_trial or logger.isEnabledFor(logging.DEBUG):

@@ -50,11 +50,14 @@ def sqlalchemy_engine(
             opens = functools.partial(driver or dbapi.connect, *args)
             return db.open_with(opens, attempt, _laid_over(params, attempt.peer.params))
 
-        db.opens = open_one
+        # Before the first has succeeded, trials go by what there is.
+        db.opens = db.opens or open_one
         try:
-            return db.connect(open_one)
+            connection = db.connect(open_one)
         except NoPeerAvailable as exc:
             raise _of_driver(dbapi, exc) from exc.__cause__
+        db.opens = open_one
+        return connection
 
     engine.dialect.connect = connect  # type: ignore[method-assign]
     return engine
@@ -74,8 +77,10 @@ def async_sqlalchemy_engine(
             opens = functools.partial(driver, *args)
             return db.open_with(opens, attempt, _laid_over(params, attempt.peer.params))
 
+        db.opens = db.opens or open_one
+        connection = await db.connect(open_one)
         db.opens = open_one
-        return await db.connect(open_one)
+        return connection
 
     dbapi: Any = engine.dialect.loaded_dbapi
 

@@ -140,7 +140,7 @@ _STATE_HINTS = (
     *("@", ":=", "/*", 'u&"', ";"),
 )
 #: By what CREATE TABLE makes a temporary table: it outlives the SET LOCAL.
-MAKES_TEMPORARY = r"""search_path\s*(?:=|TO\b)\s*['"]?pg_temp"""
+MAKES_TEMPORARY = r"""search_path\s*(?:=|TO\b)\s*(?:['"]?pg_temp|%)"""
 #: Locks and SETs that end with the transaction. MySQL's SET LOCAL is SET SESSION, but it
 #: has no TO, and none of these variables.
 _LOCAL = _pattern(rf"""

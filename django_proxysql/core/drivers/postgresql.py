@@ -141,8 +141,9 @@ def sqlstate_of(exc: BaseException) -> str | None:
 
 
 def _severity(exc: BaseException) -> str | None:
-    """Return the severity of the server's answer ``exc``. The session goes on after an ERROR; a
-    FATAL or a PANIC ends it. (PostgreSQL's documentation, "Error and Notice Message Fields")"""
+    """Return the severity of the server's answer ``exc``."""
+    # PostgreSQL's documentation, "Error and Notice Message Fields": the session goes on after an
+    # ERROR; a FATAL or a PANIC ends it.
     found: str | None = getattr(getattr(exc, "diag", None), "severity_nonlocalized", None)
     return found
 
