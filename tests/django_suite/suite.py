@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +37,11 @@ def django_tests(folder: pathlib.Path) -> pathlib.Path:
         (sdist,) = (
             p for p in folder.glob("*.tar.gz") if p.name.lower() == f"django-{version}.tar.gz"
         )
-        with tarfile.open(sdist) as archive:
-            archive.extractall(folder)
+        with tempfile.TemporaryDirectory(dir=folder) as whole, tarfile.open(sdist) as archive:
+            archive.extractall(whole)
+            # Another process may have come first.
+            with contextlib.suppress(OSError):
+                os.rename(os.path.join(whole, found.parent.name), found.parent)
     return found
 
 
