@@ -77,6 +77,14 @@ class Driver:
         return [call["host"] for call in self.calls]
 
 
+@pytest.fixture(params=[True, False], ids=["", "before Python 3.11"])
+def counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks count how often they were cancelled, or they do not."""
+    if request.param and not aio._TASKS_COUNT:
+        pytest.skip("tasks count from Python 3.11 on")
+    monkeypatch.setattr(aio, "_TASKS_COUNT", request.param)
+
+
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A loop's time, which goes on only while the loop has nothing to do: no machine is too slow.
@@ -289,15 +297,12 @@ def test_thousand_cancelled_connects_leave_nothing() -> None:
     assert cancelled(1000) == (0, 0, 0)
 
 
+@pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("first", ["caller", "limit"])
-@pytest.mark.parametrize("counts", [True, False], ids=["", "before Python 3.11"])
 def test_cancelled_while_the_driver_ends_an_attempt_it_is_cancelled(
-    first: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+    first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever of the caller and the limit comes first; a driver may take its time to end."""
-    if counts and not aio._TASKS_COUNT:
-        pytest.skip("tasks count from Python 3.11 on")
-    monkeypatch.setattr(aio, "_TASKS_COUNT", counts)
     limits: list[Any] = []
     enter = aio._Limit.__enter__
     monkeypatch.setattr(aio._Limit, "__enter__", lambda self: limits.append(self) or enter(self))
@@ -368,16 +373,10 @@ def test_password_may_be_a_coroutine_function() -> None:
     assert driver.calls[0]["password"] == "fresh"
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("hasty", "counting")
 @pytest.mark.parametrize("end", ["connects", "is cancelled", "takes too long"])
-@pytest.mark.parametrize("counts", [True, False], ids=["", "before Python 3.11"])
-def test_password_may_come_over_another_balancers_connection(
-    end: str, counts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_password_may_come_over_another_balancers_connection(end: str) -> None:
     """Each of the two connects has its own limit, in one task."""
-    if counts and not aio._TASKS_COUNT:
-        pytest.skip("tasks count from Python 3.11 on")
-    monkeypatch.setattr(aio, "_TASKS_COUNT", counts)
     vault, driver = Driver(), Driver()
     secrets = AsyncLoadBalancer({"vault": {"host": "vault"}}, vault.connect, connect_timeout=10)
 

@@ -55,13 +55,17 @@ class Dispatcher(Worker):
         self.listener = listener
         #: Calls it, within whatever its calls need.
         self.call = listener
-        #: Whether this thread must not call it; None: any thread may.
-        self.avoids: Callable[[], bool] | None = getattr(listener, "_avoids", None)
+        self._avoids: Any = getattr(listener, "_avoids", None)
         self._name = name
         self._complaint = complaint
         #: The events whose delivery has not begun.
         self.waiting: deque[Any] = deque(maxlen=MOST)
         super().__init__(f"to notify a listener of {name!r}")
+
+    def avoids(self) -> bool:
+        """Return whether the listener is not to be called in this thread."""
+        # An object that has every attribute avoids nothing.
+        return self._avoids is not None and self._avoids() is True
 
     @property
     def is_free(self) -> bool:
@@ -91,7 +95,7 @@ class Dispatcher(Worker):
         if running is not None and running.ident == _thread.get_ident():
             # The listener's own doing leads to it: who delivers that delivers this.
             running.steps = max(running.steps, len(self.waiting))
-        elif must_not_wait() or (self.avoids is not None and self.avoids() is True):
+        elif must_not_wait() or self.avoids():
             self.start()
         else:
             self._work_here(len(self.waiting))
@@ -188,8 +192,7 @@ class Listeners(Guarded):
         # A listener that hangs must stop neither the trials nor the sharing.
         elsewhere = must_not_wait()
         for dispatcher in dispatchers:
-            avoids = dispatcher.avoids
-            if dispatcher.is_free and not (elsewhere or (avoids is not None and avoids() is True)):
+            if dispatcher.is_free and not (elsewhere or dispatcher.avoids()):
                 try:
                     if is_usual and dispatcher is self._log:
                         # Each connect comes by here, and mostly writes no line.
