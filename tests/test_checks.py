@@ -511,7 +511,7 @@ def test_peers_of_a_plain_engine_are_reported_and_make_no_balancer(path: str) ->
 
 
 def test_no_remedy_leads_to_another_mistake() -> None:
-    """PEERS of a peer are said to be none's there once; CONN_MAX_AGE is not for a pool."""
+    """PEERS of an alias peer is reported once; CONN_MAX_AGE is no remedy beside a pool."""
     aliased = {"ENGINE": POSTGRESQL, "HOST": "10.0.0.8", "NAME": "x", "CONN_MAX_AGE": 60}
     pooled = {"PEERS": ["aliased"], "OPTIONS": {"pool": True}}
     with added({"aliased": {**aliased, "PEERS": [ONE]}, "balanced": entry(pooled)}):

@@ -396,13 +396,13 @@ def test_what_the_terminal_cannot_write_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("command", "status"), [("--wait 0.01", 2), ("nonesuch", 3)])
-@pytest.mark.parametrize(
-    "full", [False, Path("/dev/full").exists()], ids=["reader has left", "disk is full"]
-)
+@pytest.mark.parametrize("full", [False, True], ids=["reader has left", "disk is full"])
 def test_errors_that_cannot_be_written_are_no_verdict(
     tmp_path: Path, command: str, status: int, full: bool
 ) -> None:
     """``peers --wait 60 && manage.py migrate`` goes on only if there is a peer."""
+    if full and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
     entry = {"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": sqlite_peers(tmp_path, DOWN)}
     writer = os.open("/dev/full", os.O_WRONLY) if full else pipe_without_reader()
     process = Command(tmp_path, entry).start(*command.split(), stderr=writer)

@@ -329,7 +329,7 @@ def _keys_of_balancer(entry: Entry) -> None:
 def _keys_of_alias(entry: Entry, where: str, settings: Mapping[str, Any]) -> None:
     """Note what is wrong with the keys of a peer that is another entry of DATABASES."""
     _misspelt(entry, where, settings, PEER_KEYS)
-    # Django's own hold for a connection straight to the peer. PEERS are said to be none's there.
+    # Django's own settings hold for a connection straight to the peer; messages() reports PEERS.
     keys = tuple(key for key in BALANCER_KEYS if key != "PEERS")
     _of_the_balancer(entry, where, settings, keys)
     if "PEER_NAME" in settings:
