@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -174,6 +175,20 @@ def test_work_of_which_a_part_may_stand_is_not_run_again(
     finally:
         here.connection.close()
         here.plainly("DROP TABLE IF EXISTS split")
+
+
+def test_a_composed_statement_is_no_reason_against_another_run(on_postgres: Site) -> None:
+    database: Any = on_postgres.connection.Database
+    sql = importlib.import_module(f"{database.__name__}.sql")
+    composed = sql.SQL("INSERT INTO {} (value) VALUES ('x')").format(sql.Identifier("app_token"))
+
+    def lose() -> None:
+        on_postgres.sql(composed)
+        conflict(on_postgres)
+
+    work = Work(on_postgres, lose=lose)
+    work.retrying()
+    work.stands_once(2)
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,13 @@ def test_what_a_composed_statement_takes_is_held(on_postgres: Site, takes: Any, 
     narrator.tell("request_ends; SELECT count(*) FROM pg_listening_channels(); answer 0; kill_idle")
 
 
+def test_what_a_composed_statement_sets_for_its_transaction_ends_with_it(on_postgres: Site) -> None:
+    with transaction.atomic(on_postgres.connection.alias):
+        on_postgres.sql(sql.SQL("SET LOCAL search_path = {}").format(sql.Literal("tenant")))
+        assert not on_postgres.connection._transaction.may_be_read_only
+    assert not on_postgres.session.holds
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_lock_that_was_not_granted_is_not_held(here: Site, alone: bool) -> None:
     """One who asks for a lock again and again, in vain, stays free to leave a peer."""

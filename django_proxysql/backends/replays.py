@@ -326,13 +326,14 @@ def are_sendable(
 def takes(db: Any, session: Session, sql: Any, params: Any) -> None:
     """Take note, before it is sent, of a statement that leaves something in the session."""
     session.holds.note_before()
-    if not db._of_ours and not ends_with_block(db, sql):
-        session.holds.sent(text_for(db, session, sql), params)
+    text = text_for(db, sql)
+    if not db._of_ours and not ends_with_block(db, text):
+        session.holds.sent(text, params)
 
 
-def text_for(db: Any, session: Session, sql: Any) -> Any:
+def text_for(db: Any, sql: Any) -> Any:
     """Return a statement's text, which the driver may make of what the application composes."""
-    return db._driver.text_of(drivers.unwrapped(session.connection), sql)
+    return db._driver.text_of(drivers.unwrapped(db.connection), sql)
 
 
 def ends_with_block(db: Any, sql: Any) -> bool:

@@ -65,8 +65,9 @@ def note_end(db: Any, kind: int, sql: Any) -> None:
     """Take note, before it is sent, of a statement that may end the atomic block's transaction."""
     transaction = db._transaction
     if kind & (STATE | ENDS) and transaction.is_of_atomic:
-        transaction.is_whole &= not may_end(sql, db.vendor)
-        transaction.may_be_read_only |= may_make_read_only(sql)
+        text = text_for(db, sql)
+        transaction.is_whole &= not may_end(text, db.vendor)
+        transaction.may_be_read_only |= may_make_read_only(text)
 
 
 def raise_lost_results(db: Any, session: Session, kind: int, sql: Any) -> None:
@@ -109,7 +110,7 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
     """Take note of what a statement that succeeded, and is no plain read, has changed."""
     if session.holds.for_life:
         db = cursor.db
-        text = text_for(db, session, sql)
+        text = text_for(db, sql)
         session.holds.answered(text, params, db.in_atomic_block or not db.autocommit)
         # What an unbuffered cursor has read it does not give again.
         is_kept = kind & STATE and not session.unbuffered
