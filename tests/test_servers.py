@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from tests.servers.lending import borrowed, lend
 from tests.servers.mariadb import MariaDBNode, Node
 from tests.servers.ports import MissingProgram, PortPool, ServerError, find_program
 from tests.servers.postgresql import PostgreSQLNode
-from tests.servers.processes import alive, descendants
+from tests.servers.processes import ServerProcess, alive, descendants
 from tests.servers.runs import current_run
 
 
@@ -233,6 +234,38 @@ def test_forked_child_leaves_the_servers_alone(mariadb: Node) -> None:
     os.waitpid(child, 0)
     assert mariadb.running
     assert mariadb.sql("SELECT 1") == "1\n"
+
+
+class Forking(ServerProcess):
+    """A process that begins a child every ten milliseconds, each of which writes down its id."""
+
+    def command(self) -> list[str]:
+        code = """
+        import os, time
+        for _ in range(1000):
+            if not os.fork():
+                with open("children", "a") as children:
+                    children.write(f"{os.getpid()}\\n")
+                time.sleep(20)
+                os._exit(0)
+            time.sleep(0.01)
+        """
+        return [sys.executable, "-c", inspect.cleandoc(code)]
+
+    def ready(self) -> bool:
+        return len(self.children()) >= 20
+
+    def children(self) -> list[int]:
+        written = self.directory / "children"
+        return [int(line) for line in written.read_text().splitlines()] if written.exists() else []
+
+
+def test_killed_server_leaves_no_child() -> None:
+    """A child that begins while its server is killed goes too: it may wait for a lock for ever."""
+    for _ in range(3):
+        with Forking() as server:
+            server.kill()
+            assert not [pid for pid in server.children() if alive(pid)]
 
 
 @pytest.mark.parametrize("kind", ["mariadb_pair", "postgres_pair", "galera"])

@@ -318,6 +318,12 @@ class ServerProcess:
         """Signal the server, then its children: so it takes no action when they are signalled."""
         if not self.running:
             raise ServerError(f"{self.name} is not running")
+        # First it is stopped, and so begins no child that would be missed. One of PostgreSQL's that
+        # is left would wait for ever for a lock of a killed one, and no server start beside it.
+        os.kill(self.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while _state(self.pid) not in "TtZX" and time.monotonic() < deadline:
+            time.sleep(0.001)
         pids = [self.pid, *descendants(self.pid)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -355,11 +361,15 @@ def descendants(pid: int) -> list[int]:
 
 def alive(pid: int) -> bool:
     """Whether a process runs. A dead one that no process has waited for does not (Linux)."""
+    return _state(pid) not in "ZX"
+
+
+def _state(pid: int) -> str:
+    """A process' state in one letter, as ps shows it: "X" for one that is not there."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return False
-    return state not in "ZX"
+        return "X"
 
 
 def start_together(*servers: ServerProcess) -> None:
