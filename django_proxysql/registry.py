@@ -9,6 +9,7 @@ A forked child goes on with what its parent knew, on locks of its own
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -67,11 +68,8 @@ class Registered(NamedTuple):
     first_read: Mapping[str, Any]
     #: The dotted path of the backend that the peers have.
     peer_engine: str
-    #: By peer: the settings that were merged last, and what is the peer's own of the outcome. All
-    #: peers share the former: of a thousand peers little else would be in the processor's cache.
+    #: By peer: the settings that were merged last, and the outcome.
     merged: dict[str, tuple[dict[str, Any], dict[str, Any]]]
-    #: Those settings, once there are any.
-    shared: list[dict[str, Any]]
 
     def __repr__(self) -> str:
         # Without the settings: there may be a password in them.
@@ -85,29 +83,17 @@ class Registered(NamedTuple):
         """Return a copy of ``own`` as for ``peer``; a callable PASSWORD stays what it is."""
         known = self.merged.get(peer.name)
         if known is None or known[0] != own:
-            known = self._merge(peer, own)
+            # A copy: settings are changed in place, too, by test runners.
+            seen = {**own, "OPTIONS": options_of(own)}
+            known = seen, merged_settings(peer.config.params, own, self.first_read)
             if "OPTIONS" in own:
                 # One assignment: threads see a matching pair.
                 self.merged[peer.name] = known
-        seen, theirs = known
-        merged = {**seen, **theirs}
+        merged = known[1].copy()
         merged["OPTIONS"] = merged["OPTIONS"].copy()
         if alias == NO_DB_ALIAS:
             merged["NAME"] = own.get("NAME")
         return merged
-
-    def _merge(self, peer: Peer, own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Another thread may put others there meanwhile.
-        seen = next(iter(self.shared), None)
-        if seen is None or seen != own:
-            # A copy: settings are changed in place, too, by test runners.
-            seen = {**own, "OPTIONS": options_of(own)}
-            self.shared[:] = [seen]
-        merged = merged_settings(peer.config.params, own, self.first_read)
-        theirs = {key: value for key, value in merged.items() if seen.get(key) is not value}
-        if not peer.config.params.get("OPTIONS"):
-            del theirs["OPTIONS"]
-        return seen, theirs
 
     def to_connect_with(self, peer: Peer, own: Mapping[str, Any], alias: str) -> dict[str, Any]:
         """Return what to connect to ``peer`` with now: a callable PASSWORD is called."""
@@ -170,9 +156,10 @@ class Balancers(Mapping[str, LoadBalancer]):
             balancer.group.no_peer_error = NoPeerAvailable
             balancer.group.listeners.within(apart_from_transactions())
             engine = peer_engine(self._entries[alias], connections.databases)
-            registered = Registered(balancer, self._first_read[alias], engine, {}, [])
-            balancer.open_and_close = _BackgroundTrial(alias, registered.first_read)
-            balancer.asks_for_another = balancer.open_and_close.is_changed
+            first_read = self._first_read[alias]
+            registered = Registered(balancer, first_read, engine, {})
+            balancer.opens = functools.partial(_open_for_trial, alias)
+            balancer.asks_for_another = functools.partial(_is_changed, alias, first_read)
             # Together, so that a listener added just now is one of this balancer's.
             with self._listeners_lock:
                 for listener, connects in self._listeners:
@@ -205,29 +192,24 @@ class Balancers(Mapping[str, LoadBalancer]):
         self._listeners_lock = new_lock()
 
 
-class _BackgroundTrial:
-    """Connects for a trial off the request: all that the engine does, on a wrapper of its own."""
+def _is_changed(alias: str, first_read: Mapping[str, Any]) -> bool:
+    """Return whether an alias asks for another database than at first."""
+    return bool(changed_keys(connections.databases.get(alias, first_read), first_read))
 
-    def __init__(self, alias: str, first_read: Mapping[str, Any]) -> None:
-        self._alias = alias
-        self._first_read = first_read
 
-    def is_changed(self) -> bool:
-        """Return whether the alias asks for another database than at first."""
-        own = connections.databases.get(self._alias, self._first_read)
-        return bool(changed_keys(own, self._first_read))
-
-    def __call__(self, attempt: Attempt) -> None:
-        try:
-            known: Any = connections[self._alias]
-            # Its own even where the thread has a connection: a signal's
-            # receiver may have made one.
-            wrapper = type(known)(known.settings_dict, self._alias)
-            wrapper.try_out(attempt)
-        finally:
-            if trial_worker.is_here:
-                # What receivers and checks have opened; the thread keeps nothing.
-                connections.close_all()
+def _open_for_trial(alias: str, attempt: Attempt) -> Any:
+    """Connect for a trial off the request: all that the engine does, on a wrapper of its own."""
+    try:
+        known: Any = connections[alias]
+        # Its own even where the thread has a connection: a signal's
+        # receiver may have made one.
+        wrapper = type(known)(known.settings_dict, alias)
+        wrapper._open_one(balancers.registered(alias), attempt)
+        return wrapper
+    finally:
+        if trial_worker.is_here:
+            # What receivers and checks have opened; the thread keeps nothing.
+            connections.close_all()
 
 
 balancers = Balancers()

@@ -618,7 +618,7 @@ def test_a_peers_settings_are_merged_once_and_again_when_they_are_changed() -> N
     own: dict[str, Any] = {"NAME": "shop", "HOST": "", "USER": "", "PORT": ""}
     own.update(PASSWORD=lambda: "fresh", OPTIONS={"charset": "utf8mb4"})
     db = LoadBalancer(BalancerConfig("x", (PeerConfig("db1", params={"HOST": "10.0.0.1"}),)))
-    registered = Registered(db, first_reading(own), MYSQL, {}, [])
+    registered = Registered(db, first_reading(own), MYSQL, {})
     peer = db.peers["db1"]
     with mock.patch(
         "django_proxysql.registry.merged_settings",

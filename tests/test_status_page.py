@@ -496,7 +496,7 @@ class TestButtons:
     def test_retry_that_cannot_be_made(self, site: Site, monkeypatch: Any) -> None:
         """A mistake of this process's is said, and counts for nothing."""
         site.fail("peer1")
-        monkeypatch.setattr(site.balancer, "open_and_close", raising(OSError))
+        monkeypatch.setattr(site.balancer, "opens", raising(OSError))
         assert "which could not be done: " in self.retry(site.admin())
         assert site.balancer.peers["peer1"].breaker.trial is None
 

@@ -119,15 +119,6 @@ class LoadBalancedMixin(_Base):
             only=only,
         )
 
-    def try_out(self, attempt: Attempt) -> None:
-        """Connect as ``attempt`` says, with all that belongs to it, and close again."""
-        registered = self._registered()
-        assert registered is not None
-        self._open_one(registered, attempt)
-        # It has worked: what closing says changes nothing.
-        with contextlib.suppress(Exception):
-            self.close()
-
     def _open_one(self, registered: Registered, attempt: Attempt) -> Any:
         """One attempt covers the whole of Django's connect(): SETs, signal, READY_CHECK."""
         if self._counted is not None:

@@ -259,7 +259,7 @@ def is_given_up(db: Any, session: Session, exc: BaseException, judgement: Judgem
     asks = question == "writable" or (db._driver.SPLITS and judgement.proof is Proof.NOT_RUN)
     writer = ask(db, session) if asks else None
     if question == "writable":
-        if not session.balancer.needs_writer:
+        if session.balancer.ready_check is not ready.writable:
             # Elsewhere it is the application's own affair.
             return False
         own = answer_of(writer)

@@ -26,7 +26,7 @@ from .exceptions import ConfigError
 from .face import Face, Waiting, carrying_on
 from .group import PeerGroup
 from .peer import Peer, PeerState, count_while_alive
-from .ready import QUESTIONS, Check, galera, run, throw_away, writable
+from .ready import Check, galera, run, throw_away, writable
 from .runtime import LOOK_AGAIN
 from .search import Ask, Attempt, Search, Wait
 from .sqlalchemy_engine import sqlalchemy_engine
@@ -72,10 +72,6 @@ class LoadBalancer(Face):
     :param jitter: draws from [0, 1).
     :raises ConfigError: a wrong argument; the message names it.
     """
-
-    #: How a background trial connects, if not by ``connect``: opens a
-    #: connection as the :class:`Attempt` says, and closes it again.
-    open_and_close: Callable[[Attempt], object] | None = None
 
     @functools.cached_property
     def _driver(self) -> drivers.Driver:
@@ -235,7 +231,7 @@ class LoadBalancer(Face):
             # It has recovered just now.
             return True
         with self._trial(peer, now) as search:
-            self._attempt(search, self.open_and_close or self._open_and_close)
+            self._attempt(search, self._open_and_close)
             return True
         return False
 
@@ -288,19 +284,6 @@ class LoadBalancer(Face):
         :raises NotReady: the peer must not be used.
         """
         run(self._questions(attempt, asks=not asked), functools.partial(_answer, connection))
-
-    def ask(self, connection: Any, peer: Peer) -> None:
-        """Ask what the peer was taken out for: a statement's error, if it was one.
-
-        Such a peer connects as well as ever. Each trial would put it back into use.
-
-        :param connection: a driver's own to the peer.
-        :param peer: one of :attr:`peers`.
-        :raises NotReady: it is as it was.
-        """
-        question = QUESTIONS.get(peer.breaker.circuit.question)
-        if question is not None:
-            question(connection)
 
 
 def _answer(connection: Any, check: Check) -> Any:

@@ -40,8 +40,8 @@ class Face:
 
     #: Whether a refusal of a trial that no connect() makes is due to what we ask for.
     asks_for_another: Callable[[], bool] | bool = False
-    #: How a SQLAlchemy engine opened its last connection, for such trials: its URL may say what no
-    #: peer says.
+    #: How such a trial connects, if not by ``connect``: as Django's engine does, or as a SQLAlchemy
+    #: engine has done last, whose URL may say what no peer says. What it returns is closed.
     opens: Callable[[Attempt], Any] | None = None
 
     def __init__(

@@ -29,7 +29,7 @@ from .exceptions import DrainRefused, NoPeerAvailable, UnknownPeer
 from .faults import Fault
 from .logs import log_event
 from .peer import Peer, PeerState, View
-from .ready import ready_check_from, writable
+from .ready import ready_check_from
 from .rebalance import Move, Rebalance
 from .runtime import new_lock, renew_in_child, watch_uwsgi
 from .strategies import strategy_from
@@ -201,11 +201,6 @@ class PeerGroup:
             if other is not peer
         )
 
-    @property
-    def needs_writer(self) -> bool:
-        """Whether READY_CHECK asks that a peer takes writes."""
-        return self.ready_check is writable
-
     def snapshot(self) -> list[PeerState]:
         """Return what this process knows of each peer, without asking any."""
         now = self.clock()
@@ -245,7 +240,8 @@ class PeerGroup:
 
     def last_resort(self, peer: Peer) -> float | None:
         """Return the seconds between trials of a peer while no circuit is closed; else None."""
-        if not self.view().all_are_out:
+        view = self.view()
+        if view.tiers or view.suspects:
             return None
         interval = self.config.last_resort_interval
         # Another process opened its circuit; this process has not tried it.

@@ -293,11 +293,6 @@ class View(NamedTuple):
             tuple(sorted(out, key=lambda peer: peer.priority)),
         )
 
-    @property
-    def all_are_out(self) -> bool:
-        """Whether no circuit is closed."""
-        return not self.tiers and not self.suspects
-
     def is_stale(self) -> bool:
         """Return whether a peer that is out or suspect in it has recovered since.
 
