@@ -194,8 +194,7 @@ def commit(db: Any) -> None:
                 ended_by_hand(db)
             raise
         passed_over(session, was_raised)
-    db._transaction.is_void = nothing_sent and not db.run_on_commit
-    db._transaction.to(COMMITTED)
+    db._transaction.committed(hooks=bool(db.run_on_commit))
     ended_by_hand(db)
 
 
