@@ -347,7 +347,7 @@ def takes(db: Any, session: Session, sql: Any, params: Any) -> None:
 
 def text_for(db: Any, sql: Any) -> Any:
     """Return a statement's text, which the driver may make of what the application composes."""
-    return db._driver.text_of(drivers.unwrapped(db.connection), sql)
+    return db._driver.as_text(drivers.unwrapped(db.connection), sql)
 
 
 def ends_with_block(db: Any, sql: Any) -> bool:

@@ -218,7 +218,7 @@ class Driver:
         """Return whether cursors made with these arguments leave rows on the wire."""
         return False
 
-    def text_of(self, connection: Any, sql: Any) -> Any:
+    def as_text(self, connection: Any, sql: Any) -> Any:
         """Return the text that the driver makes of a statement; as it is if that is not known."""
         return sql
 

@@ -69,7 +69,7 @@ _CODE_AT_END = re.compile(r"\((-?\d+)\)(?:$| \[while connecting )")
 _PROXYSQL_NO_BACKEND = re.compile(r"[^'\"`]*while reaching hostgroup")
 
 
-def text_of(exc: BaseException) -> str:
+def message_of(exc: BaseException) -> str:
     return str(exc.args[-1]) if exc.args else ""
 
 
@@ -142,7 +142,7 @@ class MySQL(Driver):
         return code if isinstance(code, int) else None
 
     def fault(self, exc: BaseException, connecting: bool) -> Fault:
-        code, text = self.code_of(exc), text_of(exc)
+        code, text = self.code_of(exc), message_of(exc)
         if code in (2001, 2002, 2003, 2004) and _NO_DESCRIPTORS.search(text):
             return Fault.LOCAL
         if code == 2005:
@@ -263,14 +263,16 @@ class MySQL(Driver):
             # Connector/C's for "not sent" (seen over TCP and TLS); other clients say it after
             # sending, too.
             return _is_connector_c()
-        return (code == 1047 and "WSREP" in text_of(exc)) or self._is_read_only_refusal(exc)
+        return (code == 1047 and "WSREP" in message_of(exc)) or self._is_read_only_refusal(exc)
 
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         # A constraint that fails at COMMIT is an answer; anything less clear is not.
         return type(exc).__name__ not in ("IntegrityError", "DataError", "ProgrammingError")
 
     def may_be_busy(self, exc: BaseException) -> bool:
-        return self.code_of(exc) in (9001, 9002) or bool(_PROXYSQL_NO_BACKEND.match(text_of(exc)))
+        return self.code_of(exc) in (9001, 9002) or bool(
+            _PROXYSQL_NO_BACKEND.match(message_of(exc))
+        )
 
     def question_of(self, exc: BaseException) -> str:
         code = self.code_of(exc)

@@ -425,7 +425,7 @@ class PostgreSQL(Driver):
             # A libpq before 14 has no such mode.
             return False
 
-    def text_of(self, connection: Any, sql: Any) -> Any:
+    def as_text(self, connection: Any, sql: Any) -> Any:
         # psycopg.sql, psycopg2.sql: the only way to LISTEN on a channel that a variable names.
         try:
             return sql.as_string(connection) if hasattr(sql, "as_string") else sql
