@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,7 @@ from django.db.models.signals import pre_migrate
 from django_proxysql import backends, retrying_atomic, signals
 from django_proxysql.backends import outcomes
 from django_proxysql.backends.tokens import _cleaner, delete_old, problems
+from django_proxysql.conf.keys import ENGINE
 from django_proxysql.core import outcome
 from django_proxysql.core.events import (
     CommitResolved,
@@ -41,12 +43,13 @@ from django_proxysql.core.events import (
 from django_proxysql.core.outcome import Outcome, Tokens
 from django_proxysql.errors import CommitOutcomeUnknown
 from tests.app.models import Token
-from tests.engine import engine, make_outcome_table
+from tests.engine import SQLITE, added, engine, make_outcome_table, mysql_peer
 from tests.fakes import until
 from tests.other_driver import run_again
 from tests.outcomes.cutter import Cutter
 from tests.outcomes.trial import Trial
 from tests.servers import DATABASE, USER
+from tests.servers.mariadb import Node
 from tests.servers.scripted import READ_ONLY, MaxScale, Refusal, ScriptedServer
 from tests.site import Site, site
 from tests.work import Work, run_by
@@ -583,6 +586,25 @@ class TestTable:
         pre_migrate.send(config, app_config=config, using="balanced", verbosity=0)
         assert tokens(here) == [False]
 
+    @pytest.mark.parametrize(
+        "entry",
+        [{"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": [{}]}, {"ENGINE": SQLITE}],
+        ids=["balancer", "plain"],
+    )
+    def test_an_engine_without_tokens_migrates_without_it(
+        self, tmp_path: Path, entry: dict[str, Any]
+    ) -> None:
+        """The setting has no effect there, as its check says: production's settings on SQLite."""
+        own = {"NAME": str(tmp_path / "shop"), "COMMIT_OUTCOME": "record"}
+        with added({"shop": {**entry, **own}}):
+            call_command("migrate", database="shop", verbosity=0)
+            assert outcome.TABLE not in connections["shop"].introspection.table_names()
+            said = io.StringIO()
+            call_command("prune_commits", stdout=said)
+            assert said.getvalue().startswith("There is no load balancer")
+            with pytest.raises(CommandError, match=r"^'shop' is no load .* Leave --database out"):
+                call_command("prune_commits", database="shop")
+
 
 TOKEN = Tokens().next()
 
@@ -1058,6 +1080,23 @@ class TestOldTokens:
         call_command("prune_commits", "--older-than=2h", "--database=balanced", stdout=said)
         assert said.getvalue() == "balanced: 1 tokens deleted\n" * 2
         assert tokens(here) == []
+
+    @pytest.mark.skipif("TEST_DRIVER" in os.environ, reason="the driver makes no difference")
+    def test_a_database_without_the_table_keeps_no_other_from_being_pruned(
+        self, mariadb_pair: tuple[Node, Node]
+    ) -> None:
+        first, second = ([mysql_peer(node)] for node in mariadb_pair)
+        with (
+            engine(first, alias="first", COMMIT_OUTCOME="record") as without,
+            engine(second, alias="second", COMMIT_OUTCOME="record") as connection,
+        ):
+            make_outcome_table(connection)
+            with without.cursor() as cursor:
+                cursor.execute(f"DROP TABLE IF EXISTS {outcome.TABLE}")
+            said = io.StringIO()
+            with pytest.raises(CommandError, match=r"^first: there is no table"):
+                call_command("prune_commits", stdout=said)
+        assert said.getvalue() == "second: 0 tokens deleted\n"
 
     def test_one_transaction_in_a_thousand_has_some_deleted(
         self, here: Site, monkeypatch: pytest.MonkeyPatch

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.core.management import CommandError, call_command
-from django.db import connections
 
 from django_proxysql.conf.keys import ENGINE
-from tests.engine import MYSQL, POSTGRESQL, SQLITE, added, engine, make_outcome_table, mysql_peer
+from tests.engine import MYSQL, POSTGRESQL, mysql_peer
 from tests.project import Project
 from tests.servers import USER
-from tests.servers.mariadb import Node
 from tests.test_project import DATABASE, FILES
 
 TESTS = """
@@ -98,40 +94,3 @@ def test_its_databases_have_the_table(project: Project, arguments: tuple[str, ..
     said = project.manage("test", *arguments)
     assert "Ran 9 tests" in said
     assert "W010" not in said
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [{"ENGINE": ENGINE, "PEER_ENGINE": SQLITE, "PEERS": [{}]}, {"ENGINE": SQLITE}],
-    ids=["balancer", "plain"],
-)
-def test_an_engine_without_tokens_migrates_without_the_table(
-    tmp_path: Path, entry: dict[str, Any]
-) -> None:
-    """The setting has no effect there, as its check says: settings of production run on SQLite."""
-    own = {"NAME": str(tmp_path / "shop"), "COMMIT_OUTCOME": "record"}
-    with added({"shop": {**entry, **own}}):
-        call_command("migrate", database="shop", verbosity=0)
-        assert "django_proxysql_commit" not in connections["shop"].introspection.table_names()
-        said = io.StringIO()
-        call_command("prune_commits", stdout=said)
-        assert said.getvalue().startswith("There is no load balancer")
-        with pytest.raises(CommandError, match=r"^'shop' is no load .* Leave --database out"):
-            call_command("prune_commits", database="shop")
-
-
-def test_a_database_without_the_table_keeps_no_other_from_being_pruned(
-    mariadb_pair: tuple[Node, Node],
-) -> None:
-    first, second = ([mysql_peer(node)] for node in mariadb_pair)
-    with (
-        engine(first, alias="first", COMMIT_OUTCOME="record") as without,
-        engine(second, alias="second", COMMIT_OUTCOME="record") as connection,
-    ):
-        make_outcome_table(connection)
-        with without.cursor() as cursor:
-            cursor.execute("DROP TABLE IF EXISTS django_proxysql_commit")
-        said = io.StringIO()
-        with pytest.raises(CommandError, match=r"^first: there is no table"):
-            call_command("prune_commits", stdout=said)
-    assert said.getvalue() == "second: 0 tokens deleted\n"
