@@ -13,12 +13,21 @@ from django_proxysql.core.statements import STATE, scan
 ON = ["SET LOCAL autocommit = 1", "SET @@local.autocommit = 1", "SET `autocommit` = 'ON'"]
 #: What autocommit may be set to that is 0, or may be.
 OFF = ['"0"', "NOT 1", "(0)", "DEFAULT", "@before", "@@global.autocommit", "1 - 1"]
+#: PostgreSQL's comments nest, and its DO runs a block of any statements.
+LISTENS = [
+    *("/* /* x */ y */ LISTEN jobs", "/* /* x */ y; */ SELECT 1; LISTEN jobs"),
+    *("DO $$ BEGIN LISTEN jobs; END $$", "DO $$ BEGIN IF true THEN LISTEN jobs; END IF; END $$"),
+    *("do 'begin null; if true then execute ''listen jobs''; end if; end'",),
+    "/* /* x */ y */ DO $$ BEGIN EXECUTE format('LISTEN %I', 'jobs'); END $$",
+]
 #: What lives on after close_old_connections(), and how it is given back: SQL, or that and its
 #: parameters.
 PAIRS: list[tuple[Any, Any]] = [
     ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_LOCK('a')"),
     (("SELECT GET_LOCK(%s, %s)", ["a", 0]), ("SELECT RELEASE_LOCK(%s)", ["a"])),
     (("SELECT GET_LOCK(%s, 0)", ("a",)), "DO RELEASE_LOCK('a')"),
+    ("SELECT COALESCE(GET_LOCK('a', 0), 0) AS b FROM DUAL", "DO RELEASE_LOCK('a')"),
+    ("SELECT GET_LOCK('a', 0) = 1 /* from a view */", "DO RELEASE_LOCK('a')"),
     ('SELECT GET_LOCK("a", 0)', "SELECT RELEASE_LOCK('a')"),
     ("DO GET_LOCK('a', 0), GET_LOCK('b', 0)", "DO RELEASE_LOCK('b'), RELEASE_LOCK('a')"),
     ("SELECT GET_LOCK('a', 0)", "/* x */ SELECT RELEASE_LOCK('a') AS given FROM DUAL;"),
@@ -82,11 +91,22 @@ MAYBE = [
     *("SELECT 1 FROM t WHERE RELEASE_LOCK('a')", "SELECT IF(0, RELEASE_ALL_LOCKS(), 1)"),
     "UPDATE t SET a = RELEASE_LOCK('a') WHERE b = 1",
 ]
+#: One call takes a lock as often as there are rows.
+FOR_EACH_ROW = [
+    *("SELECT GET_LOCK('a', 0) FROM t", "SELECT id FROM t WHERE GET_LOCK('a', 0)"),
+    *("UPDATE t SET b = GET_LOCK('a', 0)", "INSERT INTO t SELECT GET_LOCK('a', 0) FROM u"),
+]
+FOR_EACH_ROW_OF_POSTGRESQL = [
+    *("SELECT pg_advisory_lock(7) FROM t", "SELECT pg_advisory_lock(7), generate_series(1, 3)"),
+    "DO $$ BEGIN FOR i IN 1..3 LOOP PERFORM pg_advisory_lock(7); END LOOP; END $$",
+]
 #: Something else is given back, or nothing is sure to be.
 NO_PAIRS: list[tuple[Any, Any]] = [
     ("SELECT GET_LOCK('a', 0)", "SELECT RELEASE_LOCK('b')"),
     (("SELECT GET_LOCK(%s, 0)", ["a"]), ("SELECT RELEASE_LOCK(%s)", ["b"])),
     ("SELECT GET_LOCK(name, 0) FROM t", "SELECT RELEASE_LOCK(name) FROM t"),
+    *((takes, "SELECT RELEASE_LOCK('a')") for takes in FOR_EACH_ROW),
+    *((takes, "SELECT pg_advisory_unlock(7)") for takes in FOR_EACH_ROW_OF_POSTGRESQL),
     *(("SELECT GET_LOCK('a', 0)", gives) for gives in MAYBE),
     ("SELECT pg_advisory_lock(7)", "SELECT pg_advisory_unlock(7) FROM t WHERE a = 1"),
     ("SELECT GET_LOCK('a', 0)", "COMMIT"),
@@ -157,6 +177,16 @@ def test_what_is_taken_stays_until_it_is_given_back(takes: Any, gives: Any) -> N
     holdings.end_request()
     assert holdings
     run(holdings, gives)
+    assert not holdings
+
+
+@pytest.mark.parametrize("sql", LISTENS)
+def test_a_listen_is_held_wherever_it_stands(sql: str) -> None:
+    holdings = Holdings()
+    run(holdings, sql)
+    holdings.end_request()
+    assert holdings
+    run(holdings, "UNLISTEN *")
     assert not holdings
 
 
@@ -271,9 +301,9 @@ def test_any_text_is_read_at_once_and_without_an_error(sql: Any) -> None:
     [
         ("SELECT get_lock('a', 1), get_lock('a', 1)", ["lock 'a'", "lock 'a'"]),
         # What looks like a comment hides no lock.
-        ("SELECT '--', pg_advisory_lock(7)\nFROM t", ["lock 7"]),
+        ("SELECT '--', pg_advisory_lock(7)\nFROM t", ["lock 7", "lock for each row"]),
         ("SELECT '/*', pg_advisory_lock(7), '*/'", ["lock 7"]),
-        ("SELECT a #> '{b}', pg_advisory_lock(7)\nFROM t", ["lock 7"]),
+        ("SELECT a #> '{b}', pg_advisory_lock(7)\nFROM t", ["lock 7", "lock for each row"]),
         # MySQL's comment goes on to the line's end, PostgreSQL's ends here.
         ("SELECT 1 -- x\r, pg_advisory_lock(7)\n", ["lock 7"]),
         ("-- x\rSELECT 1;\nSELECT get_lock('a', 0)", ["lock 'a'"]),

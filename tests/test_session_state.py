@@ -14,6 +14,7 @@ from tests.fakes import running
 from tests.servers import DATABASE
 from tests.site import Site
 from tests.stories import Narrator, attempts, tell, told
+from tests.test_holdings import LISTENS
 
 #: What lives on after close_old_connections(), until it is given back.
 FOR_LIFE = {
@@ -281,6 +282,31 @@ def test_what_a_composed_statement_sets_for_its_transaction_ends_with_it(on_post
         on_postgres.sql(sql.SQL("SET LOCAL search_path = {}").format(sql.Literal("tenant")))
         assert not on_postgres.connection._transaction.may_be_read_only
     assert not on_postgres.session.holds
+
+
+def test_a_lock_that_was_taken_for_each_row_is_held_until_all_are_given_back(here: Site) -> None:
+    lock, unlock, unlock_all = (
+        ("GET_LOCK('a', 0)", "RELEASE_LOCK('a')", "RELEASE_ALL_LOCKS()")
+        if here.is_mysql
+        else ("pg_try_advisory_lock(7)", "pg_advisory_unlock(7)", "pg_advisory_unlock_all()")
+    )
+    for value in ("one", "two"):
+        here.write(value)
+    here.sql(f"SELECT {lock} FROM app_token")
+    here.sql(f"SELECT {unlock}")
+    assert not here.plainly(f"SELECT {lock}")[0][0]
+    narrator = Narrator(here)
+    narrator.tell("request_ends; held")
+    here.sql(f"SELECT {unlock_all}")
+    narrator.tell("free")
+    assert here.plainly(f"SELECT {lock}")[0][0]
+
+
+@pytest.mark.parametrize("takes", LISTENS)
+def test_a_listen_is_held_wherever_it_stands(on_postgres: Site, takes: str) -> None:
+    on_postgres.sql(takes)
+    assert on_postgres.sql("SELECT pg_listening_channels()") == [("jobs",)]
+    Narrator(on_postgres).tell(f"request_ends; held; kill_idle; {SHOWN}")
 
 
 @pytest.mark.parametrize("alone", [True, False])

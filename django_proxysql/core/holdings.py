@@ -138,6 +138,9 @@ def _sorted(found: Iterator[tuple[bool, str]]) -> tuple[list[str], list[str]]:
 
 _COMMENT = re.compile(r"/\*(?!M?!)(?:.*?\*/|.*)|(?:--|#)[^\n]*\n", re.DOTALL)
 _RUN = re.compile(r"/\*M?!\d*|\*/")
+#: In PostgreSQL comments stand in one another. Deeper ones are not read.
+_INNERMOST = re.compile(r"/\*(?:(?!/\*|\*/).)*\*/", re.DOTALL)
+_DEPTH = 5
 _MORE = re.compile(r";\s*(?=\S)")
 
 
@@ -184,6 +187,8 @@ _STATEMENTS = [
     )
 ]
 _LISTEN = re.compile(r"(UN)?LISTEN\s+(\*|\"(?:[^\"]|\"\")+\"|[\w$]+|%\S+)", re.IGNORECASE)
+#: A block of PostgreSQL's. What it takes a call for is read like any other call.
+_BLOCK = re.compile(r"\s*DO\b.*\bLISTEN\b", re.IGNORECASE | re.DOTALL)
 _DISCARD = re.compile(r"DISCARD\s+ALL\b", re.IGNORECASE)
 _NAME = r"""(release_all_locks|pg_advisory_unlock_all
     |get_lock|release_lock|service_\w+_locks
@@ -202,6 +207,12 @@ _ONLY_CALLS = re.compile(
     ),
     re.IGNORECASE | re.VERBOSE,
 )
+#: … in which each call is run once at most: not for the rows of a table, nor in a loop.
+_ONE_ROW = re.compile(
+    r"(?:SELECT|DO|CALL)\b(?!.*\b(?:FROM(?!\s+DUAL\b)|LOOP|generate_series|unnest)\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+_EACH_ROW = "lock for each row"
 #: Each is read to the parenthesis that closes it.
 _MOST_CALLS = 50
 _PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s")
@@ -250,10 +261,23 @@ def changes(sql: Any, params: Any = None) -> Iterator[tuple[bool, str]]:
     # runs what stands in some.
     others = [sql] if _COMMENT.search(read[0]) else []
     others += [_RUN.sub(" ", _COMMENT.sub(" ", sql))] if _RUN.search(sql) else []
+    bare = _without_comments(read[0])
+    # As a server reads it that ends a comment where the first one in it ends: read above.
+    others += _MORE.split(bare) if bare != _COMMENT.sub(" ", read[0]) else []
+    if _BLOCK.match(bare):
+        yield True, "listen in a block"
     for other in others:
-        here = [(takes, name) for takes, name in _changes(other, params) if takes]
-        yield from (one for one in here if one[1] not in found)
-        found.update(name for _takes, name in here)
+        names = [name for takes, name in _changes(other, params) if takes and name not in found]
+        # What says FROM may be a comment.
+        yield from ((True, name) for name in names if set(names) != {_EACH_ROW})
+        found.update(names)
+
+
+def _without_comments(text: str) -> str:
+    """Return a text as PostgreSQL reads it, where comments stand in one another."""
+    for _ in range(_DEPTH):
+        text = _INNERMOST.sub(" ", text)
+    return _COMMENT.sub(" ", text)
 
 
 def leaves_more(sql: Any) -> bool:
@@ -291,12 +315,17 @@ def _changes(piece: str, params: Any) -> Iterator[tuple[bool, str]]:
     if listen is not None and not (listen.group(1) and "%" in listen.group(2)):
         yield not listen.group(1), f"listen {listen.group(2)}"
     is_run = _ONLY_CALLS.fullmatch(text) is not None
+    is_one = is_run or _ONE_ROW.match(text) is not None
     for count, call in enumerate(_FUNCTION.finditer(piece)):
         if count == _MOST_CALLS:
             yield True, "lock of an unknown name"
             return
-        found = _call(call.group(1).lower(), piece, call.end(), params)
-        yield from (one for one in found if one[0] or is_run)
+        for one in _call(call.group(1).lower(), piece, call.end(), params):
+            if one[0] or is_run:
+                yield one
+            if one[0] and not is_one and one[1].startswith("lock "):
+                # How often is not known.
+                yield True, _EACH_ROW
 
 
 def _call(function: str, text: str, start: int, params: Any) -> Iterator[tuple[bool, str]]:
