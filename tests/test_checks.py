@@ -481,7 +481,8 @@ def test_servers_told_apart_by_files_are_no_duplicates() -> None:
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        (lambda url: {"PEERS": [{"HOST": url}] * 2}, ["E009", "E009"]),
+        (lambda url: {"PEERS": [{"HOST": url}] * 2}, ["E009", "E009", "W001"]),
+        (lambda url: {"PEERS": [{"HOST": url}, ONE, dict(ONE)]}, ["E009", "W001"]),
         (lambda url: {"PEERS": [url, url]}, ["E002", "E002", "E011"]),
         (lambda url: {"PEERS": [ONE], "PEER_ENGINE": url}, ["E013"]),
         (lambda url: {"PEERS": [ONE], "STRATEGY": url}, ["E007"]),

@@ -263,9 +263,8 @@ def timeouts(entry: Entry) -> None:
 
 def one_address(entry: Entry) -> None:
     """Note peers that lead to one server."""
-    if any(problem.id == "django_proxysql.E009" for problem in entry.problems):
-        # The message would quote what has a password in it.
-        return
+    # An address may have a password in it, then.
+    is_quoted = not any(problem.id == "django_proxysql.E009" for problem in entry.problems)
     seen: dict[Any, str] = {}
     default_port = "5432" if entry.is_postgresql else "3306" if entry.is_mysql else ""
     for peer in entry.peers:
@@ -282,7 +281,8 @@ def one_address(entry: Entry) -> None:
         if first != peer.name:
             entry.add(
                 "W001",
-                f"PEERS has {first!r} and {peer.name!r} at one address, {address(settings)}.",
+                f"PEERS has {first!r} and {peer.name!r} at one address"
+                + (f", {address(settings)}." if is_quoted else "."),
                 "One failure will be met twice, and one server gets two shares.",
             )
         seen[tuple(where)] = peer.name
