@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
+import psycopg
 import pytest
 from django.db import OperationalError, connections, transaction
 from django.db.backends.signals import connection_created
@@ -275,6 +277,58 @@ def test_what_a_composed_statement_takes_is_held(on_postgres: Site, takes: Any, 
     on_postgres.sql(takes)
     on_postgres.sql(gives)
     narrator.tell("request_ends; SELECT count(*) FROM pg_listening_channels(); answer 0; kill_idle")
+
+
+def template(*parts: Any) -> Any:
+    """Return t"…" of Python 3.14 and psycopg 3.3, or on an older Python what psycopg takes for it.
+
+    :param parts: texts, and pairs of a value and its format.
+    """
+    compat = pytest.importorskip("psycopg._compat")
+    if not hasattr(compat, "Template"):
+        pytest.skip("needs psycopg 3.3")
+    made = [
+        part if isinstance(part, str) else compat.Interpolation(part[0], "", None, part[1])
+        for part in parts
+    ]
+    if compat.Template.__module__ == "string.templatelib":
+        return compat.Template(*made)
+    interpolations = tuple(part for part in made if not isinstance(part, str))
+    contents = {"interpolations": interpolations, "__iter__": lambda self: iter(made)}
+    return object.__new__(type("Template", (compat.Template,), contents))
+
+
+def test_what_a_template_string_takes_is_held(on_postgres: Site) -> None:
+    narrator = Narrator(on_postgres)
+    on_postgres.sql(template("LISTEN ", ("jobs", "i")))
+    narrator.tell(f"request_ends; held; kill_idle; {SHOWN}")
+    on_postgres.sql(template("SELECT pg_advisory_lock(", (7, ""), ")"))
+    on_postgres.sql("SELECT pg_advisory_unlock(7)")
+    narrator.tell("request_ends; free")
+    with transaction.atomic(on_postgres.connection.alias):
+        on_postgres.sql(template("INSERT INTO app_token (value) VALUES (", ("one", ""), ")"))
+        assert on_postgres.connection._transaction.is_whole
+    assert on_postgres.read() == ["one"]
+    # It is no read that would be run again.
+    on_postgres.cut("reply")
+    with pytest.raises(OperationalError):
+        on_postgres.sql(template("SELECT ", (1, "")))
+
+
+def test_a_statement_that_cannot_be_read_may_have_taken_anything(on_postgres: Site) -> None:
+    """Not psycopg's: what another driver makes of an object of its own."""
+
+    class Unreadable:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+    def run(cursor: Any, statement: Any, *args: Any) -> Any:
+        return plain(cursor, getattr(statement, "text", statement), *args)
+
+    plain = psycopg.Cursor.execute
+    with mock.patch.object(psycopg.Cursor, "execute", run):
+        on_postgres.sql(Unreadable("LISTEN jobs"))
+    Narrator(on_postgres).tell(f"request_ends; held; kill_idle; {SHOWN}")
 
 
 def test_what_a_composed_statement_sets_for_its_transaction_ends_with_it(on_postgres: Site) -> None:

@@ -61,6 +61,8 @@ class Holdings:
 
     def sent(self, sql: Any, params: Any) -> None:
         """Note what a statement takes. Call it before the statement is sent."""
+        if text_in(sql) is None:
+            self.for_life["what a statement took that cannot be read"] = 1
         taken, given = _sorted(changes(sql, params))
         for name in taken:
             # Of locks alone it matters how often: the servers count them, too.

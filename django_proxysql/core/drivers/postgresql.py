@@ -428,7 +428,14 @@ class PostgreSQL(Driver):
     def as_text(self, connection: Any, sql: Any) -> Any:
         # psycopg.sql, psycopg2.sql: the only way to LISTEN on a channel that a variable names.
         try:
-            return sql.as_string(connection) if hasattr(sql, "as_string") else sql
+            if hasattr(sql, "as_string"):
+                return sql.as_string(connection)
+            if hasattr(sql, "interpolations"):
+                # Python 3.14's t"…", which psycopg takes from 3.3 on.
+                from psycopg.sql import as_string
+
+                return as_string(sql, connection)
+            return sql
         except Exception:
             # What it is made of cannot be quoted: it will not be sent.
             return sql
