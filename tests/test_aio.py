@@ -449,6 +449,20 @@ def test_pinned_holds_for_the_task() -> None:
     assert asyncio.run(scene()) == ["db2"] * 4
 
 
+def test_connects_of_one_pinned_block_at_once_come_to_one_peer() -> None:
+    world = World("db1", "db2", "db3", strategy="round_robin")
+
+    async def scene() -> None:
+        with world.db.pinned():
+            made = await asyncio.gather(*(world.db.connect() for _ in range(3)))
+        assert len({one.host for one in made}) == 1
+        assert world.driver.sockets == set(made)
+
+    asyncio.run(scene())
+    assert sum(peer.connections for peer in world.db.peers.values()) <= 3
+    assert world.states() == "closed closed closed"
+
+
 @pytest.mark.usefixtures("hasty")
 def test_open_one_gets_the_attempt_and_is_limited() -> None:
     world = World("db1", "db2", connect_timeout=7)

@@ -530,6 +530,25 @@ class TestBusyPools:
             world.connect()
         assert not isinstance(raised.value, NoPeerAvailable)
 
+    @pytest.mark.parametrize("is_down", [False, True])
+    def test_a_connect_that_another_one_of_its_pinned_block_overtakes(self, is_down: bool) -> None:
+        """It goes to the other's peer, and to no further one if that fails."""
+        world = World("db1", "db2", "db3", strategy="round_robin")
+        others: list[str] = []
+
+        def overtake() -> None:
+            if not others:
+                others.append("")
+                others[0] = world.connect()
+                if is_down:
+                    world.driver.down[others[0]] = refused_by_host
+
+        world.driver.down.update(dict.fromkeys(world.db.peers, overtake))
+        with world.db.pinned():
+            error = raised_by(world.connect)
+        assert isinstance(error, NoPeerAvailable) is is_down
+        assert [one.host for one in world.driver.made if not one.closed] == others * (2 - is_down)
+
     def test_replacement_that_need_not_be_waits_for_no_pool(self) -> None:
         assert self.search(World("db1"), "db1", trials="never") == [("db1", False)]
 

@@ -162,6 +162,7 @@ class AsyncLoadBalancer(Face):
         try:
             if self.group.ready_check is not None or attempt.is_trial:
                 await self.check_ready(connection, attempt)
+            attempt.settle()
             count_while_alive(connection, attempt.peer)
         except BaseException:
             await _abort(connection)

@@ -205,6 +205,7 @@ class LoadBalancer(Face):
             if hasattr(type(connection), "__await__"):
                 raise ConfigError("connect", "is a coroutine function", "Use AsyncLoadBalancer.")
             self.check_ready(connection, attempt, asked=asked)
+            attempt.settle()
             count_while_alive(connection, attempt.peer)
         except BaseException:
             # The traceback would keep the socket open for as long as it lives.

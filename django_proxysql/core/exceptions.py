@@ -57,6 +57,14 @@ class PoolBusy(Exception):
     """
 
 
+class PinnedElsewhere(Exception):
+    """Raised by what opens a connection, where another connect of its ``pinned()`` block was first.
+
+    Nothing has failed: the search goes on to that one's peer. It never leaves
+    :meth:`LoadBalancer.connect`.
+    """
+
+
 class NoPeerAvailable(Exception):
     """No peer of a load balancer could be connected to.
 

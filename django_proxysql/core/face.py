@@ -261,9 +261,9 @@ class Face:
         """Pin the thread or task to one peer for a ``with`` block: the first that it connects to.
 
         It holds for the thread, greenlet or asyncio task that enters the block,
-        and for what it runs by way of ``sync_to_async()``. Tasks that it begins share the peer
-        once the first connect is done. Of connections that were begun at once, Django's move to
-        it at their next use.
+        and for what it runs by way of ``sync_to_async()``. Tasks that it begins share the peer.
+        Where connects begin at once, the first to succeed says which. The others then connect to
+        that one. Django's connections, and those of your own ``open_one``, do so at their next use.
 
         For what must not be spread: migrations, test databases, reading one's
         own writes where peers lag. If the peer is lost inside the block,

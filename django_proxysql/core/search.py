@@ -23,10 +23,11 @@ from types import MappingProxyType
 from typing import NamedTuple, Union
 
 from . import drivers
+from .affinity import Pin
 from .circuit import CLOSED, OPEN, Circuit, Lease
 from .config import BalancerConfig
 from .events import Connected, ConnectFailed, PeersExhausted
-from .exceptions import ConfigError, NoPeerAvailable, PoolBusy
+from .exceptions import ConfigError, NoPeerAvailable, PinnedElsewhere, PoolBusy
 from .faults import Count, Fault, Judgement, Verdict, verdict_on
 from .group import PeerGroup
 from .logger import logger
@@ -63,6 +64,7 @@ class Attempt:
         "may_wait",
         "peer",
         "permit",
+        "pin",
         "started",
         "timeout",
     )
@@ -75,10 +77,20 @@ class Attempt:
         self.may_wait = True
         #: The permit that it is made with.
         self.permit: Permit | None = None
+        #: The pinned() block that it is made in, if the block chooses the peer.
+        self.pin: Pin | None = None
         #: When it began, on the balancer's clock.
         self.started = 0.0
         #: Whether it has ended, in whatever way.
         self.is_over = False
+
+    def settle(self) -> None:
+        """Have the pinned() block stay with this peer, if it has none yet.
+
+        :raises PinnedElsewhere: another connect of the block was first.
+        """
+        if self.pin is not None and self.pin.settle(self.peer) is not self.peer:
+            raise PinnedElsewhere
 
 
 class Wait(NamedTuple):
@@ -103,7 +115,7 @@ class Ask(NamedTuple):
 #: after how many seconds without a trial it may be tried as a last resort.
 _Candidate = tuple[Peer, Union[bool, None], Union[float, None]]
 
-#: What follows where our own pool has no connection to spare.
+#: What follows where our own pool has no connection to spare, or the peer is not the block's.
 _BUSY = Verdict(True, Count.NO, Fault.OVERLOADED)
 
 
@@ -201,6 +213,7 @@ class Search:
                     if out is not False:
                         self._seen[peer.name] = _seen(peer)
                     attempt = self.attempt = Attempt(peer, config)
+                    attempt.pin = self._pin if self._only is None else None
                     attempt.permit = peer.breaker.acquire(
                         # A peer that has become suspect since we looked comes last all the same.
                         last_resort=last_resort,
@@ -368,6 +381,12 @@ class Search:
             permit.released()
             self._busy |= {peer.name}
             self._errors = {**self._errors, peer.name: drivers.describe(exc)}
+            self._last_error, self._verdict = exc, _BUSY
+            return
+        if isinstance(exc, PinnedElsewhere):
+            # The peer has let us in.
+            permit.succeeded()
+            self._pinned, self._plan = self._pin.peer, None  # type: ignore[union-attr]
             self._last_error, self._verdict = exc, _BUSY
             return
         judgement = drivers.judge(exc, connecting=True)
