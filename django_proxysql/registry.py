@@ -223,12 +223,9 @@ def register(settings: dict[str, Any], alias: str) -> None:
     ``settings`` gets the alias written into it, and an empty NAME filled in from the first
     peer that has one, for Django derives the test database's name from it.
 
-    No other constructor changes what is not its own; a wrapper's does, by this. Whatever is made
-    from a copy of the settings must find the same circuits, and the copy is all that it has:
-    Django hands copies to wrappers under other aliases (``__no_db__``, ``connection.copy()``),
-    deep-copies them for test databases, and pickles them for the processes of a parallel run. A
-    map beside the dict (by its id, by its values) knows no copy, and NAME changes in place. The
-    app is not there in time to write it either: it need not be installed.
+    No other constructor changes what is not its own; a wrapper's does, by this: the house's page
+    in the docs says why. A map beside the dict (by its id, by its values) knows no copy, and NAME
+    changes in place. The app cannot write it: it need not be installed.
     """
     databases = connections.databases
     # An entry of DATABASES that names a user's subclass of the engine is a

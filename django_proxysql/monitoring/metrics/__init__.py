@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import glob
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 try:
-    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram, multiprocess
 except ImportError as exc:
     raise ImportError(
         'Metrics need prometheus_client: pip install "django-proxysql[prometheus]"'
@@ -31,10 +32,10 @@ except ImportError as exc:
 from ...core import runtime
 from ...core.events import Event
 from ...core.face import Face
+from ...core.logger import logger
 from ...core.peer import Peer
 from ...core.reports import REPORTS, Count, fits
 from .. import check_sources, in_use
-from .multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
@@ -300,6 +301,51 @@ def _multiprocess_directory() -> str | None:
     """Return where prometheus_client's processes write, if there are several."""
     name = "PROMETHEUS_MULTIPROC_DIR"
     return os.environ.get(name, os.environ.get(name.lower()))
+
+
+#: The broken files that the log has named.
+_named: set[str] = set()
+
+
+class MultiProcessCollector(multiprocess.MultiProcessCollector):
+    """prometheus_client's collector of the same name, which leaves out broken files.
+
+    A process that is killed while it makes a file leaves it empty; a disk that is full cuts one
+    off. prometheus_client's own collector then raises at each scrape, until the file is removed.
+    Here the log names it once, as a ``WARNING``.
+    """
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics of all processes."""
+        files = glob.glob(os.path.join(self._path, "*.db"))
+        try:
+            return self._merged(files)
+        except Exception:
+            return self._merged([file for file in files if self._is_whole(file)])
+
+    def _merged(self, files: list[str]) -> list[Any]:
+        merge: Any = self.merge
+        return list(merge(files, accumulate=True))
+
+    def _is_whole(self, file: str) -> bool:
+        try:
+            self._merged([file])
+        except FileNotFoundError:
+            # Its process has ended, or was marked dead.
+            return False
+        except Exception as exc:
+            if file not in _named:
+                _named.add(file)
+                logger.warning(
+                    "The metrics leave out a broken file of Prometheus's multiprocess mode: %s "
+                    "(%s: %s). A process was killed while it made the file, or the disk was full. "
+                    "Remove the file.",
+                    file,
+                    type(exc).__name__,
+                    exc,
+                )
+            return False
+        return True
 
 
 _all: runtime.Living[Metrics] = runtime.Living()
