@@ -121,6 +121,9 @@ STORIES = {
         {"unbuffered": True},
     ),
     "transaction by hand ends with rollback()": "all: BEGIN; rollback; kill_idle; SELECT 1",
+    "transaction by SQL ends with COMMIT": (
+        "all: BEGIN; read; write one; COMMIT; free; kill_idle; SELECT 1"
+    ),
     "channel given back in a block": (
         "postgres: LISTEN jobs; { UNLISTEN jobs }; SELECT pg_listening_channels(); answer; free"
     ),

@@ -45,9 +45,10 @@ def before_statement(db: Any, cursor: Any, kind: int, now: float, sql: Any, para
             session.status is not None
             and db.autocommit
             and not session.dead
+            and "transaction" not in session.holds.for_life
             and not db._driver.is_at_rest(session.connection)
         ):
-            # A transaction that was begun past us is state like a raw BEGIN's.
+            # A transaction that was begun past us is state like a raw BEGIN's, but of no known end.
             # Once the connection is lost the driver knows no longer.
             session.holds.takes_unknown()
         at_safe_point(db, session, kind, now)
