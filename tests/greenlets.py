@@ -14,7 +14,10 @@ if not EARLY:
 
     monkey.patch_all()
 
+import _socket
+import contextlib
 import gc
+import os
 import socket
 import threading
 from typing import Any
@@ -24,6 +27,7 @@ import gevent.event
 import pymysql
 
 from django_proxysql import LoadBalancer
+from django_proxysql.core import sockets
 from django_proxysql.core.trials import trial_worker
 from tests.fakes import Clock, raised_by
 
@@ -183,6 +187,19 @@ def pinned(db: LoadBalancer | None = None) -> None:
     assert used() == {"db1", "db2"}
     assert first.get() == {"db1"}
     assert second.get() == {"db2"}
+
+
+def mode_stays() -> None:
+    """A C driver's socket blocks as before, though gevent's own sockets never do."""
+    server = Silent()
+    with contextlib.closing(_socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)) as sock:
+        sock.connect(("127.0.0.1", server.port))
+        assert os.get_blocking(sock.fileno())
+        assert sockets.keepalive(sock.fileno(), 20) == 20
+        assert os.get_blocking(sock.fileno())
+        with sockets.limited(sock.fileno(), 20):
+            assert os.get_blocking(sock.fileno())
+        assert os.get_blocking(sock.fileno())
 
 
 def patched_late() -> None:

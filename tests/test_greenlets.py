@@ -21,6 +21,7 @@ SCENES = [
     "tried_in_the_background",
     "counts_end_with_connections",
     "pinned",
+    "mode_stays",
     "patched_late",
 ]
 

@@ -69,25 +69,10 @@ def keepalive(
     if descriptor is None or descriptor < 0 or os.name != "posix":
         return math.inf
     try:
-        # Python's default timeout makes a new socket object non-blocking, a
-        # mode that the duplicate shares with the driver's.
-        changes = socket.getdefaulttimeout() is not None
-        blocking = changes and os.get_blocking(descriptor)
-        # A socket object closes what it is given.
-        duplicate = os.dup(descriptor)
+        sock = _copy_of(descriptor)
     except OSError:
         # No socket by that number, or no number left. The connection works.
         return math.inf
-    try:
-        # The C class below socket.socket, given what it would ask the kernel
-        # for: each connect comes by here.
-        sock = socket.SocketType(-1, socket.SOCK_STREAM, 0, duplicate)
-    except OSError:
-        os.close(duplicate)
-        return math.inf
-    finally:
-        if changes:
-            os.set_blocking(descriptor, blocking)
     try:
         if sock.family not in _INTERNET:
             return math.inf
@@ -110,6 +95,26 @@ def keepalive(
         return math.inf
     finally:
         sock.close()
+
+
+def _copy_of(descriptor: int) -> socket.SocketType:
+    """Return a socket object of the connection's that closes no more than itself.
+
+    :raises OSError: there is no socket by that number, or no number left.
+    """
+    # Python's default timeout, and gevent, make a new socket object non-blocking, a mode that it
+    # shares with the driver's.
+    blocking = os.get_blocking(descriptor)
+    duplicate = os.dup(descriptor)
+    try:
+        # The C class below socket.socket, given what it would ask the kernel
+        # for: each connect comes by here.
+        return socket.SocketType(-1, socket.SOCK_STREAM, 0, duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+    finally:
+        os.set_blocking(descriptor, blocking)
 
 
 #: As the C class has them: members of an enumeration compare in Python.
@@ -233,11 +238,8 @@ def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
     bell = threading.Lock()
     bell.acquire()
     if descriptor is not None:
-        blocking = os.get_blocking(descriptor)
         # Its number is ours: the driver may close its own, and another connection get that.
-        duplicate = socket.socket(fileno=os.dup(descriptor))
-        # Python's default timeout would change the mode that both share.
-        os.set_blocking(descriptor, blocking)
+        duplicate = _copy_of(descriptor)
         try:
             _thread.start_new_thread(_shut_down_unless, (bell, duplicate, seconds))
         except RuntimeError:
@@ -249,7 +251,7 @@ def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
         bell.release()
 
 
-def _shut_down_unless(bell: threading.Lock, duplicate: socket.socket, seconds: float) -> None:
+def _shut_down_unless(bell: threading.Lock, duplicate: socket.SocketType, seconds: float) -> None:
     try:
         # A deadline may pass on the way here; to a lock, -1 means for ever.
         if not bell.acquire(timeout=max(0, min(seconds, threading.TIMEOUT_MAX))):
