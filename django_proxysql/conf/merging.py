@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from .keys import CONNECTION_KEYS, NAME_KEY
 _DEFAULTS: dict[str, Any] = {**dict.fromkeys(CONNECTION_KEYS, ""), "OPTIONS": {}}
 
 _PLAIN_KEYS = tuple(key for key in CONNECTION_KEYS if key != "OPTIONS")
-_connection_values = operator.itemgetter(*CONNECTION_KEYS)
 
 
 def changed_keys(own: Mapping[str, Any], first_read: Mapping[str, Any]) -> list[str]:
@@ -23,12 +21,6 @@ def changed_keys(own: Mapping[str, Any], first_read: Mapping[str, Any]) -> list[
     The test runner rewrites NAME in place, ``_nodb_cursor`` asks for none:
     what was changed on purpose goes before what the peers have.
     """
-    try:
-        # Asked twice a connect, and nearly always answered by one comparison.
-        if _connection_values(own) == _connection_values(first_read):
-            return []
-    except KeyError:
-        pass
     return [
         key
         for key, default in _DEFAULTS.items()
@@ -73,9 +65,6 @@ def first_reading(settings: Mapping[str, Any]) -> dict[str, Any]:
 def options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an entry's OPTIONS; nothing of what is no dict: :func:`problems` says so."""
     options = entry.get("OPTIONS")
-    if type(options) is dict:
-        # Nearly always; to ask for a Mapping costs ten times as much.
-        return options.copy()
     return dict(options) if isinstance(options, Mapping) else {}
 
 
