@@ -129,34 +129,28 @@ class SafePointsMixin(LoadBalancedMixin):
         """Open the driver's connection, and have the kernel notice its host's death."""
         connection = super().get_new_connection(conn_params)
         try:
-            self._watch_over(connection, conn_params)
+            driver, registered, asked = self._driver, self._registered(), conn_params.get
+            if registered is None or not driver.WATCHED:
+                return connection
+            descriptor = driver.fileno(connection)
+            seconds = registered.balancer.config.tcp_user_timeout
+            already = driver.socket_options(connection, conn_params)
+            patience = sockets.keepalive(descriptor, seconds, already)
+            for limit in (seconds, asked("read_timeout"), asked("write_timeout")):
+                if limit is not None and limit < patience:
+                    patience = float(limit)
+            self._made_with = {
+                "poll": sockets.watch(descriptor),
+                "read_timeout": patience,
+                "unbuffered": driver.is_unbuffered(conn_params),
+                "database": asked("database") or asked("db") or asked("dbname") or "",
+                "takes_two": driver.takes_two(conn_params),
+                "role": (self.settings_dict.get("OPTIONS") or {}).get("assume_role") or "",
+            }
         except BaseException:
             give_back(connection)
             raise
         return connection
-
-    def _watch_over(self, connection: Any, conn_params: dict[str, Any]) -> None:
-        driver, registered = self._driver, self._registered()
-        if registered is None or not driver.WATCHED:
-            return
-        descriptor = driver.fileno(connection)
-        seconds = registered.balancer.config.tcp_user_timeout
-        patience = sockets.keepalive(
-            descriptor, seconds, driver.socket_options(connection, conn_params)
-        )
-        limits = seconds, conn_params.get("read_timeout"), conn_params.get("write_timeout")
-        for limit in limits:
-            if limit is not None and limit < patience:
-                patience = float(limit)
-        database = conn_params.get("database") or conn_params.get("db") or conn_params.get("dbname")
-        self._made_with = {
-            "poll": sockets.watch(descriptor),
-            "read_timeout": patience,
-            "unbuffered": driver.is_unbuffered(conn_params),
-            "database": database or "",
-            "takes_two": driver.takes_two(conn_params),
-            "role": (self.settings_dict.get("OPTIONS") or {}).get("assume_role") or "",
-        }
 
     #: What the next session must know of how its connection was made.
     _made_with: dict[str, Any] = {}  # noqa: RUF012 - replaced as a whole
