@@ -1,7 +1,7 @@
 """Fixtures that start the servers that the tests ask for.
 
-Each server is started once, by the first test that wants it (the ``…_session`` fixtures), and a
-test gets it through a fixture that afterwards thaws, restarts and sets back what the test has hurt.
+Each server is started once, by the first test that wants it, and a test gets it through a fixture
+that afterwards thaws, restarts and sets back what the test has hurt (keeping.py).
 A run that one of our tests starts and waits for may borrow our servers (lending.py).
 What is in the tables is left as it is.
 """
@@ -28,6 +28,7 @@ from tests.servers import Address
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
+from tests.servers.keeping import Keeper
 from tests.servers.lending import borrowed
 from tests.servers.mariadb import Node
 from tests.servers.pgbouncer import PgBouncer
@@ -146,31 +147,32 @@ def pytest_runtest_logstart() -> None:
 
 
 @pytest.fixture(scope="session")
-def servers_session() -> Iterator[ExitStack]:
-    """Closes at the end what is entered into it."""
-    with ExitStack() as stack:
-        yield stack
+def servers_session() -> Iterator[Keeper]:
+    """Starts servers at their first use, and ends them."""
+    with Keeper() as keeper:
+        yield keeper
 
 
-@pytest.fixture(scope="session")
-def mariadb_pair_session(servers_session: ExitStack) -> tuple[Node, Node]:
+def start_mariadb_pair(stack: ExitStack) -> tuple[Node, Node]:
     if lent := borrowed("mariadb_pair"):
         return lent
-    pair = Node("mariadb-1"), Node("mariadb-2")
-    for node in pair:
-        servers_session.callback(node.close)
-    start_together(*pair)
-    for node in pair:
+    return set_up_together(stack, Node("mariadb-1"), Node("mariadb-2"))
+
+
+def set_up_together(stack: ExitStack, *nodes: Any) -> Any:
+    for node in nodes:
+        stack.callback(node.close)
+    start_together(*nodes)
+    for node in nodes:
         node.set_up()
-    return pair
+    return nodes
 
 
 @pytest.fixture
-def mariadb_pair(mariadb_pair_session: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
+def mariadb_pair(servers_session: Keeper) -> Iterator[tuple[Node, Node]]:
     """Two MariaDB servers that know nothing of each other, with the same database and users."""
-    yield mariadb_pair_session
-    for node in mariadb_pair_session:
-        node.restore()
+    with servers_session.use(start_mariadb_pair) as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -179,51 +181,39 @@ def mariadb(mariadb_pair: tuple[Node, Node]) -> Node:
     return mariadb_pair[0]
 
 
-@pytest.fixture(scope="session")
-def mariadb_tls_session(servers_session: ExitStack) -> Node:
-    return servers_session.enter_context(Node("mariadb-tls", tls=True)).set_up()
+def start_mariadb_tls(stack: ExitStack) -> Node:
+    return stack.enter_context(Node("mariadb-tls", tls=True)).set_up()
 
 
 @pytest.fixture
-def mariadb_tls(mariadb_tls_session: Node) -> Iterator[Node]:
+def mariadb_tls(servers_session: Keeper) -> Iterator[Node]:
     """A MariaDB server with a certificate; ``ca`` is the authority's."""
-    yield mariadb_tls_session
-    mariadb_tls_session.restore()
+    with servers_session.use(start_mariadb_tls) as node:
+        yield node
 
 
-@pytest.fixture(scope="session")
-def galera_session(servers_session: ExitStack) -> GaleraCluster:
-    return borrowed("galera") or servers_session.enter_context(GaleraCluster())
+def start_galera(stack: ExitStack) -> GaleraCluster:
+    return borrowed("galera") or stack.enter_context(GaleraCluster())
 
 
 @pytest.fixture
-def galera(galera_session: GaleraCluster) -> Iterator[GaleraCluster]:
+def galera(servers_session: Keeper) -> Iterator[GaleraCluster]:
     """A Galera cluster of three nodes."""
-    yield galera_session
-    galera_session.restore()
+    with servers_session.use(start_galera) as cluster:
+        yield cluster
 
 
-@pytest.fixture(scope="session")
-def postgres_pair_session(servers_session: ExitStack) -> tuple[PostgreSQLNode, PostgreSQLNode]:
+def start_postgres_pair(stack: ExitStack) -> tuple[PostgreSQLNode, PostgreSQLNode]:
     if lent := borrowed("postgres_pair"):
         return lent
-    pair = PostgreSQLNode("postgres-1"), PostgreSQLNode("postgres-2")
-    for node in pair:
-        servers_session.callback(node.close)
-    start_together(*pair)
-    for node in pair:
-        node.set_up()
-    return pair
+    return set_up_together(stack, PostgreSQLNode("postgres-1"), PostgreSQLNode("postgres-2"))
 
 
 @pytest.fixture
-def postgres_pair(
-    postgres_pair_session: tuple[PostgreSQLNode, PostgreSQLNode],
-) -> Iterator[tuple[PostgreSQLNode, PostgreSQLNode]]:
+def postgres_pair(servers_session: Keeper) -> Iterator[tuple[PostgreSQLNode, PostgreSQLNode]]:
     """Two PostgreSQL servers that know nothing of each other."""
-    yield postgres_pair_session
-    for node in postgres_pair_session:
-        node.restore()
+    with servers_session.use(start_postgres_pair) as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -232,31 +222,32 @@ def postgres(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> PostgreSQL
     return postgres_pair[0]
 
 
-@pytest.fixture(scope="session")
-def postgres_tls_session(servers_session: ExitStack) -> PostgreSQLNode:
-    return servers_session.enter_context(PostgreSQLNode("postgres-tls", tls=True)).set_up()
+def start_postgres_tls(stack: ExitStack) -> PostgreSQLNode:
+    return stack.enter_context(PostgreSQLNode("postgres-tls", tls=True)).set_up()
 
 
 @pytest.fixture
-def postgres_tls(postgres_tls_session: PostgreSQLNode) -> Iterator[PostgreSQLNode]:
+def postgres_tls(servers_session: Keeper) -> Iterator[PostgreSQLNode]:
     """A PostgreSQL server with a certificate; ``ca`` is the authority's."""
-    yield postgres_tls_session
-    postgres_tls_session.restore()
+    with servers_session.use(start_postgres_tls) as node:
+        yield node
 
 
-@pytest.fixture(scope="session")
-def redis_session(servers_session: ExitStack) -> RedisServer:
-    return servers_session.enter_context(RedisServer())
+def start_redis(stack: ExitStack) -> RedisServer:
+    return stack.enter_context(RedisServer())
 
 
 @pytest.fixture
-def redis_server(
-    redis_session: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[RedisServer]:
-    """A Redis server; empty again after the test. It may take its time, on a busy machine."""
+def patient_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a Redis take its time, on a busy machine."""
     monkeypatch.setattr("django_proxysql.core.sharing.url.TIMEOUT", 30)
-    yield redis_session
-    redis_session.restore()
+
+
+@pytest.fixture
+def redis_server(servers_session: Keeper, patient_with_redis: None) -> Iterator[RedisServer]:
+    """A Redis server; empty again after the test."""
+    with servers_session.use(start_redis) as server:
+        yield server
 
 
 @pytest.fixture

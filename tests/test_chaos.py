@@ -19,27 +19,23 @@ from tests.chaos.sites import SITES, Site, admin
 
 
 @pytest.fixture(scope="module")
-def sites(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
-    """``sites(kind)`` makes a site, once."""
-    made: dict[str, Any] = {}
+def sites() -> Iterator[Callable[[str, Any], Any]]:
+    """``sites(kind, server)`` makes a site, once."""
+    made: dict[Any, Any] = {}
     with contextlib.ExitStack() as stack:
 
-        def site_of(kind: str) -> Any:
-            if kind not in made:
-                make, is_cluster = SITES[kind]
-                fixture = "galera_session" if is_cluster else "mariadb_pair_session"
-                servers = request.getfixturevalue(fixture)
-                made[kind] = stack.enter_context(make(servers if is_cluster else servers[0]))
-            return made[kind]
+        def site_of(kind: str, server: Any) -> Any:
+            if (kind, server) not in made:
+                made[kind, server] = stack.enter_context(SITES[kind][0](server))
+            return made[kind, server]
 
         yield site_of
 
 
 @pytest.fixture
-def site(request: pytest.FixtureRequest, sites: Callable[[str], Any]) -> Any:
-    # The servers are mended after each test.
-    request.getfixturevalue("galera" if SITES[request.param][1] else "mariadb")
-    return sites(request.param)
+def site(request: pytest.FixtureRequest, sites: Callable[[str, Any], Any]) -> Any:
+    server = request.getfixturevalue("galera" if SITES[request.param][1] else "mariadb")
+    return sites(request.param, server)
 
 
 @pytest.mark.slow

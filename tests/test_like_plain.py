@@ -317,15 +317,20 @@ class Production:
         """
         if peers == "aliases":
             self.use_aliases()
+        # Some other test may have failed.
+        self.drop(*self.test_databases())
         self.project.manage("migrate")
         self.sql("INSERT INTO shop_item (name) VALUES ('production')")
         before = self.contents()
         assert "production" in before
         yield self
         after = self.contents()
-        for name in (DATABASE, *self.test_databases()):
-            self.node.sql(f"DROP DATABASE {name}")
+        self.drop(DATABASE, *self.test_databases())
         assert after == before
+
+    def drop(self, *databases: str) -> None:
+        for name in databases:
+            self.node.sql(f"DROP DATABASE {name}")
 
     def tested(self, *arguments: str, **options: Any) -> str:
         """Run the five tests, by ``manage.py test``; return what it prints."""

@@ -24,11 +24,13 @@ from tests.fakes import in_thread, until
 from tests.servers import DATABASE, PASSWORD, USER
 from tests.servers.galera import GaleraCluster
 from tests.servers.haproxy import HAProxy
+from tests.servers.keeping import Keeper
 from tests.servers.lending import borrowed, lend
 from tests.servers.mariadb import MariaDBNode, Node
 from tests.servers.ports import MissingProgram, PortPool, ServerError, find_program
 from tests.servers.postgresql import PostgreSQLNode
 from tests.servers.processes import ServerProcess, alive, descendants
+from tests.servers.redis import RedisServer
 from tests.servers.runs import current_run
 
 
@@ -141,14 +143,14 @@ def test_haproxy_frontend(mariadb: Node, haproxy: Callable[..., HAProxy]) -> Non
 
 
 def connect_postgres(node: PostgreSQLNode, **options: Any) -> psycopg.Connection[Any]:
-    return psycopg.connect(
-        host=node.host,
-        port=node.port,
-        user=USER,
-        password=PASSWORD,
-        dbname=DATABASE,
-        **options,
-    )
+    settings = {
+        "host": node.host,
+        "port": node.port,
+        "user": USER,
+        "password": PASSWORD,
+        "dbname": DATABASE,
+    }
+    return psycopg.connect(**{**settings, **options})
 
 
 def test_postgres_keeps_its_data(postgres_pair: tuple[PostgreSQLNode, PostgreSQLNode]) -> None:
@@ -266,6 +268,77 @@ def test_killed_server_leaves_no_child() -> None:
         with Forking() as server:
             server.kill()
             assert not [pid for pid in server.children() if alive(pid)]
+
+
+class Thing:
+    """What a test uses; ``breaks`` says when it raises next."""
+
+    def __init__(self, breaks: list[str], ended: list[Thing]) -> None:
+        self.breaks = breaks
+        self.ended = ended
+        self.does("start")
+
+    def does(self, what: str) -> None:
+        if what in self.breaks:
+            self.breaks.remove(what)
+            raise ServerError(what)
+
+    def restore(self) -> None:
+        self.does("restore")
+
+    def close(self) -> None:
+        self.ended.append(self)
+
+
+@pytest.mark.parametrize("broken", ["start", "restore"])
+def test_what_fails_one_test_is_started_anew_for_the_next(broken: str) -> None:
+    """A server that once gives no answer is no error of each test that comes later."""
+    breaks, ended = [broken], list[Thing]()
+
+    def start(stack: contextlib.ExitStack) -> tuple[Thing]:
+        thing = Thing(breaks, ended)
+        stack.callback(thing.close)
+        return (thing,)
+
+    with Keeper() as keeper:
+        with pytest.raises(ServerError, match=broken), keeper.use(start):
+            pass
+        assert len(ended) == (broken == "restore")
+        with keeper.use(start) as (one,):
+            assert one not in ended
+        with keeper.use(start) as (same,):
+            assert same is one
+        assert one not in ended
+    assert ended[-1] is one
+
+
+def test_server_that_cannot_be_set_back_is_started_anew() -> None:
+    def start(stack: contextlib.ExitStack) -> RedisServer:
+        return stack.enter_context(RedisServer())
+
+    with Keeper() as keeper:
+        with pytest.raises(ServerError, match="ended by itself"), keeper.use(start) as one:
+            one.options.append("--no-such-option yes")
+            one.kill()
+        with keeper.use(start) as other:
+            assert other.ask("PING") == "PONG\n"
+        assert (one.closed, other.closed) == (True, False)
+    assert other.closed
+
+
+def test_database_that_a_failed_test_has_left_is_made_anew(
+    mariadb: Node, postgres: PostgreSQLNode
+) -> None:
+    for _ in range(2):
+        mariadb.create_database("left_over")
+        postgres.create_database("left_over", USER)
+        for server in (mariadb, postgres):
+            server.sql("CREATE TABLE one (n INT)", "left_over")
+    # A connection to it holds up no other test.
+    with contextlib.closing(connect_postgres(postgres, dbname="left_over")):
+        postgres.create_database("left_over", USER)
+    for server in (mariadb, postgres):
+        server.sql("DROP DATABASE left_over")
 
 
 @pytest.mark.parametrize("kind", ["mariadb_pair", "postgres_pair", "galera"])

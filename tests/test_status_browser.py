@@ -24,6 +24,7 @@ from django_proxysql.core.faults import Fault
 from django_proxysql.demo.site import HOST, serving
 from django_proxysql.monitoring import views
 from tests.browser import Browser, browser
+from tests.servers.keeping import Keeper
 from tests.status_site import ALONE, WITHOUT_ADMIN, Site, migrated, status_site
 
 ROOT = Path(__file__).parent.parent
@@ -35,21 +36,29 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chromium_session() -> Iterator[Browser]:
-    with browser() as started:
-        yield started
+def chromium_session() -> Iterator[Keeper]:
+    with Keeper() as keeper:
+        yield keeper
+
+
+def start(stack: ExitStack) -> Browser:
+    return stack.enter_context(browser())
+
+
+def set_back(used: Browser) -> None:
+    used.driver.get("about:blank")
+    # For the next one.
+    assert used.complaints is not None
 
 
 @pytest.fixture
-def chromium(chromium_session: Browser) -> Iterator[Browser]:
+def chromium(chromium_session: Keeper) -> Iterator[Browser]:
     """A browser that knows no site yet."""
-    chromium_session.driver.delete_all_cookies()
-    chromium_session.resize(1280)
-    chromium_session.prefer("light")
-    yield chromium_session
-    chromium_session.driver.get("about:blank")
-    # For the next one.
-    assert chromium_session.complaints is not None
+    with chromium_session.use(start, set_back) as used:
+        used.driver.delete_all_cookies()
+        used.resize(1280)
+        used.prefer("light")
+        yield used
 
 
 class Served:
