@@ -6,6 +6,7 @@ standard input, each a JSON list of a name and arguments, and answers each by on
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -29,9 +30,10 @@ class Commands:
         # The machine may be so busy that Redis takes its time.
         url.TIMEOUT = options.pop("timeout", 30)
         link.PATIENCE = sharing.PATIENCE = options.pop("patience", link.PATIENCE)
-        self.db = LoadBalancer(connect=MySQLdb.connect, **options)
+        self.db = LoadBalancer(connect=self._noting(MySQLdb.connect), **options)
         self.events: queue.Queue[tuple[float, Any]] = queue.Queue()
-        self.trials: list[tuple[float, float]] = []
+        #: The port, the beginning and the end of each attempt to connect that has ended.
+        self.attempts: list[tuple[int, float, float]] = []
         self.failed = 0
         self.looks: list[float] = []
         look = link.Link._round_trip
@@ -48,9 +50,23 @@ class Commands:
         now = time.monotonic()
         if type(event).__name__ == "ConnectFailed":
             self.failed += 1
-        if getattr(event, "trial", False):
-            self.trials.append((now - event.seconds, now))
         self.events.put((now, event))
+
+    def _noting(self, connect: Any) -> Any:
+        """Return a driver's function that notes when it was called, and when it ended.
+
+        That is within the attempt, whatever holds a thread up before and after it.
+        """
+
+        @functools.wraps(connect)
+        def noted(**params: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return connect(**params)
+            finally:
+                self.attempts.append((params["port"], began, time.monotonic()))
+
+        return noted
 
     def connect(self) -> str:
         """Connect and close; return the port that it led to."""
@@ -86,9 +102,12 @@ class Commands:
             "states": {peer.name: peer.state for peer in self.db.snapshot()},
             "drained": [peer.name for peer in self.db.snapshot() if peer.drained],
             "failed": self.failed,
-            "trials": self.trials,
             "answered": self.db.sharing.is_answered,  # type: ignore[union-attr]
         }
+
+    def attempts_at(self, port: int) -> list[tuple[float, float]]:
+        """Return when each attempt at this port began and ended, by the host's clock."""
+        return [(began, ended) for at, began, ended in self.attempts.copy() if at == port]
 
     def fleet(self) -> int | None:
         fleet = self.db.sharing.fleet(60)  # type: ignore[union-attr]

@@ -543,7 +543,7 @@ class TestTrial:
             assert len({number for number, _ in bad.said}) <= 1
 
     def test_both_sides_answer(self) -> None:
-        with self.open_one() as (connection, bad, _, _):
+        with self.open_one(TRIAL_TIMEOUT=60) as (connection, bad, _, _):
             connection.ensure_connection()
             assert connection.peer.name == "peer0"
             assert states() == ["closed", "closed"]

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 import pytest
 import redis.exceptions
 
+from django_proxysql.core import sharing
 from django_proxysql.core.sharing.link import NO_ANSWER, Trouble, trouble_from
 from tests.servers.ports import ports
 from tests.servers.redis import RedisServer
 from tests.test_sharing import World
 
-SECRET = "s3cr3t-of-redis"
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
 
+SECRET = "s3cr3t-of-redis"
 
 errors = redis.exceptions
 NO_PASSWORD: dict[str, object] = {"password": None}
@@ -109,9 +111,17 @@ class TestRealRedis:
         ],
     )
     def test_said(
-        self, server: RedisServer, url: str, says: str, caplog: pytest.LogCaptureFixture
+        self,
+        server: RedisServer,
+        url: str,
+        says: str,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The line says what is wrong, once, and so does what operators ask; without a secret."""
+        if says.startswith("does not speak TLS"):
+            # It waits for an answer that does not come.
+            monkeypatch.setattr(sharing.url, "TIMEOUT", 0.25)
         where = {"host": server.host, "port": server.port, "tls": server.tls_port}
         world = World(url.format(secret=SECRET, **where))
         one = world.process()
