@@ -209,6 +209,18 @@ STORIES = {
         "mariadb: write one; kill_idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
         "answer 1; !ASK"
     ),
+    "rows that were found on another connection": (
+        "mariadb: SELECT SQL_CALC_FOUND_ROWS 5; kill_idle; write one; !SELECT FOUND_ROWS(); "
+        "SHOW TABLES; !SELECT FOUND_ROWS(); read one; SELECT FOUND_ROWS(); answer 1"
+    ),
+    "rows that were found before the engine asks for an id": (
+        "mariadb: write one; kill_idle; write two; read one two; "
+        "INSERT INTO app_token (value) SELECT LAST_INSERT_ID(); !SELECT FOUND_ROWS()"
+    ),
+    "warnings of a read that was run again": (
+        "mariadb: cut after; SELECT 1/0; replayed 1; !SHOW WARNINGS; write one; SELECT 1/0; "
+        "SELECT @@warning_count; answer 1"
+    ),
     # An INSERT need not make an id: a new connection's answer would be 0.
     "id that an insert has not made": (
         "mariadb: write one; kill_idle; INSERT INTO app_token VALUES (-1, 'two'); !ASK; "

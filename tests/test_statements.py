@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from django_proxysql.core.statements import IDS, READ, RESULT, SCOPED, STATE, kinds, scan, writes
+from django_proxysql.core.statements import (
+    FOUND,
+    IDS,
+    READ,
+    RESULT,
+    SCOPED,
+    STATE,
+    kinds,
+    scan,
+    writes,
+)
 from tests.test_texts import READS
 
 LEAVES_STATE = [
@@ -64,11 +74,12 @@ IN_THE_CONNECTION = {
         "SELECT WSREP_LAST_WRITTEN_GTID()",
     ],
     RESULT: [
-        *("SELECT FOUND_ROWS()", "SELECT ROW_COUNT ()", "SELECT row_count/**/()", "SHOW WARNINGS"),
+        *("SELECT ROW_COUNT ()", "SELECT row_count/**/()", "SHOW WARNINGS"),
         *("SHOW ERRORS", "show\n count(*) warnings", "SHOW PROFILE", "SHOW SESSION STATUS"),
         *("SHOW /* x */ WARNINGS", "SHOW -- x\nERRORS", "SHOW STATUS LIKE 'a'"),
         *("SELECT @@warning_count", "SELECT @@error_count", "GET DIAGNOSTICS @a = ROW_COUNT"),
     ],
+    FOUND: ["SELECT FOUND_ROWS()", "SELECT found_rows/**/ ()"],
     0: [
         *("SELECT CONNECTION_ID()", "SELECT pg_backend_pid()", "SELECT last_insert_id(5)"),
         *("UPDATE t SET a = LAST_INSERT_ID(a + 1)", "SELECT @@pseudo_thread_id"),
@@ -108,7 +119,7 @@ def test_no_state(sql: str) -> None:
 )
 def test_what_is_asked_of_a_connection(sql: str, flag: int) -> None:
     for text in disguised(sql):
-        assert scan(text) & (SCOPED | IDS | RESULT) == SCOPED | flag, text
+        assert scan(text) & (SCOPED | IDS | RESULT | FOUND) == SCOPED | flag, text
     # Asking writes nothing.
     assert sql.startswith(("GET", "UPDATE")) or not writes(scan(sql))
 

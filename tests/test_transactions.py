@@ -544,6 +544,26 @@ def test_ending_nothing_by_hand_is_no_error(
     works_again(here)
 
 
+@pytest.mark.parametrize("how", LOSSES)
+def test_autocommit_after_a_lost_transaction_by_hand_waits_for_no_rollback(
+    here: Site, how: str
+) -> None:
+    """Django refuses each statement until a rollback, and no ROLLBACK is answered there."""
+    prepare(here)
+    connection = here.connection
+    connection.set_autocommit(False)
+    with pytest.raises(Error), transaction.atomic(connection.alias, savepoint=False):
+        here.write("one")
+        arm(here, how)
+        here.write("two")
+    with pytest.raises(Error):
+        connection.rollback()
+    connection.set_autocommit(True)
+    assert here.sql("SELECT 3") == [(3,)]
+    assert here.written() == []
+    works_again(here)
+
+
 def test_a_commit_by_hand_of_what_sql_began_is_not_taken_for_nothing(here: Site) -> None:
     if os.environ.get("TEST_DRIVER") == "psycopg2":
         pytest.skip("psycopg2 sends no COMMIT in autocommit")

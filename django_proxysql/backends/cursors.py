@@ -17,7 +17,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
 from ..core import drivers
-from ..core.statements import CALLS, ENDS, READ, SCOPED, STATE, kinds, scan
+from ..core.statements import CALLS, ENDS, FOUND, READ, SCOPED, STATE, kinds, scan
 from .losses import mark, note, notice_unseen
 from .replacing import at_safe_point, before_first, note_named
 from .replays import Statement, kind_of_params, run_again
@@ -121,7 +121,8 @@ def _execute_over(plain: Callable[..., Any]) -> Callable[..., Any]:
         session.sending = None
         if db._transaction.reads is not None:
             note_answered(db, session, kind, sql, params)
-        if kind != READ and (session.holds.for_life or session.lost_results):
+        lost = session.lost_results
+        if lost & FOUND or (kind != READ and (lost or session.holds.for_life)):
             after_statement(self, session, kind, sql, params)
         return result
 

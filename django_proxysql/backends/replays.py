@@ -13,7 +13,7 @@ from ..core.events import StatementReplayed
 from ..core.exceptions import NotReady
 from ..core.faults import Fault, Judgement
 from ..core.parameters import are_small, are_values, may_be_sql
-from ..core.statements import SCOPED, STATE, writes
+from ..core.statements import RESULT, SCOPED, STATE, writes
 from ..core.texts import Text, is_of_transaction, tells_time, text_of, without_lock
 from .decisions import Cause, How, Lost, Place, Replay, may_replay
 from .losses import did_not_run
@@ -135,6 +135,8 @@ def run_read_only(db: Any, run: Callable[[], Any]) -> Any:
         begun = True
         result = run()
         is_well = ends(session, f"RELEASE SAVEPOINT {_SAVEPOINT}" if in_block else "COMMIT")
+        # It has taken the statement's warnings.
+        session.lost_results |= RESULT
         return result
     except Error as exc:
         code = db._driver.code_of(exc.__cause__ or exc)

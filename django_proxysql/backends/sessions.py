@@ -84,8 +84,8 @@ class Session(Health):
         #: It may have written in this request, and so left something to ask for: LAST_INSERT_ID().
         #: Unlike :attr:`wrote`, idleness does not end this.
         self.results = False
-        #: IDS, RESULT: what is asked for by these went with an earlier connection. UNSURE: the
-        #: ids may have.
+        #: IDS, RESULT, FOUND: what is asked for by these went with an earlier connection. UNSURE:
+        #: the ids may have.
         self.lost_results = 0
         #: It may have written in this request or task.
         self.wrote = False

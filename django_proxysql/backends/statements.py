@@ -12,16 +12,19 @@ from ..core import ready
 from ..core.holdings import asks_for_a_lock
 from ..core.statements import (
     ENDS,
+    FOUND,
     IDS,
     READ,
     RESULT,
     STATE,
     UNSURE,
     asks_for_inserted,
+    head_of,
     makes_ids,
     may_end,
     may_make_read_only,
     scan,
+    text_in,
     writes,
 )
 from .losses import notice_unseen, sent
@@ -78,8 +81,8 @@ def raise_lost_results(db: Any, session: Session, kind: int, sql: Any) -> None:
     """
     is_lost = bool(kind & session.lost_results)
     if kind & IDS and session.lost_results & UNSURE and asks_for_inserted(sql):
-        # ROW_COUNT() would answer for the question.
-        is_lost = bool(kind & RESULT) or not has_inserted_id(db, session)
+        # ROW_COUNT() and FOUND_ROWS() would answer for the question.
+        is_lost = bool(kind & (RESULT | FOUND)) or not has_inserted_id(db, session)
     if is_lost:
         raise OperationalError(
             f"{session.balancer.name}: what this statement asks for went with a connection "
@@ -92,8 +95,8 @@ def has_inserted_id(db: Any, session: Session) -> bool:
     """Ask a session of MySQL's whether an INSERT has made an id in it."""
     with db.wrap_database_errors:
         [(number,)] = ready.rows(session.connection, "SELECT LAST_INSERT_ID()")
-    if number:
-        session.lost_results = 0
+    # A SELECT of our own was the last one.
+    session.lost_results = FOUND if number else session.lost_results | FOUND
     return bool(number)
 
 
@@ -108,7 +111,7 @@ def note_answered(db: Any, session: Session, kind: int, sql: Any, params: Any) -
 
 
 def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: Any) -> None:
-    """Take note of what a statement that succeeded, and is no plain read, has changed."""
+    """Take note of what a statement that succeeded has changed, or has left to be asked for."""
     if session.holds.for_life:
         db = cursor.db
         text = text_for(db, sql)
@@ -117,6 +120,8 @@ def after_statement(cursor: Any, session: Session, kind: int, sql: Any, params: 
         is_kept = kind & STATE and not session.unbuffered
         if is_kept and asks_for_a_lock(text) and answers_no(cursor.cursor):
             session.holds.refused(text, params)
+    if session.lost_results & FOUND and head_of(text_in(sql) or "") == "SELECT":
+        session.lost_results &= ~FOUND
     if writes(kind):
         has_results(cursor.db, session, sql)
 
@@ -243,7 +248,8 @@ def has_results(db: Any, session: Session, sql: Any) -> None:
     session.lost_results &= ~RESULT
     if session.lost_results & IDS and makes_ids(sql):
         # PostgreSQL itself knows that a session has made none.
-        session.lost_results = UNSURE if db.vendor == "mysql" else 0
+        session.lost_results &= FOUND
+        session.lost_results |= UNSURE if db.vendor == "mysql" else 0
 
 
 def answers_no(cursor: Any) -> bool:

@@ -107,6 +107,8 @@ def leave(db: Any, hooks: int) -> None:
     :param hooks: how many of the on_commit hooks were earned by a COMMIT.
     """
     db.autocommit = True
+    # There is nothing left to roll back. Django waits for a ROLLBACK, or a connect().
+    db.needs_rollback = False
     db._read_only = False
     db._transaction = NO_TRANSACTION
     db.run_on_commit = db.run_on_commit[:hooks]

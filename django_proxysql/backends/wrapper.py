@@ -22,7 +22,7 @@ from django.utils.functional import cached_property
 
 from ..core import drivers, ready, sockets
 from ..core.balancer import Attempt
-from ..core.statements import IDS, RESULT
+from ..core.statements import FOUND, IDS, RESULT
 from ..registry import Registered
 from . import cursors, losses, replacing, transactions
 from .connecting import LoadBalancedMixin
@@ -371,11 +371,14 @@ def follow(db: Any, before: Session, session: Session) -> None:
         in time. The attempt to connect has failed then.
     """
     session.wrote = before.wrote
+    is_mysql = db.vendor == "mysql"
     session.lost_results = IDS | RESULT if before.results else before.lost_results
+    if is_mysql:
+        session.lost_results |= FOUND
     if must_catch_up(
-        db.vendor == "mysql",
+        is_mysql,
         has_written=before.results,
-        has_not_caught_up=bool(before.lost_results),
+        has_not_caught_up=bool(before.lost_results & ~FOUND),
     ):
         try:
             ready.catch_up(session.connection)

@@ -30,6 +30,8 @@ ENDS = 64
 #: No statement's: of the ids that went with a connection. Its successor has inserted rows, which
 #: need not have made an id there: see :func:`asks_for_inserted`.
 UNSURE = 128
+#: Of SCOPED: asks how many rows the last SELECT found, which writes leave as it is: FOUND_ROWS().
+FOUND = 256
 
 #: The memo of :func:`scan`, to be asked directly where a call costs too much.
 kinds: dict[Any, int] = {}
@@ -158,9 +160,8 @@ _IDS = _pattern(rf"""
     | \bwsrep_last_(?:written|seen)\w*{CALL} | \bprevious(?:{_GAP}value\b|{_MUCH})
     | {_OF_SESSION}(?:identity|(?:last_)?insert_id|last_gtid)""")
 _GIVEN_ID = _pattern(rf"\blast_insert_id{CALL}")
-_RESULT = _pattern(
-    rf"\b(?:found_rows|row_count){CALL} | {_OF_SESSION}(?:warning_count|error_count)"
-)
+_RESULT = _pattern(rf"\brow_count{CALL} | {_OF_SESSION}(?:warning_count|error_count)")
+_FOUND = _pattern(rf"\bfound_rows{CALL}")
 #: Who am I? Another connection's answer is another, and true.
 _SELF = _pattern(
     rf"""\b(?:connection_id|pg_backend_pid){CALL}
@@ -297,6 +298,8 @@ def _scan_reading(text: str) -> int:
             kind |= SCOPED | IDS
         if _RESULT.search(text):
             kind |= SCOPED | RESULT
+        if _FOUND.search(text):
+            kind |= SCOPED | FOUND
         if _SELF.search(text) or _GIVEN_ID.search(text):
             kind |= SCOPED
     if head == "GET" or (head == "SHOW" and _SCOPED_SHOW.search(_COMMENT.sub(" ", text))):
