@@ -58,7 +58,10 @@ class Random:
         if known is not peers:
             sums = _running_sums(peers)
             self._sums = (peers, sums)
-        yield peers[self._pick(len(peers), sums)]
+        if sums is None:
+            yield peers[int(self._draw() * len(peers))]
+        else:
+            yield peers[self._pick(len(peers), sums)]
         # Only after a failure does anyone come back for more.
         rest = list(peers)
         while rest:
