@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import django
 import psycopg
 import pytest
 from django.db import OperationalError, connections, transaction
@@ -274,6 +275,10 @@ def test_a_lock_that_callproc_takes_is_held(on_postgres: Site) -> None:
         cursor.callproc("lastval")
 
 
+OF_PSYCOPG_3 = pytest.mark.skipif(django.VERSION < (4, 2), reason="Django connects by psycopg2")
+
+
+@OF_PSYCOPG_3
 @pytest.mark.parametrize(
     ("takes", "gives"),
     [
@@ -313,6 +318,7 @@ def template(*parts: Any) -> Any:
     return object.__new__(type("Template", (compat.Template,), contents))
 
 
+@OF_PSYCOPG_3
 def test_what_a_template_string_takes_is_held(on_postgres: Site) -> None:
     narrator = Narrator(on_postgres)
     on_postgres.sql(template("LISTEN ", ("jobs", "i")))
@@ -330,6 +336,7 @@ def test_what_a_template_string_takes_is_held(on_postgres: Site) -> None:
         on_postgres.sql(template("SELECT ", (1, "")))
 
 
+@OF_PSYCOPG_3
 def test_a_statement_that_cannot_be_read_may_have_taken_anything(on_postgres: Site) -> None:
     """Not psycopg's: what another driver makes of an object of its own."""
 
@@ -346,6 +353,7 @@ def test_a_statement_that_cannot_be_read_may_have_taken_anything(on_postgres: Si
     Narrator(on_postgres).tell(f"request_ends; held; kill_idle; {SHOWN}")
 
 
+@OF_PSYCOPG_3
 def test_what_a_composed_statement_sets_for_its_transaction_ends_with_it(on_postgres: Site) -> None:
     with transaction.atomic(on_postgres.connection.alias):
         on_postgres.sql(sql.SQL("SET LOCAL search_path = {}").format(sql.Literal("tenant")))
