@@ -123,17 +123,13 @@ class BreakerConfig(_Checked):
     success_threshold: int = _setting(1, number, minimum=1, whole=True)
 
     @classmethod
-    def of(
-        cls, value: BreakerConfig | Mapping[str, Any] | None, over: BreakerConfig
-    ) -> BreakerConfig:
+    def of(cls, value: Mapping[str, Any] | None, over: BreakerConfig) -> BreakerConfig:
         """Read the BREAKER setting; what it leaves out is taken from ``over``.
 
         :raises ConfigError: an unknown key, or a number out of range.
         """
         if value is None:
             return over
-        if isinstance(value, BreakerConfig):
-            return value
         if not isinstance(value, Mapping):
             raise ConfigError("BREAKER", f"is {value!r}", "Give a dict such as {'fail_max': 3}.")
         known = [f.name for f in fields(cls)]
