@@ -13,9 +13,17 @@ import psycopg
 import pytest
 from django.db import OperationalError, connections, transaction
 
-from django_proxysql import Fault, NoPeerAvailable, balancers
-from tests.engine import POSTGRESQL, Clock, added, mysql_peer, postgres_peer
+from django_proxysql import CommitOutcomeUnknown, Fault, NoPeerAvailable, balancers
+from tests.engine import (
+    POSTGRESQL,
+    Clock,
+    added,
+    make_outcome_table,
+    mysql_peer,
+    postgres_peer,
+)
 from tests.servers import DATABASE, PASSWORD, USER
+from tests.servers.faultproxy import FaultProxy
 from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQLNode
 from tests.site import with_table
@@ -135,6 +143,27 @@ def test_server_that_dies_in_a_statement(server: PostgreSQLNode, pgbouncer: Star
         assert sql(connection, "SELECT 42") == [(42,)]
         assert state().state == "closed"
         assert connection.peer.name == "peer1"
+
+
+@pytest.mark.parametrize("outcome", [None, "record"])
+def test_answer_to_commit_that_ends_in_its_middle(
+    server: PostgreSQLNode,
+    pgbouncer: Start,
+    fault_proxy: Callable[..., FaultProxy],
+    outcome: str | None,
+) -> None:
+    """It has passed on a part of the server's answer, and its own words come after that."""
+    make_outcome_table(connections["plain"])
+    proxy = fault_proxy(server)
+    with two(pgbouncer(proxy), server, COMMIT_OUTCOME=outcome) as connection:
+        sql(connection, "SELECT 1")
+        assert connection.peer.name == "peer0"
+        unknown = pytest.raises(CommitOutcomeUnknown) if outcome is None else None
+        with unknown or contextlib.nullcontext(), transaction.atomic(connection.alias):
+            sql(connection, "INSERT INTO app_token (value) VALUES ('one')")
+            proxy.cut_reply(5, matching=b"COMMIT")
+        assert sql(connection, "SELECT value FROM app_token") == [("one",)]
+    assert proxy.cuts == 1
 
 
 def test_unknown_database_of_one_peer(server: PostgreSQLNode, pgbouncer: Start) -> None:

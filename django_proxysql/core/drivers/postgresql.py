@@ -117,6 +117,10 @@ _WAITED = re.compile(
 #: The severity before what a server answers to a connect.
 _ANSWERED = re.compile(r"\b(?:FATAL|PANIC): ")
 
+#: What the drivers raise of a socket's end and, by the last two, of bytes that libpq cannot read: a
+#: pooler whose server is lost in the middle of an answer says so in the middle of it (seen).
+_NO_ANSWER = ("OperationalError", "InterfaceError", "DatabaseError", "InternalError")
+
 #: libpq's words for an option that it does not know or cannot read.
 _BAD_OPTION = re.compile(
     r"invalid connection option|invalid dsn|invalid integer value|invalid port number|"
@@ -355,7 +359,7 @@ class PostgreSQL(Driver):
     def outcome_is_unknown(self, exc: BaseException) -> bool:
         state = sqlstate_of(exc)
         if state is None:
-            return type(exc).__name__ in ("OperationalError", "InterfaceError")
+            return type(exc).__name__ in _NO_ANSWER
         if state in _ENDS and self.fault(exc, connecting=False) is Fault.OTHER:
             # A function's own ERROR, or a foreign server's: the session goes on, and the
             # transaction is rolled back.
