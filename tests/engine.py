@@ -125,22 +125,29 @@ def added(databases: Mapping[str, dict[str, Any]]) -> Iterator[None]:
             del connections[alias]
     connections.databases.update(configured(databases))
     forget()
-    try:
-        with _all_closed():
-            yield
-    finally:
-        for alias in databases:
-            with contextlib.suppress(AttributeError):
-                connections[alias].close()
-                if hasattr(connections[alias], "close_pool"):
-                    connections[alias].close_pool()
-            with contextlib.suppress(AttributeError):
-                del connections[alias]
-            del connections.databases[alias]
-        connections.databases.update(entries)
+    with contextlib.ExitStack() as stack:
+        # Whatever one of these raises, no other test finds the entries.
+        stack.callback(forget)
         for alias, connection in hidden.items():
-            connections[alias] = connection
-        forget()
+            stack.callback(connections.__setitem__, alias, connection)
+        stack.callback(connections.databases.update, entries)
+        for alias in databases:
+            stack.callback(connections.databases.pop, alias)
+            stack.callback(_end, alias)
+        stack.enter_context(_all_closed())
+        yield
+
+
+def _end(alias: str) -> None:
+    """Close this thread's connection of an alias, and forget it."""
+    try:
+        with contextlib.suppress(AttributeError):
+            connections[alias].close()
+            if hasattr(connections[alias], "close_pool"):
+                connections[alias].close_pool()
+    finally:
+        with contextlib.suppress(AttributeError):
+            del connections[alias]
 
 
 def forget() -> None:

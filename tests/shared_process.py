@@ -181,6 +181,9 @@ class SharedProcess:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.close()
+        # Of one that has ended by itself, too: another test would be warned of its pipes.
+        for pipe in (self.process.stdin, self.process.stdout):
+            pipe.close()
 
 
 def main() -> None:

@@ -50,3 +50,15 @@ def test_engine_stands_in_for_default(tmp_path: Path) -> None:
         assert connections["default"] is connection is not before
     assert connections["default"] is before
     assert connections.databases["default"] is before.settings_dict
+
+
+def test_an_entry_whose_connection_cannot_be_closed_is_no_other_tests(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("not today")
+
+    peers = [sqlite_peer(tmp_path / "db")]
+    with pytest.raises(RuntimeError, match="not today"), engine(peers, PEER_ENGINE=SQLITE) as made:
+        made.close = fails
+    assert "balanced" not in connections.databases
+    with pytest.raises(KeyError):
+        balancers["balanced"]
