@@ -210,6 +210,17 @@ STORIES = {
         "mariadb: write one; kill_idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
         "answer 1; !ASK"
     ),
+    # A block's COMMIT ends what SQL began before it, whatever the block does.
+    **{
+        f"block in what {begins} began ends no better than that, {how}": (
+            f"mariadb: {begins}; write one; {marks}{{ {loss} }}; written{stands}; SELECT 1"
+        )
+        for begins in ("BEGIN", "SET autocommit = 0")
+        for how, loss, marks, stands in (
+            ("lost before", "kill", "!", ""),
+            ("lost at COMMIT", "cut after", "!!", " one"),
+        )
+    },
     "rows that were found on another connection": (
         "mariadb: SELECT SQL_CALC_FOUND_ROWS 5; kill_idle; write one; !SELECT FOUND_ROWS(); "
         "SHOW TABLES; !SELECT FOUND_ROWS(); read one; SELECT FOUND_ROWS(); answer 1"

@@ -577,6 +577,19 @@ def test_a_commit_by_hand_of_what_sql_began_is_not_taken_for_nothing(here: Site)
     works_again(here)
 
 
+def test_a_transaction_by_hand_goes_on_with_what_sql_began(on_mariadb: Site) -> None:
+    connection = on_mariadb.connection
+    on_mariadb.sql("BEGIN")
+    on_mariadb.write("one")
+    connection.set_autocommit(False)
+    on_mariadb.kill()
+    with pytest.raises(Error):
+        connection.set_autocommit(True)
+    connection.close()
+    assert on_mariadb.written() == []
+    works_again(on_mariadb)
+
+
 def test_a_transaction_that_the_driver_began_is_not_halved(here: Site) -> None:
     """By psycopg's own transaction(), or by the driver's cursor: its first half is gone."""
     if here.is_mysql and not hasattr(here.connection.connection, "server_status"):

@@ -60,7 +60,11 @@ def switch_off(db: Any, begins: bool) -> None:
         db.run_commit_hooks_on_set_autocommit_on = False
     db._plain("set_autocommit")(False, begins)
     if db._transaction is NO_TRANSACTION:
-        open_transaction(db, Transaction(by_hand=not begins))
+        transaction, session = Transaction(by_hand=not begins), current(db)
+        if session is not None and session.holds.transaction:
+            # What SQL has begun goes on in it, and ends with it.
+            transaction.statement_sent()
+        open_transaction(db, transaction)
 
 
 def open_transaction(db: Any, transaction: Transaction) -> None:

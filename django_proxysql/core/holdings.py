@@ -55,6 +55,11 @@ class Holdings:
         """Whether a new connection in its place would lack something."""
         return self.for_request or self.by_django or bool(self.for_life)
 
+    @property
+    def transaction(self) -> bool:
+        """Whether a transaction may be open that SQL has begun."""
+        return "transaction" in self.for_life or "autocommit" in self.for_life
+
     def note_before(self) -> None:
         """Note whether something is held, before a statement that takes something is sent."""
         self.before = bool(self)
