@@ -210,6 +210,12 @@ STORIES = {
         "mariadb: write one; kill_idle; UPDATE app_token SET value = 'two'; SELECT ROW_COUNT(); "
         "answer 1; !ASK"
     ),
+    "value of a sequence that an insert has not taken": (
+        "mariadb: SELECT NEXTVAL(of_a_test); kill_idle; write one; !SELECT LASTVAL(of_a_test); "
+        "!SELECT PREVIOUS VALUE FOR of_a_test; ASK; write two; !SELECT LASTVAL(of_a_test); "
+        "SELECT NEXTVAL(of_a_test); "
+        "SELECT LASTVAL(of_a_test) > 1; answer 1"
+    ),
     # A block's COMMIT ends what SQL began before it, whatever the block does.
     **{
         f"block in what {begins} began ends no better than that, {how}": (
@@ -251,6 +257,7 @@ def test_story(request: Any, server: str, settings: dict[str, Any], text: str) -
     node = request.getfixturevalue(server)
     if server == "mariadb":
         node.sql("CREATE OR REPLACE PROCEDURE p() DO 1", database=DATABASE)
+        node.sql("CREATE OR REPLACE SEQUENCE of_a_test", database=DATABASE)
         node.sql("GRANT RELOAD, EXECUTE ON *.* TO 'app'@'%'")
     elif "slot" in text:
         node.sql("ALTER ROLE app REPLICATION")

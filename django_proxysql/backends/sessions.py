@@ -85,7 +85,7 @@ class Session(Health):
         #: Unlike :attr:`wrote`, idleness does not end this.
         self.results = False
         #: IDS, RESULT, FOUND: what is asked for by these went with an earlier connection. UNSURE:
-        #: the ids may have.
+        #: the ids may have. UNTAKEN: so have the values of sequences.
         self.lost_results = 0
         #: It may have written in this request or task.
         self.wrote = False

@@ -18,12 +18,15 @@ from ..core.statements import (
     RESULT,
     STATE,
     UNSURE,
+    UNTAKEN,
     asks_for_inserted,
+    asks_for_taken,
     head_of,
     makes_ids,
     may_end,
     may_make_read_only,
     scan,
+    takes_next,
     text_in,
     writes,
 )
@@ -80,7 +83,10 @@ def raise_lost_results(db: Any, session: Session, kind: int, sql: Any) -> None:
     :raises OperationalError: it was.
     """
     is_lost = bool(kind & session.lost_results)
-    if kind & IDS and session.lost_results & UNSURE and asks_for_inserted(sql):
+    if kind & IDS and session.lost_results & UNTAKEN:
+        # MariaDB would answer NULL.
+        is_lost |= asks_for_taken(sql)
+    if not is_lost and kind & IDS and session.lost_results & UNSURE and asks_for_inserted(sql):
         # ROW_COUNT() and FOUND_ROWS() would answer for the question.
         is_lost = bool(kind & (RESULT | FOUND)) or not has_inserted_id(db, session)
     if is_lost:
@@ -96,7 +102,9 @@ def has_inserted_id(db: Any, session: Session) -> bool:
     with db.wrap_database_errors:
         [(number,)] = ready.rows(session.connection, "SELECT LAST_INSERT_ID()")
     # A SELECT of our own was the last one.
-    session.lost_results = FOUND if number else session.lost_results | FOUND
+    session.lost_results |= FOUND
+    if number:
+        session.lost_results &= ~UNSURE
     return bool(number)
 
 
@@ -249,7 +257,9 @@ def has_results(db: Any, session: Session, sql: Any) -> None:
     if session.lost_results & IDS and makes_ids(sql):
         # PostgreSQL itself knows that a session has made none.
         session.lost_results &= FOUND
-        session.lost_results |= UNSURE if db.vendor == "mysql" else 0
+        session.lost_results |= UNSURE | UNTAKEN if db.vendor == "mysql" else 0
+    if session.lost_results & UNTAKEN and takes_next(sql):
+        session.lost_results &= ~UNTAKEN
 
 
 def answers_no(cursor: Any) -> bool:

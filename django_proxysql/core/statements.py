@@ -32,6 +32,8 @@ ENDS = 64
 UNSURE = 128
 #: Of SCOPED: asks how many rows the last SELECT found, which writes leave as it is: FOUND_ROWS().
 FOUND = 256
+#: No statement's: of MySQL's sequences. The new connection has taken no value of one that it knows.
+UNTAKEN = 512
 
 #: The memo of :func:`scan`, to be asked directly where a call costs too much.
 kinds: dict[Any, int] = {}
@@ -234,7 +236,23 @@ def _makes_ids(text: str) -> bool:
     return head_of(text) not in _MAKE_NO_IDS or _NEXT.search(text) is not None
 
 
+def takes_next(sql: Any) -> bool:
+    """Return whether a statement takes a sequence's next value, as far as its text says."""
+    text = text_in(sql)
+    return text is None or _NEXT.search(text) is not None
+
+
 _INSERTED = re.compile("insert_id|identity", re.IGNORECASE)
+_OF_SEQUENCES = re.compile("lastval|currval|previous", re.IGNORECASE)
+
+
+def asks_for_taken(sql: Any) -> bool:
+    """Return whether a statement asks for the value that was taken of a sequence last.
+
+    For statements in which :func:`scan` has found IDS.
+    """
+    text = text_in(sql)
+    return text is None or _OF_SEQUENCES.search(text) is not None
 
 
 def asks_for_inserted(sql: Any) -> bool:
