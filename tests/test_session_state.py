@@ -227,6 +227,10 @@ STORIES = {
             ("lost at COMMIT", "cut after", "!!", " one"),
         )
     },
+    # Django asks once more, and closes what it finds lost.
+    "loss between two questions at a request's end is shown": (
+        f"mariadb: !RELEASE SAVEPOINT none; BEGIN; write one; cut reply 2; request_ends; {SHOWN}"
+    ),
     "rows that were found on another connection": (
         "mariadb: SELECT SQL_CALC_FOUND_ROWS 5; kill_idle; write one; !SELECT FOUND_ROWS(); "
         "SHOW TABLES; !SELECT FOUND_ROWS(); read one; SELECT FOUND_ROWS(); answer 1"

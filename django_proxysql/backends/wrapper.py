@@ -394,8 +394,13 @@ def is_unannounced(db: Any, session: Session, ask: bool) -> bool:
     """
     if session.connection is not db.connection or not (session.dead or ask):
         return False
-    may_be_news = must_raise_loss(True, situation_of(db, session))
-    return may_be_news and (session.dead or not db.is_usable())
+    if not must_raise_loss(True, situation_of(db, session)):
+        return False
+    if session.dead or not db.is_usable():
+        return True
+    # As Django does. Were it to ask once more, and find a loss, it would close the connection.
+    db.errors_occurred = False
+    return False
 
 
 def move(db: Any, session: Session) -> None:
