@@ -149,9 +149,10 @@ def test_what_looks_like_a_read(sql: str, kind: int) -> None:
     [
         *("SELECT f(1)", "SELECT app.count(1)", 'SELECT "count"(1)', "SELECT nextval('s')"),
         *("SELECT a FROM t WHERE f (a) = 1", "SELECT f/* x */(1)", "TABLE t WHERE f()"),
+        *("SELECT 1 AS a INTO t", "SELECT * INTO TABLE u FROM t", 'SELECT a INTO"u" FROM t'),
     ],
 )
-def test_a_read_that_calls_what_is_not_known_may_write(sql: str) -> None:
+def test_a_read_that_calls_what_is_not_known_or_makes_a_table_may_write(sql: str) -> None:
     for text in disguised(sql):
         assert writes(scan(text)), text
 

@@ -19,7 +19,7 @@ READ = 1
 STATE = 2
 #: Asks for a result that lives in the connection, such as LAST_INSERT_ID().
 SCOPED = 4
-#: A read that calls a function which is not known to be pure: it may write.
+#: A read that may write: it calls a function which is not known to be pure, or is SELECT INTO.
 CALLS = 8
 #: Of SCOPED: asks for ids that earlier statements made: LAST_INSERT_ID(), currval().
 IDS = 16
@@ -161,6 +161,8 @@ _IDS = _pattern(rf"""
     | \b(?:lastval|currval){CALL} | \.\s*currval\b
     | \bwsrep_last_(?:written|seen)\w*{CALL} | \bprevious(?:{_GAP}value\b|{_MUCH})
     | {_OF_SESSION}(?:identity|(?:last_)?insert_id|last_gtid)""")
+#: PostgreSQL makes a table of its name. MySQL's variables and files are none.
+_INTO = _pattern(rf"""(?<![."`'])\binto\b(?!{_SPACE_OR_NONE}(?:@|(?:out|dump)file\b))""")
 _GIVEN_ID = _pattern(rf"\blast_insert_id{CALL}")
 _RESULT = _pattern(rf"\brow_count{CALL} | {_OF_SESSION}(?:warning_count|error_count)")
 _FOUND = _pattern(rf"\bfound_rows{CALL}")
@@ -302,7 +304,7 @@ def _scan_reading(text: str) -> int:
     kind = 0 if head in _KEEPS_HEADS else ENDS
     if head in _READ_HEADS and not (head in _EXPLAIN_HEADS and _ANALYZE.search(text)):
         kind |= READ
-        if _calls_unknown(text):
+        if _calls_unknown(text) or ("into" in lowered and _INTO.search(text)):
             kind |= CALLS
     if (
         (head not in _STATELESS_HEADS and not _LOCAL.match(text))
