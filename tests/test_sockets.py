@@ -180,6 +180,14 @@ class TestKeepalive:
         pair[0].sendall(b"x")
         assert pair[1].recv(1) == b"x"
 
+    def test_the_mode_is_not_asked_for_where_nothing_changes_it(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each connect comes by here."""
+        monkeypatch.delattr(os, "get_blocking")
+        monkeypatch.delattr(os, "set_blocking")
+        assert keepalive(pair[0].fileno(), 20) == 20
+
     @pytest.mark.parametrize("default", [None, 5])
     def test_unix_sockets(self, default: float | None) -> None:
         here, there = socket.socketpair(socket.AF_UNIX)

@@ -9,6 +9,7 @@ over TCP, unix sockets and TLS 1.3.
 
 from __future__ import annotations
 
+import _socket
 import _thread
 import contextlib
 import functools
@@ -97,24 +98,26 @@ def keepalive(
         sock.close()
 
 
-def _copy_of(descriptor: int) -> socket.SocketType:
+def _copy_of(descriptor: int) -> _socket.socket:
     """Return a socket object of the connection's that closes no more than itself.
 
     :raises OSError: there is no socket by that number, or no number left.
     """
-    # Python's default timeout, and gevent, make a new socket object non-blocking, a mode that it
-    # shares with the driver's.
-    blocking = os.get_blocking(descriptor)
+    # Python's default timeout makes a new socket object non-blocking, a mode that it shares with
+    # the driver's.
+    changes = _socket.getdefaulttimeout() is not None
+    blocking = changes and os.get_blocking(descriptor)
     duplicate = os.dup(descriptor)
     try:
-        # The C class below socket.socket, given what it would ask the kernel
-        # for: each connect comes by here.
-        return socket.SocketType(-1, socket.SOCK_STREAM, 0, duplicate)
+        # The C class below socket.socket, given what it would ask the kernel for: each connect
+        # comes by here. gevent puts one of its own in its place in socket, which never blocks.
+        return _socket.socket(-1, socket.SOCK_STREAM, 0, duplicate)
     except OSError:
         os.close(duplicate)
         raise
     finally:
-        os.set_blocking(descriptor, blocking)
+        if changes:
+            os.set_blocking(descriptor, blocking)
 
 
 #: As the C class has them: members of an enumeration compare in Python.
@@ -251,7 +254,7 @@ def limited(descriptor: int | None, seconds: float) -> Iterator[None]:
         bell.release()
 
 
-def _shut_down_unless(bell: threading.Lock, duplicate: socket.SocketType, seconds: float) -> None:
+def _shut_down_unless(bell: threading.Lock, duplicate: _socket.socket, seconds: float) -> None:
     try:
         # A deadline may pass on the way here; to a lock, -1 means for ever.
         if not bell.acquire(timeout=max(0, min(seconds, threading.TIMEOUT_MAX))):
