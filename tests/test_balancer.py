@@ -549,6 +549,38 @@ class TestBusyPools:
         assert isinstance(error, NoPeerAvailable) is is_down
         assert [one.host for one in world.driver.made if not one.closed] == others * (2 - is_down)
 
+    def test_a_connect_is_overtaken_by_one_to_the_peer_that_has_just_failed(self) -> None:
+        """That peer is there again: it is asked once more."""
+        world = play("db1 db2:1")
+        world.driver.down["db1"] = too_many
+
+        def overtake() -> None:
+            world.driver.down.clear()
+            assert world.connect() == "db1"
+
+        world.driver.down["db2"] = overtake
+        with world.db.pinned():
+            assert world.connect() == "db1"
+        assert [one.host for one in world.driver.made if not one.closed] == ["db1"] * 2
+        assert world.states() == "closed closed"
+
+    def test_a_connect_that_outlives_its_pinned_block_goes_where_it_likes(self) -> None:
+        world = World("db1", "db2", strategy="round_robin")
+        block = world.db.pinned()
+
+        def overtake() -> None:
+            first = world.driver.hosts[-1]
+            world.driver.down.clear()
+            other = world.connect()
+            assert other != first
+            world.driver.down[other] = refused_by_host
+            block.__exit__(None, None, None)
+
+        world.driver.down.update(dict.fromkeys(world.db.peers, overtake))
+        block.__enter__()
+        first = world.connect()
+        assert [one.host for one in world.driver.made if not one.closed][-1] == first
+
     def test_replacement_that_need_not_be_waits_for_no_pool(self) -> None:
         assert self.search(World("db1"), "db1", trials="never") == [("db1", False)]
 

@@ -89,7 +89,8 @@ class Attempt:
 
         :raises PinnedElsewhere: another connect of the block was first.
         """
-        if self.pin is not None and self.pin.settle(self.peer) is not self.peer:
+        pin = self.pin
+        if pin is not None and not pin.is_over and pin.settle(self.peer) is not self.peer:
             raise PinnedElsewhere
 
 
@@ -384,9 +385,12 @@ class Search:
             self._last_error, self._verdict = exc, _BUSY
             return
         if isinstance(exc, PinnedElsewhere):
-            # The peer has let us in.
+            # The peer has let us in, and the block's has let the other in: it is asked once more,
+            # whatever it said before.
             permit.succeeded()
+            self._decide(alone=True)
             self._pinned, self._plan = self._pin.peer, None  # type: ignore[union-attr]
+            self._faults = {}
             self._last_error, self._verdict = exc, _BUSY
             return
         judgement = drivers.judge(exc, connecting=True)
