@@ -117,6 +117,7 @@ def test_catches_up_on_every_way(on_mariadb: Site, caught_up: list[Any], way: st
         "write request-ends kill",
         "write close request-ends",
         "cut write! request-ends",
+        "cut read was-replayed kill",
     ],
 )
 def test_does_not_wait_where_nothing_was_written(

@@ -22,7 +22,7 @@ from django.utils.functional import cached_property
 
 from ..core import drivers, ready, sockets
 from ..core.balancer import Attempt
-from ..core.statements import FOUND, IDS, RESULT, UNTAKEN
+from ..core.statements import FOUND, IDS, RESULT
 from ..registry import Registered
 from . import cursors, losses, replacing, transactions
 from .connecting import LoadBalancedMixin
@@ -378,7 +378,7 @@ def follow(db: Any, before: Session, session: Session) -> None:
     if must_catch_up(
         is_mysql,
         has_written=before.results,
-        has_not_caught_up=bool(before.lost_results & ~(FOUND | UNTAKEN)),
+        has_not_caught_up=bool(before.lost_results & IDS),
     ):
         try:
             ready.catch_up(session.connection)
