@@ -67,7 +67,9 @@ def why_not() -> str:
     except subprocess.CalledProcessError as error:
         return f"no network namespace can be made here (as root?): {error.stderr.strip()}"
     try:
-        ip("link", "add", "here", "netns", name, "type", "veth", "peer", "name", "there")
+        # Each in it: another process may try at this moment.
+        card = ("there", "netns", name)
+        ip("link", "add", "here", "netns", name, "type", "veth", "peer", "name", *card)
         # In a chroot a namespace can be made, and not entered.
         ip("-n", name, "link", "show")
     except subprocess.CalledProcessError as error:
