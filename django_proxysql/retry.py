@@ -20,7 +20,6 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections, transaction
 from django.db.transaction import TransactionManagementError
 
 from .backends.losses import settle_doubt
-from .backends.outcomes import has_changed_nothing
 from .backends.sessions import now_holding, still_holds
 from .backends.state import NO_TRANSACTION, NOT_DONE, Transaction
 from .backends.wrapper import SafePointsMixin
@@ -223,8 +222,7 @@ class Call:
 
     def _begins_again(self, exc: BaseException) -> bool:
         """Return whether nothing stands of the last run, and another may come to its end."""
-        committed = [pair for pair in zip(self.ours, self._begun) if pair[1].may_stand]
-        if any(not (begun.is_whole and begun.did) for _wrapper, begun in committed):
+        if any(begun.may_stand for begun in self._begun):
             return False
         if not all(still_holds(wrapper, held) for wrapper, held in self._held):
             return False
@@ -235,8 +233,7 @@ class Call:
                 may_begin = isinstance(exc, Error) and begins_again(wrapper, exc, begun)
             if may_begin:
                 self._error = wrapper.alias, drivers.describe(exc.__cause__ or exc)
-                # Last: this asks the database.
-                return all(has_changed_nothing(*pair) for pair in committed)
+                return True
         return False
 
     def _wait(self, strategy: Wait, number: int, exc: BaseException) -> float:

@@ -114,12 +114,9 @@ class Site:
         self.here.drop_connections()
         until_seen(self.connection.connection)
 
-    def kill(self, connection: Any = None) -> None:
-        """Have the server end the session, as KILL does, and its socket know.
-
-        :param connection: another one of Django's to the same server.
-        """
-        driver = (connection or self.connection).connection
+    def kill(self) -> None:
+        """Have the server end the session, as KILL does, and its socket know."""
+        driver = self.connection.connection
         self.plainly(
             f"KILL {driver.thread_id()}"
             if self.is_mysql

@@ -54,11 +54,7 @@ RULES = {
     "7": ["backends.state:Transaction.is_pending", "backends.decisions:may_restart"],
     "8": ["backends.replays:cause_of"],
     "9": ["backends.transactions:send_commit", "backends.decisions:may_count_as_committed"],
-    "10": [
-        "backends.state:Transaction.may_stand",
-        "retry:begins_again",
-        "backends.outcomes:has_changed_nothing",
-    ],
+    "10": ["backends.state:Transaction.may_stand", "retry:begins_again"],
     "11": ["backends.replacing:bind", "backends.wrapper:ErrorHook"],
     "12": ["backends.decisions:must_catch_up", "core.ready:catch_up"],
     "13": ["core.budget:ReplayBudget"],

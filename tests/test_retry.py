@@ -12,27 +12,17 @@ import pytest
 import tenacity
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.transaction import TransactionManagementError
-from django.http import HttpResponse
 from django.test import TestCase
 
 from django_proxysql import CommitOutcomeUnknown, NoPeerAvailable, retrying_atomic, signals
 from django_proxysql.core import drivers
 from django_proxysql.core.events import BlockRetried, CommitResolved, PeersExhausted
-from tests.engine import (
-    SQLITE,
-    engine,
-    make_outcome_table,
-    mysql_peer,
-    rows_of,
-    run_case,
-    sqlite_peer,
-)
+from tests.engine import SQLITE, engine, make_outcome_table, mysql_peer, run_case, sqlite_peer
 from tests.fakes import running
 from tests.servers import DATABASE
 from tests.site import Site, site
 from tests.work import Work, run_by
 
-SECOND = "a second balancer of the same server"
 EVERY_WAY = pytest.mark.parametrize("way", ["function", "decorator", "middleware"])
 
 
@@ -441,9 +431,10 @@ def test_conflict_at_commit(postgres: Any, fault_proxy: Any, outcome: str | None
 @pytest.mark.parametrize("how", ["loss", "loss of COMMIT", "conflict"])
 def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
     """What was sent there may stand."""
+    second = "a second balancer of the same server"
     settings = {"PEER_ENGINE": here.connection.settings_dict["PEER_ENGINE"]}
     peers = [mysql_peer(proxy) for proxy in here.proxies]
-    with engine(peers, alias=SECOND, CONN_MAX_AGE=None, **settings) as other:
+    with engine(peers, alias=second, CONN_MAX_AGE=None, **settings) as other:
         runs: list[int] = []
 
         def say(statement: str) -> None:
@@ -458,7 +449,7 @@ def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
                 say("INSERT INTO app_token (value) VALUES ('theirs')")
                 conflict(here, other)
             say("SELECT 1")
-            with contextlib.nullcontext() if how == "loss" else transaction.atomic(SECOND):
+            with contextlib.nullcontext() if how == "loss" else transaction.atomic(second):
                 say("SELECT 2")
                 proxy = next(one for one in here.proxies if str(one.port) in other.peer.address)
                 if how == "loss":
@@ -472,78 +463,6 @@ def test_an_error_of_another_alias_is_raised(here: Site, how: str) -> None:
         assert runs == [1]
         other.close()
         assert here.written() == ["theirs"]
-
-
-def writes_by_a_view(here: Site, read: Callable[[str], object]) -> None:
-    read("SELECT a FROM writing")
-
-
-def reads_with_a_hook(here: Site, read: Callable[[str], object]) -> None:
-    read("SELECT 1")
-    for alias in (here.connection.alias, SECOND):
-        transaction.on_commit(lambda: None, alias)
-
-
-@pytest.mark.parametrize("way", ["decorator", "middleware"])
-@pytest.mark.parametrize(
-    ("does", "runs"),
-    [
-        (lambda here, read: read("SELECT value FROM app_token"), 2),
-        (lambda here, read: read("SELECT value FROM app_token FOR UPDATE"), 1),
-        (writes_by_a_view, 1),
-        (reads_with_a_hook, 1),
-    ],
-    ids=["reads", "locks", "writes by a view", "reads, with a hook"],
-)
-def test_a_request_is_run_again_after_another_aliass_commit_of_reads_alone(
-    here: Site, way: str, does: Any, runs: int
-) -> None:
-    """The first alias to commit is proven to have changed nothing, or it would be done twice."""
-    body = "INSERT INTO by_reads VALUES (1)"
-    here.plainly(
-        "CREATE TABLE by_reads (a int)",
-        f"CREATE FUNCTION writes() RETURNS int BEGIN {body}; RETURN 1; END"
-        if here.is_mysql
-        else f"CREATE FUNCTION writes() RETURNS int LANGUAGE sql AS $$ {body}; SELECT 1 $$",
-        "CREATE VIEW writing AS SELECT writes() AS a",
-    )
-    settings = {
-        "PEER_ENGINE": here.connection.settings_dict["PEER_ENGINE"],
-        "ATOMIC_REQUESTS": True,
-        "CONN_MAX_AGE": None,
-    }
-    peers = [mysql_peer(proxy) for proxy in here.proxies]
-    try:
-        with engine(peers, alias=SECOND, **settings) as second:
-            # Django's own blocks commit in the order of the aliases, the decorator's in the other.
-            in_order = [here.connection, second]
-            reader, writer = in_order if way == "middleware" else in_order[::-1]
-            work = Two(here, reader, writer, does)
-            with contextlib.nullcontext() if runs == 2 else pytest.raises(OperationalError):
-                run_by(way, work, here)
-            assert work.runs == runs
-            writer.close()
-            reader.close()
-            assert here.written() == (["run 2"] if runs == 2 else [])
-            assert len(here.plainly("SELECT a FROM by_reads")) == (does is writes_by_a_view)
-    finally:
-        here.plainly("DROP VIEW writing", "DROP FUNCTION writes", "DROP TABLE by_reads")
-
-
-class Two:
-    """A view that reads on one alias, and writes on another, whose connection it loses once."""
-
-    def __init__(self, here: Site, reader: Any, writer: Any, does: Callable[..., object]) -> None:
-        self.here, self.reader, self.writer, self.does = here, reader, writer, does
-        self.runs = 0
-
-    def __call__(self, request: Any) -> HttpResponse:
-        self.runs += 1
-        self.does(self.here, lambda statement: rows_of(self.reader, statement))
-        rows_of(self.writer, f"INSERT INTO app_token (value) VALUES ('run {self.runs}')")
-        if self.runs == 1:
-            self.here.kill(self.writer)
-        return HttpResponse()
 
 
 @pytest.mark.parametrize("way", ["function", "decorator"])

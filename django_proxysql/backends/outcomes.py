@@ -30,17 +30,9 @@ from ..errors import CommitOutcomeUnknown, NoPeerAvailable
 from .decisions import may_count_as_committed, writes_token
 from .losses import is_of_server, is_of_the_call, throw_away
 from .replacing import replace
-from .replays import (
-    are_reads,
-    are_sendable,
-    dialect_of,
-    has_only_read,
-    rehearse,
-    run_all,
-    run_read_only,
-)
-from .sessions import Session, current
-from .state import ACTIVE, NOT_DONE, ROLLED_BACK, UNKNOWN, Transaction
+from .replays import are_sendable, dialect_of, has_only_read, rehearse
+from .sessions import Session
+from .state import ACTIVE, NOT_DONE, ROLLED_BACK, UNKNOWN
 from .tokens import begin, delete_some
 
 #: Django before 4.2 logs no COMMIT.
@@ -174,29 +166,6 @@ def is_as_good_as_committed(db: Any, session: Session) -> bool:
     now = time.monotonic(), time.time()
     found = outcome.ask_until(lambda: [None], ask, config.outcome_deadline, now)
     return found is Outcome.COMMITTED
-
-
-def has_changed_nothing(db: Any, transaction: Transaction) -> bool:
-    """Return whether a transaction that was committed is proven to be reads, so that to run it
-    once more does nothing twice. They are run READ ONLY for that, outside of every block."""
-    session, reads = current(db), transaction.did or []
-    if session is None or session.dead:
-        return False
-    only_read = are_reads(db, session, reads, anew=False)
-    if not counts_as_committed(db, session, only_read=only_read, serializable=False):
-        return False
-    if not session.budget.spend("COMMIT", len(reads)):
-        return False
-
-    def run() -> None:
-        with db.wrap_database_errors:
-            run_all(db, reads)
-
-    try:
-        run_read_only(db, run)
-    except Exception:
-        return False
-    return True
 
 
 def _is_of_peers(db: Any, exc: Exception) -> bool:

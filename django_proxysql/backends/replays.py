@@ -195,18 +195,13 @@ def rehearse(db: Any, reads: list[tuple[Any, Any]]) -> None:
     :raises Exception: the driver's error.
     """
     ready.rows(db.connection, "START TRANSACTION READ ONLY")
-    run_all(db, reads)
-    ready.rows(db.connection, "COMMIT")
-
-
-def run_all(db: Any, reads: list[tuple[Any, Any]]) -> None:
-    """Run what looks like reads once more, for their errors alone."""
     for sql, params in reads:
         cursor = db.create_cursor()
         try:
             cursor.execute(sql, params)
         finally:
             cursor.close()
+    ready.rows(db.connection, "COMMIT")
 
 
 def give_up(db: Any) -> None:
@@ -270,24 +265,15 @@ def has_only_read(db: Any, session: Session, anew: bool) -> bool:
     :param anew: it is to begin anew: then an answer about its own time counts, too.
     """
     transaction = db._transaction
-    reads = transaction.reads or []
-    if not transaction.has_only_read or (anew and len(reads) > MOST_BEGUN_ANEW):
+    if not transaction.has_only_read or (anew and len(transaction.reads or ()) > MOST_BEGUN_ANEW):
         return False
-    return are_reads(db, session, reads, anew)
-
-
-def are_reads(db: Any, session: Session, reads: list[tuple[Any, Any]], anew: bool) -> bool:
-    """Return whether what looks like reads is proven to be, without locks.
-
-    :param anew: the transaction is to begin anew with them.
-    """
     dialect = dialect_of(db)
     return all(
         text_of(sql, dialect, params) is Text.READ
         # All of it was answered before: what is lost is COMMIT, and no packet was too large.
         and are_sendable(db, session, params, single=True, any_size=not anew)
         and not (anew and dialect == "postgresql" and tells_time(sql))
-        for sql, params in reads
+        for sql, params in transaction.reads or ()
     )
 
 

@@ -159,7 +159,7 @@ class Transaction:
     """
 
     __slots__ = (
-        *("by_hand", "did", "hooks", "is_whole", "mark", "may_be_read_only", "reads"),
+        *("by_hand", "hooks", "is_void", "is_whole", "mark", "may_be_read_only", "reads"),
         *("savepoints", "stage", "undone"),
     )
 
@@ -170,9 +170,8 @@ class Transaction:
         #: Nothing was sent in it that may have ended it, as MySQL's DDL does: what COMMIT
         #: commits is all of it.
         self.is_whole = True
-        #: Once COMMIT was answered: the statements, if all of it looks like reads; []: nothing was
-        #: sent. None: something else, or a hook waited for its COMMIT.
-        self.did: list[tuple[Any, Any]] | None = None
+        #: It has ended, nothing was sent in it, and no hook waited for its COMMIT.
+        self.is_void = False
         #: The application may have made it READ ONLY, in which it takes no token: the server is
         #: asked, for a part that is rolled back, or another statement, takes that back.
         self.may_be_read_only = False
@@ -242,14 +241,6 @@ class Transaction:
             return
         self.stage = stage
 
-    def committed(self, hooks: bool) -> None:
-        """COMMIT was answered, or there was nothing to lose.
-
-        :param hooks: whether any are run for it.
-        """
-        self.did = None if hooks else self.reads
-        self.to(COMMITTED)
-
     # Asked
 
     @property
@@ -278,7 +269,7 @@ class Transaction:
 
         An empty transaction leaves nothing.
         """
-        return (self.stage in _MAY_STAND and self.did != []) or not self.is_whole
+        return (self.stage in _MAY_STAND and not self.is_void) or not self.is_whole
 
 
 #: What is in a record's place while there is no transaction. It never changes.

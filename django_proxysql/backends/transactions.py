@@ -200,7 +200,8 @@ def commit(db: Any) -> None:
                 ended_by_hand(db)
             raise
         passed_over(session, was_raised)
-    db._transaction.committed(hooks=bool(db.run_on_commit))
+    db._transaction.is_void = nothing_sent and not db.run_on_commit
+    db._transaction.to(COMMITTED)
     ended_by_hand(db)
 
 
