@@ -134,8 +134,10 @@ class _Inquiry:
 
     def result(self) -> Inspection:
         """Wait for the answer, but not for ever."""
-        left = self._deadline - time.monotonic()
-        self._thread.join(max(0.0, min(left, threading.TIMEOUT_MAX)))
+        # In parts: a signal that comes right before a wait for a lock does not end the wait, and
+        # Ctrl-C would be heeded after it.
+        while self._thread.is_alive() and (left := self._deadline - time.monotonic()) > 0:
+            self._thread.join(min(left, 1.0))
         found = self.found
         if found.ready or found.fault:
             return found

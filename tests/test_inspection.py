@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import sys
@@ -18,6 +19,7 @@ from django.db import connections
 from django_proxysql import Fault, NotReady, balancers
 from django_proxysql.inspection import Inspection, inspect, rows_or_none
 from tests.engine import MYSQL, POSTGRESQL, SQLITE, engine, mysql_peer, postgres_peer, sqlite_peer
+from tests.fakes import raised_by, running
 from tests.servers import PASSWORD
 from tests.servers.faultproxy import FaultProxy
 from tests.servers.galera import GaleraCluster
@@ -232,6 +234,33 @@ def test_ready_check_of_ones_own_has_a_say(
         (one,) = found()
     assert (one.reachable, one.ready) == (True, False)
     assert (one.error, one.fault) == (error, fault)
+
+
+def test_an_interrupt_that_ends_no_wait_is_heeded(
+    tmp_path: Path, checking: list[Callable[[Any], object]]
+) -> None:
+    """A signal that comes right before a wait for a lock leaves it waiting, as this one does."""
+    asked, heeded, released = threading.Event(), threading.Event(), threading.Event()
+    was_heeded: list[bool] = []
+
+    def hang(_connection: Any) -> None:
+        asked.set()
+        assert released.wait(60)
+
+    def interrupt() -> None:
+        assert asked.wait(60)
+        _thread.interrupt_main()
+        was_heeded.append(heeded.wait(15))
+        released.set()
+
+    checking.append(hang)
+    peers = [sqlite_peer(tmp_path / "a")]
+    with engine(peers, PEER_ENGINE=SQLITE, READY_CHECK=CHECK), running(interrupt):
+        try:
+            assert isinstance(raised_by(lambda: found(timeout=120)), KeyboardInterrupt)
+        finally:
+            heeded.set()
+    assert was_heeded == [True]
 
 
 ENGINES = {"mariadb": MYSQL, "postgres": POSTGRESQL}
